@@ -1,0 +1,72 @@
+"""The sizes of one network, in one immutable record that every part of the code shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from megatron_ligo.errors import ConfigError, Faults, nearest
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes and the few constants that change the numbers. `arch` names the table (arch/NAME.py).
+
+    model_type: the Hugging Face family that the config is written for ("llama", "mistral", ...).
+    rope_scaling: the scaling part of the Hugging Face rope parameters, verbatim, or None.
+    sliding_window: attention reaches back that many tokens; None = all.
+    """
+
+    arch: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    tied: bool = False
+    qkv_bias: bool = False
+    rope_base: float | None = None
+    rope_scaling: Mapping | None = None
+    sliding_window: int | None = None
+    num_token_types: int = 0
+
+    def __post_init__(self) -> None:
+        faults = Faults("the sizes of the model do not go together", ConfigError)
+        for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                faults.add(name, "a positive integer", repr(value))
+        faults.raise_if_any()
+        if self.num_heads % self.num_kv_heads:
+            faults.add("num_heads", f"a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads)
+        if self.rope_base is not None and self.head_dim % 2:
+            faults.add("head_dim", "an even number (rotary positions turn pairs)", self.head_dim)
+        if not self.norm_eps > 0:
+            faults.add("norm_eps", "a positive number", self.norm_eps)
+        faults.raise_if_any()
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def to_json(self) -> dict:
+        """A plain dict; `Dims.from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> Dims:
+        names = {f.name for f in fields(cls)}
+        faults = Faults("these are not the sizes of a model", ConfigError)
+        for name in data:
+            if name not in names:
+                faults.note(f"unknown size {name!r}. {nearest(name, names)}")
+        for f in fields(cls):
+            if f.name not in data and f.default is f.default_factory:
+                faults.note(f"size {f.name!r} is missing")
+        faults.raise_if_any()
+        return cls(**data)

@@ -1,0 +1,165 @@
+"""The vocabulary in which an architecture is written down: spaces, axes, slots, rows.
+
+A row is one UNFUSED parameter of the network in its canonical form: unfused, unpadded, global (not
+sharded), stored as (out features, in features), rotary pairs in the half-split order of Hugging Face
+(feature i turns with i + head_dim / 2). Growth, sharding, conversion and hand-off all read rows;
+nothing else in the code names a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from types import MappingProxyType
+
+from megatron_ligo.arch.dims import Dims
+
+
+class Use(Enum):
+    """Which side of a space's map an axis meets (paper equation 6: B on the out side, A on the in side)."""
+
+    WRITES = "writes"  # grows by expand (large x small)
+    READS = "reads"  # grows by contract (small x large)
+    SCALES = "scales"  # a norm's gain: multiplies the features of the space one by one
+
+
+class Heads(Enum):
+    """How an axis is tiled into heads: not at all, by query heads, or by key/value heads."""
+
+    NONE = "none"
+    Q = "q"
+    KV = "kv"
+
+
+class Pack(Enum):
+    """How several rows share one stored tensor."""
+
+    NONE = "none"
+    GROUPED = "grouped"  # Megatron-core qkv: for each KV group [its query heads; its key; its value]
+    STACKED = "stacked"  # one after the other along dim 0: [gate; up], [query; key; value]
+
+
+@dataclass(frozen=True)
+class Axis:
+    space: str
+    use: Use
+    heads: Heads = Heads.NONE
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a row lives in one format. `name` has one `{}` for the layer number, if the row is a layer's.
+
+    transposed: stored as (in, out). interleaved: rotary pairs stored as (2i, 2i+1) (Meta, GGUF).
+    """
+
+    name: str
+    pack: Pack = Pack.NONE
+    part: int = 0
+    of: int = 1
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. `split` is the dim that tensor parallelism cuts, or None where every rank holds it all.
+
+    needs: name of the boolean field of `Dims` that must be true for the row to exist ("" = always).
+    tied_to: key of the row whose tensor this one shares when `dims.tied` (it is then stored nowhere).
+    """
+
+    key: str
+    axes: tuple[Axis, ...]
+    split: int | None
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    needs: str = ""
+    tied_to: str = ""
+
+    @property
+    def in_layer(self) -> bool:
+        return "{}" in self.key
+
+    def exists(self, dims: Dims) -> bool:
+        return not self.needs or bool(getattr(dims, self.needs))
+
+    def stored(self, dims: Dims) -> bool:
+        """True where a checkpoint of these dims holds a tensor for the row."""
+        return self.exists(dims) and not (self.tied_to and dims.tied)
+
+    def shape(self, dims: Dims) -> tuple[int, ...]:
+        """Canonical (global, unpadded) shape."""
+        return tuple(axis_size(axis, dims) for axis in self.axes)
+
+
+_SPACE_FIELDS = {
+    "vocab": "vocab_size",
+    "position": "max_positions",
+    "token_type": "num_token_types",
+    "residual": "hidden_size",
+    "ffn": "ffn_size",
+}
+
+
+def axis_size(axis: Axis, dims: Dims) -> int:
+    """Number of features along an axis."""
+    if axis.heads is Heads.Q:
+        return dims.num_heads * dims.head_dim
+    if axis.heads is Heads.KV:
+        return dims.num_kv_heads * dims.head_dim
+    return getattr(dims, _SPACE_FIELDS[axis.space])
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of networks: its rows, and what its files are called in each format.
+
+    norm: "rms" or "layer". hf and gguf: `{config key: Dims field}` of those formats' headers; fixed_hf:
+    values that a Hugging Face config must have (or lack) for the table to describe the network;
+    model_types: Hugging Face `model_type` -> `architectures` entry.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    norm: str
+    model_types: Mapping[str, str]
+    hf: Mapping[str, str]
+    fixed_hf: Mapping[str, object] = field(default_factory=dict)
+    gguf: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def by_key(self) -> Mapping[str, Row]:
+        return MappingProxyType({row.key: row for row in self.rows})
+
+    def row(self, key: str) -> Row:
+        """The row of a key such as `layers.3.q` (or of its pattern `layers.{}.q`)."""
+        return self.by_key[pattern_of(key)]
+
+    def keys(self, dims: Dims) -> Iterator[str]:
+        """Every stored key in file order: before the layers, layer by layer, after the layers."""
+        rows = [row for row in self.rows if row.stored(dims)]
+        inside = [i for i, row in enumerate(rows) if row.in_layer]
+        first, last = inside[0], inside[-1]
+        yield from (row.key for row in rows[:first])
+        for layer in range(dims.num_layers):
+            yield from (row.key.format(layer) for row in rows[first : last + 1])
+        yield from (row.key for row in rows[last + 1 :])
+
+    def layer_rows(self, dims: Dims) -> list[Row]:
+        return [row for row in self.rows if row.in_layer and row.exists(dims)]
+
+
+def pattern_of(key: str) -> str:
+    """`layers.3.q` -> `layers.{}.q`; keys outside the layers are returned unchanged."""
+    head, _, rest = key.partition(".")
+    number, _, tail = rest.partition(".")
+    return f"{head}.{{}}.{tail}" if head == "layers" and number.isdigit() else key
+
+
+def layer_of(key: str) -> int | None:
+    """`layers.3.q` -> 3; None outside the layers."""
+    head, _, rest = key.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if head == "layers" and number.isdigit() else None

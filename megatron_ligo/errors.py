@@ -1,0 +1,67 @@
+"""What a user did or has that cannot work: one exception family, one form of message.
+
+`LigoError` is for faults of input (config, files, layouts, machines); our own mistakes are `assert`s.
+Commands print it without a traceback and exit with `LigoError.exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LigoError(Exception):
+    """A fault of input. `str(error)` says where, what was expected, what was found, what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(LigoError):
+    """A config key or value that cannot be used."""
+
+
+class CheckpointError(LigoError):
+    """A checkpoint (or operator file) that is damaged, incomplete, hostile or of another model."""
+
+
+class LayoutError(LigoError):
+    """Sizes, processes or devices that do not go together."""
+
+
+def message(where: str, expected: object, found: object, do: str = "") -> str:
+    """The one form: `where: expected E, found F. What to do.`"""
+    text = f"{where}: expected {expected}, found {found}."
+    return f"{text} {do}" if do else text
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest choice, or the list of choices."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
+
+
+class Faults:
+    """Collects every fault of one input so that the user sees all of them in one error."""
+
+    def __init__(self, title: str, error: type[LigoError] = LigoError):
+        self.title = title
+        self.error = error
+        self.lines: list[str] = []
+
+    def add(self, where: str, expected: object, found: object, do: str = "") -> None:
+        self.lines.append(message(where, expected, found, do))
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+    def raise_if_any(self) -> None:
+        if not self.lines:
+            return
+        shown = self.lines[:50]
+        more = len(self.lines) - len(shown)
+        if more:
+            shown.append(f"... and {more} more of the same kind")
+        count = len(self.lines)
+        head = f"{self.title} ({count} fault{'s' if count > 1 else ''})"
+        raise self.error("\n  ".join([head, *shown]))

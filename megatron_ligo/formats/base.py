@@ -1,0 +1,85 @@
+"""What every format gives and takes: a Reader of canonical tensors, and a writer that pulls from one.
+
+A format is one module of this folder with
+    NAME: str                                     the word users type
+    recognise(path: Path) -> bool                 by looking (names and a few bytes), never by loading
+    open(path: Path) -> Reader                    reads headers only; all faults of the headers in one error
+    write(source: Reader, folder: Path, options)  optional; pulls tensors one at a time, writes into `folder`
+It is found by looking into the folder: nothing else needs an edit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Architecture, Row
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, in fp32, shaped like the weight
+
+
+@dataclass(frozen=True)
+class Info:
+    """Canonical shape and stored dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class WriteOptions:
+    """dtype: cast to it (None keeps each tensor's own); tp, pp: the layout written, where the format has one."""
+
+    dtype: torch.dtype | None = None
+    tp: int = 1
+    pp: int = 1
+    workers: int = 1
+    extra: dict = field(default_factory=dict)
+
+
+class Reader(ABC):
+    """A checkpoint as a table of canonical tensors, read one at a time.
+
+    Growth is a Reader too: what it reads is computed from another Reader and an operator.
+    """
+
+    format: str
+    path: Path | None
+    dims: Dims
+    step: int = 0  # optimizer steps taken, 0 where unknown
+    layout: dict = {}  # tp, pp, ... as stored; {} for formats without
+    files: tuple[Path, ...] = ()  # tokenizer and the like, carried along by name
+
+    @property
+    def arch(self) -> Architecture:
+        return architectures.get(self.dims.arch)
+
+    @property
+    def has_moments(self) -> bool:
+        return False
+
+    @abstractmethod
+    def info(self, key: str) -> Info:
+        """Shape and dtype of the weight of a key, without reading it."""
+
+    @abstractmethod
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        """The canonical tensor of a key (kind: "weight" or one of MOMENTS). CPU; may be a view of a mapped file."""
+
+    def keys(self) -> Iterator[str]:
+        """Every stored key, in file order."""
+        return self.arch.keys(self.dims)
+
+    def row(self, key: str) -> Row:
+        return self.arch.row(key)
+
+    def close(self) -> None:  # noqa: B027 - most readers hold nothing open
+        pass
