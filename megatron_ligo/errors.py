@@ -14,6 +14,8 @@ class LigoError(Exception):
     """A fault of input. `str(error)` says where, what was expected, what was found, what to do."""
 
     exit_code = 2
+    # True where every rank raises it, so that one of them may speak for all.
+    agreed = False
 
 
 class ConfigError(LigoError):

@@ -1,0 +1,152 @@
+"""What every command shares: its options and --help, its log, and how faults become messages and exit codes.
+
+Exit codes: 0 success, 2 a fault of input or of the machine (one message, no traceback), 130 an interrupt,
+1 our own mistake (with its traceback).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megatron_ligo import settings
+from megatron_ligo.config import Config
+from megatron_ligo.errors import LigoError
+
+# A launcher ends all processes at the first that fails: the others give rank 0 this long to say why.
+GRACE_SECONDS = 5.0
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse does it, but said once and not by every process."""
+        if rank() == 0:
+            super().error(message)
+        time.sleep(GRACE_SECONDS)
+        sys.exit(2)
+
+
+def rank() -> int:
+    """This process's number under a launcher; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def parser(description: str, example: str, sections: Sequence[str] = (), output: str = "") -> Parser:
+    """A command's parser: its own help, an example, and with `sections` the options --config and --set.
+
+    output: what is written there, if the command writes a folder (then --output DIR is required).
+    """
+    made = Parser(
+        description=description, epilog=_epilog(example, sections), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if sections:
+        made.add_argument("--config", metavar="RUN.toml", help="settings of the run (TOML)")
+        made.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="put over the file; repeatable"
+        )
+    if output:
+        made.add_argument("--output", required=True, metavar="DIR", help=output)
+    # The launcher appends it; the environment says the same.
+    made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return made
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that --config and --set describe."""
+    return Config.load(args.config, args.set)
+
+
+def _epilog(example: str, sections: Sequence[str]) -> str:
+    lines = ["example:", *(f"  {line}" for line in example.strip().splitlines())]
+    for section in sections:
+        lines += ["", f"[{section}]"]
+        for key, field, hint in settings.keys(settings.hints(Config)[section]):
+            lines.append(f"  {key} = {_value(field.default)}")
+            choices = field.metadata["limits"]["choices"]
+            kind = " | ".join(map(str, choices)) if choices else settings.describe(hint)
+            lines.append(f"      {field.metadata['help']} ({kind})")
+    # argparse formats the epilog with %.
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "(left out)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def set_up_logging() -> None:
+    """Plain lines on stderr, from rank 0; warnings and worse from the libraries."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("megatron_ligo").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a command and ends the process with its exit code."""
+    set_up_logging()
+    try:
+        main()
+    except KeyboardInterrupt:
+        _say("Interrupted.", agreed=True)
+        sys.exit(130)
+    except Exception as error:
+        text = _fault(error)
+        if text is None:
+            raise
+        _say(text, agreed=isinstance(error, LigoError) and error.agreed)
+        sys.exit(LigoError.exit_code)
+    sys.exit(0)
+
+
+def _fault(error: Exception) -> str | None:
+    """What to tell the user, or None if the error is a mistake of ours."""
+    if isinstance(error, LigoError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        text = _machine_fault(cause)
+        if text:
+            return text
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _machine_fault(error: BaseException) -> str | None:
+    """Libraries wrap the system's errors, or only repeat their text."""
+    code = error.errno if isinstance(error, OSError) else None
+    where = getattr(error, "filename", None) or "writing"
+    if code in FULL or "No space left on device" in str(error):
+        return f"{where}: expected room on the disk, found it full. Free some, or choose another --output."
+    if code in DENIED:
+        return f"{where}: expected permission, found: {error.strerror}. Choose another place, or change its rights."
+    if code in MISSING and error.filename is not None:
+        return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
+    if code == errno.EADDRINUSE:
+        return "the launcher's port: expected a free one, found it in use. Choose another with --master_port."
+    if code == errno.EMFILE:
+        return f"{where}: expected an open file more, found this process's limit. Raise it with ulimit -n."
+    return None
+
+
+def _say(text: str, agreed: bool) -> None:
+    """Rank 0 speaks. Another rank speaks only if rank 0 had time to and the run goes on: its fault is its own."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+        return
+    time.sleep(GRACE_SECONDS)
+    if not agreed:
+        print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)

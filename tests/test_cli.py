@@ -1,0 +1,151 @@
+import errno
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo import cli
+from megatron_ligo.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(tmp_path: Path, body: str) -> Path:
+    """A command's script: `body` is the inside of its main()."""
+    script = tmp_path / "command.py"
+    head = "import logging, time\nfrom megatron_ligo import cli, errors\n\ndef main():\n"
+    script.write_text(
+        head + textwrap.indent(textwrap.dedent(body), "    ") + '\nif __name__ == "__main__":\n    cli.run(main)\n'
+    )
+    return script
+
+
+def start(script: Path, *args: str, **env: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.Popen([sys.executable, script, *args], env=env, text=True, stdout=-1, stderr=-1)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_a_user_fault_is_one_message_and_code_2(tmp_path):
+    script = command(tmp_path, "raise errors.ConfigError('a: expected b, found c. Do d.')")
+    assert finish(start(script)) == (2, "", "a: expected b, found c. Do d.\n")
+
+
+def test_our_mistake_keeps_its_traceback(tmp_path):
+    code, _, err = finish(start(command(tmp_path, "assert False, 'ours'")))
+    assert code == 1 and "Traceback" in err and "ours" in err
+
+
+def test_success_and_the_log(tmp_path):
+    body = "logging.getLogger('megatron_ligo.x').info('plain'); logging.getLogger('other').info('noise'); print('done')"
+    script = command(tmp_path, body)
+    assert finish(start(script)) == (0, "done\n", "plain\n")
+    assert finish(start(script, RANK="1")) == (0, "done\n", "")
+
+
+def test_an_interrupt_is_130(tmp_path):
+    process = start(command(tmp_path, "print('ready', flush=True); time.sleep(60)"))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(2)
+    code, _, err = finish(process)
+    assert code == 130 and err == "Interrupted.\n"
+
+
+def test_only_rank_0_speaks_of_a_common_fault(tmp_path):
+    body = "error = errors.ConfigError('wrong'); error.agreed = True; raise error"
+    ranks = [start(command(tmp_path, body), RANK=str(rank)) for rank in range(2)]
+    assert [finish(process) for process in ranks] == [(2, "", "wrong\n"), (2, "", "")]
+
+
+def test_a_fault_of_one_rank_alone_is_not_silent(tmp_path):
+    begin = time.monotonic()
+    assert finish(start(command(tmp_path, "raise errors.LayoutError('wrong')"), RANK="3")) == (2, "", "rank 3: wrong\n")
+    assert time.monotonic() - begin < 30
+
+
+def test_a_full_disk_is_said(tmp_path):
+    """/dev/full answers every write as a full disk does."""
+    code, _, err = finish(start(command(tmp_path, "open('/dev/full', 'w').write('x' * 100000)")))
+    assert code == 2 and "found it full" in err and "Traceback" not in err
+
+
+def wrapped(inner: Exception) -> Exception:
+    try:
+        try:
+            raise inner
+        except Exception as error:
+            raise RuntimeError("a library's own words") from error
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: expected room on the disk"),
+        (wrapped(OSError(errno.ENOSPC, "No space left on device")), "found it full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "found it full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: expected permission"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: expected a file or folder"),
+        (OSError(errno.EADDRINUSE, "Address already in use"), "--master_port"),
+        (ConfigError("said"), "said"),
+    ],
+)
+def test_faults_in_words(error, part):
+    assert part in cli._fault(error)
+
+
+def test_mistakes_of_ours_are_not_faults():
+    assert cli._fault(KeyError("x")) is None and cli._fault(OSError("x")) is None
+
+
+def test_help_names_the_keys(capsys):
+    parser = cli.parser("Learns 100% of it.", "deepspeed tools/fit.py --config run.toml", ("fit",), output="the run")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for part in (
+        "tools/fit.py --config run.toml",
+        "[fit]",
+        "parallel.tp = 1",
+        "betas = [0.9, 0.95]",
+        "depth_lr = (left",
+    ):
+        assert part in text
+    assert "adamw | sgd" in text and "[pretrain]" not in text and "--output" in text
+
+
+def test_options(tmp_path):
+    parser = cli.parser("d", "e", ("fit",), output="the run")
+    args = parser.parse_args(
+        ["--set", "fit.steps=3", "--output", "x", "--set=fit.lr=0.5", "--local_rank=2", "--config", str(tmp_path / "r")]
+    )
+    (tmp_path / "r").write_text("[fit]\nsteps = 9\nclip = 2.0\n")
+    config = cli.load_config(args)
+    assert (config.fit.steps, config.fit.lr, config.fit.clip, args.output) == (3, 0.5, 2.0, "x")
+    assert vars(cli.parser("d", "e").parse_args(["--local_rank=0"])) == {"local_rank": 0}
+
+
+def test_wrong_options_are_said_once(tmp_path):
+    script = command(tmp_path, "cli.parser('d', 'e').parse_args()")
+    ranks = [start(script, "--nonsense", RANK=str(rank)) for rank in range(2)]
+    (code0, _, err0), (code1, _, err1) = map(finish, ranks)
+    assert (code0, code1, err1) == (2, 2, "") and "--nonsense" in err0
+
+
+def test_logging_is_quiet_on_other_ranks(monkeypatch):
+    logger = logging.getLogger("megatron_ligo")
+    level = logger.level
+    monkeypatch.setenv("RANK", "1")
+    cli.set_up_logging()
+    assert logger.level == logging.ERROR
+    logger.setLevel(level)
