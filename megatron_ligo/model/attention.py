@@ -1,0 +1,33 @@
+"""Core attention on PyTorch's fused kernel, for Megatron-core layers where Transformer Engine is not installed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+
+class FusedAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v, causal or full, grouped-query; called as mcore's DotProductAttention is."""
+
+    def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str = "self", **_):
+        super().__init__()
+        self.config = config
+        self.causal = attn_mask_type is AttnMaskType.causal
+        window = config.window_size
+        self.window = None if window is None else window[0]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
+        """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads d). attention_mask: True = masked."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None if attention_mask is None or self.causal else ~attention_mask
+        length = q.shape[2]
+        if self.causal and self.window is not None and length > self.window + 1:
+            index = torch.arange(length, device=q.device)
+            reach = index[:, None] - index[None, :]
+            mask = (reach >= 0) & (reach <= self.window)
+        grouped = q.shape[1] != k.shape[1]
+        causal = self.causal and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)

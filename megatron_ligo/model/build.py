@@ -1,0 +1,107 @@
+"""Megatron-core's config, layer spec and rotary positions from our sizes: the one place that words them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.errors import ConfigError, message
+from megatron_ligo.model.attention import FusedAttention
+from megatron_ligo.model.norm import Norm
+from megatron_ligo.parallel import accelerator
+
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the layers are built: the precision of weights and activations, and sequence parallelism."""
+
+    dtype: torch.dtype = torch.float32
+    tp: int = 1
+    sequence_parallel: bool = False
+
+
+def normalization(dims: Dims) -> str:
+    return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(dims.arch).norm]
+
+
+def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
+    """mcore's config. Its pipeline size stays 1: DeepSpeed cuts the stages, and mcore would offset layer numbers."""
+    return TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_size,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_kv_heads,
+        kv_channels=dims.head_dim,
+        normalization=normalization(dims),
+        layernorm_epsilon=dims.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=dims.qkv_bias,
+        window_size=None if dims.sliding_window is None else (dims.sliding_window - 1, 0),
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        apply_query_key_layer_scaling=False,
+        rotary_interleaved=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=accelerator.on_cpu(),
+        params_dtype=build.dtype,
+        pipeline_dtype=build.dtype,
+        bf16=build.dtype is torch.bfloat16,
+        tensor_model_parallel_size=build.tp,
+        sequence_parallel=build.sequence_parallel,
+    )
+
+
+def layer_spec(dims: Dims) -> ModuleSpec:
+    """Transformer Engine's layer where it is installed, else mcore's local one with fused attention and our norm."""
+    if accelerator.have_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    return spec
+
+
+def rotary(dims: Dims) -> RotaryEmbedding:
+    """The rotary positions; of the scalings, Llama 3's (the only one mcore has) with its published constants."""
+    scaling = dict(dims.rope_scaling or {})
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    factor = scaling.pop("factor", None)
+    known = (kind == "default" and not scaling) or (kind == "llama3" and scaling == LLAMA3_SCALING)
+    if not known:
+        expected = f"none, or llama3 with {LLAMA3_SCALING}"
+        raise ConfigError(
+            message("rope_scaling", expected, dict(dims.rope_scaling or {}), "Megatron-core has no other.")
+        )
+    return RotaryEmbedding(
+        kv_channels=dims.head_dim,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        rotary_base=dims.rope_base,
+        rope_scaling=kind == "llama3",
+        rope_scaling_factor=factor or 1.0,
+        use_cpu_initialization=accelerator.on_cpu(),
+    )
