@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -92,6 +93,8 @@ def _value(value: object) -> str:
 def set_up_logging() -> None:
     """Plain lines on stderr, from rank 0; warnings and worse from the libraries."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    # Megatron-core says so four times over in each process; nothing here asks for either.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     logging.getLogger("megatron_ligo").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
 
 

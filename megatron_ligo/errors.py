@@ -26,6 +26,10 @@ class CheckpointError(LigoError):
     """A checkpoint (or operator file) that is damaged, incomplete, hostile or of another model."""
 
 
+class DataError(LigoError):
+    """Training data that are missing, damaged, too few, or made for another tokenizer or vocabulary."""
+
+
 class LayoutError(LigoError):
     """Sizes, processes or devices that do not go together."""
 
