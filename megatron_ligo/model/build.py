@@ -85,6 +85,15 @@ def layer_spec(dims: Dims) -> ModuleSpec:
     return spec
 
 
+def final_norm_spec() -> type:
+    """What builds the norm after the last layer."""
+    if accelerator.have_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return Norm
+
+
 def rotary(dims: Dims) -> RotaryEmbedding:
     """The rotary positions; of the scalings, Llama 3's (the only one mcore has) with its published constants."""
     scaling = dict(dims.rope_scaling or {})

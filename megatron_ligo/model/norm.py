@@ -26,6 +26,8 @@ class Norm(nn.Module):
         self.bias = None
         if self.kind == "LayerNorm":
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         return normalise(x, self.weight, self.bias, self.eps, self.kind)

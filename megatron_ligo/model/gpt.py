@@ -1,0 +1,61 @@
+"""The model to pretrain as one module (PP = 1): Megatron-core's GPTModel with our loss, names and recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+from megatron_ligo import layout
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.model import weights
+from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
+from megatron_ligo.model.layers import canonical_name, reduce_norm_gradients, run_layer, uninitialised_config
+from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.parallel.mesh import Mesh
+
+
+class Pretrained(GPTModel):
+    """forward(tokens, labels, loss_mask) -> mean loss; `logits(tokens)`. Weights are to be filled or loaded.
+
+    tokens, labels: int64 (b, s); loss_mask: (b, s). Its parameters bear the names of `weights.packed_tensors`.
+    """
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
+        assert mesh.pp == 1, "stages.py is for pipelines"
+        super().__init__(
+            config=uninitialised_config(dims, build),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(dims)] * dims.num_layers, layer_norm=final_norm_spec()
+            ),
+            vocab_size=layout.padded_vocab(dims.vocab_size, mesh.tp),
+            max_sequence_length=dims.max_positions,
+            parallel_output=True,
+            share_embeddings_and_output_weights=dims.tied,
+            position_embedding_type="rope",
+        )
+        self.rotary_pos_emb = rotary(dims)
+        self.dims = dims
+        self.recompute = recompute
+        self.tp_rank = mesh.tp_rank
+        weights.mark_split(self, dims, mesh.tp)
+        reduce_norm_gradients(self.parameters(), mesh.tp_group)
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield canonical_name(name), parameter
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
+        h = self.embedding(tokens, position_ids=None)
+        positions = self.rotary_pos_emb(tokens.shape[1])
+        for layer in self.decoder.layers:
+            h = run_layer(layer, h, positions, self.recompute)
+        h = self.decoder.final_layernorm(h)
+        tied = self.shared_embedding_or_output_weight() if self.dims.tied else None
+        return self.output_layer(h, weight=tied)[0]
+
+    def forward(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        return language_model_loss(self.logits(tokens), labels, loss_mask, self.dims.vocab_size, self.tp_rank)

@@ -1,0 +1,156 @@
+"""The large model in its factored form: real Megatron-core layers whose linears run on maps and mixed small weights.
+
+No grown matrix is ever built, nor its gradient (places.py). Legend: s sequence, b batch, D2 large hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ligo.arch.rows import Row
+from megatron_ligo.growth.operator import Operator
+from megatron_ligo.model.build import Build, layer_spec, normalization, transformer_config
+from megatron_ligo.model.maps import Depth, Maps, matrix_of
+from megatron_ligo.model.norm import normalise
+from megatron_ligo.model.places import Grown, GrownLinear, Place, place_kind
+from megatron_ligo.model.runtime import OncePerStep, Runtime, stale
+from megatron_ligo.parallel.autograd import copy_to, reduce_from
+
+
+class SharedMaps(nn.Module):
+    """The shared maps as the first layer of a stage: passes its input on, and lays the maps out for the others."""
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+        self.maps = Maps(runtime.operator, runtime.mesh, None)
+        self.seen = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        runtime = self.runtime
+        runtime.shared = self.maps(runtime.dtype)
+        if stale(self, runtime):
+            # A graph of their own: it outlives the first micro-batch's, whose backward frees it.
+            runtime.shared_once = self.maps(runtime.dtype)
+        return x
+
+
+class GrownLayer(nn.Module):
+    """A large layer: a Megatron-core TransformerLayer run on factors. Parameters: its depth maps, its own maps."""
+
+    def __init__(self, runtime: Runtime, layer: int):
+        super().__init__()
+        self.runtime = runtime
+        self.layer = layer
+        self.seen = None
+        self.once = OncePerStep()
+        operator = runtime.operator
+        self.maps = Maps(operator, runtime.mesh, layer)
+        self.depth = Depth(operator, layer, runtime.source.split_rows, runtime.source.whole_rows)
+        build = Build(runtime.dtype, runtime.mesh.tp)
+        config = transformer_config(operator.large, build)
+        self.block = TransformerLayer(config, grown_spec(operator).submodules, layer_number=layer + 1)
+        self.places = self._places(config)
+
+    def _places(self, config) -> list[Place]:
+        rows: dict[str, list[Row]] = {}
+        for row in self.runtime.operator.arch.layer_rows(self.runtime.operator.large):
+            path = row.slots["mcore"].name.removeprefix("decoder.layers.{}.").rpartition(".")[0]
+            rows.setdefault(path, []).append(row)
+        made = []
+        for path, members in rows.items():
+            kind = place_kind(members)
+            made.append(kind(self.block.get_submodule(path), members, self.runtime, config))
+        return made
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h: (s, b, D2) -> (s, b, D2), in the runtime's dtype."""
+        runtime = self.runtime
+        if stale(self, runtime):
+            self.once.renew(self._build())
+        taken = self.once.take(runtime.micro_batches)
+        maps = {**runtime.shared, **self.maps(runtime.dtype)}
+        names, tensors = list(maps), list(maps.values())
+        if runtime.recompute and torch.is_grad_enabled():
+            run = self._run
+            return checkpoint(run, h, names, *tensors, *taken, use_reentrant=False, preserve_rng_state=False)
+        return self._run(h, names, *tensors, *taken)
+
+    def _build(self) -> list[Tensor]:
+        """What is built once a step: for each place, in order, its tensors."""
+        runtime = self.runtime
+        maps = {**runtime.shared_once, **self.maps(runtime.dtype)}
+        split, whole = self.depth()
+        mixed = runtime.source.mix_split(split, runtime.dtype) | runtime.source.mix_whole(whole)
+        built = []
+        for place in self.places:
+            tensors = place.build(mixed, maps)
+            place.count = len(tensors)
+            built += tensors
+        return built
+
+    def _run(self, h: Tensor, names: list[str], *tensors: Tensor) -> Tensor:
+        maps = dict(zip(names, tensors, strict=False))
+        rest = list(tensors[len(names) :])
+        for place in self.places:
+            mine, rest = rest[: place.count], rest[place.count :]
+            place.module.run = place.bound(mine, maps)
+        positions = None if self.runtime.rotary is None else self.runtime.rotary(h.shape[0])
+        out, _ = self.block(h, attention_mask=None, rotary_pos_emb=positions)
+        for place in self.places:
+            place.module.run = None
+        return out
+
+
+def grown_spec(operator: Operator):
+    """The layer spec with every module that holds a row's tensor replaced by an empty place."""
+    spec = layer_spec(operator.large)
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    spec.submodules.input_layernorm = Grown
+    spec.submodules.pre_mlp_layernorm = Grown
+    attention.linear_qkv = attention.linear_proj = GrownLinear
+    mlp.linear_fc1 = mlp.linear_fc2 = GrownLinear
+    return spec
+
+
+class GrownEmbedding(nn.Module):
+    """Token ids (b, s) -> (s, b, D2): the frozen small embedding, cut over the vocabulary, times expand^T."""
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        runtime = self.runtime
+        table = runtime.source.embed
+        first = runtime.mesh.tp_rank * table.shape[0]
+        here = (tokens >= first) & (tokens < first + table.shape[0])
+        small = F.embedding((tokens - first).masked_fill(~here, 0), table).masked_fill(~here[..., None], 0.0)
+        small = reduce_from(small, runtime.mesh.tp_group).to(runtime.dtype)
+        return F.linear(small.transpose(0, 1), matrix_of(runtime.shared, "residual", False))
+
+
+class GrownHead(nn.Module):
+    """(s, b, D2) -> logits (s, b, padded vocabulary / tp): final norm, contract, the frozen small head.
+
+    A tied head reads with expand^T, for the large embedding that it shares is small embedding x expand^T.
+    """
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, h: Tensor) -> Tensor:
+        runtime = self.runtime
+        operator = runtime.operator
+        expand = matrix_of(runtime.shared, "residual", False)
+        row = operator.arch.row("final_norm")
+        gain = runtime.grow_gain(row, runtime.source.final_norm, expand).to(runtime.dtype)
+        h = normalise(h, gain, None, operator.large.norm_eps, normalization(operator.large))
+        u = h @ (expand if operator.large.tied else matrix_of(runtime.shared, "residual", True))
+        u = copy_to(u, runtime.mesh.tp_group)
+        return F.linear(u, runtime.source.head.to(runtime.dtype))

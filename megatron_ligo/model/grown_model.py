@@ -1,0 +1,88 @@
+"""The grown model as DeepSpeed takes it: one module (PP = 1), or a pipeline of stages (PP > 1)."""
+
+from __future__ import annotations
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_ligo.layout import stage_bounds
+from megatron_ligo.model.grown import GrownEmbedding, GrownHead, GrownLayer, SharedMaps
+from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.model.maps import Maps
+from megatron_ligo.model.runtime import Runtime
+
+
+class GrownModel(nn.Module):
+    """tokens, labels (b, s) int64, mask (b, s) -> mean loss. Its parameters are the operator's."""
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+        self.shared = SharedMaps(runtime)
+        self.embedding = GrownEmbedding(runtime)
+        self.layers = nn.ModuleList(GrownLayer(runtime, j) for j in range(runtime.operator.large.num_layers))
+        self.head = GrownHead(runtime)
+
+    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        return loss_of(self.logits(tokens), labels, mask, self.runtime)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(b, s) -> (s, b, padded vocabulary / tp)."""
+        h = self.embedding(self.shared(tokens))
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+    def shared_maps(self) -> Maps:
+        return self.shared.maps
+
+    def grown_layers(self) -> list[GrownLayer]:
+        return list(self.layers)
+
+
+class GrownPipeline(PipelineModule):
+    """The same, cut into stages. The shared maps are one tied module, the first layer of each stage, so that
+    DeepSpeed adds up their gradients over the stages and saves them."""
+
+    def __init__(self, runtime: Runtime):
+        mesh = runtime.mesh
+        layers = runtime.operator.large.num_layers
+        self.cuts = stage_bounds(layers, mesh.pp)
+        self.runtime = runtime
+        specs, self.part_bounds = self._specs(layers)
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
+        super().__init__(specs, topology=topology, loss_fn=self._loss)
+
+    def _specs(self, layers: int) -> tuple[list[LayerSpec], list[int]]:
+        runtime = self.runtime
+        tied = [name for name, _ in SharedMaps(runtime).named_parameters()]
+        specs: list[LayerSpec] = []
+        bounds = [0]
+        for stage, (first, last) in enumerate(zip(self.cuts, self.cuts[1:], strict=False)):
+            specs.append(TiedLayerSpec("maps", SharedMaps, runtime, tied_weight_attr=tied))
+            if stage == 0:
+                specs.append(LayerSpec(GrownEmbedding, runtime))
+            specs += [LayerSpec(GrownLayer, runtime, j) for j in range(first, last)]
+            if last == layers:
+                specs.append(LayerSpec(GrownHead, runtime))
+            bounds.append(len(specs))
+        return specs, bounds
+
+    def _partition_layers(self, method: str = "explicit") -> None:
+        self.parts = self.part_bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_of(logits, *labels, self.runtime)
+
+    def shared_maps(self) -> Maps:
+        return self.tied_modules["maps"].maps
+
+    def grown_layers(self) -> list[GrownLayer]:
+        return [module for module in self.forward_funcs if isinstance(module, GrownLayer)]
+
+
+def loss_of(logits: Tensor, labels: Tensor, mask: Tensor, runtime: Runtime) -> Tensor:
+    return language_model_loss(logits, labels, mask, runtime.operator.large.vocab_size, runtime.mesh.tp_rank)

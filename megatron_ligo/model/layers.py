@@ -1,0 +1,62 @@
+"""What the one module (PP = 1) and a pipeline (PP > 1) share: running a layer, gradients under sequence parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.model.build import Build, transformer_config
+
+# Transformer Engine keeps a layer's norms inside the linears that follow them.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def uninitialised_config(dims: Dims, build: Build) -> TransformerConfig:
+    """mcore's config for layers whose weights are filled or loaded afterwards: drawing them twice takes long."""
+    config = transformer_config(dims, build)
+    config.perform_initialization = False
+    return config
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name as mcore's local layers have it, whatever the layer spec."""
+    for fused, plain in FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
+def run_layer(block: Callable, h: Tensor, rotary: Tensor, recompute: bool) -> Tensor:
+    """h (s, b, hidden) -> (s, b, hidden) through an mcore layer, causal; with recompute it keeps only its input."""
+
+    def forward(h: Tensor) -> Tensor:
+        return block(h, attention_mask=None, rotary_pos_emb=rotary)[0]
+
+    if recompute and torch.is_grad_enabled():
+        # Reentrant checkpoints meet ZeRO's hooks twice.
+        return checkpoint(forward, h, use_reentrant=False, preserve_rng_state=False)
+    return forward(h)
+
+
+def reduce_norm_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sums over the tensor-parallel ranks the gradients of parameters that mcore marks `sequence_parallel`.
+
+    Each of them has one use, which sees this rank's tokens only: here a hook on the gradient is a hook on that use.
+    """
+
+    def reduce(grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=group)
+        return grad
+
+    for parameter in parameters:
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(reduce)

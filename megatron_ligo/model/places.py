@@ -1,0 +1,170 @@
+"""The linears and norms of a Megatron-core layer, run on factors.
+
+A column-parallel linear is `y = ((x C^T) [B W]^T)`, a row-parallel one `y = reduce(x [W A]^T) E^T`, with C, E the
+residual contract and expand (whole on every rank), B, A this rank's part of the head and ffn maps, W the mixed
+small weight. Communication happens in the small space. [B W] is either built (once a step, shared by all
+micro-batches) or applied factor by factor, whichever costs fewer FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ligo.arch.rows import Pack, Row, Use
+from megatron_ligo.growth.maps import apply_map
+from megatron_ligo.layout import pack
+from megatron_ligo.model.maps import matrix_of
+from megatron_ligo.model.norm import normalise
+from megatron_ligo.model.runtime import Runtime
+from megatron_ligo.parallel.autograd import copy_to, reduce_from
+
+
+class Grown(nn.Module):
+    """A place in a Megatron-core layer: holds no parameters, is given its tensors before each forward."""
+
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.run: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor):
+        assert self.run is not None, "a grown module runs inside its layer only"
+        return self.run(x)
+
+
+class GrownLinear(Grown):
+    def forward(self, x: Tensor):
+        return super().forward(x), None
+
+
+class Place:
+    """One module of a Megatron-core layer and the rows that it stands for."""
+
+    count = 0
+
+    def __init__(self, module: Grown, rows: list[Row], runtime: Runtime, config):
+        self.module = module
+        self.weights = [row for row in rows if len(row.axes) == 2]
+        self.vectors = [row for row in rows if len(row.axes) == 1]
+        self.runtime = runtime
+        self.config = config
+        self.tp_group = runtime.mesh.tp_group
+
+    def build(self, mixed: dict[str, Tensor], maps: dict[str, Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def bound(self, built: list[Tensor], maps: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        raise NotImplementedError
+
+
+class ColumnPlace(Place):
+    """Reads the residual stream: q, k, v; gate, up."""
+
+    def build(self, mixed, maps):
+        runtime = self.runtime
+        self.pack = self.weights[0].slots["mcore"].pack
+        self.groups = runtime.operator.large.num_kv_heads // runtime.mesh.tp
+        self.factored = [False] * len(self.weights)
+        if self.pack is not Pack.GROUPED:
+            self.factored = [self._factored(row, mixed, maps) for row in self.weights]
+        built = [
+            mixed[row.key] if f else self._rows(row, mixed, maps)
+            for row, f in zip(self.weights, self.factored, strict=True)
+        ]
+        if not any(self.factored):
+            built = [pack(built, self.pack, self.groups)]
+        if self.vectors:
+            built.append(pack([self._rows(row, mixed, maps) for row in self.vectors], self.pack, self.groups))
+        return built
+
+    def _rows(self, row: Row, mixed, maps) -> Tensor:
+        matrix, lift = self.runtime.map_for(maps, row, 0)
+        return apply_map(mixed[row.key], 0, matrix, lift)
+
+    def _factored(self, row: Row, mixed, maps) -> bool:
+        matrix, _ = self.runtime.map_for(maps, row, 0)
+        return factors_are_cheaper(self.runtime.tokens_per_step, matrix.shape, mixed[row.key].shape[1])
+
+    def bound(self, built, maps):
+        contract = matrix_of(maps, "residual", True)
+        bias = built[-1] if self.vectors else None
+
+        def run(x: Tensor) -> Tensor:
+            u = copy_to(x @ contract, self.tp_group)
+            if not any(self.factored):
+                y = F.linear(u, built[0])
+            else:
+                y = torch.cat(
+                    [
+                        self._one(u, row, weight, f, maps)
+                        for row, weight, f in zip(self.weights, built, self.factored, strict=False)
+                    ],
+                    dim=-1,
+                )
+            return y if bias is None else y + bias
+
+        return run
+
+    def _one(self, u: Tensor, row: Row, weight: Tensor, factored: bool, maps) -> Tensor:
+        y = F.linear(u, weight)
+        return F.linear(y, self.runtime.map_for(maps, row, 0)[0]) if factored else y
+
+
+class RowPlace(Place):
+    """Writes the residual stream: o, down."""
+
+    def build(self, mixed, maps):
+        (row,) = self.weights
+        matrix, lift = self.runtime.map_for(maps, row, 1)
+        weight = mixed[row.key]
+        plain = lift.unit == 1 and lift.repeat == 1
+        self.factored = plain and factors_are_cheaper(self.runtime.tokens_per_step, matrix.shape, weight.shape[0])
+        built = [weight if self.factored else apply_map(weight, 1, matrix, lift)]
+        return built + [mixed[row.key].to(weight.dtype) for row in self.vectors]
+
+    def bound(self, built, maps):
+        (row,) = self.weights
+        expand = matrix_of(maps, "residual", False)
+        inner = self.runtime.map_for(maps, row, 1)[0] if self.factored else None
+
+        def run(x: Tensor) -> Tensor:
+            z = F.linear(x if inner is None else x @ inner, built[0])
+            z = reduce_from(z, self.tp_group)
+            return F.linear(z if len(built) == 1 else z + built[1], expand)
+
+        return run
+
+
+class NormPlace(Place):
+    """Scales the residual stream: the norms' gains (and biases, which write it)."""
+
+    def build(self, mixed, maps):
+        built = []
+        expand = matrix_of(maps, "residual", False)
+        for row in self.vectors:
+            if row.axes[0].use is Use.SCALES:
+                built.append(self.runtime.grow_gain(row, mixed[row.key], expand))
+            else:
+                built.append(expand.to(mixed[row.key]) @ mixed[row.key])
+        return [tensor.to(self.runtime.dtype) for tensor in built]
+
+    def bound(self, built, maps):
+        bias = built[1] if len(built) > 1 else None
+        config = self.config
+        return lambda x: normalise(x, built[0], bias, config.layernorm_epsilon, config.normalization)
+
+
+def place_kind(rows: list[Row]) -> type[Place]:
+    if any(row.axes[0].use is Use.SCALES for row in rows):
+        return NormPlace
+    return ColumnPlace if rows[0].split == 0 else RowPlace
+
+
+def factors_are_cheaper(tokens: int, matrix: torch.Size, other: int) -> bool:
+    """Whether applying map (n x m) and weight (m x other) one after the other to all of a step's tokens takes fewer
+    multiplications than building their product (n x other) once and applying that (forward and backward alike)."""
+    n, m = matrix
+    return tokens * m * (n + other) < n * m * other + tokens * n * other

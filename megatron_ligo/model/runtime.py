@@ -1,0 +1,122 @@
+"""What the grown modules of a process share: sizes, source, precision, and what is built once a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ligo.arch.rows import Row, Use
+from megatron_ligo.growth.maps import Lift, lift_of
+from megatron_ligo.growth.operator import Operator
+from megatron_ligo.model.build import rotary
+from megatron_ligo.model.maps import matrix_of
+from megatron_ligo.model.source import Source
+from megatron_ligo.parallel import accelerator
+from megatron_ligo.parallel.mesh import Mesh
+
+
+@dataclass
+class Runtime:
+    """What all grown modules of a process share, and what changes from call to call.
+
+    micro_batches: how many of them share what is built once a step. It must be 1 under ZeRO 3: where a parameter's
+    first gradient of a step comes late, DeepSpeed 0.19.8 adds it to the step before's.
+    """
+
+    operator: Operator
+    source: Source
+    mesh: Mesh
+    dtype: torch.dtype
+    micro_batches: int = 1
+    tokens_per_step: int = 1
+    recompute: bool = False
+    generation: int = 0  # counts optimizer steps: what was built from the maps is stale when it moves
+    shared: dict[str, Tensor] = field(default_factory=dict)  # the shared maps as this micro-batch sees them
+    shared_once: dict[str, Tensor] = field(default_factory=dict)  # as what is built once a step sees them
+
+    def __post_init__(self) -> None:
+        large = self.operator.large
+        self.rotary = rotary(large) if large.rope_base is not None else None
+        self.gain = {}
+        if self.operator.copied_gains:
+            names = ("gain.source", "gain.layers", "gain.final")
+            self.gain = {name: self.operator.tensor(name).to(accelerator.device()) for name in names}
+
+    def grow_gain(self, row: Row, mixed: Tensor, expand: Tensor) -> Tensor:
+        """A norm's grown gain, complete on every rank."""
+        if not self.operator.copied_gains:
+            return expand.to(mixed) @ mixed
+        return mixed[self.gain["gain.source"]] * self.gain["gain.layers" if row.in_layer else "gain.final"]
+
+    def map_for(self, maps: dict[str, Tensor], row: Row, dim: int) -> tuple[Tensor, Lift]:
+        """The (large x small) matrix that an axis of a row meets, and its lift."""
+        axis = row.axes[dim]
+        lift = lift_of(axis, self.operator.large, self.operator.structure)
+        return matrix_of(maps, lift.map, axis.use is Use.READS), lift
+
+
+def stale(module: nn.Module, runtime: Runtime) -> bool:
+    """True at a module's first call since the parameters changed (or since it last ran in the other mode)."""
+    now = (runtime.generation, module.training, runtime.dtype)
+    every_call = module.training and runtime.micro_batches == 1
+    if module.seen == now and not every_call:
+        return False
+    module.seen = now
+    return True
+
+
+class _Share(torch.autograd.Function):
+    """A step's shared value in one of its earlier micro-batches: the gradient is added up aside, in fp32."""
+
+    @staticmethod
+    def forward(ctx, leaf: Tensor, sums: list[Tensor | None], index: int) -> Tensor:
+        ctx.sums, ctx.index = sums, index
+        return leaf.view_as(leaf)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        held = ctx.sums[ctx.index]
+        ctx.sums[ctx.index] = grad.to(torch.float32, copy=True) if held is None else held.add_(grad)
+        return None, None, None
+
+
+class _Join(torch.autograd.Function):
+    """The same value in the last micro-batch: the gradient goes on, with what the others left."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, sums: list[Tensor | None], index: int) -> Tensor:
+        ctx.sums, ctx.index = sums, index
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        held, ctx.sums[ctx.index] = ctx.sums[ctx.index], None
+        return grad if held is None else held.add_(grad).to(grad.dtype), None, None
+
+
+class OncePerStep:
+    """Tensors built in a step's first micro-batch and used by all; their graph is walked once, in the last backward."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.calls = 0
+
+    def renew(self, values: list[Tensor]) -> None:
+        self.values = values
+        self.leaves = [value.detach().requires_grad_() for value in values]
+        self.sums: list[Tensor | None] = [None] * len(values)
+        self.calls = 0
+
+    def take(self, micro_batches: int) -> list[Tensor]:
+        """This micro-batch's view of the values; the graph is let go with the last one's."""
+        if not torch.is_grad_enabled():
+            return self.values
+        self.calls += 1
+        assert self.calls <= micro_batches, "more micro-batches in a step than the runtime was told of"
+        if self.calls < micro_batches:
+            return [_Share.apply(leaf, self.sums, i) for i, leaf in enumerate(self.leaves)]
+        joined = [_Join.apply(value, self.sums, i) for i, value in enumerate(self.values)]
+        self.values, self.leaves = [], []
+        return joined

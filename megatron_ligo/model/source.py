@@ -1,0 +1,106 @@
+"""One stage's frozen small weights, divided among the ranks that would otherwise mix the same numbers twice.
+
+Each rank of the mix group (the tensor-parallel ranks of a stage; with ZeRO 3 its data-parallel ranks as well)
+keeps an equal slice of every row of every small layer, mixes that slice, and gathers the mixed row: one small
+layer of traffic a large layer, no redundant reads, and 1 / group of the source in memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ligo.arch.rows import Row
+from megatron_ligo.formats.base import Reader
+from megatron_ligo.layout import shard
+from megatron_ligo.parallel import accelerator
+from megatron_ligo.parallel.autograd import copy_to, gather_partial
+from megatron_ligo.parallel.mesh import Mesh
+
+CHUNK = 1 << 20  # columns mixed at once where the source is kept in a narrower dtype than it is mixed in
+
+
+class _Mix(torch.autograd.Function):
+    """sum_i weights[i] stack[i] in fp32: (L,), (L, n) -> (n,). The stack is frozen and may be narrower than fp32."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, stack: Tensor) -> Tensor:
+        ctx.save_for_backward(stack)
+        if stack.dtype == weights.dtype:
+            return weights @ stack
+        return torch.cat([weights @ part.to(weights.dtype) for part in stack.split(CHUNK, dim=1)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (stack,) = ctx.saved_tensors
+        if stack.dtype == grad.dtype:
+            return stack @ grad, None
+        parts = zip(stack.split(CHUNK, dim=1), grad.split(CHUNK), strict=True)
+        return torch.stack([part.to(grad.dtype) @ piece for part, piece in parts]).sum(dim=0), None
+
+
+class Source:
+    """What this rank keeps of the small model. Not a module: its tensors are no parameters and never change."""
+
+    def __init__(self, reader: Reader, mesh: Mesh, zero: int):
+        self.mesh = mesh
+        self.group = mesh.tp_dp_group if zero == 3 else mesh.tp_group
+        self.ranks = dist.get_world_size(self.group)
+        rows = reader.arch.layer_rows(reader.dims)
+        self.split_rows = [row for row in rows if row.split is not None]
+        self.whole_rows = [row for row in rows if row.split is None]
+        self.shapes = {row.key: row.shape(reader.dims) for row in rows}
+        self._slices = [self._read_slices(reader, row) for row in self.split_rows]
+        self._wholes = [self._read_whole(reader, row) for row in self.whole_rows]
+        self.embed = self._read_vocab(reader, "embed") if mesh.first_stage else None
+        self.head = self.final_norm = None
+        if mesh.last_stage:
+            tied = reader.dims.tied
+            self.head = self.embed if tied and self.embed is not None else self._read_vocab(reader, "head", tied)
+            self.final_norm = reader.read("final_norm").float().to(accelerator.device())
+
+    def _read_slices(self, reader: Reader, row: Row) -> Tensor:
+        numel = math.prod(self.shapes[row.key])
+        size = -(-numel // self.ranks)
+        start = dist.get_rank(self.group) * size
+        keys = [row.key.format(layer) for layer in range(reader.dims.num_layers)]
+        stack = torch.zeros(len(keys), size, dtype=torch.float32)
+        for i, key in enumerate(keys):
+            piece = reader.read(key).reshape(-1)[start : start + size]
+            stack[i, : piece.numel()] = piece
+        narrow = stack.to(torch.bfloat16)
+        exact = torch.equal(narrow.float(), stack)
+        return (narrow if exact else stack).to(accelerator.device())
+
+    def _read_whole(self, reader: Reader, row: Row) -> Tensor:
+        keys = [row.key.format(layer) for layer in range(reader.dims.num_layers)]
+        return torch.stack([reader.read(key).float() for key in keys]).to(accelerator.device())
+
+    def _read_vocab(self, reader: Reader, key: str, tied: bool = False) -> Tensor:
+        tensor = reader.read("embed" if tied else key)
+        part = shard(tensor, reader.arch.row(key), self.mesh.tp, self.mesh.tp_rank)
+        return part.float().clone().to(accelerator.device())
+
+    def mix_split(self, depth: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The mixed small rows that tensor parallelism cuts, whole, in dtype. depth: (rows, small layers), fp32.
+
+        Every use of them is partial: their gradients are summed over the mix group, each rank takes its slice.
+        """
+        depth = copy_to(depth, self.mesh.tp_group)
+        mixed = [_Mix.apply(weights, stack).to(dtype) for weights, stack in zip(depth, self._slices, strict=True)]
+        if self.ranks > 1:
+            gathered = gather_partial(torch.cat(mixed), self.group)
+            mixed = gathered.split([part.numel() for part in mixed], dim=1)
+        found = {}
+        for row, part in zip(self.split_rows, mixed, strict=True):
+            shape = self.shapes[row.key]
+            found[row.key] = part.reshape(-1)[: math.prod(shape)].view(shape)
+        return found
+
+    def mix_whole(self, depth: Tensor) -> dict[str, Tensor]:
+        """The mixed small rows that every rank uses completely (norms, biases of the residual stream), fp32."""
+        pairs = zip(self.whole_rows, depth, self._wholes, strict=True)
+        return {row.key: weights @ stack.flatten(1) for row, weights, stack in pairs}

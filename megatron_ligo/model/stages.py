@@ -1,0 +1,154 @@
+"""The model to pretrain as a pipeline (PP > 1): DeepSpeed's PipelineModule over Megatron-core's modules.
+
+Its parameters bear the same names as those of the one module (gpt.py), so that one checkpoint fits both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_ligo import layout
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.model import weights
+from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
+from megatron_ligo.model.layers import canonical_name, reduce_norm_gradients, run_layer, uninitialised_config
+from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.parallel.mesh import Mesh
+
+TIED = "embedding"
+TIED_WEIGHT = "word_embeddings.weight"
+
+
+class Embedding(LanguageModelEmbedding):
+    """tokens (b, s) -> h (s, b, hidden). Tied, the last stage holds a second one and reads with its weight."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        config = uninitialised_config(dims, build)
+        padded = layout.padded_vocab(dims.vocab_size, mesh.tp)
+        super().__init__(config, padded, dims.max_positions, position_embedding_type="rope", tp_group=mesh.tp_group)
+        if dims.tied:
+            self.head = output_linear(dims, build, mesh, holds_weight=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens, position_ids=None)
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.head(h, weight=self.word_embeddings.weight)[0]
+
+
+class StageLayer(TransformerLayer):
+    """h (s, b, hidden) -> h: an mcore layer that brings its own rotary positions."""
+
+    def __init__(self, dims: Dims, build: Build, layer: int, recompute: bool):
+        config = uninitialised_config(dims, build)
+        super().__init__(config, layer_spec(dims).submodules, layer_number=layer + 1)
+        self.rotary_pos_emb = rotary(dims)
+        self.recompute = recompute
+        self.tokens_per_row = build.tp if build.sequence_parallel else 1
+
+    def forward(self, h: Tensor) -> Tensor:
+        positions = self.rotary_pos_emb(h.shape[0] * self.tokens_per_row)
+        return run_layer(super().forward, h, positions, self.recompute)
+
+
+class FinalNorm(nn.Module):
+    def __init__(self, dims: Dims, build: Build):
+        super().__init__()
+        config = uninitialised_config(dims, build)
+        self.norm = build_module(final_norm_spec(), config=config, hidden_size=dims.hidden_size, eps=dims.norm_eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(h)
+
+
+class Head(nn.Module):
+    """h (s, b, hidden) -> this rank's logits (s, b, padded vocabulary / tp), with a weight of its own."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.linear = output_linear(dims, build, mesh, holds_weight=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h)[0]
+
+
+def output_linear(dims: Dims, build: Build, mesh: Mesh, holds_weight: bool) -> ColumnParallelLinear:
+    config = uninitialised_config(dims, build)
+    return ColumnParallelLinear(
+        dims.hidden_size,
+        layout.padded_vocab(dims.vocab_size, mesh.tp),
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_weight_param_allocation=not holds_weight,
+        tp_group=mesh.tp_group,
+    )
+
+
+class PretrainedPipeline(PipelineModule):
+    """tokens (b, s) -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
+
+    Layer 0 is the embedding, layer j + 1 the transformer's layer j, then come the final norm and the head.
+    """
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
+        self.dims = dims
+        self.mesh = mesh
+        self.prefixes = _prefixes(dims)
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
+        super().__init__(_specs(dims, build, mesh, recompute), topology=topology, loss_fn=self._loss)
+        weights.mark_split(self, dims, mesh.tp)
+        reduce_norm_gradients(self.parameters(), mesh.tp_group)
+
+    def _partition_layers(self, method: str = "explicit") -> None:
+        cuts = layout.stage_bounds(self.dims.num_layers, self.mesh.pp)
+        self.parts = [0, *(cut + 1 for cut in cuts[1:-1]), len(self._layer_specs)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield self._canonical(name), parameter
+
+    def _canonical(self, name: str) -> str:
+        """`3.self_attention.linear_qkv.weight` -> `decoder.layers.2.self_attention.linear_qkv.weight`."""
+        for own, canonical in self.prefixes.items():
+            if name.startswith(own):
+                return canonical_name(canonical + name.removeprefix(own))
+        raise AssertionError(f"{name} belongs to no layer of the pipeline")
+
+    def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        return language_model_loss(logits, *labels, self.dims.vocab_size, self.mesh.tp_rank)
+
+
+def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
+    layers = [LayerSpec(StageLayer, dims, build, layer, recompute) for layer in range(dims.num_layers)]
+    norm = LayerSpec(FinalNorm, dims, build)
+    if not dims.tied:
+        return [LayerSpec(Embedding, dims, build, mesh), *layers, norm, LayerSpec(Head, dims, build, mesh)]
+    first = TiedLayerSpec(TIED, Embedding, dims, build, mesh, tied_weight_attr=[TIED_WEIGHT])
+    last = TiedLayerSpec(
+        TIED, Embedding, dims, build, mesh, forward_fn=Embedding.logits, tied_weight_attr=[TIED_WEIGHT]
+    )
+    return [first, *layers, norm, last]
+
+
+def _prefixes(dims: Dims) -> dict[str, str]:
+    """DeepSpeed's prefix of each layer's parameters, and the one module's."""
+    layers = {f"{layer + 1}.": f"decoder.layers.{layer}." for layer in range(dims.num_layers)}
+    return {
+        "0.": "embedding.",
+        f"tied_modules.{TIED}.": "embedding.",
+        **layers,
+        f"{dims.num_layers + 1}.norm.": "decoder.final_layernorm.",
+        f"{dims.num_layers + 2}.linear.": "output_layer.",
+    }

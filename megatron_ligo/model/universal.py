@@ -1,0 +1,137 @@
+"""DeepSpeed's universal checkpoint into a model at any layout: what ZeRO 3 must be told, and proof of what was loaded.
+
+In a training script of your own, over any Megatron-core GPTModel whose parameters bear mcore's names:
+
+    source = formats.open("runs/grown/universal")
+    model = GPTModel(...)
+    prepare_for_universal(model, source.dims, tp_group)        # needed with ZeRO 3 and tensor parallelism
+    engine, *_ = deepspeed.initialize(model=model, config={..., "checkpoint": {"load_universal": True}}, ...)
+    load_universal(engine, source, tp_group)
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint.affine import AffinePiece, ParamAffineMap
+from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META, UNIVERSAL_CHECKPOINT_VERSION_KEY
+from deepspeed.utils import groups
+from torch import nn
+
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Pack
+from megatron_ligo.errors import CheckpointError, Faults
+from megatron_ligo.formats.base import Reader
+from megatron_ligo.layout import padded_vocab
+from megatron_ligo.model.weights import Packed, local_tensor, parameters
+from megatron_ligo.parallel.mesh import agree
+
+# From this version on the shards' widths are stated; before, DeepSpeed divides evenly.
+VERSION = 0.4
+
+
+def prepare_for_universal(model: nn.Module, dims: Dims, tp_group: dist.ProcessGroup) -> None:
+    """Says on each parameter how tensor parallelism cuts it. Call before `deepspeed.initialize`.
+
+    ZeRO 1 and 2 read it from the checkpoint's files; ZeRO 3 loads whole tensors where nobody says so.
+    """
+    tp = dist.get_world_size(tp_group)
+    for parameter, item in parameters(model, dims):
+        setattr(parameter, DS_AUTOTP_UC_META, _cut(item, dims, tp))
+    # DeepSpeed's loader asks its own record for the group, and only its own tensor parallelism sets it.
+    groups._TENSOR_MODEL_PARALLEL_GROUP = tp_group
+
+
+def _cut(item: Packed, dims: Dims, tp: int) -> dict:
+    """How a tensor is cut, in the words of DeepSpeed's own tensor parallelism."""
+    shape = item.shape(dims)
+    meta = {"partition_dim": item.split, "logical_shape": shape, UNIVERSAL_CHECKPOINT_VERSION_KEY: VERSION}
+    if item.split is None:
+        return {**meta, "replicated": True}
+    if item.vocabulary and shape[item.split] % tp:
+        return {**meta, "conversion": {"affine_map": _padded_map(shape, tp)}}
+    if len(item.keys) > 1 and item.pack is Pack.STACKED:
+        sizes = item.part_sizes(dims)
+        return {**meta, "sub_param_sizes": sizes, "sub_param_shard_widths": [[size // tp] * tp for size in sizes]}
+    return meta
+
+
+def _padded_map(shape: tuple[int, ...], tp: int) -> dict:
+    """A vocabulary that tp does not divide. DeepSpeed maps whole shards only: row 0 stands in for the rows that pad,
+    which nothing reads."""
+    rows, width = shape
+    size = padded_vocab(rows, tp) // tp
+    everyone = range(tp)
+    pieces = {}
+    for rank in everyone:
+        held = min(max(rows - rank * size, 0), size)
+        real = AffinePiece((held, width), rank * size * width, (width, 1), 0, (width, 1), {rank})
+        padding = AffinePiece((size - held, width), 0, (0, 1), held * width, (width, 1), everyone)
+        pieces[rank] = [piece for piece in (real, padding) if piece.numel]
+    return ParamAffineMap(shape, dict.fromkeys(everyone, (size, width)), pieces).to_dict()
+
+
+def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: dist.ProcessGroup) -> None:
+    """Loads `source` (a universal checkpoint, opened) into an engine made with `load_universal`. Collective.
+
+    CheckpointError if a file holds anything but tensors and plain values (DeepSpeed would run it), or if what was
+    loaded is not, bit for bit, what the files hold.
+    """
+    agree(_fault(lambda: check_pickles(source.path)) if dist.get_rank() == 0 else None)
+    # Without moments ZeRO 3 loads weights only; ZeRO 1 and 2 take what there is.
+    stage3 = engine.zero_optimization_stage() == 3
+    engine.load_checkpoint(
+        str(source.path), load_lr_scheduler_states=False, load_module_only=stage3 and not source.has_moments
+    )
+    agree(_fault(lambda: verify_loaded(engine.module, source, tp_group)))
+
+
+def _fault(check: Callable[[], None]) -> CheckpointError | None:
+    try:
+        check()
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def check_pickles(folder: Path) -> None:
+    """CheckpointError if a .pt file in a folder names anything but tensors and plain values."""
+    faults = Faults(f"{folder}: files that are not safe to load", CheckpointError)
+    for path in sorted(folder.rglob("*.pt")):
+        try:
+            found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+            faults.add(f"{path.relative_to(folder)}", "a file that torch.save wrote", error)
+            continue
+        if found:
+            faults.add(f"{path.relative_to(folder)}", "tensors and plain values", ", ".join(sorted(found)))
+    faults.raise_if_any()
+
+
+def verify_loaded(model: nn.Module, source: Reader, tp_group: dist.ProcessGroup) -> None:
+    """CheckpointError if a parameter of this rank is not what `source` holds for it. Collective under ZeRO 3."""
+    faults = Faults(f"{source.path}: what was loaded is not what it holds", CheckpointError)
+    tp, rank = dist.get_world_size(tp_group), dist.get_rank(tp_group)
+    for parameter, item in parameters(model, source.dims):
+        expected = local_tensor(item, source.read, source.dims, tp, rank).to(parameter.dtype)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            found = parameter.detach().cpu()
+            if item.vocabulary:
+                # The rows that pad the vocabulary may hold anything.
+                rows = max(source.dims.vocab_size - rank * expected.shape[0], 0)
+                expected, found = expected[:rows], found[:rows]
+            if not torch.equal(found, expected):
+                faults.add(item.name, "the tensor of the file, bit for bit", _difference(found, expected))
+    faults.raise_if_any()
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> str:
+    if found.shape != expected.shape:
+        return f"shape {tuple(found.shape)} for {tuple(expected.shape)}"
+    worst = (found.float() - expected.float()).abs().max()
+    return f"a difference of {worst:.3g}"

@@ -1,0 +1,154 @@
+"""A DeepSpeed engine over one module (PP = 1; ZeRO 1, 2, 3) or a pipeline (PP > 1; ZeRO 1), stepped alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from torch import Tensor, nn
+
+from megatron_ligo.config import ParallelSection, TrainingSection
+from megatron_ligo.errors import ConfigError, LayoutError, message
+from megatron_ligo.parallel import accelerator
+from megatron_ligo.parallel.mesh import Mesh, Mpu
+
+PROFILES = Path(__file__).resolve().parents[2] / "ds_configs"
+
+Batch = dict[str, Tensor]  # tokens, labels: int64 (b, s); loss_mask: fp32 (b, s)
+
+
+def micro_batches(run: TrainingSection, mesh: Mesh) -> int:
+    """Micro-batches a step on each data-parallel rank."""
+    per_pass = run.micro_batch_size * mesh.dp
+    if run.global_batch_size % per_pass:
+        expected = f"a multiple of micro_batch_size x dp = {run.micro_batch_size} x {mesh.dp} = {per_pass}"
+        raise LayoutError(message("global_batch_size", expected, run.global_batch_size))
+    return run.global_batch_size // per_pass
+
+
+def profile(parallel: ParallelSection) -> dict:
+    """The ZeRO settings of a layout; what the run's config says itself must not be said there."""
+    path = Path(parallel.ds_config) if parallel.ds_config else PROFILES / f"zero{parallel.zero}.json"
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(message(f"ds_config {path}", "a DeepSpeed profile (JSON)", error)) from None
+    stage = table.get("zero_optimization", {}).get("stage")
+    if stage != parallel.zero:
+        raise ConfigError(message(f"ds_config {path}", f"ZeRO stage {parallel.zero}, as the config says", stage))
+    return table
+
+
+def deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
+    """DeepSpeed's config: the profile, and what the run's config says."""
+    config = {
+        **profile(run.parallel),
+        "train_batch_size": run.global_batch_size,
+        "train_micro_batch_size_per_gpu": run.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches(run, mesh),
+        "gradient_clipping": run.clip,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 1 << 30,
+        "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": universal},
+    }
+    if run.parallel.sequence_parallel:
+        # DeepSpeed would cut activations over the tensor-parallel ranks as if they were equal there.
+        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+    return config
+
+
+def optimizer(run: TrainingSection, groups: list[dict]) -> torch.optim.Optimizer:
+    """AdamW or SGD over groups of {params, lr_scale, weight_decay}."""
+    groups = [{**group, "lr": run.lr * group.get("lr_scale", 1.0)} for group in groups]
+    if run.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=run.lr)
+    return torch.optim.AdamW(groups, lr=run.lr, betas=tuple(run.betas), eps=run.eps)
+
+
+class Engine:
+    """One step, one evaluation, whatever the layout.
+
+    groups: the optimizer's, as `optimizer` takes them. after_update: called when the parameters have changed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        run: TrainingSection,
+        groups: list[dict],
+        bf16: bool = False,
+        universal: bool = False,
+        after_update: Callable[[], None] = lambda: None,
+    ):
+        self.mesh = mesh
+        self.run = run
+        self.after_update = after_update
+        self.pipelined = isinstance(module, PipelineModule)
+        self.micro_batches = micro_batches(run, mesh)
+        self.scales = [group.get("lr_scale", 1.0) for group in groups]
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer(run, groups),
+            config=deepspeed_config(run, mesh, bf16, universal),
+            mpu=None if self.pipelined else Mpu(mesh),
+            dist_init_required=False,
+        )
+
+    @property
+    def steps(self) -> int:
+        return self.engine.global_steps
+
+    def set_lr(self, lr: float) -> None:
+        for group, scale in zip(self.engine.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = lr * scale
+
+    def train_step(self, batches: Iterable[Batch]) -> tuple[float, float]:
+        """One optimizer step over this rank's micro-batches -> (loss over all ranks, gradient norm before clipping)."""
+        batches = list(batches)
+        assert len(batches) == self.micro_batches, "a step takes all its micro-batches"
+        self.engine.train()
+        if self.pipelined:
+            loss = float(self.engine.train_batch(iter(map(_pipeline_batch, batches))))
+        else:
+            losses = []
+            for batch in batches:
+                loss = self.engine(*_on_device(batch))
+                self.engine.backward(loss)
+                self.engine.step()
+                losses.append(loss.detach())
+            loss = self._mean_over_dp(torch.stack(losses).mean())
+        self.after_update()
+        norm = self.engine.get_global_grad_norm()
+        return loss, math.nan if norm is None else float(norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss over this rank's micro-batches (equally many on each data-parallel rank) and over all ranks."""
+        batches = list(batches)
+        self.engine.eval()
+        if self.pipelined:
+            data = iter(map(_pipeline_batch, batches))
+            return float(self.engine.eval_batch(data, num_micro_batches=len(batches)))
+        losses = [self.engine(*_on_device(batch)) for batch in batches]
+        return self._mean_over_dp(torch.stack(losses).mean())
+
+    def _mean_over_dp(self, loss: Tensor) -> float:
+        loss = loss.float().clone()
+        dist.all_reduce(loss, group=self.mesh.dp_group)
+        return float(loss) / self.mesh.dp
+
+
+def _on_device(batch: Batch) -> list[Tensor]:
+    return [batch[name].to(accelerator.device()) for name in ("tokens", "labels", "loss_mask")]
+
+
+def _pipeline_batch(batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return batch["tokens"], (batch["labels"], batch["loss_mask"])

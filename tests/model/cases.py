@@ -1,0 +1,97 @@
+"""What the ranks run: a short fit of the sharded, factored model on real DeepSpeed engines."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_ligo.config import ParallelSection, TrainingSection
+from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
+from megatron_ligo.model.runtime import Runtime
+from megatron_ligo.model.source import Source
+from megatron_ligo.parallel import mesh as meshes
+from megatron_ligo.training.collect import collect
+from megatron_ligo.training.engine import Engine
+from tests.model.reference import make_operator, materialise
+from tests.tiny import hf_llama, llama_dims, memory_of, tokens
+
+SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}
+LARGE = {"num_layers": 5, "hidden_size": 32, "ffn_size": 48, "num_heads": 16, "num_kv_heads": 8}
+BATCH, LENGTH, STEPS = 8, 12, 10
+
+
+def batches(dims, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    drawn = [tokens(dims, BATCH, LENGTH + 1, seed=100 + step) for step in range(steps)]
+    return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in drawn]
+
+
+def micro(batch, mesh, size: int) -> list[dict]:
+    """This rank's micro-batches: sample (m dp + r) size + i of the batch."""
+    ids, labels = batch
+    count = BATCH // (mesh.dp * size)
+    parts = []
+    for m in range(count):
+        first = (m * mesh.dp + mesh.dp_rank) * size
+        rows = slice(first, first + size)
+        parts.append({"tokens": ids[rows], "labels": labels[rows], "loss_mask": torch.ones(size, LENGTH)})
+    return parts
+
+
+def fit(
+    tp=1,
+    pp=1,
+    zero=1,
+    micro_size=1,
+    optimizer="adamw",
+    lr=1e-3,
+    clip=0.05,
+    settings=None,
+    small=None,
+    large=None,
+    recompute=False,
+    tokens_at_once=64,
+    sabotage=None,
+    ds_config="",
+):
+    """(losses, norms, operator, grown weights, desync) after STEPS steps at a layout; tensors on rank 0 only."""
+    small = llama_dims(**{**SMALL, **(small or {})})
+    mesh = meshes.make(tp, pp)
+    operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
+    source_reader = memory_of(hf_llama(small), small)
+    run = TrainingSection(
+        steps=STEPS,
+        optimizer=optimizer,
+        lr=lr,
+        clip=clip,
+        global_batch_size=BATCH,
+        micro_batch_size=micro_size,
+        parallel=ParallelSection(tp=tp, pp=pp, zero=zero, ds_config=ds_config),
+    )
+    runtime = Runtime(
+        operator,
+        Source(source_reader, mesh, zero),
+        mesh,
+        torch.float32,
+        micro_batches=1 if zero == 3 else BATCH // (mesh.dp * micro_size),
+        tokens_per_step=tokens_at_once,
+        recompute=recompute,
+    )
+    if sabotage:
+        sabotage()
+    module = GrownPipeline(runtime) if pp > 1 else GrownModel(runtime)
+
+    def moved():
+        runtime.generation += 1
+
+    groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
+    engine = Engine(module, mesh, run, groups, after_update=moved)
+    losses, norms = [], []
+    for batch in batches(small):
+        loss, norm = engine.train_step(micro(batch, mesh, micro_size))
+        losses.append(loss)
+        norms.append(norm)
+    values = collect(module, runtime)
+    engine.engine.destroy()
+    if not values:
+        return None
+    with torch.no_grad():
+        return losses, norms, values, materialise(operator, source_reader, values)

@@ -1,0 +1,88 @@
+"""The fit in one process of plain torch: the reference that every sharded run is held against.
+
+Independent of model/: a Hugging Face Llama runs on weights that are materialised from the operator's tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.rows import Use, layer_of, pattern_of
+from megatron_ligo.config import LargeSection, OperatorSection
+from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.growth.maps import grow_row
+from megatron_ligo.growth.operator import Operator, short
+from tests.tiny import hf_llama, hf_name, memory_of
+
+
+def make_operator(small, large: dict, settings: dict) -> Operator:
+    return initial_operator(small, LargeSection(**large), OperatorSection(**settings))
+
+
+def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every grown weight, differentiable in `values` (the operator's tensors), by canonical key."""
+    grown = {}
+    for key in operator.arch.keys(operator.large):
+        row, layer = operator.arch.row(key), layer_of(key)
+        if layer is None:
+            mixed = source.read(key)
+        else:
+            stack = torch.stack([source.read(pattern_of(key).format(i)) for i in range(operator.small.num_layers)])
+            mixed = torch.tensordot(values[f"depth.{short(row)}"][layer], stack, dims=1)
+        if row.axes[0].use is Use.SCALES:
+            grown[key] = _gain(operator, values, row, mixed)
+        else:
+            grown[key] = grow_row(row, mixed, _matrix(operator, values, layer), operator.large, operator.structure)
+    return grown
+
+
+def _gain(operator, values, row, mixed):
+    if not operator.copied_gains:
+        return values["width.residual.expand"] @ mixed
+    return mixed[values["gain.source"]] * values["gain.layers" if row.in_layer else "gain.final"]
+
+
+def _matrix(operator, values, layer):
+    def of(lift, use):
+        if use is Use.READS and operator.has_contract(lift.map):
+            return values[operator.width_name(lift.map, "contract", layer)].t()
+        expand = values[operator.width_name(lift.map, "expand", layer)]
+        if operator.setting("identity", lift.map) == "frozen":
+            kept = operator.maps[lift.map].small
+            expand = torch.cat([torch.eye(kept), expand[kept:]])
+        return expand
+
+    return of
+
+
+def run(
+    small, large: dict, settings: dict, batches: list[tuple[Tensor, Tensor]], optimizer: str, lr: float, clip: float
+):
+    """(losses, gradient norms, operator, grown weights) of plain torch training on the whole batches."""
+    operator = make_operator(small, large, settings)
+    source = memory_of(hf_llama(small), small)
+    values = {name: operator.tensor(name).clone() for name in operator.shapes()}
+    learned = {name: tensor.requires_grad_() for name, tensor in values.items() if not name.startswith("gain")}
+    kind = {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        "sgd": lambda p: torch.optim.SGD(p, lr=lr),
+    }
+    stepper = kind[optimizer](list(learned.values()))
+    model = hf_llama(operator.large)
+    names = {key: hf_name(operator.arch, key) for key in operator.arch.keys(operator.large)}
+    losses, norms = [], []
+    for tokens, labels in batches:
+        grown = materialise(operator, source, values)
+        state = {names[key]: tensor for key, tensor in grown.items()}
+        if operator.large.tied:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        logits = torch.func.functional_call(model, state, (tokens,)).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        stepper.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(learned.values(), clip)))
+        stepper.step()
+        losses.append(float(loss))
+    with torch.no_grad():
+        return losses, norms, {n: t.detach() for n, t in values.items()}, materialise(operator, source, values)
