@@ -1,0 +1,49 @@
+"""Growth as a Reader: a large checkpoint whose tensors are computed, one at a time, from a small one.
+
+Whatever writes a checkpoint (convert.py, any format) writes a grown one, and nothing holds it whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.errors import CheckpointError, Faults
+from megatron_ligo.formats.base import WEIGHT, Info, Reader
+from megatron_ligo.growth.operator import Operator
+
+
+class Grown(Reader):
+    """operator applied to source; fp32 (fp64 where the source is fp64)."""
+
+    format = "grown"
+    path = None
+
+    def __init__(self, operator: Operator, source: Reader):
+        check_source(operator, source)
+        self.operator = operator
+        self.source = source
+        self.dims = operator.large
+        self.files = source.files
+        self.carried = source.carried
+
+    def info(self, key: str) -> Info:
+        row = self.arch.row(key)
+        stored = self.source.info(row.key.format(0)).dtype
+        return Info(row.shape(self.dims), torch.promote_types(stored, torch.float32))
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        assert kind == WEIGHT, "moments grow through the dual maps, which this reader does not hold"
+        mixed = self.operator.mix(key, self.source.read)
+        mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
+        return self.operator.grow(key, mixed)
+
+
+def check_source(operator: Operator, source: Reader) -> None:
+    """The source must be of the sizes that the operator was made for."""
+    faults = Faults(f"the operator was made for another small model than {source.path}", CheckpointError)
+    found = source.dims.to_json()
+    for name, expected in operator.small.to_json().items():
+        if found[name] != expected:
+            faults.add(name, expected, found[name])
+    faults.raise_if_any()

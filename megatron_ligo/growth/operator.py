@@ -1,0 +1,199 @@
+"""The growth operator: width maps by space and layer, depth maps by row, and the norm's corrections.
+
+It is a table of small named fp32 tensors, computed one at a time from a seed (`Initial`) or read one at a time
+from a file (growth/file.py). It knows nothing of ranks: a rank takes the rows that it needs.
+
+    width.{map}.expand          (large, small)    width.{map}.{layer}.expand where a layer has its own
+    width.{map}.contract        (small, large)    only where contract is a parameter of its own
+    depth.{row}                 (large layers, small layers)
+    gain.source                 (hidden large,)   int64: the small feature whose gain each large one takes
+    gain.layers, gain.final     (hidden large,)   what that gain is multiplied by
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Row, Use, layer_of, pattern_of
+from megatron_ligo.config import OperatorSection, by_space
+from megatron_ligo.growth import init
+from megatron_ligo.growth.maps import Lift, MapSpec, grow_row, left_inverse, map_specs
+
+
+def residual_write(row: Row) -> bool:
+    """True for rows whose output a layer adds to the residual stream: at zero, the layer changes nothing."""
+    return row.in_layer and row.axes[0].space == "residual" and row.axes[0].use is Use.WRITES
+
+
+def short(row: Row) -> str:
+    """`layers.{}.q` -> `q`."""
+    return row.key.removeprefix("layers.{}.")
+
+
+@dataclass
+class Operator(ABC):
+    """What growth needs to know; `tensor(name)` gives one of the tensors named above (CPU; fp32 or int64)."""
+
+    small: Dims
+    large: Dims
+    settings: OperatorSection
+
+    def __post_init__(self) -> None:
+        self.arch = architectures.get(self.large.arch)
+        self.structure = by_space(self.settings.structure, "groups")
+        self.copied_gains = by_space(self.settings.gain, "residual") == "copied"
+        self.maps: dict[str, MapSpec] = map_specs(self.arch, self.small, self.large, self.structure)
+
+    def setting(self, key: str, name: str) -> str | float:
+        """An [operator] key for one map (or, for depth_init, one row)."""
+        return by_space(getattr(self.settings, key), name)
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor: ...
+
+    def width_name(self, map_name: str, side: str, layer: int | None) -> str:
+        """The tensor that holds a map's side for a layer (None: outside the layers)."""
+        own = self.setting("share", map_name) == "layer"
+        return f"width.{map_name}.{layer}.{side}" if own else f"width.{map_name}.{side}"
+
+    def has_contract(self, map_name: str) -> bool:
+        return self.maps[map_name].read and self.setting("contract", map_name) == "free"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the operator, by name, in file order."""
+        found: dict[str, tuple[int, ...]] = {}
+        for spec in self.maps.values():
+            own = self.setting("share", spec.name) == "layer"
+            for layer in range(self.large.num_layers) if own else [None]:
+                found[self.width_name(spec.name, "expand", layer)] = (spec.large, spec.small)
+                if self.has_contract(spec.name):
+                    found[self.width_name(spec.name, "contract", layer)] = (spec.small, spec.large)
+        for row in self.arch.layer_rows(self.large):
+            found[f"depth.{short(row)}"] = (self.large.num_layers, self.small.num_layers)
+        if self.copied_gains:
+            found |= dict.fromkeys(("gain.source", "gain.layers", "gain.final"), (self.large.hidden_size,))
+        return found
+
+    def num_parameters(self) -> dict[str, int]:
+        """Learned numbers by tensor; frozen identity rows and the gains' constants do not count."""
+        counts = {}
+        for name, shape in self.shapes().items():
+            kind, _, rest = name.partition(".")
+            if kind == "gain":
+                continue
+            counts[name] = shape[0] * shape[1]
+            map_name = rest.partition(".")[0]
+            if kind == "width" and name.endswith("expand") and self.setting("identity", map_name) == "frozen":
+                counts[name] -= shape[1] * shape[1]
+        return counts
+
+    def matrix(self, layer: int | None) -> Callable[[Lift, Use], Tensor]:
+        """The (large x small) matrices that a layer's rows meet."""
+
+        def of(lift: Lift, use: Use) -> Tensor:
+            if use is Use.READS and self.has_contract(lift.map):
+                return self.tensor(self.width_name(lift.map, "contract", layer)).t()
+            return self.tensor(self.width_name(lift.map, "expand", layer))
+
+        return of
+
+    def grow(self, key: str, mixed: Tensor) -> Tensor:
+        """The grown tensor of a large key from the depth-mixed small one, in the dtype of `mixed`."""
+        row, layer = self.arch.row(key), layer_of(key)
+        if row.axes[0].use is Use.SCALES:
+            return self.grow_gain(row, mixed)
+        matrix = self.matrix(layer)
+        return grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.large, self.structure)
+
+    def grow_gain(self, row: Row, mixed: Tensor) -> Tensor:
+        """A norm's gain: that of the copied feature times a constant, or expand times it (official)."""
+        if not self.copied_gains:
+            return self.tensor("width.residual.expand").to(mixed) @ mixed
+        factor = self.tensor("gain.layers" if row.in_layer else "gain.final").to(mixed)
+        return mixed[self.tensor("gain.source")] * factor
+
+    def mix(self, key: str, read: Callable[[str], Tensor]) -> Tensor:
+        """sum_i w[j, i] W_small[i] for a large key, in fp32 or wider; layers at weight zero are not read."""
+        layer = layer_of(key)
+        if layer is None:
+            return read(key)
+        pattern = pattern_of(key)
+        weights = self.tensor(f"depth.{short(self.arch.row(key))}")[layer]
+        sources = [int(i) for i in weights.nonzero().flatten()]
+        first = read(pattern.format(sources[0] if sources else 0))
+        wide = torch.promote_types(first.dtype, torch.float32)
+        mixed = torch.zeros_like(first, dtype=wide)
+        for i in sources:
+            mixed.add_(read(pattern.format(i)).to(wide), alpha=float(weights[i]))
+        return mixed
+
+
+class Initial(Operator):
+    """The operator where a fit starts, from the settings and their seed."""
+
+    def tensor(self, name: str) -> Tensor:
+        kind, rest = name.split(".", 1)
+        if kind == "depth":
+            row = self.arch.row(f"layers.{{}}.{rest}")
+            make = init.DEPTH[self.setting("depth_init", rest)]
+            return make(self.small.num_layers, self.large.num_layers, residual_write(row)).float()
+        if kind == "gain":
+            return self._gain(rest)
+        map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]
+        expand = self._expand(map_name, name)
+        return (expand if side == "expand" else self._contract(map_name, name, expand)).float()
+
+    def initial_expand(self, map_name: str) -> Tensor:
+        """The fp64 expand of a map that all layers share."""
+        return self._expand(map_name, f"width.{map_name}.expand")
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.settings.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def _expand(self, map_name: str, name: str) -> Tensor:
+        spec = self.maps[map_name]
+        stem = name.rsplit(".", 1)[0]
+        generator = self._generator(f"{stem}.expand")
+        expand = init.WIDTH[self.setting("width_init", map_name)](spec.small, spec.large, map_name, generator)
+        noise = self.setting("noise", map_name)
+        if noise and not self.has_contract(map_name) and spec.large > spec.small:
+            fresh = expand[spec.small :]
+            scale = noise * fresh.abs().mean()
+            fresh += scale * torch.randn(fresh.shape, generator=generator, dtype=torch.float64)
+        return expand
+
+    def _contract(self, map_name: str, name: str, expand: Tensor) -> Tensor:
+        """A left inverse of expand; noise goes where expand cannot see it, so that it stays one."""
+        contract = left_inverse(expand)
+        noise = self.setting("noise", map_name)
+        if noise:
+            drawn = torch.randn(contract.shape, generator=self._generator(name), dtype=torch.float64)
+            hidden = drawn - (drawn @ expand) @ contract
+            contract = contract + noise * contract.std() * hidden
+        return contract
+
+    def _gain(self, which: str) -> Tensor:
+        expand = self.initial_expand("residual")
+        source = expand.abs().argmax(dim=1)
+        if which == "source":
+            return source
+        gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
+        if which == "final" and self.large.tied:
+            # A tied head reads with expand^T: each feature must come back once, however often it was copied.
+            gain /= (expand * expand).sum(dim=0)[source]
+        return gain.float()
+
+
+def variance_ratio(expand: Tensor) -> float:
+    """c D1 / D2 with expand^T expand = c I (its mean where it is no multiple of I): the mean square of the grown
+    residual stream over that of the small one."""
+    return float((expand * expand).sum() / expand.shape[0])

@@ -1,0 +1,60 @@
+"""The device, its backend and its precisions, through DeepSpeed's accelerator; and every shim for CPU.
+
+Nothing else in the code asks what machine it runs on. Megatron-core 0.16 to 0.19 calls CUDA in a few
+places whatever the device is; `prepare()` answers those calls where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megatron_ligo.errors import ConfigError, message
+
+
+def on_cpu() -> bool:
+    return get_accelerator().device_name() == "cpu"
+
+
+def device() -> torch.device:
+    """This process's device (`cpu`, or the current GPU)."""
+    return torch.device("cpu") if on_cpu() else torch.device(get_accelerator().current_device_name())
+
+
+def backend() -> str:
+    """The communication backend that goes with the device: nccl, gloo, ..."""
+    return "gloo" if on_cpu() else get_accelerator().communication_backend_name()
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """fp32 or bf16 as a torch dtype; a precision that the device cannot compute in is refused."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16" and get_accelerator().is_bf16_supported():
+        return torch.bfloat16
+    raise ConfigError(
+        message("precision", "fp32, or bf16 where the device has it", precision, "Set precision = 'fp32'.")
+    )
+
+
+def have_transformer_engine() -> bool:
+    return not on_cpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def fast_bf16() -> bool:
+    """True where bf16 matrix products are faster than fp32 ones (GPUs; CPUs with AVX512-BF16 or AMX)."""
+    if not on_cpu():
+        return bool(get_accelerator().is_bf16_supported())
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def prepare() -> None:
+    """The CPU shims. Call once in each process before Megatron-core builds a module; does nothing on a GPU."""
+    if not on_cpu():
+        return
+    # Megatron-core (0.16.1, 0.19.2) places parameters and loaded tensors on torch.cuda.current_device().
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    # dist_checkpointing (0.16.1) waits for the device before it writes.
+    torch.cuda.synchronize = lambda device=None: None

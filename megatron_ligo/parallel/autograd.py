@@ -1,0 +1,69 @@
+"""Communication with a gradient. A map's gradient is reduced per USE of the map, never per parameter.
+
+A use is *partial* where each tensor-parallel rank sees only its rows of the result, and *complete* where
+every rank computes the same thing. Only partial uses go through `copy_to`. (A hook on the finished .grad
+multiplies the complete part by tp: 11% wrong after ten steps, with replicas in perfect agreement.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # A copy: the incoming gradient may be shared with other users, and may not be contiguous.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _GatherPartial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        ranks = dist.get_world_size(group)
+        out = x.new_empty(ranks * x.numel())
+        dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=group)
+        return out.view(ranks, *x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out = grad.new_empty(grad[0].numel())
+        dist.reduce_scatter_tensor(out, grad.contiguous().view(-1), group=ctx.group)
+        return out.view(grad.shape[1:]), None
+
+
+def copy_to(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Identity; the gradient is summed over the group."""
+    return x if dist.get_world_size(group) == 1 else _CopyTo.apply(x, group)
+
+
+def reduce_from(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the group; the gradient passes unchanged."""
+    return x if dist.get_world_size(group) == 1 else _ReduceFrom.apply(x, group)
+
+
+def gather_partial(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(...) on each rank -> (ranks, ...) on every rank; the gradient is summed over the ranks, each takes its part."""
+    return x.unsqueeze(0) if dist.get_world_size(group) == 1 else _GatherPartial.apply(x, group)

@@ -1,0 +1,139 @@
+"""The process mesh: who this rank is, and its groups. The only reader of process groups in the code."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ligo.errors import LayoutError, LigoError, message
+from megatron_ligo.parallel import accelerator
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes, this rank's coordinates (tp fastest, then dp, then pp: Megatron's order) and its groups.
+
+    mix_group holds the ranks among which a stage's source weights are divided (see model/source.py).
+    """
+
+    tp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    tp_dp_group: dist.ProcessGroup
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def rank(self) -> int:
+        return (self.pp_rank * self.dp + self.dp_rank) * self.tp + self.tp_rank
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    def rank_of(self, tp: int, pp: int, dp: int = 0) -> int:
+        """Global rank at a coordinate."""
+        return (pp * self.dp + dp) * self.tp + tp
+
+
+def start(timeout_minutes: float = 10.0) -> None:
+    """Joins the process group that the launcher describes (one process where there is no launcher)."""
+    if dist.is_initialized():
+        return
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.backend(),
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        do = "If the port is in use, choose another with --master_port."
+        raise LayoutError(message(where, "a free port that every process reaches", error, do)) from error
+
+
+def make(tp: int, pp: int) -> Mesh:
+    """Divides the processes into tp x pp x dp; dp is what remains. Collective over all processes."""
+    world = dist.get_world_size()
+    if world % (tp * pp):
+        do = "Start that many processes, or change tp and pp."
+        raise LayoutError(message("processes", f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}", world, do))
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp, pp)
+    return Mesh(
+        tp=tp,
+        pp=pp,
+        dp=world // (tp * pp),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
+    )
+
+
+def agree(error: LigoError | None) -> None:
+    """All ranks raise the same error if any has one. Call it on every rank before work that cannot be undone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error:
+            raise error
+        return
+    found: list[LigoError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, error)
+    for rank, other in enumerate(found):
+        if other is not None:
+            shared = type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}")
+            shared.agreed = True
+            raise shared
+
+
+class Mpu:
+    """What DeepSpeed asks of Megatron when there is no pipeline (with one, its own grid answers)."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.tp_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.dp_group
