@@ -228,7 +228,13 @@ LLAMA = Architecture(
         "rope_scaling": "rope_scaling",
         "sliding_window": "sliding_window",
     },
-    fixed_hf={"hidden_act": "silu", "mlp_bias": False},
+    fixed_hf={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
+    implied={
+        "llama": {"qkv_bias": False, "sliding_window": None},
+        "mistral": {"qkv_bias": False},
+        "qwen2": {"qkv_bias": True, "sliding_window": None},
+    },
+    ignored={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
     gguf={
         "block_count": "num_layers",
         "embedding_length": "hidden_size",

@@ -118,7 +118,8 @@ class Architecture:
 
     norm: "rms" or "layer". hf and gguf: `{config key: Dims field}` of those formats' headers; fixed_hf:
     values that a Hugging Face config must have (or lack) for the table to describe the network;
-    model_types: Hugging Face `model_type` -> `architectures` entry.
+    model_types: Hugging Face `model_type` -> `architectures` entry; implied: what a `model_type` settles about the
+    sizes, whatever its config says. ignored: by format, patterns (fnmatch) of stored names that are no weights.
     """
 
     name: str
@@ -128,6 +129,8 @@ class Architecture:
     hf: Mapping[str, str]
     fixed_hf: Mapping[str, object] = field(default_factory=dict)
     gguf: Mapping[str, str] = field(default_factory=dict)
+    implied: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def by_key(self) -> Mapping[str, Row]:

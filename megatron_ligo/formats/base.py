@@ -1,17 +1,20 @@
 """What every format gives and takes: a Reader of canonical tensors, and a writer that pulls from one.
 
 A format is one module of this folder with
-    NAME: str                                     the word users type
-    recognise(path: Path) -> bool                 by looking (names and a few bytes), never by loading
-    open(path: Path) -> Reader                    reads headers only; all faults of the headers in one error
-    write(source: Reader, folder: Path, options)  optional; pulls tensors one at a time, writes into `folder`
+    NAME: str                                the word users type
+    LOOKS: str                               what `recognise` looks for, in words, for the error that nothing was found
+    recognise(path: Path) -> bool            by looking (names and a few bytes), never by loading
+    open(path: Path) -> Reader               reads headers only; all faults of the headers in one error
+    write(source: Reader, out: Output, options)   optional; names its files and what is in them (output.py)
+    DTYPE: torch.dtype                       optional: the one dtype that the format stores
+    CARRIES_MOMENTS: bool                    optional: `write` stores Adam's moments and the step if the source has them
 It is found by looking into the folder: nothing else needs an edit.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +39,10 @@ class Info:
 
 @dataclass
 class WriteOptions:
-    """dtype: cast to it (None keeps each tensor's own); tp, pp: the layout written, where the format has one."""
+    """dtype: cast to it (None keeps each tensor's own); tp, pp: the layout written, where the format has one.
+
+    extra: what a single format asks for besides, by name (its `write` says which).
+    """
 
     dtype: torch.dtype | None = None
     tp: int = 1
@@ -57,6 +63,7 @@ class Reader(ABC):
     step: int = 0  # optimizer steps taken, 0 where unknown
     layout: dict = {}  # tp, pp, ... as stored; {} for formats without
     files: tuple[Path, ...] = ()  # tokenizer and the like, carried along by name
+    carried: Mapping[str, object] = {}  # Hugging Face config keys that are no sizes (token ids, ...), verbatim
 
     @property
     def arch(self) -> Architecture:
@@ -80,6 +87,15 @@ class Reader(ABC):
 
     def row(self, key: str) -> Row:
         return self.arch.row(key)
+
+    def fingerprint(self) -> object | None:
+        """What must be unchanged (JSON) for a conversion that was interrupted to go on; None: it starts anew."""
+        if self.path is None:
+            return None
+        found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        stats = [(file, file.stat()) for file in found if file.is_file()]
+        root = self.path if self.path.is_dir() else self.path.parent
+        return [[str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
     def close(self) -> None:  # noqa: B027 - most readers hold nothing open
         pass

@@ -1,0 +1,121 @@
+"""Hugging Face folders: config.json beside safetensors, single or sharded with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ligo import packing
+from megatron_ligo.errors import CheckpointError, Faults, message
+from megatron_ligo.formats import hf_config
+from megatron_ligo.formats.base import WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.formats.hf_shards import INDEX, SINGLE, find_shards
+from megatron_ligo.formats.output import Output, later
+
+NAME = "hf"
+LOOKS = f"config.json beside {SINGLE} or {INDEX}"
+SHARD_BYTES = 5_000_000_000
+# Tokenizers, generation settings, chat templates, licences: what makes a folder of weights a model to use.
+CARRIED = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def recognise(path: Path) -> bool:
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return (folder / hf_config.CONFIG).is_file() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
+
+
+def open(path: Path) -> HfReader:
+    return HfReader(path.parent if path.is_file() else path)
+
+
+class HfReader(Reader):
+    """Canonical tensors as views of mapped files."""
+
+    format = NAME
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        config = hf_config.load(folder / hf_config.CONFIG)
+        self.dims = hf_config.dims_of(config, str(folder / hf_config.CONFIG))
+        self.carried = hf_config.carried_of(config)
+        self.files = tuple(sorted({file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}))
+        self._shards = find_shards(folder)
+        self._stored, self._doubles = self._check()
+        self._items = {key: item for item in self._stored.values() for key in item.keys}
+
+    def info(self, key: str) -> Info:
+        dtype = self._shards.dtype(self._items[key].name)
+        return Info(self.row(key).shape(self.dims), dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        assert kind == WEIGHT, "this format holds no optimizer state"
+        item = self._items[key]
+        tensor = self._shards.tensor(item.name)
+        for double in self._doubles.pop(key, ()):
+            if not torch.equal(tensor, self._shards.tensor(double)):
+                what = "Is tie_word_embeddings true by mistake?"
+                raise CheckpointError(message(f"{self.path}: {double}", f"the bits of {item.name}", "others", what))
+        return item.part(tensor, key, self.dims)
+
+    def close(self) -> None:
+        self._shards.close()
+
+    def _check(self) -> tuple[dict[str, packing.Stored], dict[str, list[str]]]:
+        """Every expected tensor with its shape and dtype, and nothing else. Tied heads may be stored beside."""
+        found = self._shards.names()
+        faults = Faults(f"{self.path} does not hold the model of its config.json", CheckpointError)
+        faults.lines += self._shards.faults
+        if self.dims.num_layers > len(found):
+            # A lying config must not make us list a million layers.
+            faults.add("num_layers", f"no more than the {len(found)} tensors found", self.dims.num_layers)
+            faults.raise_if_any()
+        stored = packing.stored(self.arch, self.dims, NAME)
+        doubles, allowed = {}, {}
+        for row in self.arch.rows:
+            if row.tied_to and self.dims.tied and row.slots[NAME].name in found:
+                doubles.setdefault(row.tied_to, []).append(row.slots[NAME].name)
+                allowed[row.slots[NAME].name] = row.shape(self.dims)
+        expected = {name: item.shape(self.dims) for name, item in stored.items()} | allowed
+        self._shards.check(expected, self.arch.ignored.get(NAME, ()), faults)
+        faults.raise_if_any()
+        return stored, doubles
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Shards of at most `extra["shard_bytes"]` (default 5 GB), their index where there are several, the config."""
+    stored = packing.stored(source.arch, source.dims, NAME)
+    tensors = {name: later(source, item) for name, item in stored.items()}
+    dtypes = [tensor.dtype for tensor in tensors.values()]
+    dtype = max(set(dtypes), key=dtypes.count)
+    out.json(hf_config.CONFIG, hf_config.config_of(source.dims, source.carried, dtype))
+    shards = list(
+        _shards({name: t.nbytes for name, t in tensors.items()}, options.extra.get("shard_bytes", SHARD_BYTES))
+    )
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        out.safetensors(file, {name: tensors[name] for name in names}, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        out.json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file in source.files:
+        out.copy(file)
+
+
+def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in order, cut where a shard would grow beyond the limit; a tensor larger than it has its own."""
+    shard, filled = [], 0
+    for name, size in sizes.items():
+        if shard and filled + size > limit:
+            yield shard
+            shard, filled = [], 0
+        shard.append(name)
+        filled += size
+    yield shard

@@ -1,0 +1,182 @@
+"""Hugging Face config.json to Dims and back, driven by the architecture's literal.
+
+A key that a config leaves out has the value that transformers gives its family: only then is transformers asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Architecture
+from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message, nearest
+
+CONFIG = "config.json"
+# Said anew by whoever writes, or (the last two) refused where it says something.
+NOT_CARRIED = (
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "rope_parameters",
+    "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "quantization_config", "auto_map",
+)  # fmt: skip
+ROPE = ("rope_theta", "rope_scaling")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def load(path: Path) -> dict:
+    """The config file of a checkpoint, as JSON says it."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(message(f"{path}", "the checkpoint's config", "nothing there")) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(message(f"{path}", "JSON", f"a fault in it: {error}")) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(message(f"{path}", "a JSON object", type(config).__name__))
+    return config
+
+
+def architecture(config: Mapping, where: str) -> Architecture:
+    """The architecture whose table describes a config's `model_type`."""
+    known = {name: arch for arch in architectures.architectures().values() for name in arch.model_types}
+    name = config.get("model_type")
+    if name not in known:
+        do = nearest(str(name), known)
+        raise CheckpointError(message(f"{where}: model_type", "a known family", repr(name), do))
+    return known[name]
+
+
+def dims_of(config: Mapping, where: str) -> Dims:
+    """The sizes that a config states. Raises CheckpointError with everything that the table cannot express."""
+    arch = architecture(config, where)
+    faults = Faults(f"{where} describes a network that this program cannot hold", CheckpointError)
+    _refuse_features(config, arch, faults)
+    sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
+    sizes |= arch.implied.get(config["model_type"], {})
+    for key, name in arch.hf.items():
+        if key not in ROPE and name not in sizes:
+            sizes[name] = _stated(config, key, where)
+    if "rope_theta" in arch.hf:
+        sizes |= _rope(config, where, faults)
+    _follow(sizes)
+    _check_kinds(sizes, faults)
+    _check_layer_types(config, sizes, faults)
+    faults.raise_if_any()
+    try:
+        return Dims.from_json(sizes)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _refuse_features(config: Mapping, arch: Architecture, faults: Faults) -> None:
+    for key, value in arch.fixed_hf.items():
+        if key in config and config[key] != value:
+            faults.add(key, repr(value), repr(config[key]))
+    if config.get("quantization_config") is not None:
+        faults.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
+    if config.get("auto_map") is not None:
+        faults.add("auto_map", "none", "one", "The model's code is its own: it may compute something else.")
+
+
+def _stated(config: Mapping, key: str, where: str) -> object:
+    """A config's value for a key, or what its family takes when the config leaves it out."""
+    # Every family takes hidden_size / heads.
+    if key in config or key == "head_dim":
+        return config.get(key)
+    return getattr(_as_transformers_reads(config, where), key, None)
+
+
+def _as_transformers_reads(config: Mapping, where: str) -> object:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[config["model_type"]](**config)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise CheckpointError(message(where, "a config that transformers takes", found)) from None
+
+
+def _rope(config: Mapping, where: str, faults: Faults) -> dict[str, object]:
+    """`rope_base` and `rope_scaling` out of either form: today's rope_parameters, or rope_theta and rope_scaling."""
+    parameters = config.get("rope_parameters")
+    scaling = config.get("rope_scaling") if parameters is None else parameters
+    scaling = {} if scaling is None else scaling
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        faults.add("rope_parameters", "one set of plain values for all layers", repr(scaling))
+        return {"rope_base": 1.0}
+    scaling = dict(scaling)
+    partial = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        faults.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
+    base = scaling.pop("rope_theta", config.get("rope_theta"))
+    if base is None:
+        base = _as_transformers_reads(config, where).rope_parameters["rope_theta"]
+    if "type" in scaling:
+        scaling.setdefault("rope_type", scaling.pop("type"))
+    plain = scaling.get("rope_type", "default") == "default"
+    return {"rope_base": base, "rope_scaling": None if plain else scaling}
+
+
+def _follow(sizes: dict) -> None:
+    """What follows from other sizes where a config says nothing (or null)."""
+    hidden, heads = sizes.get("hidden_size"), sizes.get("num_heads")
+    if not all(type(size) is int and size > 0 for size in (hidden, heads)):
+        return
+    for name, value in (("head_dim", hidden // heads), ("num_kv_heads", heads), ("ffn_size", 4 * hidden)):
+        if sizes.get(name) is None:
+            sizes[name] = value
+
+
+def _check_kinds(sizes: dict, faults: Faults) -> None:
+    """JSON has any kind of value in any place; Dims checks the other sizes itself."""
+    for name in ("norm_eps", "rope_base"):
+        if type(sizes.get(name)) is int:
+            sizes[name] = float(sizes[name])
+    kinds = {"norm_eps": float, "rope_base": float, "tied": bool, "max_positions": int, "sliding_window": int}
+    for name, kind in kinds.items():
+        value = sizes.get(name)
+        if value is None and name in ("rope_base", "sliding_window"):
+            continue
+        if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
+            faults.add(name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
+
+
+def _check_layer_types(config: Mapping, sizes: dict, faults: Faults) -> None:
+    types = config.get("layer_types")
+    expected = "full_attention" if sizes.get("sliding_window") is None else "sliding_attention"
+    if types is not None and (not isinstance(types, list) or set(map(str, types)) != {expected}):
+        faults.add("layer_types", f"{expected} in every layer", repr(types))
+
+
+def carried_of(config: Mapping) -> dict[str, object]:
+    """The keys of a config that are neither sizes nor said anew by whoever writes: token ids and the like."""
+    arch = architecture(config, CONFIG)
+    stated = {*arch.hf, *arch.fixed_hf, *NOT_CARRIED}
+    return {key: value for key, value in config.items() if key not in stated}
+
+
+def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> dict:
+    """A config.json that transformers 5 and its forerunners read to the same numbers.
+
+    Raises CheckpointError where the family's config cannot say what the sizes say.
+    """
+    arch = architectures.get(dims.arch)
+    faults = Faults(f"a {dims.model_type} config cannot express this network", CheckpointError)
+    for name, value in arch.implied.get(dims.model_type, {}).items():
+        if getattr(dims, name) != value:
+            faults.add(name, repr(value), repr(getattr(dims, name)), "Another model_type may.")
+    faults.raise_if_any()
+    name = str(dtype).removeprefix("torch.")
+    config = {"architectures": [arch.model_types[dims.model_type]], "model_type": dims.model_type}
+    # Token ids that nobody knows are null: left out, they would be the family's.
+    config |= dict.fromkeys(TOKEN_IDS)
+    config |= carried
+    config |= {key: getattr(dims, field) for key, field in arch.hf.items()}
+    config |= arch.fixed_hf
+    if "rope_theta" in arch.hf:
+        scaling = dict(dims.rope_scaling or {})
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": dims.rope_base} | scaling
+    return config | {"dtype": name, "torch_dtype": name}

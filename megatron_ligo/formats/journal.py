@@ -1,0 +1,59 @@
+"""What an interrupted conversion had done: one JSON line for each thing that is whole.
+
+Lines are not fsynced one by one: whoever goes on compares the digest in the line with the bytes on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+class Journal:
+    """A dict of JSON values that survives the process; without a path, one that does not.
+
+    A key is a list of words: ("read", key, kind), ("wrote", file, part).
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.entries: dict[tuple[str, ...], object] = {}
+        self._file = None
+        if path is None:
+            return
+        whole = self._load(path)
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        # A line that was cut off by the end of the process is not one.
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def _load(self, path: Path) -> int:
+        """Reads the whole lines; returns their length in bytes."""
+        whole = 0
+        if not path.exists():
+            return whole
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    key, value = json.loads(line)
+                    key = tuple(key)
+                except (ValueError, TypeError):
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                self.entries[key] = value
+                whole += len(line)
+        return whole
+
+    def get(self, *key: str) -> object | None:
+        return self.entries.get(key)
+
+    def add(self, *key: str, value: object) -> None:
+        self.entries[key] = value
+        if self._file:
+            self._file.write(json.dumps([key, value]).encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None

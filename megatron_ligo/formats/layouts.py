@@ -1,0 +1,114 @@
+"""Where the bytes of each tensor lie in a file of tensors: the file is laid out first and filled tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.serialization import skip_data
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+# Sizes of the fixed parts of a zip archive's headers.
+LOCAL_HEADER, CENTRAL_HEADER = 30, 46
+
+
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made when its turn to be written comes. `make` gives this shape and dtype, on the CPU."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie in a file. checksums: offsets at which a zip archive notes their CRC-32."""
+
+    name: str
+    offset: int
+    checksums: tuple[int, ...]
+    later: Later
+
+
+def safetensors(tensors: Mapping[str, Later], metadata: Mapping[str, str]) -> tuple[bytes, list[Place]]:
+    """The header of a safetensors file and the places of its tensors, which follow it without a gap."""
+    # Wide dtypes first, as the library orders them: each tensor is then aligned to its own items.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets, end = [], 0
+    for name, later in ordered:
+        start, end = end, end + later.nbytes
+        offsets.append(start)
+        dtype = SAFETENSORS_DTYPES[later.dtype]
+        table[name] = {"dtype": dtype, "shape": list(later.shape), "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    places = [
+        Place(name, len(header) + start, (), later) for (name, later), start in zip(ordered, offsets, strict=True)
+    ]
+    return header, places
+
+
+def torch_skeleton(path: Path, tree: object) -> list[Place]:
+    """Writes what torch.save writes for a tree of plain data and `Later`, but for the tensors' bytes (holes)."""
+    found: list[tuple[str, Later]] = []
+    # Storages that nobody touches take no memory; torch numbers them in the order in which it meets them.
+    with skip_data():
+        torch.save(_hollow(tree, "", found), path)
+    records = _records(path)
+    return [Place(name, *records[f"data/{number}"], later) for number, (name, later) in enumerate(found)]
+
+
+def _hollow(tree: object, name: str, found: list[tuple[str, Later]]) -> object:
+    if isinstance(tree, Later):
+        found.append((name, tree))
+        return torch.empty(tree.shape, dtype=tree.dtype)
+    if isinstance(tree, dict):
+        return {key: _hollow(value, f"{name}/{key}", found) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_hollow(value, f"{name}/{i}", found) for i, value in enumerate(tree))
+    return tree
+
+
+def _records(path: Path) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Offset of the data of each record of a zip archive, and the two offsets of its CRC-32."""
+    found = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entry = archive.start_dir
+        for info in archive.infolist():
+            data = info.header_offset + LOCAL_HEADER + sum(_read(file, info.header_offset + 26, "<HH"))
+            # After the data comes a descriptor: its signature (4 bytes), then the CRC-32.
+            found[info.filename.partition("/")[2]] = (data, (data + info.file_size + 4, entry + 16))
+            entry += CENTRAL_HEADER + sum(_read(file, entry + 28, "<HHH"))
+    return found
+
+
+def _read(file: BinaryIO, offset: int, form: str) -> tuple[int, ...]:
+    file.seek(offset)
+    return struct.unpack(form, file.read(struct.calcsize(form)))

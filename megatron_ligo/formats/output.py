@@ -1,0 +1,131 @@
+"""Where a format's writer puts its files: tensors one at a time, each noted in a journal when it is whole.
+
+A writer says what a file holds; the bytes, their order on the disk, the journal and fsync are decided here. What the
+journal knows to be whole (and whose bytes are still the same) is not written again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.formats import digest
+from megatron_ligo.formats.base import WEIGHT, Reader
+from megatron_ligo.formats.journal import Journal
+from megatron_ligo.formats.layouts import Later, Place, safetensors, torch_skeleton
+from megatron_ligo.packing import Stored
+
+# A write of 2 GiB and more is cut short by the system.
+CHUNK = 1 << 30
+
+
+def later(source: Reader, item: Stored, kind: str = WEIGHT) -> Later:
+    """A whole (global, unpadded) stored tensor, to be made from its canonical parts."""
+    dims = source.dims
+    return Later(
+        item.shape(dims),
+        one_dtype(source, item, kind),
+        lambda: item.whole([source.read(key, kind) for key in item.keys], dims),
+    )
+
+
+def one_dtype(source: Reader, item: Stored, kind: str = WEIGHT) -> torch.dtype:
+    """The dtype of a stored tensor: that of its parts, which must be one."""
+    if kind != WEIGHT:
+        return torch.float32
+    found = {source.info(key).dtype for key in item.keys}
+    if len(found) > 1:
+        names = ", ".join(sorted(map(str, found)))
+        raise CheckpointError(message(item.name, "parts of one dtype", names, "Choose one with --dtype."))
+    return found.pop()
+
+
+class Output:
+    """A folder under construction. Names of files are relative to it, with `/`."""
+
+    def __init__(self, folder: Path, journal: Journal | None = None):
+        self.folder = folder
+        self.journal = journal or Journal()
+        self.written: list[str] = []
+
+    def safetensors(self, name: str, tensors: Mapping[str, Later], metadata: Mapping[str, str] | None = None) -> None:
+        """A safetensors file."""
+        header, places = safetensors(tensors, metadata or {})
+        size = len(header) + sum(place.later.nbytes for place in places)
+        path = self._path(name)
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            file.write(header)
+            file.truncate(size)
+        self._fill(name, path, places)
+
+    def torch(self, name: str, tree: object) -> None:
+        """What torch.save writes for a tree (dict, list, tuple) of plain data with `Later` for its tensors."""
+        path = self._path(name)
+        # The archive bears the file's name inside, so the skeleton has the same one.
+        aside = self._path(f".skeleton/{path.name}")
+        places = torch_skeleton(aside, tree)
+        if path.exists() and path.stat().st_size == aside.stat().st_size:
+            aside.unlink()
+        else:
+            aside.replace(path)
+        aside.parent.rmdir()
+        self._fill(name, path, places)
+
+    def json(self, name: str, value: object) -> None:
+        self.text(name, json.dumps(value, indent=2) + "\n")
+
+    def text(self, name: str, text: str) -> None:
+        self.file(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def copy(self, source: Path, name: str | None = None) -> None:
+        """A file carried along."""
+        self.file(name or source.name, lambda path: shutil.copyfile(source, path))
+
+    def file(self, name: str, write: Callable[[Path], object]) -> None:
+        """A file that `write` makes at the path it is given (always anew: for what is small)."""
+        path = self._path(name)
+        write(path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        self.written.append(name)
+
+    def _path(self, name: str) -> Path:
+        path = self.folder / name
+        assert path.resolve().is_relative_to(self.folder.resolve()), f"{name} is outside of the folder"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _fill(self, name: str, path: Path, places: list[Place]) -> None:
+        with path.open("r+b") as file:
+            for place in places:
+                known = self.journal.get("wrote", name, place.name)
+                if known is None or known != digest.of_part(path, place.offset, place.later.nbytes):
+                    self.journal.add("wrote", name, place.name, value=_put(file.fileno(), place))
+            os.fsync(file.fileno())
+        self.written.append(name)
+
+
+def _put(descriptor: int, place: Place) -> str:
+    """Makes a tensor and writes its bytes; returns their digest."""
+    tensor = place.later.make()
+    found = (tuple(tensor.shape), tensor.dtype)
+    assert found == (place.later.shape, place.later.dtype), f"{place.name}: promised {place.later}, made {found}"
+    data = digest.raw(tensor)
+    for start in range(0, len(data), CHUNK):
+        chunk = data[start : start + CHUNK]
+        written = os.pwrite(descriptor, chunk, place.offset + start)
+        if written != len(chunk):
+            raise OSError(f"wrote {written} of {len(chunk)} bytes")
+    if place.checksums:
+        crc = struct.pack("<I", zlib.crc32(data))
+        for offset in place.checksums:
+            os.pwrite(descriptor, crc, offset)
+    return digest.of_bytes(data)
