@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -167,6 +168,8 @@ def _chunks(texts: Texts) -> Iterator[list[str]]:
 
 def _load(folder: str, eod: str) -> None:
     global _worker_tokenizer
+    # An interrupt reaches every process of the terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Threads of the library in each of the workers would only fight.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = load_tokenizer(folder, eod)

@@ -1,0 +1,159 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard events, and a progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.parallel import accelerator
+
+FILE = "metrics.jsonl"
+KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
+# The time left is judged by this many of the last steps.
+RECENT = 20
+
+
+class Metrics:
+    """One JSON object a step in OUTPUT/metrics.jsonl, events in OUTPUT/tensorboard, a line on the terminal.
+
+    `tokens`, `flops` and `seconds` in the file are totals of the run so far (all ranks' tokens and FLOPs; seconds of
+    steps, without what a restart lost), so that any two columns make a curve. Steps count from 1. Does nothing where
+    not `enabled` (ranks other than 0). Use it as a context manager, or `close` it.
+    """
+
+    def __init__(self, output_dir: str | Path, enabled: bool, total_steps: int, done_steps: int = 0):
+        """done_steps: the step of the checkpoint that is resumed; later lines in the file are cut off."""
+        self.enabled = enabled
+        self._totals = {"tokens": 0, "flops": 0, "seconds": 0.0}
+        if not enabled:
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        last = _cut(folder / FILE, done_steps)
+        self._totals.update({key: last[key] for key in self._totals if key in last})
+        self._file = (folder / FILE).open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done_steps + 1)
+        self._line = _Line(total_steps, done_steps)
+
+    def log(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        tokens: int,
+        flops: float,
+        seconds: float,
+        grad_norm: float,
+        **extra: float,
+    ) -> None:
+        """Records one step. tokens, flops, seconds: this step's own; extra: more values, such as eval_loss."""
+        if not self.enabled:
+            return
+        for key, amount in (("tokens", tokens), ("flops", flops), ("seconds", seconds)):
+            self._totals[key] += amount
+        row = {"step": step, "loss": loss, "lr": lr, **self._totals, "grad_norm": grad_norm, **extra}
+        # JSON has no word for a number that is none.
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        for key, value in {**shown, **extra}.items():
+            self._events.add_scalar(key, value, step)
+        self._line.show(step, loss, lr, tokens, seconds, extra)
+
+    def close(self) -> None:
+        if not self.enabled:
+            return
+        self._line.stop()
+        self._events.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.enabled = False
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": row["step"], **row})
+        except (ValueError, KeyError, TypeError):
+            # What follows the last line's end is empty, or the part of a line that was being written.
+            if number == len(lines):
+                break
+            what = message(f"{path}, line {number}", f"a JSON object with {', '.join(KEYS)}", repr(line[:60]))
+            raise CheckpointError(what) from None
+    return rows
+
+
+def _cut(path: Path, done_steps: int) -> dict:
+    """Leaves only the lines of steps 1 to done_steps in the file; gives the last of them."""
+    if not path.is_file():
+        return {}
+    rows = [row for row in read_metrics(path) if 1 <= row["step"] <= done_steps]
+    aside = path.with_suffix(".jsonl.aside")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.rename(path)
+    return rows[-1] if rows else {}
+
+
+class _Line:
+    """step/total, loss, learning rate, tokens a second, time left: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, done: int):
+        self.total = total
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        console = Console()
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task("", total=total, completed=done)
+            self.bar.start()
+
+    def show(self, step: int, loss: float, lr: float, tokens: int, seconds: float, extra: dict[str, float]) -> None:
+        self.recent.append(seconds)
+        left = timedelta(seconds=round((self.total - step) * sum(self.recent) / len(self.recent)))
+        more = "".join(f"  {key} {value:.4g}" for key, value in extra.items())
+        text = f"loss {loss:.4f}  lr {lr:.2e}  {tokens / max(seconds, 1e-9):.0f} tokens/s  left {left}{more}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=text)
+        else:
+            print(f"step {step}/{self.total}  {text}", flush=True)
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held: on its device, or resident where the device is the CPU."""
+    if not accelerator.on_cpu():
+        return int(accelerator.get_accelerator().max_memory_allocated())
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no VmHWM")
