@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ligo.arch.rows import Pack, Row, Use
+from megatron_ligo.growth.cost import factors_are_cheaper
 from megatron_ligo.growth.maps import apply_map
 from megatron_ligo.layout import pack
 from megatron_ligo.model.maps import matrix_of
@@ -161,10 +162,3 @@ def place_kind(rows: list[Row]) -> type[Place]:
     if any(row.axes[0].use is Use.SCALES for row in rows):
         return NormPlace
     return ColumnPlace if rows[0].split == 0 else RowPlace
-
-
-def factors_are_cheaper(tokens: int, matrix: torch.Size, other: int) -> bool:
-    """Whether applying map (n x m) and weight (m x other) one after the other to all of a step's tokens takes fewer
-    multiplications than building their product (n x other) once and applying that (forward and backward alike)."""
-    n, m = matrix
-    return tokens * m * (n + other) < n * m * other + tokens * n * other
