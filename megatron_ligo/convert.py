@@ -1,0 +1,149 @@
+"""From any Reader to any format: one tensor at a time, digested beside the copy, all or nothing.
+
+A grown model is converted in the same way: its Reader computes what others read.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from megatron_ligo import formats
+from megatron_ligo.checked import Checked
+from megatron_ligo.errors import CheckpointError, ConfigError, LigoError, message, nearest
+from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
+from megatron_ligo.formats.output import Output
+from megatron_ligo.manifest import MANIFEST, VERSION, Manifest, library_versions, load
+from megatron_ligo.staging import Staging
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes of the tensors done, of all
+
+
+def convert(
+    source: Reader,
+    target: str | Path,
+    to: str,
+    options: WriteOptions | None = None,
+    *,
+    overwrite: bool = False,
+    beside: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes a checkpoint of format `to` at `target` (a new folder) and returns its manifest.
+
+    The target appears whole or not at all. A conversion that was killed is taken up where it stopped. A target that
+    the same request wrote is left as it is; `overwrite` puts the new one in the place of any other that we wrote.
+    beside: more JSON files for the folder, by name. Raises CheckpointError with every bad tensor in one error.
+    """
+    module = formats.get(to)
+    if not hasattr(module, "write"):
+        raise ConfigError(f"format {to!r} can only be read. {nearest(to, formats.writers())}")
+    target = Path(target).absolute()
+    options = _fixed_dtype(module, options or WriteOptions())
+    _check_places(source, target)
+    job = _job(source, to, options)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Staging(target, job) as stage:
+        done = _existing(target, stage.job, overwrite)
+        if done:
+            log.info("%s is there already, from the same request: left as it is", target)
+            return done
+        stage.begin()
+        if stage.resumed:
+            log.info("going on with the conversion to %s that was interrupted", target)
+        carries = getattr(module, "CARRIES_MOMENTS", False)
+        checked = Checked(source, options.dtype, carries, stage.journal, progress)
+        stage.check_space(checked.total_bytes + sum(file.stat().st_size for file in source.files))
+        out = Output(stage.content, stage.journal)
+        try:
+            module.write(checked, out, options)
+            checked.finish()
+        except LigoError:
+            stage.discard()
+            raise
+        return _finish(stage, out, checked, source, to, options, dict(beside or {}))
+
+
+def _finish(stage, out: Output, checked: Checked, source: Reader, to: str, options, beside: dict) -> Manifest:
+    for name, value in beside.items():
+        out.json(name, value)
+    left = ["optimizer state"] if source.has_moments and not checked.has_moments else []
+    if left:
+        log.info("%s carries no optimizer state: the source's is left behind", to)
+    manifest = Manifest(
+        format=to,
+        dims=source.dims,
+        step=source.step,
+        layout={"tp": options.tp, "pp": options.pp},
+        job=stage.job,
+        source={"format": source.format, "path": str(source.path) if source.path else None},
+        tensors=checked.digests(),
+        files={name: (stage.content / name).stat().st_size for name in sorted(out.written)},
+        left_behind=left,
+        versions=library_versions(),
+    )
+    out.json(MANIFEST, manifest.to_json())
+    stage.commit(out.written, replace=True)
+    return manifest
+
+
+def _fixed_dtype(module, options: WriteOptions) -> WriteOptions:
+    """Some formats store one dtype only; the tensors are then cast on the way, and the manifest describes the cast."""
+    fixed: torch.dtype | None = getattr(module, "DTYPE", None)
+    if fixed is None:
+        return options
+    if options.dtype not in (None, fixed):
+        raise ConfigError(message(f"dtype of {module.NAME}", fixed, options.dtype, "Leave it out."))
+    return replace(options, dtype=fixed)
+
+
+def _check_places(source: Reader, target: Path) -> None:
+    if source.path is None:
+        return
+    one, other = source.path.resolve(), target.resolve()
+    if one == other or one in other.parents or (other in one.parents and other.is_dir()):
+        found = "one inside the other" if one != other else "the same"
+        raise ConfigError(message(f"{target}", "a place apart from the source", found, "Choose another target."))
+
+
+def _job(source: Reader, to: str, options: WriteOptions) -> dict:
+    """What must be the same for two runs to be one conversion."""
+    asked = {name: str(value) for name, value in asdict(options).items() if name != "workers"}
+    fingerprint = source.fingerprint()
+    if fingerprint is None:
+        # Nothing tells us that a second run reads the same: it never goes on from the first.
+        fingerprint = uuid.uuid4().hex
+    path = str(source.path.resolve()) if source.path else None
+    origin = {"format": source.format, "path": path, "fingerprint": fingerprint, "dims": source.dims.to_json()}
+    return {"version": VERSION, "source": origin, "to": to, "options": asked, "moments": MOMENTS}
+
+
+def _existing(target: Path, job: str, overwrite: bool) -> Manifest | None:
+    """The manifest of a target that the same request wrote; None if the place is free (or may be taken)."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    do = "Choose another target, or remove it."
+    if not target.is_dir():
+        raise CheckpointError(message(f"{target}", "a place for a new folder", "a file", do))
+    try:
+        manifest = load(target)
+    except CheckpointError:
+        raise CheckpointError(message(f"{target}", "a place for a new folder", "a folder of others", do)) from None
+    if manifest.job == job and _sizes(target) == manifest.files:
+        return manifest
+    if not overwrite:
+        do = "Choose another target, or say --overwrite."
+        raise CheckpointError(message(f"{target}", "a place for a new folder", "another conversion", do))
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(files) if f.name != MANIFEST}

@@ -1,0 +1,119 @@
+"""A target folder that appears whole or not at all: built beside its place, fsynced, renamed into it.
+
+Beside `target` stands `.target.partial/` while work goes on: `content/` (what will be the target), `journal.jsonl`
+(what of it is whole) and `lock`. A run that is killed leaves it; the next run of the same job goes on from it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.formats import digest
+from megatron_ligo.formats.journal import Journal
+
+# Room besides the tensors: headers, configs, file system blocks.
+SPARE_BYTES = 64 << 20
+
+
+class Staging:
+    """The place where one job builds one target. Use as a context manager (it locks the place); `begin` starts, `commit` puts the target in place."""
+
+    def __init__(self, target: Path, job: object):
+        self.target = target
+        self.partial = target.parent / f".{target.name}.partial"
+        self.content = self.partial / "content"
+        self.job = digest.of_bytes(json.dumps(job, sort_keys=True).encode())
+        self.resumed = False
+
+    def __enter__(self) -> Staging:
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.partial / "lock", self.target)
+        self.journal = Journal()
+        _recover(self.target)
+        return self
+
+    def begin(self) -> None:
+        """Goes on from what an earlier run of the same job left, or from nothing."""
+        path = self.partial / "journal.jsonl"
+        self.journal = Journal(path)
+        if self.journal.get("job") != self.job:
+            self.journal.close()
+            path.unlink()
+            shutil.rmtree(self.content, ignore_errors=True)
+            self.journal = Journal(path)
+            self.journal.add("job", value=self.job)
+        self.resumed = len(self.journal.entries) > 1
+        self.content.mkdir(exist_ok=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+        if not (self.partial / "journal.jsonl").exists():
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.close()
+
+    def check_space(self, needed: int) -> None:
+        """Raises CheckpointError if the disk cannot take `needed` bytes (less what is there from before)."""
+        there = sum(file.stat().st_blocks * 512 for file in self.content.rglob("*") if file.is_file())
+        needed = max(needed - there, 0) + SPARE_BYTES
+        free = shutil.disk_usage(self.partial).free
+        if needed > free:
+            do = "Free some, or choose a target on another disk."
+            raise CheckpointError(message(f"{self.target}", f"{needed:,} bytes free on its disk", f"{free:,}", do))
+
+    def discard(self) -> None:
+        """Takes everything back: there is nothing to go on from."""
+        self.journal.close()
+        shutil.rmtree(self.partial)
+
+    def commit(self, names: Iterable[str], replace: bool) -> None:
+        """Renames the content, of which `names` are the (fsynced) files, into place."""
+        kept = {self.content / name for name in names}
+        for file in [file for file in self.content.rglob("*") if file.is_file() and file not in kept]:
+            file.unlink()
+        for folder in sorted({file.parent for file in kept} | {self.content}):
+            _sync(folder)
+        old = _replaced(self.target)
+        if replace and self.target.exists():
+            self.target.rename(old)
+        self.content.rename(self.target)
+        _sync(self.target.parent)
+        self.discard()
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
+
+
+def _recover(target: Path) -> None:
+    """Ends what a killed `commit` had begun: the old target comes back if the new one had not taken its place."""
+    old = _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock(path: Path, target: Path) -> IO[str]:
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        found = "another process that writes it"
+        raise CheckpointError(message(f"{target}", "to be alone", found, "Wait for it, or end it.")) from None
+    return file
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
