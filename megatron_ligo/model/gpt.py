@@ -12,7 +12,7 @@ from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import canonical_name, reduce_norm_gradients, run_layer, uninitialised_config
+from megatron_ligo.model.layers import canonical_name, embed, reduce_norm_gradients, run_layer, uninitialised_config
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.parallel.mesh import Mesh
 
@@ -49,7 +49,7 @@ class Pretrained(GPTModel):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
-        h = self.embedding(tokens, position_ids=None)
+        h = embed(self.embedding.word_embeddings, tokens)
         positions = self.rotary_pos_emb(tokens.shape[1])
         for layer in self.decoder.layers:
             h = run_layer(layer, h, positions, self.recompute)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +33,15 @@ def canonical_name(name: str) -> str:
     for fused, plain in FUSED_NORMS.items():
         name = name.replace(fused, plain)
     return name
+
+
+def embed(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
+    """tokens (b, s) -> h (s, b, hidden), or this rank's s / tp of it under sequence parallelism.
+
+    mcore's own embedding module would ask for CUDA's random state here, for a dropout that we do not have.
+    """
+    h = words(tokens)
+    return h if words.reduce_scatter_embeddings else h.transpose(0, 1).contiguous()
 
 
 def run_layer(block: Callable, h: Tensor, rotary: Tensor, recompute: bool) -> Tensor:

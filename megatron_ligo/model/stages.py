@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import canonical_name, reduce_norm_gradients, run_layer, uninitialised_config
+from megatron_ligo.model.layers import canonical_name, embed, reduce_norm_gradients, run_layer, uninitialised_config
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.parallel.mesh import Mesh
 
@@ -27,18 +26,25 @@ TIED = "embedding"
 TIED_WEIGHT = "word_embeddings.weight"
 
 
-class Embedding(LanguageModelEmbedding):
+class Embedding(nn.Module):
     """tokens (b, s) -> h (s, b, hidden). Tied, the last stage holds a second one and reads with its weight."""
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
         config = uninitialised_config(dims, build)
-        padded = layout.padded_vocab(dims.vocab_size, mesh.tp)
-        super().__init__(config, padded, dims.max_positions, position_embedding_type="rope", tp_group=mesh.tp_group)
+        self.word_embeddings = VocabParallelEmbedding(
+            layout.padded_vocab(dims.vocab_size, mesh.tp),
+            dims.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=build.sequence_parallel,
+            config=config,
+            tp_group=mesh.tp_group,
+        )
         if dims.tied:
             self.head = output_linear(dims, build, mesh, holds_weight=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens, position_ids=None)
+        return embed(self.word_embeddings, tokens)
 
     def logits(self, h: Tensor) -> Tensor:
         return self.head(h, weight=self.word_embeddings.weight)[0]
