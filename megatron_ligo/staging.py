@@ -23,7 +23,7 @@ SPARE_BYTES = 64 << 20
 
 
 class Staging:
-    """The place where one job builds one target. Use as a context manager (it locks the place); `begin` starts, `commit` puts the target in place."""
+    """The place where one job builds one target. A context manager, which locks it; `begin` starts, `commit` ends."""
 
     def __init__(self, target: Path, job: object):
         self.target = target
