@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ligo import packing
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import hf_config
+from megatron_ligo.formats import hf_config, record
 from megatron_ligo.formats.base import WEIGHT, Info, Reader, WriteOptions
 from megatron_ligo.formats.hf_shards import INDEX, SINGLE, find_shards
 from megatron_ligo.formats.output import Output, later
@@ -18,11 +18,6 @@ from megatron_ligo.formats.output import Output, later
 NAME = "hf"
 LOOKS = f"config.json beside {SINGLE} or {INDEX}"
 SHARD_BYTES = 5_000_000_000
-# Tokenizers, generation settings, chat templates, licences: what makes a folder of weights a model to use.
-CARRIED = (
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 def recognise(path: Path) -> bool:
@@ -44,7 +39,7 @@ class HfReader(Reader):
         config = hf_config.load(folder / hf_config.CONFIG)
         self.dims = hf_config.dims_of(config, str(folder / hf_config.CONFIG))
         self.carried = hf_config.carried_of(config)
-        self.files = tuple(sorted({file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}))
+        self.files = record.files_beside(folder)
         self._shards = find_shards(folder)
         self._stored, self._doubles = self._check()
         self._items = {key: item for item in self._stored.values() for key in item.keys}

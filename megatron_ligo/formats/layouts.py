@@ -34,11 +34,14 @@ LOCAL_HEADER, CENTRAL_HEADER = 30, 46
 
 @dataclass(frozen=True)
 class Later:
-    """A tensor that is made when its turn to be written comes. `make` gives this shape and dtype, on the CPU."""
+    """A tensor that is made when its turn to be written comes. `make` gives this shape and dtype, on the CPU.
+
+    Without `make` it is zeros, which are never made: their place in the file stays a hole.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor] | None
 
     @property
     def nbytes(self) -> int:

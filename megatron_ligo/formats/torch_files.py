@@ -1,0 +1,33 @@
+"""Files of torch.save, mapped and never executed: tensors, plain values and what the caller allows by name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import is_zipfile
+
+import torch
+
+from megatron_ligo.errors import CheckpointError, message
+
+
+def load(path: Path, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
+    """What torch.save wrote, on the CPU, its tensors views of the mapped file.
+
+    stand_ins: (object, "module.name") for classes that the file may name; give inert ones instead of the real.
+    Raises CheckpointError for a damaged file, and for one that names anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(list(stand_ins)):
+            # The format of torch before 1.6 is no zip archive and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except FileNotFoundError:
+        raise CheckpointError(message(f"{path}", "a file", "nothing there")) from None
+    except pickle.UnpicklingError as error:
+        found = str(error).split("Check the documentation")[0].strip()
+        do = "It is not loaded: loading it could run code."
+        raise CheckpointError(message(f"{path}", "tensors and plain values", found, do)) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise CheckpointError(message(f"{path}", "a whole file of torch.save", found, "Fetch it again.")) from None

@@ -1,0 +1,175 @@
+"""DeepSpeed's universal checkpoint: each parameter whole in a folder of its own name, for any layout and ZeRO stage.
+
+    DIR/latest_universal                      the tag
+    DIR/TAG/mp_rank_00_model_states.pt        metadata for ZeRO 1 and 2 (and zero_pp_rank_0_... for ZeRO 3)
+    DIR/TAG/zero/optimizer_state.pt
+    DIR/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
+    DIR/dims.json, manifest.json              ours; DeepSpeed does not look at them
+
+NAME is Megatron-core's. Weights are fp32, as the format defines it; casting bf16 up is exact.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ligo import packing
+from megatron_ligo.arch.rows import Pack
+from megatron_ligo.errors import CheckpointError, Faults, message
+from megatron_ligo.formats import record, torch_files
+from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.formats.layouts import Later
+from megatron_ligo.formats.output import Output, later
+
+NAME = "universal"
+LOOKS = "latest_universal, or a folder zero/ with optimizer_state.pt (DeepSpeed universal)"
+DTYPE = torch.float32
+CARRIES_MOMENTS = True
+
+LATEST = "latest_universal"
+OPTIMIZER = "optimizer_state.pt"
+STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
+# The version whose loader this was tried with; it is noted in the file, not asked for.
+DS_VERSION = "0.19.8"
+# DeepSpeed pairs these with the optimizer's groups and leaves those unloaded that have no partner.
+PARAM_GROUPS = 8
+
+
+def recognise(path: Path) -> bool:
+    return (path / LATEST).is_file() or (path / "zero" / OPTIMIZER).is_file()
+
+
+def open(path: Path) -> UniversalReader:
+    return UniversalReader(path)
+
+
+class UniversalReader(Reader):
+    """Canonical tensors out of the parameters' folders, each mapped."""
+
+    format = NAME
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._tag = self._tagged()
+        root = path if record.find(path) else self._tag.parent
+        self.dims, self.carried = record.read(root)
+        self.files = record.files_beside(root)
+        self.step = self._global_steps()
+        stored = packing.stored(self.arch, self.dims, "mcore")
+        self._tensors = self._check(stored)
+        self._items = {key: item for item in stored.values() for key in item.keys}
+
+    @property
+    def has_moments(self) -> bool:
+        return self._moments
+
+    def info(self, key: str) -> Info:
+        return Info(self.row(key).shape(self.dims), self._tensors[self._items[key].name].dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        item = self._items[key]
+        tensor = self._tensors[item.name] if kind == WEIGHT else self._load(item, kind)
+        return item.part(tensor, key, self.dims)
+
+    def _tagged(self) -> Path:
+        latest = self.path / LATEST
+        if not latest.is_file():
+            return self.path
+        tag = latest.read_text(encoding="utf-8").strip()
+        folder = self.path / tag
+        if not tag or folder.resolve().parent != self.path.resolve() or not (folder / "zero").is_dir():
+            raise CheckpointError(message(f"{latest}", "the name of a folder beside it, with zero/", repr(tag)))
+        return folder
+
+    def _global_steps(self) -> int:
+        for name in STATES:
+            if (self._tag / name).is_file():
+                state = torch_files.load(self._tag / name)
+                return int(state.get("global_steps", 0)) if isinstance(state, dict) else 0
+        raise CheckpointError(message(f"{self._tag}", " or ".join(STATES), "neither"))
+
+    def _check(self, stored: dict[str, packing.Stored]) -> dict[str, Tensor]:
+        """Every parameter's folder with a tensor of its shape, all or no moments, and no other folder."""
+        faults = Faults(f"{self._tag} does not hold the model of its sizes", CheckpointError)
+        tensors = {}
+        for name, item in stored.items():
+            try:
+                tensors[name] = self._load(item, WEIGHT)
+            except CheckpointError as error:
+                faults.note(str(error))
+        zero = self._tag / "zero"
+        found = {folder.name for folder in zero.iterdir() if folder.is_dir()}
+        for name in sorted(found - set(stored)):
+            faults.add(name, "no such parameter", "a folder")
+        moments = {name: [(zero / name / FILES[kind]).is_file() for kind in MOMENTS] for name in stored}
+        self._moments = all(all(there) for there in moments.values())
+        if not self._moments:
+            for name in (name for name, there in moments.items() if any(there)):
+                faults.add(name, "both moments for all parameters, or none", "some")
+        faults.raise_if_any()
+        return tensors
+
+    def _load(self, item: packing.Stored, kind: str) -> Tensor:
+        path = self._tag / "zero" / item.name / FILES[kind]
+        state = torch_files.load(path)
+        tensor = state.get("param") if isinstance(state, dict) else state
+        shape = item.shape(self.dims)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise CheckpointError(message(f"{path}", "a tensor of floating-point numbers", type(tensor).__name__))
+        # What DeepSpeed makes of ZeRO 3 is flat.
+        if tensor.shape != shape and not (tensor.dim() == 1 and tensor.numel() == torch.Size(shape).numel()):
+            raise CheckpointError(message(f"{path}", f"shape {shape}", tuple(tensor.shape)))
+        return tensor.reshape(shape)
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """extra: "tag" (default global_stepN), "param_groups" (how many groups the optimizer may have, default 8),
+    "moments": "source" (default: the source's, or zeros at step 0 where it has none) or "none".
+    """
+    tag = options.extra.get("tag", f"global_step{source.step}")
+    moments = options.extra.get("moments", "source") != "none"
+    step = source.step if source.has_moments else 0
+    # Fresh moments belong to a fresh count: Adam corrects its bias by it.
+    count = Later((), torch.float32, lambda: torch.tensor(float(step)))
+    record.write(source, out)
+    for item in packing.stored(source.arch, source.dims, "mcore").values():
+        folder = f"{tag}/zero/{item.name}"
+        out.torch(f"{folder}/{FILES[WEIGHT]}", {"param": later(source, item), **_cut(item)})
+        for kind in MOMENTS if moments else ():
+            made = later(source, item, kind) if source.has_moments else Later(item.shape(source.dims), DTYPE, None)
+            out.torch(f"{folder}/{FILES[kind]}", {"param": made, **_cut(item)})
+        if moments:
+            out.torch(f"{folder}/step.pt", count)
+    groups = options.extra.get("param_groups", PARAM_GROUPS)
+    out.torch(
+        f"{tag}/zero/{OPTIMIZER}",
+        {
+            # No clip_grad, no hyperparameters: they would overwrite the run's own.
+            "ds_version": DS_VERSION,
+            "param_groups": [{} for _ in range(groups)],
+            "optimizer_state_dict": {"state": {0: {"step": count}}, "param_groups": [{}]},
+        },
+    )
+    # What DeepSpeed's own schedulers note after so many steps; it asks for it wherever a run has a scheduler.
+    scheduler = {"last_batch_iteration": step - 1}
+    state = {"dp_world_size": 1, "mp_world_size": 1, "global_steps": step, "skipped_steps": 0}
+    for name in STATES:
+        out.torch(f"{tag}/{name}", {**state, "lr_scheduler": scheduler})
+    # Last: DeepSpeed takes a folder without it for none.
+    out.text(LATEST, tag)
+
+
+def _cut(item: packing.Stored) -> dict:
+    """How tensor parallelism cuts a parameter, in the words of DeepSpeed's loader."""
+    found: dict[str, object] = {}
+    if item.split is not None:
+        found["cat_dim"] = item.split
+    if item.pack is Pack.STACKED:
+        found["param_n_sub_params"] = len(item.keys)
+    if item.vocabulary:
+        found["vocab_tensor"] = True
+    return found
