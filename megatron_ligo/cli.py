@@ -140,6 +140,10 @@ def _machine_fault(error: BaseException) -> str | None:
         return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
     if code == errno.EADDRINUSE:
         return "the launcher's port: expected a free one, found it in use. Choose another with --master_port."
+    if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+        return (
+            "the processes: expected all of them at work, found that another one has ended. Its own message says why."
+        )
     if code == errno.EMFILE:
         return f"{where}: expected an open file more, found this process's limit. Raise it with ulimit -n."
     return None

@@ -72,6 +72,23 @@ def test_a_fault_of_one_rank_alone_is_not_silent(tmp_path):
     assert time.monotonic() - begin < 30
 
 
+def test_the_others_end_without_a_traceback_when_one_has_failed(tmp_path):
+    """Two real ranks; rank 0 waits in a collective that rank 1 never enters."""
+    body = f"""
+        import torch.distributed as dist
+        dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=cli.rank(), world_size=2)
+        dist.barrier()
+        if cli.rank() == 1:
+            raise errors.ConfigError("a: expected b, found c.")
+        dist.barrier()
+    """
+    ranks = [start(command(tmp_path, body), RANK=str(rank)) for rank in range(2)]
+    (code0, _, err0), (code1, _, err1) = map(finish, ranks)
+    assert (code0, code1) == (2, 2)
+    assert "another one has ended" in err0 and "Traceback" not in err0
+    assert "rank 1: a: expected b, found c." in err1 and "Traceback" not in err1
+
+
 def test_a_full_disk_is_said(tmp_path):
     """/dev/full answers every write as a full disk does."""
     code, _, err = finish(start(command(tmp_path, "open('/dev/full', 'w').write('x' * 100000)")))
