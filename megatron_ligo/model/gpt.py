@@ -20,7 +20,7 @@ from megatron_ligo.parallel.mesh import Mesh
 class Pretrained(GPTModel):
     """forward(tokens, labels, loss_mask) -> mean loss; `logits(tokens)`. Weights are to be filled or loaded.
 
-    tokens, labels: int64 (b, s); loss_mask: (b, s). Its parameters bear the names of `weights.packed_tensors`.
+    tokens, labels: int64 (b, s); loss_mask: (b, s). Its parameters bear the names of the table's mcore slots.
     """
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):

@@ -11,7 +11,6 @@ In a training script of your own, over any Megatron-core GPTModel whose paramete
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,19 +19,27 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.affine import AffinePiece, ParamAffineMap
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META, UNIVERSAL_CHECKPOINT_VERSION_KEY
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Pack
 from megatron_ligo.errors import CheckpointError, Faults
+from megatron_ligo.formats import torch_files
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.layout import padded_vocab
-from megatron_ligo.model.weights import Packed, local_tensor, parameters
+from megatron_ligo.model.weights import local_tensor, parameters
+from megatron_ligo.packing import Stored
 from megatron_ligo.parallel.mesh import agree
 
 # From this version on the shards' widths are stated; before, DeepSpeed divides evenly.
 VERSION = 0.4
+# What DeepSpeed's own tools put into universal checkpoints; none of these does anything when it is loaded.
+RECORDS = (LossScaler, DynamicLossScaler, ZeroStageEnum, SubparamShape, fragment_address)
 
 
 def prepare_for_universal(model: nn.Module, dims: Dims, tp_group: dist.ProcessGroup) -> None:
@@ -47,7 +54,7 @@ def prepare_for_universal(model: nn.Module, dims: Dims, tp_group: dist.ProcessGr
     groups._TENSOR_MODEL_PARALLEL_GROUP = tp_group
 
 
-def _cut(item: Packed, dims: Dims, tp: int) -> dict:
+def _cut(item: Stored, dims: Dims, tp: int) -> dict:
     """How a tensor is cut, in the words of DeepSpeed's own tensor parallelism."""
     shape = item.shape(dims)
     meta = {"partition_dim": item.split, "logical_shape": shape, UNIVERSAL_CHECKPOINT_VERSION_KEY: VERSION}
@@ -56,7 +63,7 @@ def _cut(item: Packed, dims: Dims, tp: int) -> dict:
     if item.vocabulary and shape[item.split] % tp:
         return {**meta, "conversion": {"affine_map": _padded_map(shape, tp)}}
     if len(item.keys) > 1 and item.pack is Pack.STACKED:
-        sizes = item.part_sizes(dims)
+        sizes = [row.shape(dims)[item.split] for row in item.rows]
         return {**meta, "sub_param_sizes": sizes, "sub_param_shard_widths": [[size // tp] * tp for size in sizes]}
     return meta
 
@@ -82,13 +89,24 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: 
     CheckpointError if a file holds anything but tensors and plain values (DeepSpeed would run it), or if what was
     loaded is not, bit for bit, what the files hold.
     """
-    agree(_fault(lambda: check_pickles(source.path)) if dist.get_rank() == 0 else None)
-    # Without moments ZeRO 3 loads weights only; ZeRO 1 and 2 take what there is.
     stage3 = engine.zero_optimization_stage() == 3
-    engine.load_checkpoint(
-        str(source.path), load_lr_scheduler_states=False, load_module_only=stage3 and not source.has_moments
-    )
+    if stage3 and dist.get_world_size(tp_group) > 1:
+        told = all(hasattr(parameter, DS_AUTOTP_UC_META) for parameter in engine.module.parameters())
+        assert told, "prepare_for_universal comes before deepspeed.initialize"
+    agree(_fault(lambda: check_files(source.path)) if dist.get_rank() == 0 else None)
+    # ZeRO 1 and 2 take what there is; ZeRO 3 wants moments, or else to be told that there are none.
+    fresh = stage3 and not (source.has_moments and source.step)
+    engine.load_checkpoint(str(source.path), load_lr_scheduler_states=False, load_module_only=fresh)
+    if stage3:
+        _own_steps(engine.optimizer.optimizer)
     agree(_fault(lambda: verify_loaded(engine.module, source, tp_group)))
+
+
+def _own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """ZeRO 3 gives one and the same count of steps to all of its groups, and each would add to it."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _fault(check: Callable[[], None]) -> CheckpointError | None:
@@ -99,17 +117,15 @@ def _fault(check: Callable[[], None]) -> CheckpointError | None:
     return None
 
 
-def check_pickles(folder: Path) -> None:
-    """CheckpointError if a .pt file in a folder names anything but tensors and plain values."""
+def check_files(folder: Path) -> None:
+    """CheckpointError if a .pt file in a folder names anything but tensors, plain values and DeepSpeed's records."""
     faults = Faults(f"{folder}: files that are not safe to load", CheckpointError)
+    allowed = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
     for path in sorted(folder.rglob("*.pt")):
         try:
-            found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-            faults.add(f"{path.relative_to(folder)}", "a file that torch.save wrote", error)
-            continue
-        if found:
-            faults.add(f"{path.relative_to(folder)}", "tensors and plain values", ", ".join(sorted(found)))
+            torch_files.load(path, allowed)
+        except CheckpointError as error:
+            faults.note(str(error))
     faults.raise_if_any()
 
 
