@@ -15,7 +15,7 @@ import torch
 
 from megatron_ligo import formats
 from megatron_ligo.checked import Checked
-from megatron_ligo.errors import CheckpointError, ConfigError, LigoError, message, nearest
+from megatron_ligo.errors import CheckpointError, ConfigError, Faults, LigoError, message, nearest
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
 from megatron_ligo.formats.output import Output
 from megatron_ligo.manifest import MANIFEST, VERSION, Manifest, library_versions, load
@@ -46,7 +46,7 @@ def convert(
     if not hasattr(module, "write"):
         raise ConfigError(f"format {to!r} can only be read. {nearest(to, formats.writers())}")
     target = Path(target).absolute()
-    options = _fixed_dtype(module, options or WriteOptions())
+    options = _settled(module, options or WriteOptions())
     _check_places(source, target)
     job = _job(source, to, options)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,14 +94,26 @@ def _finish(stage, out: Output, checked: Checked, source: Reader, to: str, optio
     return manifest
 
 
-def _fixed_dtype(module, options: WriteOptions) -> WriteOptions:
-    """Some formats store one dtype only; the tensors are then cast on the way, and the manifest describes the cast."""
+def _settled(module, options: WriteOptions) -> WriteOptions:
+    """Refuses what a format does not take, and says the dtype of those that store only one.
+
+    The tensors are cast on the way to the writer, and the manifest describes the cast.
+    """
+    faults = Faults(f"the format {module.NAME} cannot be written so", ConfigError)
+    known = getattr(module, "OPTIONS", {})
+    for name in options.extra:
+        if name not in known:
+            faults.note(f"option {name!r}: {nearest(name, known) if known else 'it has none.'}")
+    if (options.tp, options.pp) != (1, 1) and not getattr(module, "LAYOUT", False):
+        do = "Whoever loads it chooses." if options.tp > 0 and options.pp > 0 else ""
+        faults.add("layout", "none: it has no tensor or pipeline parallelism", f"tp {options.tp}, pp {options.pp}", do)
+    if options.tp < 1 or options.pp < 1:
+        faults.add("layout", "positive tp and pp", f"tp {options.tp}, pp {options.pp}")
     fixed: torch.dtype | None = getattr(module, "DTYPE", None)
-    if fixed is None:
-        return options
-    if options.dtype not in (None, fixed):
-        raise ConfigError(message(f"dtype of {module.NAME}", fixed, options.dtype, "Leave it out."))
-    return replace(options, dtype=fixed)
+    if fixed is not None and options.dtype not in (None, fixed):
+        faults.add("dtype", fixed, options.dtype, "Leave it out.")
+    faults.raise_if_any()
+    return replace(options, dtype=fixed or options.dtype)
 
 
 def _check_places(source: Reader, target: Path) -> None:

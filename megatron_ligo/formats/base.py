@@ -7,6 +7,8 @@ A format is one module of this folder with
     open(path: Path) -> Reader               reads headers only; all faults of the headers in one error
     write(source: Reader, out: Output, options)   optional; names its files and what is in them (output.py)
     DTYPE: torch.dtype                       optional: the one dtype that the format stores
+    OPTIONS: dict[str, str]                  optional: what `WriteOptions.extra` may hold, with a word of help
+    LAYOUT: bool                             optional: `write` obeys tp and pp
     CARRIES_MOMENTS: bool                    optional: `write` stores Adam's moments and the step if the source has them
 It is found by looking into the folder: nothing else needs an edit.
 """

@@ -18,6 +18,7 @@ from megatron_ligo.formats.output import Output, later
 NAME = "hf"
 LOOKS = f"config.json beside {SINGLE} or {INDEX}"
 SHARD_BYTES = 5_000_000_000
+OPTIONS = {"shard_bytes": f"largest shard (default {SHARD_BYTES})"}
 
 
 def recognise(path: Path) -> bool:
@@ -83,7 +84,7 @@ class HfReader(Reader):
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """Shards of at most `extra["shard_bytes"]` (default 5 GB), their index where there are several, the config."""
+    """Shards (a tensor that is larger than one has its own), their index where there are several, the config."""
     stored = packing.stored(source.arch, source.dims, NAME)
     tensors = {name: later(source, item) for name, item in stored.items()}
     dtypes = [tensor.dtype for tensor in tensors.values()]

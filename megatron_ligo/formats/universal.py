@@ -37,6 +37,11 @@ FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
 DS_VERSION = "0.19.8"
 # DeepSpeed pairs these with the optimizer's groups and leaves those unloaded that have no partner.
 PARAM_GROUPS = 8
+OPTIONS = {
+    "tag": "name of the folder (default global_stepN)",
+    "moments": "source (default: the source's, or zeros at step 0 where it has none) or none",
+    "param_groups": f"how many groups the optimizer may have (default {PARAM_GROUPS})",
+}
 
 
 def recognise(path: Path) -> bool:
@@ -127,9 +132,7 @@ class UniversalReader(Reader):
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """extra: "tag" (default global_stepN), "param_groups" (how many groups the optimizer may have, default 8),
-    "moments": "source" (default: the source's, or zeros at step 0 where it has none) or "none".
-    """
+    """Every parameter in a folder of its own, then what DeepSpeed asks for besides."""
     tag = options.extra.get("tag", f"global_step{source.step}")
     moments = options.extra.get("moments", "source") != "none"
     step = source.step if source.has_moments else 0

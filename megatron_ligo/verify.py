@@ -1,0 +1,149 @@
+"""Are two checkpoints the same? Bit for bit, in any formats and layouts; by their manifests; by their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ligo import manifest
+from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.formats import digest, hf_config
+from megatron_ligo.formats.base import MOMENTS, WEIGHT, Reader
+from megatron_ligo.packing import stored
+
+BATCH, LENGTH, SEED = 2, 64, 1234
+
+
+@dataclass
+class Report:
+    """What was compared, and a line for each difference."""
+
+    compared: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        return not self.differences
+
+
+def compare(a: Reader, b: Reader, *, values_only: bool = False) -> Report:
+    """Sizes, and every canonical tensor bit for bit (moments and step too where both have them).
+
+    values_only: another dtype is no difference where every number is the same.
+    """
+    report = Report()
+    ours, theirs = a.dims.to_json(), b.dims.to_json()
+    for name in ours:
+        if ours[name] != theirs[name]:
+            report.differences.append(f"{name}: {ours[name]} and {theirs[name]}")
+    keys, others = list(a.keys()), set(b.keys())
+    report.differences += [f"{key}: only in the first" for key in keys if key not in others]
+    report.differences += [f"{key}: only in the second" for key in b.keys() if key not in set(keys)]  # noqa: SIM118
+    kinds = [WEIGHT]
+    if a.has_moments and b.has_moments:
+        kinds += MOMENTS
+        if a.step != b.step:
+            report.differences.append(f"step: {a.step} and {b.step}")
+    for key in (key for key in keys if key in others):
+        for kind in kinds:
+            found = _difference(a.read(key, kind), b.read(key, kind), values_only)
+            report.compared += 1
+            if found:
+                report.differences.append(f"{key}{'' if kind == WEIGHT else f' ({kind})'}: {found}")
+    return report
+
+
+def _difference(a: Tensor, b: Tensor, values_only: bool) -> str:
+    """How two tensors differ, or ""."""
+    if a.shape != b.shape:
+        return f"shape {tuple(a.shape)} and {tuple(b.shape)}"
+    if a.dtype == b.dtype and np.array_equal(digest.raw(a), digest.raw(b)):
+        return ""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    far = (a.to(wide) - b.to(wide)).abs()
+    count, largest = int((far != 0).sum()), float(far.max()) if far.numel() else 0.0
+    if a.dtype != b.dtype:
+        if values_only and not count:
+            return ""
+        return f"dtype {_name(a)} and {_name(b)}, largest difference {largest:.3e}"
+    return f"{count} of {a.numel()} numbers differ, largest difference {largest:.3e}" if count else "signs of zeros"
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_manifest(reader: Reader) -> Report:
+    """Every tensor and file against the digests and sizes in the manifest beside it."""
+    root = _root(reader)
+    noted = manifest.load(root)
+    report = Report()
+    for name, size in noted.files.items():
+        found = (root / name).stat().st_size if (root / name).is_file() else None
+        if found != size:
+            report.differences.append(f"{name}: {size} bytes noted, {'missing' if found is None else found}")
+    keys = list(reader.keys())
+    report.differences += [f"{key}: not in the manifest" for key in keys if key not in noted.tensors]
+    report.differences += [f"{key}: only in the manifest" for key in noted.tensors if key not in keys]
+    for key in (key for key in keys if key in noted.tensors):
+        for kind, entry in noted.tensors[key].items():
+            tensor = reader.read(key, kind)
+            report.compared += 1
+            found = {
+                "shape": list(tensor.shape),
+                "dtype": _name(tensor),
+                "digest": digest.of_bytes(digest.raw(tensor)),
+            }
+            wrong = [f"{name} {found[name]}, noted {entry[name]}" for name in found if found[name] != entry[name]]
+            if wrong:
+                report.differences.append(f"{key} ({kind}): {'; '.join(wrong)}")
+    return report
+
+
+def has_manifest(reader: Reader) -> bool:
+    return reader.path is not None and (_root(reader) / manifest.MANIFEST).is_file()
+
+
+def _root(reader: Reader) -> Path:
+    assert reader.path is not None, "what lies in no folder has no manifest"
+    return reader.path if reader.path.is_dir() else reader.path.parent
+
+
+def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
+    """Largest difference of the outputs of transformers' models on one fixed batch in fp32, and the largest output."""
+    size = min(a.dims.vocab_size, b.dims.vocab_size)
+    length = min(LENGTH, a.dims.max_positions, b.dims.max_positions)
+    tokens = torch.randint(0, size, (BATCH, length), generator=torch.Generator().manual_seed(SEED))
+    first, second = logits(a, tokens), logits(b, tokens)
+    if first.shape != second.shape:
+        raise CheckpointError(message("logits", f"shape {tuple(first.shape)}", tuple(second.shape)))
+    return float((first - second).abs().max()), float(first.abs().max())
+
+
+@torch.no_grad()
+def logits(reader: Reader, tokens: Tensor) -> Tensor:
+    """What transformers' model of a checkpoint gives for tokens (batch, length), in fp32.
+
+    (batch, length, vocab), or the hidden states of a model without a head. Holds the whole model.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = hf_config.config_of(reader.dims, reader.carried, torch.float32)
+    made = CONFIG_MAPPING[reader.dims.model_type](**config)
+    model = getattr(transformers, config["architectures"][0])(made).eval()
+    missing, unexpected = model.load_state_dict(dict(_state(reader)), strict=False)
+    tied = {row.slots["hf"].name for row in reader.arch.rows if row.tied_to and reader.dims.tied}
+    assert not unexpected and set(missing) <= tied, f"missing {missing}, unexpected {unexpected}"
+    output = model(tokens)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def _state(reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    for name, item in stored(reader.arch, reader.dims, "hf").items():
+        yield name, item.whole([reader.read(key).float() for key in item.keys], reader.dims)

@@ -1,0 +1,82 @@
+"""Any format to any other, tensor by tensor: all or nothing, digested, taken up again after an interrupt."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_ligo import cli, formats
+from megatron_ligo.convert import convert
+from megatron_ligo.errors import ConfigError, message, nearest
+from megatron_ligo.formats.base import WriteOptions
+
+EXAMPLE = """
+python tools/convert.py model.gguf models/small --to hf
+python tools/convert.py models/small models/small_ds --to universal
+python tools/convert.py models/small models/small_bf16 --to hf --dtype bfloat16 --option shard_bytes=2000000000
+"""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser() -> cli.Parser:
+    made = cli.parser(f"{__doc__}\n\n{_options()}", EXAMPLE)
+    made.add_argument("source", metavar="SRC", help="a checkpoint of any format")
+    made.add_argument("target", metavar="DST", help="a new folder")
+    made.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(formats.writers())}")
+    made.add_argument("--from", dest="form", metavar="FORMAT", help="insist on a format of SRC")
+    made.add_argument("--dtype", metavar="DTYPE", help=f"cast to {', '.join(DTYPES)} (default: as they are)")
+    made.add_argument("--tp", type=int, default=1, help="tensor parallelism of DST, where its format has one")
+    made.add_argument("--pp", type=int, default=1, help="pipeline parallelism of DST, where its format has one")
+    made.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="one of DST's format's own")
+    made.add_argument("--overwrite", action="store_true", help="put DST in the place of another conversion")
+    return made
+
+
+def _options() -> str:
+    lines = ["options of the formats (--option NAME=VALUE):"]
+    for name in formats.writers():
+        for option, told in getattr(formats.get(name), "OPTIONS", {}).items():
+            lines.append(f"  {name}: {option}  {told}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.dtype is not None and args.dtype not in DTYPES:
+        raise ConfigError(f"there is no dtype {args.dtype!r}. {nearest(args.dtype, DTYPES)}")
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    options = WriteOptions(dtype=dtype, tp=args.tp, pp=args.pp, extra=dict(map(_option, args.option)))
+    start = time.perf_counter()
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        source = formats.open(args.source, args.form)
+        made = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=show)
+    size, seconds = sum(made.files.values()), time.perf_counter() - start
+    print(
+        f"{args.target}: {made.format}, {len(made.tensors)} tensors, {size:,} bytes in {seconds:.1f} s, manifest.json"
+    )
+
+
+def _option(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(message("--option", "NAME=VALUE", repr(text)))
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+if __name__ == "__main__":
+    cli.run(main)

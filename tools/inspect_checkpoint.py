@@ -1,0 +1,27 @@
+"""What a checkpoint is: format, architecture, sizes, layout, step, and each tensor with its shape and dtype."""
+
+from __future__ import annotations
+
+import json
+
+from megatron_ligo import cli, describe, formats
+
+EXAMPLE = """
+python tools/inspect_checkpoint.py models/small
+python tools/inspect_checkpoint.py runs/grown/universal --json
+"""
+
+
+def main() -> None:
+    made = cli.parser(__doc__, EXAMPLE)
+    made.add_argument("path", metavar="PATH", help="a checkpoint of any format")
+    made.add_argument("--from", dest="form", metavar="FORMAT", help="insist on a format")
+    made.add_argument("--json", action="store_true", help="as JSON")
+    args = made.parse_args()
+    reader = formats.open(args.path, args.form)
+    found = describe.describe(reader)
+    print(json.dumps(found, indent=2) if args.json else describe.as_text(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)
