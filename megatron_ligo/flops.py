@@ -1,0 +1,29 @@
+"""FLOPs of training a model, counted from its shapes: multiplications and additions apart, 2 m n k for a product."""
+
+from __future__ import annotations
+
+from math import prod
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Use
+
+# The backward pass has two products for each of the forward pass's: one for the input, one for the weight.
+FORWARD_AND_BACKWARD = 3
+
+
+def forward_flops(dims: Dims, tokens: int, seq_length: int) -> int:
+    """One forward pass over `tokens` tokens in sequences of `seq_length`: linears, attention (whole squares, as
+    kernels without a mask do) and head; norms, activations and look-ups are left out."""
+    arch = architectures.get(dims.arch)
+    per_token = 0
+    for row in arch.rows:
+        if row.exists(dims) and len(row.axes) == 2 and any(axis.use is Use.READS for axis in row.axes):
+            per_token += 2 * prod(row.shape(dims)) * (dims.num_layers if row.in_layer else 1)
+    attention = 2 * 2 * seq_length * dims.num_heads * dims.head_dim
+    return tokens * (per_token + dims.num_layers * attention)
+
+
+def train_flops(dims: Dims, tokens: int, seq_length: int) -> int:
+    """Forward and backward over `tokens` tokens; recomputation is a layout's cost and is not counted."""
+    return FORWARD_AND_BACKWARD * forward_flops(dims, tokens, seq_length)
