@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.errors import CheckpointError, Faults
+from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import WEIGHT, Info, Reader
 from megatron_ligo.growth.operator import Operator
 
@@ -27,6 +28,10 @@ class Grown(Reader):
         self.files = source.files
         self.carried = source.carried
 
+    def fingerprint(self) -> object | None:
+        source = self.source.fingerprint()
+        return None if source is None else {"operator": operator_digest(self.operator), "source": source}
+
     def info(self, key: str) -> Info:
         row = self.arch.row(key)
         stored = self.source.info(row.key.format(0)).dtype
@@ -37,6 +42,12 @@ class Grown(Reader):
         mixed = self.operator.mix(key, self.source.read)
         mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
         return self.operator.grow(key, mixed)
+
+
+def operator_digest(operator: Operator) -> str:
+    """Digest of all of an operator's tensors."""
+    parts = [f"{name} {digest.of_bytes(digest.raw(operator.tensor(name)))}" for name in operator.shapes()]
+    return digest.of_bytes("\n".join(parts).encode())
 
 
 def check_source(operator: Operator, source: Reader) -> None:

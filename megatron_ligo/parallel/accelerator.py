@@ -7,7 +7,9 @@ places whatever the device is; `prepare()` answers those calls where there is no
 from __future__ import annotations
 
 import importlib.util
+import sys
 
+import deepspeed.comm  # noqa: F401 - loads the module that a shim changes
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -58,3 +60,6 @@ def prepare() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")
     # dist_checkpointing (0.16.1) waits for the device before it writes.
     torch.cuda.synchronize = lambda device=None: None
+    # DeepSpeed (0.19.8) compiles an extension at its first init_distributed, under a lock that a killed process
+    # leaves behind and that hangs every later run. Only inference uses it. (The package shadows the module's name.)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None

@@ -54,6 +54,7 @@ class Mesh:
 
 def start(timeout_minutes: float = 10.0) -> None:
     """Joins the process group that the launcher describes (one process where there is no launcher)."""
+    accelerator.prepare()
     if deepspeed.comm.is_initialized():
         return
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():

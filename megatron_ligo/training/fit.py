@@ -46,7 +46,6 @@ class Fit:
         self.config = config
         self.fit = config.fit
         self.output = output
-        accelerator.prepare()
         mesh.start(self.fit.timeout_minutes)
         self.dtype = everywhere(lambda: accelerator.dtype_of(self.fit.precision))
         self.reader, self.operator = everywhere(lambda: prepare(config))
