@@ -1,0 +1,111 @@
+"""The hand-off: a grown model as DeepSpeed takes it at any layout, as transformers takes it, and where it comes from.
+
+FOLDER/universal/     DeepSpeed universal checkpoint at iteration 0
+FOLDER/hf/            Hugging Face safetensors, config and tokenizer
+FOLDER/growth.json    source, sizes, operator, fit, versions; written last: a folder without it is not whole
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import megatron_ligo
+from megatron_ligo import formats
+from megatron_ligo.convert import Progress, convert
+from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.formats import digest
+from megatron_ligo.formats.base import Reader, WriteOptions
+from megatron_ligo.grow import Grown, operator_digest
+from megatron_ligo.growth.file import Saved
+from megatron_ligo.manifest import library_versions
+
+RECORD = "growth.json"
+VERSION = 1
+UNIVERSAL = "universal"
+
+
+def hand_off(
+    source: Reader,
+    folder: str | Path,
+    dtype: torch.dtype | None,
+    to: Sequence[str],
+    record: dict,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict:
+    """Writes a model (`source`, mostly a `Grown`) into FOLDER in the formats `to`; returns growth.json's content.
+
+    dtype: of the weights where the format leaves a choice (None: each tensor's own; the universal checkpoint is
+    fp32). record: what growth.json says besides the large model's sizes and the versions (`growth_record` makes
+    it). Killed and run again, it goes on; run again when done, it leaves all as it is. Each format appears whole or
+    not at all. Raises CheckpointError with every bad tensor in one error.
+    """
+    folder = Path(folder)
+    # The others are read from the universal checkpoint, so that each tensor is grown once.
+    for name in sorted(to, key=lambda name: name != UNIVERSAL):
+        stored = getattr(formats.get(name), "DTYPE", None)
+        options = WriteOptions(dtype=stored or dtype)
+        convert(source, folder / name, name, options, overwrite=overwrite, progress=progress)
+        if name == UNIVERSAL:
+            source = formats.open(folder / name)
+    versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
+    whole = {**record, "version": VERSION, "large": source.dims.to_json(), "formats": list(to), "versions": versions}
+    _write(folder / RECORD, whole)
+    return whole
+
+
+def growth_record(grown: Grown) -> dict:
+    """Where a grown model comes from: the source and its digest, the operator's settings and digest, and (where it
+    was learned) the fit's own record: config, losses, layout, digest of the evaluation batch."""
+    operator, source = grown.operator, grown.source
+    fit = None
+    if isinstance(operator, Saved):
+        fit = {key: value for key, value in operator.record.items() if key not in ("small", "large", "settings")}
+    name = source.path.name if source.path else None
+    return {
+        "small": source.dims.to_json(),
+        "source": {"path": name, "format": source.format, "digest": source_digest(source)},
+        "operator": {"settings": vars(operator.settings), "digest": operator_digest(operator)},
+        "fit": fit,
+    }
+
+
+def source_digest(source: Reader) -> str:
+    """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
+    parts = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
+    return digest.of_bytes("\n".join(parts).encode())
+
+
+def read_record(folder: Path) -> dict | None:
+    """growth.json of a hand-off; None where the folder is none. Raises CheckpointError if it cannot be read."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(message(f"{path}", "a record of ours", f"{error!r}")) from None
+    if found != VERSION:
+        raise CheckpointError(message(f"{path}", f"version {VERSION}", found))
+    return record
+
+
+def _write(path: Path, value: dict) -> None:
+    aside = path.with_name(f".{path.name}.new")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

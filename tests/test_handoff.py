@@ -1,0 +1,79 @@
+"""The hand-off's folder: one model in each format, its record, and a second run."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_ligo import formats, handoff
+from megatron_ligo.arch import get
+from megatron_ligo.config import HandoffSection, LargeSection, OperatorSection
+from megatron_ligo.errors import CheckpointError
+from megatron_ligo.formats.hf import open as open_hf
+from megatron_ligo.grow import Grown
+from megatron_ligo.growth.check import initial_operator
+from tests.tiny import hf_from, hf_llama, llama_dims, tokens
+
+LARGE = LargeSection(num_layers=4, hidden_size=30, ffn_size=40, num_heads=10, num_kv_heads=5)
+
+
+@pytest.fixture
+def grown(tmp_path):
+    hf_llama(llama_dims(tied=True)).save_pretrained(tmp_path / "small")
+    source = open_hf(tmp_path / "small")
+    return Grown(initial_operator(source.dims, LARGE, OperatorSection()), source)
+
+
+def write(grown, folder, **more):
+    section = HandoffSection()
+    return handoff.hand_off(grown, folder, None, section.formats, handoff.growth_record(grown), **more)
+
+
+def test_both_formats_hold_the_grown_model(grown, tmp_path):
+    record = write(grown, tmp_path / "out")
+    assert record == json.loads((tmp_path / "out/growth.json").read_text()) == handoff.read_record(tmp_path / "out")
+    for name in ("universal", "hf"):
+        reader = formats.open(tmp_path / "out" / name)
+        assert reader.dims == grown.dims
+        for key in get("llama").keys(grown.dims):
+            assert torch.equal(reader.read(key), grown.read(key)), (name, key)
+    ids = tokens(grown.dims)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
+    assert torch.allclose(loaded(ids).logits, hf_from(grown)(ids).logits, atol=2e-6)
+
+
+def test_record_says_where_it_comes_from(grown, tmp_path):
+    record = write(grown, tmp_path / "out")
+    assert record["small"] == grown.source.dims.to_json()
+    assert record["large"] == grown.dims.to_json()
+    assert record["source"]["digest"] == handoff.source_digest(grown.source)
+    assert record["operator"]["settings"]["width_init"] == "lossless"
+    assert record["fit"] is None
+    assert {"torch", "megatron_ligo"} <= set(record["versions"])
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_a_second_run_leaves_all_as_it_is(grown, tmp_path):
+    write(grown, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pt")}
+    write(grown, tmp_path / "out")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pt")}
+
+
+def test_another_model_is_not_written_over_it(grown, tmp_path):
+    write(grown, tmp_path / "out")
+    other = Grown(initial_operator(grown.source.dims, LARGE, OperatorSection(width_init="copy")), grown.source)
+    with pytest.raises(CheckpointError, match="another conversion"):
+        write(other, tmp_path / "out")
+    write(other, tmp_path / "out", overwrite=True)
+    reader = formats.open(tmp_path / "out/hf")
+    assert torch.equal(reader.read("embed"), other.read("embed"))
+
+
+def test_a_record_that_cannot_be_read_is_refused(tmp_path):
+    assert handoff.read_record(tmp_path) is None
+    for text in ("{", "[]", '{"version": 99}'):
+        (tmp_path / "growth.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"growth\.json"):
+            handoff.read_record(tmp_path)
