@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PROFILES = sorted((Path(__file__).resolve().parent.parent / "ds_configs").glob("*.json"))
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = sorted((ROOT / "ds_configs").glob("*.json"))
 BATCH = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -22,9 +23,10 @@ BATCH = (
 TRAIN = """
 import json, sys
 import deepspeed, torch
+from megatron_ligo.parallel import mesh
 
 def main(profile):
-    deepspeed.init_distributed("gloo")
+    mesh.start()
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 1))
     config = {
@@ -57,7 +59,13 @@ def free_port() -> int:
 def train(tmp_path: Path, profile: Path) -> list[float]:
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    base = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    base = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     command = [sys.executable, script, profile]
     ranks = [
         subprocess.Popen(command, env={**base, "RANK": str(i), "LOCAL_RANK": str(i)}, text=True, stdout=-1, stderr=-2)
