@@ -13,8 +13,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_ligo import settings
 from megatron_ligo.config import Config
@@ -90,11 +94,23 @@ def _value(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
+@contextmanager
+def byte_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; gives the function that is told (bytes done, bytes in all)."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def set_up_logging() -> None:
     """Plain lines on stderr, from rank 0; warnings and worse from the libraries."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     # Megatron-core says so four times over in each process; nothing here asks for either.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="Apex is not installed")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use")
     logging.getLogger("megatron_ligo").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_ligo import cli, formats
 from megatron_ligo.convert import convert
@@ -52,14 +49,7 @@ def main() -> None:
     dtype = DTYPES[args.dtype] if args.dtype else None
     options = WriteOptions(dtype=dtype, tp=args.tp, pp=args.pp, extra=dict(map(_option, args.option)))
     start = time.perf_counter()
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("")
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with cli.byte_progress() as show:
         source = formats.open(args.source, args.form)
         made = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=show)
     size, seconds = sum(made.files.values()), time.perf_counter() - start

@@ -36,10 +36,6 @@ class Saved(Operator):
     def tensor(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
 
-    def fingerprint(self) -> object:
-        stat = (self.folder / TENSORS).stat()
-        return [stat.st_size, stat.st_mtime_ns]
-
     def _check(self) -> None:
         faults = Faults(f"operator {self.folder}", CheckpointError)
         found = set(self._file.keys())

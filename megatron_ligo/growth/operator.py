@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,10 +51,6 @@ class Operator(ABC):
         self.structure = by_space(self.settings.structure, "groups")
         self.copied_gains = by_space(self.settings.gain, "residual") == "copied"
         self.maps: dict[str, MapSpec] = map_specs(self.arch, self.small, self.large, self.structure)
-
-    @abstractmethod
-    def fingerprint(self) -> object:
-        """What tells this operator from another (JSON)."""
 
     def setting(self, key: str, name: str) -> str | float:
         """An [operator] key for one map (or, for depth_init, one row)."""
@@ -154,9 +150,6 @@ class Initial(Operator):
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]
         expand = self._expand(map_name, name)
         return (expand if side == "expand" else self._contract(map_name, name, expand)).float()
-
-    def fingerprint(self) -> object:
-        return [self.small.to_json(), self.large.to_json(), asdict(self.settings)]
 
     def initial_expand(self, map_name: str) -> Tensor:
         """The fp64 expand of a map that all layers share."""
