@@ -16,17 +16,20 @@ import torch
 
 import megatron_ligo
 from megatron_ligo import formats
+from megatron_ligo.config import Config
 from megatron_ligo.convert import Progress, convert
-from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.errors import CheckpointError, ConfigError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import Reader, WriteOptions
 from megatron_ligo.grow import Grown, operator_digest
+from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.file import Saved
 from megatron_ligo.manifest import library_versions
 
 RECORD = "growth.json"
 VERSION = 1
 UNIVERSAL = "universal"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def hand_off(
@@ -58,6 +61,19 @@ def hand_off(
     whole = {**record, "version": VERSION, "large": source.dims.to_json(), "formats": list(to), "versions": versions}
     _write(folder / RECORD, whole)
     return whole
+
+
+def grow_to(config: Config, operator: Path | None, folder: Path) -> dict:
+    """What `tools/grow.py` does: the config's small model, grown by an operator's folder (None: by the initialisation
+    that [operator] names), into a hand-off. Returns growth.json's content."""
+    small = config.small
+    if not small.path:
+        raise ConfigError(message("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
+    reader = formats.open(small.path, None if small.format == "auto" else small.format)
+    chosen = Saved(operator) if operator else initial_operator(reader.dims, config.large, config.operator)
+    grown = Grown(chosen, reader)
+    section = config.handoff
+    return hand_off(grown, folder, DTYPES[section.dtype], section.formats, growth_record(grown))
 
 
 def growth_record(grown: Grown) -> dict:

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_ligo import formats, handoff
 from megatron_ligo.arch import get
-from megatron_ligo.config import HandoffSection, LargeSection, OperatorSection
-from megatron_ligo.errors import CheckpointError
+from megatron_ligo.config import Config, HandoffSection, LargeSection, OperatorSection
+from megatron_ligo.errors import CheckpointError, ConfigError
 from megatron_ligo.formats.hf import open as open_hf
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
@@ -69,6 +69,18 @@ def test_another_model_is_not_written_over_it(grown, tmp_path):
     write(other, tmp_path / "out", overwrite=True)
     reader = formats.open(tmp_path / "out/hf")
     assert torch.equal(reader.read("embed"), other.read("embed"))
+
+
+def test_from_a_config(grown, tmp_path):
+    sets = [f"small.path={grown.source.path}", "handoff.dtype=bf16"]
+    sets += [f"large.{name}={value}" for name, value in vars(LARGE).items()]
+    handoff.grow_to(Config.load(None, sets), None, tmp_path / "out")
+    half, whole = (formats.open(tmp_path / "out" / name).read("layers.0.q") for name in ("hf", "universal"))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(whole, grown.read("layers.0.q"))
+    assert torch.equal(half, whole.bfloat16())
+    with pytest.raises(ConfigError, match=r"small\.path"):
+        handoff.grow_to(Config(), None, tmp_path / "none")
 
 
 def test_a_record_that_cannot_be_read_is_refused(tmp_path):
