@@ -61,19 +61,21 @@ def convert(
         carries = getattr(module, "CARRIES_MOMENTS", False)
         checked = Checked(source, options.dtype, carries, stage.journal, progress)
         stage.check_space(checked.total_bytes + sum(file.stat().st_size for file in source.files))
-        out = Output(stage.content, stage.journal)
         try:
-            module.write(checked, out, options)
+            with Output(stage.content, stage.journal, options.workers) as out:
+                module.write(checked, out, options)
+                for name, value in (beside or {}).items():
+                    out.json(name, value)
             checked.finish()
         except LigoError:
             stage.discard()
             raise
-        return _finish(stage, out, checked, source, to, options, dict(beside or {}))
+        return _finish(stage, out.written, checked, source, to, options)
 
 
-def _finish(stage, out: Output, checked: Checked, source: Reader, to: str, options, beside: dict) -> Manifest:
-    for name, value in beside.items():
-        out.json(name, value)
+def _finish(
+    stage: Staging, written: list[str], checked: Checked, source: Reader, to: str, options: WriteOptions
+) -> Manifest:
     left = ["optimizer state"] if source.has_moments and not checked.has_moments else []
     if left:
         log.info("%s carries no optimizer state: the source's is left behind", to)
@@ -85,12 +87,13 @@ def _finish(stage, out: Output, checked: Checked, source: Reader, to: str, optio
         job=stage.job,
         source={"format": source.format, "path": str(source.path) if source.path else None},
         tensors=checked.digests(),
-        files={name: (stage.content / name).stat().st_size for name in sorted(out.written)},
+        files={name: (stage.content / name).stat().st_size for name in sorted(written)},
         left_behind=left,
         versions=library_versions(),
     )
-    out.json(MANIFEST, manifest.to_json())
-    stage.commit(out.written, replace=True)
+    with Output(stage.content) as out:
+        out.json(MANIFEST, manifest.to_json())
+    stage.commit([*written, MANIFEST])
     return manifest
 
 
@@ -109,6 +112,8 @@ def _settled(module, options: WriteOptions) -> WriteOptions:
         faults.add("layout", "none: it has no tensor or pipeline parallelism", f"tp {options.tp}, pp {options.pp}", do)
     if options.tp < 1 or options.pp < 1:
         faults.add("layout", "positive tp and pp", f"tp {options.tp}, pp {options.pp}")
+    if options.workers < 1:
+        faults.add("workers", "a positive number", options.workers)
     fixed: torch.dtype | None = getattr(module, "DTYPE", None)
     if fixed is not None and options.dtype not in (None, fixed):
         faults.add("dtype", fixed, options.dtype, "Leave it out.")

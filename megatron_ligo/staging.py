@@ -72,15 +72,15 @@ class Staging:
         self.journal.close()
         shutil.rmtree(self.partial)
 
-    def commit(self, names: Iterable[str], replace: bool) -> None:
-        """Renames the content, of which `names` are the (fsynced) files, into place."""
+    def commit(self, names: Iterable[str]) -> None:
+        """Renames the content, of which `names` are the (fsynced) files, into the place of whatever was there."""
         kept = {self.content / name for name in names}
         for file in [file for file in self.content.rglob("*") if file.is_file() and file not in kept]:
             file.unlink()
         for folder in sorted({file.parent for file in kept} | {self.content}):
             _sync(folder)
         old = _replaced(self.target)
-        if replace and self.target.exists():
+        if self.target.exists():
             self.target.rename(old)
         self.content.rename(self.target)
         _sync(self.target.parent)

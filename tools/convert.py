@@ -29,6 +29,7 @@ def parser() -> cli.Parser:
     made.add_argument("--dtype", metavar="DTYPE", help=f"cast to {', '.join(DTYPES)} (default: as they are)")
     made.add_argument("--tp", type=int, default=1, help="tensor parallelism of DST, where its format has one")
     made.add_argument("--pp", type=int, default=1, help="pipeline parallelism of DST, where its format has one")
+    made.add_argument("--workers", type=int, default=2, metavar="N", help="threads that hash and write (default 2)")
     made.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="one of DST's format's own")
     made.add_argument("--overwrite", action="store_true", help="put DST in the place of another conversion")
     return made
@@ -47,7 +48,9 @@ def main() -> None:
     if args.dtype is not None and args.dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {args.dtype!r}. {nearest(args.dtype, DTYPES)}")
     dtype = DTYPES[args.dtype] if args.dtype else None
-    options = WriteOptions(dtype=dtype, tp=args.tp, pp=args.pp, extra=dict(map(_option, args.option)))
+    options = WriteOptions(
+        dtype=dtype, tp=args.tp, pp=args.pp, workers=args.workers, extra=dict(map(_option, args.option))
+    )
     start = time.perf_counter()
     with cli.byte_progress() as show:
         source = formats.open(args.source, args.form)

@@ -43,13 +43,15 @@ class Info:
 class WriteOptions:
     """dtype: cast to it (None keeps each tensor's own); tp, pp: the layout written, where the format has one.
 
+    workers: threads that hash and write.
+
     extra: what a single format asks for besides, by name (its `write` says which).
     """
 
     dtype: torch.dtype | None = None
     tp: int = 1
     pp: int = 1
-    workers: int = 1
+    workers: int = 2
     extra: dict = field(default_factory=dict)
 
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Lock
 
 
 class Journal:
     """A dict of JSON values that survives the process; without a path, one that does not.
 
-    A key is a list of words: ("read", key, kind), ("wrote", file, part).
+    A key is a few words: ("read", key, kind), ("wrote", file, part). Safe to use from several threads.
     """
 
     def __init__(self, path: Path | None = None):
         self.entries: dict[tuple[str, ...], object] = {}
         self._file = None
+        self._lock = Lock()
         if path is None:
             return
         whole = self._load(path)
@@ -48,10 +50,12 @@ class Journal:
         return self.entries.get(key)
 
     def add(self, *key: str, value: object) -> None:
-        self.entries[key] = value
-        if self._file:
-            self._file.write(json.dumps([key, value]).encode() + b"\n")
-            self._file.flush()
+        line = json.dumps([key, value]).encode() + b"\n"
+        with self._lock:
+            self.entries[key] = value
+            if self._file:
+                self._file.write(line)
+                self._file.flush()
 
     def close(self) -> None:
         if self._file:

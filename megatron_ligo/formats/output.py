@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,11 +19,8 @@ from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import WEIGHT, Reader
 from megatron_ligo.formats.journal import Journal
 from megatron_ligo.formats.layouts import Later, Place, safetensors, torch_skeleton
+from megatron_ligo.formats.writing import WORKERS, OpenFile, Writer
 from megatron_ligo.packing import Stored
-
-# A write of 2 GiB and more is cut short by the system.
-CHUNK = 1 << 30
-ZEROS = 1 << 22
 
 
 def later(source: Reader, item: Stored, kind: str = WEIGHT) -> Later:
@@ -51,12 +45,25 @@ def one_dtype(source: Reader, item: Stored, kind: str = WEIGHT) -> torch.dtype:
 
 
 class Output:
-    """A folder under construction. Names of files are relative to it, with `/`."""
+    """A folder under construction. Names of files are relative to it, with `/`.
 
-    def __init__(self, folder: Path, journal: Journal | None = None):
+    A context manager: at its end everything is on the disk, or its error is raised.
+    """
+
+    def __init__(self, folder: Path, journal: Journal | None = None, workers: int = WORKERS):
         self.folder = folder
         self.journal = journal or Journal()
         self.written: list[str] = []
+        self._writer = Writer(workers)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._writer.finish()
+        else:
+            self._writer.abandon()
 
     def safetensors(self, name: str, tensors: Mapping[str, Later], metadata: Mapping[str, str] | None = None) -> None:
         """A safetensors file."""
@@ -106,42 +113,16 @@ class Output:
         return path
 
     def _fill(self, name: str, path: Path, places: list[Place]) -> None:
-        with path.open("r+b") as file:
-            for place in places:
-                if place.later.make is None:
-                    _checksum(file.fileno(), place, _crc_of_zeros(place.later.nbytes))
-                    continue
-                known = self.journal.get("wrote", name, place.name)
-                if known is None or known != digest.of_part(path, place.offset, place.later.nbytes):
-                    self.journal.add("wrote", name, place.name, value=_put(file.fileno(), place))
-            os.fsync(file.fileno())
+        file = OpenFile(path)
+        for place in places:
+            known = self.journal.get("wrote", name, place.name)
+            if place.later.make is None:
+                file.leave_zeros(place)
+            elif known is None or known != digest.of_part(path, place.offset, place.later.nbytes):
+                file.enter()
+                self._writer.put(file, place, self._noting(name, place.name))
+        self._writer.close(file)
         self.written.append(name)
 
-
-def _put(descriptor: int, place: Place) -> str:
-    """Makes a tensor and writes its bytes; returns their digest."""
-    tensor = place.later.make()
-    found = (tuple(tensor.shape), tensor.dtype)
-    assert found == (place.later.shape, place.later.dtype), f"{place.name}: promised {place.later}, made {found}"
-    data = digest.raw(tensor)
-    for start in range(0, len(data), CHUNK):
-        chunk = data[start : start + CHUNK]
-        written = os.pwrite(descriptor, chunk, place.offset + start)
-        if written != len(chunk):
-            raise OSError(f"wrote {written} of {len(chunk)} bytes")
-    if place.checksums:
-        _checksum(descriptor, place, zlib.crc32(data))
-    return digest.of_bytes(data)
-
-
-def _checksum(descriptor: int, place: Place, crc: int) -> None:
-    for offset in place.checksums:
-        os.pwrite(descriptor, struct.pack("<I", crc), offset)
-
-
-@cache
-def _crc_of_zeros(size: int) -> int:
-    crc, zeros = 0, bytes(ZEROS)
-    for start in range(0, size, ZEROS):
-        crc = zlib.crc32(zeros[: size - start], crc)
-    return crc
+    def _noting(self, name: str, part: str) -> Callable[[str], None]:
+        return lambda found: self.journal.add("wrote", name, part, value=found)
