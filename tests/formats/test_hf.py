@@ -1,0 +1,140 @@
+"""Hugging Face folders against the real transformers classes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_ligo import formats
+from megatron_ligo.errors import CheckpointError
+from megatron_ligo.formats import hf_config
+from megatron_ligo.formats.base import WriteOptions
+from megatron_ligo.formats.output import Output
+from tests.formats import models
+
+SCALED = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 2.0},
+}
+
+
+def rewrite(source, folder, **extra):
+    folder.mkdir()
+    with Output(folder) as out:
+        formats.get("hf").write(source, out, WriteOptions(extra=extra))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", list(models.CLASSES))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_there_and_back(tmp_path, model_type, tied, dtype):
+    model, folder = models.saved(tmp_path / "a", model_type, tied=tied, dtype=dtype)
+    source = formats.open(folder)
+    state = model.state_dict()
+    assert source.dims.tied == tied
+    assert source.dims.qkv_bias == (model_type == "qwen2")
+    assert models.same_bits(source.read("layers.1.k"), state["model.layers.1.self_attn.k_proj.weight"])
+    written = rewrite(source, tmp_path / "b", shard_bytes=9000)
+    assert len(list(written.glob("model-*.safetensors"))) > 2
+    models.assert_same(source, formats.open(written))
+    again = AutoModelForCausalLM.from_pretrained(written, dtype="auto").eval()
+    assert type(again) is type(model)
+    assert again.dtype == dtype
+    ids = models.tokens()
+    # Loaded, too: a model cast in memory has cast its rotary frequencies with it.
+    first = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.no_grad():
+        assert torch.equal(first(ids).logits, again(ids).logits)
+
+
+def test_one_file_is_what_the_library_would_write(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    written = rewrite(formats.open(folder), tmp_path / "b")
+    ours, theirs = load_file(written / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", [None, *SCALED])
+def test_rope_survives_in_both_forms_of_the_config(tmp_path, kind):
+    rope = {"rope_type": kind, **SCALED[kind]} if kind else None
+    model, folder = models.saved(tmp_path / "a", "llama", rope_scaling=rope)
+    source = formats.open(folder)
+    assert source.dims.rope_base == 5000.0
+    assert (source.dims.rope_scaling or {}).get("rope_type") == kind
+    written = json.loads((rewrite(source, tmp_path / "b") / "config.json").read_text())
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
+    for number, config in enumerate((written, old, new)):
+        assert hf_config.dims_of(config, "config") == source.dims
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "config.json").write_text(json.dumps(config))
+        read = AutoConfig.from_pretrained(tmp_path / f"{number}")
+        assert read.rope_parameters == model.config.rope_parameters
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
+    _, folder = models.saved(tmp_path / "a", head_dim=8, num_key_value_heads=6, rms_norm_eps=1e-6, rope_theta=10000.0)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    full = formats.open(folder).dims
+    for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    assert formats.open(folder).dims == full
+
+
+def test_token_ids_and_files_are_carried(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "notes.txt").write_text("not the model's")
+    written = rewrite(formats.open(folder), tmp_path / "b")
+    config = json.loads((written / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, 5)
+    assert {file.name for file in written.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+
+
+def test_a_head_stored_beside_its_embedding_must_be_the_same(tmp_path):
+    _, folder = models.saved(tmp_path / "a", tied=True)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, path, {"format": "pt"})
+    reader = formats.open(folder)
+    assert "head" not in list(reader.keys())
+    reader.read("embed")
+    state["lm_head.weight"][0, 0] += 1
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        formats.open(folder).read("embed")
+
+
+def test_a_cache_of_links_to_blobs_is_read(tmp_path):
+    _, folder = models.saved(tmp_path / "plain")
+    snapshot = tmp_path / "models--x" / "snapshots" / "0123"
+    blobs = tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    models.assert_same(formats.open(folder), formats.open(snapshot))
+
+
+def test_rotary_buffers_of_old_checkpoints_are_no_weights(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    save_file(state, path, {"format": "pt"})
+    formats.open(folder)
