@@ -117,7 +117,8 @@ class TrainingSection:
 
 @dataclass(frozen=True)
 class FitSection(TrainingSection):
-    depth_lr: float | None = setting(None, "learning rate of the depth maps; left out: lr", low=0.0)
+    lr: float = setting(1e-5, "learning rate of the width maps after the warm-up", low=0.0)
+    depth_lr: float | None = setting(1e-4, "learning rate of the depth maps", low=0.0)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ result, or raises with the failing rank's traceback. A case that hangs is killed
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -37,9 +38,26 @@ def _rank_main(rank: int, world: int, store: str, pipe) -> None:
             return
         case, arguments = job
         try:
-            pipe.send((True, case(**arguments)))
+            answer = (True, case(**arguments))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = (False, traceback.format_exc())
+        _leave_groups()
+        pipe.send(answer)
+
+
+def _leave_groups() -> None:
+    """A case's groups hold sockets, and threads that wake up a hundred times a second."""
+    import deepspeed.comm
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    default = dist.distributed_c10d._get_default_group()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not default:
+            # DeepSpeed keeps some of them for later engines.
+            deepspeed.comm.destroy_process_group(group)
+    gc.collect()
 
 
 class Pool:

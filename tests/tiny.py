@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_ligo.arch import get
 from megatron_ligo.arch.dims import Dims
@@ -31,9 +31,10 @@ def llama_dims(**changes) -> Dims:
 
 
 def hf_llama(dims: Dims, seed: int = 0) -> LlamaForCausalLM:
-    """A random Hugging Face Llama; gains are no ones, so that a forgotten gain shows."""
+    """A random Hugging Face Llama (Qwen2 where q, k, v have biases); gains are no ones, so that a forgotten gain shows."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    kinds = (Qwen2Config, Qwen2ForCausalLM) if dims.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    config = kinds[0](
         hidden_size=dims.hidden_size,
         intermediate_size=dims.ffn_size,
         num_hidden_layers=dims.num_layers,
@@ -47,7 +48,7 @@ def hf_llama(dims: Dims, seed: int = 0) -> LlamaForCausalLM:
         tie_word_embeddings=dims.tied,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config).eval()
+    model = kinds[1](config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

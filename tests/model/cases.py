@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
 import torch
+import torch.distributed as dist
 
 from megatron_ligo.config import ParallelSection, TrainingSection
+from megatron_ligo.model import places, source
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
 from megatron_ligo.model.runtime import Runtime
 from megatron_ligo.model.source import Source
@@ -34,6 +39,25 @@ def micro(batch, mesh, size: int) -> list[dict]:
         rows = slice(first, first + size)
         parts.append({"tokens": ids[rows], "labels": labels[rows], "loss_mask": torch.ones(size, LENGTH)})
     return parts
+
+
+@contextmanager
+def unreduced():
+    """Partial uses whose gradients are not summed over the tensor-parallel ranks."""
+    with (
+        mock.patch.object(places, "copy_to", lambda x, group: x),
+        mock.patch.object(source, "copy_to", lambda x, group: x),
+    ):
+        yield
+
+
+SABOTAGE = {None: nullcontext, "unreduced": unreduced, "hook_on_grad": nullcontext, "unmarked": nullcontext}
+
+
+def _all_reduced(grad, group):
+    grad = grad.clone()
+    dist.all_reduce(grad, group=group)
+    return grad
 
 
 def fit(
@@ -75,9 +99,20 @@ def fit(
         tokens_per_step=tokens_at_once,
         recompute=recompute,
     )
-    if sabotage:
-        sabotage()
-    module = GrownPipeline(runtime) if pp > 1 else GrownModel(runtime)
+    with SABOTAGE[sabotage]():
+        return _run(runtime, run, micro_size, source_reader, sabotage)
+
+
+def _run(runtime, run, micro_size, source_reader, sabotage):
+    mesh, operator = runtime.mesh, runtime.operator
+    module = GrownPipeline(runtime) if mesh.pp > 1 else GrownModel(runtime)
+    if sabotage == "hook_on_grad":
+        for parameter in module.shared_maps().parameters():
+            if not hasattr(parameter, "tensor_model_parallel"):
+                parameter.register_hook(lambda grad: _all_reduced(grad, mesh.tp_group))
+    if sabotage == "unmarked":
+        for parameter in module.parameters():
+            parameter.__dict__.pop("tensor_model_parallel", None)
 
     def moved():
         runtime.generation += 1
@@ -85,7 +120,7 @@ def fit(
     groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
     engine = Engine(module, mesh, run, groups, after_update=moved)
     losses, norms = [], []
-    for batch in batches(small):
+    for batch in batches(operator.small):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
         losses.append(loss)
         norms.append(norm)

@@ -39,7 +39,7 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
 
 def _gain(operator, values, row, mixed):
     if not operator.copied_gains:
-        return values["width.residual.expand"] @ mixed
+        return _expand(operator, values, "residual", None) @ mixed
     return mixed[values["gain.source"]] * values["gain.layers" if row.in_layer else "gain.final"]
 
 
@@ -47,13 +47,17 @@ def _matrix(operator, values, layer):
     def of(lift, use):
         if use is Use.READS and operator.has_contract(lift.map):
             return values[operator.width_name(lift.map, "contract", layer)].t()
-        expand = values[operator.width_name(lift.map, "expand", layer)]
-        if operator.setting("identity", lift.map) == "frozen":
-            kept = operator.maps[lift.map].small
-            expand = torch.cat([torch.eye(kept), expand[kept:]])
-        return expand
+        return _expand(operator, values, lift.map, layer)
 
     return of
+
+
+def _expand(operator, values, map_name, layer):
+    expand = values[operator.width_name(map_name, "expand", layer)]
+    if operator.setting("identity", map_name) == "frozen":
+        kept = operator.maps[map_name].small
+        expand = torch.cat([torch.eye(kept), expand[kept:]])
+    return expand
 
 
 def run(
