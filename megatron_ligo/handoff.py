@@ -7,18 +7,16 @@ FOLDER/growth.json    source, sizes, operator, fit, versions; written last: a fo
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import megatron_ligo
-from megatron_ligo import formats
+from megatron_ligo import formats, lineage
 from megatron_ligo.config import Config
 from megatron_ligo.convert import Progress, convert
-from megatron_ligo.errors import CheckpointError, ConfigError, message
+from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import Reader, WriteOptions
 from megatron_ligo.grow import Grown, operator_digest
@@ -26,8 +24,6 @@ from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.file import Saved
 from megatron_ligo.manifest import library_versions
 
-RECORD = "growth.json"
-VERSION = 1
 UNIVERSAL = "universal"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,9 +54,8 @@ def hand_off(
         if name == UNIVERSAL:
             source = formats.open(folder / name)
     versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
-    whole = {**record, "version": VERSION, "large": source.dims.to_json(), "formats": list(to), "versions": versions}
-    _write(folder / RECORD, whole)
-    return whole
+    own = {"large": source.dims.to_json(), "formats": list(to), "versions": versions}
+    return lineage.write(folder, {**record, **own})
 
 
 def grow_to(config: Config, operator: Path | None, folder: Path) -> dict:
@@ -96,32 +91,3 @@ def source_digest(source: Reader) -> str:
     """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
     parts = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
     return digest.of_bytes("\n".join(parts).encode())
-
-
-def read_record(folder: Path) -> dict | None:
-    """growth.json of a hand-off; None where the folder is none. Raises CheckpointError if it cannot be read."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(message(f"{path}", "a record of ours", f"{error!r}")) from None
-    if found != VERSION:
-        raise CheckpointError(message(f"{path}", f"version {VERSION}", found))
-    return record
-
-
-def _write(path: Path, value: dict) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

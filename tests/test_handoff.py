@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_ligo import formats, handoff
+from megatron_ligo import formats, handoff, lineage
 from megatron_ligo.arch import get
 from megatron_ligo.config import Config, HandoffSection, LargeSection, OperatorSection
 from megatron_ligo.errors import CheckpointError, ConfigError
@@ -32,7 +32,7 @@ def write(grown, folder, **more):
 
 def test_both_formats_hold_the_grown_model(grown, tmp_path):
     record = write(grown, tmp_path / "out")
-    assert record == json.loads((tmp_path / "out/growth.json").read_text()) == handoff.read_record(tmp_path / "out")
+    assert record == json.loads((tmp_path / "out/growth.json").read_text()) == lineage.read(tmp_path / "out")
     for name in ("universal", "hf"):
         reader = formats.open(tmp_path / "out" / name)
         assert reader.dims == grown.dims
@@ -84,8 +84,8 @@ def test_from_a_config(grown, tmp_path):
 
 
 def test_a_record_that_cannot_be_read_is_refused(tmp_path):
-    assert handoff.read_record(tmp_path) is None
+    assert lineage.read(tmp_path) is None
     for text in ("{", "[]", '{"version": 99}'):
         (tmp_path / "growth.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"growth\.json"):
-            handoff.read_record(tmp_path)
+            lineage.read(tmp_path)

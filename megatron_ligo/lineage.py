@@ -1,0 +1,34 @@
+"""growth.json: where a grown model comes from. Written last into a hand-off, which is not whole without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.jsonfile import write_json
+
+RECORD = "growth.json"
+VERSION = 1
+
+
+def read(folder: Path) -> dict | None:
+    """The record of a hand-off; None where the folder is none. Raises CheckpointError if it cannot be read."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(message(f"{path}", "a record of ours", f"{error!r}")) from None
+    if found != VERSION:
+        raise CheckpointError(message(f"{path}", f"version {VERSION}", found))
+    return record
+
+
+def write(folder: Path, record: dict) -> dict:
+    """Writes the record with its version; returns what was written."""
+    whole = {**record, "version": VERSION}
+    write_json(folder / RECORD, whole)
+    return whole

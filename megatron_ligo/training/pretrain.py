@@ -1,0 +1,233 @@
+"""Pretraining: DeepSpeed over Megatron-core's modules, at any layout, from a hand-off, a checkpoint or from scratch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.config import Config
+from megatron_ligo.errors import CheckpointError, ConfigError, message
+from megatron_ligo.flops import train_flops
+from megatron_ligo.jsonfile import write_json
+from megatron_ligo.manifest import library_versions
+from megatron_ligo.model import universal, weights
+from megatron_ligo.model.build import Build
+from megatron_ligo.model.gpt import Pretrained
+from megatron_ligo.model.stages import PretrainedPipeline
+from megatron_ligo.parallel import accelerator, mesh
+from megatron_ligo.parallel.mesh import Mesh
+from megatron_ligo.training import checkpoints
+from megatron_ligo.training.data import Data, open_data
+from megatron_ligo.training.engine import Engine, micro_batches
+from megatron_ligo.training.fit import FREE, check_same_run
+from megatron_ligo.training.metrics import Metrics, peak_memory_bytes
+from megatron_ligo.training.samples import everywhere, on_rank_0
+from megatron_ligo.training.schedule import learning_rate
+from megatron_ligo.training.start import Start, check_layout, find_start
+
+log = logging.getLogger(__name__)
+
+RECORD = "pretrain.json"
+
+
+class Pretrain:
+    """One run from its config to its last checkpoint; `run` is the whole of it. Collective over all processes."""
+
+    def __init__(self, config: Config, output: Path):
+        self.config, self.settings, self.output = config, config.pretrain, output
+        mesh.start(self.settings.timeout_minutes)
+        self.dtype = everywhere(lambda: accelerator.dtype_of(self.settings.precision))
+        self.mesh: Mesh = mesh.make(self.settings.parallel.tp, self.settings.parallel.pp)
+        everywhere(lambda: micro_batches(self.settings, self.mesh))
+        self.resumed = bool(checkpoints.steps(output / "checkpoints"))
+        self.start = everywhere(self._resumed_start if self.resumed else lambda: find_start(config))
+        self.dims: Dims = self.start.dims
+        self.data = self._open_data()
+        self.engine = self._build()
+
+    def run(self) -> dict:
+        """Trains, from the last checkpoint if there is one; returns what it writes into OUTPUT/pretrain.json."""
+        if self.resumed:
+            state = checkpoints.load_last(self.engine, self.output / "checkpoints")
+            log.info("resumed after step %d", self.engine.steps)
+        else:
+            state = {"losses": {}, "eval": self._held_out()}
+            self._record(state)
+            if self.config.data.valid:
+                self._evaluate_start(state["losses"])
+        self._steps(state)
+        return self._record(state)
+
+    def evaluate(self, samples: int) -> float:
+        """Loss on the first held-out samples."""
+        batches = self.data.eval_batch(samples, self.settings.micro_batch_size, self.mesh.dp, self.mesh.dp_rank)
+        return self.engine.evaluate(batches)
+
+    def _held_out(self) -> dict | None:
+        """What the losses are measured on; None where nothing is held out."""
+        if not self.config.data.valid:
+            return None
+        samples = self.settings.eval_samples
+        return {"samples": samples, "digest": self.data.eval_digest(samples)}
+
+    def _evaluate_start(self, losses: dict) -> None:
+        losses["start"] = self.evaluate(self.settings.eval_samples)
+        log.info("loss at step 0: %.6f", losses["start"])
+        if self.start.fit is None:
+            return
+        found = self.start.fit["eval"]
+        same = self._can_deal(found["samples"]) and self.data.eval_digest(found["samples"]) == found["digest"]
+        if not same:
+            log.warning("the fit evaluated other held-out samples than these: its last loss cannot be compared")
+            return
+        own = found["samples"] == self.settings.eval_samples
+        begun = losses["start"] if own else self.evaluate(found["samples"])
+        losses["fit"] = self.start.fit["losses"]["end"]
+        losses["start_on_fit_batch"] = begun
+        gap = begun - losses["fit"]
+        log.info("on the fit's batch: %.6f; at the end of the fit: %.6f; difference %+.1e", begun, losses["fit"], gap)
+
+    def _steps(self, state: dict) -> None:
+        run, seq = self.settings, self.config.data.seq_length
+        tokens = run.global_batch_size * seq
+        flops = train_flops(self.dims, tokens, seq)
+        first = self.engine.steps
+        with Metrics(self.output, dist.get_rank() == 0, run.steps, first) as metrics:
+            for step in range(first, run.steps):
+                began = time.monotonic()
+                batches = self.data.batch(
+                    step, run.global_batch_size, run.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
+                )
+                lr = learning_rate(run, step)
+                self.engine.set_lr(lr)
+                loss, norm = self.engine.train_step(batches)
+                seconds = time.monotonic() - began
+                more = self._evaluate_if_due(step + 1, state["losses"])
+                metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **more)
+                if step + 1 == run.steps or _due(step + 1, run.save_every):
+                    checkpoints.save(self.engine, self.output / "checkpoints", step + 1, state, run.keep_last)
+
+    def _evaluate_if_due(self, step: int, losses: dict) -> dict[str, float]:
+        last = step == self.settings.steps
+        if not self.config.data.valid or not (last or _due(step, self.settings.eval_every)):
+            return {}
+        loss = self.evaluate(self.settings.eval_samples)
+        if last:
+            losses["end"] = loss
+            log.info("loss after step %d: %.6f", step, loss)
+        return {"eval_loss": loss}
+
+    def _build(self) -> Engine:
+        """The engine with its weights; a run that is resumed gets them from its checkpoint afterwards."""
+        run, start = self.settings, self.start
+        build = Build(self.dtype, self.mesh.tp, run.parallel.sequence_parallel)
+        make = PretrainedPipeline if self.mesh.pp > 1 else Pretrained
+        # Replicas that are not filled from the table must still agree.
+        torch.manual_seed(run.seed)
+        model = make(self.dims, build, self.mesh, run.recompute)
+        by_deepspeed = start.universal and not self.resumed
+        read = start.source.read if start.source else weights.initial(self.dims, run.seed)
+        if not by_deepspeed and not self.resumed:
+            weights.fill(model, self.dims, self.mesh, read)
+        if by_deepspeed and run.parallel.zero == 3:
+            universal.prepare_for_universal(model, self.dims, self.mesh.tp_group)
+        engine = Engine(
+            model, self.mesh, run, parameter_groups(model, run.weight_decay), self._bf16, universal=by_deepspeed
+        )
+        if by_deepspeed:
+            universal.load_universal(engine.engine, start.source, self.mesh.tp_group)
+            # The run's own steps begin at 0; Adam goes on counting where the checkpoint was.
+            engine.engine.global_steps = engine.engine.global_samples = 0
+        elif self._bf16 and not self.resumed:
+            weights.fill_masters(model, self.dims, self.mesh, read)
+        return engine
+
+    @property
+    def _bf16(self) -> bool:
+        return self.dtype is torch.bfloat16
+
+    def _open_data(self) -> Data:
+        config, run = self.config.data, self.settings
+        cache = config.cache or self.output / "data_cache"
+        held_out = 0
+        if config.valid:
+            fitted = self.start.fit["eval"]["samples"] if self.start.fit else 0
+            held_out = max(run.eval_samples, fitted)
+        elif not run.steps:
+            do = "Without steps the run only evaluates: set data.valid."
+            raise ConfigError(message("data.valid", "held-out data", "none", do))
+        data = open_data(config, config.seq_length, run.steps * run.global_batch_size, held_out, config.seed, cache)
+        data.check_vocab(self.dims.vocab_size)
+        return data
+
+    def _can_deal(self, samples: int) -> bool:
+        return samples % (self.settings.micro_batch_size * self.mesh.dp) == 0
+
+    def _resumed_start(self) -> Start:
+        """The sizes of the run that OUTPUT holds, which must be this one; its start is not looked at again."""
+        then = _read_record(self.output / RECORD)
+        check_same_run(then["run"], self._identity(), self.output)
+        dims = Dims.from_json(then["dims"])
+        check_layout(dims, self.settings.parallel, self.config.data.seq_length)
+        return Start(dims)
+
+    def _identity(self) -> dict:
+        """All that the numbers of the run depend on, the layout included, as plain data."""
+        table = self.config.to_dict()
+        run = {key: value for key, value in table["pretrain"].items() if key not in FREE}
+        data = {key: value for key, value in table["data"].items() if key != "cache"}
+        sizes = {} if self.settings.start else {"small": table["small"], "large": table["large"]}
+        return {**sizes, "pretrain": run, "data": data, "processes": {"dp": self.mesh.dp}}
+
+    def _record(self, state: dict) -> dict:
+        memory: list[int] = [0] * self.mesh.world
+        dist.all_gather_object(memory, peak_memory_bytes())
+        place = self.mesh
+        record = {
+            "run": self._identity(),
+            "dims": self.dims.to_json(),
+            "step": self.engine.steps,
+            "losses": state["losses"],
+            "eval": state["eval"],
+            "layout": {"tp": place.tp, "pp": place.pp, "dp": place.dp, "zero": self.settings.parallel.zero},
+            "peak_memory_bytes": memory,
+            "versions": library_versions(),
+        }
+        on_rank_0(lambda: self._write_record(record))
+        return record
+
+    def _write_record(self, record: dict) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_json(self.output / RECORD, record)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices with weight decay; norms and biases without."""
+    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        kinds[parameter.dim() > 1].append(parameter)
+    return [{"params": kinds[True], "weight_decay": weight_decay}, {"params": kinds[False], "weight_decay": 0.0}]
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _read_record(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"run": record["run"], "dims": record["dims"]}
+    except FileNotFoundError:
+        found = "nothing"
+    except (ValueError, KeyError, TypeError) as error:
+        found = f"{error!r}"
+    raise CheckpointError(
+        message(f"{path}", "the record of the run that is resumed", found, "Choose another --output.")
+    )

@@ -1,0 +1,79 @@
+"""Where a pretraining begins: a hand-off, a checkpoint of any format, or fresh weights of given sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ligo import formats, lineage
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.config import Config, ParallelSection
+from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.formats import hf_config, record
+from megatron_ligo.formats.base import Reader
+from megatron_ligo.growth.check import large_dims
+from megatron_ligo.layout import check_tp
+
+UNIVERSAL = "universal"
+
+
+@dataclass(frozen=True)
+class Start:
+    """source None: fresh weights. fit: the record of the fit that a hand-off comes from, None for any other start."""
+
+    dims: Dims
+    source: Reader | None = None
+    fit: dict | None = None
+
+    @property
+    def universal(self) -> bool:
+        """True where DeepSpeed itself loads the weights."""
+        return self.source is not None and self.source.format == UNIVERSAL
+
+
+def find_start(config: Config) -> Start:
+    """What the config asks for; a LigoError if there is no such thing or the layout does not fit it."""
+    start = _from_checkpoint(Path(config.pretrain.start)) if config.pretrain.start else Start(fresh_dims(config))
+    check_layout(start.dims, config.pretrain.parallel, config.data.seq_length)
+    return start
+
+
+def _from_checkpoint(path: Path) -> Start:
+    grown = lineage.read(path)
+    if grown is None:
+        if (path / UNIVERSAL).is_dir():
+            do = "Let its writer finish, or give the folder inside."
+            raise CheckpointError(message(f"{path}", f"a whole hand-off, with {lineage.RECORD}", "none", do))
+        source = formats.open(path)
+        return Start(source.dims, source)
+    source = formats.open(path / (UNIVERSAL if UNIVERSAL in grown["formats"] else "hf"))
+    return Start(source.dims, source, grown.get("fit"))
+
+
+def fresh_dims(config: Config) -> Dims:
+    """Sizes for fresh weights: those that [small] names, with what [large] says put over them."""
+    if not config.small.path:
+        do = "Set pretrain.start, or small.path to a model (or a config.json) of the sizes to begin from scratch."
+        raise ConfigError(message("pretrain", "a start", "none", do))
+    return large_dims(_sizes(Path(config.small.path)), config.large)
+
+
+def _sizes(path: Path) -> Dims:
+    """The sizes that a path states; weights need not be there."""
+    if path.is_file() and path.suffix == ".json":
+        return hf_config.dims_of(hf_config.load(path), f"{path}")
+    stated = record.find(path) if path.is_dir() else None
+    return stated[0] if stated else _from_checkpoint(path).dims
+
+
+def check_layout(dims: Dims, parallel: ParallelSection, seq_length: int) -> None:
+    """ConfigError with everything in which a layout does not fit the model and the data."""
+    faults = Faults("the layout does not fit the model", ConfigError)
+    check_tp(dims, parallel.tp, faults)
+    if parallel.pp > dims.num_layers:
+        faults.add(f"pp = {parallel.pp}", "at most a stage a layer", f"{dims.num_layers} layers")
+    if parallel.sequence_parallel and seq_length % parallel.tp:
+        faults.add("data.seq_length", f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
+    if seq_length > dims.max_positions:
+        faults.add("data.seq_length", f"at most the model's {dims.max_positions} positions", seq_length)
+    faults.raise_if_any()
