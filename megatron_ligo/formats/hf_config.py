@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ NOT_CARRIED = (
     "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "quantization_config", "auto_map",
 )  # fmt: skip
 ROPE = ("rope_theta", "rope_scaling")
+# The annotations in Dims that are numbers or truths.
+KINDS = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -131,17 +134,17 @@ def _follow(sizes: dict) -> None:
 
 
 def _check_kinds(sizes: dict, faults: Faults) -> None:
-    """JSON has any kind of value in any place; Dims checks the other sizes itself."""
+    """JSON has any kind of value in any place."""
     for name in ("norm_eps", "rope_base"):
         if type(sizes.get(name)) is int:
             sizes[name] = float(sizes[name])
-    kinds = {"norm_eps": float, "rope_base": float, "tied": bool, "max_positions": int, "sliding_window": int}
-    for name, kind in kinds.items():
-        value = sizes.get(name)
-        if value is None and name in ("rope_base", "sliding_window"):
+    for field in fields(Dims):
+        kind = KINDS.get(field.type)
+        value = sizes.get(field.name, field.default)
+        if kind is None or (value is None and "None" in field.type) or (field.name == "num_token_types" and value == 0):
             continue
         if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
-            faults.add(name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
+            faults.add(field.name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
 
 
 def _check_layer_types(config: Mapping, sizes: dict, faults: Faults) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,6 +37,8 @@ class Shards:
             self.faults.append(message(str(file), "a whole safetensors file", f"{error}", "Fetch it again."))
             return
         self._open[file] = opened
+        for name in _doubled(file):
+            self.faults.append(message(f"{name} ({file.name})", "one tensor of that name", "two"))
         for name in opened.keys():  # noqa: SIM118 - no dict
             if name in self._place:
                 both = f"{self._place[name].name} and {file.name}"
@@ -78,6 +81,23 @@ class Shards:
 
     def close(self) -> None:
         self._open.clear()
+
+
+def _doubled(file: Path) -> list[str]:
+    """Names that a (valid) header has twice: the library takes the last and says nothing."""
+    doubled = []
+
+    def look(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            doubled.extend(sorted({name for name in names if names.count(name) > 1}))
+        return found
+
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        json.loads(opened.read(size), object_pairs_hook=look)
+    return doubled
 
 
 def find_shards(folder: Path) -> Shards:

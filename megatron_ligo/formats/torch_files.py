@@ -28,6 +28,8 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
         found = str(error).split("Check the documentation")[0].strip()
         do = "It is not loaded: loading it could run code."
         raise CheckpointError(message(f"{path}", "tensors and plain values", found, do)) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise CheckpointError(message(f"{path}", "a whole file of torch.save", found, "Fetch it again.")) from None

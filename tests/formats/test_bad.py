@@ -1,0 +1,66 @@
+"""Every broken checkpoint is refused with one error that says what is wrong, and nothing is executed."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_ligo import formats
+from megatron_ligo.convert import convert
+from megatron_ligo.errors import LigoError
+from megatron_ligo.formats.base import WriteOptions
+from tests import bad_checkpoints
+from tests.formats import models
+
+
+def assert_refused(folder, form, words) -> None:
+    with pytest.raises(LigoError) as caught:
+        reader = formats.open(folder, form)
+        for key in reader.keys():  # noqa: SIM118 - no dict
+            reader.read(key)
+            if reader.has_moments:
+                reader.read(key, "exp_avg")
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("builder", bad_checkpoints.hf.values(), ids=bad_checkpoints.hf)
+def test_hugging_face(tmp_path, builder):
+    _, folder = models.saved(tmp_path / "a")
+    formats.open(folder)
+    assert_refused(folder, "hf", builder(folder))
+
+
+@pytest.mark.parametrize("builder", bad_checkpoints.hf_sharded.values(), ids=bad_checkpoints.hf_sharded)
+def test_sharded_hugging_face(tmp_path, builder):
+    _, whole = models.saved(tmp_path / "whole")
+    folder = tmp_path / "a"
+    convert(formats.open(whole), folder, "hf", WriteOptions(extra={"shard_bytes": 20_000}))
+    formats.open(folder)
+    assert_refused(folder, "hf", builder(folder))
+
+
+@pytest.mark.parametrize("builder", bad_checkpoints.universal.values(), ids=bad_checkpoints.universal)
+def test_universal(tmp_path, builder):
+    _, whole = models.saved(tmp_path / "whole")
+    folder = tmp_path / "a"
+    convert(formats.open(whole), folder, "universal")
+    formats.open(folder)
+    assert_refused(folder, "universal", builder(folder))
+    assert not bad_checkpoints.Evil.ran
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(LigoError, match="nothing there"):
+        formats.open(tmp_path / "a")
+    with pytest.raises(LigoError, match="--from"):
+        formats.open(tmp_path)
+    with pytest.raises(LigoError, match="Did you mean 'hf'"):
+        formats.open(tmp_path, "hff")
+
+
+def test_two_formats_in_one_folder(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    (folder / "latest_universal").write_text("x")
+    with pytest.raises(LigoError, match="hf and universal"):
+        formats.open(folder)
+    formats.open(folder, "hf")
