@@ -1,0 +1,32 @@
+"""The report: what fits, hand-offs and pretraining runs have recorded, as one table, one page and one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_ligo.report import curves, page, table
+from megatron_ligo.report.runs import read_runs
+
+__all__ = ["write_report"]
+
+
+def write_report(folders: Sequence[Path], output: Path, console: Console | None = None) -> None:
+    """Prints the table of the runs in `folders` and writes OUTPUT/report.html and OUTPUT/report.png.
+
+    Raises CheckpointError with every folder that is no run and every record that is damaged, before it writes.
+    """
+    runs = read_runs(folders)
+    told = table.tell(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    _replace(output / "report.png", curves.picture(runs, told))
+    _replace(output / "report.html", page.page(told, curves.picture(runs)).encode())
+    table.show(told, console or Console())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_bytes(content)
+    aside.replace(path)

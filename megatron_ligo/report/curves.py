@@ -1,0 +1,127 @@
+"""The curves: loss against step and against FLOPs, and the picture that holds them with the table."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from textwrap import fill
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from megatron_ligo.report.runs import Run
+from megatron_ligo.report.table import HEADINGS, LOSSES, Told
+
+# Told apart by readers who do not see all colours (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+# Losses further apart than this are drawn on a logarithmic scale.
+LOG_RATIO = 3
+Points = tuple[list[float], list[float]]
+
+
+def picture(runs: Sequence[Run], told: Told | None = None) -> bytes:
+    """A PNG of the curves; with `told`, of the table and its notes below them, too."""
+    height = 5.2 + (0 if told is None else 0.34 * (len(HEADINGS) + 1) + 0.24 * len(told.notes) + 1.0)
+    figure = Figure(figsize=(13, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    if told is None:
+        panels = figure.subplots(1, 2)
+    else:
+        upper, lower = figure.subfigures(2, 1, height_ratios=(5.2, height - 5.2))
+        panels = upper.subplots(1, 2)
+        _table(lower.subplots(), told)
+        upper.suptitle(fill(told.warning, 130), fontsize=10, color="#8a1c00")
+    _panel(panels[0], runs, by_flops=False)
+    _panel(panels[1], runs, by_flops=True)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def _panel(axes: Axes, runs: Sequence[Run], by_flops: bool) -> None:
+    drawn = [run for run in runs if run.metrics or "step 0" in run.losses]
+    everything = []
+    for number, run in enumerate(drawn):
+        if by_flops and run.spent is None:
+            continue
+        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+        trained, held_out = training(run, by_flops), held_out_points(run, by_flops)
+        label = f"{run.name} ({run.kind})"
+        axes.plot(*trained, color=colour, linestyle=style, marker=".", markersize=4, linewidth=1.4, label=label)
+        axes.plot(*held_out, color=colour, linestyle="none", marker="o", markerfacecolor="white", markersize=7)
+        everything += trained[1] + held_out[1]
+    axes.set_title("Loss against FLOPs, a start's own fit included" if by_flops else "Loss against step")
+    axes.set_xlabel("FLOPs of all ranks" if by_flops else "step")
+    _scale(axes, everything)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not everything:
+        axes.text(0.5, 0.5, "no steps were recorded", ha="center", va="center", transform=axes.transAxes)
+    elif not by_flops:
+        axes.plot([], [], color="#555555", marker=".", markersize=4, label="line: on the training batches")
+        axes.plot(
+            [], [], color="#555555", linestyle="none", marker="o", markerfacecolor="white", label="held-out samples"
+        )
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _scale(axes: Axes, losses: list[float]) -> None:
+    wide = bool(losses) and min(losses) > 0 and max(losses) / min(losses) > LOG_RATIO
+    axes.set_ylabel("loss, nats a token" + (" (logarithmic)" if wide else ""))
+    if wide:
+        axes.set_yscale("log")
+        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_formatter(ScalarFormatter())
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+
+
+def training(run: Run, by_flops: bool) -> Points:
+    """Loss on the training batches; FLOPs begin where the fit that the start comes from has ended."""
+    rows = [row for row in run.metrics if _drawable(row.get("loss"))]
+    return [_place(run, row, by_flops) for row in rows], [row["loss"] for row in rows]
+
+
+def held_out_points(run: Run, by_flops: bool) -> Points:
+    """The held-out losses at their places: before the first step, on the way, after the last."""
+    first, last = ("initialised", "fitted") if run.kind == "fit" else ("step 0", "end")
+    begin = {"step": 0, "flops": 0}
+    places = [(begin, run.losses.get(first))]
+    places += [(row, row.get("eval_loss")) for row in run.metrics]
+    if run.metrics and run.metrics[-1].get("eval_loss") is None:
+        places.append((run.metrics[-1], run.losses.get(last)))
+    shown = [(_place(run, row, by_flops), loss) for row, loss in places if _drawable(loss)]
+    return [x for x, _ in shown], [y for _, y in shown]
+
+
+def _drawable(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
+
+
+def _place(run: Run, row: dict, by_flops: bool) -> float:
+    return row["flops"] + run.spent if by_flops else row["step"]
+
+
+def _table(axes: Axes, told: Told) -> None:
+    """A column a run: the names and the layouts are long, the runs are few."""
+    axes.axis("off")
+    cells = [[row[number] for row in told.rows] for number in range(1, len(HEADINGS))]
+    table = axes.table(
+        cellText=[[fill(cell, 34) for cell in line] for line in cells],
+        rowLabels=HEADINGS[1:],
+        colLabels=[row[0] for row in told.rows],
+        loc="upper center",
+        cellLoc="center",
+        bbox=(0.12, 0.30, 0.88, 0.70),
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(9 if len(told.rows) <= 5 else 7)
+    for (line, _), cell in table.get_celld().items():
+        cell.set_edgecolor("#cccccc")
+        if line and HEADINGS[line] in LOSSES:
+            cell.set_facecolor("#f2f6fa")
+    notes = "\n".join(fill(note, 190, initial_indent="- ", subsequent_indent="  ") for note in told.notes)
+    axes.text(0.0, 0.27, notes, fontsize=8, va="top", transform=axes.transAxes)

@@ -1,0 +1,27 @@
+"""One page on runs: losses at each stage, FLOPs, seconds, memory, layouts, and curves (report.html, report.png)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ligo import cli
+
+EXAMPLE = """
+python tools/report.py runs/fit runs/grown runs/pretrain_grown runs/pretrain_stacked --output runs/report
+"""
+
+
+def main() -> None:
+    made = cli.parser(__doc__, EXAMPLE, output="folder for report.html and report.png")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="--output folders of fit, grow and pretrain")
+    args = made.parse_args()
+    # Imported here: --help need not wait for it.
+    from megatron_ligo.report import write_report
+
+    output = Path(args.output)
+    write_report([Path(run) for run in args.runs], output)
+    print(f"{output / 'report.html'} and {output / 'report.png'} are written")
+
+
+if __name__ == "__main__":
+    cli.run(main)
