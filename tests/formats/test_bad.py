@@ -8,8 +8,12 @@ from megatron_ligo import formats
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import LigoError
 from megatron_ligo.formats.base import WriteOptions
-from tests import bad_checkpoints
+from tests.bad_checkpoints import hf, hf_files, universal
 from tests.formats import models
+
+
+def named(builders: dict) -> dict:
+    return {"argvalues": builders.values(), "ids": builders.keys()}
 
 
 def assert_refused(folder, form, words) -> None:
@@ -23,14 +27,14 @@ def assert_refused(folder, form, words) -> None:
         assert word in str(caught.value), str(caught.value)
 
 
-@pytest.mark.parametrize("builder", bad_checkpoints.hf.values(), ids=bad_checkpoints.hf)
+@pytest.mark.parametrize("builder", **named({**hf.hf, **hf_files.single}))
 def test_hugging_face(tmp_path, builder):
     _, folder = models.saved(tmp_path / "a")
     formats.open(folder)
     assert_refused(folder, "hf", builder(folder))
 
 
-@pytest.mark.parametrize("builder", bad_checkpoints.hf_sharded.values(), ids=bad_checkpoints.hf_sharded)
+@pytest.mark.parametrize("builder", **named(hf_files.sharded))
 def test_sharded_hugging_face(tmp_path, builder):
     _, whole = models.saved(tmp_path / "whole")
     folder = tmp_path / "a"
@@ -39,14 +43,14 @@ def test_sharded_hugging_face(tmp_path, builder):
     assert_refused(folder, "hf", builder(folder))
 
 
-@pytest.mark.parametrize("builder", bad_checkpoints.universal.values(), ids=bad_checkpoints.universal)
+@pytest.mark.parametrize("builder", **named(universal.universal))
 def test_universal(tmp_path, builder):
     _, whole = models.saved(tmp_path / "whole")
     folder = tmp_path / "a"
     convert(formats.open(whole), folder, "universal")
     formats.open(folder)
     assert_refused(folder, "universal", builder(folder))
-    assert not bad_checkpoints.Evil.ran
+    assert not universal.Evil.ran
 
 
 def test_what_is_no_checkpoint(tmp_path):
