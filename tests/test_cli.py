@@ -135,7 +135,7 @@ def test_help_names_the_keys(capsys):
         "[fit]",
         "parallel.tp = 1",
         "betas = [0.9, 0.95]",
-        "depth_lr = (left",
+        "depth_lr = 0.0001",
     ):
         assert part in text
     assert "adamw | sgd" in text and "[pretrain]" not in text and "--output" in text

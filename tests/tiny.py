@@ -31,7 +31,7 @@ def llama_dims(**changes) -> Dims:
 
 
 def hf_llama(dims: Dims, seed: int = 0) -> LlamaForCausalLM:
-    """A random Hugging Face Llama (Qwen2 where q, k, v have biases); gains are no ones, so that a forgotten gain shows."""
+    """A random Hugging Face Llama (Qwen2 where q, k, v have biases); its gains are no ones."""
     torch.manual_seed(seed)
     kinds = (Qwen2Config, Qwen2ForCausalLM) if dims.qkv_bias else (LlamaConfig, LlamaForCausalLM)
     config = kinds[0](
