@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +29,7 @@ SAFETENSORS_DTYPES = {
 
 
 # Sizes of the fixed parts of a zip archive's headers.
-LOCAL_HEADER, CENTRAL_HEADER = 30, 46
+LOCAL_HEADER, CENTRAL_HEADER, CHECKSUM = 30, 46, 4
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,26 @@ def torch_skeleton(path: Path, tree: object) -> list[Place]:
     return [Place(name, *records[f"data/{number}"], later) for number, (name, later) in enumerate(found)]
 
 
+def same_frame(path: Path, skeleton: Path, places: Sequence[Place]) -> bool:
+    """True where a file is its skeleton but for the tensors' bytes and their checksums."""
+    end = skeleton.stat().st_size
+    if path.stat().st_size != end:
+        return False
+    edges = [0]
+    for place in sorted(places, key=lambda place: place.offset):
+        edges += [place.offset, place.offset + place.later.nbytes]
+        for checksum in place.checksums:
+            edges += [checksum, checksum + CHECKSUM]
+    edges = [*sorted(edges), end]
+    with path.open("rb") as one, skeleton.open("rb") as other:
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            one.seek(start)
+            other.seek(start)
+            if one.read(stop - start) != other.read(stop - start):
+                return False
+    return True
+
+
 def _hollow(tree: object, name: str, found: list[tuple[str, Later]]) -> object:
     if isinstance(tree, Later):
         found.append((name, tree))
@@ -99,15 +119,16 @@ def _hollow(tree: object, name: str, found: list[tuple[str, Later]]) -> object:
     return tree
 
 
-def _records(path: Path) -> dict[str, tuple[int, tuple[int, int]]]:
+def _records(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Offset of the data of each record of a zip archive, and the two offsets of its CRC-32."""
     found = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entry = archive.start_dir
         for info in archive.infolist():
             data = info.header_offset + LOCAL_HEADER + sum(_read(file, info.header_offset + 26, "<HH"))
-            # After the data comes a descriptor: its signature (4 bytes), then the CRC-32.
-            found[info.filename.partition("/")[2]] = (data, (data + info.file_size + 4, entry + 16))
+            # After the data comes a descriptor: its signature (4 bytes), then the CRC-32. After none, nothing.
+            checksums = (data + info.file_size + 4, entry + 16) if info.file_size else ()
+            found[info.filename.partition("/")[2]] = (data, checksums)
             entry += CENTRAL_HEADER + sum(_read(file, entry + 28, "<HHH"))
     return found
 

@@ -18,9 +18,11 @@ from megatron_ligo.errors import CheckpointError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import WEIGHT, Reader
 from megatron_ligo.formats.journal import Journal
-from megatron_ligo.formats.layouts import Later, Place, safetensors, torch_skeleton
+from megatron_ligo.formats.layouts import Later, Place, safetensors, same_frame, torch_skeleton
 from megatron_ligo.formats.writing import WORKERS, OpenFile, Writer
 from megatron_ligo.packing import Stored
+
+SKELETONS = ".skeletons"
 
 
 def later(source: Reader, item: Stored, kind: str = WEIGHT) -> Later:
@@ -62,6 +64,7 @@ class Output:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self._writer.finish()
+            shutil.rmtree(self.folder / SKELETONS, ignore_errors=True)
         else:
             self._writer.abandon()
 
@@ -79,13 +82,12 @@ class Output:
         """What torch.save writes for a tree (dict, list, tuple) of plain data with `Later` for its tensors."""
         path = self._path(name)
         # The archive bears the file's name inside, so the skeleton has the same one.
-        aside = self._path(f".skeleton/{path.name}")
+        aside = self._path(f"{SKELETONS}/{path.name}")
         places = torch_skeleton(aside, tree)
-        if path.exists() and path.stat().st_size == aside.stat().st_size:
+        if path.exists() and same_frame(path, aside, places):
             aside.unlink()
         else:
             aside.replace(path)
-        aside.parent.rmdir()
         self._fill(name, path, places)
 
     def json(self, name: str, value: object) -> None:

@@ -1,0 +1,227 @@
+"""Conversion as a whole: all or nothing, bit for bit, one error for all faults, the source untouched."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ligo import formats, manifest
+from megatron_ligo.convert import convert
+from megatron_ligo.errors import CheckpointError, ConfigError, LigoError
+from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
+from tests.formats import models
+
+WRITERS = ["hf", "universal"]
+
+
+class WithMoments(Reader):
+    """A source that has optimizer state."""
+
+    format = "memory"
+    path = None
+    step = 7
+    has_moments = True
+
+    def __init__(self, source: Reader):
+        self.source, self.dims, self.carried = source, source.dims, source.carried
+
+    def info(self, key):
+        return self.source.info(key)
+
+    def read(self, key, kind="weight"):
+        weight = self.source.read(key)
+        return weight if kind == "weight" else weight.float() ** 2 + MOMENTS.index(kind)
+
+
+def snapshot(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_there_and_back(tmp_path, to, tied, model_type):
+    _, folder = models.saved(tmp_path / "a", model_type, tied=tied)
+    convert(formats.open(folder), tmp_path / "b", to)
+    convert(formats.open(tmp_path / "b"), tmp_path / "c", "hf")
+    models.assert_same(formats.open(folder), formats.open(tmp_path / "c"))
+    assert load_file(folder / "model.safetensors").keys() == load_file(tmp_path / "c" / "model.safetensors").keys()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_moments_go_along_or_are_said_to_be_left(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    source = WithMoments(formats.open(folder))
+    made = convert(source, tmp_path / "b", "universal")
+    reader = formats.open(tmp_path / "b")
+    assert (reader.step, reader.has_moments, made.left_behind) == (7, True, [])
+    for key, kind in itertools.product(source.keys(), MOMENTS):
+        assert torch.equal(reader.read(key, kind), source.read(key, kind)), key
+    assert convert(reader, tmp_path / "c", "hf").left_behind == ["optimizer state"]
+    assert not convert(source, tmp_path / "d", "hf").tensors["embed"].keys() & set(MOMENTS)
+
+
+def test_a_cast_is_what_torch_makes_of_it(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    source = formats.open(folder)
+    convert(source, tmp_path / "b", "hf", WriteOptions(dtype=torch.bfloat16))
+    reader = formats.open(tmp_path / "b")
+    for key in source.keys():  # noqa: SIM118 - no dict
+        assert models.same_bits(reader.read(key), source.read(key).bfloat16())
+
+
+def test_every_bad_number_is_told_and_nothing_is_left(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][3] = float("nan")
+    state["lm_head.weight"][0, :2] = float("inf")
+    state["model.embed_tokens.weight"][1, 1] = 1e30
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="2 faults") as caught:
+        convert(formats.open(folder), tmp_path / "b", "universal")
+    assert "final_norm" in str(caught.value)
+    assert "2 Inf" in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"embed \(weight\)"):
+        convert(formats.open(folder), tmp_path / "b", "hf", WriteOptions(dtype=torch.float16))
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_source_is_only_read(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    before = snapshot(folder)
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    times = {file: file.stat().st_mtime_ns for file in [folder, *folder.iterdir()]}
+    for to in WRITERS:
+        convert(formats.open(folder), tmp_path / to, to)
+    assert snapshot(folder) == before
+    assert times == {file: file.stat().st_mtime_ns for file in [folder, *folder.iterdir()]}
+
+
+def test_targets_that_are_there(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    source = formats.open(folder)
+    target = tmp_path / "b"
+    target.mkdir()
+    first = convert(source, target, "hf")
+    inode = target.stat().st_ino
+    assert convert(source, target, "hf") == first
+    assert target.stat().st_ino == inode
+    other = WriteOptions(dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        convert(source, target, "hf", other)
+    convert(source, target, "hf", other, overwrite=True)
+    assert formats.open(target).info("embed").dtype == torch.bfloat16
+    shutil.copytree(folder, tmp_path / "foreign")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="a folder of others"):
+            convert(source, tmp_path / "foreign", "hf", overwrite=overwrite)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="a file"):
+        convert(source, tmp_path / "file", "hf", overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "file", "foreign"]
+
+
+def test_a_target_whose_files_changed_is_not_taken_for_done(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    convert(formats.open(folder), tmp_path / "b", "hf")
+    (tmp_path / "b" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        convert(formats.open(folder), tmp_path / "b", "hf")
+
+
+@pytest.mark.parametrize("place", ["a", "a/inside", "."])
+def test_the_target_is_apart_from_the_source(tmp_path, place):
+    _, folder = models.saved(tmp_path / "a")
+    with pytest.raises(ConfigError, match="apart from the source"):
+        convert(formats.open(folder), tmp_path / place, "hf")
+
+
+def test_an_old_target_comes_back_if_the_new_one_had_not_taken_its_place(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    convert(formats.open(folder), tmp_path / "b", "hf")
+    (tmp_path / "b").rename(tmp_path / ".b.replaced")
+    convert(formats.open(folder), tmp_path / "b", "hf")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_two_at_once(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    partial = tmp_path / ".b.partial"
+    partial.mkdir()
+    with (partial / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another process"):
+            convert(formats.open(folder), tmp_path / "b", "hf")
+    convert(formats.open(folder), tmp_path / "b", "hf")
+
+
+def test_a_full_disk_is_seen_before_the_start(tmp_path, monkeypatch):
+    _, folder = models.saved(tmp_path / "a")
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(CheckpointError, match="bytes free on its disk"):
+        convert(formats.open(folder), tmp_path / "b", "hf")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_disk_that_fills_up_leaves_no_target_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    _, folder = models.saved(tmp_path / "a")
+    calls = itertools.count()
+    real = os.pwrite
+
+    def pwrite(descriptor, data, offset):
+        if next(calls) == 5:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OSError, match="No space"):
+            convert(formats.open(folder), tmp_path / "b", "hf")
+    assert not (tmp_path / "b").exists()
+    convert(formats.open(folder), tmp_path / "b", "hf")
+    convert(formats.open(folder), tmp_path / "c", "hf")
+    assert snapshot(tmp_path / "b")["model.safetensors"] == snapshot(tmp_path / "c")["model.safetensors"]
+
+
+def test_what_a_format_does_not_take_is_refused(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    source = formats.open(folder)
+    cases = [
+        ("gguf", WriteOptions(), "can only be read"),
+        ("huggingface", WriteOptions(), "there is no format"),
+        ("hf", WriteOptions(tp=2), "no tensor or pipeline parallelism"),
+        ("hf", WriteOptions(extra={"shard_byte": 3}), "Did you mean 'shard_bytes'"),
+        ("universal", WriteOptions(dtype=torch.bfloat16), "torch.float32"),
+        ("hf", WriteOptions(workers=0), "workers"),
+    ]
+    for to, options, words in cases:
+        with pytest.raises(LigoError, match=words):
+            convert(source, tmp_path / "b", to, options)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_more_files_beside(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    made = convert(formats.open(folder), tmp_path / "b", "hf", beside={"growth.json": {"step": 3}})
+    assert json.loads((tmp_path / "b" / "growth.json").read_text()) == {"step": 3}
+    assert "growth.json" in made.files
+    assert manifest.load(tmp_path / "b") == made
+
+
+def test_progress_ends_at_the_whole(tmp_path):
+    _, folder = models.saved(tmp_path / "a")
+    seen = []
+    convert(formats.open(folder), tmp_path / "b", "hf", progress=lambda *numbers: seen.append(numbers))
+    total = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert seen[-1] == (total, total)
+    assert seen == sorted(seen)
