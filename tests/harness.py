@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
-TIMEOUT = 240.0
+TIMEOUT = 600.0
 GRACE = 10.0
 
 

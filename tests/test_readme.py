@@ -73,7 +73,7 @@ def run(command: str, place: Path, code: int = 0) -> str:
     if words[0] == "deepspeed":
         words[1:1] = ["--master_port", str(29000 + os.getpid() % 900)]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout + done.stderr
 

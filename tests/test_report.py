@@ -115,7 +115,7 @@ def test_each_stage_has_its_loss(journey):
     assert grown["after the fit"] == "3.5000" and found["stacked"]["after the fit"] == "-"
     assert (pre["initialised"], pre["after the fit"], pre["step 0"]) == ("4.2500", "3.5000", "3.5000")
     assert pre["after N steps"] == "3.0000 (N = 4)" and pre["from"] == "grown (copy / stack, fitted 6 steps)"
-    assert (plain["initialised"], plain["step 0"]) == ("-", "4.4000")
+    assert (plain["initialised"], plain["step 0"]) == ("4.4000", "4.4000")
     assert pre["layout"] == "TP 2 x PP 1 x DP 2, ZeRO 3, fp32"
 
 
@@ -258,15 +258,18 @@ def test_folders_of_one_name(tmp_path):
         read_runs([tmp_path / "a" / "run", tmp_path / "b" / ".." / "a" / "run"])
 
 
+def command(*arguments: Path | str) -> subprocess.CompletedProcess:
+    whole = [sys.executable, "tools/report.py", *map(str, arguments)]
+    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
 def test_the_command(journey, tmp_path):
-    arguments = [*map(str, journey), "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "tools/report.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250
-    )
+    done = command(*journey, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "pre_grown" in done.stdout and (tmp_path / "out" / "report.html").is_file()
-    bad = subprocess.run(
-        [sys.executable, "tools/report.py", str(tmp_path / "none"), "--output", str(tmp_path / "out")],
-        cwd=ROOT, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
-    assert bad.returncode == 2 and "none: expected the folder of a run" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_the_command_on_nothing(tmp_path):
+    done = command(tmp_path / "none", "--output", tmp_path / "out")
+    assert done.returncode == 2 and "none: expected the folder of a run" in done.stderr
+    assert "Traceback" not in done.stderr

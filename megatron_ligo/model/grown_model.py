@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -73,6 +74,11 @@ class GrownPipeline(PipelineModule):
         self.parts = self.part_bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        # DeepSpeed broadcasts the parameter itself: recorded, it would warn at each backward pass.
+        super()._synchronize_tied_weights()
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         return loss_of(logits, *labels, self.runtime)

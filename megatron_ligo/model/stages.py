@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
@@ -120,6 +121,11 @@ class PretrainedPipeline(PipelineModule):
         self.parts = [0, *(cut + 1 for cut in cuts[1:-1]), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        # DeepSpeed broadcasts the parameter itself: recorded, it would warn at each backward pass.
+        super()._synchronize_tied_weights()
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in super().named_parameters(*args, **kwargs):

@@ -209,7 +209,9 @@ def _link(run: Run, runs: Sequence[Run], faults: Faults) -> Run:
     fit = given.record.get("fit")
     begun = f"{given.name} ({given.begun})"
     if not fit:
-        return replace(run, begun=begun)
+        # Nothing was learned between the initialisation and step 0: one loss.
+        same = {"initialised": run.losses["step 0"]} if "step 0" in run.losses else {}
+        return replace(run, begun=begun, losses={**run.losses, **same})
     source = next((r for r in runs if r.kind == "fit" and _same(r.record, fit)), None)
     notes = () if source else ("the folder of its fit was not given: the fit's FLOPs are left out",)
     losses = {**given.losses, **run.losses} if given.eval and given.eval == run.eval else run.losses

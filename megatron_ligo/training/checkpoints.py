@@ -14,6 +14,7 @@ from megatron_ligo.parallel.mesh import agree
 from megatron_ligo.training.engine import Engine
 
 TAG = "state"
+STATE = "megatron_ligo"
 STEP = re.compile(r"step_(\d+)")
 
 
@@ -26,7 +27,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int) -
         aside.mkdir(parents=True)
     dist.barrier()
     try:
-        engine.engine.save_checkpoint(str(aside), tag=TAG, client_state=state)
+        engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={STATE: state})
     except (OSError, RuntimeError) as error:
         fault = CheckpointError(message(f"{aside}", "room and leave to write a checkpoint", error))
     agree(fault)
@@ -57,7 +58,8 @@ def load_last(engine: Engine, folder: Path) -> dict | None:
     if path is None:
         raise CheckpointError(message(f"{folder / f'step_{known[-1]}'}", "a DeepSpeed checkpoint", "nothing to load"))
     engine.after_update()
-    return state
+    # DeepSpeed gives its own records along with ours, and refuses to save them again.
+    return state[STATE]
 
 
 def _sync(folder: Path) -> None:
