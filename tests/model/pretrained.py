@@ -1,0 +1,113 @@
+"""What the ranks run: the model to pretrain, loaded or filled at a layout and trained for a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from megatron_ligo import formats
+from megatron_ligo.config import ParallelSection, PretrainSection
+from megatron_ligo.model import universal, weights
+from megatron_ligo.model.build import Build
+from megatron_ligo.model.gpt import Pretrained
+from megatron_ligo.model.stages import PretrainedPipeline
+from megatron_ligo.parallel import mesh as meshes
+from megatron_ligo.training.engine import Engine
+from megatron_ligo.training.pretrain import parameter_groups
+from tests.tiny import hf_llama, llama_dims, tokens
+
+# A vocabulary of 37 is padded at any tp but 1.
+SIZES = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 5}
+BATCH, LENGTH, STEPS = 8, 16, 5
+LR = {"adamw": 1e-2, "sgd": 0.5}
+CLIP, DECAY = 0.05, 0.1
+
+
+def sizes(tied: bool):
+    return llama_dims(tied=tied, **SIZES)
+
+
+def ids_of(dims, step: int) -> torch.Tensor:
+    return tokens(dims, BATCH, LENGTH + 1, seed=100 + step)
+
+
+def micro(dims, step: int, mesh, size: int) -> list[dict]:
+    """This rank's micro-batches of a step."""
+    ids = ids_of(dims, step)
+    starts = range(mesh.dp_rank * size, BATCH, size * mesh.dp)
+    parts = [ids[start : start + size] for start in starts]
+    mask = torch.ones(size, LENGTH)
+    return [{"tokens": part[:, :-1], "labels": part[:, 1:].contiguous(), "loss_mask": mask} for part in parts]
+
+
+def reference(tied: bool, optimizer: str = "adamw", state: dict | None = None) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step of transformers' model under PyTorch's own optimizer, in one process."""
+    dims = sizes(tied)
+    model = hf_llama(dims)
+    decay = DECAY if optimizer == "adamw" else 0.0
+    if optimizer == "sgd":
+        stepper = torch.optim.SGD(model.parameters(), lr=LR["sgd"])
+    else:
+        stepper = torch.optim.AdamW(parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
+    found = []
+    for step in range(STEPS):
+        ids = ids_of(dims, step)
+        loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        stepper.step()
+        stepper.zero_grad()
+        found.append((float(loss.detach()), float(norm)))
+    return found
+
+
+def train(
+    folder: str | None,
+    tied=False,
+    tp=1,
+    pp=1,
+    zero=1,
+    micro_size=1,
+    sequence_parallel=False,
+    recompute=False,
+    optimizer="adamw",
+    bf16=False,
+    seed=7,
+) -> dict:
+    """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
+    dims = sizes(tied)
+    mesh = meshes.make(tp, pp)
+    build = Build(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel)
+    model = (PretrainedPipeline if pp > 1 else Pretrained)(dims, build, mesh, recompute)
+    if folder is None:
+        weights.fill(model, dims, mesh, weights.initial(dims, seed))
+    elif zero == 3:
+        universal.prepare_for_universal(model, dims, mesh.tp_group)
+    decay = DECAY if optimizer == "adamw" else 0.0
+    run = PretrainSection(
+        global_batch_size=BATCH,
+        micro_batch_size=micro_size,
+        optimizer=optimizer,
+        lr=LR[optimizer],
+        clip=CLIP,
+        parallel=ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=sequence_parallel),
+    )
+    engine = Engine(model, mesh, run, parameter_groups(model, decay), bf16, universal=folder is not None)
+    if folder:
+        universal.load_universal(engine.engine, formats.open(Path(folder)), mesh.tp_group)
+    evaluated = engine.evaluate(micro(dims, 0, mesh, micro_size))
+    steps = [engine.train_step(micro(dims, step, mesh, micro_size)) for step in range(STEPS)]
+    # Else its hooks hold it, and with it all process groups.
+    engine.engine.destroy()
+    return {"evaluated": evaluated, "steps": steps}
+
+
+def names(tied: bool, tp: int, pp: int) -> dict[str, tuple[int, ...]]:
+    """Parameters of this rank's model, by name, with their shapes."""
+    dims, mesh = sizes(tied), meshes.make(tp, pp)
+    model = (PretrainedPipeline if pp > 1 else Pretrained)(dims, Build(tp=tp), mesh)
+    everyone: list = [None] * mesh.world
+    torch.distributed.all_gather_object(everyone, {n: tuple(p.shape) for n, p in model.named_parameters()})
+    return {name: shape for held in everyone for name, shape in held.items()}

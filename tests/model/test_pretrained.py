@@ -1,0 +1,163 @@
+"""The model to pretrain: transformers' numbers, the same at every layout, from one universal checkpoint."""
+
+import pytest
+import torch
+
+from megatron_ligo import formats, packing
+from megatron_ligo.convert import convert
+from megatron_ligo.formats.hf import open as open_hf
+from megatron_ligo.model import weights
+from megatron_ligo.model.build import Build
+from megatron_ligo.model.gpt import Pretrained
+from megatron_ligo.parallel import mesh as meshes
+from tests.model import pretrained
+from tests.tiny import Memory, hf_llama, memory_of, tokens
+
+# world: layouts
+LAYOUTS = {
+    1: [{"zero": 1}, {"zero": 2, "recompute": True}, {"zero": 3, "optimizer": "sgd"}],
+    2: [
+        {"tp": 2},
+        {"pp": 2},
+        {"zero": 1, "micro_size": 2},
+        {"zero": 2},
+        {"zero": 3},
+        {"tp": 2, "zero": 3},
+        {"tp": 2, "sequence_parallel": True, "optimizer": "sgd"},
+    ],
+    4: [
+        {"tp": 4},
+        {"tp": 4, "zero": 3},
+        {"pp": 4, "optimizer": "sgd"},
+        {"tp": 2, "pp": 2},
+        {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": True, "optimizer": "sgd"},
+        {"pp": 2, "micro_size": 2},
+        {"tp": 2, "zero": 1, "optimizer": "sgd"},
+        {"tp": 2, "zero": 2},
+        {"tp": 2, "zero": 3},
+        {"tp": 2, "zero": 3, "sequence_parallel": True, "recompute": True, "optimizer": "sgd"},
+    ],
+}
+CASES = [(world, layout) for world, layouts in LAYOUTS.items() for layout in layouts]
+
+
+def label(case) -> str:
+    world, layout = case
+    return f"{world}-" + "-".join(f"{key}={value}" for key, value in layout.items())
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[bool, str]:
+    """A universal checkpoint of a tied and of an untied model."""
+    found = {}
+    for tied in (False, True):
+        base = tmp_path_factory.mktemp("universal")
+        hf_llama(pretrained.sizes(tied)).save_pretrained(base / "hf")
+        convert(open_hf(base / "hf"), base / "universal", "universal")
+        found[tied] = str(base / "universal")
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_logits_are_those_of_transformers(tied):
+    meshes.start()
+    mesh, dims = meshes.make(1, 1), pretrained.sizes(tied)
+    hf = hf_llama(dims)
+    model = Pretrained(dims, Build(), mesh)
+    weights.fill(model, dims, mesh, memory_of(hf, dims).read)
+    ids = tokens(dims)
+    with torch.no_grad():
+        assert torch.allclose(model.logits(ids).transpose(0, 1), hf(ids).logits, atol=5e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_every_layout_trains_as_one_process(pools, folders, case):
+    world, layout = case
+    # Tied embeddings are the harder case; the untied head is run at one layout of each kind.
+    tied = layout not in ({"zero": 1}, {"pp": 2}, {"tp": 2, "zero": 3}, {"tp": 2, "pp": 2})
+    expected = pretrained.reference(tied, layout.get("optimizer", "adamw"))
+    found = pools(world).run(pretrained.train, folder=folders[tied], tied=tied, **layout)
+    assert found["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
+    for step, ((loss, norm), (loss_1, norm_1)) in enumerate(zip(found["steps"], expected, strict=True)):
+        assert loss == pytest.approx(loss_1, rel=1e-5), step
+        assert norm == pytest.approx(norm_1, rel=1e-5), step
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"tp": 2, "zero": 3}, {"zero": 1}], ids=str)
+def test_bf16_with_fp32_masters(pools, folders, layout):
+    expected = pretrained.reference(True)
+    found = pools(4).run(pretrained.train, folder=folders[True], tied=True, bf16=True, **layout)
+    for (loss, _), (loss_1, _) in zip(found["steps"], expected, strict=True):
+        assert loss == pytest.approx(loss_1, rel=5e-3)
+
+
+def test_fresh_weights_do_not_depend_on_the_layout(pools):
+    (one, *others) = [
+        pools(world).run(pretrained.train, folder=None, tied=tied, **layout)
+        for world, layout in ((1, {}), (2, {"tp": 2}), (4, {"tp": 2, "pp": 2}), (2, {"zero": 3}))
+        for tied in (True,)
+    ]
+    for other in others:
+        assert other["evaluated"] == pytest.approx(one["evaluated"], rel=1e-6)
+        assert [loss for loss, _ in other["steps"]] == pytest.approx([loss for loss, _ in one["steps"]], rel=1e-5)
+
+
+def test_fresh_weights_are_drawn_as_megatron_draws_them():
+    dims = pretrained.sizes(False)
+    read = weights.initial(dims, 3)
+    assert torch.equal(read("final_norm"), torch.ones(dims.hidden_size))
+    assert read("embed").std() == pytest.approx(0.02, rel=0.1)
+    assert read("layers.2.down").std() == pytest.approx(0.02 / (2 * dims.num_layers) ** 0.5, rel=0.1)
+    assert torch.equal(read("layers.1.q"), weights.initial(dims, 3)("layers.1.q"))
+    assert not torch.equal(read("layers.1.q"), read("layers.2.q"))
+    assert not torch.equal(read("layers.1.q"), weights.initial(dims, 4)("layers.1.q"))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_pipeline_bears_the_names_of_one_module(pools, tied):
+    one = pools(4).run(pretrained.names, tied=tied, tp=2, pp=1)
+    assert pools(4).run(pretrained.names, tied=tied, tp=2, pp=2) == one
+    dims = pretrained.sizes(tied)
+    assert set(one) == set(packing.stored(memory_of(hf_llama(dims), dims).arch, dims, "mcore"))
+
+
+def test_recompute_gives_the_same_gradients():
+    meshes.start()
+    mesh, dims = meshes.make(1, 1), pretrained.sizes(True)
+    ids = pretrained.ids_of(dims, 0)
+    gradients = []
+    for recompute in (False, True):
+        model = Pretrained(dims, Build(), mesh, recompute)
+        weights.fill(model, dims, mesh, weights.initial(dims, 0))
+        model(ids[:, :-1], ids[:, 1:], torch.ones(ids[:, 1:].shape)).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_moments_of_a_universal_checkpoint_are_taken_up(pools, tmp_path):
+    """Under ZeRO 3 DeepSpeed gives all groups one count of steps: each would add to it."""
+    dims = pretrained.sizes(True)
+    source = WithMoments(dims, memory_of(hf_llama(dims), dims).tensors)
+    convert(source, tmp_path / "universal", "universal")
+    assert formats.open(tmp_path / "universal").step == 100
+    layouts = [(1, {}), (2, {"tp": 2}), (2, {"zero": 3}), (2, {"pp": 2}), (4, {"tp": 2, "zero": 3})]
+    one, *others = [
+        pools(world).run(pretrained.train, folder=str(tmp_path / "universal"), tied=True, **layout)
+        for world, layout in layouts
+    ]
+    fresh = pretrained.reference(True)
+    assert one["steps"][1][0] != pytest.approx(fresh[1][0], rel=1e-4)
+    for other, (_, layout) in zip(others, layouts[1:], strict=True):
+        for step in range(pretrained.STEPS):
+            assert other["steps"][step] == pytest.approx(one["steps"][step], rel=1e-5), layout
+
+
+class WithMoments(Memory):
+    """A checkpoint taken after 100 steps."""
+
+    step = 100
+    has_moments = True
+
+    def read(self, key: str, kind: str = "weight") -> torch.Tensor:
+        weight = self.tensors[key]
+        return {"weight": weight, "exp_avg": 0.01 * weight, "exp_avg_sq": weight.square() + 1e-3}[kind]

@@ -1,0 +1,233 @@
+"""Pretraining runs from their config: starts, the loss that is handed over, resumption, refusals, the command."""
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_ligo import lineage
+from megatron_ligo.config import Config, DataSection
+from megatron_ligo.convert import convert
+from megatron_ligo.formats.hf import open as open_hf
+from megatron_ligo.training.data import open_data
+from tests.tiny import hf_llama, llama_dims
+from tests.training.pretraining import pretrain
+
+ROOT = Path(__file__).resolve().parents[2]
+DIMS = llama_dims(tied=True, num_heads=8, num_kv_heads=4, num_layers=4)
+SEQ, STEPS, BATCH = 12, 6, 8
+FIT_LOSS = 3.5
+
+
+def make_pair(prefix: Path, seed: int) -> str:
+    random = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(60):
+        ids = random.integers(0, DIMS.vocab_size, random.integers(5, 40))
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Data, a small checkpoint, and a hand-off whose fit says it ended at FIT_LOSS."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(folder / name, seed)
+    hf_llama(DIMS).save_pretrained(folder / "hf")
+    source = open_hf(folder / "hf")
+    convert(source, folder / "handoff/universal", "universal")
+    digest = data(folder).eval_digest(BATCH)
+    fit = {"eval": {"samples": BATCH, "digest": digest}, "losses": {"start": 4.0, "end": FIT_LOSS}}
+    lineage.write(folder / "handoff", {"formats": ["universal"], "fit": fit})
+    return folder
+
+
+def data(folder: Path):
+    section = DataSection(train=(str(folder / "train"),), valid=(str(folder / "valid"),), seq_length=SEQ)
+    return open_data(section, SEQ, STEPS * BATCH, BATCH, section.seed, folder / "cache")
+
+
+def settings(base: Path, start: str = "handoff", **changes) -> dict:
+    """changes: keys of [pretrain], or of its layout."""
+    table = Config().to_dict()
+    table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": SEQ}
+    run = table["pretrain"]
+    run |= {"start": str(base / start) if start else "", "steps": STEPS, "lr": 1e-2, "warmup_steps": 2}
+    run |= {"schedule": "cosine", "save_every": 2, "eval_samples": BATCH}
+    for key, value in changes.items():
+        (run["parallel"] if key in run["parallel"] else run)[key] = value
+    return table
+
+
+def reference(base: Path) -> tuple[float, list[float]]:
+    """(loss on the held-out batch, losses of the steps) of transformers' model under plain PyTorch."""
+    from megatron_ligo.training.pretrain import parameter_groups
+    from megatron_ligo.training.schedule import learning_rate
+
+    run = Config.from_dict(settings(base)).pretrain
+    model = hf_llama(DIMS)
+    groups = parameter_groups(model, run.weight_decay)
+    stepper = torch.optim.AdamW(groups, lr=run.lr, betas=tuple(run.betas), eps=run.eps)
+
+    def loss_of(batch):
+        return F.cross_entropy(model(batch["tokens"]).logits.flatten(0, 1), batch["labels"].flatten())
+
+    opened = data(base)
+    with torch.no_grad():
+        evaluated = float(loss_of(opened.eval_batch(BATCH, BATCH, 1, 0)[0]))
+    losses = []
+    for step in range(STEPS):
+        for group in stepper.param_groups:
+            group["lr"] = learning_rate(run, step)
+        loss = loss_of(opened.batch(step, BATCH, BATCH, 1, 0)[0])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        stepper.step()
+        stepper.zero_grad()
+        losses.append(float(loss.detach()))
+    return evaluated, losses
+
+
+def losses_of(record: dict) -> list[float]:
+    return [row["loss"] for row in record["steps"]]
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, {}), (4, {"tp": 2, "pp": 2}), (4, {"tp": 2, "zero": 3}), (2, {"micro_batch_size": 2}), (2, {"pp": 2})],
+    ids=str,
+)
+def test_from_a_hand_off_as_plain_pytorch(pools, base, tmp_path, world, layout):
+    evaluated, losses = reference(base)
+    record = pools(world).run(pretrain, settings=settings(base, **layout), output=str(tmp_path))
+    assert record["losses"]["start"] == pytest.approx(evaluated, rel=1e-6)
+    assert record["losses"]["start_on_fit_batch"] == record["losses"]["start"]
+    assert record["losses"]["fit"] == FIT_LOSS
+    assert losses_of(record) == pytest.approx(losses, rel=1e-5)
+    assert record["losses"]["end"] == record["steps"][-1]["eval_loss"]
+    assert record["eval"]["digest"] == data(base).eval_digest(BATCH)
+    assert json.loads((tmp_path / "pretrain.json").read_text())["losses"] == record["losses"]
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, {}), (2, {"pp": 2}), (4, {"tp": 2, "pp": 2}), (2, {"zero": 2}), (4, {"tp": 2, "zero": 3})],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_is_killed_goes_on_exactly(pools, base, tmp_path, world, layout, precision):
+    if precision == "bf16" and layout.get("zero") == 2:
+        pytest.skip("ZeRO 1 and 3 stand for it")
+    table = settings(base, precision=precision, **layout)
+    whole = pools(world).run(pretrain, settings=table, output=str(tmp_path / "whole"))
+    killed = pools(world).run(pretrain, settings=table, output=str(tmp_path / "killed"), die_after=5)
+    assert killed == {"killed": 5}
+    resumed = pools(world).run(pretrain, settings=table, output=str(tmp_path / "killed"))
+    assert resumed["taken"] == STEPS - 4
+    assert losses_of(resumed) == losses_of(whole)
+    assert resumed["losses"] == whole["losses"]
+    again = pools(world).run(pretrain, settings=table, output=str(tmp_path / "killed"))
+    assert again["taken"] == 0
+    assert again["losses"] == whole["losses"]
+
+
+def test_from_scratch_and_from_another_format(pools, base, tmp_path):
+    table = settings(base, start="")
+    table["small"]["path"] = str(base / "hf" / "config.json")
+    table["large"]["num_layers"] = 5
+    runs = [
+        pools(world).run(pretrain, settings=changed(table, layout), output=str(tmp_path / str(world)))
+        for world, layout in ((1, {}), (2, {"tp": 2}), (4, {"tp": 2, "pp": 2}))
+    ]
+    assert runs[0]["dims"]["num_layers"] == 5
+    assert runs[0]["losses"]["start"] == pytest.approx(np.log(DIMS.vocab_size), rel=0.02)
+    for run in runs[1:]:
+        assert losses_of(run) == pytest.approx(losses_of(runs[0]), rel=1e-5)
+    from_hf = pools(2).run(pretrain, settings=settings(base, "hf", pp=2), output=str(tmp_path / "hf"))
+    assert losses_of(from_hf) == pytest.approx(reference(base)[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_bf16_masters_keep_what_an_fp32_checkpoint_holds(pools, base, tmp_path, zero):
+    by_deepspeed, filled = [
+        pools(2).run(
+            pretrain, settings=settings(base, start, precision="bf16", zero=zero), output=str(tmp_path / start)
+        )
+        for start in ("handoff", "hf")
+    ]
+    assert losses_of(filled) == losses_of(by_deepspeed)
+
+
+def test_without_steps_it_only_evaluates(pools, base, tmp_path):
+    record = pools(2).run(pretrain, settings=settings(base, "hf", steps=0, tp=2), output=str(tmp_path))
+    assert record["losses"] == {"start": pytest.approx(reference(base)[0], rel=1e-6)}
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_faults_before_anything_is_built(pools, base, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    (unfinished / "universal").mkdir(parents=True)
+    for change, expected in [
+        (settings(base, tp=3), "multiple of tp x pp"),
+        (settings(base, "nowhere"), "nowhere: expected a checkpoint"),
+        (settings(base, start=""), "pretrain.start, or small.path"),
+        (settings(base, start=str(unfinished)), "expected a whole hand-off"),
+        (settings(base, global_batch_size=9), "global_batch_size: expected a multiple"),
+        (changed(settings(base), {}, data={"seq_length": 65}), "at most the model's 64 positions"),
+        (changed(settings(base, steps=0), {}, data={"valid": []}), "data.valid: expected held-out data"),
+    ]:
+        found = pools(2).run(pretrain, settings=change, output=str(tmp_path / "out"))
+        assert isinstance(found, str), expected
+        assert expected in found
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(pools, base, tmp_path):
+    pools(1).run(pretrain, settings=settings(base, steps=2), output=str(tmp_path))
+    found = pools(1).run(pretrain, settings=settings(base, steps=2, lr=0.5), output=str(tmp_path))
+    assert "pretrain.lr: expected 0.01, found 0.5" in found
+    (tmp_path / "pretrain.json").write_text("{")
+    found = pools(1).run(pretrain, settings=settings(base, steps=2), output=str(tmp_path))
+    assert "expected the record of the run that is resumed" in found
+
+
+def changed(table: dict, layout: dict, **sections) -> dict:
+    table = deepcopy(table)
+    table["pretrain"]["parallel"] |= layout
+    for name, values in sections.items():
+        table[name] |= values
+    return table
+
+
+def test_the_command_under_the_launcher(base, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'[data]\ntrain = ["{base}/train"]\nvalid = ["{base}/valid"]\nseq_length = {SEQ}\n'
+        f'[pretrain]\nstart = "{base}/handoff"\nsteps = 2\n[pretrain.parallel]\ntp = 2\n'
+    )
+    arguments = ["tools/pretrain.py", "--config", str(config), "--output", str(tmp_path / "out")]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29871"]
+    # The launcher and the ranks must find this Python first.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=env, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "at the end of the fit: 3.500000" in done.stderr + done.stdout
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
+    refused = subprocess.run(
+        [sys.executable, *arguments, "--set", "pretrain.lr=0.5", "--set", "pretrain.parallel.tp=1"],
+        cwd=ROOT, env=env, timeout=240, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "holds a run with other settings" in refused.stderr
+    assert "Traceback" not in refused.stderr
