@@ -136,4 +136,4 @@ def test_zero_0_under_a_pipeline_is_wrong_and_seen(pools, tmp_path):
     path = tmp_path / "zero0.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     found = differences(pools, 2, "sgd", pp=2, zero=0, ds_config=str(path))
-    assert found["norm"] > 1e-4, found
+    assert found["weights"] > 1e-3, found
