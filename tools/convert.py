@@ -47,6 +47,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.dtype is not None and args.dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {args.dtype!r}. {nearest(args.dtype, DTYPES)}")
+    # Its own threads write; torch's would only wait for each other, spinning.
+    torch.set_num_threads(1)
     dtype = DTYPES[args.dtype] if args.dtype else None
     options = WriteOptions(
         dtype=dtype, tp=args.tp, pp=args.pp, workers=args.workers, extra=dict(map(_option, args.option))
