@@ -17,6 +17,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo import packing
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Use
+from megatron_ligo.errors import ConfigError, Faults, nearest
 from megatron_ligo.growth.operator import residual_write
 from megatron_ligo.packing import Stored
 from megatron_ligo.parallel.mesh import Mesh
@@ -45,11 +46,15 @@ def fill_masters(model: nn.Module, dims: Dims, mesh: Mesh, read: Read) -> None:
 
 
 def parameters(model: nn.Module, dims: Dims) -> Iterator[tuple[nn.Parameter, Stored]]:
-    """Each parameter of a model with what it holds."""
+    """Each parameter of a model with what it holds. ConfigError for a model whose names are not Megatron-core's."""
     stored = packing.stored(architectures.get(dims.arch), dims, "mcore")
+    faults = Faults(f"the model is not made of {dims.arch}'s parameters", ConfigError)
     for name, parameter in model.named_parameters():
-        assert name in stored, f"{name} is no tensor of the table's"
-        yield parameter, stored[name]
+        if name in stored:
+            yield parameter, stored[name]
+        else:
+            faults.add(name, "a name of Megatron-core's (local) layers", "none", nearest(name, stored))
+    faults.raise_if_any()
 
 
 def mark_split(model: nn.Module, dims: Dims, tp: int) -> None:

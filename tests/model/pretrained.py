@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_ligo import formats
 from megatron_ligo.config import ParallelSection, PretrainSection
+from megatron_ligo.errors import LigoError
 from megatron_ligo.model import universal, weights
-from megatron_ligo.model.build import Build
+from megatron_ligo.model.build import Build, layer_spec, transformer_config
 from megatron_ligo.model.gpt import Pretrained
+from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.stages import PretrainedPipeline
 from megatron_ligo.parallel import mesh as meshes
+from megatron_ligo.parallel.mesh import Mpu
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import parameter_groups
 from tests.tiny import hf_llama, llama_dims, tokens
@@ -111,3 +116,41 @@ def names(tied: bool, tp: int, pp: int) -> dict[str, tuple[int, ...]]:
     everyone: list = [None] * mesh.world
     torch.distributed.all_gather_object(everyone, {n: tuple(p.shape) for n, p in model.named_parameters()})
     return {name: shape for held in everyone for name, shape in held.items()}
+
+
+def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> float | str:
+    """The helper's own example: a plain GPTModel of Megatron-core's in somebody's script, TP 2. The loss of a batch."""
+    source = formats.open(Path(folder))
+    dims, mesh = source.dims, meshes.make(2, 1)
+    model = GPTModel(
+        config=transformer_config(dims, Build(tp=2)),
+        transformer_layer_spec=layer_spec(dims),
+        vocab_size=dims.vocab_size + 1,
+        max_sequence_length=dims.max_positions,
+        share_embeddings_and_output_weights=dims.tied,
+        position_embedding_type="rope",
+        rotary_base=int(dims.rope_base),
+    )
+    if prepare:
+        universal.prepare_for_universal(model, dims, mesh.tp_group)
+    config = {
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": 2 // mesh.dp,
+        "zero_optimization": {"stage": zero},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "checkpoint": {"load_universal": True},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config, mpu=Mpu(mesh), dist_init_required=False
+    )
+    try:
+        universal.load_universal(engine, source, mesh.tp_group)
+        ids = tokens(dims)
+        with torch.no_grad():
+            logits = engine(ids, None, None).transpose(0, 1)
+            mask = torch.ones(ids.shape)
+            return float(language_model_loss(logits, ids, mask, dims.vocab_size, mesh.tp_rank))
+    except LigoError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.destroy()
