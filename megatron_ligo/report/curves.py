@@ -52,7 +52,9 @@ def _panel(axes: Axes, runs: Sequence[Run], by_flops: bool) -> None:
         trained, held_out = training(run, by_flops), held_out_points(run, by_flops)
         label = f"{run.name} ({run.kind})"
         axes.plot(*trained, color=colour, linestyle=style, marker=".", markersize=4, linewidth=1.4, label=label)
-        axes.plot(*held_out, color=colour, linestyle="none", marker="o", markerfacecolor="white", markersize=7)
+        axes.plot(
+            *held_out, color=colour, linestyle=":", linewidth=0.9, marker="o", markerfacecolor="white", markersize=7
+        )
         everything += trained[1] + held_out[1]
     axes.set_title("Loss against FLOPs, a start's own fit included" if by_flops else "Loss against step")
     axes.set_xlabel("FLOPs of all ranks" if by_flops else "step")
@@ -64,7 +66,13 @@ def _panel(axes: Axes, runs: Sequence[Run], by_flops: bool) -> None:
     elif not by_flops:
         axes.plot([], [], color="#555555", marker=".", markersize=4, label="line: on the training batches")
         axes.plot(
-            [], [], color="#555555", linestyle="none", marker="o", markerfacecolor="white", label="held-out samples"
+            [],
+            [],
+            color="#555555",
+            linestyle=":",
+            marker="o",
+            markerfacecolor="white",
+            label="circles: held-out samples",
         )
         axes.legend(fontsize=8, frameon=False)
 
