@@ -77,7 +77,7 @@ class Staging:
         kept = {self.content / name for name in names}
         for file in [file for file in self.content.rglob("*") if file.is_file() and file not in kept]:
             file.unlink()
-        for folder in sorted({file.parent for file in kept} | {self.content}):
+        for folder in [self.content, *(folder for folder in self.content.rglob("*") if folder.is_dir())]:
             _sync(folder)
         old = _replaced(self.target)
         if self.target.exists():

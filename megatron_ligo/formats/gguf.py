@@ -24,6 +24,7 @@ from megatron_ligo.arch.rows import Architecture
 from megatron_ligo.errors import CheckpointError, Faults, message, nearest
 from megatron_ligo.formats.base import WEIGHT, Info, Reader
 from megatron_ligo.formats.gguf_header import MAGIC, Header, read_header
+from megatron_ligo.formats.gguf_rope import FACTORS, scaling, shortest
 
 NAME = "gguf"
 LOOKS = "a file that begins with GGUF, or a folder with one *.gguf file"
@@ -34,7 +35,6 @@ PLAIN = {
 }
 # llama.cpp stores rotary pairs as neighbours for this architecture only.
 INTERLEAVED = ("llama",)
-SCALING_NONE = "none"
 
 
 def recognise(path: Path) -> bool:
@@ -110,7 +110,7 @@ class GgufReader(Reader):
                 faults.add(name, f"a tensor of shape {item.shape(self.dims)}", "nothing")
             elif found[name].shape != item.shape(self.dims):
                 faults.add(name, f"shape {item.shape(self.dims)}", found[name].shape)
-        for name in sorted(set(found) - set(stored)):
+        for name in sorted(set(found) - set(stored) - {FACTORS}):
             faults.add(name, "no such tensor", "one")
         for kind in sorted({block.type for block in found.values()} - set(PLAIN)):
             if not _dequantises(kind):
@@ -155,7 +155,7 @@ def _dims(header: Header, path: Path) -> Dims:
             sizes[name] = metadata[f"{family}.{key}"]
     for name in ("norm_eps", "rope_base"):
         if name in sizes:
-            sizes[name] = _shortest(sizes[name])
+            sizes[name] = shortest(sizes[name])
     if "vocab_size" not in sizes:
         sizes["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
     for name in ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size"):
@@ -167,7 +167,7 @@ def _dims(header: Header, path: Path) -> Dims:
     if "rope_base" in arch.gguf.values():
         # What llama.cpp takes where the file is silent.
         sizes.setdefault("rope_base", 10000.0)
-        sizes["rope_scaling"] = _scaling(metadata, family, faults)
+        sizes["rope_scaling"] = scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], faults)
     rotary = metadata.get(f"{family}.rope.dimension_count", sizes["head_dim"])
     value = metadata.get(f"{family}.attention.value_length", sizes["head_dim"])
     for name, found in (("rope.dimension_count", rotary), ("attention.value_length", value)):
@@ -185,24 +185,6 @@ def _refuse_features(header: Header, family: str, faults: Faults) -> None:
             faults.add(key, "none", metadata[f"{family}.{key}"])
     if metadata.get("split.count", 1) > 1:
         faults.add("split.count", "one file", metadata["split.count"], "Merge the parts with gguf-split first.")
-    if "rope_freqs.weight" in header.tensors:
-        do = "Take the Hugging Face files of the model: their config states the rule."
-        faults.add("rope_freqs.weight", "a rope scaling by rule", "a table of factors", do)
-
-
-def _scaling(metadata: dict, family: str, faults: Faults) -> dict | None:
-    kind = metadata.get(f"{family}.rope.scaling.type", SCALING_NONE)
-    if kind == SCALING_NONE:
-        return None
-    if kind != "linear":
-        faults.add("rope.scaling.type", "none or linear", kind)
-        return None
-    return {"rope_type": "linear", "factor": _shortest(metadata[f"{family}.rope.scaling.factor"])}
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same fp32 number: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _extract_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:

@@ -67,7 +67,7 @@ def test_real_tokenizer_gives_the_same_ids(real):
     assert ours.chat_template == theirs.chat_template
 
 
-def write_gguf(path: Path, model, kind: Kind, family: str = "llama", **changes) -> None:
+def write_gguf(path: Path, model, kind: Kind, family: str = "llama", factors=None, value_length=0, **changes) -> None:
     """A model as llama.cpp stores it: rotary pairs as neighbours (llama only), norms in fp32."""
     config = model.config
     writer = gguf.GGUFWriter(path, family)
@@ -78,15 +78,20 @@ def write_gguf(path: Path, model, kind: Kind, family: str = "llama", **changes) 
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_value_length(value_length or config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    scaling = (source := formats.open(model.name_or_path)).dims.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     for name, value in changes.items():
         writer.add_uint32(f"{family}.{name}", value)
     state = model.state_dict()
-    source = formats.open(model.name_or_path)
     names = {item.keys[0]: name for name, item in stored(source.arch, source.dims, "gguf").items()}
     for hf, item in stored(source.arch, source.dims, "hf").items():
         tensor, slot = state[hf], item.rows[0].slots["gguf"]
@@ -133,6 +138,36 @@ def test_qwen2_keeps_the_rotary_order(tmp_path):
     model = quantisable(tmp_path / "hf", "qwen2")
     write_gguf(tmp_path / "model.gguf", model, Kind.F32, "qwen2")
     models.assert_same(formats.open(tmp_path / "model.gguf"), formats.open(tmp_path / "hf"))
+
+
+def test_linear_rope_scaling(tmp_path):
+    model = quantisable(tmp_path / "hf", rope_scaling={"rope_type": "linear", "factor": 2.5})
+    write_gguf(tmp_path / "model.gguf", model, Kind.F32)
+    models.assert_same(formats.open(tmp_path / "model.gguf"), formats.open(tmp_path / "hf"))
+
+
+def test_the_table_of_llama_3_is_recognised_by_its_numbers(tmp_path):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    model = quantisable(tmp_path / "hf", rope_scaling=rope, rope_theta=500000.0, max_position_embeddings=16384)
+    plain = 500000.0 ** (-torch.arange(0, 32, 2) / 32)
+    factors = (plain / model.model.rotary_emb.inv_freq).numpy()
+    assert len(set(factors.round(3))) > 2
+    write_gguf(tmp_path / "model.gguf", model, Kind.F32, factors=factors)
+    models.assert_same(formats.open(tmp_path / "model.gguf"), formats.open(tmp_path / "hf"))
+    factors[-3] *= 1.01
+    write_gguf(tmp_path / "model.gguf", model, Kind.F32, factors=factors)
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        formats.open(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["expert_count", "attention.sliding_window", "attention.value_length"])
+def test_features_that_cannot_be_held(tmp_path, name):
+    model = quantisable(tmp_path / "hf")
+    value = {} if name.endswith("value_length") else {name: 8}
+    write_gguf(tmp_path / "model.gguf", model, Kind.F32, value_length=16 if not value else 32, **value)
+    with pytest.raises(CheckpointError, match=name):
+        formats.open(tmp_path / "model.gguf")
 
 
 def test_nothing_is_believed_beyond_the_file(tmp_path):
