@@ -154,6 +154,18 @@ def test_other_samples_are_said_and_kept_apart(journey, tmp_path):
     assert any("elsewhere: its fit was evaluated on other samples" in note for note in told.notes)
 
 
+def test_samples_seen_before_are_said(journey, tmp_path):
+    def said(folders):
+        return [note.split(":")[0] for note in tell(read_runs(folders)).notes if "its fit has read" in note]
+
+    assert said(journey) == ["pre_grown"]
+    path = journey[4] / "pretrain.json"
+    record = json.loads(path.read_text())
+    record["run"]["data"]["seed"] = 5
+    path.write_text(json.dumps(record))
+    assert said(journey) == []
+
+
 def test_the_hand_over_is_said(journey):
     (note,) = (note for note in tell(read_runs(journey)).notes if "hand-over" in note)
     assert "3.500000 at the end of the fit, 3.500001 at step 0, difference +5.0e-07" in note

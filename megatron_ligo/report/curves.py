@@ -74,7 +74,7 @@ def _panel(axes: Axes, runs: Sequence[Run], by_flops: bool) -> None:
             markerfacecolor="white",
             label="circles: held-out samples",
         )
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _scale(axes: Axes, losses: list[float]) -> None:

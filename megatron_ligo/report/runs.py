@@ -213,12 +213,20 @@ def _link(run: Run, runs: Sequence[Run], faults: Faults) -> Run:
         same = {"initialised": run.losses["step 0"]} if "step 0" in run.losses else {}
         return replace(run, begun=begun, losses={**run.losses, **same})
     source = next((r for r in runs if r.kind == "fit" and _same(r.record, fit)), None)
-    notes = () if source else ("the folder of its fit was not given: the fit's FLOPs are left out",)
+    notes: tuple[str, ...] = () if source else ("the folder of its fit was not given: the fit's FLOPs are left out",)
+    if _data(run.record.get("run")) == _data(fit.get("config")):
+        notes += ("it trains on samples that its fit has read (same data and order): judge it by held-out ones",)
     losses = {**given.losses, **run.losses} if given.eval and given.eval == run.eval else run.losses
     if losses is run.losses and given.losses:
         notes += ("its fit was evaluated on other samples: those losses are left out of its row",)
     spent = source.total("flops") if source else None
     return replace(run, begun=begun, losses=losses, spent=spent, notes=notes)
+
+
+def _data(config: dict | None) -> dict | None:
+    """What decides which training samples come first."""
+    data = (config or {}).get("data")
+    return {key: data.get(key) for key in ("train", "seq_length", "seed")} if data else None
 
 
 def _same(operator: dict, fit: dict) -> bool:
