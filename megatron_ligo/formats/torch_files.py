@@ -5,11 +5,16 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 
 from megatron_ligo.errors import CheckpointError, message
+
+# What torch raises for files that are not whole, or not its own.
+DAMAGE = (
+    BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError,
+)  # fmt: skip
 
 
 def load(path: Path, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
@@ -28,7 +33,7 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
         found = str(error).split("Check the documentation")[0].strip()
         do = "It is not loaded: loading it could run code."
         raise CheckpointError(message(f"{path}", "tensors and plain values", found, do)) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except DAMAGE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -84,17 +84,20 @@ class UniversalReader(Reader):
         latest = self.path / LATEST
         if not latest.is_file():
             return self.path
-        tag = latest.read_text(encoding="utf-8").strip()
-        folder = self.path / tag
-        if not tag or folder.resolve().parent != self.path.resolve() or not (folder / "zero").is_dir():
+        tag = latest.read_bytes().decode(errors="replace").strip()
+        plain = tag not in ("", ".", "..") and Path(tag).name == tag and tag.isprintable()
+        if not plain or (self.path / tag).is_symlink() or not (self.path / tag / "zero").is_dir():
             raise CheckpointError(message(f"{latest}", "the name of a folder beside it, with zero/", repr(tag)))
-        return folder
+        return self.path / tag
 
     def _global_steps(self) -> int:
-        for name in STATES:
-            if (self._tag / name).is_file():
-                state = torch_files.load(self._tag / name)
-                return int(state.get("global_steps", 0)) if isinstance(state, dict) else 0
+        for path in (self._tag / name for name in STATES):
+            if path.is_file():
+                state = torch_files.load(path)
+                step = state.get("global_steps") if isinstance(state, dict) else None
+                if type(step) is not int or step < 0:
+                    raise CheckpointError(message(f"{path}", "global_steps, a count", repr(step)))
+                return step
         raise CheckpointError(message(f"{self._tag}", " or ".join(STATES), "neither"))
 
     def _check(self, stored: dict[str, packing.Stored]) -> dict[str, Tensor]:

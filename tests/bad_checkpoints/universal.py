@@ -91,3 +91,22 @@ def no_sizes(folder):
 def sizes_of_no_model(folder):
     edit_json(folder / "dims.json", dims={"arch": "llama", "hiden_size": 3})
     return "hiden_size", "hidden_size"
+
+
+@of(universal)
+def a_tag_of_no_letters(folder):
+    (folder / "latest_universal").write_bytes(b"\xff\x00/")
+    return ("latest_universal",)
+
+
+@of(universal)
+def steps_of_no_number(folder):
+    torch.save({"global_steps": "seven"}, folder / "global_step0" / "mp_rank_00_model_states.pt")
+    return "global_steps", "seven"
+
+
+@of(universal)
+def a_tag_that_leads_elsewhere(folder):
+    (folder / "global_step0").rename(folder.parent / "elsewhere")
+    (folder / "global_step0").symlink_to("../elsewhere")
+    return ("latest_universal",)
