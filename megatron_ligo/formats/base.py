@@ -10,7 +10,10 @@ A format is one module of this folder with
     OPTIONS: dict[str, str]                  optional: what `WriteOptions.extra` may hold, with a word of help
     LAYOUT: bool                             optional: `write` obeys tp and pp
     CARRIES_MOMENTS: bool                    optional: `write` stores Adam's moments and the step if the source has them
-It is found by looking into the folder: nothing else needs an edit.
+It is found by looking into the folder: nothing else needs an edit. All are imported together, so what only one
+needs (Megatron-core, DeepSpeed) is imported inside its functions. Which tensors a format stores, and the rows in each,
+is in packing.py; a writer hands them to `Output` as `later(source, item)`; what a format without a config needs
+beside it is in record.py, and torch_files.py reads what torch.save wrote.
 """
 
 from __future__ import annotations
