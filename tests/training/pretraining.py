@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_ligo.config import Config
 from megatron_ligo.errors import LigoError
 from megatron_ligo.training.engine import Engine
+from megatron_ligo.training.fit import Fit
 from megatron_ligo.training.pretrain import Pretrain
 
 
@@ -44,3 +45,9 @@ def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict 
     file = Path(output) / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return {**record, "steps": rows, "taken": count}
+
+
+def fit(settings: dict, output: str) -> None:
+    job = Fit(Config.from_dict(settings), Path(output))
+    job.run()
+    job.engine.engine.destroy()

@@ -1,0 +1,47 @@
+"""The last loss of a fit is the first of the pretraining, whatever the two layouts: ragged sizes, tied embeddings."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo import handoff, lineage
+from megatron_ligo.config import Config
+from tests.tiny import hf_llama, llama_dims
+from tests.training.pretraining import fit, pretrain
+from tests.training.test_pretrain import make_pair
+
+SMALL = llama_dims(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
+LARGE = {"num_layers": 5, "hidden_size": 34, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 44}
+LAYOUTS = [(1, {}), (2, {"pp": 2}), (4, {"tp": 4}), (4, {"tp": 2, "zero": 3}), (4, {"pp": 4}), (4, {"zero": 2})]
+
+
+@pytest.fixture(scope="module")
+def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
+    """A run's settings, and the hand-off of a model that a fit at TP 2 x PP 2 has moved."""
+    base = tmp_path_factory.mktemp("journey")
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(base / name, seed)
+    hf_llama(SMALL).save_pretrained(base / "small")
+    table = Config().to_dict()
+    table["small"]["path"] = str(base / "small")
+    table["large"] |= LARGE
+    table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": 12}
+    table["operator"]["noise"] = 0.5
+    table["fit"] |= {"steps": 4, "lr": 1e-2, "save_every": 0}
+    table["fit"]["parallel"] |= {"tp": 2, "pp": 2}
+    table["pretrain"] |= {"start": str(base / "grown"), "steps": 0}
+    pools(4).run(fit, settings=table, output=str(base / "fit"))
+    handoff.grow_to(Config.from_dict(table), base / "fit" / "operator", base / "grown")
+    return table, base / "grown"
+
+
+@pytest.mark.parametrize("world, layout", LAYOUTS, ids=str)
+def test_the_first_loss_is_the_last_of_the_fit(pools, grown, tmp_path, world, layout):
+    table, folder = grown
+    table["pretrain"]["parallel"] = {**Config().to_dict()["pretrain"]["parallel"], **layout}
+    found = pools(world).run(pretrain, settings=table, output=str(tmp_path))["losses"]
+    fitted = lineage.read(folder)["fit"]["losses"]
+    assert found["fit"] == fitted["end"]
+    assert found["start_on_fit_batch"] == pytest.approx(fitted["end"], rel=1e-5)
+    # The fit has done something, or there would be nothing to hand over.
+    assert abs(fitted["end"] - fitted["start"]) > 1e-2
