@@ -1,4 +1,4 @@
-"""One pool of ranks for each world size, started at its first use."""
+"""The ranks that multi-process tests run on (tests/harness.py)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import multiprocessing
+
 import pytest
 
-from tests.harness import Pool
+from tests.harness import Ranks
 
 
 @pytest.fixture(scope="session")
 def pools():
-    started: dict[int, Pool] = {}
-
-    def get(world: int) -> Pool:
-        if world not in started or not started[world].alive:
-            started[world] = Pool(world)
-        return started[world]
-
-    yield get
-    for pool in started.values():
-        pool.close()
+    """`pools(world)` gives `world` ranks to run cases on."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return lambda world: Ranks(context, world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -147,6 +148,8 @@ class Pretrain:
             engine.engine.global_steps = engine.engine.global_samples = 0
         elif self._bf16 and not self.resumed:
             weights.fill_masters(model, self.dims, self.mesh, read)
+        # The files that it has mapped are not read again.
+        self.start = replace(start, source=None)
         return engine
 
     @property
