@@ -42,9 +42,9 @@ class Stored:
         """True where the dim that is cut is the vocabulary."""
         return self.split is not None and self.rows[0].axes[self.split].space == "vocab"
 
-    def shape(self, dims: Dims) -> tuple[int, ...]:
-        """Global, unpadded shape as the format stores it."""
-        shapes = [row.shape(dims) for row in self.rows]
+    def shape(self, dims: Dims, tp: int = 1) -> tuple[int, ...]:
+        """Shape as the format stores it: whole (global, unpadded), or what each of tp ranks holds."""
+        shapes = [_shard_shape(row, dims, tp) for row in self.rows]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return tuple(reversed(shape)) if self.transposed else shape
 
@@ -73,6 +73,14 @@ class Stored:
         sizes = [row.shape(dims)[0] // (tp if row.split == 0 else 1) for row in self.rows]
         part = _cut_out(local, index, self.pack, sizes, dims.num_kv_heads // tp)
         return layout.deinterleave(part, dims.head_dim) if self.slots[index].interleaved else part
+
+
+def _shard_shape(row: Row, dims: Dims, tp: int) -> tuple[int, ...]:
+    shape = row.shape(dims)
+    if row.split is None:
+        return shape
+    local = layout.local_size(row.axes[row.split], dims, tp)
+    return (*shape[: row.split], local, *shape[row.split + 1 :])
 
 
 def _cut_out(fused: Tensor, index: int, how: Pack, sizes: Sequence[int], groups: int) -> Tensor:

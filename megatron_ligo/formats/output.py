@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -76,10 +77,17 @@ class Output:
         with path.open("r+b" if path.exists() else "w+b") as file:
             file.write(header)
             file.truncate(size)
-        self._fill(name, path, places)
+        self._fill({name: places})
 
     def torch(self, name: str, tree: object) -> None:
         """What torch.save writes for a tree (dict, list, tuple) of plain data with `Later` for its tensors."""
+        self.torch_files({name: tree})
+
+    def torch_files(self, trees: Mapping[str, object]) -> None:
+        """Several such files, filled side by side: the first tensor of each, the second of each, ..."""
+        self._fill({name: self._laid_out(name, tree) for name, tree in trees.items()})
+
+    def _laid_out(self, name: str, tree: object) -> list[Place]:
         path = self._path(name)
         # The archive bears the file's name inside, so the skeleton has the same one.
         aside = self._path(f"{SKELETONS}/{path.name}")
@@ -88,7 +96,7 @@ class Output:
             aside.unlink()
         else:
             aside.replace(path)
-        self._fill(name, path, places)
+        return places
 
     def json(self, name: str, value: object) -> None:
         self.text(name, json.dumps(value, indent=2) + "\n")
@@ -114,17 +122,23 @@ class Output:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _fill(self, name: str, path: Path, places: list[Place]) -> None:
-        file = OpenFile(path)
-        for place in places:
-            known = self.journal.get("wrote", name, place.name)
-            if place.later.make is None:
-                file.leave_zeros(place)
-            elif known is None or known != digest.of_part(path, place.offset, place.later.nbytes):
-                file.enter()
-                self._writer.put(file, place, self._noting(name, place.name))
-        self._writer.close(file)
-        self.written.append(name)
+    def _fill(self, files: Mapping[str, list[Place]]) -> None:
+        opened = {name: OpenFile(self._path(name)) for name in files}
+        for row in zip_longest(*files.values()):
+            for name, place in zip(files, row, strict=True):
+                if place is not None:
+                    self._put(name, opened[name], place)
+        for name, file in opened.items():
+            self._writer.close(file)
+            self.written.append(name)
+
+    def _put(self, name: str, file: OpenFile, place: Place) -> None:
+        known = self.journal.get("wrote", name, place.name)
+        if place.later.make is None:
+            file.leave_zeros(place)
+        elif known is None or known != digest.of_part(self._path(name), place.offset, place.later.nbytes):
+            file.enter()
+            self._writer.put(file, place, self._noting(name, place.name))
 
     def _noting(self, name: str, part: str) -> Callable[[str], None]:
         return lambda found: self.journal.add("wrote", name, part, value=found)
