@@ -1,11 +1,13 @@
 """What a checkpoint whose format has no config needs beside it: dims.json, and the tokenizer's files.
 
-Every writer but Hugging Face's calls `write`; its reader calls `read` and `files_beside`.
+Every writer but Hugging Face's calls `write`; its reader calls `read` and `files_beside`. A run that trains keeps a
+folder of them (`keep`) and puts it beside each of its checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_ligo.arch.dims import Dims
@@ -13,9 +15,12 @@ from megatron_ligo.errors import CheckpointError, ConfigError, message
 from megatron_ligo.formats import hf_config
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.formats.output import Output
+from megatron_ligo.jsonfile import write_json
 
 RECORD = "dims.json"
 VERSION = 1
+# Under this key our runs keep their state in DeepSpeed's checkpoints; it says what these hold, a model or an operator.
+STATE, HOLDS = "megatron_ligo", "holds"
 # Tokenizers, generation settings, chat templates, licences: what makes a folder of weights a model to use.
 BESIDE = (
     "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
@@ -30,9 +35,22 @@ def files_beside(folder: Path) -> tuple[Path, ...]:
 
 def write(source: Reader, out: Output) -> None:
     """Writes the record and copies the carried files into the output's root."""
-    out.json(RECORD, {"version": VERSION, "dims": source.dims.to_json(), "carried": dict(source.carried)})
+    out.json(RECORD, _as_json(source.dims, source.carried))
     for file in source.files:
         out.copy(file)
+
+
+def keep(folder: Path, dims: Dims, carried: Mapping[str, object], files: Sequence[Path]) -> None:
+    """The same into a folder of its own, in the place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / RECORD, _as_json(dims, carried))
+
+
+def _as_json(dims: Dims, carried: Mapping[str, object]) -> dict:
+    return {"version": VERSION, "dims": dims.to_json(), "carried": dict(carried)}
 
 
 def find(folder: Path) -> tuple[Dims, Mapping[str, object]] | None:

@@ -10,16 +10,19 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.formats.record import STATE
 from megatron_ligo.parallel.mesh import agree
 from megatron_ligo.training.engine import Engine
 
 TAG = "state"
-STATE = "megatron_ligo"
 STEP = re.compile(r"step_(\d+)")
 
 
-def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int) -> None:
-    """Saves weights, optimizer and `state` (plain numbers and text) as FOLDER/step_N. Collective."""
+def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, beside: Path | None = None) -> None:
+    """Saves weights, optimizer and `state` (plain numbers and text) as FOLDER/step_N. Collective.
+
+    beside: a folder whose files belong to each checkpoint (the model's sizes, its tokenizer).
+    """
     aside, target = folder / f".step_{step}.new", folder / f"step_{step}"
     fault = None
     if dist.get_rank() == 0:
@@ -28,6 +31,8 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int) -
     dist.barrier()
     try:
         engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={STATE: state})
+        if beside and dist.get_rank() == 0:
+            shutil.copytree(beside, aside, dirs_exist_ok=True)
     except (OSError, RuntimeError) as error:
         fault = CheckpointError(message(f"{aside}", "room and leave to write a checkpoint", error))
     agree(fault)

@@ -14,6 +14,7 @@ from torch import nn
 from megatron_ligo import formats
 from megatron_ligo.config import Config
 from megatron_ligo.errors import ConfigError, Faults
+from megatron_ligo.formats import record
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.growth import file
 from megatron_ligo.growth.check import initial_operator
@@ -109,7 +110,7 @@ class Fit:
         this = self._identity()
         state = checkpoints.load_last(self.engine, self.output / "checkpoints")
         if state is None:
-            return {"run": this, "losses": {}, "digest": self._digest()}
+            return {record.HOLDS: "operator", "run": this, "losses": {}, "digest": self._digest()}
         everywhere(lambda: check_same_run(state["run"], this, self.output))
         log.info("resumed after step %d", self.engine.steps)
         return state
@@ -162,7 +163,7 @@ class Fit:
         tensors = collect(self.module, self.runtime)
         memory: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(memory, peak_memory_bytes())
-        record = {
+        made = {
             "source": {"path": Path(self.config.small.path).name, "format": self.reader.format},
             "step": self.engine.steps,
             "losses": losses,
@@ -172,7 +173,7 @@ class Fit:
             "config": self.config.to_dict(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
         }
-        on_rank_0(lambda: file.write(self.operator, tensors.items(), self.output / "operator", record))
+        on_rank_0(lambda: file.write(self.operator, tensors.items(), self.output / "operator", made))
 
 
 def prepare(config: Config) -> tuple[Reader, Operator]:

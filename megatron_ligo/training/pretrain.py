@@ -16,6 +16,7 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import Config
 from megatron_ligo.errors import CheckpointError, ConfigError, message
 from megatron_ligo.flops import train_flops
+from megatron_ligo.formats import record
 from megatron_ligo.jsonfile import write_json
 from megatron_ligo.manifest import library_versions
 from megatron_ligo.model import universal, weights
@@ -36,6 +37,8 @@ from megatron_ligo.training.start import Start, check_layout, find_start
 log = logging.getLogger(__name__)
 
 RECORD = "pretrain.json"
+# What belongs beside every checkpoint of the run: the model's sizes and its tokenizer.
+MODEL = "model"
 
 
 class Pretrain:
@@ -59,7 +62,8 @@ class Pretrain:
             state = checkpoints.load_last(self.engine, self.output / "checkpoints")
             log.info("resumed after step %d", self.engine.steps)
         else:
-            state = {"losses": {}, "eval": self._held_out()}
+            state = {record.HOLDS: "model", "losses": {}, "eval": self._held_out()}
+            on_rank_0(self._keep_model)
             self._record(state)
             if self.config.data.valid:
                 self._evaluate_start(state["losses"])
@@ -113,7 +117,8 @@ class Pretrain:
                 more = self._evaluate_if_due(step + 1, state["losses"])
                 metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **more)
                 if step + 1 == run.steps or _due(step + 1, run.save_every):
-                    checkpoints.save(self.engine, self.output / "checkpoints", step + 1, state, run.keep_last)
+                    folder = self.output / "checkpoints"
+                    checkpoints.save(self.engine, folder, step + 1, state, run.keep_last, self.output / MODEL)
 
     def _evaluate_if_due(self, step: int, losses: dict) -> dict[str, float]:
         last = step == self.settings.steps
@@ -193,7 +198,7 @@ class Pretrain:
         memory: list[int] = [0] * self.mesh.world
         dist.all_gather_object(memory, peak_memory_bytes())
         place = self.mesh
-        record = {
+        made = {
             "run": self._identity(),
             "dims": self.dims.to_json(),
             "step": self.engine.steps,
@@ -203,12 +208,16 @@ class Pretrain:
             "peak_memory_bytes": memory,
             "versions": library_versions(),
         }
-        on_rank_0(lambda: self._write_record(record))
-        return record
+        on_rank_0(lambda: self._write_record(made))
+        return made
 
-    def _write_record(self, record: dict) -> None:
+    def _write_record(self, made: dict) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        write_json(self.output / RECORD, record)
+        write_json(self.output / RECORD, made)
+
+    def _keep_model(self) -> None:
+        source = self.start.source
+        record.keep(self.output / MODEL, self.dims, source.carried if source else {}, source.files if source else ())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -225,8 +234,8 @@ def _due(step: int, every: int) -> bool:
 
 def _read_record(path: Path) -> dict:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"run": record["run"], "dims": record["dims"]}
+        then = json.loads(path.read_text(encoding="utf-8"))
+        return {"run": then["run"], "dims": then["dims"]}
     except FileNotFoundError:
         found = "nothing"
     except (ValueError, KeyError, TypeError) as error:
