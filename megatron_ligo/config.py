@@ -40,26 +40,34 @@ class LargeSection:
 
 @dataclass(frozen=True)
 class OperatorSection:
-    """Each key but the seed is one value, or a table by space: {default = "lossless", ffn = "copy"}."""
+    """Each key but method and seed is one value, or a table by space: {default = "lossless", ffn = "copy"}.
 
-    width_init: str | ByName = setting("lossless", "named initialisation of the width maps")
-    depth_init: str | ByName = setting("lossless", "named initialisation of the depth maps")
-    noise: float | dict[str, float] = setting(0.0, "noise put on top, relative to the maps' own scale", low=0.0)
-    structure: str | ByName = setting(
-        "heads", "the heads' spaces: whole heads move, or dense", choices=("heads", "dense")
+    None: as the method has it (growth/methods.py).
+    """
+
+    method: str = setting("lossless", "named method; the other keys are put over what it means")
+    width_init: str | ByName | None = setting(None, "named initialisation of the width maps")
+    depth_init: str | ByName | None = setting(None, "named initialisation of the depth maps")
+    noise: float | dict[str, float] | None = setting(None, "put on top, relative to the maps' own scale", low=0.0)
+    structure: str | ByName | None = setting(
+        None, "the heads' spaces: whole heads move, or dense", choices=("heads", "dense")
     )
-    share: str | ByName = setting(
-        "all", "one map for all layers, or one for each large layer", choices=("all", "layer")
+    share: str | ByName | None = setting(
+        None, "one map for all layers, or one for each large layer", choices=("all", "layer")
     )
-    contract: str | ByName = setting(
-        "free", "readers: the transposed map, or a map of their own", choices=("tied", "free")
+    contract: str | ByName | None = setting(
+        None, "readers: the transposed map, or a map of their own", choices=("tied", "free")
     )
-    identity: str | ByName = setting(
-        "learned", "rows that copy the small model: kept, or learned", choices=("frozen", "learned")
+    identity: str | ByName | None = setting(
+        None, "rows that copy the small model: kept, or learned", choices=("frozen", "learned")
     )
-    gain: str | ByName = setting(
-        "copied", "norm gains: of the copied feature, or by the map", choices=("copied", "expand")
+    gain: str | ByName | None = setting(
+        None, "norm gains: of the copied feature, or by the map", choices=("copied", "expand")
     )
+    fresh: str | None = setting(
+        None, "drawn where width_init and depth_init are pad", choices=("none", "writers", "all")
+    )
+    borrow: str | None = setting(None, "new features' rows: of the next layer", choices=("none", "next"))
     seed: int = setting(1234, "seed of the initialisation", low=0)
 
     def check_spaces(self, spaces: Iterable[str]) -> None:

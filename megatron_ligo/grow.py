@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_ligo.arch.rows import Use, axis_size
 from megatron_ligo.errors import CheckpointError, Faults
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import WEIGHT, Info, Reader
+from megatron_ligo.growth import fresh
 from megatron_ligo.growth.operator import Operator
 
 
@@ -30,7 +32,11 @@ class Grown(Reader):
 
     def fingerprint(self) -> object | None:
         source = self.source.fingerprint()
-        return None if source is None else {"operator": operator_digest(self.operator), "source": source}
+        if source is None:
+            return None
+        # Fresh numbers come from the settings, not from the operator's tensors.
+        settings = {name: str(value) for name, value in vars(self.operator.settings).items()}
+        return {"operator": operator_digest(self.operator), "settings": settings, "source": source}
 
     def info(self, key: str) -> Info:
         row = self.arch.row(key)
@@ -39,9 +45,22 @@ class Grown(Reader):
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "moments grow through the dual maps, which this reader does not hold"
-        mixed = self.operator.mix(key, self.source.read)
+        operator, row = self.operator, self.arch.row(key)
+        rms = 0.0
+        if operator.settings.fresh != "none":
+            rms = fresh.root_mean_square(self.source.read(fresh.beside(operator, key)))
+        grown = self._grown(key, fresh.writers(operator, key, rms))
+        if operator.settings.borrow == "next" and row.in_layer and row.axes[0].use is Use.WRITES:
+            # New features' rows are those of the next layer (bert2BERT's AKI).
+            own = axis_size(row.axes[0], operator.small)
+            grown = torch.cat([grown[:own], self._grown(key, further=1)[own:]])
+        more = fresh.around(operator, key, rms)
+        return grown if more is None else grown + more
+
+    def _grown(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
+        mixed = self.operator.mix(key, self.source.read, further)
         mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-        return self.operator.grow(key, mixed)
+        return self.operator.grow(key, mixed, joined)
 
 
 def operator_digest(operator: Operator) -> str:

@@ -15,7 +15,7 @@ PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel par
 SURFACE = {
     "small": "path format",
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads",
-    "operator": "width_init depth_init noise structure share contract identity gain seed",
+    "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow seed",
     "fit": f"{TRAINING} depth_lr {PARALLEL}",
     "handoff": "dtype formats",
     "pretrain": f"{TRAINING} start eval_every {PARALLEL}",
@@ -62,7 +62,7 @@ def test_dict_round_trip():
 def test_values_by_space():
     config = Config.load(None, ['operator.width_init={default="lossless"}', "operator.width_init.ffn=copy"])
     assert [by_space(config.operator.width_init, space) for space in ("ffn", "residual")] == ["copy", "lossless"]
-    assert by_space(config.operator.noise, "ffn") == 0.0
+    assert by_space(0.5, "ffn") == 0.5
 
 
 def test_spaces_are_held_against_the_model():

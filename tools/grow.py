@@ -11,11 +11,12 @@ from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.file import Saved
+from megatron_ligo.growth.methods import describe
 from megatron_ligo.handoff import growth_record, hand_off
 
 EXAMPLE = """
 python tools/grow.py --config run.toml --operator runs/fit/operator --output runs/grown
-python tools/grow.py --config run.toml --set operator.width_init=copy --output runs/unlearned
+python tools/grow.py --config run.toml --set operator.method=noisy_stack --output runs/unlearned
 """
 
 
@@ -39,6 +40,7 @@ def main() -> None:
         operator = Saved(Path(args.operator))
     else:
         operator = initial_operator(reader.dims, config.large, config.operator)
+        print(describe(operator.settings))
     grown = Grown(operator, reader)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.handoff.dtype]
     with cli.byte_progress() as show:

@@ -10,7 +10,8 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import LargeSection, OperatorSection, by_space
 from megatron_ligo.errors import ConfigError, Faults, nearest
 from megatron_ligo.growth import init
-from megatron_ligo.growth.maps import map_specs
+from megatron_ligo.growth.maps import MapSpec, map_specs
+from megatron_ligo.growth.methods import resolve
 from megatron_ligo.growth.operator import Initial, short, variance_ratio
 
 
@@ -23,6 +24,7 @@ def large_dims(small: Dims, section: LargeSection) -> Dims:
 def initial_operator(small: Dims, section: LargeSection, settings: OperatorSection) -> Initial:
     """The operator where a fit starts, with the large model's eps as the residual map needs it; or all refusals."""
     large = large_dims(small, section)
+    settings = resolve(settings)
     check_sizes(small, large)
     check_settings(small, large, settings)
     operator = Initial(small, large, settings)
@@ -55,17 +57,46 @@ def check_settings(small: Dims, large: Dims, settings: OperatorSection) -> None:
     faults = Faults("[operator] cannot be built", ConfigError)
     for name in maps:
         _check_name(faults, f"operator.width_init ({name})", by_space(settings.width_init, name), init.WIDTH)
-    frozen = by_space(settings.identity, "residual") == "frozen"
-    scaled = by_space(settings.width_init, "residual") == "lossless" and large.hidden_size > small.hidden_size
-    if frozen and scaled:
-        do = "Scaled copies are no identity rows: take width_init = 'copy', or identity = 'learned'."
-        faults.add("operator.identity (residual)", "learned with width_init = 'lossless'", "frozen", do)
     for name in sorted(rows):
         _check_name(faults, f"operator.depth_init ({name})", by_space(settings.depth_init, name), init.DEPTH)
     if by_space(settings.share, "residual") != "all":
         do = "The residual stream runs through all layers: say share = {default = 'layer', residual = 'all'}."
         faults.add("operator.share (residual)", "all", by_space(settings.share, "residual"), do)
+    _check_frozen(faults, settings, small, large)
+    _check_room(faults, settings, maps)
     faults.raise_if_any()
+
+
+def _check_frozen(faults: Faults, settings: OperatorSection, small: Dims, large: Dims) -> None:
+    start = by_space(settings.width_init, "residual")
+    scaled = start in ("lossless", "net2net") or (start == "clone" and large.hidden_size % small.hidden_size)
+    grows = large.hidden_size > small.hidden_size
+    if by_space(settings.identity, "residual") == "frozen" and scaled and grows:
+        do = "Scaled copies are no identity rows: take width_init = 'copy', or identity = 'learned'."
+        faults.add("operator.identity (residual)", f"learned with width_init = {start!r}", "frozen", do)
+
+
+def _check_room(faults: Faults, settings: OperatorSection, maps: Mapping[str, MapSpec]) -> None:
+    """What is padded must be filled, or it would stay at zero for ever; what is filled must not be read yet."""
+    for name, spec in maps.items():
+        if by_space(settings.width_init, name) != "pad" or spec.large == spec.small:
+            continue
+        needed = ("all",) if name == "residual" else ("writers", "all")
+        if settings.fresh not in needed:
+            do = "Features that hold nothing and that nobody reads never learn."
+            faults.add(f"operator.width_init ({name}) = 'pad'", f"fresh = {' or '.join(needed)}", settings.fresh, do)
+        if by_space(settings.noise, name):
+            do = "Noise would have fresh features read at once."
+            faults.add(f"operator.noise ({name})", "0 with width_init = 'pad'", by_space(settings.noise, name), do)
+
+
+def check_factored(settings: OperatorSection, faults: Faults) -> None:
+    """Adds a fault for each thing that a checkpoint can be grown with and a fit, which builds no large matrix, not."""
+    do = "tools/grow.py does it without --operator; a fit needs another start."
+    if settings.fresh == "all":
+        faults.add("operator.fresh", "none or writers in a fit", "all: readers as large as the large model", do)
+    if settings.borrow == "next":
+        faults.add("operator.borrow", "none in a fit", "next: two mixtures of layers in one matrix", do)
 
 
 def _check_name(faults: Faults, where: str, name: object, known: Mapping) -> None:

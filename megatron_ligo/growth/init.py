@@ -1,8 +1,9 @@
 """Where an operator starts: one small function for each named initialisation.
 
 A width initialisation is `f(small, large, space, generator) -> expand` (large x small, fp64). A depth
-initialisation is `f(small_layers, large_layers, writes) -> (large_layers x small_layers)`, where `writes` says
-that the row's output is added to the residual stream. A new one is one function and its line in the table below.
+initialisation is `f(small_layers, large_layers, role, generator) -> (large_layers x small_layers)`, with the role of
+the row in its layer: WRITES (its output is added to the residual stream), SCALES (a norm's gain), INNER. A new one
+is one function and its line in the table below.
 """
 
 from __future__ import annotations
@@ -10,25 +11,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WRITES, SCALES, INNER = "writes", "scales", "inner"
+NOISE = 0.03  # the most that official LiGO adds to each weight of a noisy depth map
+
 
 def _one_hot(source: Tensor, small: int) -> Tensor:
     return torch.nn.functional.one_hot(source, small).double()
 
 
+def _shared_out(expand: Tensor, space: str) -> Tensor:
+    """In the residual stream: copies divided by the square root of their number, so that expand^T expand = I.
+
+    A norm's statistics survive any ratio then, and the left inverse is expand^T.
+    """
+    return expand / expand.sum(dim=0).sqrt() if space == "residual" else expand
+
+
 def copy(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
-    """Feature i copies feature i mod small, unscaled (Net2Net's plain duplication, in order)."""
+    """Feature i copies feature i mod small, unscaled (plain duplication, in order)."""
     return _one_hot(torch.arange(large) % small, small)
 
 
 def lossless(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
-    """As `copy`; in the residual stream copies are divided by the square root of their number.
+    """As `copy`; in the residual stream copies are divided by the square root of their number."""
+    return _shared_out(copy(small, large, space, generator), space)
 
-    expand^T expand = I then, so a norm's statistics survive any ratio, and the left inverse is expand^T.
-    """
-    expand = copy(small, large, space, generator)
-    if space == "residual":
-        expand = expand / expand.sum(dim=0).sqrt()
-    return expand
+
+def clone(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+    """As `copy` at whole multiples (HyperCloning); as `lossless` at ragged ratios, where plain copies lose."""
+    return (lossless if large % small else copy)(small, large, space, generator)
+
+
+def select(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+    """New features copy features drawn at random, unscaled (Net2Net, bert2BERT's FPI)."""
+    drawn = torch.randint(small, (large - small,), generator=generator)
+    return _one_hot(torch.cat([torch.arange(small), drawn]), small)
+
+
+def net2net(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+    """As `select`; in the residual stream copies are divided by the square root of their number."""
+    return _shared_out(select(small, large, space, generator), space)
+
+
+def pad(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+    """New features hold nothing of the small model's and nobody reads them: room for fresh numbers."""
+    return torch.eye(large, small, dtype=torch.float64)
 
 
 def random(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
@@ -37,29 +64,65 @@ def random(small: int, large: int, space: str, generator: torch.Generator) -> Te
     return torch.cat([torch.eye(small, dtype=torch.float64), rows / rows.sum(dim=1, keepdim=True)])
 
 
-def stack(small: int, large: int, writes: bool) -> Tensor:
+def stack(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
     """Layer j is layer j mod small: the small network again on top of itself (StackBERT, G_stack)."""
     return _one_hot(torch.arange(large) % small, small)
 
 
-def interlace(small: int, large: int, writes: bool) -> Tensor:
+def stack_noisy(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
+    """As `stack` with U(0, 0.03) added to every weight, divided by their sum (official LiGO's start)."""
+    drawn = torch.rand(large, small, generator=generator, dtype=torch.float64)
+    weights = stack(small, large, role, generator) + NOISE * drawn
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def interlace(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
     """Layer j is layer floor(j small / large): each layer beside its copies, at any ratio."""
     return _one_hot(torch.arange(large) * small // large, small)
 
 
-def copy_last(small: int, large: int, writes: bool) -> Tensor:
+def copy_last(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
     """Layers in order, then the last one again."""
     return _one_hot(torch.arange(large).clamp(max=small - 1), small)
 
 
-def lossless_depth(small: int, large: int, writes: bool) -> Tensor:
+def lossless_depth(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
     """As `interlace`, with nothing written to the residual stream by the second and later copies of a layer."""
-    weights = interlace(small, large, writes)
-    if writes:
-        source = weights.argmax(dim=1)
-        weights[1:][source[1:] == source[:-1]] = 0
+    weights = interlace(small, large, role, generator)
+    if role == WRITES:
+        weights[later_copies(small, large)] = 0
     return weights
 
 
-WIDTH = {"copy": copy, "lossless": lossless, "random": random}
-DEPTH = {"copy": copy_last, "stack": stack, "interlace": interlace, "lossless": lossless_depth}
+def pad_depth(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
+    """As `interlace`, with nothing but their norms' gains in the second and later copies of a layer: room for fresh
+    layers."""
+    weights = interlace(small, large, role, generator)
+    if role != SCALES:
+        weights[later_copies(small, large)] = 0
+    return weights
+
+
+def later_copies(small: int, large: int) -> Tensor:
+    """True for the large layers before which `interlace` has put their source already. (large,), bool."""
+    source = torch.arange(large) * small // large
+    return torch.cat([torch.zeros(1, dtype=torch.bool), source[1:] == source[:-1]])
+
+
+WIDTH = {
+    "copy": copy,
+    "lossless": lossless,
+    "clone": clone,
+    "select": select,
+    "net2net": net2net,
+    "pad": pad,
+    "random": random,
+}
+DEPTH = {
+    "copy": copy_last,
+    "stack": stack,
+    "stack_noisy": stack_noisy,
+    "interlace": interlace,
+    "lossless": lossless_depth,
+    "pad": pad_depth,
+}

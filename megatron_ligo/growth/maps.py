@@ -90,16 +90,26 @@ def apply_map(x: Tensor, dim: int, matrix: Tensor, lift: Lift) -> Tensor:
     return out.reshape(-1, *rest).movedim(0, dim)
 
 
-def grow_row(row: Row, mixed: Tensor, matrix: Callable[[Lift, Use], Tensor], dims: Dims, structure: str) -> Tensor:
+def grow_row(
+    row: Row,
+    mixed: Tensor,
+    matrix: Callable[[Lift, Use], Tensor],
+    dims: Dims,
+    structure: str,
+    joined: Tensor | None = None,
+) -> Tensor:
     """A row's grown tensor from its depth-mixed small one.
 
     matrix(lift, use) gives the (large x small) matrix of a map for that use (all its rows, or one rank's):
-    growing a shard is growing with fewer rows. Norm gains (Use.SCALES) are `operator.grow_gain`'s.
+    growing a shard is growing with fewer rows. joined: added to a matrix (large out, small in) between its maps.
+    Norm gains (Use.SCALES) are `operator.grow_gain`'s.
     """
     for dim, axis in enumerate(row.axes):
         lift = lift_of(axis, dims, structure)
         if lift is not None:
             mixed = apply_map(mixed, dim, matrix(lift, axis.use), lift)
+        if dim == 0 and joined is not None:
+            mixed = mixed + joined
     return mixed
 
 

@@ -26,11 +26,19 @@ from megatron_ligo.arch.rows import Row, Use, layer_of, pattern_of
 from megatron_ligo.config import OperatorSection, by_space
 from megatron_ligo.growth import init
 from megatron_ligo.growth.maps import Lift, MapSpec, grow_row, left_inverse, map_specs
+from megatron_ligo.growth.methods import resolve
 
 
 def residual_write(row: Row) -> bool:
     """True for rows whose output a layer adds to the residual stream: at zero, the layer changes nothing."""
     return row.in_layer and row.axes[0].space == "residual" and row.axes[0].use is Use.WRITES
+
+
+def role(row: Row) -> str:
+    """What a row is in its layer, as depth initialisations ask for it."""
+    if row.axes[0].use is Use.SCALES:
+        return init.SCALES
+    return init.WRITES if residual_write(row) else init.INNER
 
 
 def short(row: Row) -> str:
@@ -47,6 +55,7 @@ class Operator(ABC):
     settings: OperatorSection
 
     def __post_init__(self) -> None:
+        self.settings = resolve(self.settings)
         self.arch = architectures.get(self.large.arch)
         self.structure = by_space(self.settings.structure, "groups")
         self.copied_gains = by_space(self.settings.gain, "residual") == "copied"
@@ -105,13 +114,14 @@ class Operator(ABC):
 
         return of
 
-    def grow(self, key: str, mixed: Tensor) -> Tensor:
-        """The grown tensor of a large key from the depth-mixed small one, in the dtype of `mixed`."""
+    def grow(self, key: str, mixed: Tensor, joined: Tensor | None = None) -> Tensor:
+        """The grown tensor of a large key from the depth-mixed small one, in the dtype of `mixed` (`joined`:
+        `grow_row`'s)."""
         row, layer = self.arch.row(key), layer_of(key)
         if row.axes[0].use is Use.SCALES:
             return self.grow_gain(row, mixed)
         matrix = self.matrix(layer)
-        return grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.large, self.structure)
+        return grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.large, self.structure, joined)
 
     def grow_gain(self, row: Row, mixed: Tensor) -> Tensor:
         """A norm's gain: that of the copied feature times a constant, or expand times it (official)."""
@@ -120,19 +130,21 @@ class Operator(ABC):
         factor = self.tensor("gain.layers" if row.in_layer else "gain.final").to(mixed)
         return mixed[self.tensor("gain.source")] * factor
 
-    def mix(self, key: str, read: Callable[[str], Tensor]) -> Tensor:
-        """sum_i w[j, i] W_small[i] for a large key, in fp32 or wider; layers at weight zero are not read."""
+    def mix(self, key: str, read: Callable[[str], Tensor], further: int = 0) -> Tensor:
+        """sum_i w[j, i] W_small[i + further] for a large key (the last layer in place of those after it), in fp32 or
+        wider; layers at weight zero are not read."""
         layer = layer_of(key)
         if layer is None:
             return read(key)
         pattern = pattern_of(key)
         weights = self.tensor(f"depth.{short(self.arch.row(key))}")[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
-        first = read(pattern.format(sources[0] if sources else 0))
+        last = self.small.num_layers - 1
+        first = read(pattern.format(min(sources[0] + further, last) if sources else 0))
         wide = torch.promote_types(first.dtype, torch.float32)
         mixed = torch.zeros_like(first, dtype=wide)
         for i in sources:
-            mixed.add_(read(pattern.format(i)).to(wide), alpha=float(weights[i]))
+            mixed.add_(read(pattern.format(min(i + further, last))).to(wide), alpha=float(weights[i]))
         return mixed
 
 
@@ -144,7 +156,7 @@ class Initial(Operator):
         if kind == "depth":
             row = self.arch.row(f"layers.{{}}.{rest}")
             make = init.DEPTH[self.setting("depth_init", rest)]
-            return make(self.small.num_layers, self.large.num_layers, residual_write(row)).float()
+            return make(self.small.num_layers, self.large.num_layers, role(row), self._generator(name)).float()
         if kind == "gain":
             return self._gain(rest)
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]
@@ -165,7 +177,7 @@ class Initial(Operator):
         generator = self._generator(f"{stem}.expand")
         expand = init.WIDTH[self.setting("width_init", map_name)](spec.small, spec.large, map_name, generator)
         noise = self.setting("noise", map_name)
-        if noise and not self.has_contract(map_name) and spec.large > spec.small:
+        if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:
             fresh = expand[spec.small :]
             scale = noise * fresh.abs().mean()
             fresh += scale * torch.randn(fresh.shape, generator=generator, dtype=torch.float64)
@@ -183,7 +195,9 @@ class Initial(Operator):
 
     def _gain(self, which: str) -> Tensor:
         expand = self.initial_expand("residual")
-        source = expand.abs().argmax(dim=1)
+        largest, source = expand.abs().max(dim=1)
+        # A feature that holds nothing has no feature to take the gain from.
+        source = torch.where(largest > 0, source, torch.arange(len(source)) % expand.shape[1])
         if which == "source":
             return source
         gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)

@@ -64,7 +64,7 @@ class GrownLayer(nn.Module):
         made = []
         for path, members in rows.items():
             kind = place_kind(members)
-            made.append(kind(self.block.get_submodule(path), members, self.runtime, config))
+            made.append(kind(self.block.get_submodule(path), members, self.layer, self.runtime, config))
         return made
 
     def forward(self, h: Tensor) -> Tensor:

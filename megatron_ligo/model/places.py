@@ -46,8 +46,9 @@ class Place:
 
     count = 0
 
-    def __init__(self, module: Grown, rows: list[Row], runtime: Runtime, config):
+    def __init__(self, module: Grown, rows: list[Row], layer: int, runtime: Runtime, config):
         self.module = module
+        self.fresh = {row.key: runtime.fresh_rows(row, layer) for row in rows}
         self.weights = [row for row in rows if len(row.axes) == 2]
         self.vectors = [row for row in rows if len(row.axes) == 1]
         self.runtime = runtime
@@ -83,11 +84,15 @@ class ColumnPlace(Place):
 
     def _rows(self, row: Row, mixed, maps) -> Tensor:
         matrix, lift = self.runtime.map_for(maps, row, 0)
-        return apply_map(mixed[row.key], 0, matrix, lift)
+        grown = apply_map(mixed[row.key], 0, matrix, lift)
+        fresh = self.fresh[row.key]
+        return grown if fresh is None else grown + fresh.to(grown)
 
     def _factored(self, row: Row, mixed, maps) -> bool:
         matrix, _ = self.runtime.map_for(maps, row, 0)
-        return factors_are_cheaper(self.runtime.tokens_per_step, matrix.shape, mixed[row.key].shape[1])
+        return self.fresh[row.key] is None and factors_are_cheaper(
+            self.runtime.tokens_per_step, matrix.shape, mixed[row.key].shape[1]
+        )
 
     def bound(self, built, maps):
         contract = matrix_of(maps, "residual", True)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ligo.arch.rows import Row, Use
+from megatron_ligo.growth import fresh
 from megatron_ligo.growth.maps import Lift, lift_of
 from megatron_ligo.growth.operator import Operator
+from megatron_ligo.layout import shard
 from megatron_ligo.model.build import rotary
 from megatron_ligo.model.maps import matrix_of
 from megatron_ligo.model.source import Source
@@ -49,6 +51,16 @@ class Runtime:
         if not self.operator.copied_gains:
             return expand.to(mixed) @ mixed
         return mixed[self.gain["gain.source"]] * self.gain["gain.layers" if row.in_layer else "gain.final"]
+
+    def fresh_rows(self, row: Row, layer: int) -> Tensor | None:
+        """This rank's part of what joins a large layer's row between its maps, in fp32 on the device; mostly None."""
+        if self.operator.settings.fresh == "none":
+            return None
+        key = row.key.format(layer)
+        drawn = fresh.writers(self.operator, key, self.source.rms.get(fresh.beside(self.operator, key), 0.0))
+        if drawn is None:
+            return None
+        return shard(drawn, row, self.mesh.tp, self.mesh.tp_rank).clone().to(accelerator.device())
 
     def map_for(self, maps: dict[str, Tensor], row: Row, dim: int) -> tuple[Tensor, Lift]:
         """The (large x small) matrix that an axis of a row meets, and its lift."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.rows import Row
 from megatron_ligo.formats.base import Reader
+from megatron_ligo.growth.fresh import root_mean_square
 from megatron_ligo.layout import shard
 from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.autograd import copy_to, gather_partial
@@ -53,6 +54,7 @@ class Source:
         self.split_rows = [row for row in rows if row.split is not None]
         self.whole_rows = [row for row in rows if row.split is None]
         self.shapes = {row.key: row.shape(reader.dims) for row in rows}
+        self.rms: dict[str, float] = {}  # root mean square of each small tensor that is cut, by key
         self._slices = [self._read_slices(reader, row) for row in self.split_rows]
         self._wholes = [self._read_whole(reader, row) for row in self.whole_rows]
         self.embed = self._read_vocab(reader, "embed") if mesh.first_stage else None
@@ -69,7 +71,9 @@ class Source:
         keys = [row.key.format(layer) for layer in range(reader.dims.num_layers)]
         stack = torch.zeros(len(keys), size, dtype=torch.float32)
         for i, key in enumerate(keys):
-            piece = reader.read(key).reshape(-1)[start : start + size]
+            tensor = reader.read(key)
+            self.rms[key] = root_mean_square(tensor)
+            piece = tensor.reshape(-1)[start : start + size]
             stack[i, : piece.numel()] = piece
         narrow = stack.to(torch.bfloat16)
         exact = torch.equal(narrow.float(), stack)

@@ -17,8 +17,9 @@ from megatron_ligo.errors import ConfigError, Faults
 from megatron_ligo.formats import record
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.growth import file
-from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.growth.check import check_factored, initial_operator
 from megatron_ligo.growth.cost import fit_step_flops
+from megatron_ligo.growth.methods import describe
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.layout import check_tp
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
@@ -183,7 +184,8 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
         raise ConfigError("small.path: expected the small model's checkpoint, found nothing. Set it in [small].")
     reader = formats.open(small.path, None if small.format == "auto" else small.format)
     operator = initial_operator(reader.dims, config.large, config.operator)
-    faults = Faults("the layout does not fit the large model", ConfigError)
+    faults = Faults("the fit cannot be done", ConfigError)
+    check_factored(operator.settings, faults)
     parallel = config.fit.parallel
     check_tp(operator.large, parallel.tp, faults, "large model")
     if parallel.pp > operator.large.num_layers:
@@ -192,6 +194,7 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
         faults.add("fit.parallel.sequence_parallel", "false", "true", "The factored layers do not do it yet.")
     faults.raise_if_any()
     counts = operator.num_parameters()
+    log.info("%s", describe(operator.settings))
     log.info("operator: %s learned numbers", f"{sum(counts.values()):,}")
     for name, count in counts.items():
         log.info("  %-28s %s", name, f"{count:,}")

@@ -11,20 +11,10 @@ from megatron_ligo.errors import ConfigError
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.maps import apply_map, left_inverse, lift_of
+from tests.growth.gap import RAGGED, logits_gap
 from tests.tiny import hf_from, hf_llama, llama_dims, memory_of, tokens
 
-RAGGED = LargeSection(num_layers=5, hidden_size=32, ffn_size=44, num_heads=8, num_kv_heads=4)
 DOUBLE = LargeSection(num_layers=6, hidden_size=48, ffn_size=56, num_heads=12, num_kv_heads=6)
-
-
-def logits_gap(small, large_section, settings):
-    model = hf_llama(small).double()
-    source = memory_of(model, small)
-    operator = initial_operator(small, large_section, settings)
-    grown = hf_from(Grown(operator, source))
-    ids = tokens(small)
-    with torch.no_grad():
-        return float((model(ids).logits - grown(ids).logits).abs().max())
 
 
 @pytest.mark.parametrize("tied", [False, True])

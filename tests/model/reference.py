@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.rows import Use, layer_of, pattern_of
 from megatron_ligo.config import LargeSection, OperatorSection
+from megatron_ligo.growth import fresh
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.maps import grow_row
 from megatron_ligo.growth.operator import Operator, short
@@ -33,7 +34,10 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
         if row.axes[0].use is Use.SCALES:
             grown[key] = _gain(operator, values, row, mixed)
         else:
-            grown[key] = grow_row(row, mixed, _matrix(operator, values, layer), operator.large, operator.structure)
+            rms = fresh.root_mean_square(source.read(fresh.beside(operator, key)))
+            joined = fresh.writers(operator, key, rms)
+            matrix = _matrix(operator, values, layer)
+            grown[key] = grow_row(row, mixed, matrix, operator.large, operator.structure, joined)
     return grown
 
 

@@ -99,17 +99,9 @@ OPERATORS = {
     "biases on q, k, v": {"small": {"qkv_bias": True, "model_type": "qwen2"}},
     "dense heads": {"settings": {"structure": "dense"}},
     "a map for each layer": {"settings": {"share": {"default": "layer", "residual": "all"}}},
-    "official": {
-        "settings": {
-            "structure": "dense",
-            "width_init": "random",
-            "depth_init": "stack",
-            "contract": "tied",
-            "identity": "frozen",
-            "gain": "expand",
-        }
-    },
+    "official": {"settings": {"method": "ligo"}},
     "copies, noise, stack": {"settings": {"width_init": "copy", "depth_init": "stack", "noise": 0.5}},
+    "fresh heads, neurons, layers": {"settings": {"method": "lemon", "noise": {"default": 0.0, "residual": 0.5}}},
 }
 
 

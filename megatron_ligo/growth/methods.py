@@ -1,0 +1,149 @@
+"""The named methods: each is a choice of all the keys of [operator], whatever the user says himself put over it.
+
+LOSSLESS methods start with the small model's own logits, at any ratio of the sizes that they take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from megatron_ligo.config import OperatorSection
+from megatron_ligo.errors import ConfigError, message, nearest
+
+# Whole heads move, readers have maps of their own (left inverses), nothing is noisy or fresh.
+PLAIN = {
+    "width_init": "lossless",
+    "depth_init": "lossless",
+    "noise": 0.0,
+    "structure": "heads",
+    "share": "all",
+    "contract": "free",
+    "identity": "learned",
+    "gain": "copied",
+    "fresh": "none",
+    "borrow": "none",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """what: one line; source: where it was published; keys: what differs from PLAIN."""
+
+    what: str
+    lossless: bool
+    source: str
+    keys: dict
+
+
+METHODS = {
+    "lossless": Method(
+        "copies in order, shared out among their readers; layers beside copies that write nothing",
+        True,
+        "this project; Net2Net's rule (arXiv 1511.05641), kept exact at ragged sizes",
+        {},
+    ),
+    "noisy_stack": Method(
+        "layers stacked, features copied, noise of 0.5 that the copied features cannot see but training can",
+        False,
+        "this project's best start without a fit; stacking: arXiv 2405.15319",
+        {"depth_init": "stack", "noise": 0.5},
+    ),
+    "stack": Method(
+        "layers stacked, features copied exactly", False, "StackBERT (ICML 2019), G_stack", {"depth_init": "stack"}
+    ),
+    "interlace": Method(
+        "each layer beside its copies, features copied exactly", False, "arXiv 1710.10348", {"depth_init": "interlace"}
+    ),
+    "copy": Method(
+        "features copied unscaled, layers in order and the last one again",
+        False,
+        "plain duplication",
+        {"width_init": "copy", "depth_init": "copy"},
+    ),
+    "direct_copy": Method(
+        "the small model in the large one's corner, fresh numbers around it; layers stacked",
+        False,
+        "the baseline of bert2BERT (arXiv 2110.07143)",
+        {"width_init": "pad", "depth_init": "stack", "fresh": "all"},
+    ),
+    "random": Method(
+        "as direct_copy, and the layers that are more are fresh as well",
+        False,
+        "G_random of arXiv 2405.15319",
+        {"width_init": "pad", "depth_init": "pad", "fresh": "all"},
+    ),
+    "net2net": Method(
+        "new features copy features drawn at random; new layers write nothing",
+        True,
+        "arXiv 1511.05641, kept exact at ragged sizes",
+        {"width_init": "net2net"},
+    ),
+    "fpi": Method(
+        "new features copy features drawn at random, unscaled; layers stacked",
+        False,
+        "bert2BERT's function-preserving initialisation (arXiv 2110.07143)",
+        {"width_init": "select", "depth_init": "stack"},
+    ),
+    "aki": Method(
+        "as fpi, with the new features' rows taken from the next layer",
+        False,
+        "bert2BERT's advanced knowledge initialisation (arXiv 2110.07143)",
+        {"width_init": "select", "depth_init": "stack", "borrow": "next"},
+    ),
+    "hypercloning": Method(
+        "whole copies of everything, each reader's weights divided among them",
+        True,
+        "HyperCloning, symmetric (arXiv 2409.12903)",
+        {"width_init": "clone"},
+    ),
+    "hypercloning_noisy": Method(
+        "as hypercloning, with noise 10 dB below the weights that cancels between the copies",
+        True,
+        "HyperCloning, noisy (arXiv 2409.12903)",
+        {"width_init": "clone", "noise": 0.316},
+    ),
+    "lemon": Method(
+        "copied residual features; fresh heads, neurons and layers that nobody reads yet",
+        True,
+        "after LEMON (arXiv 2310.07999)",
+        {"width_init": {"default": "pad", "residual": "lossless"}, "depth_init": "pad", "fresh": "writers"},
+    ),
+    "ligo": Method(
+        "the published operator: dense maps, a set for each layer, read by their transposes",
+        False,
+        "LiGO (arXiv 2303.00980), its code's defaults",
+        {
+            "width_init": "random",
+            "depth_init": "stack_noisy",
+            "structure": "dense",
+            "share": {"default": "layer", "residual": "all"},
+            "contract": "tied",
+            "identity": "frozen",
+            "gain": "expand",
+        },
+    ),
+}
+
+
+def resolve(settings: OperatorSection) -> OperatorSection:
+    """The settings with every key that was left out as the method has it. Raises ConfigError for an unknown one."""
+    if settings.method not in METHODS:
+        do = nearest(settings.method, METHODS)
+        raise ConfigError(message("operator.method", "a named method", repr(settings.method), do))
+    meant = {**PLAIN, **METHODS[settings.method].keys}
+    return replace(settings, **{key: value for key, value in meant.items() if getattr(settings, key) is None})
+
+
+def describe(settings: OperatorSection) -> str:
+    """What a method is and what it means, in a few lines; the user's own keys are named as such."""
+    method = METHODS[settings.method]
+    meant = {**PLAIN, **method.keys}
+    lines = [f"method {settings.method}: {method.what} ({method.source})"]
+    if method.lossless:
+        lines[0] += "; starts with the small model's logits"
+    for field in fields(OperatorSection):
+        if field.name in meant:
+            value = getattr(settings, field.name)
+            own = "" if value == meant[field.name] else "   (your own)"
+            lines.append(f"  {field.name} = {value!r}{own}")
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""The named methods: those that promise the small model's logits keep them, the others do what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ligo.config import Config, LargeSection, OperatorSection
+from megatron_ligo.errors import ConfigError, Faults
+from megatron_ligo.grow import Grown
+from megatron_ligo.growth.check import check_factored, initial_operator
+from megatron_ligo.growth.maps import left_inverse
+from megatron_ligo.growth.methods import METHODS, describe, resolve
+from tests.growth.gap import RAGGED, logits_gap
+from tests.tiny import hf_llama, llama_dims, memory_of
+
+LOSSLESS = [name for name, method in METHODS.items() if method.lossless]
+
+
+def grown(method: str, large: LargeSection = RAGGED, **keys) -> Grown:
+    small = llama_dims()
+    settings = OperatorSection(method=method, **keys)
+    return Grown(initial_operator(small, large, settings), memory_of(hf_llama(small), small))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("large", [RAGGED, replace(RAGGED, hidden_size=48, num_heads=12, num_kv_heads=6)])
+@pytest.mark.parametrize("method", LOSSLESS)
+def test_what_promises_to_be_lossless_is(method, large, tied):
+    assert logits_gap(llama_dims(tied=tied), large, OperatorSection(method=method)) < 5e-6
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(LOSSLESS)))
+def test_no_method_promises_less_than_it_keeps(method):
+    """The control: a gap is seen where none is promised."""
+    assert logits_gap(llama_dims(), RAGGED, OperatorSection(method=method)) > 1e-3
+
+
+def test_the_best_free_start_is_exact_but_for_its_layers():
+    deeper = OperatorSection(method="noisy_stack")
+    wider = replace(RAGGED, num_layers=None)
+    assert logits_gap(llama_dims(tied=True), wider, deeper) < 5e-6
+    # ... and its copies are no copies to training: they are read differently.
+    down = grown("noisy_stack").read("layers.0.down")
+    assert float((down[:, 28:] - down[:, :16]).abs().mean()) > 0.3 * float(down.abs().mean())
+
+
+def test_hypercloning_is_the_published_one_at_whole_multiples():
+    double = LargeSection(hidden_size=48, ffn_size=56, num_heads=12, num_kv_heads=6)
+    big, small = grown("hypercloning", double), memory_of(hf_llama(llama_dims()), llama_dims())
+    for key in ("layers.0.up", "layers.2.k", "layers.1.o", "layers.1.down", "layers.0.q"):
+        assert torch.allclose(big.read(key), small.read(key).repeat(2, 2) / 2), key
+    assert torch.equal(big.read("embed"), small.read("embed").repeat(1, 2))
+    assert torch.equal(big.read("layers.1.norm1"), small.read("layers.1.norm1").repeat(2))
+    noisy = grown("hypercloning_noisy", double).read("layers.0.up") - big.read("layers.0.up")
+    assert torch.allclose(noisy[:, :24], -noisy[:, 24:], atol=1e-6)
+    share = float(noisy.std() / big.read("layers.0.up").std())
+    assert 0.15 < share < 0.4  # 10 dB below, less what the projection takes
+
+
+def test_aki_takes_new_rows_from_the_next_layer():
+    large = LargeSection(ffn_size=40)
+    fpi, aki = grown("fpi", large), grown("aki", large)
+    for layer, following in ((0, 1), (1, 2), (2, 2)):
+        up = aki.read(f"layers.{layer}.up")
+        assert torch.equal(up[:28], fpi.read(f"layers.{layer}.up")[:28])
+        assert torch.equal(up[28:], fpi.read(f"layers.{following}.up")[28:])
+    assert torch.equal(aki.read("layers.0.norm1"), fpi.read("layers.0.norm1"))
+
+
+def test_fresh_rows_are_fresh_and_read_by_nobody():
+    big, small = grown("lemon"), memory_of(hf_llama(llama_dims()), llama_dims())
+    origins = [0, 0, 1, 1, 2]
+    for layer, origin in enumerate(origins):
+        new_layer = layer in (1, 3)
+        up, down, o = (big.read(f"layers.{layer}.{row}") for row in ("up", "down", "o"))
+        assert not down[:, 28:].any() and not o[:, 24:].any()
+        assert bool(down.any()) != new_layer and bool(o.any()) != new_layer
+        before = small.read(f"layers.{origin}.up")
+        assert (float((up[:28, 8:24] - before[:, 8:]).abs().max()) < 1e-6) != new_layer
+        assert float(up[28:].std()) == pytest.approx(float(up[:28].std()), rel=0.3)
+        assert torch.linalg.matrix_rank(up[28:]) == 16
+
+
+def test_direct_copy_has_the_small_model_in_its_corner():
+    big, small = grown("direct_copy"), memory_of(hf_llama(llama_dims()), llama_dims())
+    for key, origin in (("layers.4.down", "layers.1.down"), ("layers.0.k", "layers.0.k"), ("embed", "embed")):
+        before, after = small.read(origin), big.read(key)
+        assert torch.equal(after[: before.shape[0], : before.shape[1]], before)
+        assert float(after[:, before.shape[1] :].std()) == pytest.approx(float(before.std()), rel=0.2)
+    assert torch.equal(big.read("layers.0.down"), grown("direct_copy").read("layers.0.down"))
+    assert not torch.equal(big.read("layers.0.down"), grown("direct_copy", seed=1).read("layers.0.down"))
+
+
+def test_the_published_operator_is_written_out():
+    operator = grown("ligo").operator
+    assert (operator.structure, operator.copied_gains, operator.has_contract("ffn")) == ("dense", False, False)
+    depth = operator.tensor("depth.q")
+    assert torch.allclose(depth.sum(dim=1), torch.ones(5)) and float(depth.min()) > 0
+    assert not torch.equal(depth, operator.tensor("depth.k"))
+    assert "width.ffn.4.expand" in operator.shapes()
+
+
+def test_keys_are_put_over_the_method():
+    settings = resolve(Config.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator)
+    assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
+    assert resolve(settings) == settings
+    told = describe(settings)
+    assert "noise = 0.25   (your own)" in told and "depth_init = 'stack'\n" in told
+    with pytest.raises(ConfigError, match="'noisy_stack'"):
+        resolve(OperatorSection(method="noisystack"))
+
+
+def test_what_cannot_be_is_refused():
+    for keys, word in (
+        ({"method": "lossless", "width_init": "pad"}, "never learn"),
+        ({"method": "lemon", "width_init": "pad"}, "residual"),
+        ({"method": "lemon", "noise": 0.5}, "read at once"),
+        ({"method": "net2net", "identity": "frozen"}, "no identity rows"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            initial_operator(llama_dims(), RAGGED, OperatorSection(**keys))
+    for method in METHODS:
+        faults = Faults("fit", ConfigError)
+        check_factored(resolve(OperatorSection(method=method)), faults)
+        assert bool(faults.lines) == (method in ("direct_copy", "random", "aki"))
+
+
+def test_every_start_of_copies_has_its_left_inverse():
+    for method in ("lossless", "net2net", "fpi", "hypercloning", "lemon"):
+        operator = grown(method).operator
+        for name in operator.maps:
+            expand = operator.initial_expand(name)
+            identity = torch.eye(expand.shape[1], dtype=expand.dtype)
+            assert torch.allclose(left_inverse(expand) @ expand, identity, atol=1e-12)
