@@ -36,11 +36,12 @@ class LargeSection:
     ffn_size: int | None = setting(None, "feed-forward neurons; left out: as the small one", low=1)
     num_heads: int | None = setting(None, "query heads; left out: as the small one", low=1)
     num_kv_heads: int | None = setting(None, "key and value heads; left out: as the small one", low=1)
+    vocab_size: int | None = setting(None, "rows of the vocabulary; left out: as the small one", low=1)
 
 
 @dataclass(frozen=True)
 class OperatorSection:
-    """Each key but method and seed is one value, or a table by space: {default = "lossless", ffn = "copy"}.
+    """Maps' keys are one value, or a table by space: {default = "lossless", ffn = "copy"}.
 
     None: as the method has it (growth/methods.py).
     """
@@ -68,6 +69,7 @@ class OperatorSection:
         None, "drawn where width_init and depth_init are pad", choices=("none", "writers", "all")
     )
     borrow: str | None = setting(None, "new features' rows: of the next layer", choices=("none", "next"))
+    vocab_noise: float = setting(0.0, "new tokens around the mean token, relative to the tokens' spread", low=0.0)
     seed: int = setting(1234, "seed of the initialisation", low=0)
 
     def check_spaces(self, spaces: Iterable[str]) -> None:

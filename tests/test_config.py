@@ -14,8 +14,9 @@ TRAINING = (
 PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel parallel.ds_config"
 SURFACE = {
     "small": "path format",
-    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads",
-    "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow seed",
+    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads vocab_size",
+    "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow vocab_noise "
+    "seed",
     "fit": f"{TRAINING} depth_lr {PARALLEL}",
     "handoff": "dtype formats",
     "pretrain": f"{TRAINING} start eval_every {PARALLEL}",

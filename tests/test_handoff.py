@@ -73,7 +73,7 @@ def test_another_model_is_not_written_over_it(grown, tmp_path):
 
 def test_from_a_config(grown, tmp_path):
     sets = [f"small.path={grown.source.path}", "handoff.dtype=bf16"]
-    sets += [f"large.{name}={value}" for name, value in vars(LARGE).items()]
+    sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
     handoff.grow_to(Config.load(None, sets), None, tmp_path / "out")
     half, whole = (formats.open(tmp_path / "out" / name).read("layers.0.q") for name in ("hf", "universal"))
     assert half.dtype == torch.bfloat16

@@ -37,7 +37,7 @@ def initial_operator(small: Dims, section: LargeSection, settings: OperatorSecti
 
 def check_sizes(small: Dims, large: Dims) -> None:
     faults = Faults("the small model cannot grow into the large one", ConfigError)
-    for name in ("num_layers", "hidden_size", "ffn_size", "num_kv_heads"):
+    for name in ("num_layers", "hidden_size", "ffn_size", "num_kv_heads", "vocab_size"):
         before, after = getattr(small, name), getattr(large, name)
         if after < before:
             faults.add(f"large.{name}", f"at least the small model's {before}", after, "Growth never shrinks.")

@@ -10,8 +10,6 @@ square of the small model's row that they join: of the layer that the large one 
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
@@ -75,6 +73,4 @@ def root_mean_square(tensor: Tensor) -> float:
 
 
 def _draw(operator: Operator, key: str, shape: tuple[int, ...], rms: float) -> Tensor:
-    digest = hashlib.sha256(f"{operator.settings.seed}:fresh:{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.empty(shape).normal_(0.0, 1.0, generator=generator) * rms
+    return torch.empty(shape).normal_(0.0, 1.0, generator=operator.generator(f"fresh.{key}")) * rms

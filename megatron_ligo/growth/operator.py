@@ -27,6 +27,7 @@ from megatron_ligo.config import OperatorSection, by_space
 from megatron_ligo.growth import init
 from megatron_ligo.growth.maps import Lift, MapSpec, grow_row, left_inverse, map_specs
 from megatron_ligo.growth.methods import resolve
+from megatron_ligo.growth.vocab import extend
 
 
 def residual_write(row: Row) -> bool:
@@ -130,12 +131,24 @@ class Operator(ABC):
         factor = self.tensor("gain.layers" if row.in_layer else "gain.final").to(mixed)
         return mixed[self.tensor("gain.source")] * factor
 
+    def with_new_tokens(self, key: str, table: Tensor) -> Tensor:
+        """A small tensor with rows for the tokens that only the large model has, where the key has rows of tokens."""
+        size = self.large.vocab_size
+        if self.arch.row(key).axes[0].space != "vocab" or table.shape[0] == size:
+            return table
+        return extend(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers that depend on the seed and the name only."""
+        digest = hashlib.sha256(f"{self.settings.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
     def mix(self, key: str, read: Callable[[str], Tensor], further: int = 0) -> Tensor:
         """sum_i w[j, i] W_small[i + further] for a large key (the last layer in place of those after it), in fp32 or
         wider; layers at weight zero are not read."""
         layer = layer_of(key)
         if layer is None:
-            return read(key)
+            return self.with_new_tokens(key, read(key))
         pattern = pattern_of(key)
         weights = self.tensor(f"depth.{short(self.arch.row(key))}")[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
@@ -156,7 +169,7 @@ class Initial(Operator):
         if kind == "depth":
             row = self.arch.row(f"layers.{{}}.{rest}")
             make = init.DEPTH[self.setting("depth_init", rest)]
-            return make(self.small.num_layers, self.large.num_layers, role(row), self._generator(name)).float()
+            return make(self.small.num_layers, self.large.num_layers, role(row), self.generator(name)).float()
         if kind == "gain":
             return self._gain(rest)
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]
@@ -167,14 +180,10 @@ class Initial(Operator):
         """The fp64 expand of a map that all layers share."""
         return self._expand(map_name, f"width.{map_name}.expand")
 
-    def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.settings.seed}:{name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
     def _expand(self, map_name: str, name: str) -> Tensor:
         spec = self.maps[map_name]
         stem = name.rsplit(".", 1)[0]
-        generator = self._generator(f"{stem}.expand")
+        generator = self.generator(f"{stem}.expand")
         expand = init.WIDTH[self.setting("width_init", map_name)](spec.small, spec.large, map_name, generator)
         noise = self.setting("noise", map_name)
         if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:
@@ -188,7 +197,7 @@ class Initial(Operator):
         contract = left_inverse(expand)
         noise = self.setting("noise", map_name)
         if noise:
-            drawn = torch.randn(contract.shape, generator=self._generator(name), dtype=torch.float64)
+            drawn = torch.randn(contract.shape, generator=self.generator(name), dtype=torch.float64)
             hidden = drawn - (drawn @ expand) @ contract
             contract = contract + noise * contract.std() * hidden
         return contract

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_ligo.arch.rows import Row
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.growth.fresh import root_mean_square
+from megatron_ligo.growth.operator import Operator
 from megatron_ligo.layout import shard
 from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.autograd import copy_to, gather_partial
@@ -46,7 +47,8 @@ class _Mix(torch.autograd.Function):
 class Source:
     """What this rank keeps of the small model. Not a module: its tensors are no parameters and never change."""
 
-    def __init__(self, reader: Reader, mesh: Mesh, zero: int):
+    def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int):
+        self.operator = operator
         self.mesh = mesh
         self.group = mesh.tp_dp_group if zero == 3 else mesh.tp_group
         self.ranks = dist.get_world_size(self.group)
@@ -84,7 +86,8 @@ class Source:
         return torch.stack([reader.read(key).float() for key in keys]).to(accelerator.device())
 
     def _read_vocab(self, reader: Reader, key: str, tied: bool = False) -> Tensor:
-        tensor = reader.read("embed" if tied else key)
+        key = "embed" if tied else key
+        tensor = self.operator.with_new_tokens(key, reader.read(key))
         part = shard(tensor, reader.arch.row(key), self.mesh.tp, self.mesh.tp_rank)
         return part.float().clone().to(accelerator.device())
 

@@ -145,14 +145,14 @@ class Fit:
         cache = config.cache or self.output / "data_cache"
         samples = fit.steps * fit.global_batch_size
         data = open_data(config, config.seq_length, samples, fit.eval_samples, config.seed, cache)
-        data.check_vocab(self.operator.small.vocab_size)
+        data.check_vocab(self.operator.large.vocab_size)
         return data
 
     def _runtime(self) -> Runtime:
         shared_by = 1 if self.fit.parallel.zero == 3 else self.count
         return Runtime(
             self.operator,
-            Source(self.reader, self.mesh, self.fit.parallel.zero),
+            Source(self.operator, self.reader, self.mesh, self.fit.parallel.zero),
             self.mesh,
             self.dtype,
             micro_batches=shared_by,

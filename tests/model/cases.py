@@ -92,7 +92,7 @@ def fit(
     )
     runtime = Runtime(
         operator,
-        Source(source_reader, mesh, zero),
+        Source(operator, source_reader, mesh, zero),
         mesh,
         torch.float32,
         micro_batches=1 if zero == 3 else BATCH // (mesh.dp * micro_size),
@@ -120,7 +120,7 @@ def _run(runtime, run, micro_size, source_reader, sabotage):
     groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
     engine = Engine(module, mesh, run, groups, after_update=moved)
     losses, norms = [], []
-    for batch in batches(operator.small):
+    for batch in batches(operator.large):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
         losses.append(loss)
         norms.append(norm)

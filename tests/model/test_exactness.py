@@ -23,7 +23,7 @@ def expected(optimizer: str, changes: str = "{}"):
     small = llama_dims(**{**cases.SMALL, **changed.get("small", {})})
     large = {**cases.LARGE, **changed.get("large", {})}
     lr, clip = OPTIMIZERS[optimizer]
-    batches = cases.batches(small)
+    batches = cases.batches(reference.make_operator(small, large, changed.get("settings", {})).large)
     return reference.run(small, large, changed.get("settings", {}), batches, optimizer, lr, clip)
 
 
@@ -101,6 +101,7 @@ OPERATORS = {
     "a map for each layer": {"settings": {"share": {"default": "layer", "residual": "all"}}},
     "official": {"settings": {"method": "ligo"}},
     "copies, noise, stack": {"settings": {"width_init": "copy", "depth_init": "stack", "noise": 0.5}},
+    "more tokens": {"large": {"vocab_size": 45}, "settings": {"vocab_noise": 1.0}},
     "fresh heads, neurons, layers": {"settings": {"method": "lemon", "noise": {"default": 0.0, "residual": 0.5}}},
 }
 
