@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -83,6 +84,12 @@ def layer_spec(dims: Dims) -> ModuleSpec:
     spec.submodules.pre_mlp_layernorm = Norm
     spec.submodules.self_attention.submodules.core_attention = FusedAttention
     return spec
+
+
+def mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
+    """The linears of a layer's mlp, which Megatron-core 0.16 keeps in a spec and 0.19 in a partial call."""
+    mlp = spec.submodules.mlp
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
 
 def final_norm_spec() -> type:

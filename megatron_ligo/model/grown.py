@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ligo.arch.rows import Row
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.model.build import Build, layer_spec, normalization, transformer_config
+from megatron_ligo.model.build import Build, layer_spec, mlp_submodules, normalization, transformer_config
 from megatron_ligo.model.maps import Depth, Maps, matrix_of
 from megatron_ligo.model.norm import normalise
 from megatron_ligo.model.places import Grown, GrownLinear, Place, place_kind
@@ -109,7 +109,7 @@ class GrownLayer(nn.Module):
 def grown_spec(operator: Operator):
     """The layer spec with every module that holds a row's tensor replaced by an empty place."""
     spec = layer_spec(operator.large)
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec)
     spec.submodules.input_layernorm = Grown
     spec.submodules.pre_mlp_layernorm = Grown
     attention.linear_qkv = attention.linear_proj = GrownLinear
