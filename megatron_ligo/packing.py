@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.arch.rows import Architecture, Pack, Row, Slot, layer_of
+from megatron_ligo.arch.rows import Architecture, Pack, Row, Slot
+from megatron_ligo.errors import ConfigError, message
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,18 @@ def _cut_out(fused: Tensor, index: int, how: Pack, sizes: Sequence[int], groups:
     return grouped.narrow(1, start // groups, sizes[index] // groups).reshape(-1, *rest)
 
 
-def stored_name(arch: Architecture, key: str, form: str) -> str:
-    """The name of the tensor that holds a key in a format."""
-    name = arch.row(key).slots[form].name
-    layer = layer_of(key)
-    return name if layer is None else name.format(layer)
-
-
 def stored(arch: Architecture, dims: Dims, form: str) -> dict[str, Stored]:
-    """Every tensor that a checkpoint of these dims has in a format (a key of the rows' `slots`), in file order."""
+    """Every tensor that a checkpoint of these dims has in a format (a key of the rows' `slots`), in file order.
+
+    ConfigError where the format has no place for this architecture.
+    """
+    if any(form not in row.slots for row in arch.rows if row.stored(dims)):
+        raise ConfigError(message(form, "an architecture that it has names for", arch.name, "Choose another format."))
     found: dict[str, list[tuple[int, str, Row, Slot]]] = {}
     for key in arch.keys(dims):
         row = arch.row(key)
         slot = row.slots[form]
-        found.setdefault(stored_name(arch, key, form), []).append((slot.part, key, row, slot))
+        found.setdefault(arch.stored_name(key, dims, form), []).append((slot.part, key, row, slot))
     tensors = {}
     for name, parts in found.items():
         parts.sort(key=lambda part: part[0])

@@ -13,8 +13,12 @@ class Dims:
     """Sizes and the few constants that change the numbers. `arch` names the table (arch/NAME.py).
 
     model_type: the Hugging Face family that the config is written for ("llama", "mistral", ...).
+    activation: the feed-forward block's, as Hugging Face calls it.
     rope_scaling: the scaling part of the Hugging Face rope parameters, verbatim, or None.
     sliding_window: attention reaches back that many tokens; None = all.
+    position_padding: tokens of this id are not counted, and the others' positions begin at it + 1 (RoBERTa);
+        None = positions are counted from 0. max_positions is the number of rows of the table of positions.
+    has_head, has_pooler, has_order_head: optional parts (output head, pooler, next-sentence head) that are there.
     """
 
     arch: str
@@ -34,6 +38,11 @@ class Dims:
     rope_scaling: Mapping | None = None
     sliding_window: int | None = None
     num_token_types: int = 0
+    activation: str = "silu"
+    position_padding: int | None = None
+    has_head: bool = True
+    has_pooler: bool = False
+    has_order_head: bool = False
 
     def __post_init__(self) -> None:
         faults = Faults("the sizes of the model do not go together", ConfigError)
@@ -54,6 +63,11 @@ class Dims:
     def heads_per_group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that have a position."""
+        return self.max_positions - (0 if self.position_padding is None else self.position_padding + 1)
+
     def to_json(self) -> dict:
         """A plain dict; `Dims.from_json` reads it back."""
         return asdict(self)
@@ -70,3 +84,8 @@ class Dims:
                 faults.note(f"size {f.name!r} is missing")
         faults.raise_if_any()
         return cls(**data)
+
+
+def following_sizes(hidden_size: int, num_heads: int) -> dict[str, int]:
+    """What every family takes where nothing else is said."""
+    return {"head_dim": hidden_size // num_heads, "num_kv_heads": num_heads, "ffn_size": 4 * hidden_size}

@@ -38,7 +38,11 @@ QKV = "self_attention.linear_qkv"
 LLAMA = Architecture(
     name="llama",
     norm="rms",
-    model_types={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"},
+    model_types={
+        "llama": {"LlamaForCausalLM": ()},
+        "mistral": {"MistralForCausalLM": ()},
+        "qwen2": {"Qwen2ForCausalLM": ()},
+    },
     rows=(
         Row(
             "embed",

@@ -14,7 +14,8 @@ from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
 
-from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.dims import Dims, following_sizes
+from megatron_ligo.errors import Faults
 
 
 class Use(Enum):
@@ -23,6 +24,7 @@ class Use(Enum):
     WRITES = "writes"  # grows by expand (large x small)
     READS = "reads"  # grows by contract (small x large)
     SCALES = "scales"  # a norm's gain: multiplies the features of the space one by one
+    SHIFTS = "shifts"  # a norm's bias: added to them one by one; grows as what it is added to does
 
 
 class Heads(Enum):
@@ -53,6 +55,7 @@ class Slot:
     """Where a row lives in one format. `name` has one `{}` for the layer number, if the row is a layer's.
 
     transposed: stored as (in, out). interleaved: rotary pairs stored as (2i, 2i+1) (Meta, GGUF).
+    tied_name: its name where `dims.tied` ("" = the same).
     """
 
     name: str
@@ -61,13 +64,14 @@ class Slot:
     of: int = 1
     transposed: bool = False
     interleaved: bool = False
+    tied_name: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
     """One parameter. `split` is the dim that tensor parallelism cuts, or None where every rank holds it all.
 
-    needs: name of the boolean field of `Dims` that must be true for the row to exist ("" = always).
+    needs: name of the field of `Dims` that must be true (or not 0) for the row to exist ("" = always).
     tied_to: key of the row whose tensor this one shares when `dims.tied` (it is then stored nowhere).
     """
 
@@ -100,7 +104,10 @@ _SPACE_FIELDS = {
     "token_type": "num_token_types",
     "residual": "hidden_size",
     "ffn": "ffn_size",
+    "head": "hidden_size",
+    "pooled": "hidden_size",
 }
+_FIXED_SIZES = {"order": 2}  # the second sentence follows the first, or it does not
 
 
 def axis_size(axis: Axis, dims: Dims) -> int:
@@ -109,28 +116,41 @@ def axis_size(axis: Axis, dims: Dims) -> int:
         return dims.num_heads * dims.head_dim
     if axis.heads is Heads.KV:
         return dims.num_kv_heads * dims.head_dim
-    return getattr(dims, _SPACE_FIELDS[axis.space])
+    fixed = _FIXED_SIZES.get(axis.space)
+    return getattr(dims, _SPACE_FIELDS[axis.space]) if fixed is None else fixed
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One family of networks: its rows, and what its files are called in each format.
 
-    norm: "rms" or "layer". hf and gguf: `{config key: Dims field}` of those formats' headers; fixed_hf:
-    values that a Hugging Face config must have (or lack) for the table to describe the network;
-    model_types: Hugging Face `model_type` -> `architectures` entry; implied: what a `model_type` settles about the
-    sizes, whatever its config says. ignored: by format, patterns (fnmatch) of stored names that are no weights.
+    norm: "rms" or "layer". norm_first: norms stand before the blocks, or else after each sum (post-LN). causal: a
+    token sees those before it only.
+
+    hf and gguf: `{config key: Dims field}` of those formats' headers; fixed_hf: values that a Hugging Face config must
+    have (or lack) for the table to describe the network; choices: what a field may be; model_types: Hugging Face
+    `model_type` -> the classes that may stand in `architectures`, with the optional parts (fields of Dims) that each
+    has, the first where a config names none; implied: what a `model_type` settles about the sizes, whatever its config
+    says.
+
+    By format: ignored: patterns (fnmatch) of stored names that are no weights; base: a prefix of names that is left out
+    where the last class of `model_types` is stored; renamed: endings of names in old files, and today's.
     """
 
     name: str
     rows: tuple[Row, ...]
     norm: str
-    model_types: Mapping[str, str]
+    model_types: Mapping[str, Mapping[str, tuple[str, ...]]]
     hf: Mapping[str, str]
+    norm_first: bool = True
+    causal: bool = True
     fixed_hf: Mapping[str, object] = field(default_factory=dict)
     gguf: Mapping[str, str] = field(default_factory=dict)
     implied: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @cached_property
     def by_key(self) -> Mapping[str, Row]:
@@ -149,6 +169,33 @@ class Architecture:
         for layer in range(dims.num_layers):
             yield from (row.key.format(layer) for row in rows[first : last + 1])
         yield from (row.key for row in rows[last + 1 :])
+
+    def parts(self, model_type: str) -> set[str]:
+        """The fields of `Dims` that say which optional parts a network of this family has."""
+        return {part for parts in self.model_types[model_type].values() for part in parts}
+
+    def check(self, dims: Dims, faults: Faults) -> None:
+        """Adds a fault for each size that the family does not leave free: what its config does not state follows."""
+        following = following_sizes(dims.hidden_size, dims.num_heads)
+        for name, value in following.items():
+            if name not in self.hf.values() and getattr(dims, name) != value:
+                where = f"{name} ({self.name}, {dims.hidden_size} features, {dims.num_heads} heads)"
+                faults.add(where, value, getattr(dims, name), "This family's config cannot state another.")
+
+    def class_of(self, dims: Dims) -> str:
+        """The Hugging Face class for these dims: the first whose parts are all there, or the last."""
+        classes = self.model_types[dims.model_type]
+        fitting = [name for name, parts in classes.items() if all(getattr(dims, part) for part in parts)]
+        return fitting[0] if fitting else list(classes)[-1]
+
+    def stored_name(self, key: str, dims: Dims, form: str) -> str:
+        """The name of the tensor that holds a key in a format."""
+        slot = self.row(key).slots[form]
+        name = slot.tied_name if slot.tied_name and dims.tied else slot.name
+        layer = layer_of(key)
+        name = name if layer is None else name.format(layer)
+        bare = self.class_of(dims) == list(self.model_types[dims.model_type])[-1]
+        return name.removeprefix(self.base.get(form, "")) if bare else name
 
     def layer_rows(self, dims: Dims) -> list[Row]:
         return [row for row in self.rows if row.in_layer and row.exists(dims)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ligo import packing
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import hf_config, record
+from megatron_ligo.formats import hf_config, hf_names, record
 from megatron_ligo.formats.base import WEIGHT, Info, Reader, WriteOptions
 from megatron_ligo.formats.hf_shards import INDEX, SINGLE, find_shards
 from megatron_ligo.formats.output import Output, later
@@ -42,27 +42,30 @@ class HfReader(Reader):
         self.carried = hf_config.carried_of(config)
         self.files = record.files_beside(folder)
         self._shards = find_shards(folder)
-        self._stored, self._doubles = self._check()
-        self._items = {key: item for item in self._stored.values() for key in item.keys}
+        self.dims = hf_names.with_parts(self.arch, self.dims, self._shards.names())
+        stored, self._places = self._check()
+        self._items = {key: item for item in stored.values() for key in item.keys}
 
     def info(self, key: str) -> Info:
-        dtype = self._shards.dtype(self._items[key].name)
+        dtype = self._shards.dtype(self._places[self._items[key].name].name)
         return Info(self.row(key).shape(self.dims), dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
         item = self._items[key]
-        tensor = self._shards.tensor(item.name)
-        for double in self._doubles.pop(key, ()):
+        place = self._places[item.name]
+        tensor = self._shards.tensor(place.name)
+        for double in place.doubles:
             if not torch.equal(tensor, self._shards.tensor(double)):
                 what = "Is tie_word_embeddings true by mistake?"
-                raise CheckpointError(message(f"{self.path}: {double}", f"the bits of {item.name}", "others", what))
+                raise CheckpointError(message(f"{self.path}: {double}", f"the bits of {place.name}", "others", what))
+        self._places[item.name] = hf_names.Place(place.name)
         return item.part(tensor, key, self.dims)
 
     def close(self) -> None:
         self._shards.close()
 
-    def _check(self) -> tuple[dict[str, packing.Stored], dict[str, list[str]]]:
+    def _check(self) -> tuple[dict[str, packing.Stored], dict[str, hf_names.Place]]:
         """Every expected tensor with its shape and dtype, and nothing else. Tied heads may be stored beside."""
         found = self._shards.names()
         faults = Faults(f"{self.path} does not hold the model of its config.json", CheckpointError)
@@ -72,15 +75,15 @@ class HfReader(Reader):
             faults.add("num_layers", f"no more than the {len(found)} tensors found", self.dims.num_layers)
             faults.raise_if_any()
         stored = packing.stored(self.arch, self.dims, NAME)
-        doubles, allowed = {}, {}
-        for row in self.arch.rows:
-            if row.tied_to and self.dims.tied and row.slots[NAME].name in found:
-                doubles.setdefault(row.tied_to, []).append(row.slots[NAME].name)
-                allowed[row.slots[NAME].name] = row.shape(self.dims)
-        expected = {name: item.shape(self.dims) for name, item in stored.items()} | allowed
+        places = hf_names.places(self.arch, self.dims, found)
+        expected = {
+            name: item.shape(self.dims)
+            for item in stored.values()
+            for name in (places[item.name].name, *places[item.name].doubles)
+        }
         self._shards.check(expected, self.arch.ignored.get(NAME, ()), faults)
         faults.raise_if_any()
-        return stored, doubles
+        return stored, places
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.dims import Dims, following_sizes
 from megatron_ligo.arch.rows import Architecture
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message, nearest
 
@@ -21,11 +21,12 @@ CONFIG = "config.json"
 # Said anew by whoever writes, or (the last two) refused where it says something.
 NOT_CARRIED = (
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "rope_parameters",
-    "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "quantization_config", "auto_map",
+    "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "n_ctx", "quantization_config", "auto_map",
 )  # fmt: skip
 ROPE = ("rope_theta", "rope_scaling")
 # The annotations in Dims that are numbers or truths.
 KINDS = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
+MAY_BE_ZERO = ("num_token_types", "position_padding")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -58,7 +59,7 @@ def dims_of(config: Mapping, where: str) -> Dims:
     faults = Faults(f"{where} describes a network that this program cannot hold", CheckpointError)
     _refuse_features(config, arch, faults)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
-    sizes |= arch.implied.get(config["model_type"], {})
+    sizes |= _parts(config, arch) | arch.implied.get(config["model_type"], {})
     for key, name in arch.hf.items():
         if key not in ROPE and name not in sizes:
             sizes[name] = _stated(config, key, where)
@@ -66,6 +67,9 @@ def dims_of(config: Mapping, where: str) -> Dims:
         sizes |= _rope(config, where, faults)
     _follow(sizes)
     _check_kinds(sizes, faults)
+    for name, known in arch.choices.items():
+        if sizes[name] not in known:
+            faults.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
     _check_layer_types(config, sizes, faults)
     faults.raise_if_any()
     try:
@@ -82,6 +86,15 @@ def _refuse_features(config: Mapping, arch: Architecture, faults: Faults) -> Non
         faults.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
     if config.get("auto_map") is not None:
         faults.add("auto_map", "none", "one", "The model's code is its own: it may compute something else.")
+
+
+def _parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
+    """The optional parts of the class that a config names."""
+    classes = arch.model_types[config["model_type"]]
+    named = config.get("architectures")
+    named = [name for name in named if str(name) in classes] if isinstance(named, list) else []
+    has = classes[named[0] if named else next(iter(classes))]
+    return {part: part in has for part in arch.parts(config["model_type"])}
 
 
 def _stated(config: Mapping, key: str, where: str) -> object:
@@ -128,7 +141,7 @@ def _follow(sizes: dict) -> None:
     hidden, heads = sizes.get("hidden_size"), sizes.get("num_heads")
     if not all(type(size) is int and size > 0 for size in (hidden, heads)):
         return
-    for name, value in (("head_dim", hidden // heads), ("num_kv_heads", heads), ("ffn_size", 4 * hidden)):
+    for name, value in following_sizes(hidden, heads).items():
         if sizes.get(name) is None:
             sizes[name] = value
 
@@ -141,7 +154,7 @@ def _check_kinds(sizes: dict, faults: Faults) -> None:
     for field in fields(Dims):
         kind = KINDS.get(field.type)
         value = sizes.get(field.name, field.default)
-        if kind is None or (value is None and "None" in field.type) or (field.name == "num_token_types" and value == 0):
+        if kind is None or (value is None and "None" in field.type) or (field.name in MAY_BE_ZERO and value == 0):
             continue
         if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
             faults.add(field.name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
@@ -171,9 +184,10 @@ def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> 
     for name, value in arch.implied.get(dims.model_type, {}).items():
         if getattr(dims, name) != value:
             faults.add(name, repr(value), repr(getattr(dims, name)), "Another model_type may.")
+    arch.check(dims, faults)
     faults.raise_if_any()
     name = str(dtype).removeprefix("torch.")
-    config = {"architectures": [arch.model_types[dims.model_type]], "model_type": dims.model_type}
+    config = {"architectures": [arch.class_of(dims)], "model_type": dims.model_type}
     # Token ids that nobody knows are null: left out, they would be the family's.
     config |= dict.fromkeys(TOKEN_IDS)
     config |= carried

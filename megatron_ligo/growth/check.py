@@ -18,6 +18,9 @@ from megatron_ligo.growth.operator import Initial, short, variance_ratio
 def large_dims(small: Dims, section: LargeSection) -> Dims:
     """The large model's sizes before the norm's eps is corrected: the small one's where the config names none."""
     named = {name: value for name, value in vars(section).items() if value is not None}
+    if "num_kv_heads" not in architectures.get(small.arch).hf.values() and "num_heads" in named:
+        # The family knows no groups.
+        named.setdefault("num_kv_heads", named["num_heads"])
     return replace(small, **named)
 
 
@@ -45,6 +48,7 @@ def check_sizes(small: Dims, large: Dims) -> None:
         expected = f"{small.heads_per_group} query heads for each KV head, as in the small model"
         found = f"{large.num_heads} / {large.num_kv_heads}"
         faults.add("large.num_heads / large.num_kv_heads", expected, found, "Keep the ratio.")
+    architectures.get(large.arch).check(large, faults)
     faults.raise_if_any()
 
 

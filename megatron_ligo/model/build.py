@@ -35,6 +35,13 @@ class Build:
     sequence_parallel: bool = False
 
 
+def check_network(dims: Dims) -> None:
+    """ConfigError for an architecture whose network is not built here."""
+    built = sorted(name for name, arch in architectures.architectures().items() if "positions" not in arch.by_key)
+    if dims.arch not in built:
+        raise ConfigError(message("fit and pretraining", f"one of {', '.join(built)}", dims.arch, "Growing works."))
+
+
 def normalization(dims: Dims) -> str:
     return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(dims.arch).norm]
 

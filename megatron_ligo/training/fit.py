@@ -22,6 +22,7 @@ from megatron_ligo.growth.cost import fit_step_flops
 from megatron_ligo.growth.methods import describe
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.layout import check_tp
+from megatron_ligo.model.build import check_network
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
 from megatron_ligo.model.runtime import Runtime
 from megatron_ligo.model.source import Source
@@ -183,6 +184,7 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     if not small.path:
         raise ConfigError("small.path: expected the small model's checkpoint, found nothing. Set it in [small].")
     reader = formats.open(small.path, None if small.format == "auto" else small.format)
+    check_network(reader.dims)
     operator = initial_operator(reader.dims, config.large, config.operator)
     faults = Faults("the fit cannot be done", ConfigError)
     check_factored(operator.settings, faults)

