@@ -19,18 +19,14 @@ FROM_FFN = Axis("ffn", Use.READS)
 
 
 def _slots(hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, of=1, interleaved=False) -> dict:
-    return {
-        "hf": Slot(hf),
-        "mcore": Slot(mcore, pack, part, of),
-        "gguf": Slot(gguf, interleaved=interleaved),
-        "fairscale": Slot(meta, interleaved=interleaved),
-    }
+    """meta: "" where Meta's Llama has no such parameter."""
+    slots = {"hf": Slot(hf), "mcore": Slot(mcore, pack, part, of), "gguf": Slot(gguf, interleaved=interleaved)}
+    return slots | ({"fairscale": Slot(meta, interleaved=interleaved)} if meta else {})
 
 
 def _layer(hf: str, mcore: str, gguf: str, meta: str, **packing) -> dict:
-    return _slots(
-        f"model.layers.{{}}.{hf}", f"decoder.layers.{{}}.{mcore}", f"blk.{{}}.{gguf}", f"layers.{{}}.{meta}", **packing
-    )
+    meta = meta and f"layers.{{}}.{meta}"
+    return _slots(f"model.layers.{{}}.{hf}", f"decoder.layers.{{}}.{mcore}", f"blk.{{}}.{gguf}", meta, **packing)
 
 
 QKV = "self_attention.linear_qkv"
@@ -113,7 +109,7 @@ LLAMA = Architecture(
                 "self_attn.q_proj.bias",
                 f"{QKV}.bias",
                 "attn_q.bias",
-                "attention.wq.bias",
+                "",
                 pack=Pack.GROUPED,
                 part=0,
                 of=3,
@@ -129,7 +125,7 @@ LLAMA = Architecture(
                 "self_attn.k_proj.bias",
                 f"{QKV}.bias",
                 "attn_k.bias",
-                "attention.wk.bias",
+                "",
                 pack=Pack.GROUPED,
                 part=1,
                 of=3,
@@ -145,7 +141,7 @@ LLAMA = Architecture(
                 "self_attn.v_proj.bias",
                 f"{QKV}.bias",
                 "attn_v.bias",
-                "attention.wv.bias",
+                "",
                 pack=Pack.GROUPED,
                 part=2,
                 of=3,

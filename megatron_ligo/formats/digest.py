@@ -17,6 +17,11 @@ def raw(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal dtypes, shapes and bits: not-a-number is itself, and the zeros have signs."""
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(raw(a), raw(b))
+
+
 def of_bytes(data: np.ndarray | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 

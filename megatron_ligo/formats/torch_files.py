@@ -8,8 +8,9 @@ from pathlib import Path
 from zipfile import BadZipFile, is_zipfile
 
 import torch
+from torch import Tensor
 
-from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.errors import CheckpointError, Faults, message
 
 # What torch raises for files that are not whole, or not its own.
 DAMAGE = (
@@ -38,3 +39,18 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
             raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise CheckpointError(message(f"{path}", "a whole file of torch.save", found, "Fetch it again.")) from None
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """A file that is a dict of named weights. Raises CheckpointError if it holds anything else."""
+    state = load(path)
+    if not isinstance(state, dict):
+        raise CheckpointError(message(f"{path}", "tensors by name", type(state).__name__))
+    faults = Faults(f"{path} holds what is no weight", CheckpointError)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            faults.add(repr(name), "a tensor by its name", type(value).__name__)
+        elif value.layout is not torch.strided or not value.is_floating_point():
+            faults.add(name, "a dense tensor of floating-point numbers", f"{value.layout}, {value.dtype}")
+    faults.raise_if_any()
+    return state

@@ -8,7 +8,7 @@ from megatron_ligo import formats
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import LigoError
 from megatron_ligo.formats.base import WriteOptions
-from tests.bad_checkpoints import hf, hf_files, universal
+from tests.bad_checkpoints import fairscale, hf, hf_files, universal
 from tests.formats import models
 
 
@@ -50,6 +50,16 @@ def test_universal(tmp_path, builder):
     convert(formats.open(whole), folder, "universal")
     formats.open(folder)
     assert_refused(folder, "universal", builder(folder))
+    assert not universal.Evil.ran
+
+
+@pytest.mark.parametrize("builder", **named(fairscale.fairscale))
+def test_fairscale(tmp_path, builder):
+    _, whole = models.saved(tmp_path / "whole", head_dim=8, tied=True)
+    folder = tmp_path / "a"
+    convert(formats.open(whole), folder, "fairscale", WriteOptions(tp=2))
+    formats.open(folder)
+    assert_refused(folder, "fairscale", builder(folder))
     assert not universal.Evil.ran
 
 
