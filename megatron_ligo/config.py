@@ -137,6 +137,7 @@ class PretrainSection(TrainingSection):
     lr: float = setting(3e-4, "learning rate after the warm-up", low=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay", low=0.0)
     eval_every: int = setting(0, "steps between evaluations; 0: at the start and the end", low=0)
+    first_sample: int = setting(0, "training sample that step 0 begins with: skip those that a fit has read", low=0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ SURFACE = {
     "seed",
     "fit": f"{TRAINING} depth_lr {PARALLEL}",
     "handoff": "dtype formats",
-    "pretrain": f"{TRAINING} start eval_every {PARALLEL}",
+    "pretrain": f"{TRAINING} start eval_every first_sample {PARALLEL}",
     "data": "train valid seq_length seed tokenizer cache",
 }
 

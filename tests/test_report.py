@@ -161,9 +161,13 @@ def test_samples_seen_before_are_said(journey, tmp_path):
     assert said(journey) == ["pre_grown"]
     path = journey[4] / "pretrain.json"
     record = json.loads(path.read_text())
-    record["run"]["data"]["seed"] = 5
-    path.write_text(json.dumps(record))
-    assert said(journey) == []
+    for section, key, value in (("data", "seed", 5), ("pretrain", "first_sample", 6 * 8)):
+        run = {**record["run"], section: {**record["run"][section], key: value}}
+        path.write_text(json.dumps({**record, "run": run}))
+        assert said(journey) == []
+    run = {**record["run"], "pretrain": {**record["run"]["pretrain"], "first_sample": 6 * 8 - 1}}
+    path.write_text(json.dumps({**record, "run": run}))
+    assert said(journey) == ["pre_grown"]
 
 
 def test_the_hand_over_is_said(journey):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -214,7 +215,7 @@ def _link(run: Run, runs: Sequence[Run], faults: Faults) -> Run:
         return replace(run, begun=begun, losses={**run.losses, **same})
     source = next((r for r in runs if r.kind == "fit" and _same(r.record, fit)), None)
     notes: tuple[str, ...] = () if source else ("the folder of its fit was not given: the fit's FLOPs are left out",)
-    if _data(run.record.get("run")) == _data(fit.get("config")):
+    if _data(run.record.get("run")) == _data(fit.get("config")) and _first(run) < _samples(fit):
         notes += ("it trains on samples that its fit has read (same data and order): judge it by held-out ones",)
     losses = {**given.losses, **run.losses} if given.eval and given.eval == run.eval else run.losses
     if losses is run.losses and given.losses:
@@ -227,6 +228,17 @@ def _data(config: dict | None) -> dict | None:
     """What decides which training samples come first."""
     data = (config or {}).get("data")
     return {key: data.get(key) for key in ("train", "seq_length", "seed")} if data else None
+
+
+def _first(pretraining: Run) -> float:
+    """The training sample that a pretraining begins with."""
+    return ((pretraining.record.get("run") or {}).get("pretrain") or {}).get("first_sample", 0)
+
+
+def _samples(fit: dict) -> float:
+    """Training samples that a fit has read."""
+    settings = fit["config"].get("fit") or {}
+    return fit.get("step", math.inf) * settings.get("global_batch_size", math.inf)
 
 
 def _same(operator: dict, fit: dict) -> bool:

@@ -27,12 +27,19 @@ SCAN_BYTES = 4 << 30
 
 
 class Data:
-    """Training and held-out samples of `seq_length` tokens. Made by `open_data`."""
+    """Training and held-out samples of `seq_length` tokens. Made by `open_data`. first: where step 0 begins."""
 
-    def __init__(self, train: torch.utils.data.Dataset, valid: torch.utils.data.Dataset | None, pairs: list[Pair]):
+    def __init__(
+        self,
+        train: torch.utils.data.Dataset,
+        valid: torch.utils.data.Dataset | None,
+        pairs: list[Pair],
+        first: int = 0,
+    ):
         self._train = train
         self._valid = valid
         self._pairs = pairs
+        self._first = first
         self._vocab_size: int | None = None
 
     def check_vocab(self, vocab_size: int) -> None:
@@ -41,11 +48,11 @@ class Data:
         on_rank_0(lambda: _check_ids(self._pairs, vocab_size))
 
     def batch(self, step: int, global_batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
-        """A rank's micro-batches of global step `step` (from 0): samples step*G to (step+1)*G - 1, dealt in turn.
+        """A rank's micro-batches of global step `step` (from 0): G samples from `first` + step*G on, dealt in turn.
 
         Each is `tokens`, `labels` int64 [b, s] and `loss_mask` float32 [b, s]; labels are the tokens that follow.
         """
-        first = step * global_batch_size
+        first = self._first + step * global_batch_size
         return self._deal(self._train, "train", first, global_batch_size, micro_batch_size, dp, dp_rank)
 
     def eval_batch(self, num_samples: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
@@ -91,16 +98,18 @@ def open_data(
     num_valid_samples: int,
     seed: int,
     cache_dir: str | Path,
+    first: int = 0,
 ) -> Data:
-    """Opens what [data] names for a run that reads so many samples. Collective: every rank calls it alike.
+    """Opens what [data] names for a run that reads so many samples from sample `first` on. Collective: every rank
+    calls it alike.
 
     The sample indices are built once, by rank 0, under `cache_dir`, which all nodes must see. A corpus that is
     shorter than asked is repeated, and the log says so. Any fault is raised on all ranks as one DataError.
     """
-    blends = everywhere(lambda: _blends(data, seq_length, num_train_samples, num_valid_samples))
+    blends = everywhere(lambda: _blends(data, seq_length, first + num_train_samples, num_valid_samples))
     datasets = {blend.split: open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends}
     pairs = [pair for blend in blends for pair in blend.pairs]
-    return Data(datasets[Split.train], datasets.get(Split.valid), pairs)
+    return Data(datasets[Split.train], datasets.get(Split.valid), pairs, first)
 
 
 def _blends(data: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:

@@ -171,7 +171,8 @@ class Pretrain:
         elif not run.steps:
             do = "Without steps the run only evaluates: set data.valid."
             raise ConfigError(message("data.valid", "held-out data", "none", do))
-        data = open_data(config, config.seq_length, run.steps * run.global_batch_size, held_out, config.seed, cache)
+        samples, first = run.steps * run.global_batch_size, run.first_sample
+        data = open_data(config, config.seq_length, samples, held_out, config.seed, cache, first)
         data.check_vocab(self.dims.vocab_size)
         return data
 

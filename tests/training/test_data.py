@@ -64,6 +64,14 @@ def test_a_micro_batch(pairs, tmp_path):
     assert batch["loss_mask"].min() == 1
 
 
+def test_a_run_may_begin_behind_the_samples_of_another(pairs, tmp_path):
+    section = DataSection(train=(pairs["a"],))
+    later = open_data(section, S, 16, 0, section.seed, tmp_path / "cache", first=24)
+    # The order is that of the whole corpus, whatever part of it is asked for.
+    all_of_it = opened(pairs, tmp_path, num_train=200)
+    assert torch.equal(later.batch(1, 8, 8, 1, 0)[0]["tokens"], all_of_it.batch(4, 8, 8, 1, 0)[0]["tokens"])
+
+
 def test_the_layout_does_not_change_what_a_step_reads(pairs, tmp_path):
     data = opened(pairs, tmp_path)
     whole = data.batch(3, 8, 8, 1, 0)[0]["tokens"]
