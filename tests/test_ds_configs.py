@@ -1,10 +1,6 @@
 """DeepSpeed takes each profile, key by key, and trains with it in two real processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,64 +16,31 @@ BATCH = (
     "fp16",
 )
 
-TRAIN = """
-import json, sys
-import deepspeed, torch
-from megatron_ligo.parallel import mesh
 
-def main(profile):
-    mesh.start()
+def train(profile: str) -> list[float]:
+    """Losses over both ranks of a few steps with a profile."""
+    import deepspeed
+    import torch
+
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 1))
     config = {
-        **json.load(open(profile)),
-        "train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0,
+        **json.loads(Path(profile).read_text()),
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     losses = []
-    for step in range(4):
+    for _ in range(4):
         rows = torch.arange(32.0).view(4, 8)[2 * engine.global_rank : 2 * engine.global_rank + 2] / 32
         loss = engine(rows).square().mean()
         engine.backward(loss)
         engine.step()
         torch.distributed.all_reduce(loss := loss.detach())
         losses.append(loss.item() / 2)
-    if engine.global_rank == 0:
-        print("LOSSES", json.dumps(losses))
-
-main(sys.argv[1])
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def train(tmp_path: Path, profile: Path) -> list[float]:
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    base = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    command = [sys.executable, script, profile]
-    ranks = [
-        subprocess.Popen(command, env={**base, "RANK": str(i), "LOCAL_RANK": str(i)}, text=True, stdout=-1, stderr=-2)
-        for i in range(2)
-    ]
-    try:
-        outs = [process.communicate(timeout=200)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outs[0][-3000:]
-    return json.loads(next(line for line in outs[0].splitlines() if line.startswith("LOSSES"))[7:])
+    return losses
 
 
 def test_there_is_a_profile_for_each_stage():
@@ -95,8 +58,8 @@ def test_only_known_zero_keys(path):
     assert DeepSpeedZeroConfig(**profile["zero_optimization"]).stage == int(path.stem.removesuffix("_offload")[-1])
 
 
-def test_all_profiles_train_alike(tmp_path):
-    losses = {path.stem: train(tmp_path, path) for path in PROFILES}
+def test_all_profiles_train_alike(pools):
+    losses = {path.stem: pools(2).run(train, profile=str(path)) for path in PROFILES}
     assert losses["zero1"][-1] < losses["zero1"][0]
     for name, found in losses.items():
         assert found == pytest.approx(losses["zero1"], rel=1e-5), name

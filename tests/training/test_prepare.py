@@ -260,9 +260,8 @@ def test_an_interrupt_leaves_nothing(tmp_path, hf_folder):
         [*command, "--workers", "2"],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    for _ in range(600):
-        if list(out.glob(".preparing*/train.bin")):
-            break
+    deadline = time.monotonic() + 200
+    while not list(out.glob(".preparing*/train.bin")) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
