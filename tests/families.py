@@ -9,8 +9,12 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron_ligo.arch import architectures
+from megatron_ligo.arch import architectures, get
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.formats import hf_config
+from megatron_ligo.formats.base import Reader
+from megatron_ligo.packing import stored
+from tests.tiny import Memory
 
 # Every size another, so that a transposed or mixed-up axis shows.
 DIMS = {
@@ -86,6 +90,31 @@ def saved(folder: Path, *arguments, **changes):
 
 def tokens(length: int = 16) -> torch.Tensor:
     return torch.randint(3, 37, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
+    """The canonical tensors of a Hugging Face model, by the table."""
+    state = made.state_dict()
+    items = stored(get(dims.arch), dims, "hf").items()
+    return Memory(dims, {key: item.part(state[name], key, dims).clone() for name, item in items for key in item.keys})
+
+
+def outputs(source: Reader, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers' model of a Reader's tensors gives first (logits or hidden states), in their dtype."""
+    dims = source.dims
+    config = hf_config.config_of(dims, {}, torch.float32)
+    made = getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[dims.model_type](**config)).eval()
+    state = {
+        name: item.whole([source.read(key) for key in item.keys], dims)
+        for name, item in stored(source.arch, dims, "hf").items()
+    }
+    made = made.to(next(iter(state.values())).dtype)
+    left = made.load_state_dict(state, strict=False)
+    shared = {row.slots["hf"].name for row in source.arch.rows if row.tied_to or row.slots["hf"].tied_name}
+    assert not left.unexpected_keys
+    assert set(left.missing_keys) <= (shared if dims.tied else set())
+    with torch.no_grad():
+        return made(ids)[0]
 
 
 def minilm() -> Path:

@@ -110,17 +110,18 @@ def head_rows(dense: str, norm: str, decoder: str, bias: str) -> tuple[Row, ...]
     """The masked-LM head. The arguments are Hugging Face's names: the transform's linear and norm, the decoder, and the
     bias that is the decoder's where the two are tied."""
 
-    def row(key: str, axes: tuple[Axis, ...], split: int | None, hf: Slot, mcore: str, tied_to: str = "") -> Row:
-        return Row(key, axes, split, {"hf": hf, "mcore": Slot(mcore)}, needs="has_head", tied_to=tied_to)
+    def row(key: str, axes: tuple[Axis, ...], split: int | None, hf: Slot, mcore: str, **more) -> Row:
+        return Row(key, axes, split, {"hf": hf, "mcore": Slot(mcore)}, needs="has_head", **more)
 
+    norm_weight, norm_bias = "lm_head.layer_norm.weight", "lm_head.layer_norm.bias"
     return (
         row("head_dense", (TO_HEAD, FROM_RESIDUAL), None, Slot(f"{dense}.weight"), "lm_head.dense.weight"),
         row("head_dense_bias", (TO_HEAD,), None, Slot(f"{dense}.bias"), "lm_head.dense.bias"),
-        row("head_norm", (HEAD_GAIN,), None, Slot(f"{norm}.weight"), "lm_head.layer_norm.weight"),
-        row("head_norm_bias", (HEAD_SHIFT,), None, Slot(f"{norm}.bias"), "lm_head.layer_norm.bias"),
-        row("head", (VOCAB, FROM_HEAD), 0, Slot(f"{decoder}.weight"), "output_layer.weight", "embed"),
+        row("head_norm", (HEAD_GAIN,), None, Slot(f"{norm}.weight"), norm_weight, feeds_head=True),
+        row("head_norm_bias", (HEAD_SHIFT,), None, Slot(f"{norm}.bias"), norm_bias, feeds_head=True),
+        row("head", (VOCAB, FROM_HEAD), 0, Slot(f"{decoder}.weight"), "output_layer.weight", tied_to="embed"),
         row("head_bias", (VOCAB,), 0, Slot(f"{decoder}.bias", tied_name=bias), "output_layer.bias"),
-        row("head_spare_bias", (VOCAB,), 0, Slot(bias), "lm_head.bias", "head_bias"),
+        row("head_spare_bias", (VOCAB,), 0, Slot(bias), "lm_head.bias", tied_to="head_bias"),
     )
 
 

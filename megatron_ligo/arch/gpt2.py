@@ -23,6 +23,10 @@ def _top(hf: str, mcore: str) -> dict:
     return {"hf": Slot(hf), "mcore": Slot(mcore)}
 
 
+def _final_norm(kind: str) -> dict:
+    return _top(f"transformer.ln_f.{kind}", f"decoder.final_layernorm.{kind}")
+
+
 def _layer(hf: str, mcore: str, transposed: bool = False) -> dict:
     return {
         "hf": Slot(f"transformer.h.{{}}.{hf}", transposed=transposed),
@@ -74,8 +78,8 @@ GPT2 = Architecture(
         Row("layers.{}.up_bias", (TO_FFN,), 0, _linear(UP, "bias")),
         Row("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, _linear(DOWN, "weight")),
         Row("layers.{}.down_bias", (TO_RESIDUAL,), None, _linear(DOWN, "bias")),
-        Row("final_norm", (GAIN,), None, _top("transformer.ln_f.weight", "decoder.final_layernorm.weight")),
-        Row("final_norm_bias", (SHIFT,), None, _top("transformer.ln_f.bias", "decoder.final_layernorm.bias")),
+        Row("final_norm", (GAIN,), None, _final_norm("weight"), feeds_head=True),
+        Row("final_norm_bias", (SHIFT,), None, _final_norm("bias"), feeds_head=True),
         Row(
             "head",
             (VOCAB, FROM_RESIDUAL),

@@ -204,6 +204,7 @@ LLAMA = Architecture(
             (NORM,),
             None,
             _slots("model.norm.weight", "decoder.final_layernorm.weight", "output_norm.weight", "norm.weight"),
+            feeds_head=True,
         ),
         Row(
             "head",

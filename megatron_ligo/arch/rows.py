@@ -73,6 +73,7 @@ class Row:
 
     needs: name of the field of `Dims` that must be true (or not 0) for the row to exist ("" = always).
     tied_to: key of the row whose tensor this one shares when `dims.tied` (it is then stored nowhere).
+    feeds_head: a norm's gain or bias whose norm the output head reads.
     """
 
     key: str
@@ -81,6 +82,7 @@ class Row:
     slots: Mapping[str, Slot] = field(default_factory=dict)
     needs: str = ""
     tied_to: str = ""
+    feeds_head: bool = False
 
     @property
     def in_layer(self) -> bool:
@@ -155,6 +157,17 @@ class Architecture:
     @cached_property
     def by_key(self) -> Mapping[str, Row]:
         return MappingProxyType({row.key: row for row in self.rows})
+
+    @cached_property
+    def _joined(self) -> Mapping[str, str]:
+        """Spaces that are others where rows are tied: the tensor that two rows share lies between the same spaces."""
+        tied = [(row, self.by_key[row.tied_to]) for row in self.rows if row.tied_to]
+        pairs = [pair for own, other in tied for pair in zip(own.axes, other.axes, strict=True)]
+        return {own.space: other.space for own, other in pairs if own.space != other.space}
+
+    def space(self, axis: Axis, dims: Dims) -> str:
+        """The space of an axis: with tied rows, two of the table's may be one."""
+        return self._joined.get(axis.space, axis.space) if dims.tied else axis.space
 
     def row(self, key: str) -> Row:
         """The row of a key such as `layers.3.q` (or of its pattern `layers.{}.q`)."""

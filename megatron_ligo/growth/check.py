@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,8 +12,10 @@ from megatron_ligo.config import LargeSection, OperatorSection, by_space
 from megatron_ligo.errors import ConfigError, Faults, nearest
 from megatron_ligo.growth import init
 from megatron_ligo.growth.maps import MapSpec, map_specs
-from megatron_ligo.growth.methods import resolve
+from megatron_ligo.growth.methods import METHODS, resolve
 from megatron_ligo.growth.operator import Initial, short, variance_ratio
+
+log = logging.getLogger(__name__)
 
 
 def large_dims(small: Dims, section: LargeSection) -> Dims:
@@ -67,17 +70,36 @@ def check_settings(small: Dims, large: Dims, settings: OperatorSection) -> None:
         do = "The residual stream runs through all layers: say share = {default = 'layer', residual = 'all'}."
         faults.add("operator.share (residual)", "all", by_space(settings.share, "residual"), do)
     _check_frozen(faults, settings, small, large)
+    _check_lossless(faults, settings, small, large)
     _check_room(faults, settings, maps)
     faults.raise_if_any()
 
 
 def _check_frozen(faults: Faults, settings: OperatorSection, small: Dims, large: Dims) -> None:
     start = by_space(settings.width_init, "residual")
-    scaled = start in ("lossless", "net2net") or (start == "clone" and large.hidden_size % small.hidden_size)
+    shared_out = architectures.get(large.arch).norm == "rms"
+    ragged = large.hidden_size % small.hidden_size
+    scaled = shared_out and (start in ("lossless", "net2net") or (start == "clone" and ragged))
     grows = large.hidden_size > small.hidden_size
     if by_space(settings.identity, "residual") == "frozen" and scaled and grows:
         do = "Scaled copies are no identity rows: take width_init = 'copy', or identity = 'learned'."
         faults.add("operator.identity (residual)", f"learned with width_init = {start!r}", "frozen", do)
+
+
+def _check_lossless(faults: Faults, settings: OperatorSection, small: Dims, large: Dims) -> None:
+    """Where a start that is called lossless could not be: refused for depth, told for width (it is near)."""
+    arch = architectures.get(large.arch)
+    method = METHODS[settings.method]
+    if not arch.norm_first and large.num_layers > small.num_layers:
+        promising = ("lossless", "pad") if method.lossless else ("lossless",)
+        names = sorted({by_space(settings.depth_init, short(row)) for row in arch.layer_rows(large)} & set(promising))
+        if names:
+            do = "Take depth_init = 'interlace' or 'stack'."
+            found = f"{names[0]!r}: with norms after the sums (post-LN) no layer leaves what it is given as it is"
+            faults.add("operator.depth_init", "a start that promises no lossless depth", found, do)
+    if arch.norm == "layer" and method.lossless and large.hidden_size % small.hidden_size:
+        what = "no start is lossless: a LayerNorm's mean and variance survive whole copies only"
+        log.warning("hidden_size %d to %d is no whole multiple: %s", small.hidden_size, large.hidden_size, what)
 
 
 def _check_room(faults: Faults, settings: OperatorSection, maps: Mapping[str, MapSpec]) -> None:

@@ -44,7 +44,7 @@ class Saved(Operator):
                 faults.add(name, f"a tensor of shape {shape}", "nothing")
                 continue
             part = self._file.get_slice(name)
-            dtype = "I64" if name == "gain.source" else "F32"
+            dtype = "I64" if name.startswith("gain.") and name.endswith(".source") else "F32"
             if tuple(part.get_shape()) != shape or part.get_dtype() != dtype:
                 faults.add(name, f"{dtype} of shape {shape}", f"{part.get_dtype()} of shape {tuple(part.get_shape())}")
         for name in sorted(found - set(self.shapes())):

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Architecture, Axis, Heads, Row, Use, axis_size
 
-UNGROWN = ("vocab", "position", "token_type")  # spaces whose features are names: they keep their meaning
+UNGROWN = ("vocab", "position", "token_type", "order")  # spaces whose features are names: they keep their meaning
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class Lift:
 
 @dataclass(frozen=True)
 class MapSpec:
-    """One width map: its sizes, whether tensor parallelism cuts its large side, whether anyone reads the space."""
+    """One width map: its sizes, whether tensor parallelism cuts its large side, whether anyone reads the space,
+    whether a row outside the layers meets it."""
 
     name: str
     small: int
     large: int
     split: bool
     read: bool
+    outside: bool
 
 
 def lift_of(axis: Axis, dims: Dims, structure: str) -> Lift | None:
@@ -48,7 +51,7 @@ def lift_of(axis: Axis, dims: Dims, structure: str) -> Lift | None:
     if axis.space in UNGROWN:
         return None
     if axis.heads is Heads.NONE:
-        return Lift(axis.space)
+        return Lift(architectures.get(dims.arch).space(axis, dims))
     of_query_heads = axis.heads is Heads.Q
     if structure == "heads":
         return Lift("groups", unit=dims.head_dim * (dims.heads_per_group if of_query_heads else 1))
@@ -64,15 +67,17 @@ def map_specs(arch: Architecture, small: Dims, large: Dims, structure: str) -> d
     for row in arch.rows:
         if not row.exists(large):
             continue
-        for axis in row.axes:
+        for dim, axis in enumerate(row.axes):
             lift = lift_of(axis, large, structure)
             if lift is None:
                 continue
             per_entry = lift.unit * lift.repeat
             known = specs.get(lift.map)
             read = axis.use is Use.READS or (known is not None and known.read)
+            split = row.split == dim or (known is not None and known.split)
+            outside = not row.in_layer or (known is not None and known.outside)
             sizes = axis_size(axis, small) // per_entry, axis_size(axis, large) // per_entry
-            specs[lift.map] = MapSpec(lift.map, *sizes, split=lift.map != "residual", read=read)
+            specs[lift.map] = MapSpec(lift.map, *sizes, split, read, outside)
     return specs
 
 

@@ -7,7 +7,8 @@ from a file (growth/file.py). It knows nothing of ranks: a rank takes the rows t
     width.{map}.contract        (small, large)    only where contract is a parameter of its own
     depth.{row}                 (large layers, small layers)
     gain.source                 (hidden large,)   int64: the small feature whose gain each large one takes
-    gain.layers, gain.final     (hidden large,)   what that gain is multiplied by
+    gain.layers, gain.final     (hidden large,)   what that gain is multiplied by (final: the head reads the norm)
+    gain.{map}.source, .factor  (large,)          the same for norms of other spaces than the residual stream
 """
 
 from __future__ import annotations
@@ -69,9 +70,13 @@ class Operator(ABC):
     @abstractmethod
     def tensor(self, name: str) -> Tensor: ...
 
+    def has_one_a_layer(self, map_name: str) -> bool:
+        """Whether each large layer has a map of its own; of spaces that reach beyond the layers there is one."""
+        return self.setting("share", map_name) == "layer" and not self.maps[map_name].outside
+
     def width_name(self, map_name: str, side: str, layer: int | None) -> str:
         """The tensor that holds a map's side for a layer (None: outside the layers)."""
-        own = self.setting("share", map_name) == "layer"
+        own = self.has_one_a_layer(map_name)
         return f"width.{map_name}.{layer}.{side}" if own else f"width.{map_name}.{side}"
 
     def has_contract(self, map_name: str) -> bool:
@@ -81,7 +86,7 @@ class Operator(ABC):
         """Every tensor of the operator, by name, in file order."""
         found: dict[str, tuple[int, ...]] = {}
         for spec in self.maps.values():
-            own = self.setting("share", spec.name) == "layer"
+            own = self.has_one_a_layer(spec.name)
             for layer in range(self.large.num_layers) if own else [None]:
                 found[self.width_name(spec.name, "expand", layer)] = (spec.large, spec.small)
                 if self.has_contract(spec.name):
@@ -90,7 +95,17 @@ class Operator(ABC):
             found[f"depth.{short(row)}"] = (self.large.num_layers, self.small.num_layers)
         if self.copied_gains:
             found |= dict.fromkeys(("gain.source", "gain.layers", "gain.final"), (self.large.hidden_size,))
+            for row in self.arch.rows:
+                if row.exists(self.large) and row.axes[0].use is Use.SCALES:
+                    found |= dict.fromkeys(self.gain_names(row), row.shape(self.large))
         return found
+
+    def gain_names(self, row: Row) -> tuple[str, str]:
+        """The tensors that say whose gain a norm's features take, and what it is multiplied by."""
+        space = self.arch.space(row.axes[0], self.large)
+        if space != "residual":
+            return f"gain.{space}.source", f"gain.{space}.factor"
+        return "gain.source", "gain.final" if row.feeds_head else "gain.layers"
 
     def num_parameters(self) -> dict[str, int]:
         """Learned numbers by tensor; frozen identity rows and the gains' constants do not count."""
@@ -119,17 +134,24 @@ class Operator(ABC):
         """The grown tensor of a large key from the depth-mixed small one, in the dtype of `mixed` (`joined`:
         `grow_row`'s)."""
         row, layer = self.arch.row(key), layer_of(key)
-        if row.axes[0].use is Use.SCALES:
+        if row.axes[0].use is Use.SCALES and self.copied_gains:
             return self.grow_gain(row, mixed)
         matrix = self.matrix(layer)
-        return grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.large, self.structure, joined)
+        grown = grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.large, self.structure, joined)
+        return grown * self.shares(row).to(grown) if self.is_shared_out(row) else grown
 
     def grow_gain(self, row: Row, mixed: Tensor) -> Tensor:
-        """A norm's gain: that of the copied feature times a constant, or expand times it (official)."""
-        if not self.copied_gains:
-            return self.tensor("width.residual.expand").to(mixed) @ mixed
-        factor = self.tensor("gain.layers" if row.in_layer else "gain.final").to(mixed)
-        return mixed[self.tensor("gain.source")] * factor
+        """A norm's gain: that of the copied feature times a constant (official LiGO grows it as what it scales)."""
+        source, factor = (self.tensor(name) for name in self.gain_names(row))
+        return mixed[source] * factor.to(mixed)
+
+    def is_shared_out(self, row: Row) -> bool:
+        """True for the bias of a norm that a tied head reads: its copies come back as one, as the gains do."""
+        return row.axes[0].use is Use.SHIFTS and self.copied_gains and self.gain_names(row)[1] == "gain.final"
+
+    def shares(self, row: Row) -> Tensor:
+        """What is left to each copy of a feature of such a bias."""
+        return self.tensor("gain.final") / self.tensor("gain.layers")
 
     def with_new_tokens(self, key: str, table: Tensor) -> Tensor:
         """A small tensor with rows for the tokens that only the large model has, where the key has rows of tokens."""
@@ -157,7 +179,8 @@ class Operator(ABC):
         wide = torch.promote_types(first.dtype, torch.float32)
         mixed = torch.zeros_like(first, dtype=wide)
         for i in sources:
-            mixed.add_(read(pattern.format(min(i + further, last))).to(wide), alpha=float(weights[i]))
+            # A gradient may be asked for the weights: no plain number.
+            mixed.addcmul_(read(pattern.format(min(i + further, last))).to(wide), weights[i].to(wide))
         return mixed
 
 
@@ -184,7 +207,9 @@ class Initial(Operator):
         spec = self.maps[map_name]
         stem = name.rsplit(".", 1)[0]
         generator = self.generator(f"{stem}.expand")
-        expand = init.WIDTH[self.setting("width_init", map_name)](spec.small, spec.large, map_name, generator)
+        # Shared out, copies keep an RMSNorm's statistics at any ratio; a LayerNorm's survive whole copies only.
+        space = map_name if self.arch.norm == "rms" else ""
+        expand = init.WIDTH[self.setting("width_init", map_name)](spec.small, spec.large, space, generator)
         noise = self.setting("noise", map_name)
         if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:
             fresh = expand[spec.small :]
@@ -203,14 +228,15 @@ class Initial(Operator):
         return contract
 
     def _gain(self, which: str) -> Tensor:
-        expand = self.initial_expand("residual")
+        space, _, kind = which.rpartition(".")
+        expand = self.initial_expand(space or "residual")
         largest, source = expand.abs().max(dim=1)
         # A feature that holds nothing has no feature to take the gain from.
         source = torch.where(largest > 0, source, torch.arange(len(source)) % expand.shape[1])
-        if which == "source":
+        if kind == "source":
             return source
         gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
-        if which == "final" and self.large.tied:
+        if kind == "final" and self.large.tied and self.large.has_head:
             # A tied head reads with expand^T: each feature must come back once, however often it was copied.
             gain /= (expand * expand).sum(dim=0)[source]
         return gain.float()

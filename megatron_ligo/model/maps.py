@@ -31,7 +31,7 @@ class Maps(nn.Module):
         self.names: dict[str, str] = {}  # parameter -> tensor of the operator
         self.frozen: dict[str, Tensor] = {}
         for spec in operator.maps.values():
-            if (operator.setting("share", spec.name) == "layer") != (layer is not None):
+            if operator.has_one_a_layer(spec.name) != (layer is not None):
                 continue
             for side in ("expand", "contract") if operator.has_contract(spec.name) else ("expand",):
                 name = operator.width_name(spec.name, side, layer)

@@ -1,0 +1,81 @@
+"""Growth of GPT-2, BERT and RoBERTa in fp64 against the real transformers models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ligo.config import LargeSection, OperatorSection
+from megatron_ligo.errors import ConfigError
+from megatron_ligo.grow import Grown
+from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.growth.operator import Operator
+from tests import families
+
+# Whole multiples of the residual stream, heads and neurons at a ragged one.
+DOUBLE = LargeSection(hidden_size=48, ffn_size=100, num_heads=12)
+# GPT-2's residual stream kept as it is: everything else may be ragged.
+RAGGED = LargeSection(ffn_size=70, num_layers=5)
+
+
+def gap(family: str, name: str, large: LargeSection, settings: OperatorSection, *, tied: bool = True) -> float:
+    """Largest difference of what comes out first, at outputs of size 3. Hidden states are copied as they grow."""
+    small = families.dims_of(family, name, tied=tied)
+    source = families.memory_of(families.model(family, name, tied=tied, dtype=torch.float64), small)
+    grown = Grown(initial_operator(small, large, settings), source)
+    for key in grown.keys():  # noqa: SIM118
+        assert grown.read(key).dtype == torch.float64
+        assert grown.read(key).shape == grown.info(key).shape
+    ids = families.tokens()
+    before, after = families.outputs(source, ids), families.outputs(grown, ids)
+    return float((before.repeat(1, 1, after.shape[-1] // before.shape[-1]) - after).abs().max())
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "name"), families.CLASSES)
+def test_lossless_at_whole_multiples(family, name, tied, noise):
+    settings = OperatorSection(noise=noise)
+    assert gap(family, name, DOUBLE, settings, tied=tied) < (1e-12 if noise == 0 else 2e-6)  # noise is fp32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("large", [RAGGED, LargeSection(hidden_size=72, num_heads=18, num_layers=4)])
+def test_lossless_depth_where_norms_come_first(tied, large):
+    assert gap("gpt2", "GPT2LMHeadModel", large, OperatorSection(), tied=tied) < 1e-6
+
+
+def test_a_tied_head_s_norm_left_alone_is_seen(monkeypatch):
+    """Negative control: its bias, too, must come back once, however often it was copied."""
+    monkeypatch.setattr(Operator, "is_shared_out", lambda self, row: False)
+    assert gap("gpt2", "GPT2LMHeadModel", DOUBLE, OperatorSection()) > 0.1
+    assert gap("bert", "BertForMaskedLM", DOUBLE, OperatorSection()) > 0.1
+
+
+def test_ragged_layer_norms_are_told(caplog):
+    large = LargeSection(hidden_size=32, num_heads=8)
+    assert gap("gpt2", "GPT2LMHeadModel", large, OperatorSection()) > 1e-2
+    assert "whole multiple" in caplog.text
+
+
+def test_refusals():
+    bert, gpt2 = families.dims_of("bert", "BertForMaskedLM"), families.dims_of("gpt2", "GPT2LMHeadModel")
+    with pytest.raises(ConfigError, match="post-LN"):
+        initial_operator(bert, LargeSection(num_layers=4), OperatorSection())
+    with pytest.raises(ConfigError, match="post-LN"):
+        initial_operator(bert, LargeSection(num_layers=4), OperatorSection(method="lemon"))
+    with pytest.raises(ConfigError, match="head_dim"):
+        initial_operator(gpt2, LargeSection(hidden_size=48), OperatorSection())
+    initial_operator(bert, LargeSection(num_layers=4), OperatorSection(depth_init="stack"))
+
+
+@pytest.mark.parametrize("method", ["ligo", "aki", "direct_copy", "hypercloning_noisy"])
+def test_every_method_takes_every_row(method):
+    settings = OperatorSection(method=method, depth_init="stack")
+    large = LargeSection(hidden_size=48, num_heads=12, num_layers=5, vocab_size=41)
+    for family, name in (("bert", "BertForPreTraining"), ("gpt2", "GPT2LMHeadModel")):
+        small = families.dims_of(family, name)
+        source = families.memory_of(families.model(family, name), small)
+        grown = Grown(initial_operator(small, large, settings), source)
+        assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118
+        assert families.outputs(grown, families.tokens()).shape[-1] == 41
