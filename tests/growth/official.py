@@ -1,0 +1,126 @@
+"""What the official LiGO classes computed on random weights, in float64, as our Reader and operator.
+
+data/*.npz hold, in Hugging Face's names: `src/*` a small BERT with a masked-LM head, `op/emb`, `op/cls`,
+`op/{layer}/{q,k,v,ffn}` the rows below each map's identity, `op/{layer}/w/{module}/{weight,bias}` the depth weights,
+`dst/*` the grown model, `ids`, `logits_small`, `logits_large`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch import get
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.config import OperatorSection
+from megatron_ligo.growth.operator import Operator
+from megatron_ligo.packing import stored
+from tests.tiny import Memory
+
+FILES = sorted((Path(__file__).parent / "data").glob("ligo_official_bert_*.npz"))
+MODULES = {
+    "attention.self.query": "q",
+    "attention.self.key": "k",
+    "attention.self.value": "v",
+    "attention.output.dense": "o",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+    "output.LayerNorm": "norm2",
+}
+LAYER = "bert.encoder.layer"
+HEAD_DIM = 4
+
+
+class Given(Operator):
+    """An operator that is a dict of tensors, of any dtype."""
+
+    def __init__(self, small: Dims, large: Dims, settings: OperatorSection, tensors: dict[str, Tensor]):
+        super().__init__(small, large, settings)
+        assert set(tensors) == set(self.shapes())
+        self.tensors = tensors
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+@dataclass
+class Case:
+    source: Memory
+    operator: Given
+    expected: dict[str, Tensor]  # canonical keys of the large model
+    ids: Tensor
+    logits_small: Tensor
+    logits_large: Tensor
+
+
+def load(path: Path) -> Case:
+    """The file's numbers, float64."""
+    raw = {name: torch.from_numpy(array) for name, array in np.load(path, allow_pickle=False).items()}
+    source, expected = (_part(raw, prefix) for prefix in ("src/", "dst/"))
+    small, large = _dims(source), _dims(expected)
+    operator = Given(small, large, OperatorSection(method="ligo"), _tensors(raw, small, large))
+    return Case(
+        Memory(small, _canonical(source, small)),
+        operator,
+        _canonical(expected, large),
+        raw["ids"],
+        raw["logits_small"],
+        raw["logits_large"],
+    )
+
+
+def with_identity(rows: Tensor) -> Tensor:
+    """The rows below, and the identity above them."""
+    return torch.cat([torch.eye(rows.shape[1], dtype=rows.dtype), rows])
+
+
+def _part(raw: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
+
+
+def _dims(state: dict[str, Tensor]) -> Dims:
+    vocab, hidden = state["bert.embeddings.word_embeddings.weight"].shape
+    layers = {name.split(".")[3] for name in state if name.startswith(LAYER)}
+    return Dims(
+        arch="bert",
+        model_type="bert",
+        num_layers=len(layers),
+        hidden_size=hidden,
+        ffn_size=state[f"{LAYER}.0.intermediate.dense.weight"].shape[0],
+        num_heads=hidden // HEAD_DIM,
+        num_kv_heads=hidden // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        vocab_size=vocab,
+        max_positions=state["bert.embeddings.position_embeddings.weight"].shape[0],
+        num_token_types=state["bert.embeddings.token_type_embeddings.weight"].shape[0],
+        norm_eps=1e-12,
+        activation="gelu",
+    )
+
+
+def _canonical(state: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
+    items = stored(get("bert"), dims, "hf")
+    left = set(state) - set(items) - {"bert.embeddings.position_ids"}
+    assert not left, f"the table has no place for {left}"
+    return {key: item.part(state[name], key, dims) for name, item in items.items() for key in item.keys}
+
+
+def _tensors(raw: dict[str, Tensor], small: Dims, large: Dims) -> dict[str, Tensor]:
+    layers = range(large.num_layers)
+    tensors = {
+        "width.residual.expand": with_identity(raw["op/emb"]),
+        "width.head.expand": with_identity(raw["op/cls"]),
+    }
+    for layer in layers:
+        for name in ("q", "k", "v", "ffn"):
+            tensors[f"width.{name}.{layer}.expand"] = with_identity(raw[f"op/{layer}/{name}"])
+    for module, row in MODULES.items():
+        for kind, ending in (("weight", ""), ("bias", "_bias")):
+            rows = [raw[f"op/{layer}/w/{module}/{kind}"] for layer in layers]
+            tensors[f"depth.{row}{ending}"] = torch.stack(rows)
+    return tensors
