@@ -16,14 +16,8 @@ from tests.harness import Ranks
 
 
 @pytest.fixture(scope="session")
-def forks():
-    """Starts processes that have imported everything."""
+def pools():
+    """`pools(world)` gives `world` ranks to run cases on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
-    return context
-
-
-@pytest.fixture(scope="session")
-def pools(forks):
-    """`pools(world)` gives `world` ranks to run cases on."""
-    return lambda world: Ranks(forks, world)
+    return lambda world: Ranks(context, world)

@@ -21,8 +21,11 @@ from megatron_ligo.arch.rows import Pack
 from megatron_ligo.errors import CheckpointError, Faults, message
 from megatron_ligo.formats import record, torch_files
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.formats.deepspeed_files import STAND_INS
 from megatron_ligo.formats.layouts import Later
 from megatron_ligo.formats.output import Output, later
+from megatron_ligo.formats.tags import tagged
+from megatron_ligo.formats.zero_groups import adam_count
 
 NAME = "universal"
 LOOKS = "latest_universal, or a folder zero/ with optimizer_state.pt (DeepSpeed universal)"
@@ -59,13 +62,16 @@ class UniversalReader(Reader):
 
     def __init__(self, path: Path):
         self.path = path
-        self._tag = self._tagged()
+        self._tag = tagged(path, LATEST)
+        if not (self._tag / "zero").is_dir():
+            raise CheckpointError(message(f"{self._tag}", "a folder zero/", "none"))
         root = path if record.find(path) else self._tag.parent
         self.dims, self.carried = record.read(root)
         self.files = record.files_beside(root)
-        self.step = self._global_steps()
+        steps = self._global_steps()
         stored = packing.stored(self.arch, self.dims, "mcore")
         self._tensors = self._check(stored)
+        self.step = self._adam_steps(next(iter(stored)), steps) if self._moments else steps
         self._items = {key: item for item in stored.values() for key in item.keys}
 
     @property
@@ -80,16 +86,6 @@ class UniversalReader(Reader):
         tensor = self._tensors[item.name] if kind == WEIGHT else self._load(item, kind)
         return item.part(tensor, key, self.dims)
 
-    def _tagged(self) -> Path:
-        latest = self.path / LATEST
-        if not latest.is_file():
-            return self.path
-        tag = latest.read_bytes().decode(errors="replace").strip()
-        plain = tag not in ("", ".", "..") and Path(tag).name == tag and tag.isprintable()
-        if not plain or (self.path / tag).is_symlink() or not (self.path / tag / "zero").is_dir():
-            raise CheckpointError(message(f"{latest}", "the name of a folder beside it, with zero/", repr(tag)))
-        return self.path / tag
-
     def _global_steps(self) -> int:
         for path in (self._tag / name for name in STATES):
             if path.is_file():
@@ -99,6 +95,24 @@ class UniversalReader(Reader):
                     raise CheckpointError(message(f"{path}", "global_steps, a count", repr(step)))
                 return step
         raise CheckpointError(message(f"{self._tag}", " or ".join(STATES), "neither"))
+
+    def _adam_steps(self, name: str, otherwise: int) -> int:
+        """Adam's own count, not the engine's: beside a parameter, or (from ZeRO 3) for all of them."""
+        zero = self._tag / "zero"
+        if (zero / name / "step.pt").is_file():
+            step = torch_files.load(zero / name / "step.pt")
+        elif (zero / OPTIMIZER).is_file():
+            state = torch_files.load(zero / OPTIMIZER, STAND_INS)
+            try:
+                step = state["optimizer_state_dict"]["state"][0]["step"]
+            except (KeyError, TypeError, IndexError):
+                return otherwise
+        else:
+            return otherwise
+        count = adam_count(step)
+        if count is None:
+            raise CheckpointError(message(f"{zero}", "a count of Adam's steps", repr(step)))
+        return count
 
     def _check(self, stored: dict[str, packing.Stored]) -> dict[str, Tensor]:
         """Every parameter's folder with a tensor of its shape, all or no moments, and no other folder."""

@@ -14,6 +14,7 @@ from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
 from megatron_ligo.model.layers import canonical_name, embed, reduce_norm_gradients, run_layer, uninitialised_config
 from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
 
 
@@ -42,6 +43,7 @@ class Pretrained(GPTModel):
         self.tp_rank = mesh.tp_rank
         weights.mark_split(self, dims, mesh.tp)
         reduce_norm_gradients(self.parameters(), mesh.tp_group)
+        prepare_saving(self, dims, mesh)
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in super().named_parameters(*args, **kwargs):

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.formats.pipeline import prefixes
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
 from megatron_ligo.model.layers import canonical_name, embed, reduce_norm_gradients, run_layer, uninitialised_config
 from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
 
 TIED = "embedding"
@@ -115,6 +117,7 @@ class PretrainedPipeline(PipelineModule):
         super().__init__(_specs(dims, build, mesh, recompute), topology=topology, loss_fn=self._loss)
         weights.mark_split(self, dims, mesh.tp)
         reduce_norm_gradients(self.parameters(), mesh.tp_group)
+        prepare_saving(self, dims, mesh)
 
     def _partition_layers(self, method: str = "explicit") -> None:
         cuts = layout.stage_bounds(self.dims.num_layers, self.mesh.pp)
@@ -156,11 +159,5 @@ def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerS
 
 def _prefixes(dims: Dims) -> dict[str, str]:
     """DeepSpeed's prefix of each layer's parameters, and the one module's."""
-    layers = {f"{layer + 1}.": f"decoder.layers.{layer}." for layer in range(dims.num_layers)}
-    return {
-        "0.": "embedding.",
-        f"tied_modules.{TIED}.": "embedding.",
-        **layers,
-        f"{dims.num_layers + 1}.norm.": "decoder.final_layernorm.",
-        f"{dims.num_layers + 2}.linear.": "output_layer.",
-    }
+    layers = {f"{layer}.{own}": whole for layer, (whole, own) in enumerate(prefixes(dims.num_layers))}
+    return {f"tied_modules.{TIED}.": "embedding.", **layers}

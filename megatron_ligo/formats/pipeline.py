@@ -1,0 +1,131 @@
+"""DeepSpeed pipeline checkpoints: a file for each layer and tensor-parallel rank, whatever the number of stages.
+
+    DIR/latest                                                 the tag
+    DIR/TAG/layer_NN-model_TT-model_states.pt                  the layer's own names
+    DIR/TAG/mp_rank_MM_model_states.pt                         counts only; MM runs over stages x tensor-parallel ranks
+    DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt   read, where they are: masters and moments (ZeRO 1)
+    DIR/dims.json or config.json                               the model's sizes; DeepSpeed does not look at them
+
+Layer 0 is the embedding, layer j + 1 the transformer's layer j, then come the final norm and the head. A tied head is
+stored nowhere: DeepSpeed copies the embedding to it. Written are layers and counts, which a pipeline of that tensor
+parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at any number of stages.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ligo import arch, packing
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.errors import CheckpointError, ConfigError, Faults
+from megatron_ligo.formats import record
+from megatron_ligo.formats.base import Reader, WriteOptions
+from megatron_ligo.formats.deepspeed import counts
+from megatron_ligo.formats.deepspeed_files import LATEST, Saved, is_pipelines, layer_file, model_file
+from megatron_ligo.formats.deepspeed_reader import EngineReader, Rank, find_root, module_states, param_shapes
+from megatron_ligo.formats.output import Output
+from megatron_ligo.formats.ranks import Pieces, padded
+from megatron_ligo.formats.tags import tagged
+from megatron_ligo.formats.zero_groups import Masters
+from megatron_ligo.layout import check_tp
+
+NAME = "pipeline"
+LOOKS = (
+    f"{LATEST} (or the folder that it names) with layer_00-model_00-model_states.pt and the like (DeepSpeed pipeline)"
+)
+LAYOUT = True
+OPTIONS = {"tag": "name of the folder (default global_stepN)"}
+
+
+def prefixes(num_layers: int) -> list[tuple[str, str]]:
+    """By layer of the pipeline: what its parameters' names begin with in the whole model, and in the layer."""
+    layers = [(f"decoder.layers.{layer}.", "") for layer in range(num_layers)]
+    return [("embedding.", ""), *layers, ("decoder.final_layernorm.", "norm."), ("output_layer.", "linear.")]
+
+
+def recognise(path: Path) -> bool:
+    try:
+        return is_pipelines(tagged(path, LATEST))
+    except CheckpointError:
+        return False
+
+
+def open(path: Path) -> Reader:
+    tag = tagged(path, LATEST)
+    root = find_root(path, tag)
+    dims, _ = record.read(root)
+    saved = Saved(tag)
+    tp = _ranks_of_layers(saved, dims)
+    faults = Faults(f"{tag} does not hold the model of its sizes", CheckpointError)
+    held = [_rank(saved, rank, tp, dims, faults) for rank in range(tp)]
+    return EngineReader(NAME, path, root, saved, held, faults)
+
+
+def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
+    """How many tensor-parallel ranks the layers have; every layer is there on each."""
+    faults = Faults(f"{saved.tag} is no whole checkpoint of a DeepSpeed pipeline", CheckpointError)
+    tp = 1 + max((rank for _, rank in saved.layers), default=0)
+    found = 1 + max((layer for layer, _ in saved.layers), default=-1)
+    head = "head" in arch.get(dims.arch).keys(dims)
+    expected = dims.num_layers + (3 if head else 2)
+    if found != expected:
+        means = f"{expected}: the embedding, {dims.num_layers} layers, the final norm{', the head' if head else ''}"
+        faults.add("layers of the pipeline", means, found)
+    if saved.mp % tp:
+        do = "Are files of two checkpoints mixed?"
+        faults.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp, do)
+    places = ((layer, rank) for layer in range(found) for rank in range(tp))
+    for layer, rank in islice((place for place in places if place not in saved.layers), 20):
+        faults.add(layer_file(layer, rank), "a file", "nothing there")
+    faults.raise_if_any()
+    return tp
+
+
+def _rank(saved: Saved, rank: int, tp: int, dims: Dims, faults: Faults) -> Rank:
+    weights: dict[str, Tensor] = {}
+    for layer, (whole, own) in enumerate(prefixes(dims.num_layers)[: len(saved.layers) // tp]):
+        where = layer_file(layer, rank)
+        for name, tensor in module_states(saved.layers[layer, rank], where, faults).items():
+            if name.startswith(own):
+                weights[whole + name.removeprefix(own)] = tensor
+            else:
+                faults.add(f"{name} ({where})", f"a name that begins with {own}", "another")
+    masters = []
+    for mp in range(rank, saved.mp, tp):
+        where = f"mp_rank_{mp:02d}"
+        if saved.optims[mp]:
+            masters.append(Masters(saved.optims[mp], param_shapes(saved.models[mp], where, faults), where, faults))
+    return Rank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, masters)
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Layers and counts; the files of the tensor-parallel ranks side by side."""
+    faults = Faults("a DeepSpeed pipeline cannot hold the model so", ConfigError)
+    check_tp(source.dims, options.tp, faults)
+    if options.pp > source.dims.num_layers:
+        faults.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.dims.num_layers} layers")
+    stored = packing.stored(source.arch, source.dims, "mcore")
+    layers = prefixes(source.dims.num_layers)
+    for name in (name for name in stored if not any(name.startswith(whole) for whole, _ in layers)):
+        faults.add(name, "a tensor of the embedding, a decoder's layer, the final norm or the head", "another")
+    faults.raise_if_any()
+    record.write(source, out)
+    pieces = Pieces(source, options.tp, padded(source.dims, options.tp))
+    tag = options.extra.get("tag", f"global_step{source.step}")
+    for layer, (whole, own) in enumerate(layers):
+        names = {own + name.removeprefix(whole): item for name, item in stored.items() if name.startswith(whole)}
+        if names:
+            out.torch_files(
+                {
+                    f"{tag}/{layer_file(layer, rank)}": {own: pieces.later(item, rank) for own, item in names.items()}
+                    for rank in range(options.tp)
+                }
+            )
+    ranks = options.tp * options.pp
+    for rank in range(ranks):
+        out.torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})
+    # Last: DeepSpeed takes a folder without it for none.
+    out.text(LATEST, tag)
