@@ -16,8 +16,14 @@ from tests.harness import Ranks
 
 
 @pytest.fixture(scope="session")
-def pools():
-    """`pools(world)` gives `world` ranks to run cases on."""
+def forks():
+    """Starts processes that have imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
-    return lambda world: Ranks(context, world)
+    return context
+
+
+@pytest.fixture(scope="session")
+def pools(forks):
+    """`pools(world)` gives `world` ranks to run cases on."""
+    return lambda world: Ranks(forks, world)

@@ -24,6 +24,7 @@ ROOMS = (
     ("model",),
     ("training",),
     ("handoff", "plan", "report"),
+    ("bench",),
     ("cli",),
 )
 # The rooms before this one need no Megatron-core, no DeepSpeed and no process group.

@@ -80,9 +80,10 @@ def make(tp: int, pp: int) -> Mesh:
     if world % (tp * pp):
         do = "Start that many processes, or change tp and pp."
         raise LayoutError(message("processes", f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}", world, do))
-    if parallel_state.model_parallel_is_initialized():
+    if not _is_made(tp, pp):
+        # gloo keeps three threads a group that wake up a hundred times a second: no group that nobody uses.
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+        parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     return Mesh(
         tp=tp,
         pp=pp,
@@ -94,6 +95,17 @@ def make(tp: int, pp: int) -> Mesh:
         dp_group=parallel_state.get_data_parallel_group(),
         tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
     )
+
+
+def _is_made(tp: int, pp: int) -> bool:
+    """True where Megatron's groups of that layout are there already."""
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    return sizes == (tp, pp)
 
 
 def agree(error: LigoError | None) -> None:

@@ -1,0 +1,60 @@
+"""The measurements run, on sizes that measure nothing, and say what they found."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo import bench
+from megatron_ligo.bench import drawn
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """tools/bench.py in this process."""
+
+    def run(*arguments: object) -> str:
+        spec = spec_from_file_location("tool_bench", ROOT / "tools" / "bench.py")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_convert(command, tmp_path):
+    sizes = ("--gb", 0.005, "--peer-gb", 0, "--repeats", 1, "--to", "hf")
+    told = command("convert", *sizes, "--folder", tmp_path / "disk", "--output", tmp_path / "out" / "found.json")
+    found = json.loads((tmp_path / "out" / "found.json").read_text())
+    path = found["paths"]["hf"]
+    assert path["ratio"]["median"] == pytest.approx(found["cp_sync"]["seconds"][0] / path["seconds"][0])
+    assert path["anonymous"]["peak"] < path["anonymous"]["limit"]
+    assert "hf -> hf" in told
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_measurement_is_one_file():
+    files = {file.stem for file in (ROOT / "megatron_ligo" / "bench").glob("*.py")}
+    assert set(bench.measurements()) <= files
+    for module in bench.measurements().values():
+        assert module.HELP
+        assert callable(module.arguments)
+        assert callable(module.as_text)
+
+
+@pytest.mark.parametrize("gb", [0.3, 1, 4, 20])
+def test_the_synthetic_model_has_the_size_that_is_asked_for(gb):
+    dims = drawn.llama(gb * 1e9)
+    reader = drawn.Drawn(dims)
+    shapes = [reader.info(key).shape for key in reader.keys()]  # noqa: SIM118 - no dict
+    assert 4 * sum(map(math.prod, shapes)) == pytest.approx(gb * 1e9, rel=0.1)
+    assert dims.num_layers >= drawn.LAYERS

@@ -1,0 +1,41 @@
+"""The measurements that the README quotes, each as ratios in one run."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from megatron_ligo import bench, cli
+from megatron_ligo.jsonfile import write_json
+
+EXAMPLE = """
+python tools/bench.py convert --gb 4 --output runs/bench_convert.json
+"""
+
+
+def parser() -> cli.Parser:
+    made = cli.parser(__doc__, EXAMPLE)
+    chosen = made.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, module in bench.measurements().items():
+        one = chosen.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.arguments(one)
+        one.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
+        one.add_argument("--folder", type=Path, metavar="DIR", help="a disk to work on (default: the current folder's)")
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
+    module = bench.measurements()[args.what]
+    place = args.folder or Path()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".bench.", dir=place) as folder:
+        found = module.measure(args, Path(folder))
+    print(module.as_text(found))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, found)
+
+
+if __name__ == "__main__":
+    cli.run(main)
