@@ -6,10 +6,13 @@ A grown model is converted in the same way: its Reader computes what others read
 from __future__ import annotations
 
 import logging
+import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -18,6 +21,7 @@ from megatron_ligo.checked import Checked
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, LigoError, message, nearest
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
 from megatron_ligo.formats.output import Output
+from megatron_ligo.formats.planned import Planned
 from megatron_ligo.manifest import MANIFEST, VERSION, Manifest, library_versions, load
 from megatron_ligo.staging import Staging
 
@@ -60,17 +64,33 @@ def convert(
             log.info("going on with the conversion to %s that was interrupted", target)
         carries = getattr(module, "CARRIES_MOMENTS", False)
         checked = Checked(source, options.dtype, carries, stage.journal, progress)
-        stage.check_space(checked.total_bytes + sum(file.stat().st_size for file in source.files))
-        try:
+        with _nothing_left(stage):
+            needed = _planned(module, checked, options, stage.partial)
+        stage.check_space(needed)
+        with _nothing_left(stage):
             with Output(stage.content, stage.journal, options.workers) as out:
                 module.write(checked, out, options)
                 for name, value in (beside or {}).items():
                     out.json(name, value)
             checked.finish()
-        except LigoError:
-            stage.discard()
-            raise
         return _finish(stage, out.written, checked, source, to, options)
+
+
+@contextmanager
+def _nothing_left(stage: Staging) -> Iterator[None]:
+    """What is refused is refused again: there is nothing to go on from."""
+    try:
+        yield
+    except LigoError:
+        stage.discard()
+        raise
+
+
+def _planned(module: ModuleType, source: Reader, options: WriteOptions, place: Path) -> int:
+    """Bytes that the writer will write."""
+    with tempfile.TemporaryDirectory(dir=place) as scratch, Planned(Path(scratch)) as plan:
+        module.write(source, plan, options)
+    return plan.bytes
 
 
 def _finish(
@@ -97,7 +117,7 @@ def _finish(
     return manifest
 
 
-def _settled(module, options: WriteOptions) -> WriteOptions:
+def _settled(module: ModuleType, options: WriteOptions) -> WriteOptions:
     """Refuses what a format does not take, and says the dtype of those that store only one.
 
     The tensors are cast on the way to the writer, and the manifest describes the cast.

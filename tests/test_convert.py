@@ -16,6 +16,7 @@ from megatron_ligo import formats, manifest
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import CheckpointError, ConfigError, LigoError
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
+from megatron_ligo.staging import Staging
 from tests.formats import models
 
 WRITERS = ["hf", "universal"]
@@ -171,6 +172,17 @@ def test_a_full_disk_is_seen_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="bytes free on its disk"):
         convert(formats.open(folder), tmp_path / "b", "hf")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("to", formats.writers())
+def test_the_space_that_is_asked_for_is_what_the_files_take(tmp_path, monkeypatch, to):
+    """A tied model's output and moments included, zeros that are holes not."""
+    _, folder = models.saved(tmp_path / "a", tied=True, hidden_size=480, head_dim=80, vocab_size=2000)
+    asked = []
+    monkeypatch.setattr(Staging, "check_space", lambda _, needed: asked.append(needed))
+    convert(formats.open(folder), tmp_path / "b", to)
+    used = sum(file.stat().st_blocks * 512 for file in (tmp_path / "b").rglob("*") if file.is_file())
+    assert asked[0] <= used < asked[0] * 1.1 + 4096 * 2 * len(list((tmp_path / "b").rglob("*")))
 
 
 def test_a_disk_that_fills_up_leaves_no_target_and_the_next_run_goes_on(tmp_path, monkeypatch):

@@ -7,7 +7,10 @@ format refuses is said here, so that one refusal more is a decision.
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,13 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ligo import formats
+from megatron_ligo import formats, verify
 from megatron_ligo.arch import architectures
 from megatron_ligo.arch.dims import Dims, following_sizes
 from megatron_ligo.convert import convert
+from megatron_ligo.describe import describe
 from megatron_ligo.errors import LigoError
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader, WriteOptions
 from tests.formats import models
+from tests.formats.watching import untouched
 
 # No power of two divides what tensor parallelism does not cut; five layers, so that stages differ.
 SIZES = {"num_layers": 5, "hidden_size": 48, "ffn_size": 52, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
@@ -49,7 +54,7 @@ class Drawn(Reader):
         return Info(self.row(key).shape(self.dims), torch.float32)
 
     def read(self, key: str, kind: str = WEIGHT) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(sum(key.encode()) * 4 + (WEIGHT, *MOMENTS).index(kind))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{key} {kind}".encode()))
         return torch.randn(self.row(key).shape(self.dims), generator=generator)
 
 
@@ -179,3 +184,33 @@ def test_what_a_format_cannot_say_is_refused(place):
         if refused(form, model):
             with pytest.raises(LigoError):
                 convert(source(model), place / "refused", form)
+
+
+@pytest.mark.parametrize("form", formats.writers())
+def test_a_source_is_never_opened_for_writing(form, written, layouts, place):
+    reader = written("llama", form, layouts(form)[-1])
+    with pytest.raises(AssertionError, match="written into"), untouched(reader.path):
+        next(path for path in reader.path.rglob("*") if path.is_file()).open("r+b").close()
+    with untouched(reader.path):
+        convert(formats.open(reader.path), place / f"untouched {form}", form)
+        describe(formats.open(reader.path))
+
+
+@pytest.mark.parametrize("form", formats.writers())
+def test_each_format_is_described_and_verified(form, written, layouts, place):
+    reader = written("llama", form, layouts(form)[-1])
+    found = describe(reader)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["format"], len(found["rows"])) == (form, 5 * 9 + 3)
+    assert verify.check_manifest(reader).same
+    assert verify.compare(reader, source("llama")).same
+    assert verify.compare_logits(reader, source("llama"))[0] == 0
+    damaged = place / f"damaged {form}"
+    shutil.copytree(reader.path, damaged)
+    wanted = reader.read("layers.2.o").numpy().tobytes()[:8]
+    (file,) = [path for path in damaged.rglob("*") if path.is_file() and wanted in path.read_bytes()]
+    data = file.read_bytes()
+    at = data.index(wanted)
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    (line,) = verify.check_manifest(formats.open(damaged)).differences
+    assert line.startswith("layers.2.o (weight): digest")
