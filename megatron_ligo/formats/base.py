@@ -8,12 +8,13 @@ A format is one module of this folder with
     write(source: Reader, out: Output, options)   optional; names its files and what is in them (output.py)
     DTYPE: torch.dtype                       optional: the one dtype that the format stores
     OPTIONS: dict[str, str]                  optional: what `WriteOptions.extra` may hold, with a word of help
-    LAYOUT: bool                             optional: `write` obeys tp and pp
+    LAYOUT: bool                             optional: `write` obeys tp and pp, or refuses one of them by its name
     CARRIES_MOMENTS: bool                    optional: `write` stores Adam's moments and the step if the source has them
+`write` is run twice: once to ask how many bytes it will write (planned.py).
 It is found by looking into the folder: nothing else needs an edit. All are imported together, so what only one
 needs (Megatron-core, DeepSpeed) is imported inside its functions. Which tensors a format stores, and the rows in each,
 is in packing.py; a writer hands them to `Output` as `later(source, item)`; what a format without a config needs
-beside it is in record.py, and torch_files.py reads what torch.save wrote.
+beside it is in record.py, torch_files.py reads what torch.save wrote, and ranks.py cuts and joins what ranks share.
 """
 
 from __future__ import annotations
