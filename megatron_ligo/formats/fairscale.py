@@ -126,9 +126,10 @@ class FairscaleReader(Reader):
 
     def _check(self, params: Mapping) -> None:
         """Sizes that agree and can be shared by the ranks; then every piece, in every file, and nothing else."""
-        fairscale_params.refuse(self.dims)
         tp = len(self._ranks)
         faults = Faults(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
+        fairscale_params.check_shapes(self.dims, faults)
+        faults.raise_if_any()
         fairscale_params.check(params, self.dims, faults)
         shared = self.dims
         if shared.num_kv_heads < tp and tp % shared.num_kv_heads == 0:

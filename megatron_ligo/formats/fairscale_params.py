@@ -146,17 +146,22 @@ def params_of(dims: Dims, vocab_size: int, plain: bool) -> dict:
 def refuse(dims: Dims) -> None:
     """Raises CheckpointError with everything about a network that Meta's Llama code would compute otherwise."""
     faults = Faults("Meta's Llama format cannot express this network", CheckpointError)
+    check_shapes(dims, faults)
+    if dims.sliding_window is not None:
+        faults.add("sliding_window", "none", dims.sliding_window)
+    if dims.rope_scaling is not None and dict(dims.rope_scaling) != SCALED:
+        faults.add("rope_scaling", f"none, or {SCALED}, the one that Meta's code has", dict(dims.rope_scaling))
+    faults.raise_if_any()
+
+
+def check_shapes(dims: Dims, faults: Faults) -> None:
+    """Adds a fault for parameters that the files have no place for."""
     table = architectures.get(dims.arch)
     missing = [row.key for row in table.rows if row.exists(dims) and "fairscale" not in row.slots]
     if missing:
         faults.add(dims.model_type, "Llama's parameters only", ", ".join(missing))
     elif dims.head_dim * dims.num_heads != dims.hidden_size:
         faults.add("head_dim", f"hidden_size / num_heads = {dims.hidden_size / dims.num_heads:g}", dims.head_dim)
-    if dims.sliding_window is not None:
-        faults.add("sliding_window", "none", dims.sliding_window)
-    if dims.rope_scaling is not None and dict(dims.rope_scaling) != SCALED:
-        faults.add("rope_scaling", f"none, or {SCALED}, the one that Meta's code has", dict(dims.rope_scaling))
-    faults.raise_if_any()
 
 
 def ffn_of(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:

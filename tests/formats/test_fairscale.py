@@ -129,6 +129,14 @@ def test_what_metas_code_would_compute_otherwise_is_refused(tmp_path):
     convert(formats.open(folder), tmp_path / "meta", "fairscale")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["use_scaled_rope"] is True
     models.assert_same(formats.open(tmp_path / "meta"), formats.open(folder))
+    # What a config.json beside it says of the rope is taken: Llama 3.2's is scaled by more than Meta's code says.
+    _, other = models.saved(tmp_path / "3.2", rope_parameters={**llama3, "factor": 32.0}, **PLAIN)
+    (tmp_path / "meta" / "dims.json").write_text("{}")
+    with pytest.raises(LigoError, match="version"):
+        formats.open(tmp_path / "meta")
+    (tmp_path / "meta" / "dims.json").unlink()
+    (tmp_path / "meta" / "config.json").write_bytes((other / "config.json").read_bytes())
+    models.assert_same(formats.open(tmp_path / "meta"), formats.open(other))
     for options, words in [
         (WriteOptions(pp=2), "pp"),
         (WriteOptions(tp=4), "num_kv_heads"),

@@ -99,12 +99,11 @@ def carriers(model: str) -> list[str]:
 
 
 def pairs(model: str) -> Iterable[tuple[str, str]]:
-    """All of them; of further families of the same network, each format and the next one."""
+    """All of them for the first family of each network; for what differs from it, each format and the next one."""
     forms = carriers(model)
-    families = architectures()[MODELS[model].arch].model_types
-    if model in families and model != next(iter(families)):
-        return zip(forms, [*forms[1:], forms[0]], strict=True)
-    return itertools.product(forms, repeat=2)
+    if model == next(iter(architectures()[MODELS[model].arch].model_types)):
+        return itertools.product(forms, repeat=2)
+    return zip(forms, [*forms[1:], forms[0]], strict=True)
 
 
 def carries_moments(form: str) -> bool:
