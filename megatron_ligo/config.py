@@ -70,6 +70,7 @@ class OperatorSection:
     )
     borrow: str | None = setting(None, "new features' rows: of the next layer", choices=("none", "next"))
     vocab_noise: float = setting(0.0, "new tokens around the mean token, relative to the tokens' spread", low=0.0)
+    rank: int | dict[str, int] = setting(0, "maps learned as start + U V of this rank; 0: whole", low=0)
     seed: int = setting(1234, "seed of the initialisation", low=0)
 
     def check_spaces(self, spaces: Iterable[str]) -> None:

@@ -1,10 +1,17 @@
-"""The count from shapes against PyTorch's own counter on a real model."""
+"""The count from shapes against PyTorch's own counter on a real model, and on a real fit step."""
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ligo.flops import forward_flops, train_flops
-from tests.tiny import hf_llama, llama_dims, tokens
+from megatron_ligo.growth.cost import fit_step_flops
+from megatron_ligo.model.grown_model import GrownModel
+from megatron_ligo.model.runtime import Runtime
+from megatron_ligo.model.source import Source
+from megatron_ligo.parallel import mesh as meshes
+from tests.model.reference import make_operator
+from tests.tiny import hf_llama, llama_dims, memory_of, tokens
 
 CASES = [
     {},
@@ -33,3 +40,40 @@ def test_scales_with_tokens_and_sequence():
     dims = llama_dims()
     assert train_flops(dims, 2048, 64) == 2 * train_flops(dims, 1024, 64)
     assert train_flops(dims, 1024, 128) > train_flops(dims, 1024, 64)
+
+
+SMALL = {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "ffn_size": 80, "num_layers": 2}
+LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240, "num_layers": 3}
+
+
+def fit_flops(settings: dict, samples: int) -> dict[str, int]:
+    """A fit step's FLOPs by our count and by torch's, which leaves out the fused attention."""
+    small, length = llama_dims(**SMALL), 32
+    operator = make_operator(small, LARGE, settings)
+    mesh = meshes.make(1, 1)
+    reader = memory_of(hf_llama(small), small)
+    model = GrownModel(
+        Runtime(operator, Source(operator, reader, mesh, 1), mesh, torch.float32, tokens_per_step=samples * length)
+    )
+    ids = tokens(small, batch=samples, length=length)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids, torch.ones(ids.shape)).backward()
+    large = operator.large
+    attention = 3 * 2 * 2 * ids.numel() * length * large.num_heads * large.head_dim * large.num_layers
+    return {"by_torch": counter.get_total_flops() + attention, "counted": fit_step_flops(operator, ids.numel(), length)}
+
+
+OPERATORS = {
+    "default": ({}, 64),
+    "products built": ({}, 1),
+    "official": ({"method": "ligo"}, 64),
+    "low rank": ({"rank": 5}, 64),
+    "low rank from a dense start": ({"rank": 5, "width_init": "random"}, 64),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_a_fit_step_counts_as_torch_does(pools, kind):
+    settings, samples = OPERATORS[kind]
+    found = pools(1).run(fit_flops, settings=settings, samples=samples)
+    assert found["counted"] == pytest.approx(found["by_torch"], rel=0.02)

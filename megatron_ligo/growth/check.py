@@ -64,6 +64,10 @@ def check_settings(small: Dims, large: Dims, settings: OperatorSection) -> None:
     faults = Faults("[operator] cannot be built", ConfigError)
     for name in maps:
         _check_name(faults, f"operator.width_init ({name})", by_space(settings.width_init, name), init.WIDTH)
+    for name in maps:
+        if by_space(settings.rank, name) and by_space(settings.identity, name) == "frozen":
+            do = "Take one of the two: a low rank leaves no row as it was."
+            faults.add(f"operator.rank ({name})", "0 with identity = 'frozen'", by_space(settings.rank, name), do)
     for name in sorted(rows):
         _check_name(faults, f"operator.depth_init ({name})", by_space(settings.depth_init, name), init.DEPTH)
     if by_space(settings.share, "residual") != "all":

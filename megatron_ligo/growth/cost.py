@@ -8,32 +8,56 @@ from __future__ import annotations
 
 from math import prod
 
-from megatron_ligo.arch.rows import Row
+from megatron_ligo.arch.rows import Row, Use
+from megatron_ligo.growth.forms import full_cost, low_rank_cost
 from megatron_ligo.growth.maps import Lift, lift_of
 from megatron_ligo.growth.operator import Operator
 
 LEARNED, FROZEN = 3, 2  # products a weight takes part in: forward, gradient of the input, gradient of the weight
 
 
-def factors_are_cheaper(tokens: int, matrix: tuple[int, ...], other: int) -> bool:
+def factors_are_cheaper(tokens: int, shape: tuple[int, int], other: int, cost: int) -> bool:
     """Whether applying map (n x m) and weight (m x other) one after the other to so many tokens takes fewer
-    multiplications than building their product (n x other) once and applying that (forward and backward alike)."""
-    n, m = matrix
-    return tokens * m * (n + other) < n * m * other + tokens * n * other
+    multiplications than building their product (n x other) once and applying that (forward and backward alike).
+    cost: the multiplications of the map with one vector."""
+    n, m = shape
+    return tokens * (cost + m * other) < other * cost + tokens * n * other
 
 
 def fit_step_flops(operator: Operator, tokens: int, seq_length: int) -> int:
     """FLOPs of one fit step over `tokens` tokens in sequences of `seq_length`."""
     small, large = operator.small, operator.large
-    d1, d2 = small.hidden_size, large.hidden_size
-    per_layer = sum(_row(operator, row, tokens) for row in operator.arch.layer_rows(large) if len(row.axes) == 2)
-    modules = {row.slots["mcore"].name for row in operator.arch.layer_rows(large) if len(row.axes) == 2}
-    # One crossing between the large and the small residual space for each linear of the layer.
-    per_layer += len(modules) * LEARNED * 2 * tokens * d1 * d2
+    matrices = [row for row in operator.arch.layer_rows(large) if len(row.axes) == 2]
+    # One crossing between the large and the small residual space for each linear module of the layer.
+    modules = {row.slots["mcore"].name: row.split == 0 for row in matrices}
+    crossings = sum(_Use(operator, "residual", reads).flops(tokens) for reads in modules.values())
     attention = LEARNED * 2 * 2 * tokens * seq_length * large.num_heads * large.head_dim
-    embedding = FROZEN * 2 * tokens * d1 * d2
-    head = LEARNED * 2 * tokens * d1 * d2 + FROZEN * 2 * tokens * d1 * large.vocab_size
-    return large.num_layers * (per_layer + attention) + embedding + head
+    per_layer = sum(_row(operator, row, tokens) for row in matrices) + crossings + attention
+    # The small embedding asks for no gradient, the small head for none of its own.
+    embedding = FROZEN * 2 * tokens * _Use(operator, "residual", False).cost
+    head = _Use(operator, "residual", not large.tied).flops(tokens)
+    head += FROZEN * 2 * tokens * small.hidden_size * large.vocab_size
+    return large.num_layers * per_layer + embedding + head
+
+
+class _Use:
+    """A map as it is applied: the multiplications of one vector with what is learned of it, and with what is not."""
+
+    def __init__(self, operator: Operator, name: str, reads: bool):
+        spec = operator.maps[name]
+        whole, rank = full_cost(spec.large, spec.small), operator.rank(name)
+        side = "contract" if reads and operator.has_contract(name) else "expand"
+        frozen = side == "expand" and operator.setting("identity", name) == "frozen"
+        self.fixed = 0
+        if rank:
+            self.learned = low_rank_cost(spec.large, spec.small, rank, 0)
+            self.fixed = 0 if operator.is_copies(name, side) else whole
+        else:
+            self.learned = full_cost(spec.large - spec.small, spec.small) if frozen else whole
+        self.cost = self.learned + self.fixed
+
+    def flops(self, vectors: int) -> int:
+        return 2 * vectors * (LEARNED * self.learned + FROZEN * self.fixed)
 
 
 def _row(operator: Operator, row: Row, tokens: int) -> int:
@@ -41,13 +65,13 @@ def _row(operator: Operator, row: Row, tokens: int) -> int:
     inner = 0 if row.split == 0 else 1
     lift = lift_of(row.axes[inner], operator.large, operator.structure)
     spec = operator.maps[lift.map]
+    use = _Use(operator, lift.map, row.axes[inner].use is Use.READS)
     width = lift.unit * lift.repeat
     other = operator.small.hidden_size
     mixing = FROZEN * 2 * operator.small.num_layers * prod(row.shape(operator.small))
-    if _plain(lift) and factors_are_cheaper(tokens, (spec.large, spec.small), other):
-        return mixing + LEARNED * 2 * tokens * spec.small * (spec.large + other)
-    built = LEARNED * 2 * spec.large * spec.small * width * other
-    return mixing + built + LEARNED * 2 * tokens * spec.large * width * other
+    if _plain(lift) and factors_are_cheaper(tokens, (spec.large, spec.small), other, use.cost):
+        return mixing + use.flops(tokens) + LEARNED * 2 * tokens * spec.small * other
+    return mixing + use.flops(width * other) + LEARNED * 2 * tokens * spec.large * width * other
 
 
 def _plain(lift: Lift) -> bool:

@@ -109,6 +109,7 @@ def later_copies(small: int, large: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.bool), source[1:] == source[:-1]])
 
 
+DENSE = ("random",)  # rows with more than one entry
 WIDTH = {
     "copy": copy,
     "lossless": lossless,

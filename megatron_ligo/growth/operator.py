@@ -82,6 +82,29 @@ class Operator(ABC):
     def has_contract(self, map_name: str) -> bool:
         return self.maps[map_name].read and self.setting("contract", map_name) == "free"
 
+    def rank(self, map_name: str) -> int:
+        """The rank at which a map is learned on top of its start; 0 where it is learned whole."""
+        spec = self.maps[map_name]
+        rank = self.setting("rank", map_name)
+        return rank if rank < min(spec.small, spec.large) else 0
+
+    def is_copies(self, map_name: str, side: str) -> bool:
+        """Whether a side of a map starts with at most one entry for each large feature."""
+        noisy = self.setting("noise", map_name) and (side == "contract" or self.setting("contract", map_name) == "tied")
+        return self.setting("width_init", map_name) not in init.DENSE and not noisy
+
+    def right_factor(self, name: str, rank: int) -> Tensor:
+        """V (rank x small) where a map is learned as start + U V and U starts at zero.
+
+        Its entries are N(0, 1 / rank): a step of Adam on U then moves the map as far as one on all its entries would.
+        """
+        drawn = torch.randn(rank, self.maps[name.split(".")[1]].small, generator=self._generator(f"{name}.v"))
+        return drawn / rank**0.5
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.settings.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the operator, by name, in file order."""
         found: dict[str, tuple[int, ...]] = {}
@@ -116,7 +139,9 @@ class Operator(ABC):
                 continue
             counts[name] = shape[0] * shape[1]
             map_name = rest.partition(".")[0]
-            if kind == "width" and name.endswith("expand") and self.setting("identity", map_name) == "frozen":
+            if kind == "width" and self.rank(map_name):
+                counts[name] = self.rank(map_name) * sum(shape)
+            elif kind == "width" and name.endswith("expand") and self.setting("identity", map_name) == "frozen":
                 counts[name] -= shape[1] * shape[1]
         return counts
 

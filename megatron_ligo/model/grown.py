@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ligo.arch.rows import Row
+from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.model.build import Build, layer_spec, mlp_submodules, normalization, transformer_config
 from megatron_ligo.model.maps import Depth, Maps, matrix_of
 from megatron_ligo.model.norm import normalise
 from megatron_ligo.model.places import Grown, GrownLinear, Place, place_kind
 from megatron_ligo.model.runtime import OncePerStep, Runtime, stale
-from megatron_ligo.parallel.autograd import copy_to, reduce_from
 
 
 class SharedMaps(nn.Module):
@@ -27,15 +27,19 @@ class SharedMaps(nn.Module):
     def __init__(self, runtime: Runtime):
         super().__init__()
         self.runtime = runtime
-        self.maps = Maps(runtime.operator, runtime.mesh, None)
+        self.maps = runtime.shared_maps = Maps(runtime.operator, runtime.mesh, None, runtime.sequence_parallel)
         self.seen = None
+        self.once = OncePerStep()
 
     def forward(self, x: Tensor) -> Tensor:
         runtime = self.runtime
-        runtime.shared = self.maps(runtime.dtype)
         if stale(self, runtime):
-            # A graph of their own: it outlives the first micro-batch's, whose backward frees it.
-            runtime.shared_once = self.maps(runtime.dtype)
+            tensors = self.maps(runtime.dtype)
+            self.once.renew(tensors)
+            runtime.shared_once = self.maps.matrices(tensors)
+            # What an interrupted pass has left is stale as well.
+            runtime.mixed.clear()
+        runtime.shared = self.once.take(runtime.micro_batches)
         return x
 
 
@@ -49,9 +53,10 @@ class GrownLayer(nn.Module):
         self.seen = None
         self.once = OncePerStep()
         operator = runtime.operator
-        self.maps = Maps(operator, runtime.mesh, layer)
+        self.maps = Maps(operator, runtime.mesh, layer, runtime.sequence_parallel)
         self.depth = Depth(operator, layer, runtime.source.split_rows, runtime.source.whole_rows)
-        build = Build(runtime.dtype, runtime.mesh.tp)
+        runtime.depths[layer] = self.depth
+        build = Build(runtime.dtype, runtime.mesh.tp, runtime.sequence_parallel)
         config = transformer_config(operator.large, build)
         self.block = TransformerLayer(config, grown_spec(operator).submodules, layer_number=layer + 1)
         self.places = self._places(config)
@@ -72,35 +77,34 @@ class GrownLayer(nn.Module):
         runtime = self.runtime
         if stale(self, runtime):
             self.once.renew(self._build())
-        taken = self.once.take(runtime.micro_batches)
-        maps = {**runtime.shared, **self.maps(runtime.dtype)}
-        names, tensors = list(maps), list(maps.values())
+        tensors = self.once.take(runtime.micro_batches)
         if runtime.recompute and torch.is_grad_enabled():
-            run = self._run
-            return checkpoint(run, h, names, *tensors, *taken, use_reentrant=False, preserve_rng_state=False)
-        return self._run(h, names, *tensors, *taken)
+            return checkpoint(self._run, h, *runtime.shared, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return self._run(h, *runtime.shared, *tensors)
 
     def _build(self) -> list[Tensor]:
-        """What is built once a step: for each place, in order, its tensors."""
+        """What is built once a step: the layer's own maps, then for each place, in order, its tensors."""
         runtime = self.runtime
-        maps = {**runtime.shared_once, **self.maps(runtime.dtype)}
-        split, whole = self.depth()
-        mixed = runtime.source.mix_split(split, runtime.dtype) | runtime.source.mix_whole(whole)
-        built = []
+        built = self.maps(runtime.dtype)
+        maps = runtime.shared_once | self.maps.matrices(built)
+        mixed = runtime.mixed_rows(self.layer)
         for place in self.places:
             tensors = place.build(mixed, maps)
             place.count = len(tensors)
             built += tensors
         return built
 
-    def _run(self, h: Tensor, names: list[str], *tensors: Tensor) -> Tensor:
-        maps = dict(zip(names, tensors, strict=False))
-        rest = list(tensors[len(names) :])
+    def _run(self, h: Tensor, *tensors: Tensor) -> Tensor:
+        shared_maps, rest = self.runtime.shared_maps, list(tensors)
+        maps: dict[str, Matrix] = {}
+        for module in (shared_maps, self.maps):
+            count = sum(map(len, module.learned.values()))
+            maps |= module.matrices(rest[:count])
+            rest = rest[count:]
         for place in self.places:
             mine, rest = rest[: place.count], rest[place.count :]
             place.module.run = place.bound(mine, maps)
-        positions = None if self.runtime.rotary is None else self.runtime.rotary(h.shape[0])
-        out, _ = self.block(h, attention_mask=None, rotary_pos_emb=positions)
+        out, _ = self.block(h, attention_mask=None, rotary_pos_emb=self.runtime.positions(h))
         for place in self.places:
             place.module.run = None
         return out
@@ -118,7 +122,10 @@ def grown_spec(operator: Operator):
 
 
 class GrownEmbedding(nn.Module):
-    """Token ids (b, s) -> (s, b, D2): the frozen small embedding, cut over the vocabulary, times expand^T."""
+    """Token ids (b, s) -> (s, b, D2): the frozen small embedding, cut over the vocabulary, times expand^T.
+
+    Under sequence parallelism the layers have s / tp tokens of each sequence on each rank.
+    """
 
     def __init__(self, runtime: Runtime):
         super().__init__()
@@ -130,8 +137,8 @@ class GrownEmbedding(nn.Module):
         first = runtime.mesh.tp_rank * table.shape[0]
         here = (tokens >= first) & (tokens < first + table.shape[0])
         small = F.embedding((tokens - first).masked_fill(~here, 0), table).masked_fill(~here[..., None], 0.0)
-        small = reduce_from(small, runtime.mesh.tp_group).to(runtime.dtype)
-        return F.linear(small.transpose(0, 1), matrix_of(runtime.shared, "residual", False))
+        small = runtime.written_by_all(small.transpose(0, 1)).to(runtime.dtype)
+        return matrix_of(runtime.matrices(), "residual", False).push(small)
 
 
 class GrownHead(nn.Module):
@@ -147,10 +154,10 @@ class GrownHead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         runtime = self.runtime
         operator = runtime.operator
-        expand = matrix_of(runtime.shared, "residual", False)
+        maps = runtime.matrices()
+        expand = matrix_of(maps, "residual", False)
         row = operator.arch.row("final_norm")
         gain = runtime.grow_gain(row, runtime.source.final_norm, expand).to(runtime.dtype)
         h = normalise(h, gain, None, operator.large.norm_eps, normalization(operator.large))
-        u = h @ (expand if operator.large.tied else matrix_of(runtime.shared, "residual", True))
-        u = copy_to(u, runtime.mesh.tp_group)
-        return F.linear(u, runtime.source.head.to(runtime.dtype))
+        u = matrix_of(maps, "residual", not operator.large.tied).pull(h)
+        return F.linear(runtime.read_by_all(u), runtime.source.head.to(runtime.dtype))

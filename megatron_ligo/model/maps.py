@@ -2,68 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from megatron_ligo.arch.rows import Row
+from megatron_ligo.growth.forms import Copies, Full, Kept, LowRank, Matrix
+from megatron_ligo.growth.maps import MapSpec
 from megatron_ligo.growth.operator import Operator, short
 from megatron_ligo.parallel import accelerator
+from megatron_ligo.parallel.autograd import copy_to
 from megatron_ligo.parallel.mesh import Mesh
 
 
-def local(tensor: Tensor, side: str, split: bool, mesh: Mesh) -> Tensor:
-    """This rank's part of a map: rows of expand, columns of contract."""
-    if not split or mesh.tp == 1:
-        return tensor
-    return tensor.chunk(mesh.tp, dim=0 if side == "expand" else 1)[mesh.tp_rank]
+def local(matrix: Tensor, split: bool, mesh: Mesh) -> Tensor:
+    """This rank's rows of a (large x small) matrix."""
+    return matrix.chunk(mesh.tp)[mesh.tp_rank] if split and mesh.tp > 1 else matrix
 
 
 class Maps(nn.Module):
     """The maps that all layers share (layer None), or those that one layer has of its own.
 
-    Parameters are fp32, named {map}_{side}: expand (large / tp, small), contract (small, large / tp); the
-    residual map is whole on every rank, for all its uses are complete (the boundary of tensor parallelism lies
-    in the small space).
+    Each side of a map is known as {map}_{side}. Parameters are fp32: {side}, as the operator stores it, expand
+    (large / tp, small), contract (small, large / tp); or {side}_u (large / tp, rank) and {side}_v (rank, small).
+
+    Every rank uses its own rows of a map: a V that is shared by the rows of all has partial uses. The residual map is
+    whole on every rank, and all its uses are complete (the boundary of tensor parallelism lies in the small space);
+    under sequence parallelism they are partial.
     """
 
-    def __init__(self, operator: Operator, mesh: Mesh, layer: int | None):
+    def __init__(self, operator: Operator, mesh: Mesh, layer: int | None, sequence_parallel: bool = False):
         super().__init__()
-        self.names: dict[str, str] = {}  # parameter -> tensor of the operator
-        self.frozen: dict[str, Tensor] = {}
+        self.mesh = mesh
+        self.sequence_parallel = sequence_parallel
+        self.names: dict[str, str] = {}  # side -> tensor of the operator
+        self.learned: dict[str, list[str]] = {}  # side -> its parameters
+        self.partial: set[str] = set()  # parameters that every rank holds whole and uses partially
+        self.kept: dict[str, tuple[int, int]] = {}  # side -> its frozen identity rows and their first column
+        self.starts: dict[str, Matrix] = {}  # side -> what its product U V is added to
         for spec in operator.maps.values():
-            if operator.has_one_a_layer(spec.name) != (layer is not None):
-                continue
-            for side in ("expand", "contract") if operator.has_contract(spec.name) else ("expand",):
-                name = operator.width_name(spec.name, side, layer)
-                mine = local(operator.tensor(name), side, spec.split, mesh).clone().to(accelerator.device())
-                parameter = nn.Parameter(mine)
-                if spec.split and mesh.tp > 1:
-                    parameter.tensor_model_parallel = True
-                self.register_parameter(f"{spec.name}_{side}", parameter)
-                self.names[f"{spec.name}_{side}"] = name
-            if operator.setting("identity", spec.name) == "frozen":
-                identity = local(torch.eye(spec.large, spec.small), "expand", spec.split, mesh)
-                first = mesh.tp_rank * identity.shape[0] if spec.split else 0
-                kept = max(0, min(spec.small - first, identity.shape[0]))
-                self.frozen[f"{spec.name}_expand"] = identity[:kept].clone().to(accelerator.device())
+            if operator.has_one_a_layer(spec.name) == (layer is not None):
+                for side in ("expand", "contract") if operator.has_contract(spec.name) else ("expand",):
+                    self._add(operator, spec, side, operator.width_name(spec.name, side, layer))
 
-    def forward(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every map in dtype, by parameter name; frozen identity rows in their place.
+    def _add(self, operator: Operator, spec: MapSpec, side: str, name: str) -> None:
+        key = f"{spec.name}_{side}"
+        self.names[key] = name
+        self.learned[key] = []
+        tensor = operator.tensor(name)
+        matrix = local(tensor if side == "expand" else tensor.t(), spec.split, self.mesh)
+        rank = operator.rank(spec.name)
+        if rank:
+            start = matrix.clone().to(accelerator.device())
+            self.starts[key] = Copies.of(start) or Full(start)
+            self._register(key, f"{key}_u", torch.zeros(matrix.shape[0], rank), spec.split, False)
+            self._register(key, f"{key}_v", operator.right_factor(name, rank), False, spec.split)
+            return
+        if side == "expand" and operator.setting("identity", spec.name) == "frozen":
+            first = self.mesh.tp_rank * matrix.shape[0] if spec.split else 0
+            kept = max(0, min(spec.small - first, matrix.shape[0]))
+            if kept:
+                self.kept[key] = kept, first
+        self._register(key, key, matrix if side == "expand" else matrix.t(), spec.split, False)
+
+    def _register(self, key: str, name: str, tensor: Tensor, cut: bool, shared_by_rows: bool) -> None:
+        parameter = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format).to(accelerator.device()))
+        if cut and self.mesh.tp > 1:
+            parameter.tensor_model_parallel = True
+        if shared_by_rows or (self.sequence_parallel and not cut):
+            self.partial.add(name)
+        self.register_parameter(name, parameter)
+        self.learned[key].append(name)
+
+    def forward(self, dtype: torch.dtype) -> list[Tensor]:
+        """Every parameter in dtype, for `matrices`.
 
         ZeRO 3 takes the parameters back when this module's forward ends, and gathers them again when a gradient
         reaches what it returned: so views are returned, and no other module touches the parameters.
         """
-        found = {}
+        found = []
         for name, parameter in self.named_parameters(recurse=False):
-            found[name] = self.effective(name, parameter).to(dtype)
+            partial = name in self.partial
+            value = copy_to(parameter, self.mesh.tp_group) if partial else parameter
+            found.append(value.view_as(value).to(dtype))
         return found
 
-    def effective(self, name: str, parameter: Tensor) -> Tensor:
-        """The parameter with its frozen rows."""
-        fixed = self.frozen.get(name)
-        if fixed is None or not fixed.shape[0]:
-            return parameter.view_as(parameter)
-        return torch.cat([fixed, parameter[fixed.shape[0] :]])
+    def matrices(self, tensors: Sequence[Tensor]) -> dict[str, Matrix]:
+        """The (large / tp x small) matrix of each side from what `forward` gave."""
+        rest = iter(tensors)
+        return {key: self._matrix(key, [next(rest) for _ in names]) for key, names in self.learned.items()}
+
+    def _matrix(self, key: str, tensors: list[Tensor]) -> Matrix:
+        if key in self.starts:
+            return LowRank(self.starts[key].to(tensors[0]), *tensors)
+        if key in self.kept:
+            return Kept(tensors[0], *self.kept[key])
+        return Full(tensors[0] if key.endswith("expand") else tensors[0].t())
+
+    def parameters_of(self, key: str) -> list[nn.Parameter]:
+        return [getattr(self, name) for name in self.learned[key]]
+
+    def stored(self, key: str) -> Tensor:
+        """A side as the operator stores it, this rank's part of it (under ZeRO 3, while its parameters are whole)."""
+        dense = self._matrix(key, [parameter.detach() for parameter in self.parameters_of(key)]).dense()
+        return dense if key.endswith("expand") else dense.t()
 
 
 class Depth(nn.Module):
@@ -83,7 +126,7 @@ class Depth(nn.Module):
         return self.split.view_as(self.split), self.whole.view_as(self.whole)
 
 
-def matrix_of(maps: dict[str, Tensor], name: str, reads: bool) -> Tensor:
-    """The (large x small) matrix of a map for one use: contract^T where it has one and the axis reads."""
+def matrix_of(maps: dict[str, Matrix], name: str, reads: bool) -> Matrix:
+    """The matrix of a map for one use: contract's where it has one and the axis reads."""
     contract = maps.get(f"{name}_contract") if reads else None
-    return maps[f"{name}_expand"] if contract is None else contract.t()
+    return maps[f"{name}_expand"] if contract is None else contract

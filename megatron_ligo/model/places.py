@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from megatron_ligo.arch.rows import Pack, Row, Use
 from megatron_ligo.growth.cost import factors_are_cheaper
+from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.growth.maps import apply_map
 from megatron_ligo.layout import pack
 from megatron_ligo.model.maps import matrix_of
 from megatron_ligo.model.norm import normalise
 from megatron_ligo.model.runtime import Runtime
-from megatron_ligo.parallel.autograd import copy_to, reduce_from
 
 
 class Grown(nn.Module):
@@ -53,12 +53,11 @@ class Place:
         self.vectors = [row for row in rows if len(row.axes) == 1]
         self.runtime = runtime
         self.config = config
-        self.tp_group = runtime.mesh.tp_group
 
-    def build(self, mixed: dict[str, Tensor], maps: dict[str, Tensor]) -> list[Tensor]:
+    def build(self, mixed: dict[str, Tensor], maps: dict[str, Matrix]) -> list[Tensor]:
         raise NotImplementedError
 
-    def bound(self, built: list[Tensor], maps: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def bound(self, built: list[Tensor], maps: dict[str, Matrix]) -> Callable[[Tensor], Tensor]:
         raise NotImplementedError
 
 
@@ -91,7 +90,7 @@ class ColumnPlace(Place):
     def _factored(self, row: Row, mixed, maps) -> bool:
         matrix, _ = self.runtime.map_for(maps, row, 0)
         return self.fresh[row.key] is None and factors_are_cheaper(
-            self.runtime.tokens_per_step, matrix.shape, mixed[row.key].shape[1]
+            self.runtime.tokens_per_step, matrix.shape, mixed[row.key].shape[1], matrix.cost
         )
 
     def bound(self, built, maps):
@@ -99,7 +98,7 @@ class ColumnPlace(Place):
         bias = built[-1] if self.vectors else None
 
         def run(x: Tensor) -> Tensor:
-            u = copy_to(x @ contract, self.tp_group)
+            u = self.runtime.read_by_all(contract.pull(x))
             if not any(self.factored):
                 y = F.linear(u, built[0])
             else:
@@ -116,7 +115,7 @@ class ColumnPlace(Place):
 
     def _one(self, u: Tensor, row: Row, weight: Tensor, factored: bool, maps) -> Tensor:
         y = F.linear(u, weight)
-        return F.linear(y, self.runtime.map_for(maps, row, 0)[0]) if factored else y
+        return self.runtime.map_for(maps, row, 0)[0].push(y) if factored else y
 
 
 class RowPlace(Place):
@@ -127,7 +126,8 @@ class RowPlace(Place):
         matrix, lift = self.runtime.map_for(maps, row, 1)
         weight = mixed[row.key]
         plain = lift.unit == 1 and lift.repeat == 1
-        self.factored = plain and factors_are_cheaper(self.runtime.tokens_per_step, matrix.shape, weight.shape[0])
+        tokens = self.runtime.tokens_per_step
+        self.factored = plain and factors_are_cheaper(tokens, matrix.shape, weight.shape[0], matrix.cost)
         built = [weight if self.factored else apply_map(weight, 1, matrix, lift)]
         return built + [mixed[row.key].to(weight.dtype) for row in self.vectors]
 
@@ -137,9 +137,8 @@ class RowPlace(Place):
         inner = self.runtime.map_for(maps, row, 1)[0] if self.factored else None
 
         def run(x: Tensor) -> Tensor:
-            z = F.linear(x if inner is None else x @ inner, built[0])
-            z = reduce_from(z, self.tp_group)
-            return F.linear(z if len(built) == 1 else z + built[1], expand)
+            z = self.runtime.written_by_all(F.linear(x if inner is None else inner.pull(x), built[0]))
+            return expand.push(z if len(built) == 1 else z + built[1])
 
         return run
 

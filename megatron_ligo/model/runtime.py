@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,14 +10,18 @@ from torch import Tensor, nn
 
 from megatron_ligo.arch.rows import Row, Use
 from megatron_ligo.growth import fresh
+from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.growth.maps import Lift, lift_of
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.layout import shard
 from megatron_ligo.model.build import rotary
-from megatron_ligo.model.maps import matrix_of
+from megatron_ligo.model.maps import Maps, matrix_of
 from megatron_ligo.model.source import Source
 from megatron_ligo.parallel import accelerator
+from megatron_ligo.parallel.autograd import copy_to, gather_sequence, reduce_from, scatter_sequence
 from megatron_ligo.parallel.mesh import Mesh
+
+MIXED_AT_ONCE = 8  # layers, enough for the products of a pass over the source to weigh more than the pass
 
 
 @dataclass
@@ -34,11 +39,15 @@ class Runtime:
     micro_batches: int = 1
     tokens_per_step: int = 1
     recompute: bool = False
+    sequence_parallel: bool = False
     generation: int = 0  # counts optimizer steps: what was built from the maps is stale when it moves
-    shared: dict[str, Tensor] = field(default_factory=dict)  # the shared maps as this micro-batch sees them
-    shared_once: dict[str, Tensor] = field(default_factory=dict)  # as what is built once a step sees them
+    shared: list[Tensor] = field(default_factory=list)  # the shared maps as this micro-batch sees them
+    shared_once: dict[str, Matrix] = field(default_factory=dict)  # as what is built in a step's first one sees them
+    depths: dict[int, Callable[[], tuple[Tensor, Tensor]]] = field(default_factory=dict)  # of this process's layers
+    mixed: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # what layers have not yet taken
 
     def __post_init__(self) -> None:
+        self.shared_maps: Maps | None = None
         large = self.operator.large
         self.rotary = rotary(large) if large.rope_base is not None else None
         self.gain = {}
@@ -46,7 +55,44 @@ class Runtime:
             names = ("gain.source", "gain.layers", "gain.final")
             self.gain = {name: self.operator.tensor(name).to(accelerator.device()) for name in names}
 
-    def grow_gain(self, row: Row, mixed: Tensor, expand: Tensor) -> Tensor:
+    def positions(self, h: Tensor) -> Tensor | None:
+        """The rotary positions of the whole sequences of which h (s, b, hidden) has this rank's tokens."""
+        return (
+            None if self.rotary is None else self.rotary(h.shape[0] * (self.mesh.tp if self.sequence_parallel else 1))
+        )
+
+    def read_by_all(self, u: Tensor) -> Tensor:
+        """u (s, b, small), which every tensor-parallel rank reads for its own rows: whole sequences, partial uses."""
+        enter = gather_sequence if self.sequence_parallel else copy_to
+        return enter(u, self.mesh.tp_group)
+
+    def written_by_all(self, z: Tensor) -> Tensor:
+        """The sum of what the tensor-parallel ranks write to (s, b, small); this rank's tokens of it."""
+        leave = scatter_sequence if self.sequence_parallel else reduce_from
+        return leave(z, self.mesh.tp_group)
+
+    def matrices(self) -> dict[str, Matrix]:
+        """The shared maps for this micro-batch."""
+        return self.shared_maps.matrices(self.shared)
+
+    def mixed_rows(self, layer: int) -> dict[str, Tensor]:
+        """A layer's mixed small rows, once; layers in reach are mixed along with it, for each pass over the source
+        takes long and the products little."""
+        if layer not in self.mixed:
+            order = list(self.depths)
+            place = order.index(layer)
+            together = order[place : place + MIXED_AT_ONCE]
+            split, whole = zip(*(self.depths[j]() for j in together), strict=True)
+            self.mixed = dict(zip(together, self._mix(torch.stack(split), torch.stack(whole)), strict=True))
+        return self.mixed.pop(layer)
+
+    def _mix(self, split: Tensor, whole: Tensor) -> list[dict[str, Tensor]]:
+        if self.sequence_parallel:
+            whole = copy_to(whole, self.mesh.tp_group)
+        cut = self.source.mix_split(split, self.dtype)
+        return [rows | others for rows, others in zip(cut, self.source.mix_whole(whole), strict=True)]
+
+    def grow_gain(self, row: Row, mixed: Tensor, expand: Matrix) -> Tensor:
         """A norm's grown gain, complete on every rank."""
         if not self.operator.copied_gains:
             return expand.to(mixed) @ mixed
@@ -62,7 +108,7 @@ class Runtime:
             return None
         return shard(drawn, row, self.mesh.tp, self.mesh.tp_rank).clone().to(accelerator.device())
 
-    def map_for(self, maps: dict[str, Tensor], row: Row, dim: int) -> tuple[Tensor, Lift]:
+    def map_for(self, maps: dict[str, Matrix], row: Row, dim: int) -> tuple[Matrix, Lift]:
         """The (large x small) matrix that an axis of a row meets, and its lift."""
         axis = row.axes[dim]
         lift = lift_of(axis, self.operator.large, self.operator.structure)

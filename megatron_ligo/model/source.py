@@ -22,26 +22,26 @@ from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.autograd import copy_to, gather_partial
 from megatron_ligo.parallel.mesh import Mesh
 
-CHUNK = 1 << 20  # columns mixed at once where the source is kept in a narrower dtype than it is mixed in
+CHUNK = 1 << 18  # columns mixed at once where the source is kept in a narrower dtype than it is mixed in
 
 
 class _Mix(torch.autograd.Function):
-    """sum_i weights[i] stack[i] in fp32: (L,), (L, n) -> (n,). The stack is frozen and may be narrower than fp32."""
+    """weights @ stack in fp32: (layers, L), (L, n) -> (layers, n). The stack is frozen and may be narrower."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, stack: Tensor) -> Tensor:
         ctx.save_for_backward(stack)
         if stack.dtype == weights.dtype:
             return weights @ stack
-        return torch.cat([weights @ part.to(weights.dtype) for part in stack.split(CHUNK, dim=1)])
+        return torch.cat([weights @ part.to(weights.dtype) for part in stack.split(CHUNK, dim=1)], dim=1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (stack,) = ctx.saved_tensors
         if stack.dtype == grad.dtype:
-            return stack @ grad, None
-        parts = zip(stack.split(CHUNK, dim=1), grad.split(CHUNK), strict=True)
-        return torch.stack([part.to(grad.dtype) @ piece for part, piece in parts]).sum(dim=0), None
+            return grad @ stack.t(), None
+        parts = zip(stack.split(CHUNK, dim=1), grad.split(CHUNK, dim=1), strict=True)
+        return torch.stack([piece @ part.to(grad.dtype).t() for part, piece in parts]).sum(dim=0), None
 
 
 class Source:
@@ -91,23 +91,32 @@ class Source:
         part = shard(tensor, reader.arch.row(key), self.mesh.tp, self.mesh.tp_rank)
         return part.float().clone().to(accelerator.device())
 
-    def mix_split(self, depth: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The mixed small rows that tensor parallelism cuts, whole, in dtype. depth: (rows, small layers), fp32.
+    def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+        """The mixed small rows that tensor parallelism cuts, whole, in dtype, for each of some large layers.
 
-        Every use of them is partial: their gradients are summed over the mix group, each rank takes its slice.
+        depth: (layers, rows, small layers), fp32. Every use of them is partial: their gradients are summed over the
+        mix group, each rank takes its slice.
         """
         depth = copy_to(depth, self.mesh.tp_group)
-        mixed = [_Mix.apply(weights, stack).to(dtype) for weights, stack in zip(depth, self._slices, strict=True)]
-        if self.ranks > 1:
-            gathered = gather_partial(torch.cat(mixed), self.group)
-            mixed = gathered.split([part.numel() for part in mixed], dim=1)
+        weights = depth.unbind(1)
+        mixed = [_Mix.apply(w, stack).to(dtype) for w, stack in zip(weights, self._slices, strict=True)]
+        sizes = [part.shape[1] for part in mixed]
+        gathered = gather_partial(torch.cat(mixed, dim=1), self.group)
+        parts = [part.unbind(1) for part in gathered.split(sizes, dim=2)]
+        return [self._shaped([part[layer] for part in parts]) for layer in range(len(depth))]
+
+    def _shaped(self, parts: list[Tensor]) -> dict[str, Tensor]:
         found = {}
-        for row, part in zip(self.split_rows, mixed, strict=True):
+        for row, part in zip(self.split_rows, parts, strict=True):
             shape = self.shapes[row.key]
             found[row.key] = part.reshape(-1)[: math.prod(shape)].view(shape)
         return found
 
-    def mix_whole(self, depth: Tensor) -> dict[str, Tensor]:
-        """The mixed small rows that every rank uses completely (norms, biases of the residual stream), fp32."""
-        pairs = zip(self.whole_rows, depth, self._wholes, strict=True)
-        return {row.key: weights @ stack.flatten(1) for row, weights, stack in pairs}
+    def mix_whole(self, depth: Tensor) -> list[dict[str, Tensor]]:
+        """The mixed small rows that every rank uses completely (norms, biases of the residual stream), fp32.
+
+        depth: (layers, rows, small layers).
+        """
+        keys = [row.key for row in self.whole_rows]
+        mixed = [w @ stack.flatten(1) for w, stack in zip(depth.unbind(1), self._wholes, strict=True)]
+        return [dict(zip(keys, parts, strict=True)) for parts in zip(*mixed, strict=True)]

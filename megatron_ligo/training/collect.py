@@ -47,10 +47,9 @@ def _local_tensors(module: nn.Module, runtime: Runtime) -> Iterator[tuple[str, T
 
 
 def _map_tensors(maps: Maps) -> Iterator[tuple[str, Tensor]]:
-    for parameter, name in maps.names.items():
-        held = getattr(maps, parameter)
-        with _gathered([held]):
-            yield name, maps.effective(parameter, held).detach().cpu().clone()
+    for key, name in maps.names.items():
+        with _gathered(maps.parameters_of(key)):
+            yield name, maps.stored(key).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _gathered(parameters: list[nn.Parameter]):

@@ -137,10 +137,16 @@ class Engine:
         batches = list(batches)
         self.engine.eval()
         if self.pipelined:
-            data = iter(map(_pipeline_batch, batches))
-            return float(self.engine.eval_batch(data, num_micro_batches=len(batches)))
+            return self._evaluate_pipeline(batches)
         losses = [self.engine(*_on_device(batch)) for batch in batches]
         return self._mean_over_dp(torch.stack(losses).mean())
+
+    def _evaluate_pipeline(self, batches: list[Batch]) -> float:
+        # The stages' buffers fit one precision and one shape: an evaluation may have others than the steps.
+        self.engine.reset_activation_shape()
+        loss = float(self.engine.eval_batch(iter(map(_pipeline_batch, batches)), num_micro_batches=len(batches)))
+        self.engine.reset_activation_shape()
+        return loss
 
     def _mean_over_dp(self, loss: Tensor) -> float:
         loss = loss.float().clone()

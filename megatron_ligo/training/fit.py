@@ -21,7 +21,6 @@ from megatron_ligo.growth.check import check_factored, initial_operator
 from megatron_ligo.growth.cost import fit_step_flops
 from megatron_ligo.growth.methods import describe
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.layout import check_tp
 from megatron_ligo.model.build import check_network
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
 from megatron_ligo.model.runtime import Runtime
@@ -35,6 +34,7 @@ from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.metrics import Metrics, peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
 from megatron_ligo.training.schedule import learning_rate
+from megatron_ligo.training.start import check_layout
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +77,10 @@ class Fit:
         batches = self.data.eval_batch(
             self.fit.eval_samples, self.fit.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
         )
-        self._compute_in(torch.float32)
+        self.runtime.dtype = torch.float32
         loss = self.engine.evaluate(batches)
-        self._compute_in(self.dtype)
+        self.runtime.dtype = self.dtype
         return loss
-
-    def _compute_in(self, dtype: torch.dtype) -> None:
-        self.runtime.dtype = dtype
-        if self.engine.pipelined:
-            # The stages' buffers were laid out for the other precision and number of micro-batches.
-            self.engine.engine.reset_activation_shape()
 
     def _steps(self, state: dict) -> None:
         fit, seq = self.fit, self.config.data.seq_length
@@ -159,6 +153,7 @@ class Fit:
             micro_batches=shared_by,
             tokens_per_step=shared_by * self.fit.micro_batch_size * self.config.data.seq_length,
             recompute=self.fit.recompute,
+            sequence_parallel=self.fit.parallel.sequence_parallel,
         )
 
     def _write(self, losses: dict[str, float], digest: str) -> None:
@@ -188,13 +183,8 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     operator = initial_operator(reader.dims, config.large, config.operator)
     faults = Faults("the fit cannot be done", ConfigError)
     check_factored(operator.settings, faults)
-    parallel = config.fit.parallel
-    check_tp(operator.large, parallel.tp, faults, "large model")
-    if parallel.pp > operator.large.num_layers:
-        faults.add(f"pp = {parallel.pp}", "at most a stage a layer", f"{operator.large.num_layers} layers")
-    if parallel.sequence_parallel:
-        faults.add("fit.parallel.sequence_parallel", "false", "true", "The factored layers do not do it yet.")
     faults.raise_if_any()
+    check_layout(operator.large, config.fit.parallel, config.data.seq_length)
     counts = operator.num_parameters()
     log.info("%s", describe(operator.settings))
     log.info("operator: %s learned numbers", f"{sum(counts.values()):,}")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ligo.config import ParallelSection, TrainingSection
-from megatron_ligo.model import places, source
+from megatron_ligo.model import maps, runtime, source
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
 from megatron_ligo.model.runtime import Runtime
 from megatron_ligo.model.source import Source
@@ -22,6 +22,7 @@ from tests.tiny import hf_llama, llama_dims, memory_of, tokens
 SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}
 LARGE = {"num_layers": 5, "hidden_size": 32, "ffn_size": 48, "num_heads": 16, "num_kv_heads": 8}
 BATCH, LENGTH, STEPS = 8, 12, 10
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def batches(dims, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -44,14 +45,22 @@ def micro(batch, mesh, size: int) -> list[dict]:
 @contextmanager
 def unreduced():
     """Partial uses whose gradients are not summed over the tensor-parallel ranks."""
-    with (
-        mock.patch.object(places, "copy_to", lambda x, group: x),
-        mock.patch.object(source, "copy_to", lambda x, group: x),
-    ):
+    with without_reduction(runtime), without_reduction(source):
         yield
 
 
-SABOTAGE = {None: nullcontext, "unreduced": unreduced, "hook_on_grad": nullcontext, "unmarked": nullcontext}
+def without_reduction(module):
+    return mock.patch.object(module, "copy_to", lambda x, group: x)
+
+
+SABOTAGE = {
+    None: nullcontext,
+    "unreduced": unreduced,
+    "maps_unreduced": lambda: without_reduction(maps),
+    "gains_unreduced": lambda: without_reduction(runtime),
+    "hook_on_grad": nullcontext,
+    "unmarked": nullcontext,
+}
 
 
 def _all_reduced(grad, group):
@@ -75,8 +84,10 @@ def fit(
     tokens_at_once=64,
     sabotage=None,
     ds_config="",
+    precision="fp32",
+    sequence_parallel=False,
 ):
-    """(losses, norms, operator, grown weights, desync) after STEPS steps at a layout; tensors on rank 0 only."""
+    """(losses, norms, operator, grown weights, loss in fp32 afterwards) of STEPS steps at a layout, on rank 0."""
     small = llama_dims(**{**SMALL, **(small or {})})
     mesh = meshes.make(tp, pp)
     operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
@@ -88,24 +99,25 @@ def fit(
         clip=clip,
         global_batch_size=BATCH,
         micro_batch_size=micro_size,
-        parallel=ParallelSection(tp=tp, pp=pp, zero=zero, ds_config=ds_config),
+        parallel=ParallelSection(tp=tp, pp=pp, zero=zero, ds_config=ds_config, sequence_parallel=sequence_parallel),
     )
-    runtime = Runtime(
+    shared = Runtime(
         operator,
         Source(operator, source_reader, mesh, zero),
         mesh,
-        torch.float32,
+        DTYPES[precision],
         micro_batches=1 if zero == 3 else BATCH // (mesh.dp * micro_size),
         tokens_per_step=tokens_at_once,
         recompute=recompute,
+        sequence_parallel=sequence_parallel,
     )
     with SABOTAGE[sabotage]():
-        return _run(runtime, run, micro_size, source_reader, sabotage)
+        return _run(shared, run, micro_size, source_reader, sabotage)
 
 
-def _run(runtime, run, micro_size, source_reader, sabotage):
-    mesh, operator = runtime.mesh, runtime.operator
-    module = GrownPipeline(runtime) if mesh.pp > 1 else GrownModel(runtime)
+def _run(shared, run, micro_size, source_reader, sabotage):
+    mesh, operator = shared.mesh, shared.operator
+    module = GrownPipeline(shared) if mesh.pp > 1 else GrownModel(shared)
     if sabotage == "hook_on_grad":
         for parameter in module.shared_maps().parameters():
             if not hasattr(parameter, "tensor_model_parallel"):
@@ -115,7 +127,7 @@ def _run(runtime, run, micro_size, source_reader, sabotage):
             parameter.__dict__.pop("tensor_model_parallel", None)
 
     def moved():
-        runtime.generation += 1
+        shared.generation += 1
 
     groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
     engine = Engine(module, mesh, run, groups, after_update=moved)
@@ -124,9 +136,11 @@ def _run(runtime, run, micro_size, source_reader, sabotage):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
         losses.append(loss)
         norms.append(norm)
-    values = collect(module, runtime)
+    values = collect(module, shared)
+    shared.dtype = torch.float32
+    afterwards = engine.evaluate(micro(batches(operator.large)[0], mesh, micro_size))
     engine.engine.destroy()
     if not values:
         return None
     with torch.no_grad():
-        return losses, norms, values, materialise(operator, source_reader, values)
+        return losses, norms, values, materialise(operator, source_reader, values), afterwards

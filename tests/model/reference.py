@@ -41,6 +41,16 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
     return grown
 
 
+def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross entropy of a Hugging Face Llama with the grown weights."""
+    tokens, labels = batch
+    state = {hf_name(operator.arch, key): tensor for key, tensor in grown.items()}
+    if operator.large.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    logits = torch.func.functional_call(hf_llama(operator.large), state, (tokens,)).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
 def _gain(operator, values, row, mixed):
     if not operator.copied_gains:
         return _expand(operator, values, "residual", None) @ mixed
@@ -70,27 +80,44 @@ def run(
     """(losses, gradient norms, operator, grown weights) of plain torch training on the whole batches."""
     operator = make_operator(small, large, settings)
     source = memory_of(hf_llama(small), small)
-    values = {name: operator.tensor(name).clone() for name in operator.shapes()}
-    learned = {name: tensor.requires_grad_() for name, tensor in values.items() if not name.startswith("gain")}
+    fixed = {name: operator.tensor(name).clone() for name in operator.shapes()}
+    learned = {}
+    for name, tensor in fixed.items():
+        learned |= parameters(operator, name, tensor)
     kind = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
         "sgd": lambda p: torch.optim.SGD(p, lr=lr),
     }
     stepper = kind[optimizer](list(learned.values()))
-    model = hf_llama(operator.large)
-    names = {key: hf_name(operator.arch, key) for key in operator.arch.keys(operator.large)}
+
+    def values() -> dict[str, Tensor]:
+        return {name: learned.get(name, tensor) + low_rank(learned, name) for name, tensor in fixed.items()}
+
     losses, norms = [], []
-    for tokens, labels in batches:
-        grown = materialise(operator, source, values)
-        state = {names[key]: tensor for key, tensor in grown.items()}
-        if operator.large.tied:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        logits = torch.func.functional_call(model, state, (tokens,)).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    for batch in batches:
+        loss = loss_of(operator, materialise(operator, source, values()), batch)
         stepper.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(learned.values(), clip)))
         stepper.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     with torch.no_grad():
-        return losses, norms, {n: t.detach() for n, t in values.items()}, materialise(operator, source, values)
+        return losses, norms, values(), materialise(operator, source, values())
+
+
+def parameters(operator: Operator, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What is learned of one of the operator's tensors: all of it, the factors of a change to it, or nothing."""
+    kind, map_name, *_ = name.split(".")
+    rank = operator.rank(map_name) if kind == "width" else 0
+    if rank:
+        v = operator.right_factor(name, rank)
+        large = max(tensor.shape)
+        return {f"{name}.u": torch.zeros(large, rank, requires_grad=True), f"{name}.v": v.requires_grad_()}
+    return {} if kind == "gain" else {name: tensor.requires_grad_()}
+
+
+def low_rank(learned: dict[str, Tensor], name: str) -> Tensor | int:
+    if f"{name}.u" not in learned:
+        return 0
+    change = learned[f"{name}.u"] @ learned[f"{name}.v"]
+    return change.t() if name.endswith("contract") else change

@@ -10,11 +10,14 @@ import json
 from functools import cache
 
 import pytest
+import torch
 
 from tests.model import cases, reference
 from tests.tiny import llama_dims
 
 OPTIMIZERS = {"adamw": (1e-3, 0.05), "sgd": (0.5, 1.0)}
+# The gradient of U has V's large entries in it.
+LOW_RANK_LR = 0.02
 
 
 @cache
@@ -22,9 +25,14 @@ def expected(optimizer: str, changes: str = "{}"):
     changed = json.loads(changes)
     small = llama_dims(**{**cases.SMALL, **changed.get("small", {})})
     large = {**cases.LARGE, **changed.get("large", {})}
-    lr, clip = OPTIMIZERS[optimizer]
+    lr, clip = rates(optimizer, changed)
     batches = cases.batches(reference.make_operator(small, large, changed.get("settings", {})).large)
     return reference.run(small, large, changed.get("settings", {}), batches, optimizer, lr, clip)
+
+
+def rates(optimizer: str, changes: dict) -> tuple[float, float]:
+    lr, clip = OPTIMIZERS[optimizer]
+    return (LOW_RANK_LR if "rank" in changes.get("settings", {}) else lr), clip
 
 
 def worst(found: dict, wanted: dict) -> float:
@@ -34,8 +42,8 @@ def worst(found: dict, wanted: dict) -> float:
 
 
 def differences(pools, world: int, optimizer: str = "adamw", changes: dict | None = None, **layout) -> dict[str, float]:
-    lr, clip = OPTIMIZERS[optimizer]
     changes = changes or {}
+    lr, clip = rates(optimizer, changes)
     found = pools(world).run(cases.fit, optimizer=optimizer, lr=lr, clip=clip, **changes, **layout)
     wanted = expected(optimizer, json.dumps(changes))
     relative = [
@@ -47,7 +55,16 @@ def differences(pools, world: int, optimizer: str = "adamw", changes: dict | Non
         "norm": relative[1],
         "operator": worst(found[2], wanted[2]),
         "weights": worst(found[3], wanted[3]),
+        "afterwards": abs(found[4] - plain_loss(found[3], changes)) / found[4],
     }
+
+
+def plain_loss(weights: dict, changes: dict) -> float:
+    """The loss of grown weights on the first batch, in one process of plain torch."""
+    small = llama_dims(**{**cases.SMALL, **changes.get("small", {})})
+    operator = reference.make_operator(small, {**cases.LARGE, **changes.get("large", {})}, changes.get("settings", {}))
+    with torch.no_grad():
+        return float(reference.loss_of(operator, weights, cases.batches(operator.large, 1)[0]))
 
 
 def assert_exact(found: dict[str, float]) -> None:
@@ -55,8 +72,10 @@ def assert_exact(found: dict[str, float]) -> None:
     assert found["norm"] < 1e-5, found
     assert found["operator"] < 5e-5, found
     assert found["weights"] < 5e-5, found
+    assert found["afterwards"] < 1e-5, found
 
 
+SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS = {
     "one process": (1, {}),
     "TP2": (2, {"tp": 2}),
@@ -70,6 +89,9 @@ LAYOUTS = {
     "TP2 x PP2": (4, {"tp": 2, "pp": 2}),
     "PP2 x DP2": (4, {"pp": 2}),
     "TP2 x DP2 ZeRO 3": (4, {"tp": 2, "zero": 3, "micro_size": 2}),
+    "TP2 + SP": (2, {**SP, "micro_size": 2}),
+    "TP2 x PP2 + SP": (4, {**SP, "pp": 2}),
+    "TP2 x DP2 ZeRO 3 + SP": (4, {**SP, "zero": 3, "micro_size": 2}),
 }
 
 
@@ -99,6 +121,8 @@ OPERATORS = {
     "biases on q, k, v": {"small": {"qkv_bias": True, "model_type": "qwen2"}},
     "dense heads": {"settings": {"structure": "dense"}},
     "a map for each layer": {"settings": {"share": {"default": "layer", "residual": "all"}}},
+    "low rank": {"settings": {"rank": {"default": 3, "residual": 5}}},
+    "low rank from a dense start": {"settings": {"rank": 2, "width_init": "random", "noise": 0.3}},
     "official": {"settings": {"method": "ligo"}},
     "copies, noise, stack": {"settings": {"width_init": "copy", "depth_init": "stack", "noise": 0.5}},
     "more tokens": {"large": {"vocab_size": 45}, "settings": {"vocab_noise": 1.0}},
@@ -111,10 +135,18 @@ def test_every_kind_of_operator_is_exact_when_sharded(pools, kind):
     assert_exact(differences(pools, 4, "sgd", OPERATORS[kind], tp=2, pp=2, micro_size=2))
 
 
+@pytest.mark.parametrize("kind", ["official", "low rank"])
+def test_operators_are_exact_under_sequence_parallelism(pools, kind):
+    """The official one learns gains: on each rank they see that rank's tokens only."""
+    assert_exact(differences(pools, 2, "sgd", OPERATORS[kind], tp=2, sequence_parallel=True, micro_size=4))
+
+
 CONTROLS = {
     "partial uses not reduced": (2, {"tp": 2, "sabotage": "unreduced", "micro_size": 4}, 1e-3),
     "hook on the finished gradient": (2, {"tp": 2, "sabotage": "hook_on_grad", "micro_size": 4}, 1e-3),
     "row-sharded maps not marked": (2, {"tp": 2, "sabotage": "unmarked", "micro_size": 4}, 1e-3),
+    "SP, residual maps not reduced": (2, {**SP, "sabotage": "maps_unreduced", "micro_size": 4}, 1e-3),
+    "SP, gains not reduced": (2, {**SP, "sabotage": "gains_unreduced", "micro_size": 4}, 1e-4),
 }
 
 
