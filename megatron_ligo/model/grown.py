@@ -39,7 +39,10 @@ class SharedMaps(nn.Module):
             runtime.shared_once = self.maps.matrices(tensors)
             # What an interrupted pass has left is stale as well.
             runtime.mixed.clear()
-        runtime.shared = self.once.take(runtime.micro_batches)
+        if runtime.gradients_each:
+            runtime.shared = self.maps(runtime.dtype)
+        else:
+            runtime.shared = self.once.take(runtime.micro_batches)
         return x
 
 

@@ -30,6 +30,8 @@ class Runtime:
 
     micro_batches: how many of them share what is built once a step. It must be 1 under ZeRO 3: where a parameter's
     first gradient of a step comes late, DeepSpeed 0.19.8 adds it to the step before's.
+
+    gradients_each: each micro-batch gives some parameters their gradients, for ZeRO 2 fails where one gives none.
     """
 
     operator: Operator
@@ -40,6 +42,7 @@ class Runtime:
     tokens_per_step: int = 1
     recompute: bool = False
     sequence_parallel: bool = False
+    gradients_each: bool = False
     generation: int = 0  # counts optimizer steps: what was built from the maps is stale when it moves
     shared: list[Tensor] = field(default_factory=list)  # the shared maps as this micro-batch sees them
     shared_once: dict[str, Matrix] = field(default_factory=dict)  # as what is built in a step's first one sees them

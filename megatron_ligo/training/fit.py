@@ -154,6 +154,7 @@ class Fit:
             tokens_per_step=shared_by * self.fit.micro_batch_size * self.config.data.seq_length,
             recompute=self.fit.recompute,
             sequence_parallel=self.fit.parallel.sequence_parallel,
+            gradients_each=self.fit.parallel.zero == 2,
         )
 
     def _write(self, losses: dict[str, float], digest: str) -> None:

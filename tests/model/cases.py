@@ -110,6 +110,7 @@ def fit(
         tokens_per_step=tokens_at_once,
         recompute=recompute,
         sequence_parallel=sequence_parallel,
+        gradients_each=zero == 2,
     )
     with SABOTAGE[sabotage]():
         return _run(shared, run, micro_size, source_reader, sabotage)
