@@ -128,7 +128,7 @@ class FitStepper(Stepper):
         shared_by = 1 if zero == 3 else job.micro_batches
         runtime = Runtime(
             operator,
-            Source(Drawn(operator.small), self.mesh, zero),
+            Source(operator, Drawn(operator.small), self.mesh, zero),
             self.mesh,
             self.dtype,
             micro_batches=shared_by,
