@@ -20,6 +20,7 @@ from megatron_ligo.settings import read, setting
 
 ByName = dict[str, str]
 WRITERS = ("universal", "hf")
+SOURCES = ("divided", "whole")
 T = TypeVar("T")
 
 
@@ -129,6 +130,9 @@ class TrainingSection:
 @dataclass(frozen=True)
 class FitSection(TrainingSection):
     lr: float = setting(1e-5, "learning rate of the width maps after the warm-up", low=0.0)
+    source: str = setting(
+        "divided", "the small weights: cut over the ranks that read them all, or whole on each", choices=SOURCES
+    )
     depth_lr: float | None = setting(1e-4, "learning rate of the depth maps", low=0.0)
 
 

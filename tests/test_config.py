@@ -17,7 +17,7 @@ SURFACE = {
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads vocab_size",
     "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow vocab_noise "
     "rank seed",
-    "fit": f"{TRAINING} depth_lr {PARALLEL}",
+    "fit": f"{TRAINING} source depth_lr {PARALLEL}",
     "handoff": "dtype formats",
     "pretrain": f"{TRAINING} start eval_every first_sample {PARALLEL}",
     "data": "train valid seq_length seed tokenizer cache",

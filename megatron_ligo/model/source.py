@@ -2,7 +2,8 @@
 
 Each rank of the mix group (the tensor-parallel ranks of a stage; with ZeRO 3 its data-parallel ranks as well)
 keeps an equal slice of every row of every small layer, mixes that slice, and gathers the mixed row: one small
-layer of traffic a large layer, no redundant reads, and 1 / group of the source in memory.
+layer of traffic a large layer, no redundant reads, and 1 / group of the source in memory. Where there is room and the
+traffic weighs more, each rank keeps it whole and mixes all of it.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class _Mix(torch.autograd.Function):
 class Source:
     """What this rank keeps of the small model. Not a module: its tensors are no parameters and never change."""
 
-    def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int):
+    def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int, whole: bool = False):
         self.operator = operator
         self.mesh = mesh
         self.group = mesh.tp_dp_group if zero == 3 else mesh.tp_group
-        self.ranks = dist.get_world_size(self.group)
+        self.ranks = 1 if whole else dist.get_world_size(self.group)
         rows = reader.arch.layer_rows(reader.dims)
         self.split_rows = [row for row in rows if row.split is not None]
         self.whole_rows = [row for row in rows if row.split is None]
@@ -69,7 +70,7 @@ class Source:
     def _read_slices(self, reader: Reader, row: Row) -> Tensor:
         numel = math.prod(self.shapes[row.key])
         size = -(-numel // self.ranks)
-        start = dist.get_rank(self.group) * size
+        start = 0 if self.ranks == 1 else dist.get_rank(self.group) * size
         keys = [row.key.format(layer) for layer in range(reader.dims.num_layers)]
         stack = torch.zeros(len(keys), size, dtype=torch.float32)
         for i, key in enumerate(keys):
@@ -100,9 +101,12 @@ class Source:
         depth = copy_to(depth, self.mesh.tp_group)
         weights = depth.unbind(1)
         mixed = [_Mix.apply(w, stack).to(dtype) for w, stack in zip(weights, self._slices, strict=True)]
-        sizes = [part.shape[1] for part in mixed]
-        gathered = gather_partial(torch.cat(mixed, dim=1), self.group)
-        parts = [part.unbind(1) for part in gathered.split(sizes, dim=2)]
+        if self.ranks == 1:
+            parts = [part.unbind(0) for part in mixed]
+        else:
+            sizes = [part.shape[1] for part in mixed]
+            gathered = gather_partial(torch.cat(mixed, dim=1), self.group)
+            parts = [part.unbind(1) for part in gathered.split(sizes, dim=2)]
         return [self._shaped([part[layer] for part in parts]) for layer in range(len(depth))]
 
     def _shaped(self, parts: list[Tensor]) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ class Fit:
         shared_by = 1 if self.fit.parallel.zero == 3 else self.count
         return Runtime(
             self.operator,
-            Source(self.operator, self.reader, self.mesh, self.fit.parallel.zero),
+            Source(self.operator, self.reader, self.mesh, self.fit.parallel.zero, self.fit.source == "whole"),
             self.mesh,
             self.dtype,
             micro_batches=shared_by,

@@ -86,6 +86,7 @@ def fit(
     ds_config="",
     precision="fp32",
     sequence_parallel=False,
+    whole_source=False,
 ):
     """(losses, norms, operator, grown weights, loss in fp32 afterwards) of STEPS steps at a layout, on rank 0."""
     small = llama_dims(**{**SMALL, **(small or {})})
@@ -103,7 +104,7 @@ def fit(
     )
     shared = Runtime(
         operator,
-        Source(operator, source_reader, mesh, zero),
+        Source(operator, source_reader, mesh, zero, whole_source),
         mesh,
         DTYPES[precision],
         micro_batches=1 if zero == 3 else BATCH // (mesh.dp * micro_size),

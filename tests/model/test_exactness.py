@@ -112,6 +112,7 @@ def test_every_layout_gives_the_numbers_of_one_process(pools, layout, optimizer)
 FORMS = {
     "factor by factor": (2, {"tp": 2, "tokens_at_once": 1, "micro_size": 4}),
     "products built": (2, {"tp": 2, "tokens_at_once": 1 << 20, "micro_size": 4}),
+    "source whole on every rank": (2, {"tp": 2, "whole_source": True, "micro_size": 4}),
     "recomputed, pipeline": (2, {"pp": 2, "recompute": True, "micro_size": 2}),
     "recomputed, ZeRO 3": (2, {"zero": 3, "recompute": True, "micro_size": 2}),
 }

@@ -32,6 +32,7 @@ class Job:
     parallel: dict = field(default_factory=dict)
     recompute: bool = False
     precision: str = "fp32"
+    whole_source: bool = False
 
     @property
     def seq_length(self) -> int:
@@ -128,7 +129,7 @@ class FitStepper(Stepper):
         shared_by = 1 if zero == 3 else job.micro_batches
         runtime = Runtime(
             operator,
-            Source(operator, Drawn(operator.small), self.mesh, zero),
+            Source(operator, Drawn(operator.small), self.mesh, zero, job.whole_source),
             self.mesh,
             self.dtype,
             micro_batches=shared_by,
