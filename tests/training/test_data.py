@@ -1,15 +1,12 @@
 import json
 import logging
-import os
-import socket
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -21,7 +18,6 @@ from megatron_ligo.errors import DataError, LayoutError
 from megatron_ligo.training import indexed, samples
 from megatron_ligo.training.data import Data, open_data
 
-ROOT = Path(__file__).resolve().parents[2]
 S = 16
 
 
@@ -287,68 +283,30 @@ def test_indices_left_by_a_killed_run_are_not_taken(pairs, tmp_path, monkeypatch
 
 # Several processes
 
-RANKS = """
-import sys
-from pathlib import Path
-from megatron_ligo import cli
-from megatron_ligo.config import DataSection
-from megatron_ligo.parallel import mesh
-from megatron_ligo.training.data import open_data
 
-def main():
-    a, b, valid, cache, vocab = sys.argv[1:]
-    mesh.start()
-    data = open_data(DataSection(train=(0.5, a, 0.5, b), valid=(valid,)), 16, 400, 16, 1, cache)
-    data.check_vocab(int(vocab))
-    print("DIGEST", data.eval_digest(16), data.batch(7, 8, 2, 1, 0)[0]["tokens"].sum().item())
-
-if __name__ == "__main__":
-    cli.run(main)
-"""
-
-
-def run_ranks(tmp_path: Path, pairs, cache: Path, vocab: int, count: int = 2) -> list[tuple[int, str, str]]:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    base = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, script, pairs["a"], pairs["b"], pairs["valid"], cache, str(vocab)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**base, "WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=-1,
-            stderr=-1,
-        )
-        for rank in range(count)
-    ]
+def opened_by_ranks(a: str, b: str, valid: str, cache: str, vocab: int) -> list:
+    """What each of the ranks found: digest and tokens, or what it was told."""
     try:
-        return [
-            (out, err, process.returncode)[::-1]
-            for process in processes
-            for out, err in [process.communicate(timeout=120)]
-        ]
-    finally:
-        for process in processes:
-            process.kill()
+        data = open_data(DataSection(train=(0.5, a, 0.5, b), valid=(valid,)), 16, 400, 16, 1, cache)
+        data.check_vocab(vocab)
+        said = data.eval_digest(16), data.batch(7, 8, 2, 1, 0)[0]["tokens"].sum().item()
+    except DataError as error:
+        said = str(error)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, said)
+    return everyone
 
 
-def test_ranks_build_once_and_read_alike(pairs, tmp_path):
-    results = run_ranks(tmp_path, pairs, tmp_path / "cache", 50)
-    assert [code for code, *_ in results] == [0, 0], results[0][1]
-    lines = {next(line for line in out.splitlines() if line.startswith("DIGEST")) for *_, out in results}
-    assert len(lines) == 1
+def test_ranks_build_once_and_read_alike(pools, pairs, tmp_path):
+    one, other = pools(2).run(opened_by_ranks, cache=str(tmp_path / "cache"), vocab=50, **pairs)
+    assert one == other and not isinstance(one, str), one
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize("fault", ["cache", "vocab"])
-def test_a_fault_of_rank_0_ends_all(pairs, tmp_path, fault):
+def test_a_fault_of_rank_0_is_told_to_all(pools, pairs, tmp_path, fault):
     (tmp_path / "file").write_text("in the way")
     cache, vocab = (tmp_path / "file" / "cache", 50) if fault == "cache" else (tmp_path / "cache", 49)
-    results = run_ranks(tmp_path, pairs, cache, vocab)
-    assert [code for code, *_ in results] == [2, 2], results
-    assert ("sample indices" if fault == "cache" else "as the model has") in results[0][1]
-    assert "Traceback" not in "".join(err for _, err, _ in results)
+    one, other = pools(2).run(opened_by_ranks, cache=str(cache), vocab=vocab, **pairs)
+    assert one == other
+    assert ("sample indices" if fault == "cache" else "as the model has") in one

@@ -112,7 +112,7 @@ def test_sentencepiece(tmp_path):
     inner = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a" / "tokenizer" / "tokenizer.model"))
     assert all(inner.decode(tokenizer.encode(text)) == text for text in STRANGE)
     record = json.loads((tmp_path / "a" / "train.json").read_text())
-    assert record["text_bytes"] / record["tokens"] > 2.4 and record["eod"] == inner.eos_id()
+    assert record["text_bytes"] / record["tokens"] > 2.2 and record["eod"] == inner.eos_id()
 
 
 def test_a_second_run_says_what_it_found(corpus, hf_folder, tmp_path):
@@ -216,7 +216,12 @@ def command(*args: object) -> tuple[int, str, str]:
         [sys.executable, ROOT / "tools/prepare_data.py", *map(str, args)],
         env=env, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stdout, told(done.stderr)
+
+
+def told(err: str) -> str:
+    """Without what torch's CUDA build says of a machine that has CUDA's tools and no GPU."""
+    return "".join(line for line in err.splitlines(keepends=True) if "No CUDA runtime is found" not in line)
 
 
 def test_the_command(corpus, hf_folder, tmp_path):
@@ -266,7 +271,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, hf_folder):
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "Interrupted.\n"
+    assert process.returncode == 130 and told(err) == "Interrupted.\n"
     assert list(out.iterdir()) == []
 
 
