@@ -1,7 +1,7 @@
 """What every command shares: its options and --help, its log, and how faults become messages and exit codes.
 
-Exit codes: 0 success, 2 a fault of input or of the machine (one message, no traceback), 130 an interrupt,
-1 our own mistake (with its traceback).
+Exit codes: 0 success, 2 a fault of input or of the machine (one message, no traceback), 130 and 143 an end by SIGINT
+and SIGTERM (a run under way has saved first), 1 our own mistake (with its traceback).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 import errno
 import logging
 import os
+import select
+import signal
 import sys
 import time
 import warnings
@@ -20,7 +22,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_ligo import settings
+from megatron_ligo import settings, signals
 from megatron_ligo.config import Config
 from megatron_ligo.errors import LigoError
 
@@ -37,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse does it, but said once and not by every process."""
         if rank() == 0:
             super().error(message)
-        time.sleep(GRACE_SECONDS)
+        _wait_for_rank_0()
         sys.exit(2)
 
 
@@ -117,18 +119,35 @@ def set_up_logging() -> None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     set_up_logging()
+    signals.install()
     try:
         main()
-    except KeyboardInterrupt:
-        _say("Interrupted.", agreed=True)
-        sys.exit(130)
+        sys.stdout.flush()
+    except signals.Interrupted as error:
+        _say(f"{error}: ended.", agreed=True)
+        sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _leave_the_pipe()
         text = _fault(error)
         if text is None:
             raise
         _say(text, agreed=isinstance(error, LigoError) and error.agreed)
-        sys.exit(LigoError.exit_code)
+        sys.exit(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
     sys.exit(0)
+
+
+def _reader_is_gone() -> bool:
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def _leave_the_pipe() -> NoReturn:
+    """Whoever reads our output has enough of it (`| head`): no fault of anybody's, and nothing to tell."""
+    # What is still in the buffer would be written at the end, and fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _fault(error: Exception) -> str | None:
@@ -156,10 +175,6 @@ def _machine_fault(error: BaseException) -> str | None:
         return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
     if code == errno.EADDRINUSE:
         return "the launcher's port: expected a free one, found it in use. Choose another with --master_port."
-    if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
-        return (
-            "the processes: expected all of them at work, found that another one has ended. Its own message says why."
-        )
     if code == errno.EMFILE:
         return f"{where}: expected an open file more, found this process's limit. Raise it with ulimit -n."
     return None
@@ -170,6 +185,14 @@ def _say(text: str, agreed: bool) -> None:
     if rank() == 0:
         print(text, file=sys.stderr, flush=True)
         return
-    time.sleep(GRACE_SECONDS)
+    _wait_for_rank_0()
     if not agreed:
         print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)
+
+
+def _wait_for_rank_0() -> None:
+    """Until the launcher, which has seen rank 0 end, asks this one to; then its exit code is as rank 0's."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    with signals.deferred(2 * GRACE_SECONDS):
+        while time.monotonic() < deadline and not signals.received():
+            time.sleep(0.1)

@@ -124,6 +124,10 @@ class TrainingSection:
     seed: int = setting(1234, "seed of everything random in the run but the data's order", low=0)
     keep_last: int = setting(2, "checkpoints kept", low=1)
     timeout_minutes: float = setting(10.0, "how long ranks wait for one another", above=0.0)
+    grace_seconds: float = setting(25.0, "from SIGTERM or SIGINT to the end: the step and the save", above=0.0)
+    bad_numbers: str = setting("stop", "NaN, Inf or a spike: stop, or skip and go on", choices=("stop", "skip"))
+    spike: float = setting(4.0, "a loss so many times the last 20's median is one; 0: none is", low=0.0)
+    check_replicas_every: int = setting(50, "steps between comparisons of the ranks' copies; 0: never", low=0)
     parallel: ParallelSection = field(default_factory=ParallelSection)
 
 

@@ -7,6 +7,7 @@ Commands print it without a traceback and exit with `LigoError.exit_code`.
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -32,6 +33,28 @@ class DataError(LigoError):
 
 class LayoutError(LigoError):
     """Sizes, processes or devices that do not go together."""
+
+
+class NumbersError(LigoError):
+    """A loss or a gradient that no run should go on from."""
+
+
+class ReplicaError(LigoError):
+    """Ranks that must hold the same numbers and do not: a machine's fault, or one of ours."""
+
+
+class LostRankError(LigoError):
+    """Another rank has ended or does not answer."""
+
+
+class Stopped(LigoError):
+    """A signal came, all ranks have saved and end. Exit code: 128 + its number, as a shell says it."""
+
+    agreed = True
+
+    def __init__(self, signum: int, text: str):
+        super().__init__(f"{signal.Signals(signum).name}: {text}")
+        self.exit_code = 128 + signum
 
 
 def message(where: str, expected: object, found: object, do: str = "") -> str:

@@ -9,7 +9,8 @@ from megatron_ligo.settings import keys
 
 TRAINING = (
     "steps optimizer lr betas eps weight_decay clip warmup_steps schedule min_lr global_batch_size micro_batch_size "
-    "precision recompute save_every eval_samples seed keep_last timeout_minutes"
+    "precision recompute save_every eval_samples seed keep_last timeout_minutes grace_seconds bad_numbers "
+    "spike check_replicas_every"
 )
 PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel parallel.ds_config"
 SURFACE = {

@@ -13,7 +13,7 @@ LONGEST = 350
 # From the ground up: what stands in a room may import from the same room and from those before it.
 ROOMS = (
     ("errors",),
-    ("settings", "jsonfile"),
+    ("settings", "jsonfile", "signals"),
     ("config",),
     ("arch",),
     ("layout", "packing", "flops"),

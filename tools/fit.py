@@ -18,9 +18,11 @@ def main() -> None:
     args = parser.parse_args()
     config = cli.load_config(args)
 
-    from megatron_ligo.training.fit import Fit  # after the arguments: --help must not load torch
+    from megatron_ligo.parallel.peers import together  # after the arguments: --help must not load torch
+    from megatron_ligo.training.fit import Fit
 
-    Fit(config, Path(args.output)).run()
+    with together():
+        Fit(config, Path(args.output)).run()
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ def main() -> None:
     args = parser.parse_args()
     config = cli.load_config(args)
 
-    from megatron_ligo.training.pretrain import Pretrain  # after the arguments: --help must not load torch
+    from megatron_ligo.parallel.peers import together  # after the arguments: --help must not load torch
+    from megatron_ligo.training.pretrain import Pretrain
 
-    Pretrain(config, Path(args.output)).run()
+    with together():
+        Pretrain(config, Path(args.output)).run()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def load(path: Path, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
-    """What torch.save wrote, on the CPU, its tensors views of the mapped file.
+def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool = True) -> object:
+    """What torch.save wrote, on the CPU, its tensors views of the mapped file unless it is not to be `mapped`.
 
     stand_ins: (object, "module.name") for classes that the file may name; give inert ones instead of the real.
     Raises CheckpointError for a damaged file, and for one that names anything else.
@@ -27,7 +27,7 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
     try:
         with torch.serialization.safe_globals(list(stand_ins)):
             # The format of torch before 1.6 is no zip archive and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zipfile(path))
     except FileNotFoundError:
         raise CheckpointError(message(f"{path}", "a file", "nothing there")) from None
     except pickle.UnpicklingError as error:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
 
 from megatron_ligo.errors import LayoutError, LigoError, message
 from megatron_ligo.parallel import accelerator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class Mesh:
 def start(timeout_minutes: float = 10.0) -> None:
     """Joins the process group that the launcher describes (one process where there is no launcher)."""
     accelerator.prepare()
+    # Whoever makes a group says no time-out of its own: not Megatron-core, not DeepSpeed.
+    timeout = timedelta(minutes=timeout_minutes)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if deepspeed.comm.is_initialized():
         return
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -65,7 +73,7 @@ def start(timeout_minutes: float = 10.0) -> None:
         deepspeed.init_distributed(
             dist_backend=accelerator.backend(),
             auto_mpi_discovery=False,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
             verbose=False,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -79,11 +87,14 @@ def make(tp: int, pp: int) -> Mesh:
     world = dist.get_world_size()
     if world % (tp * pp):
         do = "Start that many processes, or change tp and pp."
-        raise LayoutError(message("processes", f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}", world, do))
+        agree(LayoutError(message("processes", f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}", world, do)))
     if not _is_made(tp, pp):
         # gloo keeps three threads a group that wake up a hundred times a second: no group that nobody uses.
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+        minutes = distributed_c10d.default_pg_timeout.total_seconds() / 60
+        parallel_state.initialize_model_parallel(
+            tp, pp, create_gloo_process_groups=False, distributed_timeout_minutes=minutes
+        )
     return Mesh(
         tp=tp,
         pp=pp,
@@ -108,15 +119,25 @@ def _is_made(tp: int, pp: int) -> bool:
     return sizes == (tp, pp)
 
 
+def gathered(value: T) -> list[T]:
+    """Every rank's value (small, picklable), by rank, on every rank. Collective over all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def largest(value: int) -> int:
+    """The largest of every rank's numbers. Collective over all processes."""
+    held = torch.tensor([value], device=accelerator.device())
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return int(held)
+
+
 def agree(error: LigoError | None) -> None:
     """All ranks raise the same error if any has one. Call it on every rank before work that cannot be undone."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        if error:
-            raise error
-        return
-    found: list[LigoError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, error)
-    for rank, other in enumerate(found):
+    for rank, other in enumerate(gathered(error)):
         if other is not None:
             shared = type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}")
             shared.agreed = True

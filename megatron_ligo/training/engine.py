@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -17,6 +18,7 @@ from megatron_ligo.config import ParallelSection, TrainingSection
 from megatron_ligo.errors import ConfigError, LayoutError, message
 from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.mesh import Mesh, Mpu
+from megatron_ligo.training import checkpoint_files
 
 PROFILES = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -103,33 +105,76 @@ class Engine:
             mpu=None if self.pipelined else Mpu(mesh),
             dist_init_required=False,
         )
+        self.files = checkpoint_files.install(self.engine)
+        self.refused = False
 
     @property
     def steps(self) -> int:
         return self.engine.global_steps
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
 
     def set_lr(self, lr: float) -> None:
         for group, scale in zip(self.engine.optimizer.param_groups, self.scales, strict=True):
             group["lr"] = lr * scale
 
     def train_step(self, batches: Iterable[Batch]) -> tuple[float, float]:
-        """One optimizer step over this rank's micro-batches -> (loss over all ranks, gradient norm before clipping)."""
+        """One optimizer step over this rank's micro-batches -> (loss over all ranks, gradient norm before clipping).
+
+        `refused` says afterwards that the gradients were not finite on some rank, and that no rank has applied them.
+        """
         batches = list(batches)
         assert len(batches) == self.micro_batches, "a step takes all its micro-batches"
         self.engine.train()
         if self.pipelined:
             loss = float(self.engine.train_batch(iter(map(_pipeline_batch, batches))))
         else:
-            losses = []
-            for batch in batches:
-                loss = self.engine(*_on_device(batch))
-                self.engine.backward(loss)
-                self.engine.step()
-                losses.append(loss.detach())
-            loss = self._mean_over_dp(torch.stack(losses).mean())
+            loss = self._mean_over_dp(self._accumulate(batches).mean())
+        self.refused = getattr(self.engine.optimizer, "overflow", False)
         self.after_update()
         norm = self.engine.get_global_grad_norm()
         return loss, math.nan if norm is None else float(norm)
+
+    def _accumulate(self, batches: list[Batch]) -> Tensor:
+        """Loss of each micro-batch, of a step without a pipeline."""
+        losses = []
+        for batch in batches:
+            loss = self.engine(*_on_device(batch))
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def look_again(self, batches: list[Batch]) -> tuple[list[float], list[str]]:
+        """Takes a step that was refused once more: (this rank's losses by micro-batch, parameters with bad gradients).
+
+        A stage that computes no loss gives none. It is refused again, so that nothing changes.
+        """
+        engine, bad = self.engine, []
+        counters = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
+
+        def watch(name: str, gradient: Tensor) -> None:
+            if name not in bad and not bool(torch.isfinite(gradient).all()):
+                bad.append(name)
+
+        hooks = [
+            held.register_hook(partial(watch, name))
+            for name, held in self.module.named_parameters()
+            if held.requires_grad
+        ]
+        engine.train()
+        if self.pipelined:
+            engine.train_batch(iter(map(_pipeline_batch, batches)))
+            losses = engine.fwd_outputs
+        else:
+            losses = self._accumulate(batches)
+        for hook in hooks:
+            hook.remove()
+        for name, value in counters.items():
+            setattr(engine, name, value)
+        return [float(loss) for loss in losses], bad
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,19 +26,20 @@ from megatron_ligo.model.runtime import Runtime
 from megatron_ligo.model.source import Source
 from megatron_ligo.parallel import accelerator, mesh
 from megatron_ligo.parallel.mesh import Mesh
-from megatron_ligo.training import checkpoints
+from megatron_ligo.training import checkpoints, loop
 from megatron_ligo.training.collect import collect
 from megatron_ligo.training.data import Data, open_data
 from megatron_ligo.training.engine import Engine, micro_batches
-from megatron_ligo.training.metrics import Metrics, peak_memory_bytes
+from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
-from megatron_ligo.training.schedule import learning_rate
 from megatron_ligo.training.start import check_layout
 
 log = logging.getLogger(__name__)
 
 # What may differ between a run and its resumption without changing a number.
-FREE = ("save_every", "keep_last", "timeout_minutes")
+FREE = (
+    "save_every", "keep_last", "timeout_minutes", "grace_seconds", "bad_numbers", "spike", "check_replicas_every",
+)  # fmt: skip
 
 
 class Fit:
@@ -86,30 +86,18 @@ class Fit:
         fit, seq = self.fit, self.config.data.seq_length
         tokens = fit.global_batch_size * seq
         flops = fit_step_flops(self.operator, tokens, seq)
-        first = self.engine.steps
-        with Metrics(self.output, dist.get_rank() == 0, fit.steps, first) as metrics:
-            for step in range(first, fit.steps):
-                began = time.monotonic()
-                batches = self.data.batch(
-                    step, fit.global_batch_size, fit.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
-                )
-                lr = learning_rate(fit, step)
-                self.engine.set_lr(lr)
-                loss, norm = self.engine.train_step(batches)
-                metrics.log(step + 1, loss, lr, tokens, flops, time.monotonic() - began, norm)
-                last = step + 1 == fit.steps
-                if last or (fit.save_every and (step + 1) % fit.save_every == 0):
-                    checkpoints.save(self.engine, self.output / "checkpoints", step + 1, state, fit.keep_last)
+        loop.run(self.engine, self.data, fit, self.output, state, tokens, flops)
 
     def _resume(self) -> dict:
         """The state of the last checkpoint, checked to be of this run; a fresh one where there is none."""
         this = self._identity()
-        state = checkpoints.load_last(self.engine, self.output / "checkpoints")
-        if state is None:
+        found = checkpoints.newest(self.output / loop.FOLDER)
+        if found is None:
             return {record.HOLDS: "operator", "run": this, "losses": {}, "digest": self._digest()}
-        everywhere(lambda: check_same_run(state["run"], this, self.output))
+        everywhere(lambda: check_same_run(found.state["run"], this, self.output))
+        checkpoints.load(self.engine, found)
         log.info("resumed after step %d", self.engine.steps)
-        return state
+        return found.state
 
     def _identity(self) -> dict:
         """All that the numbers of the run depend on, the layout included, as plain data."""

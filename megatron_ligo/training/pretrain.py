@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +24,12 @@ from megatron_ligo.model.gpt import Pretrained
 from megatron_ligo.model.stages import PretrainedPipeline
 from megatron_ligo.parallel import accelerator, mesh
 from megatron_ligo.parallel.mesh import Mesh
-from megatron_ligo.training import checkpoints
+from megatron_ligo.training import checkpoints, loop
 from megatron_ligo.training.data import Data, open_data
 from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.fit import FREE, check_same_run
-from megatron_ligo.training.metrics import Metrics, peak_memory_bytes
+from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
-from megatron_ligo.training.schedule import learning_rate
 from megatron_ligo.training.start import Start, check_layout, find_start
 
 log = logging.getLogger(__name__)
@@ -50,7 +48,8 @@ class Pretrain:
         self.dtype = everywhere(lambda: accelerator.dtype_of(self.settings.precision))
         self.mesh: Mesh = mesh.make(self.settings.parallel.tp, self.settings.parallel.pp)
         everywhere(lambda: micro_batches(self.settings, self.mesh))
-        self.resumed = bool(checkpoints.steps(output / "checkpoints"))
+        self.found = checkpoints.newest(output / loop.FOLDER)
+        self.resumed = self.found is not None
         self.start = everywhere(self._resumed_start if self.resumed else lambda: find_start(config))
         self.dims: Dims = self.start.dims
         self.data = self._open_data()
@@ -58,8 +57,8 @@ class Pretrain:
 
     def run(self) -> dict:
         """Trains, from the last checkpoint if there is one; returns what it writes into OUTPUT/pretrain.json."""
-        if self.resumed:
-            state = checkpoints.load_last(self.engine, self.output / "checkpoints")
+        if self.found:
+            state = checkpoints.load(self.engine, self.found)
             log.info("resumed after step %d", self.engine.steps)
         else:
             state = {record.HOLDS: "model", "losses": {}, "eval": self._held_out()}
@@ -103,26 +102,15 @@ class Pretrain:
         run, seq = self.settings, self.config.data.seq_length
         tokens = run.global_batch_size * seq
         flops = train_flops(self.dims, tokens, seq)
-        first = self.engine.steps
-        with Metrics(self.output, dist.get_rank() == 0, run.steps, first) as metrics:
-            for step in range(first, run.steps):
-                began = time.monotonic()
-                batches = self.data.batch(
-                    step, run.global_batch_size, run.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
-                )
-                lr = learning_rate(run, step)
-                self.engine.set_lr(lr)
-                loss, norm = self.engine.train_step(batches)
-                seconds = time.monotonic() - began
-                more = self._evaluate_if_due(step + 1, state["losses"])
-                metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **more)
-                if step + 1 == run.steps or _due(step + 1, run.save_every):
-                    folder = self.output / "checkpoints"
-                    checkpoints.save(self.engine, folder, step + 1, state, run.keep_last, self.output / MODEL)
+
+        def after(step: int) -> dict[str, float]:
+            return self._evaluate_if_due(step, state["losses"])
+
+        loop.run(self.engine, self.data, run, self.output, state, tokens, flops, after, self.output / MODEL)
 
     def _evaluate_if_due(self, step: int, losses: dict) -> dict[str, float]:
         last = step == self.settings.steps
-        if not self.config.data.valid or not (last or _due(step, self.settings.eval_every)):
+        if not self.config.data.valid or not (last or loop.due(step, self.settings.eval_every)):
             return {}
         loss = self.evaluate(self.settings.eval_samples)
         if last:
@@ -227,10 +215,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     for parameter in model.parameters():
         kinds[parameter.dim() > 1].append(parameter)
     return [{"params": kinds[True], "weight_decay": weight_decay}, {"params": kinds[False], "weight_decay": 0.0}]
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
 
 
 def _read_record(path: Path) -> dict:

@@ -1,0 +1,68 @@
+"""The steps of a run, a fit's or a pretraining's: fed, guarded, recorded, saved, and ended when a signal asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_ligo import signals
+from megatron_ligo.config import TrainingSection
+from megatron_ligo.errors import Stopped
+from megatron_ligo.parallel import mesh
+from megatron_ligo.training import checkpoints, replicas
+from megatron_ligo.training.data import Data
+from megatron_ligo.training.engine import Engine
+from megatron_ligo.training.guard import Guard
+from megatron_ligo.training.metrics import Metrics
+from megatron_ligo.training.schedule import learning_rate
+
+FOLDER = "checkpoints"
+
+
+def run(
+    engine: Engine,
+    data: Data,
+    settings: TrainingSection,
+    output: Path,
+    state: dict,
+    tokens: int,
+    flops: float,
+    after: Callable[[int], dict[str, float]] = lambda step: {},
+    beside: Path | None = None,
+) -> None:
+    """From the step at which the engine stands to the last one. Collective.
+
+    state: what is saved with each checkpoint; tokens, flops: of one step, over all ranks; after: called with the
+    number of steps done, gives more values for the record; beside: a folder whose files go with each checkpoint.
+    Raises Stopped when SIGINT or SIGTERM has come to any rank.
+    """
+    first, place = engine.steps, engine.mesh
+    guard = Guard(engine, settings, state)
+    with (
+        signals.deferred(settings.grace_seconds),
+        Metrics(output, dist.get_rank() == 0, settings.steps, first) as metrics,
+    ):
+        for step in range(first, settings.steps):
+            began = time.monotonic()
+            batches = data.batch(step, settings.global_batch_size, settings.micro_batch_size, place.dp, place.dp_rank)
+            lr = learning_rate(settings, step)
+            engine.set_lr(lr)
+            loss, norm = engine.train_step(batches)
+            seconds = time.monotonic() - began
+            guard.look(step, loss, batches)
+            metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **after(step + 1))
+            done, last = step + 1, step + 1 == settings.steps
+            if due(done, settings.check_replicas_every):
+                replicas.check(engine, done)
+            signum = mesh.largest(signals.received() or 0)
+            if last or signum or due(done, settings.save_every):
+                checkpoints.save(engine, output / FOLDER, done, state, settings.keep_last, beside)
+            if signum and not last:
+                raise Stopped(signum, f"saved after step {done} of {settings.steps}. Started again, it goes on there.")
+
+
+def due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
