@@ -57,7 +57,7 @@ def test_an_interrupt_is_130(tmp_path):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(2)
     code, _, err = finish(process)
-    assert code == 130 and err == "Interrupted.\n"
+    assert code == 130 and err == "SIGINT: ended.\n"
 
 
 def test_only_rank_0_speaks_of_a_common_fault(tmp_path):
@@ -72,21 +72,46 @@ def test_a_fault_of_one_rank_alone_is_not_silent(tmp_path):
     assert time.monotonic() - begin < 30
 
 
-def test_the_others_end_without_a_traceback_when_one_has_failed(tmp_path):
-    """Two real ranks; rank 0 waits in a collective that rank 1 never enters."""
-    body = f"""
-        import torch.distributed as dist
-        dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=cli.rank(), world_size=2)
-        dist.barrier()
-        if cli.rank() == 1:
-            raise errors.ConfigError("a: expected b, found c.")
-        dist.barrier()
+HEARD = "time.sleep(60)"
+# A mutex that is locked twice: a library's call that no handler of Python's interrupts.
+UNHEARD = "mutex = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]"
+
+
+@pytest.mark.parametrize(("work", "told"), [(HEARD, "SIGTERM: ended."), (UNHEARD, "SIGTERM: not done within 0.5 s")])
+def test_sigterm_is_143(tmp_path, work, told):
+    body = (
+        f"import ctypes; from megatron_ligo import signals; signals.SECONDS = 0.5; print('ready', flush=True); {work}"
+    )
+    process = start(command(tmp_path, body))
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 143 and err.startswith(told) and err.count("\n") == 1
+
+
+def test_children_have_the_usual_signals(tmp_path):
+    """One that is forked, and asked to end, does; its parent does not."""
+    body = """
+        import multiprocessing
+        from megatron_ligo import signals
+        signals.SECONDS = 0.5
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join()
+        time.sleep(2)
+        print(child.exitcode)
     """
-    ranks = [start(command(tmp_path, body), RANK=str(rank)) for rank in range(2)]
-    (code0, _, err0), (code1, _, err1) = map(finish, ranks)
-    assert (code0, code1) == (2, 2)
-    assert "another one has ended" in err0 and "Traceback" not in err0
-    assert "rank 1: a: expected b, found c." in err1 and "Traceback" not in err1
+    assert finish(start(command(tmp_path, body))) == (0, "-15\n", "")
+
+
+def test_a_reader_that_has_enough_is_no_fault(tmp_path):
+    process = start(command(tmp_path, "for number in range(100_000): print(number)"))
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 141 and err == ""
 
 
 def test_a_full_disk_is_said(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,18 +105,6 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(pools, half_way):
     found = pools(2).run(pretrain, settings=table, output=str(output))
     assert "has no checkpoint that is whole (2 faults)" in found
     assert all(name in found for name in told)
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no file system of its own could be mounted here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=False)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(pools, base, whole, small_disk):  # noqa: F811

@@ -1,0 +1,77 @@
+"""Under the real deepspeed launcher: what it passes on, what it returns, and what becomes of its ranks without it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.faults.commands import PATIENCE, ROOT, Run, free_port
+from tests.faults.test_kills import ended
+
+LAYOUT = "fit.parallel.tp=2"
+
+
+@contextmanager
+def launched(log: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """`deepspeed --num_gpus 2 tools/fit.py ARGUMENTS`, its output in a file. Nothing of it is left behind."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "tools/fit.py", *arguments]
+    with log.open("w") as file:
+        runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    try:
+        yield runner
+    finally:
+        below = psutil.Process(runner.pid).children(recursive=True) if runner.poll() is None else []
+        for process in [runner, *below]:
+            process.kill()
+        runner.wait()
+
+
+def reached(log: Path, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not any(int(found) >= step for found in re.findall(r"^step (\d+)/", log.read_text(), re.M)):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+def test_a_user_fault_is_the_launchers_exit_code(config, tmp_path):
+    log = tmp_path / "log"
+    with launched(log, "--config", str(config), "--output", str(tmp_path / "out"), "--set", "fit.parallel.tp=4") as run:
+        assert run.wait(PATIENCE) == 2
+    told = log.read_text()
+    assert told.count("expected a multiple of tp x pp = 4") == 1 and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
+    """SIGTERM to the launcher: it asks one rank to end, all save and do. SIGKILL to it: its ranks see that, and save."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["--config", str(config), "--output", str(output), "--set", LAYOUT]
+    with launched(log, *arguments) as runner:
+        reached(log, 3)
+        (launcher,) = psutil.Process(runner.pid).children()
+        began = time.monotonic()
+        launcher.terminate()
+        assert runner.wait(60) == 1
+        assert time.monotonic() - began < 30
+    assert "SIGTERM: saved after step" in log.read_text() and "Traceback" not in log.read_text()
+    with launched(log, *arguments) as runner:
+        reached(log, 9)
+        ranks = psutil.Process(runner.pid).children(recursive=True)[1:]
+        assert len(ranks) == 2
+        runner.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive
+    assert "SIGTERM: saved after step" in log.read_text()
+    for place in ("run", "whole"):
+        with Run("fit", config, tmp_path / place, LAYOUT) as run:
+            assert run.ends() == [0, 0], run.said(0)
+    assert ended(output, "fit") == ended(tmp_path / "whole", "fit")

@@ -1,0 +1,87 @@
+"""Faults of a user's, with the real commands on real ranks: one message, the same exit code everywhere, in seconds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.commands import Run
+
+
+def broken(base: Path, place: Path, how: str) -> list[str]:
+    """--set arguments that name a copy of the small model which is broken so."""
+    small = place / "small"
+    shutil.copytree(base / "small", small)
+    weights = small / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "missing":
+        weights.unlink()
+    else:
+        config = small / "config.json"
+        config.write_text(config.read_text().replace('"intermediate_size": 28', '"intermediate_size": 32'))
+    return [f"small.path={small}", f"pretrain.start={small}"]
+
+
+REFUSED = {
+    "a source that is not there": ("fit", ["small.path=nowhere"], "nowhere: expected a checkpoint"),
+    "a source that is not whole": ("fit", "truncated", "model.safetensors"),
+    "a source without weights": ("pretrain", "missing", "model.safetensors"),
+    "a config that its weights do not fit": ("pretrain", "misfit", "32"),
+    "a layout for more processes": ("fit", ["fit.parallel.tp=4"], "multiple of tp x pp = 4 x 1 = 4, found 2"),
+    "a layout that the model does not fit": ("pretrain", ["pretrain.parallel.pp=2", "pretrain.parallel.tp=1",
+        "data.seq_length=99"], "at most the model's 64 positions"),
+    "data that are not there": ("pretrain", ['data.train=["nowhere"]'], "nowhere"),
+    "a key that is not known": ("fit", ["fit.stepps=3"], "Did you mean 'steps'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_one_message_and_exit_code_2_on_every_rank(base, config, tmp_path, fault):
+    tool, sets, told = REFUSED[fault]
+    sets = broken(base, tmp_path, sets) if isinstance(sets, str) else sets
+    output = tmp_path / "out"
+    began = time.monotonic()
+    with Run(tool, config, output, *sets) as run:
+        assert run.ends(60) == [2, 2], run.said(0)
+        assert told in run.said(0)
+        assert re.search(r"expected .*, found |unknown|Did you mean", run.said(0))
+        assert "Traceback" not in run.said(0) + run.said(1)
+        assert told not in run.said(1), "it is said once"
+    # GRACE_SECONDS of them are for the launcher, which is not there.
+    assert time.monotonic() - began < 40
+    # Nothing that looks like a run, or like a part of one.
+    left = [path.name for path in output.rglob("*") if path.is_file()] if output.exists() else []
+    assert not left, left
+
+
+def test_a_port_in_use(config, tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        with Run("fit", config, tmp_path / "out", port=other.getsockname()[1]) as run:
+            run.ranks[0].join(60)
+            assert run.ranks[0].exitcode == 2, run.said(0)
+            assert "in use" in run.said(0) and "--master_port" in run.said(0)
+            assert "Traceback" not in run.said(0)
+
+
+def test_what_is_written_where_no_room_is(config, tmp_path, small_disk):
+    """The record of the steps, not the checkpoints, meets the full disk: rank 0 alone, and the other is told."""
+    with Run("fit", config, small_disk / "out", "fit.steps=400", "fit.save_every=0") as run:
+        run.reaches(2)
+        with (small_disk / "filler").open("wb") as filler:
+            while True:
+                try:
+                    filler.write(bytes(1 << 12))
+                    filler.flush()
+                except OSError:
+                    break
+        assert run.ends(60) == [2, 2], run.said(0)
+        assert "found it full" in run.said(0)
+        assert "Traceback" not in run.said(0) + run.said(1)
