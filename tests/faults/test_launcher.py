@@ -52,7 +52,7 @@ def test_a_user_fault_is_the_launchers_exit_code(config, tmp_path):
 
 
 def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
-    """SIGTERM to the launcher: it asks one rank to end, all save and do. SIGKILL to it: its ranks see that, and save."""
+    """SIGTERM to the launcher: one rank is asked to end, all save and do. SIGKILL: its ranks see it and save."""
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = ["--config", str(config), "--output", str(output), "--set", LAYOUT]
     with launched(log, *arguments) as runner:
