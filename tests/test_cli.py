@@ -98,6 +98,7 @@ def test_children_have_the_usual_signals(tmp_path):
         signals.SECONDS = 0.5
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
+        time.sleep(0.5)
         child.terminate()
         child.join()
         time.sleep(2)

@@ -23,7 +23,7 @@ ROOMS = (
     ("parallel",),
     ("model",),
     ("training",),
-    ("handoff", "plan", "report"),
+    ("handoff", "plan", "report", "soak"),
     ("bench",),
     ("cli",),
 )
