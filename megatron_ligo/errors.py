@@ -36,7 +36,9 @@ class LayoutError(LigoError):
 
 
 class NumbersError(LigoError):
-    """A loss or a gradient that no run should go on from."""
+    """A loss or a gradient that no run should go on from. All ranks see it alike."""
+
+    agreed = True
 
 
 class ReplicaError(LigoError):

@@ -79,23 +79,25 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> Found | None:
-    """The newest whole checkpoint; None where none was ever made. Damaged ones are told and set aside. Collective.
+    """The newest whole checkpoint; None where none was ever made. Newer damaged ones are told and set aside. Collective.
 
     CheckpointError if there are checkpoints and all are damaged.
     """
     _on_rank_0(folder, lambda: _tidy(folder))
-    known = gathered(steps(folder))[0]
     faults = Faults(f"{folder} has no checkpoint that is whole", CheckpointError)
-    for step in reversed(known):
+    damaged: list[Path] = []
+    for step in reversed(gathered(steps(folder))[0]):
         place = folder / f"step_{step}"
         record, fault = _examine(place)
         found = next((error for error in gathered(fault) if error), None)
         if found is None:
+            for other in damaged:
+                log.warning("%s: set aside as %s.damaged", other, other.name)
+            _on_rank_0(folder, lambda: _set_aside(damaged))
             return Found(place, step, record["state"])
         log.warning("%s", found)
-        log.warning("%s is damaged: set aside as %s.damaged, going on from the one before", place, place.name)
         faults.note(str(found))
-        _on_rank_0(place, lambda place=place: _set_aside(place))
+        damaged.append(place)
     faults.raise_if_any()
     return None
 
@@ -159,11 +161,12 @@ def _tidy(folder: Path) -> None:
                 path.rename(folder / match[1])
 
 
-def _set_aside(place: Path) -> None:
-    away = place.with_name(f"{place.name}.damaged")
-    shutil.rmtree(away, ignore_errors=True)
-    place.rename(away)
-    sync(place.parent)
+def _set_aside(damaged: list[Path]) -> None:
+    for place in damaged:
+        away = place.with_name(f"{place.name}.damaged")
+        shutil.rmtree(away, ignore_errors=True)
+        place.rename(away)
+        sync(place.parent)
 
 
 def _examine(place: Path) -> tuple[dict, CheckpointError | None]:

@@ -55,6 +55,11 @@ class Data:
         first = self._first + step * global_batch_size
         return self._deal(self._train, "train", first, global_batch_size, micro_batch_size, dp, dp_rank)
 
+    def samples(self, step: int, global_batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[range]:
+        """The numbers of the samples in each of the micro-batches that `batch` gives."""
+        first = self._first + step * global_batch_size
+        return _dealt(first, global_batch_size, micro_batch_size, dp, dp_rank)
+
     def eval_batch(self, num_samples: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
         """A rank's micro-batches of the first `num_samples` held-out samples, in `batch`'s form."""
         return self._deal(self._held_out(), "valid", 0, num_samples, micro_batch_size, dp, dp_rank)
@@ -77,8 +82,7 @@ class Data:
         if first + size > len(dataset):
             do = "Open the data for that many."
             raise DataError(message(f"{name} samples", f"at least {first + size}", len(dataset), do))
-        starts = range(first + dp_rank * micro, first + size, micro * dp)
-        return [self._micro_batch(dataset, name, range(start, start + micro)) for start in starts]
+        return [self._micro_batch(dataset, name, numbers) for numbers in _dealt(first, size, micro, dp, dp_rank)]
 
     def _micro_batch(self, dataset, name: str, indices: range) -> Batch:
         samples = [dataset[index] for index in indices]
@@ -89,6 +93,10 @@ class Data:
                 where = f"{name} samples {indices.start} to {indices.stop - 1}"
                 raise DataError(_wrong_vocab(where, self._vocab_size, largest))
         return batch
+
+
+def _dealt(first: int, size: int, micro: int, dp: int, dp_rank: int) -> list[range]:
+    return [range(start, start + micro) for start in range(first + dp_rank * micro, first + size, micro * dp)]
 
 
 def open_data(

@@ -29,53 +29,45 @@ class Guard:
         self.skipped: list[int] = state.setdefault("skipped", [])
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
-    def look(self, step: int, loss: float, batches: list[Batch]) -> None:
-        """After step `step` (from 0) over `batches`. NumbersError on all ranks if the run is to stop."""
+    def look(self, step: int, loss: float, batches: list[Batch], samples: list[range]) -> None:
+        """After step `step` (from 0) over `batches`, which hold those samples. NumbersError if the run is to stop.
+
+        Collective; the loss is the same on all ranks.
+        """
+        where = f"step {step + 1}"
         if self.engine.refused or not math.isfinite(loss):
-            self._bad(step, loss, batches)
-        elif self._spike(loss):
-            self._tell(
-                message(f"step {step + 1}", f"a loss like those before, {median(self.losses):.4g}", f"{loss:.4g}")
-            )
-        else:
-            self.losses.append(loss)
-
-    def _spike(self, loss: float) -> bool:
-        full = len(self.losses) == WINDOW
-        return bool(self.run.spike) and full and loss > self.run.spike * median(self.losses)
-
-    def _bad(self, step: int, loss: float, batches: list[Batch]) -> None:
-        where = _where(self.engine, step, self.run, batches) if self.engine.refused else "finite gradients"
-        self.skipped.append(step + 1)
-        self._tell(message(f"step {step + 1}", "a finite loss and finite gradients", f"loss {loss}; {where}"))
-        row = range(step + 1, step + 1 - IN_A_ROW, -1)
-        if all(number in self.skipped for number in row):
-            raise NumbersError(f"{IN_A_ROW} steps in a row were not finite: more than the data can be the reason.")
+            self.skipped.append(step + 1)
+            found = f"loss {loss}{self._origin(batches, samples)}"
+            self._tell(message(where, "a finite loss and finite gradients", found))
+            self._check_row(step + 1)
+            return
+        if len(self.losses) == WINDOW and self.run.spike and loss > self.run.spike * median(self.losses):
+            self._tell(message(where, f"a loss like those before, {median(self.losses):.4g}", f"{loss:.4g}"))
+        self.losses.append(loss)
 
     def _tell(self, text: str) -> None:
         if self.run.bad_numbers == "stop":
-            raise NumbersError(
-                f"{text} Its update is not saved. Look at that batch, lower lr, or set bad_numbers = 'skip'."
-            )
+            do = "Nothing of it is saved. Look at the data, lower lr, or set bad_numbers = 'skip'."
+            raise NumbersError(f"{text} {do}")
         log.warning("%s", text)
 
+    def _check_row(self, last: int) -> None:
+        if self.skipped[-IN_A_ROW:] == list(range(last - IN_A_ROW + 1, last + 1)):
+            raise NumbersError(f"{IN_A_ROW} steps in a row were not finite: more than the data can be the reason.")
 
-def _where(engine: Engine, step: int, run: TrainingSection, batches: list[Batch]) -> str:
-    """The samples and the parameters that the numbers come from. Collective: the step is taken again, and looked at."""
-    mesh = engine.mesh
-    losses, names = engine.look_again(batches)
-    first = step * run.global_batch_size
-    samples = []
-    for index, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            start = first + (index * mesh.dp + mesh.dp_rank) * run.micro_batch_size
-            samples += range(start, start + run.micro_batch_size)
-    found = gathered((samples, names))
-    bad = sorted({sample for samples, _ in found for sample in samples})
-    rows = list(dict.fromkeys(name for _, names in found for name in names))
-    return f"training samples {_few(bad)}; gradients of {_few(rows)}"
+    def _origin(self, batches: list[Batch], samples: list[range]) -> str:
+        """The samples and the parameters that it comes from: the step is taken again, and looked at."""
+        if not self.engine.refused:
+            return ""
+        losses, names = self.engine.look_again(batches)
+        bad = [part for part, loss in zip(samples, losses, strict=False) if not math.isfinite(loss)]
+        everyone = gathered(([number for part in bad for number in part], names))
+        numbers = sorted({number for numbers, _ in everyone for number in numbers})
+        rows = list(dict.fromkeys(name for _, names in everyone for name in names))
+        of_samples = f"; not finite the losses of training samples {_few(numbers)}" if numbers else ""
+        return f"{of_samples}; not finite the gradients of {_few(rows)}"
 
 
 def _few(items: list) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return (", ".join(map(str, items[:SHOWN])) or "none alone") + more
+    return ", ".join(map(str, items[:SHOWN])) + more

@@ -47,12 +47,13 @@ def run(
     ):
         for step in range(first, settings.steps):
             began = time.monotonic()
-            batches = data.batch(step, settings.global_batch_size, settings.micro_batch_size, place.dp, place.dp_rank)
+            dealt = (step, settings.global_batch_size, settings.micro_batch_size, place.dp, place.dp_rank)
+            batches = data.batch(*dealt)
             lr = learning_rate(settings, step)
             engine.set_lr(lr)
             loss, norm = engine.train_step(batches)
             seconds = time.monotonic() - began
-            guard.look(step, loss, batches)
+            guard.look(step, loss, batches, data.samples(*dealt))
             metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **after(step + 1))
             done, last = step + 1, step + 1 == settings.steps
             if due(done, settings.check_replicas_every):
