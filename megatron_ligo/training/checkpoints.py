@@ -79,7 +79,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> Found | None:
-    """The newest whole checkpoint; None where none was ever made. Newer damaged ones are told and set aside. Collective.
+    """The newest whole checkpoint; None where none was ever made. Damaged ones are told, and set aside. Collective.
 
     CheckpointError if there are checkpoints and all are damaged.
     """
