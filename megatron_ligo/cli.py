@@ -181,18 +181,19 @@ def _machine_fault(error: BaseException) -> str | None:
 
 
 def _say(text: str, agreed: bool) -> None:
-    """Rank 0 speaks. Another rank speaks only if rank 0 had time to and the run goes on: its fault is its own."""
+    """Rank 0 speaks. Another rank does if rank 0 had time to and the run goes on: then its fault is its own."""
     if rank() == 0:
         print(text, file=sys.stderr, flush=True)
         return
-    _wait_for_rank_0()
-    if not agreed:
+    asked = _wait_for_rank_0()
+    if not agreed and not asked:
         print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)
 
 
-def _wait_for_rank_0() -> None:
-    """Until the launcher, which has seen rank 0 end, asks this one to; then its exit code is as rank 0's."""
+def _wait_for_rank_0() -> bool:
+    """Until the launcher, which has seen another rank end, asks this one to (True), or time is over."""
     deadline = time.monotonic() + GRACE_SECONDS
     with signals.deferred(2 * GRACE_SECONDS):
         while time.monotonic() < deadline and not signals.received():
             time.sleep(0.1)
+        return signals.received() is not None

@@ -79,7 +79,8 @@ def start(timeout_minutes: float = 10.0) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         do = "If the port is in use, choose another with --master_port."
-        raise LayoutError(message(where, "a free port that every process reaches", error, do)) from error
+        found = str(error).splitlines()[0]
+        raise LayoutError(message(where, "a free port that every process reaches", found, do)) from error
 
 
 def make(tp: int, pp: int) -> Mesh:

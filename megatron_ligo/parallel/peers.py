@@ -32,6 +32,9 @@ def together() -> Iterator[None]:
     except Stopped:
         raise
     except Exception as error:
+        if not dist.is_initialized():
+            # They have not met.
+            raise
         kind = _loss(error)
         with signals.deferred(SECONDS * 3):
             if kind is None:

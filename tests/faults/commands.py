@@ -40,6 +40,8 @@ class Command:
 
     def __init__(self, script: Path, arguments: list[str], log: Path, world: int, port: int | None = None):
         self.log = log
+        for old in log.parent.glob(f"{log.name}.*"):
+            old.unlink()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
         port = port or free_port()
@@ -69,6 +71,15 @@ class Command:
             self.ranks[rank].join()
             raise AssertionError(f"rank {rank} did not end within {patience} s\n{self.said(rank)}")
         return [process.exitcode for process in self.ranks]
+
+    def ends_launched(self) -> list[int]:
+        """`ends`, with the others asked to end when the first has failed, as the launcher does."""
+        deadline = time.monotonic() + PATIENCE
+        while not any(process.exitcode for process in self.ranks) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        self.signal(signal.SIGTERM, *(rank for rank, process in enumerate(self.ranks) if process.is_alive()))
+        return self.ends(20)
 
     def said(self, rank: int) -> str:
         """What a rank has written to stderr."""

@@ -22,7 +22,7 @@ SIZE = 2  # sequences a step: so few that some token comes in one step alone
 def rare(table: dict, folder: Path) -> tuple[int, int]:
     """(a token, the only step in which it is read)."""
     section = Config.from_dict(table).data
-    data = open_data(section, section.seq_length, STEPS * SIZE, 8, section.seed, folder)
+    data = open_data(section, section.seq_length, STEPS * SIZE, 0, section.seed, folder)
     steps: dict[int, set[int]] = {}
     for step in range(STEPS):
         (batch,) = data.batch(step, SIZE, SIZE, 1, 0)
@@ -79,12 +79,12 @@ def test_a_run_that_diverges_saves_nothing_of_it(pools, base, tmp_path):  # noqa
     assert (isinstance(found, str) and "NaN or Inf in" in found) or "steps in a row" in found, found
     for path in tmp_path.rglob("mp_rank_*_model_states.pt"):
         module = torch.load(path, weights_only=True)["module"]
-        assert all(bool(torch.isfinite(tensor).all()) for tensor in module.values())
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in module.values() if tensor is not None)
 
 
 def test_a_loss_that_leaps(pools, base, tmp_path):  # noqa: F811
-    table = settings(base, steps=24, spike=1.0001, save_every=0)
+    table = settings(base, steps=30, spike=1.0001, save_every=0, lr=1e-9)
     found = pools(1).run(pretrain, settings=table, output=str(tmp_path / "a"))
     assert "expected a loss like those before" in found
     table["pretrain"]["bad_numbers"] = "skip"
-    assert len(losses_of(pools(1).run(pretrain, settings=table, output=str(tmp_path / "b")))) == 24
+    assert len(losses_of(pools(1).run(pretrain, settings=table, output=str(tmp_path / "b")))) == 30
