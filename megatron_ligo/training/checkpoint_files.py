@@ -22,6 +22,10 @@ class Files(TorchCheckpointEngine):
     barriers. written: size and digest of each file of this rank since `begin`.
     """
 
+    def __init__(self, config: object):
+        super().__init__(config)
+        self.begin()
+
     def begin(self) -> None:
         self.fault: CheckpointError | None = None
         self.written: dict[Path, dict] = {}

@@ -271,7 +271,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, hf_folder):
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and told(err) == "Interrupted.\n"
+    assert process.returncode == 130 and told(err) == "SIGINT: ended.\n"
     assert list(out.iterdir()) == []
 
 
