@@ -3,6 +3,8 @@
 # On a fresh machine it sets up everything itself; run again, it goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# Four processes want four GPUs; with fewer, all of them compute on the CPU.
+python -c 'import sys, torch; sys.exit(torch.cuda.device_count() >= 4)' && export DS_ACCELERATOR=cpu
 RUN=${RUN:-runs/quickstart}
 CONFIG=launch_scripts/quickstart.toml
 PORT=${PORT:-29500}
