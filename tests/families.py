@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ligo.arch import architectures, get
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Architecture
 from megatron_ligo.formats import hf_config
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.packing import stored
@@ -73,12 +74,15 @@ def model(family: str, name: str, *, tied: bool = True, dtype=torch.float32, see
     torch.manual_seed(seed)
     sizes = GPT2 if family == "gpt2" else BERT
     config = CONFIG_MAPPING[family](**{**sizes, "tie_word_embeddings": tied, **changes})
-    made = getattr(transformers, name)(config).eval()
+    return _random(getattr(transformers, name)(config).eval()).to(dtype)
+
+
+def _random(made: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for path, parameter in made.named_parameters():
             gain = path.endswith("weight") and ("norm" in path.lower() or ".ln_" in f".{path}")
             parameter.uniform_(0.5, 1.5) if gain else parameter.normal_(0, 0.15)
-    return made.to(dtype)
+    return made
 
 
 def saved(folder: Path, *arguments, **changes):
@@ -99,20 +103,30 @@ def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
     return Memory(dims, {key: item.part(state[name], key, dims).clone() for name, item in items for key in item.keys})
 
 
+def model_of(dims: Dims, seed: int = 0) -> torch.nn.Module:
+    """A random Hugging Face model of any sizes of any family."""
+    config = hf_config.config_of(dims, {}, torch.float32)
+    torch.manual_seed(seed)
+    return _random(getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[dims.model_type](**config)).eval())
+
+
+def state_of(arch: Architecture, dims: Dims, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Canonical tensors under Hugging Face's names, each tied one under both; they may be differentiated."""
+    items = stored(arch, dims, "hf")
+    state = {name: item.whole([tensors[key] for key in item.keys], dims) for name, item in items.items()}
+    for row in arch.rows:
+        if row.exists(dims) and row.tied_to and dims.tied:
+            state[row.slots["hf"].name] = tensors[row.tied_to]
+        if row.exists(dims) and row.slots["hf"].tied_name:
+            state[row.slots["hf"].name] = tensors[row.key]
+    return state
+
+
 def outputs(source: Reader, ids: torch.Tensor) -> torch.Tensor:
     """What transformers' model of a Reader's tensors gives first (logits or hidden states), in their dtype."""
-    dims = source.dims
-    config = hf_config.config_of(dims, {}, torch.float32)
-    made = getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[dims.model_type](**config)).eval()
-    state = {
-        name: item.whole([source.read(key) for key in item.keys], dims)
-        for name, item in stored(source.arch, dims, "hf").items()
-    }
-    made = made.to(next(iter(state.values())).dtype)
-    left = made.load_state_dict(state, strict=False)
-    shared = {row.slots["hf"].name for row in source.arch.rows if row.tied_to or row.slots["hf"].tied_name}
-    assert not left.unexpected_keys
-    assert set(left.missing_keys) <= (shared if dims.tied else set())
+    tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
+    made = model_of(source.dims).to(next(iter(tensors.values())).dtype)
+    made.load_state_dict(state_of(source.arch, source.dims, tensors))
     with torch.no_grad():
         return made(ids)[0]
 

@@ -158,6 +158,11 @@ class Architecture:
     def by_key(self) -> Mapping[str, Row]:
         return MappingProxyType({row.key: row for row in self.rows})
 
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are rows of a table, and not turned into queries and keys."""
+        return "positions" in self.by_key
+
     @cached_property
     def _joined(self) -> Mapping[str, str]:
         """Spaces that are others where rows are tied: the tensor that two rows share lies between the same spaces."""

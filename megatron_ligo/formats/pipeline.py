@@ -6,9 +6,10 @@
     DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt   read, where they are: masters and moments (ZeRO 1)
     DIR/dims.json or config.json                               the model's sizes; DeepSpeed does not look at them
 
-Layer 0 is the embedding, layer j + 1 the transformer's layer j, then come the final norm and the head. A tied head is
-stored nowhere: DeepSpeed copies the embedding to it. Written are layers and counts, which a pipeline of that tensor
-parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at any number of stages.
+Layer 0 is the embedding, learned positions are a layer of their own, then come the transformer's layers, the final
+norm and the head. A tied head is stored nowhere: DeepSpeed copies the embedding to it. Written are layers and counts,
+which a pipeline of that tensor parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at any number of
+stages.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ LAYOUT = True
 OPTIONS = {"tag": "name of the folder (default global_stepN)"}
 
 
-def prefixes(num_layers: int) -> list[tuple[str, str]]:
+def prefixes(dims: Dims) -> list[tuple[str, str]]:
     """By layer of the pipeline: what its parameters' names begin with in the whole model, and in the layer."""
-    layers = [(f"decoder.layers.{layer}.", "") for layer in range(num_layers)]
-    return [("embedding.", ""), *layers, ("decoder.final_layernorm.", "norm."), ("output_layer.", "linear.")]
+    tables = ["word_embeddings.", "position_embeddings."] if arch.get(dims.arch).learns_positions else [""]
+    layers = [(f"decoder.layers.{layer}.", "") for layer in range(dims.num_layers)]
+    ends = [("decoder.final_layernorm.", "norm."), ("output_layer.", "linear.")]
+    return [*((f"embedding.{table}", table) for table in tables), *layers, *ends]
 
 
 def recognise(path: Path) -> bool:
@@ -70,9 +73,11 @@ def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
     tp = 1 + max((rank for _, rank in saved.layers), default=0)
     found = 1 + max((layer for layer, _ in saved.layers), default=-1)
     head = "head" in arch.get(dims.arch).keys(dims)
-    expected = dims.num_layers + (3 if head else 2)
+    expected = len(prefixes(dims)) - (0 if head else 1)
     if found != expected:
-        means = f"{expected}: the embedding, {dims.num_layers} layers, the final norm{', the head' if head else ''}"
+        positions = ", the positions" if arch.get(dims.arch).learns_positions else ""
+        ends = "the final norm, the head" if head else "the final norm"
+        means = f"{expected}: the embedding{positions}, {dims.num_layers} layers, {ends}"
         faults.add("layers of the pipeline", means, found)
     if saved.mp % tp:
         do = "Are files of two checkpoints mixed?"
@@ -86,7 +91,7 @@ def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
 
 def _rank(saved: Saved, rank: int, tp: int, dims: Dims, faults: Faults) -> Rank:
     weights: dict[str, Tensor] = {}
-    for layer, (whole, own) in enumerate(prefixes(dims.num_layers)[: len(saved.layers) // tp]):
+    for layer, (whole, own) in enumerate(prefixes(dims)[: len(saved.layers) // tp]):
         where = layer_file(layer, rank)
         for name, tensor in module_states(saved.layers[layer, rank], where, faults).items():
             if name.startswith(own):
@@ -108,7 +113,7 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     if options.pp > source.dims.num_layers:
         faults.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.dims.num_layers} layers")
     stored = packing.stored(source.arch, source.dims, "mcore")
-    layers = prefixes(source.dims.num_layers)
+    layers = prefixes(source.dims)
     for name in (name for name in stored if not any(name.startswith(whole) for whole, _ in layers)):
         faults.add(name, "a tensor of the embedding, a decoder's layer, the final norm or the head", "another")
     faults.raise_if_any()

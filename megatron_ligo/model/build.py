@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
@@ -36,10 +37,30 @@ class Build:
 
 
 def check_network(dims: Dims) -> None:
-    """ConfigError for an architecture whose network is not built here."""
-    built = sorted(name for name, arch in architectures.architectures().items() if "positions" not in arch.by_key)
-    if dims.arch not in built:
-        raise ConfigError(message("fit and pretraining", f"one of {', '.join(built)}", dims.arch, "Growing works."))
+    """ConfigError for a network that is not built here."""
+    arch = architectures.get(dims.arch)
+    if not (arch.norm_first and arch.causal):
+        known = architectures.architectures().values()
+        built = ", ".join(sorted(other.name for other in known if other.norm_first and other.causal))
+        do = "It can be converted and grown."
+        raise ConfigError(message("fit and pretraining", f"one of {built}", dims.arch, do))
+    if not dims.has_head:
+        do = "A model with tied embeddings needs nothing but the class that has one in its config's architectures."
+        raise ConfigError(message("fit and pretraining", "a model with an output head", arch.class_of(dims), do))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's own approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
 
 
 def normalization(dims: Dims) -> str:
@@ -48,6 +69,7 @@ def normalization(dims: Dims) -> str:
 
 def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
     """mcore's config. Its pipeline size stays 1: DeepSpeed cuts the stages, and mcore would offset layer numbers."""
+    rows = architectures.get(dims.arch).by_key
     return TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
@@ -57,9 +79,9 @@ def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
         kv_channels=dims.head_dim,
         normalization=normalization(dims),
         layernorm_epsilon=dims.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        gated_linear_unit="layers.{}.gate" in rows,
+        activation_func=ACTIVATIONS[dims.activation],
+        add_bias_linear="layers.{}.o_bias" in rows,
         add_qkv_bias=dims.qkv_bias,
         window_size=None if dims.sliding_window is None else (dims.sliding_window - 1, 0),
         attention_dropout=0.0,
@@ -108,8 +130,11 @@ def final_norm_spec() -> type:
     return Norm
 
 
-def rotary(dims: Dims) -> RotaryEmbedding:
-    """The rotary positions; of the scalings, Llama 3's (the only one mcore has) with its published constants."""
+def rotary(dims: Dims) -> RotaryEmbedding | None:
+    """The rotary positions, if there are any; of the scalings, Llama 3's (the only one mcore has) with its published
+    constants."""
+    if architectures.get(dims.arch).learns_positions:
+        return None
     scaling = dict(dims.rope_scaling or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     factor = scaling.pop("factor", None)

@@ -8,11 +8,19 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
+from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import canonical_name, embed, reduce_norm_gradients, run_layer, uninitialised_config
+from megatron_ligo.model.layers import (
+    add_positions,
+    canonical_name,
+    embed,
+    reduce_norm_gradients,
+    run_layer,
+    uninitialised_config,
+)
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
@@ -26,6 +34,7 @@ class Pretrained(GPTModel):
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
         assert mesh.pp == 1, "stages.py is for pipelines"
+        learned = architectures.get(dims.arch).learns_positions
         super().__init__(
             config=uninitialised_config(dims, build),
             transformer_layer_spec=TransformerBlockSubmodules(
@@ -35,8 +44,13 @@ class Pretrained(GPTModel):
             max_sequence_length=dims.max_positions,
             parallel_output=True,
             share_embeddings_and_output_weights=dims.tied,
-            position_embedding_type="rope",
+            position_embedding_type="learned_absolute" if learned else "rope",
         )
+        if learned:
+            # mcore would keep all tokens on every rank up to here, and cut afterwards.
+            self.embedding.word_embeddings.reduce_scatter_embeddings = build.sequence_parallel
+            self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
+        self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
         self.rotary_pos_emb = rotary(dims)
         self.dims = dims
         self.recompute = recompute
@@ -52,7 +66,11 @@ class Pretrained(GPTModel):
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
         h = embed(self.embedding.word_embeddings, tokens)
-        positions = self.rotary_pos_emb(tokens.shape[1])
+        positions = None
+        if self.rotary_pos_emb is None:
+            h = add_positions(h, self.embedding.position_embeddings, self.first_token_rank)
+        else:
+            positions = self.rotary_pos_emb(tokens.shape[1])
         for layer in self.decoder.layers:
             h = run_layer(layer, h, positions, self.recompute)
         h = self.decoder.final_layernorm(h)

@@ -140,7 +140,7 @@ class GrownEmbedding(nn.Module):
         first = runtime.mesh.tp_rank * table.shape[0]
         here = (tokens >= first) & (tokens < first + table.shape[0])
         small = F.embedding((tokens - first).masked_fill(~here, 0), table).masked_fill(~here[..., None], 0.0)
-        small = runtime.written_by_all(small.transpose(0, 1)).to(runtime.dtype)
+        small = runtime.with_positions(runtime.written_by_all(small.transpose(0, 1))).to(runtime.dtype)
         return matrix_of(runtime.matrices(), "residual", False).push(small)
 
 
@@ -161,6 +161,9 @@ class GrownHead(nn.Module):
         expand = matrix_of(maps, "residual", False)
         row = operator.arch.row("final_norm")
         gain = runtime.grow_gain(row, runtime.source.final_norm, expand).to(runtime.dtype)
-        h = normalise(h, gain, None, operator.large.norm_eps, normalization(operator.large))
+        bias = runtime.source.final_norm_bias
+        if bias is not None:
+            bias = runtime.grow_shift(operator.arch.row("final_norm_bias"), bias, expand).to(runtime.dtype)
+        h = normalise(h, gain, bias, operator.large.norm_eps, normalization(operator.large))
         u = matrix_of(maps, "residual", not operator.large.tied).pull(h)
         return F.linear(runtime.read_by_all(u), runtime.source.head.to(runtime.dtype))

@@ -44,7 +44,14 @@ def embed(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
     return h if words.reduce_scatter_embeddings else h.transpose(0, 1).contiguous()
 
 
-def run_layer(block: Callable, h: Tensor, rotary: Tensor, recompute: bool) -> Tensor:
+def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int) -> Tensor:
+    """h (s, b, hidden) with the rows of its tokens' positions added; tp_rank: whose tokens these are under sequence
+    parallelism (0 without)."""
+    first = tp_rank * h.shape[0]
+    return h + table(torch.arange(first, first + h.shape[0], device=h.device))[:, None]
+
+
+def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool) -> Tensor:
     """h (s, b, hidden) -> (s, b, hidden) through an mcore layer, causal; with recompute it keeps only its input."""
 
     def forward(h: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class RowPlace(Place):
 
 
 class NormPlace(Place):
-    """Scales the residual stream: the norms' gains (and biases, which write it)."""
+    """Scales the residual stream: the norms' gains and biases."""
 
     def build(self, mixed, maps):
         built = []
@@ -153,7 +153,7 @@ class NormPlace(Place):
             if row.axes[0].use is Use.SCALES:
                 built.append(self.runtime.grow_gain(row, mixed[row.key], expand))
             else:
-                built.append(expand.to(mixed[row.key]) @ mixed[row.key])
+                built.append(self.runtime.grow_shift(row, mixed[row.key], expand))
         return [tensor.to(self.runtime.dtype) for tensor in built]
 
     def bound(self, built, maps):

@@ -51,18 +51,23 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.shared_maps: Maps | None = None
-        large = self.operator.large
-        self.rotary = rotary(large) if large.rope_base is not None else None
-        self.gain = {}
-        if self.operator.copied_gains:
-            names = ("gain.source", "gain.layers", "gain.final")
-            self.gain = {name: self.operator.tensor(name).to(accelerator.device()) for name in names}
+        self.rotary = rotary(self.operator.large)
+        names = [name for name in self.operator.shapes() if name.startswith("gain.")]
+        self.gain = {name: self.operator.tensor(name).to(accelerator.device()) for name in names}
 
     def positions(self, h: Tensor) -> Tensor | None:
         """The rotary positions of the whole sequences of which h (s, b, hidden) has this rank's tokens."""
         return (
             None if self.rotary is None else self.rotary(h.shape[0] * (self.mesh.tp if self.sequence_parallel else 1))
         )
+
+    def with_positions(self, small: Tensor) -> Tensor:
+        """small (s, b, small), this rank's tokens, with the rows of their positions added where those are learned."""
+        table = self.source.positions
+        if table is None:
+            return small
+        first = self.mesh.tp_rank * small.shape[0] if self.sequence_parallel else 0
+        return small + table[first : first + small.shape[0], None]
 
     def read_by_all(self, u: Tensor) -> Tensor:
         """u (s, b, small), which every tensor-parallel rank reads for its own rows: whole sequences, partial uses."""
@@ -99,7 +104,15 @@ class Runtime:
         """A norm's grown gain, complete on every rank."""
         if not self.operator.copied_gains:
             return expand.to(mixed) @ mixed
-        return mixed[self.gain["gain.source"]] * self.gain["gain.layers" if row.in_layer else "gain.final"]
+        source, factor = (self.gain[name] for name in self.operator.gain_names(row))
+        return mixed[source] * factor
+
+    def grow_shift(self, row: Row, mixed: Tensor, expand: Matrix) -> Tensor:
+        """A norm's grown bias, complete on every rank."""
+        grown = expand.to(mixed) @ mixed
+        if self.operator.is_shared_out(row):
+            grown = grown * (self.gain["gain.final"] / self.gain["gain.layers"])
+        return grown
 
     def fresh_rows(self, row: Row, layer: int) -> Tensor | None:
         """This rank's part of what joins a large layer's row between its maps, in fp32 on the device; mostly None."""

@@ -61,11 +61,20 @@ class Source:
         self._slices = [self._read_slices(reader, row) for row in self.split_rows]
         self._wholes = [self._read_whole(reader, row) for row in self.whole_rows]
         self.embed = self._read_vocab(reader, "embed") if mesh.first_stage else None
-        self.head = self.final_norm = None
+        self.positions = None
+        if mesh.first_stage and reader.arch.learns_positions:
+            self.positions = self._read(reader, "positions")
+        self.head = self.final_norm = self.final_norm_bias = None
         if mesh.last_stage:
             tied = reader.dims.tied
             self.head = self.embed if tied and self.embed is not None else self._read_vocab(reader, "head", tied)
-            self.final_norm = reader.read("final_norm").float().to(accelerator.device())
+            self.final_norm = self._read(reader, "final_norm")
+            if "final_norm_bias" in reader.arch.by_key:
+                self.final_norm_bias = self._read(reader, "final_norm_bias")
+
+    @staticmethod
+    def _read(reader: Reader, key: str) -> Tensor:
+        return reader.read(key).float().to(accelerator.device())
 
     def _read_slices(self, reader: Reader, row: Row) -> Tensor:
         numel = math.prod(self.shapes[row.key])

@@ -15,12 +15,20 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.formats.pipeline import prefixes
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import canonical_name, embed, reduce_norm_gradients, run_layer, uninitialised_config
+from megatron_ligo.model.layers import (
+    add_positions,
+    canonical_name,
+    embed,
+    reduce_norm_gradients,
+    run_layer,
+    uninitialised_config,
+)
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
@@ -53,6 +61,19 @@ class Embedding(nn.Module):
         return self.head(h, weight=self.word_embeddings.weight)[0]
 
 
+class Positions(nn.Module):
+    """h (s, b, hidden) -> h with the learned rows of its tokens' positions added."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.position_embeddings = nn.Embedding(dims.max_positions, dims.hidden_size, dtype=build.dtype)
+        self.position_embeddings.weight.sequence_parallel = build.sequence_parallel
+        self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return add_positions(h, self.position_embeddings, self.first_token_rank)
+
+
 class StageLayer(TransformerLayer):
     """h (s, b, hidden) -> h: an mcore layer that brings its own rotary positions."""
 
@@ -64,7 +85,9 @@ class StageLayer(TransformerLayer):
         self.tokens_per_row = build.tp if build.sequence_parallel else 1
 
     def forward(self, h: Tensor) -> Tensor:
-        positions = self.rotary_pos_emb(h.shape[0] * self.tokens_per_row)
+        positions = None
+        if self.rotary_pos_emb is not None:
+            positions = self.rotary_pos_emb(h.shape[0] * self.tokens_per_row)
         return run_layer(super().forward, h, positions, self.recompute)
 
 
@@ -106,7 +129,8 @@ def output_linear(dims: Dims, build: Build, mesh: Mesh, holds_weight: bool) -> C
 class PretrainedPipeline(PipelineModule):
     """tokens (b, s) -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
 
-    Layer 0 is the embedding, layer j + 1 the transformer's layer j, then come the final norm and the head.
+    Layer 0 is the embedding; learned positions are a layer of their own; then come the transformer's layers, the
+    final norm and the head.
     """
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
@@ -121,7 +145,8 @@ class PretrainedPipeline(PipelineModule):
 
     def _partition_layers(self, method: str = "explicit") -> None:
         cuts = layout.stage_bounds(self.dims.num_layers, self.mesh.pp)
-        self.parts = [0, *(cut + 1 for cut in cuts[1:-1]), len(self._layer_specs)]
+        before = 2 if architectures.get(self.dims.arch).learns_positions else 1
+        self.parts = [0, *(before + cut for cut in cuts[1:-1]), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
@@ -147,6 +172,8 @@ class PretrainedPipeline(PipelineModule):
 
 def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
     layers = [LayerSpec(StageLayer, dims, build, layer, recompute) for layer in range(dims.num_layers)]
+    if architectures.get(dims.arch).learns_positions:
+        layers = [LayerSpec(Positions, dims, build, mesh), *layers]
     norm = LayerSpec(FinalNorm, dims, build)
     if not dims.tied:
         return [LayerSpec(Embedding, dims, build, mesh), *layers, norm, LayerSpec(Head, dims, build, mesh)]
@@ -159,5 +186,5 @@ def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerS
 
 def _prefixes(dims: Dims) -> dict[str, str]:
     """DeepSpeed's prefix of each layer's parameters, and the one module's."""
-    layers = {f"{layer}.{own}": whole for layer, (whole, own) in enumerate(prefixes(dims.num_layers))}
+    layers = {f"{layer}.{own}": whole for layer, (whole, own) in enumerate(prefixes(dims))}
     return {f"tied_modules.{TIED}.": "embedding.", **layers}

@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import ParallelSection, TrainingSection
 from megatron_ligo.model import maps, runtime, source
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
@@ -16,13 +17,21 @@ from megatron_ligo.model.source import Source
 from megatron_ligo.parallel import mesh as meshes
 from megatron_ligo.training.collect import collect
 from megatron_ligo.training.engine import Engine
+from tests.families import dims_of, memory_of, model_of
 from tests.model.reference import make_operator, materialise
-from tests.tiny import hf_llama, llama_dims, memory_of, tokens
+from tests.tiny import llama_dims, tokens
 
 SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}
 LARGE = {"num_layers": 5, "hidden_size": 32, "ffn_size": 48, "num_heads": 16, "num_kv_heads": 8}
 BATCH, LENGTH, STEPS = 8, 12, 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def small_dims(changes: dict) -> Dims:
+    """A small Llama, or a small model of the family that the changes name."""
+    if changes.get("arch", "llama") == "llama":
+        return llama_dims(**{**SMALL, **changes})
+    return dims_of(changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}})
 
 
 def batches(dims, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -89,10 +98,10 @@ def fit(
     whole_source=False,
 ):
     """(losses, norms, operator, grown weights, loss in fp32 afterwards) of STEPS steps at a layout, on rank 0."""
-    small = llama_dims(**{**SMALL, **(small or {})})
+    small = small_dims(small or {})
     mesh = meshes.make(tp, pp)
     operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
-    source_reader = memory_of(hf_llama(small), small)
+    source_reader = memory_of(model_of(small), small)
     run = TrainingSection(
         steps=STEPS,
         optimizer=optimizer,

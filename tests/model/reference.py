@@ -1,6 +1,6 @@
 """The fit in one process of plain torch: the reference that every sharded run is held against.
 
-Independent of model/: a Hugging Face Llama runs on weights that are materialised from the operator's tensors.
+Independent of model/: a Hugging Face model runs on weights that are materialised from the operator's tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from megatron_ligo.growth import fresh
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.maps import grow_row
 from megatron_ligo.growth.operator import Operator, short
-from tests.tiny import hf_llama, hf_name, memory_of
+from tests import families
+from tests.families import memory_of
 
 
 def make_operator(small, large: dict, settings: dict) -> Operator:
@@ -38,23 +39,24 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
             joined = fresh.writers(operator, key, rms)
             matrix = _matrix(operator, values, layer)
             grown[key] = grow_row(row, mixed, matrix, operator.large, operator.structure, joined)
+            if row.feeds_head and operator.large.tied and operator.copied_gains:
+                # A norm's bias before a tied head: its copies come back as one.
+                grown[key] = grown[key] * values["gain.final"] / values["gain.layers"]
     return grown
 
 
 def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross entropy of a Hugging Face Llama with the grown weights."""
+    """Mean cross entropy of a Hugging Face model with the grown weights."""
     tokens, labels = batch
-    state = {hf_name(operator.arch, key): tensor for key, tensor in grown.items()}
-    if operator.large.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    logits = torch.func.functional_call(hf_llama(operator.large), state, (tokens,)).logits
+    state = families.state_of(operator.arch, operator.large, grown)
+    logits = torch.func.functional_call(families.model_of(operator.large), state, (tokens,)).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def _gain(operator, values, row, mixed):
     if not operator.copied_gains:
         return _expand(operator, values, "residual", None) @ mixed
-    return mixed[values["gain.source"]] * values["gain.layers" if row.in_layer else "gain.final"]
+    return mixed[values["gain.source"]] * values["gain.final" if row.feeds_head else "gain.layers"]
 
 
 def _matrix(operator, values, layer):
@@ -79,7 +81,7 @@ def run(
 ):
     """(losses, gradient norms, operator, grown weights) of plain torch training on the whole batches."""
     operator = make_operator(small, large, settings)
-    source = memory_of(hf_llama(small), small)
+    source = memory_of(families.model_of(small), small)
     fixed = {name: operator.tensor(name).clone() for name in operator.shapes()}
     learned = {}
     for name, tensor in fixed.items():

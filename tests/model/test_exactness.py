@@ -14,7 +14,6 @@ import torch
 
 from megatron_ligo.arch.rows import pattern_of
 from tests.model import cases, reference
-from tests.tiny import llama_dims
 
 OPTIMIZERS = {"adamw": (1e-3, 0.05), "sgd": (0.5, 1.0)}
 # The gradient of U has V's large entries in it.
@@ -24,7 +23,7 @@ LOW_RANK_LR = 0.02
 @cache
 def expected(optimizer: str, changes: str = "{}"):
     changed = json.loads(changes)
-    small = llama_dims(**{**cases.SMALL, **changed.get("small", {})})
+    small = cases.small_dims(changed.get("small", {}))
     large = {**cases.LARGE, **changed.get("large", {})}
     lr, clip = rates(optimizer, changed)
     batches = cases.batches(reference.make_operator(small, large, changed.get("settings", {})).large)
@@ -68,7 +67,7 @@ def differences(pools, world: int, optimizer: str = "adamw", changes: dict | Non
 
 def plain_loss(weights: dict, changes: dict) -> float:
     """The loss of grown weights on the first batch, in one process of plain torch."""
-    small = llama_dims(**{**cases.SMALL, **changes.get("small", {})})
+    small = cases.small_dims(changes.get("small", {}))
     operator = reference.make_operator(small, {**cases.LARGE, **changes.get("large", {})}, changes.get("settings", {}))
     with torch.no_grad():
         return float(reference.loss_of(operator, weights, cases.batches(operator.large, 1)[0]))
@@ -147,6 +146,33 @@ def test_every_kind_of_operator_is_exact_when_sharded(pools, kind):
 def test_operators_are_exact_under_sequence_parallelism(pools, kind):
     """The official one learns gains: on each rank they see that rank's tokens only."""
     assert_exact(differences(pools, 2, "sgd", OPERATORS[kind], tp=2, sequence_parallel=True, micro_size=4))
+
+
+GPT2 = {
+    "small": {"arch": "gpt2", "class": "GPT2LMHeadModel", "hidden_size": 32, "num_kv_heads": 8},
+    "large": {"hidden_size": 64, "num_kv_heads": 16},
+    "settings": {"noise": 0.5},
+}
+GPT2_LAYOUTS = [
+    (1, {}),
+    (2, {"tp": 2, "zero": 1}),
+    (2, {"zero": 3, "micro_size": 2}),
+    (4, {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}),
+    (4, {"tp": 2, "zero": 3, "micro_size": 2, "recompute": True}),
+]
+
+
+@pytest.mark.parametrize("world, layout", GPT2_LAYOUTS, ids=str)
+def test_gpt2_is_exact_when_sharded(pools, world, layout):
+    """By SGD: the true gradient of a key's bias is zero, and AdamW would take a full step on its rounding."""
+    tied = layout.get("zero") != 3
+    changes = {**GPT2, "small": {**GPT2["small"], "tied": tied}}
+    assert_exact(differences(pools, world, "sgd", changes, **layout))
+
+
+@pytest.mark.parametrize("settings", [{"method": "ligo"}, {"width_init": "copy", "depth_init": "stack"}], ids=str)
+def test_gpt2_with_other_operators(pools, settings):
+    assert_exact(differences(pools, 4, "sgd", {**GPT2, "settings": settings}, tp=2, pp=2, micro_size=2))
 
 
 CONTROLS = {
