@@ -87,10 +87,12 @@ def test_bert_bears_megatron_core_s_names_where_there_are_any():
     assert {name for name, _ in theirs if "layernorm" not in name} == set()
 
 
-@pytest.mark.parametrize(("family", "name"), [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel")])
-def test_fit_and_pretraining_refuse_what_they_do_not_build(tmp_path, family, name):
+@pytest.mark.parametrize(
+    ("family", "name", "wanted"), [("bert", "BertForMaskedLM", "gpt2, llama"), ("gpt2", "GPT2Model", "output head")]
+)
+def test_fit_and_pretraining_refuse_what_they_do_not_build(tmp_path, family, name, wanted):
     _, folder = families.saved(tmp_path, family, name)
-    with pytest.raises(ConfigError, match="llama"):
+    with pytest.raises(ConfigError, match=wanted):
         prepare(Config(small=SmallSection(path=str(folder))))
-    with pytest.raises(ConfigError, match="llama"):
+    with pytest.raises(ConfigError, match=wanted):
         find_start(Config(pretrain=PretrainSection(start=str(folder))))

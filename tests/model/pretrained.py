@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_ligo import formats
+from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import ParallelSection, PretrainSection
 from megatron_ligo.errors import LigoError
 from megatron_ligo.model import universal, weights
@@ -21,7 +22,8 @@ from megatron_ligo.parallel import mesh as meshes
 from megatron_ligo.parallel.mesh import Mpu
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import parameter_groups
-from tests.tiny import hf_llama, llama_dims, tokens
+from tests.families import dims_of, model_of
+from tests.tiny import llama_dims, tokens
 
 # A vocabulary of 37 is padded at any tp but 1.
 SIZES = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 5}
@@ -30,7 +32,9 @@ LR = {"adamw": 1e-2, "sgd": 0.5}
 CLIP, DECAY = 0.05, 0.1
 
 
-def sizes(tied: bool):
+def sizes(tied: bool, family: str = "llama") -> Dims:
+    if family == "gpt2":
+        return dims_of("gpt2", "GPT2LMHeadModel", tied=tied, **SIZES | {"num_kv_heads": 8, "hidden_size": 32})
     return llama_dims(tied=tied, **SIZES)
 
 
@@ -47,10 +51,10 @@ def micro(dims, step: int, mesh, size: int) -> list[dict]:
     return [{"tokens": part[:, :-1], "labels": part[:, 1:].contiguous(), "loss_mask": mask} for part in parts]
 
 
-def reference(tied: bool, optimizer: str = "adamw", state: dict | None = None) -> list[tuple[float, float]]:
+def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of transformers' model under PyTorch's own optimizer, in one process."""
-    dims = sizes(tied)
-    model = hf_llama(dims)
+    dims = sizes(tied, family)
+    model = model_of(dims)
     decay = DECAY if optimizer == "adamw" else 0.0
     if optimizer == "sgd":
         stepper = torch.optim.SGD(model.parameters(), lr=LR["sgd"])
@@ -80,9 +84,10 @@ def train(
     optimizer="adamw",
     bf16=False,
     seed=7,
+    family="llama",
 ) -> dict:
     """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
-    dims = sizes(tied)
+    dims = sizes(tied, family)
     mesh = meshes.make(tp, pp)
     build = Build(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel)
     model = (PretrainedPipeline if pp > 1 else Pretrained)(dims, build, mesh, recompute)
@@ -109,9 +114,9 @@ def train(
     return {"evaluated": evaluated, "steps": steps}
 
 
-def names(tied: bool, tp: int, pp: int) -> dict[str, tuple[int, ...]]:
+def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tuple[int, ...]]:
     """Parameters of this rank's model, by name, with their shapes."""
-    dims, mesh = sizes(tied), meshes.make(tp, pp)
+    dims, mesh = sizes(tied, family), meshes.make(tp, pp)
     model = (PretrainedPipeline if pp > 1 else Pretrained)(dims, Build(tp=tp), mesh)
     everyone: list = [None] * mesh.world
     torch.distributed.all_gather_object(everyone, {n: tuple(p.shape) for n, p in model.named_parameters()})

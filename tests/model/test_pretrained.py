@@ -1,17 +1,21 @@
 """The model to pretrain: transformers' numbers, the same at every layout, from one universal checkpoint."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_ligo import formats, packing
+from megatron_ligo.arch import get
 from megatron_ligo.convert import convert
 from megatron_ligo.formats.hf import open as open_hf
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build
 from megatron_ligo.model.gpt import Pretrained
 from megatron_ligo.parallel import mesh as meshes
+from tests.families import memory_of, model_of
 from tests.model import pretrained
-from tests.tiny import Memory, hf_llama, memory_of, tokens
+from tests.tiny import Memory, tokens
 
 # world: layouts
 LAYOUTS = {
@@ -46,23 +50,25 @@ def label(case) -> str:
     return f"{world}-" + "-".join(f"{key}={value}" for key, value in layout.items())
 
 
+def made(base: Path, tied: bool, family: str) -> str:
+    """The folder of a universal checkpoint."""
+    model_of(pretrained.sizes(tied, family)).save_pretrained(base / "hf")
+    convert(open_hf(base / "hf"), base / "universal", "universal")
+    return str(base / "universal")
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[bool, str]:
-    """A universal checkpoint of a tied and of an untied model."""
-    found = {}
-    for tied in (False, True):
-        base = tmp_path_factory.mktemp("universal")
-        hf_llama(pretrained.sizes(tied)).save_pretrained(base / "hf")
-        convert(open_hf(base / "hf"), base / "universal", "universal")
-        found[tied] = str(base / "universal")
-    return found
+    """A universal checkpoint of a tied and of an untied Llama."""
+    return {tied: made(tmp_path_factory.mktemp("universal"), tied, "llama") for tied in (False, True)}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_logits_are_those_of_transformers(tied):
+def test_logits_are_those_of_transformers(tied, family):
     meshes.start()
-    mesh, dims = meshes.make(1, 1), pretrained.sizes(tied)
-    hf = hf_llama(dims)
+    mesh, dims = meshes.make(1, 1), pretrained.sizes(tied, family)
+    hf = model_of(dims)
     model = Pretrained(dims, Build(), mesh)
     weights.fill(model, dims, mesh, memory_of(hf, dims).read)
     ids = tokens(dims)
@@ -81,6 +87,25 @@ def test_every_layout_trains_as_one_process(pools, folders, case):
     for step, ((loss, norm), (loss_1, norm_1)) in enumerate(zip(found["steps"], expected, strict=True)):
         assert loss == pytest.approx(loss_1, rel=1e-5), step
         assert norm == pytest.approx(norm_1, rel=1e-5), step
+
+
+GPT2_LAYOUTS = [
+    {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"},
+    {"pp": 2, "tied": False},
+    {"tp": 2, "zero": 3, "sequence_parallel": True, "recompute": True, "micro_size": 4},
+    {"tp": 4, "zero": 2, "tied": False, "micro_size": 4},
+]
+
+
+@pytest.mark.parametrize("layout", GPT2_LAYOUTS, ids=str)
+def test_every_layout_trains_gpt2_as_one_process(pools, tmp_path, layout):
+    tied = layout.get("tied", True)
+    expected = pretrained.reference(tied, layout.get("optimizer", "adamw"), "gpt2")
+    case = {"tied": tied, "family": "gpt2", **layout}
+    found = pools(4).run(pretrained.train, folder=made(tmp_path, tied, "gpt2"), **case)
+    assert found["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
+    for step, (step_found, step_expected) in enumerate(zip(found["steps"], expected, strict=True)):
+        assert step_found == pytest.approx(step_expected, rel=1e-5), step
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"tp": 2, "zero": 3}, {"zero": 1}], ids=str)
@@ -112,12 +137,12 @@ def test_fresh_weights_are_drawn_as_megatron_draws_them():
     assert not torch.equal(read("layers.1.q"), weights.initial(dims, 4)("layers.1.q"))
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_pipeline_bears_the_names_of_one_module(pools, tied):
-    one = pools(4).run(pretrained.names, tied=tied, tp=2, pp=1)
-    assert pools(4).run(pretrained.names, tied=tied, tp=2, pp=2) == one
-    dims = pretrained.sizes(tied)
-    assert set(one) == set(packing.stored(memory_of(hf_llama(dims), dims).arch, dims, "mcore"))
+@pytest.mark.parametrize(("tied", "family"), [(False, "llama"), (True, "llama"), (True, "gpt2")])
+def test_a_pipeline_bears_the_names_of_one_module(pools, tied, family):
+    one = pools(4).run(pretrained.names, tied=tied, tp=2, pp=1, family=family)
+    assert pools(4).run(pretrained.names, tied=tied, tp=2, pp=2, family=family) == one
+    dims = pretrained.sizes(tied, family)
+    assert set(one) == set(packing.stored(get(dims.arch), dims, "mcore"))
 
 
 def test_recompute_gives_the_same_gradients():
@@ -136,7 +161,7 @@ def test_recompute_gives_the_same_gradients():
 def test_moments_of_a_universal_checkpoint_are_taken_up(pools, tmp_path):
     """Under ZeRO 3 DeepSpeed gives all groups one count of steps: each would add to it."""
     dims = pretrained.sizes(True)
-    source = WithMoments(dims, memory_of(hf_llama(dims), dims).tensors)
+    source = WithMoments(dims, memory_of(model_of(dims), dims).tensors)
     convert(source, tmp_path / "universal", "universal")
     assert formats.open(tmp_path / "universal").step == 100
     layouts = [(1, {"micro_size": 8}), (2, {"zero": 3}), (2, {"pp": 2}), (4, {"tp": 2, "zero": 3, "micro_size": 4})]
