@@ -154,9 +154,7 @@ GPT2 = {
     "settings": {"noise": 0.5},
 }
 GPT2_LAYOUTS = [
-    (1, {}),
     (2, {"tp": 2, "zero": 1}),
-    (2, {"zero": 3, "micro_size": 2}),
     (4, {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}),
     (4, {"tp": 2, "zero": 3, "micro_size": 2, "recompute": True}),
 ]
@@ -170,9 +168,9 @@ def test_gpt2_is_exact_when_sharded(pools, world, layout):
     assert_exact(differences(pools, world, "sgd", changes, **layout))
 
 
-@pytest.mark.parametrize("settings", [{"method": "ligo"}, {"width_init": "copy", "depth_init": "stack"}], ids=str)
-def test_gpt2_with_other_operators(pools, settings):
-    assert_exact(differences(pools, 4, "sgd", {**GPT2, "settings": settings}, tp=2, pp=2, micro_size=2))
+def test_gpt2_is_exact_with_the_official_operator(pools):
+    changes = {**GPT2, "settings": {"method": "ligo"}}
+    assert_exact(differences(pools, 4, "sgd", changes, tp=2, pp=2, micro_size=2))
 
 
 CONTROLS = {

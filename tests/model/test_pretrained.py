@@ -91,7 +91,6 @@ def test_every_layout_trains_as_one_process(pools, folders, case):
 
 GPT2_LAYOUTS = [
     {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"},
-    {"pp": 2, "tied": False},
     {"tp": 2, "zero": 3, "sequence_parallel": True, "recompute": True, "micro_size": 4},
     {"tp": 4, "zero": 2, "tied": False, "micro_size": 4},
 ]
