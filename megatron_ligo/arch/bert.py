@@ -9,21 +9,23 @@ it with the embedding, so that the two spaces are then one. Where the decoder is
 bias of the head that nothing reads (`head_spare_bias`).
 """
 
-from megatron_ligo.arch.rows import Architecture, Axis, Heads, Pack, Row, Slot, Use
+from megatron_ligo.arch.axes import (
+    FROM_FFN,
+    FROM_RESIDUAL,
+    FROM_V,
+    GAIN,
+    POSITION,
+    SHIFT,
+    TO_FFN,
+    TO_RESIDUAL,
+    VOCAB,
+    K,
+    Q,
+    V,
+)
+from megatron_ligo.arch.rows import Architecture, Axis, Pack, Row, Slot, Use
 
-VOCAB = Axis("vocab", Use.WRITES)
-POSITION = Axis("position", Use.WRITES)
 TOKEN_TYPE = Axis("token_type", Use.WRITES)
-TO_RESIDUAL = Axis("residual", Use.WRITES)
-FROM_RESIDUAL = Axis("residual", Use.READS)
-GAIN = Axis("residual", Use.SCALES)
-SHIFT = Axis("residual", Use.SHIFTS)
-Q = Axis("qk", Use.WRITES, Heads.Q)
-K = Axis("qk", Use.WRITES, Heads.KV)
-V = Axis("v", Use.WRITES, Heads.KV)
-FROM_V = Axis("v", Use.READS, Heads.Q)
-TO_FFN = Axis("ffn", Use.WRITES)
-FROM_FFN = Axis("ffn", Use.READS)
 TO_POOLED = Axis("pooled", Use.WRITES)
 FROM_POOLED = Axis("pooled", Use.READS)
 ORDER = Axis("order", Use.WRITES)

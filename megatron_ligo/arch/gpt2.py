@@ -3,20 +3,21 @@
 Hugging Face stores its linears as (in, out).
 """
 
-from megatron_ligo.arch.rows import Architecture, Axis, Heads, Pack, Row, Slot, Use
-
-VOCAB = Axis("vocab", Use.WRITES)
-POSITION = Axis("position", Use.WRITES)
-TO_RESIDUAL = Axis("residual", Use.WRITES)
-FROM_RESIDUAL = Axis("residual", Use.READS)
-GAIN = Axis("residual", Use.SCALES)
-SHIFT = Axis("residual", Use.SHIFTS)
-Q = Axis("qk", Use.WRITES, Heads.Q)
-K = Axis("qk", Use.WRITES, Heads.KV)
-V = Axis("v", Use.WRITES, Heads.KV)
-FROM_V = Axis("v", Use.READS, Heads.Q)
-TO_FFN = Axis("ffn", Use.WRITES)
-FROM_FFN = Axis("ffn", Use.READS)
+from megatron_ligo.arch.axes import (
+    FROM_FFN,
+    FROM_RESIDUAL,
+    FROM_V,
+    GAIN,
+    POSITION,
+    SHIFT,
+    TO_FFN,
+    TO_RESIDUAL,
+    VOCAB,
+    K,
+    Q,
+    V,
+)
+from megatron_ligo.arch.rows import Architecture, Pack, Row, Slot
 
 
 def _top(hf: str, mcore: str) -> dict:

@@ -3,19 +3,8 @@
 RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no biases but Qwen2's.
 """
 
-from megatron_ligo.arch.rows import Architecture, Axis, Heads, Pack, Row, Slot, Use
-
-VOCAB = Axis("vocab", Use.WRITES)
-TO_RESIDUAL = Axis("residual", Use.WRITES)
-FROM_RESIDUAL = Axis("residual", Use.READS)
-NORM = Axis("residual", Use.SCALES)
-Q = Axis("qk", Use.WRITES, Heads.Q)
-K = Axis("qk", Use.WRITES, Heads.KV)
-V = Axis("v", Use.WRITES, Heads.KV)
-# The output projection sees each value head once for every query head of its group.
-FROM_V = Axis("v", Use.READS, Heads.Q)
-TO_FFN = Axis("ffn", Use.WRITES)
-FROM_FFN = Axis("ffn", Use.READS)
+from megatron_ligo.arch.axes import FROM_FFN, FROM_RESIDUAL, FROM_V, GAIN, TO_FFN, TO_RESIDUAL, VOCAB, K, Q, V
+from megatron_ligo.arch.rows import Architecture, Pack, Row, Slot
 
 
 def _slots(hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, of=1, interleaved=False) -> dict:
@@ -53,7 +42,7 @@ LLAMA = Architecture(
         ),
         Row(
             "layers.{}.norm1",
-            (NORM,),
+            (GAIN,),
             None,
             _layer("input_layernorm.weight", "input_layernorm.weight", "attn_norm.weight", "attention_norm.weight"),
         ),
@@ -161,7 +150,7 @@ LLAMA = Architecture(
         ),
         Row(
             "layers.{}.norm2",
-            (NORM,),
+            (GAIN,),
             None,
             _layer("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "ffn_norm.weight", "ffn_norm.weight"),
         ),
@@ -201,7 +190,7 @@ LLAMA = Architecture(
         ),
         Row(
             "final_norm",
-            (NORM,),
+            (GAIN,),
             None,
             _slots("model.norm.weight", "decoder.final_layernorm.weight", "output_norm.weight", "norm.weight"),
             feeds_head=True,
