@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -20,8 +22,11 @@ LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
     "Application timeout caused pair closure", "remote process exited",
 )  # fmt: skip
+AGAIN = "Started again, the run goes on from its last checkpoint."
 LATE = ("Timed out waiting", "timed out", "Timeout", "timeout")
 Lost = (RuntimeError, dist.DistError)
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -67,9 +72,10 @@ def _store() -> dist.Store:
 def _verdict(kind: str) -> str:
     """Which ranks failed, by their own last words; where none said any, which ones are silent."""
     _say("")
-    words = _listen()
+    words = _within(2 * SECONDS, _listen)
     if words is None:
-        return f"rank 0 {kind}: without it the ranks cannot meet. If it has said nothing itself, it was killed."
+        why = "If it has said nothing itself, it was killed, or the network to its node is gone."
+        return f"rank 0 {kind}: without it the ranks cannot meet. {why} {AGAIN}"
     told = [f"rank {rank}: {text}" for rank, text in words.items() if text]
     if told:
         return "another rank has failed.\n  " + "\n  ".join(told)
@@ -77,8 +83,18 @@ def _verdict(kind: str) -> str:
     if not silent:
         return f"a rank {kind}, and all are there now: the network between them was interrupted."
     which = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
-    why = "It was killed (memory? a signal?)" if kind == "has ended" else "It hangs, or is slower than timeout_minutes"
-    return f"{which} {kind}, without a word. {why}. Started again, the run goes on from its last checkpoint."
+    slow = "It hangs, is slower than timeout_minutes, or the network to its node is gone."
+    why = "It was killed (memory? a signal?)." if kind == "has ended" else slow
+    return f"{which} {kind}, without a word. {why} {AGAIN}"
+
+
+def _within(seconds: float, job: Callable[[], T]) -> T | None:
+    """What a job gives; None where it takes longer: the store's client waits for ever once the network is gone."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(job()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def _listen() -> dict[int, str] | None:

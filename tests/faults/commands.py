@@ -11,10 +11,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 200.0
+
+Enter = Callable[[int], None]
 
 
 def free_port() -> int:
@@ -23,9 +26,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run(rank: int, world: int, port: int, script: str, arguments: list[str], log: str) -> None:
+def _run(rank: int, world: int, port: int, script: str, arguments: list[str], log: str, enter: Enter | None) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if enter:
+        enter(rank)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - for the life of the process
@@ -36,16 +41,27 @@ def _run(rank: int, world: int, port: int, script: str, arguments: list[str], lo
 
 
 class Command:
-    """`world` ranks of a script, which log to LOG.{rank}.out and .err. A context manager: no rank outlives it."""
+    """`world` ranks of a script, which log to LOG.{rank}.out and .err. A context manager: no rank outlives it.
 
-    def __init__(self, script: Path, arguments: list[str], log: Path, world: int, port: int | None = None):
+    enter: called on each rank before anything else.
+    """
+
+    def __init__(
+        self,
+        script: Path,
+        arguments: list[str],
+        log: Path,
+        world: int,
+        port: int | None = None,
+        enter: Enter | None = None,
+    ):
         self.log = log
         for old in log.parent.glob(f"{log.name}.*"):
             old.unlink()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
         port = port or free_port()
-        jobs = [(rank, world, port, str(script), arguments, str(log)) for rank in range(world)]
+        jobs = [(rank, world, port, str(script), arguments, str(log), enter) for rank in range(world)]
         self.ranks = [context.Process(target=_run, args=job) for job in jobs]
 
     def __enter__(self) -> Command:
@@ -91,13 +107,23 @@ class Command:
 
 
 class Run(Command):
-    """tools/{tool}.py on two ranks."""
+    """tools/{tool}.py on two ranks, or more."""
 
-    def __init__(self, tool: str, config: Path, output: Path, *sets: str, port: int | None = None):
+    def __init__(
+        self,
+        tool: str,
+        config: Path,
+        output: Path,
+        *sets: str,
+        port: int | None = None,
+        world: int = 2,
+        enter: Enter | None = None,
+    ):
         arguments = ["--config", str(config), "--output", str(output)]
         for text in sets:
             arguments += ["--set", text]
-        super().__init__(ROOT / "tools" / f"{tool}.py", arguments, output.parent / f"{output.name}.log", 2, port)
+        log = output.parent / f"{output.name}.log"
+        super().__init__(ROOT / "tools" / f"{tool}.py", arguments, log, world, port, enter)
 
     def reaches(self, step: int) -> None:
         """Waits until it has taken a step, and so many are done."""

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# One node's part of a run over several nodes, with no ssh between them. On every node, within --timeout of each other:
+#
+#     bash launch_scripts/node.sh HOSTFILE NODE_RANK MASTER tools/fit.py --config run.toml --output /shared/fit
+#
+# HOSTFILE has a line `name slots=PROCESSES` for each node, in the order of NODE_RANK (0, 1, ...); the names are free.
+# MASTER is the address of node 0, PORT (29500) a free port there. INTERFACE names the network interface that reaches
+# the other nodes, where the first one found is not it. The environment must be there on every node, and on PATH;
+# --output and data.cache must lie on a file system that all nodes share.
+set -euo pipefail
+if [ $# -lt 4 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+hosts=$1 rank=$2 master=$3
+shift 3
+if [ -n "${INTERFACE:-}" ]; then
+    export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec deepspeed --hostfile "$hosts" --no_ssh --node_rank "$rank" \
+    --master_addr "$master" --master_port "${PORT:-29500}" "$@"
