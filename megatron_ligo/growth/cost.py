@@ -30,30 +30,34 @@ def fit_step_flops(operator: Operator, tokens: int, seq_length: int) -> int:
     matrices = [row for row in operator.arch.layer_rows(large) if len(row.axes) == 2]
     # One crossing between the large and the small residual space for each linear module of the layer.
     modules = {row.slots["mcore"].name: row.split == 0 for row in matrices}
-    crossings = sum(_Use(operator, "residual", reads).flops(tokens) for reads in modules.values())
+    crossings = sum(MapUse(operator, "residual", reads).flops(tokens) for reads in modules.values())
     attention = LEARNED * 2 * 2 * tokens * seq_length * large.num_heads * large.head_dim
     per_layer = sum(_row(operator, row, tokens) for row in matrices) + crossings + attention
     # The small embedding asks for no gradient, the small head for none of its own.
-    embedding = FROZEN * 2 * tokens * _Use(operator, "residual", False).cost
-    head = _Use(operator, "residual", not large.tied).flops(tokens)
+    embedding = FROZEN * 2 * tokens * MapUse(operator, "residual", False).cost
+    head = MapUse(operator, "residual", not large.tied).flops(tokens)
     head += FROZEN * 2 * tokens * small.hidden_size * large.vocab_size
     return large.num_layers * per_layer + embedding + head
 
 
-class _Use:
-    """A map as it is applied: the multiplications of one vector with what is learned of it, and with what is not."""
+class MapUse:
+    """A map as it is applied: the multiplications of one vector with what is learned of it, and with what is not.
 
-    def __init__(self, operator: Operator, name: str, reads: bool):
+    parts: how many ranks have its rows.
+    """
+
+    def __init__(self, operator: Operator, name: str, reads: bool, parts: int = 1):
         spec = operator.maps[name]
-        whole, rank = full_cost(spec.large, spec.small), operator.rank(name)
+        large = spec.large // parts
+        whole, rank = full_cost(large, spec.small), operator.rank(name)
         side = "contract" if reads and operator.has_contract(name) else "expand"
         frozen = side == "expand" and operator.setting("identity", name) == "frozen"
         self.fixed = 0
         if rank:
-            self.learned = low_rank_cost(spec.large, spec.small, rank, 0)
+            self.learned = low_rank_cost(large, spec.small, rank, 0)
             self.fixed = 0 if operator.is_copies(name, side) else whole
         else:
-            self.learned = full_cost(spec.large - spec.small, spec.small) if frozen else whole
+            self.learned = full_cost((spec.large - spec.small) // parts, spec.small) if frozen else whole
         self.cost = self.learned + self.fixed
 
     def flops(self, vectors: int) -> int:
@@ -65,7 +69,7 @@ def _row(operator: Operator, row: Row, tokens: int) -> int:
     inner = 0 if row.split == 0 else 1
     lift = lift_of(row.axes[inner], operator.large, operator.structure)
     spec = operator.maps[lift.map]
-    use = _Use(operator, lift.map, row.axes[inner].use is Use.READS)
+    use = MapUse(operator, lift.map, row.axes[inner].use is Use.READS)
     width = lift.unit * lift.repeat
     other = operator.small.hidden_size
     mixing = FROZEN * 2 * operator.small.num_layers * prod(row.shape(operator.small))

@@ -57,10 +57,10 @@ def fresh_dims(config: Config) -> Dims:
     if not config.small.path:
         do = "Set pretrain.start, or small.path to a model (or a config.json) of the sizes to begin from scratch."
         raise ConfigError(message("pretrain", "a start", "none", do))
-    return large_dims(_sizes(Path(config.small.path)), config.large)
+    return large_dims(sizes(Path(config.small.path)), config.large)
 
 
-def _sizes(path: Path) -> Dims:
+def sizes(path: Path) -> Dims:
     """The sizes that a path states; weights need not be there."""
     if path.is_file() and path.suffix == ".json":
         return hf_config.dims_of(hf_config.load(path), f"{path}")

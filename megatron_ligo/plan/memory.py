@@ -1,0 +1,158 @@
+"""Bytes of a rank's tensors, by kind, at the moment of a step when it holds most.
+
+It is what `torch.cuda.max_memory_allocated` counts. A process holds more: the libraries (0.4 GB on a CPU), a device's
+context, and what the allocator keeps of tensors that are gone.
+
+What is counted, with L a stage's layers, t the tokens of a micro-batch, D, F the hidden and ffn sizes, H, G, d heads,
+KV heads and head size, a the bytes of an activation:
+
+    a layer's activations   t a (4 D + ((4 H + 3 G) d + 4 F) / tp): both norms' inputs and outputs; q, k, v before and
+                            after the rotation, attention's result and its copy; the ffn's four
+    a fit's, besides        t a (4 D1 + 3 F1 where the ffn's maps are applied factor by factor)
+    in a pipeline           stage i of pp holds min(micro-batches, pp - i) micro-batches of them
+    logits                  LOGITS times t V / tp in fp32
+    recomputed              t a D a layer and micro-batch, and one layer's whole or the logits
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from megatron_ligo.arch.rows import Row, Use
+from megatron_ligo.growth.cost import MapUse, factors_are_cheaper
+from megatron_ligo.growth.maps import lift_of
+from megatron_ligo.layout import padded_vocab
+from megatron_ligo.plan import parameters
+from megatron_ligo.plan.job import Job
+
+# fp32 copies of the logits: the logits, their softmax, the loss's gradient.
+LOGITS = 3
+# Numbers of DeepSpeed's reduction buckets (ds_configs/).
+BUCKET = 50_000_000
+# Numbers of gathered parameters that ZeRO 3 keeps at most.
+LIVE = 1_000_000_000
+MASTER_AND_MOMENTS = 3
+MIXED_AT_ONCE = 8
+
+
+def memory(job: Job) -> dict[str, int]:
+    """Of the rank that holds most."""
+    return max((stage(job, number) for number in range(job.parallel.pp)), key=lambda kinds: sum(kinds.values()))
+
+
+def stage(job: Job, number: int) -> dict[str, int]:
+    """Of a rank of one stage."""
+    kinds = _learned(job, number)
+    if job.operator is not None:
+        kinds |= _source(job, number)
+    kinds["activations"] = _activations(job, number)
+    # Activations are gone when the optimizer's own buffers come.
+    kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
+    return {kind: round(count) for kind, count in kinds.items()}
+
+
+def _learned(job: Job, number: int) -> dict[str, float]:
+    """Weights, gradients, optimizer of what is learned; buffers while it is updated."""
+    zero, dp = job.parallel.zero, job.dp
+    if job.operator is None:
+        count, width, name = parameters.model_rank(job, number), job.width, "weights"
+    else:
+        layers = job.stages()[number]
+        count, width, name = parameters.operator_rank(job.operator, job.parallel.tp, layers), 4, "operator"
+    part = count / dp
+    bucket, gathered = width * min(count, BUCKET), width * min(count, LIVE) if zero == 3 else 0
+    return {
+        name: width * (part if zero == 3 else count),
+        "gathered": gathered,
+        "gradients": width * (part if zero > 1 else count),
+        "optimizer": 4 * MASTER_AND_MOMENTS * part,
+        "update": _copied(job, width) * 4 * part + (2 if zero > 1 else 1) * bucket,
+    }
+
+
+def _copied(job: Job, width: int) -> bool:
+    """Whether the optimizer is given a copy of the gradients: all but fp32 ones that stay whole, as they come."""
+    return width < 4 or job.parallel.zero > 1 or job.parallel.pp > 1
+
+
+def _source(job: Job, number: int) -> dict[str, float]:
+    """The small model's part, and what a step makes of it: mixed rows, products with the maps, sums of gradients."""
+    operator, tp = job.operator, job.parallel.tp
+    small, layers = operator.small, job.stages()[number]
+    group = 1 if job.whole_source else tp * job.dp if job.parallel.zero == 3 else tp
+    first, last = number == 0, number == job.parallel.pp - 1
+    rows = parameters.layer(small, 1)
+    table = padded_vocab(job.large.vocab_size, tp) // tp * small.hidden_size
+    tables = (first or (last and small.tied)) + (last and not small.tied)
+    used = layers * _used(job)
+    maps = parameters.operator_rank(operator, tp, layers)
+    if job.shared_by > 1:
+        sums = 4 * (used + maps)
+    else:
+        sums = 4 * 2 * min(layers, MIXED_AT_ONCE) * rows
+    return {
+        "source": small.num_layers * rows * job.source_bytes / group + 4 * table * tables,
+        "mixed": job.width * (layers * (rows + _products(job))),
+        "gradient sums": sums,
+    }
+
+
+def _factored(job: Job, row: Row) -> bool:
+    """Whether a rank applies a row's map and weight one after the other (as model/places.py decides)."""
+    operator, tp = job.operator, job.parallel.tp
+    inner = 0 if row.split == 0 else 1
+    lift = lift_of(row.axes[inner], operator.large, operator.structure)
+    spec = operator.maps[lift.map]
+    if lift.unit * lift.repeat > 1:
+        return False
+    cost = MapUse(operator, lift.map, row.axes[inner].use is Use.READS, tp).cost
+    tokens = job.shared_by * job.tokens
+    return factors_are_cheaper(tokens, (spec.large // tp, spec.small), operator.small.hidden_size, cost)
+
+
+def _matrices(job: Job) -> list[Row]:
+    return [row for row in job.operator.arch.layer_rows(job.large) if len(row.axes) == 2]
+
+
+def _product(job: Job, row: Row) -> int:
+    """Numbers of a row grown on its inner axis only: (large / tp) x small."""
+    inner = row.split
+    return row.shape(job.large)[inner] // job.parallel.tp * row.shape(job.operator.small)[1 - inner]
+
+
+def _products(job: Job) -> int:
+    """Numbers that a layer's built products hold."""
+    return sum(_product(job, row) for row in _matrices(job) if not _factored(job, row))
+
+
+def _used(job: Job) -> int:
+    """Numbers that a layer's linears are given: products, or mixed rows."""
+    small = job.operator.small
+    return sum(prod(row.shape(small)) if _factored(job, row) else _product(job, row) for row in _matrices(job))
+
+
+def _activations(job: Job, number: int) -> float:
+    layers = job.stages()[number]
+    parallel, last = job.parallel, number == job.parallel.pp - 1
+    at_once = min(job.micro_batches, parallel.pp - number)
+    whole = _layer_numbers(job) * job.width * job.tokens
+    vocab = padded_vocab(job.large.vocab_size, parallel.tp) // parallel.tp
+    logits = LOGITS * 4 * job.tokens * vocab if last else 0
+    if job.run.recompute:
+        held = job.tokens * job.large.hidden_size * job.width / (parallel.tp if parallel.sequence_parallel else 1)
+        # The logits are gone when a layer is computed again.
+        return layers * held * at_once + max(whole, logits)
+    return layers * whole * at_once + logits
+
+
+def _layer_numbers(job: Job) -> float:
+    """Numbers that a layer keeps for its backward pass, of one token."""
+    large, tp = job.large, job.parallel.tp
+    stream = tp if job.parallel.sequence_parallel else 1
+    heads = (4 * large.num_heads + 3 * large.num_kv_heads) * large.head_dim
+    numbers = 4 * large.hidden_size / stream + (heads + 4 * large.ffn_size) / tp
+    if job.operator is None:
+        return numbers
+    small = job.operator.small
+    factored = sum(_factored(job, row) for row in _matrices(job))
+    return numbers + 4 * small.hidden_size + factored * small.ffn_size
