@@ -21,6 +21,7 @@ from megatron_ligo.settings import read, setting
 ByName = dict[str, str]
 WRITERS = ("universal", "hf")
 SOURCES = ("divided", "whole")
+MOMENTS = ("reset", "grow", "old")
 T = TypeVar("T")
 
 
@@ -37,6 +38,7 @@ class LargeSection:
     ffn_size: int | None = setting(None, "feed-forward neurons; left out: as the small one", low=1)
     num_heads: int | None = setting(None, "query heads; left out: as the small one", low=1)
     num_kv_heads: int | None = setting(None, "key and value heads; left out: as the small one", low=1)
+    head_dim: int | None = setting(None, "features of a head; left out: as the small one", low=1)
     vocab_size: int | None = setting(None, "rows of the vocabulary; left out: as the small one", low=1)
 
 
@@ -152,6 +154,9 @@ class PretrainSection(TrainingSection):
 @dataclass(frozen=True)
 class HandoffSection:
     dtype: str = setting("fp32", "of the weights written", choices=("fp32", "bf16"))
+    moments: str = setting(
+        "reset", "Adam's: begin anew, grow with the weights, or so for old features only", choices=MOMENTS
+    )
     formats: tuple[str, ...] = setting(WRITERS, "what is written", choices=WRITERS)
 
 

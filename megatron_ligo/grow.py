@@ -9,21 +9,31 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.rows import Use, axis_size
-from megatron_ligo.errors import CheckpointError, Faults
+from megatron_ligo.errors import CheckpointError, Faults, message
 from megatron_ligo.formats import digest
-from megatron_ligo.formats.base import WEIGHT, Info, Reader
+from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader
 from megatron_ligo.growth import fresh
+from megatron_ligo.growth.moments import Duals
 from megatron_ligo.growth.operator import Operator
 
 
 class Grown(Reader):
-    """operator applied to source; fp32 (fp64 where the source is fp64)."""
+    """operator applied to source; fp32 (fp64 where the source is fp64).
+
+    moments: "reset" (none), "grow" or "old" (growth/moments.py); the source must have some then.
+    """
 
     format = "grown"
     path = None
 
-    def __init__(self, operator: Operator, source: Reader):
+    def __init__(self, operator: Operator, source: Reader, moments: str = "reset"):
         check_source(operator, source)
+        if moments != "reset" and not source.has_moments:
+            do = "Say handoff.moments = 'reset', or give a checkpoint with Adam's state."
+            raise CheckpointError(message(f"{source.path}", f"moments ({moments})", "none", do))
+        self.moments = moments
+        self.step = source.step if self.has_moments else 0
+        self._duals = {kind: Duals(operator, kind, moments) for kind in MOMENTS if self.has_moments}
         self.operator = operator
         self.source = source
         self.dims = operator.large
@@ -36,7 +46,12 @@ class Grown(Reader):
             return None
         # Fresh numbers come from the settings, not from the operator's tensors.
         settings = {name: str(value) for name, value in vars(self.operator.settings).items()}
-        return {"operator": operator_digest(self.operator), "settings": settings, "source": source}
+        made_by = {"operator": operator_digest(self.operator), "settings": settings, "moments": self.moments}
+        return {**made_by, "source": source}
+
+    @property
+    def has_moments(self) -> bool:
+        return self.moments != "reset"
 
     def info(self, key: str) -> Info:
         row = self.arch.row(key)
@@ -44,7 +59,8 @@ class Grown(Reader):
         return Info(row.shape(self.dims), torch.promote_types(stored, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
-        assert kind == WEIGHT, "moments grow through the dual maps, which this reader does not hold"
+        if kind != WEIGHT:
+            return self._duals[kind].grow(key, lambda small: self.source.read(small, kind))
         operator, row = self.operator, self.arch.row(key)
         rms = 0.0
         if operator.settings.fresh != "none":

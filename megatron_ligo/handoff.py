@@ -20,6 +20,7 @@ from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import Reader, WriteOptions
 from megatron_ligo.grow import Grown, operator_digest
+from megatron_ligo.growth import moments
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.file import Saved
 from megatron_ligo.manifest import library_versions
@@ -66,8 +67,8 @@ def grow_to(config: Config, operator: Path | None, folder: Path) -> dict:
         raise ConfigError(message("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
     reader = formats.open(small.path, None if small.format == "auto" else small.format)
     chosen = Saved(operator) if operator else initial_operator(reader.dims, config.large, config.operator)
-    grown = Grown(chosen, reader)
     section = config.handoff
+    grown = Grown(chosen, reader, section.moments)
     return hand_off(grown, folder, DTYPES[section.dtype], section.formats, growth_record(grown))
 
 
@@ -84,6 +85,24 @@ def growth_record(grown: Grown) -> dict:
         "source": {"path": name, "format": source.format, "digest": source_digest(source)},
         "operator": {"settings": vars(operator.settings), "digest": operator_digest(operator)},
         "fit": fit,
+        "moments": moments_record(grown),
+    }
+
+
+def moments_record(grown: Grown) -> dict | None:
+    """What became of Adam's state; None where it begins anew."""
+    if not grown.has_moments:
+        return None
+    dense = moments.dense_maps(grown.operator)
+    squares = "the dual maps squared entry by entry: "
+    squares += "an estimate where rows of a map have several entries" if dense else "exact, each row has one entry"
+    return {
+        "policy": grown.moments,
+        "step": grown.step,
+        "exp_avg": "the dual maps",
+        "exp_avg_sq": squares,
+        "maps_with_several_entries": dense,
+        "layers_at_zero": moments.new_layers(grown.operator),
     }
 
 

@@ -122,13 +122,18 @@ def state_of(arch: Architecture, dims: Dims, tensors: dict[str, torch.Tensor]) -
     return state
 
 
-def outputs(source: Reader, ids: torch.Tensor) -> torch.Tensor:
-    """What transformers' model of a Reader's tensors gives first (logits or hidden states), in their dtype."""
+def built(source: Reader) -> torch.nn.Module:
+    """transformers' model of a Reader's tensors, in their dtype."""
     tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
     made = model_of(source.dims).to(next(iter(tensors.values())).dtype)
     made.load_state_dict(state_of(source.arch, source.dims, tensors))
+    return made
+
+
+def outputs(source: Reader, ids: torch.Tensor) -> torch.Tensor:
+    """What that model gives first (logits or hidden states)."""
     with torch.no_grad():
-        return made(ids)[0]
+        return built(source)(ids)[0]
 
 
 def minilm() -> Path:

@@ -15,11 +15,11 @@ TRAINING = (
 PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel parallel.ds_config"
 SURFACE = {
     "small": "path format",
-    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads vocab_size",
+    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size",
     "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow vocab_noise "
     "rank seed",
     "fit": f"{TRAINING} source depth_lr {PARALLEL}",
-    "handoff": "dtype formats",
+    "handoff": "dtype moments formats",
     "pretrain": f"{TRAINING} start eval_every first_sample {PARALLEL}",
     "data": "train valid seq_length seed tokenizer cache",
 }

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from megatron_ligo import formats, handoff, lineage
 from megatron_ligo.arch import get
 from megatron_ligo.config import Config, HandoffSection, LargeSection, OperatorSection
+from megatron_ligo.convert import convert
 from megatron_ligo.errors import CheckpointError, ConfigError
 from megatron_ligo.formats.hf import open as open_hf
 from megatron_ligo.grow import Grown
@@ -81,6 +82,28 @@ def test_from_a_config(grown, tmp_path):
     assert torch.equal(half, whole.bfloat16())
     with pytest.raises(ConfigError, match=r"small\.path"):
         handoff.grow_to(Config(), None, tmp_path / "none")
+
+
+def test_moments_grow_into_the_hand_off(grown, tmp_path):
+    """From a universal checkpoint that has them; what became of them is in the record."""
+    convert(grown.source, tmp_path / "trained", "universal")
+    for file in (tmp_path / "trained").rglob("exp_avg*.pt"):
+        held = torch.load(file)
+        torch.save({**held, "param": torch.rand(held["param"].shape)}, file)
+    sets = [f"small.path={tmp_path / 'trained'}", "handoff.moments=grow", "handoff.formats=['universal']"]
+    sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
+    record = handoff.grow_to(Config.load(None, sets), None, tmp_path / "out")
+    assert record["moments"]["policy"] == "grow" and record["moments"]["layers_at_zero"] == [1]
+    assert "exact" in record["moments"]["exp_avg_sq"] and not record["moments"]["maps_with_several_entries"]
+    reader = formats.open(tmp_path / "out/universal")
+    again = Grown(grown.operator, formats.open(tmp_path / "trained"), "grow")
+    for key in ("embed", "layers.0.down", "layers.2.k", "layers.1.up", "final_norm"):
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(reader.read(key, kind), again.read(key, kind))
+    assert bool(reader.read("layers.0.down", "exp_avg").any()) and not reader.read("layers.1.down", "exp_avg").any()
+    with pytest.raises(CheckpointError, match="expected moments"):
+        sets[0] = f"small.path={grown.source.path}"
+        handoff.grow_to(Config.load(None, sets), None, tmp_path / "none")
 
 
 def test_a_record_that_cannot_be_read_is_refused(tmp_path):

@@ -90,12 +90,12 @@ def hf_name(arch, key: str) -> str:
 
 def hf_from(source: Reader) -> LlamaForCausalLM:
     """A Hugging Face model that holds a Reader's tensors."""
-    model = hf_llama(source.dims)
     state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
+    model = hf_llama(source.dims).to(next(iter(state.values())).dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if source.dims.tied else set())
-    return model.to(next(iter(state.values())).dtype)
+    return model
 
 
 def tokens(dims: Dims, batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:

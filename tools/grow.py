@@ -41,7 +41,7 @@ def main() -> None:
     else:
         operator = initial_operator(reader.dims, config.large, config.operator)
         print(describe(operator.settings))
-    grown = Grown(operator, reader)
+    grown = Grown(operator, reader, config.handoff.moments)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.handoff.dtype]
     with cli.byte_progress() as show:
         hand_off(grown, Path(args.output), dtype, config.handoff.formats, growth_record(grown), progress=show)

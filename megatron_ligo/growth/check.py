@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import LargeSection, OperatorSection, by_space
 from megatron_ligo.errors import ConfigError, Faults, nearest
-from megatron_ligo.growth import init
-from megatron_ligo.growth.maps import MapSpec, map_specs
+from megatron_ligo.growth import heads, init
+from megatron_ligo.growth.maps import WHOLE_HEADS, Frame, MapSpec
 from megatron_ligo.growth.methods import METHODS, resolve
 from megatron_ligo.growth.operator import Initial, short, variance_ratio
 
 log = logging.getLogger(__name__)
+
+# Starts of the KV groups that say for each which small ones it is made of.
+COPIES = ("lossless", "copy", "clone", "select", "net2net", "mean")
 
 
 def large_dims(small: Dims, section: LargeSection) -> Dims:
@@ -24,6 +27,7 @@ def large_dims(small: Dims, section: LargeSection) -> Dims:
     if "num_kv_heads" not in architectures.get(small.arch).hf.values() and "num_heads" in named:
         # The family knows no groups.
         named.setdefault("num_kv_heads", named["num_heads"])
+    named["rope_base"] = heads.rope_base(small, named.get("head_dim", small.head_dim))
     return replace(small, **named)
 
 
@@ -31,9 +35,10 @@ def initial_operator(small: Dims, section: LargeSection, settings: OperatorSecti
     """The operator where a fit starts, with the large model's eps as the residual map needs it; or all refusals."""
     large = large_dims(small, section)
     settings = resolve(settings)
-    check_sizes(small, large)
+    check_sizes(small, large, by_space(settings.width_init, "groups") == "mean")
     check_settings(small, large, settings)
     operator = Initial(small, large, settings)
+    _check_groups(operator)
     if operator.copied_gains:
         # RMS and LayerNorm divide by sqrt(variance + eps): eps must grow with the variance.
         expand = operator.initial_expand("residual")
@@ -41,29 +46,50 @@ def initial_operator(small: Dims, section: LargeSection, settings: OperatorSecti
     return operator
 
 
-def check_sizes(small: Dims, large: Dims) -> None:
+def check_sizes(small: Dims, large: Dims, merges: bool = False) -> None:
+    """merges: KV heads are to become fewer."""
     faults = Faults("the small model cannot grow into the large one", ConfigError)
-    for name in ("num_layers", "hidden_size", "ffn_size", "num_kv_heads", "vocab_size"):
+    for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
         before, after = getattr(small, name), getattr(large, name)
-        if after < before:
-            faults.add(f"large.{name}", f"at least the small model's {before}", after, "Growth never shrinks.")
-    if small.heads_per_group != large.heads_per_group:
-        expected = f"{small.heads_per_group} query heads for each KV head, as in the small model"
-        found = f"{large.num_heads} / {large.num_kv_heads}"
-        faults.add("large.num_heads / large.num_kv_heads", expected, found, "Keep the ratio.")
+        if after >= before or (name == "num_kv_heads" and merges):
+            continue
+        do = "Growth never shrinks."
+        if name == "num_kv_heads":
+            do += (
+                " To merge keys and values, which loses: operator.width_init = {default = 'lossless', groups = 'mean'}."
+            )
+        faults.add(f"large.{name}", f"at least the small model's {before}", after, do)
+    if merges and small.num_kv_heads % large.num_kv_heads:
+        expected = f"a divisor of the small model's {small.num_kv_heads} (operator.width_init: groups = 'mean')"
+        faults.add("large.num_kv_heads", expected, large.num_kv_heads)
+    heads.check_angles(small, large, faults)
     architectures.get(large.arch).check(large, faults)
+    faults.raise_if_any()
+
+
+def _check_groups(operator: Initial) -> None:
+    """Every query head of the small model finds a place, with each layer's map."""
+    if not operator.frame.regrouped:
+        return
+    faults = Faults("the small model cannot grow into the large one", ConfigError)
+    own = operator.has_one_a_layer("groups")
+    for layer in range(operator.large.num_layers) if own else [None]:
+        groups = operator.initial_expand("groups", layer)
+        if not faults.lines:
+            heads.check_room(groups, operator.small, operator.large, faults)
     faults.raise_if_any()
 
 
 def check_settings(small: Dims, large: Dims, settings: OperatorSection) -> None:
     arch = architectures.get(large.arch)
-    structure = by_space(settings.structure, "groups")
-    maps = map_specs(arch, small, large, structure)
+    frame = Frame(small, large, by_space(settings.structure, "groups"))
+    maps = frame.specs(arch)
     rows = {short(row) for row in arch.layer_rows(large)}
     settings.check_spaces({*maps, *rows})
     faults = Faults("[operator] cannot be built", ConfigError)
     for name in maps:
-        _check_name(faults, f"operator.width_init ({name})", by_space(settings.width_init, name), init.WIDTH)
+        known = [start for start in init.WIDTH if start != "mean" or name in WHOLE_HEADS]
+        _check_name(faults, f"operator.width_init ({name})", by_space(settings.width_init, name), known)
     for name in maps:
         if by_space(settings.rank, name) and by_space(settings.identity, name) == "frozen":
             do = "Take one of the two: a low rank leaves no row as it was."
@@ -76,6 +102,8 @@ def check_settings(small: Dims, large: Dims, settings: OperatorSection) -> None:
     _check_frozen(faults, settings, small, large)
     _check_lossless(faults, settings, small, large)
     _check_room(faults, settings, maps)
+    if frame.regrouped or frame.resized:
+        _check_heads(faults, settings, frame)
     faults.raise_if_any()
 
 
@@ -106,6 +134,34 @@ def _check_lossless(faults: Faults, settings: OperatorSection, small: Dims, larg
         log.warning("hidden_size %d to %d is no whole multiple: %s", small.hidden_size, large.hidden_size, what)
 
 
+def _check_heads(faults: Faults, settings: OperatorSection, frame: Frame) -> None:
+    """What another ratio of heads or another head size asks of the settings."""
+    what = "with another head size" if frame.resized else "with another ratio of heads to KV heads"
+    wanted = {
+        "structure": ("heads", "Dense maps know no heads: angles and groups would be torn apart."),
+        "fresh": ("none", "The small model's features are not the first ones then."),
+        "borrow": ("none", "The small model's features are not the first ones then."),
+    }
+    if frame.regrouped:
+        wanted["identity"] = ("learned", "The small model's query heads are not the first ones then.")
+    for key, (value, do) in wanted.items():
+        found = by_space(getattr(settings, key), "groups")
+        if found != value:
+            faults.add(f"operator.{key}", f"{value!r} {what}", repr(found), do)
+    if not frame.regrouped:
+        return
+    start = by_space(settings.width_init, "groups")
+    if start not in COPIES:
+        do = "The others have no rule for which query heads stay with which keys."
+        faults.add("operator.width_init (groups)", f"one of {', '.join(COPIES)} {what}", repr(start), do)
+    if isinstance(settings.width_init, dict) and settings.width_init.get("heads", start) != start:
+        found = settings.width_init["heads"]
+        faults.add("operator.width_init.heads", f"{start!r} as for groups", repr(found), "Query heads follow.")
+    one, other = (by_space(settings.share, name) for name in WHOLE_HEADS)
+    if one != other:
+        faults.add("operator.share (heads)", f"{one!r} as for groups", repr(other), "Query heads follow their groups.")
+
+
 def _check_room(faults: Faults, settings: OperatorSection, maps: Mapping[str, MapSpec]) -> None:
     """What is padded must be filled, or it would stay at zero for ever; what is filled must not be read yet."""
     for name, spec in maps.items():
@@ -129,6 +185,6 @@ def check_factored(settings: OperatorSection, faults: Faults) -> None:
         faults.add("operator.borrow", "none in a fit", "next: two mixtures of layers in one matrix", do)
 
 
-def _check_name(faults: Faults, where: str, name: object, known: Mapping) -> None:
+def _check_name(faults: Faults, where: str, name: object, known: Iterable[str]) -> None:
     if name not in known:
         faults.add(where, "a named initialisation", repr(name), nearest(str(name), known))

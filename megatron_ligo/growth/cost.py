@@ -10,7 +10,6 @@ from math import prod
 
 from megatron_ligo.arch.rows import Row, Use
 from megatron_ligo.growth.forms import full_cost, low_rank_cost
-from megatron_ligo.growth.maps import Lift, lift_of
 from megatron_ligo.growth.operator import Operator
 
 LEARNED, FROZEN = 3, 2  # products a weight takes part in: forward, gradient of the input, gradient of the weight
@@ -67,16 +66,13 @@ class MapUse:
 def _row(operator: Operator, row: Row, tokens: int) -> int:
     """A weight's mixing, and its product with the map of its inner axis and with the tokens."""
     inner = 0 if row.split == 0 else 1
-    lift = lift_of(row.axes[inner], operator.large, operator.structure)
+    lift = operator.frame.lift(row.axes[inner])
     spec = operator.maps[lift.map]
     use = MapUse(operator, lift.map, row.axes[inner].use is Use.READS)
     width = lift.unit * lift.repeat
     other = operator.small.hidden_size
     mixing = FROZEN * 2 * operator.small.num_layers * prod(row.shape(operator.small))
-    if _plain(lift) and factors_are_cheaper(tokens, (spec.large, spec.small), other, use.cost):
+    joined = operator.settings.fresh == "writers" and row.split == 0  # fresh rows join the product only
+    if lift.plain and not joined and factors_are_cheaper(tokens, (spec.large, spec.small), other, use.cost):
         return mixing + use.flops(tokens) + LEARNED * 2 * tokens * spec.small * other
     return mixing + use.flops(width * other) + LEARNED * 2 * tokens * spec.large * width * other
-
-
-def _plain(lift: Lift) -> bool:
-    return lift.unit == 1 and lift.repeat == 1

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_ligo.arch.rows import Axis, Row, Use, axis_size, layer_of
 from megatron_ligo.growth import init
-from megatron_ligo.growth.maps import lift_of
 from megatron_ligo.growth.operator import Operator, residual_write, short
 
 
@@ -63,7 +62,7 @@ def is_fresh_layer(operator: Operator, row: Row, layer: int | None) -> bool:
 
 def kept_features(operator: Operator, axis: Axis) -> int:
     """How many of a large axis's features, from the first on, are not fresh."""
-    lift = lift_of(axis, operator.large, operator.structure)
+    lift = operator.frame.lift(axis)
     padded = lift is not None and operator.setting("width_init", lift.map) == "pad"
     return axis_size(axis, operator.small if padded else operator.large)
 

@@ -15,7 +15,8 @@ WRITES, SCALES, INNER = "writes", "scales", "inner"
 NOISE = 0.03  # the most that official LiGO adds to each weight of a noisy depth map
 
 
-def _one_hot(source: Tensor, small: int) -> Tensor:
+def one_hot(source: Tensor, small: int) -> Tensor:
+    """Row i has its one at source[i]."""
     return torch.nn.functional.one_hot(source, small).double()
 
 
@@ -29,7 +30,7 @@ def _shared_out(expand: Tensor, space: str) -> Tensor:
 
 def copy(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
     """Feature i copies feature i mod small, unscaled (plain duplication, in order)."""
-    return _one_hot(torch.arange(large) % small, small)
+    return one_hot(torch.arange(large) % small, small)
 
 
 def lossless(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
@@ -45,7 +46,7 @@ def clone(small: int, large: int, space: str, generator: torch.Generator) -> Ten
 def select(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
     """New features copy features drawn at random, unscaled (Net2Net, bert2BERT's FPI)."""
     drawn = torch.randint(small, (large - small,), generator=generator)
-    return _one_hot(torch.cat([torch.arange(small), drawn]), small)
+    return one_hot(torch.cat([torch.arange(small), drawn]), small)
 
 
 def net2net(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
@@ -58,6 +59,11 @@ def pad(small: int, large: int, space: str, generator: torch.Generator) -> Tenso
     return torch.eye(large, small, dtype=torch.float64)
 
 
+def mean(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+    """Fewer KV heads: each is the mean of as many consecutive ones (multi-head to grouped-query attention)."""
+    return one_hot(torch.arange(small) * large // small, large).T * (large / small)
+
+
 def random(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
     """Identity above rows drawn from U(0, 1) and divided by their sum (official LiGO's `rand`)."""
     rows = torch.rand(large - small, small, generator=generator, dtype=torch.float64)
@@ -66,7 +72,7 @@ def random(small: int, large: int, space: str, generator: torch.Generator) -> Te
 
 def stack(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
     """Layer j is layer j mod small: the small network again on top of itself (StackBERT, G_stack)."""
-    return _one_hot(torch.arange(large) % small, small)
+    return one_hot(torch.arange(large) % small, small)
 
 
 def stack_noisy(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
@@ -78,12 +84,12 @@ def stack_noisy(small: int, large: int, role: str, generator: torch.Generator) -
 
 def interlace(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
     """Layer j is layer floor(j small / large): each layer beside its copies, at any ratio."""
-    return _one_hot(torch.arange(large) * small // large, small)
+    return one_hot(torch.arange(large) * small // large, small)
 
 
 def copy_last(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
     """Layers in order, then the last one again."""
-    return _one_hot(torch.arange(large).clamp(max=small - 1), small)
+    return one_hot(torch.arange(large).clamp(max=small - 1), small)
 
 
 def lossless_depth(small: int, large: int, role: str, generator: torch.Generator) -> Tensor:
@@ -117,6 +123,7 @@ WIDTH = {
     "select": select,
     "net2net": net2net,
     "pad": pad,
+    "mean": mean,
     "random": random,
 }
 DEPTH = {

@@ -9,8 +9,9 @@ Paper (LiGO, eq. 6): W_large = B (sum_i w_i W_i) A^T. B is `expand` on the side 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,19 +19,28 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Architecture, Axis, Heads, Row, Use, axis_size
+from megatron_ligo.growth import heads
 
 UNGROWN = ("vocab", "position", "token_type", "order")  # spaces whose features are names: they keep their meaning
+WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 
 
 @dataclass(frozen=True)
 class Lift:
     """How a map of `small` entries moves an axis: entries of `unit` consecutive features (H x I_unit), or,
-    with `repeat` > 1, features (G, repeat, d) of which the map moves (G, d) jointly."""
+    with `repeat` > 1, features (G, repeat, d) of which the map moves (G, d) jointly. `inner` (d2 x d1) then moves
+    the features within each head, where heads change their size."""
 
     map: str
     unit: int = 1
     repeat: int = 1
     head_dim: int = 1
+    inner: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """True where the map itself, as it is, moves the axis."""
+        return self.unit == 1 and self.repeat == 1 and self.inner is None
 
 
 @dataclass(frozen=True)
@@ -46,39 +56,78 @@ class MapSpec:
     outside: bool
 
 
-def lift_of(axis: Axis, dims: Dims, structure: str) -> Lift | None:
-    """The map that an axis meets and its lift; None where the space does not grow. dims: small or large."""
-    if axis.space in UNGROWN:
-        return None
-    if axis.heads is Heads.NONE:
-        return Lift(architectures.get(dims.arch).space(axis, dims))
-    of_query_heads = axis.heads is Heads.Q
-    if structure == "heads":
-        return Lift("groups", unit=dims.head_dim * (dims.heads_per_group if of_query_heads else 1))
-    if axis.space == "qk":
-        return Lift("q" if of_query_heads else "k")
-    repeat = dims.heads_per_group if of_query_heads else 1
-    return Lift(axis.space, repeat=repeat, head_dim=dims.head_dim)
+@dataclass(frozen=True)
+class Frame:
+    """Both models' sizes and how their heads move: from these it follows which map an axis meets.
 
+    structure "heads": the map `groups` moves whole KV groups with their query heads; where the number of query heads a
+    group changes, `groups` moves keys and values, and `heads` the query heads. "dense": maps of single features.
+    """
 
-def map_specs(arch: Architecture, small: Dims, large: Dims, structure: str) -> dict[str, MapSpec]:
-    """Every width map of a growth, by name, in the order in which the table first meets them."""
-    specs: dict[str, MapSpec] = {}
-    for row in arch.rows:
-        if not row.exists(large):
-            continue
-        for dim, axis in enumerate(row.axes):
-            lift = lift_of(axis, large, structure)
-            if lift is None:
+    small: Dims
+    large: Dims
+    structure: str
+
+    @property
+    def regrouped(self) -> bool:
+        return self.small.heads_per_group != self.large.heads_per_group
+
+    @property
+    def resized(self) -> bool:
+        return self.small.head_dim != self.large.head_dim
+
+    def lift(self, axis: Axis, dual: bool = False) -> Lift | None:
+        """The map that an axis meets and its lift; None where the space does not grow. dual: for gradients."""
+        if axis.space in UNGROWN:
+            return None
+        if axis.heads is Heads.NONE:
+            return Lift(architectures.get(self.large.arch).space(axis, self.large))
+        return self._whole_heads(axis, dual) if self.structure == "heads" else self._dense_heads(axis)
+
+    def _whole_heads(self, axis: Axis, dual: bool) -> Lift:
+        small = self.small
+        of_query_heads = axis.heads is Heads.Q
+        inner = None
+        if self.resized:
+            # Values are written by KV heads and read by query heads; of the two, only what is read is o's.
+            part = ("q" if of_query_heads else "k") if axis.space == "qk" else ("o" if axis.use is Use.READS else "v")
+            within = heads.dual_features if dual else heads.features
+            inner = within(part, small.head_dim, self.large.head_dim, small.rope_base is not None)
+        if self.regrouped and of_query_heads:
+            return Lift("heads", unit=small.head_dim, inner=inner)
+        return Lift("groups", unit=small.head_dim * (small.heads_per_group if of_query_heads else 1), inner=inner)
+
+    def _dense_heads(self, axis: Axis) -> Lift:
+        of_query_heads = axis.heads is Heads.Q
+        if axis.space == "qk":
+            return Lift("q" if of_query_heads else "k")
+        return Lift(
+            axis.space, repeat=self.large.heads_per_group if of_query_heads else 1, head_dim=self.large.head_dim
+        )
+
+    def specs(self, arch: Architecture) -> dict[str, MapSpec]:
+        """Every width map, by name, in the order in which the table first meets them."""
+        specs: dict[str, MapSpec] = {}
+        for row in arch.rows:
+            if not row.exists(self.large):
                 continue
-            per_entry = lift.unit * lift.repeat
-            known = specs.get(lift.map)
-            read = axis.use is Use.READS or (known is not None and known.read)
-            split = row.split == dim or (known is not None and known.split)
-            outside = not row.in_layer or (known is not None and known.outside)
-            sizes = axis_size(axis, small) // per_entry, axis_size(axis, large) // per_entry
-            specs[lift.map] = MapSpec(lift.map, *sizes, split, read, outside)
-    return specs
+            for dim, axis in enumerate(row.axes):
+                lift = self.lift(axis)
+                if lift is None:
+                    continue
+                known = specs.get(lift.map)
+                read = axis.use is Use.READS or (known is not None and known.read)
+                sizes = self._entries(axis, lift, self.small), self._entries(axis, lift, self.large)
+                split = row.split == dim or (known is not None and known.split)
+                outside = not row.in_layer or (known is not None and known.outside)
+                specs[lift.map] = MapSpec(lift.map, *sizes, split, read, outside)
+        return specs
+
+    @staticmethod
+    def _entries(axis: Axis, lift: Lift, dims: Dims) -> int:
+        if lift.map in WHOLE_HEADS:
+            return dims.num_heads if lift.map == "heads" else dims.num_kv_heads
+        return axis_size(axis, dims) // lift.repeat
 
 
 def apply_map(x: Tensor, dim: int, matrix: Tensor, lift: Lift) -> Tensor:
@@ -92,16 +141,13 @@ def apply_map(x: Tensor, dim: int, matrix: Tensor, lift: Lift) -> Tensor:
         out = moved.reshape(-1, d, r, *rest).transpose(1, 2)
     else:
         out = matrix @ x.reshape(matrix.shape[1], -1)
+    if lift.inner is not None:
+        out = lift.inner.to(out) @ out.reshape(-1, lift.inner.shape[1], math.prod(rest))
     return out.reshape(-1, *rest).movedim(0, dim)
 
 
 def grow_row(
-    row: Row,
-    mixed: Tensor,
-    matrix: Callable[[Lift, Use], Tensor],
-    dims: Dims,
-    structure: str,
-    joined: Tensor | None = None,
+    row: Row, mixed: Tensor, matrix: Callable[[Lift, Use], Tensor], frame: Frame, joined: Tensor | None = None
 ) -> Tensor:
     """A row's grown tensor from its depth-mixed small one.
 
@@ -110,7 +156,7 @@ def grow_row(
     Norm gains (Use.SCALES) are `operator.grow_gain`'s.
     """
     for dim, axis in enumerate(row.axes):
-        lift = lift_of(axis, dims, structure)
+        lift = frame.lift(axis)
         if lift is not None:
             mixed = apply_map(mixed, dim, matrix(lift, axis.use), lift)
         if dim == 0 and joined is not None:

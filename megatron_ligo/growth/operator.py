@@ -25,8 +25,8 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Row, Use, layer_of, pattern_of
 from megatron_ligo.config import OperatorSection, by_space
-from megatron_ligo.growth import init
-from megatron_ligo.growth.maps import Lift, MapSpec, grow_row, left_inverse, map_specs
+from megatron_ligo.growth import heads, init
+from megatron_ligo.growth.maps import Frame, Lift, MapSpec, grow_row, left_inverse
 from megatron_ligo.growth.methods import resolve
 from megatron_ligo.growth.vocab import extend
 
@@ -59,9 +59,9 @@ class Operator(ABC):
     def __post_init__(self) -> None:
         self.settings = resolve(self.settings)
         self.arch = architectures.get(self.large.arch)
-        self.structure = by_space(self.settings.structure, "groups")
+        self.frame = Frame(self.small, self.large, by_space(self.settings.structure, "groups"))
         self.copied_gains = by_space(self.settings.gain, "residual") == "copied"
-        self.maps: dict[str, MapSpec] = map_specs(self.arch, self.small, self.large, self.structure)
+        self.maps: dict[str, MapSpec] = self.frame.specs(self.arch)
 
     def setting(self, key: str, name: str) -> str | float:
         """An [operator] key for one map (or, for depth_init, one row)."""
@@ -98,12 +98,8 @@ class Operator(ABC):
 
         Its entries are N(0, 1 / rank): a step of Adam on U then moves the map as far as one on all its entries would.
         """
-        drawn = torch.randn(rank, self.maps[name.split(".")[1]].small, generator=self._generator(f"{name}.v"))
+        drawn = torch.randn(rank, self.maps[name.split(".")[1]].small, generator=self.generator(f"{name}.v"))
         return drawn / rank**0.5
-
-    def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.settings.seed}:{name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the operator, by name, in file order."""
@@ -162,7 +158,7 @@ class Operator(ABC):
         if row.axes[0].use is Use.SCALES and self.copied_gains:
             return self.grow_gain(row, mixed)
         matrix = self.matrix(layer)
-        grown = grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.large, self.structure, joined)
+        grown = grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.frame, joined)
         return grown * self.shares(row).to(grown) if self.is_shared_out(row) else grown
 
     def grow_gain(self, row: Row, mixed: Tensor) -> Tensor:
@@ -212,25 +208,46 @@ class Operator(ABC):
 class Initial(Operator):
     """The operator where a fit starts, from the settings and their seed."""
 
+    RECENT = 6  # what one layer's rows meet in turn, so that each is made once
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._recent: dict[str, Tensor] = {}
+
     def tensor(self, name: str) -> Tensor:
+        found = self._recent.pop(name, None)
+        if found is None:
+            exact = self.exact(name)
+            found = exact.float() if exact.is_floating_point() else exact
+        self._recent[name] = found
+        if len(self._recent) > self.RECENT:
+            del self._recent[next(iter(self._recent))]
+        return found
+
+    def exact(self, name: str) -> Tensor:
+        """The tensor in fp64, before it is rounded."""
         kind, rest = name.split(".", 1)
         if kind == "depth":
             row = self.arch.row(f"layers.{{}}.{rest}")
             make = init.DEPTH[self.setting("depth_init", rest)]
-            return make(self.small.num_layers, self.large.num_layers, role(row), self.generator(name)).float()
+            return make(self.small.num_layers, self.large.num_layers, role(row), self.generator(name))
         if kind == "gain":
             return self._gain(rest)
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]
         expand = self._expand(map_name, name)
-        return (expand if side == "expand" else self._contract(map_name, name, expand)).float()
+        return expand if side == "expand" else self._contract(map_name, name, expand)
 
-    def initial_expand(self, map_name: str) -> Tensor:
-        """The fp64 expand of a map that all layers share."""
-        return self._expand(map_name, f"width.{map_name}.expand")
+    def initial_expand(self, map_name: str, layer: int | None = None) -> Tensor:
+        """The fp64 expand of a map that all layers share, or of a layer's own."""
+        return self._expand(map_name, self.width_name(map_name, "expand", layer))
 
     def _expand(self, map_name: str, name: str) -> Tensor:
         spec = self.maps[map_name]
         stem = name.rsplit(".", 1)[0]
+        if map_name == "heads":
+            # Query heads stay beside the keys and values of their group.
+            groups = self._expand("groups", stem.replace("heads", "groups"))
+            return init.one_hot(heads.query_sources(groups, self.small, self.large), spec.small)
         generator = self.generator(f"{stem}.expand")
         # Shared out, copies keep an RMSNorm's statistics at any ratio; a LayerNorm's survive whole copies only.
         space = map_name if self.arch.norm == "rms" else ""
@@ -264,7 +281,7 @@ class Initial(Operator):
         if kind == "final" and self.large.tied and self.large.has_head:
             # A tied head reads with expand^T: each feature must come back once, however often it was copied.
             gain /= (expand * expand).sum(dim=0)[source]
-        return gain.float()
+        return gain
 
 
 def variance_ratio(expand: Tensor) -> float:

@@ -125,9 +125,8 @@ class RowPlace(Place):
         (row,) = self.weights
         matrix, lift = self.runtime.map_for(maps, row, 1)
         weight = mixed[row.key]
-        plain = lift.unit == 1 and lift.repeat == 1
         tokens = self.runtime.tokens_per_step
-        self.factored = plain and factors_are_cheaper(tokens, matrix.shape, weight.shape[0], matrix.cost)
+        self.factored = lift.plain and factors_are_cheaper(tokens, matrix.shape, weight.shape[0], matrix.cost)
         built = [weight if self.factored else apply_map(weight, 1, matrix, lift)]
         return built + [mixed[row.key].to(weight.dtype) for row in self.vectors]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_ligo.arch.rows import Row, Use
 from megatron_ligo.growth import fresh
 from megatron_ligo.growth.forms import Matrix
-from megatron_ligo.growth.maps import Lift, lift_of
+from megatron_ligo.growth.maps import Lift
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.layout import shard
 from megatron_ligo.model.build import rotary
@@ -127,7 +127,7 @@ class Runtime:
     def map_for(self, maps: dict[str, Matrix], row: Row, dim: int) -> tuple[Matrix, Lift]:
         """The (large x small) matrix that an axis of a row meets, and its lift."""
         axis = row.axes[dim]
-        lift = lift_of(axis, self.operator.large, self.operator.structure)
+        lift = self.operator.frame.lift(axis)
         return matrix_of(maps, lift.map, axis.use is Use.READS), lift
 
 

@@ -20,7 +20,6 @@ from math import prod
 
 from megatron_ligo.arch.rows import Row, Use
 from megatron_ligo.growth.cost import MapUse, factors_are_cheaper
-from megatron_ligo.growth.maps import lift_of
 from megatron_ligo.layout import padded_vocab
 from megatron_ligo.plan import parameters
 from megatron_ligo.plan.job import Job
@@ -101,9 +100,9 @@ def _factored(job: Job, row: Row) -> bool:
     """Whether a rank applies a row's map and weight one after the other (as model/places.py decides)."""
     operator, tp = job.operator, job.parallel.tp
     inner = 0 if row.split == 0 else 1
-    lift = lift_of(row.axes[inner], operator.large, operator.structure)
+    lift = operator.frame.lift(row.axes[inner])
     spec = operator.maps[lift.map]
-    if lift.unit * lift.repeat > 1:
+    if not lift.plain:
         return False
     cost = MapUse(operator, lift.map, row.axes[inner].use is Use.READS, tp).cost
     tokens = job.shared_by * job.tokens

@@ -277,7 +277,8 @@ def _initialisation(settings: dict | None) -> str | None:
         return None
     width, depth, noise = (_one(settings.get(key)) for key in ("width_init", "depth_init", "noise"))
     name = f"{width}" if width == depth else f"{width} / {depth}"
-    return f"{name}, noise {noise}" if noise else name
+    more = [f"{key} {settings[key]}" for key in ("fresh", "borrow") if settings.get(key) not in (None, "none")]
+    return ", ".join([name, *([f"noise {noise}"] if noise else []), *more])
 
 
 def _one(value: object) -> object:

@@ -10,7 +10,7 @@ from megatron_ligo.config import LargeSection, OperatorSection
 from megatron_ligo.errors import ConfigError
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.growth.maps import apply_map, left_inverse, lift_of
+from megatron_ligo.growth.maps import Frame, apply_map, left_inverse
 from tests.growth.gap import RAGGED, logits_gap
 from tests.tiny import hf_from, hf_llama, llama_dims, memory_of, tokens
 
@@ -73,7 +73,7 @@ def test_the_pseudo_inverse_is_one():
 def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
     small, large = llama_dims(), llama_dims(num_heads=8, num_kv_heads=4)
     axis = get("llama").row("layers.0.o").axes[1]
-    lift = lift_of(axis, large, structure)
+    lift = Frame(small, large, structure).lift(axis)
     groups, r, d = small.num_kv_heads, small.heads_per_group, small.head_dim
     x = torch.randn(groups * r * d, 2)
     if structure == "heads":
@@ -87,10 +87,10 @@ def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
 
 
 def test_every_refusal_is_in_one_error():
-    section = LargeSection(num_layers=2, hidden_size=16, ffn_size=20, num_heads=12, num_kv_heads=3)
+    section = LargeSection(num_layers=2, hidden_size=16, ffn_size=20, num_heads=2, num_kv_heads=1)
     with pytest.raises(ConfigError) as error:
         initial_operator(llama_dims(), section, OperatorSection())
-    for word in ("num_layers", "hidden_size", "ffn_size", "ratio"):
+    for word in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads"):
         assert word in str(error.value)
 
 

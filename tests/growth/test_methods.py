@@ -96,7 +96,7 @@ def test_direct_copy_has_the_small_model_in_its_corner():
 
 def test_the_published_operator_is_written_out():
     operator = grown("ligo").operator
-    assert (operator.structure, operator.copied_gains, operator.has_contract("ffn")) == ("dense", False, False)
+    assert (operator.frame.structure, operator.copied_gains, operator.has_contract("ffn")) == ("dense", False, False)
     depth = operator.tensor("depth.q")
     assert torch.allclose(depth.sum(dim=1), torch.ones(5)) and float(depth.min()) > 0
     assert not torch.equal(depth, operator.tensor("depth.k"))

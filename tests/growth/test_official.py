@@ -16,7 +16,6 @@ from megatron_ligo.errors import ConfigError
 from megatron_ligo.formats import hf_config
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.growth.maps import lift_of
 from megatron_ligo.packing import stored
 from tests.growth import official
 from tests.tiny import Memory
@@ -120,7 +119,7 @@ def factored(case: official.Case, key: str, bias):
     layer = int(key.split(".")[1]) if row.in_layer else None
 
     def matrix(axis) -> torch.Tensor:
-        lift = lift_of(axis, operator.large, operator.structure)
+        lift = operator.frame.lift(axis)
         return torch.eye(operator.large.vocab_size).double() if lift is None else operator.matrix(layer)(lift, axis.use)
 
     out, into = (matrix(axis) for axis in row.axes)

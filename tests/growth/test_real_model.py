@@ -1,8 +1,9 @@
-"""The lossless start on a real pretrained model: SmolLM2-135M at the quickstart's ragged sizes, tied embeddings."""
+"""The lossless methods on a real pretrained model: SmolLM2-135M at the quickstart's ragged sizes, tied embeddings."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from megatron_ligo import formats
 from megatron_ligo.config import LargeSection, OperatorSection
 from megatron_ligo.convert import convert
+from megatron_ligo.formats import hf_config
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
+from tests.tiny import hf_name
 
 LARGE = LargeSection(num_layers=32, hidden_size=768, ffn_size=2048, num_heads=12, num_kv_heads=4)
+OTHER_HEADS = replace(LARGE, num_kv_heads=6, head_dim=96)
+TEXT = "Once upon a time, there was a little girl"
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +32,36 @@ def small(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_grown_smollm2_has_the_small_ones_logits(small):
-    operator = initial_operator(formats.open(small / "small").dims, LARGE, OperatorSection())
-    convert(Grown(operator, formats.open(small / "small")), small / "grown", "hf")
-    ids = AutoTokenizer.from_pretrained(small / "small")(
-        "Once upon a time, there was a little girl", return_tensors="pt"
-    )
-    logits = []
-    for name in ("small", "grown"):
-        model = LlamaForCausalLM.from_pretrained(small / name, dtype=torch.float32).eval()
-        with torch.no_grad():
-            logits.append(model(ids["input_ids"]).logits)
-        del model
-    assert logits[0].abs().max() > 20
-    assert float((logits[0] - logits[1]).abs().max()) < 5e-4
+@pytest.fixture(scope="module")
+def logits(small) -> torch.Tensor:
+    return of(LlamaForCausalLM.from_pretrained(small / "small", dtype=torch.float32), small)
+
+
+def of(model, small: Path) -> torch.Tensor:
+    ids = AutoTokenizer.from_pretrained(small / "small")(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(ids["input_ids"]).logits
+
+
+def grown(small: Path, large: LargeSection, settings: OperatorSection) -> Grown:
+    source = formats.open(small / "small")
+    return Grown(initial_operator(source.dims, large, settings), source)
+
+
+def test_the_grown_smollm2_has_the_small_ones_logits(small, logits):
+    convert(grown(small, LARGE, OperatorSection()), small / "grown", "hf")
+    after = of(LlamaForCausalLM.from_pretrained(small / "grown", dtype=torch.float32), small)
+    assert logits.abs().max() > 20
+    assert float((logits - after).abs().max()) < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "large"),
+    [("hypercloning_noisy", LARGE), ("lemon", LARGE), ("lossless", OTHER_HEADS)],
+)
+def test_so_it_has_by_the_other_methods_and_with_other_heads(small, logits, method, large):
+    source = grown(small, large, OperatorSection(method=method))
+    state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
+    config = LlamaForCausalLM.config_class.from_dict(hf_config.config_of(source.dims, source.carried, torch.float32))
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    assert float((logits - of(model, small)).abs().max()) < 5e-4

@@ -38,7 +38,7 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
             rms = fresh.root_mean_square(source.read(fresh.beside(operator, key)))
             joined = fresh.writers(operator, key, rms)
             matrix = _matrix(operator, values, layer)
-            grown[key] = grow_row(row, mixed, matrix, operator.large, operator.structure, joined)
+            grown[key] = grow_row(row, mixed, matrix, operator.frame, joined)
             if row.feeds_head and operator.large.tied and operator.copied_gains:
                 # A norm's bias before a tied head: its copies come back as one.
                 grown[key] = grown[key] * values["gain.final"] / values["gain.layers"]

@@ -132,6 +132,10 @@ OPERATORS = {
     "low rank from a dense start": {"settings": {"rank": 2, "width_init": "random", "noise": 0.3}},
     "official": {"settings": {"method": "ligo"}},
     "copies, noise, stack": {"settings": {"width_init": "copy", "depth_init": "stack", "noise": 0.5}},
+    "heads regrouped and resized": {
+        "small": {"num_heads": 4, "num_kv_heads": 2},
+        "large": {"num_layers": 2, "num_heads": 16, "num_kv_heads": 4, "head_dim": 6},
+    },
     "more tokens": {"large": {"vocab_size": 45}, "settings": {"vocab_noise": 1.0}},
     "fresh heads, neurons, layers": {"settings": {"method": "lemon", "noise": {"default": 0.0, "residual": 0.5}}},
 }

@@ -1,0 +1,154 @@
+"""Adam's moments of the grown model: gradients go through the DUAL of the maps that weights go through.
+
+What writes a space grows by expand, and its gradient by what reads that space; what reads a space grows by contract,
+and its gradient by expand:
+
+    W_large = expand_out W contract_in          G_large = contract_out^T G expand_in^T
+
+The first moment is a mean of gradients and grows as they do: exactly, where the grown model computes what the small one
+does and copies are plain (no noise). The second moment is a mean of squares; it goes through the dual maps squared
+entry by entry, which is exact where their rows have one entry. Where rows have several (dense or learned maps, noise),
+it takes the entries' gradients for independent: an estimate, and too small where they agree.
+
+Layers: those that write nothing yet are new, and begin at zero; so do new tokens. Several layers that hold one small
+layer share its gradient out (the least-squares solution of the chain rule), which leaves Adam's steps as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.rows import Row, Use, layer_of, pattern_of
+from megatron_ligo.growth.maps import Lift, apply_map
+from megatron_ligo.growth.operator import Operator, residual_write, short
+
+SQUARE = "exp_avg_sq"
+GROW, OLD = "grow", "old"  # OLD: features that copy one that is there already begin at zero, like new layers
+
+
+def new_layers(operator: Operator) -> list[int]:
+    """The large layers that add nothing to the residual stream."""
+    weights = [operator.tensor(f"depth.{short(row)}") for row in operator.arch.layer_rows(operator.large) if _adds(row)]
+    idle = torch.stack([(weight == 0).all(dim=1) for weight in weights]).all(dim=0)
+    return idle.nonzero().flatten().tolist()
+
+
+def dense_maps(operator: Operator) -> list[str]:
+    """The maps whose second moments are estimates: some row of expand, or of what reads it, has several entries."""
+    found = []
+    for name in operator.shapes():
+        if name.startswith("width"):
+            entries = operator.tensor(name)
+            rows = entries if name.endswith("expand") else entries.t()
+            if bool(((rows != 0).sum(dim=1) > 1).any()):
+                found.append(name)
+    return found
+
+
+def _adds(row: Row) -> bool:
+    return residual_write(row) and len(row.axes) == 2
+
+
+class Duals:
+    """The dual maps of an operator, as one kind of moment needs them (for the second: squared entry by entry)."""
+
+    def __init__(self, operator: Operator, kind: str, policy: str):
+        self.operator = operator
+        self.squared = kind == SQUARE
+        self.only_old = policy == OLD
+        self.new = new_layers(operator)
+
+    def grow(self, key: str, read: Callable[[str], Tensor]) -> Tensor:
+        """A large key's moment from the small ones, which `read` gives by key; fp32 or wider."""
+        operator, row, layer = self.operator, self.operator.arch.row(key), layer_of(key)
+        grown = self._mix(row, key, layer, read)
+        if row.axes[0].use is Use.SCALES and operator.copied_gains:
+            return self._gain(row, layer, grown)
+        for dim, axis in enumerate(row.axes):
+            lift = operator.frame.lift(axis, dual=True)
+            if lift is not None:
+                grown = apply_map(grown, dim, self._matrix(row, lift, axis.use, layer).to(grown), self._within(lift))
+        if operator.settings.borrow == "next" and row.in_layer:
+            # The new features' rows are another layer's.
+            grown[row.shape(operator.small)[0] :] = 0
+        return self._with_new_tokens(row, grown)
+
+    def _mix(self, row: Row, key: str, layer: int | None, read: Callable[[str], Tensor]) -> Tensor:
+        if layer is None:
+            moment = read(key)
+            return moment.to(torch.promote_types(moment.dtype, torch.float32))
+        weights = self._depth(row)[layer]
+        sources = weights.nonzero().flatten().tolist()
+        first = read(pattern_of(key).format(sources[0] if sources else 0))
+        mixed = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
+        for i in sources:
+            mixed.add_(read(pattern_of(key).format(i)).to(mixed), alpha=float(weights[i]))
+        return mixed
+
+    def _depth(self, row: Row) -> Tensor:
+        """(large layers, small layers), fp64."""
+        weights = self.operator.tensor(f"depth.{short(row)}").double()
+        kept = torch.ones(len(weights), dtype=torch.bool)
+        kept[self.new] = False
+        dual = torch.zeros_like(weights)
+        dual[kept] = torch.linalg.pinv(weights[kept]).t()
+        # pinv leaves rounding where zeros are.
+        dual[dual.abs() < 1e-9] = 0
+        return self._entries(dual)
+
+    def _matrix(self, row: Row, lift: Lift, use: Use, layer: int | None) -> Tensor:
+        """The (large x small) dual of the matrix that an axis meets."""
+        matrix = self.operator.matrix(layer)
+        expand = matrix(lift, Use.WRITES)
+        if use is Use.READS:
+            dual = expand
+        elif not self.operator.maps[lift.map].read:
+            # Nobody reads the space linearly: the least-squares solution of the chain rule.
+            dual = torch.linalg.pinv(expand.double()).t().to(expand)
+        elif row.feeds_head and self.operator.large.tied and self.operator.large.has_head:
+            dual = expand
+        else:
+            dual = matrix(lift, Use.READS)
+        if self.only_old:
+            dual = dual * first_copies(expand)[:, None]
+        return self._entries(dual)
+
+    def _within(self, lift: Lift) -> Lift:
+        """The same for the features of a head that changes its size."""
+        if lift.inner is None:
+            return lift
+        old = first_copies(lift.inner)[:, None] if self.only_old else 1
+        return replace(lift, inner=self._entries(lift.inner * old))
+
+    def _gain(self, row: Row, layer: int | None, mixed: Tensor) -> Tensor:
+        """n_i = gain_i x_i / |x|: with gain_i = f gain_s the gradient is what reads n_i, times what wrote x_i, over f
+        (as the norm scales x by 1 / f_layers)."""
+        operator = self.operator
+        source, factor = operator.gain_names(row)
+        source = operator.tensor(source)
+        factor = operator.tensor(factor.replace(".final", ".layers")).double()
+        lift = operator.frame.lift(row.axes[0])
+        wrote = operator.matrix(layer)(lift, Use.WRITES).double()
+        reads = self._matrix(row, lift, row.axes[0].use, layer)
+        pick = torch.arange(len(source))
+        share = reads.double()[pick, source] * self._entries(wrote[pick, source] / factor)
+        return mixed[source] * share.to(mixed)
+
+    def _entries(self, matrix: Tensor) -> Tensor:
+        return matrix * matrix if self.squared else matrix
+
+    def _with_new_tokens(self, row: Row, grown: Tensor) -> Tensor:
+        more = self.operator.large.vocab_size - grown.shape[0]
+        if row.axes[0].space != "vocab" or not more:
+            return grown
+        return torch.cat([grown, grown.new_zeros(more, *grown.shape[1:])])
+
+
+def first_copies(expand: Tensor) -> Tensor:
+    """True for the large features that are the first to hold most of a small one. (large,), bool."""
+    size = expand.abs()
+    return ((size == size.max(dim=0).values).cumsum(dim=0).cumsum(dim=0) == 1).any(dim=1)
