@@ -140,6 +140,13 @@ class FitSection(TrainingSection):
         "divided", "the small weights: cut over the ranks that read them all, or whole on each", choices=SOURCES
     )
     depth_lr: float | None = setting(1e-4, "learning rate of the depth maps", low=0.0)
+    distill: float = setting(0.0, "part of the loss that is the divergence from the small model", low=0.0, high=1.0)
+    eval_every: int = setting(0, "steps between held-out evaluations; 0: at the start and the end", low=0)
+    patience: int = setting(0, "evaluations without a new best that end the fit; 0: none do", low=0)
+    keep: str = setting(
+        "best", "operator that is written, by its held-out loss: best or last", choices=("best", "last")
+    )
+    max_flops: float | None = setting(None, "ends the fit before it would cost more; left out: never", above=0.0)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,8 @@ class PretrainSection(TrainingSection):
     lr: float = setting(3e-4, "learning rate after the warm-up", low=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay", low=0.0)
     eval_every: int = setting(0, "steps between evaluations; 0: at the start and the end", low=0)
+    grown_peak: float = setting(0.5, "peak learning rate from a hand-off, as a part of lr", above=0.0)
+    grown_warmup_steps: int | None = setting(None, "warm-up from a hand-off; left out: warmup_steps", low=0)
     first_sample: int = setting(0, "training sample that step 0 begins with: skip those that a fit has read", low=0)
 
 
@@ -187,9 +196,9 @@ class Config:
         """The config of a TOML file (None: the defaults) with `section.key=value` settings put over it in order."""
         title = f"config {path}" if path else "config"
         faults = Faults(title, ConfigError)
-        table = _read_toml(Path(path)) if path else {}
+        table = read_toml(Path(path)) if path else {}
         for text in sets:
-            _apply(table, text, faults)
+            apply_setting(table, text, faults)
         return cls._checked(table, faults)
 
     @classmethod
@@ -209,7 +218,7 @@ class Config:
         return json.loads(json.dumps(asdict(self)))
 
 
-def _read_toml(path: Path) -> dict:
+def read_toml(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -218,7 +227,7 @@ def _read_toml(path: Path) -> dict:
         raise ConfigError(f"config {path}: expected TOML, found a fault in it: {error}.") from None
 
 
-def _apply(table: dict, text: str, faults: Faults) -> None:
+def apply_setting(table: dict, text: str, faults: Faults) -> None:
     """Puts `section.key=value` into the table; the value is TOML, or a bare word that stands for text."""
     name, equals, raw = text.partition("=")
     *sections, key = name.strip().split(".")

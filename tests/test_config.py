@@ -18,9 +18,9 @@ SURFACE = {
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size",
     "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow vocab_noise "
     "rank seed",
-    "fit": f"{TRAINING} source depth_lr {PARALLEL}",
+    "fit": f"{TRAINING} source depth_lr distill eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats",
-    "pretrain": f"{TRAINING} start eval_every first_sample {PARALLEL}",
+    "pretrain": f"{TRAINING} start eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
     "data": "train valid seq_length seed tokenizer cache",
 }
 

@@ -15,7 +15,10 @@ from megatron_ligo.model.runtime import Runtime
 
 
 class GrownModel(nn.Module):
-    """tokens, labels (b, s) int64, mask (b, s) -> mean loss. Its parameters are the operator's."""
+    """tokens, labels (b, s) int64, mask (b, s) -> mean loss; in training, with the teacher's part if there is one.
+
+    Its parameters are the operator's.
+    """
 
     def __init__(self, runtime: Runtime):
         super().__init__()
@@ -26,7 +29,12 @@ class GrownModel(nn.Module):
         self.head = GrownHead(runtime)
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return loss_of(self.logits(tokens), labels, mask, self.runtime)
+        logits = self.logits(tokens)
+        teacher = self.runtime.teacher if self.training else None
+        # Before the loss: Megatron-core's works on the logits in place.
+        apart = teacher.apart(logits, tokens, mask) if teacher else None
+        loss = loss_of(logits, labels, mask, self.runtime)
+        return loss if apart is None else (1 - teacher.weight) * loss + teacher.weight * apart
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(b, s) -> (s, b, padded vocabulary / tp)."""

@@ -17,6 +17,7 @@ from megatron_ligo.layout import shard
 from megatron_ligo.model.build import rotary
 from megatron_ligo.model.maps import Maps, matrix_of
 from megatron_ligo.model.source import Source
+from megatron_ligo.model.teacher import Teacher
 from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.autograd import copy_to, gather_sequence, reduce_from, scatter_sequence
 from megatron_ligo.parallel.mesh import Mesh
@@ -43,6 +44,7 @@ class Runtime:
     recompute: bool = False
     sequence_parallel: bool = False
     gradients_each: bool = False
+    teacher: Teacher | None = None
     generation: int = 0  # counts optimizer steps: what was built from the maps is stale when it moves
     shared: list[Tensor] = field(default_factory=list)  # the shared maps as this micro-batch sees them
     shared_once: dict[str, Matrix] = field(default_factory=dict)  # as what is built in a step's first one sees them

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ligo import formats
-from megatron_ligo.config import Config
-from megatron_ligo.errors import ConfigError, Faults
+from megatron_ligo.config import Config, FitSection
+from megatron_ligo.errors import ConfigError, Faults, message
+from megatron_ligo.flops import forward_flops
 from megatron_ligo.formats import record
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.growth import file
@@ -20,13 +23,16 @@ from megatron_ligo.growth.check import check_factored, initial_operator
 from megatron_ligo.growth.cost import fit_step_flops
 from megatron_ligo.growth.methods import describe
 from megatron_ligo.growth.operator import Operator
+from megatron_ligo.layout import check_tp
 from megatron_ligo.model.build import check_network
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
 from megatron_ligo.model.runtime import Runtime
 from megatron_ligo.model.source import Source
+from megatron_ligo.model.teacher import Teacher
 from megatron_ligo.parallel import accelerator, mesh
 from megatron_ligo.parallel.mesh import Mesh
 from megatron_ligo.training import checkpoints, loop
+from megatron_ligo.training.best import Best
 from megatron_ligo.training.collect import collect
 from megatron_ligo.training.data import Data, open_data
 from megatron_ligo.training.engine import Engine, micro_batches
@@ -52,6 +58,8 @@ class Fit:
         mesh.start(self.fit.timeout_minutes)
         self.dtype = everywhere(lambda: accelerator.dtype_of(self.fit.precision))
         self.reader, self.operator = everywhere(lambda: prepare(config))
+        self.step_flops = self._step_flops()
+        self.fit = everywhere(lambda: within_budget(self.fit, self.step_flops))
         self.mesh: Mesh = mesh.make(self.fit.parallel.tp, self.fit.parallel.pp)
         self.count = everywhere(lambda: micro_batches(self.fit, self.mesh))
         torch.manual_seed(self.fit.seed)
@@ -67,10 +75,13 @@ class Fit:
         if "start" not in losses:
             losses["start"] = self.evaluate()
             log.info("loss of the initialisation: %.6f", losses["start"])
-        self._steps(state)
-        losses["end"] = self.evaluate()
-        log.info("loss after the fit: %.6f", losses["end"])
-        self._write(losses, state["digest"])
+        best = Best(self.fit, self.output / "best", state, self._save_operator)
+        self._steps(state, best)
+        losses["last"] = self.evaluate()
+        log.info("loss after the last step: %.6f", losses["last"])
+        best.look(self.engine.steps, losses["last"])
+        losses["end"] = losses["last"] if self.fit.keep == "last" else best.loss
+        self._write(losses, state["digest"], best)
 
     def evaluate(self) -> float:
         """Loss on the held-out batch, in fp32 whatever the fit's precision."""
@@ -82,11 +93,25 @@ class Fit:
         self.runtime.dtype = self.dtype
         return loss
 
-    def _steps(self, state: dict) -> None:
-        fit, seq = self.fit, self.config.data.seq_length
-        tokens = fit.global_batch_size * seq
-        flops = fit_step_flops(self.operator, tokens, seq)
-        loop.run(self.engine, self.data, fit, self.output, state, tokens, flops)
+    def _steps(self, state: dict, best: Best) -> None:
+        def after(step: int) -> dict[str, float]:
+            if step == self.fit.steps or not loop.due(step, self.fit.eval_every):
+                return {}
+            loss = self.evaluate()
+            best.look(step, loss)
+            return {"eval_loss": loss}
+
+        made = (self.engine, self.data, self.fit, self.output, state, self._tokens(), self.step_flops)
+        loop.run(*made, after=after, enough=best.is_enough)
+
+    def _step_flops(self) -> float:
+        tokens, seq = self._tokens(), self.config.data.seq_length
+        teacher = forward_flops(self.operator.small, tokens, seq) if self.fit.distill else 0
+        return fit_step_flops(self.operator, tokens, seq) + teacher
+
+    def _tokens(self) -> int:
+        """Of one step, over all ranks."""
+        return self.fit.global_batch_size * self.config.data.seq_length
 
     def _resume(self) -> dict:
         """The state of the last checkpoint, checked to be of this run; a fresh one where there is none."""
@@ -143,15 +168,26 @@ class Fit:
             recompute=self.fit.recompute,
             sequence_parallel=self.fit.parallel.sequence_parallel,
             gradients_each=self.fit.parallel.zero == 2,
+            teacher=self._teacher() if self.fit.distill else None,
         )
 
-    def _write(self, losses: dict[str, float], digest: str) -> None:
+    def _teacher(self) -> Teacher:
+        sequence_parallel = self.fit.parallel.sequence_parallel
+        return Teacher(self.reader, self.mesh, self.dtype, self.fit.distill, sequence_parallel)
+
+    def _save_operator(self, folder: Path) -> None:
+        """The operator as it stands. Collective."""
         tensors = collect(self.module, self.runtime)
+        on_rank_0(lambda: file.write(self.operator, tensors.items(), folder, {"step": self.engine.steps}))
+
+    def _write(self, losses: dict[str, float], digest: str, best: Best) -> None:
+        tensors = self._chosen(best)
         memory: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(memory, peak_memory_bytes())
         made = {
             "source": {"path": Path(self.config.small.path).name, "format": self.reader.format},
-            "step": self.engine.steps,
+            "step": self.engine.steps if self.fit.keep == "last" else best.step,
+            "steps_done": self.engine.steps,
             "losses": losses,
             "eval": {"samples": self.fit.eval_samples, "digest": digest},
             "layout": {"tp": self.mesh.tp, "pp": self.mesh.pp, "dp": self.mesh.dp, "zero": self.fit.parallel.zero},
@@ -160,6 +196,24 @@ class Fit:
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
         }
         on_rank_0(lambda: file.write(self.operator, tensors.items(), self.output / "operator", made))
+
+    def _chosen(self, best: Best) -> Mapping[str, Tensor]:
+        """The tensors that are written, on rank 0. Collective."""
+        if self.fit.keep == "last" or best.step == self.engine.steps:
+            return collect(self.module, self.runtime)
+        log.warning("the operator of step %d is kept: its held-out loss was the lowest, %.6f", best.step, best.loss)
+        kept = self.operator if best.step == 0 else file.Saved(best.folder)
+        return {name: kept.tensor(name) for name in kept.shapes()}
+
+
+def within_budget(fit: FitSection, step_flops: float) -> FitSection:
+    """The fit with as many steps as max_flops pays for. ConfigError if it pays for none."""
+    if fit.max_flops is None:
+        return fit
+    steps = int(fit.max_flops // step_flops)
+    if not steps:
+        raise ConfigError(message("fit.max_flops", f"at least one step's {step_flops:.3g}", fit.max_flops))
+    return replace(fit, steps=min(fit.steps, steps))
 
 
 def prepare(config: Config) -> tuple[Reader, Operator]:
@@ -172,6 +226,7 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     operator = initial_operator(reader.dims, config.large, config.operator)
     faults = Faults("the fit cannot be done", ConfigError)
     check_factored(operator.settings, faults)
+    _check_teacher(operator, config.fit, faults)
     faults.raise_if_any()
     check_layout(operator.large, config.fit.parallel, config.data.seq_length)
     counts = operator.num_parameters()
@@ -180,6 +235,17 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     for name, count in counts.items():
         log.info("  %-28s %s", name, f"{count:,}")
     return reader, operator
+
+
+def _check_teacher(operator: Operator, fit: FitSection, faults: Faults) -> None:
+    if not fit.distill:
+        return
+    if fit.parallel.pp > 1:
+        faults.add("fit.distill", "0 under a pipeline: the teacher has no stages", fit.distill, "Set pp = 1.")
+    check_tp(operator.small, fit.parallel.tp, faults)
+    if operator.large.vocab_size != operator.small.vocab_size:
+        do = "The teacher knows nothing of the new tokens."
+        faults.add("fit.distill", "0 where the vocabulary grows", fit.distill, do)
 
 
 def check_same_run(then: dict, now: dict, output: Path) -> None:

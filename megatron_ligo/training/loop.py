@@ -32,11 +32,13 @@ def run(
     flops: float,
     after: Callable[[int], dict[str, float]] = lambda step: {},
     beside: Path | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """From the step at which the engine stands to the last one. Collective.
 
     state: what is saved with each checkpoint; tokens, flops: of one step, over all ranks; after: called with the
-    number of steps done, gives more values for the record; beside: a folder whose files go with each checkpoint.
+    number of steps done, gives more values for the record; beside: a folder whose files go with each checkpoint;
+    enough: asked between steps, true if the run is to end here.
     Raises Stopped when SIGINT or SIGTERM has come to any rank.
     """
     first, place = engine.steps, engine.mesh
@@ -46,6 +48,8 @@ def run(
         Metrics(output, dist.get_rank() == 0, settings.steps, first) as metrics,
     ):
         for step in range(first, settings.steps):
+            if enough():
+                break
             began = time.monotonic()
             dealt = (step, settings.global_batch_size, settings.micro_batch_size, place.dp, place.dp_rank)
             batches = data.batch(*dealt)
@@ -55,7 +59,7 @@ def run(
             seconds = time.monotonic() - began
             guard.look(step, loss, batches, data.samples(*dealt))
             metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **after(step + 1))
-            done, last = step + 1, step + 1 == settings.steps
+            done, last = step + 1, step + 1 == settings.steps or enough()
             if due(done, settings.check_replicas_every):
                 replicas.check(engine, done)
             signum = mesh.largest(signals.received() or 0)

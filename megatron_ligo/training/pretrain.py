@@ -30,6 +30,7 @@ from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.fit import FREE, check_same_run
 from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
+from megatron_ligo.training.schedule import after_growth
 from megatron_ligo.training.start import Start, check_layout, find_start
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Pretrain:
         self.resumed = self.found is not None
         self.start = everywhere(self._resumed_start if self.resumed else lambda: find_start(config))
         self.dims: Dims = self.start.dims
+        self.grown = self.start.grown
         self.data = self._open_data()
         self.engine = self._build()
 
@@ -100,6 +102,11 @@ class Pretrain:
 
     def _steps(self, state: dict) -> None:
         run, seq = self.settings, self.config.data.seq_length
+        if self.grown:
+            run = after_growth(run)
+            log.info(
+                "from a grown model: peak rate %.3g = lr x grown_peak, %d steps of warm-up", run.lr, run.warmup_steps
+            )
         tokens = run.global_batch_size * seq
         flops = train_flops(self.dims, tokens, seq)
 
@@ -173,7 +180,7 @@ class Pretrain:
         check_same_run(then["run"], self._identity(), self.output)
         dims = Dims.from_json(then["dims"])
         check_layout(dims, self.settings.parallel, self.config.data.seq_length)
-        return Start(dims)
+        return Start(dims, grown=then["grown"])
 
     def _identity(self) -> dict:
         """All that the numbers of the run depend on, the layout included, as plain data."""
@@ -190,6 +197,7 @@ class Pretrain:
         made = {
             "run": self._identity(),
             "dims": self.dims.to_json(),
+            "grown": self.grown,
             "step": self.engine.steps,
             "losses": state["losses"],
             "eval": state["eval"],
@@ -220,7 +228,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def _read_record(path: Path) -> dict:
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
-        return {"run": then["run"], "dims": then["dims"]}
+        return {"run": then["run"], "dims": then["dims"], "grown": then["grown"]}
     except FileNotFoundError:
         found = "nothing"
     except (ValueError, KeyError, TypeError) as error:

@@ -20,11 +20,13 @@ UNIVERSAL = "universal"
 
 @dataclass(frozen=True)
 class Start:
-    """source None: fresh weights. fit: the record of the fit that a hand-off comes from, None for any other start."""
+    """source None: fresh weights. fit: the record of the fit that a hand-off comes from, None for any other start.
+    grown: whether it is a hand-off."""
 
     dims: Dims
     source: Reader | None = None
     fit: dict | None = None
+    grown: bool = False
 
     @property
     def universal(self) -> bool:
@@ -49,7 +51,7 @@ def _from_checkpoint(path: Path) -> Start:
         source = formats.open(path)
         return Start(source.dims, source)
     source = formats.open(path / (UNIVERSAL if UNIVERSAL in grown["formats"] else "hf"))
-    return Start(source.dims, source, grown.get("fit"))
+    return Start(source.dims, source, grown.get("fit"), grown=True)
 
 
 def fresh_dims(config: Config) -> Dims:
