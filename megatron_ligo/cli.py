@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -48,14 +48,16 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def parser(description: str, example: str, sections: Sequence[str] = (), output: str = "") -> Parser:
+def parser(
+    description: str, example: str, sections: Sequence[str] = (), output: str = "", own: Mapping[str, type] = {}
+) -> Parser:
     """A command's parser: its own help, an example, and with `sections` the options --config and --set.
 
-    output: what is written there, if the command writes a folder (then --output DIR is required).
+    output: what is written there, if the command writes a folder (then --output DIR is required). own: sections that
+    only this command's file has.
     """
-    made = Parser(
-        description=description, epilog=_epilog(example, sections), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    made = Parser(description=description, epilog=_epilog(example, sections, own), formatter_class=plain)
     if sections:
         made.add_argument("--config", metavar="RUN.toml", help="settings of the run (TOML)")
         made.add_argument(
@@ -73,11 +75,12 @@ def load_config(args: argparse.Namespace) -> Config:
     return Config.load(args.config, args.set)
 
 
-def _epilog(example: str, sections: Sequence[str]) -> str:
+def _epilog(example: str, sections: Sequence[str], own: Mapping[str, type]) -> str:
     lines = ["example:", *(f"  {line}" for line in example.strip().splitlines())]
-    for section in sections:
-        lines += ["", f"[{section}]"]
-        for key, field, hint in settings.keys(settings.hints(Config)[section]):
+    known = settings.hints(Config)
+    for name, section in {**own, **{name: known[name] for name in sections}}.items():
+        lines += ["", f"[{name}]"]
+        for key, field, hint in settings.keys(section):
             lines.append(f"  {key} = {_value(field.default)}")
             choices = field.metadata["limits"]["choices"]
             kind = " | ".join(map(str, choices)) if choices else settings.describe(hint)

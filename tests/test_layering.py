@@ -24,7 +24,7 @@ ROOMS = (
     ("model",),
     ("training",),
     ("handoff", "plan", "report", "soak"),
-    ("bench",),
+    ("bench", "compare"),
     ("cli",),
 )
 # The rooms before this one need no Megatron-core, no DeepSpeed and no process group.

@@ -1,0 +1,147 @@
+"""The page of a comparison: what it found in words, tables, and the curves."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from html import escape
+from string import Template
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_ligo.report.curves import COLOURS, STYLES
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Growth compared</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .6rem 1rem; }
+table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
+img { max-width: 100%; height: auto; }
+</style>
+</head>
+<body>
+<h1>Growth compared</h1>
+<p>$what</p>
+<ul class="warning">$cautions</ul>
+<h2>Loss at the end of each run, and FLOPs saved to the scratch run's final loss</h2>
+$arms
+<h2>Differences of loss (paired by seed, 95% interval)</h2>
+$differences
+<h2>Curves</h2>
+<img alt="Loss against FLOPs" src="data:image/png;base64,$picture">
+<h2>How to read it</h2>
+<ul>
+<li>Each point is a run of its own, its rate brought down to its end; lines join the means of the seeds, bars span
+them.</li>
+<li>Saved: 1 - FLOPs / scratch's, at the loss that scratch ends with on the same seed, read off between two runs (loss
+linear in log FLOPs). "At least": the smallest budget that was run is below it already. Nothing is extrapolated.</li>
+<li>A tie: the interval of the mean difference holds 0.</li>
+</ul>
+</body>
+</html>
+""")
+
+
+def page(results: dict, picture: bytes) -> str:
+    """HTML that needs no other file."""
+    return PAGE.substitute(
+        what=escape(what(results)),
+        cautions="".join(f"<li>{escape(line)}</li>" for line in results["cautions"]),
+        arms=_table(arm_rows(results)),
+        differences=_table(difference_rows(results)),
+        picture=base64.b64encode(picture).decode("ascii"),
+    )
+
+
+def what(results: dict) -> str:
+    compare, small = results["settings"]["compare"], results["small"]
+    size = results["parameters"]["large"] / 1e6
+    cost = "an unknown number of FLOPs"
+    if small and small["flops"] is not None:
+        cost = f"{small['flops']:.3g} FLOPs ({small['flops'] / results['unit_flops']:.2f} of the scratch run's)"
+    return (
+        f"A model of {size:.3g}M parameters; scratch: {compare['scratch_steps']} steps, {results['unit_flops']:.3g} "
+        f"FLOPs. Seeds {', '.join(map(str, compare['seeds']))}. The small model cost {cost}."
+    )
+
+
+def arm_rows(results: dict) -> list[list[str]]:
+    budgets = sorted({run["budget"] for arm in results["arms"].values() for run in arm["runs"]})
+    head = ["arm", "peak rate", *(f"{budget:g} of scratch's FLOPs" for budget in budgets)]
+    rows = [[*head, "saved, source free", "saved, source counted"]]
+    for name, arm in results["arms"].items():
+        cells = [_losses([run for run in arm["runs"] if run["budget"] == budget]) for budget in budgets]
+        rate = "-" if arm["lr"] is None else f"{arm['lr']:g}"
+        saved = arm["saved"] if arm["grown"] else dict.fromkeys(arm["saved"], "-")
+        rows.append([name, rate, *cells, saved["source_free"], saved["source_counted"]])
+    return rows
+
+
+def difference_rows(results: dict) -> list[list[str]]:
+    rows = [["FLOPs", "arm", "against", "difference", "interval", "seeds", "the arm is"]]
+    for each in results["differences"]:
+        known = each["low"] is not None
+        interval = f"{each['low']:+.4f} to {each['high']:+.4f}" if known else "-"
+        told = [f"{each['budget']:g}", each["arm"], each["against"], f"{each['mean']:+.4f}", interval]
+        rows.append([*told, str(each["seeds"]), each["verdict"]])
+    return rows
+
+
+def _losses(runs: list[dict]) -> str:
+    losses = [run["loss"] for run in runs if run["loss"] is not None]
+    if not losses:
+        return "-"
+    middle = sum(losses) / len(losses)
+    return f"{middle:.4f} ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else f"{middle:.4f}"
+
+
+def _table(rows: Iterable[list[str]]) -> str:
+    head, *body = rows
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body)
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def picture(results: dict) -> bytes:
+    """A PNG: loss against FLOPs with the source free, and with it counted where its cost is known."""
+    cost = results["small"]["flops"] if results["small"] else None
+    figure = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 1 if cost is None else 2, squeeze=False)[0]
+    for axes, source, title in zip(panels, (0.0, cost), ("source free", "source counted"), strict=False):
+        for number, (name, arm) in enumerate(results["arms"].items()):
+            points = _curve(arm["runs"], source if arm["grown"] else 0.0)
+            if not points:
+                continue
+            x, y, low, high = zip(*points, strict=True)
+            spread = [[m - a for m, a in zip(y, low, strict=True)], [b - m for m, b in zip(y, high, strict=True)]]
+            look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+            axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.4, capsize=3, label=name, **look)
+        axes.set(xscale="log", xlabel="FLOPs, fit included", ylabel="held-out loss, nats a token")
+        axes.set_title(f"Loss at the end of runs, {title}")
+        axes.grid(alpha=0.25)
+    panels[0].legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def _curve(runs: list[dict], source: float) -> list[tuple[float, float, float, float]]:
+    """(FLOPs, mean, lowest, highest loss) for each budget."""
+    points = []
+    for budget in sorted({run["budget"] for run in runs}):
+        made = [run for run in runs if run["budget"] == budget and run["loss"] is not None]
+        if made:
+            losses = [run["loss"] for run in made]
+            flops = sum(run["flops"] for run in made) / len(made)
+            points.append((flops + source, sum(losses) / len(losses), min(losses), max(losses)))
+    return points

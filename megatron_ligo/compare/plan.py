@@ -1,0 +1,192 @@
+"""What each arm is made of: which runs, from where, for how many steps, so that every arm costs the same FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.compare.folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
+from megatron_ligo.compare.jobs import Job, Jobs
+from megatron_ligo.compare.settings import Arm, Spec
+from megatron_ligo.config import Config, PretrainSection
+from megatron_ligo.flops import train_flops
+from megatron_ligo.training.start import fresh_dims
+
+SMALL_SEED = 0
+Obtain = Callable[[Job], dict | None]  # a job's result; None where there is none (yet)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an arm begins: a folder ("": fresh weights), what that cost in FLOPs, and how many samples it has read."""
+
+    folder: str
+    spent: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run of an arm. flops: the fit (or what stands for it) included. loss: None where it diverged."""
+
+    seed: int
+    budget: float
+    lr: float
+    steps: int
+    flops: float
+    spent: float
+    begun: float | None
+    loss: float | None
+
+
+class Plan:
+    """The jobs of a comparison and their order. obtain: `jobs.run` does what is missing, `jobs.result` only looks."""
+
+    def __init__(self, spec: Spec, jobs: Jobs, obtain: Obtain):
+        self.spec, self.jobs, self.obtain = spec, jobs, obtain
+        self.large: Dims = fresh_dims(spec.config)
+        self.step_flops = self._step_flops(self.large)
+        self.unit = spec.compare.scratch_steps * self.step_flops
+
+    def source(self) -> dict | None:
+        """The small model: {"path", "flops" (None: unknown), "loss"}; None while it is not trained."""
+        compare, config = self.spec.compare, self.spec.config
+        if not compare.source_steps:
+            return {"path": config.small.path, "flops": compare.source_flops, "loss": None}
+        run = replace(self._run(config.pretrain, compare.source_steps), lr=compare.source_lr, seed=SMALL_SEED)
+        sizes = replace(config.large, **dict.fromkeys(vars(config.large)))
+        job = Job("source", PRETRAIN, self._with_cache(replace(config, pretrain=run, large=sizes)), keep=True)
+        found = self.obtain(job)
+        if not found or "end" not in found["losses"]:
+            return None
+        path = last_checkpoint(self.jobs.place(job))
+        return {"path": f"{path}", "flops": found["flops"], "loss": found["losses"]["end"]}
+
+    def tune(self, arm: Arm) -> dict[float, Trained]:
+        """The tries of an arm, by their rate; none where there is one rate to choose from."""
+        compare = self.spec.compare
+        if len(compare.lrs) == 1:
+            return {}
+        tries = {lr: self.train(arm, compare.tune_seed, compare.tune_budget, lr, tuning=True) for lr in compare.lrs}
+        return {lr: found for lr, found in tries.items() if found}
+
+    def train(self, arm: Arm, seed: int, budget: float, lr: float, tuning: bool = False) -> Trained | None:
+        """One run; None where it is not there, or where its start costs more than the budget."""
+        start = self.start(arm, seed, lr)
+        if start is None:
+            return None
+        steps = self.steps(budget, start.spent)
+        if steps < 1:
+            return None
+        config = self._seeded(arm.config, seed)
+        run = replace(
+            self._run(config.pretrain, steps), lr=lr, start=start.folder, first_sample=start.samples, grown_peak=1.0
+        )
+        valid = (self.spec.compare.tune_valid if tuning else ()) or config.data.valid
+        config = replace(config, pretrain=run, data=replace(config.data, valid=valid))
+        found = self.obtain(
+            Job(f"{arm.name}/seed_{seed}/{'try' if tuning else 'run'}_{budget:g}_{lr:g}", PRETRAIN, config)
+        )
+        if found is None:
+            return None
+        losses = found["losses"]
+        flops = start.spent + steps * self.step_flops
+        loss = losses.get("end")
+        loss = loss if loss is not None and math.isfinite(loss) else None
+        return Trained(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss)
+
+    def start(self, arm: Arm, seed: int, lr: float) -> Start | None:
+        """Where the arm begins, made if need be."""
+        if not arm.grown:
+            return Start("", 0.0, 0)
+        config = self._seeded(arm.config, seed)
+        place = f"{arm.name}/seed_{seed}"
+        operator, spent, samples = None, 0.0, 0
+        if arm.fitted:
+            job = Job(f"{place}/fit", FIT, config)
+            fitted = self.obtain(job)
+            if not fitted or not fitted["losses"]:
+                return None
+            operator = self.jobs.place(job) / RUN / "operator"
+            spent, samples = fitted["flops"], fitted["step"] * config.fit.global_batch_size
+        job = Job(f"{place}/grown", GROW, config, operator)
+        if self.obtain(job) is None:
+            return None
+        start = Start(f"{self.jobs.place(job) / RUN}", spent, samples)
+        return self._fully_trained(config, place, start, lr) if arm.full else start
+
+    def _fully_trained(self, config: Config, place: str, start: Start, lr: float) -> Start | None:
+        """The grown model after all its weights were trained on the batches that a fit would read, as a fit would."""
+        fit = config.fit
+        same = {key: getattr(fit, key) for key in ("steps", "global_batch_size", "micro_batch_size", "schedule")}
+        run = replace(config.pretrain, **same, lr=lr, start=start.folder, warmup_steps=fit.warmup_steps, grown_peak=1.0)
+        job = Job(f"{place}/full_{lr:g}", PRETRAIN, replace(config, pretrain=self._plain(run)), keep=True)
+        found = self.obtain(job)
+        if not found or not found["losses"]:
+            return None
+        # The batches of a full control cost the large model's own FLOPs.
+        return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], fit.steps * fit.global_batch_size)
+
+    def steps(self, budget: float, spent: float) -> int:
+        """How many steps a budget leaves after what a start has cost."""
+        return round((budget * self.unit - spent) / self.step_flops)
+
+    def _run(self, run: PretrainSection, steps: int) -> PretrainSection:
+        return self._plain(replace(run, steps=steps, warmup_steps=round(self.spec.compare.warmup * steps)))
+
+    @staticmethod
+    def _plain(run: PretrainSection) -> PretrainSection:
+        return replace(run, keep_last=1)
+
+    def _seeded(self, config: Config, seed: int) -> Config:
+        """The run's config with one seed for everything, the small model where it is, and one cache of samples."""
+        source = self.source()
+        small = replace(config.small, path=source["path"]) if source else config.small
+        return self._with_cache(
+            replace(
+                config,
+                small=small,
+                operator=replace(config.operator, seed=seed),
+                fit=replace(config.fit, seed=seed),
+                pretrain=replace(config.pretrain, seed=seed),
+                handoff=replace(config.handoff, formats=("universal",)),
+                data=replace(config.data, seed=seed),
+            )
+        )
+
+    def _with_cache(self, config: Config) -> Config:
+        return replace(
+            config, data=replace(config.data, cache=config.data.cache or f"{self.jobs.folder / 'data_cache'}")
+        )
+
+    def _step_flops(self, dims: Dims) -> int:
+        config = self.spec.config
+        seq = config.data.seq_length
+        return train_flops(dims, config.pretrain.global_batch_size * seq, seq)
+
+
+def best(tries: dict[float, Trained]) -> float | None:
+    """The rate of the lowest loss; None where every try diverged."""
+    ended = {lr: tried.loss for lr, tried in tries.items() if tried.loss is not None}
+    return min(ended, key=ended.__getitem__) if ended else None
+
+
+def run_arm(plan: Plan, arm: Arm) -> dict:
+    """An arm's tries and its runs at every seed and budget: {"tries", "lr", "runs"}."""
+    compare = plan.spec.compare
+    tries = plan.tune(arm)
+    lr = compare.lrs[0] if len(compare.lrs) == 1 else best(tries)
+    budgets = sorted({*compare.budgets, *(() if arm.grown else (1.0,))})
+    runs = []
+    if lr is not None:
+        made = (plan.train(arm, seed, budget, lr) for seed in compare.seeds for budget in budgets)
+        runs = [run for run in made if run]
+    return {"tries": tries, "lr": lr, "runs": runs}
+
+
+def output_folder(folder: Path) -> Path:
+    """Where the runs are: absolute, so that a job's settings do not depend on the place it is started from."""
+    return folder.resolve() / "jobs"

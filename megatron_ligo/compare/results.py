@@ -1,0 +1,126 @@
+"""The results of a comparison as plain data: what results.json holds, and what the page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from math import prod
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.compare.plan import Plan, Trained, run_arm
+from megatron_ligo.compare.savings import difference, saving
+from megatron_ligo.compare.settings import FULL, SCRATCH, START, Arm, unfitted
+from megatron_ligo.manifest import library_versions
+
+FEW_SEEDS, FEW_STEPS, SMALL_MODEL = 3, 1000, 10**8
+
+
+def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
+    """Everything that is done so far, from the jobs' results."""
+    spec, source = plan.spec, plan.source()
+    found = {arm.name: run_arm(plan, arm) for arm in arms}
+    scratch = {run.seed: (run.flops, run.loss) for run in found[SCRATCH]["runs"] if _is(run, 1.0)}
+    cost = source["flops"] if source else None
+    table = {}
+    for arm in arms:
+        runs = found[arm.name]["runs"]
+        points = _points(runs)
+        extra = {"source_free": saving(points, scratch).told}
+        counted = saving(points, scratch, cost or 0.0).told if arm.grown else extra["source_free"]
+        extra["source_counted"] = counted if cost is not None or not arm.grown else "unknown: the source's cost is"
+        table[arm.name] = {
+            "grown": arm.grown,
+            "fit": arm.fitted,
+            "full": arm.full,
+            "lr": found[arm.name]["lr"],
+            "tries": {f"{lr:g}": run.loss for lr, run in found[arm.name]["tries"].items()},
+            "runs": [asdict(run) for run in runs],
+            "saved": extra,
+        }
+    return {
+        "settings": spec.to_dict(),
+        "small": source and {key: source[key] for key in ("flops", "loss")},
+        "parameters": {"large": parameters(plan.large)},
+        "large": plan.large.to_json(),
+        "unit_flops": plan.unit,
+        "arms": table,
+        "differences": _differences(plan, {name: each["runs"] for name, each in found.items()}),
+        "cautions": cautions(plan, found),
+        "versions": library_versions(),
+    }
+
+
+def parameters(dims: Dims) -> int:
+    arch = architectures.get(dims.arch)
+    return sum(prod(arch.row(key).shape(dims)) for key in arch.keys(dims))
+
+
+def _is(run: Trained, budget: float) -> bool:
+    return run.budget == budget and run.loss is not None
+
+
+def _points(runs: Iterable[Trained]) -> dict[int, list[tuple[float, float]]]:
+    points: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        if run.loss is not None:
+            points.setdefault(run.seed, []).append((run.flops, run.loss))
+    return points
+
+
+def _differences(plan: Plan, runs: dict[str, list[Trained]]) -> list[dict]:
+    """Each learned arm against its controls, each grown one against scratch and against the best unlearned one."""
+    pairs = []
+    arms = plan.spec.arms
+    for arm in arms:
+        if arm.fitted:
+            start = unfitted(arm, arms)
+            controls = [start.name if start else f"{arm.name}.{START}", f"{arm.name}.{FULL}"]
+            pairs += [(arm.name, control) for control in controls]
+        if arm.grown:
+            pairs.append((arm.name, SCRATCH))
+    told = []
+    for budget in sorted(plan.spec.compare.budgets):
+        losses = {name: {run.seed: run.loss for run in made if _is(run, budget)} for name, made in runs.items()}
+        unlearned = _best_unlearned(arms, losses)
+        more = [(arm.name, unlearned) for arm in arms if arm.fitted and unlearned]
+        for name, other in dict.fromkeys([*pairs, *more]):
+            found = difference(losses.get(name, {}), losses.get(other, {}))
+            if found:
+                told.append({"budget": budget, "arm": name, "against": other, **asdict(found)})
+    return told
+
+
+def _best_unlearned(arms: Iterable[Arm], losses: dict[str, dict[int, float]]) -> str | None:
+    names = [arm.name for arm in arms if arm.grown and not arm.fitted and not arm.full and losses.get(arm.name)]
+    return min(names, key=lambda name: sum(losses[name].values()) / len(losses[name]), default=None)
+
+
+def cautions(plan: Plan, found: dict[str, dict]) -> list[str]:
+    """What a reader must know before he believes a figure."""
+    compare, config = plan.spec.compare, plan.spec.config
+    said = []
+    if len(compare.seeds) < FEW_SEEDS:
+        said.append(f"{len(compare.seeds)} seed(s): a difference between arms may be chance.")
+    if compare.scratch_steps < FEW_STEPS or parameters(plan.large) < SMALL_MODEL:
+        tokens = compare.scratch_steps * config.pretrain.global_batch_size * config.data.seq_length
+        size = f"{parameters(plan.large) / 1e6:.3g}M parameters and {tokens / 1e6:.3g}M tokens"
+        said.append(f"A small experiment ({size} for scratch): it says nothing of much larger models or budgets.")
+    if len(compare.lrs) == 1:
+        said.append(f"One rate, {compare.lrs[0]:g}, for all arms: none is tuned, and one may be favoured.")
+    elif not compare.tune_valid:
+        said.append("Rates were chosen on the held-out text that the results are from (tune_valid is empty).")
+    rates, seeds = compare.lrs, len(compare.seeds)
+    for name, each in found.items():
+        if len(rates) > 1 and each["lr"] in (min(rates), max(rates)):
+            edge = "lowest" if each["lr"] == min(rates) else "highest"
+            said.append(f"{name}: its best rate is the {edge} tried, {each['lr']:g}: a better one may lie beyond.")
+        missing = seeds - len({run.seed for run in each["runs"] if run.loss is not None})
+        if missing:
+            why = "not done, diverged, or the fit costs more than the budgets"
+            said.append(f"{name}: {missing} of {seeds} seeds have no run ({why}).")
+    said.append(
+        "All seeds grow one small model. The fit counts in every figure of its arm; the tries for a rate, the same "
+        "for each arm, in none. Many arms on few seeds: the lowest is partly the luckiest."
+    )
+    return said

@@ -1,0 +1,39 @@
+"""A whole comparison: the source, then each arm's tries and runs, then what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from megatron_ligo.compare import page, results
+from megatron_ligo.compare.jobs import Jobs
+from megatron_ligo.compare.plan import Plan, output_folder, run_arm
+from megatron_ligo.compare.settings import Spec, chosen
+from megatron_ligo.errors import ConfigError, message
+from megatron_ligo.jsonfile import write_json
+
+RESULTS, PAGE, PICTURE = "results.json", "compare.html", "compare.png"
+Tell = Callable[[str], None]
+
+
+def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lambda text: None) -> dict:
+    """Runs what is not yet done of the arms named (none: all), and writes OUTPUT/results.json, compare.html and .png
+    of all that is. Started again, it goes on where it stopped."""
+    arms = chosen(spec, only)
+    jobs = Jobs(output_folder(output), spec.compare.launcher, tell)
+    doing = Plan(spec, jobs, jobs.run)
+    if doing.source() is None:
+        raise ConfigError(message("compare.source_lr", "a small model that can be trained", "a run that diverged"))
+    for arm in arms:
+        run_arm(doing, arm)
+    found = results.collect(Plan(spec, jobs, jobs.result), spec.arms)
+    write(found, output)
+    return found
+
+
+def write(found: dict, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    image = page.picture(found)
+    (output / PICTURE).write_bytes(image)
+    (output / PAGE).write_text(page.page(found, image), encoding="utf-8")
+    write_json(output / RESULTS, found)

@@ -1,0 +1,100 @@
+"""What the losses of a comparison say: FLOPs to a loss, what is saved, and where two arms tie. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean, stdev
+
+# Student's t for 95%, two-sided, by degrees of freedom; beyond them the normal value is near enough.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T_MANY = 1.96
+
+REACHED, BELOW, NEVER = "reached", "below at the smallest budget", "not reached"
+LOWER, HIGHER, TIE, UNKNOWN = "lower", "higher", "tie", "one seed: no verdict"
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """kind REACHED: flops is interpolated; BELOW: an upper bound, the smallest budget run; NEVER: None."""
+
+    kind: str
+    flops: float | None
+
+
+def crossing(points: Sequence[tuple[float, float]], target: float) -> Crossing:
+    """FLOPs at which (FLOPs, loss) points, each the end of a run of its own, come down to a loss.
+
+    Between two runs the loss is taken for linear in log FLOPs; beyond them nothing is claimed.
+    """
+    points = sorted(points)
+    if not points:
+        return Crossing(NEVER, None)
+    if points[0][1] <= target:
+        return Crossing(BELOW, points[0][0])
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 <= target:
+            share = (y0 - target) / (y0 - y1)
+            return Crossing(REACHED, math.exp(math.log(x0) + share * (math.log(x1) - math.log(x0))))
+    return Crossing(NEVER, None)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """1 - FLOPs / scratch's FLOPs to scratch's own final loss. `kinds` says for each seed what its figure is."""
+
+    kinds: tuple[str, ...]
+    shares: tuple[float, ...]  # of the seeds that got there
+
+    @property
+    def told(self) -> str:
+        if not self.kinds:
+            return "no runs"
+        if NEVER in self.kinds:
+            return f"not reached on {self.kinds.count(NEVER)} of {len(self.kinds)} seeds"
+        bound = "at least " if BELOW in self.kinds else ""
+        low, high = min(self.shares), max(self.shares)
+        spread = f" ({low:.0%} to {high:.0%})" if len(self.shares) > 1 else " (one seed)"
+        return f"{bound}{mean(self.shares):.0%}{spread}"
+
+
+def saving(
+    arm: dict[int, list[tuple[float, float]]], scratch: dict[int, tuple[float, float]], source: float = 0.0
+) -> Saving:
+    """arm: points by seed; scratch: (FLOPs, loss) at its full budget by seed; source: FLOPs that come on top."""
+    kinds, shares = [], []
+    for seed, (whole, target) in scratch.items():
+        if seed not in arm:
+            continue
+        found = crossing(arm[seed], target)
+        kinds.append(found.kind)
+        if found.flops is not None:
+            shares.append(1 - (found.flops + source) / whole)
+    return Saving(tuple(kinds), tuple(shares))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A loss minus another of the same seed and budget. low, high: 95% of where its mean lies (None with one seed)."""
+
+    seeds: int
+    mean: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
+    """Paired by seed, since a seed's data come in one order; None where no seed has both."""
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not pairs:
+        return None
+    middle = mean(pairs)
+    if len(pairs) == 1:
+        return Difference(1, middle, None, None, UNKNOWN)
+    t = T_95[len(pairs) - 2] if len(pairs) - 2 < len(T_95) else T_MANY
+    half = t * stdev(pairs) / math.sqrt(len(pairs))
+    verdict = TIE if middle - half <= 0 <= middle + half else LOWER if middle < 0 else HIGHER
+    return Difference(len(pairs), middle, middle - half, middle + half, verdict)

@@ -1,0 +1,47 @@
+"""Probes of tiny models: ranked by the loss after the lag, within the FLOPs, the refused ones named."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo.compare.advise import advise
+from megatron_ligo.config import Config
+from megatron_ligo.errors import ConfigError
+from megatron_ligo.flops import train_flops
+from megatron_ligo.training.start import fresh_dims
+from tests.tiny import hf_llama
+from tests.training.test_pretrain import DIMS, SEQ, make_pair
+
+BATCH, LAG = 4, 10
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    folder: Path = tmp_path_factory.mktemp("advise")
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(folder / name, seed)
+    hf_llama(DIMS).save_pretrained(folder / "hf")
+    table = Config().to_dict()
+    table["small"]["path"] = str(folder / "hf")
+    table["large"] |= {"num_layers": 8, "num_heads": 16, "num_kv_heads": 4}
+    table["pretrain"] |= {"global_batch_size": BATCH, "micro_batch_size": BATCH, "eval_samples": BATCH}
+    table["data"] |= {"train": [str(folder / "train")], "valid": [str(folder / "valid")], "seq_length": SEQ}
+    return Config.from_dict(table)
+
+
+def test_ranked_within_the_budget(config, tmp_path):
+    step = train_flops(fresh_dims(config), BATCH * SEQ, SEQ)
+    budget = 6.5 * LAG * step  # scratch and two methods, two rates each
+    methods = ["lossless", "stack", "lemon"]  # a pad has no room where heads change their ratio
+    with pytest.raises(ConfigError, match="probes of 10 steps"):
+        advise(config, tmp_path, budget, (1e-3, 1e-2), methods)
+    found = advise(config, tmp_path, 1.4 * budget, (1e-3, 1e-2), methods)
+    assert found["flops"] <= 1.4 * budget and found["lag_steps"] >= LAG
+    assert set(found["refused"]) == {"lemon"}
+    losses = [row["after_lag"] for row in found["ranking"]]
+    assert losses == sorted(losses) and {row["method"] for row in found["ranking"]} == {"lossless", "stack"}
+    assert all(row["other_seed"] is not None for row in found["ranking"])
+    lossless = next(row for row in found["ranking"] if row["method"] == "lossless")
+    assert lossless["at_once"] != lossless["after_lag"] and found["scratch"]["after_lag"] is not None
+    text = " ".join(found["advice"])
+    assert found["ranking"][0]["method"] in text.split(":")[0] and "tokens a parameter" in text

@@ -1,0 +1,123 @@
+"""A whole comparison of tiny models: equal FLOPs, controls, done once, refused if another is there."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from megatron_ligo.compare import run, settings
+from megatron_ligo.compare.plan import SMALL_SEED
+from megatron_ligo.errors import ConfigError
+from megatron_ligo.flops import train_flops
+from tests.training.test_pretrain import make_pair
+
+SEQ, BATCH, STEPS = 12, 4, 12
+FILE = """
+[small]
+path = "{folder}/small.json"
+[large]
+num_layers = 4
+hidden_size = 32
+[fit]
+steps = 2
+eval_samples = 4
+global_batch_size = 4
+[pretrain]
+global_batch_size = 4
+eval_samples = 4
+save_every = 0
+[data]
+train = ["{folder}/train"]
+valid = ["{folder}/valid"]
+seq_length = 12
+[compare]
+seeds = [1]
+scratch_steps = 12
+budgets = [0.5, 1.0]
+lrs = [1e-3]
+source_steps = 3
+[arms.learned]
+operator = {{method = "noisy_stack"}}
+fit = {{lr = 1e-3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(folder / name, seed)
+    sizes = {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2, "vocab_size": 37}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    config = LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"])
+    config.to_json_file(folder / "small.json", use_diff=False)
+    (folder / "compare.toml").write_text(FILE.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(base) -> dict:
+    return run.compare(settings.load(base / "compare.toml"), base / "out")
+
+
+def test_every_arm_costs_the_same(results):
+    unit = results["unit_flops"]
+    step = unit / STEPS
+    assert set(results["arms"]) == {"scratch", "learned", "learned.start", "learned.full"}
+    for name, arm in results["arms"].items():
+        assert {each["budget"] for each in arm["runs"]} == {0.5, 1.0}, name
+        for each in arm["runs"]:
+            assert abs(each["flops"] - each["budget"] * unit) <= 0.5 * step, name
+            assert (each["spent"] > 0) == (name in ("learned", "learned.full"))
+            assert each["loss"] < 4 and each["begun"] < 4
+    assert results["arms"]["learned.full"]["runs"][0]["spent"] == pytest.approx(2 * step)
+
+
+def test_flops_are_what_the_runs_have_counted(base, results):
+    for place in ("scratch/seed_1/run_1_0.001", "learned/seed_1/fit", "learned/seed_1/run_1_0.001"):
+        row = json.loads((base / "out/jobs" / place / "run/metrics.jsonl").read_text().splitlines()[-1])
+        assert json.loads((base / "out/jobs" / place / "result.json").read_text())["flops"] == row["flops"]
+    learned = results["arms"]["learned"]["runs"][-1]
+    assert learned["flops"] == pytest.approx(learned["spent"] + row["flops"])
+    assert results["small"]["flops"] > 0 and results["unit_flops"] > 2 * results["small"]["flops"]
+
+
+def test_a_learned_arm_goes_on_where_its_fit_has_ended(base, results):
+    fit = json.loads((base / "out/jobs/learned/seed_1/fit/result.json").read_text())
+    assert results["arms"]["learned"]["runs"][0]["begun"] == pytest.approx(fit["losses"]["end"], rel=1e-5)
+    job = json.loads((base / "out/jobs/learned/seed_1/run_1_0.001/job.json").read_text())
+    assert job["config"]["pretrain"]["first_sample"] == 2 * BATCH and job["config"]["data"]["seed"] == 1
+    source = json.loads((base / "out/jobs/source/job.json").read_text())
+    assert source["config"]["pretrain"]["seed"] == SMALL_SEED and source["config"]["large"]["num_layers"] is None
+
+
+def test_done_once_and_refused_if_it_is_another(base, results):
+    told = []
+    again = run.compare(settings.load(base / "compare.toml"), base / "out", tell=told.append)
+    assert told == [] and again == results
+    with pytest.raises(ConfigError, match="Compare with the same, or choose another"):
+        run.compare(settings.load(base / "compare.toml", ["pretrain.weight_decay=0.3"]), base / "out")
+
+
+def test_the_page_says_what_it_cannot_know(base, results):
+    text = (base / "out/compare.html").read_text()
+    for caution in ("1 seed(s)", "A small experiment", "none is tuned", "one small model"):
+        assert caution in text
+    assert all(each["verdict"] == "one seed: no verdict" for each in results["differences"])
+    pairs = {(each["arm"], each["against"]) for each in results["differences"]}
+    assert {("learned", "learned.start"), ("learned", "learned.full"), ("learned", "scratch")} <= pairs
+
+
+def test_all_faults_of_a_file_at_once(base):
+    with pytest.raises(ConfigError) as caught:
+        settings.load(base / "compare.toml", ["compare.tune_seed=1", "compare.lrs=[1e-3, 1e-3]", "arms.scratch.x=1"])
+    for part in ("none of compare.seeds", "one or more, each once", "operator = {...}", "which is always run"):
+        assert part in str(caught.value)
+
+
+def test_a_step_s_flops_are_the_large_model_s(base, results):
+    from megatron_ligo.arch.dims import Dims
+
+    large = Dims.from_json(results["large"])
+    assert results["unit_flops"] == STEPS * train_flops(large, BATCH * SEQ, SEQ)

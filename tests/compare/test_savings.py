@@ -1,0 +1,60 @@
+"""FLOPs to a loss, savings and ties, against answers worked out by hand."""
+
+import math
+
+import pytest
+
+from megatron_ligo.compare.savings import (
+    BELOW,
+    HIGHER,
+    LOWER,
+    NEVER,
+    REACHED,
+    TIE,
+    UNKNOWN,
+    crossing,
+    difference,
+    saving,
+)
+
+
+def test_a_crossing_is_read_off_in_log_flops():
+    found = crossing([(400.0, 2.0), (100.0, 3.0)], 2.5)
+    assert found.kind == REACHED and found.flops == pytest.approx(200.0)
+    assert crossing([(100.0, 3.0), (400.0, 2.0)], 2.0).flops == pytest.approx(400.0)
+
+
+def test_nothing_is_claimed_beyond_what_was_run():
+    points = [(100.0, 3.0), (400.0, 2.0)]
+    assert crossing(points, 1.9).kind == NEVER and crossing(points, 1.9).flops is None
+    assert (crossing(points, 3.5).kind, crossing(points, 3.5).flops) == (BELOW, 100.0)
+    assert crossing([], 1.0).kind == NEVER
+    # The first time counts, whatever a longer run does.
+    assert crossing([(100.0, 3.0), (200.0, 1.0), (400.0, 2.0)], 2.0).flops == pytest.approx(100 * math.sqrt(2))
+
+
+def test_savings_are_paired_by_seed_and_told_as_bounds():
+    scratch = {1: (1000.0, 2.0), 2: (1000.0, 2.5)}
+    arm = {1: [(100.0, 3.0), (400.0, 2.0)], 2: [(100.0, 3.0), (400.0, 2.0)]}
+    found = saving(arm, scratch)
+    assert found.shares == pytest.approx((0.6, 0.8)) and found.told == "70% (60% to 80%)"
+    assert saving(arm, scratch, source=200.0).shares == pytest.approx((0.4, 0.6))
+    assert saving({1: arm[1]}, scratch).told == "60% (one seed)"
+    assert saving(arm, {1: (1000.0, 3.5)}).told == "at least 90% (one seed)"
+    assert saving(arm, {1: (1000.0, 1.0), 2: (1000.0, 2.5)}).told == "not reached on 1 of 2 seeds"
+    assert saving({}, scratch).told == "no runs"
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [((2.0, 2.1, 2.2), LOWER), ((2.4, 2.51, 2.6), HIGHER), ((2.0, 2.5, 2.4), TIE), ((2.0,), UNKNOWN)],
+)
+def test_an_arm_is_better_only_beyond_the_spread_of_the_seeds(ours, verdict):
+    theirs = {1: 2.3, 2: 2.41, 3: 2.5}
+    assert difference(dict(enumerate(ours, 1)), theirs).verdict == verdict
+
+
+def test_the_interval_is_student_s():
+    found = difference({1: 1.0, 2: 2.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0})
+    assert (found.low, found.high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)), rel=1e-3)
+    assert difference({1: 1.0}, {2: 1.0}) is None

@@ -1,0 +1,42 @@
+"""Which method, which rate: short probes on your own small model and text, within a budget of FLOPs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ligo import cli
+
+EXAMPLE = """
+python tools/advise.py --config run.toml --flops 2e15 --output runs/advice
+python tools/advise.py --config run.toml --flops 5e14 --method lossless --method noisy_stack --lr 3e-4 --output runs/a
+"""
+
+
+def main() -> None:
+    made = cli.parser(
+        "Grows the small model by each method that its sizes allow, trains each for as many steps as --flops leaves\n"
+        "to it, and ranks them by the held-out loss after that lag (at step 0 it misleads). The same rates for each,\n"
+        "the two best with another seed, scratch beside them. Started again, it goes on where it stopped.",
+        EXAMPLE,
+        sections=("small", "large", "pretrain", "data"),
+        output="folder for the probes and advice.json",
+    )
+    made.add_argument("--flops", type=float, required=True, metavar="N", help="of all probes together")
+    made.add_argument("--method", action="append", default=[], metavar="NAME", help="probe this one only; repeatable")
+    made.add_argument("--lr", type=float, action="append", default=[], metavar="RATE", help="default: 3e-4 and 1e-3")
+    args = made.parse_args()
+    config = cli.load_config(args)
+
+    from megatron_ligo.compare.advise import advise  # after the arguments: --help must not load torch
+
+    rates = tuple(args.lr) or (3e-4, 1e-3)
+    found = advise(config, Path(args.output), args.flops, rates, args.method, lambda name: print(name, flush=True))
+    for row in [*found["ranking"], found["scratch"]]:
+        print("  ".join("-" if value is None else f"{value}" for value in row.values()))
+    for name in found["refused"]:
+        print(f"{name}: these sizes refuse it")
+    print("\n".join(found["advice"]))
+
+
+if __name__ == "__main__":
+    cli.run(main)
