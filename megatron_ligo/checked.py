@@ -17,7 +17,7 @@ class Checked(Reader):
     """Passes a source's tensors on, cast to `dtype` (None: as they are). Moments pass only if `moments`.
 
     What it found goes into the journal, so that a run that goes on need not read again. `finish` raises
-    CheckpointError with everything that was wrong.
+    CheckpointError with everything that was wrong, and so does `read` for what cannot be read.
     """
 
     def __init__(
@@ -50,6 +50,14 @@ class Checked(Reader):
         return Info(info.shape, self._dtype or info.dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        try:
+            return self._pass(key, kind)
+        except CheckpointError:
+            # Nothing will come of it: the rest is only looked at, so that one error tells all that is wrong.
+            self._raise_all()
+            raise
+
+    def _pass(self, key: str, kind: str) -> Tensor:
         tensor = self.source.read(key, kind)
         expected = self.source.info(key)
         dtype = expected.dtype if kind == WEIGHT else torch.float32
@@ -64,13 +72,25 @@ class Checked(Reader):
 
     def finish(self) -> None:
         """Every tensor has passed, and every one was good."""
-        faults = Faults(f"{self.path or self.format} has numbers that are none", CheckpointError)
         for key in self._sizes:
             for kind in self._kinds:
-                entry = self._known(key, kind)
-                assert entry, f"{key} ({kind}) was never read"
-                if entry["bad"]:
-                    faults.add(f"{key} ({kind})", "finite numbers", entry["bad"])
+                assert self._known(key, kind), f"{key} ({kind}) was never read"
+        self._raise_all()
+
+    def _raise_all(self) -> None:
+        """What was wrong with the tensors that have passed, and with those that have not."""
+        faults = Faults(f"{self.path or self.format} has tensors that cannot be used", CheckpointError)
+        for key in self._sizes:
+            for kind in self._kinds:
+                try:
+                    if not self._known(key, kind):
+                        self._pass(key, kind)
+                except CheckpointError as error:
+                    faults.note(str(error))
+                    continue
+                bad = self._known(key, kind)["bad"]
+                if bad:
+                    faults.add(f"{key} ({kind})", "finite numbers", bad)
         faults.raise_if_any()
 
     def digests(self) -> dict[str, dict[str, dict]]:
@@ -92,7 +112,7 @@ class Checked(Reader):
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "digest": digest.of_bytes(digest.raw(tensor)),
-            "bad": _bad_numbers(tensor),
+            "bad": bad_numbers(tensor),
         }
         self._journal.add("read", key, kind, value=entry)
         self._done_bytes += self._sizes[key]
@@ -100,7 +120,7 @@ class Checked(Reader):
             self._progress(self._done_bytes, self.total_bytes)
 
 
-def _bad_numbers(tensor: Tensor) -> str:
+def bad_numbers(tensor: Tensor) -> str:
     """ "" if all are finite, or how many are not."""
     if tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         return ""

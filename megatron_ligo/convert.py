@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from megatron_ligo import formats
-from megatron_ligo.checked import Checked
+from megatron_ligo.checked import Checked, bad_numbers
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, LigoError, message, nearest
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
 from megatron_ligo.formats.output import Output
@@ -28,6 +28,24 @@ from megatron_ligo.staging import Staging
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes of the tensors done, of all
+
+
+def opened(path: str | Path, form: str | None = None) -> Reader:
+    """The Reader of what is to be converted (form: as `formats.open`). Where the headers are faulty, the numbers of
+    what is there are looked at as well: the one CheckpointError tells of NaN and Inf, too.
+    """
+    try:
+        return formats.open(path, form)
+    except CheckpointError as error:
+        if error.faults is None or error.rest is None:
+            raise
+        faults, rest = error.faults, error.rest
+    for name, tensor in rest():
+        bad = bad_numbers(tensor)
+        if bad:
+            faults.add(name, "finite numbers", bad)
+    faults.raise_if_any()
+    raise AssertionError("faults do not vanish")
 
 
 def convert(
@@ -96,9 +114,11 @@ def _planned(module: ModuleType, source: Reader, options: WriteOptions, place: P
 def _finish(
     stage: Staging, written: list[str], checked: Checked, source: Reader, to: str, options: WriteOptions
 ) -> Manifest:
-    left = ["optimizer state"] if source.has_moments and not checked.has_moments else []
+    left = list(source.unread)
+    if source.has_moments and not checked.has_moments:
+        left.append("optimizer state")
     if left:
-        log.info("%s carries no optimizer state: the source's is left behind", to)
+        log.info("left behind: %s", "; ".join(left))
     manifest = Manifest(
         format=to,
         dims=source.dims,

@@ -23,6 +23,7 @@ def describe(reader: Reader) -> dict:
         "layout": dict(reader.layout),
         "step": reader.step,
         "moments": reader.has_moments,
+        "unread": list(reader.unread),
         "parameters": sum(prod(row["shape"]) for row in rows),
         "bytes": sum(prod(row["shape"]) * reader.info(row["key"]).dtype.itemsize for row in rows),
         "carried": dict(reader.carried),
@@ -39,6 +40,7 @@ def as_text(found: dict) -> str:
         f"{found['path']}: {found['format']}, {layout}, {state}",
         f"{found['parameters']:,} parameters, {found['bytes']:,} bytes",
         "  ".join(f"{name}={value}" for name, value in dims.items()),
+        *(f"not read: {what}" for what in found["unread"]),
         "",
     ]
     width = max(len(row["key"]) for row in found["rows"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class LigoError(Exception):
@@ -17,6 +17,9 @@ class LigoError(Exception):
     exit_code = 2
     # True where every rank raises it, so that one of them may speak for all.
     agreed = False
+    # What was collected, and what there is besides to be looked at (`Faults.raise_if_any`).
+    faults: Faults | None = None
+    rest: Callable[[], Iterable[tuple[str, object]]] | None = None
 
 
 class ConfigError(LigoError):
@@ -86,7 +89,8 @@ class Faults:
     def note(self, line: str) -> None:
         self.lines.append(line)
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, rest: Callable[[], Iterable[tuple[str, object]]] | None = None) -> None:
+        """rest: gives the tensors that are there, with their names, to whoever asks what else is wrong with them."""
         if not self.lines:
             return
         shown = self.lines[:50]
@@ -95,4 +99,6 @@ class Faults:
             shown.append(f"... and {more} more of the same kind")
         count = len(self.lines)
         head = f"{self.title} ({count} fault{'s' if count > 1 else ''})"
-        raise self.error("\n  ".join([head, *shown]))
+        error = self.error("\n  ".join([head, *shown]))
+        error.faults, error.rest = self, rest
+        raise error

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ligo import formats, manifest
-from megatron_ligo.convert import convert
+from megatron_ligo.convert import convert, opened
 from megatron_ligo.errors import CheckpointError, ConfigError, LigoError
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
 from megatron_ligo.staging import Staging
@@ -92,6 +92,56 @@ def test_every_bad_number_is_told_and_nothing_is_left(tmp_path):
     with pytest.raises(CheckpointError, match=r"embed \(weight\)"):
         convert(formats.open(folder), tmp_path / "b", "hf", WriteOptions(dtype=torch.float16))
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_all_that_is_wrong_is_one_error(tmp_path):
+    """Headers and numbers alike, though the headers alone would be refused."""
+    _, folder = models.saved(tmp_path / "a")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    norm = state["model.norm.weight"]
+    parts = [state, {"model.norm.weight": norm, "model.more": torch.ones(2)}]
+    del state["model.layers.0.self_attn.k_proj.weight"]
+    state["model.layers.0.mlp.up_proj.weight"] = torch.full((52, 47), float("inf"))
+    state["lm_head.weight"][0, :2] = float("nan")
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name, {"format": "pt"})
+    where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(CheckpointError, match="6 faults") as caught:
+        opened(folder)
+    for line in (
+        "model.norm.weight: expected one tensor of that name, found two",
+        "model.layers.0.self_attn.k_proj.weight: expected a tensor of shape (20, 48), found nothing",
+        "model.layers.0.mlp.up_proj.weight (model-00001-of-00002.safetensors): expected shape (52, 48), found (52, 47)",
+        "model.more (model-00002-of-00002.safetensors): expected no such tensor",
+        "lm_head.weight: expected finite numbers, found 2 NaN",
+        f"model.layers.0.mlp.up_proj.weight: expected finite numbers, found {52 * 47} Inf",
+    ):
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("to", ["megatron", "fairscale", "deepspeed"])
+def test_all_replicas_that_differ_are_told_with_the_bad_numbers(tmp_path, to):
+    _, folder = models.saved(tmp_path / "a", num_attention_heads=8, num_key_value_heads=4, head_dim=6)
+    convert(formats.open(folder), tmp_path / "b", to, WriteOptions(tp=4))
+    files = sorted(file for file in (tmp_path / "b").rglob("*") if file.suffix in (".pt", ".pth"))
+    for file, factor in zip(files, (1, 2, 1, 3), strict=True):
+        state = torch.load(file, weights_only=False)
+        held = state.get("model") or state.get("module") or state
+        norms = [tensor for name, tensor in held.items() if "norm" in name and isinstance(tensor, torch.Tensor)]
+        for norm in norms:
+            norm.mul_(factor)
+        if file == files[0]:
+            (embedding,) = [tensor for name, tensor in held.items() if "embeddings" in name]
+            embedding[0, :4] = float("nan")
+        torch.save(state, file)
+    with pytest.raises(CheckpointError, match=f"{len(norms) + 1} faults") as caught:
+        convert(formats.open(tmp_path / "b"), tmp_path / "c", "hf")
+    assert str(caught.value).count("the bits of rank 0, found others on rank 1, 3") == len(norms) == 5
+    assert "embed (weight): expected finite numbers, found 4 NaN" in str(caught.value)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_the_source_is_only_read(tmp_path):

@@ -8,7 +8,7 @@ import time
 import torch
 
 from megatron_ligo import cli, formats
-from megatron_ligo.convert import convert
+from megatron_ligo.convert import convert, opened
 from megatron_ligo.errors import ConfigError, message, nearest
 from megatron_ligo.formats.base import WriteOptions
 
@@ -55,7 +55,7 @@ def main() -> None:
     )
     start = time.perf_counter()
     with cli.byte_progress() as show:
-        source = formats.open(args.source, args.form)
+        source = opened(args.source, args.form)
         made = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=show)
     size, seconds = sum(made.files.values()), time.perf_counter() - start
     print(

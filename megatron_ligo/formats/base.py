@@ -71,6 +71,7 @@ class Reader(ABC):
     step: int = 0  # optimizer steps taken, 0 where unknown
     layout: dict = {}  # tp, pp, ... as stored; {} for formats without
     files: tuple[Path, ...] = ()  # tokenizer and the like, carried along by name
+    unread: tuple[str, ...] = ()  # what the files hold besides, in words, and a Reader does not give
     carried: Mapping[str, object] = {}  # Hugging Face config keys that are no sizes (token ids, ...), verbatim
 
     @property

@@ -58,8 +58,9 @@ def _rank(saved: Saved, mp: int, faults: Faults) -> Rank:
         # What ZeRO 3 leaves in the module is empty.
         weights = {}
     masters = [Masters(saved.optims[mp], groups, where, faults)] if saved.optims[mp] else []
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    return Rank(weights, shapes | {name: shape for group in groups for name, shape in group.items()}, masters)
+    trained = {name: shape for group in groups for name, shape in group.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()} | trained
+    return Rank(weights, shapes, set(trained), masters)
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from math import prod
@@ -33,11 +33,13 @@ ROUNDING = 1e-3
 class Rank:
     """What one tensor-parallel rank holds: module states by name, and its optimizers', one for each pipeline stage.
 
-    shapes: of all parameters by name. Module states that ZeRO 3 has emptied are not in `weights`.
+    shapes: of all parameters by name; trained: those that an optimizer holds. Module states that ZeRO 3 has emptied are
+    not in `weights`.
     """
 
     weights: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
+    trained: set[str] = field(default_factory=set)
     masters: list[Masters] = field(default_factory=list)
 
     def holders(self, name: str) -> list[Masters]:
@@ -109,7 +111,7 @@ class EngineReader(Reader):
         stored = self._located(faults)
         self._sizes = self._padded(stored, faults)
         self._check(stored, faults)
-        faults.raise_if_any()
+        faults.raise_if_any(self._found)
         self._items = {key: item for item in stored for key in item.keys}
         holders = [rank.holders(self._places[item.name].name) for rank in held for item in stored]
         self._moments = all(found and all(masters.has_moments for masters in found) for found in holders)
@@ -138,6 +140,16 @@ class EngineReader(Reader):
         if kind != WEIGHT:
             pieces = [piece.float() for piece in pieces]
         return ranks.join(item, key, pieces, self._sizes, self.dims, kind)
+
+    def _found(self) -> Iterator[tuple[str, Tensor]]:
+        for number, rank in enumerate(self._ranks):
+            at = f"rank {number} of {len(self._ranks)}"
+            for masters in rank.masters:
+                for name in sorted(masters.names()):
+                    yield f"{name} ({at})", masters.tensor(name, WEIGHT)
+            for name, tensor in rank.weights.items():
+                if tensor.is_floating_point() and not rank.holders(name):
+                    yield f"{name} ({at})", tensor
 
     def _located(self, faults: Faults) -> list[packing.Stored]:
         """The tensors that there should be, and (as `_places`, by their names) where they stand: the engine's model
@@ -202,7 +214,10 @@ class EngineReader(Reader):
             if masters.numel(name) != numel:
                 do = "A rank's file is missing, or of another checkpoint."
                 faults.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", masters.numel(name), do)
-        if not holders and name not in rank.weights:
+        if not holders and rank.masters and name in rank.trained:
+            do = "Its masters are lost: without any optimizer file the module states would be read."
+            faults.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", "none", do)
+        elif not holders and name not in rank.weights:
             faults.add(f"{name} ({at})", "its numbers in ZeRO's flat tensors", "none: was it frozen?")
         elif not holders and not rank.weights[name].is_floating_point():
             faults.add(f"{name} ({at})", "floating-point numbers", rank.weights[name].dtype)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +92,11 @@ class FairscaleReader(Reader):
             self._check_double(whole)
         return whole
 
+    def _found(self) -> Iterator[tuple[str, Tensor]]:
+        for number, rank in enumerate(self._ranks):
+            for name, tensor in rank.items():
+                yield f"{name} ({FILE.format(number)})", tensor
+
     def _copies(self, item: Stored) -> int:
         """How many ranks hold one KV head."""
         kv = item.rows[0].axes[0].heads is Heads.KV
@@ -145,7 +150,7 @@ class FairscaleReader(Reader):
             del items[OUTPUT]
         for number, rank in enumerate(self._ranks):
             self._check_rank(FILE.format(number), rank, items, faults)
-        faults.raise_if_any()
+        faults.raise_if_any(self._found)
         self._items: dict[str, Stored] = {}
         for item in items.values():
             for key in item.keys:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -67,8 +68,8 @@ class GgufReader(Reader):
         self._header = read_header(path)
         metadata = self._header.metadata
         self.dims = _dims(self._header, path)
-        self._items = self._check()
         self._data = np.memmap(path, mode="c")
+        self._items = self._check()
         ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
         found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
         self.carried = {name: value for name, value in found.items() if value is not None}
@@ -88,14 +89,20 @@ class GgufReader(Reader):
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
         item = self._items[key]
-        block = self._header.tensors[item.name]
+        return item.part(self._tensor(item.name), key, self.dims)
+
+    def _tensor(self, name: str) -> Tensor:
+        block = self._header.tensors[name]
         data = self._data[block.offset : block.offset + block.nbytes]
         if block.type in PLAIN:
-            tensor = torch.from_numpy(data).view(PLAIN[block.type]).reshape(block.shape)
-        else:
-            rows = data.reshape(*block.shape[:-1], -1)
-            tensor = torch.from_numpy(gguf.dequantize(rows, block.type))
-        return item.part(tensor, key, self.dims)
+            return torch.from_numpy(data).view(PLAIN[block.type]).reshape(block.shape)
+        rows = data.reshape(*block.shape[:-1], -1)
+        return torch.from_numpy(gguf.dequantize(rows, block.type))
+
+    def _found(self) -> Iterator[tuple[str, Tensor]]:
+        for name, block in self._header.tensors.items():
+            if block.type in PLAIN or _dequantises(block.type):
+                yield name, self._tensor(name)
 
     def _check(self) -> dict[str, packing.Stored]:
         """Every expected tensor with its shape, in a type that can be dequantised, and nothing else."""
@@ -115,7 +122,7 @@ class GgufReader(Reader):
         for kind in sorted({block.type for block in found.values()} - set(PLAIN)):
             if not _dequantises(kind):
                 faults.add(kind.name, "a type that the gguf package dequantises", "another", "Requantise the file.")
-        faults.raise_if_any()
+        faults.raise_if_any(self._found)
         if self._header.metadata["general.architecture"] not in INTERLEAVED:
             stored = {name: _half_split(item) for name, item in stored.items()}
         return {key: item for item in stored.values() for key in item.keys}

@@ -73,7 +73,7 @@ class HfReader(Reader):
         if self.dims.num_layers > len(found):
             # A lying config must not make us list a million layers.
             faults.add("num_layers", f"no more than the {len(found)} tensors found", self.dims.num_layers)
-            faults.raise_if_any()
+            faults.raise_if_any(self._shards.weights)
         stored = packing.stored(self.arch, self.dims, NAME)
         places = hf_names.places(self.arch, self.dims, found)
         expected = {
@@ -82,7 +82,7 @@ class HfReader(Reader):
             for name in (places[item.name].name, *places[item.name].doubles)
         }
         self._shards.check(expected, self.arch.ignored.get(NAME, ()), faults)
-        faults.raise_if_any()
+        faults.raise_if_any(self._shards.weights)
         return stored, places
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -63,6 +63,10 @@ class Shards:
 
     def tensor(self, name: str) -> Tensor:
         return self._open[self._place[name]].get_tensor(name)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of floating-point numbers with its name."""
+        return ((name, self.tensor(name)) for name in sorted(self._place) if self.dtype(name) is not None)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str], faults: Faults) -> None:
         """Adds a fault for each missing, misshaped, mistyped and unexpected tensor."""

@@ -30,6 +30,8 @@ SAFETENSORS_DTYPES = {
 
 # Sizes of the fixed parts of a zip archive's headers.
 LOCAL_HEADER, CENTRAL_HEADER, CHECKSUM = 30, 46, 4
+# torch.save aligns the tensors' bytes to so many.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -88,24 +90,56 @@ def torch_skeleton(path: Path, tree: object) -> list[Place]:
     return [Place(name, *records[f"data/{number}"], later) for number, (name, later) in enumerate(found)]
 
 
+def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Place], dict[str, tuple[int, int]]]:
+    """Such skeletons, one after the other in one file; also where each begins, and its length.
+
+    Where tensors are aligned in their archives, they are in the file.
+    """
+    # What torch.save calls an archive whose file has no name.
+    one = path.with_name("archive")
+    places, spans, end = [], {}, 0
+    with path.open("wb") as file:
+        for name, tree in trees.items():
+            found = torch_skeleton(one, tree)
+            start, size = -(-end // ALIGNMENT) * ALIGNMENT, one.stat().st_size
+            spans[name] = (start, size)
+            end = start + size
+            for place in found:
+                checksums = tuple(start + checksum for checksum in place.checksums)
+                places.append(Place(f"{name}{place.name}", start + place.offset, checksums, place.later))
+            with one.open("rb") as archive:
+                for begin, stop in _frame(found, size):
+                    archive.seek(begin)
+                    file.seek(start + begin)
+                    file.write(archive.read(stop - begin))
+        file.truncate(end)
+    one.unlink(missing_ok=True)
+    return places, spans
+
+
 def same_frame(path: Path, skeleton: Path, places: Sequence[Place]) -> bool:
     """True where a file is its skeleton but for the tensors' bytes and their checksums."""
     end = skeleton.stat().st_size
     if path.stat().st_size != end:
         return False
-    edges = [0]
-    for place in sorted(places, key=lambda place: place.offset):
-        edges += [place.offset, place.offset + place.later.nbytes]
-        for checksum in place.checksums:
-            edges += [checksum, checksum + CHECKSUM]
-    edges = [*sorted(edges), end]
     with path.open("rb") as one, skeleton.open("rb") as other:
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        for start, stop in _frame(places, end):
             one.seek(start)
             other.seek(start)
             if one.read(stop - start) != other.read(stop - start):
                 return False
     return True
+
+
+def _frame(places: Sequence[Place], end: int) -> list[tuple[int, int]]:
+    """The stretches of a file that are not its tensors' bytes and their checksums."""
+    edges = [0]
+    for place in places:
+        edges += [place.offset, place.offset + place.later.nbytes]
+        for checksum in place.checksums:
+            edges += [checksum, checksum + CHECKSUM]
+    edges = [*sorted(edges), end]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _hollow(tree: object, name: str, found: list[tuple[str, Later]]) -> object:
@@ -125,12 +159,17 @@ def _records(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entry = archive.start_dir
         for info in archive.infolist():
-            data = info.header_offset + LOCAL_HEADER + sum(_read(file, info.header_offset + 26, "<HH"))
+            data = data_offset(file, info)
             # After the data comes a descriptor: its signature (4 bytes), then the CRC-32. After none, nothing.
             checksums = (data + info.file_size + 4, entry + 16) if info.file_size else ()
             found[info.filename.partition("/")[2]] = (data, checksums)
             entry += CENTRAL_HEADER + sum(_read(file, entry + 28, "<HHH"))
     return found
+
+
+def data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where the data of a record of a zip archive begin."""
+    return info.header_offset + LOCAL_HEADER + sum(_read(file, info.header_offset + 26, "<HH"))
 
 
 def _read(file: BinaryIO, offset: int, form: str) -> tuple[int, ...]:

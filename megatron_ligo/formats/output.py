@@ -19,7 +19,7 @@ from megatron_ligo.errors import CheckpointError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import WEIGHT, Reader
 from megatron_ligo.formats.journal import Journal
-from megatron_ligo.formats.layouts import Later, Place, safetensors, same_frame, torch_skeleton
+from megatron_ligo.formats.layouts import Later, Place, safetensors, same_frame, torch_archives, torch_skeleton
 from megatron_ligo.formats.writing import WORKERS, OpenFile, Writer
 from megatron_ligo.packing import Stored
 
@@ -87,16 +87,28 @@ class Output:
         """Several such files, filled side by side: the first tensor of each, the second of each, ..."""
         self._fill({name: self._laid_out(name, tree) for name, tree in trees.items()})
 
+    def torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+        """What torch.save writes for each tree, one after the other in one file. Offset and length of each, by name."""
+        aside = self._path(f"{SKELETONS}/{Path(name).name}")
+        places, spans = torch_archives(aside, trees)
+        self._place(self._path(name), aside, places)
+        self._fill({name: places})
+        return spans
+
     def _laid_out(self, name: str, tree: object) -> list[Place]:
         path = self._path(name)
         # The archive bears the file's name inside, so the skeleton has the same one.
         aside = self._path(f"{SKELETONS}/{path.name}")
         places = torch_skeleton(aside, tree)
+        self._place(path, aside, places)
+        return places
+
+    def _place(self, path: Path, aside: Path, places: list[Place]) -> None:
+        """Puts a skeleton into its place, unless one with the same frame stands there."""
         if path.exists() and same_frame(path, aside, places):
             aside.unlink()
         else:
             aside.replace(path)
-        return places
 
     def json(self, name: str, value: object) -> None:
         self.text(name, json.dumps(value, indent=2) + "\n")

@@ -58,9 +58,9 @@ def recognise(path: Path) -> bool:
 
 def open(path: Path) -> Reader:
     tag = tagged(path, LATEST)
+    saved = Saved(tag)
     root = find_root(path, tag)
     dims, _ = record.read(root)
-    saved = Saved(tag)
     tp = _ranks_of_layers(saved, dims)
     faults = Faults(f"{tag} does not hold the model of its sizes", CheckpointError)
     held = [_rank(saved, rank, tp, dims, faults) for rank in range(tp)]
@@ -98,12 +98,14 @@ def _rank(saved: Saved, rank: int, tp: int, dims: Dims, faults: Faults) -> Rank:
                 weights[whole + name.removeprefix(own)] = tensor
             else:
                 faults.add(f"{name} ({where})", f"a name that begins with {own}", "another")
-    masters = []
+    masters, trained = [], set()
     for mp in range(rank, saved.mp, tp):
         where = f"mp_rank_{mp:02d}"
+        groups = param_shapes(saved.models[mp], where, faults)
+        trained |= {name for group in groups for name in group}
         if saved.optims[mp]:
-            masters.append(Masters(saved.optims[mp], param_shapes(saved.models[mp], where, faults), where, faults))
-    return Rank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, masters)
+            masters.append(Masters(saved.optims[mp], groups, where, faults))
+    return Rank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, trained, masters)
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
@@ -114,8 +116,10 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
         faults.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.dims.num_layers} layers")
     stored = packing.stored(source.arch, source.dims, "mcore")
     layers = prefixes(source.dims)
-    for name in (name for name in stored if not any(name.startswith(whole) for whole, _ in layers)):
-        faults.add(name, "a tensor of the embedding, a decoder's layer, the final norm or the head", "another")
+    others = [name for name in stored if not any(name.startswith(whole) for whole, _ in layers)]
+    if others:
+        found = f"{len(others)} others ({others[0]}, ...)"
+        faults.add(source.arch.name, "a decoder's tensors: embedding, layers, final norm, head", found)
     faults.raise_if_any()
     record.write(source, out)
     pieces = Pieces(source, options.tp, padded(source.dims, options.tp))

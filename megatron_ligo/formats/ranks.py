@@ -74,10 +74,11 @@ def join(item: Stored, key: str, pieces: Sequence[Tensor], stored: Dims, dims: D
 def replica(pieces: Sequence[Tensor], where: str, first: int = 0) -> Tensor:
     """One of several tensors, of rank `first` and those after it, that must have the same bits.
 
-    Raises CheckpointError naming a rank that differs.
+    Raises CheckpointError naming the ranks that differ.
     """
-    for rank, piece in enumerate(pieces[1:], first + 1):
-        if not digest.same(pieces[0], piece):
-            do = "The ranks went apart in training, or files of two checkpoints are mixed."
-            raise CheckpointError(message(where, f"the bits of rank {first}", f"others on rank {rank}", do))
+    others = [str(rank) for rank, piece in enumerate(pieces[1:], first + 1) if not digest.same(pieces[0], piece)]
+    if others:
+        do = "The ranks went apart in training, or files of two checkpoints are mixed."
+        found = f"others on rank {', '.join(others)}"
+        raise CheckpointError(message(where, f"the bits of rank {first}", found, do))
     return pieces[0]

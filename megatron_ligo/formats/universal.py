@@ -132,7 +132,7 @@ class UniversalReader(Reader):
         if not self._moments:
             for name in (name for name, there in moments.items() if any(there)):
                 faults.add(name, "both moments for all parameters, or none", "some")
-        faults.raise_if_any()
+        faults.raise_if_any(tensors.items)
         return tensors
 
     def _load(self, item: packing.Stored, kind: str) -> Tensor:

@@ -20,11 +20,10 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.errors import ConfigError, message
+from megatron_ligo.formats.megatron_args import LLAMA3_SCALING
 from megatron_ligo.model.attention import FusedAttention
 from megatron_ligo.model.norm import Norm
 from megatron_ligo.parallel import accelerator
-
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.formats.mcore_names import local_name
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import (
-    add_positions,
-    canonical_name,
-    embed,
-    reduce_norm_gradients,
-    run_layer,
-    uninitialised_config,
-)
+from megatron_ligo.model.layers import add_positions, embed, reduce_norm_gradients, run_layer, uninitialised_config
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
@@ -61,7 +55,7 @@ class Pretrained(GPTModel):
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in super().named_parameters(*args, **kwargs):
-            yield canonical_name(name), parameter
+            yield local_name(name), parameter
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""

@@ -14,25 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.model.build import Build, transformer_config
 
-# Transformer Engine keeps a layer's norms inside the linears that follow them.
-FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
-
 
 def uninitialised_config(dims: Dims, build: Build) -> TransformerConfig:
     """mcore's config for layers whose weights are filled or loaded afterwards: drawing them twice takes long."""
     config = transformer_config(dims, build)
     config.perform_initialization = False
     return config
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name as mcore's local layers have it, whatever the layer spec."""
-    for fused, plain in FUSED_NORMS.items():
-        name = name.replace(fused, plain)
-    return name
 
 
 def embed(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:

@@ -18,17 +18,11 @@ from torch import Tensor, nn
 from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.formats.mcore_names import local_name
 from megatron_ligo.formats.pipeline import prefixes
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import (
-    add_positions,
-    canonical_name,
-    embed,
-    reduce_norm_gradients,
-    run_layer,
-    uninitialised_config,
-)
+from megatron_ligo.model.layers import add_positions, embed, reduce_norm_gradients, run_layer, uninitialised_config
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
@@ -163,7 +157,7 @@ class PretrainedPipeline(PipelineModule):
         """`3.self_attention.linear_qkv.weight` -> `decoder.layers.2.self_attention.linear_qkv.weight`."""
         for own, canonical in self.prefixes.items():
             if name.startswith(own):
-                return canonical_name(canonical + name.removeprefix(own))
+                return local_name(canonical + name.removeprefix(own))
         raise AssertionError(f"{name} belongs to no layer of the pipeline")
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:

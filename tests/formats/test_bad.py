@@ -8,8 +8,8 @@ from megatron_ligo import formats
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import LigoError
 from megatron_ligo.formats.base import WriteOptions
-from tests.bad_checkpoints import fairscale, hf, hf_files, universal
-from tests.formats import models
+from tests.bad_checkpoints import deepspeed, fairscale, hf, hf_files, mcore, megatron, pipeline, universal
+from tests.formats import models, zero_files
 
 
 def named(builders: dict) -> dict:
@@ -53,6 +53,26 @@ def test_universal(tmp_path, builder):
     assert not universal.Evil.ran
 
 
+@pytest.mark.parametrize("builder", **named(mcore.mcore))
+def test_megatron_core(tmp_path, builder):
+    _, whole = models.saved(tmp_path / "whole")
+    folder = tmp_path / "a"
+    convert(formats.open(whole), folder, "mcore")
+    formats.open(folder)
+    assert_refused(folder, "mcore", builder(folder))
+    assert not universal.Evil.ran
+
+
+@pytest.mark.parametrize("builder", **named(megatron.megatron))
+def test_megatron(tmp_path, builder):
+    _, whole = models.saved(tmp_path / "whole", tied=True)
+    folder = tmp_path / "a"
+    convert(formats.open(whole), folder, "megatron", WriteOptions(tp=2, pp=2))
+    formats.open(folder)
+    assert_refused(folder, "megatron", builder(folder))
+    assert not universal.Evil.ran
+
+
 @pytest.mark.parametrize("builder", **named(fairscale.fairscale))
 def test_fairscale(tmp_path, builder):
     _, whole = models.saved(tmp_path / "whole", head_dim=8, tied=True)
@@ -60,6 +80,31 @@ def test_fairscale(tmp_path, builder):
     convert(formats.open(whole), folder, "fairscale", WriteOptions(tp=2))
     formats.open(folder)
     assert_refused(folder, "fairscale", builder(folder))
+    assert not universal.Evil.ran
+
+
+@pytest.mark.parametrize(
+    "stage, builder",
+    [(1, b) for b in deepspeed.zero1.values()] + [(3, b) for b in deepspeed.zero3.values()],
+    ids=[*deepspeed.zero1, *deepspeed.zero3],
+)
+def test_deepspeed(tmp_path, stage, builder):
+    _, whole = models.saved(tmp_path / "whole")
+    folder = tmp_path / "a"
+    convert(formats.open(whole), folder, "deepspeed", WriteOptions(tp=2))
+    zero_files.add_optimizer(folder / deepspeed.TAG, stage)
+    formats.open(folder)
+    assert_refused(folder, "deepspeed", builder(folder))
+    assert not universal.Evil.ran
+
+
+@pytest.mark.parametrize("builder", **named(pipeline.pipeline))
+def test_pipeline(tmp_path, builder):
+    _, whole = models.saved(tmp_path / "whole")
+    folder = tmp_path / "a"
+    convert(formats.open(whole), folder, "pipeline", WriteOptions(tp=2, pp=2))
+    formats.open(folder)
+    assert_refused(folder, "pipeline", builder(folder))
     assert not universal.Evil.ran
 
 

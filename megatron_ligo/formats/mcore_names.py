@@ -1,0 +1,33 @@
+"""Names in Megatron-core's checkpoints beside those in the table, which are those of its local layers."""
+
+from __future__ import annotations
+
+# Transformer Engine keeps a layer's norms inside the linears that follow them; so do all distributed checkpoints.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+# A distributed checkpoint's files beside those of torch.distributed.checkpoint, and the kind that it is.
+CONFIG, COMMON = "metadata.json", "common.pt"
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+# No weights: what a module keeps for fp8, and nothing without.
+EXTRA_STATE = "_extra_state"
+
+
+def local_name(name: str) -> str:
+    """A parameter's name as mcore's local layers have it, whatever the layer spec."""
+    for fused, plain in FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
+def fused_name(name: str) -> str:
+    """The inverse of `local_name`."""
+    for fused, plain in FUSED_NORMS.items():
+        name = name.replace(plain, fused)
+    return name
+
+
+def stacked_name(name: str, layer: int) -> str:
+    """The name of the tensor in which all layers' tensors are stacked."""
+    return name.replace(f".layers.{layer}.", ".layers.", 1)

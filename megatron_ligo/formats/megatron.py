@@ -1,0 +1,207 @@
+"""Megatron-LM's checkpoints by rank (`--ckpt-format torch`), at their own tensor and pipeline parallelism.
+
+    DIR/latest_checkpointed_iteration.txt                  which folder (iterations.py)
+    DIR/iter_0000100/mp_rank_TT/model_optim_rng.pt         tensor-parallel rank TT
+    DIR/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     of stage PPP, where there is more than one
+
+The first stage holds the embedding, the last one the last norm and the head (of a tied model: a copy of the embedding);
+each stage counts its layers from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ligo import layout, packing
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Architecture, Use, layer_of
+from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.formats import digest, iterations, megatron_args, ranks, record
+from megatron_ligo.formats.base import WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.formats.mcore_names import EXTRA_STATE, fused_name
+from megatron_ligo.formats.megatron_files import Saved, is_saved, rank_file
+from megatron_ligo.formats.output import Output, one_dtype
+from megatron_ligo.packing import Stored
+
+NAME = "megatron"
+LOOKS = f"mp_rank_*/model_optim_rng.pt (Megatron-LM), or {iterations.TRACKER} that names their folder"
+LAYOUT = True
+LAYERS = ("local", "te")
+OPTIONS = {
+    "vocab_divisible_by": f"pads the vocabulary to a multiple of it times tp (default {megatron_args.DIVISIBLE_BY})",
+    "layers": "local (default) or te: names of Megatron-core's own layers, or of Transformer Engine's",
+}
+
+
+def recognise(path: Path) -> bool:
+    folder = iterations.find(path)
+    return folder is not None and is_saved(folder)
+
+
+def open(path: Path) -> MegatronReader:
+    return MegatronReader(path)
+
+
+class MegatronReader(Reader):
+    """Canonical tensors, each put together from the mapped files of the tensor-parallel ranks of its stage."""
+
+    format = NAME
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._folder = iterations.folder(path)
+        self._saved = Saved(self._folder)
+        self.step = self._saved.step
+        self.dims, self.carried, self.files = megatron_args.sizes(self._folder, self._saved.args)
+        self._items: dict[str, Stored] = {}
+        # Of a tied model the last of several stages holds a copy: name of the original -> each rank's.
+        self._copies: dict[str, list[Tensor]] = {}
+        self._rows = self._check()
+        padding = {"padded_vocab": self._rows} if self._rows > self.dims.vocab_size else {}
+        self.layout = {"tp": self._saved.tp, "pp": self._saved.pp, **padding}
+        how = "its files do not say which parameter each tensor belongs to"
+        self.unread = (f"optimizer state ({how})",) if self._saved.has_optimizer else ()
+
+    def info(self, key: str) -> Info:
+        tensors = self._saved.tensors[self._items[key].name]
+        return Info(self.row(key).shape(self.dims), tensors[0].dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        assert kind == WEIGHT, "this format's optimizer state is not read"
+        item = self._items[key]
+        pieces = self._saved.tensors[item.name]
+        for rank, copy in enumerate(self._copies.get(item.name, ())):
+            if not digest.same(pieces[rank], copy):
+                where = f"{item.name} ({self._folder}, rank {rank})"
+                do = "The model is tied, and its stages went apart in training."
+                raise CheckpointError(message(where, "the bits of the last stage's copy", "others", do))
+        stored = replace(self.dims, vocab_size=self._rows)
+        return ranks.join(item, key, pieces, stored, self.dims, f"{self._folder}")
+
+    def _check(self) -> int:
+        """Every tensor on every rank, with its shape and dtype, and no others. The rows of the vocabulary as stored."""
+        dims, saved = self.dims, self._saved
+        faults = Faults(f"{self._folder} does not hold the model of its sizes", CheckpointError)
+        if dims.num_layers != saved.num_layers:
+            faults.add("num_layers", dims.num_layers, saved.num_layers, "Are files or stages missing?")
+        layout.check_tp(dims, saved.tp, faults)
+        faults.raise_if_any()
+        stored = packing.stored(self.arch, dims, "mcore")
+        rows = max((_rows(saved.tensors.get(item.name)) for item in stored.values() if item.vocabulary), default=0)
+        if rows < dims.vocab_size:
+            faults.add("vocabulary", f"at least {dims.vocab_size} rows", rows)
+            faults.raise_if_any()
+        padded = replace(dims, vocab_size=rows)
+        for item in stored.values():
+            self._items |= dict.fromkeys(item.keys, item)
+            saved.check(item.name, item.shape(padded, saved.tp), faults)
+        for copy, original in _tied(self.arch, dims).items() if saved.pp > 1 else ():
+            saved.check(copy, stored[original].shape(padded, saved.tp), faults)
+            self._copies[original] = saved.tensors.get(copy, [])
+        known = {*stored, *(_tied(self.arch, dims) if saved.pp > 1 else ())}
+        for name in sorted(set(saved.tensors) - known):
+            faults.add(name, "no such tensor", f"{tuple(saved.tensors[name][0].shape)}")
+        faults.raise_if_any(saved.weights)
+        return rows
+
+
+def _rows(pieces: list[Tensor] | None) -> int:
+    """Rows of all ranks together."""
+    return sum(piece.shape[0] for piece in pieces if piece.dim()) if pieces else 0
+
+
+def _tied(arch: Architecture, dims: Dims) -> dict[str, str]:
+    """Name of what the last stage holds -> name of the tensor of the first one that it shares."""
+    if not dims.tied:
+        return {}
+    names = {row.key: row.slots["mcore"].name for row in arch.rows}
+    return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to}
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Each rank's file. Those of a stage are filled side by side."""
+    dims, tp, pp = source.dims, options.tp, options.pp
+    layers, rows = _asked(dims, options)
+    padded = replace(dims, vocab_size=rows)
+    folder = iterations.folder_name(0)
+    record.write(source, out)
+    pieces = ranks.Pieces(source, tp, padded)
+    stored = packing.stored(source.arch, dims, "mcore")
+    bounds = _bounds(dims.num_layers, pp)
+    copies = _tied(source.arch, dims) if pp > 1 else {}
+    dtype = one_dtype(source, next(iter(stored.values())))
+    args = megatron_args.args_of(dims, tp, pp, rows, dtype, source.step)
+    args.transformer_impl = "transformer_engine" if layers == "te" else "local"
+    if dims.num_layers % pp:
+        args.decoder_last_pipeline_num_layers = bounds[-1] - bounds[-2]
+    for stage in range(pp):
+        held = _stage(stored, copies, bounds, stage)
+        trees = {}
+        for rank in range(tp):
+            model = {}
+            for name, item in held.items():
+                name = fused_name(name) if layers == "te" else name
+                model[name] = pieces.later(item, rank)
+                if _has_extra_state(item):
+                    model[f"{name.removesuffix('weight')}{EXTRA_STATE}"] = None
+            trees[f"{folder}/{rank_file(rank, stage, pp)}"] = {
+                "args": args,
+                "checkpoint_version": megatron_args.CHECKPOINT_VERSION,
+                "iteration": source.step,
+                "model": model,
+            }
+        out.torch_files(trees)
+    iterations.write_tracker(out, 0)
+
+
+def _bounds(num_layers: int, pp: int) -> list[int]:
+    """Where stages begin, and the end. All are alike but for the last: that is what Megatron-LM can be told."""
+    most = -(-num_layers // pp)
+    size = most if most * (pp - 1) < num_layers else num_layers // pp
+    return [*(stage * size for stage in range(pp)), num_layers]
+
+
+def _has_extra_state(item: Stored) -> bool:
+    """True for the weights of linears, which keep something for fp8 (here: nothing)."""
+    return len(item.rows[0].axes) == 2 and item.rows[0].axes[1].use is Use.READS
+
+
+def _stage(stored: dict[str, Stored], copies: dict[str, str], bounds: list[int], stage: int) -> dict[str, Stored]:
+    """What a stage holds, by its own names: it counts its layers from 0."""
+    held = {}
+    first, stop = bounds[stage : stage + 2]
+    order = list(stored)
+    inside = [number for number, item in enumerate(stored.values()) if layer_of(item.keys[0]) is not None]
+    for number, name in enumerate(order):
+        item = stored[name]
+        layer = layer_of(item.keys[0])
+        if layer is not None:
+            if first <= layer < stop:
+                held[name.replace(f"layers.{layer}.", f"layers.{layer - first}.", 1)] = item
+        elif (number < inside[0] and stage == 0) or (number > inside[-1] and stage == len(bounds) - 2):
+            held[name] = item
+    if stage == len(bounds) - 2:
+        held |= {copy: stored[original] for copy, original in copies.items()}
+    return held
+
+
+def _asked(dims: Dims, options: WriteOptions) -> tuple[str, int]:
+    """Names of the layers, and the rows of the padded vocabulary. Raises for a layout that Megatron-LM has not."""
+    layers = options.extra.get("layers", LAYERS[0])
+    multiple = options.extra.get("vocab_divisible_by", megatron_args.DIVISIBLE_BY)
+    faults = Faults(f"the format {NAME} cannot be written so", ConfigError)
+    if layers not in LAYERS:
+        faults.add("layers", " or ".join(LAYERS), repr(layers))
+    if type(multiple) is not int or multiple < 1:
+        faults.add("vocab_divisible_by", "a positive whole number", repr(multiple))
+    layout.check_tp(dims, options.tp, faults)
+    if options.pp > dims.num_layers:
+        faults.add(
+            f"pp = {options.pp}", "at most one stage a layer", f"{dims.num_layers} layers", "Choose a smaller pp."
+        )
+    faults.raise_if_any()
+    multiple *= options.tp
+    return layers, -(-dims.vocab_size // multiple) * multiple

@@ -1,0 +1,259 @@
+"""What the ranks run: real GPTModels of Megatron-core, saved and loaded by Megatron-core's own means."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_ligo import formats, layout, packing
+from megatron_ligo.model.attention import FusedAttention
+from megatron_ligo.model.build import Build, transformer_config
+from megatron_ligo.parallel import mesh as meshes
+from tests.formats.models import same_bits
+from tests.tiny import tokens
+
+PADDED = 48
+LR = 1e-2
+
+
+def gpt(dims, mesh, dtype=torch.float32, padded=PADDED):
+    """This rank's part of a model of Megatron-core's own local layers; only the attention is one that runs here."""
+    # Megatron-core lets tied embeddings of several stages agree on a GPU.
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    config = transformer_config(dims, Build(tp=mesh.tp, dtype=dtype))
+    config.pipeline_model_parallel_size = mesh.pp
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded,
+        max_sequence_length=dims.max_positions,
+        parallel_output=False,
+        share_embeddings_and_output_weights=dims.tied,
+        position_embedding_type="rope",
+        rotary_base=int(dims.rope_base),
+        pre_process=mesh.first_stage,
+        post_process=mesh.last_stage,
+    )
+    # As Megatron-LM does: not all norms obey the config.
+    return model.to(dtype).eval()
+
+
+def held(model, source, mesh):
+    """Each parameter of this rank with what it must be: (name, parameter, expected)."""
+    dims = source.dims
+    first = layout.stage_bounds(dims.num_layers, mesh.pp)[mesh.pp_rank]
+    stored = packing.stored(source.arch, dims, "mcore")
+    for name, parameter in model.named_parameters():
+        if "layers." in name:
+            local = int(name.split("layers.")[1].split(".")[0])
+            item = stored[name.replace(f"layers.{local}.", f"layers.{local + first}.")]
+        else:
+            tied = dims.tied and name == "output_layer.weight"
+            item = stored["embedding.word_embeddings.weight" if tied else name]
+        parts = [source.read(key) for key in item.keys]
+        if item.vocabulary:
+            rows = parameter.shape[0] * mesh.tp
+            parts = [layout.pad_vocab(part, rows) for part in parts]
+        yield name, parameter, item.shard(parts, dims, mesh.tp, mesh.tp_rank)
+
+
+def fill(model, source, mesh):
+    with torch.no_grad():
+        for _, parameter, expected in held(model, source, mesh):
+            parameter.copy_(expected)
+
+
+def assert_holds(model, source, mesh):
+    for name, parameter, expected in held(model, source, mesh):
+        assert same_bits(parameter.detach(), expected.to(parameter.dtype)), name
+
+
+@torch.no_grad()
+def logits(model, dims, mesh):
+    """(b, s, vocab) on every rank, stage after stage."""
+    ids = tokens(dims)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    hidden = torch.empty(ids.shape[1], ids.shape[0], dims.hidden_size)
+    if not mesh.first_stage:
+        dist.recv(hidden, mesh.rank_of(mesh.tp_rank, mesh.pp_rank - 1, mesh.dp_rank))
+        model.set_input_tensor(hidden)
+    out = model(ids, positions, None).contiguous()
+    if not mesh.last_stage:
+        dist.send(out, mesh.rank_of(mesh.tp_rank, mesh.pp_rank + 1, mesh.dp_rank))
+        out = torch.empty(*ids.shape, model.vocab_size)
+    dist.broadcast(out, mesh.rank_of(0, mesh.pp - 1))
+    return out[..., : dims.vocab_size]
+
+
+def load_distributed(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
+    """Megatron-core's own `load` of each (folder, source, tp, pp): every parameter is right; the logits."""
+    found = []
+    for folder, path, tp, pp in jobs:
+        source, mesh = formats.open(path), meshes.make(tp, pp)
+        dtype = source.info("embed").dtype
+        model = gpt(source.dims, mesh, dtype)
+        for parameter in model.parameters():
+            parameter.data.fill_(7.0)
+        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata())}, folder)
+        assert state["args"].num_layers == source.dims.num_layers
+        model.load_state_dict(state["model"], strict=True)
+        assert_holds(model, source, mesh)
+        found.append(logits(model, source.dims, mesh) if dtype is torch.float32 else None)
+    return found
+
+
+def load_by_rank(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
+    """What Megatron-LM does with a rank's file, of each (folder, source, tp, pp)."""
+    found = []
+    for folder, path, tp, pp in jobs:
+        source, mesh = formats.open(path), meshes.make(tp, pp)
+        name = f"mp_rank_{mesh.tp_rank:02d}" + (f"_{mesh.pp_rank:03d}" if pp > 1 else "")
+        state = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=False)
+        args, dtype = state["args"], source.info("embed").dtype
+        assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (tp, pp)
+        model = gpt(source.dims, mesh, dtype, args.padded_vocab_size)
+        model.load_state_dict(state["model"], strict=True)
+        assert_holds(model, source, mesh)
+        found.append(logits(model, source.dims, mesh) if dtype is torch.float32 else None)
+    return found
+
+
+def metadata(**more) -> dict:
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True), **more}
+
+
+def save_distributed(jobs: list[tuple[str, str, int, int, dict]]) -> None:
+    """Megatron-core's own `save` of a model filled from each source: (folder, source, tp, pp, how)."""
+    # It writes in processes of its own, which those that are ended with their parent may not have.
+    multiprocessing.current_process()._config["daemon"] = False
+    for folder, path, tp, pp, how in jobs:
+        source, mesh = formats.open(path), meshes.make(tp, pp)
+        model = gpt(source.dims, mesh, source.info("embed").dtype)
+        fill(model, source, mesh)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        state = {
+            "model": model.sharded_state_dict(metadata=metadata(**how)),
+            "iteration": 5,
+            "checkpoint_version": 3.0,
+            "args": run_arguments(source.dims, tp, pp),
+        }
+        dist_checkpointing.save(state, folder, content_metadata=how)
+
+
+def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sharding: str | None) -> None:
+    """Megatron-core's own optimizer after a step of AdamW on gradients that follow from the weights.
+
+    sharding: how its distributed optimizer is saved (None: one that is not distributed).
+    """
+    multiprocessing.current_process()._config["daemon"] = False
+    _optimizers_on_cpu()
+    source, mesh = formats.open(path), meshes.make(tp, pp)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = gpt(source.dims, mesh, dtype)
+    fill(model, source, mesh)
+    distributed = sharding is not None
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model
+    )
+    config = OptimizerConfig(
+        optimizer="adam", lr=LR, weight_decay=0.0, bf16=bf16, params_dtype=dtype, use_distributed_optimizer=distributed
+    )
+    optimizer = get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = gradient(parameter.detach())
+        part.optimizer.step()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    how = metadata(distrib_optim_sharding_type=sharding, chained_optim_avoid_prefix=True)
+    state = {
+        "model": model.sharded_state_dict(metadata=how),
+        "iteration": 5,
+        "args": run_arguments(source.dims, tp, pp),
+    }
+    state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=how)
+    dist_checkpointing.save(state, folder)
+
+
+def gradient(weight: torch.Tensor) -> torch.Tensor:
+    return torch.sin(weight * 10)
+
+
+def _optimizers_on_cpu() -> None:
+    """Megatron-core's optimizers ask for the types of a GPU's tensors."""
+    kind, tensor = torch.Tensor.type, torch.tensor
+    torch.Tensor.type = lambda self, *to: kind(self, *to) if to else kind(self).replace("torch.", "torch.cuda.", 1)
+    torch.tensor = lambda *values, device=None, **more: tensor(*values, **more)
+
+
+def save_by_rank(folder: str, path: str, tp: int, pp: int) -> None:
+    """A rank's file with all that Megatron-LM puts into it."""
+    source, mesh = formats.open(path), meshes.make(tp, pp)
+    model = gpt(source.dims, mesh, source.info("embed").dtype)
+    fill(model, source, mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    rng = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.get_rng_state(),
+        "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+    }
+    state = {
+        "args": run_arguments(source.dims, tp, pp),
+        "checkpoint_version": 3.0,
+        "iteration": 12,
+        "model": model.state_dict_for_save_checkpoint(),
+        "optimizer": {"optimizer": optimizer.state_dict(), "fp32_from_fp16_params": [[]]},
+        "rng_state": [rng],
+        "num_floating_point_operations_so_far": 1e9,
+    }
+    name = f"mp_rank_{mesh.tp_rank:02d}" + (f"_{mesh.pp_rank:03d}" if pp > 1 else "")
+    (Path(folder) / name).mkdir(parents=True)
+    torch.save(state, Path(folder) / name / "model_optim_rng.pt")
+
+
+def run_arguments(dims, tp: int, pp: int) -> argparse.Namespace:
+    """The arguments of a run of Megatron-LM's, with what it keeps besides numbers and strings."""
+    return argparse.Namespace(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_size,
+        num_attention_heads=dims.num_heads,
+        group_query_attention=True,
+        num_query_groups=dims.num_kv_heads,
+        kv_channels=dims.head_dim,
+        vocab_size=dims.vocab_size,
+        padded_vocab_size=PADDED,
+        max_position_embeddings=dims.max_positions,
+        norm_epsilon=dims.norm_eps,
+        untie_embeddings_and_output_weights=not dims.tied,
+        add_qkv_bias=dims.qkv_bias,
+        add_bias_linear=False,
+        swiglu=True,
+        normalization="RMSNorm",
+        position_embedding_type="rope",
+        rotary_base=int(dims.rope_base),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        params_dtype=torch.bfloat16,
+        attention_backend=AttnBackend.auto,
+        data_path=[Path("some/where")],
+    )
