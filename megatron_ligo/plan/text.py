@@ -49,11 +49,13 @@ def run(title: str, job: Job, flops_per_second: float, device_bytes: float) -> l
         return [f"{title}: refused: {reason}"]
     plan = layouts.plan(job, flops_per_second)
     tokens = job.run.global_batch_size * job.seq_length
+    besides = "libraries (0.4 GB on a CPU), pages of files that are read, what the allocator keeps"
     lines = [
         f"{title}: {plan.words}; {job.micro_batches} micro-batches of {job.tokens} tokens, {job.run.precision}"
         + (", recomputed" if job.run.recompute else ""),
         f"  tensors of the fullest rank  {size(plan.memory)}" + ("" if plan.memory <= device_bytes else "  TOO MUCH"),
         *(f"    {kind:26s} {size(count)}" for kind, count in memory(job).items() if count),
+        f"    not counted                {besides}",
         f"  FLOPs of a step              {number(job.flops())} ({number(job.flops() / tokens)} a token)",
         f"  a step                       {duration(plan.seconds)}, bubble {plan.bubble:.0%}",
         f"  {job.run.steps} steps{'':22s} {duration(plan.seconds * job.run.steps)}",

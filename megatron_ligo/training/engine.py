@@ -49,13 +49,14 @@ def profile(parallel: ParallelSection) -> dict:
 
 def deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
     """DeepSpeed's config: the profile, and what the run's config says."""
+    table = profile(run.parallel)
     config = {
-        **profile(run.parallel),
+        **table,
         "train_batch_size": run.global_batch_size,
         "train_micro_batch_size_per_gpu": run.micro_batch_size,
         "gradient_accumulation_steps": micro_batches(run, mesh),
         "gradient_clipping": run.clip,
-        "bf16": {"enabled": bf16},
+        "bf16": {**table.get("bf16", {}), "enabled": bf16},
         "steps_per_print": 1 << 30,
         "zero_allow_untested_optimizer": True,
         "checkpoint": {"load_universal": universal},

@@ -169,6 +169,16 @@ def test_bf16_masters_keep_what_an_fp32_checkpoint_holds(pools, base, tmp_path, 
     assert losses_of(filled) == losses_of(by_deepspeed)
 
 
+def test_masters_and_moments_in_bf16_take_a_step(pools, base, tmp_path):
+    """The profile with which a model that is too large for fp32 states takes its step."""
+    profile = str(ROOT / "launch_scripts" / "grow_1b.json")
+    run = settings(base, steps=2, pp=4, precision="bf16", ds_config=profile, save_every=0)
+    found = pools(4).run(pretrain, settings=run, output=str(tmp_path / "low"))
+    plain = pools(4).run(pretrain, settings=settings(base, steps=2, pp=4, save_every=0), output=str(tmp_path / "fp32"))
+    assert losses_of(found) == pytest.approx(losses_of(plain), rel=2e-2)
+    assert losses_of(found) != losses_of(plain)
+
+
 def test_without_steps_it_only_evaluates(pools, base, tmp_path):
     record = pools(2).run(pretrain, settings=settings(base, "hf", steps=0, tp=2), output=str(tmp_path))
     assert record["losses"] == {"start": pytest.approx(reference(base)[0], rel=1e-6)}
