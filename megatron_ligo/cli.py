@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ GRACE_SECONDS = 5.0
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,6 +124,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     set_up_logging()
     signals.install()
+    threading.excepthook = _in_a_thread
     try:
         main()
         sys.stdout.flush()
@@ -132,12 +134,18 @@ def run(main: Callable[[], None]) -> NoReturn:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             _leave_the_pipe()
-        text = _fault(error)
+        text = fault(error)
         if text is None:
             raise
         _say(text, agreed=isinstance(error, LigoError) and error.agreed)
         sys.exit(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
     sys.exit(0)
+
+
+def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer, which meets a full disk first: whoever uses it hears of it as well."""
+    if failed.exc_value is None or fault(failed.exc_value) is None:
+        threading.__excepthook__(failed)
 
 
 def _reader_is_gone() -> bool:
@@ -153,7 +161,7 @@ def _leave_the_pipe() -> NoReturn:
     sys.exit(128 + signal.SIGPIPE)
 
 
-def _fault(error: Exception) -> str | None:
+def fault(error: Exception) -> str | None:
     """What to tell the user, or None if the error is a mistake of ours."""
     if isinstance(error, LigoError):
         return str(error)

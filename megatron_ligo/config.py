@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ligo.errors import ConfigError, Faults, nearest
+from megatron_ligo.jsonfile import read_text
 from megatron_ligo.settings import read, setting
 
 ByName = dict[str, str]
@@ -220,10 +221,10 @@ class Config:
 
 def read_toml(path: Path) -> dict:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"config {path}: expected a TOML file, found nothing there. Check --config.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config {path}: expected TOML, found a fault in it: {error}.") from None
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_ligo.errors import CheckpointError, message
-from megatron_ligo.jsonfile import write_json
+from megatron_ligo.jsonfile import read_json, write_json
 
 RECORD = "growth.json"
 VERSION = 1
@@ -18,7 +17,7 @@ def read(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         found = record["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(message(f"{path}", "a record of ours", f"{error!r}")) from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.jsonfile import read_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -53,7 +53,7 @@ def load(folder: Path) -> Manifest:
     """The manifest of a folder. Raises CheckpointError if there is none, or none that can be read."""
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         dims = Dims.from_json(data.pop("dims"))
         manifest = Manifest(dims=dims, **data)
     except FileNotFoundError:

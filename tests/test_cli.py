@@ -144,11 +144,11 @@ def wrapped(inner: Exception) -> Exception:
     ],
 )
 def test_faults_in_words(error, part):
-    assert part in cli._fault(error)
+    assert part in cli.fault(error)
 
 
 def test_mistakes_of_ours_are_not_faults():
-    assert cli._fault(KeyError("x")) is None and cli._fault(OSError("x")) is None
+    assert cli.fault(KeyError("x")) is None and cli._fault(OSError("x")) is None
 
 
 def test_help_names_the_keys(capsys):

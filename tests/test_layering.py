@@ -1,6 +1,7 @@
 """The house rules that a machine can see: which way imports point, what is imported at all, how long a file is."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -26,6 +27,7 @@ ROOMS = (
     ("handoff", "plan", "report", "soak"),
     ("bench", "compare"),
     ("cli",),
+    ("mutations",),
 )
 # The rooms before this one need no Megatron-core, no DeepSpeed and no process group.
 FIRST_WITH_RANKS = "parallel"
@@ -134,3 +136,20 @@ def test_files_are_short():
 def test_no_tool_bears_the_name_of_a_standard_module():
     """A script's folder comes first on the path: its name would hide the module's."""
     assert not [path.name for path in (ROOT / "tools").glob("*.py") if path.stem in sys.stdlib_module_names]
+
+
+def test_the_digests_are_of_the_pinned_versions():
+    """requirements-hashed.txt names every requirement, at its version, with one digest each."""
+    pinned = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        requirement, _, marker = line.partition(";")
+        if requirement.strip() and '>= "3.12"' not in marker and not requirement.startswith("#"):
+            name, _, version = requirement.strip().partition("==")
+            pinned[name.lower()] = version
+    hashed = {}
+    for line in (ROOT / "requirements-hashed.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            found = re.fullmatch(r"([\w.-]+)==([\w.]+)(\+cpu)? --hash=sha256:[0-9a-f]{64}", line)
+            assert found, line
+            hashed[found[1]] = found[2]
+    assert {name: hashed.get(name) for name in pinned} == pinned

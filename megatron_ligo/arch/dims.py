@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from sys import float_info
 
 from megatron_ligo.errors import ConfigError, Faults, nearest
+
+# A record that says more is damaged: nobody begins to list them.
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,21 @@ class Dims:
         for f in fields(cls):
             if f.name not in data and f.default is f.default_factory:
                 faults.note(f"size {f.name!r} is missing")
+            elif f.name in data and not any(_is(data[f.name], kind) for kind in f.type.split(" | ")):
+                faults.add(f.name, f.type, repr(data[f.name])[:60])
+        if not faults.lines and data["num_layers"] > MOST_LAYERS:
+            faults.add("num_layers", f"at most {MOST_LAYERS}", data["num_layers"])
         faults.raise_if_any()
         return cls(**data)
+
+
+def _is(value: object, kind: str) -> bool:
+    """Whether a value of JSON is of the kind that a field's annotation names."""
+    if isinstance(value, bool):
+        return kind == "bool"
+    if kind == "float":
+        return isinstance(value, int | float) and abs(value) <= float_info.max
+    return isinstance(value, {"str": str, "int": int, "bool": bool, "Mapping": Mapping, "None": type(None)}[kind])
 
 
 def following_sizes(hidden_size: int, num_heads: int) -> dict[str, int]:

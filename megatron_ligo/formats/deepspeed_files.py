@@ -74,13 +74,15 @@ class Saved:
     layers: (layer, tp) -> state. mp, dp: counts of ranks; zero: the stage. Raises CheckpointError with all faults.
     """
 
-    def __init__(self, tag: Path):
+    def __init__(self, tag: Path, operator: bool = False):
+        """operator: it is a fit's; else a fit's is refused."""
         self.tag = tag
         self._faults = Faults(f"{tag} is no whole checkpoint of a DeepSpeed engine", CheckpointError)
         models, optims, layers = self._find()
         first = self._load(next(iter(models.values()))) if models else {}
         self._faults.raise_if_any()
-        _refuse_operator(first, tag)
+        if not operator:
+            _refuse_operator(first, tag)
         self.mp = self._count(first, "mp_world_size", models)
         self.dp = self._count(first, "dp_world_size", {dp: 0 for _, dp in optims} or [0])
         self.sharded = any(dp is not None for _, dp in models)

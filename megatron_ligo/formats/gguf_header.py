@@ -41,8 +41,8 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Raises CheckpointError where the file is cut off, or says what cannot be."""
-    if path.stat().st_size < len(MAGIC):
-        raise CheckpointError(message(f"{path}", "a GGUF file", "an empty one"))
+    if not path.is_file() or path.stat().st_size < len(MAGIC):
+        raise CheckpointError(message(f"{path}", "a GGUF file", "an empty one, or none"))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _Head(data, path).read()

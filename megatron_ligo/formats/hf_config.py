@@ -5,7 +5,6 @@ A key that a config leaves out has the value that transformers gives its family:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims, following_sizes
 from megatron_ligo.arch.rows import Architecture
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message, nearest
+from megatron_ligo.jsonfile import read_json
 
 CONFIG = "config.json"
 # Said anew by whoever writes, or (the last two) refused where it says something.
@@ -33,10 +33,10 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def load(path: Path) -> dict:
     """The config file of a checkpoint, as JSON says it."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(message(f"{path}", "the checkpoint's config", "nothing there")) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(message(f"{path}", "JSON", f"a fault in it: {error}")) from None
     if not isinstance(config, dict):
         raise CheckpointError(message(f"{path}", "a JSON object", type(config).__name__))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ligo.errors import CheckpointError, Faults, message
+from megatron_ligo.jsonfile import parse, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,6 +31,9 @@ class Shards:
             self._add(file)
 
     def _add(self, file: Path) -> None:
+        if not file.is_file():
+            self.faults.append(message(str(file), "a whole safetensors file", "no file"))
+            return
         try:
             opened = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -100,7 +103,7 @@ def _doubled(file: Path) -> list[str]:
 
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
-        json.loads(opened.read(size), object_pairs_hook=look)
+        parse(opened.read(size), look)
     return doubled
 
 
@@ -121,8 +124,8 @@ def find_shards(folder: Path) -> Shards:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        found = read_json(index)["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(message(f"{index}", "an index with a weight_map", f"{error!r}")) from None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(message(f"{index}", "names of tensors with names of files", "something else"))

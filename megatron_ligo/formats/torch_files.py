@@ -32,9 +32,22 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool 
     stand_ins: (object, "module.name") for classes that the file may name; give inert ones instead of the real.
     Raises CheckpointError for a damaged file, and for one that names anything else.
     """
+    if not path.is_file():
+        raise CheckpointError(message(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
+    zipped = is_zipfile(path)
+    sizes: list[int] = []
+
+    def noted(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        sizes.append(storage.nbytes())
+        return storage
+
     with told(f"{path}"), _only(stand_ins):
+        records = _records(path) if zipped else None
         # The format of torch before 1.6 is no zip archive and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zipfile(path))
+        found = torch.load(path, map_location=noted, weights_only=True, mmap=mapped and zipped)
+        if zipped and sorted(sizes) != records:
+            raise BadZipFile("storages of other sizes than their records")
+        return found
 
 
 def entry(path: Path, start: int, length: int) -> Tensor:
@@ -142,6 +155,17 @@ def told(where: str) -> Iterator[None]:
             raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise CheckpointError(message(where, "a whole file of torch.save", found, "Fetch it again.")) from None
+
+
+def _records(path: Path) -> list[int]:
+    """Sizes of the storages' records. torch maps each as it lies in the archive and believes the pickle about its size:
+    packed or shorter, it would be other numbers."""
+    with ZipFile(path) as archive:
+        records = archive.infolist()
+    names = [record.filename for record in records]
+    if len(set(names)) < len(names) or any(record.compress_type != ZIP_STORED for record in records):
+        raise BadZipFile("records that are packed, or there twice")
+    return sorted(record.file_size for record in records if record.filename.partition("/")[2].startswith("data/"))
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

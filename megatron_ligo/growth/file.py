@@ -17,6 +17,7 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import Config
 from megatron_ligo.errors import CheckpointError, Faults, message
 from megatron_ligo.growth.operator import Operator
+from megatron_ligo.jsonfile import read_json
 
 TENSORS, RECORD = "operator.safetensors", "operator.json"
 VERSION = 1
@@ -90,11 +91,11 @@ def _commit(aside: Path, target: Path) -> None:
 
 def _read_record(path: Path) -> dict:
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except FileNotFoundError:
         do = "Give the folder that a fit wrote."
         raise CheckpointError(message(f"{path}", "an operator's record", "nothing", do)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(message(f"{path}", "JSON", f"a fault in it: {error}")) from None
     missing = {"version", "small", "large", "settings"} - set(record if isinstance(record, dict) else ())
     if missing:
@@ -105,9 +106,9 @@ def _read_record(path: Path) -> dict:
 
 
 def _open(path: Path):
+    if not path.is_file():
+        raise CheckpointError(message(f"{path}", "the operator's tensors", "no file"))
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(message(f"{path}", "the operator's tensors", "nothing")) from None
     except SafetensorError as error:
         raise CheckpointError(message(f"{path}", "a whole safetensors file", f"{error}")) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -52,7 +54,8 @@ class GrownModel(nn.Module):
 
 class GrownPipeline(PipelineModule):
     """The same, cut into stages. The shared maps are one tied module, the first layer of each stage, so that
-    DeepSpeed adds up their gradients over the stages and saves them."""
+    DeepSpeed adds up their gradients over the stages and saves them. Parameters bear the same names as those of the
+    one module."""
 
     def __init__(self, runtime: Runtime):
         mesh = runtime.mesh
@@ -62,6 +65,14 @@ class GrownPipeline(PipelineModule):
         specs, self.part_bounds = self._specs(layers)
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
         super().__init__(specs, topology=topology, loss_fn=self._loss)
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        own = {"tied_modules.maps": "shared"} | {
+            index: f"layers.{layer.layer}" for index, layer in self.named_children() if isinstance(layer, GrownLayer)
+        }
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            prefix = next(prefix for prefix in own if name.startswith(f"{prefix}."))
+            yield own[prefix] + name.removeprefix(prefix), parameter
 
     def _specs(self, layers: int) -> tuple[list[LayerSpec], list[int]]:
         runtime = self.runtime

@@ -52,25 +52,29 @@ class Maps(nn.Module):
         self.learned[key] = []
         tensor = operator.tensor(name)
         matrix = local(tensor if side == "expand" else tensor.t(), spec.split, self.mesh)
-        rank = operator.rank(spec.name)
+        rank, rows = operator.rank(spec.name), 0 if spec.split else None
         if rank:
             start = matrix.clone().to(accelerator.device())
             self.starts[key] = Copies.of(start) or Full(start)
-            self._register(key, f"{key}_u", torch.zeros(matrix.shape[0], rank), spec.split, False)
-            self._register(key, f"{key}_v", operator.right_factor(name, rank), False, spec.split)
+            self._register(key, f"{key}_u", torch.zeros(matrix.shape[0], rank), rows, False)
+            self._register(key, f"{key}_v", operator.right_factor(name, rank), None, spec.split)
             return
         if side == "expand" and operator.setting("identity", spec.name) == "frozen":
             first = self.mesh.tp_rank * matrix.shape[0] if spec.split else 0
             kept = max(0, min(spec.small - first, matrix.shape[0]))
             if kept:
                 self.kept[key] = kept, first
-        self._register(key, key, matrix if side == "expand" else matrix.t(), spec.split, False)
+        if side == "expand":
+            self._register(key, key, matrix, rows, False)
+        else:
+            self._register(key, key, matrix.t(), None if rows is None else 1, False)
 
-    def _register(self, key: str, name: str, tensor: Tensor, cut: bool, shared_by_rows: bool) -> None:
+    def _register(self, key: str, name: str, tensor: Tensor, cut: int | None, shared_by_rows: bool) -> None:
         parameter = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format).to(accelerator.device()))
-        if cut and self.mesh.tp > 1:
+        parameter.partition_dim = -1 if cut is None else cut
+        if cut is not None and self.mesh.tp > 1:
             parameter.tensor_model_parallel = True
-        if shared_by_rows or (self.sequence_parallel and not cut):
+        if shared_by_rows or (self.sequence_parallel and cut is None):
             self.partial.add(name)
         self.register_parameter(name, parameter)
         self.learned[key].append(name)

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
-from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
@@ -37,12 +36,6 @@ def fill(model: nn.Module, dims: Dims, mesh: Mesh, read: Read) -> None:
     for parameter, item in parameters(model, dims):
         with torch.no_grad():
             parameter.copy_(local_tensor(item, read, dims, mesh.tp, mesh.tp_rank))
-
-
-def fill_masters(model: nn.Module, dims: Dims, mesh: Mesh, read: Read) -> None:
-    """Sets the fp32 masters of a bf16 model in an engine, which copied them from bf16. Collective."""
-    for parameter, item in parameters(model, dims):
-        safe_set_full_fp32_param(parameter, local_tensor(item, read, dims, mesh.tp, mesh.tp_rank).float())
 
 
 def parameters(model: nn.Module, dims: Dims) -> Iterator[tuple[nn.Parameter, Stored]]:

@@ -7,7 +7,6 @@ FOLDER/step_N.damaged/      what was found damaged, out of the way
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -22,7 +21,7 @@ from torch import nn
 from megatron_ligo.errors import CheckpointError, Faults, message
 from megatron_ligo.formats import torch_files
 from megatron_ligo.formats.record import STATE
-from megatron_ligo.jsonfile import write_json
+from megatron_ligo.jsonfile import read_json, write_json
 from megatron_ligo.parallel.mesh import agree, gathered
 from megatron_ligo.training.checkpoint_files import ALLOWED, stated, sync, unwritable
 from megatron_ligo.training.engine import Engine
@@ -31,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TAG = "state"
 RECORD = "record.json"
-VERSION = 1
+VERSION = 2
 STEP = re.compile(r"step_(\d+)")
 # What a killed run may leave behind: a checkpoint not yet committed, and one that a newer was to replace.
 NEW, OLD = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
@@ -39,11 +38,12 @@ NEW, OLD = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint, its files checked, and the state that was saved with it."""
+    """A whole checkpoint, its files checked, the state that was saved with it, and the layout that wrote it."""
 
     folder: Path
     step: int
     state: dict
+    layout: dict[str, int]
 
 
 def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, beside: Path | None = None) -> None:
@@ -61,7 +61,8 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
     try:
         agree(engine.files.fault)
         known = {path: entry for part in gathered(engine.files.written) for path, entry in part.items()}
-        _on_rank_0(aside, lambda: _complete(aside, beside, known, {"step": step, "state": state}))
+        record = {"step": step, "state": state, "layout": engine.layout}
+        _on_rank_0(aside, lambda: complete(aside, beside, known, record))
     except CheckpointError:
         # Its room may be what others need.
         _on_rank_0(aside, lambda: shutil.rmtree(aside, ignore_errors=True))
@@ -94,7 +95,7 @@ def newest(folder: Path) -> Found | None:
             for other in damaged:
                 log.warning("%s: set aside as %s.damaged", other, other.name)
             _on_rank_0(folder, lambda: _set_aside(damaged))
-            return Found(place, step, record["state"])
+            return Found(place, step, record["state"], record["layout"])
         log.warning("%s", found)
         faults.note(str(found))
         damaged.append(place)
@@ -103,7 +104,7 @@ def newest(folder: Path) -> Found | None:
 
 
 def load(engine: Engine, found: Found) -> dict:
-    """Takes up a checkpoint; returns its `state`. Collective."""
+    """Takes up a checkpoint of the engine's own layout; returns its `state`. Collective."""
     path, _ = engine.engine.load_checkpoint(str(found.folder), tag=TAG)
     if path is None:
         raise CheckpointError(message(f"{found.folder}", "a DeepSpeed checkpoint", "nothing to load"))
@@ -118,7 +119,7 @@ def _make(aside: Path) -> None:
     aside.mkdir()
 
 
-def _complete(aside: Path, beside: Path | None, known: dict[Path, dict], record: dict) -> None:
+def complete(aside: Path, beside: Path | None, known: dict[Path, dict], record: dict) -> None:
     """All that rank 0 puts beside the ranks' files, at last the digests of them all. known: those that ranks have."""
     (aside / "latest").write_text(TAG)
     if beside:
@@ -185,12 +186,13 @@ def _examine(place: Path) -> tuple[dict, CheckpointError | None]:
 
 def _read_record(path: Path) -> dict:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if record["version"] != VERSION:
             raise CheckpointError(message(f"{path}", f"version {VERSION}", record["version"]))
         files = {str(name): (int(entry["size"]), str(entry["digest"])) for name, entry in record["files"].items()}
-        if not files or not isinstance(record["state"], dict):
-            raise KeyError("files and state")
+        layout = {name: int(record["layout"][name]) for name in ("tp", "pp", "dp", "zero")}
+        if not files or not isinstance(record["state"], dict) or min(layout.values()) < 1:
+            raise KeyError("files, state and layout")
     except OSError as error:
         raise CheckpointError(message(f"{path}", "the record of a checkpoint", error.strerror)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

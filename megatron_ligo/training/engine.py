@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_ligo.config import ParallelSection, TrainingSection
 from megatron_ligo.errors import ConfigError, LayoutError, message
+from megatron_ligo.jsonfile import read_json
 from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.mesh import Mesh, Mpu
 from megatron_ligo.training import checkpoint_files
@@ -34,12 +34,17 @@ def micro_batches(run: TrainingSection, mesh: Mesh) -> int:
     return run.global_batch_size // per_pass
 
 
+def layout(run: TrainingSection, mesh: Mesh) -> dict[str, int]:
+    """What an engine's checkpoints depend on."""
+    return {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "zero": run.parallel.zero}
+
+
 def profile(parallel: ParallelSection) -> dict:
     """The ZeRO settings of a layout; what the run's config says itself must not be said there."""
     path = Path(parallel.ds_config) if parallel.ds_config else PROFILES / f"zero{parallel.zero}.json"
     try:
-        table = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        table = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(message(f"ds_config {path}", "a DeepSpeed profile (JSON)", error)) from None
     stage = table.get("zero_optimization", {}).get("stage")
     if stage != parallel.zero:
@@ -112,6 +117,15 @@ class Engine:
     @property
     def steps(self) -> int:
         return self.engine.global_steps
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return layout(self.run, self.mesh)
+
+    def begin_at(self, step: int) -> None:
+        """Counts on from so many steps."""
+        self.engine.global_steps = step
+        self.engine.global_samples = step * self.run.global_batch_size
 
     @property
     def module(self) -> nn.Module:

@@ -31,8 +31,9 @@ from megatron_ligo.model.source import Source
 from megatron_ligo.model.teacher import Teacher
 from megatron_ligo.parallel import accelerator, mesh
 from megatron_ligo.parallel.mesh import Mesh
-from megatron_ligo.training import checkpoints, loop
+from megatron_ligo.training import checkpoints, elastic, loop
 from megatron_ligo.training.best import Best
+from megatron_ligo.training.claim import claim
 from megatron_ligo.training.collect import collect
 from megatron_ligo.training.data import Data, open_data
 from megatron_ligo.training.engine import Engine, micro_batches
@@ -42,9 +43,10 @@ from megatron_ligo.training.start import check_layout
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and its resumption without changing a number.
+# What may differ between a run and its resumption: no number depends on it but for the rounding of another layout.
 FREE = (
     "save_every", "keep_last", "timeout_minutes", "grace_seconds", "bad_numbers", "spike", "check_replicas_every",
+    "parallel", "micro_batch_size", "recompute", "source",
 )  # fmt: skip
 
 
@@ -62,11 +64,17 @@ class Fit:
         self.fit = everywhere(lambda: within_budget(self.fit, self.step_flops))
         self.mesh: Mesh = mesh.make(self.fit.parallel.tp, self.fit.parallel.pp)
         self.count = everywhere(lambda: micro_batches(self.fit, self.mesh))
+        claim(output)
+        self.found = checkpoints.newest(output / loop.FOLDER)
+        self.moved = elastic.moved(self.found, self.fit, self.mesh)
         torch.manual_seed(self.fit.seed)
+        if self.found:
+            everywhere(lambda: check_same_run(self.found.state["run"], self._identity(), output))
+        claim(output, make=True)
         self.data = self._open_data()
         self.runtime = self._runtime()
         self.module = GrownPipeline(self.runtime) if self.mesh.pp > 1 else GrownModel(self.runtime)
-        self.engine = Engine(self.module, self.mesh, self.fit, self._groups(), after_update=self._moved)
+        self.engine = self._build()
 
     def run(self) -> None:
         """Fits, from the last checkpoint if there is one, and writes OUTPUT/operator."""
@@ -113,25 +121,32 @@ class Fit:
         """Of one step, over all ranks."""
         return self.fit.global_batch_size * self.config.data.seq_length
 
+    def _build(self) -> Engine:
+        """The engine, with what a checkpoint of another layout holds."""
+        learned = everywhere(lambda: elastic.Learned(self.found)) if self.moved else None
+        if learned:
+            everywhere(lambda: elastic.fill_module(self.module, learned.cut_for(self.mesh)))
+        engine = Engine(self.module, self.mesh, self.fit, self._groups(), after_update=self._after_update)
+        if learned:
+            elastic.fill_optimizer(engine.engine, learned.cut_for(self.mesh), learned.steps)
+            engine.begin_at(self.found.step)
+        return engine
+
     def _resume(self) -> dict:
-        """The state of the last checkpoint, checked to be of this run; a fresh one where there is none."""
-        this = self._identity()
-        found = checkpoints.newest(self.output / loop.FOLDER)
-        if found is None:
-            return {record.HOLDS: "operator", "run": this, "losses": {}, "digest": self._digest()}
-        everywhere(lambda: check_same_run(found.state["run"], this, self.output))
-        checkpoints.load(self.engine, found)
+        """The state of the last checkpoint, which is loaded; a fresh one where there is none."""
+        if self.found is None:
+            return {record.HOLDS: "operator", "run": self._identity(), "losses": {}, "digest": self._digest()}
+        if not self.moved:
+            checkpoints.load(self.engine, self.found)
         log.info("resumed after step %d", self.engine.steps)
-        return found.state
+        return self.found.state
 
     def _identity(self) -> dict:
-        """All that the numbers of the run depend on, the layout included, as plain data."""
+        """All that the numbers of the run depend on, but for the layout, as plain data."""
         table = self.config.to_dict()
         fit = {key: value for key, value in table["fit"].items() if key not in FREE}
-        return {"small": table["small"], "large": table["large"], "operator": table["operator"], "fit": fit} | {
-            "data": {key: value for key, value in table["data"].items() if key != "cache"},
-            "processes": {"dp": self.mesh.dp},
-        }
+        data = {key: value for key, value in table["data"].items() if key != "cache"}
+        return {name: table[name] for name in ("small", "large", "operator")} | {"fit": fit, "data": data}
 
     def _digest(self) -> str:
         return self.data.eval_digest(self.fit.eval_samples)
@@ -145,7 +160,7 @@ class Fit:
         decay = self.fit.weight_decay
         return [{"params": kinds[d], "lr_scale": ratio if d else 1.0, "weight_decay": decay} for d in (False, True)]
 
-    def _moved(self) -> None:
+    def _after_update(self) -> None:
         self.runtime.generation += 1
 
     def _open_data(self) -> Data:
@@ -190,7 +205,7 @@ class Fit:
             "steps_done": self.engine.steps,
             "losses": losses,
             "eval": {"samples": self.fit.eval_samples, "digest": digest},
-            "layout": {"tp": self.mesh.tp, "pp": self.mesh.pp, "dp": self.mesh.dp, "zero": self.fit.parallel.zero},
+            "layout": self.engine.layout,
             "peak_memory_bytes": memory,
             "config": self.config.to_dict(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},

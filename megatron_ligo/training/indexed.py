@@ -6,7 +6,6 @@ A pair without a record works too.
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import xxhash
 
 from megatron_ligo.errors import Faults
+from megatron_ligo.jsonfile import read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -133,7 +133,7 @@ def _read_record(path: Path, idx_digest: str, bin_bytes: int, faults: Faults) ->
         return None
     do = "Prepare the data again, or remove this file if the pair was made otherwise."
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         ours = (record["idx_digest"], record["bin_bytes"], int(record["max_token"]), str(record["tokenizer"]))
     except (ValueError, KeyError, TypeError) as error:
         faults.add(str(path), "the record of a prepared pair", f"{type(error).__name__}: {error}", do)

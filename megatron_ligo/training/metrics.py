@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import deque
@@ -16,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ligo.errors import CheckpointError, message
 from megatron_ligo.parallel import accelerator
+
+log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
@@ -42,7 +45,7 @@ class Metrics:
         last = _cut(folder / FILE, done_steps)
         self._totals.update({key: last[key] for key in self._totals if key in last})
         self._file = (folder / FILE).open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done_steps + 1)
+        self._events = _Events(folder / "tensorboard", done_steps)
         self._line = _Line(total_steps, done_steps)
 
     def log(
@@ -67,8 +70,7 @@ class Metrics:
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
-        for key, value in {**shown, **extra}.items():
-            self._events.add_scalar(key, value, step)
+        self._events.add({**shown, **extra}, step)
         self._line.show(step, loss, lr, tokens, seconds, extra)
 
     def close(self) -> None:
@@ -118,6 +120,31 @@ def _cut(path: Path, done_steps: int) -> dict:
         os.fsync(stream.fileno())
     aside.rename(path)
     return rows[-1] if rows else {}
+
+
+class _Events:
+    """TensorBoard's events. A disk that takes no more of them is told once: the other file has it all."""
+
+    def __init__(self, folder: Path, done_steps: int):
+        self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=done_steps + 1)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        try:
+            for key, value in values.items() if self.writer else ():
+                self.writer.add_scalar(key, value, step)
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        try:
+            if self.writer:
+                self.writer.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("no more events for TensorBoard: %s", error)
+        self.writer = None
 
 
 class _Line:

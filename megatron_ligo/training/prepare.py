@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ligo.errors import DataError, message
+from megatron_ligo.jsonfile import read_json
 from megatron_ligo.training.indexed import digest_file
 from megatron_ligo.training.texts import Texts
 from megatron_ligo.training.tokenizer import Tokenizer, digest_tokenizer, load_tokenizer, train_sentencepiece
@@ -76,10 +77,14 @@ def _found(output: Path, fingerprint: list) -> dict | None:
     """The counts of an earlier run of the same recipe; DataError if something else is in the way."""
     mark = output / MARK
     if mark.is_file():
-        record = json.loads(mark.read_text())
-        if record["fingerprint"] == fingerprint:
+        try:
+            record = read_json(mark)
+            then, splits = record["fingerprint"], record["splits"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(message(f"{mark}", "the record of prepared data", f"{error!r}")) from None
+        if then == fingerprint:
             log.info("%s is already there, made from the same texts and tokenizer.", output)
-            return record["splits"]
+            return splits
     present = sorted(path.name for path in output.glob("*") if path.stem in ("train", "valid", "tokenizer", "prepared"))
     if present:
         do = "Choose another --output, or remove them."

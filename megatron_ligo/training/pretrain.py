@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_ligo import formats
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import Config
 from megatron_ligo.errors import CheckpointError, ConfigError, message
 from megatron_ligo.flops import train_flops
 from megatron_ligo.formats import record
-from megatron_ligo.jsonfile import write_json
+from megatron_ligo.jsonfile import read_json, write_json
 from megatron_ligo.manifest import library_versions
 from megatron_ligo.model import universal, weights
 from megatron_ligo.model.build import Build
@@ -24,7 +24,8 @@ from megatron_ligo.model.gpt import Pretrained
 from megatron_ligo.model.stages import PretrainedPipeline
 from megatron_ligo.parallel import accelerator, mesh
 from megatron_ligo.parallel.mesh import Mesh
-from megatron_ligo.training import checkpoints, loop
+from megatron_ligo.training import checkpoints, elastic, loop
+from megatron_ligo.training.claim import claim
 from megatron_ligo.training.data import Data, open_data
 from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.fit import FREE, check_same_run
@@ -49,18 +50,21 @@ class Pretrain:
         self.dtype = everywhere(lambda: accelerator.dtype_of(self.settings.precision))
         self.mesh: Mesh = mesh.make(self.settings.parallel.tp, self.settings.parallel.pp)
         everywhere(lambda: micro_batches(self.settings, self.mesh))
+        claim(output)
         self.found = checkpoints.newest(output / loop.FOLDER)
         self.resumed = self.found is not None
+        self.moved = elastic.moved(self.found, self.settings, self.mesh)
         self.start = everywhere(self._resumed_start if self.resumed else lambda: find_start(config))
         self.dims: Dims = self.start.dims
         self.grown = self.start.grown
+        claim(output, make=True)
         self.data = self._open_data()
         self.engine = self._build()
 
     def run(self) -> dict:
         """Trains, from the last checkpoint if there is one; returns what it writes into OUTPUT/pretrain.json."""
         if self.found:
-            state = checkpoints.load(self.engine, self.found)
+            state = self.found.state if self.moved else checkpoints.load(self.engine, self.found)
             log.info("resumed after step %d", self.engine.steps)
         else:
             state = {record.HOLDS: "model", "losses": {}, "eval": self._held_out()}
@@ -126,16 +130,16 @@ class Pretrain:
         return {"eval_loss": loss}
 
     def _build(self) -> Engine:
-        """The engine with its weights; a run that is resumed gets them from its checkpoint afterwards."""
+        """The engine with its weights; a run that is resumed at its layout gets them from its checkpoint afterwards."""
         run, start = self.settings, self.start
         build = Build(self.dtype, self.mesh.tp, run.parallel.sequence_parallel)
         make = PretrainedPipeline if self.mesh.pp > 1 else Pretrained
         # Replicas that are not filled from the table must still agree.
         torch.manual_seed(run.seed)
         model = make(self.dims, build, self.mesh, run.recompute)
-        by_deepspeed = start.universal and not self.resumed
+        by_deepspeed, at_once = start.universal, not self.resumed or self.moved
         read = start.source.read if start.source else weights.initial(self.dims, run.seed)
-        if not by_deepspeed and not self.resumed:
+        if not by_deepspeed and at_once:
             weights.fill(model, self.dims, self.mesh, read)
         if by_deepspeed and run.parallel.zero == 3:
             universal.prepare_for_universal(model, self.dims, self.mesh.tp_group)
@@ -145,9 +149,11 @@ class Pretrain:
         if by_deepspeed:
             universal.load_universal(engine.engine, start.source, self.mesh.tp_group)
             # The run's own steps begin at 0; Adam goes on counting where the checkpoint was.
-            engine.engine.global_steps = engine.engine.global_samples = 0
-        elif self._bf16 and not self.resumed:
-            weights.fill_masters(model, self.dims, self.mesh, read)
+            engine.begin_at(0)
+        elif at_once and (self._bf16 or self.moved):
+            steps = start.source.step if self.moved and start.source.has_moments else None
+            elastic.fill_optimizer(engine.engine, elastic.of_model(model, self.dims, read, self.mesh), steps)
+            engine.begin_at(self.found.step if self.moved else 0)
         # The files that it has mapped are not read again.
         self.start = replace(start, source=None)
         return engine
@@ -175,25 +181,25 @@ class Pretrain:
         return samples % (self.settings.micro_batch_size * self.mesh.dp) == 0
 
     def _resumed_start(self) -> Start:
-        """The sizes of the run that OUTPUT holds, which must be this one; its start is not looked at again."""
+        """The sizes of the run that OUTPUT holds, which must be this one, and its weights if they move to another
+        layout; its start is not looked at again."""
         then = _read_record(self.output / RECORD)
         check_same_run(then["run"], self._identity(), self.output)
         dims = Dims.from_json(then["dims"])
         check_layout(dims, self.settings.parallel, self.config.data.seq_length)
-        return Start(dims, grown=then["grown"])
+        return Start(dims, formats.open(self.found.folder) if self.moved else None, grown=then["grown"])
 
     def _identity(self) -> dict:
-        """All that the numbers of the run depend on, the layout included, as plain data."""
+        """All that the numbers of the run depend on, but for the layout, as plain data."""
         table = self.config.to_dict()
         run = {key: value for key, value in table["pretrain"].items() if key not in FREE}
         data = {key: value for key, value in table["data"].items() if key != "cache"}
         sizes = {} if self.settings.start else {"small": table["small"], "large": table["large"]}
-        return {**sizes, "pretrain": run, "data": data, "processes": {"dp": self.mesh.dp}}
+        return {**sizes, "pretrain": run, "data": data}
 
     def _record(self, state: dict) -> dict:
         memory: list[int] = [0] * self.mesh.world
         dist.all_gather_object(memory, peak_memory_bytes())
-        place = self.mesh
         made = {
             "run": self._identity(),
             "dims": self.dims.to_json(),
@@ -201,7 +207,7 @@ class Pretrain:
             "step": self.engine.steps,
             "losses": state["losses"],
             "eval": state["eval"],
-            "layout": {"tp": place.tp, "pp": place.pp, "dp": place.dp, "zero": self.settings.parallel.zero},
+            "layout": self.engine.layout,
             "peak_memory_bytes": memory,
             "versions": library_versions(),
         }
@@ -227,7 +233,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def _read_record(path: Path) -> dict:
     try:
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = read_json(path)
         return {"run": then["run"], "dims": then["dims"], "grown": then["grown"]}
     except FileNotFoundError:
         found = "nothing"

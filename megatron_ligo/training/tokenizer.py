@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_ligo.errors import DataError, message
+from megatron_ligo.jsonfile import read_json
 
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -82,7 +82,7 @@ def _named_end(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+        named = read_json(path).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise DataError(message(str(path), "a table in JSON", error)) from error
     named = named.get("content") if isinstance(named, dict) else named

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import random
 import subprocess
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_ligo.config import Config
 from megatron_ligo.training import replicas
+from megatron_ligo.training.data import Data
 from megatron_ligo.training.engine import Engine
-from tests.training.pretraining import pretrain
+from megatron_ligo.training.fit import Fit
+from tests.training.pretraining import Killed, pretrain
 
 
 def desynchronised(settings: dict, output: str, at: int, kind: str) -> dict | str:
@@ -66,3 +73,56 @@ def disk_lost_after(settings: dict, output: str, command: list[str], at: int) ->
 
     Engine.train_step = disturbed
     return pretrain(settings, output)
+
+
+def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dict | str:
+    """A run in which the loss of one training sample is not finite; without `look`, nobody asks which it was."""
+    deal, again = Data.batch, Engine.look_again
+
+    def dealt(self, *where):
+        batches = deal(self, *where)
+        for batch, samples in zip(batches, self.samples(*where), strict=True):
+            if sample in samples:
+                batch["loss_mask"][samples.index(sample)] = float("nan")
+        return batches
+
+    Data.batch = dealt
+    if not look:
+        Engine.look_again = lambda self, batches: ([], [])
+    try:
+        return logged(settings, output)
+    finally:
+        Data.batch, Engine.look_again = deal, again
+
+
+def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
+    """A fit's losses; killed after so many of its own steps if asked."""
+    step, count = Engine.train_step, 0
+
+    def dying(self, batches):
+        nonlocal count
+        if count == die_after:
+            raise Killed
+        count += 1
+        return step(self, batches)
+
+    Engine.train_step = dying
+    job = Fit(Config.from_dict(settings), Path(output))
+    try:
+        job.run()
+    except Killed:
+        return {"killed": count}
+    finally:
+        job.engine.engine.destroy()
+    return json.loads((Path(output) / "operator/operator.json").read_text())
+
+
+def with_a_wild_clock(settings: dict, output: str) -> dict | str:
+    """A run on ranks whose clocks jump by months, each in its own way, at each look."""
+    draw, clock, nanoseconds = random.Random(dist.get_rank()), time.time, time.time_ns
+    time.time = lambda: clock() + draw.uniform(-1e7, 1e7)
+    time.time_ns = lambda: nanoseconds() + draw.randrange(-(10**16), 10**16)
+    try:
+        return pretrain(settings, output)
+    finally:
+        time.time, time.time_ns = clock, nanoseconds

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,21 @@ import torch
 
 from megatron_ligo.training.checkpoint_files import stated
 from tests.faults import cases
+from tests.faults.commands import ROOT
 from tests.training.pretraining import pretrain
 from tests.training.test_pretrain import BATCH, STEPS, base, data, losses_of, settings  # noqa: F401 - base: a fixture
+
+EVENTS = """
+from megatron_ligo import cli
+from megatron_ligo.training.metrics import Metrics
+
+def main():
+    with Metrics("{output}", True, 20_000) as metrics:
+        for step in range(1, 20_000):
+            metrics.log(step, 1.0, 0.1, 1, 1, 1.0, 1.0)
+
+cli.run(main)
+"""
 
 
 class Evil:
@@ -38,13 +53,19 @@ def snapshot(place: Path) -> dict[str, bytes]:
     return {str(path.relative_to(place)): path.read_bytes() for path in files_of(place)}
 
 
-@pytest.fixture
-def half_way(pools, base, tmp_path) -> tuple[dict, Path]:  # noqa: F811
+@pytest.fixture(scope="module")
+def killed(pools, base, tmp_path_factory) -> Path:  # noqa: F811
     """A run of two ranks that was killed in step 6, with checkpoints of steps 2 and 4."""
-    table = settings(base)
-    assert pools(2).run(pretrain, settings=table, output=str(tmp_path / "run"), die_after=5) == {"killed": 5}
-    assert names(tmp_path / "run/checkpoints") == ["step_2", "step_4"]
-    return table, tmp_path / "run"
+    output = tmp_path_factory.mktemp("killed") / "run"
+    assert pools(2).run(pretrain, settings=settings(base), output=str(output), die_after=5) == {"killed": 5}
+    assert names(output / "checkpoints") == ["step_2", "step_4"]
+    return output
+
+
+@pytest.fixture
+def half_way(base, killed, tmp_path) -> tuple[dict, Path]:  # noqa: F811
+    """A copy of it, with its settings."""
+    return settings(base), Path(shutil.copytree(killed, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +129,15 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(pools, half_way):
         assert all(name in found for name in told)
 
 
+def test_clocks_that_jump_change_nothing(pools, half_way, whole):
+    """Nor do the times of files: the newest checkpoint is the one of the latest step."""
+    table, output = half_way
+    os.utime(output / "checkpoints/step_4", (0, 0))
+    resumed = pools(2).run(cases.with_a_wild_clock, settings=table, output=str(output))
+    assert resumed["taken"] == STEPS - 4
+    assert losses_of(resumed) == losses_of(whole)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(pools, base, whole, small_disk):  # noqa: F811
     table, output = settings(base), small_disk / "run"
     pools(2).run(pretrain, settings=table, output=str(output), die_after=3)
@@ -132,3 +162,23 @@ def test_a_disk_that_has_become_read_only_is_told(pools, base, small_disk):  # n
     assert isinstance(found, str) and "Read-only file system" in found and "step_4" in found
     assert names(place) == ["step_2"]
     subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_folder_that_has_vanished_is_told_and_not_made_again(pools, base, tmp_path):  # noqa: F811
+    table, output = settings(base), tmp_path / "run"
+    command = [f"rm -r {output}"]
+    found = pools(2).run(cases.disk_lost_after, settings=table, output=str(output), command=command, at=3)
+    assert isinstance(found, str) and "No such file or directory" in found and "step_4" in found
+    assert not output.exists()
+
+
+def test_events_that_find_no_room_are_one_message(small_disk):
+    """TensorBoard writes in a thread of its own."""
+    (small_disk / "filler").write_bytes(
+        bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize - 40_000)
+    )
+    script = small_disk.parent / "job.py"
+    script.write_text(EVENTS.format(output=small_disk / "run"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "expected room on the disk, found it full" in done.stderr

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_ligo.formats import torch_files
+from megatron_ligo.training.checkpoint_files import ALLOWED
 from tests.faults.commands import Run
 
 STEPS = 30
 LAYOUTS = {
-    "fit, PP2": ("fit", "fit.parallel.pp=2"),
-    "fit, ZeRO 3": ("fit", "fit.parallel.zero=3"),
-    "fit, ZeRO 2": ("fit", "fit.parallel.zero=2"),
-    "pretrain, TP2": ("pretrain", "pretrain.parallel.tp=2"),
+    "fit, TP2 x PP2": ("fit", 4, ["fit.parallel.tp=2", "fit.parallel.pp=2"]),
+    "fit, ZeRO 3": ("fit", 2, ["fit.parallel.zero=3"]),
+    "pretrain, TP2": ("pretrain", 2, ["pretrain.parallel.tp=2"]),
 }
 
 
@@ -29,10 +32,23 @@ def rows(output: Path) -> list[dict]:
 
 def losses(output: Path, tool: str) -> tuple:
     """Everything that a run leaves and that must not depend on what befell it."""
+    last = max((output / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step_")))
+    files = {path.name: content(torch_files.load(path, ALLOWED)) for path in sorted(last.rglob("*.pt"))}
     if tool == "fit":
         record = json.loads((output / "operator/operator.json").read_text())
-        return record["losses"], (output / "operator/operator.safetensors").read_bytes()
-    return (json.loads((output / "pretrain.json").read_text())["losses"],)
+        return files, record["losses"], (output / "operator/operator.safetensors").read_bytes()
+    return files, json.loads((output / "pretrain.json").read_text())["losses"]
+
+
+def content(value: object) -> object:
+    """What a file holds; the bytes of its pickle also say which equal texts were one object."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: content(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [content(part) for part in value]
+    return content(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else value
 
 
 def ended(output: Path, tool: str) -> tuple:
@@ -42,33 +58,40 @@ def ended(output: Path, tool: str) -> tuple:
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_whatever_befalls_a_run_it_ends_as_the_undisturbed_one(config, tmp_path, case):
     """SIGKILL of all ranks, SIGTERM to one, SIGKILL of one: every number is the same, bit for bit."""
-    tool, layout = LAYOUTS[case]
-    with Run(tool, config, tmp_path / "whole", layout) as run:
-        assert run.ends() == [0, 0], run.said(0)
+    tool, world, layout = LAYOUTS[case]
+    everyone = range(world)
+
+    def start(output: Path) -> Run:
+        return Run(tool, config, output, *layout, world=world)
+
+    with start(tmp_path / "whole") as run:
+        assert run.ends() == [0] * world, run.said(0)
     draw = random.Random(case)
     moments = sorted(draw.sample(range(2, STEPS - 4), 3))
     output = tmp_path / "killed"
-    with Run(tool, config, output, layout) as run:
+    with start(output) as run:
         run.reaches(moments[0])
-        run.signal(signal.SIGKILL, 0, 1)
-    with Run(tool, config, output, layout) as run:
+        run.signal(signal.SIGKILL, *everyone)
+    with start(output) as run:
         run.reaches(moments[1])
-        run.signal(signal.SIGTERM, draw.randrange(2))
-        assert run.ends(30) == [143, 143]
-        assert "SIGTERM: saved after step" in run.said(0) and "Traceback" not in run.said(0) + run.said(1)
-    victim = draw.randrange(2)
-    with Run(tool, config, output, layout) as run:
+        run.signal(signal.SIGTERM, draw.randrange(world))
+        assert run.ends(30) == [143] * world
+        assert "SIGTERM: saved after step" in run.said(0)
+        assert not any("Traceback" in run.said(rank) for rank in everyone)
+    victim = draw.randrange(world)
+    with start(output) as run:
         run.reaches(moments[2])
         began = time.monotonic()
         run.signal(signal.SIGKILL, victim)
         codes = run.ends(30)
-        assert codes[victim] == -9 and codes[1 - victim] == 2
+        assert codes == [-9 if rank == victim else 2 for rank in everyone]
         assert time.monotonic() - began < 20
-        if victim == 1:
-            assert "rank 1 has ended, without a word" in run.said(0)
-        assert "Traceback" not in run.said(1 - victim)
-    with Run(tool, config, output, layout) as run:
-        assert run.ends() == [0, 0], run.said(0)
+        if victim:
+            # On a busy machine another may be too late to say that it is there.
+            assert re.search(rf"ranks? [\d, ]*\b{victim}\b[\d, ]* has ended, without a word", run.said(0)), run.said(0)
+        assert not any("Traceback" in run.said(rank) for rank in everyone)
+    with start(output) as run:
+        assert run.ends() == [0] * world, run.said(0)
     assert ended(output, tool) == ended(tmp_path / "whole", tool)
     assert [row["step"] for row in rows(output)] == list(range(1, STEPS + 1))
     # Nothing is left over of what was begun.

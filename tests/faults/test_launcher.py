@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,15 +20,27 @@ from tests.faults.commands import PATIENCE, ROOT, Run, free_port
 from tests.faults.test_kills import ended
 
 LAYOUT = "fit.parallel.tp=2"
+SECRET = "correct-horse-battery-staple"
+# A network of its own that has a loopback device and nothing else, where the machine lets us make one.
+ALONE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+
+
+@functools.cache
+def alone() -> list[str]:
+    able = shutil.which("unshare") and shutil.which("ip")
+    return ALONE if able and subprocess.run([*ALONE, "true"], capture_output=True).returncode == 0 else []
 
 
 @contextmanager
 def launched(log: Path, *arguments: str) -> Iterator[subprocess.Popen]:
     """`deepspeed --num_gpus 2 tools/fit.py ARGUMENTS`, its output in a file. Nothing of it is left behind."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment["SOME_TOKEN"] = SECRET
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "tools/fit.py", *arguments]
     with log.open("w") as file:
-        runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        runner = subprocess.Popen(
+            [*alone(), *command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
     try:
         yield runner
     finally:
@@ -52,7 +67,9 @@ def test_a_user_fault_is_the_launchers_exit_code(config, tmp_path):
 
 
 def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
-    """SIGTERM to the launcher: one rank is asked to end, all save and do. SIGKILL: its ranks see it and save."""
+    """SIGTERM to the launcher: one rank is asked to end, all save and do. SIGINT, as a terminal gives it to all.
+    SIGKILL to what started the launcher: its ranks see it and save. All of it with no network but the loopback
+    device."""
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = ["--config", str(config), "--output", str(output), "--set", LAYOUT]
     with launched(log, *arguments) as runner:
@@ -64,7 +81,14 @@ def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
         assert time.monotonic() - began < 30
     assert "SIGTERM: saved after step" in log.read_text() and "Traceback" not in log.read_text()
     with launched(log, *arguments) as runner:
-        reached(log, 9)
+        reached(log, 7)
+        ranks = psutil.Process(runner.pid).children(recursive=True)[1:]
+        os.killpg(runner.pid, signal.SIGINT)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert len(ranks) == 2 and not alive
+    assert "SIGINT: saved after step" in log.read_text()
+    with launched(log, *arguments) as runner:
+        reached(log, 12)
         ranks = psutil.Process(runner.pid).children(recursive=True)[1:]
         assert len(ranks) == 2
         runner.kill()
@@ -75,3 +99,12 @@ def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
         with Run("fit", config, tmp_path / place, LAYOUT) as run:
             assert run.ends() == [0, 0], run.said(0)
     assert ended(output, "fit") == ended(tmp_path / "whole", "fit")
+    left = [path for path in output.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in left} == {0o666 & ~umask()}
+    assert not any(SECRET.encode() in path.read_bytes() for path in [*left, log])
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
+from tests.faults import cases
 from tests.training.pretraining import pretrain
-from tests.training.test_pretrain import DIMS, STEPS, base, losses_of, settings  # noqa: F401 - base: a fixture
+from tests.training.test_pretrain import BATCH, base, losses_of, settings  # noqa: F401 - base: a fixture
 
 
 def test_a_run_that_diverges_saves_nothing_of_it(pools, base, tmp_path):  # noqa: F811
@@ -24,3 +28,23 @@ def test_a_loss_that_leaps(pools, base, tmp_path):  # noqa: F811
     assert "expected a loss like those before" in found
     table["pretrain"]["bad_numbers"] = "skip"
     assert len(losses_of(pools(1).run(pretrain, settings=table, output=str(tmp_path / "b")))) == 30
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"zero": 3}, {"zero": 2, "micro_batch_size": 2}], ids=str)
+def test_a_sample_whose_loss_is_not_finite_is_named(pools, base, tmp_path, layout):  # noqa: F811
+    """Its step is left out as if nobody had looked for it: the steps after it are the same, bit for bit."""
+    table, sample = settings(base, bad_numbers="skip", **layout), 2 * BATCH + 5
+    looked, silent = (
+        pools(2).run(cases.poisoned, settings=table, output=str(tmp_path / str(look)), sample=sample, look=look)
+        for look in (True, False)
+    )
+    named = f"{sample - 1}, {sample}" if "micro_batch_size" in layout else f"{sample}"
+    assert (
+        f"step 3: expected a finite loss and finite gradients, found loss nan; not finite the losses of "
+        f"training samples {named}; not finite the gradients of " in looked["log"]
+    )
+    assert losses_of(looked) == losses_of(silent) and looked["losses"] == silent["losses"]
+    assert math.isfinite(looked["losses"]["end"]) and losses_of(looked)[2] is None
+    table["pretrain"]["bad_numbers"] = "stop"
+    stopped = pools(2).run(cases.poisoned, settings=table, output=str(tmp_path / "stopped"), sample=sample)
+    assert isinstance(stopped, str) and f"training samples {named};" in stopped

@@ -13,7 +13,8 @@ from megatron_ligo.convert import convert
 from megatron_ligo.describe import describe
 from megatron_ligo.errors import CheckpointError, ConfigError
 from megatron_ligo.formats.base import WriteOptions
-from tests.formats import models, zero_files
+from megatron_ligo.mutations import engine_files
+from tests.formats import models
 
 # Four groups of KV heads, so that tp 4 divides them; 37 rows of vocabulary, which no tp divides.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48, "head_dim": 6, "num_hidden_layers": 3}
@@ -76,7 +77,7 @@ def engine(request, tmp_path):
     """The model in bf16, and what an engine at TP 2, DP 2 and some ZeRO stage would save of it."""
     _, folder = models.saved(tmp_path / "a", dtype=torch.bfloat16)
     convert(formats.open(folder), tmp_path / "b", "deepspeed", WriteOptions(tp=2))
-    zero_files.add_optimizer(tmp_path / "b" / "global_step0", request.param)
+    engine_files.add_optimizer(tmp_path / "b" / "global_step0", request.param)
     return formats.open(folder), tmp_path / "b"
 
 
@@ -84,11 +85,11 @@ def test_masters_and_moments_out_of_flat_tensors(engine):
     source, folder = engine
     reader = formats.open(folder)
     # Adam's own count, whatever the engine's.
-    assert (reader.step, reader.has_moments) == (zero_files.STEPS, True)
+    assert (reader.step, reader.has_moments) == (engine_files.STEPS, True)
     for key in source.keys():  # noqa: SIM118 - no dict
         weight = source.read(key).float()
         assert models.same_bits(reader.read(key), weight), key
-        for kind, expected in zero_files.moments(weight).items():
+        for kind, expected in engine_files.moments(weight).items():
             assert models.same_bits(reader.read(key, kind), expected), (key, kind)
 
 
@@ -124,4 +125,4 @@ def test_inspect_says_what_it_is(engine):
     found = describe(formats.open(folder))
     assert found["layout"]["tp"] == found["layout"]["dp"] == 2
     assert found["layout"]["padded_vocab"] == 38
-    assert (found["step"], found["moments"]) == (zero_files.STEPS, True)
+    assert (found["step"], found["moments"]) == (engine_files.STEPS, True)

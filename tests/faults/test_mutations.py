@@ -1,0 +1,61 @@
+"""A short run of `tools/soak.py --mutations`, and proof that it sees what it looks for."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo.errors import CheckpointError
+from megatron_ligo.mutations import changes, trial
+from megatron_ligo.mutations.samples import SAMPLES, Sample
+
+TRIED = 240
+HARM = {
+    "run": "ran a program of the file",
+    "wait": "hung",
+    "fill": "took too much memory",
+    "fall": "an error of ours",
+    "die": "died: -9",
+    "other": "read as something else, without a word",
+}
+
+
+def test_no_change_does_harm(tmp_path):
+    tally = trial.mutate(tmp_path, TRIED, 0, print)
+    assert tally.tried == TRIED and not tally.faults
+    assert set(tally.by_sample) == {sample.name for sample in SAMPLES}
+    assert tally.outcomes[trial.REFUSED] > TRIED / 2
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def believing(folder: Path) -> str:
+    """Does what it reads."""
+    word = (folder / "file").read_text()
+    if word == "run":
+        (folder.parent / changes.MARK).mkdir()
+    elif word == "wait":
+        time.sleep(60)
+    elif word == "fill":
+        bytearray(1 << 40)
+    elif word == "fall":
+        raise KeyError(word)
+    elif word == "die":
+        os.kill(os.getpid(), 9)
+    return word
+
+
+@pytest.mark.parametrize("word", HARM)
+def test_what_does_harm_is_seen(tmp_path, monkeypatch, word):
+    def change(draw: object, folder: Path) -> str:
+        (folder / "file").write_text(word)
+        return word
+
+    monkeypatch.setattr(trial, "CHANGES", [changes.Change("a word", change)])
+    monkeypatch.setattr(trial, "SECONDS", 3.0)
+    sample = Sample("words", lambda folder: (folder / "file").write_text("good") and None, believing)
+    with pytest.raises(CheckpointError, match=HARM[word]):
+        trial.mutate(tmp_path, 1, 0, print, [sample])
+    assert (tmp_path / "tried_0_0/content/file").read_text() == word
