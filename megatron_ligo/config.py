@@ -153,6 +153,7 @@ class FitSection(TrainingSection):
 @dataclass(frozen=True)
 class PretrainSection(TrainingSection):
     start: str = setting("", "folder of a hand-off (universal checkpoint); empty: from scratch")
+    fresh_head: bool = setting(False, "give a start without an output head a fresh one, and train nothing else")
     lr: float = setting(3e-4, "learning rate after the warm-up", low=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay", low=0.0)
     eval_every: int = setting(0, "steps between evaluations; 0: at the start and the end", low=0)
@@ -180,6 +181,12 @@ class DataSection:
     seed: int = setting(1234, "seed of the order of the samples", low=0)
     tokenizer: str = setting("", "folder of the tokenizer the data were made with")
     cache: str = setting("", "folder of the sample indices; empty: OUTPUT/data_cache")
+    mask_rate: float = setting(0.15, "encoders: share of a sample's tokens that is to be told", above=0.0, below=1.0)
+    mask_token: int | None = setting(None, "encoders: id of the mask token; left out: the tokenizer's", low=0)
+    ends: tuple[int, ...] | None = setting(
+        None, "encoders: ids around each sample, or []; left out: the tokenizer's", low=0
+    )
+    special_tokens: tuple[int, ...] = setting((), "encoders: more ids that are never masked", low=0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.arch.rows import Use
+from megatron_ligo.arch.rows import OFF_LOSS, Use
 
 # The backward pass has two products for each of the forward pass's: one for the input, one for the weight.
 FORWARD_AND_BACKWARD = 3
@@ -18,7 +18,8 @@ def forward_flops(dims: Dims, tokens: int, seq_length: int) -> int:
     arch = architectures.get(dims.arch)
     per_token = 0
     for row in arch.rows:
-        if row.exists(dims) and len(row.axes) == 2 and any(axis.use is Use.READS for axis in row.axes):
+        read = len(row.axes) == 2 and any(axis.use is Use.READS for axis in row.axes)
+        if read and row.exists(dims) and row.needs not in OFF_LOSS:
             per_token += 2 * prod(row.shape(dims)) * (dims.num_layers if row.in_layer else 1)
     attention = 2 * 2 * seq_length * dims.num_heads * dims.head_dim
     return tokens * (per_token + dims.num_layers * attention)

@@ -20,8 +20,8 @@ SURFACE = {
     "rank seed",
     "fit": f"{TRAINING} source depth_lr distill eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats",
-    "pretrain": f"{TRAINING} start eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
-    "data": "train valid seq_length seed tokenizer cache",
+    "pretrain": f"{TRAINING} start fresh_head eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
+    "data": "train valid seq_length seed tokenizer cache mask_rate mask_token ends special_tokens",
 }
 
 

@@ -100,4 +100,7 @@ def hf_from(source: Reader) -> LlamaForCausalLM:
 
 def tokens(dims: Dims, batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, dims.vocab_size, (batch, length), generator=generator)
+    ids = torch.randint(0, dims.vocab_size, (batch, length), generator=generator)
+    padding = dims.position_padding
+    # transformers counts no positions for padding.
+    return ids if padding is None else ids.masked_fill(ids == padding, padding + 1)

@@ -123,7 +123,7 @@ def head_rows(dense: str, norm: str, decoder: str, bias: str) -> tuple[Row, ...]
         row("head_norm_bias", (HEAD_SHIFT,), None, Slot(f"{norm}.bias"), norm_bias, feeds_head=True),
         row("head", (VOCAB, FROM_HEAD), 0, Slot(f"{decoder}.weight"), "output_layer.weight", tied_to="embed"),
         row("head_bias", (VOCAB,), 0, Slot(f"{decoder}.bias", tied_name=bias), "output_layer.bias"),
-        row("head_spare_bias", (VOCAB,), 0, Slot(bias), "lm_head.bias", tied_to="head_bias"),
+        row("head_spare_bias", (VOCAB,), 0, Slot(bias), "lm_head.bias", tied_to="head_bias", spare=True),
     )
 
 

@@ -68,9 +68,14 @@ class Dims:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def first_position(self) -> int:
+        """The row of a sequence's first token in the table of positions."""
+        return 0 if self.position_padding is None else self.position_padding + 1
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens that have a position."""
-        return self.max_positions - (0 if self.position_padding is None else self.position_padding + 1)
+        return self.max_positions - self.first_position
 
     def to_json(self) -> dict:
         """A plain dict; `Dims.from_json` reads it back."""

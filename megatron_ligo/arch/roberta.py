@@ -10,6 +10,7 @@ ROBERTA = Architecture(
     norm="layer",
     norm_first=False,
     causal=False,
+    head_activation="gelu",
     model_types={
         "roberta": {"RobertaForMaskedLM": ("has_head",), "RobertaModel": ("has_pooler",)},
         "xlm-roberta": {"XLMRobertaForMaskedLM": ("has_head",), "XLMRobertaModel": ("has_pooler",)},

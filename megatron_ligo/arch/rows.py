@@ -73,7 +73,7 @@ class Row:
 
     needs: name of the field of `Dims` that must be true (or not 0) for the row to exist ("" = always).
     tied_to: key of the row whose tensor this one shares when `dims.tied` (it is then stored nowhere).
-    feeds_head: a norm's gain or bias whose norm the output head reads.
+    feeds_head: a norm's gain or bias whose norm the output head reads. spare: stored by others, and read by nobody.
     """
 
     key: str
@@ -83,6 +83,7 @@ class Row:
     needs: str = ""
     tied_to: str = ""
     feeds_head: bool = False
+    spare: bool = False
 
     @property
     def in_layer(self) -> bool:
@@ -109,6 +110,9 @@ _SPACE_FIELDS = {
     "head": "hidden_size",
     "pooled": "hidden_size",
 }
+# Optional parts that the loss of a language model does not read, and the space that only they have.
+OFF_LOSS = ("has_pooler", "has_order_head")
+OFF_LOSS_SPACE = "pooled"
 _FIXED_SIZES = {"order": 2}  # the second sentence follows the first, or it does not
 
 
@@ -127,7 +131,7 @@ class Architecture:
     """One family of networks: its rows, and what its files are called in each format.
 
     norm: "rms" or "layer". norm_first: norms stand before the blocks, or else after each sum (post-LN). causal: a
-    token sees those before it only.
+    token sees those before it only. head_activation: that of a masked-LM head's transform, where it is not the layers'.
 
     hf and gguf: `{config key: Dims field}` of those formats' headers; fixed_hf: values that a Hugging Face config must
     have (or lack) for the table to describe the network; choices: what a field may be; model_types: Hugging Face
@@ -146,6 +150,7 @@ class Architecture:
     hf: Mapping[str, str]
     norm_first: bool = True
     causal: bool = True
+    head_activation: str = ""
     fixed_hf: Mapping[str, object] = field(default_factory=dict)
     gguf: Mapping[str, str] = field(default_factory=dict)
     implied: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -173,6 +178,16 @@ class Architecture:
     def space(self, axis: Axis, dims: Dims) -> str:
         """The space of an axis: with tied rows, two of the table's may be one."""
         return self._joined.get(axis.space, axis.space) if dims.tied else axis.space
+
+    def outside(self, dims: Dims) -> tuple[list[Row], list[Row]]:
+        """The stored rows that the loss of a language model reads before the layers, and after them."""
+        first = next(i for i, row in enumerate(self.rows) if row.in_layer)
+        rows = [
+            (i < first, row)
+            for i, row in enumerate(self.rows)
+            if row.stored(dims) and not row.in_layer and row.needs not in OFF_LOSS and not row.spare
+        ]
+        return [row for before, row in rows if before], [row for before, row in rows if not before]
 
     def row(self, key: str) -> Row:
         """The row of a key such as `layers.3.q` (or of its pattern `layers.{}.q`)."""

@@ -6,10 +6,10 @@
     DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt   read, where they are: masters and moments (ZeRO 1)
     DIR/dims.json or config.json                               the model's sizes; DeepSpeed does not look at them
 
-Layer 0 is the embedding, learned positions are a layer of their own, then come the transformer's layers, the final
-norm and the head. A tied head is stored nowhere: DeepSpeed copies the embedding to it. Written are layers and counts,
-which a pipeline of that tensor parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at any number of
-stages.
+Layer 0 is the words' embedding, whatever is added to it is a layer of its own, then come the transformer's layers, the
+final norm (an encoder: the transform of its head), the head and its bias. A tied head is stored nowhere: DeepSpeed
+copies the embedding to it. Written are layers and counts, which a pipeline of that tensor parallelism loads with
+`load_checkpoint(DIR, load_module_only=True)` at any number of stages.
 """
 
 from __future__ import annotations
@@ -41,12 +41,33 @@ LAYOUT = True
 OPTIONS = {"tag": "name of the folder (default global_stepN)"}
 
 
-def prefixes(dims: Dims) -> list[tuple[str, str]]:
-    """By layer of the pipeline: what its parameters' names begin with in the whole model, and in the layer."""
-    tables = ["word_embeddings.", "position_embeddings."] if arch.get(dims.arch).learns_positions else [""]
-    layers = [(f"decoder.layers.{layer}.", "") for layer in range(dims.num_layers)]
-    ends = [("decoder.final_layernorm.", "norm."), ("output_layer.", "linear.")]
-    return [*((f"embedding.{table}", table) for table in tables), *layers, *ends]
+def layers_before(dims: Dims) -> int:
+    """How many layers of the pipeline come before the transformer's first one."""
+    return 2 if arch.get(dims.arch).learns_positions else 1
+
+
+def prefixes(dims: Dims) -> list[dict[str, str]]:
+    """By layer of the pipeline: what its parameters' names begin with in the layer, and in the whole model."""
+    family = arch.get(dims.arch)
+    words, *more = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
+    before = [{words: f"embedding.{words}"}, {own: f"embedding.{own}" for own in more}][: layers_before(dims)]
+    stack = "decoder" if family.causal else "encoder"
+    layers = [{"": f"{stack}.layers.{layer}."} for layer in range(dims.num_layers)]
+    if family.causal:
+        return [*before, *layers, {"norm.": "decoder.final_layernorm."}, {"linear.": "output_layer."}]
+    ends = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}, {"bias": "output_layer.bias"}]
+    return [*before, *layers, *ends]
+
+
+def _held(dims: Dims) -> dict[int, dict[str, packing.Stored]]:
+    """By layer of the pipeline that has a file: its tensors by the names that they have there."""
+    stored = packing.stored(arch.get(dims.arch), dims, "mcore")
+    held: dict[int, dict[str, packing.Stored]] = {}
+    for layer, names in enumerate(prefixes(dims)):
+        for own, whole in names.items():
+            mine = {own + name.removeprefix(whole): item for name, item in stored.items() if name.startswith(whole)}
+            held.setdefault(layer, {}).update(mine)
+    return {layer: names for layer, names in held.items() if names}
 
 
 def recognise(path: Path) -> bool:
@@ -71,18 +92,15 @@ def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
     """How many tensor-parallel ranks the layers have; every layer is there on each."""
     faults = Faults(f"{saved.tag} is no whole checkpoint of a DeepSpeed pipeline", CheckpointError)
     tp = 1 + max((rank for _, rank in saved.layers), default=0)
-    found = 1 + max((layer for layer, _ in saved.layers), default=-1)
-    head = "head" in arch.get(dims.arch).keys(dims)
-    expected = len(prefixes(dims)) - (0 if head else 1)
-    if found != expected:
-        positions = ", the positions" if arch.get(dims.arch).learns_positions else ""
-        ends = "the final norm, the head" if head else "the final norm"
-        means = f"{expected}: the embedding{positions}, {dims.num_layers} layers, {ends}"
-        faults.add("layers of the pipeline", means, found)
+    expected = _held(dims)
+    found = {layer for layer, _ in saved.layers}
+    if found - expected.keys():
+        means = f"{len(expected)}: those of the ends and {dims.num_layers} of the transformer's"
+        faults.add("layers of the pipeline", means, f"{sorted(found)[-1]} as the last one's number")
     if saved.mp % tp:
         do = "Are files of two checkpoints mixed?"
         faults.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp, do)
-    places = ((layer, rank) for layer in range(found) for rank in range(tp))
+    places = ((layer, rank) for layer in expected for rank in range(tp))
     for layer, rank in islice((place for place in places if place not in saved.layers), 20):
         faults.add(layer_file(layer, rank), "a file", "nothing there")
     faults.raise_if_any()
@@ -91,13 +109,15 @@ def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
 
 def _rank(saved: Saved, rank: int, tp: int, dims: Dims, faults: Faults) -> Rank:
     weights: dict[str, Tensor] = {}
-    for layer, (whole, own) in enumerate(prefixes(dims)[: len(saved.layers) // tp]):
+    names = prefixes(dims)
+    for layer in _held(dims):
         where = layer_file(layer, rank)
         for name, tensor in module_states(saved.layers[layer, rank], where, faults).items():
-            if name.startswith(own):
-                weights[whole + name.removeprefix(own)] = tensor
+            own = next((own for own in names[layer] if name.startswith(own)), None)
+            if own is None:
+                faults.add(f"{name} ({where})", f"a name that begins with {' or '.join(names[layer])}", "another")
             else:
-                faults.add(f"{name} ({where})", f"a name that begins with {own}", "another")
+                weights[names[layer][own] + name.removeprefix(own)] = tensor
     masters, trained = [], set()
     for mp in range(rank, saved.mp, tp):
         where = f"mp_rank_{mp:02d}"
@@ -114,25 +134,21 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     check_tp(source.dims, options.tp, faults)
     if options.pp > source.dims.num_layers:
         faults.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.dims.num_layers} layers")
-    stored = packing.stored(source.arch, source.dims, "mcore")
-    layers = prefixes(source.dims)
-    others = [name for name in stored if not any(name.startswith(whole) for whole, _ in layers)]
-    if others:
-        found = f"{len(others)} others ({others[0]}, ...)"
-        faults.add(source.arch.name, "a decoder's tensors: embedding, layers, final norm, head", found)
+    layers = _held(source.dims)
+    known = {item.name for names in layers.values() for item in names.values()}
+    for name in packing.stored(source.arch, source.dims, "mcore").keys() - known:
+        faults.add(name, "a tensor of the embedding, a layer or the head", "another")
     faults.raise_if_any()
     record.write(source, out)
     pieces = Pieces(source, options.tp, padded(source.dims, options.tp))
     tag = options.extra.get("tag", f"global_step{source.step}")
-    for layer, (whole, own) in enumerate(layers):
-        names = {own + name.removeprefix(whole): item for name, item in stored.items() if name.startswith(whole)}
-        if names:
-            out.torch_files(
-                {
-                    f"{tag}/{layer_file(layer, rank)}": {own: pieces.later(item, rank) for own, item in names.items()}
-                    for rank in range(options.tp)
-                }
-            )
+    for layer, names in layers.items():
+        out.torch_files(
+            {
+                f"{tag}/{layer_file(layer, rank)}": {own: pieces.later(item, rank) for own, item in names.items()}
+                for rank in range(options.tp)
+            }
+        )
     ranks = options.tp * options.pp
     for rank in range(ranks):
         out.torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})

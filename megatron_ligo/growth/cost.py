@@ -34,8 +34,14 @@ def fit_step_flops(operator: Operator, tokens: int, seq_length: int) -> int:
     per_layer = sum(_row(operator, row, tokens) for row in matrices) + crossings + attention
     # The small embedding asks for no gradient, the small head for none of its own.
     embedding = FROZEN * 2 * tokens * MapUse(operator, "residual", False).cost
-    head = MapUse(operator, "residual", not large.tied).flops(tokens)
+    arch = operator.arch
+    head = MapUse(operator, arch.space(arch.row("head").axes[1], large), not large.tied).flops(tokens)
     head += FROZEN * 2 * tokens * small.hidden_size * large.vocab_size
+    if "head_dense" in arch.by_key:
+        # A masked-LM head's transform: into the small space and out again.
+        written = arch.space(arch.row("head_dense").axes[0], large)
+        head += MapUse(operator, "residual", True).flops(tokens) + MapUse(operator, written, False).flops(tokens)
+        head += FROZEN * 2 * tokens * prod(arch.row("head_dense").shape(small))
     return large.num_layers * per_layer + embedding + head
 
 

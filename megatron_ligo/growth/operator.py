@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.arch.rows import Row, Use, layer_of, pattern_of
+from megatron_ligo.arch.rows import OFF_LOSS_SPACE, Row, Use, layer_of, pattern_of
 from megatron_ligo.config import OperatorSection, by_space
 from megatron_ligo.growth import heads, init
 from megatron_ligo.growth.maps import Frame, Lift, MapSpec, grow_row, left_inverse
@@ -127,14 +127,15 @@ class Operator(ABC):
         return "gain.source", "gain.final" if row.feeds_head else "gain.layers"
 
     def num_parameters(self) -> dict[str, int]:
-        """Learned numbers by tensor; frozen identity rows and the gains' constants do not count."""
+        """Learned numbers by tensor; frozen identity rows, the gains' constants and what the loss does not
+        read do not count."""
         counts = {}
         for name, shape in self.shapes().items():
             kind, _, rest = name.partition(".")
-            if kind == "gain":
+            map_name = rest.partition(".")[0]
+            if kind == "gain" or map_name == OFF_LOSS_SPACE:
                 continue
             counts[name] = shape[0] * shape[1]
-            map_name = rest.partition(".")[0]
             if kind == "width" and self.rank(map_name):
                 counts[name] = self.rank(map_name) * sum(shape)
             elif kind == "width" and name.endswith("expand") and self.setting("identity", map_name) == "frozen":

@@ -12,9 +12,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
@@ -23,6 +25,7 @@ from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.formats.megatron_args import LLAMA3_SCALING
 from megatron_ligo.model.attention import FusedAttention
 from megatron_ligo.model.norm import Norm
+from megatron_ligo.model.post_norm import PostNormLayer
 from megatron_ligo.parallel import accelerator
 
 
@@ -38,13 +41,15 @@ class Build:
 def check_network(dims: Dims) -> None:
     """ConfigError for a network that is not built here."""
     arch = architectures.get(dims.arch)
-    if not (arch.norm_first and arch.causal):
+    if arch.norm_first is not arch.causal:
         known = architectures.architectures().values()
-        built = ", ".join(sorted(other.name for other in known if other.norm_first and other.causal))
+        built = ", ".join(sorted(other.name for other in known if other.norm_first is other.causal))
         do = "It can be converted and grown."
         raise ConfigError(message("fit and pretraining", f"one of {built}", dims.arch, do))
     if not dims.has_head:
         do = "A model with tied embeddings needs nothing but the class that has one in its config's architectures."
+        if not arch.causal:
+            do = "Pretrain it with fresh_head = true: the head that this gives it is trained alone."
         raise ConfigError(message("fit and pretraining", "a model with an output head", arch.class_of(dims), do))
 
 
@@ -103,14 +108,24 @@ def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
     )
 
 
+def layer_class(dims: Dims) -> type[TransformerLayer]:
+    return TransformerLayer if architectures.get(dims.arch).norm_first else PostNormLayer
+
+
 def layer_spec(dims: Dims) -> ModuleSpec:
-    """Transformer Engine's layer where it is installed, else mcore's local one with fused attention and our norm."""
-    if accelerator.have_transformer_engine():
+    """Transformer Engine's layer where it is installed, else mcore's local one with fused attention and our norm.
+
+    Always the local one for norms that come last: Transformer Engine's linears have those that come first inside.
+    """
+    arch = architectures.get(dims.arch)
+    if accelerator.have_transformer_engine() and arch.norm_first:
         return get_gpt_layer_with_transformer_engine_spec()
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    if not arch.causal:
+        spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     return spec
 
 

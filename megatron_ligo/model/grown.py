@@ -6,17 +6,14 @@ No grown matrix is ever built, nor its gradient (places.py). Legend: s sequence,
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ligo.arch.rows import Row
 from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.model.build import Build, layer_spec, mlp_submodules, normalization, transformer_config
-from megatron_ligo.model.maps import Depth, Maps, matrix_of
-from megatron_ligo.model.norm import normalise
+from megatron_ligo.model.build import Build, layer_class, layer_spec, mlp_submodules, transformer_config
+from megatron_ligo.model.maps import Depth, Maps
 from megatron_ligo.model.places import Grown, GrownLinear, Place, place_kind
 from megatron_ligo.model.runtime import OncePerStep, Runtime, stale
 
@@ -47,7 +44,7 @@ class SharedMaps(nn.Module):
 
 
 class GrownLayer(nn.Module):
-    """A large layer: a Megatron-core TransformerLayer run on factors. Parameters: its depth maps, its own maps."""
+    """A large layer: a layer of Megatron-core's modules run on factors. Parameters: its depth maps, its own maps."""
 
     def __init__(self, runtime: Runtime, layer: int):
         super().__init__()
@@ -61,13 +58,13 @@ class GrownLayer(nn.Module):
         runtime.depths[layer] = self.depth
         build = Build(runtime.dtype, runtime.mesh.tp, runtime.sequence_parallel)
         config = transformer_config(operator.large, build)
-        self.block = TransformerLayer(config, grown_spec(operator).submodules, layer_number=layer + 1)
+        self.block = layer_class(operator.large)(config, grown_spec(operator).submodules, layer_number=layer + 1)
         self.places = self._places(config)
 
     def _places(self, config) -> list[Place]:
         rows: dict[str, list[Row]] = {}
         for row in self.runtime.operator.arch.layer_rows(self.runtime.operator.large):
-            path = row.slots["mcore"].name.removeprefix("decoder.layers.{}.").rpartition(".")[0]
+            path = row.slots["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
             rows.setdefault(path, []).append(row)
         made = []
         for path, members in rows.items():
@@ -122,48 +119,3 @@ def grown_spec(operator: Operator):
     attention.linear_qkv = attention.linear_proj = GrownLinear
     mlp.linear_fc1 = mlp.linear_fc2 = GrownLinear
     return spec
-
-
-class GrownEmbedding(nn.Module):
-    """Token ids (b, s) -> (s, b, D2): the frozen small embedding, cut over the vocabulary, times expand^T.
-
-    Under sequence parallelism the layers have s / tp tokens of each sequence on each rank.
-    """
-
-    def __init__(self, runtime: Runtime):
-        super().__init__()
-        self.runtime = runtime
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        runtime = self.runtime
-        table = runtime.source.embed
-        first = runtime.mesh.tp_rank * table.shape[0]
-        here = (tokens >= first) & (tokens < first + table.shape[0])
-        small = F.embedding((tokens - first).masked_fill(~here, 0), table).masked_fill(~here[..., None], 0.0)
-        small = runtime.with_positions(runtime.written_by_all(small.transpose(0, 1))).to(runtime.dtype)
-        return matrix_of(runtime.matrices(), "residual", False).push(small)
-
-
-class GrownHead(nn.Module):
-    """(s, b, D2) -> logits (s, b, padded vocabulary / tp): final norm, contract, the frozen small head.
-
-    A tied head reads with expand^T, for the large embedding that it shares is small embedding x expand^T.
-    """
-
-    def __init__(self, runtime: Runtime):
-        super().__init__()
-        self.runtime = runtime
-
-    def forward(self, h: Tensor) -> Tensor:
-        runtime = self.runtime
-        operator = runtime.operator
-        maps = runtime.matrices()
-        expand = matrix_of(maps, "residual", False)
-        row = operator.arch.row("final_norm")
-        gain = runtime.grow_gain(row, runtime.source.final_norm, expand).to(runtime.dtype)
-        bias = runtime.source.final_norm_bias
-        if bias is not None:
-            bias = runtime.grow_shift(operator.arch.row("final_norm_bias"), bias, expand).to(runtime.dtype)
-        h = normalise(h, gain, bias, operator.large.norm_eps, normalization(operator.large))
-        u = matrix_of(maps, "residual", not operator.large.tied).pull(h)
-        return F.linear(runtime.read_by_all(u), runtime.source.head.to(runtime.dtype))

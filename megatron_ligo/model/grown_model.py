@@ -10,7 +10,8 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_ligo.layout import stage_bounds
-from megatron_ligo.model.grown import GrownEmbedding, GrownHead, GrownLayer, SharedMaps
+from megatron_ligo.model.grown import GrownLayer, SharedMaps
+from megatron_ligo.model.grown_ends import GrownEmbedding, GrownHead
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.maps import Maps
 from megatron_ligo.model.runtime import Runtime
@@ -98,6 +99,15 @@ class GrownPipeline(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         # DeepSpeed broadcasts the parameter itself: recorded, it would warn at each backward pass.
         super()._synchronize_tied_weights()
+
+    def get_tied_weights_and_groups(self) -> list:
+        # Of a map that the head alone reads the other stages have no gradient: DeepSpeed would leave them out of the
+        # sum, and hang the last one.
+        found = super().get_tied_weights_and_groups()
+        for weight, _ in found:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        return found
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         return loss_of(logits, *labels, self.runtime)

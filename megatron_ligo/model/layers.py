@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.model.build import Build, transformer_config
+from megatron_ligo.parallel.mesh import Mesh
 
 
 def uninitialised_config(dims: Dims, build: Build) -> TransformerConfig:
@@ -31,15 +33,30 @@ def embed(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
     return h if words.reduce_scatter_embeddings else h.transpose(0, 1).contiguous()
 
 
-def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int) -> Tensor:
+def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int, start: int = 0) -> Tensor:
     """h (s, b, hidden) with the rows of its tokens' positions added; tp_rank: whose tokens these are under sequence
-    parallelism (0 without)."""
-    first = tp_rank * h.shape[0]
+    parallelism (0 without); start: the row of a sequence's first token."""
+    first = start + tp_rank * h.shape[0]
     return h + table(torch.arange(first, first + h.shape[0], device=h.device))[:, None]
 
 
+def output_linear(dims: Dims, build: Build, mesh: Mesh, holds_weight: bool, bias: bool = False) -> ColumnParallelLinear:
+    """What gives this rank's columns of the logits, with a weight of its own or with the embedding's."""
+    config = uninitialised_config(dims, build)
+    return ColumnParallelLinear(
+        dims.hidden_size,
+        layout.padded_vocab(dims.vocab_size, mesh.tp),
+        config=config,
+        init_method=config.init_method,
+        bias=bias,
+        gather_output=False,
+        skip_weight_param_allocation=not holds_weight,
+        tp_group=mesh.tp_group,
+    )
+
+
 def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool) -> Tensor:
-    """h (s, b, hidden) -> (s, b, hidden) through an mcore layer, causal; with recompute it keeps only its input."""
+    """h (s, b, hidden) -> (s, b, hidden) through a layer; with recompute it keeps only its input."""
 
     def forward(h: Tensor) -> Tensor:
         return block(h, attention_mask=None, rotary_pos_emb=rotary)[0]

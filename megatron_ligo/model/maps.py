@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_ligo.arch.rows import Row
+from megatron_ligo.arch.rows import OFF_LOSS_SPACE, Row
 from megatron_ligo.growth.forms import Copies, Full, Kept, LowRank, Matrix
 from megatron_ligo.growth.maps import MapSpec
 from megatron_ligo.growth.operator import Operator, short
@@ -42,7 +42,7 @@ class Maps(nn.Module):
         self.kept: dict[str, tuple[int, int]] = {}  # side -> its frozen identity rows and their first column
         self.starts: dict[str, Matrix] = {}  # side -> what its product U V is added to
         for spec in operator.maps.values():
-            if operator.has_one_a_layer(spec.name) == (layer is not None):
+            if spec.name != OFF_LOSS_SPACE and operator.has_one_a_layer(spec.name) == (layer is not None):
                 for side in ("expand", "contract") if operator.has_contract(spec.name) else ("expand",):
                     self._add(operator, spec, side, operator.width_name(spec.name, side, layer))
 

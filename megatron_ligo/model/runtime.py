@@ -14,8 +14,9 @@ from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.growth.maps import Lift
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.layout import shard
-from megatron_ligo.model.build import rotary
+from megatron_ligo.model.build import normalization, rotary
 from megatron_ligo.model.maps import Maps, matrix_of
+from megatron_ligo.model.norm import normalise
 from megatron_ligo.model.source import Source
 from megatron_ligo.model.teacher import Teacher
 from megatron_ligo.parallel import accelerator
@@ -64,12 +65,24 @@ class Runtime:
         )
 
     def with_positions(self, small: Tensor) -> Tensor:
-        """small (s, b, small), this rank's tokens, with the rows of their positions added where those are learned."""
-        table = self.source.positions
+        """small (s, b, small), this rank's tokens, with the rows of their positions and of the first segment added,
+        where those are learned."""
+        table, segments = (self.source.outside.get(key) for key in ("positions", "token_types"))
         if table is None:
             return small
-        first = self.mesh.tp_rank * small.shape[0] if self.sequence_parallel else 0
-        return small + table[first : first + small.shape[0], None]
+        first = self.operator.small.first_position
+        first += self.mesh.tp_rank * small.shape[0] if self.sequence_parallel else 0
+        small = small + table[first : first + small.shape[0], None]
+        return small if segments is None else small + segments[0]
+
+    def outside_norm(self, key: str, h: Tensor, maps: dict[str, Matrix]) -> Tensor:
+        """h (s, b, large) through the grown norm outside the layers whose gain is the row of that key."""
+        arch, large = self.operator.arch, self.operator.large
+        gain, bias = arch.row(key), arch.by_key.get(f"{key}_bias")
+        expand = matrix_of(maps, arch.space(gain.axes[0], large), False)
+        weight = self.grow_gain(gain, self.source.outside[key], expand).to(h.dtype)
+        shift = None if bias is None else self.grow_shift(bias, self.source.outside[bias.key], expand).to(h.dtype)
+        return normalise(h, weight, shift, large.norm_eps, normalization(large))
 
     def read_by_all(self, u: Tensor) -> Tensor:
         """u (s, b, small), which every tensor-parallel rank reads for its own rows: whole sequences, partial uses."""

@@ -60,21 +60,19 @@ class Source:
         self.rms: dict[str, float] = {}  # root mean square of each small tensor that is cut, by key
         self._slices = [self._read_slices(reader, row) for row in self.split_rows]
         self._wholes = [self._read_whole(reader, row) for row in self.whole_rows]
-        self.embed = self._read_vocab(reader, "embed") if mesh.first_stage else None
-        self.positions = None
-        if mesh.first_stage and reader.arch.learns_positions:
-            self.positions = self._read(reader, "positions")
-        self.head = self.final_norm = self.final_norm_bias = None
-        if mesh.last_stage:
-            tied = reader.dims.tied
-            self.head = self.embed if tied and self.embed is not None else self._read_vocab(reader, "head", tied)
-            self.final_norm = self._read(reader, "final_norm")
-            if "final_norm_bias" in reader.arch.by_key:
-                self.final_norm_bias = self._read(reader, "final_norm_bias")
+        self.outside: dict[str, Tensor] = {}  # by key: what this stage needs of the rows outside the layers
+        first, last = reader.arch.outside(reader.dims)
+        for row in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
+            self.outside[row.key] = self._read_outside(reader, row)
+        if mesh.last_stage and reader.dims.tied:
+            embed = self.outside.get("embed")
+            self.outside["head"] = self._read_outside(reader, reader.arch.row("embed")) if embed is None else embed
 
-    @staticmethod
-    def _read(reader: Reader, key: str) -> Tensor:
-        return reader.read(key).float().to(accelerator.device())
+    def _read_outside(self, reader: Reader, row: Row) -> Tensor:
+        """This rank's part, with rows for the tokens that only the large model has."""
+        tensor = self.operator.with_new_tokens(row.key, reader.read(row.key))
+        part = tensor if row.split is None else shard(tensor, row, self.mesh.tp, self.mesh.tp_rank).clone()
+        return part.float().to(accelerator.device())
 
     def _read_slices(self, reader: Reader, row: Row) -> Tensor:
         numel = math.prod(self.shapes[row.key])
@@ -94,12 +92,6 @@ class Source:
     def _read_whole(self, reader: Reader, row: Row) -> Tensor:
         keys = [row.key.format(layer) for layer in range(reader.dims.num_layers)]
         return torch.stack([reader.read(key).float() for key in keys]).to(accelerator.device())
-
-    def _read_vocab(self, reader: Reader, key: str, tied: bool = False) -> Tensor:
-        key = "embed" if tied else key
-        tensor = self.operator.with_new_tokens(key, reader.read(key))
-        part = shard(tensor, reader.arch.row(key), self.mesh.tp, self.mesh.tp_rank)
-        return part.float().clone().to(accelerator.device())
 
     def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         """The mixed small rows that tensor parallelism cuts, whole, in dtype, for each of some large layers.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -19,11 +19,20 @@ from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.formats.mcore_names import local_name
-from megatron_ligo.formats.pipeline import prefixes
+from megatron_ligo.formats.pipeline import layers_before, prefixes
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import add_positions, embed, reduce_norm_gradients, run_layer, uninitialised_config
+from megatron_ligo.model.encoder import Sums, Transform
+from megatron_ligo.model.layers import (
+    add_positions,
+    embed,
+    output_linear,
+    reduce_norm_gradients,
+    run_layer,
+    uninitialised_config,
+)
 from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.model.post_norm import PostNormLayer
 from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
 
@@ -68,8 +77,8 @@ class Positions(nn.Module):
         return add_positions(h, self.position_embeddings, self.first_token_rank)
 
 
-class StageLayer(TransformerLayer):
-    """h (s, b, hidden) -> h: an mcore layer that brings its own rotary positions."""
+class Staged:
+    """h (s, b, hidden) -> h: a layer that brings its own rotary positions."""
 
     def __init__(self, dims: Dims, build: Build, layer: int, recompute: bool):
         config = uninitialised_config(dims, build)
@@ -83,6 +92,14 @@ class StageLayer(TransformerLayer):
         if self.rotary_pos_emb is not None:
             positions = self.rotary_pos_emb(h.shape[0] * self.tokens_per_row)
         return run_layer(super().forward, h, positions, self.recompute)
+
+
+class StageLayer(Staged, TransformerLayer):
+    """A layer of Megatron-core's."""
+
+
+class PostNormStageLayer(Staged, PostNormLayer):
+    """A layer with its norms last."""
 
 
 class FinalNorm(nn.Module):
@@ -106,25 +123,23 @@ class Head(nn.Module):
         return self.linear(h)[0]
 
 
-def output_linear(dims: Dims, build: Build, mesh: Mesh, holds_weight: bool) -> ColumnParallelLinear:
-    config = uninitialised_config(dims, build)
-    return ColumnParallelLinear(
-        dims.hidden_size,
-        layout.padded_vocab(dims.vocab_size, mesh.tp),
-        config=config,
-        init_method=config.init_method,
-        bias=False,
-        gather_output=False,
-        skip_weight_param_allocation=not holds_weight,
-        tp_group=mesh.tp_group,
-    )
+class OutputBias(nn.Module):
+    """Logits (s, b, padded vocabulary / tp) with the bias of each token added: a tied head has none of its own."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        columns = layout.padded_vocab(dims.vocab_size, mesh.tp) // mesh.tp
+        self.bias = nn.Parameter(torch.zeros(columns, dtype=build.dtype))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.bias
 
 
 class PretrainedPipeline(PipelineModule):
     """tokens (b, s) -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
 
-    Layer 0 is the embedding; learned positions are a layer of their own; then come the transformer's layers, the
-    final norm and the head.
+    Its layers are those of formats/pipeline.py: what follows the words' embedding, the transformer's layers, and at
+    the end the norm (an encoder: the head's transform), the head and, where there is one, its bias.
     """
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
@@ -139,7 +154,7 @@ class PretrainedPipeline(PipelineModule):
 
     def _partition_layers(self, method: str = "explicit") -> None:
         cuts = layout.stage_bounds(self.dims.num_layers, self.mesh.pp)
-        before = 2 if architectures.get(self.dims.arch).learns_positions else 1
+        before = layers_before(self.dims)
         self.parts = [0, *(before + cut for cut in cuts[1:-1]), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
@@ -165,20 +180,23 @@ class PretrainedPipeline(PipelineModule):
 
 
 def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
-    layers = [LayerSpec(StageLayer, dims, build, layer, recompute) for layer in range(dims.num_layers)]
-    if architectures.get(dims.arch).learns_positions:
-        layers = [LayerSpec(Positions, dims, build, mesh), *layers]
-    norm = LayerSpec(FinalNorm, dims, build)
+    arch = architectures.get(dims.arch)
+    layer = StageLayer if arch.norm_first else PostNormStageLayer
+    layers = [LayerSpec(layer, dims, build, number, recompute) for number in range(dims.num_layers)]
+    if arch.learns_positions:
+        layers = [LayerSpec(Positions if arch.causal else Sums, dims, build, mesh), *layers]
+    layers.append(LayerSpec(FinalNorm, dims, build) if arch.causal else LayerSpec(Transform, dims, build, mesh))
+    bias = [] if arch.causal else [LayerSpec(OutputBias, dims, build, mesh)]
     if not dims.tied:
-        return [LayerSpec(Embedding, dims, build, mesh), *layers, norm, LayerSpec(Head, dims, build, mesh)]
+        return [LayerSpec(Embedding, dims, build, mesh), *layers, LayerSpec(Head, dims, build, mesh), *bias]
     first = TiedLayerSpec(TIED, Embedding, dims, build, mesh, tied_weight_attr=[TIED_WEIGHT])
     last = TiedLayerSpec(
         TIED, Embedding, dims, build, mesh, forward_fn=Embedding.logits, tied_weight_attr=[TIED_WEIGHT]
     )
-    return [first, *layers, norm, last]
+    return [first, *layers, last, *bias]
 
 
 def _prefixes(dims: Dims) -> dict[str, str]:
     """DeepSpeed's prefix of each layer's parameters, and the one module's."""
-    layers = {f"{layer}.{own}": whole for layer, (whole, own) in enumerate(prefixes(dims))}
-    return {f"tied_modules.{TIED}.": "embedding.", **layers}
+    names = [(layer, own, whole) for layer, held in enumerate(prefixes(dims)) for own, whole in held.items()]
+    return {f"tied_modules.{TIED}.": "embedding."} | {f"{layer}.{own}": whole for layer, own, whole in names}

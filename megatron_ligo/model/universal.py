@@ -12,6 +12,7 @@ In a training script of your own, over any Megatron-core GPTModel whose paramete
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import deepspeed
@@ -26,6 +27,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Pack
 from megatron_ligo.errors import CheckpointError, Faults
@@ -42,10 +44,16 @@ VERSION = 0.4
 RECORDS = (LossScaler, DynamicLossScaler, ZeroStageEnum, SubparamShape, fragment_address)
 
 
+def must_prepare(dims: Dims, zero: int) -> bool:
+    """Whether `prepare_for_universal` is needed: with ZeRO 3, and at any stage for a vocabulary's bias, which DeepSpeed
+    cannot pad."""
+    return zero == 3 or "head_bias" in architectures.get(dims.arch).by_key
+
+
 def prepare_for_universal(model: nn.Module, dims: Dims, tp_group: dist.ProcessGroup) -> None:
     """Says on each parameter how tensor parallelism cuts it. Call before `deepspeed.initialize`.
 
-    ZeRO 1 and 2 read it from the checkpoint's files; ZeRO 3 loads whole tensors where nobody says so.
+    ZeRO 1 and 2 mostly read it from the checkpoint's files; ZeRO 3 loads whole tensors where nobody says so.
     """
     tp = dist.get_world_size(tp_group)
     for parameter, item in parameters(model, dims):
@@ -69,18 +77,19 @@ def _cut(item: Stored, dims: Dims, tp: int) -> dict:
 
 
 def _padded_map(shape: tuple[int, ...], tp: int) -> dict:
-    """A vocabulary that tp does not divide. DeepSpeed maps whole shards only: row 0 stands in for the rows that pad,
-    which nothing reads."""
-    rows, width = shape
+    """A vocabulary (rows, or a bias) that tp does not divide. DeepSpeed maps whole shards only: row 0 stands in for the
+    rows that pad, which nothing reads."""
+    rows, *rest = shape
+    width, inner = prod(rest), (1,) * len(rest)
     size = padded_vocab(rows, tp) // tp
     everyone = range(tp)
     pieces = {}
     for rank in everyone:
         held = min(max(rows - rank * size, 0), size)
-        real = AffinePiece((held, width), rank * size * width, (width, 1), 0, (width, 1), {rank})
-        padding = AffinePiece((size - held, width), 0, (0, 1), held * width, (width, 1), everyone)
+        real = AffinePiece((held, *rest), rank * size * width, (width, *inner), 0, (width, *inner), {rank})
+        padding = AffinePiece((size - held, *rest), 0, (0, *inner), held * width, (width, *inner), everyone)
         pieces[rank] = [piece for piece in (real, padding) if piece.numel]
-    return ParamAffineMap(shape, dict.fromkeys(everyone, (size, width)), pieces).to_dict()
+    return ParamAffineMap(shape, dict.fromkeys(everyone, (size, *rest)), pieces).to_dict()
 
 
 def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: dist.ProcessGroup) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ligo.arch.rows import OFF_LOSS_SPACE
 from megatron_ligo.growth.operator import Operator, short
 from megatron_ligo.model.maps import Maps
 from megatron_ligo.model.runtime import Runtime
@@ -61,7 +62,7 @@ def _join(parts: list[dict[str, Tensor]], runtime: Runtime) -> dict[str, Tensor]
     found = {}
     for name, shape in operator.shapes().items():
         kind, _, rest = name.partition(".")
-        if kind == "gain":
+        if kind == "gain" or rest.partition(".")[0] == OFF_LOSS_SPACE:
             found[name] = operator.tensor(name)
         elif kind == "depth":
             found[name] = torch.stack([_first(parts, f"{name}:{layer}") for layer in range(shape[0])])

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_ligo.config import DataSection
 from megatron_ligo.errors import DataError, Faults, LayoutError, message
 from megatron_ligo.training.indexed import Pair, open_pair
+from megatron_ligo.training.masking import Masking
 from megatron_ligo.training.samples import Blend, everywhere, on_rank_0, open_blend
 from megatron_ligo.training.tokenizer import digest_tokenizer
 
@@ -27,7 +28,8 @@ SCAN_BYTES = 4 << 30
 
 
 class Data:
-    """Training and held-out samples of `seq_length` tokens. Made by `open_data`. first: where step 0 begins."""
+    """Training and held-out samples of `seq_length` tokens. Made by `open_data`. first: where step 0 begins; masking:
+    how a masked-LM model is shown them."""
 
     def __init__(
         self,
@@ -35,7 +37,9 @@ class Data:
         valid: torch.utils.data.Dataset | None,
         pairs: list[Pair],
         first: int = 0,
+        masking: Masking | None = None,
     ):
+        self._masking = masking
         self._train = train
         self._valid = valid
         self._pairs = pairs
@@ -50,7 +54,8 @@ class Data:
     def batch(self, step: int, global_batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
         """A rank's micro-batches of global step `step` (from 0): G samples from `first` + step*G on, dealt in turn.
 
-        Each is `tokens`, `labels` int64 [b, s] and `loss_mask` float32 [b, s]; labels are the tokens that follow.
+        Each is `tokens`, `labels` int64 [b, s] and `loss_mask` float32 [b, s]; labels are the tokens that follow, or
+        those that were masked.
         """
         first = self._first + step * global_batch_size
         return self._deal(self._train, "train", first, global_batch_size, micro_batch_size, dp, dp_rank)
@@ -86,6 +91,9 @@ class Data:
 
     def _micro_batch(self, dataset, name: str, indices: range) -> Batch:
         samples = [dataset[index] for index in indices]
+        if self._masking is not None:
+            numbered = zip(samples, indices, strict=True)
+            samples = [self._masking.sample(sample["tokens"], name, index) for sample, index in numbered]
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")}
         if self._vocab_size is not None:
             largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
@@ -107,6 +115,7 @@ def open_data(
     seed: int,
     cache_dir: str | Path,
     first: int = 0,
+    masking: Masking | None = None,
 ) -> Data:
     """Opens what [data] names for a run that reads so many samples from sample `first` on. Collective: every rank
     calls it alike.
@@ -114,10 +123,12 @@ def open_data(
     The sample indices are built once, by rank 0, under `cache_dir`, which all nodes must see. A corpus that is
     shorter than asked is repeated, and the log says so. Any fault is raised on all ranks as one DataError.
     """
+    if masking is not None:
+        seq_length -= len(masking.ends)
     blends = everywhere(lambda: _blends(data, seq_length, first + num_train_samples, num_valid_samples))
     datasets = {blend.split: open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends}
     pairs = [pair for blend in blends for pair in blend.pairs]
-    return Data(datasets[Split.train], datasets.get(Split.valid), pairs, first)
+    return Data(datasets[Split.train], datasets.get(Split.valid), pairs, first, masking)
 
 
 def _blends(data: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:

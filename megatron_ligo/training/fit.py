@@ -37,6 +37,7 @@ from megatron_ligo.training.claim import claim
 from megatron_ligo.training.collect import collect
 from megatron_ligo.training.data import Data, open_data
 from megatron_ligo.training.engine import Engine, micro_batches
+from megatron_ligo.training.masking import masking_of
 from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
 from megatron_ligo.training.start import check_layout
@@ -167,7 +168,8 @@ class Fit:
         config, fit = self.config.data, self.fit
         cache = config.cache or self.output / "data_cache"
         samples = fit.steps * fit.global_batch_size
-        data = open_data(config, config.seq_length, samples, fit.eval_samples, config.seed, cache)
+        masking = everywhere(lambda: masking_of(config, self.operator.large))
+        data = open_data(config, config.seq_length, samples, fit.eval_samples, config.seed, cache, masking=masking)
         data.check_vocab(self.operator.large.vocab_size)
         return data
 

@@ -20,8 +20,7 @@ from megatron_ligo.jsonfile import read_json, write_json
 from megatron_ligo.manifest import library_versions
 from megatron_ligo.model import universal, weights
 from megatron_ligo.model.build import Build
-from megatron_ligo.model.gpt import Pretrained
-from megatron_ligo.model.stages import PretrainedPipeline
+from megatron_ligo.model.pretrained import pretrained
 from megatron_ligo.parallel import accelerator, mesh
 from megatron_ligo.parallel.mesh import Mesh
 from megatron_ligo.training import checkpoints, elastic, loop
@@ -29,6 +28,7 @@ from megatron_ligo.training.claim import claim
 from megatron_ligo.training.data import Data, open_data
 from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.fit import FREE, check_same_run
+from megatron_ligo.training.masking import masking_of
 from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
 from megatron_ligo.training.schedule import after_growth
@@ -133,19 +133,18 @@ class Pretrain:
         """The engine with its weights; a run that is resumed at its layout gets them from its checkpoint afterwards."""
         run, start = self.settings, self.start
         build = Build(self.dtype, self.mesh.tp, run.parallel.sequence_parallel)
-        make = PretrainedPipeline if self.mesh.pp > 1 else Pretrained
         # Replicas that are not filled from the table must still agree.
         torch.manual_seed(run.seed)
-        model = make(self.dims, build, self.mesh, run.recompute)
+        model = pretrained(self.dims, build, self.mesh, run.recompute)
         by_deepspeed, at_once = start.universal, not self.resumed or self.moved
-        read = start.source.read if start.source else weights.initial(self.dims, run.seed)
+        read = start.read(run.seed)
         if not by_deepspeed and at_once:
             weights.fill(model, self.dims, self.mesh, read)
-        if by_deepspeed and run.parallel.zero == 3:
+        if by_deepspeed and universal.must_prepare(self.dims, run.parallel.zero):
             universal.prepare_for_universal(model, self.dims, self.mesh.tp_group)
-        engine = Engine(
-            model, self.mesh, run, parameter_groups(model, run.weight_decay), self._bf16, universal=by_deepspeed
-        )
+        trained = head_parameters(model, self.dims) if run.fresh_head else None
+        groups = parameter_groups(model, run.weight_decay, trained)
+        engine = Engine(model, self.mesh, run, groups, self._bf16, universal=by_deepspeed)
         if by_deepspeed:
             universal.load_universal(engine.engine, start.source, self.mesh.tp_group)
             # The run's own steps begin at 0; Adam goes on counting where the checkpoint was.
@@ -173,7 +172,8 @@ class Pretrain:
             do = "Without steps the run only evaluates: set data.valid."
             raise ConfigError(message("data.valid", "held-out data", "none", do))
         samples, first = run.steps * run.global_batch_size, run.first_sample
-        data = open_data(config, config.seq_length, samples, held_out, config.seed, cache, first)
+        masking = everywhere(lambda: masking_of(config, self.dims))
+        data = open_data(config, config.seq_length, samples, held_out, config.seed, cache, first, masking)
         data.check_vocab(self.dims.vocab_size)
         return data
 
@@ -223,12 +223,22 @@ class Pretrain:
         record.keep(self.output / MODEL, self.dims, source.carried if source else {}, source.files if source else ())
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; norms and biases without."""
-    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+def parameter_groups(model: nn.Module, weight_decay: float, trained: set[nn.Parameter] | None = None) -> list[dict]:
+    """Matrices with weight decay; norms and biases without. trained: those that are; the others stay as they are."""
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (False, True): []}
     for parameter in model.parameters():
-        kinds[parameter.dim() > 1].append(parameter)
-    return [{"params": kinds[True], "weight_decay": weight_decay}, {"params": kinds[False], "weight_decay": 0.0}]
+        kind = parameter.dim() > 1, trained is None or parameter in trained
+        kinds.setdefault(kind, []).append(parameter)
+    return [
+        {"params": held, "weight_decay": weight_decay if matrix else 0.0, "lr_scale": 1.0 if moves else 0.0}
+        for (matrix, moves), held in kinds.items()
+        if held
+    ]
+
+
+def head_parameters(model: nn.Module, dims: Dims) -> set[nn.Parameter]:
+    """Those of the output head, but for a weight that it shares with the embedding."""
+    return {parameter for parameter, item in weights.parameters(model, dims) if item.rows[0].needs == "has_head"}
 
 
 def _read_record(path: Path) -> dict:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
 from megatron_ligo import formats, lineage
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import OFF_LOSS
 from megatron_ligo.config import Config, ParallelSection
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message
 from megatron_ligo.formats import hf_config, record
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.growth.check import large_dims
 from megatron_ligo.layout import check_tp
+from megatron_ligo.model import weights
 from megatron_ligo.model.build import check_network
+
+log = logging.getLogger(__name__)
 
 UNIVERSAL = "universal"
 
@@ -21,25 +30,52 @@ UNIVERSAL = "universal"
 @dataclass(frozen=True)
 class Start:
     """source None: fresh weights. fit: the record of the fit that a hand-off comes from, None for any other start.
-    grown: whether it is a hand-off."""
+    grown: whether it is a hand-off. fresh_head: the source has no output head, and the model a fresh one.
+    """
 
     dims: Dims
     source: Reader | None = None
     fit: dict | None = None
     grown: bool = False
+    fresh_head: bool = False
 
     @property
     def universal(self) -> bool:
         """True where DeepSpeed itself loads the weights."""
-        return self.source is not None and self.source.format == UNIVERSAL
+        return self.source is not None and self.source.format == UNIVERSAL and not self.fresh_head
+
+    def read(self, seed: int) -> Callable[..., Tensor]:
+        """Its tensors by key (and kind), weights that it lacks drawn from the seed."""
+        drawn = weights.initial(self.dims, seed)
+        held = set() if self.source is None else set(self.source.keys())
+        return lambda key, *kind: self.source.read(key, *kind) if key in held else drawn(key)
 
 
 def find_start(config: Config) -> Start:
     """What the config asks for; a LigoError if there is no such thing or the layout does not fit it."""
     start = _from_checkpoint(Path(config.pretrain.start)) if config.pretrain.start else Start(fresh_dims(config))
+    start = replace(start, dims=_trained(start.dims))
+    if config.pretrain.fresh_head:
+        start = _with_head(start)
     check_network(start.dims)
     check_layout(start.dims, config.pretrain.parallel, config.data.seq_length)
     return start
+
+
+def _with_head(start: Start) -> Start:
+    arch = architectures.get(start.dims.arch)
+    if start.source is None or start.dims.has_head or arch.causal:
+        do = "Leave it out where the start has a head."
+        raise ConfigError(message("pretrain.fresh_head", "an encoder without a head as the start", "another", do))
+    return replace(start, dims=replace(start.dims, has_head=True), fresh_head=True)
+
+
+def _trained(dims: Dims) -> Dims:
+    """The sizes without the parts that the loss of a language model does not read."""
+    parts = [part for part in OFF_LOSS if getattr(dims, part)]
+    if parts:
+        log.info("left out, for masked-LM training does not reach them: %s", ", ".join(parts))
+    return replace(dims, **dict.fromkeys(parts, False))
 
 
 def _from_checkpoint(path: Path) -> Start:

@@ -51,13 +51,26 @@ def load_tokenizer(path: str | Path, eod: str = "") -> Tokenizer:
     return _load_sentencepiece(file, eod) if file.suffix == ".model" else _load_hf(file, eod)
 
 
-def _load_hf(file: Path, eod: str) -> Tokenizer:
+def special_tokens(path: str | Path) -> dict[str, int]:
+    """The ids of the special tokens of a Hugging Face tokenizer, by name; sentencepiece knows of none."""
+    file = tokenizer_file(path)
+    if file.suffix == ".model":
+        return {}
+    added = _open_hf(file).get_added_tokens_decoder()
+    return {token.content: number for number, token in added.items() if token.special}
+
+
+def _open_hf(file: Path):
     import tokenizers
 
     try:
-        inner = tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise DataError(message(str(file), "a Hugging Face tokenizer", error)) from error
+
+
+def _load_hf(file: Path, eod: str) -> Tokenizer:
+    inner = _open_hf(file)
     inner.no_truncation()
     inner.no_padding()
     names = [eod] if eod else [*BASE_END_NAMES, *_named_end(file.parent), *OTHER_END_NAMES]

@@ -88,7 +88,7 @@ def test_bert_bears_megatron_core_s_names_where_there_are_any():
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "wanted"), [("bert", "BertForMaskedLM", "gpt2, llama"), ("gpt2", "GPT2Model", "output head")]
+    ("family", "name", "wanted"), [("bert", "BertModel", "fresh_head = true"), ("gpt2", "GPT2Model", "output head")]
 )
 def test_fit_and_pretraining_refuse_what_they_do_not_build(tmp_path, family, name, wanted):
     _, folder = families.saved(tmp_path, family, name)

@@ -38,7 +38,7 @@ REFUSED: dict[str, Callable[[Dims], bool]] = {
     "fairscale": lambda dims: (
         dims.arch != "llama" or dims.qkv_bias or dims.head_dim * dims.num_heads > dims.hidden_size
     ),
-    "pipeline": lambda dims: not architectures()[dims.arch].causal,
+    "pipeline": lambda dims: dims.has_pooler or dims.has_order_head,
 }
 
 

@@ -18,6 +18,7 @@ from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.packing import stored
 from tests.growth import official
+from tests.model import cases
 from tests.tiny import Memory
 
 MATRICES = ("q", "k", "v", "o", "up", "down")
@@ -95,6 +96,21 @@ def test_forward(case):
         small, large = logits(case.source, case.ids), logits(Grown(case.operator, case.source), case.ids)
     assert torch.allclose(small, case.logits_small, rtol=1e-12, atol=1e-13)
     assert torch.allclose(large, case.logits_large, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"tp": 3}], ids=str)
+@pytest.mark.parametrize("path", official.FILES, ids=lambda path: path.stem)
+def test_sharded(pools, path, layout):
+    """The fit's own model, in fp32: its loss, and the weights that its ranks' parts of the operator give."""
+    case = official.load(path)
+    world = layout.get("tp", 1) * layout.get("pp", 1)
+    loss, grown = pools(world).run(cases.official_numbers, path=str(path), **layout)
+    labels = case.ids.roll(1, dims=1)
+    expected = float(F.cross_entropy(case.logits_large.flatten(0, 1), labels.flatten()))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert grown.keys() == case.expected.keys()
+    for key, tensor in case.expected.items():
+        assert torch.allclose(grown[key].double(), tensor, rtol=1e-5, atol=1e-6), key
 
 
 def test_on_the_fly_is_materialised(case):

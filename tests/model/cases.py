@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import ParallelSection, TrainingSection
+from megatron_ligo.grow import Grown
 from megatron_ligo.model import maps, runtime, source
 from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
 from megatron_ligo.model.runtime import Runtime
@@ -18,6 +20,7 @@ from megatron_ligo.parallel import mesh as meshes
 from megatron_ligo.training.collect import collect
 from megatron_ligo.training.engine import Engine
 from tests.families import dims_of, memory_of, model_of
+from tests.growth import official
 from tests.model.reference import make_operator, materialise
 from tests.tiny import llama_dims, tokens
 
@@ -155,3 +158,30 @@ def _run(shared, run, micro_size, source_reader, sabotage):
         return None
     with torch.no_grad():
         return losses, norms, values, materialise(operator, source_reader, values), afterwards
+
+
+def official_numbers(path: str, tp=1, pp=1, sequence_parallel=False) -> tuple[float, dict] | None:
+    """(loss of the fixture's ids, each telling the one before, and the grown weights), on rank 0: as the fit begins."""
+    case = official.load(Path(path))
+    tensors = {name: tensor.float() for name, tensor in case.operator.tensors.items()}
+    operator = official.Given(case.operator.small, case.operator.large, case.operator.settings, tensors)
+    mesh = meshes.make(tp, pp)
+    size = len(case.ids)
+    run = TrainingSection(
+        global_batch_size=size * mesh.dp,
+        micro_batch_size=size,
+        parallel=ParallelSection(tp=tp, pp=pp, sequence_parallel=sequence_parallel),
+    )
+    shared = Runtime(
+        operator, Source(operator, case.source, mesh, 1), mesh, torch.float32, sequence_parallel=sequence_parallel
+    )
+    module = GrownPipeline(shared) if pp > 1 else GrownModel(shared)
+    engine = Engine(module, mesh, run, [{"params": list(module.parameters()), "weight_decay": 0.0}])
+    mask = torch.ones(case.ids.shape)
+    loss = engine.evaluate([{"tokens": case.ids, "labels": case.ids.roll(1, dims=1), "loss_mask": mask}])
+    values = collect(module, shared)
+    engine.engine.destroy()
+    if not values:
+        return None
+    grown = Grown(official.Given(operator.small, operator.large, operator.settings, values), case.source)
+    return loss, {key: grown.read(key) for key in grown.keys()}  # noqa: SIM118

@@ -17,8 +17,7 @@ from megatron_ligo.convert import convert
 from megatron_ligo.formats import record
 from megatron_ligo.model import universal, weights
 from megatron_ligo.model.build import Build
-from megatron_ligo.model.gpt import Pretrained
-from megatron_ligo.model.stages import PretrainedPipeline
+from megatron_ligo.model.pretrained import pretrained
 from megatron_ligo.parallel import mesh as meshes
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import parameter_groups
@@ -36,7 +35,7 @@ class Job:
         self.mesh = meshes.make(layout.get("tp", 1), layout.get("pp", 1))
         build = Build(torch.bfloat16 if bf16 else torch.float32, self.mesh.tp)
         torch.manual_seed(seed)
-        model = (PretrainedPipeline if self.mesh.pp > 1 else Pretrained)(dims, build, self.mesh)
+        model = pretrained(dims, build, self.mesh)
         zero = layout.get("zero", 1)
         if source is None:
             weights.fill(model, dims, self.mesh, weights.initial(dims, seed))

@@ -15,9 +15,8 @@ from megatron_ligo.config import ParallelSection, PretrainSection
 from megatron_ligo.errors import LigoError
 from megatron_ligo.model import universal, weights
 from megatron_ligo.model.build import Build, layer_spec, transformer_config
-from megatron_ligo.model.gpt import Pretrained
 from megatron_ligo.model.loss import language_model_loss
-from megatron_ligo.model.stages import PretrainedPipeline
+from megatron_ligo.model.pretrained import pretrained
 from megatron_ligo.parallel import mesh as meshes
 from megatron_ligo.parallel.mesh import Mpu
 from megatron_ligo.training.engine import Engine
@@ -33,8 +32,9 @@ CLIP, DECAY = 0.05, 0.1
 
 
 def sizes(tied: bool, family: str = "llama") -> Dims:
-    if family == "gpt2":
-        return dims_of("gpt2", "GPT2LMHeadModel", tied=tied, **SIZES | {"num_kv_heads": 8, "hidden_size": 32})
+    if family != "llama":
+        names = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM"}
+        return dims_of(family, names[family], tied=tied, **SIZES | {"num_kv_heads": 8, "hidden_size": 32})
     return llama_dims(tied=tied, **SIZES)
 
 
@@ -90,10 +90,10 @@ def train(
     dims = sizes(tied, family)
     mesh = meshes.make(tp, pp)
     build = Build(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel)
-    model = (PretrainedPipeline if pp > 1 else Pretrained)(dims, build, mesh, recompute)
+    model = pretrained(dims, build, mesh, recompute)
     if folder is None:
         weights.fill(model, dims, mesh, weights.initial(dims, seed))
-    elif zero == 3:
+    elif universal.must_prepare(dims, zero):
         universal.prepare_for_universal(model, dims, mesh.tp_group)
     decay = DECAY if optimizer == "adamw" else 0.0
     run = PretrainSection(
@@ -117,7 +117,7 @@ def train(
 def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tuple[int, ...]]:
     """Parameters of this rank's model, by name, with their shapes."""
     dims, mesh = sizes(tied, family), meshes.make(tp, pp)
-    model = (PretrainedPipeline if pp > 1 else Pretrained)(dims, Build(tp=tp), mesh)
+    model = pretrained(dims, Build(tp=tp), mesh)
     everyone: list = [None] * mesh.world
     torch.distributed.all_gather_object(everyone, {n: tuple(p.shape) for n, p in model.named_parameters()})
     return {name: shape for held in everyone for name, shape in held.items()}

@@ -54,8 +54,11 @@ def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, T
 
 
 def _gain(operator, values, row, mixed):
+    space = "head" if row.key == "head_norm" and not operator.large.tied else "residual"
     if not operator.copied_gains:
-        return _expand(operator, values, "residual", None) @ mixed
+        return _expand(operator, values, space, None) @ mixed
+    if space == "head":
+        return mixed[values["gain.head.source"]] * values["gain.head.factor"]
     return mixed[values["gain.source"]] * values["gain.final" if row.feeds_head else "gain.layers"]
 
 

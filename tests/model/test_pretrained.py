@@ -12,6 +12,7 @@ from megatron_ligo.formats.hf import open as open_hf
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build
 from megatron_ligo.model.gpt import Pretrained
+from megatron_ligo.model.pretrained import pretrained as build_pretrained
 from megatron_ligo.parallel import mesh as meshes
 from tests.families import memory_of, model_of
 from tests.model import pretrained
@@ -63,13 +64,13 @@ def folders(tmp_path_factory) -> dict[bool, str]:
     return {tied: made(tmp_path_factory.mktemp("universal"), tied, "llama") for tied in (False, True)}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_are_those_of_transformers(tied, family):
     meshes.start()
     mesh, dims = meshes.make(1, 1), pretrained.sizes(tied, family)
     hf = model_of(dims)
-    model = Pretrained(dims, Build(), mesh)
+    model = build_pretrained(dims, Build(), mesh)
     weights.fill(model, dims, mesh, memory_of(hf, dims).read)
     ids = tokens(dims)
     with torch.no_grad():
@@ -89,19 +90,23 @@ def test_every_layout_trains_as_one_process(pools, folders, case):
         assert norm == pytest.approx(norm_1, rel=1e-5), step
 
 
-GPT2_LAYOUTS = [
-    {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"},
-    {"tp": 2, "zero": 3, "sequence_parallel": True, "recompute": True, "micro_size": 4},
-    {"tp": 4, "zero": 2, "tied": False, "micro_size": 4},
+OTHER_FAMILIES = [
+    ("gpt2", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    ("gpt2", {"tp": 2, "zero": 3, "sequence_parallel": True, "recompute": True, "micro_size": 4}),
+    ("gpt2", {"tp": 4, "zero": 2, "tied": False, "micro_size": 4}),
+    ("bert", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    ("bert", {"tp": 2, "zero": 3, "recompute": True, "tied": False, "micro_size": 4}),
+    ("roberta", {"pp": 2, "tied": False}),
+    ("roberta", {"tp": 4, "zero": 2, "sequence_parallel": True, "micro_size": 4}),
 ]
 
 
-@pytest.mark.parametrize("layout", GPT2_LAYOUTS, ids=str)
-def test_every_layout_trains_gpt2_as_one_process(pools, tmp_path, layout):
+@pytest.mark.parametrize("family, layout", OTHER_FAMILIES, ids=str)
+def test_every_family_trains_as_one_process(pools, tmp_path, family, layout):
     tied = layout.get("tied", True)
-    expected = pretrained.reference(tied, layout.get("optimizer", "adamw"), "gpt2")
-    case = {"tied": tied, "family": "gpt2", **layout}
-    found = pools(4).run(pretrained.train, folder=made(tmp_path, tied, "gpt2"), **case)
+    expected = pretrained.reference(tied, layout.get("optimizer", "adamw"), family)
+    case = {"tied": tied, "family": family, **layout}
+    found = pools(4).run(pretrained.train, folder=made(tmp_path, tied, family), **case)
     assert found["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
     for step, (step_found, step_expected) in enumerate(zip(found["steps"], expected, strict=True)):
         assert step_found == pytest.approx(step_expected, rel=1e-5), step
@@ -136,7 +141,7 @@ def test_fresh_weights_are_drawn_as_megatron_draws_them():
     assert not torch.equal(read("layers.1.q"), weights.initial(dims, 4)("layers.1.q"))
 
 
-@pytest.mark.parametrize(("tied", "family"), [(False, "llama"), (True, "llama"), (True, "gpt2")])
+@pytest.mark.parametrize(("tied", "family"), [(False, "llama"), (True, "llama"), (True, "gpt2"), (True, "bert")])
 def test_a_pipeline_bears_the_names_of_one_module(pools, tied, family):
     one = pools(4).run(pretrained.names, tied=tied, tp=2, pp=1, family=family)
     assert pools(4).run(pretrained.names, tied=tied, tp=2, pp=2, family=family) == one

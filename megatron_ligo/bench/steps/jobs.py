@@ -151,15 +151,13 @@ class PlainStepper(Stepper):
     def build(self):
         from megatron_ligo.model import weights
         from megatron_ligo.model.build import Build
-        from megatron_ligo.model.gpt import Pretrained
-        from megatron_ligo.model.stages import PretrainedPipeline
+        from megatron_ligo.model.pretrained import pretrained
         from megatron_ligo.training.engine import Engine
         from megatron_ligo.training.pretrain import parameter_groups
 
         job, dims = self.job, self.job.operator_made().large
         build = Build(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))
-        make = PretrainedPipeline if self.mesh.pp > 1 else Pretrained
-        model = make(dims, build, self.mesh, job.recompute)
+        model = pretrained(dims, build, self.mesh, job.recompute)
         weights.fill(model, dims, self.mesh, weights.initial(dims, SEED))
         bf16 = self.dtype is torch.bfloat16
         return Engine(model, self.mesh, job.run(self.mesh.dp), parameter_groups(model, 0.1), bf16)

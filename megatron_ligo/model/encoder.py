@@ -1,0 +1,141 @@
+"""The masked-LM encoder to pretrain as one module (PP = 1), and what its ends are made of in a pipeline as well.
+
+All tokens are of the first segment, as packed text is. Legend: s sequence, b batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from torch import Tensor, nn
+
+from megatron_ligo import arch as architectures
+from megatron_ligo import layout
+from megatron_ligo.arch.dims import Dims
+from megatron_ligo.model import weights
+from megatron_ligo.model.build import ACTIVATIONS, Build, layer_class, layer_spec
+from megatron_ligo.model.layers import (
+    add_positions,
+    embed,
+    output_linear,
+    reduce_norm_gradients,
+    run_layer,
+    uninitialised_config,
+)
+from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.model.norm import Norm
+from megatron_ligo.model.saved import prepare_saving
+from megatron_ligo.parallel.mesh import Mesh
+
+
+class Sums(nn.Module):
+    """h (s, b, hidden), the words' rows -> h with those of positions and of the first segment added, and normalised."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.start = dims.first_position
+        self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
+        self.position_embeddings = _table(dims.max_positions, dims, build)
+        self.tokentype_embeddings = _table(dims.num_token_types, dims, build) if dims.num_token_types else None
+        self.layer_norm = Norm(uninitialised_config(dims, build), dims.hidden_size, dims.norm_eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = add_positions(h, self.position_embeddings, self.first_token_rank, self.start)
+        if self.tokentype_embeddings is not None:
+            h = h + self.tokentype_embeddings(torch.zeros((), dtype=torch.long, device=h.device))
+        return self.layer_norm(h)
+
+
+def _table(rows: int, dims: Dims, build: Build) -> nn.Embedding:
+    table = nn.Embedding(rows, dims.hidden_size, dtype=build.dtype)
+    table.weight.sequence_parallel = build.sequence_parallel
+    return table
+
+
+class Embedding(Sums):
+    """tokens (b, s) -> h (s, b, hidden), what the first layer is given."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__(dims, build, mesh)
+        config = uninitialised_config(dims, build)
+        self.word_embeddings = VocabParallelEmbedding(
+            layout.padded_vocab(dims.vocab_size, mesh.tp),
+            dims.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=build.sequence_parallel,
+            config=config,
+            tp_group=mesh.tp_group,
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(embed(self.word_embeddings, tokens))
+
+
+class Transform(nn.Module):
+    """h (s, b, hidden) -> what the decoder of the masked-LM head reads: a linear, the activation, a norm.
+
+    Every tensor-parallel rank holds it whole. A decoder that is not tied comes with a bias that nothing reads: it is
+    kept as it is.
+    """
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.activation = ACTIVATIONS[architectures.get(dims.arch).head_activation or dims.activation]
+        self.dense = nn.Linear(dims.hidden_size, dims.hidden_size, dtype=build.dtype)
+        for parameter in self.dense.parameters():
+            parameter.sequence_parallel = build.sequence_parallel
+        self.layer_norm = Norm(uninitialised_config(dims, build), dims.hidden_size, dims.norm_eps)
+        self.bias = None
+        if not dims.tied:
+            columns = layout.padded_vocab(dims.vocab_size, mesh.tp) // mesh.tp
+            self.bias = nn.Parameter(torch.zeros(columns, dtype=build.dtype))
+
+    def forward(self, h: Tensor) -> Tensor:
+        read = self.layer_norm(self.activation(self.dense(h)))
+        # ZeRO 2 asks a gradient of every parameter.
+        return read if self.bias is None else read + 0.0 * self.bias.sum()
+
+
+class Encoder(nn.Module):
+    """The layers, under the name that they have in Megatron-core's BERT."""
+
+    def __init__(self, dims: Dims, build: Build):
+        super().__init__()
+        config, make = uninitialised_config(dims, build), layer_class(dims)
+        submodules = [layer_spec(dims).submodules for _ in range(dims.num_layers)]
+        self.layers = nn.ModuleList(make(config, each, layer_number=i + 1) for i, each in enumerate(submodules))
+
+    def forward(self, h: Tensor, recompute: bool) -> Tensor:
+        for layer in self.layers:
+            h = run_layer(layer, h, None, recompute)
+        return h
+
+
+class PretrainedEncoder(nn.Module):
+    """forward(tokens, labels, loss_mask) -> mean loss; `logits(tokens)`. Weights are to be filled or loaded.
+
+    tokens, labels: int64 (b, s); loss_mask: (b, s). Its parameters bear the names of the table's mcore slots.
+    """
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
+        assert mesh.pp == 1, "stages.py is for pipelines"
+        super().__init__()
+        self.dims = dims
+        self.recompute = recompute
+        self.tp_rank = mesh.tp_rank
+        self.embedding = Embedding(dims, build, mesh)
+        self.encoder = Encoder(dims, build)
+        self.lm_head = Transform(dims, build, mesh)
+        self.output_layer = output_linear(dims, build, mesh, holds_weight=not dims.tied, bias=True)
+        weights.mark_split(self, dims, mesh.tp)
+        reduce_norm_gradients(self.parameters(), mesh.tp_group)
+        prepare_saving(self, dims, mesh)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
+        h = self.lm_head(self.encoder(self.embedding(tokens), self.recompute))
+        tied = self.embedding.word_embeddings.weight if self.dims.tied else None
+        return self.output_layer(h, weight=tied)[0]
+
+    def forward(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        return language_model_loss(self.logits(tokens), labels, loss_mask, self.dims.vocab_size, self.tp_rank)

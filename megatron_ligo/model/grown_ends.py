@@ -1,0 +1,67 @@
+"""What stands before and after the layers of the large model in its factored form.
+
+Legend: s sequence, b batch, D2 large hidden.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ligo.growth.forms import Matrix
+from megatron_ligo.model.build import ACTIVATIONS
+from megatron_ligo.model.maps import matrix_of
+from megatron_ligo.model.runtime import Runtime
+
+
+class GrownEmbedding(nn.Module):
+    """Token ids (b, s) -> (s, b, D2): the frozen small embedding, cut over the vocabulary, times expand^T.
+
+    Under sequence parallelism the layers have s / tp tokens of each sequence on each rank.
+    """
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        runtime = self.runtime
+        table = runtime.source.outside["embed"]
+        first = runtime.mesh.tp_rank * table.shape[0]
+        here = (tokens >= first) & (tokens < first + table.shape[0])
+        small = F.embedding((tokens - first).masked_fill(~here, 0), table).masked_fill(~here[..., None], 0.0)
+        small = runtime.with_positions(runtime.written_by_all(small.transpose(0, 1))).to(runtime.dtype)
+        maps = runtime.matrices()
+        h = matrix_of(maps, "residual", False).push(small)
+        return runtime.outside_norm("embed_norm", h, maps) if "embed_norm" in runtime.source.outside else h
+
+
+class GrownHead(nn.Module):
+    """(s, b, D2) -> logits (s, b, padded vocabulary / tp): final norm (an encoder: the masked-LM head's transform),
+    contract, the frozen small head.
+
+    A tied head reads with expand^T, for the large embedding that it shares is small embedding x expand^T.
+    """
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, h: Tensor) -> Tensor:
+        runtime = self.runtime
+        arch, large, outside = runtime.operator.arch, runtime.operator.large, runtime.source.outside
+        maps = runtime.matrices()
+        h = runtime.outside_norm("final_norm", h, maps) if arch.causal else self._transformed(h, maps)
+        space = arch.space(arch.row("head").axes[1], large)
+        u = runtime.read_by_all(matrix_of(maps, space, not large.tied).pull(h))
+        bias = outside.get("head_bias")
+        return F.linear(u, outside["head"].to(h.dtype), None if bias is None else bias.to(h.dtype))
+
+    def _transformed(self, h: Tensor, maps: dict[str, Matrix]) -> Tensor:
+        runtime = self.runtime
+        arch, large, outside = runtime.operator.arch, runtime.operator.large, runtime.source.outside
+        weight, bias = (outside[key].to(h.dtype) for key in ("head_dense", "head_dense_bias"))
+        space = arch.space(arch.row("head_dense").axes[0], large)
+        small = F.linear(matrix_of(maps, "residual", True).pull(h), weight, bias)
+        activation = ACTIVATIONS[arch.head_activation or large.activation]
+        return runtime.outside_norm("head_norm", activation(matrix_of(maps, space, False).push(small)), maps)
