@@ -25,6 +25,7 @@ ROOMS = (
     ("model",),
     ("training",),
     ("handoff", "plan", "report", "soak"),
+    ("chain",),
     ("bench", "compare"),
     ("cli",),
     ("mutations",),

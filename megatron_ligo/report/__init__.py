@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,12 +14,18 @@ from megatron_ligo.report.runs import read_runs
 __all__ = ["write_report"]
 
 
-def write_report(folders: Sequence[Path], output: Path, console: Console | None = None) -> None:
+def write_report(
+    folders: Sequence[Path], output: Path, console: Console | None = None, before: Mapping[Path, float] | None = None
+) -> None:
     """Prints the table of the runs in `folders` and writes OUTPUT/report.html and OUTPUT/report.png.
+
+    before: FLOPs spent before each run, where they are known better than from the hand-offs' own fits.
 
     Raises CheckpointError with every folder that is no run and every record that is damaged, before it writes.
     """
     runs = read_runs(folders)
+    if before is not None:
+        runs = [replace(run, spent=before[run.folder]) for run in runs]
     told = table.tell(runs)
     output.mkdir(parents=True, exist_ok=True)
     _replace(output / "report.png", curves.picture(runs, told))

@@ -1,0 +1,111 @@
+"""Growth in stages: a chain that is killed goes on, and its page and lineage count from the first stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo import chain, lineage
+from megatron_ligo.errors import ConfigError
+from tests.tiny import hf_llama, llama_dims
+from tests.training.test_pretrain import make_pair
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = """
+[shared.data]
+train = ["{base}/train"]
+valid = ["{base}/valid"]
+seq_length = 12
+[shared.fit]
+save_every = 1
+[shared.pretrain]
+steps = 4
+save_every = 1
+"""
+STAGES = """
+[[stages]]
+name = "small"
+[stages.small]
+path = "{base}/sizes/config.json"
+
+[[stages]]
+name = "medium"
+[stages.large]
+num_layers = 4
+hidden_size = 36
+num_heads = 12
+num_kv_heads = 6
+[stages.operator]
+noise = 0.5
+[stages.fit]
+steps = 2
+[stages.pretrain]
+steps = 3
+first_sample = 32
+"""
+
+
+def started(path: Path, output: Path) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tools/stages.py", str(path), "--output", str(output)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=-1, start_new_session=True)
+
+
+def finished(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def kill_at(process: subprocess.Popen, file: Path) -> None:
+    """All its processes, as soon as a run has written a line into the file."""
+    deadline = time.monotonic() + 300
+    while not (file.is_file() and file.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def losses(output: Path, run: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_chain_that_is_killed_in_each_of_its_stages(tmp_path):
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(tmp_path / name, seed)
+    hf_llama(llama_dims(num_layers=2)).save_pretrained(tmp_path / "sizes")
+    path = tmp_path / "chain.toml"
+    path.write_text((SHARED + STAGES).format(base=tmp_path))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(started(path, whole))
+    kill_at(started(path, killed), killed / "small/pretrain/metrics.jsonl")
+    kill_at(started(path, killed), killed / "medium/pretrain/metrics.jsonl")
+    assert "medium: grown is done" in finished(started(path, killed))
+    for run in ("small/pretrain", "medium/fit", "medium/pretrain"):
+        assert losses(killed, run) == losses(whole, run), run
+    links = json.loads((killed / chain.RECORD).read_text())["stages"]
+    assert [(link["stage"], link["run"]) for link in links] == [
+        ("small", "pretrain"), ("medium", "fit"), ("medium", "grown"), ("medium", "pretrain"),
+    ]  # fmt: skip
+    assert links[-1]["flops_since_the_first_stage"] == sum(link["flops"] or 0 for link in links)
+    assert links[2]["source"] == lineage.read(killed / "medium/grown")["source"]
+    assert (links[0]["model"]["hidden_size"], links[3]["model"]["hidden_size"]) == (24, 36)
+    assert (killed / "report/report.html").is_file()
+
+
+def test_faults_of_all_stages_at_once(tmp_path):
+    path = tmp_path / "chain.toml"
+    path.write_text('[shraed]\n[[stages]]\nname = "a"\n[stages.pretrain]\nstepz = 1\n[[stages]]\nname = "a"\n')
+    with pytest.raises(ConfigError, match=r"(?s)shraed.*stepz.*stage 2|stage 2.*shraed"):
+        chain.load(path, tmp_path)
+    path.write_text("stages = 3")
+    with pytest.raises(ConfigError, match=r"a table \[\[stages\]\]"):
+        chain.load(path, tmp_path)
