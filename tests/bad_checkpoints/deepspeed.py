@@ -1,4 +1,4 @@
-"""DeepSpeed engine checkpoints (TP 2, DP 2, made by tests/formats/zero_files.py) that are damaged or hostile."""
+"""DeepSpeed engine checkpoints (TP 2, DP 2, made by mutations/engine_files.py) that are damaged or hostile."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ from megatron_ligo import formats
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import LigoError
 from megatron_ligo.formats.base import WriteOptions
+from megatron_ligo.mutations import engine_files
 from tests.bad_checkpoints import deepspeed, fairscale, hf, hf_files, mcore, megatron, pipeline, universal
-from tests.formats import models, zero_files
+from tests.formats import models
 
 
 def named(builders: dict) -> dict:
@@ -92,7 +93,7 @@ def test_deepspeed(tmp_path, stage, builder):
     _, whole = models.saved(tmp_path / "whole")
     folder = tmp_path / "a"
     convert(formats.open(whole), folder, "deepspeed", WriteOptions(tp=2))
-    zero_files.add_optimizer(folder / deepspeed.TAG, stage)
+    engine_files.add_optimizer(folder / deepspeed.TAG, stage)
     formats.open(folder)
     assert_refused(folder, "deepspeed", builder(folder))
     assert not universal.Evil.ran
