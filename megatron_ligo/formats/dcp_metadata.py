@@ -6,6 +6,7 @@ It is a plain pickle. Only the names that such a file needs are known here, and 
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.errors import CheckpointError, Faults, message
+from megatron_ligo.formats import trees
 
 METADATA = ".metadata"
 VERSION = "1.0.0"
@@ -49,12 +51,12 @@ _KNOWN: dict[tuple[str, str], object] = {
     (module, name): _inert(name) for module, names in _NAMES.items() for name in names
 }
 _KNOWN["torch", "Size"] = tuple
-_KNOWN["torch.serialization", "_get_layout"] = str
+_KNOWN["torch.serialization", "_get_layout"] = _inert("Layout")
 _DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if type(found) is torch.dtype}
 # What unpickling raises for bytes that are no such pickle.
 _DAMAGE = (
     pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError,
-    OverflowError, RecursionError, ImportError,
+    OverflowError, RecursionError, ImportError, AssertionError, struct.error,
 )  # fmt: skip
 
 
@@ -62,7 +64,8 @@ class _Refused(Exception):
     pass
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in C makes room at once for as many objects as a pickle of a few bytes says that it will number.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
@@ -157,6 +160,7 @@ def _unpickled(path: Path) -> Inert:
     except _DAMAGE as error:
         found = f"{type(error).__name__}: {error}"
         raise CheckpointError(message(f"{path}", "a whole pickle", found, "Fetch it again.")) from None
+    trees.check(f"{path}", data)
     if type(data).__name__ != "Metadata":
         raise CheckpointError(message(f"{path}", "torch's Metadata", type(data).__name__))
     return data

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.errors import CheckpointError, Faults, message
+from megatron_ligo.formats import trees
 from megatron_ligo.formats.layouts import data_offset
 
 # What torch raises for files that are not whole, or not its own.
@@ -47,7 +48,8 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool 
         found = torch.load(path, map_location=noted, weights_only=True, mmap=mapped and zipped)
         if zipped and sorted(sizes) != records:
             raise BadZipFile("storages of other sizes than their records")
-        return found
+    trees.check(f"{path}", found)
+    return found
 
 
 def entry(path: Path, start: int, length: int) -> Tensor:

@@ -73,6 +73,40 @@ def metadata_that_names_a_function(folder):
 
 
 @of(mcore)
+def metadata_that_numbers_two_thousand_million_objects(folder):
+    (inside(folder) / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
+    return "Metadata", "NoneType"
+
+
+def nested(levels: int) -> list:
+    """2^levels values in a few bytes."""
+    tree = []
+    for _ in range(levels):
+        tree = [tree, tree]
+    return tree
+
+
+@of(mcore)
+def metadata_that_nest_beyond_any_memory(folder):
+    (inside(folder) / ".metadata").write_bytes(pickle.dumps(nested(40)))
+    return ".metadata", "values at most"
+
+
+@of(mcore)
+def common_state_that_nests_beyond_any_memory(folder):
+    torch.save({"iteration": nested(40)}, inside(folder) / "common.pt")
+    return "common.pt", "values at most"
+
+
+@of(mcore)
+def common_state_that_holds_itself(folder):
+    tree: dict = {"iteration": 1}
+    tree["args"] = [tree]
+    torch.save(tree, inside(folder) / "common.pt")
+    return "common.pt", "do not hold themselves"
+
+
+@of(mcore)
 def metadata_of_other_things(folder):
     (inside(folder) / ".metadata").write_bytes(pickle.dumps({"a": torch.float32}))
     return "Metadata", "dict"
