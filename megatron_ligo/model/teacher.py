@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build
-from megatron_ligo.model.gpt import Pretrained
+from megatron_ligo.model.pretrained import pretrained
 from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.autograd import copy_to, reduce_from
 from megatron_ligo.parallel.mesh import Mesh
@@ -20,7 +20,7 @@ class Teacher:
 
     def __init__(self, reader: Reader, mesh: Mesh, dtype: torch.dtype, weight: float, sequence_parallel: bool):
         self.mesh, self.weight, self.vocab_size = mesh, weight, reader.dims.vocab_size
-        self.model = Pretrained(reader.dims, Build(dtype, mesh.tp, sequence_parallel), mesh)
+        self.model = pretrained(reader.dims, Build(dtype, mesh.tp, sequence_parallel), mesh)
         weights.fill(self.model, reader.dims, mesh, reader.read)
         self.model.to(accelerator.device()).requires_grad_(False).eval()
 
