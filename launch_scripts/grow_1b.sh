@@ -47,7 +47,7 @@ found "loss at step 0, in fp32 at PP 4" "$RUN/step0/done" || {
 found "an optimizer step, in bf16 at TP 2" "$RUN/pretrain/done" || {
     launch 2 tools/pretrain.py --config $CONFIG "${paths[@]}" --set pretrain.start="$RUN/weights" \
         --set pretrain.precision=bf16 --set pretrain.parallel.ds_config=launch_scripts/grow_1b.json \
-        --set pretrain.parallel.tp=2 --set pretrain.parallel.pp=1 --set data.seq_length=32 --set "data.valid=[]" \
+        --set pretrain.parallel.tp=2 --set pretrain.parallel.pp=1 --set data.seq_length=16 --set "data.valid=[]" \
         --output "$RUN/pretrain"
     touch "$RUN/pretrain/done"
 }
