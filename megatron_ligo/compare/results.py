@@ -69,7 +69,7 @@ def _points(runs: Iterable[Trained]) -> dict[int, list[tuple[float, float]]]:
 
 
 def _differences(plan: Plan, runs: dict[str, list[Trained]]) -> list[dict]:
-    """Each learned arm against its controls, each grown one against scratch and against the best unlearned one."""
+    """Each learned arm against its controls, each grown one against scratch and against the lowest unlearned one."""
     pairs = []
     arms = plan.spec.arms
     for arm in arms:
@@ -83,7 +83,7 @@ def _differences(plan: Plan, runs: dict[str, list[Trained]]) -> list[dict]:
     for budget in sorted(plan.spec.compare.budgets):
         losses = {name: {run.seed: run.loss for run in made if _is(run, budget)} for name, made in runs.items()}
         unlearned = _best_unlearned(arms, losses)
-        more = [(arm.name, unlearned) for arm in arms if arm.fitted and unlearned]
+        more = [(arm.name, unlearned) for arm in arms if arm.grown and unlearned not in (None, arm.name)]
         for name, other in dict.fromkeys([*pairs, *more]):
             found = difference(losses.get(name, {}), losses.get(other, {}))
             if found:
@@ -119,6 +119,10 @@ def cautions(plan: Plan, found: dict[str, dict]) -> list[str]:
         if missing:
             why = "not done, diverged, or the fit costs more than the budgets"
             said.append(f"{name}: {missing} of {seeds} seeds have no run ({why}).")
+    source, whole = plan.source(), [run.loss for run in found[SCRATCH]["runs"] if _is(run, 1.0)]
+    if source and source["loss"] is not None and whole and source["loss"] <= max(whole):
+        what = f"The small model itself ended at {source['loss']:.4f}, not above scratch ({max(whole):.4f})"
+        said.append(f"{what}: what is saved is its own work as much as the growth's.")
     said.append(
         "All seeds grow one small model. The fit counts in every figure of its arm; the tries for a rate, the same "
         "for each arm, in none. Many arms on few seeds: the lowest is partly the luckiest."
