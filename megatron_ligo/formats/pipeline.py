@@ -95,8 +95,8 @@ def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
     expected = _held(dims)
     found = {layer for layer, _ in saved.layers}
     if found - expected.keys():
-        means = f"{len(expected)}: those of the ends and {dims.num_layers} of the transformer's"
-        faults.add("layers of the pipeline", means, f"{sorted(found)[-1]} as the last one's number")
+        means = f"numbers up to {max(expected)}: those of the ends and {dims.num_layers} of the transformer's"
+        faults.add("layers of the pipeline", means, f"number {max(found)}")
     if saved.mp % tp:
         do = "Are files of two checkpoints mixed?"
         faults.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp, do)

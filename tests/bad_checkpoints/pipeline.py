@@ -25,7 +25,7 @@ def layers_are_missing(folder):
 def a_layer_too_many(folder):
     for rank in (0, 1):
         shutil.copy(folder / TAG / LAYER, folder / TAG / f"layer_05-model_{rank:02d}-model_states.pt")
-    return "layers of the pipeline", "the embedding, 2 layers, the final norm, the head", "found 6"
+    return "layers of the pipeline", "numbers up to 4", "2 of the transformer's", "found number 5"
 
 
 @of(pipeline)
