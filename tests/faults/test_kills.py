@@ -19,8 +19,7 @@ from tests.faults.commands import Run
 STEPS = 30
 LAYOUTS = {
     "fit, TP2 x PP2": ("fit", 4, ["fit.parallel.tp=2", "fit.parallel.pp=2"]),
-    "fit, ZeRO 3": ("fit", 2, ["fit.parallel.zero=3"]),
-    "pretrain, TP2": ("pretrain", 2, ["pretrain.parallel.tp=2"]),
+    "pretrain, ZeRO 3": ("pretrain", 2, ["pretrain.parallel.zero=3"]),
 }
 
 
