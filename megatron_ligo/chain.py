@@ -27,7 +27,7 @@ from megatron_ligo.report import write_report
 from megatron_ligo.report.runs import PRETRAIN_RECORD, Run, read_runs
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
-RECORD = "chain.json"
+RECORD, REPORT = "chain.json", "report"
 OWN = ("name", "launcher")
 DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -91,18 +91,21 @@ def load(path: Path, output: Path) -> list[Stage]:
         faults.add("stages", "a table [[stages]] for each model", "none")
         faults.raise_if_any()
     stages: list[Stage] = []
-    for number, own in enumerate(listed, 1):
-        stage = _stage(own, shared, number, stages, output, faults)
+    for number in range(1, len(listed) + 1):
+        stage = _stage(listed, number, shared, stages, output, faults)
         if stage:
             stages.append(stage)
     faults.raise_if_any()
     return stages
 
 
-def _stage(own: dict, shared: dict, number: int, stages: list[Stage], output: Path, faults: Faults) -> Stage | None:
+def _stage(
+    listed: list[dict], number: int, shared: dict, stages: list[Stage], output: Path, faults: Faults
+) -> Stage | None:
+    own = listed[number - 1]
     before, name, launcher = (stages[-1] if stages else None), own.get("name"), own.get("launcher", [])
     where = f"stage {number} ({name})"
-    taken = [stage.name for stage in stages]
+    taken = [REPORT, *(other.get("name") for other in listed[: number - 1])]
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum() or name in taken:
         faults.add(f"{where}: name", "a word of its own", repr(name))
         return None
@@ -180,7 +183,7 @@ def record(stages: Sequence[Stage], output: Path) -> None:
     """OUTPUT/chain.json and OUTPUT/report for the stages that are done."""
     runs = read_runs([folder for stage in stages for folder in stage.runs()])
     spent, links = _spent(runs)
-    write_report([run.folder for run in runs], output / "report", before=spent)
+    write_report([run.folder for run in runs], output / REPORT, before=spent)
     write_json(output / RECORD, {"stages": links, "versions": library_versions()})
 
 

@@ -148,7 +148,7 @@ def test_faults_in_words(error, part):
 
 
 def test_mistakes_of_ours_are_not_faults():
-    assert cli.fault(KeyError("x")) is None and cli._fault(OSError("x")) is None
+    assert cli.fault(KeyError("x")) is None and cli.fault(OSError("x")) is None
 
 
 def test_help_names_the_keys(capsys):
