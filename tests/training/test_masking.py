@@ -123,7 +123,7 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
     table = Config().to_dict()
     table["data"] |= {"train": [str(tmp_path / "train")], "valid": [str(tmp_path / "valid")], "seq_length": 12}
     table["data"] |= {"mask_token": MASK, "ends": [FIRST, LAST]}
-    table["pretrain"] |= {"start": str(tmp_path / "small"), "steps": 4, "lr": 1e-2, "warmup_steps": 0, "save_every": 0}
+    table["pretrain"] |= {"start": str(tmp_path / "small"), "steps": 4, "lr": 2e-3, "warmup_steps": 0, "save_every": 0}
     table["pretrain"]["parallel"] |= {"tp": 2}
     refused = pools(2).run(pretrain, settings=table, output=str(tmp_path / "refused"))
     assert "fresh_head = true" in refused
