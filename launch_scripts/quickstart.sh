@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M, a real pretrained model, grown to 232M and pretrained from the hand-off: see quickstart.toml.
+# SmolLM2-135M, a real pretrained model, grown to 239M and pretrained from the hand-off: see quickstart.toml.
 # On a fresh machine it sets up everything itself; run again, it goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
