@@ -118,7 +118,7 @@ def _tied(arch: Architecture, dims: Dims) -> dict[str, str]:
     if not dims.tied:
         return {}
     names = {row.key: row.slots["mcore"].name for row in arch.rows}
-    return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to}
+    return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to and row.exists(dims)}
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:

@@ -10,6 +10,7 @@ from megatron_ligo.convert import convert
 from megatron_ligo.describe import as_text, describe
 from megatron_ligo.errors import ConfigError
 from megatron_ligo.formats.base import MOMENTS, WriteOptions
+from tests import families
 from tests.formats import megatron_ranks, models
 from tests.tiny import tokens
 
@@ -177,3 +178,12 @@ def test_layouts_that_megatron_has_not(sources, tmp_path):
             convert(source, tmp_path / "a", "megatron", options)
     with pytest.raises(ConfigError, match="vocab_divisible_by"):
         convert(source, tmp_path / "a", "mcore", WriteOptions(extra={"vocab_divisible_by": 1.5}))
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_an_encoder_over_stages(tmp_path, name):
+    """Without a head the last stage has no copy of the embedding."""
+    _, folder = families.saved(tmp_path / "hf", "bert", name)
+    source = formats.open(folder)
+    convert(source, tmp_path / "megatron", "megatron", WriteOptions(tp=2, pp=2))
+    assert_same_weights(formats.open(tmp_path / "megatron"), source)
