@@ -65,7 +65,11 @@ def write(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Pat
     if bad:
         raise CheckpointError(message(f"operator {folder}", "finite numbers", f"NaN or Inf in {', '.join(bad)}"))
     aside = folder / f".{TENSORS}.new"
+    aside.touch()
+    rights = aside.stat().st_mode
+    # Puts a file of its own there, which nobody else may read.
     save_file(held, aside)
+    aside.chmod(rights)
     _commit(aside, folder / TENSORS)
     own = {
         "version": VERSION,
