@@ -96,10 +96,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds: tensors, and the names of what are none."""
+    """What a folder holds: tensors, and what are none (file, offset and length of what torch.save wrote)."""
 
     tensors: Mapping[str, Entry]
-    objects: frozenset[str]
+    objects: Mapping[str, tuple[str, int, int]]
 
 
 def load(folder: Path) -> Contents:
@@ -111,12 +111,15 @@ def load(folder: Path) -> Contents:
         spans = {_place(index): _span(info) for index, info in places.items()}
         faults = Faults(f"{path} does not describe tensors in files beside it", CheckpointError)
         _check_files(folder, spans, faults)
-        tensors, objects = {}, set()
+        tensors, objects = {}, {}
         for name, found in described.items():
             if type(name) is not str or type(found).__name__ not in ("TensorStorageMetadata", "BytesStorageMetadata"):
                 raise ValueError(f"{name!r} is a {type(found).__name__}")
             if type(found).__name__ == "BytesStorageMetadata":
-                objects.add(name)
+                if (name, None) in spans:
+                    objects[name] = spans[name, None]
+                else:
+                    faults.add(name, "a place in a file", "none")
                 continue
             entry = _entry(name, found, spans, faults)
             if entry:
@@ -125,7 +128,7 @@ def load(folder: Path) -> Contents:
         found = f"{type(error).__name__}: {error}"
         raise CheckpointError(message(f"{path}", "the metadata of a distributed checkpoint", found)) from None
     faults.raise_if_any()
-    return Contents(tensors, frozenset(objects))
+    return Contents(tensors, objects)
 
 
 def pickled(tensors: Mapping[str, Entry], objects: Mapping[str, tuple[str, int, int]]) -> bytes:

@@ -4,7 +4,8 @@
     DIR/iter_0000100/metadata.json            the kind of checkpoint
     DIR/iter_0000100/.metadata                each tensor and its chunks (dcp_metadata.py)
     DIR/iter_0000100/__0_0.distcp             archives of torch.save, one a chunk, one after the other
-    DIR/iter_0000100/common.pt                iteration, the run's arguments, what belongs to no tensor
+    DIR/iter_0000100/common.pt                iteration, the run's arguments, what belongs to no tensor (or an object
+                                              of the checkpoint: mcore_names.py)
 
 A layer's tensors are stacked to (layers, ...), or have names of their own. Norms bear Transformer Engine's names.
 """
@@ -25,7 +26,7 @@ from megatron_ligo.errors import CheckpointError, Faults, message
 from megatron_ligo.formats import dcp_metadata, hf_config, iterations, mcore_writer, megatron_args, ranks, torch_files
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader
 from megatron_ligo.formats.dcp_metadata import METADATA, Chunk, Entry
-from megatron_ligo.formats.mcore_names import BACKEND, COMMON, CONFIG, fused_name, stacked_name
+from megatron_ligo.formats.mcore_names import BACKEND, COMMON, COMMON_OBJECT, CONFIG, fused_name, stacked_name
 from megatron_ligo.packing import Stored
 
 NAME = "mcore"
@@ -69,9 +70,7 @@ class McoreReader(Reader):
         self._folder = iterations.folder(path)
         _check_backend(self._folder / CONFIG)
         self._contents = dcp_metadata.load(self._folder)
-        common = torch_files.load(self._folder / COMMON, megatron_args.STAND_INS)
-        if not isinstance(common, dict):
-            raise CheckpointError(message(f"{self._folder / COMMON}", "a dict", type(common).__name__))
+        common = self._common()
         self.dims, self.carried, self.files = megatron_args.sizes(self._folder, common.get("args"))
         self._items: dict[str, Stored] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
@@ -85,6 +84,19 @@ class McoreReader(Reader):
     @property
     def has_moments(self) -> bool:
         return self._moments
+
+    def _common(self) -> dict:
+        """What belongs to no tensor."""
+        path, place = self._folder / COMMON, self._contents.objects.get(COMMON_OBJECT)
+        if place and not path.is_file():
+            path, start, length = self._folder / place[0], *place[1:]
+            listed = torch_files.within(path, start, length, megatron_args.STAND_INS)
+            common = listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
+        else:
+            common = torch_files.load(path, megatron_args.STAND_INS)
+        if not isinstance(common, dict):
+            raise CheckpointError(message(f"{path}", "a dict of what is no tensor", type(common).__name__))
+        return common
 
     def info(self, key: str) -> Info:
         part = self._parts[self._items[key].name][0]

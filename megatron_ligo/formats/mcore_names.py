@@ -9,6 +9,8 @@ FUSED_NORMS = {
 }
 # A distributed checkpoint's files beside those of torch.distributed.checkpoint, and the kind that it is.
 CONFIG, COMMON = "metadata.json", "common.pt"
+# Where there is no such file (from Megatron-core 0.19 on), an object of the checkpoint holds the same, in a list.
+COMMON_OBJECT = "common_state/shard_0_1"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # No weights: what a module keeps for fp8, and nothing without.
 EXTRA_STATE = "_extra_state"

@@ -35,20 +35,35 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool 
     """
     if not path.is_file():
         raise CheckpointError(message(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
-    zipped = is_zipfile(path)
+    with told(f"{path}"), _only(stand_ins):
+        found = _checked(path, mapped)
+    trees.check(f"{path}", found)
+    return found
+
+
+def within(path: Path, start: int, length: int, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
+    """As `load`, of what torch.save wrote into a part of a file; its tensors are copies."""
+    with told(f"{path} at {start}"), _only(stand_ins), path.open("rb") as file:
+        found = _checked(Window(file, start, length), mapped=False)
+    trees.check(f"{path} at {start}", found)
+    return found
+
+
+def _checked(file: Path | BinaryIO, mapped: bool) -> object:
+    zipped = is_zipfile(file)
     sizes: list[int] = []
 
     def noted(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
         sizes.append(storage.nbytes())
         return storage
 
-    with told(f"{path}"), _only(stand_ins):
-        records = _records(path) if zipped else None
-        # The format of torch before 1.6 is no zip archive and cannot be mapped.
-        found = torch.load(path, map_location=noted, weights_only=True, mmap=mapped and zipped)
-        if zipped and sorted(sizes) != records:
-            raise BadZipFile("storages of other sizes than their records")
-    trees.check(f"{path}", found)
+    records = _records(file) if zipped else None
+    if not isinstance(file, Path):
+        file.seek(0)
+    # The format of torch before 1.6 is no zip archive and cannot be mapped.
+    found = torch.load(file, map_location=noted, weights_only=True, mmap=mapped and zipped)
+    if zipped and sorted(sizes) != records:
+        raise BadZipFile("storages of other sizes than their records")
     return found
 
 
@@ -159,10 +174,10 @@ def told(where: str) -> Iterator[None]:
         raise CheckpointError(message(where, "a whole file of torch.save", found, "Fetch it again.")) from None
 
 
-def _records(path: Path) -> list[int]:
+def _records(file: Path | BinaryIO) -> list[int]:
     """Sizes of the storages' records. torch maps each as it lies in the archive and believes the pickle about its size:
     packed or shorter, it would be other numbers."""
-    with ZipFile(path) as archive:
+    with ZipFile(file) as archive:
         records = archive.infolist()
     names = [record.filename for record in records]
     if len(set(names)) < len(names) or any(record.compress_type != ZIP_STORED for record in records):
