@@ -6,7 +6,6 @@ All tokens are of the first segment, as packed text is. Legend: s sequence, b ba
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
@@ -21,6 +20,7 @@ from megatron_ligo.model.layers import (
     reduce_norm_gradients,
     run_layer,
     uninitialised_config,
+    word_embedding,
 )
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.norm import Norm
@@ -57,15 +57,7 @@ class Embedding(Sums):
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh):
         super().__init__(dims, build, mesh)
-        config = uninitialised_config(dims, build)
-        self.word_embeddings = VocabParallelEmbedding(
-            layout.padded_vocab(dims.vocab_size, mesh.tp),
-            dims.hidden_size,
-            init_method=config.init_method,
-            reduce_scatter_embeddings=build.sequence_parallel,
-            config=config,
-            tp_group=mesh.tp_group,
-        )
+        self.word_embeddings = word_embedding(dims, build, mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(embed(self.word_embeddings, tokens))

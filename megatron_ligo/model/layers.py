@@ -40,6 +40,18 @@ def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int, start: int = 0) 
     return h + table(torch.arange(first, first + h.shape[0], device=h.device))[:, None]
 
 
+def word_embedding(dims: Dims, build: Build, mesh: Mesh) -> VocabParallelEmbedding:
+    config = uninitialised_config(dims, build)
+    return VocabParallelEmbedding(
+        layout.padded_vocab(dims.vocab_size, mesh.tp),
+        dims.hidden_size,
+        init_method=config.init_method,
+        reduce_scatter_embeddings=build.sequence_parallel,
+        config=config,
+        tp_group=mesh.tp_group,
+    )
+
+
 def output_linear(dims: Dims, build: Build, mesh: Mesh, holds_weight: bool, bias: bool = False) -> ColumnParallelLinear:
     """What gives this rank's columns of the logits, with a weight of its own or with the embedding's."""
     config = uninitialised_config(dims, build)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from megatron_ligo.model.layers import (
     reduce_norm_gradients,
     run_layer,
     uninitialised_config,
+    word_embedding,
 )
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.post_norm import PostNormLayer
@@ -45,15 +45,7 @@ class Embedding(nn.Module):
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh):
         super().__init__()
-        config = uninitialised_config(dims, build)
-        self.word_embeddings = VocabParallelEmbedding(
-            layout.padded_vocab(dims.vocab_size, mesh.tp),
-            dims.hidden_size,
-            init_method=config.init_method,
-            reduce_scatter_embeddings=build.sequence_parallel,
-            config=config,
-            tp_group=mesh.tp_group,
-        )
+        self.word_embeddings = word_embedding(dims, build, mesh)
         if dims.tied:
             self.head = output_linear(dims, build, mesh, holds_weight=False)
 
