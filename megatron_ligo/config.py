@@ -40,7 +40,8 @@ class LargeSection:
     num_heads: int | None = setting(None, "query heads; left out: as the small one", low=1)
     num_kv_heads: int | None = setting(None, "key and value heads; left out: as the small one", low=1)
     head_dim: int | None = setting(None, "features of a head; left out: as the small one", low=1)
-    vocab_size: int | None = setting(None, "rows of the vocabulary; left out: as the small one", low=1)
+    vocab_size: int | None = setting(None, "rows of the vocabulary (labels); left out: as the small one", low=1)
+    image_size: int | None = setting(None, "pixels of a side: positions are interpolated; left out: as before", low=1)
 
 
 @dataclass(frozen=True)

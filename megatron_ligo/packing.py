@@ -47,7 +47,7 @@ class Stored:
         """Shape as the format stores it: whole (global, unpadded), or what each of tp ranks holds."""
         shapes = [_shard_shape(row, dims, tp) for row in self.rows]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        return tuple(reversed(shape)) if self.transposed else shape
+        return (1,) * self.slots[0].unit_dims + (tuple(reversed(shape)) if self.transposed else shape)
 
     def part(self, tensor: Tensor, key: str, dims: Dims) -> Tensor:
         """The canonical tensor of one key out of the whole (global, unpadded) stored tensor; a view where it can be."""
@@ -65,11 +65,16 @@ class Stored:
             for piece, slot in zip(pieces, self.slots, strict=True)
         ]
         packed = layout.pack(ordered, self.pack, dims.num_kv_heads // tp)
-        return packed.T if self.transposed else packed
+        return self._with_unit_dims(packed.T if self.transposed else packed)
+
+    def _with_unit_dims(self, tensor: Tensor) -> Tensor:
+        units = self.slots[0].unit_dims
+        return tensor.reshape(*(1,) * units, *tensor.shape) if units else tensor
 
     def local_part(self, tensor: Tensor, key: str, dims: Dims, tp: int) -> Tensor:
         """One key's shard out of what a rank stores; `layout.join` of all ranks' gives the canonical tensor."""
         index = self.keys.index(key)
+        tensor = tensor.reshape(tensor.shape[self.slots[0].unit_dims :])
         local = tensor.T if self.transposed else tensor
         sizes = [row.shape(dims)[0] // (tp if row.split == 0 else 1) for row in self.rows]
         part = _cut_out(local, index, self.pack, sizes, dims.num_kv_heads // tp)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import manifest
+from megatron_ligo.arch.dims import Dims
 from megatron_ligo.errors import CheckpointError, message
 from megatron_ligo.formats import digest, hf_config
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Reader
@@ -115,36 +116,48 @@ def _root(reader: Reader) -> Path:
 
 def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
     """Largest difference of the outputs of transformers' models on one fixed batch in fp32, and the largest output."""
-    size = min(a.dims.vocab_size, b.dims.vocab_size)
-    length = min(LENGTH, a.dims.longest_sequence, b.dims.longest_sequence)
-    tokens = torch.randint(0, size, (BATCH, length), generator=torch.Generator().manual_seed(SEED))
-    first, second = logits(a, tokens), logits(b, tokens)
+    seen = sample(a.dims, b.dims)
+    first, second = logits(a, seen), logits(b, seen)
     if first.shape != second.shape:
         raise CheckpointError(message("logits", f"shape {tuple(first.shape)}", tuple(second.shape)))
     return float((first - second).abs().max()), float(first.abs().max())
 
 
-@torch.no_grad()
-def logits(reader: Reader, tokens: Tensor) -> Tensor:
-    """What transformers' model of a checkpoint gives for tokens (batch, length), in fp32.
+def sample(a: Dims, b: Dims) -> Tensor:
+    """What both models can be shown: tokens (batch, length), or images (batch, channels, height, width) of the size of
+    the larger model's."""
+    generator = torch.Generator().manual_seed(SEED)
+    if a.image_size is not None and b.image_size is not None:
+        side = max(a.image_size, b.image_size)
+        return torch.randn(BATCH, a.num_channels, side, side, generator=generator)
+    length = min(LENGTH, a.longest_sequence, b.longest_sequence)
+    return torch.randint(0, min(a.vocab_size, b.vocab_size), (BATCH, length), generator=generator)
 
-    (batch, length, vocab), or the hidden states of a model without a head. Holds the whole model.
+
+@torch.no_grad()
+def logits(reader: Reader, seen: Tensor) -> Tensor:
+    """What transformers' model of a checkpoint gives for tokens or images (`sample`), in fp32.
+
+    (batch, length, vocab), (batch, labels), or the hidden states of a model without a head. Images of another size than
+    the model's are seen with interpolated positions. Holds the whole model.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = hf_config.config_of(reader.dims, reader.carried, torch.float32)
     made = CONFIG_MAPPING[reader.dims.model_type](**config)
-    model = getattr(transformers, config["architectures"][0])(made).eval()
-    state = dict(_state(reader))
-    taken = {name: tensor for name, tensor in state.items() if name in model.state_dict()}
-    left, missing = set(state) - set(taken), set(model.load_state_dict(taken, strict=False).missing_keys)
+    # transformers has other names in memory than in its files: only this way in translates them.
+    transformers.utils.logging.disable_progress_bar()
+    load = getattr(transformers, config["architectures"][0]).from_pretrained
+    model, told = load(None, config=made, state_dict=dict(_state(reader)), output_loading_info=True)
+    left, missing = set(told["unexpected_keys"]), set(told["missing_keys"])
     # A class may lack an optional part that is there, or have one that is not: neither changes what comes out first.
     rows = [row for row in reader.arch.rows if row.needs or row.tied_to]
     optional = {row.slots["hf"].name for row in rows}
     optional |= {reader.arch.stored_name(row.key, reader.dims, "hf") for row in rows}
     assert left | missing <= optional, f"{type(model).__name__}: left {left}, missing {missing}"
-    return model(tokens)[0]
+    other_size = reader.dims.image_size not in (None, seen.shape[-1])
+    return model.eval()(seen, **({"interpolate_pos_encoding": True} if other_size else {}))[0]
 
 
 def _state(reader: Reader) -> Iterator[tuple[str, Tensor]]:

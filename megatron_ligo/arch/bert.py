@@ -23,7 +23,7 @@ from megatron_ligo.arch.axes import (
     Q,
     V,
 )
-from megatron_ligo.arch.rows import Architecture, Axis, Pack, Row, Slot, Use
+from megatron_ligo.arch.rows import Architecture, Axis, Pack, Row, Slot, Task, Use
 
 TOKEN_TYPE = Axis("token_type", Use.WRITES)
 TO_POOLED = Axis("pooled", Use.WRITES)
@@ -148,7 +148,7 @@ BERT = Architecture(
     name="bert",
     norm="layer",
     norm_first=False,
-    causal=False,
+    task=Task.MASKED_TOKENS,
     model_types={
         "bert": {
             "BertForPreTraining": ("has_head", "has_pooler", "has_order_head"),

@@ -22,6 +22,9 @@ class Dims:
     sliding_window: attention reaches back that many tokens; None = all.
     position_padding: tokens of this id are not counted, and the others' positions begin at it + 1 (RoBERTa);
         None = positions are counted from 0. max_positions is the number of rows of the table of positions.
+    vocab_size: what the output head tells apart: tokens, or the labels of an image.
+    image_size, patch_size: pixels of a side of the (square) image and of each of its patches; num_channels: colours of
+        a pixel; None = the model reads no images. has_distillation: a second token beside the class's (DeiT).
     has_head, has_pooler, has_order_head: optional parts (output head, pooler, next-sentence head) that are there.
     """
 
@@ -47,6 +50,10 @@ class Dims:
     has_head: bool = True
     has_pooler: bool = False
     has_order_head: bool = False
+    image_size: int | None = None
+    patch_size: int | None = None
+    num_channels: int | None = None
+    has_distillation: bool = False
 
     def __post_init__(self) -> None:
         faults = Faults("the sizes of the model do not go together", ConfigError)
@@ -61,7 +68,32 @@ class Dims:
             faults.add("head_dim", "an even number (rotary positions turn pairs)", self.head_dim)
         if not self.norm_eps > 0:
             faults.add("norm_eps", "a positive number", self.norm_eps)
+        self._check_image(faults)
         faults.raise_if_any()
+
+    def _check_image(self, faults: Faults) -> None:
+        if self.image_size is None:
+            return
+        if not self.patch_size or not self.num_channels:
+            faults.add("patch_size, num_channels", "positive integers", f"{self.patch_size}, {self.num_channels}")
+        elif self.patches_a_side < 1:
+            faults.add("patch_size", f"at most image_size = {self.image_size}", self.patch_size)
+        elif self.max_positions != self.tokens_of_image:
+            faults.add("max_positions", f"{self.tokens_of_image}, a row for each token", self.max_positions)
+
+    @property
+    def patches_a_side(self) -> int:
+        """Of an image; pixels beyond the last whole patch are not seen."""
+        return self.image_size // self.patch_size
+
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens come before an image's patches: the class's, and DeiT's second one."""
+        return 1 + self.has_distillation
+
+    @property
+    def tokens_of_image(self) -> int:
+        return tokens_of_image(self.image_size, self.patch_size, self.has_distillation)
 
     @property
     def heads_per_group(self) -> int:
@@ -106,6 +138,11 @@ def _is(value: object, kind: str) -> bool:
     if kind == "float":
         return isinstance(value, int | float) and abs(value) <= float_info.max
     return isinstance(value, {"str": str, "int": int, "bool": bool, "Mapping": Mapping, "None": type(None)}[kind])
+
+
+def tokens_of_image(image_size: int, patch_size: int, has_distillation: bool) -> int:
+    """The special ones and a token for each patch."""
+    return 1 + has_distillation + (image_size // patch_size) ** 2
 
 
 def following_sizes(hidden_size: int, num_heads: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """RoBERTa (and XLM-RoBERTa): BERT's network under other names; positions begin after the padding token's id."""
 
 from megatron_ligo.arch import bert
-from megatron_ligo.arch.rows import Architecture
+from megatron_ligo.arch.rows import Architecture, Task
 
 BASE = "roberta."
 
@@ -9,7 +9,7 @@ ROBERTA = Architecture(
     name="roberta",
     norm="layer",
     norm_first=False,
-    causal=False,
+    task=Task.MASKED_TOKENS,
     head_activation="gelu",
     model_types={
         "roberta": {"RobertaForMaskedLM": ("has_head",), "RobertaModel": ("has_pooler",)},

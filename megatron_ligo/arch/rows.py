@@ -43,6 +43,14 @@ class Pack(Enum):
     STACKED = "stacked"  # one after the other along dim 0: [gate; up], [query; key; value]
 
 
+class Task(Enum):
+    """What a family is trained to tell, and from what: its samples, its loss and the ends of its network follow."""
+
+    NEXT_TOKEN = "next token"
+    MASKED_TOKENS = "masked tokens"
+    LABEL = "label"  # one of an image's; the head's vocabulary are the labels
+
+
 @dataclass(frozen=True)
 class Axis:
     space: str
@@ -55,7 +63,7 @@ class Slot:
     """Where a row lives in one format. `name` has one `{}` for the layer number, if the row is a layer's.
 
     transposed: stored as (in, out). interleaved: rotary pairs stored as (2i, 2i+1) (Meta, GGUF).
-    tied_name: its name where `dims.tied` ("" = the same).
+    tied_name: its name where `dims.tied` ("" = the same). unit_dims: stored with so many dims of size 1 before its own.
     """
 
     name: str
@@ -65,6 +73,7 @@ class Slot:
     transposed: bool = False
     interleaved: bool = False
     tied_name: str = ""
+    unit_dims: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,15 @@ class Row:
 _SPACE_FIELDS = {
     "vocab": "vocab_size",
     "position": "max_positions",
+    "channel": "num_channels",
+    "pixel": "patch_size",
     "token_type": "num_token_types",
     "residual": "hidden_size",
     "ffn": "ffn_size",
     "head": "hidden_size",
     "pooled": "hidden_size",
 }
-# Optional parts that the loss of a language model does not read, and the space that only they have.
+# Optional parts that the loss does not read, and the space that only they have.
 OFF_LOSS = ("has_pooler", "has_order_head")
 OFF_LOSS_SPACE = "pooled"
 _FIXED_SIZES = {"order": 2}  # the second sentence follows the first, or it does not
@@ -130,14 +141,14 @@ def axis_size(axis: Axis, dims: Dims) -> int:
 class Architecture:
     """One family of networks: its rows, and what its files are called in each format.
 
-    norm: "rms" or "layer". norm_first: norms stand before the blocks, or else after each sum (post-LN). causal: a
-    token sees those before it only. head_activation: that of a masked-LM head's transform, where it is not the layers'.
+    norm: "rms" or "layer". norm_first: norms stand before the blocks, or else after each sum (post-LN).
+    head_activation: that of a masked-LM head's transform, where it is not the layers'.
 
     hf and gguf: `{config key: Dims field}` of those formats' headers; fixed_hf: values that a Hugging Face config must
     have (or lack) for the table to describe the network; choices: what a field may be; model_types: Hugging Face
     `model_type` -> the classes that may stand in `architectures`, with the optional parts (fields of Dims) that each
-    has, the first where a config names none; implied: what a `model_type` settles about the sizes, whatever its config
-    says.
+    has, the first where a config names none; refused: classes that the table does not describe, and why; implied: what
+    a `model_type` settles about the sizes, whatever its config says.
 
     By format: ignored: patterns (fnmatch) of stored names that are no weights; base: a prefix of names that is left out
     where the last class of `model_types` is stored; renamed: endings of names in old files, and today's.
@@ -149,10 +160,11 @@ class Architecture:
     model_types: Mapping[str, Mapping[str, tuple[str, ...]]]
     hf: Mapping[str, str]
     norm_first: bool = True
-    causal: bool = True
+    task: Task = Task.NEXT_TOKEN
     head_activation: str = ""
     fixed_hf: Mapping[str, object] = field(default_factory=dict)
     gguf: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     implied: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -162,6 +174,11 @@ class Architecture:
     @cached_property
     def by_key(self) -> Mapping[str, Row]:
         return MappingProxyType({row.key: row for row in self.rows})
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees those before it only."""
+        return self.task is Task.NEXT_TOKEN
 
     @property
     def learns_positions(self) -> bool:
@@ -180,7 +197,7 @@ class Architecture:
         return self._joined.get(axis.space, axis.space) if dims.tied else axis.space
 
     def outside(self, dims: Dims) -> tuple[list[Row], list[Row]]:
-        """The stored rows that the loss of a language model reads before the layers, and after them."""
+        """The stored rows that the loss reads before the layers, and after them."""
         first = next(i for i, row in enumerate(self.rows) if row.in_layer)
         rows = [
             (i < first, row)

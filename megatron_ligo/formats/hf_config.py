@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.dims import Dims, following_sizes
-from megatron_ligo.arch.rows import Architecture
+from megatron_ligo.arch.dims import Dims, following_sizes, tokens_of_image
+from megatron_ligo.arch.rows import Architecture, Task
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message, nearest
 from megatron_ligo.jsonfile import read_json
 
@@ -27,6 +27,7 @@ ROPE = ("rope_theta", "rope_scaling")
 # The annotations in Dims that are numbers or truths.
 KINDS = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
+IMAGE = ("image_size", "patch_size", "num_channels")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -82,6 +83,11 @@ def _refuse_features(config: Mapping, arch: Architecture, faults: Faults) -> Non
     for key, value in arch.fixed_hf.items():
         if key in config and config[key] != value:
             faults.add(key, repr(value), repr(config[key]))
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if str(name) in arch.refused:
+            known = ", ".join(arch.model_types[config["model_type"]])
+            faults.add("architectures", known, f"{name}: {arch.refused[str(name)]}")
     if config.get("quantization_config") is not None:
         faults.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
     if config.get("auto_map") is not None:
@@ -138,7 +144,9 @@ def _rope(config: Mapping, where: str, faults: Faults) -> dict[str, object]:
 
 def _follow(sizes: dict) -> None:
     """What follows from other sizes where a config says nothing (or null)."""
-    hidden, heads = sizes.get("hidden_size"), sizes.get("num_heads")
+    hidden, heads, image, patch = (sizes.get(key) for key in ("hidden_size", "num_heads", "image_size", "patch_size"))
+    if all(type(size) is int and size > 0 for size in (image, patch)):
+        sizes["max_positions"] = tokens_of_image(image, patch, sizes["has_distillation"])
     if not all(type(size) is int and size > 0 for size in (hidden, heads)):
         return
     for name, value in following_sizes(hidden, heads).items():
@@ -154,7 +162,8 @@ def _check_kinds(sizes: dict, faults: Faults) -> None:
     for field in fields(Dims):
         kind = KINDS.get(field.type)
         value = sizes.get(field.name, field.default)
-        if kind is None or (value is None and "None" in field.type) or (field.name in MAY_BE_ZERO and value == 0):
+        lacks = value is None and "None" in field.type and not (field.name in IMAGE and field.name in sizes)
+        if kind is None or lacks or (field.name in MAY_BE_ZERO and value == 0):
             continue
         if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
             faults.add(field.name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
@@ -188,12 +197,25 @@ def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> 
     faults.raise_if_any()
     name = str(dtype).removeprefix("torch.")
     config = {"architectures": [arch.class_of(dims)], "model_type": dims.model_type}
-    # Token ids that nobody knows are null: left out, they would be the family's.
-    config |= dict.fromkeys(TOKEN_IDS)
-    config |= carried
+    if arch.task is Task.LABEL:
+        config |= {**carried, **_labels(carried, dims.vocab_size)}
+    else:
+        # Token ids that nobody knows are null: left out, they would be the family's.
+        config |= {**dict.fromkeys(TOKEN_IDS), **carried}
     config |= {key: getattr(dims, field) for key, field in arch.hf.items()}
     config |= arch.fixed_hf
     if "rope_theta" in arch.hf:
         scaling = dict(dims.rope_scaling or {})
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": dims.rope_base} | scaling
     return config | {"dtype": name, "torch_dtype": name}
+
+
+def _labels(carried: Mapping[str, object], count: int) -> dict[str, dict]:
+    """The labels' names; those that have none are named as transformers names them."""
+    stated = carried.get("id2label")
+    known = {int(number): name for number, name in stated.items()} if isinstance(stated, dict) else {}
+    names = {number: known.get(number, f"LABEL_{number}") for number in range(count)}
+    return {
+        "id2label": {str(number): name for number, name in names.items()},
+        "label2id": {name: number for number, name in names.items()},
+    }

@@ -6,10 +6,10 @@
     DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt   read, where they are: masters and moments (ZeRO 1)
     DIR/dims.json or config.json                               the model's sizes; DeepSpeed does not look at them
 
-Layer 0 is the words' embedding, whatever is added to it is a layer of its own, then come the transformer's layers, the
-final norm (an encoder: the transform of its head), the head and its bias. A tied head is stored nowhere: DeepSpeed
-copies the embedding to it. Written are layers and counts, which a pipeline of that tensor parallelism loads with
-`load_checkpoint(DIR, load_module_only=True)` at any number of stages.
+Layer 0 is the words' embedding, whatever is added to it is a layer of its own (an image's embedding is one layer), then
+come the transformer's layers, the final norm (a masked-LM model: the transform of its head), the head and its bias. A
+tied head is stored nowhere: DeepSpeed copies the embedding to it. Written are layers and counts, which a pipeline of
+that tensor parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at any number of stages.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ligo import arch, packing
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Task
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults
 from megatron_ligo.formats import record
 from megatron_ligo.formats.base import Reader, WriteOptions
@@ -43,20 +44,28 @@ OPTIONS = {"tag": "name of the folder (default global_stepN)"}
 
 def layers_before(dims: Dims) -> int:
     """How many layers of the pipeline come before the transformer's first one."""
-    return 2 if arch.get(dims.arch).learns_positions else 1
+    return len(_before(dims))
+
+
+def _before(dims: Dims) -> list[dict[str, str]]:
+    family = arch.get(dims.arch)
+    if family.task is Task.LABEL:
+        return [{"": "embedding."}]
+    words, *more = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
+    before = [{words: f"embedding.{words}"}, {own: f"embedding.{own}" for own in more}]
+    return before if family.learns_positions else before[:1]
 
 
 def prefixes(dims: Dims) -> list[dict[str, str]]:
     """By layer of the pipeline: what its parameters' names begin with in the layer, and in the whole model."""
     family = arch.get(dims.arch)
-    words, *more = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
-    before = [{words: f"embedding.{words}"}, {own: f"embedding.{own}" for own in more}][: layers_before(dims)]
-    stack = "decoder" if family.causal else "encoder"
+    masked = family.task is Task.MASKED_TOKENS
+    stack = "encoder" if masked else "decoder"
     layers = [{"": f"{stack}.layers.{layer}."} for layer in range(dims.num_layers)]
-    if family.causal:
-        return [*before, *layers, {"norm.": "decoder.final_layernorm."}, {"linear.": "output_layer."}]
-    ends = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}, {"bias": "output_layer.bias"}]
-    return [*before, *layers, *ends]
+    ends = [{"norm.": "decoder.final_layernorm."}, {"linear.": "output_layer."}]
+    if masked:
+        ends = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}, {"bias": "output_layer.bias"}]
+    return [*_before(dims), *layers, *ends]
 
 
 def _held(dims: Dims) -> dict[int, dict[str, packing.Stored]]:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.dims import Dims, tokens_of_image
 from megatron_ligo.config import LargeSection, OperatorSection, by_space
-from megatron_ligo.errors import ConfigError, Faults, nearest
+from megatron_ligo.errors import ConfigError, Faults, message, nearest
 from megatron_ligo.growth import heads, init
 from megatron_ligo.growth.maps import WHOLE_HEADS, Frame, MapSpec
 from megatron_ligo.growth.methods import METHODS, resolve
@@ -17,6 +17,9 @@ from megatron_ligo.growth.operator import Initial, short, variance_ratio
 
 log = logging.getLogger(__name__)
 
+SIZES = (
+    "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "image_size",
+)  # fmt: skip
 # Starts of the KV groups that say for each which small ones it is made of.
 COPIES = ("lossless", "copy", "clone", "select", "net2net", "mean")
 
@@ -27,6 +30,10 @@ def large_dims(small: Dims, section: LargeSection) -> Dims:
     if "num_kv_heads" not in architectures.get(small.arch).hf.values() and "num_heads" in named:
         # The family knows no groups.
         named.setdefault("num_kv_heads", named["num_heads"])
+    if "image_size" in named:
+        if small.image_size is None:
+            raise ConfigError(message("large.image_size", f"none: {small.arch} reads no images", named["image_size"]))
+        named["max_positions"] = tokens_of_image(named["image_size"], small.patch_size, small.has_distillation)
     named["rope_base"] = heads.rope_base(small, named.get("head_dim", small.head_dim))
     return replace(small, **named)
 
@@ -49,9 +56,9 @@ def initial_operator(small: Dims, section: LargeSection, settings: OperatorSecti
 def check_sizes(small: Dims, large: Dims, merges: bool = False) -> None:
     """merges: KV heads are to become fewer."""
     faults = Faults("the small model cannot grow into the large one", ConfigError)
-    for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+    for name in SIZES:
         before, after = getattr(small, name), getattr(large, name)
-        if after >= before or (name == "num_kv_heads" and merges):
+        if before is None or after >= before or (name == "num_kv_heads" and merges):
             continue
         do = "Growth never shrinks."
         if name == "num_kv_heads":

@@ -42,14 +42,14 @@ def writers(operator: Operator, key: str, rms: float) -> Tensor | None:
 
 
 def around(operator: Operator, key: str, rms: float) -> Tensor | None:
-    """What is added to a grown matrix, zero in the small one's corner, fp32; None where nothing is."""
+    """What is added to a grown matrix (or a map of patches), zero in the small one's corner, fp32; None where nothing
+    is."""
     row = operator.arch.row(key)
-    if operator.settings.fresh != "all" or len(row.axes) != 2:
+    if operator.settings.fresh != "all" or len(row.axes) < 2:
         return None
     drawn = _draw(operator, key, row.shape(operator.large), rms)
     if not is_fresh_layer(operator, row, layer_of(key)):
-        out, into = (kept_features(operator, axis) for axis in row.axes)
-        drawn[:out, :into] = 0
+        drawn[tuple(slice(kept_features(operator, axis)) for axis in row.axes)] = 0
     return drawn
 
 

@@ -21,7 +21,8 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Architecture, Axis, Heads, Row, Use, axis_size
 from megatron_ligo.growth import heads
 
-UNGROWN = ("vocab", "position", "token_type", "order")  # spaces whose features are names: they keep their meaning
+# Spaces whose features are names: they keep their meaning.
+UNGROWN = ("vocab", "position", "token_type", "order", "channel", "pixel")
 WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 
 

@@ -10,7 +10,8 @@ does and copies are plain (no noise). The second moment is a mean of squares; it
 entry by entry, which is exact where their rows have one entry. Where rows have several (dense or learned maps, noise),
 it takes the entries' gradients for independent: an estimate, and too small where they agree.
 
-Layers: those that write nothing yet are new, and begin at zero; so do new tokens. Several layers that hold one small
+Layers: those that write nothing yet are new, and begin at zero; so do new tokens, and the positions of a larger image.
+Several layers that hold one small
 layer share its gradient out (the least-squares solution of the chain rule), which leaves Adam's steps as they were.
 """
 
@@ -65,6 +66,8 @@ class Duals:
     def grow(self, key: str, read: Callable[[str], Tensor]) -> Tensor:
         """A large key's moment from the small ones, which `read` gives by key; fp32 or wider."""
         operator, row, layer = self.operator, self.operator.arch.row(key), layer_of(key)
+        if row.axes[0].space == "position" and operator.large.image_size != operator.small.image_size:
+            return torch.zeros(row.shape(operator.large))
         grown = self._mix(row, key, layer, read)
         if row.axes[0].use is Use.SCALES and operator.copied_gains:
             return self._gain(row, layer, grown)

@@ -28,6 +28,7 @@ from megatron_ligo.config import OperatorSection, by_space
 from megatron_ligo.growth import heads, init
 from megatron_ligo.growth.maps import Frame, Lift, MapSpec, grow_row, left_inverse
 from megatron_ligo.growth.methods import resolve
+from megatron_ligo.growth.positions import interpolate
 from megatron_ligo.growth.vocab import extend
 
 
@@ -175,10 +176,12 @@ class Operator(ABC):
         """What is left to each copy of a feature of such a bias."""
         return self.tensor("gain.final") / self.tensor("gain.layers")
 
-    def with_new_tokens(self, key: str, table: Tensor) -> Tensor:
-        """A small tensor with rows for the tokens that only the large model has, where the key has rows of tokens."""
-        size = self.large.vocab_size
-        if self.arch.row(key).axes[0].space != "vocab" or table.shape[0] == size:
+    def with_new_rows(self, key: str, table: Tensor) -> Tensor:
+        """A small tensor with rows for the tokens (labels, positions of an image) that only the large model has."""
+        space, size = self.arch.row(key).axes[0].space, self.large.vocab_size
+        if space == "position" and self.large.image_size != self.small.image_size:
+            return interpolate(table, self.small, self.large)
+        if space != "vocab" or table.shape[0] == size:
             return table
         return extend(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
 
@@ -192,7 +195,7 @@ class Operator(ABC):
         wider; layers at weight zero are not read."""
         layer = layer_of(key)
         if layer is None:
-            return self.with_new_tokens(key, read(key))
+            return self.with_new_rows(key, read(key))
         pattern = pattern_of(key)
         weights = self.tensor(f"depth.{short(self.arch.row(key))}")[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]

@@ -69,8 +69,8 @@ class Source:
             self.outside["head"] = self._read_outside(reader, reader.arch.row("embed")) if embed is None else embed
 
     def _read_outside(self, reader: Reader, row: Row) -> Tensor:
-        """This rank's part, with rows for the tokens that only the large model has."""
-        tensor = self.operator.with_new_tokens(row.key, reader.read(row.key))
+        """This rank's part, with rows for what only the large model has."""
+        tensor = self.operator.with_new_rows(row.key, reader.read(row.key))
         part = tensor if row.split is None else shard(tensor, row, self.mesh.tp, self.mesh.tp_rank).clone()
         return part.float().to(accelerator.device())
 

@@ -28,7 +28,7 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
     for key in operator.arch.keys(operator.large):
         row, layer = operator.arch.row(key), layer_of(key)
         if layer is None:
-            mixed = operator.with_new_tokens(key, source.read(key))
+            mixed = operator.with_new_rows(key, source.read(key))
         else:
             stack = torch.stack([source.read(pattern_of(key).format(i)) for i in range(operator.small.num_layers)])
             mixed = torch.tensordot(values[f"depth.{short(row)}"][layer], stack, dims=1)

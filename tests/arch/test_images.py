@@ -1,0 +1,137 @@
+"""ViT and DeiT: the tables against the real models, there and back, growth, larger images."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_ligo import describe, formats, verify
+from megatron_ligo.arch import get
+from megatron_ligo.config import Config, LargeSection, OperatorSection
+from megatron_ligo.convert import convert
+from megatron_ligo.errors import CheckpointError, ConfigError
+from megatron_ligo.formats import hf_config
+from megatron_ligo.grow import Grown
+from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.handoff import grow_to
+from megatron_ligo.packing import stored
+from tests import families, images
+from tests.formats.models import same_bits
+
+LARGER = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5)
+
+
+@pytest.mark.parametrize(("family", "name"), images.CLASSES)
+def test_there_and_back(tmp_path, family, name):
+    dims = images.dims_of(family, name)
+    assert get(family).class_of(dims) == name
+    model, folder = images.saved(tmp_path / "a", dims)
+    source = formats.open(folder)
+    assert source.dims == dims
+    expected = {name: item.shape(dims) for name, item in stored(get(family), dims, "hf").items()}
+    before = load_file(folder / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in before.items()} == expected
+    last = source.path
+    others = ("universal", "mcore", "megatron", "pipeline", "deepspeed") if name == "DeiTForImageClassification" else ()
+    for form in (*others, "hf"):
+        convert(formats.open(last), tmp_path / form, form)
+        last = tmp_path / form
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(same_bits(before[key], after[key]) for key in before)
+    seen = images.pictures(dims)
+    again = getattr(transformers, name).from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        assert torch.equal(again(seen)[0], model(seen)[0])
+        assert torch.equal(verify.logits(formats.open(last), seen), model(seen)[0])
+    assert verify.compare(source, formats.open(last)).same
+    assert "image_size=10" in describe.as_text(describe.describe(source))
+
+
+def test_labels_keep_their_names(tmp_path):
+    model, folder = images.saved(tmp_path / "a", images.dims_of())
+    model.config.id2label = dict(enumerate(("cat", "dog", "emu", "fox", "gnu")))
+    model.config.label2id = {name: number for number, name in model.config.id2label.items()}
+    model.config.save_pretrained(folder)
+    operator = initial_operator(images.dims_of(), LargeSection(vocab_size=7), OperatorSection())
+    convert(Grown(operator, formats.open(folder)), tmp_path / "b", "hf")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "b")
+    assert [config.id2label[number] for number in (0, 4, 5, 6)] == ["cat", "gnu", "LABEL_5", "LABEL_6"]
+    assert (config.num_labels, config.label2id["LABEL_6"]) == (7, 6)
+
+
+def edited(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_refusals(tmp_path):
+    _, folder = images.saved(tmp_path / "a", images.dims_of("deit"))
+    with pytest.raises(CheckpointError, match="DeiTForImageClassificationWithTeacher"):
+        formats.open(edited(folder, architectures=["DeiTForImageClassificationWithTeacher"]))
+    for changes, word in (({"image_size": None}, "image_size"), ({"patch_size": 11}, "patch_size")):
+        stated = hf_config.config_of(images.dims_of(), {}, torch.float32)
+        with pytest.raises(CheckpointError, match=word):
+            hf_config.dims_of({**stated, **changes}, "config.json")
+    with pytest.raises(ConfigError, match="fairscale"):
+        stored(get("vit"), images.dims_of(), "fairscale")
+    with pytest.raises(ConfigError, match="image_size"):
+        initial_operator(images.dims_of(), LargeSection(image_size=9), OperatorSection())
+    with pytest.raises(ConfigError, match="reads no images"):
+        gpt2 = families.dims_of("gpt2", "GPT2LMHeadModel")
+        initial_operator(gpt2, LargeSection(image_size=9), OperatorSection())
+
+
+def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) -> float:
+    """Largest difference of the logits in fp64, the small model looking at the large one's image."""
+    small = images.dims_of(family)
+    source = images.memory_of(images.model_of(small, torch.float64), small)
+    grown = Grown(initial_operator(small, large, settings), source)
+    for key in grown.keys():  # noqa: SIM118
+        assert grown.read(key).shape == grown.info(key).shape
+    seen = images.pictures(grown.dims).double()
+    with torch.no_grad():
+        before, after = images.built(source)(seen, **shown)[0], images.built(grown)(seen)[0]
+    assert before.abs().max() > 0.1
+    return float((before - after).abs().max())
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_growth(family):
+    assert gap(family, LARGER, OperatorSection()) < 1e-12
+    assert gap(family, LARGER, OperatorSection(method="lemon")) < 1e-6
+    assert gap(family, LARGER, OperatorSection(method="stack")) > 1e-2
+    # Positions that are not interpolated are another model's.
+    wide = {"image_size": 16, "hidden_size": 48, "num_heads": 12}
+    assert gap(family, LargeSection(**wide), OperatorSection(), interpolate_pos_encoding=True) < 1e-12
+    assert gap(family, LargeSection(image_size=21), OperatorSection(), interpolate_pos_encoding=True) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["ligo", "aki", "direct_copy", "random"])
+def test_every_method_takes_every_row(method):
+    small = images.dims_of("deit")
+    source = images.memory_of(images.model_of(small), small)
+    large = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5, vocab_size=7, image_size=14)
+    grown = Grown(initial_operator(small, large, OperatorSection(method=method)), source)
+    assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118
+    assert images.built(grown)(images.pictures(grown.dims))[0].shape == (2, 7)
+    # A fresh model sees a patch with all of its features.
+    assert (grown.read("patch").flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_the_hand_off(tmp_path):
+    """tools/grow.py's way: the grown model as transformers takes it, equal to the small one on a larger image."""
+    dims = images.dims_of("deit")
+    model, folder = images.saved(tmp_path / "small", dims)
+    table = {"small": {"path": str(folder)}, "large": {"hidden_size": 48, "num_heads": 12, "image_size": 13}}
+    grow_to(Config.from_dict(table), None, tmp_path / "grown")
+    grown = formats.open(tmp_path / "grown" / "hf")
+    apart, largest = verify.compare_logits(formats.open(folder), grown)
+    assert apart < 1e-6 * max(1.0, largest)
+    seen = images.pictures(grown.dims)
+    again = transformers.DeiTForImageClassification.from_pretrained(grown.path).eval()
+    with torch.no_grad():
+        assert torch.allclose(again(seen)[0], model(seen, interpolate_pos_encoding=True)[0], atol=1e-6)
