@@ -22,6 +22,7 @@ from megatron_ligo.settings import read, setting
 ByName = dict[str, str]
 WRITERS = ("universal", "hf")
 SOURCES = ("divided", "whole")
+POSITIONS = ("tile", "mean", "random")
 MOMENTS = ("reset", "grow", "old")
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class LargeSection:
     num_kv_heads: int | None = setting(None, "key and value heads; left out: as the small one", low=1)
     head_dim: int | None = setting(None, "features of a head; left out: as the small one", low=1)
     vocab_size: int | None = setting(None, "rows of the vocabulary (labels); left out: as the small one", low=1)
+    max_positions: int | None = setting(None, "positions, rows of their table if learned; left out: as small", low=1)
     image_size: int | None = setting(None, "pixels of a side: positions are interpolated; left out: as before", low=1)
 
 
@@ -75,6 +77,9 @@ class OperatorSection:
     )
     borrow: str | None = setting(None, "new features' rows: of the next layer", choices=("none", "next"))
     vocab_noise: float = setting(0.0, "new tokens around the mean token, relative to the tokens' spread", low=0.0)
+    position_init: str = setting(
+        "tile", "new learned positions: the old ones in turn, their mean, or around it", choices=POSITIONS
+    )
     rank: int | dict[str, int] = setting(0, "maps learned as start + U V of this rank; 0: whole", low=0)
     seed: int = setting(1234, "seed of the initialisation", low=0)
 

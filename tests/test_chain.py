@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ligo import chain, lineage
 from megatron_ligo.errors import ConfigError
-from tests.tiny import hf_llama, llama_dims
+from tests import families
 from tests.training.test_pretrain import make_pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,9 +39,11 @@ path = "{base}/sizes/config.json"
 name = "medium"
 [stages.large]
 num_layers = 4
-hidden_size = 36
+hidden_size = 48
 num_heads = 12
-num_kv_heads = 6
+max_positions = 30
+[stages.data]
+seq_length = 20
 [stages.operator]
 noise = 0.5
 [stages.fit]
@@ -81,7 +83,7 @@ def losses(output: Path, run: str) -> list[float]:
 def test_a_chain_that_is_killed_in_each_of_its_stages(tmp_path):
     for seed, name in enumerate(("train", "valid")):
         make_pair(tmp_path / name, seed)
-    hf_llama(llama_dims(num_layers=2)).save_pretrained(tmp_path / "sizes")
+    families.saved(tmp_path / "sizes", "gpt2", "GPT2LMHeadModel", n_layer=2, n_positions=12)
     path = tmp_path / "chain.toml"
     path.write_text((SHARED + STAGES).format(base=tmp_path))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -97,7 +99,9 @@ def test_a_chain_that_is_killed_in_each_of_its_stages(tmp_path):
     ]  # fmt: skip
     assert links[-1]["flops_since_the_first_stage"] == sum(link["flops"] or 0 for link in links)
     assert links[2]["source"] == lineage.read(killed / "medium/grown")["source"]
-    assert (links[0]["model"]["hidden_size"], links[3]["model"]["hidden_size"]) == (24, 36)
+    assert [(link["model"]["hidden_size"], link["model"]["max_positions"]) for link in (links[0], links[3])] == [
+        (24, 12), (48, 30),
+    ]  # fmt: skip
     assert (killed / "report/report.html").is_file()
 
 

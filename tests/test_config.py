@@ -15,9 +15,9 @@ TRAINING = (
 PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel parallel.ds_config"
 SURFACE = {
     "small": "path format",
-    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size image_size",
+    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size",
     "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow vocab_noise "
-    "rank seed",
+    "position_init rank seed",
     "fit": f"{TRAINING} source depth_lr distill eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats",
     "pretrain": f"{TRAINING} start fresh_head eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",

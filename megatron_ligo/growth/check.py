@@ -33,7 +33,8 @@ def large_dims(small: Dims, section: LargeSection) -> Dims:
     if "image_size" in named:
         if small.image_size is None:
             raise ConfigError(message("large.image_size", f"none: {small.arch} reads no images", named["image_size"]))
-        named["max_positions"] = tokens_of_image(named["image_size"], small.patch_size, small.has_distillation)
+        of_image = tokens_of_image(named["image_size"], small.patch_size, small.has_distillation)
+        named.setdefault("max_positions", of_image)
     named["rope_base"] = heads.rope_base(small, named.get("head_dim", small.head_dim))
     return replace(small, **named)
 
@@ -70,8 +71,20 @@ def check_sizes(small: Dims, large: Dims, merges: bool = False) -> None:
         expected = f"a divisor of the small model's {small.num_kv_heads} (operator.width_init: groups = 'mean')"
         faults.add("large.num_kv_heads", expected, large.num_kv_heads)
     heads.check_angles(small, large, faults)
+    _check_context(small, large, faults)
     architectures.get(large.arch).check(large, faults)
     faults.raise_if_any()
+
+
+def _check_context(small: Dims, large: Dims, faults: Faults) -> None:
+    before, after = small.max_positions, large.max_positions
+    if architectures.get(small.arch).learns_positions:
+        if after < before:
+            faults.add("large.max_positions", f"at least the small model's {before}", after, "Growth never shrinks.")
+    elif after != before and not heads.angles_are_fixed(small):
+        do = "Its angles depend on the number of positions: leave max_positions out."
+        scaling = dict(small.rope_scaling)
+        faults.add("large.max_positions", f"{before} with rope_scaling {scaling}", after, do)
 
 
 def _check_groups(operator: Initial) -> None:

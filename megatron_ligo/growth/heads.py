@@ -99,10 +99,22 @@ def check_room(groups: Tensor, small: Dims, large: Dims, faults: Faults) -> None
         faults.add("large.num_heads / large.num_kv_heads", expected, found, do)
 
 
+def angles_are_fixed(small: Dims) -> bool:
+    """Whether rotary angles stay as they are where the number of positions changes."""
+    scaling = dict(small.rope_scaling or {})
+    # Left out, the others take the two from the number of positions; `dynamic` always looks at it.
+    said = {"factor", "original_max_position_embeddings"} <= scaling.keys()
+    return _scaling_kind(small) in ("default", "linear") or (_scaling_kind(small) != "dynamic" and said)
+
+
+def _scaling_kind(dims: Dims) -> str:
+    scaling = dict(dims.rope_scaling or {})
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
 def check_angles(small: Dims, large: Dims, faults: Faults) -> None:
     """Adds a fault where rotary angles cannot be kept at another head size."""
-    scaling = dict(small.rope_scaling or {})
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = _scaling_kind(small)
     if large.head_dim != small.head_dim and kind not in KEPT_SCALINGS:
         do = "Its angles depend on the head size: keep head_dim."
         faults.add("large.head_dim", f"{small.head_dim} with rope_scaling {kind!r}", large.head_dim, do)

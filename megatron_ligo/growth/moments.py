@@ -10,9 +10,9 @@ does and copies are plain (no noise). The second moment is a mean of squares; it
 entry by entry, which is exact where their rows have one entry. Where rows have several (dense or learned maps, noise),
 it takes the entries' gradients for independent: an estimate, and too small where they agree.
 
-Layers: those that write nothing yet are new, and begin at zero; so do new tokens, and the positions of a larger image.
-Several layers that hold one small
-layer share its gradient out (the least-squares solution of the chain rule), which leaves Adam's steps as they were.
+Layers: those that write nothing yet are new, and begin at zero; so do new tokens, new positions and those of a
+larger image. Several layers that hold one small layer share its gradient out (the least-squares solution of the chain
+rule), which leaves Adam's steps as they were.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Duals:
         if operator.settings.borrow == "next" and row.in_layer:
             # The new features' rows are another layer's.
             grown[row.shape(operator.small)[0] :] = 0
-        return self._with_new_tokens(row, grown)
+        return self._with_new_rows(row, grown)
 
     def _mix(self, row: Row, key: str, layer: int | None, read: Callable[[str], Tensor]) -> Tensor:
         if layer is None:
@@ -144,11 +144,9 @@ class Duals:
     def _entries(self, matrix: Tensor) -> Tensor:
         return matrix * matrix if self.squared else matrix
 
-    def _with_new_tokens(self, row: Row, grown: Tensor) -> Tensor:
-        more = self.operator.large.vocab_size - grown.shape[0]
-        if row.axes[0].space != "vocab" or not more:
-            return grown
-        return torch.cat([grown, grown.new_zeros(more, *grown.shape[1:])])
+    def _with_new_rows(self, row: Row, grown: Tensor) -> Tensor:
+        more = row.shape(self.operator.large)[0] - grown.shape[0]
+        return torch.cat([grown, grown.new_zeros(more, *grown.shape[1:])]) if more else grown
 
 
 def first_copies(expand: Tensor) -> Tensor:

@@ -25,11 +25,9 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import OFF_LOSS_SPACE, Row, Use, layer_of, pattern_of
 from megatron_ligo.config import OperatorSection, by_space
-from megatron_ligo.growth import heads, init
+from megatron_ligo.growth import heads, init, positions, vocab
 from megatron_ligo.growth.maps import Frame, Lift, MapSpec, grow_row, left_inverse
 from megatron_ligo.growth.methods import resolve
-from megatron_ligo.growth.positions import interpolate
-from megatron_ligo.growth.vocab import extend
 
 
 def residual_write(row: Row) -> bool:
@@ -177,13 +175,17 @@ class Operator(ABC):
         return self.tensor("gain.final") / self.tensor("gain.layers")
 
     def with_new_rows(self, key: str, table: Tensor) -> Tensor:
-        """A small tensor with rows for the tokens (labels, positions of an image) that only the large model has."""
-        space, size = self.arch.row(key).axes[0].space, self.large.vocab_size
+        """A small tensor with rows for the tokens (labels, positions) that only the large model has."""
+        row = self.arch.row(key)
+        space, size = row.axes[0].space, row.shape(self.large)[0]
         if space == "position" and self.large.image_size != self.small.image_size:
-            return interpolate(table, self.small, self.large)
-        if space != "vocab" or table.shape[0] == size:
+            return positions.interpolate(table, self.small, self.large)
+        if space not in ("vocab", "position") or table.shape[0] == size:
             return table
-        return extend(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
+        if space == "vocab":
+            return vocab.extend(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
+        start, first = self.settings.position_init, self.small.first_position
+        return positions.extend(table, size, first, start, self.generator(f"positions.{key}"))
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that depend on the seed and the name only."""

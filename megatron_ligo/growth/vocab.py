@@ -13,7 +13,12 @@ def extend(table: Tensor, size: int, noise: float, generator: torch.Generator) -
     """(V, ...) -> (size, ...), fp32 or wider: new rows are the mean of all rows, and `noise` times their standard
     deviation, feature by feature, drawn around it."""
     table = table.to(torch.promote_types(table.dtype, torch.float32))
+    return torch.cat([table, around(table, size - table.shape[0], noise, generator)])
+
+
+def around(table: Tensor, more: int, noise: float, generator: torch.Generator) -> Tensor:
+    """(V, ...) -> (more, ...): such rows."""
     wide = table.double()
     mean, deviation = wide.mean(dim=0), wide.std(dim=0)
-    drawn = torch.randn(size - table.shape[0], *table.shape[1:], generator=generator, dtype=torch.float64)
-    return torch.cat([table, (mean + noise * deviation * drawn).to(table)])
+    drawn = torch.randn(more, *table.shape[1:], generator=generator, dtype=torch.float64)
+    return (mean + noise * deviation * drawn).to(table)

@@ -243,7 +243,7 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     operator = initial_operator(reader.dims, config.large, config.operator)
     faults = Faults("the fit cannot be done", ConfigError)
     check_factored(operator.settings, faults)
-    _check_teacher(operator, config.fit, faults)
+    _check_teacher(operator, config.fit, config.data.seq_length, faults)
     faults.raise_if_any()
     check_layout(operator.large, config.fit.parallel, config.data.seq_length)
     counts = operator.num_parameters()
@@ -254,7 +254,7 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     return reader, operator
 
 
-def _check_teacher(operator: Operator, fit: FitSection, faults: Faults) -> None:
+def _check_teacher(operator: Operator, fit: FitSection, seq_length: int, faults: Faults) -> None:
     if not fit.distill:
         return
     if fit.parallel.pp > 1:
@@ -263,6 +263,10 @@ def _check_teacher(operator: Operator, fit: FitSection, faults: Faults) -> None:
     if operator.large.vocab_size != operator.small.vocab_size:
         do = "The teacher knows nothing of the new tokens."
         faults.add("fit.distill", "0 where the vocabulary grows", fit.distill, do)
+    longest = operator.small.longest_sequence
+    if operator.arch.learns_positions and seq_length > longest:
+        do = f"The teacher has {longest} positions: fit on so many, and pretrain on more."
+        faults.add("fit.distill", f"0 with data.seq_length = {seq_length}", fit.distill, do)
 
 
 def check_same_run(then: dict, now: dict, output: Path) -> None:

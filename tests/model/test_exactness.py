@@ -155,8 +155,8 @@ def test_operators_are_exact_under_sequence_parallelism(pools, kind):
 
 
 GPT2 = {
-    "small": {"arch": "gpt2", "class": "GPT2LMHeadModel", "hidden_size": 32, "num_kv_heads": 8},
-    "large": {"hidden_size": 64, "num_kv_heads": 16},
+    "small": {"arch": "gpt2", "class": "GPT2LMHeadModel", "hidden_size": 32, "num_kv_heads": 8, "max_positions": 9},
+    "large": {"hidden_size": 64, "num_kv_heads": 16, "max_positions": 20},
     "settings": {"noise": 0.5},
 }
 GPT2_LAYOUTS = [
@@ -184,7 +184,11 @@ BERT = {
     "large": {"hidden_size": 64, "num_kv_heads": 16},
     "settings": {"noise": 0.5, "depth_init": "stack"},
 }
-ROBERTA = {**BERT, "small": {**BERT["small"], "arch": "roberta", "class": "RobertaForMaskedLM"}}
+ROBERTA = {
+    **BERT,
+    "small": {**BERT["small"], "arch": "roberta", "class": "RobertaForMaskedLM", "max_positions": 10},
+    "large": {**BERT["large"], "max_positions": 20},
+}
 OFFICIAL = {**BERT, "settings": {"method": "ligo"}}
 ENCODERS = [
     (BERT, True, 2, {"tp": 2}),
