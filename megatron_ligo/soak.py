@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -10,15 +11,19 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from megatron_ligo import forked
 from megatron_ligo.errors import CheckpointError, ConfigError, message
 
 # What a run leaves that must not depend on what befell it, besides metrics.jsonl.
 LEFT = ("operator/operator.safetensors",)
 LOSSES = ("operator/operator.json", "pretrain.json")
+# The ranks that are not harmed mostly end by themselves before.
+LAUNCHER_WAITS = 15.0
 HOW = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTERM to one")
 
 
@@ -31,17 +36,23 @@ class Soak:
     steps: int = 0
 
 
-def soak(command: list[str], folder: Path, kills: int, seed: int, tell: Callable[[str], None]) -> Soak:
+def soak(
+    command: list[str], folder: Path, kills: int, seed: int, tell: Callable[[str], None], ranks: int | None = None
+) -> Soak:
     """Runs `command --output FOLDER/whole` alone, then others that are killed so many times in all.
 
+    ranks: of a script, which are forked from a process that has imported everything; else the command is started.
     ConfigError if the command fails when it is left alone; CheckpointError if a killed one does not end as it did.
     """
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(message(f"{folder}", "an empty folder", "files in it", "Choose another --output."))
+    start = partial(_Launched, command) if ranks is None else partial(_Ranks, command, ranks)
+    if ranks is not None:
+        forked.warm_up()
     began = time.monotonic()
-    code = _start(command, folder / "whole").wait()
+    code = start(folder / "whole").ends()
     length = time.monotonic() - began
     if code:
         raise ConfigError(
@@ -55,7 +66,7 @@ def soak(command: list[str], folder: Path, kills: int, seed: int, tell: Callable
         for how, after in _moments(draw, length):
             if sum(done.kills.values()) == kills:
                 how = None
-            if _one(command, output, how, after, draw):
+            if _one(start(output), output, how, after, draw):
                 break
             done.kills[how] += 1
             tell(f"{sum(done.kills.values())}: {how} after {after:.1f} s")
@@ -85,40 +96,78 @@ def _moments(draw: random.Random, length: float) -> Iterator[tuple[str, float]]:
         yield draw.choice(HOW), draw.uniform(0.0, 1.2 * length)
 
 
-def _one(command: list[str], output: Path, how: str | None, after: float, draw: random.Random) -> bool:
-    """Starts the command and does that to it after so many seconds; True if it had ended well before."""
-    process = _start(command, output)
-    try:
-        code = process.wait(None if how is None else after)
-    except subprocess.TimeoutExpired:
-        _do(process, how, draw)
+class _Launched:
+    """A command and whatever it starts."""
+
+    def __init__(self, command: list[str], output: Path):
+        with output.with_suffix(".log").open("a") as log:
+            self._process = subprocess.Popen([*command, "--output", str(output)], stdout=log, stderr=log)
+
+    def ends(self, after: float | None = None) -> int | None:
+        """The exit code; None if it has none after so many seconds."""
+        try:
+            return self._process.wait(after)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def everyone(self) -> list[psutil.Process]:
+        first = psutil.Process(self._process.pid)
+        return [first, *first.children(recursive=True)]
+
+
+class _Ranks:
+    """So many ranks of a script."""
+
+    def __init__(self, command: list[str], ranks: int, output: Path):
+        script, *arguments = command
+        arguments = [*arguments, "--output", str(output)]
+        self._ranks = forked.Forked(Path(script), arguments, output.with_suffix(".log"), ranks)
+        self._ranks.start()
+
+    def ends(self, after: float | None = None) -> int | None:
+        """As a launcher ends: what is left of the ranks is asked to, some time after the first has failed."""
+        until = math.inf if after is None else time.monotonic() + after
+        asked_at = math.inf
+        while None in (codes := self._ranks.wait(0)) and time.monotonic() < until:
+            if any(codes) and asked_at == math.inf:
+                asked_at = time.monotonic() + LAUNCHER_WAITS
+            if time.monotonic() > asked_at:
+                for process in self.everyone():
+                    process.terminate()
+                asked_at = until
+            time.sleep(0.05)
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def everyone(self) -> list[psutil.Process]:
+        return [psutil.Process(rank.pid) for rank in self._ranks.ranks if rank.is_alive()]
+
+
+def _one(run: _Launched | _Ranks, output: Path, how: str | None, after: float, draw: random.Random) -> bool:
+    """Does that to a run after so many seconds; True if it had ended well before."""
+    code = run.ends(None if how is None else after)
+    if code is None:
+        _do(run, how, draw)
         return False
     if code:
         raise CheckpointError(message(f"{output}", "exit code 0 when it is started again", code, _last(output)))
     return True
 
 
-def _do(process: subprocess.Popen, how: str, draw: random.Random) -> None:
-    """Harms a process and those below it, and waits until none is left."""
-    first = psutil.Process(process.pid)
-    everyone = [first, *first.children(recursive=True)]
+def _do(run: _Launched | _Ranks, how: str, draw: random.Random) -> None:
+    """Harms a process and those beside and below it, and waits until none is left."""
+    everyone = run.everyone()
     number = signal.SIGKILL if "SIGKILL" in how else signal.SIGTERM
     chosen = everyone if how.endswith("all") else everyone[:1] if how.endswith("first") else [draw.choice(everyone)]
     for each in chosen:
         if each.is_running():
             each.send_signal(number)
+    code = run.ends(120)
     _, alive = psutil.wait_procs(everyone, timeout=120)
-    process.wait()
-    if alive:
+    if alive or code is None:
         for each in alive:
             each.kill()
         raise CheckpointError(message(how, "an end of all processes within 120 s", f"{len(alive)} that live"))
 
 
-def _start(command: list[str], output: Path) -> subprocess.Popen:
-    with output.with_suffix(".log").open("a") as log:
-        return subprocess.Popen([*command, "--output", str(output)], stdout=log, stderr=log)
-
-
 def _last(output: Path) -> str:
-    return f"See {output.with_suffix('.log')}."
+    return f"See {output.with_suffix('.log')}*."

@@ -6,7 +6,6 @@ Beside `target` stands `.target.partial/` while work goes on: `content/` (what w
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import IO
 from megatron_ligo.errors import CheckpointError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.journal import Journal
+from megatron_ligo.locks import lock
 
 # Room besides the tensors: headers, configs, file system blocks.
 SPARE_BYTES = 64 << 20
@@ -34,7 +34,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.partial / "lock", self.target)
+        self._lock = _alone(self.partial / "lock", self.target)
         self.journal = Journal()
         _recover(self.target)
         return self
@@ -100,14 +100,11 @@ def _recover(target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _lock(path: Path, target: Path) -> IO[str]:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+def _alone(path: Path, target: Path) -> IO[str]:
+    file = lock(path)
+    if file is None:
         found = "another process that writes it"
-        raise CheckpointError(message(f"{target}", "to be alone", found, "Wait for it, or end it.")) from None
+        raise CheckpointError(message(f"{target}", "to be alone", found, "Wait for it, or end it."))
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -213,6 +214,17 @@ def test_two_at_once(tmp_path):
         with pytest.raises(CheckpointError, match="another process"):
             convert(formats.open(folder), tmp_path / "b", "hf")
     convert(formats.open(folder), tmp_path / "b", "hf")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    _, folder = models.saved(tmp_path / "a")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    convert(formats.open(folder), tmp_path / "b", "hf")
+    models.assert_same(formats.open(folder), formats.open(tmp_path / "b"))
+    assert f"{tmp_path / '.b.partial'}: its file system has no locks" in caplog.text
 
 
 def test_a_full_disk_is_seen_before_the_start(tmp_path, monkeypatch):

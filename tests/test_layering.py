@@ -14,7 +14,7 @@ LONGEST = 350
 # From the ground up: what stands in a room may import from the same room and from those before it.
 ROOMS = (
     ("errors",),
-    ("settings", "jsonfile", "signals"),
+    ("settings", "jsonfile", "signals", "links", "locks"),
     ("config",),
     ("arch",),
     ("layout", "packing", "flops"),
@@ -24,7 +24,7 @@ ROOMS = (
     ("parallel",),
     ("model",),
     ("training",),
-    ("handoff", "plan", "report", "soak"),
+    ("handoff", "plan", "report", "forked", "soak"),
     ("chain",),
     ("bench", "compare"),
     ("cli",),

@@ -10,6 +10,7 @@ from megatron_ligo.errors import ConfigError
 EXAMPLE = """
 python tools/soak.py --kills 200 --output runs/soak -- deepspeed --num_gpus 2 tools/fit.py --config run.toml
 python tools/soak.py --kills 20 --seed 7 --output runs/soak -- python tools/pretrain.py --config run.toml
+python tools/soak.py --kills 200 --ranks 2 --output runs/soak -- tools/fit.py --config run.toml
 python tools/soak.py --mutations 1000 --output runs/mutated
 """
 
@@ -17,6 +18,9 @@ python tools/soak.py --mutations 1000 --output runs/mutated
 def main() -> None:
     made = cli.parser(__doc__, EXAMPLE, output="new folder for runs and logs, or for what did harm")
     made.add_argument("--kills", type=int, metavar="N", help="so many of COMMAND, which must end as if left alone")
+    made.add_argument(
+        "--ranks", type=int, metavar="N", help="of COMMAND, a script, forked from one process: they start in seconds"
+    )
     made.add_argument("--mutations", type=int, metavar="N", help="so many changes of files of all kinds")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     made.add_argument("command", nargs="*", metavar="COMMAND", help="of a fit or a pretraining, without --output")
@@ -24,16 +28,16 @@ def main() -> None:
     if (args.kills is None) == (args.mutations is None) or bool(args.command) != (args.kills is not None):
         raise ConfigError("soak: expected --kills with a COMMAND, or --mutations without one.")
     if args.kills is not None:
-        _kill(args.command, Path(args.output), args.kills, args.seed)
+        _kill(args.command, Path(args.output), args.kills, args.seed, args.ranks)
     else:
         _mutate(Path(args.output), args.mutations, args.seed)
 
 
-def _kill(command: list[str], output: Path, kills: int, seed: int) -> None:
+def _kill(command: list[str], output: Path, kills: int, seed: int, ranks: int | None) -> None:
     # Imported here: --help need not wait for it.
     from megatron_ligo.soak import soak
 
-    done = soak(command, output, kills, seed, _tell)
+    done = soak(command, output, kills, seed, _tell, ranks)
     means = ", ".join(f"{count} x {how}" for how, count in done.kills.items())
     print(f"{sum(done.kills.values())} kills survived ({means}): {done.rounds} runs, {done.steps} steps, bit for bit")
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from megatron_ligo.arch.dims import Dims, following_sizes
-from megatron_ligo.errors import Faults
+from megatron_ligo.errors import ConfigError, Faults, message
 
 
 class Use(Enum):
@@ -222,7 +222,13 @@ class Architecture:
 
     def parts(self, model_type: str) -> set[str]:
         """The fields of `Dims` that say which optional parts a network of this family has."""
-        return {part for parts in self.model_types[model_type].values() for part in parts}
+        return {part for parts in self.classes(model_type).values() for part in parts}
+
+    def classes(self, model_type: str) -> Mapping[str, tuple[str, ...]]:
+        """The classes of a family, with their parts. ConfigError for a family that this table does not describe."""
+        if model_type not in self.model_types:
+            raise ConfigError(message("model_type", f"one of {', '.join(self.model_types)}", repr(model_type)[:60]))
+        return self.model_types[model_type]
 
     def check(self, dims: Dims, faults: Faults) -> None:
         """Adds a fault for each size that the family does not leave free: what its config does not state follows."""
@@ -234,7 +240,7 @@ class Architecture:
 
     def class_of(self, dims: Dims) -> str:
         """The Hugging Face class for these dims: the first whose parts are all there, or the last."""
-        classes = self.model_types[dims.model_type]
+        classes = self.classes(dims.model_type)
         fitting = [name for name, parts in classes.items() if all(getattr(dims, part) for part in parts)]
         return fitting[0] if fitting else list(classes)[-1]
 
@@ -244,7 +250,7 @@ class Architecture:
         name = slot.tied_name if slot.tied_name and dims.tied else slot.name
         layer = layer_of(key)
         name = name if layer is None else name.format(layer)
-        bare = self.class_of(dims) == list(self.model_types[dims.model_type])[-1]
+        bare = self.class_of(dims) == list(self.classes(dims.model_type))[-1]
         return name.removeprefix(self.base.get(form, "")) if bare else name
 
     def layer_rows(self, dims: Dims) -> list[Row]:

@@ -6,15 +6,13 @@ on from its last checkpoint.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from megatron_ligo.compare.folder import GROW, JOB, LOCK, LOG, RESULT
 from megatron_ligo.config import Config
 from megatron_ligo.errors import ConfigError, LigoError, message
 from megatron_ligo.jsonfile import write_json
+from megatron_ligo.locks import lock
 
 MODULE = "megatron_ligo.compare.one"
 
@@ -73,7 +72,7 @@ class Jobs:
         """The job's result, after it has been done if need be. LigoError if it fails; its log is named."""
         folder = self.place(job)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / LOCK):
+        with lock(folder / LOCK, wait=True):
             found = self.result(job)
             if found:
                 return found
@@ -120,13 +119,6 @@ def _child(folder: Path) -> None:
 
     signals.install()
     sys.exit(one.main(folder))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _last_words(log: Path) -> str:

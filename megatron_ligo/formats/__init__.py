@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from megatron_ligo import links
 from megatron_ligo.errors import CheckpointError, ConfigError, message, nearest
 from megatron_ligo.formats.base import Reader
 
@@ -53,10 +54,12 @@ def recognise(path: str | Path) -> ModuleType:
 def open(path: str | Path, format: str | None = None) -> Reader:
     """A Reader of the checkpoint at a path; `format` insists on one instead of looking. Reads headers only.
 
-    Raises CheckpointError with every fault of the headers, ConfigError for an unknown format.
+    Raises CheckpointError with every fault of the headers or every link that leads out of the folder, ConfigError for
+    an unknown format.
     """
     module = get(format) if format else recognise(path)
-    return module.open(_existing(path))
+    links.check(_existing(path))
+    return module.open(Path(path))
 
 
 def _existing(path: str | Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ligo import links
 from megatron_ligo.errors import CheckpointError, Faults, message
 from megatron_ligo.jsonfile import parse, read_json
 
@@ -152,9 +153,6 @@ def _indexed(folder: Path, weight_map: Mapping[str, str], beside: set[str]) -> S
 def _inside(folder: Path, name: str) -> None:
     """A name may not lead out of the folder; in a Hugging Face cache it leads to the blobs beside the snapshots."""
     plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parent.parent / "blobs")
-    if not plain or (folder / name).resolve().parent not in allowed:
+    if not plain or (folder / name).resolve().parent not in links.homes(folder):
         do = "It leads out of the folder; it is not followed."
         raise CheckpointError(message(f"{folder}: {name!r}", "a file of this folder", "another place", do))

@@ -23,7 +23,7 @@ from megatron_ligo.formats.layouts import data_offset
 # What torch raises for files that are not whole, or not its own.
 DAMAGE = (
     BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError,
-    struct.error,
+    AssertionError, struct.error,
 )  # fmt: skip
 
 

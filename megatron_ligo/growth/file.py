@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_ligo import links
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import Config
 from megatron_ligo.errors import CheckpointError, Faults, message
@@ -28,6 +29,7 @@ class Saved(Operator):
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        links.check(self.folder)
         self.record = _read_record(self.folder / RECORD)
         settings = Config.from_dict({"operator": self.record["settings"]}, f"{self.folder / RECORD}").operator
         super().__init__(Dims.from_json(self.record["small"]), Dims.from_json(self.record["large"]), settings)

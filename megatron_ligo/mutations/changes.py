@@ -1,4 +1,5 @@
-"""Ways to spoil a folder of good files. Each takes a Random and the folder, and says what it did.
+"""Ways to spoil a folder of good files. Each takes a Random and the folder, and says what it did. Beside the folder
+stands `outside`, a good one of the same kind that holds other numbers.
 
 None: it found nothing to change. A change is `silent` where the files stay whole and say something else, as who edits a
 number in a config does: then they may be read. Every other one must be refused, or must change nothing that is read.
@@ -9,14 +10,17 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import random
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_ligo.formats.dcp_metadata import METADATA
+from megatron_ligo.formats.iterations import TRACKER
+from megatron_ligo.mutations import chunks
+from megatron_ligo.mutations.programs import programs
 
 Work = Callable[[random.Random, Path], str | None]
 
@@ -28,7 +32,9 @@ HOSTILE = (
 LENGTHS = (0, 1, 7, 2**31 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
 # Heads of files, where their structure lies.
 HEAD = 2048
-MARK = "it_ran"
+MARK, OUTSIDE = "it_ran", "outside"
+# What is read from a checkpoint's folder, in which no link may lead out of it.
+LINKED = (".safetensors", ".pt", ".pth", ".distcp")
 
 
 @dataclass(frozen=True)
@@ -183,70 +189,36 @@ def _places(table: object):
 
 
 def led_out(draw: random.Random, folder: Path) -> str | None:
-    """A name that leads out of the folder, to a whole file that stands there."""
-    name = draw.choice(("../outside/", f"{folder.parent}/outside/"))
-    outside = folder.parent / "outside"
-    shutil.rmtree(outside, ignore_errors=True)
-    shutil.copytree(folder, outside)
-    path = _pick(draw, folder, "index.json", "latest", "latest_universal", "record.json", ".safetensors")
+    """A name that leads out of the folder, to a whole file that stands there and holds other numbers."""
+    outside = folder.parent / OUTSIDE
+    path = _pick(draw, folder, "index.json", "latest", "latest_universal", "record.json", TRACKER, METADATA, *LINKED)
     if path is None:
         return None
-    if path.suffix == ".safetensors":
+    place = outside / path.parent.relative_to(folder)
+    name = draw.choice((f"{os.path.relpath(place, path.parent)}/", f"{place}/"))
+    if path.name.endswith(LINKED):
         path.unlink()
-        path.symlink_to(outside / path.relative_to(folder))
-    elif path.name.startswith("latest"):
-        path.write_text(name + path.read_text())
+        path.symlink_to(name + path.name)
+    elif path.name == METADATA:
+        chunks.led_out(draw, path, name)
+    elif path.suffix == ".json":
+        _list_elsewhere(draw, path, place / path.name, name)
     else:
-        table = json.loads(path.read_text())
-        names = table.get("weight_map") or table["files"]
-        key = draw.choice(sorted(names))
-        if isinstance(names[key], str):
-            names[key] = name + names[key]
-        else:
-            names[name + key] = names.pop(key)
-        path.write_text(json.dumps(table))
+        path.write_text(name + path.read_text())
     return f"{path.name} leads to {name}"
 
 
-def _programs(mark: Path) -> dict[str, bytes]:
-    """Pickles that leave a folder `mark` behind if they are run, one for each way that a pickle has to call."""
-    text = str(mark).encode()
-    head, argument = b"\x80\x02", b"X" + struct.pack("<I", len(text)) + text
-    nested = pickle.dumps({"a": [_Calls(str(mark))]}, protocol=4)
-    return {
-        "GLOBAL, REDUCE": head + b"cos\nmkdir\n" + argument + b"\x85R.",
-        "posix": head + b"cposix\nmkdir\n" + argument + b"\x85R.",
-        "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93" + argument + b"\x85R.",
-        "INST": b"(S'" + text + b"'\nios\nmkdir\n.",
-        "OBJ": head + b"(cos\nmkdir\n" + argument + b"o.",
-        "NEWOBJ": head + b"cpathlib\nPath\n" + argument + b"\x85\x81.",
-        "BUILD": head + b"ctorch.nn\nModule\n)\x81}X\x01\x00\x00\x00acos\nmkdir\nsb.",
-        "eval": head + b"cbuiltins\neval\nX" + _code(mark) + b"\x85R.",
-        "getattr": head + b"cbuiltins\ngetattr\ncos\n__dict__\nX\x05\x00\x00\x00mkdir\x86R" + argument + b"\x85R.",
-        "torch": head + b"ctorch.serialization\nload\n" + argument + b"\x85R.",
-        "numpy": head + b"cnumpy.testing._private.utils\nrunstring\nX" + _code(mark) + b"}\x86R.",
-        "deepspeed": head + b"cdeepspeed.runtime.utils\nos\n.",
-        "EXT": head + b"\x82\x01.",
-        "PERSID": b"P" + text + b"\n.",
-        "nested": nested,
-        "memo": head + b"cos\nmkdir\nq\x00" + argument + b"\x85h\x00" + argument + b"\x85R.",
-        "many": head + b"(" + b"N" * 10 + b"l" + b"(" * 5000 + b".",
-        "long": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.",
-        "huge": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b".",
-    }
-
-
-def _code(mark: Path) -> bytes:
-    text = f"__import__('os').mkdir({str(mark)!r})".encode()
-    return struct.pack("<I", len(text)) + text
-
-
-class _Calls:
-    def __init__(self, mark: str):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
+def _list_elsewhere(draw: random.Random, path: Path, other: Path, name: str) -> None:
+    """One of the files that a JSON file lists is the one outside, with all that is said of it there."""
+    table = json.loads(path.read_text())
+    names = table.get("weight_map") or table["files"]
+    key = draw.choice(sorted(names))
+    if isinstance(names[key], str):
+        names[key] = name + names[key]
+    else:
+        del names[key]
+        names[name + key] = json.loads(other.read_text())["files"][key]
+    path.write_text(json.dumps(table))
 
 
 def hostile_pickle(draw: random.Random, folder: Path) -> str | None:
@@ -254,7 +226,7 @@ def hostile_pickle(draw: random.Random, folder: Path) -> str | None:
     path = _pick(draw, folder, ".pt", ".pth", ".metadata", ".distcp")
     if path is None:
         return None
-    name, program = draw.choice(sorted(_programs(folder.parent / MARK).items()))
+    name, program = draw.choice(sorted(programs(folder.parent / MARK).items()))
     if not zipfile.is_zipfile(path) or draw.random() < 0.3:
         path.write_bytes(program)
         return f"{path.name} is a pickle that calls ({name})"
@@ -295,6 +267,21 @@ def rewritten_archive(draw: random.Random, folder: Path) -> str | None:
     return f"{path.name}: {chosen.filename} {how}"
 
 
+def edited_chunks(draw: random.Random, folder: Path) -> str | None:
+    """What a distributed checkpoint says of its tensors and their places has another value, or is gone."""
+    path = _pick(draw, folder, METADATA)
+    return path and chunks.edited(draw, path, HOSTILE, LENGTHS)
+
+
+def hostile_chunk(draw: random.Random, folder: Path) -> str | None:
+    """One of the archives in a distributed checkpoint's files is a program."""
+    path = _pick(draw, folder, METADATA)
+    if path is None:
+        return None
+    name, program = draw.choice(sorted(programs(folder.parent / MARK).items()))
+    return f"{chunks.hostile(draw, path, program)} calls ({name})"
+
+
 def edited_text(draw: random.Random, folder: Path) -> str | None:
     """A line of a TOML file or a tag is gone, doubled, or says something else."""
     path = _pick(draw, folder, ".toml", "latest", "latest_universal")
@@ -328,5 +315,7 @@ CHANGES = (
     Change("led out", led_out),
     Change("hostile pickle", hostile_pickle),
     Change("archive", rewritten_archive),
+    Change("edited chunks", edited_chunks, silent=True),
+    Change("hostile chunk", hostile_chunk),
     Change("edited text", edited_text, silent=True),
 )

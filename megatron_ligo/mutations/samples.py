@@ -18,10 +18,12 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import Config, OperatorSection
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import DataError, Faults
+from megatron_ligo.formats import iterations
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader, WriteOptions
 from megatron_ligo.growth import file
 from megatron_ligo.growth.operator import Initial
 from megatron_ligo.model.universal import check_files
+from megatron_ligo.mutations import chunks
 from megatron_ligo.mutations.engine_files import add_optimizer
 from megatron_ligo.training import checkpoints
 from megatron_ligo.training.indexed import open_pair
@@ -37,9 +39,9 @@ path = "a"
 [large]
 num_layers = 3
 [operator]
-share = {default = "all", ffn = "layer"}
+share = {{default = "all", ffn = "layer"}}
 [fit]
-steps = 20
+steps = {steps}
 lr = 1e-4
 betas = [0.9, 0.95]
 [data]
@@ -49,14 +51,16 @@ MODEL, GGUF = "model", "model.gguf"
 TEXT = "Good files, 1 2 3.\n\tAnd more."
 
 Look = Callable[[Path], object]
+Make = Callable[[Path, int], None]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """look: reads all that a folder holds, into plain data that is the same for the same content."""
+    """make: into a folder, with numbers that depend on a seed.
+    look: reads all that a folder holds, into plain data that is the same for the same content."""
 
     name: str
-    make: Callable[[Path], None]
+    make: Make
     look: Look
 
 
@@ -67,11 +71,14 @@ class Small(Reader):
     dims = DIMS
     has_moments = True
 
+    def __init__(self, seed: int):
+        self.seed = seed
+
     def info(self, key: str) -> Info:
         return Info(self.row(key).shape(self.dims), torch.float32)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(f"{kind}:{key}".encode()).digest()[:7], "little")
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{key}".encode()).digest()[:7], "little")
         drawn = torch.randn(self.row(key).shape(self.dims), generator=torch.Generator().manual_seed(seed))
         return drawn.abs() if kind == MOMENTS[1] else drawn
 
@@ -96,29 +103,35 @@ def checkpoint(folder: Path) -> dict:
     return {"dims": reader.dims.to_json(), "step": reader.step, "tensors": found}
 
 
-def _converted(to: str, **options) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        convert(Small(), folder / MODEL, to, WriteOptions(**options))
+def _converted(to: str, **options) -> Make:
+    def make(folder: Path, seed: int) -> None:
+        convert(Small(seed), folder / MODEL, to, WriteOptions(**options))
 
     return make
 
 
-def _engine(stage: int) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        _converted("deepspeed", extra={"tag": "step_0"})(folder)
+def _engine(stage: int) -> Make:
+    def make(folder: Path, seed: int) -> None:
+        _converted("deepspeed", extra={"tag": "step_0"})(folder, seed)
         add_optimizer(folder / MODEL / "step_0", stage)
 
     return make
 
 
-def _meta(folder: Path) -> None:
+def _distributed(folder: Path, seed: int) -> None:
+    """As Megatron-core leaves it from 0.19 on, with an optimizer."""
+    _converted("mcore")(folder, seed)
+    chunks.as_an_engine_leaves_it(iterations.folder(folder / MODEL))
+
+
+def _meta(folder: Path, seed: int) -> None:
     """As Meta has it, without our own record beside."""
-    _converted("fairscale", tp=2)(folder)
+    _converted("fairscale", tp=2)(folder, seed)
     for name in ("dims.json", "manifest.json"):
         (folder / MODEL / name).unlink()
 
 
-def _gguf(folder: Path) -> None:
+def _gguf(folder: Path, seed: int) -> None:
     writer = gguf.GGUFWriter(folder / GGUF, "llama")
     for add, value in (
         (writer.add_block_count, DIMS.num_layers), (writer.add_context_length, DIMS.max_positions),
@@ -129,7 +142,7 @@ def _gguf(folder: Path) -> None:
         (writer.add_layer_norm_rms_eps, DIMS.norm_eps), (writer.add_vocab_size, DIMS.vocab_size),
     ):  # fmt: skip
         add(value)
-    source = Small()
+    source = Small(seed)
     for name, item in packing.stored(source.arch, DIMS, "gguf").items():
         tensor = source.read(item.keys[0])
         if item.rows[0].slots["gguf"].interleaved:
@@ -141,10 +154,10 @@ def _gguf(folder: Path) -> None:
     writer.close()
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path, seed: int) -> None:
     """A checkpoint as a run leaves it."""
     place = folder / "checkpoints/step_7"
-    convert(Small(), place, "deepspeed", WriteOptions(extra={"tag": checkpoints.TAG}))
+    convert(Small(seed), place, "deepspeed", WriteOptions(extra={"tag": checkpoints.TAG}))
     record = {"step": 7, "state": {"losses": {}}, "layout": {"tp": 1, "pp": 1, "dp": 1, "zero": 1}}
     checkpoints.complete(place, None, {}, record)
 
@@ -158,9 +171,9 @@ def run(folder: Path) -> object:
     return found.step, found.state, [hashlib.sha256(path.read_bytes()).hexdigest() for path in names]
 
 
-def _operator(folder: Path) -> None:
+def _operator(folder: Path, seed: int) -> None:
     large = replace(DIMS, num_layers=3, hidden_size=24, ffn_size=36, num_heads=8, num_kv_heads=4, head_dim=4)
-    operator = Initial(DIMS, large, OperatorSection())
+    operator = Initial(DIMS, large, OperatorSection(noise=0.1, seed=seed))
     file.write(operator, ((name, operator.tensor(name)) for name in operator.shapes()), folder / "operator", {})
 
 
@@ -170,10 +183,10 @@ def operator(folder: Path) -> object:
     return large, settings, {name: digest(saved.tensor(name)) for name in saved.shapes()}
 
 
-def _data(folder: Path) -> None:
+def _data(folder: Path, seed: int) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     builder = IndexedDatasetBuilder(str(folder / "text.bin"), dtype=np.uint16)
     for _ in range(20):
         ids = draw.integers(0, DIMS.vocab_size, draw.integers(5, 40))
@@ -188,13 +201,13 @@ def data(folder: Path) -> object:
     return pair.dtype.__name__, pair.documents, pair.tokens, pair.token_range()
 
 
-def _tokenizer(folder: Path) -> None:
+def _tokenizer(folder: Path, seed: int) -> None:
     import tokenizers
 
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    inner.train_from_iterator([TEXT] * 20, trainer)
+    inner.train_from_iterator([f"{TEXT} {seed}"] * 20, trainer)
     inner.save(str(folder / "tokenizer.json"))
 
 
@@ -203,8 +216,8 @@ def tokenizer(folder: Path) -> object:
     return found.encode(TEXT), found.vocab_size, found.eod
 
 
-def _config(folder: Path) -> None:
-    (folder / "run.toml").write_text(CONFIG)
+def _config(folder: Path, seed: int) -> None:
+    (folder / "run.toml").write_text(CONFIG.format(steps=20 + seed))
 
 
 def config(folder: Path) -> object:
@@ -220,6 +233,8 @@ SAMPLES = (
     Sample("deepspeed, ZeRO 2", _engine(2), checkpoint),
     Sample("deepspeed, ZeRO 3", _engine(3), checkpoint),
     Sample("pipeline", _converted("pipeline", tp=2, pp=2), checkpoint),
+    Sample("torch_dist", _converted("mcore"), checkpoint),
+    Sample("torch_dist, as an engine leaves it", _distributed, checkpoint),
     Sample("fairscale", _meta, checkpoint),
     Sample("run", _run, run),
     Sample("operator", _operator, operator),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ligo import cli
 from megatron_ligo.errors import CheckpointError
-from megatron_ligo.mutations.changes import CHANGES, MARK, Change
+from megatron_ligo.mutations.changes import CHANGES, MARK, OUTSIDE, Change
 from megatron_ligo.mutations.samples import SAMPLES, Sample
 
 SECONDS = 60.0
@@ -46,13 +46,7 @@ def mutate(
     """Tries so many changes. CheckpointError at the end if any did harm; what did is left in `folder`."""
     tally, number = Tally(), 0
     samples = list(samples)
-    expected = {}
-    for sample in samples:
-        place = folder / "good" / sample.name
-        place.mkdir(parents=True)
-        sample.make(place)
-        kind, expected[sample.name] = _tried(sample, place)
-        assert kind == SAME, f"{sample.name}: {expected[sample.name]}"
+    expected = {sample.name: _made(sample, folder) for sample in samples}
     while tally.tried < count:
         sample = samples[number % len(samples)]
         outcome, story = _one(sample, folder, f"{seed}:{number}", expected[sample.name])
@@ -70,6 +64,18 @@ def mutate(
     return tally
 
 
+def _made(sample: Sample, folder: Path) -> str:
+    """A good one, and another with other numbers. What is read of the good one."""
+    found = []
+    for number, name in enumerate(("good", "other")):
+        place = folder / name / sample.name
+        place.mkdir(parents=True)
+        sample.make(place, number)
+        found.append(_tried(sample, place))
+    assert [kind for kind, _ in found] == [SAME, SAME] and found[0] != found[1], f"{sample.name}: {found}"
+    return found[0][1]
+
+
 def _one(sample: Sample, folder: Path, seed: str, expected: str) -> tuple[str | None, str]:
     """What came of one change (None: it changed nothing), and what it was."""
     draw = random.Random(seed)
@@ -77,6 +83,7 @@ def _one(sample: Sample, folder: Path, seed: str, expected: str) -> tuple[str | 
     place = folder / f"tried_{seed.replace(':', '_')}"
     content = place / "content"
     shutil.copytree(folder / "good" / sample.name, content)
+    shutil.copytree(folder / "other" / sample.name, place / OUTSIDE)
     story = change.work(draw, content)
     if story is None:
         shutil.rmtree(place)

@@ -202,6 +202,10 @@ def _read_record(path: Path) -> dict:
 
 def _check_file(place: Path, name: str, expected: dict, faults: Faults) -> None:
     path = place / name
+    if path.exists() and not path.is_file():
+        # To read a pipe is to wait.
+        faults.add(f"{path}", "a file", "something else")
+        return
     try:
         found = stated(path)
     except OSError as error:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 from pathlib import Path
 from typing import IO
 
 from megatron_ligo.errors import ConfigError, message
+from megatron_ligo.locks import lock
 from megatron_ligo.training.samples import on_rank_0
 
-log = logging.getLogger(__name__)
-
-# A file, for NFS locks nothing that is not open for writing, and no folder can be.
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-# Open for as long as the process lives: a run that is killed lets go of its folder.
+# Open for as long as the process lives.
 _held: dict[Path, IO[str]] = {}
 
 
@@ -31,15 +25,8 @@ def _lock(folder: Path, make: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder in _held or not folder.is_dir():
         return
-    file = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+    file = lock(folder / LOCK)
+    if file is None:
         do = "Wait for its end, or choose another --output."
-        raise ConfigError(message(f"{folder}", "a folder that no other run writes to", "one that does", do)) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        log.warning("%s: its file system has no locks: nothing keeps two runs apart there", folder)
+        raise ConfigError(message(f"{folder}", "a folder that no other run writes to", "one that does", do))
     _held[folder] = file

@@ -92,7 +92,7 @@ def a_link_out_of_the_folder(folder):
     path = folder / MODEL
     path.rename(folder.parent / "elsewhere.safetensors")
     path.symlink_to("../elsewhere.safetensors")
-    return MODEL, "leads out"
+    return MODEL, "links that lead out"
 
 
 @of(single)

@@ -296,3 +296,9 @@ def a_tracker_out_of_the_folder(folder):
 def a_tracker_of_what_is_not_there(folder):
     (folder / "latest_checkpointed_iteration.txt").write_text("100")
     return ("latest_checkpointed_iteration.txt",)
+
+
+@of(mcore)
+def a_family_that_is_none(folder):
+    edit_json(folder / "dims.json", lambda record: record["dims"].update(model_type="9" * 500))
+    return "model_type", "llama"

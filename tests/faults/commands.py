@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import faulthandler
-import multiprocessing
 import os
 import re
-import runpy
 import signal
-import socket
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from megatron_ligo.forked import Enter, Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 200.0
 
-Enter = Callable[[int], None]
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _run(rank: int, world: int, port: int, script: str, arguments: list[str], log: str, enter: Enter | None) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if enter:
-        enter(rank)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - for the life of the process
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    faulthandler.enable()
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
-
-
-class Command:
-    """`world` ranks of a script, which log to LOG.{rank}.out and .err. A context manager: no rank outlives it.
-
-    enter: called on each rank before anything else.
-    """
+class Command(Forked):
+    """Ranks of a script, with logs of their own. A context manager: no rank outlives it."""
 
     def __init__(
         self,
@@ -58,29 +29,18 @@ class Command:
         self.log = log
         for old in log.parent.glob(f"{log.name}.*"):
             old.unlink()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])
-        port = port or free_port()
-        jobs = [(rank, world, port, str(script), arguments, str(log), enter) for rank in range(world)]
-        self.ranks = [context.Process(target=_run, args=job) for job in jobs]
+        super().__init__(script, arguments, log, world, port, enter, ["tests.preload"])
 
     def __enter__(self) -> Command:
-        for process in self.ranks:
-            process.start()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.ranks:
-            process.kill()
-        for process in self.ranks:
-            process.join()
+        self.kill()
 
     def ends(self, patience: float = PATIENCE) -> list[int]:
         """The ranks' exit codes (negative: the signal that killed it)."""
-        deadline = time.monotonic() + patience
-        for process in self.ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        hanging = [rank for rank, process in enumerate(self.ranks) if process.is_alive()]
+        hanging = [rank for rank, code in enumerate(self.wait(patience)) if code is None]
         self.signal(signal.SIGABRT, *hanging)
         for rank in hanging:
             # It leaves its stack.

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.commands import PATIENCE, ROOT, Run, free_port
+from megatron_ligo.forked import free_port
+from tests.faults.commands import PATIENCE, ROOT, Run
 from tests.faults.test_kills import ended
 
 LAYOUT = "fit.parallel.tp=2"

@@ -31,7 +31,7 @@ def test_no_change_does_harm(forks, tmp_path):
     assert tally.tried == TRIED and not tally.faults
     assert set(tally.by_sample) == {sample.name for sample in SAMPLES}
     assert tally.outcomes[trial.REFUSED] > TRIED / 2
-    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "other"]
 
 
 def believing(folder: Path) -> str:
@@ -58,7 +58,7 @@ def test_what_does_harm_is_seen(tmp_path, monkeypatch, word):
 
     monkeypatch.setattr(trial, "CHANGES", [changes.Change("a word", change)])
     monkeypatch.setattr(trial, "SECONDS", 3.0)
-    sample = Sample("words", lambda folder: (folder / "file").write_text("good") and None, believing)
+    sample = Sample("words", lambda folder, seed: (folder / "file").write_text(f"good {seed}") and None, believing)
     with pytest.raises(CheckpointError, match=HARM[word]):
         trial.mutate(tmp_path, 1, 0, print, [sample])
     assert (tmp_path / "tried_0_0/content/file").read_text() == word

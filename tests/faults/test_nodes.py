@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.commands import ROOT, Run, free_port
+from megatron_ligo.forked import free_port
+from tests.faults.commands import ROOT, Run
 from tests.faults.nodes import ADDRESSES, INTERFACE, Nodes, NoNamespaces
 from tests.faults.test_kills import ended, rows
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ligo import formats
+from megatron_ligo.convert import convert
 from megatron_ligo.errors import CheckpointError
 from megatron_ligo.formats import hf_config
 from megatron_ligo.formats.base import WriteOptions
@@ -129,6 +130,24 @@ def test_a_cache_of_links_to_blobs_is_read(tmp_path):
         (blobs / str(number)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     models.assert_same(formats.open(folder), formats.open(snapshot))
+
+
+@pytest.mark.parametrize("form", ["hf", "deepspeed", "mcore"])
+def test_no_link_leads_out_of_a_checkpoint(tmp_path, form):
+    """Whoever packed the folder would choose which file of this machine is read. One that stays inside is followed."""
+    _, whole = models.saved(tmp_path / "whole")
+    good = tmp_path / "good"
+    convert(formats.open(whole), good, form)
+    ending = {"hf": "*.safetensors", "deepspeed": "*states.pt", "mcore": "__0_1.distcp"}[form]
+    (weights,) = good.rglob(ending)
+    moved = good / "elsewhere"
+    weights.rename(moved)
+    weights.symlink_to(moved)
+    models.assert_same(formats.open(whole), formats.open(good))
+    weights.unlink()
+    weights.symlink_to(moved.rename(tmp_path / "outside"))
+    with pytest.raises(CheckpointError, match=r"lead out of it(.|\n)*" + weights.name):
+        formats.open(good)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_no_weights(tmp_path):
