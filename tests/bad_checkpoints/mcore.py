@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 from dataclasses import replace
@@ -279,8 +280,6 @@ def no_sizes(folder):
 
 @of(mcore)
 def a_million_layers(folder):
-    import json
-
     dims = json.loads((folder / "dims.json").read_text())["dims"]
     edit_json(folder / "dims.json", dims={**dims, "num_layers": 1_000_000})
     return "num_layers", "1000000"
@@ -300,5 +299,6 @@ def a_tracker_of_what_is_not_there(folder):
 
 @of(mcore)
 def a_family_that_is_none(folder):
-    edit_json(folder / "dims.json", lambda record: record["dims"].update(model_type="9" * 500))
+    dims = json.loads((folder / "dims.json").read_text())["dims"]
+    edit_json(folder / "dims.json", dims={**dims, "model_type": "9" * 500})
     return "model_type", "llama"
