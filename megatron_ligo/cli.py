@@ -103,9 +103,10 @@ def _value(value: object) -> str:
 
 @contextmanager
 def byte_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; gives the function that is told (bytes done, bytes in all)."""
+    """A bar on rank 0's terminal; gives the function that is told (bytes done, bytes in all)."""
+    hidden = rank() != 0 or not sys.stderr.isatty()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("")
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -175,6 +175,7 @@ class HandoffSection:
         "reset", "Adam's: begin anew, grow with the weights, or so for old features only", choices=MOMENTS
     )
     formats: tuple[str, ...] = setting(WRITERS, "what is written", choices=WRITERS)
+    timeout_minutes: float = setting(60.0, "how long processes that share the work wait for one another", above=0.0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from megatron_ligo import formats
 from megatron_ligo.checked import Checked, bad_numbers
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, LigoError, message, nearest
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
-from megatron_ligo.formats.output import Output
+from megatron_ligo.formats.journal import Journal
+from megatron_ligo.formats.output import ALONE, Frames, Output, Share
 from megatron_ligo.formats.planned import Planned
 from megatron_ligo.manifest import MANIFEST, VERSION, Manifest, library_versions, load
 from megatron_ligo.staging import Staging
@@ -57,12 +58,15 @@ def convert(
     overwrite: bool = False,
     beside: Mapping[str, object] | None = None,
     progress: Progress | None = None,
+    share: Share = ALONE,
 ) -> Manifest:
     """Writes a checkpoint of format `to` at `target` (a new folder) and returns its manifest.
 
     The target appears whole or not at all. A conversion that was killed is taken up where it stopped. A target that
     the same request wrote is left as it is; `overwrite` puts the new one in the place of any other that we wrote.
-    beside: more JSON files for the folder, by name. Raises CheckpointError with every bad tensor in one error.
+    beside: more JSON files for the folder, by name. share: this process's, where all processes of a job call this
+    together, with one target on a file system that they share; the bytes are those that one writes alone.
+    Raises CheckpointError with every bad tensor in one error.
     """
     module = formats.get(to)
     if not hasattr(module, "write"):
@@ -71,27 +75,68 @@ def convert(
     options = _settled(module, options or WriteOptions())
     _check_places(source, target)
     job = _job(source, to, options)
+    if share.world > 1 and progress:
+        progress = _for_all(progress, share.world)
+    if share.rank:
+        _help(module, source, Staging(target, job), options, share, progress)
+        return load(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with Staging(target, job) as stage:
         done = _existing(target, stage.job, overwrite)
         if done:
             log.info("%s is there already, from the same request: left as it is", target)
+            share.gathered(False)
             return done
         stage.begin()
         if stage.resumed:
             log.info("going on with the conversion to %s that was interrupted", target)
-        carries = getattr(module, "CARRIES_MOMENTS", False)
-        checked = Checked(source, options.dtype, carries, stage.journal, progress)
+        checked = _checked(module, source, options, stage.journal, progress)
         with _nothing_left(stage):
             needed = _planned(module, checked, options, stage.partial)
         stage.check_space(needed)
-        with _nothing_left(stage):
-            with Output(stage.content, stage.journal, options.workers) as out:
+        if share.world > 1:
+            with Frames(stage.content) as out:
                 module.write(checked, out, options)
-                for name, value in (beside or {}).items():
-                    out.json(name, value)
+            share.gathered(True)
+        with _nothing_left(stage), Output(stage.content, stage.journal, options.workers, share) as out:
+            module.write(checked, out, options)
+            for name, value in (beside or {}).items():
+                out.json(name, value)
+        share.gathered(None)
+        stage.absorb()
+        with _nothing_left(stage):
             checked.finish()
-        return _finish(stage, out.written, checked, source, to, options)
+        manifest = _finish(stage, out.written, checked, source, to, options)
+    share.gathered(None)
+    return manifest
+
+
+def _help(
+    module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
+) -> None:
+    """What the processes but the first do: their tensors, between the first one's beginning and its end."""
+    if not share.gathered(None)[0]:
+        return
+    if not stage.content.is_dir():
+        do = "Choose one that all nodes share, or use one process."
+        raise CheckpointError(message(f"{stage.target}", "a folder that every process sees", "nothing there", do))
+    journal = stage.journal_of(share.rank)
+    with Output(stage.content, journal, options.workers, share) as out:
+        module.write(_checked(module, source, options, journal, progress), out, options)
+    journal.close()
+    share.gathered(None)
+    share.gathered(None)
+
+
+def _checked(
+    module: ModuleType, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
+) -> Checked:
+    return Checked(source, options.dtype, getattr(module, "CARRIES_MOMENTS", False), journal, progress)
+
+
+def _for_all(progress: Progress, world: int) -> Progress:
+    """One process's progress as that of all, which have as much to do."""
+    return lambda done, total: progress(min(done * world, total), total)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ FOLDER/growth.json    source, sizes, operator, fit, versions; written last: a fo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +20,15 @@ from megatron_ligo.convert import Progress, convert
 from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import Reader, WriteOptions
+from megatron_ligo.formats.output import ALONE, Share
 from megatron_ligo.grow import Grown, operator_digest
 from megatron_ligo.growth import moments
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.file import Saved
+from megatron_ligo.growth.methods import describe
 from megatron_ligo.manifest import library_versions
+
+log = logging.getLogger(__name__)
 
 UNIVERSAL = "universal"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,12 +43,14 @@ def hand_off(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    share: Share = ALONE,
 ) -> dict:
     """Writes a model (`source`, mostly a `Grown`) into FOLDER in the formats `to`; returns growth.json's content.
 
     dtype: of the weights where the format leaves a choice (None: each tensor's own; the universal checkpoint is
     fp32). record: what growth.json says besides the large model's sizes and the versions (`growth_record` makes
-    it). Killed and run again, it goes on; run again when done, it leaves all as it is. Each format appears whole or
+    it). share: `convert`'s. Killed and run again, it goes on; run again when done, it leaves all as it is. Each
+    format appears whole or
     not at all. Raises CheckpointError with every bad tensor in one error.
     """
     folder = Path(folder)
@@ -51,25 +58,34 @@ def hand_off(
     for name in sorted(to, key=lambda name: name != UNIVERSAL):
         stored = getattr(formats.get(name), "DTYPE", None)
         options = WriteOptions(dtype=stored or dtype)
-        convert(source, folder / name, name, options, overwrite=overwrite, progress=progress)
+        convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, share=share)
         if name == UNIVERSAL:
             source = formats.open(folder / name)
     versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
     own = {"large": source.dims.to_json(), "formats": list(to), "versions": versions}
-    return lineage.write(folder, {**record, **own})
+    made = {**record, **own}
+    return lineage.write(folder, made) if share.rank == 0 else made
 
 
-def grow_to(config: Config, operator: Path | None, folder: Path) -> dict:
+def grow_to(
+    config: Config, operator: Path | None, folder: Path, progress: Progress | None = None, share: Share = ALONE
+) -> dict:
     """What `tools/grow.py` does: the config's small model, grown by an operator's folder (None: by the initialisation
     that [operator] names), into a hand-off. Returns growth.json's content."""
     small = config.small
     if not small.path:
         raise ConfigError(message("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
     reader = formats.open(small.path, None if small.format == "auto" else small.format)
-    chosen = Saved(operator) if operator else initial_operator(reader.dims, config.large, config.operator)
+    if operator:
+        chosen = Saved(operator)
+    else:
+        chosen = initial_operator(reader.dims, config.large, config.operator)
+        log.info("%s", describe(chosen.settings))
     section = config.handoff
     grown = Grown(chosen, reader, section.moments)
-    return hand_off(grown, folder, DTYPES[section.dtype], section.formats, growth_record(grown))
+    record = growth_record(grown) if share.rank == 0 else {}
+    dtype = DTYPES[section.dtype]
+    return hand_off(grown, folder, dtype, section.formats, record, progress=progress, share=share)
 
 
 def growth_record(grown: Grown) -> dict:

@@ -2,6 +2,7 @@
 
 Beside `target` stands `.target.partial/` while work goes on: `content/` (what will be the target), `journal.jsonl`
 (what of it is whole) and `lock`. A run that is killed leaves it; the next run of the same job goes on from it.
+Where several processes build it, each but the first has a journal of its own, `journal.N.jsonl`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import IO
 
 from megatron_ligo.errors import CheckpointError, message
-from megatron_ligo.formats import digest
+from megatron_ligo.formats import digest, journal
 from megatron_ligo.formats.journal import Journal
+from megatron_ligo.formats.output import SKELETONS
 from megatron_ligo.locks import lock
 
 # Room besides the tensors: headers, configs, file system blocks.
@@ -46,11 +48,33 @@ class Staging:
         if self.journal.get("job") != self.job:
             self.journal.close()
             path.unlink()
+            for other in self._others():
+                other.unlink()
             shutil.rmtree(self.content, ignore_errors=True)
             self.journal = Journal(path)
             self.journal.add("job", value=self.job)
+        self.absorb()
         self.resumed = len(self.journal.entries) > 1
         self.content.mkdir(exist_ok=True)
+
+    def absorb(self) -> None:
+        """Takes over what the other processes have done, which are no longer at work."""
+        for path in self._others():
+            self.journal.absorb(path)
+            path.unlink()
+        for scratch in self.content.glob(f"{SKELETONS}*"):
+            shutil.rmtree(scratch)
+
+    def journal_of(self, rank: int) -> Journal:
+        """A new journal of another process, which knows what the first one's knew."""
+        path = self.partial / f"journal.{rank}.jsonl"
+        path.unlink(missing_ok=True)
+        made = Journal(path)
+        made.entries |= journal.read(self.partial / "journal.jsonl")[0]
+        return made
+
+    def _others(self) -> list[Path]:
+        return sorted(self.partial.glob("journal.*.jsonl"))
 
     def __exit__(self, *_: object) -> None:
         self.journal.close()

@@ -1,9 +1,11 @@
 """The hand-off's folder: one model in each format, its record, and a second run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_ligo import formats, handoff, lineage
@@ -11,9 +13,12 @@ from megatron_ligo.arch import get
 from megatron_ligo.config import Config, HandoffSection, LargeSection, OperatorSection
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import CheckpointError, ConfigError
+from megatron_ligo.formats.base import WEIGHT
 from megatron_ligo.formats.hf import open as open_hf
+from megatron_ligo.formats.output import Share
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.parallel import mesh
 from tests.tiny import hf_from, hf_llama, llama_dims, tokens
 
 LARGE = LargeSection(num_layers=4, hidden_size=30, ffn_size=40, num_heads=10, num_kv_heads=5)
@@ -112,3 +117,51 @@ def test_a_record_that_cannot_be_read_is_refused(tmp_path):
         (tmp_path / "growth.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"growth\.json"):
             lineage.read(tmp_path)
+
+
+class Failing(Grown):
+    """Fails in the midst of the work."""
+
+    left = 12
+
+    def read(self, key, kind=WEIGHT):
+        Failing.left -= 1
+        if not Failing.left:
+            raise RuntimeError("as asked for")
+        return super().read(key, kind)
+
+
+def grow_together(small: str, folder: str, fails_on: int | None = None) -> list[int]:
+    """One rank's share; how many tensors each has made."""
+    source = open_hf(Path(small))
+    kind = Failing if dist.get_rank() == fails_on else Grown
+    grown = kind(initial_operator(source.dims, LARGE, OperatorSection(width_init="random")), source)
+    read, made = grown.read, []
+    grown.read = lambda key, kind=WEIGHT: made.append(key) or read(key, kind)
+    share = Share(dist.get_rank(), dist.get_world_size(), mesh.gathered)
+    handoff.hand_off(grown, folder, None, ("universal", "hf"), {}, share=share)
+    return mesh.gathered(len(made))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All bytes, but for what manifests say of where a conversion came from and when."""
+    found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for name in ("hf/manifest.json", "universal/manifest.json"):
+        found[name] = {**json.loads(found[name]), "job": None, "source": None}
+    return found
+
+
+def test_processes_share_the_work_and_write_the_same_bytes(grown, tmp_path, pools):
+    small, whole, shared = str(grown.source.path), tmp_path / "whole", tmp_path / "shared"
+    other = Grown(initial_operator(grown.source.dims, LARGE, OperatorSection(width_init="random")), grown.source)
+    handoff.hand_off(other, whole, None, ("universal", "hf"), {})
+    # One fails: what all have done is there for whoever goes on, however many they are.
+    with pytest.raises(RuntimeError, match="as asked for"):
+        pools(2).run(grow_together, small=small, folder=str(shared), fails_on=1)
+    assert not (shared / "universal").exists()
+    made = pools(4).run(grow_together, small=small, folder=str(shared))
+    keys = len(list(grown.keys()))
+    assert min(made) > 0 and max(made) < keys / 2 and sum(made) < keys
+    assert contents(shared) == contents(whole)
+    assert sorted(path.name for path in shared.iterdir()) == ["growth.json", "hf", "universal"]
+    assert not [path for path in shared.rglob("*") if path.is_dir() and not any(path.iterdir())]

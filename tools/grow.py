@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from megatron_ligo import cli, formats
-from megatron_ligo.errors import ConfigError, message
-from megatron_ligo.grow import Grown
-from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.growth.file import Saved
-from megatron_ligo.growth.methods import describe
-from megatron_ligo.handoff import growth_record, hand_off
+from megatron_ligo import cli
+from megatron_ligo.config import Config
+from megatron_ligo.formats.output import ALONE, Share
+from megatron_ligo.handoff import grow_to
 
 EXAMPLE = """
 python tools/grow.py --config run.toml --operator runs/fit/operator --output runs/grown
 python tools/grow.py --config run.toml --set operator.method=noisy_stack --output runs/unlearned
+deepspeed --num_gpus 4 tools/grow.py --config run.toml --operator runs/fit/operator --output runs/grown
 """
 
 
@@ -24,7 +23,8 @@ def main() -> None:
     parser = cli.parser(
         "Grows the small model into a hand-off: DeepSpeed's universal checkpoint at iteration 0 (any tp, pp, dp and\n"
         "ZeRO stage), the Hugging Face folder, and growth.json. Without --operator, by the initialisation that\n"
-        "[operator] names. Interrupted and started again, it goes on where it stopped.",
+        "[operator] names. Under the deepspeed launcher the processes share the work, on one file system: the bytes\n"
+        "are the same. Interrupted and started again, it goes on where it stopped.",
         EXAMPLE,
         sections=("small", "large", "operator", "handoff"),
         output="the hand-off: universal/, hf/, growth.json",
@@ -32,20 +32,26 @@ def main() -> None:
     parser.add_argument("--operator", metavar="DIR", help="the folder `operator` that a fit wrote")
     args = parser.parse_args()
     config = cli.load_config(args)
+    with _all(config) as share:
+        with cli.byte_progress() as show:
+            grow_to(config, args.operator and Path(args.operator), Path(args.output), show, share)
+        if share.rank == 0:
+            print(f"{args.output}: {', '.join(config.handoff.formats)} and growth.json")
 
-    if not config.small.path:
-        raise ConfigError(message("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
-    reader = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format)
-    if args.operator:
-        operator = Saved(Path(args.operator))
-    else:
-        operator = initial_operator(reader.dims, config.large, config.operator)
-        print(describe(operator.settings))
-    grown = Grown(operator, reader, config.handoff.moments)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.handoff.dtype]
-    with cli.byte_progress() as show:
-        hand_off(grown, Path(args.output), dtype, config.handoff.formats, growth_record(grown), progress=show)
-    print(f"{args.output}: {', '.join(config.handoff.formats)} and growth.json")
+
+@contextmanager
+def _all(config: Config) -> Iterator[Share]:
+    """This process's share of the work: all of it, or under a launcher one part in so many."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield ALONE
+        return
+    # One process alone must not load Megatron-core.
+    from megatron_ligo.parallel import mesh
+    from megatron_ligo.parallel.peers import together
+
+    with together():
+        mesh.start(config.handoff.timeout_minutes)
+        yield Share(cli.rank(), int(os.environ["WORLD_SIZE"]), mesh.gathered)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,26 @@ from pathlib import Path
 from threading import Lock
 
 
+def read(path: Path) -> tuple[dict[tuple[str, ...], object], int]:
+    """The whole lines of a journal, and their length in bytes; nothing of a file that is not there."""
+    entries: dict[tuple[str, ...], object] = {}
+    whole = 0
+    if not path.exists():
+        return entries, whole
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                key, value = json.loads(line)
+                key = tuple(key)
+            except (ValueError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            entries[key] = value
+            whole += len(line)
+    return entries, whole
+
+
 class Journal:
     """A dict of JSON values that survives the process; without a path, one that does not.
 
@@ -22,29 +42,11 @@ class Journal:
         self._lock = Lock()
         if path is None:
             return
-        whole = self._load(path)
+        self.entries, whole = read(path)
         self._file = path.open("r+b" if path.exists() else "w+b")
         # A line that was cut off by the end of the process is not one.
         self._file.truncate(whole)
         self._file.seek(whole)
-
-    def _load(self, path: Path) -> int:
-        """Reads the whole lines; returns their length in bytes."""
-        whole = 0
-        if not path.exists():
-            return whole
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    key, value = json.loads(line)
-                    key = tuple(key)
-                except (ValueError, TypeError):
-                    break
-                if not line.endswith(b"\n"):
-                    break
-                self.entries[key] = value
-                whole += len(line)
-        return whole
 
     def get(self, *key: str) -> object | None:
         return self.entries.get(key)
@@ -56,6 +58,11 @@ class Journal:
             if self._file:
                 self._file.write(line)
                 self._file.flush()
+
+    def absorb(self, path: Path) -> None:
+        """Takes over the whole lines of another journal."""
+        for key, value in read(path)[0].items():
+            self.add(*key, value=value)
 
     def close(self) -> None:
         if self._file:

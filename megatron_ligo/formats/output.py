@@ -1,7 +1,8 @@
 """Where a format's writer puts its files: tensors one at a time, each noted in a journal when it is whole.
 
 A writer says what a file holds; the bytes, their order on the disk, the journal and fsync are decided here. What the
-journal knows to be whole (and whose bytes are still the same) is not written again.
+journal knows to be whole (and whose bytes are still the same) is not written again. Several processes can fill one
+folder: the first lays the files out (`Frames`), then each makes and writes its share of the tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -47,17 +49,32 @@ def one_dtype(source: Reader, item: Stored, kind: str = WEIGHT) -> torch.dtype:
     return found.pop()
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of a conversion this process does. gathered: every process's value, by rank, on each of them."""
+
+    rank: int = 0
+    world: int = 1
+    gathered: Callable[[object], list] = lambda value: [value]
+
+
+ALONE = Share()
+
+
 class Output:
     """A folder under construction. Names of files are relative to it, with `/`.
 
     A context manager: at its end everything is on the disk, or its error is raised.
     """
 
-    def __init__(self, folder: Path, journal: Journal | None = None, workers: int = WORKERS):
+    def __init__(self, folder: Path, journal: Journal | None = None, workers: int = WORKERS, share: Share = ALONE):
         self.folder = folder
         self.journal = journal or Journal()
         self.written: list[str] = []
         self._writer = Writer(workers)
+        self._first = share.rank == 0
+        self._rank, self._dealt = share.rank, [0] * share.world
+        self._skeletons = SKELETONS if self._first else f"{SKELETONS}.{share.rank}"
 
     def __enter__(self) -> Output:
         return self
@@ -65,7 +82,7 @@ class Output:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self._writer.finish()
-            shutil.rmtree(self.folder / SKELETONS, ignore_errors=True)
+            shutil.rmtree(self.folder / self._skeletons, ignore_errors=True)
         else:
             self._writer.abandon()
 
@@ -89,7 +106,7 @@ class Output:
 
     def torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
         """What torch.save writes for each tree, one after the other in one file. Offset and length of each, by name."""
-        aside = self._path(f"{SKELETONS}/{Path(name).name}")
+        aside = self._path(f"{self._skeletons}/{Path(name).name}")
         places, spans = torch_archives(aside, trees)
         self._place(self._path(name), aside, places)
         self._fill({name: places})
@@ -98,7 +115,7 @@ class Output:
     def _laid_out(self, name: str, tree: object) -> list[Place]:
         path = self._path(name)
         # The archive bears the file's name inside, so the skeleton has the same one.
-        aside = self._path(f"{SKELETONS}/{path.name}")
+        aside = self._path(f"{self._skeletons}/{path.name}")
         places = torch_skeleton(aside, tree)
         self._place(path, aside, places)
         return places
@@ -122,11 +139,13 @@ class Output:
 
     def file(self, name: str, write: Callable[[Path], object]) -> None:
         """A file that `write` makes at the path it is given (always anew: for what is small)."""
+        self.written.append(name)
+        if not self._first:
+            return
         path = self._path(name)
         write(path)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        self.written.append(name)
 
     def _path(self, name: str) -> Path:
         path = self.folder / name
@@ -145,12 +164,32 @@ class Output:
             self.written.append(name)
 
     def _put(self, name: str, file: OpenFile, place: Place) -> None:
-        known = self.journal.get("wrote", name, place.name)
         if place.later.make is None:
-            file.leave_zeros(place)
-        elif known is None or known != digest.of_part(self._path(name), place.offset, place.later.nbytes):
+            if self._first:
+                file.leave_zeros(place)
+            return
+        if not self._mine(place.later.nbytes):
+            return
+        known = self.journal.get("wrote", name, place.name)
+        if known is None or known != digest.of_part(self._path(name), place.offset, place.later.nbytes):
             file.enter()
             self._writer.put(file, place, self._noting(name, place.name))
 
+    def _mine(self, nbytes: int) -> bool:
+        """Each tensor goes to the process that has had the fewest bytes: all of them count alike."""
+        taker = self._dealt.index(min(self._dealt))
+        self._dealt[taker] += nbytes
+        return taker == self._rank
+
     def _noting(self, name: str, part: str) -> Callable[[str], None]:
         return lambda found: self.journal.add("wrote", name, part, value=found)
+
+
+class Frames(Output):
+    """Lays the files of tensors out for those who fill them: all but the tensors."""
+
+    def file(self, name: str, write: Callable[[Path], object]) -> None:
+        pass
+
+    def _put(self, name: str, file: OpenFile, place: Place) -> None:
+        pass
