@@ -42,6 +42,17 @@ def test_convert(command, tmp_path):
     assert list((tmp_path / "disk").iterdir()) == []
 
 
+def test_grow(command, tmp_path):
+    sizes = ("--gb", 0.005, "--repeats", 1, "--threads", 1)
+    told = command("grow", *sizes, "--folder", tmp_path / "disk", "--output", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    path = found["paths"]["learned"]
+    assert path["ratio"]["median"] == pytest.approx(path["dd_seconds"][0] / path["seconds"][0])
+    assert path["bytes"] == pytest.approx(found["paths"]["copies"]["bytes"], rel=0.05)
+    assert "learned" in told
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 def test_a_measurement_is_one_file():
     files = {file.stem for file in (ROOT / "megatron_ligo" / "bench").glob("*.py")}
     assert set(bench.measurements()) <= files
