@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,13 +102,12 @@ def test_the_journey_of_the_readme(place):
     # Started again, a finished fit finds itself finished; with other settings it refuses, on every rank.
     assert "resumed after step 4" in run(fit, place)
     assert "fit.seed" in run(f"{fit} --set fit.seed=7", place, code=2)
-    assert "num_kv_heads" in run(
-        f"{fit} --set fit.parallel.tp=4 --set large.num_kv_heads=6 --set large.num_heads=12 --set large.hidden_size=36",
-        place,
-        code=2,
-    )
 
 
 def test_the_commands_explain_themselves(place):
-    for tool in sorted((ROOT / "tools").glob("*.py")):
-        assert "example" in run(f"python tools/{tool.name} --help", place), tool
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(lambda tool: run(f"python tools/{tool.name} --help", place), tools))
+    assert len(tools) > 10
+    for tool, text in zip(tools, told, strict=True):
+        assert "example" in text, tool
