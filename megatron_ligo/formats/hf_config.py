@@ -202,7 +202,9 @@ def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> 
     else:
         # Token ids that nobody knows are null: left out, they would be the family's.
         config |= {**dict.fromkeys(TOKEN_IDS), **carried}
-    config |= {key: getattr(dims, field) for key, field in arch.hf.items()}
+    # A copy: transformers writes into the scaling that it is given.
+    sizes = dims.to_json()
+    config |= {key: sizes[field] for key, field in arch.hf.items()}
     config |= arch.fixed_hf
     if "rope_theta" in arch.hf:
         scaling = dict(dims.rope_scaling or {})

@@ -99,14 +99,15 @@ def fit(
     precision="fp32",
     sequence_parallel=False,
     whole_source=False,
+    steps=STEPS,
 ):
-    """(losses, norms, operator, grown weights, loss in fp32 afterwards) of STEPS steps at a layout, on rank 0."""
+    """(losses, norms, operator, grown weights, loss in fp32 afterwards) of some steps at a layout, on rank 0."""
     small = small_dims(small or {})
     mesh = meshes.make(tp, pp)
     operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
     source_reader = memory_of(model_of(small), small)
     run = TrainingSection(
-        steps=STEPS,
+        steps=steps,
         optimizer=optimizer,
         lr=lr,
         clip=clip,
@@ -146,7 +147,7 @@ def _run(shared, run, micro_size, source_reader, sabotage):
     groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
     engine = Engine(module, mesh, run, groups, after_update=moved)
     losses, norms = [], []
-    for batch in batches(operator.large):
+    for batch in batches(operator.large, run.steps):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
         losses.append(loss)
         norms.append(norm)

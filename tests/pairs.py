@@ -1,0 +1,50 @@
+"""The pairs of launch_scripts/pairs at a sixteenth of their width: the same heads, layers in the same ratio."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from math import gcd
+from pathlib import Path
+
+from megatron_ligo import arch
+from megatron_ligo.config import Config
+from megatron_ligo.growth.check import large_dims
+from megatron_ligo.training.start import sizes
+from tests.model import cases
+
+ROOT = Path(__file__).resolve().parents[1]
+# Image classifiers are fitted in tests/model.
+PAIRS = sorted(path for path in (ROOT / "launch_scripts/pairs").glob("*.toml") if "deit" not in path.name)
+LESS, STEPS, LR = 16, 1, 0.02
+
+
+def reduced(path: Path) -> dict:
+    """small, large and settings of a pair, as `cases.fit` takes them."""
+    config = Config.load(path)
+    small = sizes(ROOT / config.small.path)
+    large = large_dims(small, config.large)
+    common = gcd(small.num_layers, large.num_layers)
+    times = common if common < small.num_layers else common // 2
+
+    def less(dims) -> dict:
+        found = {name: getattr(dims, name) // LESS for name in ("hidden_size", "ffn_size", "head_dim")}
+        found |= {"num_heads": dims.num_heads, "num_kv_heads": dims.num_kv_heads}
+        return found | {"num_layers": dims.num_layers // times, "vocab_size": 61, "max_positions": 20}
+
+    operator = {name: value for name, value in asdict(config.operator).items() if name in ("method", "rank")}
+    if isinstance(operator["rank"], dict):
+        operator["rank"] = {name: rank // LESS for name, rank in operator["rank"].items()}
+    named = {"class": arch.get(small.arch).class_of(small)} if arch.get(small.arch).learns_positions else {}
+    changes = asdict(replace(small, **less(small))) | named
+    return {"small": changes, "large": less(large), "settings": operator}
+
+
+def layout(pair: dict) -> dict:
+    """tp 2 where it divides the heads, else two stages."""
+    return {"tp": 2} if pair["large"]["num_kv_heads"] % 2 == 0 else {"pp": 2}
+
+
+def fitted() -> list | None:
+    """(losses, norms, operator, grown weights, loss afterwards) of a short fit of each pair, on rank 0 of two."""
+    pairs = [reduced(path) for path in PAIRS]
+    return [cases.fit(**pair, **layout(pair), optimizer="sgd", lr=LR, steps=STEPS, micro_size=4) for pair in pairs]

@@ -1,0 +1,46 @@
+"""The planned cost of each pair in launch_scripts/pairs, as the table of pairs.md: `pairs.py` from the repository."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+FOLDER = ROOT / "launch_scripts/pairs"
+WORLD = 8
+
+
+def lines() -> Iterator[str]:
+    from megatron_ligo.config import Config
+    from megatron_ligo.growth.check import initial_operator
+    from megatron_ligo.plan import layouts, parameters
+    from megatron_ligo.plan.job import Job
+    from megatron_ligo.plan.memory import memory
+    from megatron_ligo.plan.text import number, size
+    from megatron_ligo.training.start import sizes
+
+    for path in sorted(FOLDER.glob("*.toml")):
+        config = Config.load(path)
+        operator = initial_operator(sizes(ROOT / config.small.path), config.large, config.operator)
+        small, large = operator.small, operator.large
+        fit = Job(large, config.fit, WORLD, config.data.seq_length, operator)
+        plain = Job(large, config.pretrain, WORLD, config.data.seq_length)
+        for job in (fit, plain):
+            reason = layouts.refusal(job)
+            assert reason is None, f"{path.name}: {reason}"
+        step = fit.flops() / plain.flops()
+        cells = [
+            path.stem,
+            f"{number(parameters.model_total(small))} to {number(parameters.model_total(large))}",
+            number(sum(operator.num_parameters().values())),
+            f"{step:.2f}",
+            f"{step * config.fit.steps / config.pretrain.steps:.2%}",
+            *(size(sum(memory(job).values())) for job in (fit, plain)),
+        ]
+        yield "| " + " | ".join(cells)
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))
