@@ -7,7 +7,6 @@ and SIGTERM (a run under way has saved first), 1 our own mistake (with its trace
 from __future__ import annotations
 
 import argparse
-import atexit
 import errno
 import logging
 import os
@@ -132,7 +131,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except signals.Interrupted as error:
         _say(f"{error}: ended.", agreed=True)
-        _end(error.exit_code)
+        signals.end(error.exit_code)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             _leave_the_pipe()
@@ -140,23 +139,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         if text is None:
             raise
         _say(text, agreed=isinstance(error, LigoError) and error.agreed)
-        _end(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
-    _end(0)
-
-
-def _end(code: int) -> NoReturn:
-    """Ends the process; one that has met other ranks without taking the interpreter down.
-
-    A thread of gloo's that lets go of its last tensor while the interpreter ends calls std::terminate (torch 2.13):
-    a run that was done would now and then exit with SIGABRT.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
-        sys.exit(code)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        signals.end(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
+    signals.end(0)
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:

@@ -7,6 +7,7 @@ DeepSpeed's passes no signal on when it is killed, and its ranks would go on alo
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -46,6 +47,21 @@ def install() -> None:
         signal.signal(signum, _handle)
     os.register_at_fork(after_in_child=_reset)
     threading.Thread(target=_watch, args=(read, _ancestors()), daemon=True).start()
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process; one that has met other ranks without taking the interpreter down.
+
+    A thread of gloo's that lets go of its last tensor while the interpreter ends calls std::terminate (torch 2.13):
+    a run that was done would now and then exit with SIGABRT.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def received() -> int | None:

@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from megatron_ligo import signals
 from megatron_ligo.compare.folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.config import Config
 from megatron_ligo.errors import LigoError, NumbersError
@@ -68,4 +69,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[-1])))
+    signals.end(main(Path(sys.argv[-1])))
