@@ -31,6 +31,7 @@ class Checked(Reader):
         self.source = source
         self.format, self.path, self.dims, self.step = source.format, source.path, source.dims, source.step
         self.layout, self.files, self.carried = source.layout, source.files, source.carried
+        self.groups = source.groups
         self._dtype = dtype
         self._kinds = (WEIGHT, *MOMENTS) if moments and source.has_moments else (WEIGHT,)
         self._journal = journal

@@ -106,7 +106,9 @@ def convert(
         stage.absorb()
         with _nothing_left(stage):
             checked.finish()
-        manifest = _finish(stage, out.written, checked, source, to, options)
+        lost = _lost_moments(module, source, options)
+        left = [*source.unread, *([lost] if lost else [])]
+        manifest = _finish(stage, out.written, checked, left, to, options)
     share.gathered(None)
     return manifest
 
@@ -131,7 +133,7 @@ def _help(
 def _checked(
     module: ModuleType, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
 ) -> Checked:
-    return Checked(source, options.dtype, getattr(module, "CARRIES_MOMENTS", False), journal, progress)
+    return Checked(source, options.dtype, _lost_moments(module, source, options) is None, journal, progress)
 
 
 def _for_all(progress: Progress, world: int) -> Progress:
@@ -156,12 +158,20 @@ def _planned(module: ModuleType, source: Reader, options: WriteOptions, place: P
     return plan.bytes
 
 
+def _lost_moments(module: ModuleType, source: Reader, options: WriteOptions) -> str | None:
+    """What is said of moments that stay behind; None where they go along, or there are none."""
+    if not source.has_moments:
+        return None
+    if not hasattr(module, "leaves_moments"):
+        return "optimizer state"
+    why = module.leaves_moments(source, options)
+    return f"optimizer state ({why})" if why else None
+
+
 def _finish(
-    stage: Staging, written: list[str], checked: Checked, source: Reader, to: str, options: WriteOptions
+    stage: Staging, written: list[str], checked: Checked, left: list[str], to: str, options: WriteOptions
 ) -> Manifest:
-    left = list(source.unread)
-    if source.has_moments and not checked.has_moments:
-        left.append("optimizer state")
+    source = checked.source
     if left:
         log.info("left behind: %s", "; ".join(left))
     manifest = Manifest(

@@ -39,6 +39,7 @@ class Grown(Reader):
         self.dims = operator.large
         self.files = source.files
         self.carried = source.carried
+        self.groups = source.groups if self.has_moments else ()
 
     def fingerprint(self) -> object | None:
         source = self.source.fingerprint()

@@ -67,6 +67,11 @@ def test_moments_go_along_or_are_said_to_be_left(tmp_path):
     for key, kind in itertools.product(source.keys(), MOMENTS):
         assert torch.equal(reader.read(key, kind), source.read(key, kind)), key
     assert convert(reader, tmp_path / "c", "hf").left_behind == ["optimizer state"]
+    (left,) = convert(reader, tmp_path / "e", "mcore").left_behind
+    assert "optimizer state (the source does not state betas and eps" in left
+    assert not formats.open(tmp_path / "e").has_moments
+    (left,) = convert(reader, tmp_path / "f", "universal", WriteOptions(extra={"moments": "none"})).left_behind
+    assert left == "optimizer state (moments = none)"
     assert not convert(source, tmp_path / "d", "hf").tensors["embed"].keys() & set(MOMENTS)
 
 
@@ -277,6 +282,7 @@ def test_what_a_format_does_not_take_is_refused(tmp_path):
         ("hf", WriteOptions(extra={"shard_byte": 3}), "Did you mean 'shard_bytes'"),
         ("universal", WriteOptions(dtype=torch.bfloat16), "torch.float32"),
         ("hf", WriteOptions(workers=0), "workers"),
+        ("mcore", WriteOptions(extra={"max_lr": "high"}), "a learning rate"),
     ]
     for to, options, words in cases:
         with pytest.raises(LigoError, match=words):

@@ -9,7 +9,8 @@ A format is one module of this folder with
     DTYPE: torch.dtype                       optional: the one dtype that the format stores
     OPTIONS: dict[str, str]                  optional: what `WriteOptions.extra` may hold, with a word of help
     LAYOUT: bool                             optional: `write` obeys tp and pp, or refuses one of them by its name
-    CARRIES_MOMENTS: bool                    optional: `write` stores Adam's moments and the step if the source has them
+    leaves_moments(source, options) -> str   optional: `write` stores Adam's moments and the step if the source has
+                                             them, or this says why not; a format without it never does
 `write` is run twice: once to ask how many bytes it will write (planned.py).
 It is found by looking into the folder: nothing else needs an edit. All are imported together, so what only one
 needs (Megatron-core, DeepSpeed) is imported inside its functions. Which tensors a format stores, and the rows in each,
@@ -72,6 +73,7 @@ class Reader(ABC):
     layout: dict = {}  # tp, pp, ... as stored; {} for formats without
     files: tuple[Path, ...] = ()  # tokenizer and the like, carried along by name
     unread: tuple[str, ...] = ()  # what the files hold besides, in words, and a Reader does not give
+    groups: tuple[Mapping[str, object], ...] = ()  # settings of the optimizer's groups as stored (adam.py)
     carried: Mapping[str, object] = {}  # Hugging Face config keys that are no sizes (token ids, ...), verbatim
 
     @property

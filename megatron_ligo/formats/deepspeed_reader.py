@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ligo import packing
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import hf_names, ranks, record
+from megatron_ligo.formats import adam, hf_names, ranks, record
 from megatron_ligo.formats.base import WEIGHT, Info, Reader
 from megatron_ligo.formats.deepspeed_files import Saved
 from megatron_ligo.formats.hf_names import Place
@@ -116,6 +116,8 @@ class EngineReader(Reader):
         holders = [rank.holders(self._places[item.name].name) for rank in held for item in stored]
         self._moments = all(found and all(masters.has_moments for masters in found) for found in holders)
         self.step = self._steps(saved)
+        found = [group for rank in held for masters in rank.masters for group in masters.groups]
+        self.groups = adam.settings(found) if self._moments else ()
         self.layout = {"tp": len(held), "pp": saved.mp // len(held), "dp": saved.dp, "zero": saved.zero}
         if self._sizes != self.dims:
             self.layout["padded_vocab"] = self._sizes.vocab_size

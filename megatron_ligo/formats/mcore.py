@@ -7,6 +7,9 @@
     DIR/iter_0000100/common.pt                iteration, the run's arguments, what belongs to no tensor (or an object
                                               of the checkpoint: mcore_names.py)
 
+Adam's tensors for a weight bear its name after `optimizer.state.exp_avg.` and the like; its count of steps and the
+settings of its groups are in common.pt.
+
 A layer's tensors are stacked to (layers, ...), or have names of their own. Norms bear Transformer Engine's names.
 """
 
@@ -23,20 +26,40 @@ from torch import Tensor
 from megatron_ligo import packing
 from megatron_ligo.arch.rows import Pack, layer_of
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import dcp_metadata, hf_config, iterations, mcore_writer, megatron_args, ranks, torch_files
+from megatron_ligo.formats import (
+    adam,
+    dcp_metadata,
+    hf_config,
+    iterations,
+    mcore_writer,
+    megatron_args,
+    ranks,
+    torch_files,
+)
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader
 from megatron_ligo.formats.dcp_metadata import METADATA, Chunk, Entry
-from megatron_ligo.formats.mcore_names import BACKEND, COMMON, COMMON_OBJECT, CONFIG, fused_name, stacked_name
+from megatron_ligo.formats.mcore_names import (
+    BACKEND,
+    COMMON,
+    COMMON_OBJECT,
+    CONFIG,
+    MASTERS,
+    fused_name,
+    stacked_name,
+    state_name,
+)
 from megatron_ligo.packing import Stored
 
 NAME = "mcore"
 LOOKS = f"{CONFIG} beside {METADATA} (Megatron-core's torch_dist), or {iterations.TRACKER} that names their folder"
-OPTIONS = {"vocab_divisible_by": "pads the vocabulary to a multiple of it (default 1: Megatron-core pads as it loads)"}
+OPTIONS = {
+    "vocab_divisible_by": "pads the vocabulary to a multiple of it (default 1: Megatron-core pads as it loads)",
+    **adam.RATES,
+}
 write = mcore_writer.write
+leaves_moments = mcore_writer.leaves_moments
 # What is no model's.
 OTHERS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-# Under these an optimizer keeps the weights in fp32.
-MASTERS = ("param", "fp32_param")
 
 
 def recognise(path: Path) -> bool:
@@ -57,7 +80,7 @@ class Part:
 
     def of(self, state: str) -> Part:
         """The optimizer's tensor for this one."""
-        return replace(self, name=f"optimizer.state.{state}.{self.name}")
+        return replace(self, name=state_name(self.name, state))
 
 
 class McoreReader(Reader):
@@ -80,6 +103,7 @@ class McoreReader(Reader):
         self._moments = all(self._has(kind) for kind in MOMENTS)
         self.unread = self._left()
         self.step = _step(self._folder / COMMON, common, self._moments)
+        self.groups = _groups(common.get("optimizer")) if self._moments else ()
 
     @property
     def has_moments(self) -> bool:
@@ -234,6 +258,14 @@ def _step(path: Path, common: dict, moments: bool) -> int:
     if type(step) is not int or step < 0:
         raise CheckpointError(message(f"{path}", "iteration, a count", repr(step)))
     return step
+
+
+def _groups(optimizer: object) -> tuple[dict, ...]:
+    """Settings of the optimizer's groups. One with fp32 masters holds another one."""
+    for _ in range(2):
+        if isinstance(optimizer, Mapping) and "param_groups" not in optimizer:
+            optimizer = optimizer.get("optimizer")
+    return adam.settings(optimizer.get("param_groups")) if isinstance(optimizer, Mapping) else ()
 
 
 def _counts(tree: object, depth: int = 0) -> Iterator[int]:

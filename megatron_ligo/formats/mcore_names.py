@@ -14,6 +14,8 @@ COMMON_OBJECT = "common_state/shard_0_1"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # No weights: what a module keeps for fp8, and nothing without.
 EXTRA_STATE = "_extra_state"
+# Under these a distributed optimizer and any other one keep the weights in fp32.
+MASTERS = ("param", "fp32_param")
 
 
 def local_name(name: str) -> str:
@@ -33,3 +35,8 @@ def fused_name(name: str) -> str:
 def stacked_name(name: str, layer: int) -> str:
     """The name of the tensor in which all layers' tensors are stacked."""
     return name.replace(f".layers.{layer}.", ".layers.", 1)
+
+
+def state_name(name: str, kind: str) -> str:
+    """The name of the optimizer's tensor of a kind for a weight."""
+    return f"optimizer.state.{kind}.{name}"

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
 
 from megatron_ligo import packing
 from megatron_ligo.arch.rows import layer_of
-from megatron_ligo.errors import CheckpointError, ConfigError, message
-from megatron_ligo.formats import dcp_metadata, iterations, megatron_args, ranks, record
-from megatron_ligo.formats.base import Reader, WriteOptions
+from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.formats import adam, dcp_metadata, iterations, megatron_args, ranks, record
+from megatron_ligo.formats.base import MOMENTS, WEIGHT, Reader, WriteOptions
 from megatron_ligo.formats.dcp_metadata import METADATA, Chunk, Entry
 from megatron_ligo.formats.layouts import Later
-from megatron_ligo.formats.mcore_names import BACKEND, COMMON, CONFIG, EXTRA_STATE, fused_name, stacked_name
+from megatron_ligo.formats.mcore_names import (
+    BACKEND,
+    COMMON,
+    CONFIG,
+    EXTRA_STATE,
+    MASTERS,
+    fused_name,
+    stacked_name,
+    state_name,
+)
 from megatron_ligo.formats.output import Output
 
 Span = tuple[str, int, int]  # file, offset, length
+FORM = "mcore"
+# The distributed optimizer's tensors are keyed by parameters, as those of the others are.
+RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """The weights in a file for each layer, then what names their places. Megatron-core cuts them as it loads."""
-    rows = _rows(source.dims.vocab_size, options)
+    """The tensors in a file for each layer, then what names their places. Megatron-core cuts them as it loads."""
+    rows, rates = _asked(source.dims.vocab_size, options)
     folder = iterations.folder_name(0)
     record.write(source, out)
     written = _write_files(source, out, folder, rows)
@@ -34,7 +46,8 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
             "iteration": source.step,
             "checkpoint_version": megatron_args.CHECKPOINT_VERSION,
             "args": args,
-            "content_metadata": {"singleton_local_shards": False},
+            "content_metadata": {"singleton_local_shards": False, **(RESHARDABLE if source.has_moments else {})},
+            **({"optimizer": _optimizer(source, rates)} if source.has_moments else {}),
         },
     )
     metadata = dcp_metadata.pickled(written.entries(), written.objects)
@@ -43,11 +56,33 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     iterations.write_tracker(out, 0)
 
 
-def _rows(vocab_size: int, options: WriteOptions) -> int:
+def leaves_moments(source: Reader, options: WriteOptions) -> str:
+    return adam.lacking(source.groups)
+
+
+def _asked(vocab_size: int, options: WriteOptions) -> tuple[int, dict[str, object]]:
+    """Rows of the padded vocabulary, and the learning rates that are to be stated."""
     multiple = options.extra.get("vocab_divisible_by", 1)
+    rates = {name: options.extra[name] for name in adam.RATES if name in options.extra}
+    faults = Faults(f"the format {FORM} cannot be written so", ConfigError)
     if type(multiple) is not int or multiple < 1:
-        raise ConfigError(message("vocab_divisible_by", "a positive whole number", repr(multiple)))
-    return -(-vocab_size // multiple) * multiple
+        faults.add("vocab_divisible_by", "a positive whole number", repr(multiple))
+    adam.check_rates(rates, faults)
+    faults.raise_if_any()
+    return -(-vocab_size // multiple) * multiple, rates
+
+
+def _optimizer(source: Reader, rates: dict[str, object]) -> dict[str, object]:
+    """What Adam keeps besides its tensors, as an optimizer of fp32 weights has it, and (inside) as those that keep fp32
+    masters have it: torch's Adam counts in its state, that of Transformer Engine in its groups."""
+    groups = adam.megatron_groups(source.groups, rates)
+    count = Later((), torch.float32, lambda: torch.tensor(float(source.step)))
+    return {
+        "state": {"common_step": count},
+        "param_groups": groups,
+        "optimizer": {"param_groups": [{**group, adam.STEP: source.step} for group in groups]},
+        "param_state_sharding_type": RESHARDABLE["distrib_optim_sharding_type"],
+    }
 
 
 @dataclass
@@ -86,18 +121,26 @@ class Written:
 def _write_files(source: Reader, out: Output, folder: str, rows: int) -> Written:
     """Before the layers, each layer, after the layers: one file each."""
     pieces = ranks.Pieces(source, 1, replace(source.dims, vocab_size=rows))
-    items = packing.stored(source.arch, source.dims, "mcore").values()
+    items = packing.stored(source.arch, source.dims, FORM).values()
+    kinds = (WEIGHT, *MOMENTS) if source.has_moments else (WEIGHT,)
     written = Written(source.dims.num_layers)
     for number, (layer, group) in enumerate(groupby(items, lambda item: layer_of(item.keys[0]))):
-        trees = {}
+        trees, names = {}, []
         for item in group:
-            later, name = pieces.later(item, 0), fused_name(item.name)
-            trees |= {name: later} if layer is None else {stacked_name(name, layer): _stacked(later)}
+            name = fused_name(item.name) if layer is None else stacked_name(fused_name(item.name), layer)
+            names.append(name)
+            for kind in kinds:
+                later = pieces.later(item, 0, kind)
+                trees[name if kind == WEIGHT else state_name(name, kind)] = later if layer is None else _stacked(later)
         file = f"__0_{number}.distcp"
         spans = out.torch_archives(f"{folder}/{file}", {**trees, EXTRA_STATE: [None]})
         for name, later in trees.items():
             written.add(name, layer, later, (file, *spans[name]))
-        for name in _extra_states(trees, layer, source.dims.num_layers):
+        full = [name for name in names if source.has_moments and trees[name].dtype == torch.float32]
+        for name, kind in product(full, MASTERS):
+            # The masters are the weights: the same bytes by another name.
+            written.add(state_name(name, kind), layer, trees[name], (file, *spans[name]))
+        for name in _extra_states(names, layer, source.dims.num_layers):
             written.objects[name] = (file, *spans[EXTRA_STATE])
     return written
 
@@ -107,7 +150,7 @@ def _stacked(later: Later) -> Later:
     return replace(later, shape=(1, *later.shape), make=lambda: later.make()[None])
 
 
-def _extra_states(names: dict[str, Later], layer: int | None, num_layers: int) -> Iterator[str]:
+def _extra_states(names: list[str], layer: int | None, num_layers: int) -> Iterator[str]:
     """What modules keep for fp8 (here: nothing), which Megatron-core asks for by these names.
 
     Its local layers have it in their linears, Transformer Engine's in the attention and the last norm too.

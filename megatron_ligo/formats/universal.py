@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ligo import packing
 from megatron_ligo.arch.rows import Pack
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import record, torch_files
+from megatron_ligo.formats import adam, record, torch_files
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader, WriteOptions
 from megatron_ligo.formats.deepspeed_files import STAND_INS
 from megatron_ligo.formats.layouts import Later
@@ -30,7 +30,6 @@ from megatron_ligo.formats.zero_groups import adam_count
 NAME = "universal"
 LOOKS = "latest_universal, or a folder zero/ with optimizer_state.pt (DeepSpeed universal)"
 DTYPE = torch.float32
-CARRIES_MOMENTS = True
 
 LATEST = "latest_universal"
 OPTIMIZER = "optimizer_state.pt"
@@ -71,7 +70,9 @@ class UniversalReader(Reader):
         steps = self._global_steps()
         stored = packing.stored(self.arch, self.dims, "mcore")
         self._tensors = self._check(stored)
-        self.step = self._adam_steps(next(iter(stored)), steps) if self._moments else steps
+        optimizer = self._optimizer() if self._moments else {}
+        self.step = self._adam_steps(next(iter(stored)), optimizer, steps) if self._moments else steps
+        self.groups = adam.settings(optimizer.get("param_groups"))
         self._items = {key: item for item in stored.values() for key in item.keys}
 
     @property
@@ -96,19 +97,22 @@ class UniversalReader(Reader):
                 return step
         raise CheckpointError(message(f"{self._tag}", " or ".join(STATES), "neither"))
 
-    def _adam_steps(self, name: str, otherwise: int) -> int:
+    def _optimizer(self) -> dict:
+        """What belongs to no parameter."""
+        path = self._tag / "zero" / OPTIMIZER
+        found = torch_files.load(path, STAND_INS) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    def _adam_steps(self, name: str, optimizer: dict, otherwise: int) -> int:
         """Adam's own count, not the engine's: beside a parameter, or (from ZeRO 3) for all of them."""
         zero = self._tag / "zero"
         if (zero / name / "step.pt").is_file():
             step = torch_files.load(zero / name / "step.pt")
-        elif (zero / OPTIMIZER).is_file():
-            state = torch_files.load(zero / OPTIMIZER, STAND_INS)
+        else:
             try:
-                step = state["optimizer_state_dict"]["state"][0]["step"]
+                step = optimizer["optimizer_state_dict"]["state"][0]["step"]
             except (KeyError, TypeError, IndexError):
                 return otherwise
-        else:
-            return otherwise
         count = adam_count(step)
         if count is None:
             raise CheckpointError(message(f"{zero}", "a count of Adam's steps", repr(step)))
@@ -146,6 +150,10 @@ class UniversalReader(Reader):
         if tensor.shape != shape and not (tensor.dim() == 1 and tensor.numel() == torch.Size(shape).numel()):
             raise CheckpointError(message(f"{path}", f"shape {shape}", tuple(tensor.shape)))
         return tensor.reshape(shape)
+
+
+def leaves_moments(source: Reader, options: WriteOptions) -> str:
+    return "moments = none" if options.extra.get("moments") == "none" else ""
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:

@@ -37,6 +37,7 @@ class Fragment:
 
 class Masters:
     """The parameters of one model-parallel rank's optimizer. step: Adam's count; None where there are no moments.
+    groups: the settings of its groups as they are found.
 
     states: the optimizer files of its data-parallel ranks, in order; shapes: `param_shapes`, by group; where: what to
     call the rank in `faults`.
@@ -48,6 +49,7 @@ class Masters:
         self._flats: list[dict[str, list[Tensor]]] = []
         self._fragments: dict[str, list[Fragment]] = {}
         self._steps: set[int | None] = set()
+        self.groups: list[object] = []
         for rank, state in enumerate(states):
             inner = state.get(STATE)
             inner = inner if isinstance(inner, dict) else {}
@@ -96,6 +98,7 @@ class Masters:
             self._faults.add(self._at(rank), f"{MASTERS} or {MASTERS_3}, flat tensors by group", found)
             return {WEIGHT: []}
         states = _base_states(base)
+        self.groups += _groups(base)
         moments = {kind: [states.get(group, {}).get(kind) for group in range(len(masters))] for kind in MOMENTS}
         everything = [tensor for kind in MOMENTS for tensor in moments[kind]]
         if all(tensor is None for tensor in everything):
@@ -154,13 +157,19 @@ def _base_states(base: object) -> dict[int, dict]:
         return {i: state for i, state in enumerate(base) if isinstance(state, dict)}
     if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
         return {}
-    groups = base.get("param_groups")
-    groups = groups if isinstance(groups, list) else []
     counts = {
-        i: {"step": group["step"]} for i, group in enumerate(groups) if isinstance(group, dict) and "step" in group
+        i: {"step": group["step"]}
+        for i, group in enumerate(_groups(base))
+        if isinstance(group, dict) and "step" in group
     }
     states = {i: state for i, state in base["state"].items() if isinstance(state, dict)}
     return {i: {**counts.get(i, {}), **state} for i, state in states.items()}
+
+
+def _groups(base: object) -> list:
+    """The settings of the base optimizer's groups."""
+    groups = base.get("param_groups") if isinstance(base, dict) else None
+    return groups if isinstance(groups, list) else []
 
 
 def adam_count(step: object) -> int | None:

@@ -12,6 +12,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 DP = 2
 STEPS = 7
+SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "amsgrad": False}
+DECAYS = (0.0, 0.1)
 
 
 def moments(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -43,7 +45,10 @@ def add_optimizer(tag: Path, stage: int) -> None:
 
 def _state(stage: int, groups: list[list[str]], parts: list[tuple]) -> dict:
     flats = [flat for flat, _ in parts]
-    base = {"state": {i: {"step": torch.tensor(float(STEPS)), **moments(flat)} for i, flat in enumerate(flats)}}
+    base = {
+        "state": {i: {"step": torch.tensor(float(STEPS)), **moments(flat)} for i, flat in enumerate(flats)},
+        "param_groups": [{**SETTINGS, "weight_decay": decay, "params": [i]} for i, decay in enumerate(DECAYS)],
+    }
     common = {"zero_stage": ZeroStageEnum(stage), "partition_count": DP}
     if stage == 3:
         scaler = DynamicLossScaler(1.0, 2.0, 1000, 1.0, 1, False)

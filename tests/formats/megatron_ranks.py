@@ -12,13 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ligo import formats, layout, packing
+from megatron_ligo.formats.base import WEIGHT
 from megatron_ligo.model.attention import FusedAttention
 from megatron_ligo.model.build import Build, transformer_config
 from megatron_ligo.parallel import mesh as meshes
@@ -26,7 +25,6 @@ from tests.formats.models import same_bits
 from tests.tiny import tokens
 
 PADDED = 48
-LR = 1e-2
 
 
 def gpt(dims, mesh, dtype=torch.float32, padded=PADDED):
@@ -53,8 +51,8 @@ def gpt(dims, mesh, dtype=torch.float32, padded=PADDED):
     return model.to(dtype).eval()
 
 
-def held(model, source, mesh):
-    """Each parameter of this rank with what it must be: (name, parameter, expected)."""
+def held(model, source, mesh, kind=WEIGHT):
+    """Each parameter of this rank with what it, or Adam's tensor for it, must be: (name, parameter, expected)."""
     dims = source.dims
     first = layout.stage_bounds(dims.num_layers, mesh.pp)[mesh.pp_rank]
     stored = packing.stored(source.arch, dims, "mcore")
@@ -65,7 +63,7 @@ def held(model, source, mesh):
         else:
             tied = dims.tied and name == "output_layer.weight"
             item = stored["embedding.word_embeddings.weight" if tied else name]
-        parts = [source.read(key) for key in item.keys]
+        parts = [source.read(key, kind) for key in item.keys]
         if item.vocabulary:
             rows = parameter.shape[0] * mesh.tp
             parts = [layout.pad_vocab(part, rows) for part in parts]
@@ -154,53 +152,6 @@ def save_distributed(jobs: list[tuple[str, str, int, int, dict]]) -> None:
             "args": run_arguments(source.dims, tp, pp),
         }
         dist_checkpointing.save(state, folder, content_metadata=how)
-
-
-def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sharding: str | None) -> None:
-    """Megatron-core's own optimizer after a step of AdamW on gradients that follow from the weights.
-
-    sharding: how its distributed optimizer is saved (None: one that is not distributed).
-    """
-    multiprocessing.current_process()._config["daemon"] = False
-    _optimizers_on_cpu()
-    source, mesh = formats.open(path), meshes.make(tp, pp)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model = gpt(source.dims, mesh, dtype)
-    fill(model, source, mesh)
-    distributed = sharding is not None
-    wrapped = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model
-    )
-    config = OptimizerConfig(
-        optimizer="adam", lr=LR, weight_decay=0.0, bf16=bf16, params_dtype=dtype, use_distributed_optimizer=distributed
-    )
-    optimizer = get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
-    for part in optimizer.chained_optimizers:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = gradient(parameter.detach())
-        part.optimizer.step()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    how = metadata(distrib_optim_sharding_type=sharding, chained_optim_avoid_prefix=True)
-    state = {
-        "model": model.sharded_state_dict(metadata=how),
-        "iteration": 5,
-        "args": run_arguments(source.dims, tp, pp),
-    }
-    state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=how)
-    dist_checkpointing.save(state, folder)
-
-
-def gradient(weight: torch.Tensor) -> torch.Tensor:
-    return torch.sin(weight * 10)
-
-
-def _optimizers_on_cpu() -> None:
-    """Megatron-core's optimizers ask for the types of a GPU's tensors."""
-    kind, tensor = torch.Tensor.type, torch.tensor
-    torch.Tensor.type = lambda self, *to: kind(self, *to) if to else kind(self).replace("torch.", "torch.cuda.", 1)
-    torch.tensor = lambda *values, device=None, **more: tensor(*values, **more)
 
 
 def save_by_rank(folder: str, path: str, tp: int, pp: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from megatron_ligo import formats, verify
 from megatron_ligo.convert import convert
 from megatron_ligo.describe import as_text, describe
 from megatron_ligo.errors import ConfigError
-from megatron_ligo.formats.base import MOMENTS, WriteOptions
+from megatron_ligo.formats.base import MOMENTS, WEIGHT, WriteOptions
+from megatron_ligo.mutations import engine_files
 from tests import families
-from tests.formats import megatron_ranks, models
+from tests.formats import megatron_optimizers, megatron_ranks, models
 from tests.tiny import tokens
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4, "intermediate_size": 56}
@@ -104,7 +107,7 @@ def test_the_optimizers_tensors_are_read(pools, sources, tmp_path, of, tp, pp, s
     """With fp32 masters where there are any; what is not keyed by parameters is said to be left."""
     folder, bf16 = tmp_path / "run", of == "halves"
     job = {"path": str(sources[of]), "tp": tp, "pp": pp, "bf16": bf16, "sharding": sharding}
-    pools(4).run(megatron_ranks.save_with_optimizer, folder=str(folder), **job)
+    pools(4).run(megatron_optimizers.save_with_optimizer, folder=str(folder), **job)
     reader, source = formats.open(folder), formats.open(sources[of])
     if sharding == "dp_reshardable":
         assert not reader.has_moments
@@ -114,8 +117,8 @@ def test_the_optimizers_tensors_are_read(pools, sources, tmp_path, of, tp, pp, s
     assert (reader.has_moments, reader.step, reader.unread) == (True, 1, ())
     for key in source.keys():  # noqa: SIM118 - no dict
         weight = source.read(key).float().requires_grad_()
-        weight.grad = megatron_ranks.gradient(weight.detach())
-        stepper = torch.optim.AdamW([weight], lr=megatron_ranks.LR, weight_decay=0.0)
+        weight.grad = megatron_optimizers.gradient(weight.detach())
+        stepper = torch.optim.AdamW([weight], lr=megatron_optimizers.LR, weight_decay=0.0)
         stepper.step()
         if bf16 or sharding:
             torch.testing.assert_close(reader.read(key), weight.detach())
@@ -123,6 +126,23 @@ def test_the_optimizers_tensors_are_read(pools, sources, tmp_path, of, tp, pp, s
             torch.testing.assert_close(reader.read(key, kind), stepper.state[weight][kind])
     convert(reader, tmp_path / "back", "universal")
     assert formats.open(tmp_path / "back").step == 1
+
+
+def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
+    """One that is not distributed, and distributed ones of fp32 and of bf16 weights, at layouts of their own."""
+    rates = {"max_lr": megatron_optimizers.LR, "min_lr": megatron_optimizers.MIN_LR}
+    for name in ("tied", "biased"):
+        convert(formats.open(sources[name]), tmp_path / name / "engine", "deepspeed", WriteOptions(tp=2))
+        engine_files.add_optimizer(tmp_path / name / "engine" / "global_step0", 1)
+        source = formats.open(tmp_path / name / "engine")
+        made = convert(source, tmp_path / name / "made", "mcore", WriteOptions(extra=rates))
+        reader = formats.open(tmp_path / name / "made")
+        assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_files.STEPS)
+        for key, kind in itertools.product(source.keys(), (WEIGHT, *MOMENTS)):
+            assert models.same_bits(reader.read(key, kind), source.read(key, kind)), (key, kind)
+    cases = [("tied", 2, 2, False, False), ("biased", 1, 2, False, True), ("tied", 2, 1, True, True)]
+    jobs = [(str(tmp_path / name / "made/release"), str(tmp_path / name / "engine"), *how) for name, *how in cases]
+    pools(4).run(megatron_optimizers.load_with_optimizer, jobs=jobs)
 
 
 @pytest.mark.parametrize(("of", "tp", "pp"), [("tied", 2, 2), ("halves", 1, 2), ("biased", 2, 1)])

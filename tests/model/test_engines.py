@@ -46,6 +46,10 @@ def test_an_engine_goes_on_from_what_was_converted(pools, tmp_path, world, kind,
     assert (engine.step, engine.has_moments) == (engines.BEFORE, True)
     assert engine.layout["zero"] == layouts[0].get("zero", 1)
     check_deepspeeds_own_converter(tmp_path)
+    assert not convert(engine, tmp_path / "mcore", "mcore").left_behind
+    again = compare(formats.open(tmp_path / "mcore"), engine)
+    assert again.same
+    assert again.compared == 3 * len(list(engine.keys()))
 
 
 def check_deepspeeds_own_converter(folder) -> None:
@@ -55,9 +59,12 @@ def check_deepspeeds_own_converter(folder) -> None:
     paths = {"input_folder": str(folder / "engine" / "state"), "output_folder": str(made)}
     ds_to_universal.main(argparse.Namespace(**paths, **arguments, inject_missing_state=False))
     shutil.copy(folder / "engine" / "dims.json", made.parent)
-    theirs = compare(formats.open(folder / "universal"), formats.open(made.parent))
+    read = formats.open(made.parent)
+    settings = {(group["betas"], group["eps"]) for group in formats.open(folder / "engine").groups}
+    assert settings == {(group["betas"], group["eps"]) for group in read.groups} == {((0.9, 0.95), 1e-8)}
+    theirs = compare(formats.open(folder / "universal"), read)
     assert theirs.same, theirs.differences[:3]
-    assert theirs.compared == 3 * len(list(formats.open(made.parent).keys()))
+    assert theirs.compared == 3 * len(list(read.keys()))
 
 
 @pytest.mark.parametrize(
