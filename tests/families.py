@@ -1,4 +1,4 @@
-"""Tiny random models of the real Hugging Face classes whose positions are learned: GPT-2, BERT, RoBERTa."""
+"""Tiny random models of the real Hugging Face classes with LayerNorms: GPT-2, GPT-NeoX, BERT, RoBERTa."""
 
 from __future__ import annotations
 
@@ -51,10 +51,23 @@ BERT = {
     "layer_norm_eps": 1e-3,
     "pad_token_id": 2,
 }
+NEOX = {
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "intermediate_size": 52,
+    "num_attention_heads": 6,
+    "vocab_size": 37,
+    "max_position_embeddings": 20,
+    "layer_norm_eps": 1e-3,
+    "rotary_pct": 0.5,
+}
+SIZES = {"gpt2": GPT2, "gpt_neox": NEOX}
+# Names that transformers has in its files, and those that it has in memory.
+IN_MEMORY = {"embed_out.weight": "lm_head.weight"}
 # Of each family the classes that the table names.
 CLASSES = [
     (family, name)
-    for arch in ("gpt2", "bert", "roberta")
+    for arch in ("gpt2", "gpt_neox", "bert", "roberta")
     for family, names in architectures()[arch].model_types.items()
     for name in names
 ]
@@ -64,16 +77,19 @@ def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> Dims:
     """The sizes of `model(family, name)`."""
     (arch,) = (arch for arch in architectures().values() if family in arch.model_types)
     parts = {part: part in arch.model_types[family][name] for part in arch.parts(family)}
-    own = {"activation": "gelu_new"} if arch.name == "gpt2" else {"activation": "gelu", "num_token_types": 3}
-    own |= {"position_padding": 2} if arch.name == "roberta" else {}
+    own = {
+        "gpt2": {"activation": "gelu_new"},
+        "gpt_neox": {"activation": "gelu", "parallel_residual": True, "rotary_fraction": 0.5, "rope_base": 1e4},
+        "bert": {"activation": "gelu", "num_token_types": 3},
+        "roberta": {"activation": "gelu", "num_token_types": 3, "position_padding": 2},
+    }[arch.name]
     return Dims(**{"arch": arch.name, "model_type": family, "tied": tied, **DIMS, **own, **parts, **changes})
 
 
 def model(family: str, name: str, *, tied: bool = True, dtype=torch.float32, seed: int = 0, **changes):
     """A random model; gains and biases are no ones and zeros, so that a forgotten one shows."""
     torch.manual_seed(seed)
-    sizes = GPT2 if family == "gpt2" else BERT
-    config = CONFIG_MAPPING[family](**{**sizes, "tie_word_embeddings": tied, **changes})
+    config = CONFIG_MAPPING[family](**{**SIZES.get(family, BERT), "tie_word_embeddings": tied, **changes})
     return _random(getattr(transformers, name)(config).eval()).to(dtype)
 
 
@@ -100,7 +116,8 @@ def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
     """The canonical tensors of a Hugging Face model, by the table."""
     state = made.state_dict()
     items = stored(get(dims.arch), dims, "hf").items()
-    return Memory(dims, {key: item.part(state[name], key, dims).clone() for name, item in items for key in item.keys})
+    found = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
+    return Memory(dims, {key: item.part(found[name], key, dims).clone() for name, item in items for key in item.keys})
 
 
 def model_of(dims: Dims, seed: int = 0) -> torch.nn.Module:
@@ -119,7 +136,7 @@ def state_of(arch: Architecture, dims: Dims, tensors: dict[str, torch.Tensor]) -
             state[row.slots["hf"].name] = tensors[row.tied_to]
         if row.exists(dims) and row.slots["hf"].tied_name:
             state[row.slots["hf"].name] = tensors[row.key]
-    return state
+    return {IN_MEMORY.get(name, name): tensor for name, tensor in state.items()}
 
 
 def built(source: Reader) -> torch.nn.Module:

@@ -19,6 +19,8 @@ class Dims:
     model_type: the Hugging Face family that the config is written for ("llama", "mistral", ...).
     activation: the feed-forward block's, as Hugging Face calls it.
     rope_scaling: the scaling part of the Hugging Face rope parameters, verbatim, or None.
+    rotary_fraction: the part of a head's features, from the first on, that rotary positions turn.
+    parallel_residual: attention and feed-forward read the residual stream side by side, and not in turn.
     sliding_window: attention reaches back that many tokens; None = all.
     position_padding: tokens of this id are not counted, and the others' positions begin at it + 1 (RoBERTa);
         None = positions are counted from 0. max_positions is the number of rows of the table of positions.
@@ -43,6 +45,8 @@ class Dims:
     qkv_bias: bool = False
     rope_base: float | None = None
     rope_scaling: Mapping | None = None
+    rotary_fraction: float = 1.0
+    parallel_residual: bool = False
     sliding_window: int | None = None
     num_token_types: int = 0
     activation: str = "silu"
@@ -64,8 +68,11 @@ class Dims:
         faults.raise_if_any()
         if self.num_heads % self.num_kv_heads:
             faults.add("num_heads", f"a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads)
-        if self.rope_base is not None and self.head_dim % 2:
-            faults.add("head_dim", "an even number (rotary positions turn pairs)", self.head_dim)
+        if self.rope_base is not None:
+            turned = int(self.head_dim * self.rotary_fraction)
+            if not 0 < turned <= self.head_dim or turned % 2:
+                found = self.head_dim if self.rotary_fraction == 1 else f"{self.rotary_fraction} of {self.head_dim}"
+                faults.add("head_dim", "an even number (rotary positions turn pairs)", found)
         if not self.norm_eps > 0:
             faults.add("norm_eps", "a positive number", self.norm_eps)
         self._check_image(faults)

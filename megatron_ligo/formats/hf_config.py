@@ -23,7 +23,7 @@ NOT_CARRIED = (
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "rope_parameters",
     "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "n_ctx", "quantization_config", "auto_map",
 )  # fmt: skip
-ROPE = ("rope_theta", "rope_scaling")
+ROPE = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in Dims that are numbers or truths.
 KINDS = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
@@ -62,10 +62,10 @@ def dims_of(config: Mapping, where: str) -> Dims:
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
     sizes |= _parts(config, arch) | arch.implied.get(config["model_type"], {})
     for key, name in arch.hf.items():
-        if key not in ROPE and name not in sizes:
+        if name not in ROPE and name not in sizes:
             sizes[name] = _stated(config, key, where)
-    if "rope_theta" in arch.hf:
-        sizes |= _rope(config, where, faults)
+    if "rope_base" in arch.hf.values():
+        sizes |= _rope(config, arch, where, faults)
     _follow(sizes)
     _check_kinds(sizes, faults)
     for name, known in arch.choices.items():
@@ -121,8 +121,10 @@ def _as_transformers_reads(config: Mapping, where: str) -> object:
         raise CheckpointError(message(where, "a config that transformers takes", found)) from None
 
 
-def _rope(config: Mapping, where: str, faults: Faults) -> dict[str, object]:
-    """`rope_base` and `rope_scaling` out of either form: today's rope_parameters, or rope_theta and rope_scaling."""
+def _rope(config: Mapping, arch: Architecture, where: str, faults: Faults) -> dict[str, object]:
+    """`rope_base`, `rope_scaling` and (of families that have one) `rotary_fraction` out of either form: today's
+    rope_parameters, or keys of their own."""
+    keys = {field: key for key, field in arch.hf.items()}
     parameters = config.get("rope_parameters")
     scaling = config.get("rope_scaling") if parameters is None else parameters
     scaling = {} if scaling is None else scaling
@@ -130,16 +132,21 @@ def _rope(config: Mapping, where: str, faults: Faults) -> dict[str, object]:
         faults.add("rope_parameters", "one set of plain values for all layers", repr(scaling))
         return {"rope_base": 1.0}
     scaling = dict(scaling)
-    partial = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        faults.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
-    base = scaling.pop("rope_theta", config.get("rope_theta"))
+    partial = scaling.pop("partial_rotary_factor", config.get(keys.get("rotary_fraction", "partial_rotary_factor")))
+    base = scaling.pop("rope_theta", config.get(keys["rope_base"]))
     if base is None:
         base = _as_transformers_reads(config, where).rope_parameters["rope_theta"]
+    own = {}
+    if "rotary_fraction" in keys:
+        if partial is None:
+            partial = _as_transformers_reads(config, where).rope_parameters["partial_rotary_factor"]
+        own = {"rotary_fraction": partial}
+    elif partial not in (None, 1):
+        faults.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
     plain = scaling.get("rope_type", "default") == "default"
-    return {"rope_base": base, "rope_scaling": None if plain else scaling}
+    return {"rope_base": base, "rope_scaling": None if plain else scaling, **own}
 
 
 def _follow(sizes: dict) -> None:
@@ -156,7 +163,7 @@ def _follow(sizes: dict) -> None:
 
 def _check_kinds(sizes: dict, faults: Faults) -> None:
     """JSON has any kind of value in any place."""
-    for name in ("norm_eps", "rope_base"):
+    for name in ("norm_eps", "rope_base", "rotary_fraction"):
         if type(sizes.get(name)) is int:
             sizes[name] = float(sizes[name])
     for field in fields(Dims):
@@ -206,9 +213,10 @@ def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> 
     sizes = dims.to_json()
     config |= {key: sizes[field] for key, field in arch.hf.items()}
     config |= arch.fixed_hf
-    if "rope_theta" in arch.hf:
-        scaling = dict(dims.rope_scaling or {})
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": dims.rope_base} | scaling
+    if "rope_base" in arch.hf.values():
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": dims.rope_base, **(dims.rope_scaling or {})}
+        if "rotary_fraction" in arch.hf.values():
+            config["rope_parameters"]["partial_rotary_factor"] = dims.rotary_fraction
     return config | {"dtype": name, "torch_dtype": name}
 
 

@@ -114,6 +114,10 @@ def _scaling_kind(dims: Dims) -> str:
 
 def check_angles(small: Dims, large: Dims, faults: Faults) -> None:
     """Adds a fault where rotary angles cannot be kept at another head size."""
+    if large.head_dim != small.head_dim and small.rotary_fraction != 1:
+        do = "Which of the new features turn would not be the same part of them: keep head_dim."
+        expected = f"{small.head_dim} with rotary_fraction = {small.rotary_fraction}"
+        faults.add("large.head_dim", expected, large.head_dim, do)
     kind = _scaling_kind(small)
     if large.head_dim != small.head_dim and kind not in KEPT_SCALINGS:
         do = "Its angles depend on the head size: keep head_dim."

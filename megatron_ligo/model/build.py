@@ -25,6 +25,7 @@ from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.formats.megatron_args import LLAMA3_SCALING
 from megatron_ligo.model.attention import FusedAttention
 from megatron_ligo.model.norm import Norm
+from megatron_ligo.model.parallel_residual import ParallelResidualLayer
 from megatron_ligo.model.post_norm import PostNormLayer
 from megatron_ligo.parallel import accelerator
 
@@ -109,6 +110,8 @@ def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
 
 
 def layer_class(dims: Dims) -> type[TransformerLayer]:
+    if dims.parallel_residual:
+        return ParallelResidualLayer
     return TransformerLayer if architectures.get(dims.arch).norm_first else PostNormLayer
 
 
@@ -119,8 +122,11 @@ def layer_spec(dims: Dims) -> ModuleSpec:
     """
     arch = architectures.get(dims.arch)
     if accelerator.have_transformer_engine() and arch.norm_first:
-        return get_gpt_layer_with_transformer_engine_spec()
+        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
+        spec.module = layer_class(dims)
+        return spec
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
+    spec.module = layer_class(dims)
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     spec.submodules.self_attention.submodules.core_attention = FusedAttention
@@ -160,7 +166,7 @@ def rotary(dims: Dims) -> RotaryEmbedding | None:
         )
     return RotaryEmbedding(
         kv_channels=dims.head_dim,
-        rotary_percent=1.0,
+        rotary_percent=dims.rotary_fraction,
         rotary_interleaved=False,
         rotary_base=dims.rope_base,
         rope_scaling=kind == "llama3",

@@ -21,10 +21,10 @@ class PostNormLayer(TransformerLayer):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None):
         """(the layer's output, None), as mcore's layers give it. No mask: each token sees all."""
-        y = self.post_self_attn_layernorm(x + _with_bias(*self.self_attention(x, attention_mask=attention_mask)))
-        return self.post_mlp_layernorm(y + _with_bias(*self.mlp(y))), None
+        y = self.post_self_attn_layernorm(x + with_bias(*self.self_attention(x, attention_mask=attention_mask)))
+        return self.post_mlp_layernorm(y + with_bias(*self.mlp(y))), None
 
 
-def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+def with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
     """mcore's linears give their biases apart."""
     return out if bias is None else out + bias

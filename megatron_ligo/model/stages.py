@@ -6,6 +6,7 @@ Its parameters bear the same names as those of the one module (gpt.py), so that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -20,7 +21,7 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.formats.mcore_names import local_name
 from megatron_ligo.formats.pipeline import layers_before, prefixes
 from megatron_ligo.model import weights
-from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
+from megatron_ligo.model.build import Build, final_norm_spec, layer_class, layer_spec, rotary
 from megatron_ligo.model.encoder import Sums, Transform
 from megatron_ligo.model.layers import (
     add_positions,
@@ -32,7 +33,6 @@ from megatron_ligo.model.layers import (
     word_embedding,
 )
 from megatron_ligo.model.loss import language_model_loss
-from megatron_ligo.model.post_norm import PostNormLayer
 from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
 
@@ -86,12 +86,10 @@ class Staged:
         return run_layer(super().forward, h, positions, self.recompute)
 
 
-class StageLayer(Staged, TransformerLayer):
-    """A layer of Megatron-core's."""
-
-
-class PostNormStageLayer(Staged, PostNormLayer):
-    """A layer with its norms last."""
+@cache
+def stage_layer(layer: type[TransformerLayer]) -> type:
+    """A layer's class as a layer of the pipeline."""
+    return type(f"Stage{layer.__name__}", (Staged, layer), {})
 
 
 class FinalNorm(nn.Module):
@@ -173,7 +171,7 @@ class PretrainedPipeline(PipelineModule):
 
 def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
     arch = architectures.get(dims.arch)
-    layer = StageLayer if arch.norm_first else PostNormStageLayer
+    layer = stage_layer(layer_class(dims))
     layers = [LayerSpec(layer, dims, build, number, recompute) for number in range(dims.num_layers)]
     if arch.learns_positions:
         layers = [LayerSpec(Positions if arch.causal else Sums, dims, build, mesh), *layers]

@@ -1,4 +1,4 @@
-"""GPT-2, BERT and RoBERTa between the formats, as transformers writes them today and as old files have them."""
+"""GPT-2, GPT-NeoX, BERT and RoBERTa between the formats, as transformers writes them today and as old files do."""
 
 from __future__ import annotations
 

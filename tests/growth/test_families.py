@@ -1,4 +1,4 @@
-"""Growth of GPT-2, BERT and RoBERTa in fp64 against the real transformers models."""
+"""Growth of GPT-2, GPT-NeoX, BERT and RoBERTa in fp64 against the real transformers models."""
 
 from __future__ import annotations
 
@@ -67,6 +67,9 @@ def test_refusals():
     with pytest.raises(ConfigError, match="head_dim"):
         initial_operator(gpt2, LargeSection(hidden_size=48), OperatorSection())
     initial_operator(bert, LargeSection(num_layers=4), OperatorSection(depth_init="stack"))
+    neox = families.dims_of("gpt_neox", "GPTNeoXForCausalLM")
+    with pytest.raises(ConfigError, match=r"large\.head_dim: expected 4 with rotary_fraction = 0\.5, found 8"):
+        initial_operator(neox, LargeSection(hidden_size=48, head_dim=8), OperatorSection())
 
 
 @pytest.mark.parametrize("method", ["ligo", "aki", "direct_copy", "hypercloning_noisy"])

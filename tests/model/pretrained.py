@@ -33,7 +33,12 @@ CLIP, DECAY = 0.05, 0.1
 
 def sizes(tied: bool, family: str = "llama") -> Dims:
     if family != "llama":
-        names = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM"}
+        names = {
+            "gpt2": "GPT2LMHeadModel",
+            "gpt_neox": "GPTNeoXForCausalLM",
+            "bert": "BertForMaskedLM",
+            "roberta": "RobertaForMaskedLM",
+        }
         return dims_of(family, names[family], tied=tied, **SIZES | {"num_kv_heads": 8, "hidden_size": 32})
     return llama_dims(tied=tied, **SIZES)
 

@@ -174,6 +174,14 @@ def test_gpt2_is_exact_when_sharded(pools, world, layout):
     assert_exact(differences(pools, world, "sgd", changes, **layout))
 
 
+def test_gpt_neox_is_exact_when_sharded(pools):
+    """Its blocks side by side, a part of its heads turned."""
+    small = {"arch": "gpt_neox", "class": "GPTNeoXForCausalLM", "hidden_size": 32, "num_kv_heads": 8, "tied": False}
+    changes = {"small": small, "large": {"hidden_size": 64, "num_kv_heads": 16}, "settings": {"noise": 0.5}}
+    layout = {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}
+    assert_exact(differences(pools, 4, "sgd", changes, **layout))
+
+
 def test_gpt2_is_exact_with_the_official_operator(pools):
     changes = {**GPT2, "settings": {"method": "ligo"}}
     assert_exact(differences(pools, 4, "sgd", changes, tp=2, pp=2, micro_size=2))

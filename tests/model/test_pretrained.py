@@ -1,5 +1,6 @@
 """The model to pretrain: transformers' numbers, the same at every layout, from one universal checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,19 @@ def folders(tmp_path_factory) -> dict[bool, str]:
     return {tied: made(tmp_path_factory.mktemp("universal"), tied, "llama") for tied in (False, True)}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "roberta"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_are_those_of_transformers(tied, family):
+    assert_logits(pretrained.sizes(tied, family))
+
+
+def test_gpt_neox_s_blocks_may_stand_in_turn():
+    assert_logits(replace(pretrained.sizes(False, "gpt_neox"), parallel_residual=False))
+
+
+def assert_logits(dims):
     meshes.start()
-    mesh, dims = meshes.make(1, 1), pretrained.sizes(tied, family)
+    mesh = meshes.make(1, 1)
     hf = model_of(dims)
     model = build_pretrained(dims, Build(), mesh)
     weights.fill(model, dims, mesh, memory_of(hf, dims).read)
@@ -94,6 +103,7 @@ OTHER_FAMILIES = [
     ("gpt2", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     ("gpt2", {"tp": 2, "zero": 3, "sequence_parallel": True, "recompute": True, "micro_size": 4}),
     ("gpt2", {"tp": 4, "zero": 2, "tied": False, "micro_size": 4}),
+    ("gpt_neox", {"tp": 2, "pp": 2, "sequence_parallel": True, "tied": False, "optimizer": "sgd"}),
     ("bert", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     ("bert", {"tp": 2, "zero": 3, "recompute": True, "tied": False, "micro_size": 4}),
     ("roberta", {"pp": 2, "tied": False}),
