@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from megatron_ligo.errors import Faults, nearest
@@ -26,6 +28,7 @@ def is_section(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint)
 
 
+@cache
 def hints(section: type) -> dict[str, Any]:
     """The types of a section's fields by name, in the order in which they were declared."""
     resolved = typing.get_type_hints(section)
@@ -103,7 +106,7 @@ def fit(value: Any, hint: Any) -> Any:
         if not isinstance(value, dict):
             raise TypeError
         return {str(name): fit(entry, of_value) for name, entry in value.items()}
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is hint and not (hint is float and not math.isfinite(value)):
         return value

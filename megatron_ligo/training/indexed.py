@@ -120,10 +120,12 @@ def _inconsistency(lengths, pointers, ends, itemsize: int, bin_bytes: int) -> tu
     total = int(lengths.sum(dtype=np.int64)) * itemsize
     if total != bin_bytes:
         return f"{total} bytes by its index", bin_bytes
-    reach = pointers + lengths.astype(np.int64) * itemsize
-    if pointers.min() < 0 or reach.max() > bin_bytes:
-        return f"sequences within its {bin_bytes} bytes", f"one that ends at byte {int(reach.max())}"
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != sequences or (np.diff(ends) < 0).any():
+    # Compared as they are: sums and differences of such numbers may not fit.
+    beyond = pointers > bin_bytes - lengths.astype(np.int64) * itemsize
+    if pointers.min() < 0 or beyond.any():
+        found = int(pointers[beyond.argmax()] if beyond.any() else pointers.min())
+        return f"sequences within its {bin_bytes} bytes", f"one from byte {found} on"
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != sequences or (ends[1:] < ends[:-1]).any():
         return f"document ends that rise from 0 to {sequences}", f"{ends[:3].tolist()} ... {ends[-1:].tolist()}"
     return None
 

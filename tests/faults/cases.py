@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ligo.config import Config
-from megatron_ligo.training import replicas
+from megatron_ligo.training import elastic, replicas
 from megatron_ligo.training.data import Data
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.fit import Fit
@@ -115,6 +115,24 @@ def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
     finally:
         job.engine.engine.destroy()
     return json.loads((Path(output) / "operator/operator.json").read_text())
+
+
+def forgetful(settings: dict, output: str, lost: str) -> dict | str:
+    """A run that is moved to another layout, and finds nothing but zeros for one of Adam's moments."""
+    fill = elastic.fill_optimizer
+
+    def filled(engine, part, steps=None):
+        def partly(name, parameter, kind):
+            found = part(name, parameter, kind)
+            return torch.zeros_like(found) if kind == lost else found
+
+        fill(engine, partly, steps)
+
+    elastic.fill_optimizer = filled
+    try:
+        return pretrain(settings, output)
+    finally:
+        elastic.fill_optimizer = fill
 
 
 def with_a_wild_clock(settings: dict, output: str) -> dict | str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ligo.formats.base import MOMENTS
 from tests.faults import cases
 from tests.training.pretraining import pretrain
 from tests.training.test_pretrain import STEPS, base, losses_of, settings  # noqa: F401 - base: a fixture
@@ -83,9 +85,26 @@ def fit_settings(base: Path, rank: int, layout: dict) -> dict:  # noqa: F811
     return table
 
 
-def test_the_checkpoint_before_may_be_of_another_layout(pools, base, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def whole(pools, base, tmp_path_factory) -> dict:  # noqa: F811
+    """The record of a pretraining that nothing has befallen."""
+    return pools(1).run(pretrain, settings=settings(base), output=str(tmp_path_factory.mktemp("whole")))
+
+
+def test_a_lost_moment_would_be_seen(pools, base, whole, tmp_path):  # noqa: F811
+    """A run that loses one of Adam's moments as it moves is far beyond what fp32 is allowed above."""
+    table = settings(base, save_every=1)
+    killed = pools(2).run(pretrain, settings=settings(base, save_every=1, tp=2), output=str(tmp_path), die_after=3)
+    assert killed == {"killed": 3}
+    for lost in MOMENTS:
+        output = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}_{lost}"))
+        moved = losses_of(pools(1).run(cases.forgetful, settings=table, output=str(output), lost=lost))
+        assert moved[:3] == pytest.approx(losses_of(whole)[:3], rel=TOLERANCE["fp32"])
+        assert moved != pytest.approx(losses_of(whole), rel=100 * TOLERANCE["fp32"])
+
+
+def test_the_checkpoint_before_may_be_of_another_layout(pools, base, whole, tmp_path):  # noqa: F811
     """The newest, of two ranks, is damaged: the one before, of one, is taken."""
-    whole = pools(1).run(pretrain, settings=settings(base), output=str(tmp_path / "whole"))
     pools(1).run(pretrain, settings=settings(base), output=str(tmp_path / "run"), die_after=3)
     pools(2).run(pretrain, settings=settings(base, tp=2), output=str(tmp_path / "run"), die_after=3)
     record = tmp_path / "run/checkpoints/step_4/record.json"

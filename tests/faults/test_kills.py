@@ -15,11 +15,13 @@ import torch
 from megatron_ligo.formats import torch_files
 from megatron_ligo.training.checkpoint_files import ALLOWED
 from tests.faults.commands import Run
+from tests.faults.conftest import SAVE_EVERY, STEPS
 
-STEPS = 30
-LAYOUTS = {
-    "fit, TP2 x PP2": ("fit", 4, ["fit.parallel.tp=2", "fit.parallel.pp=2"]),
-    "pretrain, ZeRO 3": ("pretrain", 2, ["pretrain.parallel.zero=3"]),
+ALL, ONE, ASKED = "SIGKILL of all ranks", "SIGKILL of one", "SIGTERM to one"
+# Name: tool, ranks, layout, what befalls it.
+CASES = {
+    "fit, TP2 x PP2": ("fit", 4, ("fit.parallel.tp=2", "fit.parallel.pp=2"), (ASKED, ONE)),
+    "pretrain, ZeRO 3": ("pretrain", 2, ("pretrain.parallel.zero=3",), (ALL, ASKED, ONE)),
 }
 
 
@@ -54,47 +56,47 @@ def ended(output: Path, tool: str) -> tuple:
     return rows(output), losses(output, tool)
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
-def test_whatever_befalls_a_run_it_ends_as_the_undisturbed_one(config, tmp_path, case):
-    """SIGKILL of all ranks, SIGTERM to one, SIGKILL of one: every number is the same, bit for bit."""
-    tool, world, layout = LAYOUTS[case]
-    everyone = range(world)
-
-    def start(output: Path) -> Run:
-        return Run(tool, config, output, *layout, world=world)
-
-    with start(tmp_path / "whole") as run:
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_befalls_a_run_it_ends_as_the_undisturbed_one(config, whole, tmp_path, case):
+    """Killed or asked to end at random steps, every number is the same, bit for bit."""
+    tool, world, layout, fates = CASES[case]
+    draw, output = random.Random(case), tmp_path / "killed"
+    for fate, moment in zip(fates, sorted(draw.sample(range(2, STEPS - 4), len(fates))), strict=True):
+        with Run(tool, config, output, *layout, world=world) as run:
+            run.reaches(moment)
+            FATES[fate](run, draw.randrange(world))
+    with Run(tool, config, output, *layout, world=world) as run:
         assert run.ends() == [0] * world, run.said(0)
-    draw = random.Random(case)
-    moments = sorted(draw.sample(range(2, STEPS - 4), 3))
-    output = tmp_path / "killed"
-    with start(output) as run:
-        run.reaches(moments[0])
-        run.signal(signal.SIGKILL, *everyone)
-    with start(output) as run:
-        run.reaches(moments[1])
-        run.signal(signal.SIGTERM, draw.randrange(world))
-        assert run.ends(30) == [143] * world
-        assert "SIGTERM: saved after step" in run.said(0)
-        assert not any("Traceback" in run.said(rank) for rank in everyone)
-    victim = draw.randrange(world)
-    with start(output) as run:
-        run.reaches(moments[2])
-        began = time.monotonic()
-        run.signal(signal.SIGKILL, victim)
-        codes = run.ends(30)
-        assert codes == [-9 if rank == victim else 2 for rank in everyone]
-        assert time.monotonic() - began < 20
-        if victim:
-            # On a busy machine another may be too late to say that it is there.
-            assert re.search(rf"ranks? [\d, ]*\b{victim}\b[\d, ]* has ended, without a word", run.said(0)), run.said(0)
-        assert not any("Traceback" in run.said(rank) for rank in everyone)
-    with start(output) as run:
-        assert run.ends() == [0] * world, run.said(0)
-    assert ended(output, tool) == ended(tmp_path / "whole", tool)
+    assert ended(output, tool) == ended(whole(tool, *layout, world=world), tool)
     assert [row["step"] for row in rows(output)] == list(range(1, STEPS + 1))
     # Nothing is left over of what was begun.
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_28", f"step_{STEPS}"]
+    kept = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert kept == [f"step_{STEPS - SAVE_EVERY}", f"step_{STEPS}"]
+
+
+def all_killed(run: Run, victim: int) -> None:
+    run.signal(signal.SIGKILL, *range(len(run.ranks)))
+
+
+def one_asked(run: Run, victim: int) -> None:
+    run.signal(signal.SIGTERM, victim)
+    assert run.ends(30) == [143] * len(run.ranks)
+    assert "SIGTERM: saved after step" in run.said(0)
+    assert not any("Traceback" in run.said(rank) for rank in range(len(run.ranks)))
+
+
+def one_killed(run: Run, victim: int) -> None:
+    began = time.monotonic()
+    run.signal(signal.SIGKILL, victim)
+    assert run.ends(30) == [-9 if rank == victim else 2 for rank in range(len(run.ranks))]
+    assert time.monotonic() - began < 20
+    if victim:
+        # On a busy machine another may be too late to say that it is there.
+        assert re.search(rf"ranks? [\d, ]*\b{victim}\b[\d, ]* has ended, without a word", run.said(0)), run.said(0)
+    assert not any("Traceback" in run.said(rank) for rank in range(len(run.ranks)))
+
+
+FATES = {ALL: all_killed, ASKED: one_asked, ONE: one_killed}
 
 
 def test_a_rank_that_hangs_is_named_when_the_time_is_over(config, tmp_path):

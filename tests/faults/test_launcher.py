@@ -67,7 +67,7 @@ def test_a_user_fault_is_the_launchers_exit_code(config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
+def test_stopped_by_the_launcher_and_left_by_it(config, whole, tmp_path):
     """SIGTERM to the launcher: one rank is asked to end, all save and do. SIGINT, as a terminal gives it to all.
     SIGKILL to what started the launcher: its ranks see it and save. All of it with no network but the loopback
     device."""
@@ -82,7 +82,7 @@ def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
         assert time.monotonic() - began < 30
     assert "SIGTERM: saved after step" in log.read_text() and "Traceback" not in log.read_text()
     with launched(log, *arguments) as runner:
-        reached(log, 7)
+        reached(log, 6)
         ranks = psutil.Process(runner.pid).children(recursive=True)[1:]
         os.killpg(runner.pid, signal.SIGINT)
         _, alive = psutil.wait_procs(ranks, timeout=60)
@@ -90,17 +90,16 @@ def test_stopped_by_the_launcher_and_left_by_it(config, tmp_path):
     # The launcher adds a SIGTERM of its own: which one a rank sees first is open.
     assert re.search(r"^SIG(INT|TERM): saved after step", log.read_text(), re.M), log.read_text()
     with launched(log, *arguments) as runner:
-        reached(log, 12)
+        reached(log, 9)
         ranks = psutil.Process(runner.pid).children(recursive=True)[1:]
         assert len(ranks) == 2
         runner.kill()
         _, alive = psutil.wait_procs(ranks, timeout=60)
         assert not alive
     assert "SIGTERM: saved after step" in log.read_text()
-    for place in ("run", "whole"):
-        with Run("fit", config, tmp_path / place, LAYOUT) as run:
-            assert run.ends() == [0, 0], run.said(0)
-    assert ended(output, "fit") == ended(tmp_path / "whole", "fit")
+    with Run("fit", config, output, LAYOUT) as run:
+        assert run.ends() == [0, 0], run.said(0)
+    assert ended(output, "fit") == ended(whole("fit", LAYOUT), "fit")
     left = [path for path in output.rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in left} == {0o666 & ~umask()}
     assert not any(SECRET.encode() in path.read_bytes() for path in [*left, log])

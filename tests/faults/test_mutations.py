@@ -13,7 +13,7 @@ from megatron_ligo.errors import CheckpointError
 from megatron_ligo.mutations import changes, trial
 from megatron_ligo.mutations.samples import SAMPLES, Sample
 
-TRIED = 150
+TRIED = 128
 HARM = {
     "run": "ran a program of the file",
     "wait": "hung",

@@ -13,11 +13,13 @@ import pytest
 
 from megatron_ligo.forked import free_port
 from tests.faults.commands import ROOT, Run
+from tests.faults.conftest import STEPS
 from tests.faults.nodes import ADDRESSES, INTERFACE, Nodes, NoNamespaces
 from tests.faults.test_kills import ended, rows
 
-WORLD, MINUTES = 4, 0.25
-FIT = ("fit.parallel.tp=2", "fit.parallel.pp=2", f"fit.timeout_minutes={MINUTES}", "fit.steps=60")
+WORLD, MINUTES = 4, 0.2
+FIT = ("fit.parallel.tp=2", "fit.parallel.pp=2")
+TIMEOUT = f"fit.timeout_minutes={MINUTES}"
 PRETRAIN = ("pretrain.parallel.tp=2", "pretrain.steps=6")
 SHOWN = """
 import os
@@ -36,9 +38,9 @@ def nodes() -> Iterator[Nodes]:
     joined.close()
 
 
-def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on_exactly(nodes, config, tmp_path):
+def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on_exactly(nodes, config, whole, tmp_path):
     output = tmp_path / "two"
-    with Run("fit", config, output, *FIT, world=WORLD, enter=nodes.enter()) as run:
+    with Run("fit", config, output, *FIT, TIMEOUT, world=WORLD, enter=nodes.enter()) as run:
         run.reaches(6)
         nodes.cut()
         cut = time.monotonic()
@@ -49,25 +51,19 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on_exactly(nodes, co
     assert all("ranks 2, 3" in words[rank] and "without a word" in words[rank] for rank in (0, 1)), words
     assert all("rank 0 does not answer" in words[rank] for rank in (2, 3)), words
     assert not any("Traceback" in text for text in words), words
-    assert 6 <= len(rows(output)) < 60
+    assert 6 <= len(rows(output)) < STEPS
     nodes.mend()
     with Run("fit", config, output, *FIT, world=WORLD, enter=nodes.enter()) as run:
         assert run.ends() == [0] * WORLD, run.said(0)
         assert "resumed after step" in run.said(0)
-    assert ended(output, "fit") == ended(on_one_node("fit", config, tmp_path / "one", *FIT), "fit")
+    assert ended(output, "fit") == ended(whole("fit", *FIT, world=WORLD), "fit")
 
 
-def test_pretraining_over_two_nodes_is_exact(nodes, config, tmp_path):
+def test_pretraining_over_two_nodes_is_exact(nodes, config, whole, tmp_path):
     with Run("pretrain", config, tmp_path / "two", *PRETRAIN, world=WORLD, enter=nodes.enter()) as run:
         assert run.ends() == [0] * WORLD, run.said(0)
-    one = on_one_node("pretrain", config, tmp_path / "one", *PRETRAIN)
+    one = whole("pretrain", *PRETRAIN, world=WORLD)
     assert ended(tmp_path / "two", "pretrain") == ended(one, "pretrain")
-
-
-def on_one_node(tool: str, config: Path, output: Path, *sets: str) -> Path:
-    with Run(tool, config, output, *sets, world=WORLD) as run:
-        assert run.ends() == [0] * WORLD, run.said(0)
-    return output
 
 
 def test_the_script_for_a_node_starts_its_ranks(nodes, tmp_path):

@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 
+from megatron_ligo import formats
+from megatron_ligo.formats import digest
+from megatron_ligo.formats.base import MOMENTS, WEIGHT
 from tests.faults import cases
 from tests.training.pretraining import pretrain
 from tests.training.test_pretrain import BATCH, base, losses_of, settings  # noqa: F401 - base: a fixture
@@ -30,10 +33,13 @@ def test_a_loss_that_leaps(pools, base, tmp_path):  # noqa: F811
     assert len(losses_of(pools(1).run(pretrain, settings=table, output=str(tmp_path / "b")))) == 30
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"zero": 3, "micro_batch_size": 2}], ids=str)
+LAYOUTS = ({"tp": 2, "precision": "bf16"}, {"pp": 2}, {"zero": 3, "micro_batch_size": 2})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_sample_whose_loss_is_not_finite_is_named(pools, base, tmp_path, layout):  # noqa: F811
-    """Its step is left out as if nobody had looked for it: the steps after it are the same, bit for bit."""
-    table, sample = settings(base, bad_numbers="skip", **layout), 2 * BATCH + 5
+    """Its step leaves weights and moments alone, and looking for it changes no bit of the steps after it."""
+    table, sample = settings(base, bad_numbers="skip", save_every=1, keep_last=9, **layout), 2 * BATCH + 5
     looked, silent = (
         pools(2).run(cases.poisoned, settings=table, output=str(tmp_path / str(look)), sample=sample, look=look)
         for look in (True, False)
@@ -45,6 +51,10 @@ def test_a_sample_whose_loss_is_not_finite_is_named(pools, base, tmp_path, layou
     )
     assert losses_of(looked) == losses_of(silent) and looked["losses"] == silent["losses"]
     assert math.isfinite(looked["losses"]["end"]) and losses_of(looked)[2] is None
+    before, after = (formats.open(tmp_path / "True/checkpoints" / f"step_{step}") for step in (2, 3))
+    assert before.has_moments and before.step == after.step == 2
+    for key in before.keys():  # noqa: SIM118 - no dict
+        assert all(digest.same(before.read(key, kind), after.read(key, kind)) for kind in (WEIGHT, *MOMENTS)), key
     table["pretrain"]["bad_numbers"] = "stop"
     stopped = pools(2).run(cases.poisoned, settings=table, output=str(tmp_path / "stopped"), sample=sample)
     assert isinstance(stopped, str) and f"training samples {named};" in stopped
