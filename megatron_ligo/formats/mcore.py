@@ -10,6 +10,7 @@
 Adam's tensors for a weight bear its name after `optimizer.state.exp_avg.` and the like; its count of steps and the
 settings of its groups are in common.pt.
 
+Megatron-core's own layers norm first: networks whose norms come last (BERT) are stored, but no model of its loads them.
 A layer's tensors are stacked to (layers, ...), or have names of their own. Norms bear Transformer Engine's names.
 """
 

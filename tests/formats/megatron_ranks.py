@@ -19,7 +19,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_ligo import formats, layout, packing
 from megatron_ligo.formats.base import WEIGHT
 from megatron_ligo.model.attention import FusedAttention
-from megatron_ligo.model.build import Build, transformer_config
+from megatron_ligo.model.build import Build, normalization, transformer_config
 from megatron_ligo.parallel import mesh as meshes
 from tests.formats.models import same_bits
 from tests.tiny import tokens
@@ -33,7 +33,7 @@ def gpt(dims, mesh, dtype=torch.float32, padded=PADDED):
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor
     config = transformer_config(dims, Build(tp=mesh.tp, dtype=dtype))
     config.pipeline_model_parallel_size = mesh.pp
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
     spec.submodules.self_attention.submodules.core_attention = FusedAttention
     model = GPTModel(
         config=config,
@@ -42,8 +42,8 @@ def gpt(dims, mesh, dtype=torch.float32, padded=PADDED):
         max_sequence_length=dims.max_positions,
         parallel_output=False,
         share_embeddings_and_output_weights=dims.tied,
-        position_embedding_type="rope",
-        rotary_base=int(dims.rope_base),
+        position_embedding_type="rope" if dims.rope_base else "learned_absolute",
+        rotary_base=int(dims.rope_base or 10_000),
         pre_process=mesh.first_stage,
         post_process=mesh.last_stage,
     )

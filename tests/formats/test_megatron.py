@@ -31,7 +31,8 @@ CASES = {
 def sources(tmp_path_factory):
     """A Hugging Face folder of each kind."""
     root = tmp_path_factory.mktemp("sources")
-    return {name: models.saved(root / name, kind, **SIZES, **changes)[1] for name, (kind, changes) in CASES.items()}
+    made = {name: models.saved(root / name, kind, **SIZES, **changes)[1] for name, (kind, changes) in CASES.items()}
+    return {**made, "gpt2": families.saved(root / "gpt2", "gpt2", "GPT2LMHeadModel", n_layer=4)[1]}
 
 
 def expected_logits(folder):
@@ -55,7 +56,7 @@ def test_megatron_core_loads_what_we_write(pools, sources, tmp_path):
     """Unpadded, at layouts that the file knows nothing of."""
     for name, folder in sources.items():
         convert(formats.open(folder), tmp_path / name, "mcore")
-    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("halves", 2, 1)]
+    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("halves", 2, 1), ("gpt2", 2, 2)]
     jobs = [(str(tmp_path / name / "release"), str(sources[name]), tp, pp) for name, tp, pp in cases]
     found = pools(4).run(megatron_ranks.load_distributed, jobs=jobs)
     assert_logits(found, sources, [name for name, _, _ in cases])
