@@ -58,11 +58,11 @@ class Case:
     logits_large: Tensor
 
 
-def load(path: Path) -> Case:
-    """The file's numbers, float64."""
+def load(path: Path, head_dim: int = HEAD_DIM) -> Case:
+    """The file's numbers, float64. The arithmetic knows no heads: with another head size all but the logits hold."""
     raw = {name: torch.from_numpy(array) for name, array in np.load(path, allow_pickle=False).items()}
     source, expected = (_part(raw, prefix) for prefix in ("src/", "dst/"))
-    small, large = _dims(source), _dims(expected)
+    small, large = _dims(source, head_dim), _dims(expected, head_dim)
     operator = Given(small, large, OperatorSection(method="ligo"), _tensors(raw, small, large))
     return Case(
         Memory(small, _canonical(source, small)),
@@ -83,7 +83,7 @@ def _part(raw: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
 
 
-def _dims(state: dict[str, Tensor]) -> Dims:
+def _dims(state: dict[str, Tensor], head_dim: int) -> Dims:
     vocab, hidden = state["bert.embeddings.word_embeddings.weight"].shape
     layers = {name.split(".")[3] for name in state if name.startswith(LAYER)}
     return Dims(
@@ -92,9 +92,9 @@ def _dims(state: dict[str, Tensor]) -> Dims:
         num_layers=len(layers),
         hidden_size=hidden,
         ffn_size=state[f"{LAYER}.0.intermediate.dense.weight"].shape[0],
-        num_heads=hidden // HEAD_DIM,
-        num_kv_heads=hidden // HEAD_DIM,
-        head_dim=HEAD_DIM,
+        num_heads=hidden // head_dim,
+        num_kv_heads=hidden // head_dim,
+        head_dim=head_dim,
         vocab_size=vocab,
         max_positions=state["bert.embeddings.position_embeddings.weight"].shape[0],
         num_token_types=state["bert.embeddings.token_type_embeddings.weight"].shape[0],

@@ -98,15 +98,27 @@ def test_forward(case):
     assert torch.allclose(large, case.logits_large, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"tp": 3}], ids=str)
+LAYOUTS = {"one process": {}, "stages": {"pp": 2}, "heads": {"tp": 0}, "heads of half the size": {"tp": 2, "pp": 2}}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("path", official.FILES, ids=lambda path: path.stem)
-def test_sharded(pools, path, layout):
+def test_sharded(pools, path, kind):
     """The fit's own model, in fp32: its loss, and the weights that its ranks' parts of the operator give."""
-    case = official.load(path)
+    layout = dict(LAYOUTS[kind])
+    head_dim = official.HEAD_DIM // 2 if layout.get("tp") == 2 else official.HEAD_DIM
+    case = official.load(path, head_dim)
+    large = case.operator.large
+    if layout.get("tp") == 0:
+        layout["tp"] = next(tp for tp in range(2, large.num_heads + 1) if large.num_heads % tp == 0)
     world = layout.get("tp", 1) * layout.get("pp", 1)
-    loss, grown = pools(world).run(cases.official_numbers, path=str(path), **layout)
+    loss, grown = pools(world).run(cases.official_numbers, path=str(path), head_dim=head_dim, **layout)
     labels = case.ids.roll(1, dims=1)
-    expected = float(F.cross_entropy(case.logits_large.flatten(0, 1), labels.flatten()))
+    with torch.no_grad():
+        found = logits(Memory(large, case.expected), case.ids)
+    if head_dim == official.HEAD_DIM:
+        assert torch.allclose(found, case.logits_large, rtol=1e-12, atol=1e-13)
+    expected = float(F.cross_entropy(found.flatten(0, 1), labels.flatten()))
     assert loss == pytest.approx(expected, rel=1e-6)
     assert grown.keys() == case.expected.keys()
     for key, tensor in case.expected.items():

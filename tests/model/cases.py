@@ -161,9 +161,9 @@ def _run(shared, run, micro_size, source_reader, sabotage):
         return losses, norms, values, materialise(operator, source_reader, values), afterwards
 
 
-def official_numbers(path: str, tp=1, pp=1, sequence_parallel=False) -> tuple[float, dict] | None:
+def official_numbers(path: str, head_dim: int, tp=1, pp=1, sequence_parallel=False) -> tuple[float, dict] | None:
     """(loss of the fixture's ids, each telling the one before, and the grown weights), on rank 0: as the fit begins."""
-    case = official.load(Path(path))
+    case = official.load(Path(path), head_dim)
     tensors = {name: tensor.float() for name, tensor in case.operator.tensors.items()}
     operator = official.Given(case.operator.small, case.operator.large, case.operator.settings, tensors)
     mesh = meshes.make(tp, pp)
