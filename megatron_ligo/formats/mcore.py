@@ -10,7 +10,8 @@
 Adam's tensors for a weight bear its name after `optimizer.state.exp_avg.` and the like; its count of steps and the
 settings of its groups are in common.pt.
 
-Megatron-core's own layers norm first: networks whose norms come last (BERT) are stored, but no model of its loads them.
+Megatron-core's own layers norm first, and their blocks stand in turn: networks whose norms come last (BERT) or whose
+blocks stand side by side (GPT-NeoX) are stored, but no model of its loads them to the same numbers.
 A layer's tensors are stacked to (layers, ...), or have names of their own. Norms bear Transformer Engine's names.
 """
 
