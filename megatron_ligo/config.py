@@ -181,7 +181,7 @@ class HandoffSection:
 @dataclass(frozen=True)
 class DataSection:
     train: tuple[str | float, ...] = setting(
-        (), "prefixes of .bin/.idx pairs, or weight, prefix, weight, prefix", above=0.0
+        (), "prefixes of .bin/.idx pairs, or weight, prefix, ...; images: their files", above=0.0
     )
     valid: tuple[str | float, ...] = setting((), "held-out prefixes, in the same form", above=0.0)
     seq_length: int = setting(256, "tokens of a sequence", low=1)
@@ -194,6 +194,8 @@ class DataSection:
         None, "encoders: ids around each sample, or []; left out: the tokenizer's", low=0
     )
     special_tokens: tuple[int, ...] = setting((), "encoders: more ids that are never masked", low=0)
+    pixel_mean: tuple[float, ...] = setting((0.5,), "images: taken from pixels of 0 to 1; one, or one a channel")
+    pixel_std: tuple[float, ...] = setting((0.5,), "images: what pixels are divided by afterwards", above=0.0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.arch.rows import OFF_LOSS, Use
+from megatron_ligo.arch.rows import OFF_LOSS, Architecture, Row, Task, Use
 
 # The backward pass has two products for each of the forward pass's: one for the input, one for the weight.
 FORWARD_AND_BACKWARD = 3
@@ -16,13 +16,22 @@ def forward_flops(dims: Dims, tokens: int, seq_length: int) -> int:
     """One forward pass over `tokens` tokens in sequences of `seq_length`: linears, attention (whole squares, as
     kernels without a mask do) and head; norms, activations and look-ups are left out."""
     arch = architectures.get(dims.arch)
-    per_token = 0
+    total = 0
     for row in arch.rows:
-        read = len(row.axes) == 2 and any(axis.use is Use.READS for axis in row.axes)
+        read = len(row.axes) > 1 and any(axis.use is Use.READS for axis in row.axes)
         if read and row.exists(dims) and row.needs not in OFF_LOSS:
-            per_token += 2 * prod(row.shape(dims)) * (dims.num_layers if row.in_layer else 1)
+            layers = dims.num_layers if row.in_layer else 1
+            total += 2 * prod(row.shape(dims)) * layers * _vectors(arch, row, dims, tokens, seq_length)
     attention = 2 * 2 * seq_length * dims.num_heads * dims.head_dim
-    return tokens * (per_token + dims.num_layers * attention)
+    return total + tokens * dims.num_layers * attention
+
+
+def _vectors(arch: Architecture, row: Row, dims: Dims, tokens: int, seq_length: int) -> int:
+    """How many vectors a row multiplies: one a token; outside the layers of a classifier one a patch, or an image."""
+    if arch.task is not Task.LABEL or row.in_layer:
+        return tokens
+    images = tokens // seq_length
+    return images if row.needs == "has_head" else images * dims.patches_a_side**2
 
 
 def train_flops(dims: Dims, tokens: int, seq_length: int) -> int:

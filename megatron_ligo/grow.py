@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.rows import Use, axis_size
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import digest
+from megatron_ligo.formats import digest, record
 from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader
 from megatron_ligo.growth import fresh
 from megatron_ligo.growth.moments import Duals
@@ -37,7 +37,8 @@ class Grown(Reader):
         self.operator = operator
         self.source = source
         self.dims = operator.large
-        self.files = source.files
+        same = self.dims.image_size == source.dims.image_size
+        self.files = tuple(file for file in source.files if same or file.name != record.PICTURES)
         self.carried = source.carried
         self.groups = source.groups if self.has_moments else ()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ligo.arch import architectures, get
@@ -114,7 +115,8 @@ def tokens(length: int = 16) -> torch.Tensor:
 
 def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
     """The canonical tensors of a Hugging Face model, by the table."""
-    state = made.state_dict()
+    # The table may have either name: transformers' in its files, or in memory.
+    state = {**made.state_dict(), **revert_weight_conversion(made, made.state_dict())}
     items = stored(get(dims.arch), dims, "hf").items()
     found = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
     return Memory(dims, {key: item.part(found[name], key, dims).clone() for name, item in items for key in item.keys})
@@ -125,6 +127,14 @@ def model_of(dims: Dims, seed: int = 0) -> torch.nn.Module:
     config = hf_config.config_of(dims, {}, torch.float32)
     torch.manual_seed(seed)
     return _random(getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[dims.model_type](**config)).eval())
+
+
+def in_memory(made: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state under transformers' names in memory, where those are others than in its files."""
+    own = {tensor.data_ptr(): name for name, tensor in made.state_dict().items()}
+    filed = revert_weight_conversion(made, made.state_dict())
+    renamed = {name: own[tensor.data_ptr()] for name, tensor in filed.items() if name not in own.values()}
+    return {renamed.get(name, name): tensor for name, tensor in state.items()}
 
 
 def state_of(arch: Architecture, dims: Dims, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -143,7 +153,7 @@ def built(source: Reader) -> torch.nn.Module:
     """transformers' model of a Reader's tensors, in their dtype."""
     tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
     made = model_of(source.dims).to(next(iter(tensors.values())).dtype)
-    made.load_state_dict(state_of(source.arch, source.dims, tensors))
+    made.load_state_dict(in_memory(made, state_of(source.arch, source.dims, tensors)))
     return made
 
 

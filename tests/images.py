@@ -5,16 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import transformers
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ligo.arch import architectures, get
 from megatron_ligo.arch.dims import Dims, tokens_of_image
-from megatron_ligo.formats import hf_config
-from megatron_ligo.formats.base import Reader
-from megatron_ligo.packing import stored
-from tests.tiny import Memory
+from tests.families import model_of
 
 CLASSES = [(family, name) for family in ("vit", "deit") for name in architectures()[family].model_types[family]]
 # A side of 10 pixels and patches of 3: the last pixel is seen by nobody.
@@ -46,18 +40,6 @@ def dims_of(family: str = "vit", name: str = "", **changes) -> Dims:
     return Dims(arch=family, model_type=family, max_positions=positions, **sizes)
 
 
-def model_of(dims: Dims, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-    """A random model; gains and biases are no ones and zeros, so that a forgotten one shows."""
-    config = hf_config.config_of(dims, {}, torch.float32)
-    made = getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[dims.model_type](**config)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for path, parameter in made.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * drawn if "norm" in path and path.endswith("weight") else 0.15 * drawn)
-    return made.to(dtype)
-
-
 def saved(folder: Path, dims: Dims) -> tuple[torch.nn.Module, Path]:
     """The model, and the folder into which it was saved."""
     made = model_of(dims)
@@ -65,29 +47,11 @@ def saved(folder: Path, dims: Dims) -> tuple[torch.nn.Module, Path]:
     return made, folder
 
 
-def file_names(made: torch.nn.Module) -> dict[str, str]:
-    """transformers' names in its files, and those that the same tensors have in memory."""
-    own = {tensor.data_ptr(): name for name, tensor in made.state_dict().items()}
-    return {name: own[tensor.data_ptr()] for name, tensor in revert_weight_conversion(made, made.state_dict()).items()}
-
-
-def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
-    """The canonical tensors of a Hugging Face model, by the table."""
-    state, names = made.state_dict(), file_names(made)
-    items = stored(get(dims.arch), dims, "hf").items()
-    found = {key: item.part(state[names[name]], key, dims).clone() for name, item in items for key in item.keys}
-    return Memory(dims, found)
-
-
-def built(source: Reader) -> torch.nn.Module:
-    """transformers' model of a Reader's tensors, in their dtype."""
-    made = model_of(source.dims, source.read("patch").dtype)
-    names, items = file_names(made), stored(source.arch, source.dims, "hf").items()
-    state = {names[name]: item.whole([source.read(key) for key in item.keys], source.dims) for name, item in items}
-    made.load_state_dict(state)
-    return made
-
-
 def pictures(dims: Dims, batch: int = 2, seed: int = 1, side: int | None = None) -> torch.Tensor:
     shape = (batch, dims.num_channels, *(side or dims.image_size,) * 2)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(dims: Dims, batch: int, seed: int = 1) -> torch.Tensor:
+    """(batch, 1), int64."""
+    return torch.randint(0, dims.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(seed))

@@ -21,7 +21,7 @@ SURFACE = {
     "fit": f"{TRAINING} source depth_lr distill eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats timeout_minutes",
     "pretrain": f"{TRAINING} start fresh_head eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
-    "data": "train valid seq_length seed tokenizer cache mask_rate mask_token ends special_tokens",
+    "data": "train valid seq_length seed tokenizer cache mask_rate mask_token ends special_tokens pixel_mean pixel_std",
 }
 
 

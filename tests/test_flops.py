@@ -10,6 +10,8 @@ from megatron_ligo.model.grown_model import GrownModel
 from megatron_ligo.model.runtime import Runtime
 from megatron_ligo.model.source import Source
 from megatron_ligo.parallel import mesh as meshes
+from tests import images
+from tests.families import model_of
 from tests.model.reference import make_operator
 from tests.tiny import hf_llama, llama_dims, memory_of, tokens
 
@@ -34,6 +36,17 @@ def test_counts_as_torch_does(changes):
     assert forward_flops(dims, ids.numel(), 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
     total = forward.get_total_flops() + backward.get_total_flops()
     assert train_flops(dims, ids.numel(), 32) == pytest.approx(total, rel=0.02)
+
+
+def test_a_classifier_counts_as_torch_does():
+    """Its embedding is a product for each patch, its head one for each image."""
+    dims = images.dims_of("deit", image_size=18)
+    model = model_of(dims)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as forward:
+        model(images.pictures(dims, batch=3))
+    tokens_seen = 3 * dims.tokens_of_image
+    assert forward_flops(dims, tokens_seen, dims.tokens_of_image) == forward.get_total_flops()
 
 
 def test_scales_with_tokens_and_sequence():

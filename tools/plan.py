@@ -49,7 +49,7 @@ def jobs(config, world: int):
     from megatron_ligo.training.start import sizes
 
     operator = initial_operator(sizes(Path(config.small.path)), config.large, config.operator)
-    seq = config.data.seq_length
+    seq = operator.large.tokens_of_sample(config.data.seq_length)
     fit = Job(operator.large, config.fit, world, seq, operator, config.fit.source == "whole")
     return fit, replace(fit, run=config.pretrain, operator=None)
 

@@ -102,6 +102,10 @@ class Dims:
     def tokens_of_image(self) -> int:
         return tokens_of_image(self.image_size, self.patch_size, self.has_distillation)
 
+    def tokens_of_sample(self, seq_length: int) -> int:
+        """How many tokens a sample has: as many as a sequence is long, or an image's."""
+        return seq_length if self.image_size is None else self.tokens_of_image
+
     @property
     def heads_per_group(self) -> int:
         return self.num_heads // self.num_kv_heads

@@ -164,7 +164,7 @@ class Plan:
 
     def _step_flops(self, dims: Dims) -> int:
         config = self.spec.config
-        seq = config.data.seq_length
+        seq = dims.tokens_of_sample(config.data.seq_length)
         return train_flops(dims, config.pretrain.global_batch_size * seq, seq)
 
 

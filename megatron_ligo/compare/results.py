@@ -103,7 +103,8 @@ def cautions(plan: Plan, found: dict[str, dict]) -> list[str]:
     if len(compare.seeds) < FEW_SEEDS:
         said.append(f"{len(compare.seeds)} seed(s): a difference between arms may be chance.")
     if compare.scratch_steps < FEW_STEPS or parameters(plan.large) < SMALL_MODEL:
-        tokens = compare.scratch_steps * config.pretrain.global_batch_size * config.data.seq_length
+        tokens = compare.scratch_steps * config.pretrain.global_batch_size
+        tokens *= plan.large.tokens_of_sample(config.data.seq_length)
         size = f"{parameters(plan.large) / 1e6:.3g}M parameters and {tokens / 1e6:.3g}M tokens"
         said.append(f"A small experiment ({size} for scratch): it says nothing of much larger models or budgets.")
     if len(compare.lrs) == 1:

@@ -223,7 +223,8 @@ def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> 
 def _labels(carried: Mapping[str, object], count: int) -> dict[str, dict]:
     """The labels' names; those that have none are named as transformers names them."""
     stated = carried.get("id2label")
-    known = {int(number): name for number, name in stated.items()} if isinstance(stated, dict) else {}
+    stated = stated.items() if isinstance(stated, dict) else ()
+    known = {int(number): name for number, name in stated if str(number).isdecimal()}
     names = {number: known.get(number, f"LABEL_{number}") for number in range(count)}
     return {
         "id2label": {str(number): name for number, name in names.items()},

@@ -21,10 +21,13 @@ RECORD = "dims.json"
 VERSION = 1
 # Under this key our runs keep their state in DeepSpeed's checkpoints; it says what these hold, a model or an operator.
 STATE, HOLDS = "megatron_ligo", "holds"
+# How images are made fit for the model, their size among it.
+PICTURES = "preprocessor_config.json"
 # Tokenizers, generation settings, chat templates, licences: what makes a folder of weights a model to use.
 BESIDE = (
     "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+    PICTURES,
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
-from megatron_ligo.arch.rows import Row, Use
+from megatron_ligo.arch.rows import Row, Task, Use
 from megatron_ligo.growth.forms import full_cost, low_rank_cost
 from megatron_ligo.growth.operator import Operator
 
@@ -35,8 +35,9 @@ def fit_step_flops(operator: Operator, tokens: int, seq_length: int) -> int:
     # The small embedding asks for no gradient, the small head for none of its own.
     embedding = FROZEN * 2 * tokens * MapUse(operator, "residual", False).cost
     arch = operator.arch
-    head = MapUse(operator, arch.space(arch.row("head").axes[1], large), not large.tied).flops(tokens)
-    head += FROZEN * 2 * tokens * small.hidden_size * large.vocab_size
+    told = tokens // seq_length if arch.task is Task.LABEL else tokens
+    head = MapUse(operator, arch.space(arch.row("head").axes[1], large), not large.tied).flops(told)
+    head += FROZEN * 2 * told * small.hidden_size * large.vocab_size
     if "head_dense" in arch.by_key:
         # A masked-LM head's transform: into the small space and out again.
         written = arch.space(arch.row("head_dense").axes[0], large)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Architecture, Task
 from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.formats.megatron_args import LLAMA3_SCALING
 from megatron_ligo.model.attention import FusedAttention
@@ -39,12 +40,17 @@ class Build:
     sequence_parallel: bool = False
 
 
+# Masked-LM models have their norms last here, the others first.
+def is_built(arch: Architecture) -> bool:
+    return arch.norm_first is (arch.task is not Task.MASKED_TOKENS)
+
+
 def check_network(dims: Dims) -> None:
     """ConfigError for a network that is not built here."""
     arch = architectures.get(dims.arch)
-    if arch.norm_first is not arch.causal:
+    if not is_built(arch):
         known = architectures.architectures().values()
-        built = ", ".join(sorted(other.name for other in known if other.norm_first is other.causal))
+        built = ", ".join(sorted(other.name for other in known if is_built(other)))
         do = "It can be converted and grown."
         raise ConfigError(message("fit and pretraining", f"one of {built}", dims.arch, do))
     if not dims.has_head:
@@ -123,13 +129,12 @@ def layer_spec(dims: Dims) -> ModuleSpec:
     arch = architectures.get(dims.arch)
     if accelerator.have_transformer_engine() and arch.norm_first:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
-        spec.module = layer_class(dims)
-        return spec
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
+    else:
+        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
+        spec.submodules.input_layernorm = Norm
+        spec.submodules.pre_mlp_layernorm = Norm
+        spec.submodules.self_attention.submodules.core_attention = FusedAttention
     spec.module = layer_class(dims)
-    spec.submodules.input_layernorm = Norm
-    spec.submodules.pre_mlp_layernorm = Norm
-    spec.submodules.self_attention.submodules.core_attention = FusedAttention
     if not arch.causal:
         spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     return spec

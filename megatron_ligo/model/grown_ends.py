@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ligo.arch.rows import Architecture, Task
 from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.model.build import ACTIVATIONS
+from megatron_ligo.model.classifier import image_tokens
 from megatron_ligo.model.maps import matrix_of
 from megatron_ligo.model.runtime import Runtime
 
@@ -36,9 +38,30 @@ class GrownEmbedding(nn.Module):
         return runtime.outside_norm("embed_norm", h, maps) if "embed_norm" in runtime.source.outside else h
 
 
+class GrownImages(nn.Module):
+    """Images (b, channels, side, side) -> (s, b, D2): what the frozen small embedding makes of them, times expand^T."""
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, images: Tensor) -> Tensor:
+        runtime, outside = self.runtime, self.runtime.source.outside
+        special = outside["class_token"], outside.get("distillation_token")
+        small = image_tokens(images, outside["patch"], outside["patch_bias"], special, outside["positions"])
+        if runtime.sequence_parallel:
+            small = small.chunk(runtime.mesh.tp)[runtime.mesh.tp_rank]
+        return matrix_of(runtime.matrices(), "residual", False).push(small.to(runtime.dtype))
+
+
+def input_class(arch: Architecture) -> type[nn.Module]:
+    """What stands before the layers."""
+    return GrownImages if arch.task is Task.LABEL else GrownEmbedding
+
+
 class GrownHead(nn.Module):
-    """(s, b, D2) -> logits (s, b, padded vocabulary / tp): final norm (an encoder: the masked-LM head's transform),
-    contract, the frozen small head.
+    """(s, b, D2) -> logits (s, b, padded vocabulary / tp): final norm (where there is none: the masked-LM head's
+    transform), contract, the frozen small head. Of an image only the class's token is read: (1, b, ...).
 
     A tied head reads with expand^T, for the large embedding that it shares is small embedding x expand^T.
     """
@@ -51,9 +74,13 @@ class GrownHead(nn.Module):
         runtime = self.runtime
         arch, large, outside = runtime.operator.arch, runtime.operator.large, runtime.source.outside
         maps = runtime.matrices()
-        h = runtime.outside_norm("final_norm", h, maps) if arch.causal else self._transformed(h, maps)
+        of_class = arch.task is Task.LABEL
+        if of_class and not runtime.sequence_parallel:
+            h = h[:1]
+        h = runtime.outside_norm("final_norm", h, maps) if "final_norm" in arch.by_key else self._transformed(h, maps)
         space = arch.space(arch.row("head").axes[1], large)
         u = runtime.read_by_all(matrix_of(maps, space, not large.tied).pull(h))
+        u = u[:1] if of_class else u
         bias = outside.get("head_bias")
         return F.linear(u, outside["head"].to(h.dtype), None if bias is None else bias.to(h.dtype))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ligo.layout import stage_bounds
 from megatron_ligo.model.grown import GrownLayer, SharedMaps
-from megatron_ligo.model.grown_ends import GrownEmbedding, GrownHead
+from megatron_ligo.model.grown_ends import GrownHead, input_class
 from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.maps import Maps
 from megatron_ligo.model.runtime import Runtime
@@ -20,14 +20,14 @@ from megatron_ligo.model.runtime import Runtime
 class GrownModel(nn.Module):
     """tokens, labels (b, s) int64, mask (b, s) -> mean loss; in training, with the teacher's part if there is one.
 
-    Its parameters are the operator's.
+    A classifier is given images (b, channels, side, side) and labels (b, 1). Its parameters are the operator's.
     """
 
     def __init__(self, runtime: Runtime):
         super().__init__()
         self.runtime = runtime
         self.shared = SharedMaps(runtime)
-        self.embedding = GrownEmbedding(runtime)
+        self.embedding = input_class(runtime.operator.arch)(runtime)
         self.layers = nn.ModuleList(GrownLayer(runtime, j) for j in range(runtime.operator.large.num_layers))
         self.head = GrownHead(runtime)
 
@@ -83,7 +83,7 @@ class GrownPipeline(PipelineModule):
         for stage, (first, last) in enumerate(zip(self.cuts, self.cuts[1:], strict=False)):
             specs.append(TiedLayerSpec("maps", SharedMaps, runtime, tied_weight_attr=tied))
             if stage == 0:
-                specs.append(LayerSpec(GrownEmbedding, runtime))
+                specs.append(LayerSpec(input_class(runtime.operator.arch), runtime))
             specs += [LayerSpec(GrownLayer, runtime, j) for j in range(first, last)]
             if last == layers:
                 specs.append(LayerSpec(GrownHead, runtime))

@@ -6,16 +6,19 @@ from torch import nn
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Task
 from megatron_ligo.model.build import Build
+from megatron_ligo.model.classifier import Classifier
 from megatron_ligo.model.encoder import PretrainedEncoder
 from megatron_ligo.model.gpt import Pretrained
 from megatron_ligo.model.stages import PretrainedPipeline
 from megatron_ligo.parallel.mesh import Mesh
+
+MODULES = {Task.NEXT_TOKEN: Pretrained, Task.MASKED_TOKENS: PretrainedEncoder, Task.LABEL: Classifier}
 
 
 def pretrained(dims: Dims, build: Build, mesh: Mesh, recompute: bool = False) -> nn.Module:
     """Megatron-core's modules with weights that are to be filled or loaded."""
     if mesh.pp > 1:
         return PretrainedPipeline(dims, build, mesh, recompute)
-    make = Pretrained if architectures.get(dims.arch).causal else PretrainedEncoder
-    return make(dims, build, mesh, recompute)
+    return MODULES[architectures.get(dims.arch).task](dims, build, mesh, recompute)

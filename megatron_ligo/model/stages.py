@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Task
 from megatron_ligo.formats.mcore_names import local_name
 from megatron_ligo.formats.pipeline import layers_before, prefixes
 from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_class, layer_spec, rotary
+from megatron_ligo.model.classifier import ClassHead, ImageEmbedding
 from megatron_ligo.model.encoder import Sums, Transform
 from megatron_ligo.model.layers import (
     add_positions,
@@ -32,7 +34,7 @@ from megatron_ligo.model.layers import (
     uninitialised_config,
     word_embedding,
 )
-from megatron_ligo.model.loss import language_model_loss
+from megatron_ligo.model.loss import Measured
 from megatron_ligo.model.saved import prepare_saving
 from megatron_ligo.parallel.mesh import Mesh
 
@@ -125,11 +127,11 @@ class OutputBias(nn.Module):
         return logits + self.bias
 
 
-class PretrainedPipeline(PipelineModule):
-    """tokens (b, s) -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
+class PretrainedPipeline(Measured, PipelineModule):
+    """tokens (b, s) or images -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
 
     Its layers are those of formats/pipeline.py: what follows the words' embedding, the transformer's layers, and at
-    the end the norm (an encoder: the head's transform), the head and, where there is one, its bias.
+    the end the norm (a masked-LM model: the head's transform), the head and, where there is one, its bias.
     """
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
@@ -166,13 +168,16 @@ class PretrainedPipeline(PipelineModule):
         raise AssertionError(f"{name} belongs to no layer of the pipeline")
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-        return language_model_loss(logits, *labels, self.dims.vocab_size, self.mesh.tp_rank)
+        return self.measure(logits, *labels)
 
 
 def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
     arch = architectures.get(dims.arch)
     layer = stage_layer(layer_class(dims))
     layers = [LayerSpec(layer, dims, build, number, recompute) for number in range(dims.num_layers)]
+    if arch.task is Task.LABEL:
+        ends = [LayerSpec(FinalNorm, dims, build), LayerSpec(ClassHead, dims, build, mesh)]
+        return [LayerSpec(ImageEmbedding, dims, build, mesh), *layers, *ends]
     if arch.learns_positions:
         layers = [LayerSpec(Positions if arch.causal else Sums, dims, build, mesh), *layers]
     layers.append(LayerSpec(FinalNorm, dims, build) if arch.causal else LayerSpec(Transform, dims, build, mesh))

@@ -9,12 +9,11 @@ import logging
 from pathlib import Path
 
 import torch
-import xxhash
 from megatron.core.datasets.utils import Split
-from torch import Tensor
 
 from megatron_ligo.config import DataSection
-from megatron_ligo.errors import DataError, Faults, LayoutError, message
+from megatron_ligo.errors import DataError, Faults, message
+from megatron_ligo.training.dealing import TRAIN, Batch, Dealt
 from megatron_ligo.training.indexed import Pair, open_pair
 from megatron_ligo.training.masking import Masking
 from megatron_ligo.training.samples import Blend, everywhere, on_rank_0, open_blend
@@ -22,12 +21,11 @@ from megatron_ligo.training.tokenizer import digest_tokenizer
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
 # A pair without a record is read once to find its largest token id, up to this size; past it each batch is checked.
 SCAN_BYTES = 4 << 30
 
 
-class Data:
+class Data(Dealt):
     """Training and held-out samples of `seq_length` tokens. Made by `open_data`. first: where step 0 begins; masking:
     how a masked-LM model is shown them."""
 
@@ -39,11 +37,11 @@ class Data:
         first: int = 0,
         masking: Masking | None = None,
     ):
+        super().__init__(first)
         self._masking = masking
         self._train = train
         self._valid = valid
         self._pairs = pairs
-        self._first = first
         self._vocab_size: int | None = None
 
     def check_vocab(self, vocab_size: int) -> None:
@@ -51,45 +49,18 @@ class Data:
         self._vocab_size = vocab_size
         on_rank_0(lambda: _check_ids(self._pairs, vocab_size))
 
-    def batch(self, step: int, global_batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
-        """A rank's micro-batches of global step `step` (from 0): G samples from `first` + step*G on, dealt in turn.
+    def _size(self, split: str) -> int:
+        return len(self._dataset(split))
 
-        Each is `tokens`, `labels` int64 [b, s] and `loss_mask` float32 [b, s]; labels are the tokens that follow, or
-        those that were masked.
-        """
-        first = self._first + step * global_batch_size
-        return self._deal(self._train, "train", first, global_batch_size, micro_batch_size, dp, dp_rank)
-
-    def samples(self, step: int, global_batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[range]:
-        """The numbers of the samples in each of the micro-batches that `batch` gives."""
-        first = self._first + step * global_batch_size
-        return _dealt(first, global_batch_size, micro_batch_size, dp, dp_rank)
-
-    def eval_batch(self, num_samples: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
-        """A rank's micro-batches of the first `num_samples` held-out samples, in `batch`'s form."""
-        return self._deal(self._held_out(), "valid", 0, num_samples, micro_batch_size, dp, dp_rank)
-
-    def eval_digest(self, num_samples: int) -> str:
-        """xxh3-64 (hex) of the tokens and labels of the first held-out samples: the same for every layout."""
-        (batch,) = self.eval_batch(num_samples, num_samples, 1, 0)
-        return xxhash.xxh3_64(b"".join(batch[name].numpy().tobytes() for name in ("tokens", "labels"))).hexdigest()
-
-    def _held_out(self) -> torch.utils.data.Dataset:
+    def _dataset(self, split: str) -> torch.utils.data.Dataset:
+        if split == TRAIN:
+            return self._train
         if self._valid is None:
             raise DataError(message("data.valid", "prefixes of held-out data", "none", "Set it to evaluate."))
         return self._valid
 
-    def _deal(self, dataset, name: str, first: int, size: int, micro: int, dp: int, dp_rank: int) -> list[Batch]:
-        if size % (micro * dp):
-            what = f"{name} batch of {size} sequences"
-            do = "Change the batch size, micro_batch_size or the number of processes."
-            raise LayoutError(message(what, f"a multiple of micro_batch_size x dp = {micro} x {dp}", size, do))
-        if first + size > len(dataset):
-            do = "Open the data for that many."
-            raise DataError(message(f"{name} samples", f"at least {first + size}", len(dataset), do))
-        return [self._micro_batch(dataset, name, numbers) for numbers in _dealt(first, size, micro, dp, dp_rank)]
-
-    def _micro_batch(self, dataset, name: str, indices: range) -> Batch:
+    def _micro_batch(self, name: str, indices: range) -> Batch:
+        dataset = self._dataset(name)
         samples = [dataset[index] for index in indices]
         if self._masking is not None:
             numbered = zip(samples, indices, strict=True)
@@ -101,10 +72,6 @@ class Data:
                 where = f"{name} samples {indices.start} to {indices.stop - 1}"
                 raise DataError(_wrong_vocab(where, self._vocab_size, largest))
         return batch
-
-
-def _dealt(first: int, size: int, micro: int, dp: int, dp_rank: int) -> list[range]:
-    return [range(start, start + micro) for start in range(first + dp_rank * micro, first + size, micro * dp)]
 
 
 def open_data(

@@ -35,9 +35,9 @@ from megatron_ligo.training import checkpoints, elastic, loop
 from megatron_ligo.training.best import Best
 from megatron_ligo.training.claim import claim
 from megatron_ligo.training.collect import collect
-from megatron_ligo.training.data import Data, open_data
+from megatron_ligo.training.dealing import Dealt
 from megatron_ligo.training.engine import Engine, micro_batches
-from megatron_ligo.training.masking import masking_of
+from megatron_ligo.training.feed import open_feed
 from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
 from megatron_ligo.training.start import check_layout
@@ -114,13 +114,16 @@ class Fit:
         loop.run(*made, after=after, enough=best.is_enough)
 
     def _step_flops(self) -> float:
-        tokens, seq = self._tokens(), self.config.data.seq_length
+        tokens, seq = self._tokens(), self._tokens_of_sample()
         teacher = forward_flops(self.operator.small, tokens, seq) if self.fit.distill else 0
         return fit_step_flops(self.operator, tokens, seq) + teacher
 
     def _tokens(self) -> int:
         """Of one step, over all ranks."""
-        return self.fit.global_batch_size * self.config.data.seq_length
+        return self.fit.global_batch_size * self._tokens_of_sample()
+
+    def _tokens_of_sample(self) -> int:
+        return self.operator.large.tokens_of_sample(self.config.data.seq_length)
 
     def _build(self) -> Engine:
         """The engine, with what a checkpoint of another layout holds."""
@@ -164,14 +167,10 @@ class Fit:
     def _after_update(self) -> None:
         self.runtime.generation += 1
 
-    def _open_data(self) -> Data:
-        config, fit = self.config.data, self.fit
-        cache = config.cache or self.output / "data_cache"
+    def _open_data(self) -> Dealt:
+        fit = self.fit
         samples = fit.steps * fit.global_batch_size
-        masking = everywhere(lambda: masking_of(config, self.operator.large))
-        data = open_data(config, config.seq_length, samples, fit.eval_samples, config.seed, cache, masking=masking)
-        data.check_vocab(self.operator.large.vocab_size)
-        return data
+        return open_feed(self.config.data, self.operator.large, samples, fit.eval_samples, self.output)
 
     def _runtime(self) -> Runtime:
         shared_by = 1 if self.fit.parallel.zero == 3 else self.count
@@ -181,7 +180,7 @@ class Fit:
             self.mesh,
             self.dtype,
             micro_batches=shared_by,
-            tokens_per_step=shared_by * self.fit.micro_batch_size * self.config.data.seq_length,
+            tokens_per_step=shared_by * self.fit.micro_batch_size * self._tokens_of_sample(),
             recompute=self.fit.recompute,
             sequence_parallel=self.fit.parallel.sequence_parallel,
             gradients_each=self.fit.parallel.zero == 2,
@@ -243,9 +242,10 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     operator = initial_operator(reader.dims, config.large, config.operator)
     faults = Faults("the fit cannot be done", ConfigError)
     check_factored(operator.settings, faults)
-    _check_teacher(operator, config.fit, config.data.seq_length, faults)
+    length = operator.large.tokens_of_sample(config.data.seq_length)
+    _check_teacher(operator, config.fit, length, faults)
     faults.raise_if_any()
-    check_layout(operator.large, config.fit.parallel, config.data.seq_length)
+    check_layout(operator.large, config.fit.parallel, length)
     counts = operator.num_parameters()
     log.info("%s", describe(operator.settings))
     log.info("operator: %s learned numbers", f"{sum(counts.values()):,}")
@@ -263,6 +263,9 @@ def _check_teacher(operator: Operator, fit: FitSection, seq_length: int, faults:
     if operator.large.vocab_size != operator.small.vocab_size:
         do = "The teacher knows nothing of the new tokens."
         faults.add("fit.distill", "0 where the vocabulary grows", fit.distill, do)
+    if operator.large.image_size != operator.small.image_size:
+        faults.add("fit.distill", "0 where the image grows", fit.distill, "The teacher sees smaller ones.")
+        return
     longest = operator.small.longest_sequence
     if operator.arch.learns_positions and seq_length > longest:
         do = f"The teacher has {longest} positions: fit on so many, and pretrain on more."

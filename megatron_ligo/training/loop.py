@@ -13,7 +13,7 @@ from megatron_ligo.config import TrainingSection
 from megatron_ligo.errors import Stopped
 from megatron_ligo.parallel import mesh
 from megatron_ligo.training import checkpoints, replicas
-from megatron_ligo.training.data import Data
+from megatron_ligo.training.dealing import Dealt
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.guard import Guard
 from megatron_ligo.training.metrics import Metrics
@@ -24,7 +24,7 @@ FOLDER = "checkpoints"
 
 def run(
     engine: Engine,
-    data: Data,
+    data: Dealt,
     settings: TrainingSection,
     output: Path,
     state: dict,

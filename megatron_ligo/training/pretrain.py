@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_ligo import arch as architectures
 from megatron_ligo import formats
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.arch.rows import Task
 from megatron_ligo.config import Config
 from megatron_ligo.errors import CheckpointError, ConfigError, message
 from megatron_ligo.flops import train_flops
@@ -25,10 +27,10 @@ from megatron_ligo.parallel import accelerator, mesh
 from megatron_ligo.parallel.mesh import Mesh
 from megatron_ligo.training import checkpoints, elastic, loop
 from megatron_ligo.training.claim import claim
-from megatron_ligo.training.data import Data, open_data
+from megatron_ligo.training.dealing import Dealt
 from megatron_ligo.training.engine import Engine, micro_batches
+from megatron_ligo.training.feed import open_feed
 from megatron_ligo.training.fit import FREE, check_same_run
-from megatron_ligo.training.masking import masking_of
 from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
 from megatron_ligo.training.schedule import after_growth
@@ -71,7 +73,7 @@ class Pretrain:
             on_rank_0(self._keep_model)
             self._record(state)
             if self.config.data.valid:
-                self._evaluate_start(state["losses"])
+                self._evaluate_start(state)
         self._steps(state)
         return self._record(state)
 
@@ -80,6 +82,14 @@ class Pretrain:
         batches = self.data.eval_batch(samples, self.settings.micro_batch_size, self.mesh.dp, self.mesh.dp_rank)
         return self.engine.evaluate(batches)
 
+    def _measure(self, samples: int) -> dict[str, float]:
+        """The loss on the first held-out samples, and of a classifier the part of them whose label is told."""
+        found = {"loss": self.evaluate(samples)}
+        if architectures.get(self.dims.arch).task is Task.LABEL:
+            with self.engine.module.counting_hits():
+                found["accuracy"] = self.evaluate(samples)
+        return found
+
     def _held_out(self) -> dict | None:
         """What the losses are measured on; None where nothing is held out."""
         if not self.config.data.valid:
@@ -87,9 +97,13 @@ class Pretrain:
         samples = self.settings.eval_samples
         return {"samples": samples, "digest": self.data.eval_digest(samples)}
 
-    def _evaluate_start(self, losses: dict) -> None:
-        losses["start"] = self.evaluate(self.settings.eval_samples)
-        log.info("loss at step 0: %.6f", losses["start"])
+    def _evaluate_start(self, state: dict) -> None:
+        losses = state["losses"]
+        found = self._measure(self.settings.eval_samples)
+        losses["start"] = found["loss"]
+        log.info("at step 0: %s", _told(found))
+        if "accuracy" in found:
+            state["accuracy"] = {"start": found["accuracy"]}
         if self.start.fit is None:
             return
         found = self.start.fit["eval"]
@@ -105,7 +119,7 @@ class Pretrain:
         log.info("on the fit's batch: %.6f; at the end of the fit: %.6f; difference %+.1e", begun, losses["fit"], gap)
 
     def _steps(self, state: dict) -> None:
-        run, seq = self.settings, self.config.data.seq_length
+        run, seq = self.settings, self.dims.tokens_of_sample(self.config.data.seq_length)
         if self.grown:
             run = after_growth(run)
             log.info(
@@ -115,19 +129,21 @@ class Pretrain:
         flops = train_flops(self.dims, tokens, seq)
 
         def after(step: int) -> dict[str, float]:
-            return self._evaluate_if_due(step, state["losses"])
+            return self._evaluate_if_due(step, state)
 
         loop.run(self.engine, self.data, run, self.output, state, tokens, flops, after, self.output / MODEL)
 
-    def _evaluate_if_due(self, step: int, losses: dict) -> dict[str, float]:
+    def _evaluate_if_due(self, step: int, state: dict) -> dict[str, float]:
         last = step == self.settings.steps
         if not self.config.data.valid or not (last or loop.due(step, self.settings.eval_every)):
             return {}
-        loss = self.evaluate(self.settings.eval_samples)
+        found = self._measure(self.settings.eval_samples)
         if last:
-            losses["end"] = loss
-            log.info("loss after step %d: %.6f", step, loss)
-        return {"eval_loss": loss}
+            state["losses"]["end"] = found["loss"]
+            log.info("after step %d: %s", step, _told(found))
+            if "accuracy" in found:
+                state["accuracy"]["end"] = found["accuracy"]
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def _build(self) -> Engine:
         """The engine with its weights; a run that is resumed at its layout gets them from its checkpoint afterwards."""
@@ -161,9 +177,8 @@ class Pretrain:
     def _bf16(self) -> bool:
         return self.dtype is torch.bfloat16
 
-    def _open_data(self) -> Data:
+    def _open_data(self) -> Dealt:
         config, run = self.config.data, self.settings
-        cache = config.cache or self.output / "data_cache"
         held_out = 0
         if config.valid:
             fitted = self.start.fit["eval"]["samples"] if self.start.fit else 0
@@ -171,11 +186,8 @@ class Pretrain:
         elif not run.steps:
             do = "Without steps the run only evaluates: set data.valid."
             raise ConfigError(message("data.valid", "held-out data", "none", do))
-        samples, first = run.steps * run.global_batch_size, run.first_sample
-        masking = everywhere(lambda: masking_of(config, self.dims))
-        data = open_data(config, config.seq_length, samples, held_out, config.seed, cache, first, masking)
-        data.check_vocab(self.dims.vocab_size)
-        return data
+        samples = run.steps * run.global_batch_size
+        return open_feed(config, self.dims, samples, held_out, self.output, run.first_sample)
 
     def _can_deal(self, samples: int) -> bool:
         return samples % (self.settings.micro_batch_size * self.mesh.dp) == 0
@@ -186,7 +198,7 @@ class Pretrain:
         then = _read_record(self.output / RECORD)
         check_same_run(then["run"], self._identity(), self.output)
         dims = Dims.from_json(then["dims"])
-        check_layout(dims, self.settings.parallel, self.config.data.seq_length)
+        check_layout(dims, self.settings.parallel, dims.tokens_of_sample(self.config.data.seq_length))
         return Start(dims, formats.open(self.found.folder) if self.moved else None, grown=then["grown"])
 
     def _identity(self) -> dict:
@@ -206,6 +218,7 @@ class Pretrain:
             "grown": self.grown,
             "step": self.engine.steps,
             "losses": state["losses"],
+            "accuracy": state.get("accuracy"),
             "eval": state["eval"],
             "layout": self.engine.layout,
             "peak_memory_bytes": memory,
@@ -221,6 +234,10 @@ class Pretrain:
     def _keep_model(self) -> None:
         source = self.start.source
         record.keep(self.output / MODEL, self.dims, source.carried if source else {}, source.files if source else ())
+
+
+def _told(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6f}" for name, value in found.items())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, trained: set[nn.Parameter] | None = None) -> list[dict]:

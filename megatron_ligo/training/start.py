@@ -58,7 +58,7 @@ def find_start(config: Config) -> Start:
     if config.pretrain.fresh_head:
         start = _with_head(start)
     check_network(start.dims)
-    check_layout(start.dims, config.pretrain.parallel, config.data.seq_length)
+    check_layout(start.dims, config.pretrain.parallel, start.dims.tokens_of_sample(config.data.seq_length))
     return start
 
 
@@ -113,7 +113,8 @@ def check_layout(dims: Dims, parallel: ParallelSection, seq_length: int) -> None
     if parallel.pp > dims.num_layers:
         faults.add(f"pp = {parallel.pp}", "at most a stage a layer", f"{dims.num_layers} layers")
     if parallel.sequence_parallel and seq_length % parallel.tp:
-        faults.add("data.seq_length", f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
+        where = "data.seq_length" if dims.image_size is None else "tokens of an image"
+        faults.add(where, f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
     if seq_length > dims.longest_sequence:
         faults.add("data.seq_length", f"at most the model's {dims.longest_sequence} positions", seq_length)
     faults.raise_if_any()

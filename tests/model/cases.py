@@ -19,6 +19,7 @@ from megatron_ligo.model.source import Source
 from megatron_ligo.parallel import mesh as meshes
 from megatron_ligo.training.collect import collect
 from megatron_ligo.training.engine import Engine
+from tests import images
 from tests.families import dims_of, memory_of, model_of
 from tests.growth import official
 from tests.model.reference import make_operator, materialise
@@ -34,10 +35,15 @@ def small_dims(changes: dict) -> Dims:
     """A small Llama, or a small model of the family that the changes name."""
     if changes.get("arch", "llama") == "llama":
         return llama_dims(**{**SMALL, **changes})
+    if changes["arch"] in ("vit", "deit"):
+        return images.dims_of(changes["arch"], **{**SMALL, **{k: v for k, v in changes.items() if k != "arch"}})
     return dims_of(changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}})
 
 
 def batches(dims, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if dims.image_size is not None:
+        seeds = range(100, 100 + steps)
+        return [(images.pictures(dims, BATCH, seed), images.labels(dims, BATCH, seed)) for seed in seeds]
     drawn = [tokens(dims, BATCH, LENGTH + 1, seed=100 + step) for step in range(steps)]
     return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in drawn]
 
@@ -50,7 +56,7 @@ def micro(batch, mesh, size: int) -> list[dict]:
     for m in range(count):
         first = (m * mesh.dp + mesh.dp_rank) * size
         rows = slice(first, first + size)
-        parts.append({"tokens": ids[rows], "labels": labels[rows], "loss_mask": torch.ones(size, LENGTH)})
+        parts.append({"tokens": ids[rows], "labels": labels[rows], "loss_mask": torch.ones(labels[rows].shape)})
     return parts
 
 

@@ -21,6 +21,7 @@ from megatron_ligo.parallel import mesh as meshes
 from megatron_ligo.parallel.mesh import Mpu
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import parameter_groups
+from tests import images
 from tests.families import dims_of, model_of
 from tests.tiny import llama_dims, tokens
 
@@ -32,6 +33,11 @@ CLIP, DECAY = 0.05, 0.1
 
 
 def sizes(tied: bool, family: str = "llama") -> Dims:
+    if family in ("vit", "deit"):
+        # Labels are padded at tp 2; tokens are not: 10 and 6 of them.
+        side = {"vit": 10, "deit": 7}[family]
+        own = {"num_kv_heads": 8, "hidden_size": 32, "vocab_size": 7, "image_size": side}
+        return images.dims_of(family, **SIZES | own)
     if family != "llama":
         names = {
             "gpt2": "GPT2LMHeadModel",
@@ -43,32 +49,45 @@ def sizes(tied: bool, family: str = "llama") -> Dims:
     return llama_dims(tied=tied, **SIZES)
 
 
+def decay_of(optimizer: str, family: str) -> float:
+    """transformers keeps the class's token as a stack of matrices: which parameters decay would differ."""
+    return DECAY if optimizer == "adamw" and family not in ("vit", "deit") else 0.0
+
+
 def ids_of(dims, step: int) -> torch.Tensor:
     return tokens(dims, BATCH, LENGTH + 1, seed=100 + step)
 
 
+def seen_and_told(dims, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step's samples show (tokens, images), and their labels."""
+    if dims.image_size is None:
+        ids = ids_of(dims, step)
+        return ids[:, :-1], ids[:, 1:].contiguous()
+    return images.pictures(dims, BATCH, seed=100 + step), images.labels(dims, BATCH, seed=100 + step)
+
+
 def micro(dims, step: int, mesh, size: int) -> list[dict]:
     """This rank's micro-batches of a step."""
-    ids = ids_of(dims, step)
+    seen, told = seen_and_told(dims, step)
     starts = range(mesh.dp_rank * size, BATCH, size * mesh.dp)
-    parts = [ids[start : start + size] for start in starts]
-    mask = torch.ones(size, LENGTH)
-    return [{"tokens": part[:, :-1], "labels": part[:, 1:].contiguous(), "loss_mask": mask} for part in parts]
+    mask = torch.ones(size, told.shape[1])
+    rows = [slice(start, start + size) for start in starts]
+    return [{"tokens": seen[part], "labels": told[part], "loss_mask": mask} for part in rows]
 
 
 def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of transformers' model under PyTorch's own optimizer, in one process."""
     dims = sizes(tied, family)
     model = model_of(dims)
-    decay = DECAY if optimizer == "adamw" else 0.0
+    decay = decay_of(optimizer, family)
     if optimizer == "sgd":
         stepper = torch.optim.SGD(model.parameters(), lr=LR["sgd"])
     else:
         stepper = torch.optim.AdamW(parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
     found = []
     for step in range(STEPS):
-        ids = ids_of(dims, step)
-        loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+        seen, told = seen_and_told(dims, step)
+        loss = F.cross_entropy(model(seen).logits.flatten(0, -2), told.flatten())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         stepper.step()
@@ -100,7 +119,7 @@ def train(
         weights.fill(model, dims, mesh, weights.initial(dims, seed))
     elif universal.must_prepare(dims, zero):
         universal.prepare_for_universal(model, dims, mesh.tp_group)
-    decay = DECAY if optimizer == "adamw" else 0.0
+    decay = decay_of(optimizer, family)
     run = PretrainSection(
         global_batch_size=BATCH,
         micro_batch_size=micro_size,

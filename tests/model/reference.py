@@ -48,9 +48,10 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
 def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross entropy of a Hugging Face model with the grown weights."""
     tokens, labels = batch
-    state = families.state_of(operator.arch, operator.large, grown)
-    logits = torch.func.functional_call(families.model_of(operator.large), state, (tokens,)).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    model = families.model_of(operator.large)
+    state = families.in_memory(model, families.state_of(operator.arch, operator.large, grown))
+    logits = torch.func.functional_call(model, state, (tokens,)).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def _gain(operator, values, row, mixed):

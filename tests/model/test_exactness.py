@@ -215,6 +215,18 @@ def test_encoders_are_exact_when_sharded(pools, changes, tied, world, layout):
     assert_exact(differences(pools, world, "sgd", changes, **layout))
 
 
+# The small image has ten tokens, the large one twenty-six.
+IMAGES = {
+    "small": {"arch": "vit", "hidden_size": 32, "num_kv_heads": 8, "vocab_size": 5},
+    "large": {"hidden_size": 64, "num_kv_heads": 16, "image_size": 15, "vocab_size": 7},
+    "settings": {"noise": 0.5},
+}
+
+
+def test_classifiers_are_exact_when_sharded(pools):
+    assert_exact(differences(pools, 4, "sgd", IMAGES, tp=2, pp=2, micro_size=4, sequence_parallel=True))
+
+
 CONTROLS = {
     "partial uses not reduced": (2, {"tp": 2, "sabotage": "unreduced", "micro_size": 4}, 1e-3),
     "hook on the finished gradient": (2, {"tp": 2, "sabotage": "hook_on_grad", "micro_size": 4}, 1e-3),
