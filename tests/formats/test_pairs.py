@@ -20,7 +20,7 @@ import torch
 
 from megatron_ligo import formats, verify
 from megatron_ligo.arch import architectures
-from megatron_ligo.arch.dims import Dims, following_sizes
+from megatron_ligo.arch.dims import Dims, following_sizes, tokens_of_image
 from megatron_ligo.convert import convert
 from megatron_ligo.describe import describe
 from megatron_ligo.errors import LigoError
@@ -31,6 +31,7 @@ from tests.formats.watching import untouched
 # No power of two divides what tensor parallelism does not cut; five layers, so that stages differ.
 SIZES = {"num_layers": 5, "hidden_size": 48, "ffn_size": 52, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 VOCABULARY, POSITIONS, STEP = 37, 30, 7
+IMAGE = {"image_size": 10, "patch_size": 3, "num_channels": 2}
 # Every layout of which the sizes allow a rank; those without LAYOUT have the first only.
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (4, 4))
 # What a format cannot say. Of the others every one is carried.
@@ -81,6 +82,8 @@ def sizes(model_type: str, **changes) -> Dims:
         found["num_token_types"] = 3
     if arch.choices:
         found |= {name: choices[0] for name, choices in arch.choices.items()}
+    if "image_size" in free:
+        found |= IMAGE | {"max_positions": tokens_of_image(10, 3, found.get("has_distillation", False))}
     return Dims(**{**found, **changes})
 
 
