@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import trees
+from megatron_ligo.formats import members, trees
 
 METADATA = ".metadata"
 VERSION = "1.0.0"
@@ -50,6 +50,7 @@ _NAMES = {
 _KNOWN: dict[tuple[str, str], object] = {
     (module, name): _inert(name) for module, names in _NAMES.items() for name in names
 }
+_KNOWN[members.GETATTR] = members.of(list(_KNOWN.values()))
 _KNOWN["torch", "Size"] = tuple
 _KNOWN["torch.serialization", "_get_layout"] = _inert("Layout")
 _DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if type(found) is torch.dtype}

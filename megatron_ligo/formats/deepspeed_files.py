@@ -40,12 +40,21 @@ class DynamicScaler(Scaler):
     pass
 
 
+class Stage:
+    """Stands in for DeepSpeed's enumeration of ZeRO's stages: its number, by value or by name."""
+
+    NAMES = ("disabled", "optimizer_states", "gradients", "weights")
+
+    def __new__(cls, value: object) -> int:
+        return cls.NAMES.index(value) if isinstance(value, str) else int(value)
+
+
 # DeepSpeed's own classes are neither imported nor built.
 STAND_INS = (
     (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
     (Scaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 )
 
 

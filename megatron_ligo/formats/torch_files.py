@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.errors import CheckpointError, Faults, message
-from megatron_ligo.formats import trees
+from megatron_ligo.formats import members, trees
 from megatron_ligo.formats.layouts import data_offset
 
 # What torch raises for files that are not whole, or not its own.
@@ -146,7 +146,9 @@ def _only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
     """Files may name these, and nothing that another library of this process has allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(list(stand_ins))
+    if stand_ins:
+        member = members.of(kind for kind, _ in stand_ins)
+        torch.serialization.add_safe_globals([*stand_ins, (member, ".".join(members.GETATTR))])
     try:
         yield
     finally:
