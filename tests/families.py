@@ -131,9 +131,10 @@ def model_of(dims: Dims, seed: int = 0) -> torch.nn.Module:
 
 def in_memory(made: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state under transformers' names in memory, where those are others than in its files."""
-    own = {tensor.data_ptr(): name for name, tensor in made.state_dict().items()}
-    filed = revert_weight_conversion(made, made.state_dict())
-    renamed = {name: own[tensor.data_ptr()] for name, tensor in filed.items() if name not in own.values()}
+    held = made.state_dict()
+    own = {tensor.data_ptr(): name for name, tensor in held.items()}
+    filed = revert_weight_conversion(made, held)
+    renamed = {name: own[tensor.data_ptr()] for name, tensor in filed.items() if name not in held}
     return {renamed.get(name, name): tensor for name, tensor in state.items()}
 
 
