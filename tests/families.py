@@ -115,9 +115,11 @@ def tokens(length: int = 16) -> torch.Tensor:
 
 def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
     """The canonical tensors of a Hugging Face model, by the table."""
-    # The table may have either name: transformers' in its files, or in memory.
-    state = {**made.state_dict(), **revert_weight_conversion(made, made.state_dict())}
+    state = made.state_dict()
     items = stored(get(dims.arch), dims, "hf").items()
+    if any(IN_MEMORY.get(name, name) not in state for name, _ in items):
+        # What the table calls as transformers does in its files; it takes a second to say how.
+        state |= revert_weight_conversion(made, made.state_dict())
     found = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
     return Memory(dims, {key: item.part(found[name], key, dims).clone() for name, item in items for key in item.keys})
 
@@ -132,6 +134,8 @@ def model_of(dims: Dims, seed: int = 0) -> torch.nn.Module:
 def in_memory(made: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state under transformers' names in memory, where those are others than in its files."""
     held = made.state_dict()
+    if all(name in held for name in state):
+        return state
     own = {tensor.data_ptr(): name for name, tensor in held.items()}
     filed = revert_weight_conversion(made, held)
     renamed = {name: own[tensor.data_ptr()] for name, tensor in filed.items() if name not in held}

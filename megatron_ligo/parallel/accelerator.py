@@ -6,6 +6,7 @@ places whatever the device is; `prepare()` answers those calls where there is no
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 
@@ -20,20 +21,23 @@ def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-def _import_megatron_core() -> None:
-    """On a CPU without its fused functions, which nothing calls there: each is wrapped by torch.compile as it is
-    imported (0.16.1, 0.19.2), and that loads inductor, a third of the time that a process takes to start."""
+def _import_uncompiled() -> None:
+    """On a CPU, without compiled functions, which nothing calls there: Megatron-core (0.16.1, 0.19.2) and DeepSpeed's
+    Muon (0.19.8) call torch.compile as they are imported, and that loads inductor, a third of the time that a process
+    takes to start."""
     compiler = torch.compile
-    torch.compile = lambda function: function
+    torch.compile = lambda function=None, **_: function or (lambda compiled: compiled)
     try:
         from megatron.core import jit
+
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         torch.compile = compiler
     jit.disable_jit_fuser()
 
 
 if on_cpu():
-    _import_megatron_core()
+    _import_uncompiled()
 
 
 def device() -> torch.device:
