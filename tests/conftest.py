@@ -15,6 +15,18 @@ import pytest
 from tests.harness import Ranks
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="layouts, too, that differ from others by little")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Half an hour is enough for every day: what is marked `long` waits for --long."""
+    if not config.getoption("--long"):
+        left = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 @pytest.fixture(scope="session")
 def forks():
     """Starts processes that have imported everything."""

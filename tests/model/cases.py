@@ -91,7 +91,7 @@ def fit(
     tp=1,
     pp=1,
     zero=1,
-    micro_size=1,
+    micro_size=2,
     optimizer="adamw",
     lr=1e-3,
     clip=0.05,

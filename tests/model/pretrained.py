@@ -102,7 +102,7 @@ def train(
     tp=1,
     pp=1,
     zero=1,
-    micro_size=1,
+    micro_size=2,
     sequence_parallel=False,
     recompute=False,
     optimizer="adamw",

@@ -44,7 +44,12 @@ LAYOUTS = {
         {"tp": 2, "zero": 3, "micro_size": 4, "sequence_parallel": True, "recompute": True, "optimizer": "sgd"},
     ],
 }
-CASES = [(world, layout) for world, layouts in LAYOUTS.items() for layout in layouts]
+SELDOM = ({"zero": 2}, {"tp": 4, "micro_size": 4}, {"tp": 2, "zero": 2}, {"pp": 4, "optimizer": "sgd"})
+CASES = [
+    pytest.param((world, layout), marks=pytest.mark.long if layout in SELDOM else ())
+    for world, layouts in LAYOUTS.items()
+    for layout in layouts
+]
 
 
 def label(case) -> str:
