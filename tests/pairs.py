@@ -1,4 +1,7 @@
-"""The pairs of launch_scripts/pairs at a sixteenth of their width: the same heads, layers in the same ratio."""
+"""The pairs of launch_scripts/pairs at a sixteenth of their width: the same heads, layers in the same ratio.
+
+An image's side and its patches' too: it has as many tokens as at its true size.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from math import gcd
 from pathlib import Path
 
 from megatron_ligo import arch
+from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import Config
 from megatron_ligo.growth.check import large_dims
 from megatron_ligo.training.start import sizes
 from tests.model import cases
 
 ROOT = Path(__file__).resolve().parents[1]
-# Image classifiers are fitted in tests/model.
-PAIRS = sorted(path for path in (ROOT / "launch_scripts/pairs").glob("*.toml") if "deit" not in path.name)
+PAIRS = sorted((ROOT / "launch_scripts/pairs").glob("*.toml"))
 LESS, STEPS, LR = 16, 1, 0.02
 
 
@@ -29,14 +32,24 @@ def reduced(path: Path) -> dict:
     def less(dims) -> dict:
         found = {name: getattr(dims, name) // LESS for name in ("hidden_size", "ffn_size", "head_dim")}
         found |= {"num_heads": dims.num_heads, "num_kv_heads": dims.num_kv_heads}
-        return found | {"num_layers": dims.num_layers // times, "vocab_size": 61, "max_positions": 20}
+        found |= {"num_layers": dims.num_layers // times, "vocab_size": 61}
+        if dims.image_size is None:
+            return found | {"max_positions": 20}
+        return found | {"image_size": dims.image_size // LESS}
 
     operator = {name: value for name, value in asdict(config.operator).items() if name in ("method", "rank")}
     if isinstance(operator["rank"], dict):
         operator["rank"] = {name: rank // LESS for name, rank in operator["rank"].items()}
+    return {"small": _changes(small, less(small)), "large": less(large), "settings": operator}
+
+
+def _changes(small: Dims, less: dict) -> dict:
+    """The small model's sizes, as `cases.small_dims` takes them."""
+    if small.image_size is not None:
+        kept = {name: getattr(small, name) for name in ("arch", "num_channels", "norm_eps", "activation")}
+        return kept | less | {"patch_size": small.patch_size // LESS}
     named = {"class": arch.get(small.arch).class_of(small)} if arch.get(small.arch).learns_positions else {}
-    changes = asdict(replace(small, **less(small))) | named
-    return {"small": changes, "large": less(large), "settings": operator}
+    return asdict(replace(small, **less)) | named
 
 
 def layout(pair: dict) -> dict:

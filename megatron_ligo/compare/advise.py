@@ -65,6 +65,7 @@ def advise(
         "probes": probes,
         "flops": probes * lag * plan.step_flops,
         "parameters": {"small": parameters(small), "large": parameters(plan.large)},
+        "tokens_of_sample": plan.large.tokens_of_sample(config.data.seq_length),
         "ranking": [_row(name, probed[name], again.get(name)) for _, name in ranked],
         "scratch": _row(SCRATCH, probed[SCRATCH], None),
         "refused": refused,
@@ -127,7 +128,7 @@ def _advice(found: dict, config: Config) -> list[str]:
     where = "within" if low <= times <= high else "outside of"
     said.append(f"{times:.1f} times the small model's parameters: {where} the 2 to 4 times of the published gains.")
     run = config.pretrain
-    tokens = run.steps * run.global_batch_size * config.data.seq_length
+    tokens = run.steps * run.global_batch_size * found["tokens_of_sample"]
     said.append(
         f"[pretrain] plans {tokens / large:.2g} tokens a parameter. Growth gains most below {TOKENS_A_PARAMETER}; far "
         "above, or from a small model that was hardly trained, scratch catches up. A probe cannot see that far: "

@@ -137,13 +137,14 @@ def _metrics(path: Path, faults: Faults) -> list[dict]:
 
 def _fit(folder: Path, record: Fields, metrics: list[dict], faults: Faults) -> Run:
     losses = {"initialised": record.number("losses", "start"), "fitted": record.number("losses", "end")}
+    dims = _dims(record, "large")
     return Run(
         folder.name,
         folder,
         "fit",
-        dims=_dims(record, "large"),
+        dims=dims,
         begun=_initialisation(record.table("settings")),
-        eval=_eval(record, record.number("config", "data", "seq_length")),
+        eval=_eval(record, dims, record.number("config", "data", "seq_length")),
         losses=_known(losses),
         metrics=metrics,
         memory=_largest(record),
@@ -160,13 +161,14 @@ def _hand_off(folder: Path, faults: Faults) -> Run | None:
         faults.note(f"{error}")
         return None
     losses = {"initialised": record.number("fit", "losses", "start"), "fitted": record.number("fit", "losses", "end")}
+    dims = _dims(record, "large")
     return Run(
         folder.name,
         folder,
         "hand-off",
-        dims=_dims(record, "large"),
+        dims=dims,
         begun=_grown_by(record),
-        eval=_eval(record, record.number("fit", "config", "data", "seq_length"), "fit"),
+        eval=_eval(record, dims, record.number("fit", "config", "data", "seq_length"), "fit"),
         losses=_known(losses),
         record=record.all,
     )
@@ -176,13 +178,14 @@ def _pretraining(folder: Path, record: Fields, metrics: list[dict], faults: Faul
     losses = {"step 0": record.number("losses", "start"), "end": record.number("losses", "end")}
     fitted, again = record.number("losses", "fit"), record.number("losses", "start_on_fit_batch")
     start = record.text("run", "pretrain", "start")
+    dims = _dims(record, "dims")
     return Run(
         folder.name,
         folder,
         "pretraining",
-        dims=_dims(record, "dims"),
+        dims=dims,
         begun=Path(start).name if start else "fresh weights",
-        eval=_eval(record, record.number("run", "data", "seq_length")),
+        eval=_eval(record, dims, record.number("run", "data", "seq_length")),
         losses=_known(losses),
         metrics=metrics,
         memory=_largest(record),
@@ -256,11 +259,13 @@ def _dims(record: Fields, key: str) -> Dims | None:
         return None
 
 
-def _eval(record: Fields, seq_length: float | None, *where: str) -> Eval | None:
+def _eval(record: Fields, dims: Dims | None, seq_length: float | None, *where: str) -> Eval | None:
     samples, digest = record.number(*where, "eval", "samples"), record.text(*where, "eval", "digest")
     if samples is None or digest is None:
         return None
-    return Eval(int(samples), digest, None if seq_length is None else int(seq_length))
+    if seq_length is None:
+        return Eval(int(samples), digest)
+    return Eval(int(samples), digest, int(seq_length) if dims is None else dims.tokens_of_sample(int(seq_length)))
 
 
 def _largest(record: Fields) -> float | None:

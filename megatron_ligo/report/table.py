@@ -125,7 +125,8 @@ def _notes(runs: Sequence[Run], batches: Sequence[Eval], letters: dict[Eval | No
         notes += [f"{run.name}: {note}." for note in run.notes]
     return [
         *notes,
-        "Losses are nats a token. A fit evaluates in fp32, a pretraining in its own precision (see layout).",
+        "Losses are nats a token, of images nats a label. A fit evaluates in fp32, a pretraining in its own precision "
+        "(see layout).",
         "FLOPs are counted from the shapes, all ranks together; 'before' is the fit that a start comes from. What the "
         "small model cost is in no row. Seconds are those of the steps alone.",
     ]

@@ -44,4 +44,5 @@ def test_ranked_within_the_budget(config, tmp_path):
     lossless = next(row for row in found["ranking"] if row["method"] == "lossless")
     assert lossless["at_once"] != lossless["after_lag"] and found["scratch"]["after_lag"] is not None
     text = " ".join(found["advice"])
-    assert found["ranking"][0]["method"] in text.split(":")[0] and "tokens a parameter" in text
+    planned = config.pretrain.steps * BATCH * SEQ / found["parameters"]["large"]
+    assert found["ranking"][0]["method"] in text.split(":")[0] and f"plans {planned:.2g} tokens a parameter" in text

@@ -16,6 +16,7 @@ from megatron_ligo.errors import DataError
 from megatron_ligo.formats import hf_config
 from megatron_ligo.model.loss import accuracy
 from megatron_ligo.parallel import mesh as meshes
+from megatron_ligo.report.runs import read_runs
 from megatron_ligo.training.pictures import open_images
 from megatron_ligo.training.prepare_images import DIGITS, prepare, read_digits, read_npz
 from tests import families, images
@@ -80,6 +81,8 @@ def test_the_journey_of_a_vit(pools, settings):
     assert fitted["start"] == pytest.approx(one["losses"]["end"], abs=0.5)
     assert grown["losses"]["start_on_fit_batch"] == pytest.approx(fitted["end"], rel=1e-5)
     assert grown["losses"]["end"] < grown["losses"]["start"]
+    told = read_runs([base / "large", base / "fit"])
+    assert [run.eval.seq_length for run in told] == [SMALL.tokens_of_image] * 2
 
 
 def held_out(source, table) -> tuple[float, float]:

@@ -25,8 +25,9 @@ def lines() -> Iterator[str]:
         config = Config.load(path)
         operator = initial_operator(sizes(ROOT / config.small.path), config.large, config.operator)
         small, large = operator.small, operator.large
-        fit = Job(large, config.fit, WORLD, config.data.seq_length, operator)
-        plain = Job(large, config.pretrain, WORLD, config.data.seq_length)
+        length = large.tokens_of_sample(config.data.seq_length)
+        fit = Job(large, config.fit, WORLD, length, operator)
+        plain = Job(large, config.pretrain, WORLD, length)
         for job in (fit, plain):
             reason = layouts.refusal(job)
             assert reason is None, f"{path.name}: {reason}"
