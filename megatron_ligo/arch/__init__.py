@@ -12,7 +12,7 @@ from megatron_ligo.errors import ConfigError, nearest
 
 __all__ = ["Architecture", "Dims", "architectures", "get"]
 
-_VOCABULARY = {"axes", "rows", "dims"}
+_VOCABULARY = {"axes", "dims", "modules", "rows"}
 
 
 @cache

@@ -13,9 +13,7 @@ from megatron_ligo.arch.axes import (
     FROM_FFN,
     FROM_RESIDUAL,
     FROM_V,
-    GAIN,
     POSITION,
-    SHIFT,
     TO_FFN,
     TO_RESIDUAL,
     VOCAB,
@@ -23,7 +21,8 @@ from megatron_ligo.arch.axes import (
     Q,
     V,
 )
-from megatron_ligo.arch.rows import Architecture, Axis, Pack, Row, Slot, Task, Use
+from megatron_ligo.arch.modules import grouped, linear, norm, under
+from megatron_ligo.arch.rows import Architecture, Axis, Row, Slot, Task, Use
 
 TOKEN_TYPE = Axis("token_type", Use.WRITES)
 TO_POOLED = Axis("pooled", Use.WRITES)
@@ -34,96 +33,69 @@ FROM_HEAD = Axis("head", Use.READS)
 HEAD_GAIN = Axis("head", Use.SCALES)
 HEAD_SHIFT = Axis("head", Use.SHIFTS)
 
-ATTENTION = "self_attention"
-
-
-def _top(hf: str, mcore: str) -> dict:
-    return {"hf": Slot(hf), "mcore": Slot(mcore)}
-
 
 def embedding_rows(base: str) -> tuple[Row, ...]:
     """base: the prefix of Hugging Face's names."""
+    hf, mcore = under(f"{base}embeddings."), under("embedding.")
 
-    def slots(hf: str, mcore: str) -> dict:
-        return _top(f"{base}embeddings.{hf}", f"embedding.{mcore}")
+    def table(key: str, axes: tuple[Axis, Axis], split: int | None, own: str, others: str, **more) -> Row:
+        return Row(key, axes, split, {"hf": hf(f"{own}.weight"), "mcore": mcore(f"{others}.weight")}, **more)
 
+    words, positions, types = "word_embeddings", "position_embeddings", "token_type_embeddings"
     return (
-        Row("embed", (VOCAB, TO_RESIDUAL), 0, slots("word_embeddings.weight", "word_embeddings.weight")),
-        Row(
-            "positions",
-            (POSITION, TO_RESIDUAL),
-            None,
-            slots("position_embeddings.weight", "position_embeddings.weight"),
-        ),
-        Row(
-            "token_types",
-            (TOKEN_TYPE, TO_RESIDUAL),
-            None,
-            slots("token_type_embeddings.weight", "tokentype_embeddings.weight"),
-            needs="num_token_types",
-        ),
-        Row("embed_norm", (GAIN,), None, slots("LayerNorm.weight", "layer_norm.weight")),
-        Row("embed_norm_bias", (SHIFT,), None, slots("LayerNorm.bias", "layer_norm.bias")),
+        table("embed", (VOCAB, TO_RESIDUAL), 0, words, words),
+        table("positions", (POSITION, TO_RESIDUAL), None, positions, positions),
+        table("token_types", (TOKEN_TYPE, TO_RESIDUAL), None, types, "tokentype_embeddings", needs="num_token_types"),
+        *norm("embed_norm", hf("LayerNorm"), mcore("layer_norm")),
     )
 
 
 def layer_rows(base: str) -> tuple[Row, ...]:
     """base: the prefix of Hugging Face's names."""
-
-    def slots(hf: str, mcore: str, part: int | None = None) -> dict:
-        packing = () if part is None else (Pack.GROUPED, part, 3)
-        return {
-            "hf": Slot(f"{base}encoder.layer.{{}}.{hf}"),
-            "mcore": Slot(f"encoder.layers.{{}}.{mcore}", *packing),
-        }
-
-    def two(key: str, axes: tuple[Axis, Axis], split: int, hf: str, mcore: str, part: int | None = None):
-        """A linear's weight and its bias, which tensor parallelism cuts where it cuts the outputs."""
-        weight, bias = (slots(f"{hf}.{kind}", f"{mcore}.{kind}", part) for kind in ("weight", "bias"))
-        yield Row(f"layers.{{}}.{key}", axes, split, weight)
-        yield Row(f"layers.{{}}.{key}_bias", axes[:1], 0 if split == 0 else None, bias)
-
-    def norm(key: str, hf: str, mcore: str):
-        yield Row(f"layers.{{}}.{key}", (GAIN,), None, slots(f"{hf}.weight", f"{mcore}.weight"))
-        yield Row(f"layers.{{}}.{key}_bias", (SHIFT,), None, slots(f"{hf}.bias", f"{mcore}.bias"))
-
+    hf, mcore = under(f"{base}encoder.layer.{{}}."), under("encoder.layers.{}.")
+    qkv = mcore("self_attention.linear_qkv")
     return (
-        *two("q", (Q, FROM_RESIDUAL), 0, "attention.self.query", f"{ATTENTION}.linear_qkv", 0),
-        *two("k", (K, FROM_RESIDUAL), 0, "attention.self.key", f"{ATTENTION}.linear_qkv", 1),
-        *two("v", (V, FROM_RESIDUAL), 0, "attention.self.value", f"{ATTENTION}.linear_qkv", 2),
-        *two("o", (TO_RESIDUAL, FROM_V), 1, "attention.output.dense", f"{ATTENTION}.linear_proj"),
-        *norm("norm1", "attention.output.LayerNorm", "post_self_attn_layernorm"),
-        *two("up", (TO_FFN, FROM_RESIDUAL), 0, "intermediate.dense", "mlp.linear_fc1"),
-        *two("down", (TO_RESIDUAL, FROM_FFN), 1, "output.dense", "mlp.linear_fc2"),
-        *norm("norm2", "output.LayerNorm", "post_mlp_layernorm"),
+        *linear("layers.{}.q", (Q, FROM_RESIDUAL), 0, hf("attention.self.query"), grouped(qkv, 0)),
+        *linear("layers.{}.k", (K, FROM_RESIDUAL), 0, hf("attention.self.key"), grouped(qkv, 1)),
+        *linear("layers.{}.v", (V, FROM_RESIDUAL), 0, hf("attention.self.value"), grouped(qkv, 2)),
+        *linear(
+            "layers.{}.o", (TO_RESIDUAL, FROM_V), 1, hf("attention.output.dense"), mcore("self_attention.linear_proj")
+        ),
+        *norm("layers.{}.norm1", hf("attention.output.LayerNorm"), mcore("post_self_attn_layernorm")),
+        *linear("layers.{}.up", (TO_FFN, FROM_RESIDUAL), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")),
+        *linear("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
+        *norm("layers.{}.norm2", hf("output.LayerNorm"), mcore("post_mlp_layernorm")),
     )
 
 
 def pooler_rows(base: str) -> tuple[Row, ...]:
     """base: the prefix of Hugging Face's names."""
-    weight, bias = (_top(f"{base}pooler.dense.{kind}", f"pooler.dense.{kind}") for kind in ("weight", "bias"))
-    return (
-        Row("pooler", (TO_POOLED, FROM_RESIDUAL), None, weight, needs="has_pooler"),
-        Row("pooler_bias", (TO_POOLED,), None, bias, needs="has_pooler"),
-    )
+    slots = Slot(f"{base}pooler.dense"), Slot("pooler.dense")
+    return tuple(linear("pooler", (TO_POOLED, FROM_RESIDUAL), None, *slots, needs="has_pooler"))
 
 
-def head_rows(dense: str, norm: str, decoder: str, bias: str) -> tuple[Row, ...]:
+def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[Row, ...]:
     """The masked-LM head. The arguments are Hugging Face's names: the transform's linear and norm, the decoder, and the
     bias that is the decoder's where the two are tied."""
+    has_head = {"needs": "has_head"}
+    transform = under("lm_head.")
 
-    def row(key: str, axes: tuple[Axis, ...], split: int | None, hf: Slot, mcore: str, **more) -> Row:
-        return Row(key, axes, split, {"hf": hf, "mcore": Slot(mcore)}, needs="has_head", **more)
+    def row(key: str, axes: tuple[Axis, ...], hf: Slot, mcore: str, **more) -> Row:
+        return Row(key, axes, 0, {"hf": hf, "mcore": Slot(mcore)}, **has_head, **more)
 
-    norm_weight, norm_bias = "lm_head.layer_norm.weight", "lm_head.layer_norm.bias"
     return (
-        row("head_dense", (TO_HEAD, FROM_RESIDUAL), None, Slot(f"{dense}.weight"), "lm_head.dense.weight"),
-        row("head_dense_bias", (TO_HEAD,), None, Slot(f"{dense}.bias"), "lm_head.dense.bias"),
-        row("head_norm", (HEAD_GAIN,), None, Slot(f"{norm}.weight"), norm_weight, feeds_head=True),
-        row("head_norm_bias", (HEAD_SHIFT,), None, Slot(f"{norm}.bias"), norm_bias, feeds_head=True),
-        row("head", (VOCAB, FROM_HEAD), 0, Slot(f"{decoder}.weight"), "output_layer.weight", tied_to="embed"),
-        row("head_bias", (VOCAB,), 0, Slot(f"{decoder}.bias", tied_name=bias), "output_layer.bias"),
-        row("head_spare_bias", (VOCAB,), 0, Slot(bias), "lm_head.bias", tied_to="head_bias", spare=True),
+        *linear("head_dense", (TO_HEAD, FROM_RESIDUAL), None, Slot(dense), transform("dense"), **has_head),
+        *norm(
+            "head_norm",
+            Slot(norm_name),
+            transform("layer_norm"),
+            (HEAD_GAIN, HEAD_SHIFT),
+            feeds_head=True,
+            **has_head,
+        ),
+        row("head", (VOCAB, FROM_HEAD), Slot(f"{decoder}.weight"), "output_layer.weight", tied_to="embed"),
+        row("head_bias", (VOCAB,), Slot(f"{decoder}.bias", tied_name=bias), "output_layer.bias"),
+        row("head_spare_bias", (VOCAB,), Slot(bias), "lm_head.bias", tied_to="head_bias", spare=True),
     )
 
 
@@ -166,18 +138,12 @@ BERT = Architecture(
             "cls.predictions.decoder",
             "cls.predictions.bias",
         ),
-        Row(
+        *linear(
             "order_head",
             (ORDER, FROM_POOLED),
             None,
-            _top("cls.seq_relationship.weight", "binary_head.weight"),
-            needs="has_order_head",
-        ),
-        Row(
-            "order_head_bias",
-            (ORDER,),
-            None,
-            _top("cls.seq_relationship.bias", "binary_head.bias"),
+            Slot("cls.seq_relationship"),
+            Slot("binary_head"),
             needs="has_order_head",
         ),
     ),

@@ -4,40 +4,28 @@ head of its own; attention and feed-forward read the residual stream side by sid
 Hugging Face stores q, k and v as one matrix, head by head, as Megatron-core does.
 """
 
+from collections.abc import Iterator
+
 from megatron_ligo.arch.axes import (
     FROM_FFN,
     FROM_RESIDUAL,
     FROM_V,
-    GAIN,
-    SHIFT,
     TO_FFN,
     TO_RESIDUAL,
     VOCAB,
-    Axis,
     K,
     Q,
     V,
 )
-from megatron_ligo.arch.rows import Architecture, Pack, Row, Slot
+from megatron_ligo.arch.modules import grouped, linear, norm, under
+from megatron_ligo.arch.rows import Architecture, Axis, Row, Slot
 
-LAYER_HF, LAYER_MCORE = "gpt_neox.layers.{}", "decoder.layers.{}"
-QKV = ("attention.query_key_value", "self_attention.linear_qkv")
-
-
-def _linear(key: str, axes: tuple[Axis, Axis], split: int, names: tuple[str, str], part: int | None = None):
-    """A linear's weight and bias. names: Hugging Face's and Megatron-core's, within the layer."""
-    packing = () if part is None else (Pack.GROUPED, part, 3)
-    hf, mcore = (f"{layer}.{name}" for layer, name in zip((LAYER_HF, LAYER_MCORE), names, strict=True))
-    for kind, suffix in (("weight", ""), ("bias", "_bias")):
-        slots = {"hf": Slot(f"{hf}.{kind}", *packing), "mcore": Slot(f"{mcore}.{kind}", *packing)}
-        cut = split if kind == "weight" or split == 0 else None
-        yield Row(f"layers.{{}}.{key}{suffix}", axes if kind == "weight" else axes[:1], cut, slots)
+HF, MCORE = under("gpt_neox.layers.{}."), under("decoder.layers.{}.")
 
 
-def _norm(key: str, hf: str, mcore: str, **more):
-    for kind, suffix, axis in (("weight", "", GAIN), ("bias", "_bias", SHIFT)):
-        slots = {"hf": Slot(f"{hf}.{kind}"), "mcore": Slot(f"{mcore}.{kind}")}
-        yield Row(f"{key}{suffix}", (axis,), None, slots, **more)
+def _qkv(name: str, axis: Axis, part: int) -> Iterator[Row]:
+    slots = HF("attention.query_key_value"), MCORE("self_attention.linear_qkv")
+    return linear(f"layers.{{}}.{name}", (axis, FROM_RESIDUAL), 0, *(grouped(slot, part) for slot in slots))
 
 
 GPT_NEOX = Architecture(
@@ -51,15 +39,15 @@ GPT_NEOX = Architecture(
             0,
             {"hf": Slot("gpt_neox.embed_in.weight"), "mcore": Slot("embedding.word_embeddings.weight")},
         ),
-        *_norm("layers.{}.norm1", f"{LAYER_HF}.input_layernorm", f"{LAYER_MCORE}.input_layernorm"),
-        *_linear("q", (Q, FROM_RESIDUAL), 0, QKV, 0),
-        *_linear("k", (K, FROM_RESIDUAL), 0, QKV, 1),
-        *_linear("v", (V, FROM_RESIDUAL), 0, QKV, 2),
-        *_linear("o", (TO_RESIDUAL, FROM_V), 1, ("attention.dense", "self_attention.linear_proj")),
-        *_norm("layers.{}.norm2", f"{LAYER_HF}.post_attention_layernorm", f"{LAYER_MCORE}.pre_mlp_layernorm"),
-        *_linear("up", (TO_FFN, FROM_RESIDUAL), 0, ("mlp.dense_h_to_4h", "mlp.linear_fc1")),
-        *_linear("down", (TO_RESIDUAL, FROM_FFN), 1, ("mlp.dense_4h_to_h", "mlp.linear_fc2")),
-        *_norm("final_norm", "gpt_neox.final_layer_norm", "decoder.final_layernorm", feeds_head=True),
+        *norm("layers.{}.norm1", HF("input_layernorm"), MCORE("input_layernorm")),
+        *_qkv("q", Q, 0),
+        *_qkv("k", K, 1),
+        *_qkv("v", V, 2),
+        *linear("layers.{}.o", (TO_RESIDUAL, FROM_V), 1, HF("attention.dense"), MCORE("self_attention.linear_proj")),
+        *norm("layers.{}.norm2", HF("post_attention_layernorm"), MCORE("pre_mlp_layernorm")),
+        *linear("layers.{}.up", (TO_FFN, FROM_RESIDUAL), 0, HF("mlp.dense_h_to_4h"), MCORE("mlp.linear_fc1")),
+        *linear("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, HF("mlp.dense_4h_to_h"), MCORE("mlp.linear_fc2")),
+        *norm("final_norm", Slot("gpt_neox.final_layer_norm"), Slot("decoder.final_layernorm"), feeds_head=True),
         Row(
             "head",
             (VOCAB, FROM_RESIDUAL),

@@ -9,9 +9,7 @@ from megatron_ligo.arch.axes import (
     FROM_FFN,
     FROM_RESIDUAL,
     FROM_V,
-    GAIN,
     POSITION,
-    SHIFT,
     TO_FFN,
     TO_RESIDUAL,
     VOCAB,
@@ -20,7 +18,8 @@ from megatron_ligo.arch.axes import (
     V,
 )
 from megatron_ligo.arch.bert import pooler_rows
-from megatron_ligo.arch.rows import Architecture, Axis, Pack, Row, Slot, Task, Use
+from megatron_ligo.arch.modules import grouped, linear, norm, under
+from megatron_ligo.arch.rows import Architecture, Axis, Row, Slot, Task, Use
 
 CHANNEL = Axis("channel", Use.READS)
 PIXEL = Axis("pixel", Use.READS)
@@ -51,54 +50,27 @@ def embedding_rows(base: str) -> tuple[Row, ...]:
 
 def layer_rows(base: str) -> tuple[Row, ...]:
     """base: the prefix of Hugging Face's names."""
-
-    def slots(hf: str, mcore: str, part: int | None = None) -> dict:
-        packing = () if part is None else (Pack.GROUPED, part, 3)
-        return {
-            "hf": Slot(f"{base}encoder.layer.{{}}.{hf}"),
-            "mcore": Slot(f"decoder.layers.{{}}.{mcore}", *packing),
-        }
-
-    def two(key: str, axes: tuple[Axis, Axis], split: int, hf: str, mcore: str, part: int | None = None):
-        """A linear's weight and its bias, which tensor parallelism cuts where it cuts the outputs."""
-        weight, bias = (slots(f"{hf}.{kind}", f"{mcore}.{kind}", part) for kind in ("weight", "bias"))
-        yield Row(f"layers.{{}}.{key}", axes, split, weight)
-        yield Row(f"layers.{{}}.{key}_bias", axes[:1], 0 if split == 0 else None, bias)
-
-    def norm(key: str, hf: str, mcore: str):
-        yield Row(f"layers.{{}}.{key}", (GAIN,), None, slots(f"{hf}.weight", f"{mcore}.weight"))
-        yield Row(f"layers.{{}}.{key}_bias", (SHIFT,), None, slots(f"{hf}.bias", f"{mcore}.bias"))
-
-    qkv = "self_attention.linear_qkv"
+    hf, mcore = under(f"{base}encoder.layer.{{}}."), under("decoder.layers.{}.")
+    qkv, proj = mcore("self_attention.linear_qkv"), mcore("self_attention.linear_proj")
     return (
-        *norm("norm1", "layernorm_before", "input_layernorm"),
-        *two("q", (Q, FROM_RESIDUAL), 0, "attention.attention.query", qkv, 0),
-        *two("k", (K, FROM_RESIDUAL), 0, "attention.attention.key", qkv, 1),
-        *two("v", (V, FROM_RESIDUAL), 0, "attention.attention.value", qkv, 2),
-        *two("o", (TO_RESIDUAL, FROM_V), 1, "attention.output.dense", "self_attention.linear_proj"),
-        *norm("norm2", "layernorm_after", "pre_mlp_layernorm"),
-        *two("up", (TO_FFN, FROM_RESIDUAL), 0, "intermediate.dense", "mlp.linear_fc1"),
-        *two("down", (TO_RESIDUAL, FROM_FFN), 1, "output.dense", "mlp.linear_fc2"),
+        *norm("layers.{}.norm1", hf("layernorm_before"), mcore("input_layernorm")),
+        *linear("layers.{}.q", (Q, FROM_RESIDUAL), 0, hf("attention.attention.query"), grouped(qkv, 0)),
+        *linear("layers.{}.k", (K, FROM_RESIDUAL), 0, hf("attention.attention.key"), grouped(qkv, 1)),
+        *linear("layers.{}.v", (V, FROM_RESIDUAL), 0, hf("attention.attention.value"), grouped(qkv, 2)),
+        *linear("layers.{}.o", (TO_RESIDUAL, FROM_V), 1, hf("attention.output.dense"), proj),
+        *norm("layers.{}.norm2", hf("layernorm_after"), mcore("pre_mlp_layernorm")),
+        *linear("layers.{}.up", (TO_FFN, FROM_RESIDUAL), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")),
+        *linear("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
     )
 
 
 def end_rows(base: str) -> tuple[Row, ...]:
     """The final norm, the pooler and the head. base: the prefix of Hugging Face's names."""
-
-    def slots(hf: str, mcore: str) -> dict:
-        return {"hf": Slot(hf), "mcore": Slot(mcore)}
-
-    norm = (f"{base}layernorm", "decoder.final_layernorm")
-    head = ("classifier", "output_layer")
-    (gain, shift), (weight, bias) = (
-        [slots(*(f"{name}.{kind}" for name in names)) for kind in ("weight", "bias")] for names in (norm, head)
-    )
+    head = Slot("classifier"), Slot("output_layer")
     return (
-        Row("final_norm", (GAIN,), None, gain, feeds_head=True),
-        Row("final_norm_bias", (SHIFT,), None, shift, feeds_head=True),
+        *norm("final_norm", Slot(f"{base}layernorm"), Slot("decoder.final_layernorm"), feeds_head=True),
         *pooler_rows(base),
-        Row("head", (VOCAB, FROM_RESIDUAL), 0, weight, needs="has_head"),
-        Row("head_bias", (VOCAB,), 0, bias, needs="has_head"),
+        *linear("head", (VOCAB, FROM_RESIDUAL), 0, *head, needs="has_head"),
     )
 
 
