@@ -5,7 +5,7 @@ Legend: s tokens of an image (special ones first, then its patches), b batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,10 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.formats.mcore_names import local_name
-from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec
 from megatron_ligo.model.encoder import Encoder
-from megatron_ligo.model.layers import output_linear, reduce_norm_gradients, uninitialised_config
-from megatron_ligo.model.loss import Measured
-from megatron_ligo.model.saved import prepare_saving
+from megatron_ligo.model.layers import output_linear, uninitialised_config
+from megatron_ligo.model.one_module import OneModule
 from megatron_ligo.parallel.mesh import Mesh
 
 
@@ -88,33 +85,16 @@ class Decoder(Encoder):
         return self.final_layernorm(super().forward(h, recompute))
 
 
-class Classifier(Measured, nn.Module):
-    """forward(images, labels, loss_mask) -> mean loss; `logits(images)`. Weights are to be filled or loaded.
-
-    images: (b, channels, side, side); labels, loss_mask: (b, 1). Its parameters bear the names of the table's mcore
-    slots.
-    """
+class Classifier(OneModule):
+    """forward(images (b, channels, side, side), labels (b, 1), loss_mask (b, 1)) -> mean loss."""
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
-        assert mesh.pp == 1, "stages.py is for pipelines"
         super().__init__()
-        self.dims = dims
-        self.recompute = recompute
-        self.mesh = mesh
         self.embedding = ImageEmbedding(dims, build, mesh)
         self.decoder = Decoder(dims, build)
         self.output_layer = output_linear(dims, build, mesh, holds_weight=True, bias=True)
-        weights.mark_split(self, dims, mesh.tp)
-        reduce_norm_gradients(self.parameters(), mesh.tp_group)
-        prepare_saving(self, dims, mesh)
-
-    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in super().named_parameters(*args, **kwargs):
-            yield local_name(name), parameter
+        self.complete(dims, mesh, recompute)
 
     def logits(self, images: Tensor) -> Tensor:
         """images -> this rank's columns of the padded labels, (1, b, padded / tp)."""
         return read_class(self.output_layer, self.decoder(self.embedding(images), self.recompute))
-
-    def forward(self, images: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        return self.measure(self.logits(images), labels, loss_mask)

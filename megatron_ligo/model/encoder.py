@@ -11,20 +11,17 @@ from torch import Tensor, nn
 from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.model import weights
 from megatron_ligo.model.build import ACTIVATIONS, Build, layer_class, layer_spec
 from megatron_ligo.model.layers import (
     add_positions,
     embed,
     output_linear,
-    reduce_norm_gradients,
     run_layer,
     uninitialised_config,
     word_embedding,
 )
-from megatron_ligo.model.loss import language_model_loss
 from megatron_ligo.model.norm import Norm
-from megatron_ligo.model.saved import prepare_saving
+from megatron_ligo.model.one_module import OneModule
 from megatron_ligo.parallel.mesh import Mesh
 
 
@@ -103,31 +100,19 @@ class Encoder(nn.Module):
         return h
 
 
-class PretrainedEncoder(nn.Module):
-    """forward(tokens, labels, loss_mask) -> mean loss; `logits(tokens)`. Weights are to be filled or loaded.
-
-    tokens, labels: int64 (b, s); loss_mask: (b, s). Its parameters bear the names of the table's mcore slots.
-    """
+class PretrainedEncoder(OneModule):
+    """forward(tokens (b, s), labels (b, s), loss_mask (b, s)) -> mean loss."""
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
-        assert mesh.pp == 1, "stages.py is for pipelines"
         super().__init__()
-        self.dims = dims
-        self.recompute = recompute
-        self.tp_rank = mesh.tp_rank
         self.embedding = Embedding(dims, build, mesh)
         self.encoder = Encoder(dims, build)
         self.lm_head = Transform(dims, build, mesh)
         self.output_layer = output_linear(dims, build, mesh, holds_weight=not dims.tied, bias=True)
-        weights.mark_split(self, dims, mesh.tp)
-        reduce_norm_gradients(self.parameters(), mesh.tp_group)
-        prepare_saving(self, dims, mesh)
+        self.complete(dims, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
         h = self.lm_head(self.encoder(self.embedding(tokens), self.recompute))
         tied = self.embedding.word_embeddings.weight if self.dims.tied else None
         return self.output_layer(h, weight=tied)[0]
-
-    def forward(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        return language_model_loss(self.logits(tokens), labels, loss_mask, self.dims.vocab_size, self.tp_rank)

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.formats.mcore_names import local_name
-from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_spec, rotary
-from megatron_ligo.model.layers import add_positions, embed, reduce_norm_gradients, run_layer, uninitialised_config
-from megatron_ligo.model.loss import language_model_loss
-from megatron_ligo.model.saved import prepare_saving
+from megatron_ligo.model.layers import add_positions, embed, run_layer, uninitialised_config
+from megatron_ligo.model.one_module import OneModule
 from megatron_ligo.parallel.mesh import Mesh
 
 
-class Pretrained(GPTModel):
-    """forward(tokens, labels, loss_mask) -> mean loss; `logits(tokens)`. Weights are to be filled or loaded.
-
-    tokens, labels: int64 (b, s); loss_mask: (b, s). Its parameters bear the names of the table's mcore slots.
-    """
+class Pretrained(OneModule, GPTModel):
+    """forward(tokens (b, s), labels (b, s), loss_mask (b, s)) -> mean loss."""
 
     def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
-        assert mesh.pp == 1, "stages.py is for pipelines"
         learned = architectures.get(dims.arch).learns_positions
         super().__init__(
             config=uninitialised_config(dims, build),
@@ -46,16 +37,7 @@ class Pretrained(GPTModel):
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
         self.rotary_pos_emb = rotary(dims)
-        self.dims = dims
-        self.recompute = recompute
-        self.tp_rank = mesh.tp_rank
-        weights.mark_split(self, dims, mesh.tp)
-        reduce_norm_gradients(self.parameters(), mesh.tp_group)
-        prepare_saving(self, dims, mesh)
-
-    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in super().named_parameters(*args, **kwargs):
-            yield local_name(name), parameter
+        self.complete(dims, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
@@ -70,6 +52,3 @@ class Pretrained(GPTModel):
         h = self.decoder.final_layernorm(h)
         tied = self.shared_embedding_or_output_weight() if self.dims.tied else None
         return self.output_layer(h, weight=tied)[0]
-
-    def forward(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        return language_model_loss(self.logits(tokens), labels, loss_mask, self.dims.vocab_size, self.tp_rank)

@@ -8,6 +8,7 @@ micro-batches) or applied factor by factor, whichever costs fewer FLOPs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -41,8 +42,8 @@ class GrownLinear(Grown):
         return super().forward(x), None
 
 
-class Place:
-    """One module of a Megatron-core layer and the rows that it stands for."""
+class Place(ABC):
+    """One module of a Megatron-core layer and the rows that it stands for. count: of the tensors that it built."""
 
     count = 0
 
@@ -54,11 +55,13 @@ class Place:
         self.runtime = runtime
         self.config = config
 
+    @abstractmethod
     def build(self, mixed: dict[str, Tensor], maps: dict[str, Matrix]) -> list[Tensor]:
-        raise NotImplementedError
+        """Once a step: what its forward passes multiply with. mixed: the small weights of this layer, by row."""
 
+    @abstractmethod
     def bound(self, built: list[Tensor], maps: dict[str, Matrix]) -> Callable[[Tensor], Tensor]:
-        raise NotImplementedError
+        """The module's forward pass, on what was built."""
 
 
 class ColumnPlace(Place):

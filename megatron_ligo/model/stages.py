@@ -21,7 +21,6 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Task
 from megatron_ligo.formats.mcore_names import local_name
 from megatron_ligo.formats.pipeline import layers_before, prefixes
-from megatron_ligo.model import weights
 from megatron_ligo.model.build import Build, final_norm_spec, layer_class, layer_spec, rotary
 from megatron_ligo.model.classifier import ClassHead, ImageEmbedding
 from megatron_ligo.model.encoder import Sums, Transform
@@ -29,13 +28,12 @@ from megatron_ligo.model.layers import (
     add_positions,
     embed,
     output_linear,
-    reduce_norm_gradients,
     run_layer,
     uninitialised_config,
     word_embedding,
 )
 from megatron_ligo.model.loss import Measured
-from megatron_ligo.model.saved import prepare_saving
+from megatron_ligo.model.one_module import complete
 from megatron_ligo.parallel.mesh import Mesh
 
 TIED = "embedding"
@@ -140,9 +138,7 @@ class PretrainedPipeline(Measured, PipelineModule):
         self.prefixes = _prefixes(dims)
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
         super().__init__(_specs(dims, build, mesh, recompute), topology=topology, loss_fn=self._loss)
-        weights.mark_split(self, dims, mesh.tp)
-        reduce_norm_gradients(self.parameters(), mesh.tp_group)
-        prepare_saving(self, dims, mesh)
+        complete(self, dims, mesh)
 
     def _partition_layers(self, method: str = "explicit") -> None:
         cuts = layout.stage_bounds(self.dims.num_layers, self.mesh.pp)

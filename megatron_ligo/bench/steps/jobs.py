@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -74,7 +75,7 @@ class Drawn(Reader):
         return self._read(key)
 
 
-class Stepper:
+class Stepper(ABC):
     """One rank's engine and its batches."""
 
     def __init__(self, job: Job):
@@ -88,8 +89,9 @@ class Stepper:
         self.engine = self.build()
         self.parameters = sum(parameter.numel() for parameter in self.engine.engine.module.parameters())
 
+    @abstractmethod
     def build(self):
-        raise NotImplementedError
+        """The engine of what is measured."""
 
     def step(self) -> dict[str, float]:
         """Seconds, processor seconds and tensor-parallel traffic of one step, and the loss."""
