@@ -9,6 +9,7 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo.arch.rows import Row, Task, Use
+from megatron_ligo.flops import forward_flops
 from megatron_ligo.growth.forms import full_cost, low_rank_cost
 from megatron_ligo.growth.operator import Operator
 
@@ -23,8 +24,9 @@ def factors_are_cheaper(tokens: int, shape: tuple[int, int], other: int, cost: i
     return tokens * (cost + m * other) < other * cost + tokens * n * other
 
 
-def fit_step_flops(operator: Operator, tokens: int, seq_length: int) -> int:
-    """FLOPs of one fit step over `tokens` tokens in sequences of `seq_length`."""
+def fit_step_flops(operator: Operator, tokens: int, seq_length: int, distilled: bool = False) -> int:
+    """FLOPs of one fit step over `tokens` tokens in sequences of `seq_length`; distilled: the small model's own pass
+    is one of them."""
     small, large = operator.small, operator.large
     matrices = [row for row in operator.arch.layer_rows(large) if len(row.axes) == 2]
     # One crossing between the large and the small residual space for each linear module of the layer.
@@ -43,7 +45,8 @@ def fit_step_flops(operator: Operator, tokens: int, seq_length: int) -> int:
         written = arch.space(arch.row("head_dense").axes[0], large)
         head += MapUse(operator, "residual", True).flops(tokens) + MapUse(operator, written, False).flops(tokens)
         head += FROZEN * 2 * tokens * prod(arch.row("head_dense").shape(small))
-    return large.num_layers * per_layer + embedding + head
+    teacher = forward_flops(small, tokens, seq_length) if distilled else 0
+    return large.num_layers * per_layer + embedding + head + teacher
 
 
 class MapUse:

@@ -2,6 +2,7 @@
 
 job.py       what is planned: a fit or a pretraining of given sizes at a layout
 parameters.py  how many numbers a rank holds
+states.py    what the DeepSpeed profile says of them
 memory.py    bytes of a rank by kind
 traffic.py   bytes that a rank sends a step by kind
 schedule.py  the pipeline's bubble, simulated

@@ -9,7 +9,7 @@ from megatron_ligo.config import ParallelSection
 from megatron_ligo.errors import ConfigError, LayoutError
 from megatron_ligo.plan import schedule
 from megatron_ligo.plan.job import Job
-from megatron_ligo.plan.memory import memory
+from megatron_ligo.plan.memory import memory, on_device
 from megatron_ligo.training.start import check_layout
 
 # A forward pass again for each backward one: 4 thirds of forward and backward.
@@ -58,7 +58,7 @@ def plan(job: Job, flops_per_second: float) -> Plan:
     backward = [2 * seconds for seconds in forward]
     seconds = schedule.simulate(forward, backward, job.micro_batches)
     waiting = schedule.bubble(forward, backward, job.micro_batches, seconds)
-    return Plan(job, sum(memory(job).values()), seconds, waiting)
+    return Plan(job, on_device(memory(job)), seconds, waiting)
 
 
 def candidates(job: Job) -> Iterator[Job]:
@@ -67,13 +67,15 @@ def candidates(job: Job) -> Iterator[Job]:
         for pp in _powers(job.large.num_layers):
             for zero in (1, 2, 3):
                 if tp * pp <= job.world:
-                    parallel = ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=tp > 1)
+                    # A profile of the user's own is for one stage.
+                    own = job.parallel.ds_config if zero == job.parallel.zero else ""
+                    parallel = ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=tp > 1, ds_config=own)
                     yield replace(job, run=replace(job.run, parallel=parallel))
 
 
 def fitting(job: Job, flops_per_second: float, device_bytes: float) -> list[Plan]:
     """The layouts of as many processes that fit into a device, the fastest first (then those with most to spare)."""
-    fit = (one for one in candidates(job) if refusal(one) is None and sum(memory(one).values()) <= device_bytes)
+    fit = (one for one in candidates(job) if refusal(one) is None and on_device(memory(one)) <= device_bytes)
     plans = [plan(one, flops_per_second) for one in fit]
     return sorted(plans, key=lambda found: (round(found.seconds, 3), found.memory))
 

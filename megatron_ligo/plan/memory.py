@@ -21,29 +21,34 @@ from math import prod
 from megatron_ligo.arch.rows import Row, Use
 from megatron_ligo.growth.cost import MapUse, factors_are_cheaper
 from megatron_ligo.layout import padded_vocab
-from megatron_ligo.plan import parameters
+from megatron_ligo.plan import parameters, states
 from megatron_ligo.plan.job import Job
 
 # fp32 copies of the logits: the logits, their softmax, the loss's gradient.
 LOGITS = 3
-# Numbers of DeepSpeed's reduction buckets (ds_configs/).
-BUCKET = 50_000_000
-# Numbers of gathered parameters that ZeRO 3 keeps at most.
-LIVE = 1_000_000_000
-MASTER_AND_MOMENTS = 3
+# The same of a teacher: its logits and, of both, logarithms and exponentials; their difference and its product.
+TAUGHT = 7
 MIXED_AT_ONCE = 8
+# Ends the name of a kind that does not lie on the device.
+ON_HOST = ", on the host"
 
 
 def memory(job: Job) -> dict[str, int]:
-    """Of the rank that holds most."""
-    return max((stage(job, number) for number in range(job.parallel.pp)), key=lambda kinds: sum(kinds.values()))
+    """Of the rank whose device holds most."""
+    return max((stage(job, number) for number in range(job.parallel.pp)), key=on_device)
+
+
+def on_device(kinds: dict[str, int]) -> int:
+    return sum(count for kind, count in kinds.items() if not kind.endswith(ON_HOST))
 
 
 def stage(job: Job, number: int) -> dict[str, int]:
-    """Of a rank of one stage."""
+    """Of a rank of one stage. Kinds that end with ON_HOST are offloaded."""
     kinds = _learned(job, number)
     if job.operator is not None:
         kinds |= _source(job, number)
+    if job.distilled:
+        kinds["teacher"] = _teacher(job)
     kinds["activations"] = _activations(job, number)
     # Activations are gone when the optimizer's own buffers come.
     kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
@@ -58,20 +63,23 @@ def _learned(job: Job, number: int) -> dict[str, float]:
     else:
         layers = job.stages()[number]
         count, width, name = parameters.operator_rank(job.operator, job.parallel.tp, layers), 4, "operator"
+    kept = states.of(job.parallel, bf16=job.operator is None and job.run.precision == "bf16")
     part = count / dp
-    bucket, gathered = width * min(count, BUCKET), width * min(count, LIVE) if zero == 3 else 0
+    bucket, gathered = width * min(count, kept.bucket), width * min(count, kept.live) if zero == 3 else 0
+    weights, adam = ON_HOST * kept.weights_on_host, ON_HOST * kept.optimizer_on_host
     return {
-        name: width * (part if zero == 3 else count),
+        name + weights: width * (part if zero == 3 else count),
         "gathered": gathered,
         "gradients": width * (part if zero > 1 else count),
-        "optimizer": 4 * MASTER_AND_MOMENTS * part,
-        "update": _copied(job, width) * 4 * part + (2 if zero > 1 else 1) * bucket,
+        # Offloaded, it has the gradients beside it.
+        "optimizer" + adam: (kept.master * (2 if adam else 1) + 2 * kept.moment) * part,
+        "update": _copied(job, width < kept.master) * kept.master * part + (2 if zero > 1 else 1) * bucket,
     }
 
 
-def _copied(job: Job, width: int) -> bool:
-    """Whether the optimizer is given a copy of the gradients: all but fp32 ones that stay whole, as they come."""
-    return width < 4 or job.parallel.zero > 1 or job.parallel.pp > 1
+def _copied(job: Job, narrow: bool) -> bool:
+    """Whether the optimizer is given a copy of the gradients: all but those of its own width that stay whole."""
+    return narrow or job.parallel.zero > 1 or job.parallel.pp > 1
 
 
 def _source(job: Job, number: int) -> dict[str, float]:
@@ -94,6 +102,13 @@ def _source(job: Job, number: int) -> dict[str, float]:
         "mixed": job.width * (layers * (rows + _products(job))),
         "gradient sums": sums,
     }
+
+
+def _teacher(job: Job) -> float:
+    """The small model as it is trained on, and what its distribution over the next token takes beside the logits."""
+    small, tp = job.operator.small, job.parallel.tp
+    held = small.num_layers * parameters.layer(small, tp) + parameters.outside(small, tp, True, True)
+    return job.width * held + TAUGHT * 4 * job.tokens * padded_vocab(small.vocab_size, tp) / tp
 
 
 def _factored(job: Job, row: Row) -> bool:

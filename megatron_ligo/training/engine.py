@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -13,14 +12,11 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from megatron_ligo.config import ParallelSection, TrainingSection
-from megatron_ligo.errors import ConfigError, LayoutError, message
-from megatron_ligo.jsonfile import read_json
+from megatron_ligo.config import TrainingSection
+from megatron_ligo.errors import LayoutError, message
 from megatron_ligo.parallel import accelerator
 from megatron_ligo.parallel.mesh import Mesh, Mpu
-from megatron_ligo.training import checkpoint_files
-
-PROFILES = Path(__file__).resolve().parents[2] / "ds_configs"
+from megatron_ligo.training import checkpoint_files, ds_profile
 
 Batch = dict[str, Tensor]  # tokens, labels: int64 (b, s); loss_mask: fp32 (b, s)
 
@@ -39,22 +35,9 @@ def layout(run: TrainingSection, mesh: Mesh) -> dict[str, int]:
     return {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "zero": run.parallel.zero}
 
 
-def profile(parallel: ParallelSection) -> dict:
-    """The ZeRO settings of a layout; what the run's config says itself must not be said there."""
-    path = Path(parallel.ds_config) if parallel.ds_config else PROFILES / f"zero{parallel.zero}.json"
-    try:
-        table = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(message(f"ds_config {path}", "a DeepSpeed profile (JSON)", error)) from None
-    stage = table.get("zero_optimization", {}).get("stage")
-    if stage != parallel.zero:
-        raise ConfigError(message(f"ds_config {path}", f"ZeRO stage {parallel.zero}, as the config says", stage))
-    return table
-
-
 def deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
     """DeepSpeed's config: the profile, and what the run's config says."""
-    table = profile(run.parallel)
+    table = ds_profile.read(run.parallel)
     config = {
         **table,
         "train_batch_size": run.global_batch_size,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from megatron_ligo import formats
 from megatron_ligo.config import Config, FitSection
 from megatron_ligo.errors import ConfigError, Faults, message
-from megatron_ligo.flops import forward_flops
 from megatron_ligo.formats import record
 from megatron_ligo.formats.base import Reader
 from megatron_ligo.growth import file
@@ -115,8 +114,7 @@ class Fit:
 
     def _step_flops(self) -> float:
         tokens, seq = self._tokens(), self._tokens_of_sample()
-        teacher = forward_flops(self.operator.small, tokens, seq) if self.fit.distill else 0
-        return fit_step_flops(self.operator, tokens, seq) + teacher
+        return fit_step_flops(self.operator, tokens, seq, self.fit.distill > 0)
 
     def _tokens(self) -> int:
         """Of one step, over all ranks."""

@@ -53,6 +53,13 @@ def test_grow(command, tmp_path):
     assert list((tmp_path / "disk").iterdir()) == []
 
 
+def test_plan(command, tmp_path):
+    told = command("plan", "--case", "fit, rank 32", "--folder", tmp_path, "--output", tmp_path / "found.json")
+    (stage,) = json.loads((tmp_path / "found.json").read_text())["cases"]["fit, rank 32"]
+    assert stage["ratio"] == pytest.approx(sum(stage["planned"].values()) / stage["measured"], abs=1e-3)
+    assert f"{stage['ratio']:.2f} of" in told
+
+
 def test_a_measurement_is_one_file():
     files = {file.stem for file in (ROOT / "megatron_ligo" / "bench").glob("*.py")}
     assert set(bench.measurements()) <= files

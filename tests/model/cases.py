@@ -27,7 +27,7 @@ from tests.tiny import llama_dims, tokens
 
 SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}
 LARGE = {"num_layers": 5, "hidden_size": 32, "ffn_size": 48, "num_heads": 16, "num_kv_heads": 8}
-BATCH, LENGTH, STEPS = 8, 12, 10
+BATCH, LENGTH, STEPS = 8, 12, 6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

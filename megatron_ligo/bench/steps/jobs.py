@@ -34,6 +34,7 @@ class Job:
     recompute: bool = False
     precision: str = "fp32"
     whole_source: bool = False
+    distill: float = 0.0
 
     @property
     def seq_length(self) -> int:
@@ -139,6 +140,7 @@ class FitStepper(Stepper):
             recompute=job.recompute,
             sequence_parallel=job.parallel.get("sequence_parallel", False),
             gradients_each=zero == 2,
+            teacher=self._teacher() if job.distill else None,
         )
         module = GrownPipeline(runtime) if self.mesh.pp > 1 else GrownModel(runtime)
 
@@ -147,6 +149,12 @@ class FitStepper(Stepper):
 
         groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
         return Engine(module, self.mesh, job.run(self.mesh.dp), groups, after_update=moved)
+
+    def _teacher(self):
+        from megatron_ligo.model.teacher import Teacher
+
+        job = self.job
+        return Teacher(Drawn(job.small_dims()), self.mesh, self.dtype, job.distill, "sequence_parallel" in job.parallel)
 
 
 class PlainStepper(Stepper):
