@@ -1,15 +1,19 @@
 """A whole comparison of tiny models: equal FLOPs, controls, done once, refused if another is there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
 from megatron_ligo.compare import run, settings
+from megatron_ligo.compare.jobs import Job, Jobs
 from megatron_ligo.compare.plan import SMALL_SEED
+from megatron_ligo.config import ParallelSection
 from megatron_ligo.errors import ConfigError
 from megatron_ligo.flops import train_flops
+from megatron_ligo.forked import free_port
 from tests.training.test_pretrain import make_pair
 
 SEQ, BATCH, STEPS = 12, 4, 12
@@ -90,6 +94,20 @@ def test_a_learned_arm_goes_on_where_its_fit_has_ended(base, results):
     assert job["config"]["pretrain"]["first_sample"] == 2 * BATCH and job["config"]["data"]["seed"] == 1
     source = json.loads((base / "out/jobs/source/job.json").read_text())
     assert source["config"]["pretrain"]["seed"] == SMALL_SEED and source["config"]["large"]["num_layers"] is None
+
+
+def test_a_launcher_gives_a_run_many_ranks(base):
+    """The same job under `deepspeed` on two ranks ends with the loss of one process."""
+    config = settings.load(base / "compare.toml").config
+    short = replace(config.pretrain, steps=2)
+    cut = replace(short, parallel=ParallelSection(tp=2))
+    launcher = f"deepspeed --num_gpus 2 --master_port {free_port()} --module"
+    found = [
+        Jobs(base / name, how, print).run(Job("scratch", "pretrain", replace(config, pretrain=section)))
+        for name, how, section in (("one", "", short), ("many", launcher, cut))
+    ]
+    assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
+    assert found[1]["flops"] == found[0]["flops"] > 0
 
 
 def test_done_once_and_refused_if_it_is_another(base, results):
