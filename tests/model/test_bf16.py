@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from tests.model import cases
-from tests.model.test_exactness import expected, plain_loss, worst
+from tests.model.test_exactness import IMAGES, expected, plain_loss, rates, worst
 
 LAYOUTS = {
     "DP2 ZeRO 1": (2, {"zero": 1}),
@@ -41,6 +42,18 @@ def test_agrees_with_one_process_to_the_rounding(pools, alone, layout):
     assert worst(weights, alone[3]) < 2e-2
     # The evaluation is in fp32 and knows no layout: it is the grown weights' own loss.
     assert afterwards == pytest.approx(plain_loss(weights, {}), rel=1e-5)
+
+
+def test_images_agree_with_fp32_to_the_rounding(pools):
+    lr, clip = rates("sgd", IMAGES)
+    layout = {"tp": 2, "zero": 2, "micro_size": 4}
+    losses, _, _, weights, afterwards = pools(4).run(
+        cases.fit, precision="bf16", optimizer="sgd", lr=lr, clip=clip, **IMAGES, **layout
+    )
+    wanted = expected("sgd", json.dumps(IMAGES))
+    assert 1e-6 < relative(losses, wanted[0]) < 1e-2
+    assert worst(weights, wanted[3]) < 2e-2
+    assert afterwards == pytest.approx(plain_loss(weights, IMAGES), rel=1e-5)
 
 
 def relative(mine: list[float], theirs: list[float]) -> float:

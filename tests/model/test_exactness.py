@@ -231,8 +231,9 @@ IMAGES = {
 }
 
 
-def test_classifiers_are_exact_when_sharded(pools):
-    assert_exact(differences(pools, 4, "sgd", IMAGES, tp=2, pp=2, micro_size=4, sequence_parallel=True))
+@pytest.mark.parametrize("layout", [{"pp": 2, "sequence_parallel": True}, {"zero": 2}], ids=str)
+def test_classifiers_are_exact_when_sharded(pools, layout):
+    assert_exact(differences(pools, 4, "sgd", IMAGES, tp=2, micro_size=4, **layout))
 
 
 CONTROLS = {

@@ -115,6 +115,7 @@ OTHER_FAMILIES = [
     ("roberta", {"pp": 2, "tied": False}),
     ("roberta", {"tp": 4, "zero": 2, "sequence_parallel": True, "micro_size": 4}),
     ("vit", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4}),
+    ("vit", {"tp": 2, "zero": 2, "micro_size": 4}),
     ("deit", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
 ]
 
@@ -130,10 +131,19 @@ def test_every_family_trains_as_one_process(pools, tmp_path, family, layout):
         assert step_found == pytest.approx(step_expected, rel=1e-5), step
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"tp": 2, "zero": 3}, {"zero": 1}], ids=str)
-def test_bf16_with_fp32_masters(pools, folders, layout):
-    expected = pretrained.reference(True)
-    found = pools(4).run(pretrained.train, folder=folders[True], tied=True, bf16=True, **layout)
+IN_BF16 = [
+    ("llama", {"tp": 2, "pp": 2}),
+    ("llama", {"tp": 2, "zero": 3}),
+    ("llama", {"zero": 1}),
+    ("deit", {"tp": 2, "zero": 2, "sequence_parallel": True}),
+]
+
+
+@pytest.mark.parametrize("family, layout", IN_BF16, ids=str)
+def test_bf16_with_fp32_masters(pools, folders, tmp_path, family, layout):
+    folder = folders[True] if family == "llama" else made(tmp_path, True, family)
+    expected = pretrained.reference(True, family=family)
+    found = pools(4).run(pretrained.train, folder=folder, tied=True, family=family, bf16=True, **layout)
     for (loss, _), (loss_1, _) in zip(found["steps"], expected, strict=True):
         assert loss == pytest.approx(loss_1, rel=5e-3)
 
