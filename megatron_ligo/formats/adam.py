@@ -7,7 +7,7 @@ vectors (norms, biases), which do not decay.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
+from math import inf, isfinite
 
 from torch import Tensor
 
@@ -76,6 +76,19 @@ def megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, 
         **rates,
     }
     return [{**made, "weight_decay": decay, "wd_mult": 1.0}, {**made, "weight_decay": plain, "wd_mult": 0.0}]
+
+
+def is_bare(group: Mapping[str, object]) -> bool:
+    """True for the group of Megatron-core's that does not decay: vectors."""
+    return group.get("wd_mult", group.get("pre_wd_mult")) == 0
+
+
+def count(step: object) -> int | None:
+    """A count of steps as an optimizer notes it (a number, or a tensor of one); None for anything else."""
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    good = isinstance(step, int | float) and isfinite(step) and step >= 0 and step == int(step)
+    return int(step) if good else None
 
 
 def check_rates(rates: Mapping[str, object], faults: Faults) -> None:

@@ -81,13 +81,14 @@ def safetensors(tensors: Mapping[str, Later], metadata: Mapping[str, str]) -> tu
 
 
 def torch_skeleton(path: Path, tree: object) -> list[Place]:
-    """Writes what torch.save writes for a tree of plain data and `Later`, but for the tensors' bytes (holes)."""
-    found: list[tuple[str, Later]] = []
+    """Writes what torch.save writes for a tree of plain data and `Later`, but for the tensors' bytes (holes). A `Later`
+    that the tree holds in several places has bytes once."""
+    found: dict[int, tuple[str, Later, Tensor]] = {}
     # Storages that nobody touches take no memory; torch numbers them in the order in which it meets them.
     with skip_data():
         torch.save(_hollow(tree, "", found), path)
     records = _records(path)
-    return [Place(name, *records[f"data/{number}"], later) for number, (name, later) in enumerate(found)]
+    return [Place(name, *records[f"data/{number}"], later) for number, (name, later, _) in enumerate(found.values())]
 
 
 def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Place], dict[str, tuple[int, int]]]:
@@ -142,10 +143,10 @@ def _frame(places: Sequence[Place], end: int) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _hollow(tree: object, name: str, found: list[tuple[str, Later]]) -> object:
+def _hollow(tree: object, name: str, found: dict[int, tuple[str, Later, Tensor]]) -> object:
     if isinstance(tree, Later):
-        found.append((name, tree))
-        return torch.empty(tree.shape, dtype=tree.dtype)
+        *_, hollow = found.setdefault(id(tree), (name, tree, torch.empty(tree.shape, dtype=tree.dtype)))
+        return hollow
     if isinstance(tree, dict):
         return {key: _hollow(value, f"{name}/{key}", found) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

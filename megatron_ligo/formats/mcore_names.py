@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from itertools import groupby
+
 # Transformer Engine keeps a layer's norms inside the linears that follow them; so do all distributed checkpoints.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -16,6 +20,10 @@ BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 EXTRA_STATE = "_extra_state"
 # Under these a distributed optimizer and any other one keep the weights in fp32.
 MASTERS = ("param", "fp32_param")
+
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+# The modules of a local layer in the order in which it makes them: its parameters are numbered so.
+MADE = ("input_layernorm.", "self_attention.linear_proj.", "self_attention.linear_qkv.", "pre_mlp_layernorm.", "mlp.")
 
 
 def local_name(name: str) -> str:
@@ -40,3 +48,13 @@ def stacked_name(name: str, layer: int) -> str:
 def state_name(name: str, kind: str) -> str:
     """The name of the optimizer's tensor of a kind for a weight."""
     return f"optimizer.state.{kind}.{name}"
+
+
+def as_made(names: Iterable[str]) -> list[str]:
+    """A model's names, layer after layer, those of a layer in the order in which Megatron-core makes its parameters."""
+    layers = groupby(names, lambda name: next(iter(LAYER.findall(name)), None))
+    return [name for _, layer in layers for name in sorted(layer, key=_turn)]
+
+
+def _turn(name: str) -> int:
+    return next((turn for turn, module in enumerate(MADE) if module in name), len(MADE))

@@ -4,7 +4,8 @@
     DIR/iter_0000100/mp_rank_TT/model_optim_rng.pt         tensor-parallel rank TT
     DIR/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     of stage PPP, where there is more than one
 
-The first stage holds the embedding, the last one the last norm and the head (of a tied model: a copy of the embedding);
+Adam's state lies in the same files (megatron_adam.py); it is written where the weights are fp32, for Megatron-core's own
+layers. The first stage holds the embedding, the last one the last norm and the head (of a tied model: a copy of the embedding);
 each stage counts its layers from 0.
 """
 
@@ -13,15 +14,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_ligo import layout, packing
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Architecture, Use, layer_of
 from megatron_ligo.errors import CheckpointError, ConfigError, Faults, message
-from megatron_ligo.formats import digest, iterations, megatron_args, ranks, record
-from megatron_ligo.formats.base import WEIGHT, Info, Reader, WriteOptions
-from megatron_ligo.formats.mcore_names import EXTRA_STATE, fused_name
+from megatron_ligo.formats import adam, digest, iterations, megatron_adam, megatron_args, ranks, record
+from megatron_ligo.formats.base import MOMENTS, WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.formats.layouts import Later
+from megatron_ligo.formats.mcore_names import EXTRA_STATE, as_made, fused_name
 from megatron_ligo.formats.megatron_files import Saved, is_saved, rank_file
 from megatron_ligo.formats.output import Output, one_dtype
 from megatron_ligo.packing import Stored
@@ -33,6 +36,7 @@ LAYERS = ("local", "te")
 OPTIONS = {
     "vocab_divisible_by": f"pads the vocabulary to a multiple of it times tp (default {megatron_args.DIVISIBLE_BY})",
     "layers": "local (default) or te: names of Megatron-core's own layers, or of Transformer Engine's",
+    **adam.RATES,
 }
 
 
@@ -54,28 +58,31 @@ class MegatronReader(Reader):
         self.path = path
         self._folder = iterations.folder(path)
         self._saved = Saved(self._folder)
-        self.step = self._saved.step
         self.dims, self.carried, self.files = megatron_args.sizes(self._folder, self._saved.args)
         self._items: dict[str, Stored] = {}
-        # Of a tied model the last of several stages holds a copy: name of the original -> each rank's.
-        self._copies: dict[str, list[Tensor]] = {}
+        # Of a tied model the last of several stages holds a copy: name of the original -> its name.
+        self._copies: dict[str, str] = {}
         self._rows = self._check()
         padding = {"padded_vocab": self._rows} if self._rows > self.dims.vocab_size else {}
         self.layout = {"tp": self._saved.tp, "pp": self._saved.pp, **padding}
-        how = "its files do not say which parameter each tensor belongs to"
-        self.unread = (f"optimizer state ({how})",) if self._saved.has_optimizer else ()
+        self.step, self.groups = self._saved.step, self._saved.groups
+        self.unread = (f"optimizer state ({self._saved.left})",) if self._saved.left else ()
+
+    @property
+    def has_moments(self) -> bool:
+        return bool(self._saved.moments)
 
     def info(self, key: str) -> Info:
         tensors = self._saved.tensors[self._items[key].name]
         return Info(self.row(key).shape(self.dims), tensors[0].dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
-        assert kind == WEIGHT, "this format's optimizer state is not read"
         item = self._items[key]
-        pieces = self._saved.tensors[item.name]
-        for rank, copy in enumerate(self._copies.get(item.name, ())):
+        held = self._saved.tensors if kind == WEIGHT else self._saved.moments[kind]
+        pieces = held[item.name]
+        for rank, copy in enumerate(held.get(self._copies.get(item.name, ""), ())):
             if not digest.same(pieces[rank], copy):
-                where = f"{item.name} ({self._folder}, rank {rank})"
+                where = f"{item.name} ({kind}, {self._folder}, rank {rank})"
                 do = "The model is tied, and its stages went apart in training."
                 raise CheckpointError(message(where, "the bits of the last stage's copy", "others", do))
         stored = replace(self.dims, vocab_size=self._rows)
@@ -85,6 +92,7 @@ class MegatronReader(Reader):
         """Every tensor on every rank, with its shape and dtype, and no others. The rows of the vocabulary as stored."""
         dims, saved = self.dims, self._saved
         faults = Faults(f"{self._folder} does not hold the model of its sizes", CheckpointError)
+        saved.take_optimizers(faults)
         if dims.num_layers != saved.num_layers:
             faults.add("num_layers", dims.num_layers, saved.num_layers, "Are files or stages missing?")
         layout.check_tp(dims, saved.tp, faults)
@@ -100,7 +108,7 @@ class MegatronReader(Reader):
             saved.check(item.name, item.shape(padded, saved.tp), faults)
         for copy, original in _tied(self.arch, dims).items() if saved.pp > 1 else ():
             saved.check(copy, stored[original].shape(padded, saved.tp), faults)
-            self._copies[original] = saved.tensors.get(copy, [])
+            self._copies[original] = copy
         known = {*stored, *(_tied(self.arch, dims) if saved.pp > 1 else ())}
         for name in sorted(set(saved.tensors) - known):
             faults.add(name, "no such tensor", f"{tuple(saved.tensors[name][0].shape)}")
@@ -124,7 +132,7 @@ def _tied(arch: Architecture, dims: Dims) -> dict[str, str]:
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """Each rank's file. Those of a stage are filled side by side."""
     dims, tp, pp = source.dims, options.tp, options.pp
-    layers, rows = _asked(dims, options)
+    layers, rows, rates = _asked(dims, options)
     padded = replace(dims, vocab_size=rows)
     folder = iterations.folder_name(0)
     record.write(source, out)
@@ -141,20 +149,39 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
         held = _stage(stored, copies, bounds, stage)
         trees = {}
         for rank in range(tp):
-            model = {}
-            for name, item in held.items():
-                name = fused_name(name) if layers == "te" else name
-                model[name] = pieces.later(item, rank)
-                if _has_extra_state(item):
-                    model[f"{name.removesuffix('weight')}{EXTRA_STATE}"] = None
-            trees[f"{folder}/{rank_file(rank, stage, pp)}"] = {
+            weights = {name: pieces.later(item, rank) for name, item in held.items()}
+            tree = {
                 "args": args,
                 "checkpoint_version": megatron_args.CHECKPOINT_VERSION,
                 "iteration": source.step,
-                "model": model,
+                "model": _model(weights, held, layers),
             }
+            if source.has_moments:
+                moments = {kind: {n: pieces.later(item, rank, kind) for n, item in held.items()} for kind in MOMENTS}
+                groups = adam.megatron_groups(source.groups, rates)
+                tree["optimizer"] = megatron_adam.made(weights, moments, groups, source.step)
+            trees[f"{folder}/{rank_file(rank, stage, pp)}"] = tree
         out.torch_files(trees)
     iterations.write_tracker(out, 0)
+
+
+def _model(weights: dict[str, Later], held: dict[str, Stored], layers: str) -> dict[str, Later | None]:
+    """A rank's weights by the names that its layers have."""
+    model: dict[str, Later | None] = {}
+    for name, item in held.items():
+        written = fused_name(name) if layers == "te" else name
+        model[written] = weights[name]
+        if _has_extra_state(item):
+            model[f"{written.removesuffix('weight')}{EXTRA_STATE}"] = None
+    return model
+
+
+def leaves_moments(source: Reader, options: WriteOptions) -> str:
+    if options.extra.get("layers", LAYERS[0]) != LAYERS[0]:
+        return "its numbers are those of Megatron-core's own layers: say layers=local"
+    if {options.dtype or source.info(key).dtype for key in source.keys()} != {torch.float32}:  # noqa: SIM118 - no dict
+        return "Megatron-LM's optimizers go on from fp32 weights: say --dtype float32"
+    return megatron_adam.leaves(source.groups)
 
 
 def _bounds(num_layers: int, pp: int) -> list[int]:
@@ -185,14 +212,16 @@ def _stage(stored: dict[str, Stored], copies: dict[str, str], bounds: list[int],
             held[name] = item
     if stage == len(bounds) - 2:
         held |= {copy: stored[original] for copy, original in copies.items()}
-    return held
+    return {name: held[name] for name in as_made(held)}
 
 
-def _asked(dims: Dims, options: WriteOptions) -> tuple[str, int]:
-    """Names of the layers, and the rows of the padded vocabulary. Raises for a layout that Megatron-LM has not."""
+def _asked(dims: Dims, options: WriteOptions) -> tuple[str, int, dict[str, object]]:
+    """Names of the layers, the rows of the padded vocabulary, the learning rates that are to be stated. Raises for a layout that Megatron-LM has not."""
     layers = options.extra.get("layers", LAYERS[0])
     multiple = options.extra.get("vocab_divisible_by", megatron_args.DIVISIBLE_BY)
+    rates = {name: options.extra[name] for name in adam.RATES if name in options.extra}
     faults = Faults(f"the format {NAME} cannot be written so", ConfigError)
+    adam.check_rates(rates, faults)
     if layers not in LAYERS:
         faults.add("layers", " or ".join(LAYERS), repr(layers))
     if type(multiple) is not int or multiple < 1:
@@ -204,4 +233,4 @@ def _asked(dims: Dims, options: WriteOptions) -> tuple[str, int]:
         )
     faults.raise_if_any()
     multiple *= options.tp
-    return layers, -(-dims.vocab_size // multiple) * multiple
+    return layers, -(-dims.vocab_size // multiple) * multiple, rates

@@ -10,13 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo.errors import CheckpointError, Faults
-from megatron_ligo.formats import megatron_args, torch_files
+from megatron_ligo.formats import adam, megatron_adam, megatron_args, torch_files
+from megatron_ligo.formats.base import MOMENTS
 from megatron_ligo.formats.mcore_names import local_name
 
 FILE = "model_optim_rng.pt"
 # Where the optimizer had files of its own.
 OLD_FILE = "model_rng.pt"
 OPTIMIZERS = ("distrib_optim.pt", "optim.pt")
+BUFFERS = "a distributed one's, whose buffers name no parameters: save it with --ckpt-format torch_dist"
 FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,4})(?:_(?P<pp>\d{3,5}))?")
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 # Before, query, key and value lay in another order.
@@ -61,6 +63,8 @@ class Saved:
     """An iteration's folder, its files loaded (mapped).
 
     tensors: global name -> what each tensor-parallel rank stores. args: the run's arguments (None: none kept).
+    `take_optimizers` adds moments (by kind, as tensors; {} where there are none), the optimizer's count of steps, the
+    settings of its groups, and left: why its state is not read.
     Raises CheckpointError with all faults of the files themselves.
     """
 
@@ -82,13 +86,47 @@ class Saved:
         self.args, self.step = first.get("args"), first.get("iteration", 0)
         if type(self.step) is not int or self.step < 0:
             self._faults.add("iteration", "a count", repr(self.step))
-        optimizers = [path for name in OPTIMIZERS for path in folder.glob(f"mp_rank_*/{name}")]
-        self.has_optimizer = bool(optimizers) or any(state.get("optimizer") for state in states.values())
         self.num_layers = 0
         self.tensors: dict[str, list[Tensor]] = {}
+        self.moments: dict[str, dict[str, list[Tensor]]] = {}
+        self.groups: tuple[Mapping[str, object], ...] = ()
+        self.left = ""
+        self._optimizers = {rank: state.get("optimizer") for rank, state in states.items()}
+        self._models = {rank: self._model(state, rank_file(*rank, self.pp)) for rank, state in states.items()}
+        self._places: dict[str, tuple[int, str]] = {}
         for stage in range(self.pp):
-            self._add([self._model(states[tp, stage], rank_file(tp, stage, self.pp)) for tp in range(self.tp)], stage)
+            self._add([self._models[tp, stage] for tp in range(self.tp)], stage)
         self._faults.raise_if_any()
+
+    def take_optimizers(self, faults: Faults) -> None:
+        """Masters take the place of the weights, the moments come beside them: all ranks' or none."""
+        if any(any(self.folder.glob(f"mp_rank_*/{name}")) for name in OPTIMIZERS):
+            self.left = BUFFERS
+            return
+        kept = {
+            rank: megatron_adam.read(self._optimizers[rank], model, rank_file(*rank, self.pp), faults)
+            for rank, model in self._models.items()
+        }
+        self.left = next((rank.left for rank in kept.values() if rank.left), "")
+        for what in () if self.left else ("masters", "moments"):
+            without = [rank_file(*rank, self.pp) for rank, one in kept.items() if not getattr(one, what)]
+            if 0 < len(without) < len(kept):
+                faults.add(what, "all ranks', or none", f"none in {', '.join(without)}")
+        steps = {one.step for one in kept.values() if one.moments} - {None}
+        if len(steps) > 1:
+            faults.add("step", "one count of Adam's steps on all ranks", sorted(steps))
+        if self.left or faults.lines:
+            return
+        self.groups = adam.settings([group for one in kept.values() for group in one.groups])
+        self.step = next(iter(steps), self.step)
+        if steps:
+            self.moments = {kind: {} for kind in MOMENTS}
+        for known, (stage, name) in self._places.items():
+            held = [kept[tp, stage] for tp in range(self.tp)]
+            pieces = zip(held, self.tensors[known], strict=True)
+            self.tensors[known] = [one.masters.get(name, weight) for one, weight in pieces]
+            for kind, moments in self.moments.items():
+                moments[known] = [one.moments[kind][name] for one in held]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What each rank stores of floating-point numbers, with its name."""
@@ -174,6 +212,7 @@ class Saved:
             if known in self.tensors:
                 self._faults.add(f"{name} (stage {stage})", "one stage that holds it", "two")
             self.tensors[known] = held
+            self._places[known] = (stage, name)
         self.num_layers += len(layers)
 
 

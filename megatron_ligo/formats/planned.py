@@ -21,7 +21,7 @@ class Planned(Output):
 
     def torch_files(self, trees: Mapping[str, object]) -> None:
         for tree in trees.values():
-            self._count(_tensors(tree))
+            self._count({id(tensor): tensor for tensor in _tensors(tree)}.values())
 
     def torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
         self.torch_files(trees)

@@ -25,7 +25,6 @@ from megatron_ligo.formats.deepspeed_files import STAND_INS
 from megatron_ligo.formats.layouts import Later
 from megatron_ligo.formats.output import Output, later
 from megatron_ligo.formats.tags import tagged
-from megatron_ligo.formats.zero_groups import adam_count
 
 NAME = "universal"
 LOOKS = "latest_universal, or a folder zero/ with optimizer_state.pt (DeepSpeed universal)"
@@ -113,7 +112,7 @@ class UniversalReader(Reader):
                 step = optimizer["optimizer_state_dict"]["state"][0]["step"]
             except (KeyError, TypeError, IndexError):
                 return otherwise
-        count = adam_count(step)
+        count = adam.count(step)
         if count is None:
             raise CheckpointError(message(f"{zero}", "a count of Adam's steps", repr(step)))
         return count

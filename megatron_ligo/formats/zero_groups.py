@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite, prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
 
 from megatron_ligo.errors import Faults
+from megatron_ligo.formats import adam
 from megatron_ligo.formats.base import MOMENTS, WEIGHT
 
 STATE = "optimizer_state_dict"  # of the file; under ZeRO 3 also the base optimizer's, inside of it
@@ -109,7 +110,7 @@ class Masters:
                 if not _is_flat(tensor) or tensor.numel() < flat.numel():
                     found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                     self._faults.add(f"{kind} of group {group} ({self._at(rank)})", f"{flat.numel()} numbers", found)
-            self._steps.add(adam_count(states[group].get("step") if group in states else None))
+            self._steps.add(adam.count(states[group].get("step") if group in states else None))
         return {WEIGHT: masters, **moments}
 
     def _note_mapped(self, rank: int, mappings: object) -> None:
@@ -170,11 +171,3 @@ def _groups(base: object) -> list:
     """The settings of the base optimizer's groups."""
     groups = base.get("param_groups") if isinstance(base, dict) else None
     return groups if isinstance(groups, list) else []
-
-
-def adam_count(step: object) -> int | None:
-    """A count of steps as an optimizer notes it (a number, or a tensor of one); None for anything else."""
-    if isinstance(step, Tensor) and step.numel() == 1:
-        step = step.item()
-    good = isinstance(step, int | float) and isfinite(step) and step >= 0 and step == int(step)
-    return int(step) if good else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -14,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron_ligo import formats
 from megatron_ligo.formats.base import MOMENTS, WEIGHT
 from megatron_ligo.parallel import mesh as meshes
-from tests.formats.megatron_ranks import assert_holds, fill, gpt, held, metadata, run_arguments
+from tests.formats.megatron_ranks import assert_holds, fill, gpt, held, metadata, rank_file, run_arguments
 from tests.formats.models import same_bits
 
 LR, MIN_LR = 1e-2, 1e-3
@@ -62,6 +64,48 @@ def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sh
     dist_checkpointing.save(state, folder)
 
 
+def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
+    """A rank's file with all that Megatron-LM puts into it, after a step of AdamW as above."""
+    source, mesh = formats.open(path), meshes.make(tp, pp)
+    model = gpt(source.dims, mesh, torch.bfloat16 if bf16 else torch.float32)
+    fill(model, source, mesh)
+    optimizer = adam_of(model, bf16, distributed=False)
+    for part in optimizer.chained_optimizers:
+        _step(part, gradient)
+    rng = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.get_rng_state(),
+        "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+    }
+    state = {
+        "args": run_arguments(source.dims, tp, pp),
+        "checkpoint_version": 3.0,
+        "iteration": 12,
+        "model": model.state_dict_for_save_checkpoint(),
+        "optimizer": optimizer.state_dict(),
+        "rng_state": [rng],
+        "num_floating_point_operations_so_far": 1e9,
+    }
+    file = rank_file(folder, mesh)
+    file.parent.mkdir(parents=True)
+    torch.save(state, file)
+
+
+def load_by_rank(jobs: list[tuple[str, str, int, int, bool]]) -> None:
+    """As `load_with_optimizer`, of each (folder, source, tp, pp, bf16), what Megatron-LM does with a rank's file."""
+    for folder, path, tp, pp, bf16 in jobs:
+        source, mesh = formats.open(path), meshes.make(tp, pp)
+        state = torch.load(rank_file(folder, mesh), weights_only=False)
+        model = gpt(source.dims, mesh, torch.bfloat16 if bf16 else torch.float32, state["args"].padded_vocab_size)
+        optimizer = adam_of(model, bf16, distributed=False)
+        model.load_state_dict(state["model"], strict=True)
+        optimizer.load_state_dict(state["optimizer"])
+        assert_holds(model, source, mesh)
+        _assert_goes_on(optimizer, model, source, mesh)
+
+
 def load_with_optimizer(jobs: list[tuple[str, str, int, int, bool, bool]]) -> None:
     """Megatron-core's own optimizer loads each (folder, source, tp, pp, bf16, distributed): the source's moments and
     step, and a step of torch's AdamW on them with the source's settings."""
@@ -69,9 +113,8 @@ def load_with_optimizer(jobs: list[tuple[str, str, int, int, bool, bool]]) -> No
         source, mesh = formats.open(path), meshes.make(tp, pp)
         model = gpt(source.dims, mesh, torch.bfloat16 if bf16 else torch.float32)
         optimizer = adam_of(model, bf16, distributed)
-        (part,) = optimizer.chained_optimizers
         if distributed:
-            _begin_counting(part)
+            _begin_counting(*optimizer.chained_optimizers)
         how = metadata(**dist_checkpointing.load_content_metadata(folder))
         state = {"model": model.sharded_state_dict(metadata=how)}
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=how)
@@ -79,24 +122,30 @@ def load_with_optimizer(jobs: list[tuple[str, str, int, int, bool, bool]]) -> No
         model.load_state_dict(state["model"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
         assert_holds(model, source, mesh)
-        kinds = (WEIGHT, *MOMENTS)
-        wanted = {}
-        truth = zip(*(held(model, source, mesh, kind) for kind in kinds), strict=True)
-        for (name, parameter, weight), *moments in truth:
-            ours = _adam(part, parameter, distributed)
-            if ours is None:
-                continue
-            expected = [tensor.flatten()[ours["at"]] for tensor in (weight, *(moment for *_, moment in moments))]
-            for kind, tensor in zip(kinds, expected, strict=True):
-                assert same_bits(ours[kind].detach().flatten(), tensor), (name, kind)
-            assert ours["step"] == source.step
-            wanted[name] = ours[WEIGHT], _stepped(expected, source, decay=weight.dim() > 1)
-        _step(part, gradient)
-        for name, (main, stepped) in wanted.items():
-            found = main.detach().flatten()
-            # In a shard of a buffer the processor rounds at other places.
-            near = torch.allclose(found, stepped, rtol=1e-6, atol=1e-7)
-            assert near if distributed else same_bits(found, stepped), name
+        _assert_goes_on(optimizer, model, source, mesh, distributed)
+
+
+def _assert_goes_on(optimizer, model, source, mesh, distributed: bool = False) -> None:
+    """It holds the source's moments and step, and makes a step of torch's AdamW with the source's settings."""
+    (part,) = optimizer.chained_optimizers
+    kinds = (WEIGHT, *MOMENTS)
+    wanted = {}
+    truth = zip(*(held(model, source, mesh, kind) for kind in kinds), strict=True)
+    for (name, parameter, weight), *moments in truth:
+        ours = _adam(part, parameter, distributed)
+        if ours is None:
+            continue
+        expected = [tensor.flatten()[ours["at"]] for tensor in (weight, *(moment for *_, moment in moments))]
+        for kind, tensor in zip(kinds, expected, strict=True):
+            assert same_bits(ours[kind].detach().flatten(), tensor), (name, kind)
+        assert ours["step"] == source.step
+        wanted[name] = ours[WEIGHT], _stepped(expected, source, decay=weight.dim() > 1)
+    _step(part, gradient)
+    for name, (main, stepped) in wanted.items():
+        found = main.detach().flatten()
+        # In a shard of a buffer the processor rounds at other places.
+        near = torch.allclose(found, stepped, rtol=1e-6, atol=1e-7)
+        assert near if distributed else same_bits(found, stepped), name
 
 
 def _begin_counting(part) -> None:
@@ -125,7 +174,7 @@ def _step(part, grad) -> None:
 
 def _adam(part, parameter, distributed: bool) -> dict | None:
     """What the optimizer holds of a parameter (none of it: None); at: which numbers of it."""
-    main, at = parameter, slice(None)
+    main, at = getattr(parameter, "main_param", parameter), slice(None)
     if distributed:
         found = [
             main

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -120,8 +118,7 @@ def load_by_rank(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
     found = []
     for folder, path, tp, pp in jobs:
         source, mesh = formats.open(path), meshes.make(tp, pp)
-        name = f"mp_rank_{mesh.tp_rank:02d}" + (f"_{mesh.pp_rank:03d}" if pp > 1 else "")
-        state = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=False)
+        state = torch.load(rank_file(folder, mesh), weights_only=False)
         args, dtype = state["args"], source.info("embed").dtype
         assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (tp, pp)
         model = gpt(source.dims, mesh, dtype, args.padded_vocab_size)
@@ -129,6 +126,11 @@ def load_by_rank(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
         assert_holds(model, source, mesh)
         found.append(logits(model, source.dims, mesh) if dtype is torch.float32 else None)
     return found
+
+
+def rank_file(folder: str, mesh) -> Path:
+    name = f"mp_rank_{mesh.tp_rank:02d}" + (f"_{mesh.pp_rank:03d}" if mesh.pp > 1 else "")
+    return Path(folder) / name / "model_optim_rng.pt"
 
 
 def metadata(**more) -> dict:
@@ -152,33 +154,6 @@ def save_distributed(jobs: list[tuple[str, str, int, int, dict]]) -> None:
             "args": run_arguments(source.dims, tp, pp),
         }
         dist_checkpointing.save(state, folder, content_metadata=how)
-
-
-def save_by_rank(folder: str, path: str, tp: int, pp: int) -> None:
-    """A rank's file with all that Megatron-LM puts into it."""
-    source, mesh = formats.open(path), meshes.make(tp, pp)
-    model = gpt(source.dims, mesh, source.info("embed").dtype)
-    fill(model, source, mesh)
-    optimizer = torch.optim.AdamW(model.parameters())
-    rng = {
-        "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
-        "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.get_rng_state(),
-        "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
-    }
-    state = {
-        "args": run_arguments(source.dims, tp, pp),
-        "checkpoint_version": 3.0,
-        "iteration": 12,
-        "model": model.state_dict_for_save_checkpoint(),
-        "optimizer": {"optimizer": optimizer.state_dict(), "fp32_from_fp16_params": [[]]},
-        "rng_state": [rng],
-        "num_floating_point_operations_so_far": 1e9,
-    }
-    name = f"mp_rank_{mesh.tp_rank:02d}" + (f"_{mesh.pp_rank:03d}" if pp > 1 else "")
-    (Path(folder) / name).mkdir(parents=True)
-    torch.save(state, Path(folder) / name / "model_optim_rng.pt")
 
 
 def run_arguments(dims, tp: int, pp: int) -> argparse.Namespace:

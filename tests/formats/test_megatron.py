@@ -46,6 +46,24 @@ def assert_same_weights(reader, source) -> None:
         assert models.same_bits(reader.read(key), source.read(key)), key
 
 
+def assert_same_state(reader, source) -> None:
+    for key, kind in itertools.product(source.keys(), (WEIGHT, *MOMENTS)):
+        assert models.same_bits(reader.read(key, kind), source.read(key, kind)), (key, kind)
+
+
+def assert_stepped(reader, source, weights: bool) -> None:
+    """The moments after one step of AdamW, and (`weights`) the weights. (Without masters the model's may be others.)"""
+    for key in source.keys():  # noqa: SIM118 - no dict
+        weight = source.read(key).float().requires_grad_()
+        weight.grad = megatron_optimizers.gradient(weight.detach())
+        stepper = torch.optim.AdamW([weight], lr=megatron_optimizers.LR, weight_decay=0.0)
+        stepper.step()
+        if weights:
+            torch.testing.assert_close(reader.read(key), weight.detach())
+        for kind in MOMENTS:
+            torch.testing.assert_close(reader.read(key, kind), stepper.state[weight][kind])
+
+
 def assert_logits(found, sources, names) -> None:
     for name, logits in zip(names, found, strict=True):
         if logits is not None:
@@ -116,50 +134,61 @@ def test_the_optimizers_tensors_are_read(pools, sources, tmp_path, of, tp, pp, s
         assert "optimizer state" in reader.unread[0]
         return
     assert (reader.has_moments, reader.step, reader.unread) == (True, 1, ())
-    for key in source.keys():  # noqa: SIM118 - no dict
-        weight = source.read(key).float().requires_grad_()
-        weight.grad = megatron_optimizers.gradient(weight.detach())
-        stepper = torch.optim.AdamW([weight], lr=megatron_optimizers.LR, weight_decay=0.0)
-        stepper.step()
-        if bf16 or sharding:
-            torch.testing.assert_close(reader.read(key), weight.detach())
-        for kind in MOMENTS:
-            torch.testing.assert_close(reader.read(key, kind), stepper.state[weight][kind])
+    assert_stepped(reader, source, bf16 or sharding is not None)
     convert(reader, tmp_path / "back", "universal")
     assert formats.open(tmp_path / "back").step == 1
 
 
 def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
-    """One that is not distributed, and distributed ones of fp32 and of bf16 weights, at layouts of their own."""
+    """One that is not distributed, and distributed ones of fp32 and of bf16 weights, at layouts of their own; out of
+    files by rank those that are not distributed."""
     rates = {"max_lr": megatron_optimizers.LR, "min_lr": megatron_optimizers.MIN_LR}
-    for name in ("tied", "biased"):
+    for name in ("tied", "biased", "gpt2"):
         convert(formats.open(sources[name]), tmp_path / name / "engine", "deepspeed", WriteOptions(tp=2))
         engine_files.add_optimizer(tmp_path / name / "engine" / "global_step0", 1)
+    for name in ("tied", "biased"):
         source = formats.open(tmp_path / name / "engine")
         made = convert(source, tmp_path / name / "made", "mcore", WriteOptions(extra=rates))
         reader = formats.open(tmp_path / name / "made")
         assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_files.STEPS)
-        for key, kind in itertools.product(source.keys(), (WEIGHT, *MOMENTS)):
-            assert models.same_bits(reader.read(key, kind), source.read(key, kind)), (key, kind)
+        assert_same_state(reader, source)
     cases = [("tied", 2, 2, False, False), ("biased", 1, 2, False, True), ("tied", 2, 1, True, True)]
     jobs = [(str(tmp_path / name / "made/release"), str(tmp_path / name / "engine"), *how) for name, *how in cases]
     pools(4).run(megatron_optimizers.load_with_optimizer, jobs=jobs)
+    jobs = []
+    for name, tp, pp, bf16 in (("tied", 2, 2, False), ("gpt2", 1, 2, True), ("biased", 2, 1, True)):
+        source, folder = formats.open(tmp_path / name / "engine"), tmp_path / f"{name} by rank"
+        made = convert(source, folder, "megatron", WriteOptions(tp=tp, pp=pp, extra=rates))
+        reader = formats.open(folder)
+        assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_files.STEPS)
+        assert_same_state(reader, source)
+        jobs.append((str(folder / "release"), str(tmp_path / name / "engine"), tp, pp, bf16))
+    pools(4).run(megatron_optimizers.load_by_rank, jobs=jobs)
 
 
 @pytest.mark.parametrize(("of", "tp", "pp"), [("tied", 2, 2), ("halves", 1, 2), ("biased", 2, 1)])
 def test_what_each_rank_saves_is_read(pools, sources, tmp_path, of, tp, pp):
-    folder = tmp_path / "run" / "iter_0000012"
-    pools(tp * pp).run(megatron_ranks.save_by_rank, folder=str(folder), path=str(sources[of]), tp=tp, pp=pp)
+    """Of Megatron-core's optimizers too: the numbers of their parameters, and fp32 masters where there are any."""
+    folder, bf16 = tmp_path / "run" / "iter_0000012", of == "halves"
+    job = {"path": str(sources[of]), "tp": tp, "pp": pp, "bf16": bf16}
+    pools(tp * pp).run(megatron_optimizers.save_by_rank, folder=str(folder), **job)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("12")
     reader, source = formats.open(tmp_path / "run"), formats.open(sources[of])
-    assert (reader.format, reader.step) == ("megatron", 12)
+    assert (reader.format, reader.has_moments, reader.step, reader.unread) == ("megatron", True, 1, ())
     assert reader.layout == {"tp": tp, "pp": pp, "padded_vocab": megatron_ranks.PADDED}
     assert reader.dims == source.dims
-    assert_same_weights(reader, source)
-    assert "optimizer state" in as_text(describe(reader))
-    made = convert(reader, tmp_path / "back", "hf")
+    assert_stepped(reader, source, weights=True)
+    made = convert(reader, tmp_path / "back", "mcore")
+    assert (made.left_behind, made.step) == ([], 1)
+    for file in folder.rglob("*.pt"):
+        state = torch.load(file, weights_only=False)
+        torch.save({**state, "optimizer": {"optimizer": {"param_groups": []}}}, file)
+        torch.save({}, file.with_name("distrib_optim.pt"))
+    reader = formats.open(tmp_path / "run")
+    assert (reader.has_moments, reader.step) == (False, 12)
+    assert "distributed" in as_text(describe(reader))
+    made = convert(reader, tmp_path / "hf", "hf")
     assert made.left_behind == list(reader.unread)
-    models.assert_same(formats.open(tmp_path / "back"), source)
     assert_same_weights(formats.open(folder), source)
 
 
