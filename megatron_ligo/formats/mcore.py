@@ -224,21 +224,29 @@ class McoreReader(Reader):
             faults.add(part.name, f"shape {expected}", entry.shape)
         if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
             faults.add(part.name, "floating-point numbers", entry.dtype)
+        for state in (part.of(kind).name for kind in (*MOMENTS, *MASTERS)):
+            other = self._contents.tensors.get(state, entry)
+            if other.shape != entry.shape:
+                faults.add(state, f"shape {entry.shape}", other.shape)
 
     def _has(self, state: str) -> bool:
-        """True where the optimizer's tensors of a kind are there for every weight, in fp32 and its shape."""
+        """True where the optimizer's tensors of a kind are there for every weight, in fp32."""
+        return not self._lacking(state)
+
+    def _lacking(self, state: str) -> list[str]:
+        names = [part.of(state).name for parts in self._parts.values() for part in parts]
         found = self._contents.tensors
-        for part in (part for parts in self._parts.values() for part in parts):
-            entry = found.get(part.of(state).name)
-            if entry is None or (entry.shape, entry.dtype) != (found[part.name].shape, torch.float32):
-                return False
-        return True
+        return [name for name in names if name not in found or found[name].dtype != torch.float32]
 
     def _left(self) -> tuple[str, ...]:
         states = (name for name in self._contents.tensors if name.startswith(OTHERS))
         if self._moments or not any(states):
             return ()
-        how = "not keyed by parameters: save it with --dist-ckpt-optim-fully-reshardable"
+        lacking = [name for kind in MOMENTS for name in self._lacking(kind)]
+        if any(name in self._contents.tensors for name in lacking) or len(lacking) < len(MOMENTS) * len(self._parts):
+            how = f"{lacking[0]} is not there in fp32"
+        else:
+            how = "not keyed by parameters: save it with --dist-ckpt-optim-fully-reshardable"
         return (f"optimizer state ({how})",)
 
 
@@ -253,9 +261,11 @@ def _step(path: Path, common: dict, moments: bool) -> int:
     """The optimizer's steps where its moments are read, else the iteration."""
     step = common.get("iteration", 0)
     if moments:
-        found = set(_counts(common.get("optimizer")))
-        if len(found) != 1:
-            raise CheckpointError(message(f"{path}", "the optimizer's count of steps", sorted(found) or "none"))
+        noted = list(_counts(common.get("optimizer")))
+        found = {adam.count(step) for step in noted}
+        if len(found) != 1 or None in found:
+            said = ", ".join(sorted(map(repr, noted))) or "none"
+            raise CheckpointError(message(f"{path}", "one count of the optimizer's steps", said))
         (step,) = found
     if type(step) is not int or step < 0:
         raise CheckpointError(message(f"{path}", "iteration, a count", repr(step)))
@@ -270,12 +280,12 @@ def _groups(optimizer: object) -> tuple[dict, ...]:
     return adam.settings(optimizer.get("param_groups")) if isinstance(optimizer, Mapping) else ()
 
 
-def _counts(tree: object, depth: int = 0) -> Iterator[int]:
+def _counts(tree: object, depth: int = 0) -> Iterator[object]:
     """Every count of steps in what an optimizer keeps besides its tensors."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
-            if name in ("step", "common_step") and isinstance(value, int | float | Tensor):
-                yield int(value)
+            if name in ("step", "common_step"):
+                yield value
             elif depth < 6:
                 yield from _counts(value, depth + 1)
     elif isinstance(tree, list | tuple) and depth < 6:

@@ -4,9 +4,9 @@
     DIR/iter_0000100/mp_rank_TT/model_optim_rng.pt         tensor-parallel rank TT
     DIR/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     of stage PPP, where there is more than one
 
-Adam's state lies in the same files (megatron_adam.py); it is written where the weights are fp32, for Megatron-core's own
-layers. The first stage holds the embedding, the last one the last norm and the head (of a tied model: a copy of the embedding);
-each stage counts its layers from 0.
+The first stage holds the embedding, the last one the last norm and the head (of a tied model: a copy of the embedding);
+each stage counts its layers from 0. Adam's state lies in the same files (megatron_adam.py); it is written where the
+weights are fp32, by the numbers that Megatron-core's own layers give.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ class MegatronReader(Reader):
         """Every tensor on every rank, with its shape and dtype, and no others. The rows of the vocabulary as stored."""
         dims, saved = self.dims, self._saved
         faults = Faults(f"{self._folder} does not hold the model of its sizes", CheckpointError)
-        saved.take_optimizers(faults)
         if dims.num_layers != saved.num_layers:
             faults.add("num_layers", dims.num_layers, saved.num_layers, "Are files or stages missing?")
         layout.check_tp(dims, saved.tp, faults)
@@ -112,6 +111,7 @@ class MegatronReader(Reader):
         known = {*stored, *(_tied(self.arch, dims) if saved.pp > 1 else ())}
         for name in sorted(set(saved.tensors) - known):
             faults.add(name, "no such tensor", f"{tuple(saved.tensors[name][0].shape)}")
+        saved.take_optimizers(faults)
         faults.raise_if_any(saved.weights)
         return rows
 
@@ -216,7 +216,8 @@ def _stage(stored: dict[str, Stored], copies: dict[str, str], bounds: list[int],
 
 
 def _asked(dims: Dims, options: WriteOptions) -> tuple[str, int, dict[str, object]]:
-    """Names of the layers, the rows of the padded vocabulary, the learning rates that are to be stated. Raises for a layout that Megatron-LM has not."""
+    """Names of the layers, rows of the padded vocabulary, learning rates that are to be stated. Raises for a layout
+    that Megatron-LM has not."""
     layers = options.extra.get("layers", LAYERS[0])
     multiple = options.extra.get("vocab_divisible_by", megatron_args.DIVISIBLE_BY)
     rates = {name: options.extra[name] for name in adam.RATES if name in options.extra}

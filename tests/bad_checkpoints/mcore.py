@@ -16,6 +16,7 @@ from tests.bad_checkpoints import Builder, edit_json, of
 from tests.bad_checkpoints.universal import Evil
 
 mcore: dict[str, Builder] = {}
+stepped: dict[str, Builder] = {}
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
 NORM = "decoder.final_layernorm.weight"
 
@@ -302,3 +303,44 @@ def a_family_that_is_none(folder):
     dims = json.loads((folder / "dims.json").read_text())["dims"]
     edit_json(folder / "dims.json", dims={**dims, "model_type": "9" * 500})
     return "model_type", "llama"
+
+
+def _count(folder: Path, step: object) -> None:
+    path = inside(folder) / "common.pt"
+    state = torch.load(path, weights_only=False)
+    state["optimizer"]["state"]["common_step"] = step
+    torch.save(state, path)
+
+
+@of(stepped)
+def a_count_of_letters(folder):
+    _count(folder, "7")
+    return "one count of the optimizer's steps", "'7'"
+
+
+@of(stepped)
+def a_count_of_nan(folder):
+    _count(folder, torch.tensor(float("nan")))
+    return "one count of the optimizer's steps", "nan"
+
+
+@of(stepped)
+def a_count_of_two(folder):
+    _count(folder, torch.ones(2))
+    return "one count of the optimizer's steps", "tensor([1., 1.])"
+
+
+@of(stepped)
+def moments_of_another_shape(folder):
+    for kind in ("exp_avg", "fp32_param"):
+        name = f"optimizer.state.{kind}.{NORM}"
+        found = entry(folder, name)
+        (chunk,) = found.chunks
+        describe(folder, name, replace(found, shape=(47,), chunks=(replace(chunk, shape=(47,)),)))
+    return "2 faults", f"exp_avg.{NORM}", f"fp32_param.{NORM}", "(47,)"
+
+
+@of(stepped)
+def moments_that_are_no_archive(folder):
+    first_chunk(folder, f"optimizer.state.exp_avg_sq.{NORM}", start=1)
+    return ("distcp at 1",)

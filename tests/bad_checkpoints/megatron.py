@@ -14,6 +14,7 @@ from tests.bad_checkpoints import Builder, of
 from tests.bad_checkpoints.universal import Evil
 
 megatron: dict[str, Builder] = {}
+stepped: dict[str, Builder] = {}
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 NORM = "decoder.final_layernorm.weight"
 WORDS = "embedding.word_embeddings.weight"
@@ -220,3 +221,97 @@ def a_tracker_that_leads_elsewhere(folder):
     (folder / "release").rename(folder.parent / "elsewhere")
     (folder / "release").symlink_to("../elsewhere")
     return "release: expected a file or folder inside, found a link to", "lead out"
+
+
+def edit_adam(path: Path, change: Callable[[dict], object]) -> None:
+    """Changes what Adam keeps of fp32 weights, and of 16-bit ones."""
+
+    def both(state):
+        for optimizer in (state["optimizer"], state["optimizer"]["optimizer"]):
+            change(optimizer)
+
+    edit(path, both)
+
+
+@of(stepped)
+def a_rank_without_its_optimizer(folder):
+    edit(file(folder), lambda state: state.pop("optimizer"))
+    return "moments", "all ranks', or none", "mp_rank_01_001"
+
+
+@of(stepped)
+def steps_of_all_kinds(folder):
+    def change(adam):
+        steps = ["7", float("nan"), -1.0, 1.5, None, torch.ones(2)]
+        for number, step in enumerate(steps):
+            adam["state"][number]["step"] = step
+        for group in adam["param_groups"]:
+            group.pop("step")
+
+    edit_adam(file(folder), change)
+    return "6 faults", "count of steps", "'7'", "nan", "-1.0", "1.5", "none", "tensor([1., 1.])"
+
+
+@of(stepped)
+def ranks_that_count_otherwise(folder):
+    def change(adam):
+        for state in adam["state"].values():
+            state["step"] = torch.tensor(8.0)
+
+    edit_adam(file(folder), change)
+    return "one count of Adam's steps on all ranks", "[7, 8]"
+
+
+@of(stepped)
+def moments_of_other_shapes(folder):
+    def change(adam):
+        adam["state"][1]["exp_avg"] = torch.ones(3, 5)
+        adam["state"][2]["exp_avg_sq"] = adam["state"][2]["exp_avg_sq"].bfloat16()
+        adam["state"][3]["exp_avg"] = "x"
+        adam["state"][4].pop("exp_avg")
+
+    edit_adam(file(folder), change)
+    return "4 faults", "(3, 5)", "torch.bfloat16", "found str", "found none", "mp_rank_01_001"
+
+
+@of(stepped)
+def a_state_that_is_missing(folder):
+    edit_adam(file(folder), lambda adam: adam["state"].pop(2))
+    return "exp_avg of", "exp_avg_sq of", "found none"
+
+
+@of(stepped)
+def a_number_twice(folder):
+    edit_adam(file(folder), lambda adam: adam["param_groups"][0].update(params=[0] * 5))
+    return "params of the groups", "once"
+
+
+@of(stepped)
+def masters_too_few(folder):
+    edit(file(folder), lambda state: state["optimizer"]["fp32_from_fp16_params"][0].pop())
+    return "masters of group 0", "found 4"
+
+
+@of(stepped)
+def masters_of_another_shape(folder):
+    edit(file(folder), lambda state: state["optimizer"]["fp32_from_fp16_params"][1].__setitem__(0, torch.ones(9)))
+    return "masters of group 1", "(9,)"
+
+
+@of(stepped)
+def moments_that_differ_between_ranks(folder):
+    def change(adam):
+        (vectors,) = (group["params"] for group in adam["param_groups"] if not group["wd_mult"])
+        adam["state"][vectors[0]]["exp_avg"].add_(1)
+
+    edit_adam(file(folder), change)
+    return "layers.1.norm1", "rank 1"
+
+
+def moments_of_nan(folder) -> tuple[str, ...]:
+    def change(adam):
+        adam["state"][1]["exp_avg"][0, 0] = float("nan")
+        adam["state"][2]["exp_avg_sq"][0, 0] = float("inf")
+
+    edit_adam(file(folder), change)
+    return "2 faults", "(exp_avg): expected finite numbers, found 1 NaN", "(exp_avg_sq)", "1 Inf"

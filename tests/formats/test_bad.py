@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from megatron_ligo import formats
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import LigoError
-from megatron_ligo.formats.base import WriteOptions
+from megatron_ligo.formats.base import MOMENTS, WEIGHT, WriteOptions
 from megatron_ligo.mutations import engine_files
 from tests.bad_checkpoints import deepspeed, fairscale, hf, hf_files, mcore, megatron, pipeline, universal
 from tests.formats import models
@@ -21,9 +23,8 @@ def assert_refused(folder, form, words) -> None:
     with pytest.raises(LigoError) as caught:
         reader = formats.open(folder, form)
         for key in reader.keys():  # noqa: SIM118 - no dict
-            reader.read(key)
-            if reader.has_moments:
-                reader.read(key, "exp_avg")
+            for kind in (WEIGHT, *MOMENTS) if reader.has_moments else (WEIGHT,):
+                reader.read(key, kind)
     for word in words:
         assert word in str(caught.value), str(caught.value)
 
@@ -54,6 +55,19 @@ def test_universal(tmp_path, builder):
     assert not universal.Evil.ran
 
 
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    """Checkpoints of Megatron's with Adam's state, by format."""
+    root = tmp_path_factory.mktemp("stepped")
+    _, whole = models.saved(root / "whole", tied=True)
+    convert(formats.open(whole), root / "engine", "deepspeed", WriteOptions(tp=2))
+    engine_files.add_optimizer(root / "engine" / deepspeed.TAG, 1)
+    for to, options in (("mcore", WriteOptions()), ("megatron", WriteOptions(tp=2, pp=2))):
+        assert convert(formats.open(root / "engine"), root / to, to, options).left_behind == []
+        assert formats.open(root / to).has_moments
+    return root
+
+
 @pytest.mark.parametrize("builder", **named(mcore.mcore))
 def test_megatron_core(tmp_path, builder):
     _, whole = models.saved(tmp_path / "whole")
@@ -64,14 +78,27 @@ def test_megatron_core(tmp_path, builder):
     assert not universal.Evil.ran
 
 
-@pytest.mark.parametrize("builder", **named(megatron.megatron))
-def test_megatron(tmp_path, builder):
-    _, whole = models.saved(tmp_path / "whole", tied=True)
-    folder = tmp_path / "a"
-    convert(formats.open(whole), folder, "megatron", WriteOptions(tp=2, pp=2))
-    formats.open(folder)
+@pytest.mark.parametrize("builder", **named(mcore.stepped))
+def test_adams_state_of_megatron_core(tmp_path, stepped, builder):
+    folder = shutil.copytree(stepped / "mcore", tmp_path / "a")
+    assert_refused(folder, "mcore", builder(folder))
+
+
+@pytest.mark.parametrize("builder", **named({**megatron.megatron, **megatron.stepped}))
+def test_megatron(tmp_path, stepped, builder):
+    folder = shutil.copytree(stepped / "megatron", tmp_path / "a")
     assert_refused(folder, "megatron", builder(folder))
     assert not universal.Evil.ran
+
+
+def test_moments_that_are_no_numbers(tmp_path, stepped):
+    """They are told of together with what else is wrong."""
+    folder = shutil.copytree(stepped / "megatron", tmp_path / "a")
+    words = megatron.moments_of_nan(folder)
+    with pytest.raises(LigoError) as caught:
+        convert(formats.open(folder), tmp_path / "b", "universal")
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
 
 
 @pytest.mark.parametrize("builder", **named(fairscale.fairscale))
