@@ -117,9 +117,9 @@ class Saved:
             faults.add("step", "one count of Adam's steps on all ranks", sorted(steps))
         if self.left or faults.lines:
             return
-        self.groups = adam.settings([group for one in kept.values() for group in one.groups])
-        self.step = next(iter(steps), self.step)
         if steps:
+            (self.step,) = steps
+            self.groups = adam.settings([group for one in kept.values() for group in one.groups])
             self.moments = {kind: {} for kind in MOMENTS}
         for known, (stage, name) in self._places.items():
             held = [kept[tp, stage] for tp in range(self.tp)]

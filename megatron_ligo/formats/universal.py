@@ -6,6 +6,7 @@
     DIR/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
     DIR/dims.json, manifest.json              ours; DeepSpeed does not look at them
 
+The settings of Adam's groups are noted where DeepSpeed does not look, so that a run keeps its own.
 NAME is Megatron-core's. Weights are fp32, as the format defines it; casting bf16 up is exact.
 """
 
@@ -38,6 +39,8 @@ FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
 DS_VERSION = "0.19.8"
 # DeepSpeed pairs these with the optimizer's groups and leaves those unloaded that have no partner.
 PARAM_GROUPS = 8
+# Ours, and no `param_groups`: DeepSpeed would put those, by their order, in the place of the run's own settings.
+SETTINGS = "settings_of_source"
 OPTIONS = {
     "tag": "name of the folder (default global_stepN)",
     "moments": "source (default: the source's, or zeros at step 0 where it has none) or none",
@@ -71,7 +74,7 @@ class UniversalReader(Reader):
         self._tensors = self._check(stored)
         optimizer = self._optimizer() if self._moments else {}
         self.step = self._adam_steps(next(iter(stored)), optimizer, steps) if self._moments else steps
-        self.groups = adam.settings(optimizer.get("param_groups"))
+        self.groups = adam.settings(optimizer.get("param_groups")) or adam.settings(optimizer.get(SETTINGS))
         self._items = {key: item for item in stored.values() for key in item.keys}
 
     @property
@@ -179,6 +182,7 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
             "ds_version": DS_VERSION,
             "param_groups": [{} for _ in range(groups)],
             "optimizer_state_dict": {"state": {0: {"step": count}}, "param_groups": [{}]},
+            **({SETTINGS: [dict(group) for group in source.groups]} if moments and source.has_moments else {}),
         },
     )
     # What DeepSpeed's own schedulers note after so many steps; it asks for it wherever a run has a scheduler.

@@ -62,7 +62,9 @@ def check_deepspeeds_own_converter(folder) -> None:
     read = formats.open(made.parent)
     settings = {(group["betas"], group["eps"]) for group in formats.open(folder / "engine").groups}
     assert settings == {(group["betas"], group["eps"]) for group in read.groups} == {((0.9, 0.95), 1e-8)}
-    theirs = compare(formats.open(folder / "universal"), read)
+    ours = formats.open(folder / "universal")
+    assert settings == {(group["betas"], group["eps"]) for group in ours.groups}
+    theirs = compare(ours, read)
     assert theirs.same, theirs.differences[:3]
     assert theirs.compared == 3 * len(list(read.keys()))
 
