@@ -10,6 +10,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from megatron_ligo.config import SOURCES
+
 log = logging.getLogger(__name__)
 
 HELP = "seconds, memory and tensor-parallel traffic of a fit step, as ratios to a plain step of the large model"
@@ -43,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[0, 64], help="of the learned maps; 0: whole")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="as fit.source has it")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each that are timed, in turn")
 
@@ -62,6 +65,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             "micro_batches": args.micro_batches,
             "parallel": {"tp": args.tp, "pp": args.pp},
             "precision": args.precision,
+            "whole_source": args.source == "whole",
         }
         world = args.tp * args.pp
         plain = Ranks(world, PlainStepper, job=Job(**shared))
@@ -75,12 +79,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
                 log.info("%s", found[-1])
                 fit.close()
         plain.close()
-    layout = {"tp": args.tp, "pp": args.pp, "micro_batches": args.micro_batches, "precision": args.precision}
+    layout = {key: getattr(args, key) for key in ("tp", "pp", "micro_batches", "precision", "source")}
     return {"what": "fit", "case": args.case, **case, **layout, "results": found}
 
 
 def as_text(found: dict) -> str:
-    lines = [f"{found['case']}, tp {found['tp']}, pp {found['pp']}, {found['precision']}: fit / plain step"]
+    layout = f"tp {found['tp']}, pp {found['pp']}, {found['precision']}, source {found['source']}"
+    lines = [f"{found['case']}, {layout}: fit / plain step"]
     for one in found["results"]:
         maps = f"rank {one['rank']}" if one["rank"] else "whole maps"
         how = ", recomputed" if one["recompute"] else ""
