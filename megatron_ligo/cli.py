@@ -7,7 +7,6 @@ and SIGTERM (a run under way has saved first), 1 our own mistake (with its trace
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import select
@@ -25,14 +24,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from megatron_ligo import settings, signals
 from megatron_ligo.config import Config
-from megatron_ligo.errors import LigoError
+from megatron_ligo.errors import LigoError, fault
 
 # A launcher ends all processes at the first that fails: the others give rank 0 this long to say why.
 GRACE_SECONDS = 5.0
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,36 +155,6 @@ def _leave_the_pipe() -> NoReturn:
     # What is still in the buffer would be written at the end, and fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
-
-
-def fault(error: Exception) -> str | None:
-    """What to tell the user, or None if the error is a mistake of ours."""
-    if isinstance(error, LigoError):
-        return str(error)
-    cause: BaseException | None = error
-    while cause is not None:
-        text = _machine_fault(cause)
-        if text:
-            return text
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return None
-
-
-def _machine_fault(error: BaseException) -> str | None:
-    """Libraries wrap the system's errors, or only repeat their text."""
-    code = error.errno if isinstance(error, OSError) else None
-    where = getattr(error, "filename", None) or "writing"
-    if code in FULL or "No space left on device" in str(error):
-        return f"{where}: expected room on the disk, found it full. Free some, or choose another --output."
-    if code in DENIED:
-        return f"{where}: expected permission, found: {error.strerror}. Choose another place, or change its rights."
-    if code in MISSING and error.filename is not None:
-        return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
-    if code == errno.EADDRINUSE:
-        return "the launcher's port: expected a free one, found it in use. Choose another with --master_port."
-    if code == errno.EMFILE:
-        return f"{where}: expected an open file more, found this process's limit. Raise it with ulimit -n."
-    return None
 
 
 def _say(text: str, agreed: bool) -> None:

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +18,12 @@ import torch
 
 from megatron_ligo import formats
 from megatron_ligo.checked import Checked, bad_numbers
-from megatron_ligo.errors import CheckpointError, ConfigError, Faults, LigoError, message, nearest
+from megatron_ligo.errors import CheckpointError, ConfigError, Faults, LigoError, MachineError, message, nearest
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
 from megatron_ligo.formats.journal import Journal
-from megatron_ligo.formats.output import ALONE, Frames, Output, Share
+from megatron_ligo.formats.output import Frames, Output
 from megatron_ligo.formats.planned import Planned
+from megatron_ligo.formats.share import ALONE, Share
 from megatron_ligo.manifest import MANIFEST, VERSION, Manifest, library_versions, load
 from megatron_ligo.staging import Staging
 
@@ -68,66 +69,78 @@ def convert(
     together, with one target on a file system that they share; the bytes are those that one writes alone.
     Raises CheckpointError with every bad tensor in one error.
     """
-    module = formats.get(to)
-    if not hasattr(module, "write"):
-        raise ConfigError(f"format {to!r} can only be read. {nearest(to, formats.writers())}")
-    target = Path(target).absolute()
-    options = _settled(module, options or WriteOptions())
-    _check_places(source, target)
-    job = _job(source, to, options)
+    with share.agreed():
+        module = formats.get(to)
+        if not hasattr(module, "write"):
+            raise ConfigError(f"format {to!r} can only be read. {nearest(to, formats.writers())}")
+        target = Path(target).absolute()
+        options = _settled(module, options or WriteOptions())
+        _check_places(source, target)
+        job = _job(source, to, options)
     if share.world > 1 and progress:
         progress = _for_all(progress, share.world)
     if share.rank:
         _help(module, source, Staging(target, job), options, share, progress)
         return load(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with Staging(target, job) as stage:
-        done = _existing(target, stage.job, overwrite)
+    with ExitStack() as held:
+        with share.agreed():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stage = held.enter_context(Staging(target, job))
+            done = _existing(target, stage.job, overwrite)
+            if not done:
+                checked = _begun(module, source, stage, options, share, progress)
+        share.gathered(not done)
         if done:
             log.info("%s is there already, from the same request: left as it is", target)
-            share.gathered(False)
             return done
-        stage.begin()
-        if stage.resumed:
-            log.info("going on with the conversion to %s that was interrupted", target)
-        checked = _checked(module, source, options, stage.journal, progress)
         with _nothing_left(stage):
-            needed = _planned(module, checked, options, stage.partial)
-        stage.check_space(needed)
-        if share.world > 1:
-            with Frames(stage.content) as out:
+            with share.agreed(), Output(stage.content, stage.journal, options.workers, share) as out:
                 module.write(checked, out, options)
-            share.gathered(True)
-        with _nothing_left(stage), Output(stage.content, stage.journal, options.workers, share) as out:
+                for name, value in (beside or {}).items():
+                    out.json(name, value)
+            with share.agreed():
+                stage.absorb()
+                checked.finish()
+                lost = _lost_moments(module, source, options)
+                left = [*source.unread, *([lost] if lost else [])]
+                return _finish(stage, out.written, checked, left, to, options)
+
+
+def _begun(
+    module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
+) -> Checked:
+    """What the first process does before all of them write."""
+    stage.begin()
+    if stage.resumed:
+        log.info("going on with the conversion to %s that was interrupted", stage.target)
+    checked = _checked(module, source, options, stage.journal, progress)
+    with _nothing_left(stage):
+        needed = _planned(module, checked, options, stage.partial)
+    stage.check_space(needed)
+    if share.world > 1:
+        with Frames(stage.content) as out:
             module.write(checked, out, options)
-            for name, value in (beside or {}).items():
-                out.json(name, value)
-        share.gathered(None)
-        stage.absorb()
-        with _nothing_left(stage):
-            checked.finish()
-        lost = _lost_moments(module, source, options)
-        left = [*source.unread, *([lost] if lost else [])]
-        manifest = _finish(stage, out.written, checked, left, to, options)
-    share.gathered(None)
-    return manifest
+    return checked
 
 
 def _help(
     module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
 ) -> None:
     """What the processes but the first do: their tensors, between the first one's beginning and its end."""
+    with share.agreed():
+        pass
     if not share.gathered(None)[0]:
         return
-    if not stage.content.is_dir():
-        do = "Choose one that all nodes share, or use one process."
-        raise CheckpointError(message(f"{stage.target}", "a folder that every process sees", "nothing there", do))
-    journal = stage.journal_of(share.rank)
-    with Output(stage.content, journal, options.workers, share) as out:
-        module.write(_checked(module, source, options, journal, progress), out, options)
-    journal.close()
-    share.gathered(None)
-    share.gathered(None)
+    with share.agreed():
+        if not stage.content.is_dir():
+            do = "Choose one that all nodes share, or use one process."
+            raise CheckpointError(message(f"{stage.target}", "a folder that every process sees", "nothing there", do))
+        journal = stage.journal_of(share.rank)
+        with Output(stage.content, journal, options.workers, share) as out:
+            module.write(_checked(module, source, options, journal, progress), out, options)
+        journal.close()
+    with share.agreed():
+        pass
 
 
 def _checked(
@@ -143,9 +156,11 @@ def _for_all(progress: Progress, world: int) -> Progress:
 
 @contextmanager
 def _nothing_left(stage: Staging) -> Iterator[None]:
-    """What is refused is refused again: there is nothing to go on from."""
+    """What is refused is refused again: there is nothing to go on from. What a machine fails at may go on."""
     try:
         yield
+    except MachineError:
+        raise
     except LigoError:
         stage.discard()
         raise

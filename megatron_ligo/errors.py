@@ -7,8 +7,15 @@ Commands print it without a traceback and exit with `LigoError.exit_code`.
 from __future__ import annotations
 
 import difflib
+import errno
 import signal
 from collections.abc import Callable, Iterable
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Of a disk, or of a server that has it.
+FAILED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.EFBIG)
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class LigoError(Exception):
@@ -46,6 +53,10 @@ class NumbersError(LigoError):
 
 class ReplicaError(LigoError):
     """Ranks that must hold the same numbers and do not: a machine's fault, or one of ours."""
+
+
+class MachineError(LigoError):
+    """A full disk, a right or a folder that is missing, on whichever process: what is done so far stays done."""
 
 
 class LostRankError(LigoError):
@@ -102,3 +113,36 @@ class Faults:
         error = self.error("\n  ".join([head, *shown]))
         error.faults, error.rest = self, rest
         raise error
+
+
+def fault(error: Exception) -> str | None:
+    """What to tell the user, or None if the error is a mistake of ours."""
+    if isinstance(error, LigoError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        text = _machine_fault(cause)
+        if text:
+            return text
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _machine_fault(error: BaseException) -> str | None:
+    """Libraries wrap the system's errors, or only repeat their text."""
+    code = error.errno if isinstance(error, OSError) else None
+    # A copy names what it reads first.
+    where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"
+    if code in FULL or "No space left on device" in str(error):
+        return f"{where}: expected room on the disk, found it full. Free some, or choose another --output."
+    if code in DENIED:
+        return f"{where}: expected permission, found: {error.strerror}. Choose another place, or change its rights."
+    if code in MISSING and error.filename is not None:
+        return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
+    if code in FAILED:
+        return f"{where}: expected a disk that works, found: {error.strerror}. See the machine's own log."
+    if code == errno.EADDRINUSE:
+        return "the launcher's port: expected a free one, found it in use. Choose another with --master_port."
+    if code == errno.EMFILE:
+        return f"{where}: expected an open file more, found this process's limit. Raise it with ulimit -n."
+    return None

@@ -7,8 +7,10 @@ FOLDER/growth.json    source, sizes, operator, fit, versions; written last: a fo
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,12 +22,13 @@ from megatron_ligo.convert import Progress, convert
 from megatron_ligo.errors import ConfigError, message
 from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import Reader, WriteOptions
-from megatron_ligo.formats.output import ALONE, Share
+from megatron_ligo.formats.share import ALONE, Share
 from megatron_ligo.grow import Grown, operator_digest
 from megatron_ligo.growth import moments
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.file import Saved
 from megatron_ligo.growth.methods import describe
+from megatron_ligo.locks import alone
 from megatron_ligo.manifest import library_versions
 
 log = logging.getLogger(__name__)
@@ -54,17 +57,34 @@ def hand_off(
     not at all. Raises CheckpointError with every bad tensor in one error.
     """
     folder = Path(folder)
-    # The others are read from the universal checkpoint, so that each tensor is grown once.
-    for name in sorted(to, key=lambda name: name != UNIVERSAL):
-        stored = getattr(formats.get(name), "DTYPE", None)
-        options = WriteOptions(dtype=stored or dtype)
-        convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, share=share)
-        if name == UNIVERSAL:
-            source = formats.open(folder / name)
-    versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
-    own = {"large": source.dims.to_json(), "formats": list(to), "versions": versions}
-    made = {**record, **own}
-    return lineage.write(folder, made) if share.rank == 0 else made
+    with ExitStack() as held:
+        with share.agreed():
+            if share.rank == 0:
+                held.enter_context(alone(folder))
+                if not overwrite:
+                    _check_same(folder, record)
+        # The others are read from the universal checkpoint, so that each tensor is grown once.
+        for name in sorted(to, key=lambda name: name != UNIVERSAL):
+            stored = getattr(formats.get(name), "DTYPE", None)
+            options = WriteOptions(dtype=stored or dtype)
+            convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, share=share)
+            if name == UNIVERSAL:
+                source = formats.open(folder / name)
+        versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
+        own = {"large": source.dims.to_json(), "formats": list(to), "versions": versions}
+        made = {**record, **own}
+        with share.agreed():
+            return lineage.write(folder, made) if share.rank == 0 else made
+
+
+def _check_same(folder: Path, record: dict) -> None:
+    """A hand-off's formats hold one model: more of them may join those that are there, of no other model."""
+    found = lineage.read(folder)
+    ours = json.loads(json.dumps(record))
+    differ = [name for name in ours if found is not None and found.get(name) != ours[name]]
+    if differ:
+        do = "Choose another --output, or remove it."
+        raise ConfigError(message(f"{folder}", "no hand-off, or one of the same", f"another {', '.join(differ)}", do))
 
 
 def grow_to(
@@ -75,15 +95,16 @@ def grow_to(
     small = config.small
     if not small.path:
         raise ConfigError(message("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
-    reader = formats.open(small.path, None if small.format == "auto" else small.format)
-    if operator:
-        chosen = Saved(operator)
-    else:
-        chosen = initial_operator(reader.dims, config.large, config.operator)
-        log.info("%s", describe(chosen.settings))
     section = config.handoff
-    grown = Grown(chosen, reader, section.moments)
-    record = growth_record(grown) if share.rank == 0 else {}
+    with share.agreed():
+        reader = formats.open(small.path, None if small.format == "auto" else small.format)
+        if operator:
+            chosen = Saved(operator)
+        else:
+            chosen = initial_operator(reader.dims, config.large, config.operator)
+            log.info("%s", describe(chosen.settings))
+        grown = Grown(chosen, reader, section.moments)
+        record = growth_record(grown) if share.rank == 0 else {}
     dtype = DTYPES[section.dtype]
     return hand_off(grown, folder, dtype, section.formats, record, progress=progress, share=share)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 # A tokenizer's file has some ten million bytes; a longer one is something else.
 LONGEST = 1 << 28
+# What has no more is a float as well.
+MOST_DIGITS = 300
 
 
 def read_text(path: Path) -> str:
@@ -35,19 +37,34 @@ def read_json(path: Path, look: Callable[[list[tuple[str, object]]], object] | N
 def parse(text: str | bytes, look: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
     """look: given each object's pairs, in order, instead of a dict."""
     try:
-        return json.loads(text, object_pairs_hook=look)
+        return json.loads(text, object_pairs_hook=look, parse_int=_whole)
     except RecursionError:
         raise ValueError("brackets without end") from None
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes aside, fsyncs, renames."""
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file holds this, or what it held, whatever happens; of several that write it at once, one's whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -108,6 +108,9 @@ def fit(value: Any, hint: Any) -> Any:
         return {str(name): fit(entry, of_value) for name, entry in value.items()}
     if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
+    if hint is str and "\0" in str(value):
+        # No name of a file, and nothing else that a key takes.
+        raise TypeError
     if type(value) is hint and not (hint is float and not math.isfinite(value)):
         return value
     raise TypeError

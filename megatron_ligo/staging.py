@@ -14,14 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from megatron_ligo.errors import CheckpointError, message
+from megatron_ligo.errors import CheckpointError, MachineError, message
 from megatron_ligo.formats import digest, journal
 from megatron_ligo.formats.journal import Journal
 from megatron_ligo.formats.output import SKELETONS
 from megatron_ligo.locks import lock
 
-# Room besides the tensors: headers, configs, file system blocks.
-SPARE_BYTES = 64 << 20
+# Room besides the tensors, at least: headers, configs, records. If a file system wants more, writing shows it.
+SPARE_BYTES = 1 << 20
 
 
 class Staging:
@@ -78,9 +78,14 @@ class Staging:
 
     def __exit__(self, *_: object) -> None:
         self.journal.close()
-        if not (self.partial / "journal.jsonl").exists():
+        if not self._worth_keeping():
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
+
+    def _worth_keeping(self) -> bool:
+        """Whether anything is whole that another run could go on from."""
+        known = [self.partial / "journal.jsonl", *self._others()]
+        return any(key != ("job",) for path in known for key in journal.read(path)[0])
 
     def check_space(self, needed: int) -> None:
         """Raises CheckpointError if the disk cannot take `needed` bytes (less what is there from before)."""
@@ -89,7 +94,7 @@ class Staging:
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             do = "Free some, or choose a target on another disk."
-            raise CheckpointError(message(f"{self.target}", f"{needed:,} bytes free on its disk", f"{free:,}", do))
+            raise MachineError(message(f"{self.target}", f"{needed:,} bytes free on its disk", f"{free:,}", do))
 
     def discard(self) -> None:
         """Takes everything back: there is nothing to go on from."""

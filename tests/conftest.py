@@ -1,4 +1,4 @@
-"""The ranks that multi-process tests run on (tests/harness.py)."""
+"""The ranks that multi-process tests run on (tests/harness.py), and a disk that is soon full."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import multiprocessing
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +42,15 @@ def forks():
 def pools(forks):
     """`pools(world)` gives `world` ranks to run cases on."""
     return lambda world: Ranks(forks, world)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no file system of its own could be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=False)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ligo import formats, manifest
 from megatron_ligo.convert import convert, opened
-from megatron_ligo.errors import CheckpointError, ConfigError, LigoError
+from megatron_ligo.errors import CheckpointError, ConfigError, LigoError, MachineError, fault
+from megatron_ligo.formats import writing
 from megatron_ligo.formats.base import MOMENTS, Reader, WriteOptions
 from megatron_ligo.staging import Staging
 from tests.formats import models
@@ -40,6 +41,12 @@ class WithMoments(Reader):
     def read(self, key, kind="weight"):
         weight = self.source.read(key)
         return weight if kind == "weight" else weight.float() ** 2 + MOMENTS.index(kind)
+
+
+def fill(disk, left):
+    """All room of a disk but so many bytes, or what of it there is."""
+    room = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(max(room.f_bavail * room.f_bsize - left, 0)))
 
 
 def snapshot(folder):
@@ -232,13 +239,12 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
     assert f"{tmp_path / '.b.partial'}: its file system has no locks" in caplog.text
 
 
-def test_a_full_disk_is_seen_before_the_start(tmp_path, monkeypatch):
+def test_a_full_disk_is_seen_before_the_start(tmp_path, small_disk):
     _, folder = models.saved(tmp_path / "a")
-    free = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(CheckpointError, match="bytes free on its disk"):
-        convert(formats.open(folder), tmp_path / "b", "hf")
-    assert not (tmp_path / "b").exists()
+    fill(small_disk, 40_000)
+    with pytest.raises(MachineError, match="bytes free on its disk"):
+        convert(formats.open(folder), small_disk / "b", "hf")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 @pytest.mark.parametrize("to", formats.writers())
@@ -252,24 +258,32 @@ def test_the_space_that_is_asked_for_is_what_the_files_take(tmp_path, monkeypatc
     assert asked[0] <= used < asked[0] * 1.1 + 4096 * 2 * len(list((tmp_path / "b").rglob("*")))
 
 
-def test_a_disk_that_fills_up_leaves_no_target_and_the_next_run_goes_on(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_leaves_no_target_and_the_next_run_goes_on(tmp_path, small_disk, monkeypatch):
+    """Chunk by chunk: the last one that finds room finds too little of it."""
+    monkeypatch.setattr(writing, "CHUNK", 5000)
     _, folder = models.saved(tmp_path / "a")
-    calls = itertools.count()
-    real = os.pwrite
+    source = formats.open(folder)
+    read, lost = source.read, iter((30_000,))
 
-    def pwrite(descriptor, data, offset):
-        if next(calls) == 5:
-            raise OSError(28, "No space left on device")
-        return real(descriptor, data, offset)
+    def filled(key, kind="weight"):
+        if key == "layers.1.q":
+            for left in lost:
+                fill(small_disk, left)
+        return read(key, kind)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "pwrite", pwrite)
-        with pytest.raises(OSError, match="No space"):
-            convert(formats.open(folder), tmp_path / "b", "hf")
-    assert not (tmp_path / "b").exists()
-    convert(formats.open(folder), tmp_path / "b", "hf")
-    convert(formats.open(folder), tmp_path / "c", "hf")
-    assert snapshot(tmp_path / "b")["model.safetensors"] == snapshot(tmp_path / "c")["model.safetensors"]
+    source.read = filled
+    with pytest.raises(OSError, match="No space") as found:
+        convert(source, small_disk / "b", "universal")
+    assert str(small_disk / ".b.partial") in fault(found.value)
+    (small_disk / "filler").unlink()
+    assert [path.name for path in small_disk.iterdir()] == [".b.partial"]
+    read_again = []
+    source.read = lambda key, kind="weight": read_again.append(key) or read(key, kind)
+    convert(source, small_disk / "b", "universal")
+    assert 0 < len(read_again) < len(list(source.keys()))
+    convert(formats.open(folder), small_disk / "c", "universal")
+    one, other = snapshot(small_disk / "b"), snapshot(small_disk / "c")
+    assert one == other and [path.name for path in small_disk.iterdir() if path.name.startswith(".")] == []
 
 
 def test_what_a_format_does_not_take_is_refused(tmp_path):

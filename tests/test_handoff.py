@@ -1,5 +1,6 @@
 """The hand-off's folder: one model in each format, its record, and a second run."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from megatron_ligo import formats, handoff, lineage
 from megatron_ligo.arch import get
 from megatron_ligo.config import Config, HandoffSection, LargeSection, OperatorSection
 from megatron_ligo.convert import convert
-from megatron_ligo.errors import CheckpointError, ConfigError
+from megatron_ligo.errors import CheckpointError, ConfigError, LigoError
 from megatron_ligo.formats.base import WEIGHT
 from megatron_ligo.formats.hf import open as open_hf
-from megatron_ligo.formats.output import Share
+from megatron_ligo.formats.share import Share
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.locks import alone
 from megatron_ligo.parallel import mesh
 from tests.tiny import hf_from, hf_llama, llama_dims, tokens
 
@@ -70,8 +72,10 @@ def test_a_second_run_leaves_all_as_it_is(grown, tmp_path):
 def test_another_model_is_not_written_over_it(grown, tmp_path):
     write(grown, tmp_path / "out")
     other = Grown(initial_operator(grown.source.dims, LARGE, OperatorSection(width_init="copy")), grown.source)
-    with pytest.raises(CheckpointError, match="another conversion"):
+    with pytest.raises(ConfigError, match="found another operator"):
         write(other, tmp_path / "out")
+    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+        write(grown, tmp_path / "out")
     write(other, tmp_path / "out", overwrite=True)
     reader = formats.open(tmp_path / "out/hf")
     assert torch.equal(reader.read("embed"), other.read("embed"))
@@ -119,27 +123,33 @@ def test_a_record_that_cannot_be_read_is_refused(tmp_path):
             lineage.read(tmp_path)
 
 
-class Failing(Grown):
-    """Fails in the midst of the work."""
-
-    left = 12
-
-    def read(self, key, kind=WEIGHT):
-        Failing.left -= 1
-        if not Failing.left:
-            raise RuntimeError("as asked for")
-        return super().read(key, kind)
+# And with which of its tensors a rank meets it.
+FAULTS = {
+    "a mistake": (RuntimeError("as asked for"), 2),
+    "a fault": (CheckpointError("a: expected b, found c."), 2),
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "x"), 12),
+}
 
 
-def grow_together(small: str, folder: str, fails_on: int | None = None) -> list[int]:
-    """One rank's share; how many tensors each has made."""
+def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -> list:
+    """One rank's share; how many tensors each has made, or what each raises. Rank fails_on meets that fault."""
     source = open_hf(Path(small))
-    kind = Failing if dist.get_rank() == fails_on else Grown
-    grown = kind(initial_operator(source.dims, LARGE, OperatorSection(width_init="random")), source)
+    grown = Grown(initial_operator(source.dims, LARGE, OperatorSection(width_init="random")), source)
     read, made = grown.read, []
-    grown.read = lambda key, kind=WEIGHT: made.append(key) or read(key, kind)
+    error, at = FAULTS[fault] if fault and dist.get_rank() == fails_on else (None, 0)
+
+    def noted(key, kind=WEIGHT):
+        made.append(key)
+        if len(made) == at:
+            raise error
+        return read(key, kind)
+
+    grown.read = noted
     share = Share(dist.get_rank(), dist.get_world_size(), mesh.gathered)
-    handoff.hand_off(grown, folder, None, ("universal", "hf"), {}, share=share)
+    try:
+        handoff.hand_off(grown, folder, None, ("universal", "hf"), {}, share=share)
+    except LigoError as error:
+        return mesh.gathered((type(error).__name__, f"{error}", error.agreed))
     return mesh.gathered(len(made))
 
 
@@ -157,8 +167,15 @@ def test_processes_share_the_work_and_write_the_same_bytes(grown, tmp_path, pool
     handoff.hand_off(other, whole, None, ("universal", "hf"), {})
     # One fails: what all have done is there for whoever goes on, however many they are.
     with pytest.raises(RuntimeError, match="as asked for"):
-        pools(2).run(grow_together, small=small, folder=str(shared), fails_on=1)
+        pools(2).run(grow_together, small=small, folder=str(shared), fault="a mistake")
     assert not (shared / "universal").exists()
+    # What a machine fails at leaves what is whole; a fault of the input leaves nothing; all say the same.
+    full = "rank 1: x: expected room on the disk, found it full. Free some, or choose another --output."
+    kept = ("a full disk", ("MachineError", full, True), [".universal.partial"])
+    refused = ("a fault", ("CheckpointError", "rank 1: a: expected b, found c.", True), [])
+    for fault, told, left in (refused, kept):
+        assert pools(2).run(grow_together, small=small, folder=str(shared), fault=fault) == [told, told]
+        assert [path.name for path in shared.iterdir()] == left
     made = pools(4).run(grow_together, small=small, folder=str(shared))
     keys = len(list(grown.keys()))
     assert min(made) > 0 and max(made) < keys / 2 and sum(made) < keys

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ligo import cli
 from megatron_ligo.config import Config
-from megatron_ligo.formats.output import ALONE, Share
+from megatron_ligo.formats.share import ALONE, Share
 from megatron_ligo.handoff import grow_to
 
 EXAMPLE = """

@@ -10,7 +10,7 @@ from megatron_ligo.compare.jobs import Jobs
 from megatron_ligo.compare.plan import Plan, output_folder, run_arm
 from megatron_ligo.compare.settings import Spec, chosen
 from megatron_ligo.errors import ConfigError, message
-from megatron_ligo.jsonfile import write_json
+from megatron_ligo.jsonfile import write_json, write_whole
 
 RESULTS, PAGE, PICTURE = "results.json", "compare.html", "compare.png"
 Tell = Callable[[str], None]
@@ -34,6 +34,6 @@ def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lam
 def write(found: dict, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     image = page.picture(found)
-    (output / PICTURE).write_bytes(image)
-    (output / PAGE).write_text(page.page(found, image), encoding="utf-8")
+    write_whole(output / PICTURE, image)
+    write_whole(output / PAGE, page.page(found, image).encode())
     write_json(output / RESULTS, found)

@@ -6,6 +6,7 @@ Lines are not fsynced one by one: whoever goes on compares the digest in the lin
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -66,5 +67,7 @@ class Journal:
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            # On a full disk its last line is lost: that work will be done again.
+            with suppress(OSError):
+                self._file.close()
             self._file = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,8 @@ SAFETENSORS_DTYPES = {
 LOCAL_HEADER, CENTRAL_HEADER, CHECKSUM = 30, 46, 4
 # torch.save aligns the tensors' bytes to so many.
 ALIGNMENT = 64
+# More than a skeleton takes.
+PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,25 @@ def torch_skeleton(path: Path, tree: object) -> list[Place]:
     that the tree holds in several places has bytes once."""
     found: dict[int, tuple[str, Later, Tensor]] = {}
     # Storages that nobody touches take no memory; torch numbers them in the order in which it meets them.
-    with skip_data():
-        torch.save(_hollow(tree, "", found), path)
+    hollow = _hollow(tree, "", found)
+    try:
+        with skip_data():
+            torch.save(hollow, path)
+    except RuntimeError as error:
+        raise _reason(path, error) from error
     records = _records(path)
     return [Place(name, *records[f"data/{number}"], later) for number, (name, later, _) in enumerate(found.values())]
+
+
+def _reason(path: Path, error: RuntimeError) -> OSError:
+    """torch's writer fails without a reason (`iostream error`): the disk, asked for some room, gives it."""
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as found:
+        return found if found.filename else OSError(found.errno, found.strerror, f"{path}")
+    return OSError(errno.EIO, f"{error}", f"{path}")
 
 
 def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Place], dict[str, tuple[int, int]]]:

@@ -99,7 +99,7 @@ def dims_of(args: Mapping[str, object], where: str) -> Dims:
             rope_scaling=_rope_scaling(args),
             sliding_window=window[0] + 1 if window else None,
         )
-    except (TypeError, ValueError, LookupError, ConfigError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(message(where, "the sizes of a model", f"{error}")) from None
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import WEIGHT, Reader
 from megatron_ligo.formats.journal import Journal
 from megatron_ligo.formats.layouts import Later, Place, safetensors, same_frame, torch_archives, torch_skeleton
+from megatron_ligo.formats.share import ALONE, Share
 from megatron_ligo.formats.writing import WORKERS, OpenFile, Writer
 from megatron_ligo.packing import Stored
 
@@ -47,18 +47,6 @@ def one_dtype(source: Reader, item: Stored, kind: str = WEIGHT) -> torch.dtype:
         names = ", ".join(sorted(map(str, found)))
         raise CheckpointError(message(item.name, "parts of one dtype", names, "Choose one with --dtype."))
     return found.pop()
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of a conversion this process does. gathered: every process's value, by rank, on each of them."""
-
-    rank: int = 0
-    world: int = 1
-    gathered: Callable[[object], list] = lambda value: [value]
-
-
-ALONE = Share()
 
 
 class Output:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from megatron_ligo.errors import CheckpointError, message
 
+# Of a name, in any file system.
+LONGEST = 255
+
 
 def tagged(path: Path, latest: str) -> Path:
     """The folder that `path/latest` names; `path` itself where there is no such file.
@@ -16,7 +19,7 @@ def tagged(path: Path, latest: str) -> Path:
     if not file.is_file():
         return path
     tag = file.read_bytes().decode(errors="replace").strip()
-    plain = tag not in ("", ".", "..") and Path(tag).name == tag and tag.isprintable()
+    plain = len(tag) <= LONGEST and tag not in ("", ".", "..") and Path(tag).name == tag and tag.isprintable()
     if not plain or (path / tag).is_symlink() or not (path / tag).is_dir():
-        raise CheckpointError(message(f"{file}", "the name of a folder beside it", repr(tag)))
+        raise CheckpointError(message(f"{file}", "the name of a folder beside it", repr(tag[:LONGEST])))
     return path / tag

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Condition, Lock
@@ -90,6 +91,7 @@ class OpenFile:
     """A file that several threads write into at their places."""
 
     def __init__(self, path: Path):
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR)
         self._lock = Lock()
         self._users = 1
@@ -112,9 +114,7 @@ class OpenFile:
             chunk = data[start : start + CHUNK]
             found.update(chunk)
             crc = zlib.crc32(chunk, crc) if place.checksums else 0
-            written = os.pwrite(self._descriptor, chunk, place.offset + start)
-            if written != len(chunk):
-                raise OSError(f"wrote {written} of {len(chunk)} bytes")
+            self._write(chunk, place.offset + start)
         self._note(place, crc)
         with self._lock:
             self._unsynced += len(data)
@@ -122,7 +122,8 @@ class OpenFile:
             if sync:
                 self._unsynced = 0
         if sync:
-            os.fdatasync(self._descriptor)
+            with self._named():
+                os.fdatasync(self._descriptor)
         return found.hexdigest()
 
     def leave_zeros(self, place: Place) -> None:
@@ -132,13 +133,31 @@ class OpenFile:
 
     def close(self) -> None:
         try:
-            os.fsync(self._descriptor)
+            with self._named():
+                os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
 
     def _note(self, place: Place, crc: int) -> None:
         for offset in place.checksums:
-            os.pwrite(self._descriptor, struct.pack("<I", crc), offset)
+            self._write(struct.pack("<I", crc), offset)
+
+    def _write(self, data: bytes | np.ndarray, offset: int) -> None:
+        rest = memoryview(data)
+        with self._named():
+            while rest:
+                # A disk that is nearly full takes a part, and says why only at the next call.
+                written = os.pwrite(self._descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A fault of the disk's says in which file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = f"{self._path}"
+            raise
 
 
 def _made(place: Place) -> np.ndarray:

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ligo import cli
-from megatron_ligo.errors import CheckpointError
+from megatron_ligo.errors import CheckpointError, fault
 from megatron_ligo.mutations.changes import CHANGES, MARK, OUTSIDE, Change
 from megatron_ligo.mutations.samples import SAMPLES, Sample
 
@@ -138,7 +137,7 @@ def _child(sample: Sample, content: Path, answer: int) -> None:
     except MemoryError:
         kind, text = "took too much memory", traceback.format_exc()
     except BaseException as error:
-        told = cli.fault(error)
+        told = fault(error)
         kind, text = (REFUSED, told) if told else ("an error of ours", traceback.format_exc())
     try:
         with os.fdopen(answer, "wb") as pipe:

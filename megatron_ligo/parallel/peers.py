@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_ligo import signals
-from megatron_ligo.errors import LostRankError, Stopped
+from megatron_ligo.errors import LigoError, LostRankError, Stopped
 
 # How long a rank that has lost another waits for the last words of the rest.
 SECONDS = 4.0
@@ -37,8 +37,8 @@ def together() -> Iterator[None]:
     except Stopped:
         raise
     except Exception as error:
-        if not dist.is_initialized():
-            # They have not met.
+        if not dist.is_initialized() or (isinstance(error, LigoError) and error.agreed):
+            # They have not met, or they all know.
             raise
         kind = _loss(error)
         with signals.deferred(SECONDS * 3):

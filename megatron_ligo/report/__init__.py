@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_ligo.jsonfile import write_whole
 from megatron_ligo.report import curves, page, table
 from megatron_ligo.report.runs import read_runs
 
@@ -28,12 +29,6 @@ def write_report(
         runs = [replace(run, spent=before[run.folder]) for run in runs]
     told = table.tell(runs)
     output.mkdir(parents=True, exist_ok=True)
-    _replace(output / "report.png", curves.picture(runs, told))
-    _replace(output / "report.html", page.page(told, curves.picture(runs)).encode())
+    write_whole(output / "report.png", curves.picture(runs, told))
+    write_whole(output / "report.html", page.page(told, curves.picture(runs)).encode())
     table.show(told, console or Console())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_bytes(content)
-    aside.replace(path)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO
 
-from megatron_ligo.errors import ConfigError, message
-from megatron_ligo.locks import lock
+from megatron_ligo.locks import lock_folder
 from megatron_ligo.training.samples import on_rank_0
 
-LOCK = ".lock"
 # Open for as long as the process lives.
 _held: dict[Path, IO[str]] = {}
 
@@ -25,8 +23,4 @@ def _lock(folder: Path, make: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder in _held or not folder.is_dir():
         return
-    file = lock(folder / LOCK)
-    if file is None:
-        do = "Wait for its end, or choose another --output."
-        raise ConfigError(message(f"{folder}", "a folder that no other run writes to", "one that does", do))
-    _held[folder] = file
+    _held[folder] = lock_folder(folder)

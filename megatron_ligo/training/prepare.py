@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ligo.errors import DataError, message
-from megatron_ligo.jsonfile import read_json
+from megatron_ligo.jsonfile import read_json, write_json
+from megatron_ligo.locks import alone
 from megatron_ligo.training.indexed import digest_file
 from megatron_ligo.training.texts import Texts
 from megatron_ligo.training.tokenizer import Tokenizer, digest_tokenizer, load_tokenizer, train_sentencepiece
@@ -30,6 +31,7 @@ from megatron_ligo.training.tokenizer import Tokenizer, digest_tokenizer, load_t
 log = logging.getLogger(__name__)
 
 MARK = "prepared.json"
+ASIDE = ".preparing"
 # sentencepiece learns from this much of the training text.
 TRAINING_BYTES = 16 << 20
 CHUNK_BYTES = 1 << 18
@@ -58,18 +60,25 @@ def prepare(recipe: Recipe, output: Path, workers: int) -> dict:
     renamed, OUTPUT/prepared.json last; if that is there and was made from the same, nothing is done again.
     """
     fingerprint = json.loads(json.dumps(recipe.fingerprint()))
-    done = _found(output, fingerprint)
-    if done:
-        return done
-    aside = output / f".preparing.{os.getpid()}"
-    aside.mkdir(parents=True)
-    try:
-        tokenizer = _tokenizer(recipe, aside / "tokenizer")
-        splits = _write(recipe, tokenizer, aside, workers)
-        (aside / MARK).write_text(json.dumps({"fingerprint": fingerprint, "splits": splits}, indent=2))
-        _publish(aside, output)
-    finally:
+    aside = output / ASIDE
+    with alone(output):
+        if (aside / MARK).is_file():
+            # Whole; the run was killed while it renamed.
+            _publish(aside, output)
+        done = _found(output, fingerprint)
+        if done:
+            return done
         shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            tokenizer = _tokenizer(recipe, aside / "tokenizer")
+            splits = _write(recipe, tokenizer, aside, workers)
+            _sync(aside)
+            write_json(aside / MARK, {"fingerprint": fingerprint, "splits": splits})
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        _publish(aside, output)
     return splits
 
 
@@ -227,11 +236,15 @@ class _Writer:
         return record
 
 
-def _publish(aside: Path, output: Path) -> None:
-    """Everything to disk, then renamed, the mark last."""
-    for path in [*aside.rglob("*"), aside]:
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def _publish(aside: Path, output: Path) -> None:
+    """Renames all that is in a whole folder, the mark last."""
     for path in sorted(aside.iterdir(), key=lambda path: path.name == MARK):
         path.rename(output / path.name)
+    aside.rmdir()

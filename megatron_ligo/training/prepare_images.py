@@ -5,17 +5,17 @@ Images are held out by the digest of their pixels, so that equal ones fall on on
 
 from __future__ import annotations
 
-import os
-import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from megatron_ligo.errors import DataError, message
+from megatron_ligo.jsonfile import write_whole
+from megatron_ligo.locks import alone
 from megatron_ligo.training.dealing import TRAIN, VALID
 from megatron_ligo.training.pictures import IMAGES, LABELS
 
@@ -63,20 +63,16 @@ def prepare(images: np.ndarray, labels: np.ndarray, output: Path, valid_fraction
     that are there must be the same."""
     drawn = np.array([xxhash.xxh3_64_intdigest(image.tobytes()) / 2**64 for image in images])
     chosen = {VALID: drawn < valid_fraction, TRAIN: drawn >= valid_fraction}
-    aside = output / f".preparing.{os.getpid()}"
-    aside.mkdir(parents=True)
-    try:
-        for split, mine in chosen.items():
-            if not mine.any():
-                raise DataError(message(f"{split} images", "at least one", f"none of {len(images)}", "Take more."))
-            tensors = {IMAGES: torch.from_numpy(images[mine]), LABELS: torch.from_numpy(labels[mine])}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / f"{split}.safetensors")
-        for made in aside.iterdir():
-            place = output / made.name
-            if place.exists() and place.read_bytes() != made.read_bytes():
+    made = {}
+    for split, mine in chosen.items():
+        if not mine.any():
+            raise DataError(message(f"{split} images", "at least one", f"none of {len(images)}", "Take more."))
+        tensors = {IMAGES: torch.from_numpy(images[mine]), LABELS: torch.from_numpy(labels[mine])}
+        made[output / f"{split}.safetensors"] = save({name: held.contiguous() for name, held in tensors.items()})
+    with alone(output):
+        for place, content in made.items():
+            if place.exists() and place.read_bytes() != content:
                 raise DataError(message(f"{place}", "the same images, or none", "others", "Choose another --output."))
-        for made in list(aside.iterdir()):
-            made.rename(output / made.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for place, content in made.items():
+            write_whole(place, content)
     return {split: int(mine.sum()) for split, mine in chosen.items()}

@@ -25,7 +25,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_ligo.errors import DataError, LigoError, message
+from megatron_ligo.errors import DataError, message
+from megatron_ligo.formats.share import ALONE, Share
 from megatron_ligo.parallel import mesh
 from megatron_ligo.training.indexed import Pair
 
@@ -62,7 +63,7 @@ def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> tor
         mesh.start()
     folder = cache_dir.resolve() / _cache_key(blend, seq_length, seed)
     on_rank_0(lambda: _build_index(blend, seq_length, seed, folder))
-    everywhere(lambda: _see(folder))
+    everywhere(lambda: _check(folder))
     return _datasets(blend, seq_length, seed, folder)
 
 
@@ -75,33 +76,35 @@ def _cache_key(blend: Blend, seq_length: int, seed: int) -> str:
 
 def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None:
     """Builds the indices aside and renames them, so that a folder of that name is whole."""
-    if not folder.is_dir():
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    if folder.is_dir():
+        return
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _datasets(blend, seq_length, seed, aside)
+        for path in aside.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        aside.rename(folder)
+    except OSError as error:
+        if folder.is_dir():  # another run was faster
+            return
+        do = "Free some room, or choose another data.cache."
+        raise DataError(message(str(folder), "a folder to keep the sample indices in", error, do)) from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        try:
-            _datasets(blend, seq_length, seed, aside)
-            for path in aside.iterdir():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            aside.rename(folder)
-        except OSError as error:
-            if folder.is_dir():  # another run was faster
-                return
-            do = "Free some room, or choose another data.cache."
-            raise DataError(message(str(folder), "a folder to keep the sample indices in", error, do)) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check(folder: Path) -> None:
+    """Megatron-core would run a program that stands in place of an array; each node may have a folder of its own."""
+    if not folder.is_dir():
+        do = "Choose a data.cache that all nodes share."
+        raise DataError(message(str(folder), "the folder that rank 0 has built", "nothing there", do))
     for path in folder.glob("*.npy"):
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise DataError(message(str(path), "a whole array", error, f"Remove the folder {folder}.")) from error
-
-
-def _see(folder: Path) -> None:
-    if not folder.is_dir():
-        do = "Choose a data.cache that all nodes share."
-        raise DataError(message(str(folder), "the folder that rank 0 has built", "nothing there", do))
 
 
 def _datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> torch.utils.data.Dataset:
@@ -141,13 +144,9 @@ def _gpt_dataset(prefix: str, samples: int | None, split: Split, config: GPTData
 
 def everywhere(work: Callable[[], T]) -> T:
     """Does the work on each rank; a fault of one is raised on all."""
-    result, error = None, None
-    try:
-        result = work()
-    except LigoError as caught:
-        error = caught
-    mesh.agree(error)
-    return result
+    share = Share(dist.get_rank(), dist.get_world_size(), mesh.gathered) if dist.is_initialized() else ALONE
+    with share.agreed():
+        return work()
 
 
 def on_rank_0(work: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import xxhash
@@ -13,6 +14,8 @@ from megatron_ligo.jsonfile import read_json
 
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
+# Datasets have int32.
+MOST_TOKENS = 1 << 31
 # Tokens that end a document, in the order in which they are looked for. A chat model's eos token ends a turn:
 # what its pretraining used comes first.
 BASE_END_NAMES = ("<|endoftext|>", "<|end_of_text|>")
@@ -79,6 +82,8 @@ def _load_hf(file: Path, eod: str) -> Tokenizer:
         raise DataError(message(str(file), "a token that ends a document", f"none of {names}", "Name it with --eod."))
     # Ids may have holes: the vocabulary reaches to the largest.
     vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+    if vocab_size > MOST_TOKENS:
+        raise DataError(message(str(file), f"no token's number above {MOST_TOKENS - 1}", vocab_size - 1))
     files = tuple(path for path in sorted(file.parent.glob("*token*.json")) if path != file)
     return Tokenizer(
         lambda text: inner.encode(text, add_special_tokens=False).ids,
@@ -119,11 +124,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     """Trains a byte-pair sentencepiece model on the texts; the same texts give the same file."""
     import sentencepiece
 
-    prefix = folder / Path(SENTENCEPIECE_FILE).stem
+    # Into memory: its own writing is silent where the disk is full, and puts the folder's name into the file.
+    made = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts),
-            model_prefix=str(prefix),
+            model_writer=made,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
@@ -143,7 +149,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     except (RuntimeError, OSError) as error:
         do = "Choose another vocabulary size, or give more text."
         raise DataError(message("--train-sentencepiece", "a vocabulary that the texts fill", error, do)) from error
-    prefix.with_suffix(".vocab").unlink()
+    (folder / SENTENCEPIECE_FILE).write_bytes(made.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterable[str]:

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_ligo.config import Config
-from megatron_ligo.training import elastic, replicas
+from megatron_ligo.training import checkpoints, elastic, replicas
 from megatron_ligo.training.data import Data
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.fit import Fit
+from megatron_ligo.training.pretrain import MODEL, Pretrain
 from tests.training.pretraining import Killed, pretrain
 
 
@@ -117,8 +118,8 @@ def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
     return json.loads((Path(output) / "operator/operator.json").read_text())
 
 
-def forgetful(settings: dict, output: str, lost: str) -> dict | str:
-    """A run that is moved to another layout, and finds nothing but zeros for one of Adam's moments."""
+def saved_at_once(settings: dict, output: str, to: str, lost: str = "") -> None:
+    """Takes a run up at another layout, and saves what it has taken up. lost: is found to be nothing but zeros."""
     fill = elastic.fill_optimizer
 
     def filled(engine, part, steps=None):
@@ -130,7 +131,9 @@ def forgetful(settings: dict, output: str, lost: str) -> dict | str:
 
     elastic.fill_optimizer = filled
     try:
-        return pretrain(settings, output)
+        job = Pretrain(Config.from_dict(settings), Path(output))
+        checkpoints.save(job.engine, Path(to), job.engine.steps, job.found.state, 1, job.output / MODEL)
+        job.engine.engine.destroy()
     finally:
         elastic.fill_optimizer = fill
 

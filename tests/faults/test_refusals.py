@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.training.claim import LOCK
+from megatron_ligo.locks import LOCK
 from tests.faults.commands import Run
 
 

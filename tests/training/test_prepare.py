@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ligo.errors import DataError, Faults
+from megatron_ligo.errors import ConfigError, DataError, Faults
+from megatron_ligo.locks import alone
 from megatron_ligo.training import prepare as preparing
 from megatron_ligo.training.indexed import open_pair
 from megatron_ligo.training.prepare import Recipe, prepare
@@ -101,11 +102,16 @@ def test_equal_documents_fall_on_one_side(tmp_path, hf_folder):
     assert len(train) + len(valid) == 50 and not train & valid
 
 
+def found(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 def test_sentencepiece(tmp_path):
     texts = Texts((), python_docs=True, max_bytes=600_000)
     for name in ("a", "b"):
         prepare(Recipe(texts, train_vocab=1000, valid_fraction=0.1), tmp_path / name, 1)
-    assert (tmp_path / "a" / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes()
+    one, other = ({path.name: path.read_bytes() for path in found(tmp_path / name)} for name in ("a", "b"))
+    assert one == other and {"train.bin", "tokenizer.model", "prepared.json"} <= set(one)
     tokenizer = load_tokenizer(tmp_path / "a" / "tokenizer")
     import sentencepiece
 
@@ -126,6 +132,24 @@ def test_a_second_run_says_what_it_found(corpus, hf_folder, tmp_path):
     (corpus / "0.txt").write_text("changed")
     with pytest.raises(DataError, match="Choose another --output"):
         prepare(recipe(corpus, hf_folder), out, 1)
+
+
+def test_a_run_that_was_killed_while_it_renamed_is_ended(corpus, hf_folder, tmp_path):
+    out = tmp_path / "out"
+    counts = prepare(recipe(corpus, hf_folder), out, 1)
+    expected = {path.relative_to(out): path.read_bytes() for path in found(out)}
+    (out / ".preparing").mkdir()
+    for name in ("valid.bin", "tokenizer", "prepared.json"):
+        (out / name).rename(out / ".preparing" / name)
+    assert prepare(recipe(corpus, hf_folder), out, 1) == counts
+    assert {path.relative_to(out): path.read_bytes() for path in found(out)} == expected
+    assert not (out / ".preparing").exists()
+
+
+def test_two_at_once(corpus, hf_folder, tmp_path):
+    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+        prepare(recipe(corpus, hf_folder), tmp_path / "out", 1)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_nothing_is_left_of_a_run_that_failed(corpus, hf_folder, tmp_path):
@@ -275,14 +299,14 @@ def test_an_interrupt_leaves_nothing(tmp_path, hf_folder):
     assert list(out.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, hf_folder):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not allowed here")
-    try:
-        code, _, err = command("--python-docs", "--tokenizer", hf_folder, "--output", disk / "out", "--workers", 1)
-        assert code == 2 and "found it full" in err and "Traceback" not in err, err
-        assert list((disk / "out").iterdir()) == []
-    finally:
-        subprocess.run(["umount", disk], check=True)
+@pytest.mark.parametrize("chosen", ["a tokenizer", "--train-sentencepiece"])
+def test_a_full_disk_leaves_nothing(small_disk, hf_folder, chosen):
+    """Full from the start (sentencepiece writes its model without a look), or on the way."""
+    options = ["--tokenizer", hf_folder, "--python-docs"]
+    if chosen == "--train-sentencepiece":
+        room = os.statvfs(small_disk)
+        (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_bsize))
+        options = [chosen, 600, "--max-bytes", 60_000, "--python-docs"]
+    code, _, err = command(*options, "--output", small_disk / "out", "--workers", 1)
+    assert code == 2 and "found it full" in err and "Traceback" not in err, err
+    assert list((small_disk / "out").iterdir()) == []
