@@ -8,15 +8,19 @@ data/*.npz hold, in Hugging Face's names: `src/*` a small BERT with a masked-LM 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from math import gcd
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
 
 from megatron_ligo.arch import get
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import OperatorSection
+from megatron_ligo.formats import hf_config
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.packing import stored
 from tests.tiny import Memory
@@ -33,7 +37,6 @@ MODULES = {
     "output.LayerNorm": "norm2",
 }
 LAYER = "bert.encoder.layer"
-HEAD_DIM = 4
 
 
 class Given(Operator):
@@ -58,11 +61,11 @@ class Case:
     logits_large: Tensor
 
 
-def load(path: Path, head_dim: int = HEAD_DIM) -> Case:
+def load(path: Path, head_dim: int | None = None) -> Case:
     """The file's numbers, float64. The arithmetic knows no heads: with another head size all but the logits hold."""
-    raw = {name: torch.from_numpy(array) for name, array in np.load(path, allow_pickle=False).items()}
+    raw = _raw(path)
     source, expected = (_part(raw, prefix) for prefix in ("src/", "dst/"))
-    small, large = _dims(source, head_dim), _dims(expected, head_dim)
+    small, large = (_dims(part, head_dim or head_dim_of(path)) for part in (source, expected))
     operator = Given(small, large, OperatorSection(method="ligo"), _tensors(raw, small, large))
     return Case(
         Memory(small, _canonical(source, small)),
@@ -72,6 +75,36 @@ def load(path: Path, head_dim: int = HEAD_DIM) -> Case:
         raw["logits_small"],
         raw["logits_large"],
     )
+
+
+def bert(dims: Dims) -> BertForMaskedLM:
+    config = hf_config.config_of(dims, {}, torch.float64)
+    return BertForMaskedLM(BertConfig(**config)).double().eval()
+
+
+def head_dims(path: Path) -> list[int]:
+    """Head sizes that divide both models, the largest first."""
+    raw = _raw(path)
+    common = gcd(*(raw[f"{part}/bert.embeddings.LayerNorm.weight"].shape[0] for part in ("src", "dst")))
+    return [size for size in range(common, 0, -1) if common % size == 0]
+
+
+@cache
+def head_dim_of(path: Path) -> int:
+    """The files do not say it: it is the one that gives their small model's logits."""
+    raw = _raw(path)
+    source = _part(raw, "src/")
+    for size in head_dims(path):
+        model = bert(_dims(source, size))
+        model.load_state_dict(source, strict=False)
+        with torch.no_grad():
+            if torch.allclose(model(raw["ids"]).logits, raw["logits_small"], rtol=1e-12, atol=1e-13):
+                return size
+    raise AssertionError(f"{path.name}: no size of heads gives its logits_small")
+
+
+def _raw(path: Path) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in np.load(path, allow_pickle=False).items()}
 
 
 def with_identity(rows: Tensor) -> Tensor:

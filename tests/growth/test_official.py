@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
-from transformers import BertConfig, BertForMaskedLM
 
 from megatron_ligo.arch.rows import Use
 from megatron_ligo.config import LargeSection, OperatorSection
 from megatron_ligo.errors import ConfigError
-from megatron_ligo.formats import hf_config
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.packing import stored
@@ -29,11 +27,6 @@ def case(request) -> official.Case:
     return official.load(request.param)
 
 
-def bert(dims) -> BertForMaskedLM:
-    config = hf_config.config_of(dims, {}, torch.float64)
-    return BertForMaskedLM(BertConfig(**config)).double().eval()
-
-
 def state_of(reader) -> dict[str, torch.Tensor]:
     """Its tensors under Hugging Face's names."""
     items = stored(reader.arch, reader.dims, "hf")
@@ -42,7 +35,7 @@ def state_of(reader) -> dict[str, torch.Tensor]:
 
 def logits(reader, ids) -> torch.Tensor:
     """May be differentiated by the reader's tensors."""
-    return functional_call(bert(reader.dims), state_of(reader), (ids,)).logits
+    return functional_call(official.bert(reader.dims), state_of(reader), (ids,)).logits
 
 
 def changed(case: official.Case, tensors: dict[str, torch.Tensor]) -> official.Given:
@@ -98,7 +91,7 @@ def test_forward(case):
     assert torch.allclose(large, case.logits_large, rtol=1e-12, atol=1e-13)
 
 
-LAYOUTS = {"one process": {}, "stages": {"pp": 2}, "heads": {"tp": 0}, "heads of half the size": {"tp": 2, "pp": 2}}
+LAYOUTS = {"one process": {}, "stages": {"pp": 2}, "heads": {}, "heads and stages": {"pp": 2}}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -106,17 +99,21 @@ LAYOUTS = {"one process": {}, "stages": {"pp": 2}, "heads": {"tp": 0}, "heads of
 def test_sharded(pools, path, kind):
     """The fit's own model, in fp32: its loss, and the weights that its ranks' parts of the operator give."""
     layout = dict(LAYOUTS[kind])
-    head_dim = official.HEAD_DIM // 2 if layout.get("tp") == 2 else official.HEAD_DIM
+    own = head_dim = official.head_dim_of(path)
+    large = official.load(path).operator.large
+    if kind == "heads":
+        layout["tp"] = next(tp for tp in range(2, 100) if large.num_heads % tp == 0 and large.ffn_size % tp == 0)
+    if kind == "heads and stages":
+        tp = layout["tp"] = next(tp for tp in range(2, 100) if large.ffn_size % tp == 0)
+        # Of a size that the ranks can share.
+        head_dim = next(s for s in official.head_dims(path) if s <= own and large.hidden_size // s % tp == 0)
     case = official.load(path, head_dim)
-    large = case.operator.large
-    if layout.get("tp") == 0:
-        layout["tp"] = next(tp for tp in range(2, large.num_heads + 1) if large.num_heads % tp == 0)
     world = layout.get("tp", 1) * layout.get("pp", 1)
     loss, grown = pools(world).run(cases.official_numbers, path=str(path), head_dim=head_dim, **layout)
     labels = case.ids.roll(1, dims=1)
     with torch.no_grad():
-        found = logits(Memory(large, case.expected), case.ids)
-    if head_dim == official.HEAD_DIM:
+        found = logits(Memory(case.operator.large, case.expected), case.ids)
+    if head_dim == own:
         assert torch.allclose(found, case.logits_large, rtol=1e-12, atol=1e-13)
     expected = float(F.cross_entropy(found.flatten(0, 1), labels.flatten()))
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -128,7 +125,7 @@ def test_sharded(pools, path, kind):
 def test_on_the_fly_is_materialised(case):
     """Every linear applied factor by factor gives what the built matrix gives."""
     grown = Grown(case.operator, case.source)
-    model = bert(grown.dims)
+    model = official.bert(grown.dims)
     model.load_state_dict(state_of(grown))
     for key in grown.keys():  # noqa: SIM118
         row = grown.row(key)
@@ -223,9 +220,11 @@ def test_rows_of_zeros_pad_a_stack(case):
         if name.startswith("width.")
     }
     tensors = padded | one_hot_depth(operator)
+    last = operator.large.num_layers - 1
+    below = last % operator.small.num_layers
     grown = Grown(official.Given(operator.small, operator.large, operator.settings, tensors), case.source)
     for row in MATRICES:
-        found, source = grown.read(f"layers.3.{row}"), case.source.read(f"layers.1.{row}")
+        found, source = grown.read(f"layers.{last}.{row}"), case.source.read(f"layers.{below}.{row}")
         corner = found[: source.shape[0], : source.shape[1]]
         assert torch.equal(corner, source)
         assert int(found.count_nonzero()) == int(source.count_nonzero())
@@ -278,8 +277,8 @@ def test_refused_where_the_official_code_runs_on(case):
     small = case.source.dims
     ligo = OperatorSection(method="ligo")
     wrong = {
-        "head_dim": LargeSection(hidden_size=12),
-        "hidden_size": LargeSection(hidden_size=4, num_heads=1),
+        "head_dim": LargeSection(hidden_size=small.hidden_size + small.num_heads),
+        "hidden_size": LargeSection(hidden_size=small.head_dim, num_heads=1),
         "vocab_size": LargeSection(vocab_size=small.vocab_size - 1),
         "num_layers": LargeSection(num_layers=1),
     }
@@ -288,7 +287,7 @@ def test_refused_where_the_official_code_runs_on(case):
             initial_operator(small, large, ligo)
     # interlace is right at any ratio of layers, where the official one reads beyond the small model's last.
     operator = initial_operator(small, LargeSection(num_layers=5), replace(ligo, depth_init="interlace"))
-    assert operator.tensor("depth.q").argmax(dim=1).tolist() == [0, 0, 0, 1, 1]
+    assert operator.tensor("depth.q").argmax(dim=1).tolist() == [i * small.num_layers // 5 for i in range(5)]
 
 
 def test_one_step_of_the_optimizer(case):
