@@ -191,7 +191,7 @@ class DataSection:
     mask_rate: float = setting(0.15, "encoders: share of a sample's tokens that is to be told", above=0.0, below=1.0)
     mask_token: int | None = setting(None, "encoders: id of the mask token; left out: the tokenizer's", low=0)
     ends: tuple[int, ...] | None = setting(
-        None, "encoders: ids around each sample, or []; left out: the tokenizer's", low=0
+        None, "encoders: ids around each sample, which is of segment 0, or []; left out: the tokenizer's", low=0
     )
     special_tokens: tuple[int, ...] = setting((), "encoders: more ids that are never masked", low=0)
     pixel_mean: tuple[float, ...] = setting((0.5,), "images: taken from pixels of 0 to 1; one, or one a channel")
