@@ -15,6 +15,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Of a disk, or of a server that has it.
 FAILED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.EFBIG)
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -139,6 +140,8 @@ def _machine_fault(error: BaseException) -> str | None:
         return f"{where}: expected permission, found: {error.strerror}. Choose another place, or change its rights."
     if code in MISSING and error.filename is not None:
         return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
+    if code in TAKEN:
+        return f"{where}: expected a folder, or a place for one, found: {error.strerror}. Choose another --output."
     if code in FAILED:
         return f"{where}: expected a disk that works, found: {error.strerror}. See the machine's own log."
     if code == errno.EADDRINUSE:

@@ -139,6 +139,7 @@ def wrapped(inner: Exception) -> Exception:
         (RuntimeError("I/O error: No space left on device (os error 28)"), "found it full"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: expected permission"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: expected a file or folder"),
+        (FileExistsError(errno.EEXIST, "File exists", "/a"), "/a: expected a folder, or a place for one"),
         (OSError(errno.EIO, "Input/output error", "/a"), "/a: expected a disk that works"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "--master_port"),
         (ConfigError("said"), "said"),

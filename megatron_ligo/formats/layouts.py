@@ -94,12 +94,12 @@ def torch_skeleton(path: Path, tree: object) -> list[Place]:
         with skip_data():
             torch.save(hollow, path)
     except RuntimeError as error:
-        raise _reason(path, error) from error
+        raise not_written(path, error) from error
     records = _records(path)
     return [Place(name, *records[f"data/{number}"], later) for number, (name, later, _) in enumerate(found.values())]
 
 
-def _reason(path: Path, error: RuntimeError) -> OSError:
+def not_written(path: Path, error: RuntimeError) -> OSError:
     """torch's writer fails without a reason (`iostream error`): the disk, asked for some room, gives it."""
     try:
         with path.open("wb") as file:

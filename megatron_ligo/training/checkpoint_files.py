@@ -10,6 +10,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from megatron_ligo.errors import CheckpointError, message
 from megatron_ligo.formats import digest, torch_files
+from megatron_ligo.formats.layouts import not_written
 from megatron_ligo.model.universal import RECORDS
 
 ALLOWED = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
@@ -43,7 +44,9 @@ class Files(TorchCheckpointEngine):
             super().save(state_dict, path)
             sync(Path(path))
             self.written[Path(path)] = stated(Path(path))
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
+            self.fault = unwritable(Path(path), not_written(Path(path), error))
+        except OSError as error:
             self.fault = unwritable(Path(path), error)
 
     def load(self, path: str, map_location: object = None) -> object:

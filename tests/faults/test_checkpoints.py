@@ -147,6 +147,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(pools, base, whole, small_d
     (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_bsize - size // 2))
     found = pools(2).run(pretrain, settings=table, output=str(output))
     assert isinstance(found, str) and "expected room and leave to write a checkpoint" in found
+    assert "No space left on device" in found
     assert snapshot(output / "checkpoints/step_2") == before
     assert names(output / "checkpoints") == ["step_2"]
     (small_disk / "filler").unlink()
