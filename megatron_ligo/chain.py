@@ -21,7 +21,8 @@ from megatron_ligo import lineage
 from megatron_ligo.config import Config
 from megatron_ligo.errors import ConfigError, Faults, LigoError, Stopped, message, nearest
 from megatron_ligo.growth.file import RECORD as OPERATOR_RECORD
-from megatron_ligo.jsonfile import write_json
+from megatron_ligo.jsonfile import write_json, write_whole
+from megatron_ligo.locks import alone
 from megatron_ligo.manifest import library_versions
 from megatron_ligo.report import write_report
 from megatron_ligo.report.runs import PRETRAIN_RECORD, Run, read_runs
@@ -136,15 +137,20 @@ def _over(below: Mapping, above: Mapping) -> dict:
 
 def run(stages: Sequence[Stage], output: Path, tell: Callable[[str], None]) -> None:
     """All that is not done yet, in order; after each stage the page and the lineage. Raises a command's fault."""
-    for number, stage in enumerate(stages, 1):
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        config = stage.folder / "run.toml"
-        config.write_text(_toml(stage.config.to_dict()), encoding="utf-8")
-        for name, command, done in stage.works():
-            tell(f"{stage.name}: {name}{' is done' if done else ''}")
-            if not done:
-                _command([*command, "--config", str(config), "--output", str(stage.folder / name)])
-        record(stages[:number], output)
+    with alone(output):
+        for number, stage in enumerate(stages, 1):
+            _run(stage, tell)
+            record(stages[:number], output)
+
+
+def _run(stage: Stage, tell: Callable[[str], None]) -> None:
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    config = stage.folder / "run.toml"
+    write_whole(config, _toml(stage.config.to_dict()).encode())
+    for name, command, done in stage.works():
+        tell(f"{stage.name}: {name}{' is done' if done else ''}")
+        if not done:
+            _command([*command, "--config", str(config), "--output", str(stage.folder / name)])
 
 
 def _toml(sections: dict) -> str:

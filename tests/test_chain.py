@@ -14,6 +14,7 @@ import pytest
 
 from megatron_ligo import chain, lineage
 from megatron_ligo.errors import ConfigError
+from megatron_ligo.locks import alone
 from tests import families
 from tests.training.test_pretrain import make_pair
 
@@ -113,3 +114,8 @@ def test_faults_of_all_stages_at_once(tmp_path):
     path.write_text("stages = 3")
     with pytest.raises(ConfigError, match=r"a table \[\[stages\]\]"):
         chain.load(path, tmp_path)
+
+
+def test_two_at_once(tmp_path):
+    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+        chain.run([], tmp_path / "out", print)

@@ -148,6 +148,12 @@ def numbers_that_are_none(folder):
 
 
 @of(hf)
+def a_number_that_no_float_holds(folder):
+    edit_json(folder / CONFIG, rms_norm_eps=10**400)
+    return ("a number of 401 digits",)
+
+
+@of(hf)
 def no_config(folder):
     (folder / CONFIG).unlink()
     return ("config",)

@@ -217,6 +217,18 @@ def sizes_of_no_model(folder):
 
 
 @of(megatron)
+def sizes_that_nothing_divides(folder):
+    (folder / "dims.json").unlink()
+
+    def change(state):
+        state["args"].num_attention_heads = 0
+        state["args"].kv_channels = None
+
+    edit(file(folder, 0, 0), change)
+    return "args in", "the sizes of a model"
+
+
+@of(megatron)
 def a_tracker_that_leads_elsewhere(folder):
     (folder / "release").rename(folder.parent / "elsewhere")
     (folder / "release").symlink_to("../elsewhere")

@@ -220,7 +220,7 @@ def test_the_token_that_ends_a_document(hf_folder, tmp_path):
     assert load_tokenizer(tmp_path).eod == other.token_to_id("<|turn|>")
 
 
-def test_tokenizer_faults(tmp_path):
+def test_tokenizer_faults(hf_folder, tmp_path):
     with pytest.raises(DataError, match="neither"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
@@ -228,6 +228,11 @@ def test_tokenizer_faults(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="a Hugging Face tokenizer"):
+        load_tokenizer(tmp_path)
+    table = json.loads((hf_folder / "tokenizer.json").read_text())
+    table["model"]["vocab"][max(table["model"]["vocab"])] = 1 << 31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(DataError, match=f"no token's number above {(1 << 31) - 1}, found {1 << 31}"):
         load_tokenizer(tmp_path)
 
 
