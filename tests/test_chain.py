@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ligo import chain, lineage
+from megatron_ligo.config import WRITERS
 from megatron_ligo.errors import ConfigError
 from megatron_ligo.locks import alone
 from tests import families
@@ -67,21 +68,26 @@ def finished(process: subprocess.Popen) -> str:
     return out
 
 
-def kill_at(process: subprocess.Popen, file: Path) -> None:
-    """All its processes, as soon as a run has written a line into the file."""
-    deadline = time.monotonic() + 300
-    while not (file.is_file() and file.read_text()):
+def kill_in(process: subprocess.Popen, work: Path) -> None:
+    """All its processes, as soon as a run has written the line of a step, or a growth a piece of its first format."""
+    deadline, metrics, growth = time.monotonic() + 300, work / "metrics.jsonl", work / f".{WRITERS[0]}.partial/content"
+    while not (metrics.is_file() and metrics.read_text()) and not growth.is_dir():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def works(path: Path, output: Path) -> dict[str, bool]:
+    """What the chain does, in order, and whether it is done."""
+    return {f"{stage.name}/{name}": done for stage in chain.load(path, output) for name, _, done in stage.works()}
 
 
 def losses(output: Path, run: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_chain_that_is_killed_in_each_of_its_stages(tmp_path):
+def test_a_chain_that_is_killed_in_each_of_its_works(tmp_path):
     for seed, name in enumerate(("train", "valid")):
         make_pair(tmp_path / name, seed)
     families.saved(tmp_path / "sizes", "gpt2", "GPT2LMHeadModel", n_layer=2, n_positions=12)
@@ -89,8 +95,9 @@ def test_a_chain_that_is_killed_in_each_of_its_stages(tmp_path):
     path.write_text((SHARED + STAGES).format(base=tmp_path))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(started(path, whole))
-    kill_at(started(path, killed), killed / "small/pretrain/metrics.jsonl")
-    kill_at(started(path, killed), killed / "medium/pretrain/metrics.jsonl")
+    for run in works(path, killed):
+        kill_in(started(path, killed), killed / run)
+        assert not works(path, killed)[run], f"{run} was killed too late"
     assert "medium: grown is done" in finished(started(path, killed))
     for run in ("small/pretrain", "medium/fit", "medium/pretrain"):
         assert losses(killed, run) == losses(whole, run), run

@@ -115,7 +115,7 @@ OTHER_FAMILIES = [
     ("roberta", {"pp": 2, "tied": False}),
     ("roberta", {"tp": 4, "zero": 2, "sequence_parallel": True, "micro_size": 4}),
     ("vit", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4}),
-    ("vit", {"tp": 2, "zero": 2, "micro_size": 4}),
+    pytest.param("vit", {"tp": 2, "zero": 2, "micro_size": 4}, marks=pytest.mark.long),
     ("deit", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
 ]
 
