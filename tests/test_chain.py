@@ -44,6 +44,7 @@ num_layers = 4
 hidden_size = 48
 num_heads = 12
 max_positions = 30
+vocab_size = 53
 [stages.data]
 seq_length = 20
 [stages.operator]
@@ -107,9 +108,9 @@ def test_a_chain_that_is_killed_in_each_of_its_works(tmp_path):
     ]  # fmt: skip
     assert links[-1]["flops_since_the_first_stage"] == sum(link["flops"] or 0 for link in links)
     assert links[2]["source"] == lineage.read(killed / "medium/grown")["source"]
-    assert [(link["model"]["hidden_size"], link["model"]["max_positions"]) for link in (links[0], links[3])] == [
-        (24, 12), (48, 30),
-    ]  # fmt: skip
+    named = ("num_layers", "hidden_size", "max_positions", "vocab_size")
+    sizes = [[link["model"][size] for size in named] for link in links]
+    assert (sizes[0], sizes[3]) == ([2, 24, 12, 37], [4, 48, 30, 53])
     assert (killed / "report/report.html").is_file()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from megatron_ligo.config import Config, DataSection
 from megatron_ligo.errors import ConfigError, DataError
 from megatron_ligo.training.data import open_data
 from megatron_ligo.training.masking import masking_of
+from megatron_ligo.training.prepare import Recipe, prepare
+from megatron_ligo.training.texts import Texts, find
 from tests import families
 from tests.training.pretraining import fit, pretrain
 from tests.training.test_data import S, pairs  # noqa: F401
 from tests.training.test_pretrain import losses_of, make_pair
 
+ROOT = Path(__file__).resolve().parents[2]
 MASK, FIRST, LAST = 4, 5, 6
 BERT = families.dims_of("bert", "BertForMaskedLM", vocab_size=50)
 SECTION = DataSection(mask_token=MASK, ends=(FIRST, LAST), special_tokens=(0,), seq_length=S)
@@ -136,3 +140,29 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
         if key in set(before.keys()):
             assert torch.equal(after.read(key), before.read(key)), key
     assert after.read("head_bias").abs().max() > 0
+
+
+@pytest.mark.long
+def test_the_real_minilm_is_headed_fitted_and_grown(pools, tmp_path):
+    """A masked-LM head is trained on the published encoder, and gives the fit of one of twice its width its loss."""
+    texts = Texts(find([str(ROOT / "megatron_ligo" / "formats")]))
+    prepare(Recipe(texts, str(families.minilm()), valid_fraction=0.3), tmp_path / "data", workers=1)
+    table = Config().to_dict()
+    table["data"] |= {name: [str(tmp_path / "data" / name)] for name in ("train", "valid")} | {"seq_length": 32}
+    table["pretrain"] |= {"start": str(families.minilm()), "fresh_head": True, "steps": 30, "lr": 1e-3}
+    table["pretrain"] |= {"save_every": 0, "eval_samples": 8}
+    headed = pools(1).run(pretrain, settings=table, output=str(tmp_path / "headed"))
+    assert headed["losses"]["end"] < headed["losses"]["start"] - 1
+    table["small"]["path"] = str(tmp_path / "headed" / "checkpoints" / "step_30" / "state")
+    table["large"] |= {"hidden_size": 768, "num_heads": 24, "ffn_size": 3072}
+    table["fit"] |= {"steps": 4, "lr": 3e-4, "save_every": 0, "eval_samples": 8}
+    table["fit"]["parallel"] |= {"tp": 2}
+    pools(2).run(fit, settings=table, output=str(tmp_path / "fit"))
+    handoff.grow_to(Config.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
+    fitted = lineage.read(tmp_path / "grown")["fit"]["losses"]
+    assert fitted["start"] == pytest.approx(headed["losses"]["end"], rel=1e-5)
+    assert fitted["end"] < fitted["start"]
+    table["pretrain"] |= {"start": str(tmp_path / "grown"), "fresh_head": False, "steps": 0}
+    table["pretrain"]["parallel"] |= {"pp": 2}
+    again = pools(2).run(pretrain, settings=table, output=str(tmp_path / "large"))
+    assert again["losses"]["start_on_fit_batch"] == pytest.approx(fitted["end"], rel=1e-5)
