@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import sys
+import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_ligo import bench
 from megatron_ligo.bench import drawn
+from megatron_ligo.bench.steps.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +81,23 @@ def test_the_synthetic_model_has_the_size_that_is_asked_for(gb):
     shapes = [reader.info(key).shape for key in reader.keys()]  # noqa: SIM118 - no dict
     assert 4 * sum(map(math.prod, shapes)) == pytest.approx(gb * 1e9, rel=0.1)
     assert dims.num_layers >= drawn.LAYERS
+
+
+class OneFails:
+    """The second rank fails, or is killed, where the first waits for it."""
+
+    def __init__(self, killed: bool):
+        if dist.get_rank() == 1:
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("too wide")
+        dist.barrier()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("killed, words", [(False, "(?s)rank 1.*too wide"), (True, "rank [01]")])
+def test_a_rank_that_fails_is_told(killed, words):
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=words):
+        Ranks(2, OneFails, killed=killed)
+    assert time.monotonic() - began < 40

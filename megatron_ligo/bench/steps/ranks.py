@@ -9,7 +9,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import connection
 from pathlib import Path
+
+GONE = "ended without a word, as the system ends one that takes too much memory"
 
 
 class Ranks:
@@ -26,6 +30,8 @@ class Ranks:
                 target=_rank_main, args=(rank, world, store, theirs, make, arguments), daemon=True
             )
             process.start()
+            # So that the pipe closes when the rank is gone.
+            theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
         self._answers()
@@ -33,7 +39,9 @@ class Ranks:
     def call(self, method: str, *arguments) -> list:
         """What each rank's method gives."""
         for pipe in self.pipes:
-            pipe.send((method, arguments))
+            # One that is gone is met when the answers are read.
+            with suppress(BrokenPipeError):
+                pipe.send((method, arguments))
         return self._answers()
 
     def close(self) -> None:
@@ -43,14 +51,22 @@ class Ranks:
         self.folder.cleanup()
 
     def _answers(self) -> list:
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            good, value = pipe.recv()
-            if not good:
-                self.close()
-                raise RuntimeError(f"rank {rank}:\n{value}")
-            answers.append(value)
-        return answers
+        """Of all, whoever is first: the others may wait for one that has failed, for ever."""
+        answers: dict[int, object] = {}
+        while len(answers) < len(self.pipes):
+            for pipe in connection.wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]):
+                rank = self.pipes.index(pipe)
+                try:
+                    good, answers[rank] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    good, answers[rank] = (
+                        False,
+                        "ended without a word, as the system ends one that takes too much memory",
+                    )
+                if not good:
+                    self.close()
+                    raise RuntimeError(f"rank {rank}:\n{answers[rank]}")
+        return [answers[rank] for rank in range(len(self.pipes))]
 
 
 def _rank_main(rank: int, world: int, store: str, pipe, make: Callable, arguments: dict) -> None:
