@@ -7,7 +7,9 @@ their threads leave behind reaches the next one. A case that hangs is killed and
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -21,6 +23,8 @@ GRACE = 10.0
 
 
 def _rank_main(rank: int, world: int, store: str, pipe, case: Callable, arguments: dict) -> None:
+    # What a library starts here (Megatron-core's own save starts a server of torch's) is ended with the rank.
+    os.setpgid(0, 0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist
@@ -63,6 +67,8 @@ class Ranks:
             finally:
                 for process in processes:
                     process.kill()
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
                 for process in processes:
                     process.join()
 

@@ -1,8 +1,8 @@
 """Growth of a synthetic Llama against `dd conv=fsync` of the same bytes, and its anonymous memory.
 
 Two operators: `copies`, the default start, whose maps have one entry a row and whose depth maps read one layer, and
-`learned`, the same with a small number added to every entry, as a fit leaves it. Bytes are those of all formats that
-are written.
+`learned`, the same with a small number added to every entry that a fit learns. Bytes are those of all formats that are
+written.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def _tensor(operator: Operator, name: str, kind: str) -> Tensor:
     tensor = operator.tensor(name)
     if kind == "copies" or name.startswith("gain"):
         return tensor
-    return tensor + 1e-3 * torch.randn(tensor.shape, generator=operator.generator(f"{name}.learned"))
+    drawn = 1e-3 * torch.randn(tensor.shape, generator=operator.generator(f"{name}.learned"))
+    if name.endswith("expand") and operator.setting("identity", name.split(".")[1]) == "frozen":
+        drawn[: tensor.shape[1]] = 0
+    return tensor + drawn
 
 
 def _grow(source: Path, operator: Path, target: Path, threads: int) -> dict:

@@ -62,6 +62,7 @@ class Output:
         self._writer = Writer(workers)
         self._first = share.rank == 0
         self._rank, self._dealt = share.rank, [0] * share.world
+        self._made: set[Path] = set()
         self._skeletons = SKELETONS if self._first else f"{SKELETONS}.{share.rank}"
 
     def __enter__(self) -> Output:
@@ -137,8 +138,11 @@ class Output:
 
     def _path(self, name: str) -> Path:
         path = self.folder / name
-        assert path.resolve().is_relative_to(self.folder.resolve()), f"{name} is outside of the folder"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent not in self._made:
+            assert path.resolve().is_relative_to(self.folder.resolve()), f"{name} is outside of the folder"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._made.add(path.parent)
+        assert path.name != "..", f"{name} is outside of the folder"
         return path
 
     def _fill(self, files: Mapping[str, list[Place]]) -> None:

@@ -149,9 +149,12 @@ class Copies(Matrix):
     def pull(self, x):
         return _Take.apply(x, self, True)
 
+    def take(self, x: Tensor, dim: int) -> Tensor:
+        """x with its dimension `dim`, of m, moved through the map."""
+        return x.index_select(dim, self.source) * self.scale.reshape(-1, *[1] * (x.dim() - 1 - dim))
+
     def __matmul__(self, x):
-        scale = self.scale if x.dim() == 1 else self.scale[:, None]
-        return x.index_select(0, self.source) * scale
+        return self.take(x, 0)
 
     def to(self, like):
         rounds = [(index, scale.to(like)) for index, scale in self.rounds]
@@ -159,6 +162,20 @@ class Copies(Matrix):
 
     def dense(self):
         return self.scale.new_zeros(self.shape).scatter_(1, self.source[:, None], self.scale[:, None])
+
+
+def form_of(matrix: Tensor) -> Matrix:
+    """The cheapest form of a map (n, m) as it is stored. Products in any of them are the same numbers."""
+    if matrix.requires_grad:
+        # Entries that are zero have a gradient, too.
+        return Full(matrix)
+    found = Copies.of(matrix)
+    if found is not None:
+        return found
+    small = matrix.shape[1]
+    if matrix.shape[0] > small and torch.equal(matrix[:small], torch.eye(small).to(matrix)):
+        return Kept(matrix, small, 0)
+    return Full(matrix)
 
 
 def _rounds(source: Tensor, scale: Tensor, small: int) -> list[tuple[Tensor, Tensor]]:

@@ -20,6 +20,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import Architecture, Axis, Heads, Row, Use, axis_size
 from megatron_ligo.growth import heads
+from megatron_ligo.growth.forms import Copies, Matrix
 
 # Spaces whose features are names: they keep their meaning.
 UNGROWN = ("vocab", "position", "token_type", "order", "channel", "pixel")
@@ -131,8 +132,12 @@ class Frame:
         return axis_size(axis, dims) // lift.repeat
 
 
-def apply_map(x: Tensor, dim: int, matrix: Tensor, lift: Lift) -> Tensor:
+def apply_map(x: Tensor, dim: int, matrix: Tensor | Matrix, lift: Lift) -> Tensor:
     """x with axis `dim` moved through `matrix` (N x n), in the features' own order."""
+    if isinstance(matrix, Matrix) and lift.plain and dim == x.dim() - 1:
+        return matrix.push(x)
+    if isinstance(matrix, Copies) and lift.repeat == 1 and lift.inner is None:
+        return matrix.take(x.unflatten(dim, (matrix.shape[1], -1)), dim).flatten(dim, dim + 1)
     x = x.movedim(dim, 0)
     rest = x.shape[1:]
     if lift.repeat > 1:
@@ -148,7 +153,11 @@ def apply_map(x: Tensor, dim: int, matrix: Tensor, lift: Lift) -> Tensor:
 
 
 def grow_row(
-    row: Row, mixed: Tensor, matrix: Callable[[Lift, Use], Tensor], frame: Frame, joined: Tensor | None = None
+    row: Row,
+    mixed: Tensor,
+    matrix: Callable[[Lift, Use], Tensor | Matrix],
+    frame: Frame,
+    joined: Tensor | None = None,
 ) -> Tensor:
     """A row's grown tensor from its depth-mixed small one.
 

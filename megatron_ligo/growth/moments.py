@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.rows import Row, Use, layer_of, pattern_of
+from megatron_ligo.growth.forms import form_of
 from megatron_ligo.growth.maps import Lift, apply_map
 from megatron_ligo.growth.operator import Operator, residual_write, short
 
@@ -74,7 +75,8 @@ class Duals:
         for dim, axis in enumerate(row.axes):
             lift = operator.frame.lift(axis, dual=True)
             if lift is not None:
-                grown = apply_map(grown, dim, self._matrix(row, lift, axis.use, layer).to(grown), self._within(lift))
+                dual = form_of(self._matrix(row, lift, axis.use, layer).to(grown))
+                grown = apply_map(grown, dim, dual, self._within(lift))
         if operator.settings.borrow == "next" and row.in_layer:
             # The new features' rows are another layer's.
             grown[row.shape(operator.small)[0] :] = 0

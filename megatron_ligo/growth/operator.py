@@ -26,6 +26,7 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import OFF_LOSS_SPACE, Row, Use, layer_of, pattern_of
 from megatron_ligo.config import OperatorSection, by_space
 from megatron_ligo.growth import heads, init, positions, vocab
+from megatron_ligo.growth.forms import form_of
 from megatron_ligo.growth.maps import Frame, Lift, MapSpec, grow_row, left_inverse
 from megatron_ligo.growth.methods import resolve
 
@@ -158,7 +159,7 @@ class Operator(ABC):
         if row.axes[0].use is Use.SCALES and self.copied_gains:
             return self.grow_gain(row, mixed)
         matrix = self.matrix(layer)
-        grown = grow_row(row, mixed, lambda lift, use: matrix(lift, use).to(mixed), self.frame, joined)
+        grown = grow_row(row, mixed, lambda lift, use: form_of(matrix(lift, use).to(mixed)), self.frame, joined)
         return grown * self.shares(row).to(grown) if self.is_shared_out(row) else grown
 
     def grow_gain(self, row: Row, mixed: Tensor) -> Tensor:

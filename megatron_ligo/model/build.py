@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,23 @@ ACTIVATIONS = {
 }
 
 
+def activation(dims: Dims) -> Callable[[Tensor], Tensor]:
+    """What a layer's second mlp linear is given, of what its first one gives: (..., ffn), or (..., gate and up)."""
+    function = ACTIVATIONS[dims.activation]
+    if not gated(dims):
+        return function
+
+    def gate(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return gate
+
+
+def gated(dims: Dims) -> bool:
+    return "layers.{}.gate" in architectures.get(dims.arch).by_key
+
+
 def normalization(dims: Dims) -> str:
     return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(dims.arch).norm]
 
@@ -90,7 +108,7 @@ def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
         kv_channels=dims.head_dim,
         normalization=normalization(dims),
         layernorm_epsilon=dims.norm_eps,
-        gated_linear_unit="layers.{}.gate" in rows,
+        gated_linear_unit=gated(dims),
         activation_func=ACTIVATIONS[dims.activation],
         add_bias_linear="layers.{}.o_bias" in rows,
         add_qkv_bias=dims.qkv_bias,

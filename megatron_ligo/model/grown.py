@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ligo.arch.rows import Row
 from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.model.build import Build, layer_class, layer_spec, mlp_submodules, transformer_config
+from megatron_ligo.model.build import Build, activation, layer_class, layer_spec, mlp_submodules, transformer_config
 from megatron_ligo.model.maps import Depth, Maps
 from megatron_ligo.model.places import Grown, GrownLinear, Place, place_kind
 from megatron_ligo.model.runtime import OncePerStep, Runtime, stale
@@ -58,6 +58,8 @@ class GrownLayer(nn.Module):
         runtime.depths[layer] = self.depth
         build = Build(runtime.dtype, runtime.mesh.tp, runtime.sequence_parallel)
         config = transformer_config(operator.large, build)
+        # The place after it applies it (places.py): Megatron-core's mlp passes what it is given on.
+        config.gated_linear_unit, config.activation_func = False, passed_on
         self.block = layer_class(operator.large)(config, grown_spec(operator).submodules, layer_number=layer + 1)
         self.places = self._places(config)
 
@@ -70,7 +72,20 @@ class GrownLayer(nn.Module):
         for path, members in rows.items():
             kind = place_kind(members)
             made.append(kind(self.block.get_submodule(path), members, self.layer, self.runtime, config))
+        by_module = {place.module: place for place in made}
+        if self.runtime.operator.arch.norm_first:
+            for norm, reader in self._norms():
+                by_module[norm].reader = by_module[reader]
+        by_module[self.block.mlp.linear_fc2].before = activation(self.runtime.operator.large)
         return made
+
+    def _norms(self) -> list[tuple[Grown, Grown]]:
+        """Each norm with the linear that alone reads it."""
+        block = self.block
+        return [
+            (block.input_layernorm, block.self_attention.linear_qkv),
+            (block.pre_mlp_layernorm, block.mlp.linear_fc1),
+        ]
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (s, b, D2) -> (s, b, D2), in the runtime's dtype."""
@@ -108,6 +123,10 @@ class GrownLayer(nn.Module):
         for place in self.places:
             place.module.run = None
         return out
+
+
+def passed_on(x: Tensor) -> Tensor:
+    return x
 
 
 def grown_spec(operator: Operator):

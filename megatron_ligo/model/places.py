@@ -4,6 +4,9 @@ A column-parallel linear is `y = ((x C^T) [B W]^T)`, a row-parallel one `y = red
 residual contract and expand (whole on every rank), B, A this rank's part of the head and ffn maps, W the mixed
 small weight. Communication happens in the small space. [B W] is either built (once a step, shared by all
 micro-batches) or applied factor by factor, whichever costs fewer FLOPs.
+
+A linear takes the norm or the activation before it along: then no result of these is kept for the backward pass, which
+computes them again, for no product is needed for that (`again`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_ligo.arch.rows import Pack, Row, Use
 from megatron_ligo.growth.cost import factors_are_cheaper
@@ -46,6 +50,7 @@ class Place(ABC):
     """One module of a Megatron-core layer and the rows that it stands for. count: of the tensors that it built."""
 
     count = 0
+    before: Callable[[Tensor], Tensor] | None = None  # what a linear does to its input first
 
     def __init__(self, module: Grown, rows: list[Row], layer: int, runtime: Runtime, config):
         self.module = module
@@ -62,6 +67,13 @@ class Place(ABC):
     @abstractmethod
     def bound(self, built: list[Tensor], maps: dict[str, Matrix]) -> Callable[[Tensor], Tensor]:
         """The module's forward pass, on what was built."""
+
+    def _read(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The first product of a linear, of its input x after what comes before."""
+        before = self.before
+        if self.runtime.recompute or (before is None and x.is_contiguous()):
+            return product(x if before is None else before(x))
+        return again(product if before is None else lambda x: product(before(x)), x)
 
 
 class ColumnPlace(Place):
@@ -101,7 +113,7 @@ class ColumnPlace(Place):
         bias = built[-1] if self.vectors else None
 
         def run(x: Tensor) -> Tensor:
-            u = self.runtime.read_by_all(contract.pull(x))
+            u = self.runtime.read_by_all(self._read(contract.pull, x))
             if not any(self.factored):
                 y = F.linear(u, built[0])
             else:
@@ -137,16 +149,20 @@ class RowPlace(Place):
         (row,) = self.weights
         expand = matrix_of(maps, "residual", False)
         inner = self.runtime.map_for(maps, row, 1)[0] if self.factored else None
+        multiply = (lambda x: F.linear(x, built[0])) if inner is None else inner.pull
 
         def run(x: Tensor) -> Tensor:
-            z = self.runtime.written_by_all(F.linear(x if inner is None else inner.pull(x), built[0]))
+            y = self._read(multiply, x)
+            z = self.runtime.written_by_all(y if inner is None else F.linear(y, built[0]))
             return expand.push(z if len(built) == 1 else z + built[1])
 
         return run
 
 
 class NormPlace(Place):
-    """Scales the residual stream: the norms' gains and biases."""
+    """Scales the residual stream: the norms' gains and biases. reader: the linear that does it, if one place does."""
+
+    reader: Place | None = None
 
     def build(self, mixed, maps):
         built = []
@@ -161,7 +177,21 @@ class NormPlace(Place):
     def bound(self, built, maps):
         bias = built[1] if len(built) > 1 else None
         config = self.config
-        return lambda x: normalise(x, built[0], bias, config.layernorm_epsilon, config.normalization)
+
+        def run(x: Tensor) -> Tensor:
+            return normalise(x, built[0], bias, config.layernorm_epsilon, config.normalization)
+
+        if self.reader is None:
+            return run
+        self.reader.before = run
+        return lambda x: x
+
+
+def again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x), keeping x alone: the backward pass computes again what comes before run's last product."""
+    if not torch.is_grad_enabled():
+        return run(x)
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def place_kind(rows: list[Row]) -> type[Place]:

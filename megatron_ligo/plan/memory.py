@@ -8,7 +8,9 @@ KV heads and head size, a the bytes of an activation:
 
     a layer's activations   t a (4 D + ((4 H + 3 G) d + 4 F) / tp): both norms' inputs and outputs; q, k, v before and
                             after the rotation, attention's result and its copy; the ffn's four
-    a fit's, besides        t a (4 D1 + 3 F1 where the ffn's maps are applied factor by factor)
+    a fit's                 t a (2 D + (3 H + 3 G) d / tp + 2 F / tp): norms, activations and copies are made again, of
+                            one linear at a time; besides t a (4 D1 + 3 F1 where the ffn's maps are applied factor by
+                            factor). All of the above where it is recomputed
     in a pipeline           stage i of pp holds min(micro-batches, pp - i) micro-batches of them
     logits                  LOGITS times t V / tp in fp32
     recomputed              t a D a layer and micro-batch, and one layer's whole or the logits
@@ -163,8 +165,12 @@ def _layer_numbers(job: Job) -> float:
     """Numbers that a layer keeps for its backward pass, of one token."""
     large, tp = job.large, job.parallel.tp
     stream = tp if job.parallel.sequence_parallel else 1
+    made_again = job.operator is not None and not job.run.recompute
     heads = (4 * large.num_heads + 3 * large.num_kv_heads) * large.head_dim
     numbers = 4 * large.hidden_size / stream + (heads + 4 * large.ffn_size) / tp
+    if made_again:
+        copied = large.num_heads * large.head_dim
+        numbers -= 2 * large.hidden_size / stream + (copied + 2 * large.ffn_size) / tp
     if job.operator is None:
         return numbers
     small = job.operator.small

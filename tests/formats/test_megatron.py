@@ -146,8 +146,10 @@ def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
     for name in ("tied", "biased", "gpt2"):
         convert(formats.open(sources[name]), tmp_path / name / "engine", "deepspeed", WriteOptions(tp=2))
         engine_files.add_optimizer(tmp_path / name / "engine" / "global_step0", 1)
-    for name in ("tied", "biased"):
-        source = formats.open(tmp_path / name / "engine")
+    # A universal checkpoint states the settings for whoever is not DeepSpeed.
+    convert(formats.open(tmp_path / "biased" / "engine"), tmp_path / "universal", "universal")
+    for name, stored in (("tied", "tied/engine"), ("biased", "universal")):
+        source = formats.open(tmp_path / stored)
         made = convert(source, tmp_path / name / "made", "mcore", WriteOptions(extra=rates))
         reader = formats.open(tmp_path / name / "made")
         assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_files.STEPS)
@@ -159,8 +161,6 @@ def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
     for name, tp, pp, bf16 in (("tied", 2, 2, False), ("gpt2", 1, 2, True), ("biased", 2, 1, True)):
         source, folder = formats.open(tmp_path / name / "engine"), tmp_path / f"{name} by rank"
         if name == "biased":
-            # A universal checkpoint states the settings for whoever is not DeepSpeed.
-            convert(source, tmp_path / "universal", "universal")
             source = formats.open(tmp_path / "universal")
         made = convert(source, folder, "megatron", WriteOptions(tp=tp, pp=pp, extra=rates))
         reader = formats.open(folder)
