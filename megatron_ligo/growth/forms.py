@@ -206,7 +206,9 @@ class LowRank(Matrix):
         return self.start.push(x) + F.linear(F.linear(x, self.v), self.u)
 
     def pull(self, x):
-        return self.start.pull(x) + (x @ self.u) @ self.v
+        # In this order: where x is made again for the backward pass, what follows its last use is not.
+        low = (x @ self.u) @ self.v
+        return low + self.start.pull(x)
 
     def __matmul__(self, x):
         return self.start @ x + self.u @ (self.v @ x)

@@ -6,13 +6,14 @@ context, and what the allocator keeps of tensors that are gone.
 What is counted, with L a stage's layers, t the tokens of a micro-batch, D, F the hidden and ffn sizes, H, G, d heads,
 KV heads and head size, a the bytes of an activation:
 
-    a layer's activations   t a (4 D + ((4 H + 3 G) d + 4 F) / tp): both norms' inputs and outputs; q, k, v before and
-                            after the rotation, attention's result and its copy; the ffn's four
-    a fit's                 t a (2 D + (3 H + 3 G) d / tp + 2 F / tp): norms, activations and copies are made again, of
-                            one linear at a time; besides t a (4 D1 + 3 F1 where the ffn's maps are applied factor by
-                            factor). All of the above where it is recomputed
+    a layer's activations   t a (4 D + ((4 H + 3 G) d + 5 F) / tp), 2 F where the ffn is not gated: both norms' inputs
+                            and outputs; q, k, v before and after the rotation, attention's result and its copy; what
+                            the ffn's first linear gives and what is made of it
+    a fit's                 t a (2 D + ((3 H + 3 G) d + 2 F) / tp), the F of an ffn that is not gated once: norms,
+                            activations and copies are made again, of one linear at a time. Besides 4 D1, and 3 F1
+                            where the ffn's maps are applied factor by factor. Recomputed, a layer's are all of these
     in a pipeline           stage i of pp holds min(micro-batches, pp - i) micro-batches of them
-    logits                  LOGITS times t V / tp in fp32
+    logits                  t V / tp in fp32, LOGITS times, in a pipeline KEPT times more
     recomputed              t a D a layer and micro-batch, and one layer's whole or the logits
 """
 
@@ -20,14 +21,15 @@ from __future__ import annotations
 
 from math import prod
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.rows import Row, Use
 from megatron_ligo.growth.cost import MapUse, factors_are_cheaper
 from megatron_ligo.layout import padded_vocab
 from megatron_ligo.plan import parameters, states
 from megatron_ligo.plan.job import Job
 
-# fp32 copies of the logits: the logits, their softmax, the loss's gradient.
-LOGITS = 3
+# fp32 copies of the logits (the loss works in place) and those that DeepSpeed's pipeline keeps of a stage's results.
+LOGITS, KEPT = 1, 2
 # The same of a teacher: its logits and, of both, logarithms and exponentials; their difference and its product.
 TAUGHT = 7
 MIXED_AT_ONCE = 8
@@ -153,7 +155,8 @@ def _activations(job: Job, number: int) -> float:
     at_once = min(job.micro_batches, parallel.pp - number)
     whole = _layer_numbers(job) * job.width * job.tokens
     vocab = padded_vocab(job.large.vocab_size, parallel.tp) // parallel.tp
-    logits = LOGITS * 4 * job.tokens * vocab if last else 0
+    copies = LOGITS + (KEPT if parallel.pp > 1 else 0)
+    logits = copies * 4 * job.tokens * vocab if last else 0
     if job.run.recompute:
         held = job.tokens * job.large.hidden_size * job.width / (parallel.tp if parallel.sequence_parallel else 1)
         # The logits are gone when a layer is computed again.
@@ -161,16 +164,24 @@ def _activations(job: Job, number: int) -> float:
     return layers * whole * at_once + logits
 
 
+def _ffn(job: Job) -> tuple[int, int]:
+    """What the ffn's first linear gives, and what its activation makes of it, in ffn sizes. (Megatron-core adds a
+    constant to what is gated, and keeps the gate's activation, that sum and their product.)"""
+    gated = "layers.{}.gate" in architectures.get(job.large.arch).by_key
+    fit = job.operator is not None
+    return (2, 2 if fit else 3) if gated else (1, 1)
+
+
 def _layer_numbers(job: Job) -> float:
     """Numbers that a layer keeps for its backward pass, of one token."""
     large, tp = job.large, job.parallel.tp
     stream = tp if job.parallel.sequence_parallel else 1
-    made_again = job.operator is not None and not job.run.recompute
     heads = (4 * large.num_heads + 3 * large.num_kv_heads) * large.head_dim
-    numbers = 4 * large.hidden_size / stream + (heads + 4 * large.ffn_size) / tp
-    if made_again:
+    given, made = _ffn(job)
+    numbers = 4 * large.hidden_size / stream + (heads + (given + made) * large.ffn_size) / tp
+    if job.operator is not None and not job.run.recompute:
         copied = large.num_heads * large.head_dim
-        numbers -= 2 * large.hidden_size / stream + (copied + 2 * large.ffn_size) / tp
+        numbers -= 2 * large.hidden_size / stream + (copied + made * large.ffn_size) / tp
     if job.operator is None:
         return numbers
     small = job.operator.small
