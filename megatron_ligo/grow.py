@@ -36,6 +36,7 @@ class Grown(Reader):
         self._duals = {kind: Duals(operator, kind, moments) for kind in MOMENTS if self.has_moments}
         self.operator = operator
         self.source = source
+        self._held: dict[str, Tensor] = {}
         self.dims = operator.large
         same = self.dims.image_size == source.dims.image_size
         self.files = tuple(file for file in source.files if same or file.name != record.PICTURES)
@@ -76,9 +77,20 @@ class Grown(Reader):
         return grown if more is None else grown + more
 
     def _grown(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
-        mixed = self.operator.mix(key, self.source.read, further)
+        mixed = self.operator.mix(key, self._read_again if self._is_mixed(key) else self.source.read, further)
         mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
         return self.operator.grow(key, mixed, joined)
+
+    def _is_mixed(self, key: str) -> bool:
+        """Whether each large layer takes from several small ones."""
+        name = self.operator.depth_name(key)
+        return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
+
+    def _read_again(self, key: str) -> Tensor:
+        """A small tensor that every large layer asks for; mostly a view of a mapped file."""
+        if key not in self._held:
+            self._held[key] = self.source.read(key)
+        return self._held[key]
 
 
 def operator_digest(operator: Operator) -> str:

@@ -26,9 +26,11 @@ from megatron_ligo.arch.dims import Dims
 from megatron_ligo.arch.rows import OFF_LOSS_SPACE, Row, Use, layer_of, pattern_of
 from megatron_ligo.config import OperatorSection, by_space
 from megatron_ligo.growth import heads, init, positions, vocab
-from megatron_ligo.growth.forms import form_of
+from megatron_ligo.growth.forms import Matrix, form_of
 from megatron_ligo.growth.maps import Frame, Lift, MapSpec, grow_row, left_inverse
 from megatron_ligo.growth.methods import resolve
+
+RECENT = 6  # what one layer's rows meet in turn, so that each is made once
 
 
 def residual_write(row: Row) -> bool:
@@ -62,6 +64,7 @@ class Operator(ABC):
         self.frame = Frame(self.small, self.large, by_space(self.settings.structure, "groups"))
         self.copied_gains = by_space(self.settings.gain, "residual") == "copied"
         self.maps: dict[str, MapSpec] = self.frame.specs(self.arch)
+        self._forms: dict[tuple[str, torch.dtype], Matrix] = {}
 
     def setting(self, key: str, name: str) -> str | float:
         """An [operator] key for one map (or, for depth_init, one row)."""
@@ -158,9 +161,23 @@ class Operator(ABC):
         row, layer = self.arch.row(key), layer_of(key)
         if row.axes[0].use is Use.SCALES and self.copied_gains:
             return self.grow_gain(row, mixed)
-        matrix = self.matrix(layer)
-        grown = grow_row(row, mixed, lambda lift, use: form_of(matrix(lift, use).to(mixed)), self.frame, joined)
+        grown = grow_row(row, mixed, lambda lift, use: self._form(lift, use, layer, mixed), self.frame, joined)
         return grown * self.shares(row).to(grown) if self.is_shared_out(row) else grown
+
+    def _form(self, lift: Lift, use: Use, layer: int | None, like: Tensor) -> Matrix:
+        """A matrix that a layer's rows meet, in its cheapest form; the last ones are kept, for looking takes long."""
+        side = "contract" if use is Use.READS and self.has_contract(lift.map) else "expand"
+        key = (self.width_name(lift.map, side, layer), like.dtype)
+        found = self._forms.pop(key, None)
+        if found is None:
+            matrix = self.matrix(layer)(lift, use).to(like)
+            found = form_of(matrix)
+            if matrix.requires_grad:
+                return found
+        self._forms[key] = found
+        if len(self._forms) > RECENT:
+            del self._forms[next(iter(self._forms))]
+        return found
 
     def grow_gain(self, row: Row, mixed: Tensor) -> Tensor:
         """A norm's gain: that of the copied feature times a constant (official LiGO grows it as what it scales)."""
@@ -193,6 +210,10 @@ class Operator(ABC):
         digest = hashlib.sha256(f"{self.settings.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
+    def depth_name(self, key: str) -> str | None:
+        """The tensor that holds a large key's depth map; None outside the layers."""
+        return None if layer_of(key) is None else f"depth.{short(self.arch.row(key))}"
+
     def mix(self, key: str, read: Callable[[str], Tensor], further: int = 0) -> Tensor:
         """sum_i w[j, i] W_small[i + further] for a large key (the last layer in place of those after it), in fp32 or
         wider; layers at weight zero are not read."""
@@ -200,11 +221,13 @@ class Operator(ABC):
         if layer is None:
             return self.with_new_rows(key, read(key))
         pattern = pattern_of(key)
-        weights = self.tensor(f"depth.{short(self.arch.row(key))}")[layer]
+        weights = self.tensor(self.depth_name(key))[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
         last = self.small.num_layers - 1
         first = read(pattern.format(min(sources[0] + further, last) if sources else 0))
         wide = torch.promote_types(first.dtype, torch.float32)
+        if len(sources) == 1 and not weights.requires_grad and weights[sources[0]] == 1:
+            return first.to(wide)
         mixed = torch.zeros_like(first, dtype=wide)
         for i in sources:
             # A gradient may be asked for the weights: no plain number.
@@ -214,8 +237,6 @@ class Operator(ABC):
 
 class Initial(Operator):
     """The operator where a fit starts, from the settings and their seed."""
-
-    RECENT = 6  # what one layer's rows meet in turn, so that each is made once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,7 +248,7 @@ class Initial(Operator):
             exact = self.exact(name)
             found = exact.float() if exact.is_floating_point() else exact
         self._recent[name] = found
-        if len(self._recent) > self.RECENT:
+        if len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]
         return found
 

@@ -71,8 +71,8 @@ class Place(ABC):
     def _read(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The first product of a linear, of its input x after what comes before."""
         before = self.before
-        if self.runtime.recompute or (before is None and x.is_contiguous()):
-            return product(x if before is None else before(x))
+        if before is None and x.is_contiguous():
+            return product(x)
         return again(product if before is None else lambda x: product(before(x)), x)
 
 
