@@ -13,7 +13,7 @@ KV heads and head size, a the bytes of an activation:
                             activations and copies are made again, of one linear at a time. Besides 4 D1, and 3 F1
                             where the ffn's maps are applied factor by factor
     in a pipeline           stage i of pp holds min(micro-batches, pp - i) micro-batches of them
-    logits                  t V / tp in fp32, LOGITS times, in a pipeline KEPT times more
+    logits                  t V / tp in fp32, LOGITS times, in a pipeline KEPT times more; once more in bf16, if it is
     recomputed              t a D a layer and micro-batch, and one layer's whole or the logits
 """
 
@@ -156,7 +156,8 @@ def _activations(job: Job, number: int) -> float:
     whole = _layer_numbers(job) * job.width * job.tokens
     vocab = padded_vocab(job.large.vocab_size, parallel.tp) // parallel.tp
     copies = LOGITS + (KEPT if parallel.pp > 1 else 0)
-    logits = copies * 4 * job.tokens * vocab if last else 0
+    narrow = job.width if job.width < 4 else 0
+    logits = (copies * 4 + narrow) * job.tokens * vocab if last else 0
     if job.run.recompute:
         held = job.tokens * job.large.hidden_size * job.width / (parallel.tp if parallel.sequence_parallel else 1)
         # The logits are gone when a layer is computed again.
