@@ -71,8 +71,9 @@ class Place(ABC):
     def _read(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The first product of a linear, of its input x after what comes before."""
         before = self.before
-        if before is None and x.is_contiguous():
-            return product(x)
+        # Where whole layers are computed again, doing so twice takes more memory, not less.
+        if self.runtime.recompute or (before is None and x.is_contiguous()):
+            return product(x if before is None else before(x))
         return again(product if before is None else lambda x: product(before(x)), x)
 
 

@@ -11,7 +11,7 @@ KV heads and head size, a the bytes of an activation:
                             the ffn's first linear gives and what is made of it
     a fit's                 t a (2 D + ((3 H + 3 G) d + 2 F) / tp), the F of an ffn that is not gated once: norms,
                             activations and copies are made again, of one linear at a time. Besides 4 D1, and 3 F1
-                            where the ffn's maps are applied factor by factor
+                            where the ffn's maps are applied factor by factor. Recomputed, a layer's are all of these
     in a pipeline           stage i of pp holds min(micro-batches, pp - i) micro-batches of them
     logits                  t V / tp in fp32, LOGITS times, in a pipeline KEPT times more; once more in bf16, if it is
     recomputed              t a D a layer and micro-batch, and one layer's whole or the logits
@@ -167,8 +167,10 @@ def _activations(job: Job, number: int) -> float:
 
 def _ffn(job: Job) -> tuple[int, int]:
     """What the ffn's first linear gives, and what its activation makes of it, in ffn sizes. (Megatron-core adds a
-    constant to what is gated, and keeps the gate's activation, that sum and their product.)"""
-    return (2, 3) if "layers.{}.gate" in architectures.get(job.large.arch).by_key else (1, 1)
+    constant to what is gated, and keeps the gate's activation, that sum and their product; a fit adds none.)"""
+    if "layers.{}.gate" in architectures.get(job.large.arch).by_key:
+        return 2, 3 if job.operator is None else 2
+    return 1, 1
 
 
 def _layer_numbers(job: Job) -> float:
@@ -178,7 +180,7 @@ def _layer_numbers(job: Job) -> float:
     heads = (4 * large.num_heads + 3 * large.num_kv_heads) * large.head_dim
     given, made = _ffn(job)
     numbers = 4 * large.hidden_size / stream + (heads + (given + made) * large.ffn_size) / tp
-    if job.operator is not None:
+    if job.operator is not None and not job.run.recompute:
         copied = large.num_heads * large.head_dim
         numbers -= 2 * large.hidden_size / stream + (copied + made * large.ffn_size) / tp
     if job.operator is None:
