@@ -121,7 +121,7 @@ class GrownLayer(nn.Module):
             place.module.run = place.bound(mine, maps)
         out, _ = self.block(h, attention_mask=None, rotary_pos_emb=self.runtime.positions(h))
         for place in self.places:
-            place.module.run = None
+            place.release()
         return out
 
 

@@ -68,6 +68,10 @@ class Place(ABC):
     def bound(self, built: list[Tensor], maps: dict[str, Matrix]) -> Callable[[Tensor], Tensor]:
         """The module's forward pass, on what was built."""
 
+    def release(self) -> None:
+        """Lets go of what was bound: the graph of a forward pass hangs on it."""
+        self.module.run = None
+
     def _read(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The first product of a linear, of its input x after what comes before."""
         before = self.before
@@ -186,6 +190,11 @@ class NormPlace(Place):
             return run
         self.reader.before = run
         return lambda x: x
+
+    def release(self):
+        super().release()
+        if self.reader is not None:
+            self.reader.before = None
 
 
 def again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
