@@ -23,8 +23,9 @@ from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.jsonfile import write_json
 
 ADVICE = "advice.json"
-# What a fit starts from or is compared with; `ligo` without a fit is no method that anyone means.
-PROBED = tuple(name for name in METHODS if name not in ("ligo", "random"))
+# `ligo` as it begins, too: without its fit it was the best start twice (tools/benchmarks/growth/shakespeare.md).
+PROBED = tuple(name for name in METHODS if name != "random")
+FITTED = "fitted"  # after a method's name and a dot
 SEEDS = (1, 2)  # the second is for the two best only: it says how much a difference is worth
 FEWEST = 10
 FINALISTS = 2
@@ -39,15 +40,17 @@ def advise(
     lrs: Sequence[float],
     methods: Iterable[str] = (),
     tell: Callable[[str], None] = lambda text: None,
+    fit: bool = False,
 ) -> dict:
     """Probes the methods (none named: all that the sizes allow) within `budget` FLOPs; writes OUTPUT/advice.json.
 
+    fit: the best ones are probed once more after [fit], whose FLOPs count: what a fit is worth shows after a lag, too.
     ConfigError if the budget pays for fewer than 10 steps a probe. Started again, it goes on where it stopped.
     """
     small = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format).dims
     arms, refused = _arms(config, small, list(methods) or PROBED)
     spec = _spec(config, arms, lrs, steps=1)
-    probes = len(spec.arms) * len(lrs) + FINALISTS
+    probes = len(spec.arms) * len(lrs) + FINALISTS * (2 if fit else 1)
     jobs = Jobs(output_folder(output), "", tell)
     lag = int(budget // (probes * Plan(spec, jobs, jobs.run).step_flops))
     if lag < FEWEST:
@@ -59,7 +62,16 @@ def advise(
     probed = {arm.name: _best([plan.train(arm, SEEDS[0], 1.0, lr) for lr in lrs]) for arm in spec.arms}
     ranked = sorted((run.loss, name) for name, run in probed.items() if run and name != SCRATCH)
     named = {arm.name: arm for arm in spec.arms}
-    again = {name: plan.train(named[name], SEEDS[1], 1.0, probed[name].lr) for _, name in ranked[:FINALISTS]}
+    finalists = [name for _, name in ranked[:FINALISTS]]
+    again = {name: plan.train(named[name], SEEDS[1], 1.0, probed[name].lr) for name in finalists}
+    for name in finalists if fit else ():
+        arm = replace(named[name], name=f"{name}.{FITTED}", fitted=True)
+        found = plan.train(arm, SEEDS[0], 1.0, probed[name].lr)
+        if found is None:
+            refused[arm.name] = f"its fit alone costs more than the {lag} steps of a probe, or diverged"
+        elif found.loss is not None:
+            probed[arm.name] = found
+            ranked = sorted([*ranked, (found.loss, arm.name)])
     advice = {
         "lag_steps": lag,
         "probes": probes,

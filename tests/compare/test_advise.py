@@ -1,13 +1,15 @@
 """Probes of tiny models: ranked by the loss after the lag, within the FLOPs, the refused ones named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_ligo.compare.advise import advise
+from megatron_ligo.compare.advise import FINALISTS, advise
 from megatron_ligo.config import Config
 from megatron_ligo.errors import ConfigError
 from megatron_ligo.flops import train_flops
+from megatron_ligo.jsonfile import read_json
 from megatron_ligo.training.start import fresh_dims
 from tests.tiny import hf_llama
 from tests.training.test_pretrain import DIMS, SEQ, make_pair
@@ -46,3 +48,23 @@ def test_ranked_within_the_budget(config, tmp_path):
     text = " ".join(found["advice"])
     planned = config.pretrain.steps * BATCH * SEQ / found["parameters"]["large"]
     assert found["ranking"][0]["method"] in text.split(":")[0] and f"plans {planned:.2g} tokens a parameter" in text
+
+
+def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
+    """At the same FLOPs as its start, the fit's among them; one that costs more than a probe is named."""
+    step = train_flops(fresh_dims(config), BATCH * SEQ, SEQ)
+    probes = 2 + 2 * FINALISTS  # scratch and a method at one rate, and the finalists' further ones
+    short = replace(
+        config, fit=replace(config.fit, steps=2, global_batch_size=BATCH, micro_batch_size=BATCH, eval_samples=4)
+    )
+    found = advise(short, tmp_path / "short", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
+    rows = {row["method"]: row for row in found["ranking"]}
+    assert set(rows) == {"stack", "stack.fitted"} and found["lag_steps"] == LAG
+    # It is another model after its fit, and has been trained for fewer steps.
+    assert rows["stack.fitted"]["at_once"] != rows["stack"]["at_once"]
+    job = read_json(tmp_path / "short/jobs/stack.fitted/seed_1/run_1_0.001/job.json")
+    assert job["config"]["pretrain"]["steps"] < LAG
+    long = replace(short, fit=replace(short.fit, steps=3 * LAG))
+    found = advise(long, tmp_path / "long", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
+    assert [row["method"] for row in found["ranking"]] == ["stack"]
+    assert "costs more" in found["refused"]["stack.fitted"]
