@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_ligo.arch.rows import Row
 from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.model.build import Build, activation, layer_class, layer_spec, mlp_submodules, transformer_config
+from megatron_ligo.model.layers import made_again
 from megatron_ligo.model.maps import Depth, Maps
 from megatron_ligo.model.places import Grown, GrownLinear, Place, place_kind
 from megatron_ligo.model.runtime import OncePerStep, Runtime, stale
@@ -94,7 +94,7 @@ class GrownLayer(nn.Module):
             self.once.renew(self._build())
         tensors = self.once.take(runtime.micro_batches)
         if runtime.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, h, *runtime.shared, *tensors, use_reentrant=False, preserve_rng_state=False)
+            return made_again(self._run, h, *runtime.shared, *tensors)
         return self._run(h, *runtime.shared, *tensors)
 
     def _build(self) -> list[Tensor]:

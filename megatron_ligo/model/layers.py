@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,6 +16,10 @@ from megatron_ligo import layout
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.model.build import Build, transformer_config
 from megatron_ligo.parallel.mesh import Mesh
+
+# From Python 3.12 on torch 2.13's exception that ends a second run early stays alive, and with it all that its frames
+# hold: a layer's activations each, until the backward pass is over.
+EARLY_STOP = sys.version_info < (3, 12)
 
 
 def uninitialised_config(dims: Dims, build: Build) -> TransformerConfig:
@@ -73,10 +78,13 @@ def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool
     def forward(h: Tensor) -> Tensor:
         return block(h, attention_mask=None, rotary_pos_emb=rotary)[0]
 
-    if recompute and torch.is_grad_enabled():
-        # Reentrant checkpoints meet ZeRO's hooks twice.
-        return checkpoint(forward, h, use_reentrant=False, preserve_rng_state=False)
-    return forward(h)
+    return made_again(forward, h) if recompute and torch.is_grad_enabled() else forward(h)
+
+
+def made_again(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """run(*tensors), keeping these alone: the backward pass runs it again."""
+    # Reentrant checkpoints meet ZeRO's hooks twice.
+    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=EARLY_STOP)
 
 
 def reduce_norm_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
