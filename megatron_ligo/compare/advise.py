@@ -6,6 +6,7 @@ steps of training does better. It is still a probe: the advice says what it rest
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_ligo.compare.settings import SCRATCH, Arm, CompareSection, Spec
 from megatron_ligo.config import Config, OperatorSection
 from megatron_ligo.errors import ConfigError, LigoError, message
 from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.growth.cost import fit_step_flops
 from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.jsonfile import write_json
 
@@ -66,12 +68,15 @@ def advise(
     again = {name: plan.train(named[name], SEEDS[1], 1.0, probed[name].lr) for name in finalists}
     for name in finalists if fit else ():
         arm = replace(named[name], name=f"{name}.{FITTED}", fitted=True)
-        found = plan.train(arm, SEEDS[0], 1.0, probed[name].lr)
+        if plan.steps(1.0, _fit_flops(arm.config, small, plan)) < 1:
+            refused[arm.name] = f"its fit alone costs more than the {lag} steps of a probe"
+            continue
+        found = _best([plan.train(arm, SEEDS[0], 1.0, probed[name].lr)])
         if found is None:
-            refused[arm.name] = f"its fit alone costs more than the {lag} steps of a probe, or diverged"
-        elif found.loss is not None:
-            probed[arm.name] = found
-            ranked = sorted([*ranked, (found.loss, arm.name)])
+            refused[arm.name] = "it diverged"
+            continue
+        probed[arm.name] = found
+        ranked = sorted([*ranked, (found.loss, arm.name)])
     advice = {
         "lag_steps": lag,
         "probes": probes,
@@ -101,6 +106,14 @@ def _arms(config: Config, small: Dims, methods: Iterable[str]) -> tuple[list[Arm
     if not arms:
         raise ConfigError("no method can grow these sizes:\n  " + "\n  ".join(refused.values()))
     return arms, refused
+
+
+def _fit_flops(config: Config, small: Dims, plan: Plan) -> float:
+    """What [fit] costs, before any of it is run."""
+    fit, seq = config.fit, plan.large.tokens_of_sample(config.data.seq_length)
+    operator = initial_operator(small, config.large, config.operator)
+    step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0)
+    return min(fit.steps * step, fit.max_flops or math.inf)
 
 
 def _spec(config: Config, arms: Iterable[Arm], lrs: Sequence[float], steps: int) -> Spec:

@@ -68,3 +68,5 @@ def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
     found = advise(long, tmp_path / "long", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
     assert [row["method"] for row in found["ranking"]] == ["stack"]
     assert "costs more" in found["refused"]["stack.fitted"]
+    # It is known before any of it is run.
+    assert not (tmp_path / "long/jobs/stack.fitted").exists()

@@ -59,10 +59,7 @@ class Ranks:
                 try:
                     good, answers[rank] = pipe.recv()
                 except (EOFError, ConnectionError):
-                    good, answers[rank] = (
-                        False,
-                        "ended without a word, as the system ends one that takes too much memory",
-                    )
+                    good, answers[rank] = False, GONE
                 if not good:
                     self.close()
                     raise RuntimeError(f"rank {rank}:\n{answers[rank]}")
@@ -84,10 +81,12 @@ def _rank_main(rank: int, world: int, store: str, pipe, make: Callable, argument
         made = make(**arguments)
         pipe.send((True, None))
         while True:
-            method, given = pipe.recv()
+            try:
+                method, given = pipe.recv()
+            except EOFError:
+                # The parent is gone.
+                return
             pipe.send((True, getattr(made, method)(*given)))
-    except EOFError:
-        pass
     except Exception:
         pipe.send((False, traceback.format_exc()))
         time.sleep(60)
