@@ -148,6 +148,7 @@ class FitSection(TrainingSection):
     )
     depth_lr: float | None = setting(1e-4, "learning rate of the depth maps", low=0.0)
     distill: float = setting(0.0, "part of the loss that is the divergence from the small model", low=0.0, high=1.0)
+    lag: str = setting("", "checkpoint of the start after some training: fit on the loss after it; empty: at once")
     eval_every: int = setting(0, "steps between held-out evaluations; 0: at the start and the end", low=0)
     patience: int = setting(0, "evaluations without a new best that end the fit; 0: none do", low=0)
     keep: str = setting(

@@ -12,7 +12,7 @@ from megatron_ligo.model.source import Source
 from megatron_ligo.parallel import mesh as meshes
 from tests import images
 from tests.families import model_of
-from tests.model.reference import make_operator
+from tests.model.reference import lag_of, make_operator
 from tests.tiny import hf_llama, llama_dims, memory_of, tokens
 
 CASES = [
@@ -59,21 +59,22 @@ SMALL = {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "f
 LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240, "num_layers": 3}
 
 
-def fit_flops(settings: dict, samples: int) -> dict[str, int]:
+def fit_flops(settings: dict, samples: int, lagged: bool = False) -> dict[str, int]:
     """A fit step's FLOPs by our count and by torch's, which leaves out the fused attention."""
     small, length = llama_dims(**SMALL), 32
     operator = make_operator(small, LARGE, settings)
     mesh = meshes.make(1, 1)
     reader = memory_of(hf_llama(small), small)
-    model = GrownModel(
-        Runtime(operator, Source(operator, reader, mesh, 1), mesh, torch.float32, tokens_per_step=samples * length)
-    )
+    lag = lag_of(operator).__getitem__ if lagged else None
+    source, at_once = Source(operator, reader, mesh, 1), samples * length
+    model = GrownModel(Runtime(operator, source, mesh, torch.float32, tokens_per_step=at_once, lag=lag))
     ids = tokens(small, batch=samples, length=length)
     with FlopCounterMode(display=False) as counter:
         model(ids, ids, torch.ones(ids.shape)).backward()
     large = operator.large
     attention = 3 * 2 * 2 * ids.numel() * length * large.num_heads * large.head_dim * large.num_layers
-    return {"by_torch": counter.get_total_flops() + attention, "counted": fit_step_flops(operator, ids.numel(), length)}
+    counted = fit_step_flops(operator, ids.numel(), length, lagged=lagged)
+    return {"by_torch": counter.get_total_flops() + attention, "counted": counted}
 
 
 OPERATORS = {
@@ -90,3 +91,10 @@ def test_a_fit_step_counts_as_torch_does(pools, kind):
     settings, samples = OPERATORS[kind]
     found = pools(1).run(fit_flops, settings=settings, samples=samples)
     assert found["counted"] == pytest.approx(found["by_torch"], rel=0.02)
+
+
+def test_what_a_lag_adds_is_counted_as_torch_does(pools):
+    more = pools(1).run(fit_flops, settings={}, samples=8, lagged=True)
+    less = pools(1).run(fit_flops, settings={}, samples=8)
+    assert more["counted"] - less["counted"] == pytest.approx(more["by_torch"] - less["by_torch"], rel=0.02)
+    assert more["counted"] > 1.3 * less["counted"]

@@ -50,9 +50,9 @@ def jobs(config, world: int):
 
     operator = initial_operator(sizes(Path(config.small.path)), config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
-    whole, distilled = config.fit.source == "whole", config.fit.distill > 0
-    fit = Job(operator.large, config.fit, world, seq, operator, whole, distilled=distilled)
-    return fit, replace(fit, run=config.pretrain, operator=None, distilled=False)
+    more = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
+    fit = Job(operator.large, config.fit, world, seq, operator, config.fit.source == "whole", **more)
+    return fit, replace(fit, run=config.pretrain, operator=None, **dict.fromkeys(more, False))
 
 
 if __name__ == "__main__":

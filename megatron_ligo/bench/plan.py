@@ -40,6 +40,7 @@ CASES = {
     "fit, rank 32": ("fit", 1, WIDE, {"tokens": 512, "operator": {"rank": 32}}),
     "fit, recomputed": ("fit", 1, NARROW, {"tokens": 1024, "sequences": 4, "recompute": True}),
     "fit, distilled": ("fit", 1, WIDE, {"tokens": 512, "sequences": 2, "distill": 0.5}),
+    "fit, lagged": ("fit", 1, WIDE, {"tokens": 512, "sequences": 2, "lagged": True}),
     "fit, TP2": ("fit", 2, NARROW, {"tokens": 1024, "sequences": 2, "parallel": {"tp": 2}}),
     "fit, PP2": ("fit", 2, WIDE, {"tokens": 256, "micro_batches": 4, "parallel": {"pp": 2}}),
     "fit, ZeRO 3": ("fit", 2, WIDE, {"tokens": 256, "parallel": {"zero": 3}}),

@@ -112,7 +112,7 @@ def _fit_flops(config: Config, small: Dims, plan: Plan) -> float:
     """What [fit] costs, before any of it is run."""
     fit, seq = config.fit, plan.large.tokens_of_sample(config.data.seq_length)
     operator = initial_operator(small, config.large, config.operator)
-    step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0)
+    step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, bool(fit.lag))
     return min(fit.steps * step, fit.max_flops or math.inf)
 
 

@@ -106,17 +106,37 @@ class Plan:
         place = f"{arm.name}/seed_{seed}"
         operator, spent, samples = None, 0.0, 0
         if arm.fitted:
-            job = Job(f"{place}/fit", FIT, config)
+            lag = self._lag(arm, config, place, lr) if arm.lag else Start("", 0.0, 0)
+            if lag is None:
+                return None
+            name = f"{place}/fit_{lr:g}" if arm.lag else f"{place}/fit"
+            job = Job(name, FIT, replace(config, fit=replace(config.fit, lag=lag.folder)))
             fitted = self.obtain(job)
             if not fitted or not fitted["losses"]:
                 return None
             operator = self.jobs.place(job) / RUN / "operator"
-            spent, samples = fitted["flops"], fitted["step"] * config.fit.global_batch_size
+            spent, samples = fitted["flops"] + lag.spent, fitted["step"] * config.fit.global_batch_size + lag.samples
+            if arm.lag:
+                place = f"{place}/of_{lr:g}"
         job = Job(f"{place}/grown", GROW, config, operator)
         if self.obtain(job) is None:
             return None
         start = Start(f"{self.jobs.place(job) / RUN}", spent, samples)
         return self._fully_trained(config, place, start, lr) if arm.full else start
+
+    def _lag(self, arm: Arm, config: Config, place: str, lr: float) -> Start | None:
+        """Some training of the start, on what comes after the fit's samples."""
+        job = Job(f"{place}/start", GROW, config)
+        if self.obtain(job) is None:
+            return None
+        first = config.fit.steps * config.fit.global_batch_size
+        run = replace(self._run(config.pretrain, arm.lag), lr=lr, start=f"{self.jobs.place(job) / RUN}")
+        run = replace(run, first_sample=first, grown_peak=1.0)
+        job = Job(f"{place}/lag_{lr:g}", PRETRAIN, replace(config, pretrain=run), keep=True)
+        found = self.obtain(job)
+        if not found or not found["losses"]:
+            return None
+        return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], arm.lag * run.global_batch_size)
 
     def _fully_trained(self, config: Config, place: str, start: Start, lr: float) -> Start | None:
         """The grown model after all its weights were trained on the batches that a fit would read, as a fit would."""

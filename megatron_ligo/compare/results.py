@@ -10,7 +10,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.compare.plan import Plan, Trained, run_arm
 from megatron_ligo.compare.savings import difference, saving
-from megatron_ligo.compare.settings import FULL, SCRATCH, START, Arm, unfitted
+from megatron_ligo.compare.settings import SCRATCH, Arm, fully_trained, unfitted
 from megatron_ligo.manifest import library_versions
 
 FEW_SEEDS, FEW_STEPS, SMALL_MODEL = 3, 1000, 10**8
@@ -74,9 +74,7 @@ def _differences(plan: Plan, runs: dict[str, list[Trained]]) -> list[dict]:
     arms = plan.spec.arms
     for arm in arms:
         if arm.fitted:
-            start = unfitted(arm, arms)
-            controls = [start.name if start else f"{arm.name}.{START}", f"{arm.name}.{FULL}"]
-            pairs += [(arm.name, control) for control in controls]
+            pairs += [(arm.name, control.name) for control in (unfitted(arm, arms), fully_trained(arm, arms))]
         if arm.grown:
             pairs.append((arm.name, SCRATCH))
     told = []

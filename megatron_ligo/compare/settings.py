@@ -32,13 +32,15 @@ class CompareSection:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of starting the large model. full: what a fit would read is trained on with all weights instead."""
+    """A way of starting the large model. full: what a fit would read is trained on with all weights instead. lag: the
+    fit is on the loss after so many steps of training from its start, which count."""
 
     name: str
     config: Config
     grown: bool = True
     fitted: bool = False
     full: bool = False
+    lag: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def _own(arm: Arm) -> dict:
     """What an arm's table says."""
     table = arm.config.to_dict()
     keys = [*(["operator"] if arm.grown else []), *(["fit"] if arm.fitted or arm.full else [])]
-    return {key: table[key] for key in keys}
+    return {key: table[key] for key in keys} | ({"lag": arm.lag} if arm.lag else {})
 
 
 def load(path: Path, sets: Iterable[str] = ()) -> Spec:
@@ -87,9 +89,12 @@ def _check(section: CompareSection, config: Config, named: object, faults: Fault
         faults.add("arms", "one or more tables [arms.NAME]", "none", 'For example: operator = {method = "lossless"}')
         return
     for name, arm in named.items():
-        unknown = sorted(set(arm) - {"operator", "fit"}) if isinstance(arm, dict) else ["no table"]
+        unknown = sorted(set(arm) - {"operator", "fit", "lag"}) if isinstance(arm, dict) else ["no table"]
         if unknown:
-            faults.add(f"arms.{name}", "operator = {...} and, for a learned one, fit = {...}", ", ".join(unknown))
+            expected = "operator = {...} and, for a learned one, fit = {...} and lag, a number of steps"
+            faults.add(f"arms.{name}", expected, ", ".join(unknown))
+        elif "lag" in arm and (type(arm["lag"]) is not int or arm["lag"] < 1 or "fit" not in arm):
+            faults.add(f"arms.{name}.lag", "one step or more, beside fit = {...}", arm["lag"])
         if name == SCRATCH or "." in name or "/" in name:
             faults.add(f"arms.{name}", f"a name without '.' and '/', and not {SCRATCH}, which is always run", name)
 
@@ -99,22 +104,24 @@ def _arms(config: Config, named: dict, path: Path) -> list[Arm]:
     arms = []
     for name, table in named.items():
         own = {key: {**base[key], **table[key]} for key in ("operator", "fit") if key in table}
-        arms.append(Arm(name, Config.from_dict({**base, **own}, f"{path}, arm {name}"), fitted="fit" in table))
+        config = Config.from_dict({**base, **own}, f"{path}, arm {name}")
+        arms.append(Arm(name, config, fitted="fit" in table, lag=table.get("lag", 0)))
     return arms
 
 
 def with_controls(config: Config, arms: Iterable[Arm]) -> tuple[Arm, ...]:
     """Scratch, the arms, and beside each learned one its start without a fit (given the FLOPs of the fit as training),
-    and the same start with all weights trained on what the fit reads."""
+    and the same start with all weights trained on what the fit reads. Arms of one start, or one fit, share them."""
     arms = list(arms)
     found = [Arm(SCRATCH, config, grown=False)]
     for arm in arms:
         found.append(arm)
         if not arm.fitted:
             continue
-        if unfitted(arm, arms) is None:
-            found.append(replace(arm, name=f"{arm.name}.{START}", fitted=False))
-        found.append(replace(arm, name=f"{arm.name}.{FULL}", fitted=False, full=True))
+        if unfitted(arm, [*arms, *found]) is None:
+            found.append(replace(arm, name=f"{arm.name}.{START}", fitted=False, lag=0))
+        if fully_trained(arm, found) is None:
+            found.append(replace(arm, name=f"{arm.name}.{FULL}", fitted=False, full=True, lag=0))
     return tuple(found)
 
 
@@ -122,6 +129,12 @@ def unfitted(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
     """The arm that begins where a learned one does, and learns nothing."""
     same = (other for other in arms if other.grown and not other.fitted and not other.full)
     return next((other for other in same if other.config.operator == arm.config.operator), None)
+
+
+def fully_trained(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
+    """The arm that trains all weights on what a learned one's fit reads."""
+    same = (other for other in arms if other.full and other.config.operator == arm.config.operator)
+    return next((other for other in same if other.config.fit == arm.config.fit), None)
 
 
 def chosen(spec: Spec, names: Iterable[str]) -> list[Arm]:

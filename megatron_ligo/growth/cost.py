@@ -24,9 +24,11 @@ def factors_are_cheaper(tokens: int, shape: tuple[int, int], other: int, cost: i
     return tokens * (cost + m * other) < other * cost + tokens * n * other
 
 
-def fit_step_flops(operator: Operator, tokens: int, seq_length: int, distilled: bool = False) -> int:
+def fit_step_flops(
+    operator: Operator, tokens: int, seq_length: int, distilled: bool = False, lagged: bool = False
+) -> int:
     """FLOPs of one fit step over `tokens` tokens in sequences of `seq_length`; distilled: the small model's own pass
-    is one of them."""
+    is one of them; lagged: products with what training has added, as large as the model, which learns nothing."""
     small, large = operator.small, operator.large
     matrices = [row for row in operator.arch.layer_rows(large) if len(row.axes) == 2]
     # One crossing between the large and the small residual space for each linear module of the layer.
@@ -46,7 +48,14 @@ def fit_step_flops(operator: Operator, tokens: int, seq_length: int, distilled: 
         head += MapUse(operator, "residual", True).flops(tokens) + MapUse(operator, written, False).flops(tokens)
         head += FROZEN * 2 * tokens * prod(arch.row("head_dense").shape(small))
     teacher = forward_flops(small, tokens, seq_length) if distilled else 0
-    return large.num_layers * per_layer + embedding + head + teacher
+    return large.num_layers * per_layer + embedding + head + teacher + (_added(operator, tokens) if lagged else 0)
+
+
+def _added(operator: Operator, tokens: int) -> int:
+    """What a lag's training has added: a product for the output and one for the gradient of the input."""
+    arch, large = operator.arch, operator.large
+    layer = sum(prod(row.shape(large)) for row in arch.layer_rows(large) if len(row.axes) == 2)
+    return FROZEN * 2 * tokens * (large.num_layers * layer + prod(arch.row("head").shape(large)))
 
 
 class MapUse:

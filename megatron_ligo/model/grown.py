@@ -14,7 +14,7 @@ from megatron_ligo.growth.operator import Operator
 from megatron_ligo.model.build import Build, activation, layer_class, layer_spec, mlp_submodules, transformer_config
 from megatron_ligo.model.layers import made_again
 from megatron_ligo.model.maps import Depth, Maps
-from megatron_ligo.model.places import Grown, GrownLinear, Place, place_kind
+from megatron_ligo.model.places import Grown, GrownLinear, Place, passed_on, place_kind
 from megatron_ligo.model.runtime import OncePerStep, Runtime, stale
 
 
@@ -123,10 +123,6 @@ class GrownLayer(nn.Module):
         for place in self.places:
             place.release()
         return out
-
-
-def passed_on(x: Tensor) -> Tensor:
-    return x
 
 
 def grown_spec(operator: Operator):

@@ -5,6 +5,8 @@ Legend: s sequence, b batch, D2 large hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from megatron_ligo.growth.forms import Matrix
 from megatron_ligo.model.build import ACTIVATIONS
 from megatron_ligo.model.classifier import image_tokens
 from megatron_ligo.model.maps import matrix_of
-from megatron_ligo.model.runtime import Runtime
+from megatron_ligo.model.runtime import Runtime, plus
 
 
 class GrownEmbedding(nn.Module):
@@ -28,14 +30,19 @@ class GrownEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         runtime = self.runtime
-        table = runtime.source.outside["embed"]
+        maps = runtime.matrices()
+        h = matrix_of(maps, "residual", False).push(self._looked_up(tokens, runtime.source.outside))
+        if runtime.added_outside:
+            h = h + self._looked_up(tokens, runtime.added_outside)
+        return runtime.outside_norm("embed_norm", h, maps) if "embed_norm" in runtime.source.outside else h
+
+    def _looked_up(self, tokens: Tensor, outside: Mapping[str, Tensor]) -> Tensor:
+        """Tokens (b, s) -> (s, b, features), by tables of so many features."""
+        runtime, table = self.runtime, outside["embed"]
         first = runtime.mesh.tp_rank * table.shape[0]
         here = (tokens >= first) & (tokens < first + table.shape[0])
-        small = F.embedding((tokens - first).masked_fill(~here, 0), table).masked_fill(~here[..., None], 0.0)
-        small = runtime.with_positions(runtime.written_by_all(small.transpose(0, 1))).to(runtime.dtype)
-        maps = runtime.matrices()
-        h = matrix_of(maps, "residual", False).push(small)
-        return runtime.outside_norm("embed_norm", h, maps) if "embed_norm" in runtime.source.outside else h
+        rows = F.embedding((tokens - first).masked_fill(~here, 0), table).masked_fill(~here[..., None], 0.0)
+        return runtime.with_positions(runtime.written_by_all(rows.transpose(0, 1)), outside).to(runtime.dtype)
 
 
 class GrownImages(nn.Module):
@@ -82,7 +89,12 @@ class GrownHead(nn.Module):
         u = runtime.read_by_all(matrix_of(maps, space, not large.tied).pull(h))
         u = u[:1] if of_class else u
         bias = outside.get("head_bias")
-        return F.linear(u, outside["head"].to(h.dtype), None if bias is None else bias.to(h.dtype))
+        logits = F.linear(u, outside["head"].to(h.dtype), None if bias is None else bias.to(h.dtype))
+        added = runtime.added_outside
+        if added:
+            more = F.linear(runtime.read_by_all(h), added["head"].to(h.dtype))
+            logits = plus(logits + more, added.get("head_bias"))
+        return logits
 
     def _transformed(self, h: Tensor, maps: dict[str, Matrix]) -> Tensor:
         runtime = self.runtime

@@ -26,7 +26,7 @@ from megatron_ligo.growth.maps import apply_map
 from megatron_ligo.layout import pack
 from megatron_ligo.model.maps import matrix_of
 from megatron_ligo.model.norm import normalise
-from megatron_ligo.model.runtime import Runtime
+from megatron_ligo.model.runtime import Runtime, plus
 
 
 class Grown(nn.Module):
@@ -55,6 +55,7 @@ class Place(ABC):
     def __init__(self, module: Grown, rows: list[Row], layer: int, runtime: Runtime, config):
         self.module = module
         self.fresh = {row.key: runtime.fresh_rows(row, layer) for row in rows}
+        self.added = {row.key: runtime.added(row, layer) for row in rows}
         self.weights = [row for row in rows if len(row.axes) == 2]
         self.vectors = [row for row in rows if len(row.axes) == 1]
         self.runtime = runtime
@@ -80,14 +81,22 @@ class Place(ABC):
             return product(x if before is None else before(x))
         return again(product if before is None else lambda x: product(before(x)), x)
 
+    def _read_whole(self, x: Tensor) -> Tensor:
+        """The input itself, after what comes before: what the lag's training has added is as large as the model."""
+        return self._read(passed_on, x)
+
 
 class ColumnPlace(Place):
     """Reads the residual stream: q, k, v; gate, up."""
 
-    def build(self, mixed, maps):
-        runtime = self.runtime
+    def __init__(self, module: Grown, rows: list[Row], layer: int, runtime: Runtime, config):
+        super().__init__(module, rows, layer, runtime, config)
         self.pack = self.weights[0].slots["mcore"].pack
         self.groups = runtime.operator.large.num_kv_heads // runtime.mesh.tp
+        parts = [self.added.pop(row.key) for row in self.weights]
+        self.more = None if runtime.lag is None else pack(parts, self.pack, self.groups)
+
+    def build(self, mixed, maps):
         self.factored = [False] * len(self.weights)
         if self.pack is not Pack.GROUPED:
             self.factored = [self._factored(row, mixed, maps) for row in self.weights]
@@ -98,7 +107,8 @@ class ColumnPlace(Place):
         if not any(self.factored):
             built = [pack(built, self.pack, self.groups)]
         if self.vectors:
-            built.append(pack([self._rows(row, mixed, maps) for row in self.vectors], self.pack, self.groups))
+            grown = [plus(self._rows(row, mixed, maps), self.added[row.key]) for row in self.vectors]
+            built.append(pack(grown, self.pack, self.groups))
         return built
 
     def _rows(self, row: Row, mixed, maps) -> Tensor:
@@ -129,6 +139,8 @@ class ColumnPlace(Place):
                     ],
                     dim=-1,
                 )
+            if self.more is not None:
+                y = y + F.linear(self.runtime.read_by_all(self._read_whole(x)), self.more.to(y.dtype))
             return y if bias is None else y + bias
 
         return run
@@ -155,13 +167,18 @@ class RowPlace(Place):
         expand = matrix_of(maps, "residual", False)
         inner = self.runtime.map_for(maps, row, 1)[0] if self.factored else None
         multiply = (lambda x: F.linear(x, built[0])) if inner is None else inner.pull
+        more, bias = self.added[row.key], self.added[self.vectors[0].key] if self.vectors else None
 
         def run(x: Tensor) -> Tensor:
             y = self._read(multiply, x)
             z = self.runtime.written_by_all(y if inner is None else F.linear(y, built[0]))
-            return expand.push(z if len(built) == 1 else z + built[1])
+            grown = expand.push(z if len(built) == 1 else z + built[1])
+            return grown if more is None else plus(grown + self._more(x, more), bias)
 
         return run
+
+    def _more(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.runtime.written_by_all(F.linear(self._read_whole(x), weight.to(x.dtype)))
 
 
 class NormPlace(Place):
@@ -173,10 +190,8 @@ class NormPlace(Place):
         built = []
         expand = matrix_of(maps, "residual", False)
         for row in self.vectors:
-            if row.axes[0].use is Use.SCALES:
-                built.append(self.runtime.grow_gain(row, mixed[row.key], expand))
-            else:
-                built.append(self.runtime.grow_shift(row, mixed[row.key], expand))
+            grow = self.runtime.grow_gain if row.axes[0].use is Use.SCALES else self.runtime.grow_shift
+            built.append(plus(grow(row, mixed[row.key], expand), self.added[row.key]))
         return [tensor.to(self.runtime.dtype) for tensor in built]
 
     def bound(self, built, maps):
@@ -195,6 +210,10 @@ class NormPlace(Place):
         super().release()
         if self.reader is not None:
             self.reader.before = None
+
+
+def passed_on(x: Tensor) -> Tensor:
+    return x
 
 
 def again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,9 @@ class Runtime:
     first gradient of a step comes late, DeepSpeed 0.19.8 adds it to the step before's.
 
     gradients_each: each micro-batch gives some parameters their gradients, for ZeRO 2 fails where one gives none.
+
+    lag: by canonical key, what some training of the large model has added to its start (training/lag.py). Each weight
+    is grown(maps) + lag then, and lag is frozen.
     """
 
     operator: Operator
@@ -46,6 +49,7 @@ class Runtime:
     sequence_parallel: bool = False
     gradients_each: bool = False
     teacher: Teacher | None = None
+    lag: Callable[[str], Tensor] | None = None
     generation: int = 0  # counts optimizer steps: what was built from the maps is stale when it moves
     shared: list[Tensor] = field(default_factory=list)  # the shared maps as this micro-batch sees them
     shared_once: dict[str, Matrix] = field(default_factory=dict)  # as what is built in a step's first one sees them
@@ -57,6 +61,7 @@ class Runtime:
         self.rotary = rotary(self.operator.large)
         names = [name for name in self.operator.shapes() if name.startswith("gain.")]
         self.gain = {name: self.operator.tensor(name).to(accelerator.device()) for name in names}
+        self.added_outside = self._added_outside()
 
     def positions(self, h: Tensor) -> Tensor | None:
         """The rotary positions of the whole sequences of which h (s, b, hidden) has this rank's tokens."""
@@ -64,25 +69,46 @@ class Runtime:
             None if self.rotary is None else self.rotary(h.shape[0] * (self.mesh.tp if self.sequence_parallel else 1))
         )
 
-    def with_positions(self, small: Tensor) -> Tensor:
-        """small (s, b, small), this rank's tokens, with the rows of their positions and of the first segment added,
-        where those are learned."""
-        table, segments = (self.source.outside.get(key) for key in ("positions", "token_types"))
+    def with_positions(self, h: Tensor, outside: Mapping[str, Tensor]) -> Tensor:
+        """h (s, b, features), this rank's tokens, with the rows of their positions and of the first segment added,
+        where those are learned. outside: the tables, of so many features."""
+        table, segments = (outside.get(key) for key in ("positions", "token_types"))
         if table is None:
-            return small
+            return h
         first = self.operator.small.first_position
-        first += self.mesh.tp_rank * small.shape[0] if self.sequence_parallel else 0
-        small = small + table[first : first + small.shape[0], None]
-        return small if segments is None else small + segments[0]
+        first += self.mesh.tp_rank * h.shape[0] if self.sequence_parallel else 0
+        h = h + table[first : first + h.shape[0], None]
+        return h if segments is None else h + segments[0]
+
+    def added(self, row: Row, layer: int | None = None) -> Tensor | None:
+        """This rank's part of what the lag's training has added to a row, in fp32; None where there is no lag."""
+        if self.lag is None:
+            return None
+        tensor = self.lag(row.key if layer is None else row.key.format(layer))
+        return shard(tensor, row, self.mesh.tp, self.mesh.tp_rank).clone().to(accelerator.device())
+
+    def _added_outside(self) -> dict[str, Tensor]:
+        """The same of the rows outside the layers that this stage has; a tied head's is the embedding's."""
+        if self.lag is None:
+            return {}
+        arch, tied = self.operator.arch, self.operator.large.tied
+        found: dict[str, Tensor] = {}
+        for key in self.source.outside:
+            shared = tied and key == "head" and "embed" in found
+            found[key] = found["embed"] if shared else self.added(arch.row("embed" if tied and key == "head" else key))
+        return found
 
     def outside_norm(self, key: str, h: Tensor, maps: dict[str, Matrix]) -> Tensor:
         """h (s, b, large) through the grown norm outside the layers whose gain is the row of that key."""
         arch, large = self.operator.arch, self.operator.large
         gain, bias = arch.row(key), arch.by_key.get(f"{key}_bias")
         expand = matrix_of(maps, arch.space(gain.axes[0], large), False)
-        weight = self.grow_gain(gain, self.source.outside[key], expand).to(h.dtype)
-        shift = None if bias is None else self.grow_shift(bias, self.source.outside[bias.key], expand).to(h.dtype)
-        return normalise(h, weight, shift, large.norm_eps, normalization(large))
+        weight = plus(self.grow_gain(gain, self.source.outside[key], expand), self.added_outside.get(key))
+        shift = None
+        if bias is not None:
+            grown = self.grow_shift(bias, self.source.outside[bias.key], expand)
+            shift = plus(grown, self.added_outside.get(bias.key)).to(h.dtype)
+        return normalise(h, weight.to(h.dtype), shift, large.norm_eps, normalization(large))
 
     def read_by_all(self, u: Tensor) -> Tensor:
         """u (s, b, small), which every tensor-parallel rank reads for its own rows: whole sequences, partial uses."""
@@ -144,6 +170,11 @@ class Runtime:
         axis = row.axes[dim]
         lift = self.operator.frame.lift(axis)
         return matrix_of(maps, lift.map, axis.use is Use.READS), lift
+
+
+def plus(grown: Tensor, added: Tensor | None) -> Tensor:
+    """A grown tensor, with what the lag's training has added to it."""
+    return grown if added is None else grown + added.to(grown.dtype)
 
 
 def stale(module: nn.Module, runtime: Runtime) -> bool:

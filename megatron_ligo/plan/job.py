@@ -20,7 +20,7 @@ class Job:
     """operator: that of a fit; None plans a pretraining of `large`. The run's config says the batch and the layout.
 
     source_bytes: of one number of the small model's matrices (2 where they are bf16 to the bit, else 4).
-    distilled: the small model teaches, whole.
+    distilled: the small model teaches, whole. lagged: what training has added stands beside the maps.
     """
 
     large: Dims
@@ -31,6 +31,7 @@ class Job:
     whole_source: bool = False
     source_bytes: int = 4
     distilled: bool = False
+    lagged: bool = False
 
     @property
     def parallel(self) -> ParallelSection:
@@ -68,5 +69,5 @@ class Job:
         """Of one step over all ranks; recomputation and what tensor-parallel ranks do twice are not counted."""
         tokens = self.run.global_batch_size * self.seq_length
         if self.operator is not None:
-            return fit_step_flops(self.operator, tokens, self.seq_length, self.distilled)
+            return fit_step_flops(self.operator, tokens, self.seq_length, self.distilled, self.lagged)
         return train_flops(self.large, tokens, self.seq_length)

@@ -37,6 +37,7 @@ from megatron_ligo.training.collect import collect
 from megatron_ligo.training.dealing import Dealt
 from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.feed import open_feed
+from megatron_ligo.training.lag import Lag, open_lag
 from megatron_ligo.training.metrics import peak_memory_bytes
 from megatron_ligo.training.samples import everywhere, on_rank_0
 from megatron_ligo.training.start import check_layout
@@ -59,7 +60,7 @@ class Fit:
         self.output = output
         mesh.start(self.fit.timeout_minutes)
         self.dtype = everywhere(lambda: accelerator.dtype_of(self.fit.precision))
-        self.reader, self.operator = everywhere(lambda: prepare(config))
+        self.reader, self.operator, self.lag = everywhere(lambda: prepare(config))
         self.step_flops = self._step_flops()
         self.fit = everywhere(lambda: within_budget(self.fit, self.step_flops))
         self.mesh: Mesh = mesh.make(self.fit.parallel.tp, self.fit.parallel.pp)
@@ -114,7 +115,7 @@ class Fit:
 
     def _step_flops(self) -> float:
         tokens, seq = self._tokens(), self._tokens_of_sample()
-        return fit_step_flops(self.operator, tokens, seq, self.fit.distill > 0)
+        return fit_step_flops(self.operator, tokens, seq, self.fit.distill > 0, self.lag is not None)
 
     def _tokens(self) -> int:
         """Of one step, over all ranks."""
@@ -183,6 +184,7 @@ class Fit:
             sequence_parallel=self.fit.parallel.sequence_parallel,
             gradients_each=self.fit.parallel.zero == 2,
             teacher=self._teacher() if self.fit.distill else None,
+            lag=self.lag,
         )
 
     def _teacher(self) -> Teacher:
@@ -204,6 +206,7 @@ class Fit:
             "steps_done": self.engine.steps,
             "losses": losses,
             "eval": {"samples": self.fit.eval_samples, "digest": digest},
+            "lagged": self.lag is not None,
             "layout": self.engine.layout,
             "peak_memory_bytes": memory,
             "config": self.config.to_dict(),
@@ -230,8 +233,9 @@ def within_budget(fit: FitSection, step_flops: float) -> FitSection:
     return replace(fit, steps=min(fit.steps, steps))
 
 
-def prepare(config: Config) -> tuple[Reader, Operator]:
-    """The small model and the operator's start; every reason why the job cannot be done, before any of it is."""
+def prepare(config: Config) -> tuple[Reader, Operator, Lag | None]:
+    """The small model, the operator's start and the lag, if there is one; every reason why the job cannot be done,
+    before any of it is."""
     small = config.small
     if not small.path:
         raise ConfigError("small.path: expected the small model's checkpoint, found nothing. Set it in [small].")
@@ -242,6 +246,7 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     check_factored(operator.settings, faults)
     length = operator.large.tokens_of_sample(config.data.seq_length)
     _check_teacher(operator, config.fit, length, faults)
+    lag = open_lag(config.fit.lag, operator, reader, faults) if config.fit.lag else None
     faults.raise_if_any()
     check_layout(operator.large, config.fit.parallel, length)
     counts = operator.num_parameters()
@@ -249,7 +254,7 @@ def prepare(config: Config) -> tuple[Reader, Operator]:
     log.info("operator: %s learned numbers", f"{sum(counts.values()):,}")
     for name, count in counts.items():
         log.info("  %-28s %s", name, f"{count:,}")
-    return reader, operator
+    return reader, operator, lag
 
 
 def _check_teacher(operator: Operator, fit: FitSection, seq_length: int, faults: Faults) -> None:

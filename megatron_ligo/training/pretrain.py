@@ -106,6 +106,9 @@ class Pretrain:
             state["accuracy"] = {"start": found["accuracy"]}
         if self.start.fit is None:
             return
+        if self.start.fit.get("lagged"):
+            log.info("the fit's losses are those after its lag: none is that of this start")
+            return
         found = self.start.fit["eval"]
         same = self._can_deal(found["samples"]) and self.data.eval_digest(found["samples"]) == found["digest"]
         if not same:

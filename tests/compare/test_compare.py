@@ -118,6 +118,22 @@ def test_done_once_and_refused_if_it_is_another(base, results):
         run.compare(settings.load(base / "compare.toml", ["pretrain.weight_decay=0.3"]), base / "out")
 
 
+def test_an_arm_with_a_lag_pays_for_it_and_shares_its_controls(base, results):
+    arm = 'arms.after={operator={method="noisy_stack"}, fit={lr=1e-3}, lag=3}'
+    found = run.compare(settings.load(base / "compare.toml", [arm]), base / "out", only=["after"])
+    step = found["unit_flops"] / STEPS
+    fit = json.loads((base / "out/jobs/after/seed_1/fit_0.001/result.json").read_text())
+    runs = found["arms"]["after"]["runs"]
+    assert runs[0]["spent"] == pytest.approx(fit["flops"] + 3 * step)
+    assert fit["flops"] > found["arms"]["learned"]["runs"][0]["spent"]
+    assert all(abs(each["flops"] - each["budget"] * found["unit_flops"]) <= 0.5 * step for each in runs)
+    job = json.loads((base / "out/jobs/after/seed_1/run_1_0.001/job.json").read_text())
+    assert job["config"]["pretrain"]["first_sample"] == (2 + 3) * BATCH
+    assert set(found["arms"]) == {*results["arms"], "after"}
+    against = {each["against"] for each in found["differences"] if each["arm"] == "after"}
+    assert against == {"learned.start", "learned.full", "scratch"}
+
+
 def test_the_page_says_what_it_cannot_know(base, results):
     text = (base / "out/compare.html").read_text()
     for caution in ("1 seed(s)", "A small experiment", "none is tuned", "one small model"):
@@ -128,9 +144,11 @@ def test_the_page_says_what_it_cannot_know(base, results):
 
 
 def test_all_faults_of_a_file_at_once(base):
+    wrong = ["compare.tune_seed=1", "compare.lrs=[1e-3, 1e-3]", "arms.scratch.x=1", "arms.a.lag=0"]
     with pytest.raises(ConfigError) as caught:
-        settings.load(base / "compare.toml", ["compare.tune_seed=1", "compare.lrs=[1e-3, 1e-3]", "arms.scratch.x=1"])
-    for part in ("none of compare.seeds", "one or more, each once", "operator = {...}", "which is always run"):
+        settings.load(base / "compare.toml", wrong)
+    lag = "arms.a.lag: expected one step or more"
+    for part in ("none of compare.seeds", "one or more, each once", "operator = {...}", "which is always run", lag):
         assert part in str(caught.value)
 
 

@@ -22,7 +22,7 @@ from megatron_ligo.training.engine import Engine
 from tests import images
 from tests.families import dims_of, memory_of, model_of
 from tests.growth import official
-from tests.model.reference import make_operator, materialise
+from tests.model.reference import lag_of, make_operator, materialise
 from tests.tiny import llama_dims, tokens
 
 SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}
@@ -105,6 +105,7 @@ def fit(
     precision="fp32",
     sequence_parallel=False,
     whole_source=False,
+    lagged=False,
     steps=STEPS,
 ):
     """(losses, norms, operator, grown weights, loss in fp32 afterwards) of some steps at a layout, on rank 0."""
@@ -131,6 +132,7 @@ def fit(
         recompute=recompute,
         sequence_parallel=sequence_parallel,
         gradients_each=zero == 2,
+        lag=lag_of(operator).__getitem__ if lagged else None,
     )
     with SABOTAGE[sabotage]():
         return _run(shared, run, micro_size, source_reader, sabotage)

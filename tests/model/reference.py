@@ -80,10 +80,25 @@ def _expand(operator, values, map_name, layer):
     return expand
 
 
+def lag_of(operator: Operator) -> dict[str, Tensor]:
+    """What a training might have added to each weight of the large model, by canonical key."""
+    arch, large = operator.arch, operator.large
+    drawn = torch.Generator().manual_seed(5)
+    return {key: 0.02 * torch.randn(arch.row(key).shape(large), generator=drawn) for key in arch.keys(large)}
+
+
 def run(
-    small, large: dict, settings: dict, batches: list[tuple[Tensor, Tensor]], optimizer: str, lr: float, clip: float
+    small,
+    large: dict,
+    settings: dict,
+    batches: list[tuple[Tensor, Tensor]],
+    optimizer: str,
+    lr: float,
+    clip: float,
+    lagged: bool = False,
 ):
-    """(losses, gradient norms, operator, grown weights) of plain torch training on the whole batches."""
+    """(losses, gradient norms, operator, grown weights) of plain torch training on the whole batches; lagged: the
+    losses are those of the grown weights and `lag_of`."""
     operator = make_operator(small, large, settings)
     source = memory_of(families.model_of(small), small)
     fixed = {name: operator.tensor(name).clone() for name in operator.shapes()}
@@ -99,9 +114,10 @@ def run(
     def values() -> dict[str, Tensor]:
         return {name: learned.get(name, tensor) + low_rank(learned, name) for name, tensor in fixed.items()}
 
-    losses, norms = [], []
+    losses, norms, lag = [], [], lag_of(operator) if lagged else {}
     for batch in batches:
-        loss = loss_of(operator, materialise(operator, source, values()), batch)
+        grown = {key: tensor + lag.get(key, 0) for key, tensor in materialise(operator, source, values()).items()}
+        loss = loss_of(operator, grown, batch)
         stepper.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(learned.values(), clip)))

@@ -27,7 +27,8 @@ def expected(optimizer: str, changes: str = "{}"):
     large = {**cases.LARGE, **changed.get("large", {})}
     lr, clip = rates(optimizer, changed)
     batches = cases.batches(reference.make_operator(small, large, changed.get("settings", {})).large)
-    return reference.run(small, large, changed.get("settings", {}), batches, optimizer, lr, clip)
+    lagged = changed.get("lagged", False)
+    return reference.run(small, large, changed.get("settings", {}), batches, optimizer, lr, clip, lagged)
 
 
 def rates(optimizer: str, changes: dict) -> tuple[float, float]:
@@ -71,6 +72,9 @@ def plain_loss(weights: dict, changes: dict) -> float:
     """The loss of grown weights on the first batch, in one process of plain torch."""
     small = cases.small_dims(changes.get("small", {}))
     operator = reference.make_operator(small, {**cases.LARGE, **changes.get("large", {})}, changes.get("settings", {}))
+    if changes.get("lagged"):
+        lag = reference.lag_of(operator)
+        weights = {key: tensor + lag[key] for key, tensor in weights.items()}
     with torch.no_grad():
         return float(reference.loss_of(operator, weights, cases.batches(operator.large, 1)[0]))
 
@@ -182,17 +186,51 @@ def test_gpt2_is_exact_when_sharded(pools, world, layout):
     assert_exact(differences(pools, world, "sgd", changes, **layout))
 
 
+NEOX = {
+    "small": {"arch": "gpt_neox", "class": "GPTNeoXForCausalLM", "hidden_size": 32, "num_kv_heads": 8, "tied": False},
+    "large": {"hidden_size": 64, "num_kv_heads": 16},
+    "settings": {"noise": 0.5},
+}
+
+
 def test_gpt_neox_is_exact_when_sharded(pools):
     """Its blocks side by side, a part of its heads turned."""
-    small = {"arch": "gpt_neox", "class": "GPTNeoXForCausalLM", "hidden_size": 32, "num_kv_heads": 8, "tied": False}
-    changes = {"small": small, "large": {"hidden_size": 64, "num_kv_heads": 16}, "settings": {"noise": 0.5}}
     layout = {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}
-    assert_exact(differences(pools, 4, "sgd", changes, **layout))
+    assert_exact(differences(pools, 4, "sgd", NEOX, **layout))
 
 
 def test_gpt2_is_exact_with_the_official_operator(pools):
     changes = {**GPT2, "settings": {"method": "ligo"}}
     assert_exact(differences(pools, 4, "sgd", changes, tp=2, pp=2, micro_size=2))
+
+
+LAGGED = [
+    ("llama", 1, {"micro_size": 4}),
+    ("llama", 4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    ("tied, biases", 4, {"tp": 2, "pp": 2}),
+    ("tied, biases", 2, {"zero": 3, "recompute": True}),
+    ("gpt2", 2, {"tp": 2, "sequence_parallel": True, "micro_size": 4}),
+    ("gpt2", 2, {"tp": 2, "tokens_at_once": 1}),
+    ("gpt_neox", 2, {"tp": 2, "zero": 2}),
+]
+
+
+@pytest.mark.parametrize("kind, world, layout", LAGGED, ids=str)
+def test_a_fit_after_a_lag_is_exact_when_sharded(pools, kind, world, layout):
+    """The loss is that of the grown weights and what training has added to them, every one of them."""
+    changes = {
+        "llama": {},
+        "tied, biases": {"small": {"tied": True, "qkv_bias": True, "model_type": "qwen2"}},
+        "gpt2": GPT2,
+        "gpt_neox": NEOX,
+    }[kind]
+    assert_exact(differences(pools, world, "sgd", {**changes, "lagged": True}, **layout))
+
+
+def test_a_lag_left_out_is_seen(pools):
+    found = pools(1).run(cases.fit, optimizer="sgd", lr=0.5, clip=1.0, micro_size=4)
+    wanted = expected("sgd", json.dumps({"lagged": True}))
+    assert max(abs(f - w) / w for f, w in zip(found[0], wanted[0], strict=True)) > 1e-3
 
 
 BERT = {

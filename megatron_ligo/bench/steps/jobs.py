@@ -35,6 +35,7 @@ class Job:
     precision: str = "fp32"
     whole_source: bool = False
     distill: float = 0.0
+    lagged: bool = False
 
     @property
     def seq_length(self) -> int:
@@ -141,6 +142,7 @@ class FitStepper(Stepper):
             sequence_parallel=job.parallel.get("sequence_parallel", False),
             gradients_each=zero == 2,
             teacher=self._teacher() if job.distill else None,
+            lag=Drawn(operator.large).read if job.lagged else None,
         )
         module = GrownPipeline(runtime) if self.mesh.pp > 1 else GrownModel(runtime)
 

@@ -61,8 +61,8 @@ def planned(kind: str, job: Job, world: int) -> Planned:
     layout = job.parallel
     run = job.run(world // (layout.get("tp", 1) * layout.get("pp", 1)))
     chosen = operator if kind == "fit" else None
-    distilled = chosen is not None and job.distill > 0
-    return Planned(operator.large, run, world, job.seq_length, chosen, job.whole_source, distilled=distilled)
+    more = {} if chosen is None else {"distilled": job.distill > 0, "lagged": job.lagged}
+    return Planned(operator.large, run, world, job.seq_length, chosen, job.whole_source, **more)
 
 
 def _numbers(stepper) -> int:

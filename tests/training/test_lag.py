@@ -1,0 +1,81 @@
+"""A fit on the loss after a lag: it begins where the training that it is given has ended, and refuses another's."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo import handoff
+from megatron_ligo.config import Config
+from megatron_ligo.errors import ConfigError
+from megatron_ligo.training.fit import prepare
+from tests import families
+from tests.tiny import hf_llama, llama_dims
+from tests.training.pretraining import fit, pretrain
+from tests.training.test_pretrain import BATCH, SEQ, make_pair
+
+SMALL = llama_dims(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
+LARGE = {"num_layers": 5, "hidden_size": 34, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 44}
+LAYOUT = {"tp": 2, "pp": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(pools, tmp_path_factory) -> tuple[dict, Path, float]:
+    """A run's settings, its start after three steps of pretraining on two ranks, and the loss there."""
+    base = tmp_path_factory.mktemp("lag")
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(base / name, seed)
+    hf_llama(SMALL).save_pretrained(base / "small")
+    table = Config().to_dict()
+    table["small"]["path"] = str(base / "small")
+    table["large"] |= LARGE
+    table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": SEQ}
+    run = {"global_batch_size": BATCH, "eval_samples": BATCH, "save_every": 0, "warmup_steps": 0}
+    table["fit"] |= {**run, "steps": 3, "lr": 1e-3, "keep": "last"}
+    table["pretrain"] |= {**run, "steps": 3, "lr": 1e-2, "start": str(base / "start")}
+    table["pretrain"]["parallel"]["tp"] = 2
+    handoff.grow_to(Config.from_dict(table), None, base / "start")
+    losses = pools(2).run(pretrain, settings=table, output=str(base / "lag"))["losses"]
+    assert abs(losses["end"] - losses["start"]) > 1e-2
+    checkpoint = base / "lag/checkpoints/step_3"
+    table["fit"]["lag"] = str(checkpoint)
+    return table, checkpoint, losses["end"]
+
+
+def test_it_begins_where_the_training_has_ended_and_hands_over_the_start(pools, trained, tmp_path):
+    table, _, end = trained
+    table = deepcopy(table)
+    table["fit"]["parallel"] |= LAYOUT
+    pools(4).run(fit, settings=table, output=str(tmp_path / "fit"))
+    told = json.loads((tmp_path / "fit/operator/operator.json").read_text())
+    assert told["losses"]["start"] == pytest.approx(end, rel=1e-5)
+    assert told["losses"]["end"] < told["losses"]["start"]
+    grown = handoff.grow_to(Config.from_dict(table), tmp_path / "fit/operator", tmp_path / "grown")
+    assert grown["fit"]["lagged"]
+    table["pretrain"] |= {"start": str(tmp_path / "grown"), "steps": 0}
+    losses = pools(2).run(pretrain, settings=table, output=str(tmp_path / "begun"))["losses"]
+    # The fit's losses are none of this start's: they are not set beside it.
+    assert set(losses) == {"start"} and abs(losses["start"] - told["losses"]["end"]) > 1e-3
+
+
+def test_a_training_of_another_start_is_refused(trained):
+    table, checkpoint, _ = trained
+    prepare(Config.from_dict(table))
+    other = deepcopy(table)
+    other["operator"] |= {"method": "random"}
+    with pytest.raises(ConfigError, match=r"expected a training of this start.*found \d\.\d\d\. Give \[operator\]"):
+        prepare(Config.from_dict(other))
+    other = deepcopy(table)
+    other["large"] |= {"num_layers": 6, "ffn_size": 60}
+    with pytest.raises(ConfigError) as caught:
+        prepare(Config.from_dict(other))
+    assert f"fit.lag: {checkpoint}: num_layers: expected 6, found 5" in str(caught.value)
+    assert "ffn_size: expected 60, found 44" in str(caught.value)
+
+
+def test_only_decoders_have_one(tmp_path):
+    _, folder = families.saved(tmp_path, "bert", "BertForMaskedLM")
+    table = [f"small.path={folder}", "operator.depth_init=stack", "data.seq_length=12", "fit.lag=anywhere"]
+    with pytest.raises(ConfigError, match=r"fit\.lag: expected a decoder, found bert"):
+        prepare(Config.load(None, table))
