@@ -59,10 +59,10 @@ SMALL = {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "f
 LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240, "num_layers": 3}
 
 
-def fit_flops(settings: dict, samples: int, lagged: bool = False) -> dict[str, int]:
+def fit_flops(settings: dict, samples: int, lagged: bool = False, more: dict | None = None) -> dict[str, int]:
     """A fit step's FLOPs by our count and by torch's, which leaves out the fused attention."""
     small, length = llama_dims(**SMALL), 32
-    operator = make_operator(small, LARGE, settings)
+    operator = make_operator(small, {**LARGE, **(more or {})}, settings)
     mesh = meshes.make(1, 1)
     reader = memory_of(hf_llama(small), small)
     lag = lag_of(operator).__getitem__ if lagged else None
@@ -83,13 +83,17 @@ OPERATORS = {
     "official": ({"method": "ligo"}, 64),
     "low rank": ({"rank": 5}, 64),
     "low rank from a dense start": ({"rank": 5, "width_init": "random"}, 64),
+    # Fused weights are built, however few the tokens.
+    "dense heads, few tokens": ({"method": "ligo"}, 1),
+    "larger heads": ({}, 8, {"head_dim": 12}),
+    "larger heads, low rank": ({"rank": 4}, 8, {"head_dim": 12}),
 }
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_a_fit_step_counts_as_torch_does(pools, kind):
-    settings, samples = OPERATORS[kind]
-    found = pools(1).run(fit_flops, settings=settings, samples=samples)
+    settings, samples, *more = OPERATORS[kind]
+    found = pools(1).run(fit_flops, settings=settings, samples=samples, more=more[0] if more else {})
     assert found["counted"] == pytest.approx(found["by_torch"], rel=0.02)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from math import prod
 
-from megatron_ligo.arch.rows import Row, Task, Use
+from megatron_ligo.arch.rows import Pack, Row, Task, Use, axis_size
 from megatron_ligo.flops import forward_flops
 from megatron_ligo.growth.forms import full_cost, low_rank_cost
+from megatron_ligo.growth.maps import Lift
 from megatron_ligo.growth.operator import Operator
 
 LEARNED, FROZEN = 3, 2  # products a weight takes part in: forward, gradient of the input, gradient of the weight
@@ -22,6 +23,12 @@ def factors_are_cheaper(tokens: int, shape: tuple[int, int], other: int, cost: i
     cost: the multiplications of the map with one vector."""
     n, m = shape
     return tokens * (cost + m * other) < other * cost + tokens * n * other
+
+
+def may_be_factored(row: Row, lift: Lift) -> bool:
+    """Whether a row's map and weight can be applied one after the other: no map of whole heads, no part of a fused
+    weight (model/places.py)."""
+    return lift.plain and row.slots["mcore"].pack is not Pack.GROUPED
 
 
 def fit_step_flops(
@@ -90,8 +97,12 @@ def _row(operator: Operator, row: Row, tokens: int) -> int:
     use = MapUse(operator, lift.map, row.axes[inner].use is Use.READS)
     width = lift.unit * lift.repeat
     other = operator.small.hidden_size
+    large = axis_size(row.axes[inner], operator.large)
     mixing = FROZEN * 2 * operator.small.num_layers * prod(row.shape(operator.small))
     joined = operator.settings.fresh == "writers" and row.split == 0  # fresh rows join the product only
-    if lift.plain and not joined and factors_are_cheaper(tokens, (spec.large, spec.small), other, use.cost):
+    apart = may_be_factored(row, lift) and not joined
+    if apart and factors_are_cheaper(tokens, (spec.large, spec.small), other, use.cost):
         return mixing + use.flops(tokens) + LEARNED * 2 * tokens * spec.small * other
-    return mixing + use.flops(width * other) + LEARNED * 2 * tokens * spec.large * width * other
+    # Another head size: the features of each head go through a matrix that learns nothing.
+    within = 0 if lift.inner is None else FROZEN * 2 * large * lift.inner.shape[1] * other
+    return mixing + use.flops(width * other) + within + LEARNED * 2 * tokens * large * other

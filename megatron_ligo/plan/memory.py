@@ -23,7 +23,7 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.rows import Row, Use
-from megatron_ligo.growth.cost import MapUse, factors_are_cheaper
+from megatron_ligo.growth.cost import MapUse, factors_are_cheaper, may_be_factored
 from megatron_ligo.layout import padded_vocab
 from megatron_ligo.plan import parameters, states
 from megatron_ligo.plan.job import Job
@@ -123,7 +123,7 @@ def _factored(job: Job, row: Row) -> bool:
     inner = 0 if row.split == 0 else 1
     lift = operator.frame.lift(row.axes[inner])
     spec = operator.maps[lift.map]
-    if not lift.plain:
+    if not may_be_factored(row, lift):
         return False
     cost = MapUse(operator, lift.map, row.axes[inner].use is Use.READS, tp).cost
     tokens = job.shared_by * job.tokens
