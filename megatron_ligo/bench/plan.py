@@ -38,6 +38,7 @@ CASES = {
     "fit": ("fit", 1, WIDE, {"tokens": 1024, "sequences": 4}),
     "fit, micro-batches": ("fit", 1, WIDE, {"tokens": 512, "micro_batches": 2}),
     "fit, rank 32": ("fit", 1, WIDE, {"tokens": 512, "operator": {"rank": 32}}),
+    "fit, dense heads": ("fit", 1, WIDE, {"tokens": 512, "sequences": 2, "operator": {"method": "ligo"}}),
     "fit, recomputed": ("fit", 1, NARROW, {"tokens": 1024, "sequences": 4, "recompute": True}),
     "fit, distilled": ("fit", 1, WIDE, {"tokens": 512, "sequences": 2, "distill": 0.5}),
     "fit, lagged": ("fit", 1, WIDE, {"tokens": 512, "sequences": 2, "lagged": True}),
