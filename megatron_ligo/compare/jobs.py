@@ -63,7 +63,10 @@ class Jobs:
         folder = self.place(job)
         if not (folder / JOB).is_file():
             return None
-        if json.loads((folder / JOB).read_text(encoding="utf-8")) != job.to_dict():
+        then = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        # A setting that came after the run was at its default.
+        then["config"] = Config.from_dict(then["config"], f"{folder / JOB}").to_dict()
+        if then != job.to_dict():
             do = "Compare with the same, or choose another --output."
             raise ConfigError(message(f"{folder}", "a run with these settings", f"others in {JOB}", do))
         return json.loads((folder / RESULT).read_text(encoding="utf-8")) if (folder / RESULT).is_file() else None

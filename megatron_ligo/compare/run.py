@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megatron_ligo.compare import page, results
+from megatron_ligo.compare.check import check_arms
 from megatron_ligo.compare.jobs import Jobs
 from megatron_ligo.compare.plan import Plan, output_folder, run_arm
 from megatron_ligo.compare.settings import Spec, chosen
@@ -20,6 +21,7 @@ def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lam
     """Runs what is not yet done of the arms named (none: all), and writes OUTPUT/results.json, compare.html and .png
     of all that is. Started again, it goes on where it stopped."""
     arms = chosen(spec, only)
+    check_arms(spec, arms)
     jobs = Jobs(output_folder(output), spec.compare.launcher, tell)
     doing = Plan(spec, jobs, jobs.run)
     if doing.source() is None:

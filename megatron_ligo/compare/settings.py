@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -79,8 +80,9 @@ def _check(section: CompareSection, config: Config, named: object, faults: Fault
         faults.add("compare.tune_seed", f"none of compare.seeds {list(section.seeds)}", section.tune_seed)
     for key in ("seeds", "budgets", "lrs"):
         found = getattr(section, key)
-        if not found or len(set(found)) < len(found):
-            faults.add(f"compare.{key}", "one or more, each once", list(found))
+        # A run's folder is named by six digits of each.
+        if not found or len({f"{value:g}" for value in found}) < len(found):
+            faults.add(f"compare.{key}", "one or more, each once (to six digits)", list(found))
     if section.source_steps and section.source_flops is not None:
         faults.add("compare.source_flops", "left out where the small model is trained here", section.source_flops)
     if not config.data.valid:
@@ -93,10 +95,13 @@ def _check(section: CompareSection, config: Config, named: object, faults: Fault
         if unknown:
             expected = "operator = {...} and, for a learned one, fit = {...} and lag, a number of steps"
             faults.add(f"arms.{name}", expected, ", ".join(unknown))
+        elif any(not isinstance(arm[key], dict) for key in ("operator", "fit") if key in arm):
+            faults.add(f"arms.{name}", "tables: operator = {...}, fit = {...}", arm)
         elif "lag" in arm and (type(arm["lag"]) is not int or arm["lag"] < 1 or "fit" not in arm):
             faults.add(f"arms.{name}.lag", "one step or more, beside fit = {...}", arm["lag"])
-        if name == SCRATCH or "." in name or "/" in name:
-            faults.add(f"arms.{name}", f"a name without '.' and '/', and not {SCRATCH}, which is always run", name)
+        if name == SCRATCH or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            expected = f"a name of letters, digits, _ and -, and not {SCRATCH}, which is always run"
+            faults.add(f"arms.{name}", expected, repr(name))
 
 
 def _arms(config: Config, named: dict, path: Path) -> list[Arm]:

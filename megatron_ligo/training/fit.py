@@ -278,10 +278,12 @@ def _check_teacher(operator: Operator, fit: FitSection, seq_length: int, faults:
 def check_same_run(then: dict, now: dict, output: Path) -> None:
     """ConfigError with every setting that differs from those of the run that is to be resumed."""
     faults = Faults(f"{output} holds a run with other settings", ConfigError)
-    before, after = _flat(then), _flat(now)
+    before, after, defaults = _flat(then), _flat(now), _flat(Config().to_dict())
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            faults.add(key, before.get(key), after.get(key), "Resume with the same, or choose another --output.")
+        # A setting that came after the run was at its default.
+        was = before.get(key, defaults.get(key))
+        if was != after.get(key):
+            faults.add(key, was, after.get(key), "Resume with the same, or choose another --output.")
     faults.raise_if_any()
 
 

@@ -114,6 +114,12 @@ def test_done_once_and_refused_if_it_is_another(base, results):
     told = []
     again = run.compare(settings.load(base / "compare.toml"), base / "out", tell=told.append)
     assert told == [] and again == results
+    # As a version before fit.lag has left it.
+    path = base / "out/jobs/learned/seed_1/fit/job.json"
+    job = json.loads(path.read_text())
+    assert job["config"]["fit"].pop("lag") == ""
+    path.write_text(json.dumps(job))
+    assert run.compare(settings.load(base / "compare.toml"), base / "out", tell=told.append) == results and told == []
     with pytest.raises(ConfigError, match="Compare with the same, or choose another"):
         run.compare(settings.load(base / "compare.toml", ["pretrain.weight_decay=0.3"]), base / "out")
 
@@ -149,6 +155,25 @@ def test_all_faults_of_a_file_at_once(base):
         settings.load(base / "compare.toml", wrong)
     lag = "arms.a.lag: expected one step or more"
     for part in ("none of compare.seeds", "one or more, each once", "operator = {...}", "which is always run", lag):
+        assert part in str(caught.value)
+
+
+def test_arms_that_cannot_be_are_told_of_before_any_is_run(base, tmp_path):
+    wrong = ["arms.a={operator={method='loss'}}", "arms.b={operator={method='aki'}, fit={}}"]
+    with pytest.raises(ConfigError) as caught:
+        run.compare(settings.load(base / "compare.toml", wrong), tmp_path)
+    for part in ("(2 faults)", "arms.a: ", "lossless", "arms.b: ", "operator.borrow: expected none in a fit"):
+        assert part in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_arm_is_a_table_with_a_name_for_a_folder(base, tmp_path):
+    wrong = '[arms]\na = {fit = true}\nb = {operator = "lossless"}\n"" = {operator = {}}\n"../x" = {operator = {}}\n'
+    (tmp_path / "wrong.toml").write_text(FILE.format(folder=base).split("[arms")[0] + wrong)
+    with pytest.raises(ConfigError) as caught:
+        settings.load(tmp_path / "wrong.toml", ["compare.budgets=[0.5, 0.50000001]"])
+    found = ("arms.a: expected tables", "arms.b: expected tables", "found '../x'", "found ''", "to six digits")
+    for part in ("(5 faults)", *found):
         assert part in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_ligo import handoff
 from megatron_ligo.config import Config
 from megatron_ligo.errors import ConfigError
-from megatron_ligo.training.fit import prepare
+from megatron_ligo.training.fit import check_same_run, prepare
 from tests import families
 from tests.tiny import hf_llama, llama_dims
 from tests.training.pretraining import fit, pretrain
@@ -72,6 +72,17 @@ def test_a_training_of_another_start_is_refused(trained):
         prepare(Config.from_dict(other))
     assert f"fit.lag: {checkpoint}: num_layers: expected 6, found 5" in str(caught.value)
     assert "ffn_size: expected 60, found 44" in str(caught.value)
+
+
+def test_a_run_from_before_there_was_a_lag_is_the_same_run(tmp_path):
+    table = Config().to_dict()
+    now = {"fit": table["fit"]}
+    then = {"fit": {key: value for key, value in table["fit"].items() if key != "lag"}}
+    check_same_run(then, now, tmp_path)
+    with pytest.raises(ConfigError, match=r"fit\.lag: expected , found there"):
+        check_same_run(then, {"fit": table["fit"] | {"lag": "there"}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"fit\.distill: expected 0\.0, found 0\.5"):
+        check_same_run(then, {"fit": table["fit"] | {"distill": 0.5}}, tmp_path)
 
 
 def test_only_decoders_have_one(tmp_path):

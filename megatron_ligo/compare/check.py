@@ -1,0 +1,29 @@
+"""What is wrong with a comparison's arms, before any of them is run: hours may lie between the first and the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_ligo.compare.settings import Arm, Spec
+from megatron_ligo.errors import ConfigError, Faults, LigoError
+from megatron_ligo.growth.check import check_factored, initial_operator
+from megatron_ligo.training.start import sizes
+
+
+def check_arms(spec: Spec, arms: Iterable[Arm]) -> None:
+    """ConfigError with every arm that cannot grow the small model into the large one, or has a start for no fit."""
+    small = sizes(Path(spec.config.small.path))
+    faults = Faults("the comparison cannot be done", ConfigError)
+    for arm in arms:
+        if not arm.grown:
+            continue
+        try:
+            operator = initial_operator(small, arm.config.large, arm.config.operator)
+            if arm.fitted:
+                own = Faults("its fit cannot be done", ConfigError)
+                check_factored(operator.settings, own)
+                own.raise_if_any()
+        except LigoError as error:
+            faults.add(f"arms.{arm.name}", "an operator that can be built, and fitted where there is a fit", f"{error}")
+    faults.raise_if_any()
