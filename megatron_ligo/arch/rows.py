@@ -196,6 +196,10 @@ class Architecture:
         """The space of an axis: with tied rows, two of the table's may be one."""
         return self._joined.get(axis.space, axis.space) if dims.tied else axis.space
 
+    def spaces(self, dims: Dims) -> set[str]:
+        """The spaces of a network of these sizes."""
+        return {self.space(axis, dims) for row in self.rows if row.exists(dims) for axis in row.axes}
+
     def outside(self, dims: Dims) -> tuple[list[Row], list[Row]]:
         """The stored rows that the loss reads before the layers, and after them."""
         first = next(i for i, row in enumerate(self.rows) if row.in_layer)

@@ -42,7 +42,7 @@ def large_dims(small: Dims, section: LargeSection) -> Dims:
 def initial_operator(small: Dims, section: LargeSection, settings: OperatorSection) -> Initial:
     """The operator where a fit starts, with the large model's eps as the residual map needs it; or all refusals."""
     large = large_dims(small, section)
-    settings = resolve(settings)
+    settings = resolve(settings, large)
     check_sizes(small, large, by_space(settings.width_init, "groups") == "mean")
     check_settings(small, large, settings)
     operator = Initial(small, large, settings)

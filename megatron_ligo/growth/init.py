@@ -1,9 +1,10 @@
 """Where an operator starts: one small function for each named initialisation.
 
-A width initialisation is `f(small, large, space, generator) -> expand` (large x small, fp64). A depth
-initialisation is `f(small_layers, large_layers, role, generator) -> (large_layers x small_layers)`, with the role of
-the row in its layer: WRITES (its output is added to the residual stream), SCALES (a norm's gain), INNER. A new one
-is one function and its line in the table below.
+A width initialisation is `f(small, large, norm, generator) -> expand` (large x small, fp64), with the kind of norm that
+reads the space ("rms", "layer", or "" where none does). A depth initialisation is
+`f(small_layers, large_layers, role, generator) -> (large_layers x small_layers)`, with the role of the row in its
+layer: WRITES (its output is added to the residual stream), SCALES (a norm's gain), INNER. A new one is one function and
+its line in the table below.
 """
 
 from __future__ import annotations
@@ -20,51 +21,55 @@ def one_hot(source: Tensor, small: int) -> Tensor:
     return torch.nn.functional.one_hot(source, small).double()
 
 
-def _shared_out(expand: Tensor, space: str) -> Tensor:
-    """In the residual stream: copies divided by the square root of their number, so that expand^T expand = I.
+def _shared_out(expand: Tensor, norm: str) -> Tensor:
+    """Before an RMSNorm: copies divided by the square root of their number, so that expand^T expand = I.
 
-    A norm's statistics survive any ratio then, and the left inverse is expand^T.
+    Its statistics survive any ratio then, and the left inverse is expand^T. A LayerNorm's survive whole copies only.
     """
-    return expand / expand.sum(dim=0).sqrt() if space == "residual" else expand
+    return expand / expand.sum(dim=0).sqrt() if norm == "rms" else expand
 
 
-def copy(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+def copy(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
     """Feature i copies feature i mod small, unscaled (plain duplication, in order)."""
     return one_hot(torch.arange(large) % small, small)
 
 
-def lossless(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
-    """As `copy`; in the residual stream copies are divided by the square root of their number."""
-    return _shared_out(copy(small, large, space, generator), space)
+def lossless(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
+    """As `copy`; before an RMSNorm copies are divided by the square root of their number."""
+    return _shared_out(copy(small, large, norm, generator), norm)
 
 
-def clone(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+def clone(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
     """As `copy` at whole multiples (HyperCloning); as `lossless` at ragged ratios, where plain copies lose."""
-    return (lossless if large % small else copy)(small, large, space, generator)
+    return (lossless if large % small else copy)(small, large, norm, generator)
 
 
-def select(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+def select(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
     """New features copy features drawn at random, unscaled (Net2Net, bert2BERT's FPI)."""
     drawn = torch.randint(small, (large - small,), generator=generator)
     return one_hot(torch.cat([torch.arange(small), drawn]), small)
 
 
-def net2net(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
-    """As `select`; in the residual stream copies are divided by the square root of their number."""
-    return _shared_out(select(small, large, space, generator), space)
+def net2net(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
+    """As `select`; before an RMSNorm copies are divided by the square root of their number. Before a LayerNorm each
+    feature is drawn as often as any other where the sizes allow it: its mean and variance are kept then."""
+    if norm == "layer" and large % small == 0:
+        drawn = [torch.randperm(small, generator=generator) for _ in range(large // small - 1)]
+        return one_hot(torch.cat([torch.arange(small), *drawn]), small)
+    return _shared_out(select(small, large, norm, generator), norm)
 
 
-def pad(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+def pad(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
     """New features hold nothing of the small model's and nobody reads them: room for fresh numbers."""
     return torch.eye(large, small, dtype=torch.float64)
 
 
-def mean(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+def mean(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
     """Fewer KV heads: each is the mean of as many consecutive ones (multi-head to grouped-query attention)."""
     return one_hot(torch.arange(small) * large // small, large).T * (large / small)
 
 
-def random(small: int, large: int, space: str, generator: torch.Generator) -> Tensor:
+def random(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
     """Identity above rows drawn from U(0, 1) and divided by their sum (official LiGO's `rand`)."""
     rows = torch.rand(large - small, small, generator=generator, dtype=torch.float64)
     return torch.cat([torch.eye(small, dtype=torch.float64), rows / rows.sum(dim=1, keepdim=True)])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.dims import Dims
 from megatron_ligo.config import OperatorSection
 from megatron_ligo.errors import ConfigError, message, nearest
 
@@ -106,7 +108,12 @@ METHODS = {
         "copied residual features; fresh heads, neurons and layers that nobody reads yet",
         True,
         "after LEMON (arXiv 2310.07999)",
-        {"width_init": {"default": "pad", "residual": "lossless"}, "depth_init": "pad", "fresh": "writers"},
+        {
+            # A norm would see what is padded: that of a masked-LM head's transform, too.
+            "width_init": {"default": "pad", "residual": "lossless", "head": "lossless"},
+            "depth_init": "pad",
+            "fresh": "writers",
+        },
     ),
     "ligo": Method(
         "the published operator: dense maps, a set for each layer, read by their transposes",
@@ -125,19 +132,28 @@ METHODS = {
 }
 
 
-def resolve(settings: OperatorSection) -> OperatorSection:
+def resolve(settings: OperatorSection, large: Dims) -> OperatorSection:
     """The settings with every key that was left out as the method has it. Raises ConfigError for an unknown one."""
     if settings.method not in METHODS:
         do = nearest(settings.method, METHODS)
         raise ConfigError(message("operator.method", "a named method", repr(settings.method), do))
-    meant = {**PLAIN, **METHODS[settings.method].keys}
+    meant = _meant(settings.method, large)
     return replace(settings, **{key: value for key, value in meant.items() if getattr(settings, key) is None})
 
 
-def describe(settings: OperatorSection) -> str:
+def _meant(name: str, large: Dims) -> dict:
+    """All keys of a method, its tables without the spaces that the large model does not have."""
+    known = {"default", *architectures.get(large.arch).spaces(large)}
+    return {
+        key: {space: start for space, start in value.items() if space in known} if isinstance(value, dict) else value
+        for key, value in {**PLAIN, **METHODS[name].keys}.items()
+    }
+
+
+def describe(settings: OperatorSection, large: Dims) -> str:
     """What a method is and what it means, in a few lines; the user's own keys are named as such."""
     method = METHODS[settings.method]
-    meant = {**PLAIN, **method.keys}
+    meant = _meant(settings.method, large)
     lines = [f"method {settings.method}: {method.what} ({method.source})"]
     if method.lossless:
         lines[0] += "; starts with the small model's logits"

@@ -59,7 +59,7 @@ class Operator(ABC):
     settings: OperatorSection
 
     def __post_init__(self) -> None:
-        self.settings = resolve(self.settings)
+        self.settings = resolve(self.settings, self.large)
         self.arch = architectures.get(self.large.arch)
         self.frame = Frame(self.small, self.large, by_space(self.settings.structure, "groups"))
         self.copied_gains = by_space(self.settings.gain, "residual") == "copied"
@@ -128,6 +128,11 @@ class Operator(ABC):
         if space != "residual":
             return f"gain.{space}.source", f"gain.{space}.factor"
         return "gain.source", "gain.final" if row.feeds_head else "gain.layers"
+
+    def norm_of(self, map_name: str) -> str:
+        """The kind of norm that reads what a map moves: "rms", "layer", or "" where none does."""
+        gains = (row.axes[0] for row in self.arch.rows if row.exists(self.large) and row.axes[0].use is Use.SCALES)
+        return self.arch.norm if map_name in {self.arch.space(axis, self.large) for axis in gains} else ""
 
     def num_parameters(self) -> dict[str, int]:
         """Learned numbers by tensor; frozen identity rows, the gains' constants and what the loss does not
@@ -277,9 +282,8 @@ class Initial(Operator):
             groups = self._expand("groups", stem.replace("heads", "groups"))
             return init.one_hot(heads.query_sources(groups, self.small, self.large), spec.small)
         generator = self.generator(f"{stem}.expand")
-        # Shared out, copies keep an RMSNorm's statistics at any ratio; a LayerNorm's survive whole copies only.
-        space = map_name if self.arch.norm == "rms" else ""
-        expand = init.WIDTH[self.setting("width_init", map_name)](spec.small, spec.large, space, generator)
+        make = init.WIDTH[self.setting("width_init", map_name)]
+        expand = make(spec.small, spec.large, self.norm_of(map_name), generator)
         noise = self.setting("noise", map_name)
         if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:
             fresh = expand[spec.small :]

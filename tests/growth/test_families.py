@@ -8,7 +8,9 @@ import torch
 from megatron_ligo.config import LargeSection, OperatorSection
 from megatron_ligo.errors import ConfigError
 from megatron_ligo.grow import Grown
+from megatron_ligo.growth import init
 from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.growth.operator import Operator
 from tests import families
 
@@ -16,10 +18,11 @@ from tests import families
 DOUBLE = LargeSection(hidden_size=48, ffn_size=100, num_heads=12)
 # GPT-2's residual stream kept as it is: everything else may be ragged.
 RAGGED = LargeSection(ffn_size=70, num_layers=5)
+NORMS_FIRST = ("gpt2", "gpt_neox")
 
 
 def gap(family: str, name: str, large: LargeSection, settings: OperatorSection, *, tied: bool = True) -> float:
-    """Largest difference of what comes out first, at outputs of size 3. Hidden states are copied as they grow."""
+    """Largest difference of what comes out first, at outputs of size 3. Hidden states grow by the residual map."""
     small = families.dims_of(family, name, tied=tied)
     source = families.memory_of(families.model(family, name, tied=tied, dtype=torch.float64), small)
     grown = Grown(initial_operator(small, large, settings), source)
@@ -28,7 +31,9 @@ def gap(family: str, name: str, large: LargeSection, settings: OperatorSection, 
         assert grown.read(key).shape == grown.info(key).shape
     ids = families.tokens()
     before, after = families.outputs(source, ids), families.outputs(grown, ids)
-    return float((before.repeat(1, 1, after.shape[-1] // before.shape[-1]) - after).abs().max())
+    if after.shape != before.shape:
+        before = before @ grown.operator.initial_expand("residual").T
+    return float((before - after).abs().max())
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -37,6 +42,23 @@ def gap(family: str, name: str, large: LargeSection, settings: OperatorSection, 
 def test_lossless_at_whole_multiples(family, name, tied, noise):
     settings = OperatorSection(noise=noise)
     assert gap(family, name, DOUBLE, settings, tied=tied) < (1e-12 if noise == 0 else 2e-6)  # noise is fp32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if method.lossless))
+@pytest.mark.parametrize(("family", "name"), families.CLASSES)
+def test_what_promises_to_be_lossless_is(family, name, method, tied):
+    more = {"num_layers": 5} if family in NORMS_FIRST else {}
+    large = LargeSection(hidden_size=72, ffn_size=100, num_heads=18, **more)
+    assert gap(family, name, large, OperatorSection(method=method), tied=tied) < 5e-6
+
+
+def test_uneven_draws_and_padded_heads_are_seen(monkeypatch):
+    """Negative controls: a LayerNorm's mean and variance are lost by either."""
+    padded = {"width_init": {"default": "pad", "residual": "lossless"}}
+    assert gap("bert", "BertForMaskedLM", DOUBLE, OperatorSection(method="lemon", **padded), tied=False) > 0.1
+    monkeypatch.setitem(init.WIDTH, "net2net", init.select)
+    assert gap("gpt2", "GPT2LMHeadModel", DOUBLE, OperatorSection(method="net2net")) > 0.1
 
 
 @pytest.mark.parametrize("tied", [True, False])

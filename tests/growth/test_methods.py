@@ -104,13 +104,13 @@ def test_the_published_operator_is_written_out():
 
 
 def test_keys_are_put_over_the_method():
-    settings = resolve(Config.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator)
+    settings = resolve(Config.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_dims())
     assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
-    assert resolve(settings) == settings
-    told = describe(settings)
+    assert resolve(settings, llama_dims()) == settings
+    told = describe(settings, llama_dims())
     assert "noise = 0.25   (your own)" in told and "depth_init = 'stack'\n" in told
     with pytest.raises(ConfigError, match="'noisy_stack'"):
-        resolve(OperatorSection(method="noisystack"))
+        resolve(OperatorSection(method="noisystack"), llama_dims())
 
 
 def test_what_cannot_be_is_refused():
@@ -124,7 +124,7 @@ def test_what_cannot_be_is_refused():
             initial_operator(llama_dims(), RAGGED, OperatorSection(**keys))
     for method in METHODS:
         faults = Faults("fit", ConfigError)
-        check_factored(resolve(OperatorSection(method=method)), faults)
+        check_factored(resolve(OperatorSection(method=method), llama_dims()), faults)
         assert bool(faults.lines) == (method in ("direct_copy", "random", "aki"))
 
 
