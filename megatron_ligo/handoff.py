@@ -102,7 +102,7 @@ def grow_to(
             chosen = Saved(operator)
         else:
             chosen = initial_operator(reader.dims, config.large, config.operator)
-            log.info("%s", describe(chosen.settings, chosen.large))
+            log.info("%s", describe(chosen.settings, chosen.small, chosen.large))
         grown = Grown(chosen, reader, section.moments)
         record = growth_record(grown) if share.rank == 0 else {}
     dtype = DTYPES[section.dtype]

@@ -12,7 +12,7 @@ from megatron_ligo.config import LargeSection, OperatorSection, by_space
 from megatron_ligo.errors import ConfigError, Faults, message, nearest
 from megatron_ligo.growth import heads, init
 from megatron_ligo.growth.maps import WHOLE_HEADS, Frame, MapSpec
-from megatron_ligo.growth.methods import METHODS, resolve
+from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve
 from megatron_ligo.growth.operator import Initial, short, variance_ratio
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _check_lossless(faults: Faults, settings: OperatorSection, small: Dims, larg
             do = "Take depth_init = 'interlace' or 'stack'."
             found = f"{names[0]!r}: with norms after the sums (post-LN) no layer leaves what it is given as it is"
             faults.add("operator.depth_init", "a start that promises no lossless depth", found, do)
-    if arch.norm == "layer" and method.lossless and large.hidden_size % small.hidden_size:
+    if method.lossless and not can_be_lossless(small, large):
         what = "no start is lossless: a LayerNorm's mean and variance survive whole copies only"
         log.warning("hidden_size %d to %d is no whole multiple: %s", small.hidden_size, large.hidden_size, what)
 

@@ -1,6 +1,7 @@
 """The named methods: each is a choice of all the keys of [operator], whatever the user says himself put over it.
 
-LOSSLESS methods start with the small model's own logits, at any ratio of the sizes that they take.
+LOSSLESS methods start with the small model's own logits: under RMSNorm at any ratio of the sizes that they take, under
+LayerNorm at whole multiples of hidden_size (`can_be_lossless`). The user's own keys may take that away.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ PLAIN = {
     "fresh": "none",
     "borrow": "none",
 }
+
+# Keys that leave the logits of a start as they are.
+HARMLESS = ("noise", "share", "identity")
 
 
 @dataclass(frozen=True)
@@ -150,16 +154,32 @@ def _meant(name: str, large: Dims) -> dict:
     }
 
 
-def describe(settings: OperatorSection, large: Dims) -> str:
+def can_be_lossless(small: Dims, large: Dims) -> bool:
+    """Whether any start keeps the logits at these sizes: a LayerNorm's mean and variance survive whole copies only."""
+    return architectures.get(large.arch).norm == "rms" or large.hidden_size % small.hidden_size == 0
+
+
+def describe(settings: OperatorSection, small: Dims, large: Dims) -> str:
     """What a method is and what it means, in a few lines; the user's own keys are named as such."""
     method = METHODS[settings.method]
     meant = _meant(settings.method, large)
     lines = [f"method {settings.method}: {method.what} ({method.source})"]
-    if method.lossless:
-        lines[0] += "; starts with the small model's logits"
+    changed = []
     for field in fields(OperatorSection):
         if field.name in meant:
             value = getattr(settings, field.name)
-            own = "" if value == meant[field.name] else "   (your own)"
-            lines.append(f"  {field.name} = {value!r}{own}")
+            own = value != meant[field.name]
+            lines.append(f"  {field.name} = {value!r}{'   (your own)' if own else ''}")
+            changed += [field.name] if own and field.name not in HARMLESS else []
+    if method.lossless:
+        lines[0] += f"; {_promise(can_be_lossless(small, large), changed)}"
     return "\n".join(lines)
+
+
+def _promise(can_be: bool, changed: list[str]) -> str:
+    """What a lossless method says of its start. changed: the user's own keys that may move the logits."""
+    if not can_be:
+        return "not lossless at these sizes"
+    if changed:
+        return f"not promised to be lossless with your own {', '.join(changed)}"
+    return "starts with the small model's logits"

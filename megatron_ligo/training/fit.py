@@ -250,7 +250,7 @@ def prepare(config: Config) -> tuple[Reader, Operator, Lag | None]:
     faults.raise_if_any()
     check_layout(operator.large, config.fit.parallel, length)
     counts = operator.num_parameters()
-    log.info("%s", describe(operator.settings, operator.large))
+    log.info("%s", describe(operator.settings, operator.small, operator.large))
     log.info("operator: %s learned numbers", f"{sum(counts.values()):,}")
     for name, count in counts.items():
         log.info("  %-28s %s", name, f"{count:,}")

@@ -10,7 +10,7 @@ from megatron_ligo.errors import ConfigError
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth import init
 from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.growth.methods import METHODS
+from megatron_ligo.growth.methods import METHODS, describe
 from megatron_ligo.growth.operator import Operator
 from tests import families
 
@@ -78,6 +78,10 @@ def test_ragged_layer_norms_are_told(caplog):
     large = LargeSection(hidden_size=32, num_heads=8)
     assert gap("gpt2", "GPT2LMHeadModel", large, OperatorSection()) > 1e-2
     assert "whole multiple" in caplog.text
+    small = families.dims_of("gpt2", "GPT2LMHeadModel")
+    for section, told in ((large, "not lossless at these sizes"), (DOUBLE, "starts with the small model's logits")):
+        operator = initial_operator(small, section, OperatorSection())
+        assert told in describe(operator.settings, small, operator.large)
 
 
 def test_refusals():

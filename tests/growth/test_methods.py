@@ -107,10 +107,33 @@ def test_keys_are_put_over_the_method():
     settings = resolve(Config.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_dims())
     assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
     assert resolve(settings, llama_dims()) == settings
-    told = describe(settings, llama_dims())
+    told = describe(settings, llama_dims(), llama_dims())
     assert "noise = 0.25   (your own)" in told and "depth_init = 'stack'\n" in told
     with pytest.raises(ConfigError, match="'noisy_stack'"):
         resolve(OperatorSection(method="noisystack"), llama_dims())
+
+
+OWN_KEYS = {
+    "none": ({}, True),
+    "said again": ({"depth_init": "lossless"}, True),
+    "harmless ones": ({"noise": 0.5, "share": {"default": "layer", "residual": "all"}, "rank": 2}, True),
+    "depth": ({"depth_init": "stack"}, False),
+    "readers": ({"method": "hypercloning", "contract": "tied"}, False),
+    "merged heads": ({"width_init": {"default": "lossless", "groups": "mean"}}, False),
+}
+
+
+@pytest.mark.parametrize("case", OWN_KEYS)
+def test_a_start_is_called_lossless_only_where_it_is(case):
+    keys, kept = OWN_KEYS[case]
+    large = replace(RAGGED, hidden_size=36, num_heads=12, num_kv_heads=1 if case == "merged heads" else 6)
+    settings = OperatorSection(**keys)
+    operator = initial_operator(llama_dims(), large, settings)
+    told = describe(operator.settings, operator.small, operator.large)
+    assert ("starts with the small model's logits" in told) == kept
+    assert ("not promised to be lossless with your own" in told) != kept
+    gap = logits_gap(llama_dims(), large, settings)
+    assert gap < 5e-6 if kept else gap > 1e-3
 
 
 def test_what_cannot_be_is_refused():
