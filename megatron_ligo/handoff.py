@@ -131,13 +131,15 @@ def moments_record(grown: Grown) -> dict | None:
     if not grown.has_moments:
         return None
     dense = moments.dense_maps(grown.operator)
+    split = moments.splits_groups(grown.operator)
+    keys = "; an estimate for k, v: copies of a KV group hold unlike query heads" if split else ""
     squares = "the dual maps squared entry by entry: "
-    squares += "an estimate where rows of a map have several entries" if dense else "exact, each row has one entry"
+    squares += "an estimate where maps have several entries" if dense else "exact where exp_avg is, rows have one entry"
     return {
         "policy": grown.moments,
         "step": grown.step,
-        "exp_avg": "the dual maps",
-        "exp_avg_sq": squares,
+        "exp_avg": "the dual maps: exact where the grown model computes what the small one does" + keys,
+        "exp_avg_sq": squares + keys,
         "maps_with_several_entries": dense,
         "layers_at_zero": moments.new_layers(grown.operator),
     }

@@ -58,9 +58,14 @@ def dual_features(part: str, small: int, large: int, rotary: bool) -> Tensor:
     """The same for gradients: through what reads the features, and for o, which reads, through what writes them."""
     if part in "vo":
         return features("o" if part == "v" else "v", small, large, rotary)
-    # k's new features are zero: nothing reaches those of q.
     kept = features("k", small, large, rotary)
-    return kept / (large / small) ** 0.5 if part == "q" else kept
+    if part == "q":
+        # k's new features are zero: nothing reaches those of q.
+        return kept / (large / small) ** 0.5
+    if rotary:
+        # q's new features turn by other angles than those that they copy.
+        return kept
+    return kept + (features("v", small, large, rotary) - kept) * (small / large) ** 0.5
 
 
 def _places(small: int, large: int, rotary: bool) -> Tensor:

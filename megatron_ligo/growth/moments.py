@@ -10,9 +10,13 @@ does and copies are plain (no noise). The second moment is a mean of squares; it
 entry by entry, which is exact where their rows have one entry. Where rows have several (dense or learned maps, noise),
 it takes the entries' gradients for independent: an estimate, and too small where they agree.
 
+Heads: where the copies of a KV group hold unlike query heads, no map of the group's gradient says what reaches the keys
+and values of each: theirs are shared out evenly, an estimate. The features that a larger head gives k begin at zero
+where rotary positions turn them; elsewhere they are known.
+
 Layers: those that write nothing yet are new, and begin at zero; so do new tokens, new positions and those of a
 larger image. Several layers that hold one small layer share its gradient out (the least-squares solution of the chain
-rule), which leaves Adam's steps as they were.
+rule), which leaves Adam's steps as they were: an estimate, for such a model computes something else.
 """
 
 from __future__ import annotations
@@ -40,15 +44,38 @@ def new_layers(operator: Operator) -> list[int]:
 
 
 def dense_maps(operator: Operator) -> list[str]:
-    """The maps whose second moments are estimates: some row of expand, or of what reads it, has several entries."""
+    """The maps whose moments are estimates: some row of expand, or of what reads it, has several entries, or several
+    layers that write something hold one small layer."""
     found = []
+    new = new_layers(operator)
     for name in operator.shapes():
         if name.startswith("width"):
             entries = operator.tensor(name)
             rows = entries if name.endswith("expand") else entries.t()
             if bool(((rows != 0).sum(dim=1) > 1).any()):
                 found.append(name)
+        elif name.startswith("depth"):
+            held = operator.tensor(name) != 0
+            held[new] = False
+            if any(bool((held.sum(dim=dim) > 1).any()) for dim in (0, 1)):
+                found.append(name)
     return found
+
+
+def splits_groups(operator: Operator) -> bool:
+    """Whether the moments of k and v are estimates: some copy of a KV group has not the same share of all of the
+    group's query heads."""
+    if not operator.frame.regrouped:
+        return False
+    small, large = operator.small, operator.large
+    for layer in range(large.num_layers) if operator.has_one_a_layer("groups") else [None]:
+        matrix = operator.matrix(layer)
+        dual = torch.linalg.pinv(matrix(Lift("groups"), Use.WRITES).double()).t()
+        reads = matrix(Lift("heads"), Use.READS).double()
+        shares = reads.unflatten(0, (large.num_kv_heads, -1)).sum(dim=1).unflatten(1, (small.num_kv_heads, -1))
+        if not torch.allclose(shares, dual[..., None].expand_as(shares), atol=1e-6):
+            return True
+    return False
 
 
 def _adds(row: Row) -> bool:

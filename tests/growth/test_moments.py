@@ -15,6 +15,7 @@ from megatron_ligo.formats.base import MOMENTS
 from megatron_ligo.grow import Grown
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.operator import Initial
+from megatron_ligo.handoff import moments_record
 from megatron_ligo.packing import stored
 from tests import families
 from tests.growth.gap import RAGGED
@@ -93,6 +94,19 @@ CASES = {
     "random copies": (RAGGED, {"method": "net2net"}),
     "fresh rows": (RAGGED, {"method": "lemon"}),
     "more query heads, larger ones": (LargeSection(num_heads=12, head_dim=8), {}),
+    "half as many more": (LargeSection(hidden_size=27, num_heads=9), {}),
+}
+# Query heads of one small group sit with different copies of it; several layers hold one small one, or parts of it.
+ESTIMATES = {
+    "split groups": (LargeSection(num_kv_heads=6), {}, (".k", ".v")),
+    "split groups, by layer": (
+        LargeSection(num_heads=12, num_kv_heads=12),
+        {"share": {"default": "layer", "residual": "all"}},
+        (".k", ".v"),
+    ),
+    "stacked": (LargeSection(num_layers=5), {"depth_init": "stack"}, ()),
+    "mixed": (LargeSection(num_layers=3), {"depth_init": "stack_noisy"}, ()),
+    "one row stacked": (LargeSection(num_layers=5), {"depth_init": {"default": "lossless", "o": "interlace"}}, ()),
 }
 
 
@@ -104,7 +118,8 @@ def test_the_first_moment_is_the_grown_models_gradient(case, tied):
     layers = {1, 3} if large.num_layers == 5 else set()
 
     def unknown(key):
-        """What new layers, fresh features and new features of k will write has no answer: it begins at zero."""
+        """What new layers, fresh features and new features of k (rotary ones) will write has no answer: it begins at
+        zero."""
         new = layer_of(key) in layers and key.endswith((".o", ".down"))
         fresh = case == "fresh rows" and key.endswith((".o", ".down"))
         return new or fresh or (grown.operator.frame.resized and key.endswith(".k"))
@@ -128,16 +143,51 @@ def family_gradients(source):
     return {key: item.part(found[name], key, source.dims) for name, item in items for key in item.keys}
 
 
+WIDER = {
+    "more heads": LargeSection(hidden_size=48, ffn_size=70, num_heads=12),
+    "larger heads": LargeSection(hidden_size=72, head_dim=12),
+    "both, at a ragged head size": LargeSection(hidden_size=48, num_heads=8, head_dim=6),
+}
+
+
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", WIDER)
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForMaskedLM")])
-def test_families_with_layer_norm(family, name, tied):
+def test_families_with_layer_norm(family, name, case, tied):
     small = families.dims_of(family, name, tied=tied)
     source = families.memory_of(families.model(family, name, tied=tied, dtype=torch.float64), small)
     source = WithMoments(small, source.tensors, family_gradients(source))
-    operator = initial_operator(small, LargeSection(hidden_size=48, ffn_size=70, num_heads=12), OperatorSection())
+    operator = initial_operator(small, WIDER[case], OperatorSection())
     grown = Grown(Exact(small, operator.large, operator.settings), source, "grow")
     gap, gaps = worst(grown, family_gradients(grown))
     assert gap < 1e-12, gaps
+
+
+@pytest.mark.parametrize("case", ESTIMATES)
+def test_what_is_an_estimate_is_called_one(case):
+    """And is one: it is off, where all that is not named is exact."""
+    large, keys, rows = ESTIMATES[case]
+    grown, real = grown_pair(llama_dims(), large, **keys)
+    record = moments_record(grown)
+    gap, gaps = worst(grown, real, lambda key: not key.endswith(rows or ""))
+    assert gap > 1e-3, gaps
+    if rows:
+        rest, gaps = worst(grown, real, lambda key: key.endswith(rows))
+        assert rest < 1e-12, gaps
+        assert not record["maps_with_several_entries"]
+        assert all("an estimate for k, v" in record[kind] for kind in MOMENTS)
+    else:
+        assert "depth.q" in record["maps_with_several_entries"]
+        assert "exact" not in record["exp_avg_sq"] and "an estimate" in record["exp_avg_sq"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_exact_is_called_so(case):
+    large, keys = CASES[case]
+    grown, _ = grown_pair(llama_dims(), large, **keys)
+    record = moments_record(grown)
+    assert "exact" in record["exp_avg_sq"] and not record["maps_with_several_entries"]
+    assert not any("estimate" in record[kind] for kind in MOMENTS)
 
 
 def test_the_forward_maps_would_be_wrong():
