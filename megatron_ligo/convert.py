@@ -113,6 +113,9 @@ def _begun(
     stage.begin()
     if stage.resumed:
         log.info("going on with the conversion to %s that was interrupted", stage.target)
+    doubt = module.refused_elsewhere(source.dims) if hasattr(module, "refused_elsewhere") else ""
+    if doubt:
+        log.warning("%s", doubt)
     checked = _checked(module, source, options, stage.journal, progress)
     with _nothing_left(stage):
         needed = _planned(module, checked, options, stage.partial)

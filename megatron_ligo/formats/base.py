@@ -11,6 +11,8 @@ A format is one module of this folder with
     LAYOUT: bool                             optional: `write` obeys tp and pp, or refuses one of them by its name
     leaves_moments(source, options) -> str   optional: `write` stores Adam's moments and the step if the source has
                                              them, or this says why not; a format without it never does
+    refused_elsewhere(dims) -> str           optional: what the format's other readers would refuse of a network that
+                                             it can store, in one line; it is written, and the user told
 `write` is run twice: once to ask how many bytes it will write (planned.py).
 It is found by looking into the folder: nothing else needs an edit. All are imported together, so what only one
 needs (Megatron-core, DeepSpeed) is imported inside its functions. Which tensors a format stores, and the rows in each,

@@ -86,6 +86,9 @@ class HfReader(Reader):
         return stored, places
 
 
+refused_elsewhere = hf_config.refused_elsewhere
+
+
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """Shards (a tensor that is larger than one has its own), their index where there are several, the config."""
     stored = packing.stored(source.arch, source.dims, NAME)

@@ -23,6 +23,8 @@ NOT_CARRIED = (
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "rope_parameters",
     "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "n_ctx", "quantization_config", "auto_map",
 )  # fmt: skip
+# The model_types that transformers loads only where the heads divide hidden_size, whatever head_dim says.
+HEADS_DIVIDE = ("llama",)
 ROPE = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in Dims that are numbers or truths.
 KINDS = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
@@ -218,6 +220,15 @@ def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> 
         if "rotary_fraction" in arch.hf.values():
             config["rope_parameters"]["partial_rotary_factor"] = dims.rotary_fraction
     return config | {"dtype": name, "torch_dtype": name}
+
+
+def refused_elsewhere(dims: Dims) -> str:
+    """Why transformers would not load a config that says these sizes; "" where it would."""
+    if dims.model_type not in HEADS_DIVIDE or dims.hidden_size % dims.num_heads == 0:
+        return ""
+    expected = f"a divisor of hidden_size = {dims.hidden_size} (transformers loads no other {dims.model_type})"
+    do = "Choose num_heads that divides hidden_size, or leave 'hf' out of handoff.formats."
+    return message("hf: num_heads", expected, dims.num_heads, do)
 
 
 def _labels(carried: Mapping[str, object], count: int) -> dict[str, dict]:

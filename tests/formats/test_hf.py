@@ -10,12 +10,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ligo import formats
+from megatron_ligo.config import LargeSection, OperatorSection
 from megatron_ligo.convert import convert
 from megatron_ligo.errors import CheckpointError
 from megatron_ligo.formats import hf_config
 from megatron_ligo.formats.base import WriteOptions
 from megatron_ligo.formats.output import Output
+from megatron_ligo.grow import Grown
+from megatron_ligo.growth.check import initial_operator
 from tests.formats import models
+from tests.tiny import hf_llama, llama_dims, memory_of
 
 SCALED = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
@@ -157,3 +161,21 @@ def test_rotary_buffers_of_old_checkpoints_are_no_weights(tmp_path):
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
     save_file(state, path, {"format": "pt"})
     formats.open(folder)
+
+
+@pytest.mark.parametrize(("model_type", "heads", "told"), [("llama", 6, 1), ("llama", 8, 0), ("qwen2", 6, 0)])
+def test_what_transformers_would_refuse_is_told(tmp_path, caplog, model_type, heads, told):
+    """It is written all the same: other readers take it."""
+    small = llama_dims(model_type=model_type, qkv_bias=model_type == "qwen2", num_kv_heads=2)
+    large = LargeSection(hidden_size=32, num_heads=heads)
+    source = Grown(initial_operator(small, large, OperatorSection()), memory_of(hf_llama(small), small))
+    convert(source, tmp_path / "out", "hf")
+    warned = [entry.getMessage() for entry in caplog.records if "hf: num_heads" in entry.getMessage()]
+    expected = "expected a divisor of hidden_size = 32 (transformers loads no other llama), found 6. Choose num_heads"
+    assert len(warned) == told and all(expected in line for line in warned)
+    assert formats.open(tmp_path / "out").dims == source.dims
+    if told:
+        with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
