@@ -113,8 +113,8 @@ METHODS = {
         True,
         "after LEMON (arXiv 2310.07999)",
         {
-            # A norm would see what is padded: that of a masked-LM head's transform, too.
-            "width_init": {"default": "pad", "residual": "lossless", "head": "lossless"},
+            # A norm would see what is padded, that of a masked-LM head's transform too; nobody fills a pooler's.
+            "width_init": {"default": "pad", "residual": "lossless", "head": "lossless", "pooled": "lossless"},
             "depth_init": "pad",
             "fresh": "writers",
         },
