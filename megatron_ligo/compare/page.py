@@ -78,8 +78,9 @@ def arm_rows(results: dict) -> list[list[str]]:
     budgets = sorted({run["budget"] for arm in results["arms"].values() for run in arm["runs"]})
     head = ["arm", "peak rate", *(f"{budget:g} of scratch's FLOPs" for budget in budgets)]
     rows = [[*head, "saved, source free", "saved, source counted"]]
+    seeds = len(results["settings"]["compare"]["seeds"])
     for name, arm in results["arms"].items():
-        cells = [_losses([run for run in arm["runs"] if run["budget"] == budget]) for budget in budgets]
+        cells = [_losses([run for run in arm["runs"] if run["budget"] == budget], seeds) for budget in budgets]
         rate = "-" if arm["lr"] is None else f"{arm['lr']:g}"
         saved = arm["saved"] if arm["grown"] else dict.fromkeys(arm["saved"], "-")
         rows.append([name, rate, *cells, saved["source_free"], saved["source_counted"]])
@@ -88,20 +89,24 @@ def arm_rows(results: dict) -> list[list[str]]:
 
 def difference_rows(results: dict) -> list[list[str]]:
     rows = [["FLOPs", "arm", "against", "difference", "interval", "seeds", "the arm is"]]
+    seeds = len(results["settings"]["compare"]["seeds"])
     for each in results["differences"]:
         known = each["low"] is not None
         interval = f"{each['low']:+.4f} to {each['high']:+.4f}" if known else "-"
         told = [f"{each['budget']:g}", each["arm"], each["against"], f"{each['mean']:+.4f}", interval]
-        rows.append([*told, str(each["seeds"]), each["verdict"]])
+        count = f"{each['seeds']}" if each["seeds"] == seeds else f"{each['seeds']} of {seeds}"
+        rows.append([*told, count, each["verdict"]])
     return rows
 
 
-def _losses(runs: list[dict]) -> str:
+def _losses(runs: list[dict], seeds: int) -> str:
+    """Their mean and spread; of how many seeds, where it is not all of them."""
     losses = [run["loss"] for run in runs if run["loss"] is not None]
     if not losses:
-        return "-"
-    middle = sum(losses) / len(losses)
-    return f"{middle:.4f} ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else f"{middle:.4f}"
+        return "diverged" if runs else "-"
+    spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
+    few = f", {len(losses)} of {seeds} seeds" if len(losses) < seeds else ""
+    return f"{sum(losses) / len(losses):.4f}{spread}{few}"
 
 
 def _table(rows: Iterable[list[str]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.compare.folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.compare.jobs import Job, Jobs
-from megatron_ligo.compare.settings import Arm, Spec
+from megatron_ligo.compare.settings import Arm, CompareSection, Spec
 from megatron_ligo.config import Config, PretrainSection
 from megatron_ligo.flops import train_flops
 from megatron_ligo.training.start import fresh_dims
@@ -194,15 +194,20 @@ def best(tries: dict[float, Trained]) -> float | None:
     return min(ended, key=ended.__getitem__) if ended else None
 
 
+def planned(compare: CompareSection, arm: Arm) -> list[tuple[int, float]]:
+    """(seed, budget) of each run of an arm; scratch's full budget is always one of them."""
+    budgets = sorted({*compare.budgets, *(() if arm.grown else (1.0,))})
+    return [(seed, budget) for seed in compare.seeds for budget in budgets]
+
+
 def run_arm(plan: Plan, arm: Arm) -> dict:
     """An arm's tries and its runs at every seed and budget: {"tries", "lr", "runs"}."""
     compare = plan.spec.compare
     tries = plan.tune(arm)
     lr = compare.lrs[0] if len(compare.lrs) == 1 else best(tries)
-    budgets = sorted({*compare.budgets, *(() if arm.grown else (1.0,))})
     runs = []
     if lr is not None:
-        made = (plan.train(arm, seed, budget, lr) for seed in compare.seeds for budget in budgets)
+        made = (plan.train(arm, seed, budget, lr) for seed, budget in planned(compare, arm))
         runs = [run for run in made if run]
     return {"tries": tries, "lr": lr, "runs": runs}
 

@@ -8,12 +8,13 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.dims import Dims
-from megatron_ligo.compare.plan import Plan, Trained, run_arm
+from megatron_ligo.compare.plan import Plan, Trained, planned, run_arm
 from megatron_ligo.compare.savings import difference, saving
-from megatron_ligo.compare.settings import SCRATCH, Arm, fully_trained, unfitted
+from megatron_ligo.compare.settings import SCRATCH, Arm, CompareSection, fully_trained, unfitted
 from megatron_ligo.manifest import library_versions
 
 FEW_SEEDS, FEW_STEPS, SMALL_MODEL = 3, 1000, 10**8
+DIVERGED, NO_RUN = "diverged", "no run"
 
 
 def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
@@ -22,12 +23,13 @@ def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
     found = {arm.name: run_arm(plan, arm) for arm in arms}
     scratch = {run.seed: (run.flops, run.loss) for run in found[SCRATCH]["runs"] if _is(run, 1.0)}
     cost = source["flops"] if source else None
-    table = {}
+    missing = {arm.name: _missing(spec.compare, arm, found[arm.name]["runs"]) for arm in arms}
+    table, of = {}, (len(spec.compare.seeds), len(spec.compare.budgets))
     for arm in arms:
         runs = found[arm.name]["runs"]
         points = _points(runs)
-        extra = {"source_free": saving(points, scratch).told}
-        counted = saving(points, scratch, cost or 0.0).told if arm.grown else extra["source_free"]
+        extra = {"source_free": saving(points, scratch, 0.0, *of).told}
+        counted = saving(points, scratch, cost or 0.0, *of).told if arm.grown else extra["source_free"]
         extra["source_counted"] = counted if cost is not None or not arm.grown else "unknown: the source's cost is"
         table[arm.name] = {
             "grown": arm.grown,
@@ -36,6 +38,7 @@ def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
             "lr": found[arm.name]["lr"],
             "tries": {f"{lr:g}": run.loss for lr, run in found[arm.name]["tries"].items()},
             "runs": [asdict(run) for run in runs],
+            "missing": missing[arm.name],
             "saved": extra,
         }
     return {
@@ -46,7 +49,7 @@ def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
         "unit_flops": plan.unit,
         "arms": table,
         "differences": _differences(plan, {name: each["runs"] for name, each in found.items()}),
-        "cautions": cautions(plan, found),
+        "cautions": cautions(plan, found, missing),
         "versions": library_versions(),
     }
 
@@ -58,6 +61,13 @@ def parameters(dims: Dims) -> int:
 
 def _is(run: Trained, budget: float) -> bool:
     return run.budget == budget and run.loss is not None
+
+
+def _missing(compare: CompareSection, arm: Arm, runs: Iterable[Trained]) -> list[dict]:
+    """Every run without a loss, and why: it has diverged, or there is none."""
+    made = {(run.seed, run.budget): run.loss for run in runs}
+    lost = [key for key in planned(compare, arm) if made.get(key) is None]
+    return [{"seed": key[0], "budget": key[1], "why": DIVERGED if key in made else NO_RUN} for key in lost]
 
 
 def _points(runs: Iterable[Trained]) -> dict[int, list[tuple[float, float]]]:
@@ -94,7 +104,7 @@ def _best_unlearned(arms: Iterable[Arm], losses: dict[str, dict[int, float]]) ->
     return min(names, key=lambda name: sum(losses[name].values()) / len(losses[name]), default=None)
 
 
-def cautions(plan: Plan, found: dict[str, dict]) -> list[str]:
+def cautions(plan: Plan, found: dict[str, dict], missing: dict[str, list[dict]]) -> list[str]:
     """What a reader must know before he believes a figure."""
     compare, config = plan.spec.compare, plan.spec.config
     said = []
@@ -109,15 +119,14 @@ def cautions(plan: Plan, found: dict[str, dict]) -> list[str]:
         said.append(f"One rate, {compare.lrs[0]:g}, for all arms: none is tuned, and one may be favoured.")
     elif not compare.tune_valid:
         said.append("Rates were chosen on the held-out text that the results are from (tune_valid is empty).")
-    rates, seeds = compare.lrs, len(compare.seeds)
+    rates = compare.lrs
     for name, each in found.items():
         if len(rates) > 1 and each["lr"] in (min(rates), max(rates)):
             edge = "lowest" if each["lr"] == min(rates) else "highest"
             said.append(f"{name}: its best rate is the {edge} tried, {each['lr']:g}: a better one may lie beyond.")
-        missing = seeds - len({run.seed for run in each["runs"] if run.loss is not None})
-        if missing:
-            why = "not done, diverged, or the fit costs more than the budgets"
-            said.append(f"{name}: {missing} of {seeds} seeds have no run ({why}).")
+        said += _told_missing(name, missing[name], each["tries"])
+    if any(lost["budget"] == 1.0 for lost in missing[SCRATCH]):
+        said.append("What is saved is told of those seeds only on which scratch ended.")
     source, whole = plan.source(), [run.loss for run in found[SCRATCH]["runs"] if _is(run, 1.0)]
     if source and source["loss"] is not None and whole and source["loss"] <= max(whole):
         what = f"The small model itself ended at {source['loss']:.4f}, not above scratch ({max(whole):.4f})"
@@ -127,3 +136,28 @@ def cautions(plan: Plan, found: dict[str, dict]) -> list[str]:
         "for each arm, in none. Many arms on few seeds: the lowest is partly the luckiest."
     )
     return said
+
+
+def _told_missing(name: str, missing: Iterable[dict], tries: dict[float, Trained]) -> list[str]:
+    diverged = _places(lost for lost in missing if lost["why"] == DIVERGED)
+    absent = _places(lost for lost in missing if lost["why"] == NO_RUN)
+    why = "not done, or what comes before it diverged or costs as much"
+    if tries and all(tried.loss is None for tried in tries.values()):
+        why = "every try for a rate diverged"
+    said = []
+    if diverged:
+        said.append(f"{name}: diverged with {diverged} of scratch's FLOPs; its figures are of the runs that ended.")
+    if absent:
+        said.append(f"{name}: no run with {absent} of scratch's FLOPs ({why}).")
+    return said
+
+
+def _places(missing: Iterable[dict]) -> str:
+    """`seed 1 at 0.5 and seeds 2, 3 at 0.5, 1`; empty where there are none."""
+    budgets: dict[int, list[str]] = {}
+    for lost in missing:
+        budgets.setdefault(lost["seed"], []).append(f"{lost['budget']:g}")
+    seeds: dict[str, list[str]] = {}
+    for seed, lost_at in budgets.items():
+        seeds.setdefault(", ".join(lost_at), []).append(f"{seed}")
+    return " and ".join(f"seed{'s' * (len(of) > 1)} {', '.join(of)} at {at}" for at, of in seeds.items())

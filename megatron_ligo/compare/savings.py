@@ -47,32 +47,42 @@ class Saving:
 
     kinds: tuple[str, ...]
     shares: tuple[float, ...]  # of the seeds that got there
+    seeds: int  # that there should be
+    partial: int  # of those in `kinds`: some budget's run has no loss
 
     @property
     def told(self) -> str:
         if not self.kinds:
-            return "no runs"
+            return "no runs to compare"
+        few = f", {len(self.kinds)} of {self.seeds} seeds" if len(self.kinds) < self.seeds else ""
+        few += f", runs missing on {self.partial}" if self.partial else ""
         if NEVER in self.kinds:
-            return f"not reached on {self.kinds.count(NEVER)} of {len(self.kinds)} seeds"
+            return f"not reached on {self.kinds.count(NEVER)} of {len(self.kinds)} seeds{few}"
         bound = "at least " if BELOW in self.kinds else ""
         low, high = min(self.shares), max(self.shares)
-        spread = f" ({low:.0%} to {high:.0%})" if len(self.shares) > 1 else " (one seed)"
-        return f"{bound}{mean(self.shares):.0%}{spread}"
+        spread = f" ({low:.0%} to {high:.0%})" if len(self.shares) > 1 else "" if few else " (one seed)"
+        return f"{bound}{mean(self.shares):.0%}{spread}{few}"
 
 
 def saving(
-    arm: dict[int, list[tuple[float, float]]], scratch: dict[int, tuple[float, float]], source: float = 0.0
+    arm: dict[int, list[tuple[float, float]]],
+    scratch: dict[int, tuple[float, float]],
+    source: float = 0.0,
+    seeds: int = 0,
+    budgets: int = 0,
 ) -> Saving:
-    """arm: points by seed; scratch: (FLOPs, loss) at its full budget by seed; source: FLOPs that come on top."""
-    kinds, shares = [], []
+    """arm: points by seed; scratch: (FLOPs, loss) at its full budget by seed; source: FLOPs that come on top; seeds,
+    budgets: how many of each there should be."""
+    kinds, shares, partial = [], [], 0
     for seed, (whole, target) in scratch.items():
         if seed not in arm:
             continue
         found = crossing(arm[seed], target)
         kinds.append(found.kind)
+        partial += len(arm[seed]) < budgets
         if found.flops is not None:
             shares.append(1 - (found.flops + source) / whole)
-    return Saving(tuple(kinds), tuple(shares))
+    return Saving(tuple(kinds), tuple(shares), seeds, partial)
 
 
 @dataclass(frozen=True)

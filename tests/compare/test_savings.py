@@ -42,7 +42,17 @@ def test_savings_are_paired_by_seed_and_told_as_bounds():
     assert saving({1: arm[1]}, scratch).told == "60% (one seed)"
     assert saving(arm, {1: (1000.0, 3.5)}).told == "at least 90% (one seed)"
     assert saving(arm, {1: (1000.0, 1.0), 2: (1000.0, 2.5)}).told == "not reached on 1 of 2 seeds"
-    assert saving({}, scratch).told == "no runs"
+    assert saving({}, scratch).told == "no runs to compare"
+
+
+def test_seeds_and_runs_that_are_missing_are_counted():
+    scratch = {1: (1000.0, 2.0), 2: (1000.0, 2.0), 3: (1000.0, 2.0)}
+    whole = [(250.0, 1.9), (500.0, 1.8), (1000.0, 1.7)]
+    arm = {1: whole, 2: whole, 3: whole[2:]}
+    assert saving(arm, scratch, seeds=3, budgets=3).told == "at least 50% (0% to 75%), runs missing on 1"
+    assert saving(arm, {1: scratch[1]}, seeds=3, budgets=3).told == "at least 75%, 1 of 3 seeds"
+    never = {1: (1000.0, 1.0), 2: (1000.0, 1.0)}
+    assert saving(arm, never, seeds=3, budgets=3).told == "not reached on 2 of 2 seeds, 2 of 3 seeds"
 
 
 @pytest.mark.parametrize(
