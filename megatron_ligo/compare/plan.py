@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_ligo.arch.dims import Dims
 from megatron_ligo.compare.folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.compare.jobs import Job, Jobs
-from megatron_ligo.compare.settings import Arm, CompareSection, Spec
+from megatron_ligo.compare.settings import Arm, CompareSection, Spec, learned
 from megatron_ligo.config import Config, PretrainSection
 from megatron_ligo.flops import train_flops
 from megatron_ligo.training.start import fresh_dims
@@ -26,6 +26,16 @@ class Start:
     folder: str
     spent: float
     samples: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit has left. spent: FLOPs, its lag's among them; steps: those that it has done, whichever is kept."""
+
+    operator: Path
+    spent: float
+    steps: int
+    lag_samples: int
 
 
 @dataclass(frozen=True)
@@ -106,23 +116,30 @@ class Plan:
         place = f"{arm.name}/seed_{seed}"
         operator, spent, samples = None, 0.0, 0
         if arm.fitted:
-            lag = self._lag(arm, config, place, lr) if arm.lag else Start("", 0.0, 0)
-            if lag is None:
+            fitted = self._fit(arm, config, place, lr)
+            if fitted is None:
                 return None
-            name = f"{place}/fit_{lr:g}" if arm.lag else f"{place}/fit"
-            job = Job(name, FIT, replace(config, fit=replace(config.fit, lag=lag.folder)))
-            fitted = self.obtain(job)
-            if not fitted or not fitted["losses"]:
-                return None
-            operator = self.jobs.place(job) / RUN / "operator"
-            spent, samples = fitted["flops"] + lag.spent, fitted["step"] * config.fit.global_batch_size + lag.samples
+            operator, spent = fitted.operator, fitted.spent
+            samples = fitted.steps * config.fit.global_batch_size + fitted.lag_samples
             if arm.lag:
                 place = f"{place}/of_{lr:g}"
         job = Job(f"{place}/grown", GROW, config, operator)
         if self.obtain(job) is None:
             return None
         start = Start(f"{self.jobs.place(job) / RUN}", spent, samples)
-        return self._fully_trained(config, place, start, lr) if arm.full else start
+        return self._fully_trained(arm, config, start, lr) if arm.full else start
+
+    def _fit(self, arm: Arm, config: Config, place: str, lr: float) -> Fitted | None:
+        lag = self._lag(arm, config, place, lr) if arm.lag else Start("", 0.0, 0)
+        if lag is None:
+            return None
+        name = f"{place}/fit_{lr:g}" if arm.lag else f"{place}/fit"
+        job = Job(name, FIT, replace(config, fit=replace(config.fit, lag=lag.folder)))
+        found = self.obtain(job)
+        if not found or not found["losses"]:
+            return None
+        operator = self.jobs.place(job) / RUN / "operator"
+        return Fitted(operator, found["flops"] + lag.spent, found["step"], lag.samples)
 
     def _lag(self, arm: Arm, config: Config, place: str, lr: float) -> Start | None:
         """Some training of the start, on what comes after the fit's samples."""
@@ -138,17 +155,28 @@ class Plan:
             return None
         return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], arm.lag * run.global_batch_size)
 
-    def _fully_trained(self, config: Config, place: str, start: Start, lr: float) -> Start | None:
-        """The grown model after all its weights were trained on the batches that a fit would read, as a fit would."""
-        fit = config.fit
-        same = {key: getattr(fit, key) for key in ("steps", "global_batch_size", "micro_batch_size", "schedule")}
-        run = replace(config.pretrain, **same, lr=lr, start=start.folder, warmup_steps=fit.warmup_steps, grown_peak=1.0)
+    def _fully_trained(self, arm: Arm, config: Config, start: Start, lr: float) -> Start | None:
+        """The grown model after all its weights were trained on the batches that a fit has read, as a fit would."""
+        fit, steps = config.fit, self._steps_of_fit(arm, config, lr)
+        if steps is None:
+            return None
+        same = {key: getattr(fit, key) for key in ("global_batch_size", "micro_batch_size", "schedule", "warmup_steps")}
+        run = replace(config.pretrain, **same, steps=steps, lr=lr, start=start.folder, grown_peak=1.0)
+        place = f"{arm.name}/seed_{fit.seed}"
         job = Job(f"{place}/full_{lr:g}", PRETRAIN, replace(config, pretrain=self._plain(run)), keep=True)
         found = self.obtain(job)
         if not found or not found["losses"]:
             return None
         # The batches of a full control cost the large model's own FLOPs.
-        return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], fit.steps * fit.global_batch_size)
+        return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], steps * fit.global_batch_size)
+
+    def _steps_of_fit(self, arm: Arm, config: Config, lr: float) -> int | None:
+        """Of the fit that a full control stands beside; None while one that may end early is not done."""
+        if config.fit.max_flops is None and not config.fit.patience:
+            return config.fit.steps
+        beside = learned(arm, self.spec.arms)
+        fitted = self._fit(beside, config, f"{beside.name}/seed_{config.fit.seed}", lr)
+        return fitted.steps if fitted else None
 
     def steps(self, budget: float, spent: float) -> int:
         """How many steps a budget leaves after what a start has cost."""

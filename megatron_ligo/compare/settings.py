@@ -142,6 +142,12 @@ def fully_trained(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
     return next((other for other in same if other.config.fit == arm.config.fit), None)
 
 
+def learned(control: Arm, arms: Iterable[Arm]) -> Arm:
+    """The arm whose fit a full control stands beside."""
+    same = (arm for arm in arms if arm.fitted and arm.config.operator == control.config.operator)
+    return next(arm for arm in same if arm.config.fit == control.config.fit)
+
+
 def chosen(spec: Spec, names: Iterable[str]) -> list[Arm]:
     """The arms of these names, all if none is named. ConfigError for an unknown one."""
     known = {arm.name: arm for arm in spec.arms}

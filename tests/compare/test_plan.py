@@ -1,0 +1,40 @@
+"""What each arm's runs are given, by jobs that are made up: the steps of a control, and what a budget pays for."""
+
+from megatron_ligo.compare.plan import run_arm
+from tests.compare.made import MadeUp, made_spec
+
+EARLY = {"losses": {"end": 3.0}, "step": 1, "flops": 1.0}
+
+
+def full_control(tmp_path, *sets: str, fit: dict | None = EARLY) -> tuple[dict, dict]:
+    """The control's runs, and its jobs by their name."""
+    spec = made_spec(tmp_path, *sets)
+    made = MadeUp(tmp_path, lambda name: 2.0, lambda name: fit)
+    arm = next(arm for arm in spec.arms if arm.full)
+    return run_arm(made.plan(spec), arm), made.jobs
+
+
+def test_a_control_trains_on_what_a_fit_that_ended_early_has_read(tmp_path):
+    for early in ("arms.learned.fit.max_flops=1e6", "arms.learned.fit.patience=1"):
+        found, jobs = full_control(tmp_path, early)
+        assert jobs["learned.full/seed_1/full_0.001"].config.pretrain.steps == 1
+        assert jobs["learned.full/seed_1/run_1_0.001"].config.pretrain.first_sample == 4
+        assert len(found["runs"]) == 9
+
+
+def test_a_control_beside_a_fit_with_a_lag_has_the_fit_of_its_own_rate(tmp_path):
+    _, jobs = full_control(tmp_path, "arms.learned.fit.patience=1", "arms.learned.lag=3")
+    assert jobs["learned.full/seed_2/full_0.001"].config.pretrain.steps == 1 and "learned/seed_2/fit_0.001" in jobs
+
+
+def test_a_control_of_a_fit_that_cannot_end_early_asks_for_none(tmp_path):
+    _, jobs = full_control(tmp_path)
+    assert jobs["learned.full/seed_1/full_0.001"].config.pretrain.steps == 2
+    assert jobs["learned.full/seed_1/run_1_0.001"].config.pretrain.first_sample == 8
+    assert not any(job.kind == "fit" for job in jobs.values())
+
+
+def test_a_control_waits_for_a_fit_that_may_end_early(tmp_path):
+    for left in (None, {**EARLY, "losses": {}}):
+        found, jobs = full_control(tmp_path, "arms.learned.fit.patience=1", fit=left)
+        assert not found["runs"] and not any("full_" in name for name in jobs)
