@@ -13,14 +13,15 @@ from pathlib import Path
 
 from megatron_ligo import formats
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.compare.cost import fit_flops
 from megatron_ligo.compare.jobs import Jobs
 from megatron_ligo.compare.plan import Plan, Trained, output_folder
 from megatron_ligo.compare.results import parameters
+from megatron_ligo.compare.savings import TIE, UNKNOWN
 from megatron_ligo.compare.settings import SCRATCH, Arm, CompareSection, Spec
 from megatron_ligo.config import Config, OperatorSection
-from megatron_ligo.errors import ConfigError, LigoError, message
+from megatron_ligo.errors import ConfigError, Faults, LigoError, message
 from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.growth.cost import fit_step_flops
 from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.jsonfile import write_json
 
@@ -28,6 +29,7 @@ ADVICE = "advice.json"
 # `ligo` as it begins, too: without its fit it was the best start twice (tools/benchmarks/growth/shakespeare.md).
 PROBED = tuple(name for name in METHODS if name != "random")
 FITTED = "fitted"  # after a method's name and a dot
+LOST = "it diverged"
 SEEDS = (1, 2)  # the second is for the two best only: it says how much a difference is worth
 FEWEST = 10
 FINALISTS = 2
@@ -49,47 +51,66 @@ def advise(
     fit: the best ones are probed once more after [fit], whose FLOPs count: what a fit is worth shows after a lag, too.
     ConfigError if the budget pays for fewer than 10 steps a probe. Started again, it goes on where it stopped.
     """
+    _check(budget, lrs)
     small = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format).dims
     arms, refused = _arms(config, small, list(methods) or PROBED)
-    spec = _spec(config, arms, lrs, steps=1)
-    probes = len(spec.arms) * len(lrs) + FINALISTS * (2 if fit else 1)
     jobs = Jobs(output_folder(output), "", tell)
-    lag = int(budget // (probes * Plan(spec, jobs, jobs.run).step_flops))
+    spec = spec_of(config, arms, lrs, lag=1)
+    probes, step = count(spec, fit), Plan(spec, jobs, jobs.run).step_flops
+    lag = int(budget // (probes * step))
     if lag < FEWEST:
-        needed = FEWEST * probes * Plan(spec, jobs, jobs.run).step_flops
         do = "Give more FLOPs, or name fewer --method or --lr."
-        raise ConfigError(message("--flops", f"at least {needed:.3g}: {probes} probes of {FEWEST} steps", budget, do))
-    spec = _spec(config, arms, lrs, lag)
-    plan = Plan(spec, jobs, jobs.run)
-    probed = {arm.name: _best([plan.train(arm, SEEDS[0], 1.0, lr) for lr in lrs]) for arm in spec.arms}
-    ranked = sorted((run.loss, name) for name, run in probed.items() if run and name != SCRATCH)
+        needed = f"at least {FEWEST * probes * step:.3g}: {probes} probes of {FEWEST} steps"
+        raise ConfigError(message("--flops", needed, budget, do))
+    found = advice(Plan(spec_of(config, arms, lrs, lag), jobs, jobs.run), small, refused, fit)
+    write_json(output / ADVICE, found)
+    return found
+
+
+def advice(plan: Plan, small: Dims, refused: dict[str, str], fit: bool) -> dict:
+    """What the probes of a plan say. refused: by method why it was not probed; what has diverged comes to it."""
+    spec, lag = plan.spec, plan.spec.compare.scratch_steps
     named = {arm.name: arm for arm in spec.arms}
-    finalists = [name for _, name in ranked[:FINALISTS]]
-    again = {name: plan.train(named[name], SEEDS[1], 1.0, probed[name].lr) for name in finalists}
+    tries = {name: [plan.train(arm, SEEDS[0], 1.0, lr) for lr in spec.compare.lrs] for name, arm in named.items()}
+    probed = {name: _best(runs) for name, runs in tries.items()}
+    finalists = [name for name in _ranked(probed) if name != SCRATCH][:FINALISTS]
     for name in finalists if fit else ():
         arm = replace(named[name], name=f"{name}.{FITTED}", fitted=True)
-        if plan.steps(1.0, _fit_flops(arm.config, small, plan)) < 1:
+        if plan.steps(1.0, fit_flops(arm.config, small)) < 1:
             refused[arm.name] = f"its fit alone costs more than the {lag} steps of a probe"
             continue
-        found = _best([plan.train(arm, SEEDS[0], 1.0, probed[name].lr)])
-        if found is None:
-            refused[arm.name] = "it diverged"
-            continue
-        probed[arm.name] = found
-        ranked = sorted([*ranked, (found.loss, arm.name)])
-    advice = {
+        named[arm.name], probed[arm.name] = arm, _best([plan.train(arm, SEEDS[0], 1.0, probed[name].lr)])
+    last = [name for name in named if name.removesuffix(f".{FITTED}") in finalists and probed[name]]
+    again = {name: _best([plan.train(named[name], SEEDS[1], 1.0, probed[name].lr)]) for name in last}
+    refused |= {name: LOST for name, run in probed.items() if run is None}
+    refused |= {_on_seed(name): LOST for name, run in again.items() if run is None}
+    probes = count(spec, fit)
+    found = {
         "lag_steps": lag,
         "probes": probes,
         "flops": probes * lag * plan.step_flops,
         "parameters": {"small": parameters(small), "large": parameters(plan.large)},
-        "tokens_of_sample": plan.large.tokens_of_sample(config.data.seq_length),
-        "ranking": [_row(name, probed[name], again.get(name)) for _, name in ranked],
+        "tokens_of_sample": plan.large.tokens_of_sample(spec.config.data.seq_length),
+        "ranking": [_row(name, probed[name], again.get(name)) for name in _ranked(probed) if name != SCRATCH],
         "scratch": _row(SCRATCH, probed[SCRATCH], None),
         "refused": refused,
     }
-    advice["advice"] = _advice(advice, config)
-    write_json(output / ADVICE, advice)
-    return advice
+    return found | {"advice": _advice(found, spec.config)}
+
+
+def count(spec: Spec, fit: bool) -> int:
+    """Of the probes: each arm at each rate, the finalists once more, and each one's fit on both seeds."""
+    return len(spec.arms) * len(spec.compare.lrs) + FINALISTS * (3 if fit else 1)
+
+
+def _check(budget: float, lrs: Sequence[float]) -> None:
+    faults = Faults("no advice can be given", ConfigError)
+    for where, value in (("--flops", budget), *(("--lr", lr) for lr in lrs)):
+        if not (math.isfinite(value) and value > 0):
+            faults.add(where, "a finite number more than 0", value)
+    if len(set(lrs)) < max(len(lrs), 1):
+        faults.add("--lr", "one or more, each once", list(lrs))
+    faults.raise_if_any()
 
 
 def _arms(config: Config, small: Dims, methods: Iterable[str]) -> tuple[list[Arm], dict[str, str]]:
@@ -108,22 +129,22 @@ def _arms(config: Config, small: Dims, methods: Iterable[str]) -> tuple[list[Arm
     return arms, refused
 
 
-def _fit_flops(config: Config, small: Dims, plan: Plan) -> float:
-    """What [fit] costs, before any of it is run."""
-    fit, seq = config.fit, plan.large.tokens_of_sample(config.data.seq_length)
-    operator = initial_operator(small, config.large, config.operator)
-    step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, bool(fit.lag))
-    return min(fit.steps * step, fit.max_flops or math.inf)
-
-
-def _spec(config: Config, arms: Iterable[Arm], lrs: Sequence[float], steps: int) -> Spec:
-    compare = CompareSection(seeds=SEEDS, scratch_steps=steps, budgets=(1.0,), lrs=tuple(lrs))
+def spec_of(config: Config, arms: Iterable[Arm], lrs: Sequence[float], lag: int) -> Spec:
+    compare = CompareSection(seeds=SEEDS, scratch_steps=lag, budgets=(1.0,), lrs=tuple(lrs))
     return Spec(config, compare, (Arm(SCRATCH, config, grown=False), *arms))
 
 
 def _best(runs: Iterable[Trained | None]) -> Trained | None:
     ended = [run for run in runs if run and run.loss is not None]
     return min(ended, key=lambda run: run.loss, default=None)
+
+
+def _ranked(probed: dict[str, Trained | None]) -> list[str]:
+    return sorted((name for name, run in probed.items() if run), key=lambda name: probed[name].loss)
+
+
+def _on_seed(name: str) -> str:
+    return f"{name}, seed {SEEDS[1]}"
 
 
 def _row(name: str, run: Trained | None, again: Trained | None) -> dict:
@@ -135,19 +156,26 @@ def _row(name: str, run: Trained | None, again: Trained | None) -> dict:
 
 def _advice(found: dict, config: Config) -> list[str]:
     """Sentences, each with the figure that it rests on."""
-    ranking, scratch = found["ranking"], found["scratch"]
+    ranking, scratch = found["ranking"], found["scratch"]["after_lag"]
     if not ranking:
-        return ["Every probe diverged: try lower rates."]
-    first = ranking[0]
-    said = [
-        f"Take {first['method']} with a peak rate of {first['lr']:g}: {first['after_lag']:.4f} after "
-        f"{found['lag_steps']} steps ({first['at_once']:.4f} at once)."
-    ]
-    if len(ranking) > 1:
-        said.append(_runner_up(first, ranking[1]))
-    if scratch["after_lag"] is not None:
-        gap = scratch["after_lag"] - first["after_lag"]
-        said.append(f"Scratch after the same steps: {scratch['after_lag']:.4f}, {gap:+.4f} against it.")
+        return ["Every method diverged: try lower rates."]
+    lost = [row for row in ranking if _on_seed(row["method"]) in found["refused"]]
+    # One that diverged on a seed is taken only where nothing else is left.
+    first, *others = sorted(ranking, key=lambda row: row in lost)
+    lower = scratch is not None and scratch <= first["after_lag"]
+    said = ["Scratch was lower: do not grow (at this lag)."] if lower else []
+    said.append(
+        f"{'The best growth:' if lower else 'Take'} {_worded(first)}, with a peak rate of {first['lr']:g}: "
+        f"{first['after_lag']:.4f} after {found['lag_steps']} steps ({first['at_once']:.4f} at once)."
+    )
+    said += [f"On another seed {_worded(row)} diverged at {row['lr']:g}: not to be relied on." for row in lost]
+    if others:
+        said.append(_runner_up(first, others[0]))
+    if scratch is None:
+        said.append("Scratch diverged: whether growth is worth it, these probes cannot say. Try lower rates.")
+    else:
+        gap = scratch - first["after_lag"]
+        said.append(f"Scratch after the same steps: {scratch:.4f}, {gap:+.4f} against it ({UNKNOWN}).")
     small, large = found["parameters"]["small"], found["parameters"]["large"]
     times, (low, high) = large / small, GROWN_WELL
     where = "within" if low <= times <= high else "outside of"
@@ -162,11 +190,18 @@ def _advice(found: dict, config: Config) -> list[str]:
     return said
 
 
+def _worded(row: dict) -> str:
+    """As a config has it."""
+    name = row["method"].removesuffix(f".{FITTED}")
+    return f"method = '{name}'{' with [fit]' if name != row['method'] else ''}"
+
+
 def _runner_up(first: dict, second: dict) -> str:
     gap = second["after_lag"] - first["after_lag"]
-    told = f"Next: {second['method']}, {gap:+.4f}"
+    told = f"Next: {_worded(second)}, {gap:+.4f}"
     if first["other_seed"] is None or second["other_seed"] is None:
-        return f"{told}."
+        return f"{told} ({UNKNOWN})."
     other = second["other_seed"] - first["other_seed"]
-    verdict = "a tie" if other * gap <= 0 else "the same order"
-    return f"{told}; on another seed {other:+.4f}: {verdict}."
+    # What is told as 0.0000 is no difference.
+    same = round(gap, 4) * round(other, 4) > 0
+    return f"{told}; on another seed {other:+.4f}: {'the same order' if same else f'a {TIE}'}."

@@ -47,19 +47,21 @@ def test_ranked_within_the_budget(config, tmp_path):
     assert lossless["at_once"] != lossless["after_lag"] and found["scratch"]["after_lag"] is not None
     text = " ".join(found["advice"])
     planned = config.pretrain.steps * BATCH * SEQ / found["parameters"]["large"]
-    assert found["ranking"][0]["method"] in text.split(":")[0] and f"plans {planned:.2g} tokens a parameter" in text
+    assert f"method = '{found['ranking'][0]['method']}', with a peak rate" in text
+    assert f"plans {planned:.2g} tokens a parameter" in text
 
 
 def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
     """At the same FLOPs as its start, the fit's among them; one that costs more than a probe is named."""
     step = train_flops(fresh_dims(config), BATCH * SEQ, SEQ)
-    probes = 2 + 2 * FINALISTS  # scratch and a method at one rate, and the finalists' further ones
+    probes = 2 + 3 * FINALISTS  # scratch and a method at one rate, and the finalists' further ones
     short = replace(
         config, fit=replace(config.fit, steps=2, global_batch_size=BATCH, micro_batch_size=BATCH, eval_samples=4)
     )
     found = advise(short, tmp_path / "short", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
     rows = {row["method"]: row for row in found["ranking"]}
     assert set(rows) == {"stack", "stack.fitted"} and found["lag_steps"] == LAG
+    assert all(row["other_seed"] is not None for row in rows.values()) and found["probes"] == probes
     # It is another model after its fit, and has been trained for fewer steps.
     assert rows["stack.fitted"]["at_once"] != rows["stack"]["at_once"]
     job = read_json(tmp_path / "short/jobs/stack.fitted/seed_1/run_1_0.001/job.json")
