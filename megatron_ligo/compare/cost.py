@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
 from megatron_ligo.arch.dims import Dims
+from megatron_ligo.compare.plan import Plan
+from megatron_ligo.compare.settings import Arm, learned
 from megatron_ligo.config import Config
+from megatron_ligo.errors import ConfigError, Faults
+from megatron_ligo.flops import train_flops
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.cost import fit_step_flops
+from megatron_ligo.training.start import sizes
 
 
 def fit_flops(config: Config, small: Dims, lagged: bool = False) -> float:
-    """Of [fit], with as many steps as its max_flops pays for; what patience may end sooner is counted whole."""
+    """Of [fit]; what patience may end sooner is counted whole."""
+    steps, step = _fit(config, small, lagged)
+    return steps * step
+
+
+def check(plan: Plan, arms: Iterable[Arm]) -> None:
+    """ConfigError with every arm that what comes before its runs leaves nothing of. One that is begun is let be: what
+    is done of it can be collected."""
+    compare, faults = plan.spec.compare, Faults("what comes before an arm's runs costs too much", ConfigError)
+    limits = {"budgets": max(compare.budgets)} | ({"tune_budget": compare.tune_budget} if len(compare.lrs) > 1 else {})
+    small = sizes(Path(plan.spec.config.small.path))
+    for arm in (arm for arm in arms if (arm.fitted or arm.full) and not plan.begun(arm)):
+        beside = arm if arm.fitted else learned(arm, plan.spec.arms)
+        cost = _before(plan, arm, small)
+        what = "the fit" if arm.fitted else f"full training on the fit's batches ({arm.name})"
+        found = f"{cost / plan.unit:.3g} of scratch's FLOPs{f', {arm.lag} steps of lag among them' * bool(arm.lag)}"
+        # Rounded up, so that what is advised is enough.
+        enough = math.ceil((cost + plan.step_flops) / plan.unit * 1000) / 1000
+        for key, budget in limits.items():
+            if plan.steps(budget, cost) < 1:
+                do = f"Set compare.{key} to {enough:g} or more, or arms.{beside.name}.fit.steps to fewer."
+                faults.add(f"arms.{beside.name}", f"{what} within compare.{key} = {budget:g}", found, do)
+    faults.raise_if_any()
+
+
+def _before(plan: Plan, arm: Arm, small: Dims) -> float:
+    config, lagged = arm.config, bool(arm.lag)
+    if arm.fitted:
+        return fit_flops(config, small, lagged) + arm.lag * plan.step_flops
+    beside = learned(arm, plan.spec.arms)
+    seq = plan.large.tokens_of_sample(config.data.seq_length)
+    steps, _ = _fit(config, small, bool(beside.lag))
+    return steps * train_flops(plan.large, config.fit.global_batch_size * seq, seq)
+
+
+def _fit(config: Config, small: Dims, lagged: bool) -> tuple[int, float]:
+    """(steps, FLOPs of one), as max_flops pays for them."""
     fit, operator = config.fit, initial_operator(small, config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, lagged or bool(fit.lag))
-    return step * (fit.steps if fit.max_flops is None else min(fit.steps, int(fit.max_flops // step)))
+    return fit.steps if fit.max_flops is None else min(fit.steps, int(fit.max_flops // step)), step

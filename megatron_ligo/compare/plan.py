@@ -178,6 +178,9 @@ class Plan:
         fitted = self._fit(beside, config, f"{beside.name}/seed_{config.fit.seed}", lr)
         return fitted.steps if fitted else None
 
+    def begun(self, arm: Arm) -> bool:
+        return (self.jobs.folder / arm.name).exists()
+
     def steps(self, budget: float, spent: float) -> int:
         """How many steps a budget leaves after what a start has cost."""
         return round((budget * self.unit - spent) / self.step_flops)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatron_ligo.compare import page, results
+from megatron_ligo.compare import cost, page, results
 from megatron_ligo.compare.check import check_arms
 from megatron_ligo.compare.jobs import Jobs
 from megatron_ligo.compare.plan import Plan, output_folder, run_arm
@@ -24,6 +24,7 @@ def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lam
     check_arms(spec, arms)
     jobs = Jobs(output_folder(output), spec.compare.launcher, tell)
     doing = Plan(spec, jobs, jobs.run)
+    cost.check(doing, arms)
     if doing.source() is None:
         raise ConfigError(message("compare.source_lr", "a small model that can be trained", "a run that diverged"))
     for arm in arms:
