@@ -63,14 +63,15 @@ def page(results: dict, picture: bytes) -> str:
 
 
 def what(results: dict) -> str:
-    compare, small = results["settings"]["compare"], results["small"]
+    compare, small, held_out = results["settings"]["compare"], results["small"], results["held_out"]
     size = results["parameters"]["large"] / 1e6
     cost = "an unknown number of FLOPs"
     if small and small["flops"] is not None:
         cost = f"{small['flops']:.3g} FLOPs ({small['flops'] / results['unit_flops']:.2f} of the scratch run's)"
     return (
         f"A model of {size:.3g}M parameters; scratch: {compare['scratch_steps']} steps, {results['unit_flops']:.3g} "
-        f"FLOPs. Seeds {', '.join(map(str, compare['seeds']))}. The small model cost {cost}."
+        f"FLOPs. Seeds {', '.join(map(str, compare['seeds']))}. The small model cost {cost}. Losses are of "
+        f"{held_out['samples']} held-out samples, {held_out['tokens']:,} tokens."
     )
 
 

@@ -23,6 +23,7 @@ def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
     found = {arm.name: run_arm(plan, arm) for arm in arms}
     scratch = {run.seed: (run.flops, run.loss) for run in found[SCRATCH]["runs"] if _is(run, 1.0)}
     cost = source["flops"] if source else None
+    samples = spec.config.pretrain.eval_samples
     missing = {arm.name: _missing(spec.compare, arm, found[arm.name]["runs"]) for arm in arms}
     table, of = {}, (len(spec.compare.seeds), len(spec.compare.budgets))
     for arm in arms:
@@ -47,6 +48,7 @@ def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
         "parameters": {"large": parameters(plan.large)},
         "large": plan.large.to_json(),
         "unit_flops": plan.unit,
+        "held_out": {"samples": samples, "tokens": samples * plan.large.tokens_of_sample(spec.config.data.seq_length)},
         "arms": table,
         "differences": _differences(plan, {name: each["runs"] for name, each in found.items()}),
         "cautions": cautions(plan, found, missing),
@@ -119,6 +121,7 @@ def cautions(plan: Plan, found: dict[str, dict], missing: dict[str, list[dict]])
         said.append(f"One rate, {compare.lrs[0]:g}, for all arms: none is tuned, and one may be favoured.")
     elif not compare.tune_valid:
         said.append("Rates were chosen on the held-out text that the results are from (tune_valid is empty).")
+    said += _selected(plan.spec.arms)
     rates = compare.lrs
     for name, each in found.items():
         if len(rates) > 1 and each["lr"] in (min(rates), max(rates)):
@@ -136,6 +139,19 @@ def cautions(plan: Plan, found: dict[str, dict], missing: dict[str, list[dict]])
         "for each arm, in none. Many arms on few seeds: the lowest is partly the luckiest."
     )
     return said
+
+
+def _selected(arms: Iterable[Arm]) -> list[str]:
+    """The arms whose fit has been helped by the text of the results."""
+    fits = {arm.name: arm.config.fit for arm in arms if arm.fitted}
+    names = [name for name, fit in fits.items() if fit.keep == "best" or (fit.patience and fit.eval_every)]
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: held-out losses choose the operator that a fit keeps, or when it ends (fit.keep, "
+        "fit.patience), on data.valid, the text that the results are from; tune_valid changes nothing in this. "
+        "Evaluations cost no FLOPs here, those that choose among them."
+    ]
 
 
 def _told_missing(name: str, missing: Iterable[dict], tries: dict[float, Trained]) -> list[str]:

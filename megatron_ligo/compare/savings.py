@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
 
-# Student's t for 95%, two-sided, by degrees of freedom; beyond them the normal value is near enough.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-T_MANY = 1.96
+# Student's t for 95%, two-sided, by degrees of freedom; beyond them the last one stays: never too narrow.
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 REACHED, BELOW, NEVER = "reached", "below at the smallest budget", "not reached"
 LOWER, HIGHER, TIE, UNKNOWN = "lower", "higher", "tie", "one seed: no verdict"
@@ -49,15 +52,17 @@ class Saving:
     shares: tuple[float, ...]  # of the seeds that got there
     seeds: int  # that there should be
     partial: int  # of those in `kinds`: some budget's run has no loss
+    reach: float  # part of scratch's FLOPs that every seed went to which did not get there
 
     @property
     def told(self) -> str:
         if not self.kinds:
             return "no runs to compare"
-        few = f", {len(self.kinds)} of {self.seeds} seeds" if len(self.kinds) < self.seeds else ""
+        few = f", {len(self.kinds)} of {self.seeds} seeds compared" if len(self.kinds) < self.seeds else ""
         few += f", runs missing on {self.partial}" if self.partial else ""
         if NEVER in self.kinds:
-            return f"not reached on {self.kinds.count(NEVER)} of {len(self.kinds)} seeds{few}"
+            count = f"{self.kinds.count(NEVER)} of {len(self.kinds)} seeds"
+            return f"not reached on {count} within {self.reach:.2g} of scratch's FLOPs{few}"
         bound = "at least " if BELOW in self.kinds else ""
         low, high = min(self.shares), max(self.shares)
         spread = f" ({low:.0%} to {high:.0%})" if len(self.shares) > 1 else "" if few else " (one seed)"
@@ -73,7 +78,7 @@ def saving(
 ) -> Saving:
     """arm: points by seed; scratch: (FLOPs, loss) at its full budget by seed; source: FLOPs that come on top; seeds,
     budgets: how many of each there should be."""
-    kinds, shares, partial = [], [], 0
+    kinds, shares, ends, partial = [], [], [], 0
     for seed, (whole, target) in scratch.items():
         if seed not in arm:
             continue
@@ -82,7 +87,9 @@ def saving(
         partial += len(arm[seed]) < budgets
         if found.flops is not None:
             shares.append(1 - (found.flops + source) / whole)
-    return Saving(tuple(kinds), tuple(shares), seeds, partial)
+        else:
+            ends.append((max(flops for flops, _ in arm[seed]) + source) / whole)
+    return Saving(tuple(kinds), tuple(shares), seeds, partial, min(ends, default=0.0))
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference |
     middle = mean(pairs)
     if len(pairs) == 1:
         return Difference(1, middle, None, None, UNKNOWN)
-    t = T_95[len(pairs) - 2] if len(pairs) - 2 < len(T_95) else T_MANY
+    t = T_95[min(len(pairs) - 1, len(T_95)) - 1]
     half = t * stdev(pairs) / math.sqrt(len(pairs))
     verdict = TIE if middle - half <= 0 <= middle + half else LOWER if middle < 0 else HIGHER
     return Difference(len(pairs), middle, middle - half, middle + half, verdict)

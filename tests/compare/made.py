@@ -14,7 +14,7 @@ from megatron_ligo.compare.plan import Plan
 FILE = """
 small.path = "{folder}/small.json"
 large = {{num_layers = 4, hidden_size = 32}}
-fit = {{steps = 2, global_batch_size = 4}}
+fit = {{steps = 2, global_batch_size = 4, keep = "last"}}
 pretrain = {{global_batch_size = 4}}
 data = {{train = ["train"], valid = ["valid"], seq_length = 12}}
 compare = {{seeds = [1, 2, 3], scratch_steps = 100, budgets = [0.25, 0.5, 1.0], lrs = [1e-3]}}

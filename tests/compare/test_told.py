@@ -55,7 +55,7 @@ def test_an_arm_that_diverged_on_all_seeds_is_no_dash(tmp_path):
 def test_scratch_that_diverged_leaves_fewer_seeds_to_save_on(tmp_path):
     results = told(tmp_path, {"scratch/seed_2/run_1_": None, "scratch/seed_3/run_1_": None}, "compare.budgets=[0.25]")
     row = rows(results)
-    assert row["learned"][4] == "at least 75%, 1 of 3 seeds" and row["scratch"][3] == "3.0000, 1 of 3 seeds"
+    assert row["learned"][4] == "at least 75%, 1 of 3 seeds compared" and row["scratch"][3] == "3.0000, 1 of 3 seeds"
     assert "diverged with seeds 2, 3 at 1 of" in cautions(results, "scratch")[0]
     assert any("seeds only on which scratch ended" in line for line in results["cautions"])
 
@@ -69,3 +69,18 @@ def test_tries_that_all_diverged_are_the_reason_of_no_run(tmp_path):
 def test_nothing_is_said_of_runs_that_are_all_there(tmp_path):
     results = told(tmp_path, {})
     assert not cautions(results, "learned") and not any("seeds" in cell for cell in rows(results)["learned"])
+
+
+def test_what_a_fit_has_of_the_results_text_is_said(tmp_path):
+    def helped(*sets: str) -> list[str]:
+        return [line for line in told(tmp_path, {}, *sets)["cautions"] if "Evaluations cost no FLOPs" in line]
+
+    (line,) = helped('arms.learned.fit.keep="best"', 'compare.tune_valid=["other"]')
+    assert line.startswith("learned: ") and "data.valid" in line and "tune_valid changes nothing" in line
+    assert helped("arms.learned.fit.patience=2", "arms.learned.fit.eval_every=1") and not helped()
+    # Without evaluations between, patience ends nothing.
+    assert not helped("arms.learned.fit.patience=2")
+
+
+def test_the_held_out_tokens_are_told(tmp_path):
+    assert "Losses are of 5 held-out samples, 60 tokens." in page.what(told(tmp_path, {}, "pretrain.eval_samples=5"))
