@@ -103,7 +103,8 @@ def _differences(plan: Plan, runs: dict[str, list[Trained]]) -> list[dict]:
 
 def _best_unlearned(arms: Iterable[Arm], losses: dict[str, dict[int, float]]) -> str | None:
     names = [arm.name for arm in arms if arm.grown and not arm.fitted and not arm.full and losses.get(arm.name)]
-    return min(names, key=lambda name: sum(losses[name].values()) / len(losses[name]), default=None)
+    # Seeds differ by more than arms do: one that lacks some is no lowest beside one that has them.
+    return min(names, key=lambda name: (-len(losses[name]), sum(losses[name].values())), default=None)
 
 
 def cautions(plan: Plan, found: dict[str, dict], missing: dict[str, list[dict]]) -> list[str]:

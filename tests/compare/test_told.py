@@ -66,6 +66,13 @@ def test_tries_that_all_diverged_are_the_reason_of_no_run(tmp_path):
     assert "seeds 1, 2, 3 at 0.25, 0.5, 1" in line and "every try for a rate diverged" in line
 
 
+def test_an_arm_that_lost_seeds_is_not_the_lowest(tmp_path):
+    lost = {"stack/seed_1": None, "stack/seed_2": None, "stack/seed_3": 2.0}
+    results = told(tmp_path, lost, 'arms.stack.operator.method="stack"', 'arms.other.operator.method="lossless"')
+    against = {each["against"] for each in results["differences"] if each["arm"] == "other"}
+    assert against == {"scratch", "learned.start"}
+
+
 def test_nothing_is_said_of_runs_that_are_all_there(tmp_path):
     results = told(tmp_path, {})
     assert not cautions(results, "learned") and not any("seeds" in cell for cell in rows(results)["learned"])
