@@ -92,8 +92,9 @@ class GrownHead(nn.Module):
         logits = F.linear(u, outside["head"].to(h.dtype), None if bias is None else bias.to(h.dtype))
         added = runtime.added_outside
         if added:
-            more = F.linear(runtime.read_by_all(h), added["head"].to(h.dtype))
-            logits = plus(logits + more, added.get("head_bias"))
+            # In place: a third copy of the logits would weigh more than a layer.
+            logits += F.linear(runtime.read_by_all(h), added["head"].to(h.dtype))
+            logits = plus(logits, added.get("head_bias"))
         return logits
 
     def _transformed(self, h: Tensor, maps: dict[str, Matrix]) -> Tensor:
