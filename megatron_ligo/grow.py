@@ -99,6 +99,12 @@ def operator_digest(operator: Operator) -> str:
     return digest.of_bytes("\n".join(parts).encode())
 
 
+def source_digest(source: Reader) -> str:
+    """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
+    parts = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
+    return digest.of_bytes("\n".join(parts).encode())
+
+
 def check_source(operator: Operator, source: Reader) -> None:
     """The source must be of the sizes that the operator was made for."""
     faults = Faults(f"the operator was made for another small model than {source.path}", CheckpointError)

@@ -20,10 +20,9 @@ from megatron_ligo import formats, lineage
 from megatron_ligo.config import Config
 from megatron_ligo.convert import Progress, convert
 from megatron_ligo.errors import ConfigError, message
-from megatron_ligo.formats import digest
 from megatron_ligo.formats.base import Reader, WriteOptions
 from megatron_ligo.formats.share import ALONE, Share
-from megatron_ligo.grow import Grown, operator_digest
+from megatron_ligo.grow import Grown, operator_digest, source_digest
 from megatron_ligo.growth import moments
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.file import Saved
@@ -143,9 +142,3 @@ def moments_record(grown: Grown) -> dict | None:
         "maps_with_several_entries": dense,
         "layers_at_zero": moments.new_layers(grown.operator),
     }
-
-
-def source_digest(source: Reader) -> str:
-    """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
-    parts = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
-    return digest.of_bytes("\n".join(parts).encode())

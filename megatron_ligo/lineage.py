@@ -9,6 +9,8 @@ from megatron_ligo.jsonfile import read_json, write_json
 
 RECORD = "growth.json"
 VERSION = 1
+# What says which start a grown model is: the small model's digest; the operator's, and its settings.
+ORIGIN = {"source", "operator"}
 
 
 def read(folder: Path) -> dict | None:

@@ -51,7 +51,7 @@ def advise(
     fit: the best ones are probed once more after [fit], whose FLOPs count: what a fit is worth shows after a lag, too.
     ConfigError if the budget pays for fewer than 10 steps a probe. Started again, it goes on where it stopped.
     """
-    _check(budget, lrs)
+    _check(budget, lrs, config)
     small = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format).dims
     arms, refused = _arms(config, small, list(methods) or PROBED)
     jobs = Jobs(output_folder(output), "", tell)
@@ -76,7 +76,12 @@ def advice(plan: Plan, small: Dims, refused: dict[str, str], fit: bool) -> dict:
     finalists = [name for name in _ranked(probed) if name != SCRATCH][:FINALISTS]
     for name in finalists if fit else ():
         arm = replace(named[name], name=f"{name}.{FITTED}", fitted=True)
-        if plan.steps(1.0, fit_flops(arm.config, small)) < 1:
+        try:
+            cost = fit_flops(arm.config, small)
+        except LigoError as error:
+            refused[arm.name] = f"{error}"
+            continue
+        if plan.steps(1.0, cost) < 1:
             refused[arm.name] = f"its fit alone costs more than the {lag} steps of a probe"
             continue
         named[arm.name], probed[arm.name] = arm, _best([plan.train(arm, SEEDS[0], 1.0, probed[name].lr)])
@@ -103,13 +108,17 @@ def count(spec: Spec, fit: bool) -> int:
     return len(spec.arms) * len(spec.compare.lrs) + FINALISTS * (3 if fit else 1)
 
 
-def _check(budget: float, lrs: Sequence[float]) -> None:
+def _check(budget: float, lrs: Sequence[float], config: Config) -> None:
     faults = Faults("no advice can be given", ConfigError)
     for where, value in (("--flops", budget), *(("--lr", lr) for lr in lrs)):
         if not (math.isfinite(value) and value > 0):
             faults.add(where, "a finite number more than 0", value)
     if len(set(lrs)) < max(len(lrs), 1):
         faults.add("--lr", "one or more, each once", list(lrs))
+    if not config.data.valid:
+        faults.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
+    if config.fit.lag:
+        faults.add("fit.lag", "left out: probes look at the loss after a lag", config.fit.lag)
     faults.raise_if_any()
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from megatron_ligo.compare.settings import Arm, Spec
 from megatron_ligo.errors import ConfigError, Faults, LigoError
 from megatron_ligo.growth.check import check_factored, initial_operator
+from megatron_ligo.growth.operator import Operator
+from megatron_ligo.training.fit import check_teacher
+from megatron_ligo.training.lag import check_decoder
 from megatron_ligo.training.start import sizes
 
 
@@ -21,9 +24,17 @@ def check_arms(spec: Spec, arms: Iterable[Arm]) -> None:
         try:
             operator = initial_operator(small, arm.config.large, arm.config.operator)
             if arm.fitted:
-                own = Faults("its fit cannot be done", ConfigError)
-                check_factored(operator.settings, own)
-                own.raise_if_any()
+                _check_fit(arm, operator)
         except LigoError as error:
             faults.add(f"arms.{arm.name}", "an operator that can be built, and fitted where there is a fit", f"{error}")
+    faults.raise_if_any()
+
+
+def _check_fit(arm: Arm, operator: Operator) -> None:
+    faults = Faults("its fit cannot be done", ConfigError)
+    check_factored(operator.settings, faults)
+    length = operator.large.tokens_of_sample(arm.config.data.seq_length)
+    check_teacher(operator, arm.config.fit, length, faults)
+    if arm.lag:
+        check_decoder(operator, faults)
     faults.raise_if_any()

@@ -14,6 +14,7 @@ from megatron_ligo.errors import ConfigError, Faults
 from megatron_ligo.flops import train_flops
 from megatron_ligo.growth.check import initial_operator
 from megatron_ligo.growth.cost import fit_step_flops
+from megatron_ligo.training.fit import within_budget
 from megatron_ligo.training.start import sizes
 
 
@@ -31,7 +32,11 @@ def check(plan: Plan, arms: Iterable[Arm]) -> None:
     small = sizes(Path(plan.spec.config.small.path))
     for arm in (arm for arm in arms if (arm.fitted or arm.full) and not plan.begun(arm)):
         beside = arm if arm.fitted else learned(arm, plan.spec.arms)
-        cost = _before(plan, arm, small)
+        try:
+            cost = _before(plan, arm, small)
+        except ConfigError as error:
+            faults.add(f"arms.{beside.name}", "a fit of one step or more", f"{error}")
+            continue
         what = "the fit" if arm.fitted else f"full training on the fit's batches ({arm.name})"
         found = f"{cost / plan.unit:.3g} of scratch's FLOPs{f', {arm.lag} steps of lag among them' * bool(arm.lag)}"
         # Rounded up, so that what is advised is enough.
@@ -54,8 +59,8 @@ def _before(plan: Plan, arm: Arm, small: Dims) -> float:
 
 
 def _fit(config: Config, small: Dims, lagged: bool) -> tuple[int, float]:
-    """(steps, FLOPs of one), as max_flops pays for them."""
+    """(steps, FLOPs of one), as max_flops pays for them. ConfigError if it pays for none."""
     fit, operator = config.fit, initial_operator(small, config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
-    step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, lagged or bool(fit.lag))
-    return fit.steps if fit.max_flops is None else min(fit.steps, int(fit.max_flops // step)), step
+    step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, lagged)
+    return within_budget(fit, step).steps, step

@@ -120,7 +120,9 @@ class Plan:
             if fitted is None:
                 return None
             operator, spent = fitted.operator, fitted.spent
-            samples = fitted.steps * config.fit.global_batch_size + fitted.lag_samples
+            # A lag has been trained on what comes after all that the fit may read.
+            read = config.fit.steps if arm.lag else fitted.steps
+            samples = read * config.fit.global_batch_size + fitted.lag_samples
             if arm.lag:
                 place = f"{place}/of_{lr:g}"
         job = Job(f"{place}/grown", GROW, config, operator)

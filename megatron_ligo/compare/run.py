@@ -21,9 +21,9 @@ def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lam
     """Runs what is not yet done of the arms named (none: all), and writes OUTPUT/results.json, compare.html and .png
     of all that is. Started again, it goes on where it stopped."""
     arms = chosen(spec, only)
-    check_arms(spec, arms)
     jobs = Jobs(output_folder(output), spec.compare.launcher, tell)
     doing = Plan(spec, jobs, jobs.run)
+    check_arms(spec, arms)
     cost.check(doing, arms)
     if doing.source() is None:
         raise ConfigError(message("compare.source_lr", "a small model that can be trained", "a run that diverged"))

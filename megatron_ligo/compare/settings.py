@@ -87,6 +87,8 @@ def _check(section: CompareSection, config: Config, named: object, faults: Fault
         faults.add("compare.source_flops", "left out where the small model is trained here", section.source_flops)
     if not config.data.valid:
         faults.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
+    if config.fit.lag:
+        faults.add("fit.lag", "left out of a comparison", config.fit.lag, "Say arms.NAME.lag, a number of steps.")
     if not isinstance(named, dict) or not named:
         faults.add("arms", "one or more tables [arms.NAME]", "none", 'For example: operator = {method = "lossless"}')
         return
@@ -97,6 +99,8 @@ def _check(section: CompareSection, config: Config, named: object, faults: Fault
             faults.add(f"arms.{name}", expected, ", ".join(unknown))
         elif any(not isinstance(arm[key], dict) for key in ("operator", "fit") if key in arm):
             faults.add(f"arms.{name}", "tables: operator = {...}, fit = {...}", arm)
+        elif isinstance(arm.get("fit"), dict) and arm["fit"].get("lag"):
+            faults.add(f"arms.{name}.fit.lag", "left out of a comparison", arm["fit"]["lag"], f"Say arms.{name}.lag.")
         elif "lag" in arm and (type(arm["lag"]) is not int or arm["lag"] < 1 or "fit" not in arm):
             faults.add(f"arms.{name}.lag", "one step or more, beside fit = {...}", arm["lag"])
         if name == SCRATCH or not re.fullmatch(r"[\w-]+", name, re.ASCII):

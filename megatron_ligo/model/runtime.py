@@ -81,11 +81,11 @@ class Runtime:
         return h if segments is None else h + segments[0]
 
     def added(self, row: Row, layer: int | None = None) -> Tensor | None:
-        """This rank's part of what the lag's training has added to a row, in fp32; None where there is no lag."""
+        """This rank's part of what the lag's training has added to a row, in the fit's dtype; None without a lag."""
         if self.lag is None:
             return None
         tensor = self.lag(row.key if layer is None else row.key.format(layer))
-        return shard(tensor, row, self.mesh.tp, self.mesh.tp_rank).clone().to(accelerator.device())
+        return shard(tensor, row, self.mesh.tp, self.mesh.tp_rank).clone().to(accelerator.device(), self.dtype)
 
     def _added_outside(self) -> dict[str, Tensor]:
         """The same of the rows outside the layers that this stage has; a tied head's is the embedding's."""

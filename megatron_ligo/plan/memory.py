@@ -54,7 +54,7 @@ def stage(job: Job, number: int) -> dict[str, int]:
     if job.distilled:
         kinds["teacher"] = _teacher(job)
     if job.lagged:
-        kinds["lag"] = 4 * parameters.model_rank(job, number)
+        kinds["lag"] = job.width * parameters.model_rank(job, number)
     kinds["activations"] = _activations(job, number)
     # Activations are gone when the optimizer's own buffers come.
     kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])

@@ -103,6 +103,17 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
+def state_of(folder: Path) -> dict:
+    """The state that was saved with a checkpoint, STEP's folder; empty where it is none of a run of ours."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return dict(read_json(path)["state"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(message(f"{path}", "a checkpoint's record", f"{error!r}")) from None
+
+
 def load(engine: Engine, found: Found) -> dict:
     """Takes up a checkpoint of the engine's own layout; returns its `state`. Collective."""
     path, _ = engine.engine.load_checkpoint(str(found.folder), tag=TAG)

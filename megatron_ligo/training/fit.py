@@ -245,7 +245,7 @@ def prepare(config: Config) -> tuple[Reader, Operator, Lag | None]:
     faults = Faults("the fit cannot be done", ConfigError)
     check_factored(operator.settings, faults)
     length = operator.large.tokens_of_sample(config.data.seq_length)
-    _check_teacher(operator, config.fit, length, faults)
+    check_teacher(operator, config.fit, length, faults)
     lag = open_lag(config.fit.lag, operator, reader, faults) if config.fit.lag else None
     faults.raise_if_any()
     check_layout(operator.large, config.fit.parallel, length)
@@ -257,7 +257,7 @@ def prepare(config: Config) -> tuple[Reader, Operator, Lag | None]:
     return reader, operator, lag
 
 
-def _check_teacher(operator: Operator, fit: FitSection, seq_length: int, faults: Faults) -> None:
+def check_teacher(operator: Operator, fit: FitSection, seq_length: int, faults: Faults) -> None:
     if not fit.distill:
         return
     if fit.parallel.pp > 1:

@@ -9,19 +9,26 @@ from its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import logging
+from pathlib import Path
 
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo import formats
-from megatron_ligo.arch.rows import Task, layer_of
+from megatron_ligo.arch.rows import Task
 from megatron_ligo.errors import Faults
 from megatron_ligo.formats.base import Reader
-from megatron_ligo.grow import Grown
+from megatron_ligo.grow import Grown, operator_digest, source_digest
 from megatron_ligo.growth.operator import Operator
+from megatron_ligo.training import checkpoints
 
-FAR = 0.5  # of the weights' norm: training that short does not lead as far, another start lies beyond
+log = logging.getLogger(__name__)
+
+DO = "Give [small] and [operator] of the start that was trained."
+# Of the weights' norm: no short training leads as far, so another start lies between.
+FAR = 0.5
 
 
 class Lag:
@@ -35,29 +42,58 @@ class Lag:
         """D of a canonical key, in fp32."""
         return self.trained.read(key).float() - self.start.read(key).float()
 
+    def part(self) -> float:
+        """The norm of D over that of what was trained."""
+        added, whole = 0.0, 0.0
+        for key in self.trained.keys():  # noqa: SIM118
+            added += float(self(key).norm()) ** 2
+            whole += float(self.trained.read(key).float().norm()) ** 2
+        return (added / whole) ** 0.5
+
+
+def check_decoder(operator: Operator, faults: Faults) -> None:
+    if architectures.get(operator.large.arch).task is not Task.NEXT_TOKEN:
+        faults.add("fit.lag", "a decoder", operator.large.arch, "Leave it out: fit on the loss at once.")
+
 
 def open_lag(path: str, operator: Operator, small: Reader, faults: Faults) -> Lag | None:
-    """The lag that a checkpoint ends; None, with faults, where it is no training of this start."""
-    arch = architectures.get(operator.large.arch)
-    if arch.task is not Task.NEXT_TOKEN:
-        faults.add("fit.lag", "a decoder", operator.large.arch, "Leave it out: fit on the loss at once.")
+    """The lag that a checkpoint ends; None, with faults, where it is no training of this start.
+
+    A checkpoint of a run of ours says which start it was trained from. Of any other the distance must do.
+    """
+    before = len(faults.lines)
+    check_decoder(operator, faults)
+    if len(faults.lines) > before:
         return None
     trained = formats.open(path)
     expected, found = operator.large.to_json(), trained.dims.to_json()
-    differ = [name for name in expected if found[name] != expected[name]]
-    for name in differ:
-        faults.add(f"fit.lag: {path}: {name}", expected[name], found[name], "Train the start of this very fit.")
-    if differ:
+    for name, size in expected.items():
+        if found[name] != size:
+            faults.add(f"fit.lag: {path}: {name}", size, found[name], "Train the start of this very fit.")
+    if len(faults.lines) > before:
         return None
-    lag = Lag(trained, operator, small)
-    part = _part(lag, [key for key in arch.keys(operator.large) if layer_of(key) in (None, 0)])
-    if part > FAR:
-        expected = f"a training of this start, at most {FAR} of the weights' norm away from it"
-        faults.add(f"fit.lag: {path}", expected, f"{part:.2f}", "Give [operator] of the start that was trained.")
+    lag, origin = Lag(trained, operator, small), checkpoints.state_of(Path(path)).get("origin")
+    if origin is None:
+        _check_distance(lag, path, faults)
+    else:
+        _check_origin(origin, operator, small, path, faults)
     return lag
 
 
-def _part(lag: Lag, keys: Iterable[str]) -> float:
-    """The norm of D over that of what was trained."""
-    pairs = [(lag(key).norm() ** 2, lag.trained.read(key).float().norm() ** 2) for key in keys]
-    return float((sum(added for added, _ in pairs) / sum(whole for _, whole in pairs)) ** 0.5)
+def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, faults: Faults) -> None:
+    settings = json.loads(json.dumps(vars(operator.settings)))
+    stated, ours = origin["operator"], {"digest": operator_digest(operator), "settings": settings}
+    if stated["digest"] != ours["digest"] or stated["settings"] != ours["settings"]:
+        differ = [name for name, value in settings.items() if stated["settings"].get(name) != value]
+        faults.add(f"fit.lag: {path}", "a training of this start", f"of another operator ({', '.join(differ)})", DO)
+    digest = source_digest(small)
+    if origin["source"]["digest"] != digest:
+        faults.add(f"fit.lag: {path}", f"a training of this small model, {digest}", origin["source"]["digest"], DO)
+
+
+def _check_distance(lag: Lag, path: str, faults: Faults) -> None:
+    part = lag.part()
+    log.warning("fit.lag: %s does not say which start it was trained from; it is %.2f of its norm away", path, part)
+    if not part <= FAR:
+        expected = f"a training of this start, at most {FAR} of the weights' norm away from it"
+        faults.add(f"fit.lag: {path}", expected, f"{part:.2f}", DO)

@@ -69,7 +69,7 @@ class Pretrain:
             state = self.found.state if self.moved else checkpoints.load(self.engine, self.found)
             log.info("resumed after step %d", self.engine.steps)
         else:
-            state = {record.HOLDS: "model", "losses": {}, "eval": self._held_out()}
+            state = {record.HOLDS: "model", "losses": {}, "eval": self._held_out(), "origin": self.start.origin}
             on_rank_0(self._keep_model)
             self._record(state)
             if self.config.data.valid:

@@ -30,13 +30,15 @@ UNIVERSAL = "universal"
 @dataclass(frozen=True)
 class Start:
     """source None: fresh weights. fit: the record of the fit that a hand-off comes from, None for any other start.
-    grown: whether it is a hand-off. fresh_head: the source has no output head, and the model a fresh one.
+    grown: whether it is a hand-off. origin: what that says of its small model and its operator. fresh_head: the source
+    has no output head, and the model a fresh one.
     """
 
     dims: Dims
     source: Reader | None = None
     fit: dict | None = None
     grown: bool = False
+    origin: dict | None = None
     fresh_head: bool = False
 
     @property
@@ -87,7 +89,8 @@ def _from_checkpoint(path: Path) -> Start:
         source = formats.open(path)
         return Start(source.dims, source)
     source = formats.open(path / (UNIVERSAL if UNIVERSAL in grown["formats"] else "hf"))
-    return Start(source.dims, source, grown.get("fit"), grown=True)
+    origin = {key: grown[key] for key in lineage.ORIGIN} if grown.keys() >= lineage.ORIGIN else None
+    return Start(source.dims, source, grown.get("fit"), grown=True, origin=origin)
 
 
 def fresh_dims(config: Config) -> Dims:

@@ -1,6 +1,7 @@
 """What advice says of probes that are made up: scratch that won, ties, and all that diverged."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,12 @@ def test_flops_and_rates_are_finite_numbers_above_0(flops, tmp_path):
         advise(made_spec(tmp_path).config, tmp_path, flops, (1e-3, -1e-3, math.nan, 1e-3))
     text = str(caught.value)
     assert text.count("a finite number more than 0") == 3 and "found -0.001" in text and "each once" in text
+
+
+def test_probes_need_held_out_text_and_no_lag_of_a_fit(tmp_path):
+    config = made_spec(tmp_path).config
+    wrong = replace(config, data=replace(config.data, valid=()), fit=replace(config.fit, lag="there"))
+    with pytest.raises(ConfigError) as caught:
+        advise(wrong, tmp_path, 1e12, (1e-3,))
+    assert "data.valid: expected held-out prefixes" in str(caught.value)
+    assert "fit.lag: expected left out" in str(caught.value)

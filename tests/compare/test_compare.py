@@ -150,19 +150,23 @@ def test_the_page_says_what_it_cannot_know(base, results):
 
 
 def test_all_faults_of_a_file_at_once(base):
-    wrong = ["compare.tune_seed=1", "compare.lrs=[1e-3, 1e-3]", "arms.scratch.x=1", "arms.a.lag=0"]
+    wrong = ["compare.tune_seed=1", "compare.lrs=[1e-3, 1e-3]", "arms.scratch.x=1", "arms.a.lag=0", "fit.lag=there"]
+    wrong.append("arms.b.fit.lag=there")
     with pytest.raises(ConfigError) as caught:
         settings.load(base / "compare.toml", wrong)
-    lag = "arms.a.lag: expected one step or more"
-    for part in ("none of compare.seeds", "one or more, each once", "operator = {...}", "which is always run", lag):
+    named = ("none of compare.seeds", "one or more, each once", "operator = {...}", "which is always run")
+    lags = "arms.a.lag: expected one step or more", " fit.lag: expected left out", "arms.b.fit.lag: expected left out"
+    for part in named + lags:
         assert part in str(caught.value)
 
 
 def test_arms_that_cannot_be_are_told_of_before_any_is_run(base, tmp_path):
-    wrong = ["arms.a={operator={method='loss'}}", "arms.b={operator={method='aki'}, fit={}}"]
+    wrong = ["arms.a={operator={method='loss'}}", "arms.b={operator={method='aki'}, fit={}}", "large.vocab_size=64"]
+    wrong.append("arms.c={operator={method='stack'}, fit={distill=0.5}}")
     with pytest.raises(ConfigError) as caught:
         run.compare(settings.load(base / "compare.toml", wrong), tmp_path)
-    for part in ("(2 faults)", "arms.a: ", "lossless", "arms.b: ", "operator.borrow: expected none in a fit"):
+    named = ("operator.borrow: expected none in a fit", "fit.distill: expected 0 where the vocabulary grows")
+    for part in ("(3 faults)", "arms.a: ", "arms.b: ", "arms.c: expected an operator that can be built", *named):
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -63,6 +63,11 @@ def test_a_lag_and_max_flops_count(tmp_path):
     cost.check(plan, plan.spec.arms)
 
 
+def test_a_fit_that_max_flops_pays_no_step_of_is_refused(tmp_path):
+    text = refusal(planned(tmp_path, "arms.learned.fit.max_flops=1.0"))
+    assert "arms.learned: expected a fit of one step or more" in text and "fit.max_flops: expected at least" in text
+
+
 def test_what_is_begun_can_be_collected(tmp_path):
     plan = planned(tmp_path, RATES, LONG)
     for name in ("learned", "learned.full"):

@@ -27,6 +27,16 @@ def test_a_control_beside_a_fit_with_a_lag_has_the_fit_of_its_own_rate(tmp_path)
     assert jobs["learned.full/seed_2/full_0.001"].config.pretrain.steps == 1 and "learned/seed_2/fit_0.001" in jobs
 
 
+def test_runs_after_a_lag_read_what_neither_it_nor_the_fit_could(tmp_path):
+    """The lag is trained before the fit is, and cannot know how soon that ends."""
+    spec = made_spec(tmp_path, "arms.learned.fit.patience=1", "arms.learned.fit.steps=4", "arms.learned.lag=3")
+    made = MadeUp(tmp_path, lambda name: 2.0, lambda name: EARLY)
+    run_arm(made.plan(spec), next(arm for arm in spec.arms if arm.fitted))
+    lag, run = (made.jobs[f"learned/seed_1/{name}_0.001"].config.pretrain for name in ("lag", "run_1"))
+    assert (lag.first_sample, lag.steps, run.first_sample) == (16, 3, 28)
+    assert made.jobs["learned/seed_1/fit_0.001"].config.fit.lag.endswith("lag_0.001/run/checkpoints/step_1")
+
+
 def test_a_control_of_a_fit_that_cannot_end_early_asks_for_none(tmp_path):
     _, jobs = full_control(tmp_path)
     assert jobs["learned.full/seed_1/full_0.001"].config.pretrain.steps == 2

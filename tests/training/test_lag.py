@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo import handoff
+from megatron_ligo import formats, handoff
 from megatron_ligo.config import Config
+from megatron_ligo.convert import convert
 from megatron_ligo.errors import ConfigError
 from megatron_ligo.training.fit import check_same_run, prepare
 from tests import families
@@ -59,12 +60,24 @@ def test_it_begins_where_the_training_has_ended_and_hands_over_the_start(pools, 
     assert set(losses) == {"start"} and abs(losses["start"] - told["losses"]["end"]) > 1e-3
 
 
-def test_a_training_of_another_start_is_refused(trained):
+def test_a_training_of_another_start_is_refused(trained, tmp_path):
     table, checkpoint, _ = trained
     prepare(Config.from_dict(table))
+    for changes, named in [
+        # Layers in another order differ in no tensor outside of them, nor in the first.
+        ({"depth_init": "stack"}, "of another operator (depth_init)"),
+        ({"noise": 0.5}, "of another operator (noise)"),
+        ({"seed": 7}, "of another operator (seed)"),
+    ]:
+        other = deepcopy(table)
+        other["operator"] |= changes
+        with pytest.raises(ConfigError) as caught:
+            prepare(Config.from_dict(other))
+        assert f"fit.lag: {checkpoint}: expected a training of this start, found {named}" in str(caught.value)
     other = deepcopy(table)
-    other["operator"] |= {"method": "random"}
-    with pytest.raises(ConfigError, match=r"expected a training of this start.*found \d\.\d\d\. Give \[operator\]"):
+    hf_llama(SMALL, seed=3).save_pretrained(tmp_path / "other")
+    other["small"]["path"] = str(tmp_path / "other")
+    with pytest.raises(ConfigError, match="a training of this small model"):
         prepare(Config.from_dict(other))
     other = deepcopy(table)
     other["large"] |= {"num_layers": 6, "ffn_size": 60}
@@ -72,6 +85,17 @@ def test_a_training_of_another_start_is_refused(trained):
         prepare(Config.from_dict(other))
     assert f"fit.lag: {checkpoint}: num_layers: expected 6, found 5" in str(caught.value)
     assert "ffn_size: expected 60, found 44" in str(caught.value)
+
+
+def test_a_checkpoint_that_does_not_tell_is_judged_by_its_distance(trained, tmp_path):
+    table, checkpoint, _ = trained
+    convert(formats.open(checkpoint), tmp_path / "hf", "hf")
+    other = deepcopy(table)
+    other["fit"]["lag"] = str(tmp_path / "hf")
+    prepare(Config.from_dict(other))
+    other["operator"] |= {"depth_init": "stack"}
+    with pytest.raises(ConfigError, match=r"at most 0\.5 of the weights' norm away from it, found \d\.\d\d"):
+        prepare(Config.from_dict(other))
 
 
 def test_a_run_from_before_there_was_a_lag_is_the_same_run(tmp_path):
