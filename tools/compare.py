@@ -17,7 +17,8 @@ python tools/compare.py --config compare.toml --only scratch --only learned --ou
 def main() -> None:
     made = cli.parser(
         "Trains a large model from scratch and from each [arms.NAME], every arm at the same FLOPs, rates and seeds;\n"
-        "a learned arm beside its start without a fit and beside full training on the fit's batches. Writes\n"
+        "a learned arm beside its start without a fit and beside full training on the fit's batches. An arm has\n"
+        "operator = {...} and, where it is learned, fit = {...}; lag = STEPS fits on the loss after so many. Writes\n"
         "results.json, compare.html and compare.png. Started again it goes on; several may work on one folder.",
         EXAMPLE,
         sections=("small", "large", "operator", "fit", "handoff", "pretrain", "data"),
