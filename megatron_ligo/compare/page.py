@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from html import escape
 from string import Template
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -133,12 +134,20 @@ def picture(results: dict) -> bytes:
             look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
             axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.4, capsize=3, label=name, **look)
         axes.set(xscale="log", xlabel="FLOPs, fit included", ylabel="held-out loss, nats a token")
+        _widen(axes)
         axes.set_title(f"Loss at the end of runs, {title}")
         axes.grid(alpha=0.25)
     panels[0].legend(fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
+
+
+def _widen(axes: Axes) -> None:
+    """Arms of one budget, whose steps differ by a rounding, must not look far apart."""
+    low, high = axes.get_xlim()
+    middle = (low * high) ** 0.5
+    axes.set_xlim(min(low, middle / 2), max(high, middle * 2))
 
 
 def _curve(runs: list[dict], source: float) -> list[tuple[float, float, float, float]]:
