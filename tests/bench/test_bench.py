@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import sys
-import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -94,10 +93,9 @@ class OneFails:
         dist.barrier()
 
 
+# Heard of late, it would be after the ranks' own time-out of some minutes.
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("killed, words", [(False, "(?s)rank 1.*too wide"), (True, "rank [01]")])
 def test_a_rank_that_fails_is_told(killed, words):
-    began = time.monotonic()
     with pytest.raises(RuntimeError, match=words):
         Ranks(2, OneFails, killed=killed)
-    assert time.monotonic() - began < 40
