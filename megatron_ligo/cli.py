@@ -22,9 +22,10 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_ligo import settings, signals
-from megatron_ligo.config import Config
-from megatron_ligo.errors import LigoError, fault
+from megatron_ligo.common import signal_handling
+from megatron_ligo.common.errors import LigoError, fault
+from megatron_ligo.config import typed_toml
+from megatron_ligo.config.run_config import Config
 
 # A launcher ends all processes at the first that fails: the others give rank 0 this long to say why.
 GRACE_SECONDS = 5.0
@@ -73,13 +74,13 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def _epilog(example: str, sections: Sequence[str], own: Mapping[str, type]) -> str:
     lines = ["example:", *(f"  {line}" for line in example.strip().splitlines())]
-    known = settings.hints(Config)
+    known = typed_toml.hints(Config)
     for name, section in {**own, **{name: known[name] for name in sections}}.items():
         lines += ["", f"[{name}]"]
-        for key, field, hint in settings.keys(section):
+        for key, field, hint in typed_toml.keys(section):
             lines.append(f"  {key} = {_value(field.default)}")
             choices = field.metadata["limits"]["choices"]
-            kind = " | ".join(map(str, choices)) if choices else settings.describe(hint)
+            kind = " | ".join(map(str, choices)) if choices else typed_toml.describe(hint)
             lines.append(f"      {field.metadata['help']} ({kind})")
     # argparse formats the epilog with %.
     return "\n".join(lines).replace("%", "%%")
@@ -119,14 +120,14 @@ def set_up_logging() -> None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     set_up_logging()
-    signals.install()
+    signal_handling.install()
     threading.excepthook = _in_a_thread
     try:
         main()
         sys.stdout.flush()
-    except signals.Interrupted as error:
+    except signal_handling.Interrupted as error:
         _say(f"{error}: ended.", agreed=True)
-        signals.end(error.exit_code)
+        signal_handling.end(error.exit_code)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             _leave_the_pipe()
@@ -134,8 +135,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         if text is None:
             raise
         _say(text, agreed=isinstance(error, LigoError) and error.agreed)
-        signals.end(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
-    signals.end(0)
+        signal_handling.end(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
+    signal_handling.end(0)
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
@@ -170,7 +171,7 @@ def _say(text: str, agreed: bool) -> None:
 def _wait_for_rank_0() -> bool:
     """Until the launcher, which has seen another rank end, asks this one to (True), or time is over."""
     deadline = time.monotonic() + GRACE_SECONDS
-    with signals.deferred(2 * GRACE_SECONDS):
-        while time.monotonic() < deadline and not signals.received():
+    with signal_handling.deferred(2 * GRACE_SECONDS):
+        while time.monotonic() < deadline and not signal_handling.received():
             time.sleep(0.1)
-        return signals.received() is not None
+        return signal_handling.received() is not None

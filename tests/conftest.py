@@ -1,4 +1,4 @@
-"""The ranks that multi-process tests run on (tests/harness.py), and a disk that is soon full."""
+"""The ranks that multi-process tests run on (tests/rank_pool.py), and a disk that is soon full."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Ranks
+from tests.rank_pool import Ranks
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""What the process imports from which ranks are forked (tests/harness.py): all that takes long."""
+"""What the process imports from which ranks are forked (tests/rank_pool.py): all that takes long."""
 
 import deepspeed
 import deepspeed.pipe  # noqa: F401

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ligo import cli
-from megatron_ligo.errors import ConfigError, fault
+from megatron_ligo.common.errors import ConfigError, fault
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(tmp_path: Path, body: str) -> Path:

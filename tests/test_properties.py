@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from megatron_ligo.config import Config
-from megatron_ligo.errors import CheckpointError, ConfigError, DataError, Faults
-from megatron_ligo.formats.hf_shards import find_shards
-from megatron_ligo.settings import keys
-from megatron_ligo.training.indexed import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_pair
+from megatron_ligo.checkpoint.formats.hf.shards import find_shards
+from megatron_ligo.common.errors import CheckpointError, ConfigError, DataError, Faults
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.typed_toml import keys
+from megatron_ligo.data.indexed_dataset import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_pair
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 KEYS = [key for key, _, _ in keys(Config)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.tiny import hf_llama, llama_dims
+from tests.tiny_models import hf_llama, llama_dims
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {

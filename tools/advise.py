@@ -28,7 +28,7 @@ def main() -> None:
     args = made.parse_args()
     config = cli.load_config(args)
 
-    from megatron_ligo.compare.advise import advise  # after the arguments: --help must not load torch
+    from megatron_ligo.experiments.compare.advise import advise  # after the arguments: --help must not load torch
 
     rates = tuple(args.lr) or (3e-4, 1e-3)
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_ligo import bench, cli
-from megatron_ligo.jsonfile import write_json
+from megatron_ligo.common.atomic_files import write_json
 
 EXAMPLE = """
 python tools/bench.py convert --gb 4 --output runs/bench_convert.json

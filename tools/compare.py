@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.compare.settings import CompareSection
-from megatron_ligo.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.experiments.compare.comparison_config import CompareSection
 
 EXAMPLE = """
 python tools/compare.py --config tools/benchmarks/growth/brown.toml --output runs/brown
@@ -30,12 +30,16 @@ def main() -> None:
     if not args.config:
         raise ConfigError(message("--config", "a comparison's file", "none", "It names the [arms.*]; see the example."))
 
-    from megatron_ligo.compare import page, run, settings  # after the arguments: --help must not load torch
+    from megatron_ligo.experiments.compare import (  # after the arguments: --help must not load torch
+        comparison,
+        comparison_config,
+        comparison_page,
+    )
 
-    spec = settings.load(Path(args.config), args.set)
-    found = run.compare(spec, Path(args.output), args.only, lambda name: print(name, flush=True))
-    print(page.what(found))
-    for row in (*page.arm_rows(found), *page.difference_rows(found)):
+    spec = comparison_config.load(Path(args.config), args.set)
+    found = comparison.compare(spec, Path(args.output), args.only, lambda name: print(name, flush=True))
+    print(comparison_page.what(found))
+    for row in (*comparison_page.arm_rows(found), *comparison_page.difference_rows(found)):
         print("  ".join(row))
     for line in found["cautions"]:
         print(f"- {line}")

@@ -7,10 +7,11 @@ import time
 
 import torch
 
-from megatron_ligo import cli, formats
-from megatron_ligo.convert import convert, opened
-from megatron_ligo.errors import ConfigError, message, nearest
-from megatron_ligo.formats.base import WriteOptions
+from megatron_ligo import cli
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert, opened
+from megatron_ligo.checkpoint.reader import WriteOptions
+from megatron_ligo.common.errors import ConfigError, message, nearest
 
 EXAMPLE = """
 python tools/convert.py model.gguf models/small --to hf

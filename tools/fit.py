@@ -18,7 +18,7 @@ def main() -> None:
     args = parser.parse_args()
     config = cli.load_config(args)
 
-    from megatron_ligo.parallel.peers import together  # after the arguments: --help must not load torch
+    from megatron_ligo.distributed.rank_failures import together  # after the arguments: --help must not load torch
     from megatron_ligo.training.fit import Fit
 
     with together():

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.config import Config
-from megatron_ligo.formats.share import ALONE, Share
-from megatron_ligo.handoff import grow_to
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.distributed.agreement import ALONE, Share
+from megatron_ligo.export.handoff import grow_to
 
 EXAMPLE = """
 python tools/grow.py --config run.toml --operator runs/fit/operator --output runs/grown
@@ -46,8 +46,8 @@ def _all(config: Config) -> Iterator[Share]:
         yield ALONE
         return
     # One process alone must not load Megatron-core.
-    from megatron_ligo.parallel import mesh
-    from megatron_ligo.parallel.peers import together
+    from megatron_ligo.distributed import mesh
+    from megatron_ligo.distributed.rank_failures import together
 
     with together():
         mesh.start(config.handoff.timeout_minutes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from megatron_ligo import cli, describe, formats
+from megatron_ligo import cli
+from megatron_ligo.checkpoint import formats, inspect
 
 EXAMPLE = """
 python tools/inspect_checkpoint.py models/small
@@ -19,8 +20,8 @@ def main() -> None:
     made.add_argument("--json", action="store_true", help="as JSON")
     args = made.parse_args()
     reader = formats.open(args.path, args.form)
-    found = describe.describe(reader)
-    print(json.dumps(found, indent=2) if args.json else describe.as_text(found))
+    found = inspect.describe(reader)
+    print(json.dumps(found, indent=2) if args.json else inspect.as_text(found))
 
 
 if __name__ == "__main__":

@@ -25,28 +25,28 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="the table of large growths on many devices")
     args = parser.parse_args()
 
-    from megatron_ligo.plan import table, text  # after the arguments: --help must not load torch
+    from megatron_ligo.plan import plan_text, scaling_table  # after the arguments: --help must not load torch
 
     rate, room = args.tflops * 1e12, args.device_memory * 1e9
     if args.table:
-        print("\n".join(table.lines(rate, room)))
+        print("\n".join(scaling_table.lines(rate, room)))
         return
     config = cli.load_config(args)
     fit, pretrain = jobs(config, args.world)
-    pages = [text.models(fit.operator), text.run("fit", fit, rate, room)]
-    pages.append(text.growth(fit.operator, config.handoff.formats, config.handoff.dtype))
-    pages.append(text.run("pretraining", pretrain, rate, room))
-    pages.append(text.checkpoints(fit.operator, config.pretrain.precision))
+    pages = [plan_text.models(fit.operator), plan_text.run("fit", fit, rate, room)]
+    pages.append(plan_text.growth(fit.operator, config.handoff.formats, config.handoff.dtype))
+    pages.append(plan_text.run("pretraining", pretrain, rate, room))
+    pages.append(plan_text.checkpoints(fit.operator, config.pretrain.precision))
     if args.layouts:
-        pages += [text.refused("fit", fit), text.refused("pretraining", pretrain)]
+        pages += [plan_text.refused("fit", fit), plan_text.refused("pretraining", pretrain)]
     print("\n\n".join("\n".join(page) for page in pages))
 
 
 def jobs(config, world: int):
     """The fit and the pretraining that a config describes."""
-    from megatron_ligo.growth.check import initial_operator
-    from megatron_ligo.plan.job import Job
-    from megatron_ligo.training.start import sizes
+    from megatron_ligo.growth.validation import initial_operator
+    from megatron_ligo.plan.planned_job import Job
+    from megatron_ligo.training.initial_weights import sizes
 
     operator = initial_operator(sizes(Path(config.small.path)), config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, message
 
 EXAMPLE = """
 python tools/prepare_data.py --python-docs --tokenizer models/small --output data
@@ -38,8 +38,8 @@ def main() -> None:
     if not 0 <= args.valid_fraction < 1:
         raise ConfigError(message("--valid-fraction", "at least 0 and less than 1", args.valid_fraction))
     # Imported here: each worker process runs this file's head again.
-    from megatron_ligo.training.prepare import Recipe, prepare
-    from megatron_ligo.training.texts import Texts, find
+    from megatron_ligo.data.documents import Texts, find
+    from megatron_ligo.data.prepare_text import Recipe, prepare
 
     texts = Texts(find(args.inputs), args.python_docs, args.json_key, args.max_bytes)
     recipe = Recipe(texts, args.tokenizer, args.train_sentencepiece, args.eod, args.valid_fraction)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.errors import ConfigError
+from megatron_ligo.common.errors import ConfigError
 
 EXAMPLE = """
 python tools/soak.py --kills 200 --output runs/soak -- deepspeed --num_gpus 2 tools/fit.py --config run.toml
@@ -35,7 +35,7 @@ def main() -> None:
 
 def _kill(command: list[str], output: Path, kills: int, seed: int, ranks: int | None) -> None:
     # Imported here: --help need not wait for it.
-    from megatron_ligo.soak import soak
+    from megatron_ligo.testing.kill_test import soak
 
     done = soak(command, output, kills, seed, _tell, ranks)
     means = ", ".join(f"{count} x {how}" for how, count in done.kills.items())
@@ -43,7 +43,7 @@ def _kill(command: list[str], output: Path, kills: int, seed: int, ranks: int | 
 
 
 def _mutate(output: Path, count: int, seed: int) -> None:
-    from megatron_ligo.mutations.trial import mutate
+    from megatron_ligo.testing.fuzz.trials import mutate
 
     tally = mutate(output, count, seed, _tell)
     for name, each in sorted(tally.by_sample.items()):

@@ -28,11 +28,13 @@ def main() -> None:
     made.add_argument("chain", metavar="CHAIN.toml", help="the stages, and the sections that they share")
     args = made.parse_args()
     # Imported here: --help need not wait for it.
-    from megatron_ligo import chain
+    from megatron_ligo.experiments import staged_growth
 
     output = Path(args.output)
-    chain.run(chain.load(Path(args.chain), output), output, lambda text: print(f"== {text}", flush=True))
-    print(f"{output / chain.RECORD} and {output / 'report'} are written")
+    staged_growth.run(
+        staged_growth.load(Path(args.chain), output), output, lambda text: print(f"== {text}", flush=True)
+    )
+    print(f"{output / staged_growth.RECORD} and {output / 'report'} are written")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from megatron_ligo import cli, formats
-from megatron_ligo.errors import ConfigError, message
-from megatron_ligo.verify import Report, check_manifest, compare, compare_logits, has_manifest
+from megatron_ligo import cli
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.verify import Report, check_manifest, compare, compare_logits, has_manifest
+from megatron_ligo.common.errors import ConfigError, message
 
 EXAMPLE = """
 python tools/verify.py models/small models/small_ds --values

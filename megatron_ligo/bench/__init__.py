@@ -5,7 +5,7 @@ A measurement is one module with
     arguments(parser) -> None                  adds its own options
     measure(args, folder: Path) -> dict        JSON; works in `folder`, which is removed afterwards
     as_text(found: dict) -> str                the same for reading
-Its name is the subcommand of tools/bench.py.
+Its file is bench_NAME.py; NAME is the subcommand of tools/bench.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from types import ModuleType
 
 __all__ = ["measurements"]
 
+PREFIX = "bench_"
+
 
 @cache
 def measurements() -> dict[str, ModuleType]:
     """Every measurement by name."""
-    modules = {m.name: importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}
-    return {name: module for name, module in modules.items() if hasattr(module, "measure")}
+    names = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(PREFIX)]
+    return {name.removeprefix(PREFIX): importlib.import_module(f"{__name__}.{name}") for name in names}

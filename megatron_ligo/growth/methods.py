@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.dims import Dims
-from megatron_ligo.config import OperatorSection
-from megatron_ligo.errors import ConfigError, message, nearest
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.common.errors import ConfigError, message, nearest
+from megatron_ligo.config.run_config import OperatorSection
 
 # Whole heads move, readers have maps of their own (left inverses), nothing is noisy or fresh.
 PLAIN = {

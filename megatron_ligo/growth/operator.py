@@ -1,7 +1,7 @@
 """The growth operator: width maps by space and layer, depth maps by row, and the norm's corrections.
 
 It is a table of small named fp32 tensors, computed one at a time from a seed (`Initial`) or read one at a time
-from a file (growth/file.py). It knows nothing of ranks: a rank takes the rows that it needs.
+from a file (growth/operator_file.py). It knows nothing of ranks: a rank takes the rows that it needs.
 
     width.{map}.expand          (large, small)    width.{map}.{layer}.expand where a layer has its own
     width.{map}.contract        (small, large)    only where contract is a parameter of its own
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.dims import Dims
-from megatron_ligo.arch.rows import OFF_LOSS_SPACE, Row, Use, layer_of, pattern_of
-from megatron_ligo.config import OperatorSection, by_space
-from megatron_ligo.growth import heads, init, positions, vocab
-from megatron_ligo.growth.forms import Matrix, form_of
-from megatron_ligo.growth.maps import Frame, Lift, MapSpec, grow_row, left_inverse
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import OFF_LOSS_SPACE, Row, Use, layer_of, pattern_of
+from megatron_ligo.config.run_config import OperatorSection, by_space
+from megatron_ligo.growth import attention_heads, initializers, position_table, vocabulary
+from megatron_ligo.growth.linear_maps import Matrix, form_of
 from megatron_ligo.growth.methods import resolve
+from megatron_ligo.growth.width_maps import Frame, Lift, MapSpec, grow_row, left_inverse
 
 RECENT = 6  # what one layer's rows meet in turn, so that each is made once
 
@@ -41,8 +41,8 @@ def residual_write(row: Row) -> bool:
 def role(row: Row) -> str:
     """What a row is in its layer, as depth initialisations ask for it."""
     if row.axes[0].use is Use.SCALES:
-        return init.SCALES
-    return init.WRITES if residual_write(row) else init.INNER
+        return initializers.SCALES
+    return initializers.WRITES if residual_write(row) else initializers.INNER
 
 
 def short(row: Row) -> str:
@@ -94,7 +94,7 @@ class Operator(ABC):
     def is_copies(self, map_name: str, side: str) -> bool:
         """Whether a side of a map starts with at most one entry for each large feature."""
         noisy = self.setting("noise", map_name) and (side == "contract" or self.setting("contract", map_name) == "tied")
-        return self.setting("width_init", map_name) not in init.DENSE and not noisy
+        return self.setting("width_init", map_name) not in initializers.DENSE and not noisy
 
     def right_factor(self, name: str, rank: int) -> Tensor:
         """V (rank x small) where a map is learned as start + U V and U starts at zero.
@@ -202,13 +202,13 @@ class Operator(ABC):
         row = self.arch.row(key)
         space, size = row.axes[0].space, row.shape(self.large)[0]
         if space == "position" and self.large.image_size != self.small.image_size:
-            return positions.interpolate(table, self.small, self.large)
+            return position_table.interpolate(table, self.small, self.large)
         if space not in ("vocab", "position") or table.shape[0] == size:
             return table
         if space == "vocab":
-            return vocab.extend(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
+            return vocabulary.extend(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
         start, first = self.settings.position_init, self.small.first_position
-        return positions.extend(table, size, first, start, self.generator(f"positions.{key}"))
+        return position_table.extend(table, size, first, start, self.generator(f"positions.{key}"))
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that depend on the seed and the name only."""
@@ -262,7 +262,7 @@ class Initial(Operator):
         kind, rest = name.split(".", 1)
         if kind == "depth":
             row = self.arch.row(f"layers.{{}}.{rest}")
-            make = init.DEPTH[self.setting("depth_init", rest)]
+            make = initializers.DEPTH[self.setting("depth_init", rest)]
             return make(self.small.num_layers, self.large.num_layers, role(row), self.generator(name))
         if kind == "gain":
             return self._gain(rest)
@@ -280,9 +280,9 @@ class Initial(Operator):
         if map_name == "heads":
             # Query heads stay beside the keys and values of their group.
             groups = self._expand("groups", stem.replace("heads", "groups"))
-            return init.one_hot(heads.query_sources(groups, self.small, self.large), spec.small)
+            return initializers.one_hot(attention_heads.query_sources(groups, self.small, self.large), spec.small)
         generator = self.generator(f"{stem}.expand")
-        make = init.WIDTH[self.setting("width_init", map_name)]
+        make = initializers.WIDTH[self.setting("width_init", map_name)]
         expand = make(spec.small, spec.large, self.norm_of(map_name), generator)
         noise = self.setting("noise", map_name)
         if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:

@@ -22,11 +22,11 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.rows import Row, Use
-from megatron_ligo.growth.cost import MapUse, factors_are_cheaper, may_be_factored
-from megatron_ligo.layout import padded_vocab
-from megatron_ligo.plan import parameters, states
-from megatron_ligo.plan.job import Job
+from megatron_ligo.arch.spec import Row, Use
+from megatron_ligo.growth.fit_flops import MapUse, factors_are_cheaper, may_be_factored
+from megatron_ligo.plan import optimizer_memory, parameter_count
+from megatron_ligo.plan.planned_job import Job
+from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 # fp32 copies of the logits (the loss works in place) and those that DeepSpeed's pipeline keeps of a stage's results.
 LOGITS, KEPT = 1, 2
@@ -54,7 +54,7 @@ def stage(job: Job, number: int) -> dict[str, int]:
     if job.distilled:
         kinds["teacher"] = _teacher(job)
     if job.lagged:
-        kinds["lag"] = job.width * parameters.model_rank(job, number)
+        kinds["lag"] = job.width * parameter_count.model_rank(job, number)
     kinds["activations"] = _activations(job, number)
     # Activations are gone when the optimizer's own buffers come.
     kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
@@ -65,11 +65,11 @@ def _learned(job: Job, number: int) -> dict[str, float]:
     """Weights, gradients, optimizer of what is learned; buffers while it is updated."""
     zero, dp = job.parallel.zero, job.dp
     if job.operator is None:
-        count, width, name = parameters.model_rank(job, number), job.width, "weights"
+        count, width, name = parameter_count.model_rank(job, number), job.width, "weights"
     else:
         layers = job.stages()[number]
-        count, width, name = parameters.operator_rank(job.operator, job.parallel.tp, layers), 4, "operator"
-    kept = states.of(job.parallel, bf16=job.operator is None and job.run.precision == "bf16")
+        count, width, name = parameter_count.operator_rank(job.operator, job.parallel.tp, layers), 4, "operator"
+    kept = optimizer_memory.of(job.parallel, bf16=job.operator is None and job.run.precision == "bf16")
     part = count / dp
     bucket, gathered = width * min(count, kept.bucket), width * min(count, kept.live) if zero == 3 else 0
     weights, adam = ON_HOST * kept.weights_on_host, ON_HOST * kept.optimizer_on_host
@@ -94,11 +94,11 @@ def _source(job: Job, number: int) -> dict[str, float]:
     small, layers = operator.small, job.stages()[number]
     group = 1 if job.whole_source else tp * job.dp if job.parallel.zero == 3 else tp
     first, last = number == 0, number == job.parallel.pp - 1
-    rows = parameters.layer(small, 1)
+    rows = parameter_count.layer(small, 1)
     table = padded_vocab(job.large.vocab_size, tp) // tp * small.hidden_size
     tables = (first or (last and small.tied)) + (last and not small.tied)
     used = layers * _used(job)
-    maps = parameters.operator_rank(operator, tp, layers)
+    maps = parameter_count.operator_rank(operator, tp, layers)
     if job.shared_by > 1:
         sums = 4 * (used + maps)
     else:
@@ -113,12 +113,12 @@ def _source(job: Job, number: int) -> dict[str, float]:
 def _teacher(job: Job) -> float:
     """The small model as it is trained on, and what its distribution over the next token takes beside the logits."""
     small, tp = job.operator.small, job.parallel.tp
-    held = small.num_layers * parameters.layer(small, tp) + parameters.outside(small, tp, True, True)
+    held = small.num_layers * parameter_count.layer(small, tp) + parameter_count.outside(small, tp, True, True)
     return job.width * held + TAUGHT * 4 * job.tokens * padded_vocab(small.vocab_size, tp) / tp
 
 
 def _factored(job: Job, row: Row) -> bool:
-    """Whether a rank applies a row's map and weight one after the other (as model/places.py decides)."""
+    """Whether a rank applies a row's map and weight one after the other (as the factored linears decide)."""
     operator, tp = job.operator, job.parallel.tp
     inner = 0 if row.split == 0 else 1
     lift = operator.frame.lift(row.axes[inner])

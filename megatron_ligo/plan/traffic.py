@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from megatron_ligo.plan import parameters
-from megatron_ligo.plan.job import BYTES, Job
+from megatron_ligo.plan import parameter_count
+from megatron_ligo.plan.planned_job import BYTES, Job
 
 
 def ring(numbers: float, ranks: int, passes: int = 2) -> float:
@@ -31,11 +31,11 @@ def _stage(job: Job, stage: int) -> dict[str, int]:
     inside = tp if job.parallel.sequence_parallel else 1
     kinds["pipeline"] = hops * job.tokens * large.hidden_size // inside * job.width * job.micro_batches
     if operator is None:
-        learned = parameters.model_rank(job, stage)
+        learned = parameter_count.model_rank(job, stage)
         gradient = BYTES[job.run.precision]
     else:
-        learned, gradient = parameters.operator_rank(operator, tp, layers), 4
-        mixed = 0 if job.whole_source else layers * parameters.layer(operator.small, 1)
+        learned, gradient = parameter_count.operator_rank(operator, tp, layers), 4
+        mixed = 0 if job.whole_source else layers * parameter_count.layer(operator.small, 1)
         group = tp * dp if zero == 3 else tp
         steps = job.micro_batches if zero == 3 else 1
         kinds["mixing"] = ring(mixed, group) * job.width * steps

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ligo.jsonfile import write_whole
-from megatron_ligo.report import curves, page, table
-from megatron_ligo.report.runs import read_runs
+from megatron_ligo.common.atomic_files import write_whole
+from megatron_ligo.report import curves, report_page, report_table
+from megatron_ligo.report.run_records import read_runs
 
 __all__ = ["write_report"]
 
@@ -27,8 +27,8 @@ def write_report(
     runs = read_runs(folders)
     if before is not None:
         runs = [replace(run, spent=before[run.folder]) for run in runs]
-    told = table.tell(runs)
+    told = report_table.tell(runs)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "report.png", curves.picture(runs, told))
-    write_whole(output / "report.html", page.page(told, curves.picture(runs)).encode())
-    table.show(told, console or Console())
+    write_whole(output / "report.html", report_page.page(told, curves.picture(runs)).encode())
+    report_table.show(told, console or Console())

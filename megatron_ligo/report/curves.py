@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from megatron_ligo.report.runs import Run
-from megatron_ligo.report.table import HEADINGS, LOSSES, Told
+from megatron_ligo.report.report_table import HEADINGS, LOSSES, Told
+from megatron_ligo.report.run_records import Run
 
 # Told apart by readers who do not see all colours (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from megatron_ligo.config import TrainingSection
-from megatron_ligo.errors import LayoutError, message
-from megatron_ligo.parallel import accelerator
-from megatron_ligo.parallel.mesh import Mesh, Mpu
-from megatron_ligo.training import checkpoint_files, ds_profile
+from megatron_ligo.common.errors import LayoutError, message
+from megatron_ligo.config.run_config import TrainingSection
+from megatron_ligo.distributed import device
+from megatron_ligo.distributed.mesh import Mesh, Mpu
+from megatron_ligo.training import deepspeed_profile
+from megatron_ligo.training.checkpointing import engine_files
 
 Batch = dict[str, Tensor]  # tokens, labels: int64 (b, s); loss_mask: fp32 (b, s)
 
@@ -37,7 +38,7 @@ def layout(run: TrainingSection, mesh: Mesh) -> dict[str, int]:
 
 def deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
     """DeepSpeed's config: the profile, and what the run's config says."""
-    table = ds_profile.read(run.parallel)
+    table = deepspeed_profile.read(run.parallel)
     config = {
         **table,
         "train_batch_size": run.global_batch_size,
@@ -61,7 +62,7 @@ def optimizer(run: TrainingSection, groups: list[dict]) -> torch.optim.Optimizer
     if run.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=run.lr)
     # On a CPU the fused kernel takes a tenth of the time and no scratch memory of the parameters' size.
-    fused = accelerator.on_cpu() or None
+    fused = device.on_cpu() or None
     return torch.optim.AdamW(groups, lr=run.lr, betas=tuple(run.betas), eps=run.eps, fused=fused)
 
 
@@ -94,7 +95,7 @@ class Engine:
             mpu=None if self.pipelined else Mpu(mesh),
             dist_init_required=False,
         )
-        self.files = checkpoint_files.install(self.engine)
+        self.files = engine_files.install(self.engine)
         self.refused = False
 
     @property
@@ -198,7 +199,7 @@ class Engine:
 
 
 def _on_device(batch: Batch) -> list[Tensor]:
-    return [batch[name].to(accelerator.device()) for name in ("tokens", "labels", "loss_mask")]
+    return [batch[name].to(device.device()) for name in ("tokens", "labels", "loss_mask")]
 
 
 def _pipeline_batch(batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -12,35 +12,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ligo import formats
-from megatron_ligo.config import Config, FitSection
-from megatron_ligo.errors import ConfigError, Faults, message
-from megatron_ligo.formats import record
-from megatron_ligo.formats.base import Reader
-from megatron_ligo.growth import file
-from megatron_ligo.growth.check import check_factored, initial_operator
-from megatron_ligo.growth.cost import fit_step_flops
+from megatron_ligo.checkpoint import formats, model_record
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.common.errors import ConfigError, Faults, message
+from megatron_ligo.config.run_config import Config, FitSection
+from megatron_ligo.data.dataset_factory import open_feed
+from megatron_ligo.data.megatron_dataset import everywhere, on_rank_0
+from megatron_ligo.data.sampler import Dealt
+from megatron_ligo.distributed import device, mesh
+from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.growth import operator_file
+from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.methods import describe
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.layout import check_tp
-from megatron_ligo.model.build import check_network
-from megatron_ligo.model.grown_model import GrownModel, GrownPipeline
-from megatron_ligo.model.runtime import Runtime
-from megatron_ligo.model.source import Source
-from megatron_ligo.model.teacher import Teacher
-from megatron_ligo.parallel import accelerator, mesh
-from megatron_ligo.parallel.mesh import Mesh
-from megatron_ligo.training import checkpoints, elastic, loop
-from megatron_ligo.training.best import Best
-from megatron_ligo.training.claim import claim
-from megatron_ligo.training.collect import collect
-from megatron_ligo.training.dealing import Dealt
+from megatron_ligo.growth.validation import check_factored, initial_operator
+from megatron_ligo.models.factored.context import Runtime
+from megatron_ligo.models.factored.factored_model import GrownModel, GrownPipeline
+from megatron_ligo.models.factored.small_weights import Source
+from megatron_ligo.models.factored.teacher import Teacher
+from megatron_ligo.models.mcore.layer_spec import check_network
+from megatron_ligo.sharding.tensor_parallel import check_tp
+from megatron_ligo.training import loop
+from megatron_ligo.training.best_operator import Best
+from megatron_ligo.training.checkpointing import reshard, run_checkpoints
+from megatron_ligo.training.checkpointing.gather_operator import collect
 from megatron_ligo.training.engine import Engine, micro_batches
-from megatron_ligo.training.feed import open_feed
+from megatron_ligo.training.initial_weights import check_layout
 from megatron_ligo.training.lag import Lag, open_lag
 from megatron_ligo.training.metrics import peak_memory_bytes
-from megatron_ligo.training.samples import everywhere, on_rank_0
-from megatron_ligo.training.start import check_layout
+from megatron_ligo.training.output_lock import claim
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +59,15 @@ class Fit:
         self.fit = config.fit
         self.output = output
         mesh.start(self.fit.timeout_minutes)
-        self.dtype = everywhere(lambda: accelerator.dtype_of(self.fit.precision))
+        self.dtype = everywhere(lambda: device.dtype_of(self.fit.precision))
         self.reader, self.operator, self.lag = everywhere(lambda: prepare(config))
         self.step_flops = self._step_flops()
         self.fit = everywhere(lambda: within_budget(self.fit, self.step_flops))
         self.mesh: Mesh = mesh.make(self.fit.parallel.tp, self.fit.parallel.pp)
         self.count = everywhere(lambda: micro_batches(self.fit, self.mesh))
         claim(output)
-        self.found = checkpoints.newest(output / loop.FOLDER)
-        self.moved = elastic.moved(self.found, self.fit, self.mesh)
+        self.found = run_checkpoints.newest(output / loop.FOLDER)
+        self.moved = reshard.moved(self.found, self.fit, self.mesh)
         torch.manual_seed(self.fit.seed)
         if self.found:
             everywhere(lambda: check_same_run(self.found.state["run"], self._identity(), output))
@@ -126,21 +126,21 @@ class Fit:
 
     def _build(self) -> Engine:
         """The engine, with what a checkpoint of another layout holds."""
-        learned = everywhere(lambda: elastic.Learned(self.found)) if self.moved else None
+        learned = everywhere(lambda: reshard.Learned(self.found)) if self.moved else None
         if learned:
-            everywhere(lambda: elastic.fill_module(self.module, learned.cut_for(self.mesh)))
+            everywhere(lambda: reshard.fill_module(self.module, learned.cut_for(self.mesh)))
         engine = Engine(self.module, self.mesh, self.fit, self._groups(), after_update=self._after_update)
         if learned:
-            elastic.fill_optimizer(engine.engine, learned.cut_for(self.mesh), learned.steps)
+            reshard.fill_optimizer(engine.engine, learned.cut_for(self.mesh), learned.steps)
             engine.begin_at(self.found.step)
         return engine
 
     def _resume(self) -> dict:
         """The state of the last checkpoint, which is loaded; a fresh one where there is none."""
         if self.found is None:
-            return {record.HOLDS: "operator", "run": self._identity(), "losses": {}, "digest": self._digest()}
+            return {model_record.HOLDS: "operator", "run": self._identity(), "losses": {}, "digest": self._digest()}
         if not self.moved:
-            checkpoints.load(self.engine, self.found)
+            run_checkpoints.load(self.engine, self.found)
         log.info("resumed after step %d", self.engine.steps)
         return self.found.state
 
@@ -194,7 +194,7 @@ class Fit:
     def _save_operator(self, folder: Path) -> None:
         """The operator as it stands. Collective."""
         tensors = collect(self.module, self.runtime)
-        on_rank_0(lambda: file.write(self.operator, tensors.items(), folder, {"step": self.engine.steps}))
+        on_rank_0(lambda: operator_file.write(self.operator, tensors.items(), folder, {"step": self.engine.steps}))
 
     def _write(self, losses: dict[str, float], digest: str, best: Best) -> None:
         tensors = self._chosen(best)
@@ -212,14 +212,14 @@ class Fit:
             "config": self.config.to_dict(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
         }
-        on_rank_0(lambda: file.write(self.operator, tensors.items(), self.output / "operator", made))
+        on_rank_0(lambda: operator_file.write(self.operator, tensors.items(), self.output / "operator", made))
 
     def _chosen(self, best: Best) -> Mapping[str, Tensor]:
         """The tensors that are written, on rank 0. Collective."""
         if self.fit.keep == "last" or best.step == self.engine.steps:
             return collect(self.module, self.runtime)
         log.warning("the operator of step %d is kept: its held-out loss was the lowest, %.6f", best.step, best.loss)
-        kept = self.operator if best.step == 0 else file.Saved(best.folder)
+        kept = self.operator if best.step == 0 else operator_file.Saved(best.folder)
         return {name: kept.tensor(name) for name in kept.shapes()}
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo import formats
-from megatron_ligo.arch.rows import Task
-from megatron_ligo.errors import Faults
-from megatron_ligo.formats.base import Reader
-from megatron_ligo.grow import Grown, operator_digest, source_digest
+from megatron_ligo.arch.spec import Task
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.common.errors import Faults
+from megatron_ligo.export.grown_reader import Grown, operator_digest, source_digest
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.training import checkpoints
+from megatron_ligo.training.checkpointing import run_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def open_lag(path: str, operator: Operator, small: Reader, faults: Faults) -> La
             faults.add(f"fit.lag: {path}: {name}", size, found[name], "Train the start of this very fit.")
     if len(faults.lines) > before:
         return None
-    lag, origin = Lag(trained, operator, small), checkpoints.state_of(Path(path)).get("origin")
+    lag, origin = Lag(trained, operator, small), run_checkpoints.state_of(Path(path)).get("origin")
     if origin is None:
         _check_distance(lag, path, faults)
     else:

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_ligo import signals
-from megatron_ligo.config import TrainingSection
-from megatron_ligo.errors import Stopped
-from megatron_ligo.parallel import mesh
-from megatron_ligo.training import checkpoints, replicas
-from megatron_ligo.training.dealing import Dealt
+from megatron_ligo.common import signal_handling
+from megatron_ligo.common.errors import Stopped
+from megatron_ligo.config.run_config import TrainingSection
+from megatron_ligo.data.sampler import Dealt
+from megatron_ligo.distributed import mesh
+from megatron_ligo.training import replica_check
+from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.guard import Guard
+from megatron_ligo.training.loss_guard import Guard
+from megatron_ligo.training.lr_schedule import learning_rate
 from megatron_ligo.training.metrics import Metrics
-from megatron_ligo.training.schedule import learning_rate
 
 FOLDER = "checkpoints"
 
@@ -44,7 +45,7 @@ def run(
     first, place = engine.steps, engine.mesh
     guard = Guard(engine, settings, state)
     with (
-        signals.deferred(settings.grace_seconds),
+        signal_handling.deferred(settings.grace_seconds),
         Metrics(output, dist.get_rank() == 0, settings.steps, first) as metrics,
     ):
         for step in range(first, settings.steps):
@@ -61,10 +62,10 @@ def run(
             metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **after(step + 1))
             done, last = step + 1, step + 1 == settings.steps or enough()
             if due(done, settings.check_replicas_every):
-                replicas.check(engine, done)
-            signum = mesh.largest(signals.received() or 0)
+                replica_check.check(engine, done)
+            signum = mesh.largest(signal_handling.received() or 0)
             if last or signum or due(done, settings.save_every):
-                checkpoints.save(engine, output / FOLDER, done, state, settings.keep_last, beside)
+                run_checkpoints.save(engine, output / FOLDER, done, state, settings.keep_last, beside)
             if signum and not last:
                 raise Stopped(signum, f"saved after step {done} of {settings.steps}. Started again, it goes on there.")
 

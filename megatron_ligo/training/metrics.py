@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ligo.errors import CheckpointError, message
-from megatron_ligo.parallel import accelerator
+from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.distributed import device
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +178,8 @@ class _Line:
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held: on its device, or resident where the device is the CPU."""
-    if not accelerator.on_cpu():
-        return int(accelerator.get_accelerator().max_memory_allocated())
+    if not device.on_cpu():
+        return int(device.get_accelerator().max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

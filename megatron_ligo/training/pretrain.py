@@ -11,30 +11,30 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo import formats
-from megatron_ligo.arch.dims import Dims
-from megatron_ligo.arch.rows import Task
-from megatron_ligo.config import Config
-from megatron_ligo.errors import CheckpointError, ConfigError, message
-from megatron_ligo.flops import train_flops
-from megatron_ligo.formats import record
-from megatron_ligo.jsonfile import read_json, write_json
-from megatron_ligo.manifest import library_versions
-from megatron_ligo.model import universal, weights
-from megatron_ligo.model.build import Build
-from megatron_ligo.model.pretrained import pretrained
-from megatron_ligo.parallel import accelerator, mesh
-from megatron_ligo.parallel.mesh import Mesh
-from megatron_ligo.training import checkpoints, elastic, loop
-from megatron_ligo.training.claim import claim
-from megatron_ligo.training.dealing import Dealt
+from megatron_ligo.arch.flops import train_flops
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Task
+from megatron_ligo.checkpoint import formats, model_record
+from megatron_ligo.checkpoint.manifest import library_versions
+from megatron_ligo.common.atomic_files import read_json, write_json
+from megatron_ligo.common.errors import CheckpointError, ConfigError, message
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.data.dataset_factory import open_feed
+from megatron_ligo.data.megatron_dataset import everywhere, on_rank_0
+from megatron_ligo.data.sampler import Dealt
+from megatron_ligo.distributed import device, mesh
+from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.models.full import parameters, universal_loading
+from megatron_ligo.models.full.factory import pretrained
+from megatron_ligo.models.mcore.layer_spec import Build
+from megatron_ligo.training import loop
+from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, micro_batches
-from megatron_ligo.training.feed import open_feed
 from megatron_ligo.training.fit import FREE, check_same_run
+from megatron_ligo.training.initial_weights import Start, check_layout, find_start
+from megatron_ligo.training.lr_schedule import after_growth
 from megatron_ligo.training.metrics import peak_memory_bytes
-from megatron_ligo.training.samples import everywhere, on_rank_0
-from megatron_ligo.training.schedule import after_growth
-from megatron_ligo.training.start import Start, check_layout, find_start
+from megatron_ligo.training.output_lock import claim
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class Pretrain:
     def __init__(self, config: Config, output: Path):
         self.config, self.settings, self.output = config, config.pretrain, output
         mesh.start(self.settings.timeout_minutes)
-        self.dtype = everywhere(lambda: accelerator.dtype_of(self.settings.precision))
+        self.dtype = everywhere(lambda: device.dtype_of(self.settings.precision))
         self.mesh: Mesh = mesh.make(self.settings.parallel.tp, self.settings.parallel.pp)
         everywhere(lambda: micro_batches(self.settings, self.mesh))
         claim(output)
-        self.found = checkpoints.newest(output / loop.FOLDER)
+        self.found = run_checkpoints.newest(output / loop.FOLDER)
         self.resumed = self.found is not None
-        self.moved = elastic.moved(self.found, self.settings, self.mesh)
+        self.moved = reshard.moved(self.found, self.settings, self.mesh)
         self.start = everywhere(self._resumed_start if self.resumed else lambda: find_start(config))
         self.dims: Dims = self.start.dims
         self.grown = self.start.grown
@@ -66,10 +66,10 @@ class Pretrain:
     def run(self) -> dict:
         """Trains, from the last checkpoint if there is one; returns what it writes into OUTPUT/pretrain.json."""
         if self.found:
-            state = self.found.state if self.moved else checkpoints.load(self.engine, self.found)
+            state = self.found.state if self.moved else run_checkpoints.load(self.engine, self.found)
             log.info("resumed after step %d", self.engine.steps)
         else:
-            state = {record.HOLDS: "model", "losses": {}, "eval": self._held_out(), "origin": self.start.origin}
+            state = {model_record.HOLDS: "model", "losses": {}, "eval": self._held_out(), "origin": self.start.origin}
             on_rank_0(self._keep_model)
             self._record(state)
             if self.config.data.valid:
@@ -158,19 +158,19 @@ class Pretrain:
         by_deepspeed, at_once = start.universal, not self.resumed or self.moved
         read = start.read(run.seed)
         if not by_deepspeed and at_once:
-            weights.fill(model, self.dims, self.mesh, read)
-        if by_deepspeed and universal.must_prepare(self.dims, run.parallel.zero):
-            universal.prepare_for_universal(model, self.dims, self.mesh.tp_group)
+            parameters.fill(model, self.dims, self.mesh, read)
+        if by_deepspeed and universal_loading.must_prepare(self.dims, run.parallel.zero):
+            universal_loading.prepare_for_universal(model, self.dims, self.mesh.tp_group)
         trained = head_parameters(model, self.dims) if run.fresh_head else None
         groups = parameter_groups(model, run.weight_decay, trained)
         engine = Engine(model, self.mesh, run, groups, self._bf16, universal=by_deepspeed)
         if by_deepspeed:
-            universal.load_universal(engine.engine, start.source, self.mesh.tp_group)
+            universal_loading.load_universal(engine.engine, start.source, self.mesh.tp_group)
             # The run's own steps begin at 0; Adam goes on counting where the checkpoint was.
             engine.begin_at(0)
         elif at_once and (self._bf16 or self.moved):
             steps = start.source.step if self.moved and start.source.has_moments else None
-            elastic.fill_optimizer(engine.engine, elastic.of_model(model, self.dims, read, self.mesh), steps)
+            reshard.fill_optimizer(engine.engine, reshard.of_model(model, self.dims, read, self.mesh), steps)
             engine.begin_at(self.found.step if self.moved else 0)
         # The files that it has mapped are not read again.
         self.start = replace(start, source=None)
@@ -236,7 +236,9 @@ class Pretrain:
 
     def _keep_model(self) -> None:
         source = self.start.source
-        record.keep(self.output / MODEL, self.dims, source.carried if source else {}, source.files if source else ())
+        model_record.keep(
+            self.output / MODEL, self.dims, source.carried if source else {}, source.files if source else ()
+        )
 
 
 def _told(found: dict[str, float]) -> str:
@@ -258,7 +260,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, trained: set[nn.Para
 
 def head_parameters(model: nn.Module, dims: Dims) -> set[nn.Parameter]:
     """Those of the output head, but for a weight that it shares with the embedding."""
-    return {parameter for parameter, item in weights.parameters(model, dims) if item.rows[0].needs == "has_head"}
+    return {parameter for parameter, item in parameters.parameters(model, dims) if item.rows[0].needs == "has_head"}
 
 
 def _read_record(path: Path) -> dict:

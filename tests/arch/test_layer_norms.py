@@ -8,24 +8,24 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ligo.arch import get
-from megatron_ligo.config import Config, PretrainSection, SmallSection
-from megatron_ligo.errors import ConfigError
-from megatron_ligo.packing import stored
-from megatron_ligo.parallel import mesh
+from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.config.run_config import Config, PretrainSection, SmallSection
+from megatron_ligo.distributed import mesh
+from megatron_ligo.sharding.fused_tensors import stored
 from megatron_ligo.training.fit import prepare
-from megatron_ligo.training.start import find_start
-from tests import families
+from megatron_ligo.training.initial_weights import find_start
+from tests import layer_norm_models
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("family", "name"), families.CLASSES)
+@pytest.mark.parametrize(("family", "name"), layer_norm_models.CLASSES)
 def test_hugging_face(family, name, tied):
-    dims = families.dims_of(family, name, tied=tied)
+    dims = layer_norm_models.dims_of(family, name, tied=tied)
     arch = get(dims.arch)
     assert arch.class_of(dims) == name
-    model = families.model(family, name, tied=tied)
+    model = layer_norm_models.model(family, name, tied=tied)
     items = stored(arch, dims, "hf").items()
-    expected = {families.IN_MEMORY.get(name, name): item.shape(dims) for name, item in items}
+    expected = {layer_norm_models.IN_MEMORY.get(name, name): item.shape(dims) for name, item in items}
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # transformers lists shared tensors under both names; a file holds them once.
     shared = {other for other in set(found) - set(expected) if tied and other in model._tied_weights_keys}
@@ -36,7 +36,7 @@ def test_hugging_face(family, name, tied):
 @pytest.mark.parametrize("tied", [False, True])
 def test_megatron_core(tied):
     """GPT-2 in Megatron-core's own words."""
-    dims = families.dims_of("gpt2", "GPT2LMHeadModel", tied=tied)
+    dims = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel", tied=tied)
     mesh.start()
     mesh.make(1, 1)
     config = TransformerConfig(
@@ -62,7 +62,7 @@ def test_megatron_core(tied):
 
 def test_bert_bears_megatron_core_s_names_where_there_are_any():
     """Its BertModel is pre-LN: the norms of a layer, the embeddings' and the last one differ, and nothing else."""
-    dims = families.dims_of("bert", "BertForPreTraining")
+    dims = layer_norm_models.dims_of("bert", "BertForPreTraining")
     mesh.start()
     mesh.make(1, 1)
     config = TransformerConfig(
@@ -92,7 +92,7 @@ def test_bert_bears_megatron_core_s_names_where_there_are_any():
     ("family", "name", "wanted"), [("bert", "BertModel", "fresh_head = true"), ("gpt2", "GPT2Model", "output head")]
 )
 def test_fit_and_pretraining_refuse_what_they_do_not_build(tmp_path, family, name, wanted):
-    _, folder = families.saved(tmp_path, family, name)
+    _, folder = layer_norm_models.saved(tmp_path, family, name)
     with pytest.raises(ConfigError, match=wanted):
         prepare(Config(small=SmallSection(path=str(folder))))
     with pytest.raises(ConfigError, match=wanted):

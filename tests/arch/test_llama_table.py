@@ -5,11 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_ligo.arch import architectures, get
-from megatron_ligo.model.build import Build
-from megatron_ligo.model.gpt import Pretrained
-from megatron_ligo.packing import stored
-from megatron_ligo.parallel import mesh
-from tests.tiny import llama_dims
+from megatron_ligo.distributed import mesh
+from megatron_ligo.models.full.gpt import Pretrained
+from megatron_ligo.models.mcore.layer_spec import Build
+from megatron_ligo.sharding.fused_tensors import stored
+from tests.tiny_models import llama_dims
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}

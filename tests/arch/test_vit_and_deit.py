@@ -7,28 +7,28 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_ligo import describe, formats, verify
 from megatron_ligo.arch import get
-from megatron_ligo.config import Config, LargeSection, OperatorSection
-from megatron_ligo.convert import convert
-from megatron_ligo.errors import CheckpointError, ConfigError
-from megatron_ligo.formats import hf_config
-from megatron_ligo.grow import Grown
-from megatron_ligo.growth.check import initial_operator
+from megatron_ligo.checkpoint import formats, inspect, verify
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.common.errors import CheckpointError, ConfigError
+from megatron_ligo.config.run_config import Config, LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.handoff import grow_to
 from megatron_ligo.growth.methods import METHODS
-from megatron_ligo.handoff import grow_to
-from megatron_ligo.packing import stored
-from tests import families, images
-from tests.formats.models import same_bits
+from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.sharding.fused_tensors import stored
+from tests import image_models, layer_norm_models
+from tests.checkpoint.hf_models import same_bits
 
 LARGER = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5)
 
 
-@pytest.mark.parametrize(("family", "name"), images.CLASSES)
+@pytest.mark.parametrize(("family", "name"), image_models.CLASSES)
 def test_there_and_back(tmp_path, family, name):
-    dims = images.dims_of(family, name)
+    dims = image_models.dims_of(family, name)
     assert get(family).class_of(dims) == name
-    model, folder = images.saved(tmp_path / "a", dims)
+    model, folder = image_models.saved(tmp_path / "a", dims)
     source = formats.open(folder)
     assert source.dims == dims
     expected = {name: item.shape(dims) for name, item in stored(get(family), dims, "hf").items()}
@@ -42,21 +42,21 @@ def test_there_and_back(tmp_path, family, name):
     after = load_file(tmp_path / "hf" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(same_bits(before[key], after[key]) for key in before)
-    seen = images.pictures(dims)
+    seen = image_models.pictures(dims)
     again = getattr(transformers, name).from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         assert torch.equal(again(seen)[0], model(seen)[0])
         assert torch.equal(verify.logits(formats.open(last), seen), model(seen)[0])
     assert verify.compare(source, formats.open(last)).same
-    assert "image_size=10" in describe.as_text(describe.describe(source))
+    assert "image_size=10" in inspect.as_text(inspect.describe(source))
 
 
 def test_labels_keep_their_names(tmp_path):
-    model, folder = images.saved(tmp_path / "a", images.dims_of())
+    model, folder = image_models.saved(tmp_path / "a", image_models.dims_of())
     model.config.id2label = dict(enumerate(("cat", "dog", "emu", "fox", "gnu")))
     model.config.label2id = {name: number for number, name in model.config.id2label.items()}
     model.config.save_pretrained(folder)
-    operator = initial_operator(images.dims_of(), LargeSection(vocab_size=7), OperatorSection())
+    operator = initial_operator(image_models.dims_of(), LargeSection(vocab_size=7), OperatorSection())
     convert(Grown(operator, formats.open(folder)), tmp_path / "b", "hf")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "b")
     assert [config.id2label[number] for number in (0, 4, 5, 6)] == ["cat", "gnu", "LABEL_5", "LABEL_6"]
@@ -70,32 +70,32 @@ def edited(folder, **changes):
 
 
 def test_refusals(tmp_path):
-    _, folder = images.saved(tmp_path / "a", images.dims_of("deit"))
+    _, folder = image_models.saved(tmp_path / "a", image_models.dims_of("deit"))
     with pytest.raises(CheckpointError, match="DeiTForImageClassificationWithTeacher"):
         formats.open(edited(folder, architectures=["DeiTForImageClassificationWithTeacher"]))
     for changes, word in (({"image_size": None}, "image_size"), ({"patch_size": 11}, "patch_size")):
-        stated = hf_config.config_of(images.dims_of(), {}, torch.float32)
+        stated = config_json.config_of(image_models.dims_of(), {}, torch.float32)
         with pytest.raises(CheckpointError, match=word):
-            hf_config.dims_of({**stated, **changes}, "config.json")
+            config_json.dims_of({**stated, **changes}, "config.json")
     with pytest.raises(ConfigError, match="fairscale"):
-        stored(get("vit"), images.dims_of(), "fairscale")
+        stored(get("vit"), image_models.dims_of(), "fairscale")
     with pytest.raises(ConfigError, match="image_size"):
-        initial_operator(images.dims_of(), LargeSection(image_size=9), OperatorSection())
+        initial_operator(image_models.dims_of(), LargeSection(image_size=9), OperatorSection())
     with pytest.raises(ConfigError, match="reads no images"):
-        gpt2 = families.dims_of("gpt2", "GPT2LMHeadModel")
+        gpt2 = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
         initial_operator(gpt2, LargeSection(image_size=9), OperatorSection())
 
 
 def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) -> float:
     """Largest difference of the logits in fp64, the small model looking at the large one's image."""
-    small = images.dims_of(family)
-    source = families.memory_of(families.model_of(small).double(), small)
+    small = image_models.dims_of(family)
+    source = layer_norm_models.memory_of(layer_norm_models.model_of(small).double(), small)
     grown = Grown(initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118
         assert grown.read(key).shape == grown.info(key).shape
-    seen = images.pictures(grown.dims).double()
+    seen = image_models.pictures(grown.dims).double()
     with torch.no_grad():
-        before, after = families.built(source)(seen, **shown)[0], families.built(grown)(seen)[0]
+        before, after = layer_norm_models.built(source)(seen, **shown)[0], layer_norm_models.built(grown)(seen)[0]
     assert before.abs().max() > 0.1
     return float((before - after).abs().max())
 
@@ -114,20 +114,20 @@ def test_growth(family):
 
 @pytest.mark.parametrize("method", ["ligo", "random"])
 def test_every_method_takes_every_row(method):
-    small = images.dims_of("deit")
-    source = families.memory_of(families.model_of(small), small)
+    small = image_models.dims_of("deit")
+    source = layer_norm_models.memory_of(layer_norm_models.model_of(small), small)
     large = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5, vocab_size=7, image_size=14)
     grown = Grown(initial_operator(small, large, OperatorSection(method=method)), source)
     assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118
-    assert families.built(grown)(images.pictures(grown.dims))[0].shape == (2, 7)
+    assert layer_norm_models.built(grown)(image_models.pictures(grown.dims))[0].shape == (2, 7)
     # A fresh model sees a patch with all of its features.
     assert (grown.read("patch").flatten(1).abs().sum(dim=1) > 0).all()
 
 
 def test_the_hand_off(tmp_path):
     """tools/grow.py's way: the grown model as transformers takes it, equal to the small one on a larger image."""
-    dims = images.dims_of("deit")
-    model, folder = images.saved(tmp_path / "small", dims)
+    dims = image_models.dims_of("deit")
+    model, folder = image_models.saved(tmp_path / "small", dims)
     table = {"small": {"path": str(folder)}, "large": {"hidden_size": 48, "num_heads": 12, "image_size": 13}}
     (folder / "preprocessor_config.json").write_text('{"size": {"height": 10, "width": 10}}')
     assert [file.name for file in formats.open(folder).files] == ["preprocessor_config.json"]
@@ -137,7 +137,7 @@ def test_the_hand_off(tmp_path):
     grown = formats.open(tmp_path / "grown" / "hf")
     apart, largest = verify.compare_logits(formats.open(folder), grown)
     assert apart < 1e-6 * max(1.0, largest)
-    seen = images.pictures(grown.dims)
+    seen = image_models.pictures(grown.dims)
     again = transformers.DeiTForImageClassification.from_pretrained(grown.path).eval()
     with torch.no_grad():
         assert torch.allclose(again(seen)[0], model(seen, interpolate_pos_encoding=True)[0], atol=1e-6)

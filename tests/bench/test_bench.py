@@ -14,8 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ligo import bench
-from megatron_ligo.bench import drawn
-from megatron_ligo.bench.steps.ranks import Ranks
+from megatron_ligo.bench import synthetic_reader
+from megatron_ligo.bench.steps.rank_pool import Ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,11 +75,11 @@ def test_a_measurement_is_one_file():
 
 @pytest.mark.parametrize("gb", [0.3, 1, 4, 20])
 def test_the_synthetic_model_has_the_size_that_is_asked_for(gb):
-    dims = drawn.llama(gb * 1e9)
-    reader = drawn.Drawn(dims)
+    dims = synthetic_reader.llama(gb * 1e9)
+    reader = synthetic_reader.Drawn(dims)
     shapes = [reader.info(key).shape for key in reader.keys()]  # noqa: SIM118 - no dict
     assert 4 * sum(map(math.prod, shapes)) == pytest.approx(gb * 1e9, rel=0.1)
-    assert dims.num_layers >= drawn.LAYERS
+    assert dims.num_layers >= synthetic_reader.LAYERS
 
 
 class OneFails:

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from megatron_ligo.arch import get
-from megatron_ligo.config import LargeSection, OperatorSection
-from megatron_ligo.errors import ConfigError
-from megatron_ligo.grow import Grown
-from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.growth.maps import Frame, apply_map, left_inverse
-from tests.growth.gap import RAGGED, logits_gap
-from tests.tiny import hf_from, hf_llama, llama_dims, memory_of, tokens
+from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.width_maps import Frame, apply_map, left_inverse
+from tests.growth.logit_gap import RAGGED, logits_gap
+from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
 
 DOUBLE = LargeSection(num_layers=6, hidden_size=48, ffn_size=56, num_heads=12, num_kv_heads=6)
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ligo.config import Config, LargeSection, OperatorSection
-from megatron_ligo.errors import ConfigError, Faults
-from megatron_ligo.grow import Grown
-from megatron_ligo.growth.check import check_factored, initial_operator
-from megatron_ligo.growth.maps import left_inverse
+from megatron_ligo.common.errors import ConfigError, Faults
+from megatron_ligo.config.run_config import Config, LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import Grown
 from megatron_ligo.growth.methods import METHODS, describe, resolve
-from tests.growth.gap import RAGGED, logits_gap
-from tests.tiny import hf_llama, llama_dims, memory_of
+from megatron_ligo.growth.validation import check_factored, initial_operator
+from megatron_ligo.growth.width_maps import left_inverse
+from tests.growth.logit_gap import RAGGED, logits_gap
+from tests.tiny_models import hf_llama, llama_dims, memory_of
 
 LOSSLESS = [name for name, method in METHODS.items() if method.lossless]
 

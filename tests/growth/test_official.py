@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from megatron_ligo.arch.rows import Use
-from megatron_ligo.config import LargeSection, OperatorSection
-from megatron_ligo.errors import ConfigError
-from megatron_ligo.grow import Grown
-from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.packing import stored
-from tests.growth import official
-from tests.model import cases
-from tests.tiny import Memory
+from megatron_ligo.arch.spec import Use
+from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.sharding.fused_tensors import stored
+from tests.growth import official_ligo
+from tests.models.factored import fit_cases
+from tests.tiny_models import Memory
 
 MATRICES = ("q", "k", "v", "o", "up", "down")
 
 
-@pytest.fixture(params=official.FILES, ids=lambda path: path.stem)
-def case(request) -> official.Case:
-    return official.load(request.param)
+@pytest.fixture(params=official_ligo.FILES, ids=lambda path: path.stem)
+def case(request) -> official_ligo.Case:
+    return official_ligo.load(request.param)
 
 
 def state_of(reader) -> dict[str, torch.Tensor]:
@@ -35,13 +35,13 @@ def state_of(reader) -> dict[str, torch.Tensor]:
 
 def logits(reader, ids) -> torch.Tensor:
     """May be differentiated by the reader's tensors."""
-    return functional_call(official.bert(reader.dims), state_of(reader), (ids,)).logits
+    return functional_call(official_ligo.bert(reader.dims), state_of(reader), (ids,)).logits
 
 
-def changed(case: official.Case, tensors: dict[str, torch.Tensor]) -> official.Given:
+def changed(case: official_ligo.Case, tensors: dict[str, torch.Tensor]) -> official_ligo.Given:
     """The case's operator with other tensors in place of some."""
     operator = case.operator
-    return official.Given(operator.small, operator.large, operator.settings, operator.tensors | tensors)
+    return official_ligo.Given(operator.small, operator.large, operator.settings, operator.tensors | tensors)
 
 
 def test_the_settings_are_the_published_ones(case):
@@ -95,21 +95,21 @@ LAYOUTS = {"one process": {}, "stages": {"pp": 2}, "heads": {}, "heads and stage
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("path", official.FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", official_ligo.FILES, ids=lambda path: path.stem)
 def test_sharded(pools, path, kind):
     """The fit's own model, in fp32: its loss, and the weights that its ranks' parts of the operator give."""
     layout = dict(LAYOUTS[kind])
-    own = head_dim = official.head_dim_of(path)
-    large = official.load(path).operator.large
+    own = head_dim = official_ligo.head_dim_of(path)
+    large = official_ligo.load(path).operator.large
     if kind == "heads":
         layout["tp"] = next(tp for tp in range(2, 100) if large.num_heads % tp == 0 and large.ffn_size % tp == 0)
     if kind == "heads and stages":
         tp = layout["tp"] = next(tp for tp in range(2, 100) if large.ffn_size % tp == 0)
         # Of a size that the ranks can share.
-        head_dim = next(s for s in official.head_dims(path) if s <= own and large.hidden_size // s % tp == 0)
-    case = official.load(path, head_dim)
+        head_dim = next(s for s in official_ligo.head_dims(path) if s <= own and large.hidden_size // s % tp == 0)
+    case = official_ligo.load(path, head_dim)
     world = layout.get("tp", 1) * layout.get("pp", 1)
-    loss, grown = pools(world).run(cases.official_numbers, path=str(path), head_dim=head_dim, **layout)
+    loss, grown = pools(world).run(fit_cases.official_numbers, path=str(path), head_dim=head_dim, **layout)
     labels = case.ids.roll(1, dims=1)
     with torch.no_grad():
         found = logits(Memory(case.operator.large, case.expected), case.ids)
@@ -125,7 +125,7 @@ def test_sharded(pools, path, kind):
 def test_on_the_fly_is_materialised(case):
     """Every linear applied factor by factor gives what the built matrix gives."""
     grown = Grown(case.operator, case.source)
-    model = official.bert(grown.dims)
+    model = official_ligo.bert(grown.dims)
     model.load_state_dict(state_of(grown))
     for key in grown.keys():  # noqa: SIM118
         row = grown.row(key)
@@ -137,7 +137,7 @@ def test_on_the_fly_is_materialised(case):
         assert torch.allclose(model(case.ids).logits, case.logits_large, rtol=1e-12, atol=1e-13)
 
 
-def factored(case: official.Case, key: str, bias):
+def factored(case: official_ligo.Case, key: str, bias):
     operator = case.operator
     row = operator.arch.row(key)
     mixed = operator.mix(key, case.source.read)
@@ -154,7 +154,7 @@ def factored(case: official.Case, key: str, bias):
 def test_gradients_are_the_central_differences(case):
     labels = case.ids.roll(1, dims=1)
 
-    def loss(operator: official.Given) -> torch.Tensor:
+    def loss(operator: official_ligo.Given) -> torch.Tensor:
         found = logits(Grown(operator, case.source), case.ids)
         return F.cross_entropy(found.flatten(0, 1), labels.flatten())
 
@@ -183,7 +183,7 @@ def test_growing_a_matrix_is_the_kronecker_product(case):
     assert torch.allclose(operator.grow("layers.1.up", mixed).T.reshape(-1), expected, rtol=1e-12, atol=1e-14)
 
 
-def one_hot_depth(operator: official.Given) -> dict[str, torch.Tensor]:
+def one_hot_depth(operator: official_ligo.Given) -> dict[str, torch.Tensor]:
     """Stacking, for every row."""
     source = torch.arange(operator.large.num_layers) % operator.small.num_layers
     weights = F.one_hot(source, operator.small.num_layers).double()
@@ -195,7 +195,7 @@ def test_one_hot_depth_at_equal_widths_is_a_stack(case):
     large = replace(operator.small, num_layers=operator.large.num_layers)
     widths = {name: torch.eye(t.shape[1]).double() for name, t in operator.tensors.items() if name.startswith("width.")}
     grown = Grown(
-        official.Given(operator.small, large, operator.settings, widths | one_hot_depth(operator)), case.source
+        official_ligo.Given(operator.small, large, operator.settings, widths | one_hot_depth(operator)), case.source
     )
     for key in grown.keys():  # noqa: SIM118
         layer = int(key.split(".")[1]) if key.startswith("layers.") else None
@@ -207,7 +207,7 @@ def test_equal_sizes_are_a_copy(case):
     small, settings = case.source.dims, case.operator.settings
     shapes = initial_operator(small, LargeSection(), replace(settings, depth_init="stack")).shapes()
     tensors = {name: torch.eye(*shape).double() for name, shape in shapes.items()}
-    grown = Grown(official.Given(small, small, settings, tensors), case.source)
+    grown = Grown(official_ligo.Given(small, small, settings, tensors), case.source)
     for key in grown.keys():  # noqa: SIM118
         assert torch.equal(grown.read(key), case.source.read(key))
 
@@ -215,14 +215,14 @@ def test_equal_sizes_are_a_copy(case):
 def test_rows_of_zeros_pad_a_stack(case):
     operator = case.operator
     padded = {
-        name: official.with_identity(torch.zeros(t.shape[0] - t.shape[1], t.shape[1], dtype=t.dtype))
+        name: official_ligo.with_identity(torch.zeros(t.shape[0] - t.shape[1], t.shape[1], dtype=t.dtype))
         for name, t in operator.tensors.items()
         if name.startswith("width.")
     }
     tensors = padded | one_hot_depth(operator)
     last = operator.large.num_layers - 1
     below = last % operator.small.num_layers
-    grown = Grown(official.Given(operator.small, operator.large, operator.settings, tensors), case.source)
+    grown = Grown(official_ligo.Given(operator.small, operator.large, operator.settings, tensors), case.source)
     for row in MATRICES:
         found, source = grown.read(f"layers.{last}.{row}"), case.source.read(f"layers.{below}.{row}")
         corner = found[: source.shape[0], : source.shape[1]]
@@ -240,7 +240,7 @@ def test_depth_before_width_with_maps_of_the_target_layer(case):
 
     def both(tensors, mapped_as):
         """A large layer's query from mixed layers, and from layers grown by the map of each and then mixed."""
-        given = official.Given(operator.small, operator.large, operator.settings, tensors)
+        given = official_ligo.Given(operator.small, operator.large, operator.settings, tensors)
         residual, weights = tensors["width.residual.expand"], tensors["depth.q"][3]
         grown = [
             weight * tensors[f"width.q.{mapped_as(i)}.expand"] @ case.source.read(f"layers.{i}.q") @ residual.T

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from megatron_ligo import formats
-from megatron_ligo.config import LargeSection, OperatorSection
-from megatron_ligo.convert import convert
-from megatron_ligo.formats import hf_config
-from megatron_ligo.grow import Grown
-from megatron_ligo.growth.check import initial_operator
-from tests.tiny import hf_name
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.growth.validation import initial_operator
+from tests.tiny_models import hf_name
 
 LARGE = LargeSection(num_layers=32, hidden_size=768, ffn_size=2048, num_heads=12, num_kv_heads=4)
 OTHER_HEADS = replace(LARGE, num_kv_heads=6, head_dim=96)
@@ -59,6 +59,6 @@ def test_the_grown_smollm2_has_the_small_ones_logits(small, logits):
 def test_so_it_has_by_the_other_methods_and_with_other_heads(small, logits, method, large):
     source = grown(small, large, OperatorSection(method=method))
     state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
-    config = LlamaForCausalLM.config_class.from_dict(hf_config.config_of(source.dims, source.carried, torch.float32))
+    config = LlamaForCausalLM.config_class.from_dict(config_json.config_of(source.dims, source.carried, torch.float32))
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     assert float((logits - of(model, small)).abs().max()) < 5e-4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from megatron_ligo.bench import plan
-from megatron_ligo.bench.steps.peak import Peak
+from megatron_ligo.bench import bench_plan
+from megatron_ligo.bench.steps.memory_peak import Peak
 
 
 def peaks(kind: str, job: dict) -> list[dict]:
@@ -18,13 +18,13 @@ def peaks(kind: str, job: dict) -> list[dict]:
 
 # Those that only join what others have apart wait for --long.
 LONG = ("pretraining", "pretraining, bf16", "fit, micro-batches", "fit, recomputed", "fit, rank 32")
-EACH = [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in plan.CASES]
+EACH = [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in bench_plan.CASES]
 
 
 @pytest.mark.parametrize("case", EACH)
 def test_memory_is_as_planned_within_15_percent(pools, case):
-    kind, world, sizes, more = plan.CASES[case]
+    kind, world, sizes, more = bench_plan.CASES[case]
     ranks = pools(world).run(peaks, kind=kind, job={**sizes, **more})
-    for stage in plan.fullest(ranks):
-        assert stage["ratio"] == pytest.approx(1.0, abs=plan.GOAL), stage
+    for stage in bench_plan.fullest(ranks):
+        assert stage["ratio"] == pytest.approx(1.0, abs=bench_plan.GOAL), stage
     assert all(rank["parameters"] == rank["counted"] for rank in ranks)

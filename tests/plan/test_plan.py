@@ -7,12 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ligo.config import FitSection, LargeSection, OperatorSection, ParallelSection, PretrainSection
-from megatron_ligo.growth.check import initial_operator
-from megatron_ligo.plan import layouts, parameters, schedule, table, text
-from megatron_ligo.plan.job import Job
+from megatron_ligo.config.run_config import (
+    FitSection,
+    LargeSection,
+    OperatorSection,
+    ParallelSection,
+    PretrainSection,
+)
+from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.plan import layout_search, parameter_count, pipeline_schedule, plan_text, scaling_table
 from megatron_ligo.plan.memory import memory
-from tests.tiny import hf_llama, llama_dims
+from megatron_ligo.plan.planned_job import Job
+from tests.tiny_models import hf_llama, llama_dims
 
 SMALL = llama_dims(num_layers=2, hidden_size=48, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=80)
 LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240, "num_layers": 4}
@@ -27,16 +33,16 @@ def fit(world: int = 1, **layout) -> Job:
 @pytest.mark.parametrize(("stages", "micro_batches"), list(itertools.product((1, 2, 4), (1, 2, 8))))
 def test_equal_stages_have_the_known_bubble(stages, micro_batches):
     forward, backward = [1.0] * stages, [2.0] * stages
-    seconds = schedule.simulate(forward, backward, micro_batches)
+    seconds = pipeline_schedule.simulate(forward, backward, micro_batches)
     assert seconds == pytest.approx(3.0 * (micro_batches + stages - 1))
-    bubble = schedule.bubble(forward, backward, micro_batches, seconds)
+    bubble = pipeline_schedule.bubble(forward, backward, micro_batches, seconds)
     assert bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1))
 
 
 def test_sending_and_a_slow_stage_lengthen_a_step():
-    even = schedule.simulate([1, 1], [2, 2], 4)
-    assert schedule.simulate([1, 1], [2, 2], 4, sending=0.1) > even
-    assert schedule.simulate([1, 1.5], [2, 3], 4) > even
+    even = pipeline_schedule.simulate([1, 1], [2, 2], 4)
+    assert pipeline_schedule.simulate([1, 1], [2, 2], 4, sending=0.1) > even
+    assert pipeline_schedule.simulate([1, 1.5], [2, 3], 4) > even
 
 
 REFUSED = {
@@ -51,17 +57,21 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_layout_that_cannot_be_is_refused_with_the_reason(case):
     job, reason = REFUSED[case]
-    assert reason in layouts.refusal(job)
-    assert layouts.refusal(fit(2, tp=2)) is None
+    assert reason in layout_search.refusal(job)
+    assert layout_search.refusal(fit(2, tp=2)) is None
 
 
 def test_parameters_are_those_of_the_model_and_of_the_operator():
     job = fit()
     dims = job.large
-    assert parameters.model_total(dims) == sum(p.numel() for p in hf_llama(dims).parameters())
+    assert parameter_count.model_total(dims) == sum(p.numel() for p in hf_llama(dims).parameters())
     stages = [replace(job, run=PretrainSection(parallel=ParallelSection(pp=2)), operator=None, world=2)] * 2
-    assert sum(parameters.model_rank(one, stage) for stage, one in enumerate(stages)) == parameters.model_total(dims)
-    assert parameters.operator_rank(job.operator, 1, dims.num_layers) == sum(job.operator.num_parameters().values())
+    assert sum(
+        parameter_count.model_rank(one, stage) for stage, one in enumerate(stages)
+    ) == parameter_count.model_total(dims)
+    assert parameter_count.operator_rank(job.operator, 1, dims.num_layers) == sum(
+        job.operator.num_parameters().values()
+    )
 
 
 def test_sharding_leaves_less_on_a_rank():
@@ -76,23 +86,25 @@ def test_sharding_leaves_less_on_a_rank():
 def test_the_fewest_devices_hold_the_run_and_fewer_do_not():
     job = fit()
     room = 0.6 * sum(memory(job).values())
-    found = layouts.smallest(job, 1e9, room)
+    found = layout_search.smallest(job, 1e9, room)
     assert found.memory <= room
-    assert not layouts.fitting(replace(job, world=found.job.world // 2), 1e9, room)
-    assert layouts.smallest(job, 1e9, 1.0) is None
+    assert not layout_search.fitting(replace(job, world=found.job.world // 2), 1e9, room)
+    assert layout_search.smallest(job, 1e9, 1.0) is None
 
 
 def test_the_page_says_all(tmp_path):
     job = fit(4, tp=2, pp=2)
-    page = "\n".join([*text.models(job.operator), *text.run("fit", job, 1e12, 1e9), *text.refused("fit", job)])
+    page = "\n".join(
+        [*plan_text.models(job.operator), *plan_text.run("fit", job, 1e12, 1e9), *plan_text.refused("fit", job)]
+    )
     for word in ("operator", "gradients", "optimizer", "source", "activations", "FLOPs of a step", "bubble", "sends"):
         assert word in page
 
 
 def test_the_table_of_large_growths():
-    growth = next(iter(table.GROWTHS))
-    lines = table.lines(300e12, 80e9, [growth], [64])
+    growth = next(iter(scaling_table.GROWTHS))
+    lines = scaling_table.lines(300e12, 80e9, [growth], [64])
     rows = [line for line in lines if line.startswith(growth)]
-    assert len(rows) == len(table.KINDS)
+    assert len(rows) == len(scaling_table.KINDS)
     assert any("Extrapolated, not measured." in line for line in lines)
     assert all("tp" in row and "GB" in row for row in rows)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo import handoff, lineage
-from megatron_ligo.config import Config
-from tests.tiny import hf_llama, llama_dims
-from tests.training.pretraining import fit, pretrain
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.export import handoff, provenance
+from tests.tiny_models import hf_llama, llama_dims
+from tests.training.pretrain_runs import fit, pretrain
 from tests.training.test_pretrain import make_pair
 
 SMALL = llama_dims(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
@@ -40,7 +40,7 @@ def test_the_first_loss_is_the_last_of_the_fit(pools, grown, tmp_path, world, la
     table, folder = grown
     table["pretrain"]["parallel"] = {**Config().to_dict()["pretrain"]["parallel"], **layout}
     found = pools(world).run(pretrain, settings=table, output=str(tmp_path))["losses"]
-    fitted = lineage.read(folder)["fit"]["losses"]
+    fitted = provenance.read(folder)["fit"]["losses"]
     assert found["fit"] == fitted["end"]
     assert found["start_on_fit_batch"] == pytest.approx(fitted["end"], rel=1e-5)
     # The fit has done something, or there would be nothing to hand over.

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo import formats, handoff
-from megatron_ligo.config import Config
-from megatron_ligo.convert import convert
-from megatron_ligo.errors import ConfigError
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.export import handoff
 from megatron_ligo.training.fit import check_same_run, prepare
-from tests import families
-from tests.tiny import hf_llama, llama_dims
-from tests.training.pretraining import fit, pretrain
+from tests import layer_norm_models
+from tests.tiny_models import hf_llama, llama_dims
+from tests.training.pretrain_runs import fit, pretrain
 from tests.training.test_pretrain import BATCH, SEQ, make_pair
 
 SMALL = llama_dims(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
@@ -110,7 +111,7 @@ def test_a_run_from_before_there_was_a_lag_is_the_same_run(tmp_path):
 
 
 def test_only_decoders_have_one(tmp_path):
-    _, folder = families.saved(tmp_path, "bert", "BertForMaskedLM")
+    _, folder = layer_norm_models.saved(tmp_path, "bert", "BertForMaskedLM")
     table = [f"small.path={folder}", "operator.depth_init=stack", "data.seq_length=12", "fit.lag=anywhere"]
     with pytest.raises(ConfigError, match=r"fit\.lag: expected a decoder, found bert"):
         prepare(Config.load(None, table))

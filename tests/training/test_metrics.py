@@ -11,7 +11,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ligo.errors import CheckpointError
+from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.training.metrics import KEYS, Metrics, peak_memory_bytes, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

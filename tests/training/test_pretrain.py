@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_ligo import lineage
-from megatron_ligo.config import Config, DataSection
-from megatron_ligo.convert import convert
-from megatron_ligo.formats.hf import open as open_hf
-from megatron_ligo.training.data import open_data
-from tests.tiny import hf_llama, llama_dims
-from tests.training.pretraining import pretrain
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
+from megatron_ligo.config.run_config import Config, DataSection
+from megatron_ligo.data.text_dataset import open_data
+from megatron_ligo.export import provenance
+from tests.tiny_models import hf_llama, llama_dims
+from tests.training.pretrain_runs import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 DIMS = llama_dims(tied=True, num_heads=8, num_kv_heads=4, num_layers=4)
@@ -48,7 +48,7 @@ def base(tmp_path_factory) -> Path:
     convert(source, folder / "handoff/universal", "universal")
     digest = data(folder).eval_digest(BATCH)
     fit = {"eval": {"samples": BATCH, "digest": digest}, "losses": {"start": 4.0, "end": FIT_LOSS}}
-    lineage.write(folder / "handoff", {"formats": ["universal"], "fit": fit})
+    provenance.write(folder / "handoff", {"formats": ["universal"], "fit": fit})
     return folder
 
 
@@ -71,8 +71,8 @@ def settings(base: Path, start: str = "handoff", **changes) -> dict:
 
 def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
     """(loss on the held-out batch, losses of the steps) of transformers' model under plain PyTorch."""
+    from megatron_ligo.training.lr_schedule import after_growth, learning_rate
     from megatron_ligo.training.pretrain import parameter_groups
-    from megatron_ligo.training.schedule import after_growth, learning_rate
 
     run = Config.from_dict(settings(base)).pretrain
     run = after_growth(run) if grown else run

@@ -13,13 +13,13 @@ WORLD = 8
 
 
 def lines() -> Iterator[str]:
-    from megatron_ligo.config import Config
-    from megatron_ligo.growth.check import initial_operator
-    from megatron_ligo.plan import layouts, parameters
-    from megatron_ligo.plan.job import Job
+    from megatron_ligo.config.run_config import Config
+    from megatron_ligo.growth.validation import initial_operator
+    from megatron_ligo.plan import layout_search, parameter_count
     from megatron_ligo.plan.memory import memory
-    from megatron_ligo.plan.text import number, size
-    from megatron_ligo.training.start import sizes
+    from megatron_ligo.plan.plan_text import number, size
+    from megatron_ligo.plan.planned_job import Job
+    from megatron_ligo.training.initial_weights import sizes
 
     for path in sorted(FOLDER.glob("*.toml")):
         config = Config.load(path)
@@ -29,12 +29,12 @@ def lines() -> Iterator[str]:
         fit = Job(large, config.fit, WORLD, length, operator)
         plain = Job(large, config.pretrain, WORLD, length)
         for job in (fit, plain):
-            reason = layouts.refusal(job)
+            reason = layout_search.refusal(job)
             assert reason is None, f"{path.name}: {reason}"
         step = fit.flops() / plain.flops()
         cells = [
             path.stem,
-            f"{number(parameters.model_total(small))} to {number(parameters.model_total(large))}",
+            f"{number(parameter_count.model_total(small))} to {number(parameter_count.model_total(large))}",
             number(sum(operator.num_parameters().values())),
             f"{step:.2f}",
             f"{step * config.fit.steps / config.pretrain.steps:.2%}",

@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_ligo.compare import run, settings
-from megatron_ligo.compare.folder import last_checkpoint
-from megatron_ligo.jsonfile import read_json, write_json
+from megatron_ligo.common.atomic_files import read_json, write_json
+from megatron_ligo.experiments.compare import comparison, comparison_config
+from megatron_ligo.experiments.compare.run_folder import last_checkpoint
 
 CONFIG = Path(__file__).parent / "shakespeare.toml"
 GROWN, SCRATCH = "noisy_stack", "scratch"
@@ -46,7 +46,7 @@ def main(compared: Path, output: Path) -> None:
     found = {}
     for name, (arm, changes) in CASES.items():
         sets = [f"{key}={_told(value)}" for key, value in {**given, **changes}.items()]
-        result = run.compare(settings.load(CONFIG, sets), output / name.replace(" ", "_"), [arm], print)
+        result = comparison.compare(comparison_config.load(CONFIG, sets), output / name.replace(" ", "_"), [arm], print)
         runs = result["arms"][arm]["runs"]
         found[name] = {"changes": changes, "runs": [{key: one[key] for key in KEYS} for one in runs]}
         write_json(output / "policy.json", {"config": CONFIG.name, "cases": found, "versions": result["versions"]})

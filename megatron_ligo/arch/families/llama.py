@@ -1,0 +1,240 @@
+"""Llama and the families that share its network: Llama 2/3, SmolLM2, Mistral (and Qwen2, with biases on q, k, v).
+
+RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no biases but Qwen2's.
+"""
+
+from megatron_ligo.arch.common_axes import FROM_FFN, FROM_RESIDUAL, FROM_V, GAIN, TO_FFN, TO_RESIDUAL, VOCAB, K, Q, V
+from megatron_ligo.arch.spec import Architecture, Pack, Row, Slot
+
+
+def _slots(hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, of=1, interleaved=False) -> dict:
+    """meta: "" where Meta's Llama has no such parameter."""
+    slots = {"hf": Slot(hf), "mcore": Slot(mcore, pack, part, of), "gguf": Slot(gguf, interleaved=interleaved)}
+    return slots | ({"fairscale": Slot(meta, interleaved=interleaved)} if meta else {})
+
+
+def _layer(hf: str, mcore: str, gguf: str, meta: str, **packing) -> dict:
+    meta = meta and f"layers.{{}}.{meta}"
+    return _slots(f"model.layers.{{}}.{hf}", f"decoder.layers.{{}}.{mcore}", f"blk.{{}}.{gguf}", meta, **packing)
+
+
+QKV = "self_attention.linear_qkv"
+
+LLAMA = Architecture(
+    name="llama",
+    norm="rms",
+    model_types={
+        "llama": {"LlamaForCausalLM": ()},
+        "mistral": {"MistralForCausalLM": ()},
+        "qwen2": {"Qwen2ForCausalLM": ()},
+    },
+    rows=(
+        Row(
+            "embed",
+            (VOCAB, TO_RESIDUAL),
+            0,
+            _slots(
+                "model.embed_tokens.weight",
+                "embedding.word_embeddings.weight",
+                "token_embd.weight",
+                "tok_embeddings.weight",
+            ),
+        ),
+        Row(
+            "layers.{}.norm1",
+            (GAIN,),
+            None,
+            _layer("input_layernorm.weight", "input_layernorm.weight", "attn_norm.weight", "attention_norm.weight"),
+        ),
+        Row(
+            "layers.{}.q",
+            (Q, FROM_RESIDUAL),
+            0,
+            _layer(
+                "self_attn.q_proj.weight",
+                f"{QKV}.weight",
+                "attn_q.weight",
+                "attention.wq.weight",
+                pack=Pack.GROUPED,
+                part=0,
+                of=3,
+                interleaved=True,
+            ),
+        ),
+        Row(
+            "layers.{}.k",
+            (K, FROM_RESIDUAL),
+            0,
+            _layer(
+                "self_attn.k_proj.weight",
+                f"{QKV}.weight",
+                "attn_k.weight",
+                "attention.wk.weight",
+                pack=Pack.GROUPED,
+                part=1,
+                of=3,
+                interleaved=True,
+            ),
+        ),
+        Row(
+            "layers.{}.v",
+            (V, FROM_RESIDUAL),
+            0,
+            _layer(
+                "self_attn.v_proj.weight",
+                f"{QKV}.weight",
+                "attn_v.weight",
+                "attention.wv.weight",
+                pack=Pack.GROUPED,
+                part=2,
+                of=3,
+            ),
+        ),
+        Row(
+            "layers.{}.q_bias",
+            (Q,),
+            0,
+            _layer(
+                "self_attn.q_proj.bias",
+                f"{QKV}.bias",
+                "attn_q.bias",
+                "",
+                pack=Pack.GROUPED,
+                part=0,
+                of=3,
+                interleaved=True,
+            ),
+            needs="qkv_bias",
+        ),
+        Row(
+            "layers.{}.k_bias",
+            (K,),
+            0,
+            _layer(
+                "self_attn.k_proj.bias",
+                f"{QKV}.bias",
+                "attn_k.bias",
+                "",
+                pack=Pack.GROUPED,
+                part=1,
+                of=3,
+                interleaved=True,
+            ),
+            needs="qkv_bias",
+        ),
+        Row(
+            "layers.{}.v_bias",
+            (V,),
+            0,
+            _layer(
+                "self_attn.v_proj.bias",
+                f"{QKV}.bias",
+                "attn_v.bias",
+                "",
+                pack=Pack.GROUPED,
+                part=2,
+                of=3,
+            ),
+            needs="qkv_bias",
+        ),
+        Row(
+            "layers.{}.o",
+            (TO_RESIDUAL, FROM_V),
+            1,
+            _layer(
+                "self_attn.o_proj.weight",
+                "self_attention.linear_proj.weight",
+                "attn_output.weight",
+                "attention.wo.weight",
+            ),
+        ),
+        Row(
+            "layers.{}.norm2",
+            (GAIN,),
+            None,
+            _layer("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "ffn_norm.weight", "ffn_norm.weight"),
+        ),
+        Row(
+            "layers.{}.gate",
+            (TO_FFN, FROM_RESIDUAL),
+            0,
+            _layer(
+                "mlp.gate_proj.weight",
+                "mlp.linear_fc1.weight",
+                "ffn_gate.weight",
+                "feed_forward.w1.weight",
+                pack=Pack.STACKED,
+                part=0,
+                of=2,
+            ),
+        ),
+        Row(
+            "layers.{}.up",
+            (TO_FFN, FROM_RESIDUAL),
+            0,
+            _layer(
+                "mlp.up_proj.weight",
+                "mlp.linear_fc1.weight",
+                "ffn_up.weight",
+                "feed_forward.w3.weight",
+                pack=Pack.STACKED,
+                part=1,
+                of=2,
+            ),
+        ),
+        Row(
+            "layers.{}.down",
+            (TO_RESIDUAL, FROM_FFN),
+            1,
+            _layer("mlp.down_proj.weight", "mlp.linear_fc2.weight", "ffn_down.weight", "feed_forward.w2.weight"),
+        ),
+        Row(
+            "final_norm",
+            (GAIN,),
+            None,
+            _slots("model.norm.weight", "decoder.final_layernorm.weight", "output_norm.weight", "norm.weight"),
+            feeds_head=True,
+        ),
+        Row(
+            "head",
+            (VOCAB, FROM_RESIDUAL),
+            0,
+            _slots("lm_head.weight", "output_layer.weight", "output.weight", "output.weight"),
+            tied_to="embed",
+        ),
+    ),
+    hf={
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "ffn_size",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "head_dim": "head_dim",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_positions",
+        "rms_norm_eps": "norm_eps",
+        "tie_word_embeddings": "tied",
+        "rope_theta": "rope_base",
+        "rope_scaling": "rope_scaling",
+        "sliding_window": "sliding_window",
+    },
+    fixed_hf={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
+    implied={
+        "llama": {"qkv_bias": False, "sliding_window": None},
+        "mistral": {"qkv_bias": False},
+        "qwen2": {"qkv_bias": True, "sliding_window": None},
+    },
+    ignored={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
+    gguf={
+        "block_count": "num_layers",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "ffn_size",
+        "attention.head_count": "num_heads",
+        "attention.head_count_kv": "num_kv_heads",
+        "attention.key_length": "head_dim",
+        "vocab_size": "vocab_size",
+        "context_length": "max_positions",
+        "attention.layer_norm_rms_epsilon": "norm_eps",
+        "rope.freq_base": "rope_base",
+    },
+)

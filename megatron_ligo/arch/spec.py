@@ -1,0 +1,275 @@
+"""The vocabulary in which an architecture is written down: spaces, axes, slots, rows.
+
+A row is one UNFUSED parameter of the network in its canonical form: unfused, unpadded, global (not
+sharded), stored as (out features, in features), rotary pairs in the half-split order of Hugging Face
+(feature i turns with i + head_dim / 2). Growth, sharding, conversion and hand-off all read rows;
+nothing else in the code names a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from types import MappingProxyType
+
+from megatron_ligo.arch.model_config import Dims, following_sizes
+from megatron_ligo.common.errors import ConfigError, Faults, message
+
+
+class Use(Enum):
+    """Which side of a space's map an axis meets (paper equation 6: B on the out side, A on the in side)."""
+
+    WRITES = "writes"  # grows by expand (large x small)
+    READS = "reads"  # grows by contract (small x large)
+    SCALES = "scales"  # a norm's gain: multiplies the features of the space one by one
+    SHIFTS = "shifts"  # a norm's bias: added to them one by one; grows as what it is added to does
+
+
+class Heads(Enum):
+    """How an axis is tiled into heads: not at all, by query heads, or by key/value heads."""
+
+    NONE = "none"
+    Q = "q"
+    KV = "kv"
+
+
+class Pack(Enum):
+    """How several rows share one stored tensor."""
+
+    NONE = "none"
+    GROUPED = "grouped"  # Megatron-core qkv: for each KV group [its query heads; its key; its value]
+    STACKED = "stacked"  # one after the other along dim 0: [gate; up], [query; key; value]
+
+
+class Task(Enum):
+    """What a family is trained to tell, and from what: its samples, its loss and the ends of its network follow."""
+
+    NEXT_TOKEN = "next token"
+    MASKED_TOKENS = "masked tokens"
+    LABEL = "label"  # one of an image's; the head's vocabulary are the labels
+
+
+@dataclass(frozen=True)
+class Axis:
+    space: str
+    use: Use
+    heads: Heads = Heads.NONE
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a row lives in one format. `name` has one `{}` for the layer number, if the row is a layer's.
+
+    transposed: stored as (in, out). interleaved: rotary pairs stored as (2i, 2i+1) (Meta, GGUF).
+    tied_name: its name where `dims.tied` ("" = the same). unit_dims: stored with so many dims of size 1 before its own.
+    """
+
+    name: str
+    pack: Pack = Pack.NONE
+    part: int = 0
+    of: int = 1
+    transposed: bool = False
+    interleaved: bool = False
+    tied_name: str = ""
+    unit_dims: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. `split` is the dim that tensor parallelism cuts, or None where every rank holds it all.
+
+    needs: name of the field of `Dims` that must be true (or not 0) for the row to exist ("" = always).
+    tied_to: key of the row whose tensor this one shares when `dims.tied` (it is then stored nowhere).
+    feeds_head: a norm's gain or bias whose norm the output head reads. spare: stored by others, and read by nobody.
+    """
+
+    key: str
+    axes: tuple[Axis, ...]
+    split: int | None
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    needs: str = ""
+    tied_to: str = ""
+    feeds_head: bool = False
+    spare: bool = False
+
+    @property
+    def in_layer(self) -> bool:
+        return "{}" in self.key
+
+    def exists(self, dims: Dims) -> bool:
+        return not self.needs or bool(getattr(dims, self.needs))
+
+    def stored(self, dims: Dims) -> bool:
+        """True where a checkpoint of these dims holds a tensor for the row."""
+        return self.exists(dims) and not (self.tied_to and dims.tied)
+
+    def shape(self, dims: Dims) -> tuple[int, ...]:
+        """Canonical (global, unpadded) shape."""
+        return tuple(axis_size(axis, dims) for axis in self.axes)
+
+
+_SPACE_FIELDS = {
+    "vocab": "vocab_size",
+    "position": "max_positions",
+    "channel": "num_channels",
+    "pixel": "patch_size",
+    "token_type": "num_token_types",
+    "residual": "hidden_size",
+    "ffn": "ffn_size",
+    "head": "hidden_size",
+    "pooled": "hidden_size",
+}
+# Optional parts that the loss does not read, and the space that only they have.
+OFF_LOSS = ("has_pooler", "has_order_head")
+OFF_LOSS_SPACE = "pooled"
+_FIXED_SIZES = {"order": 2}  # the second sentence follows the first, or it does not
+
+
+def axis_size(axis: Axis, dims: Dims) -> int:
+    """Number of features along an axis."""
+    if axis.heads is Heads.Q:
+        return dims.num_heads * dims.head_dim
+    if axis.heads is Heads.KV:
+        return dims.num_kv_heads * dims.head_dim
+    fixed = _FIXED_SIZES.get(axis.space)
+    return getattr(dims, _SPACE_FIELDS[axis.space]) if fixed is None else fixed
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of networks: its rows, and what its files are called in each format.
+
+    norm: "rms" or "layer". norm_first: norms stand before the blocks, or else after each sum (post-LN).
+    head_activation: that of a masked-LM head's transform, where it is not the layers'.
+
+    hf and gguf: `{config key: Dims field}` of those formats' headers; fixed_hf: values that a Hugging Face config must
+    have (or lack) for the table to describe the network; choices: what a field may be; model_types: Hugging Face
+    `model_type` -> the classes that may stand in `architectures`, with the optional parts (fields of Dims) that each
+    has, the first where a config names none; refused: classes that the table does not describe, and why; implied: what
+    a `model_type` settles about the sizes, whatever its config says.
+
+    By format: ignored: patterns (fnmatch) of stored names that are no weights; base: a prefix of names that is left out
+    where the last class of `model_types` is stored; renamed: endings of names in old files, and today's.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    norm: str
+    model_types: Mapping[str, Mapping[str, tuple[str, ...]]]
+    hf: Mapping[str, str]
+    norm_first: bool = True
+    task: Task = Task.NEXT_TOKEN
+    head_activation: str = ""
+    fixed_hf: Mapping[str, object] = field(default_factory=dict)
+    gguf: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    implied: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @cached_property
+    def by_key(self) -> Mapping[str, Row]:
+        return MappingProxyType({row.key: row for row in self.rows})
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees those before it only."""
+        return self.task is Task.NEXT_TOKEN
+
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are rows of a table, and not turned into queries and keys."""
+        return "positions" in self.by_key
+
+    @cached_property
+    def _joined(self) -> Mapping[str, str]:
+        """Spaces that are others where rows are tied: the tensor that two rows share lies between the same spaces."""
+        tied = [(row, self.by_key[row.tied_to]) for row in self.rows if row.tied_to]
+        pairs = [pair for own, other in tied for pair in zip(own.axes, other.axes, strict=True)]
+        return {own.space: other.space for own, other in pairs if own.space != other.space}
+
+    def space(self, axis: Axis, dims: Dims) -> str:
+        """The space of an axis: with tied rows, two of the table's may be one."""
+        return self._joined.get(axis.space, axis.space) if dims.tied else axis.space
+
+    def spaces(self, dims: Dims) -> set[str]:
+        """The spaces of a network of these sizes."""
+        return {self.space(axis, dims) for row in self.rows if row.exists(dims) for axis in row.axes}
+
+    def outside(self, dims: Dims) -> tuple[list[Row], list[Row]]:
+        """The stored rows that the loss reads before the layers, and after them."""
+        first = next(i for i, row in enumerate(self.rows) if row.in_layer)
+        rows = [
+            (i < first, row)
+            for i, row in enumerate(self.rows)
+            if row.stored(dims) and not row.in_layer and row.needs not in OFF_LOSS and not row.spare
+        ]
+        return [row for before, row in rows if before], [row for before, row in rows if not before]
+
+    def row(self, key: str) -> Row:
+        """The row of a key such as `layers.3.q` (or of its pattern `layers.{}.q`)."""
+        return self.by_key[pattern_of(key)]
+
+    def keys(self, dims: Dims) -> Iterator[str]:
+        """Every stored key in file order: before the layers, layer by layer, after the layers."""
+        rows = [row for row in self.rows if row.stored(dims)]
+        inside = [i for i, row in enumerate(rows) if row.in_layer]
+        first, last = inside[0], inside[-1]
+        yield from (row.key for row in rows[:first])
+        for layer in range(dims.num_layers):
+            yield from (row.key.format(layer) for row in rows[first : last + 1])
+        yield from (row.key for row in rows[last + 1 :])
+
+    def parts(self, model_type: str) -> set[str]:
+        """The fields of `Dims` that say which optional parts a network of this family has."""
+        return {part for parts in self.classes(model_type).values() for part in parts}
+
+    def classes(self, model_type: str) -> Mapping[str, tuple[str, ...]]:
+        """The classes of a family, with their parts. ConfigError for a family that this table does not describe."""
+        if model_type not in self.model_types:
+            raise ConfigError(message("model_type", f"one of {', '.join(self.model_types)}", repr(model_type)[:60]))
+        return self.model_types[model_type]
+
+    def check(self, dims: Dims, faults: Faults) -> None:
+        """Adds a fault for each size that the family does not leave free: what its config does not state follows."""
+        following = following_sizes(dims.hidden_size, dims.num_heads)
+        for name, value in following.items():
+            if name not in self.hf.values() and getattr(dims, name) != value:
+                where = f"{name} ({self.name}, {dims.hidden_size} features, {dims.num_heads} heads)"
+                faults.add(where, value, getattr(dims, name), "This family's config cannot state another.")
+
+    def class_of(self, dims: Dims) -> str:
+        """The Hugging Face class for these dims: the first whose parts are all there, or the last."""
+        classes = self.classes(dims.model_type)
+        fitting = [name for name, parts in classes.items() if all(getattr(dims, part) for part in parts)]
+        return fitting[0] if fitting else list(classes)[-1]
+
+    def stored_name(self, key: str, dims: Dims, form: str) -> str:
+        """The name of the tensor that holds a key in a format."""
+        slot = self.row(key).slots[form]
+        name = slot.tied_name if slot.tied_name and dims.tied else slot.name
+        layer = layer_of(key)
+        name = name if layer is None else name.format(layer)
+        bare = self.class_of(dims) == list(self.classes(dims.model_type))[-1]
+        return name.removeprefix(self.base.get(form, "")) if bare else name
+
+    def layer_rows(self, dims: Dims) -> list[Row]:
+        return [row for row in self.rows if row.in_layer and row.exists(dims)]
+
+
+def pattern_of(key: str) -> str:
+    """`layers.3.q` -> `layers.{}.q`; keys outside the layers are returned unchanged."""
+    head, _, rest = key.partition(".")
+    number, _, tail = rest.partition(".")
+    return f"{head}.{{}}.{tail}" if head == "layers" and number.isdigit() else key
+
+
+def layer_of(key: str) -> int | None:
+    """`layers.3.q` -> 3; None outside the layers."""
+    head, _, rest = key.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if head == "layers" and number.isdigit() else None

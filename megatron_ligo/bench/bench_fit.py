@@ -1,0 +1,131 @@
+"""A step of the fit against a plain training step (Megatron-core under DeepSpeed) of the same large model.
+
+Both take the same tokens, in turn, on ranks of their own; times are the processor's. `time_over_flops` is how far the
+step is from what its FLOPs alone would take at the plain step's rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from megatron_ligo.config.run_config import SOURCES
+
+log = logging.getLogger(__name__)
+
+HELP = "seconds, memory and tensor-parallel traffic of a fit step, as ratios to a plain step of the large model"
+
+SMALL_CASE = {
+    "small": {"num_layers": 6, "hidden_size": 256, "ffn_size": 688, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64},
+    "large": {"num_layers": 12, "hidden_size": 768, "ffn_size": 2048, "num_heads": 12, "num_kv_heads": 12},
+    "vocab": 8192,
+}
+CASES = {
+    "x3": SMALL_CASE,
+    # SmolLM2-135M's widths and two of its layers, to the quickstart's and to those of a model of 1.1B.
+    "smollm2-x1.3": {
+        "small": {"num_layers": 2, "hidden_size": 576, "ffn_size": 1536, "num_heads": 9, "num_kv_heads": 3},
+        "large": {"num_layers": 2, "hidden_size": 768, "ffn_size": 2048, "num_heads": 12, "num_kv_heads": 4},
+        "vocab": 8192,
+    },
+    "smollm2-x3.3": {
+        "small": {"num_layers": 2, "hidden_size": 576, "ffn_size": 1536, "num_heads": 9, "num_kv_heads": 3},
+        "large": {"num_layers": 2, "hidden_size": 1920, "ffn_size": 5120, "num_heads": 30, "num_kv_heads": 10},
+        "vocab": 8192,
+    },
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--case", choices=CASES, default="x3", help="sizes (default: x3, 97M parameters)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096], help="in a micro-batch")
+    parser.add_argument("--seq-length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--micro-batches", type=int, default=1, help="in a step")
+    parser.add_argument("--rank", type=int, nargs="+", default=[0, 64], help="of the learned maps; 0: whole")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="as fit.source has it")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each that are timed, in turn")
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict:
+    from megatron_ligo.bench.steps.rank_pool import Ranks
+    from megatron_ligo.bench.steps.step_jobs import FitStepper, Job, PlainStepper
+
+    case = CASES[args.case]
+    found = []
+    for tokens in args.tokens:
+        shared = {
+            "small": {"head_dim": 64, "vocab_size": case["vocab"], **case["small"]},
+            "large": case["large"],
+            "tokens": tokens,
+            "sequences": max(1, tokens // args.seq_length),
+            "micro_batches": args.micro_batches,
+            "parallel": {"tp": args.tp, "pp": args.pp},
+            "precision": args.precision,
+            "whole_source": args.source == "whole",
+        }
+        world = args.tp * args.pp
+        plain = Ranks(world, PlainStepper, job=Job(**shared))
+        for rank in args.rank:
+            for recompute in (False, True):
+                job = Job(**shared, operator={"rank": rank}, recompute=recompute)
+                fit = Ranks(world, FitStepper, job=job)
+                found.append(
+                    {"tokens": tokens, "rank": rank, "recompute": recompute, **_compared(args, fit, plain, job)}
+                )
+                log.info("%s", found[-1])
+                fit.close()
+        plain.close()
+    layout = {key: getattr(args, key) for key in ("tp", "pp", "micro_batches", "precision", "source")}
+    return {"what": "fit", "case": args.case, **case, **layout, "results": found}
+
+
+def as_text(found: dict) -> str:
+    layout = f"tp {found['tp']}, pp {found['pp']}, {found['precision']}, source {found['source']}"
+    lines = [f"{found['case']}, {layout}: fit / plain step"]
+    for one in found["results"]:
+        maps = f"rank {one['rank']}" if one["rank"] else "whole maps"
+        how = ", recomputed" if one["recompute"] else ""
+        time = one["cpu_time"]
+        traffic = f", tp traffic {one['tp_traffic']}" if "tp_traffic" in one else ""
+        lines.append(
+            f"  {one['tokens']:5d} tokens, {maps}{how}: time {time['ratio']} ({time['low']} to {time['high']}), "
+            f"flops {one['flops']}, peak memory {one['peak_memory']}{traffic}"
+        )
+    return "\n".join(lines)
+
+
+def _compared(args, fit, plain, job) -> dict:
+    from megatron_ligo.arch.flops import train_flops
+    from megatron_ligo.bench.steps.rank_pool import in_turn, ratio
+    from megatron_ligo.growth.fit_flops import fit_step_flops
+
+    last: dict[str, list[dict]] = {}
+
+    def step(name, ranks):
+        def run() -> float:
+            last[name] = ranks.call("step")
+            return sum(answer["cpu"] for answer in last[name])
+
+        return run
+
+    ours, theirs = in_turn(args.rounds, step("fit", fit), step("plain", plain))
+    operator, tokens = job.operator_made(), job.tokens * job.micro_batches
+    counted = fit_step_flops(operator, tokens, job.seq_length), train_flops(operator.large, tokens, job.seq_length)
+    time = ratio(ours, theirs)
+    memory = [max(answer["peak"] - answer["baseline"] for answer in ranks.call("memory")) for ranks in (fit, plain)]
+    figures = {
+        "cpu_time": time,
+        "flops": round(counted[0] / counted[1], 3),
+        "time_over_flops": round(time["ratio"] * counted[1] / counted[0], 3),
+        "peak_memory": round(memory[0] / memory[1], 3),
+        "seconds": {"fit": round(min(ours), 3), "plain": round(min(theirs), 3)},
+        "peak_mib": [round(value / 2**20) for value in memory],
+    }
+    if args.tp > 1:
+        sent = [last[name][0]["tp_bytes"] for name in ("fit", "plain")]
+        figures["tp_traffic"] = round(sent[0] / sent[1], 3)
+    return figures

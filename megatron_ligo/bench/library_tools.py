@@ -1,0 +1,87 @@
+"""What the libraries' own tools take for the same model: Megatron-core's save and load, DeepSpeed's ds_to_universal.
+
+Each runs in a process of its own, holds the model in memory as it does by nature, and leaves its result in `made`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ligo.checkpoint import formats
+
+Tool = Callable[[Path, Path, Path], dict[str, float]]  # source, folder to work in, result -> seconds by part
+
+
+def megatron_core(source: Path, work: Path, made: Path) -> dict[str, float]:
+    """dist_checkpointing of one rank's GPTModel that holds the source's weights."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_ligo.distributed import mesh as meshes
+    from megatron_ligo.models.full import parameters
+    from megatron_ligo.models.full.gpt import Pretrained
+    from megatron_ligo.models.mcore.layer_spec import Build
+
+    meshes.start()
+    reader, mesh = formats.open(source), meshes.make(1, 1)
+    model = Pretrained(reader.dims, Build(), mesh)
+    parameters.fill(model, reader.dims, mesh, reader.read)
+    made.mkdir()
+    return {
+        "save": _timed(lambda: dist_checkpointing.save(model.sharded_state_dict(), str(made))),
+        "load": _timed(lambda: dist_checkpointing.load(model.sharded_state_dict(), str(made))),
+    }
+
+
+def universal(source: Path, work: Path, made: Path) -> dict[str, float]:
+    """ds_to_universal of what a ZeRO 1 engine saved after a step: fp32 weights and both moments."""
+    import deepspeed
+    import torch
+    from deepspeed.checkpoint import ds_to_universal
+
+    from megatron_ligo.distributed import mesh as meshes
+
+    meshes.start()
+    reader = formats.open(source)
+    model = torch.nn.Module()
+    for key in reader.keys():  # noqa: SIM118 - no dict
+        model.register_parameter(key.replace(".", "_"), torch.nn.Parameter(reader.read(key).clone()))
+    # Any loss that reaches all of them does.
+    model.forward = lambda: sum(parameter.sum() for parameter in model.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+        config={"train_batch_size": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True},
+        dist_init_required=False,
+    )
+    engine.backward(engine())
+    engine.step()
+    engine.save_checkpoint(work, tag="step", client_state={"universal_checkpoint_info": {}, "iteration": 1})
+    args = argparse.Namespace(
+        input_folder=str(work / "step"),
+        output_folder=str(made / "step"),
+        num_extract_workers=2,
+        num_merge_workers=2,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        return {"ds_to_universal": _timed(lambda: ds_to_universal.main(args))}
+
+
+TOOLS: dict[str, Tool] = {"Megatron-core": megatron_core, "DeepSpeed": universal}
+
+
+def _timed(job: Callable[[], object]) -> float:
+    """Seconds until all is on the disk."""
+    start = time.perf_counter()
+    job()
+    os.sync()
+    return time.perf_counter() - start

@@ -1,0 +1,209 @@
+"""A fit and a pretraining of given sizes on random weights and tokens, stepped by command, with what each step took."""
+
+from __future__ import annotations
+
+import resource
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.checkpoint.reader import Info, Reader
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, ParallelSection, TrainingSection
+from megatron_ligo.distributed import device, mesh
+from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.training.metrics import peak_memory_bytes
+
+SEED = 1234
+
+
+@dataclass
+class Job:
+    """What is run: sizes, layout, tokens. micro_batches is what one data-parallel rank runs in a step."""
+
+    small: dict
+    large: dict
+    tokens: int = 512
+    sequences: int = 1  # in a micro-batch of so many tokens
+    micro_batches: int = 1
+    operator: dict = field(default_factory=dict)
+    parallel: dict = field(default_factory=dict)
+    recompute: bool = False
+    precision: str = "fp32"
+    whole_source: bool = False
+    distill: float = 0.0
+    lagged: bool = False
+
+    @property
+    def seq_length(self) -> int:
+        return self.tokens // self.sequences
+
+    def small_dims(self) -> Dims:
+        fixed = {"arch": "llama", "model_type": "llama", "max_positions": 8192, "norm_eps": 1e-5, "tied": True}
+        return Dims(**{**fixed, "rope_base": 10000.0, **self.small})
+
+    def operator_made(self):
+        return initial_operator(self.small_dims(), LargeSection(**self.large), OperatorSection(**self.operator))
+
+    def run(self, dp: int) -> TrainingSection:
+        return TrainingSection(
+            global_batch_size=self.sequences * self.micro_batches * dp,
+            micro_batch_size=self.sequences,
+            recompute=self.recompute,
+            precision=self.precision,
+            lr=1e-5,
+            parallel=ParallelSection(**self.parallel),
+        )
+
+
+class Drawn(Reader):
+    """A model with weights as they are drawn for pretraining."""
+
+    format, path = "drawn", None
+
+    def __init__(self, dims: Dims):
+        from megatron_ligo.models.full import parameters
+
+        self.dims = dims
+        self._read = parameters.initial(dims, SEED)
+
+    def info(self, key: str) -> Info:
+        return Info(self.row(key).shape(self.dims), torch.float32)
+
+    def read(self, key: str, kind: str = "weight") -> torch.Tensor:
+        return self._read(key)
+
+
+class Stepper(ABC):
+    """One rank's engine and its batches."""
+
+    def __init__(self, job: Job):
+        self.baseline = _resident_bytes()
+        self.job = job
+        parallel = ParallelSection(**job.parallel)
+        self.traffic = Traffic()
+        self.mesh = mesh.make(parallel.tp, parallel.pp)
+        self.dtype = device.dtype_of(job.precision)
+        torch.manual_seed(SEED)
+        self.engine = self.build()
+        self.parameters = sum(parameter.numel() for parameter in self.engine.engine.module.parameters())
+
+    @abstractmethod
+    def build(self):
+        """The engine of what is measured."""
+
+    def step(self) -> dict[str, float]:
+        """Seconds, processor seconds and tensor-parallel traffic of one step, and the loss."""
+        job = self.job
+        generator = torch.Generator().manual_seed(SEED + self.mesh.dp_rank)
+        shape = (job.micro_batches, job.sequences, job.seq_length + 1)
+        ids = torch.randint(0, job.small_dims().vocab_size, shape, generator=generator)
+        batches = [{"tokens": part[:, :-1], "labels": part[:, 1:].contiguous()} for part in ids]
+        for batch in batches:
+            batch["loss_mask"] = torch.ones(job.sequences, job.seq_length)
+        dist.barrier()
+        self.traffic.start(self.mesh.tp_group)
+        began, used = time.monotonic(), time.process_time()
+        loss, _ = self.engine.train_step(batches)
+        dist.barrier()
+        return {
+            "seconds": time.monotonic() - began,
+            "cpu": time.process_time() - used,
+            "tp_bytes": self.traffic.stop(),
+            "loss": loss,
+        }
+
+    def memory(self) -> dict[str, int]:
+        """The peak, and what the process held before it built anything."""
+        return {"peak": peak_memory_bytes(), "baseline": self.baseline, "parameters": self.parameters}
+
+
+class FitStepper(Stepper):
+    def build(self):
+        from megatron_ligo.models.factored.context import Runtime
+        from megatron_ligo.models.factored.factored_model import GrownModel, GrownPipeline
+        from megatron_ligo.models.factored.small_weights import Source
+        from megatron_ligo.training.engine import Engine
+
+        job, operator = self.job, self.job.operator_made()
+        zero = job.parallel.get("zero", 1)
+        shared_by = 1 if zero == 3 else job.micro_batches
+        runtime = Runtime(
+            operator,
+            Source(operator, Drawn(operator.small), self.mesh, zero, job.whole_source),
+            self.mesh,
+            self.dtype,
+            micro_batches=shared_by,
+            tokens_per_step=shared_by * job.tokens,
+            recompute=job.recompute,
+            sequence_parallel=job.parallel.get("sequence_parallel", False),
+            gradients_each=zero == 2,
+            teacher=self._teacher() if job.distill else None,
+            lag=Drawn(operator.large).read if job.lagged else None,
+        )
+        module = GrownPipeline(runtime) if self.mesh.pp > 1 else GrownModel(runtime)
+
+        def moved():
+            runtime.generation += 1
+
+        groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
+        return Engine(module, self.mesh, job.run(self.mesh.dp), groups, after_update=moved)
+
+    def _teacher(self):
+        from megatron_ligo.models.factored.teacher import Teacher
+
+        job = self.job
+        return Teacher(Drawn(job.small_dims()), self.mesh, self.dtype, job.distill, "sequence_parallel" in job.parallel)
+
+
+class PlainStepper(Stepper):
+    def build(self):
+        from megatron_ligo.models.full import parameters
+        from megatron_ligo.models.full.factory import pretrained
+        from megatron_ligo.models.mcore.layer_spec import Build
+        from megatron_ligo.training.engine import Engine
+        from megatron_ligo.training.pretrain import parameter_groups
+
+        job, dims = self.job, self.job.operator_made().large
+        build = Build(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))
+        model = pretrained(dims, build, self.mesh, job.recompute)
+        parameters.fill(model, dims, self.mesh, parameters.initial(dims, SEED))
+        bf16 = self.dtype is torch.bfloat16
+        return Engine(model, self.mesh, job.run(self.mesh.dp), parameter_groups(model, 0.1), bf16)
+
+
+class Traffic:
+    """Bytes that this rank sends over a group, as a ring sends them."""
+
+    def __init__(self) -> None:
+        self.group, self.bytes = None, 0.0
+        dist.all_reduce = self._counted(dist.all_reduce, "tensor", 2.0)
+        dist.all_gather_into_tensor = self._counted(dist.all_gather_into_tensor, "output_tensor", 1.0)
+        dist.reduce_scatter_tensor = self._counted(dist.reduce_scatter_tensor, "input", 1.0)
+
+    def _counted(self, call, whole: str, passes: float):
+        place = {"tensor": 0, "output_tensor": 0, "input": 1}[whole]
+
+        def counted(*args, **kwargs):
+            group = kwargs.get("group")
+            if self.group is not None and group is self.group:
+                tensor = kwargs[whole] if whole in kwargs else args[place]
+                ranks = dist.get_world_size(group)
+                self.bytes += passes * (ranks - 1) / ranks * tensor.numel() * tensor.element_size()
+            return call(*args, **kwargs)
+
+        return counted
+
+    def start(self, group) -> None:
+        self.group, self.bytes = group, 0.0
+
+    def stop(self) -> float:
+        self.group = None
+        return self.bytes
+
+
+def _resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

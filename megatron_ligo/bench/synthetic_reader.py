@@ -1,0 +1,64 @@
+"""A synthetic Llama of any size whose tensors are computed when asked for, as a grown model's are."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader
+
+HEAD = 64
+VOCABULARY = 32_000
+# At least so many layers, so that no tensor is a large part of the model.
+LAYERS = 8
+
+
+class Drawn(Reader):
+    """Normal numbers, the same for the same key."""
+
+    format = "drawn"
+    path = None
+
+    def __init__(self, dims: Dims, dtype: torch.dtype = torch.float32):
+        self.dims = dims
+        self.dtype = dtype
+
+    def info(self, key: str) -> Info:
+        return Info(self.row(key).shape(self.dims), self.dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        return torch.randn(self.row(key).shape(self.dims), generator=generator).to(self.dtype)
+
+    def fingerprint(self) -> object:
+        return ["drawn", self.dims.to_json()]
+
+
+def llama(nbytes: float) -> Dims:
+    """Sizes of about so many bytes in fp32, in the proportions of real models: GQA, head size 64, ffn 2.75 x hidden."""
+    hidden, vocab = 2048, VOCABULARY
+    while hidden > 4 * HEAD and _layers(nbytes, hidden, vocab) < LAYERS:
+        hidden, vocab = hidden // 2, vocab // 2
+    return Dims(
+        arch="llama",
+        model_type="llama",
+        num_layers=max(round(_layers(nbytes, hidden, vocab)), 1),
+        hidden_size=hidden,
+        ffn_size=hidden * 11 // 4,
+        num_heads=hidden // HEAD,
+        num_kv_heads=hidden // HEAD // 2,
+        head_dim=HEAD,
+        vocab_size=vocab,
+        max_positions=2048,
+        norm_eps=1e-5,
+        rope_base=10000.0,
+    )
+
+
+def _layers(nbytes: float, hidden: int, vocab: int) -> float:
+    """How many layers make up the rest: q and o, k and v, gate, up and down, beside the two embeddings."""
+    layer = hidden * hidden * (2 + 1 + 3 * 11 / 4)
+    return (nbytes / 4 - 2 * vocab * hidden) / layer

@@ -1,0 +1,287 @@
+"""From any Reader to any format: one tensor at a time, digested beside the copy, all or nothing.
+
+A grown model is converted in the same way: its Reader computes what others read.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.io.dry_run import Planned
+from megatron_ligo.checkpoint.io.journal import Journal
+from megatron_ligo.checkpoint.io.output import Frames, Output
+from megatron_ligo.checkpoint.manifest import MANIFEST, VERSION, Manifest, library_versions, load
+from megatron_ligo.checkpoint.reader import MOMENTS, Reader, WriteOptions
+from megatron_ligo.checkpoint.staging import Staging
+from megatron_ligo.checkpoint.validated_reader import Checked, bad_numbers
+from megatron_ligo.common.errors import (
+    CheckpointError,
+    ConfigError,
+    Faults,
+    LigoError,
+    MachineError,
+    message,
+    nearest,
+)
+from megatron_ligo.distributed.agreement import ALONE, Share
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes of the tensors done, of all
+
+
+def opened(path: str | Path, form: str | None = None) -> Reader:
+    """The Reader of what is to be converted (form: as `formats.open`). Where the headers are faulty, the numbers of
+    what is there are looked at as well: the one CheckpointError tells of NaN and Inf, too.
+    """
+    try:
+        return formats.open(path, form)
+    except CheckpointError as error:
+        if error.faults is None or error.rest is None:
+            raise
+        faults, rest = error.faults, error.rest
+    for name, tensor in rest():
+        bad = bad_numbers(tensor)
+        if bad:
+            faults.add(name, "finite numbers", bad)
+    faults.raise_if_any()
+    raise AssertionError("faults do not vanish")
+
+
+def convert(
+    source: Reader,
+    target: str | Path,
+    to: str,
+    options: WriteOptions | None = None,
+    *,
+    overwrite: bool = False,
+    beside: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+    share: Share = ALONE,
+) -> Manifest:
+    """Writes a checkpoint of format `to` at `target` (a new folder) and returns its manifest.
+
+    The target appears whole or not at all. A conversion that was killed is taken up where it stopped. A target that
+    the same request wrote is left as it is; `overwrite` puts the new one in the place of any other that we wrote.
+    beside: more JSON files for the folder, by name. share: this process's, where all processes of a job call this
+    together, with one target on a file system that they share; the bytes are those that one writes alone.
+    Raises CheckpointError with every bad tensor in one error.
+    """
+    with share.agreed():
+        module = formats.get(to)
+        if not hasattr(module, "write"):
+            raise ConfigError(f"format {to!r} can only be read. {nearest(to, formats.writers())}")
+        target = Path(target).absolute()
+        options = _settled(module, options or WriteOptions())
+        _check_places(source, target)
+        job = _job(source, to, options)
+    if share.world > 1 and progress:
+        progress = _for_all(progress, share.world)
+    if share.rank:
+        _help(module, source, Staging(target, job), options, share, progress)
+        return load(target)
+    with ExitStack() as held:
+        with share.agreed():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stage = held.enter_context(Staging(target, job))
+            done = _existing(target, stage.job, overwrite)
+            if not done:
+                checked = _begun(module, source, stage, options, share, progress)
+        share.gathered(not done)
+        if done:
+            log.info("%s is there already, from the same request: left as it is", target)
+            return done
+        with _nothing_left(stage):
+            with share.agreed(), Output(stage.content, stage.journal, options.workers, share) as out:
+                module.write(checked, out, options)
+                for name, value in (beside or {}).items():
+                    out.json(name, value)
+            with share.agreed():
+                stage.absorb()
+                checked.finish()
+                lost = _lost_moments(module, source, options)
+                left = [*source.unread, *([lost] if lost else [])]
+                return _finish(stage, out.written, checked, left, to, options)
+
+
+def _begun(
+    module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
+) -> Checked:
+    """What the first process does before all of them write."""
+    stage.begin()
+    if stage.resumed:
+        log.info("going on with the conversion to %s that was interrupted", stage.target)
+    doubt = module.refused_elsewhere(source.dims) if hasattr(module, "refused_elsewhere") else ""
+    if doubt:
+        log.warning("%s", doubt)
+    checked = _checked(module, source, options, stage.journal, progress)
+    with _nothing_left(stage):
+        needed = _planned(module, checked, options, stage.partial)
+    stage.check_space(needed)
+    if share.world > 1:
+        with Frames(stage.content) as out:
+            module.write(checked, out, options)
+    return checked
+
+
+def _help(
+    module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
+) -> None:
+    """What the processes but the first do: their tensors, between the first one's beginning and its end."""
+    with share.agreed():
+        pass
+    if not share.gathered(None)[0]:
+        return
+    with share.agreed():
+        if not stage.content.is_dir():
+            do = "Choose one that all nodes share, or use one process."
+            raise CheckpointError(message(f"{stage.target}", "a folder that every process sees", "nothing there", do))
+        journal = stage.journal_of(share.rank)
+        with Output(stage.content, journal, options.workers, share) as out:
+            module.write(_checked(module, source, options, journal, progress), out, options)
+        journal.close()
+    with share.agreed():
+        pass
+
+
+def _checked(
+    module: ModuleType, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
+) -> Checked:
+    return Checked(source, options.dtype, _lost_moments(module, source, options) is None, journal, progress)
+
+
+def _for_all(progress: Progress, world: int) -> Progress:
+    """One process's progress as that of all, which have as much to do."""
+    return lambda done, total: progress(min(done * world, total), total)
+
+
+@contextmanager
+def _nothing_left(stage: Staging) -> Iterator[None]:
+    """What is refused is refused again: there is nothing to go on from. What a machine fails at may go on."""
+    try:
+        yield
+    except MachineError:
+        raise
+    except LigoError:
+        stage.discard()
+        raise
+
+
+def _planned(module: ModuleType, source: Reader, options: WriteOptions, place: Path) -> int:
+    """Bytes that the writer will write."""
+    with tempfile.TemporaryDirectory(dir=place) as scratch, Planned(Path(scratch)) as plan:
+        module.write(source, plan, options)
+    return plan.bytes
+
+
+def _lost_moments(module: ModuleType, source: Reader, options: WriteOptions) -> str | None:
+    """What is said of moments that stay behind; None where they go along, or there are none."""
+    if not source.has_moments:
+        return None
+    if not hasattr(module, "leaves_moments"):
+        return "optimizer state"
+    why = module.leaves_moments(source, options)
+    return f"optimizer state ({why})" if why else None
+
+
+def _finish(
+    stage: Staging, written: list[str], checked: Checked, left: list[str], to: str, options: WriteOptions
+) -> Manifest:
+    source = checked.source
+    if left:
+        log.info("left behind: %s", "; ".join(left))
+    manifest = Manifest(
+        format=to,
+        dims=source.dims,
+        step=source.step,
+        layout={"tp": options.tp, "pp": options.pp},
+        job=stage.job,
+        source={"format": source.format, "path": str(source.path) if source.path else None},
+        tensors=checked.digests(),
+        files={name: (stage.content / name).stat().st_size for name in sorted(written)},
+        left_behind=left,
+        versions=library_versions(),
+    )
+    with Output(stage.content) as out:
+        out.json(MANIFEST, manifest.to_json())
+    stage.commit([*written, MANIFEST])
+    return manifest
+
+
+def _settled(module: ModuleType, options: WriteOptions) -> WriteOptions:
+    """Refuses what a format does not take, and says the dtype of those that store only one.
+
+    The tensors are cast on the way to the writer, and the manifest describes the cast.
+    """
+    faults = Faults(f"the format {module.NAME} cannot be written so", ConfigError)
+    known = getattr(module, "OPTIONS", {})
+    for name in options.extra:
+        if name not in known:
+            faults.note(f"option {name!r}: {nearest(name, known) if known else 'it has none.'}")
+    if (options.tp, options.pp) != (1, 1) and not getattr(module, "LAYOUT", False):
+        do = "Whoever loads it chooses." if options.tp > 0 and options.pp > 0 else ""
+        faults.add("layout", "none: it has no tensor or pipeline parallelism", f"tp {options.tp}, pp {options.pp}", do)
+    if options.tp < 1 or options.pp < 1:
+        faults.add("layout", "positive tp and pp", f"tp {options.tp}, pp {options.pp}")
+    if options.workers < 1:
+        faults.add("workers", "a positive number", options.workers)
+    fixed: torch.dtype | None = getattr(module, "DTYPE", None)
+    if fixed is not None and options.dtype not in (None, fixed):
+        faults.add("dtype", fixed, options.dtype, "Leave it out.")
+    faults.raise_if_any()
+    return replace(options, dtype=fixed or options.dtype)
+
+
+def _check_places(source: Reader, target: Path) -> None:
+    if source.path is None:
+        return
+    one, other = source.path.resolve(), target.resolve()
+    if one == other or one in other.parents or (other in one.parents and other.is_dir()):
+        found = "one inside the other" if one != other else "the same"
+        raise ConfigError(message(f"{target}", "a place apart from the source", found, "Choose another target."))
+
+
+def _job(source: Reader, to: str, options: WriteOptions) -> dict:
+    """What must be the same for two runs to be one conversion."""
+    asked = {name: str(value) for name, value in asdict(options).items() if name != "workers"}
+    fingerprint = source.fingerprint()
+    if fingerprint is None:
+        # Nothing tells us that a second run reads the same: it never goes on from the first.
+        fingerprint = uuid.uuid4().hex
+    path = str(source.path.resolve()) if source.path else None
+    origin = {"format": source.format, "path": path, "fingerprint": fingerprint, "dims": source.dims.to_json()}
+    return {"version": VERSION, "source": origin, "to": to, "options": asked, "moments": MOMENTS}
+
+
+def _existing(target: Path, job: str, overwrite: bool) -> Manifest | None:
+    """The manifest of a target that the same request wrote; None if the place is free (or may be taken)."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    do = "Choose another target, or remove it."
+    if not target.is_dir():
+        raise CheckpointError(message(f"{target}", "a place for a new folder", "a file", do))
+    try:
+        manifest = load(target)
+    except CheckpointError:
+        raise CheckpointError(message(f"{target}", "a place for a new folder", "a folder of others", do)) from None
+    if manifest.job == job and _sizes(target) == manifest.files:
+        return manifest
+    if not overwrite:
+        do = "Choose another target, or say --overwrite."
+        raise CheckpointError(message(f"{target}", "a place for a new folder", "another conversion", do))
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(files) if f.name != MANIFEST}

@@ -1,0 +1,98 @@
+"""DeepSpeed engine checkpoints: a file of module states for each tensor-parallel rank, and ZeRO's optimizer states.
+
+    DIR/latest                                                 the tag
+    DIR/TAG/mp_rank_TT_model_states.pt
+    DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_TT_optim_states.pt   read: any ZeRO stage, fp32, bf16 and fp16
+    DIR/dims.json or config.json                               the model's sizes; DeepSpeed does not look at them
+
+Names are Megatron-core's; a model of transformers in an engine is read by its own. Written are module states, which an
+engine of that tensor parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at ZeRO 0, 1 and 2 (ZeRO 3
+asks for files of its own layout: give it a universal checkpoint).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import LATEST, Saved, is_engines, is_pipelines, model_file
+from megatron_ligo.checkpoint.formats.deepspeed.reader import (
+    EngineReader,
+    Rank,
+    find_root,
+    module_states,
+    param_shapes,
+)
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Masters
+from megatron_ligo.checkpoint.io.output import Output
+from megatron_ligo.checkpoint.io.tp_shards import Pieces, padded
+from megatron_ligo.checkpoint.reader import Reader, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.sharding import fused_tensors
+from megatron_ligo.sharding.tensor_parallel import check_tp
+
+NAME = "deepspeed"
+LOOKS = f"{LATEST} (or the folder that it names) with mp_rank_00_model_states.pt and the like (DeepSpeed engine)"
+LAYOUT = True
+OPTIONS = {"tag": "name of the folder (default global_stepN)"}
+
+
+def recognise(path: Path) -> bool:
+    try:
+        tag = tagged(path, LATEST)
+    except CheckpointError:
+        return True
+    return is_engines(tag) and not is_pipelines(tag) and not (tag / "zero").is_dir()
+
+
+def open(path: Path) -> Reader:
+    tag = tagged(path, LATEST)
+    if is_pipelines(tag):
+        raise CheckpointError(message(f"{tag}", "the files of one module", "layers", "Say --from pipeline."))
+    saved = Saved(tag)
+    faults = Faults(f"{tag} does not hold the model of its sizes", CheckpointError)
+    held = [_rank(saved, mp, faults) for mp in range(saved.mp)]
+    return EngineReader(NAME, path, find_root(path, tag), saved, held, faults)
+
+
+def _rank(saved: Saved, mp: int, faults: Faults) -> Rank:
+    state, where = saved.models[mp], f"rank {mp} of {saved.mp}"
+    groups = param_shapes(state, where, faults)
+    weights = module_states(state.get("module"), where, faults)
+    if saved.sharded:
+        # What ZeRO 3 leaves in the module is empty.
+        weights = {}
+    masters = [Masters(saved.optims[mp], groups, where, faults)] if saved.optims[mp] else []
+    trained = {name: shape for group in groups for name, shape in group.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()} | trained
+    return Rank(weights, shapes, set(trained), masters)
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Module states of each tensor-parallel rank, side by side."""
+    faults = Faults("a DeepSpeed engine cannot hold the model so", ConfigError)
+    check_tp(source.dims, options.tp, faults)
+    if options.pp > 1:
+        faults.add(f"pp = {options.pp}", "1", options.pp, "Of a pipeline the format is named pipeline.")
+    faults.raise_if_any()
+    model_record.write(source, out)
+    stored = fused_tensors.stored(source.arch, source.dims, "mcore")
+    pieces = Pieces(source, options.tp, padded(source.dims, options.tp))
+    tag = options.extra.get("tag", f"global_step{source.step}")
+    out.torch_files(
+        {
+            f"{tag}/{model_file(rank)}": {
+                "module": {name: pieces.later(item, rank) for name, item in stored.items()},
+                **counts(options.tp, source.step),
+            }
+            for rank in range(options.tp)
+        }
+    )
+    # Last: DeepSpeed takes a folder without it for none.
+    out.text(LATEST, tag)
+
+
+def counts(ranks: int, step: int) -> dict:
+    """What every model-states file says of the run. No optimizer, no schedule: they would take the place of a run's."""
+    return {"dp_world_size": 1, "mp_world_size": ranks, "global_steps": step, "skipped_steps": 0}

@@ -1,0 +1,172 @@
+"""DeepSpeed pipeline checkpoints: a file for each layer and tensor-parallel rank, whatever the number of stages.
+
+    DIR/latest                                                 the tag
+    DIR/TAG/layer_NN-model_TT-model_states.pt                  the layer's own names
+    DIR/TAG/mp_rank_MM_model_states.pt                         counts only; MM runs over stages x tensor-parallel ranks
+    DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt   read, where they are: masters and moments (ZeRO 1)
+    DIR/dims.json or config.json                               the model's sizes; DeepSpeed does not look at them
+
+Layer 0 is the words' embedding, whatever is added to it is a layer of its own (an image's embedding is one layer), then
+come the transformer's layers, the final norm (a masked-LM model: the transform of its head), the head and its bias. A
+tied head is stored nowhere: DeepSpeed copies the embedding to it. Written are layers and counts, which a pipeline of
+that tensor parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at any number of stages.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ligo import arch
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Task
+from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.formats.deepspeed.engine import counts
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import LATEST, Saved, is_pipelines, layer_file, model_file
+from megatron_ligo.checkpoint.formats.deepspeed.reader import (
+    EngineReader,
+    Rank,
+    find_root,
+    module_states,
+    param_shapes,
+)
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Masters
+from megatron_ligo.checkpoint.io.output import Output
+from megatron_ligo.checkpoint.io.tp_shards import Pieces, padded
+from megatron_ligo.checkpoint.reader import Reader, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults
+from megatron_ligo.sharding import fused_tensors
+from megatron_ligo.sharding.tensor_parallel import check_tp
+
+NAME = "pipeline"
+LOOKS = (
+    f"{LATEST} (or the folder that it names) with layer_00-model_00-model_states.pt and the like (DeepSpeed pipeline)"
+)
+LAYOUT = True
+OPTIONS = {"tag": "name of the folder (default global_stepN)"}
+
+
+def layers_before(dims: Dims) -> int:
+    """How many layers of the pipeline come before the transformer's first one."""
+    return len(_before(dims))
+
+
+def _before(dims: Dims) -> list[dict[str, str]]:
+    family = arch.get(dims.arch)
+    if family.task is Task.LABEL:
+        return [{"": "embedding."}]
+    words, *more = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
+    before = [{words: f"embedding.{words}"}, {own: f"embedding.{own}" for own in more}]
+    return before if family.learns_positions else before[:1]
+
+
+def prefixes(dims: Dims) -> list[dict[str, str]]:
+    """By layer of the pipeline: what its parameters' names begin with in the layer, and in the whole model."""
+    family = arch.get(dims.arch)
+    masked = family.task is Task.MASKED_TOKENS
+    stack = "encoder" if masked else "decoder"
+    layers = [{"": f"{stack}.layers.{layer}."} for layer in range(dims.num_layers)]
+    ends = [{"norm.": "decoder.final_layernorm."}, {"linear.": "output_layer."}]
+    if masked:
+        ends = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}, {"bias": "output_layer.bias"}]
+    return [*_before(dims), *layers, *ends]
+
+
+def _held(dims: Dims) -> dict[int, dict[str, fused_tensors.Stored]]:
+    """By layer of the pipeline that has a file: its tensors by the names that they have there."""
+    stored = fused_tensors.stored(arch.get(dims.arch), dims, "mcore")
+    held: dict[int, dict[str, fused_tensors.Stored]] = {}
+    for layer, names in enumerate(prefixes(dims)):
+        for own, whole in names.items():
+            mine = {own + name.removeprefix(whole): item for name, item in stored.items() if name.startswith(whole)}
+            held.setdefault(layer, {}).update(mine)
+    return {layer: names for layer, names in held.items() if names}
+
+
+def recognise(path: Path) -> bool:
+    try:
+        return is_pipelines(tagged(path, LATEST))
+    except CheckpointError:
+        return False
+
+
+def open(path: Path) -> Reader:
+    tag = tagged(path, LATEST)
+    saved = Saved(tag)
+    root = find_root(path, tag)
+    dims, _ = model_record.read(root)
+    tp = _ranks_of_layers(saved, dims)
+    faults = Faults(f"{tag} does not hold the model of its sizes", CheckpointError)
+    held = [_rank(saved, rank, tp, dims, faults) for rank in range(tp)]
+    return EngineReader(NAME, path, root, saved, held, faults)
+
+
+def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
+    """How many tensor-parallel ranks the layers have; every layer is there on each."""
+    faults = Faults(f"{saved.tag} is no whole checkpoint of a DeepSpeed pipeline", CheckpointError)
+    tp = 1 + max((rank for _, rank in saved.layers), default=0)
+    expected = _held(dims)
+    found = {layer for layer, _ in saved.layers}
+    if found - expected.keys():
+        means = f"numbers up to {max(expected)}: those of the ends and {dims.num_layers} of the transformer's"
+        faults.add("layers of the pipeline", means, f"number {max(found)}")
+    if saved.mp % tp:
+        do = "Are files of two checkpoints mixed?"
+        faults.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp, do)
+    places = ((layer, rank) for layer in expected for rank in range(tp))
+    for layer, rank in islice((place for place in places if place not in saved.layers), 20):
+        faults.add(layer_file(layer, rank), "a file", "nothing there")
+    faults.raise_if_any()
+    return tp
+
+
+def _rank(saved: Saved, rank: int, tp: int, dims: Dims, faults: Faults) -> Rank:
+    weights: dict[str, Tensor] = {}
+    names = prefixes(dims)
+    for layer in _held(dims):
+        where = layer_file(layer, rank)
+        for name, tensor in module_states(saved.layers[layer, rank], where, faults).items():
+            own = next((own for own in names[layer] if name.startswith(own)), None)
+            if own is None:
+                faults.add(f"{name} ({where})", f"a name that begins with {' or '.join(names[layer])}", "another")
+            else:
+                weights[names[layer][own] + name.removeprefix(own)] = tensor
+    masters, trained = [], set()
+    for mp in range(rank, saved.mp, tp):
+        where = f"mp_rank_{mp:02d}"
+        groups = param_shapes(saved.models[mp], where, faults)
+        trained |= {name for group in groups for name in group}
+        if saved.optims[mp]:
+            masters.append(Masters(saved.optims[mp], groups, where, faults))
+    return Rank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, trained, masters)
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Layers and counts; the files of the tensor-parallel ranks side by side."""
+    faults = Faults("a DeepSpeed pipeline cannot hold the model so", ConfigError)
+    check_tp(source.dims, options.tp, faults)
+    if options.pp > source.dims.num_layers:
+        faults.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.dims.num_layers} layers")
+    layers = _held(source.dims)
+    known = {item.name for names in layers.values() for item in names.values()}
+    for name in fused_tensors.stored(source.arch, source.dims, "mcore").keys() - known:
+        faults.add(name, "a tensor of the embedding, a layer or the head", "another")
+    faults.raise_if_any()
+    model_record.write(source, out)
+    pieces = Pieces(source, options.tp, padded(source.dims, options.tp))
+    tag = options.extra.get("tag", f"global_step{source.step}")
+    for layer, names in layers.items():
+        out.torch_files(
+            {
+                f"{tag}/{layer_file(layer, rank)}": {own: pieces.later(item, rank) for own, item in names.items()}
+                for rank in range(options.tp)
+            }
+        )
+    ranks = options.tp * options.pp
+    for rank in range(ranks):
+        out.torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})
+    # Last: DeepSpeed takes a folder without it for none.
+    out.text(LATEST, tag)

@@ -1,0 +1,230 @@
+"""Meta's Llama releases: one file of tensors for each rank of fairscale's model parallelism, MP in all.
+
+    consolidated.00.pth, .01.pth, ...   a flat dict each; linears cut by column or row, norms on every rank
+    params.json                         sizes (fairscale_params.py)
+    tokenizer.model                     carried along, from the folder above where this one has none
+    dims.json, manifest.json            ours, or a Hugging Face config.json: what params.json cannot say
+
+The embedding is cut along its features by Llama 1 and 2 (ParallelEmbedding) and along the vocabulary by Llama 3
+(VocabParallelEmbedding). Rotary pairs are neighbours in wq and wk. There is no tying: `output` of a tied model is
+written as a copy of the embedding (its code has a parameter for it), and held against it when read. A vocabulary that
+MP does not divide is padded with zero rows. With fewer KV heads than ranks, each rank has a copy of one (read only).
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Heads
+from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.formats.fairscale import params_json, tokenizer_model
+from megatron_ligo.checkpoint.formats.fairscale.params_json import PARAMS
+from megatron_ligo.checkpoint.io import digest, torch_files, tp_shards
+from megatron_ligo.checkpoint.io.output import Output
+from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.sharding import fused_tensors, tensor_parallel
+from megatron_ligo.sharding.fused_tensors import Stored
+
+NAME = "fairscale"
+LOOKS = f"{PARAMS} beside consolidated.00.pth"
+LAYOUT = True
+VOCABULARY, FEATURES = "vocabulary", "features"
+OPTIONS = {"embedding": f"cut along the {VOCABULARY} (default: as Llama 3) or the {FEATURES} (as Llama 1 and 2)"}
+
+FILE = "consolidated.{:02d}.pth"
+FILES = re.compile(r"consolidated\.(\d+)\.pth")
+EMBEDDING, OUTPUT, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
+# Computed anew by whoever loads it.
+NO_WEIGHTS = ("rope.freqs",)
+
+
+def recognise(path: Path) -> bool:
+    return (path / PARAMS).is_file() and (path / FILE.format(0)).is_file()
+
+
+def open(path: Path) -> FairscaleReader:
+    return FairscaleReader(path)
+
+
+class FairscaleReader(Reader):
+    """Canonical tensors joined from the ranks' pieces, which are mapped."""
+
+    format = NAME
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        params = params_json.load(folder / PARAMS)
+        self._ranks = _load(folder)
+        if params["n_layers"] > len(self._ranks[0]):
+            expected = f"no more than the {len(self._ranks[0])} tensors found"
+            raise CheckpointError(message(f"{folder / PARAMS}: n_layers", expected, params["n_layers"]))
+        self.layout = {"tp": len(self._ranks)}
+        self._folder = tempfile.TemporaryDirectory()
+        self.files = tokenizer_model.files(folder, Path(self._folder.name))
+        found = model_record.find(folder)
+        if found:
+            self.dims, self.carried = found
+        else:
+            self.dims = self._sizes(params)
+            self.carried = tokenizer_model.token_ids(self.files)
+        self._check(params)
+
+    def info(self, key: str) -> Info:
+        return Info(self.row(key).shape(self.dims), self._ranks[0][self._items[key].name].dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        assert kind == WEIGHT, "this format holds no optimizer state"
+        item = self._items[key]
+        pieces = [rank[item.name] for rank in self._ranks]
+        copies = self._copies(item)
+        if copies > 1:
+            where, starts = f"{key} ({item.name}, {self.path})", range(0, len(pieces), copies)
+            pieces = [tp_shards.replica(pieces[at : at + copies], where, at) for at in starts]
+        whole = tp_shards.join(item, key, pieces, self._stored, self.dims, str(self.path))
+        if item.name == EMBEDDING and self.dims.tied and OUTPUT in self._ranks[0]:
+            self._check_double(whole)
+        return whole
+
+    def _found(self) -> Iterator[tuple[str, Tensor]]:
+        for number, rank in enumerate(self._ranks):
+            for name, tensor in rank.items():
+                yield f"{name} ({FILE.format(number)})", tensor
+
+    def _copies(self, item: Stored) -> int:
+        """How many ranks hold one KV head."""
+        kv = item.rows[0].axes[0].heads is Heads.KV
+        return max(len(self._ranks) // self.dims.num_kv_heads, 1) if kv else 1
+
+    def _check_double(self, embedding: Tensor) -> None:
+        at = 0
+        for rank, piece in enumerate(rank[OUTPUT] for rank in self._ranks):
+            part = embedding[at : at + len(piece)]
+            if not digest.same(part, piece[: len(part)]):
+                where = f"{self.path}: {OUTPUT}, rank {rank}"
+                raise CheckpointError(
+                    message(where, f"the bits of {EMBEDDING}", "others", "Is `tied` true by mistake?")
+                )
+            at += len(piece)
+
+    def _sizes(self, params: Mapping) -> Dims:
+        """From params.json, and what it lacks from the tensors."""
+        faults = Faults(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
+        first, tp = self._ranks[0], len(self._ranks)
+        for name in (EMBEDDING, GATE, *([OUTPUT] if OUTPUT in first else [])):
+            if name not in first or first[name].dim() != 2:
+                faults.add(name, "a matrix", "none")
+        faults.raise_if_any()
+        if OUTPUT in first:
+            vocab_size = len(first[OUTPUT]) * tp
+        else:
+            vocab_size = len(first[EMBEDDING]) * (tp if first[EMBEDDING].shape[1] == params["dim"] else 1)
+        return params_json.dims_of(
+            params, len(first[GATE]) * tp, vocab_size, OUTPUT not in first, str(self.path / PARAMS)
+        )
+
+    def _check(self, params: Mapping) -> None:
+        """Sizes that agree and can be shared by the ranks; then every piece, in every file, and nothing else."""
+        tp = len(self._ranks)
+        faults = Faults(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
+        params_json.check_shapes(self.dims, faults)
+        faults.raise_if_any()
+        params_json.check(params, self.dims, faults)
+        shared = self.dims
+        if shared.num_kv_heads < tp and tp % shared.num_kv_heads == 0:
+            # Each rank has a copy of one: there is nothing to share.
+            shared = replace(shared, num_kv_heads=shared.num_heads)
+        tensor_parallel.check_tp(shared, tp, faults)
+        self._stored = tp_shards.padded(self.dims, tp)
+        if params.get("vocab_size", -1) not in (-1, self._stored.vocab_size):
+            faults.add("vocab_size", f"-1 or {self._stored.vocab_size}, as in the tensors", params["vocab_size"])
+        faults.raise_if_any()
+        items = _items(self.dims, self._cut())
+        if self.dims.tied and not any(OUTPUT in rank for rank in self._ranks):
+            del items[OUTPUT]
+        for number, rank in enumerate(self._ranks):
+            self._check_rank(FILE.format(number), rank, items, faults)
+        faults.raise_if_any(self._found)
+        self._items: dict[str, Stored] = {}
+        for item in items.values():
+            for key in item.keys:
+                # A tied model's output comes after the embedding, whose key it bears.
+                self._items.setdefault(key, item)
+
+    def _cut(self) -> str:
+        """The shape tells: a rank has all features of some tokens, or some features of all."""
+        shape = self._ranks[0][EMBEDDING].shape if EMBEDDING in self._ranks[0] else ()
+        return FEATURES if len(self._ranks) > 1 and shape[1:] != (self.dims.hidden_size,) else VOCABULARY
+
+    def _check_rank(self, file: str, rank: Mapping[str, Tensor], items: Mapping[str, Stored], faults: Faults) -> None:
+        for name, item in items.items():
+            shape = item.shape(self._stored, len(self._ranks) // self._copies(item))
+            if name not in rank:
+                faults.add(f"{name} ({file})", f"a tensor of shape {shape}", "nothing")
+            elif rank[name].shape != shape:
+                faults.add(f"{name} ({file})", f"shape {shape}", tuple(rank[name].shape))
+            elif name in self._ranks[0] and rank[name].dtype != self._ranks[0][name].dtype:
+                faults.add(f"{name} ({file})", f"{self._ranks[0][name].dtype}, as rank 0", rank[name].dtype)
+        for name in sorted(set(rank) - set(items) - set(NO_WEIGHTS)):
+            faults.add(f"{name} ({file})", "no such tensor", "one")
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Every rank's file, filled side by side, and params.json."""
+    dims, tp = source.dims, options.tp
+    cut = options.extra.get("embedding", VOCABULARY)
+    params_json.refuse(dims)
+    _check_layout(dims, options, cut)
+    stored = tp_shards.padded(dims, tp)
+    out.json(PARAMS, params_json.params_of(dims, stored.vocab_size, plain=cut == FEATURES))
+    model_record.write(source, out)
+    pieces, items = tp_shards.Pieces(source, tp, stored), _items(dims, cut)
+    out.torch_files(
+        {
+            FILE.format(rank): {name: pieces.later(item, rank) for name, item in items.items()}
+            for rank in range(tp)
+        }
+    )  # fmt: skip
+
+
+def _check_layout(dims: Dims, options: WriteOptions, cut: str) -> None:
+    faults = Faults("the format fairscale cannot be written so", ConfigError)
+    if options.pp != 1:
+        faults.add("pp", "1: it has no pipeline parallelism", options.pp)
+    if cut not in (VOCABULARY, FEATURES):
+        faults.add("embedding", f"{VOCABULARY} or {FEATURES}", repr(cut))
+    tensor_parallel.check_tp(dims, options.tp, faults)
+    if cut == FEATURES and dims.hidden_size % options.tp:
+        faults.add(f"tp = {options.tp}", "a divisor of the model's hidden_size", f"hidden_size = {dims.hidden_size}")
+    faults.raise_if_any()
+
+
+def _items(dims: Dims, cut: str) -> dict[str, Stored]:
+    """What each rank's file holds: the table's tensors, the embedding as it is cut, and a tied model's output."""
+    arch = architectures.get(dims.arch)
+    items = fused_tensors.stored(arch, dims, NAME)
+    if cut == FEATURES:
+        item = items[EMBEDDING]
+        items[EMBEDDING] = replace(item, rows=(replace(item.rows[0], split=1),))
+    for row in arch.rows:
+        if row.tied_to and dims.tied:
+            name = row.slots[NAME].name
+            items[name] = Stored(name, (row.tied_to,), (row,), (row.slots[NAME],))
+    return items
+
+
+def _load(folder: Path) -> list[dict[str, Tensor]]:
+    """Each rank's tensors, mapped. Raises CheckpointError if a rank's file is missing or holds anything else."""
+    numbers = sorted(int(found[1]) for file in folder.iterdir() if (found := FILES.fullmatch(file.name)))
+    if numbers != list(range(len(numbers))) or not numbers:
+        found = ", ".join(FILE.format(number) for number in numbers) or "none"
+        raise CheckpointError(message(f"{folder}", f"{FILE.format(0)} and so on, without a gap", found))
+    return [torch_files.tensors(folder / FILE.format(number)) for number in numbers]

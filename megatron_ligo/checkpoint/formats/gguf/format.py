@@ -1,0 +1,209 @@
+"""GGUF files (llama.cpp's): plain and quantised tensors, with the tokenizer inside. Read only.
+
+Quantised tensors are read as fp32, as the gguf package dequantises them; F16 and BF16 stay what they are.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Architecture
+from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, Header, read_header
+from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, scaling, shortest
+from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader
+from megatron_ligo.common.errors import CheckpointError, Faults, message, nearest
+from megatron_ligo.sharding import fused_tensors
+
+NAME = "gguf"
+LOOKS = "a file that begins with GGUF, or a folder with one *.gguf file"
+PLAIN = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+# llama.cpp stores rotary pairs as neighbours for this architecture only.
+INTERLEAVED = ("llama",)
+
+
+def recognise(path: Path) -> bool:
+    if path.is_dir():
+        files = list(path.glob("*.gguf"))
+        return len(files) == 1 and recognise(files[0])
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def open(path: Path) -> GgufReader:
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            found = ", ".join(file.name for file in files) or "none"
+            raise CheckpointError(message(f"{path}", "one *.gguf file", found, "Name the file itself."))
+        path = files[0]
+    return GgufReader(path)
+
+
+class GgufReader(Reader):
+    """Canonical tensors dequantised one at a time."""
+
+    format = NAME
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._header = read_header(path)
+        metadata = self._header.metadata
+        self.dims = _dims(self._header, path)
+        self._data = np.memmap(path, mode="c")
+        self._items = self._check()
+        ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+        found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
+        self.carried = {name: value for name, value in found.items() if value is not None}
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The tokenizer inside as Hugging Face files, in a folder that lives as long as the reader."""
+        if "tokenizer.ggml.tokens" not in self._header.metadata:
+            return ()
+        self._folder = tempfile.TemporaryDirectory()
+        return _extract_tokenizer(self.path, Path(self._folder.name))
+
+    def info(self, key: str) -> Info:
+        block = self._header.tensors[self._items[key].name]
+        return Info(self.row(key).shape(self.dims), PLAIN.get(block.type, torch.float32))
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        assert kind == WEIGHT, "this format holds no optimizer state"
+        item = self._items[key]
+        return item.part(self._tensor(item.name), key, self.dims)
+
+    def _tensor(self, name: str) -> Tensor:
+        block = self._header.tensors[name]
+        data = self._data[block.offset : block.offset + block.nbytes]
+        if block.type in PLAIN:
+            return torch.from_numpy(data).view(PLAIN[block.type]).reshape(block.shape)
+        rows = data.reshape(*block.shape[:-1], -1)
+        return torch.from_numpy(gguf.dequantize(rows, block.type))
+
+    def _found(self) -> Iterator[tuple[str, Tensor]]:
+        for name, block in self._header.tensors.items():
+            if block.type in PLAIN or _dequantises(block.type):
+                yield name, self._tensor(name)
+
+    def _check(self) -> dict[str, fused_tensors.Stored]:
+        """Every expected tensor with its shape, in a type that can be dequantised, and nothing else."""
+        faults = Faults(f"{self.path} does not hold the model of its header", CheckpointError)
+        found = self._header.tensors
+        if self.dims.num_layers > len(found):
+            faults.add("block_count", f"no more than the {len(found)} tensors found", self.dims.num_layers)
+            faults.raise_if_any()
+        stored = fused_tensors.stored(self.arch, self.dims, NAME)
+        for name, item in stored.items():
+            if name not in found:
+                faults.add(name, f"a tensor of shape {item.shape(self.dims)}", "nothing")
+            elif found[name].shape != item.shape(self.dims):
+                faults.add(name, f"shape {item.shape(self.dims)}", found[name].shape)
+        for name in sorted(set(found) - set(stored) - {FACTORS}):
+            faults.add(name, "no such tensor", "one")
+        for kind in sorted({block.type for block in found.values()} - set(PLAIN)):
+            if not _dequantises(kind):
+                faults.add(kind.name, "a type that the gguf package dequantises", "another", "Requantise the file.")
+        faults.raise_if_any(self._found)
+        if self._header.metadata["general.architecture"] not in INTERLEAVED:
+            stored = {name: _half_split(item) for name, item in stored.items()}
+        return {key: item for item in stored.values() for key in item.keys}
+
+
+def _half_split(item: fused_tensors.Stored) -> fused_tensors.Stored:
+    return replace(item, slots=tuple(replace(slot, interleaved=False) for slot in item.slots))
+
+
+def _dequantises(kind: GGMLQuantizationType) -> bool:
+    nbytes = gguf.GGML_QUANT_SIZES[kind][1]
+    try:
+        gguf.dequantize(np.zeros((1, nbytes), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _architecture(metadata: dict, path: Path) -> Architecture:
+    known = {name: arch for arch in architectures.architectures().values() if arch.gguf for name in arch.model_types}
+    name = metadata.get("general.architecture")
+    if name not in known:
+        do = nearest(str(name), known)
+        raise CheckpointError(message(f"{path}: general.architecture", "a known one", repr(name), do))
+    return known[name]
+
+
+def _dims(header: Header, path: Path) -> Dims:
+    metadata = header.metadata
+    arch = _architecture(metadata, path)
+    family = metadata["general.architecture"]
+    faults = Faults(f"{path} describes a network that this program cannot hold", CheckpointError)
+    _refuse_features(header, family, faults)
+    sizes: dict[str, object] = {"arch": arch.name, "model_type": family}
+    for key, name in arch.gguf.items():
+        if f"{family}.{key}" in metadata:
+            sizes[name] = metadata[f"{family}.{key}"]
+    for name in ("norm_eps", "rope_base"):
+        if name in sizes:
+            sizes[name] = shortest(sizes[name])
+    if "vocab_size" not in sizes:
+        sizes["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
+    for name in ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size"):
+        if not isinstance(sizes.get(name), int | float) or not sizes[name] > 0:
+            faults.add(name, "a positive number", repr(sizes.get(name)))
+    faults.raise_if_any()
+    sizes.setdefault("num_kv_heads", sizes["num_heads"])
+    sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_heads"])
+    if "rope_base" in arch.gguf.values():
+        # What llama.cpp takes where the file is silent.
+        sizes.setdefault("rope_base", 10000.0)
+        sizes["rope_scaling"] = scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], faults)
+    rotary = metadata.get(f"{family}.rope.dimension_count", sizes["head_dim"])
+    value = metadata.get(f"{family}.attention.value_length", sizes["head_dim"])
+    for name, found in (("rope.dimension_count", rotary), ("attention.value_length", value)):
+        if found != sizes["head_dim"]:
+            faults.add(name, f"the head size, {sizes['head_dim']}", found)
+    faults.raise_if_any()
+    sizes["tied"] = any(row.tied_to and row.slots[NAME].name not in header.tensors for row in arch.rows)
+    return Dims.from_json(sizes | arch.implied.get(family, {}))
+
+
+def _refuse_features(header: Header, family: str, faults: Faults) -> None:
+    metadata = header.metadata
+    for key in ("expert_count", "attention.sliding_window"):
+        if metadata.get(f"{family}.{key}"):
+            faults.add(key, "none", metadata[f"{family}.{key}"])
+    if metadata.get("split.count", 1) > 1:
+        faults.add("split.count", "one file", metadata["split.count"], "Merge the parts with gguf-split first.")
+
+
+def _extract_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
+    """transformers reads the vocabulary, merges, special tokens and chat template, and writes its own files."""
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast.from_pretrained(str(path.parent.absolute()), gguf_file=path.name).save_pretrained(folder)
+    # The class that transformers 4 knows too, without what says only where it was read.
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "backend"):
+        settings.pop(name, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return tuple(sorted(folder.iterdir()))

@@ -1,0 +1,153 @@
+"""The head of a GGUF file: its metadata and where each tensor lies.
+
+Read here and not through the gguf package, whose reader takes seconds for a vocabulary and goes round for ever on a
+header that promises more values than the file has bytes. Nothing is believed beyond the end of the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_DIMS = 4
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stored tensor. shape: as torch has it (GGUF lists it the other way round); offset: from the file's start."""
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    metadata: dict[str, object]
+    tensors: dict[str, Block]
+
+
+def read_header(path: Path) -> Header:
+    """Raises CheckpointError where the file is cut off, or says what cannot be."""
+    if not path.is_file() or path.stat().st_size < len(MAGIC):
+        raise CheckpointError(message(f"{path}", "a GGUF file", "an empty one, or none"))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _Head(data, path).read()
+        except _CutOff:
+            do = "It is cut off or damaged: fetch it again."
+            raise CheckpointError(message(f"{path}", "a header within the file", "one that goes on", do)) from None
+        except UnicodeDecodeError as error:
+            raise CheckpointError(message(f"{path}", "names in UTF-8", f"{error}")) from None
+
+
+class _CutOff(Exception):
+    pass
+
+
+class _Head:
+    """A position in the mapped file that moves forward."""
+
+    def __init__(self, data: mmap.mmap, path: Path):
+        self.data, self.path, self.at, self.size = data, path, 0, len(data)
+
+    def read(self) -> Header:
+        self._expect("the magic", self._take(len(MAGIC)), (MAGIC,))
+        self._expect("version", self._number("I"), VERSIONS)
+        tensors, pairs = self._number("Q"), self._number("Q")
+        metadata: dict[str, object] = {}
+        for _ in range(pairs):
+            name = self._string()
+            if name in metadata:
+                raise CheckpointError(message(f"{self.path}: {name}", "one value", "two"))
+            metadata[name] = self._value(self._number("I"))
+        infos = [self._tensor_info() for _ in range(tensors)]
+        return Header(metadata, self._placed(infos, metadata.get("general.alignment", 32)))
+
+    def _take(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            raise _CutOff
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def _number(self, form: str) -> int:
+        return struct.unpack(f"<{form}", self._take(struct.calcsize(f"<{form}")))[0]
+
+    def _string(self) -> str:
+        return self._take(self._number("Q")).decode()
+
+    def _value(self, kind: int) -> object:
+        if kind in SCALARS:
+            return self._number(SCALARS[kind])
+        if kind == STRING:
+            return self._string()
+        self._expect("a kind of value", kind, (ARRAY,))
+        kind, count = self._number("I"), self._number("Q")
+        if kind in SCALARS:
+            form = f"<{count}{SCALARS[kind]}"
+            if count > self.size:
+                raise _CutOff
+            return list(struct.unpack(form, self._take(struct.calcsize(form))))
+        self._expect("a kind of values in a list", kind, (STRING,))
+        return [self._string() for _ in range(count)]
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dims = self._string(), self._number("I")
+        if dims > MAX_DIMS:
+            raise CheckpointError(message(f"{self.path}: {name}", f"at most {MAX_DIMS} dims", dims))
+        shape = tuple(reversed([self._number("Q") for _ in range(dims)]))
+        return name, shape, self._number("I"), self._number("Q")
+
+    def _placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object) -> dict[str, Block]:
+        """The tensors with their places in the file, which must be theirs alone."""
+        faults = Faults(f"{self.path}: the header lies about its tensors", CheckpointError)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            faults.add("general.alignment", "a power of two", alignment)
+            faults.raise_if_any()
+        start = -(-self.at // alignment) * alignment
+        found: dict[str, Block] = {}
+        end, before = start, "the header"
+        for name, shape, number, offset in sorted(infos, key=lambda info: info[3]):
+            block = _block(name, shape, number, start + offset, faults)
+            if block is None:
+                continue
+            if name in found:
+                faults.add(name, "one tensor of that name", "two")
+            if block.offset < end:
+                faults.add(name, f"bytes of its own, after {before}", "an overlap")
+            end, before = block.offset + block.nbytes, name
+            if end > self.size:
+                faults.add(name, f"its end within the file's {self.size} bytes", end, "The file is cut off.")
+            found[name] = block
+        faults.raise_if_any()
+        return found
+
+    def _expect(self, what: str, found: object, choices: tuple) -> None:
+        if found not in choices:
+            expected = " or ".join(map(str, choices))
+            raise CheckpointError(message(f"{self.path}: {what}", expected, found, "Is it a little-endian GGUF file?"))
+
+
+def _block(name: str, shape: tuple[int, ...], number: int, offset: int, faults: Faults) -> Block | None:
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        faults.add(name, "a type of tensor that the gguf package knows", number)
+        return None
+    items, nbytes = GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % items:
+        faults.add(name, f"rows of whole blocks of {items}", f"shape {shape}")
+        return None
+    return Block(shape, kind, offset, prod(shape) // items * nbytes)

@@ -1,0 +1,243 @@
+"""Hugging Face config.json to Dims and back, driven by the architecture's literal.
+
+A key that a config leaves out has the value that transformers gives its family: only then is transformers asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims, following_sizes, tokens_of_image
+from megatron_ligo.arch.spec import Architecture, Task
+from megatron_ligo.common.atomic_files import read_json
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message, nearest
+
+CONFIG = "config.json"
+# Said anew by whoever writes, or (the last two) refused where it says something.
+NOT_CARRIED = (
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "rope_parameters",
+    "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "n_ctx", "quantization_config", "auto_map",
+)  # fmt: skip
+# The model_types that transformers loads only where the heads divide hidden_size, whatever head_dim says.
+HEADS_DIVIDE = ("llama",)
+ROPE = ("rope_base", "rope_scaling", "rotary_fraction")
+# The annotations in Dims that are numbers or truths.
+KINDS = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
+MAY_BE_ZERO = ("num_token_types", "position_padding")
+IMAGE = ("image_size", "patch_size", "num_channels")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def load(path: Path) -> dict:
+    """The config file of a checkpoint, as JSON says it."""
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(message(f"{path}", "the checkpoint's config", "nothing there")) from None
+    except ValueError as error:
+        raise CheckpointError(message(f"{path}", "JSON", f"a fault in it: {error}")) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(message(f"{path}", "a JSON object", type(config).__name__))
+    return config
+
+
+def architecture(config: Mapping, where: str) -> Architecture:
+    """The architecture whose table describes a config's `model_type`."""
+    known = {name: arch for arch in architectures.architectures().values() for name in arch.model_types}
+    name = config.get("model_type")
+    if name not in known:
+        do = nearest(str(name), known)
+        raise CheckpointError(message(f"{where}: model_type", "a known family", repr(name), do))
+    return known[name]
+
+
+def dims_of(config: Mapping, where: str) -> Dims:
+    """The sizes that a config states. Raises CheckpointError with everything that the table cannot express."""
+    arch = architecture(config, where)
+    faults = Faults(f"{where} describes a network that this program cannot hold", CheckpointError)
+    _refuse_features(config, arch, faults)
+    sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
+    sizes |= _parts(config, arch) | arch.implied.get(config["model_type"], {})
+    for key, name in arch.hf.items():
+        if name not in ROPE and name not in sizes:
+            sizes[name] = _stated(config, key, where)
+    if "rope_base" in arch.hf.values():
+        sizes |= _rope(config, arch, where, faults)
+    _follow(sizes)
+    _check_kinds(sizes, faults)
+    for name, known in arch.choices.items():
+        if sizes[name] not in known:
+            faults.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
+    _check_layer_types(config, sizes, faults)
+    faults.raise_if_any()
+    try:
+        return Dims.from_json(sizes)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _refuse_features(config: Mapping, arch: Architecture, faults: Faults) -> None:
+    for key, value in arch.fixed_hf.items():
+        if key in config and config[key] != value:
+            faults.add(key, repr(value), repr(config[key]))
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if str(name) in arch.refused:
+            known = ", ".join(arch.model_types[config["model_type"]])
+            faults.add("architectures", known, f"{name}: {arch.refused[str(name)]}")
+    if config.get("quantization_config") is not None:
+        faults.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
+    if config.get("auto_map") is not None:
+        faults.add("auto_map", "none", "one", "The model's code is its own: it may compute something else.")
+
+
+def _parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
+    """The optional parts of the class that a config names."""
+    classes = arch.model_types[config["model_type"]]
+    named = config.get("architectures")
+    named = [name for name in named if str(name) in classes] if isinstance(named, list) else []
+    has = classes[named[0] if named else next(iter(classes))]
+    return {part: part in has for part in arch.parts(config["model_type"])}
+
+
+def _stated(config: Mapping, key: str, where: str) -> object:
+    """A config's value for a key, or what its family takes when the config leaves it out."""
+    # Every family takes hidden_size / heads.
+    if key in config or key == "head_dim":
+        return config.get(key)
+    return getattr(_as_transformers_reads(config, where), key, None)
+
+
+def _as_transformers_reads(config: Mapping, where: str) -> object:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[config["model_type"]](**config)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise CheckpointError(message(where, "a config that transformers takes", found)) from None
+
+
+def _rope(config: Mapping, arch: Architecture, where: str, faults: Faults) -> dict[str, object]:
+    """`rope_base`, `rope_scaling` and (of families that have one) `rotary_fraction` out of either form: today's
+    rope_parameters, or keys of their own."""
+    keys = {field: key for key, field in arch.hf.items()}
+    parameters = config.get("rope_parameters")
+    scaling = config.get("rope_scaling") if parameters is None else parameters
+    scaling = {} if scaling is None else scaling
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        faults.add("rope_parameters", "one set of plain values for all layers", repr(scaling))
+        return {"rope_base": 1.0}
+    scaling = dict(scaling)
+    partial = scaling.pop("partial_rotary_factor", config.get(keys.get("rotary_fraction", "partial_rotary_factor")))
+    base = scaling.pop("rope_theta", config.get(keys["rope_base"]))
+    if base is None:
+        base = _as_transformers_reads(config, where).rope_parameters["rope_theta"]
+    own = {}
+    if "rotary_fraction" in keys:
+        if partial is None:
+            partial = _as_transformers_reads(config, where).rope_parameters["partial_rotary_factor"]
+        own = {"rotary_fraction": partial}
+    elif partial not in (None, 1):
+        faults.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
+    if "type" in scaling:
+        scaling.setdefault("rope_type", scaling.pop("type"))
+    plain = scaling.get("rope_type", "default") == "default"
+    return {"rope_base": base, "rope_scaling": None if plain else scaling, **own}
+
+
+def _follow(sizes: dict) -> None:
+    """What follows from other sizes where a config says nothing (or null)."""
+    hidden, heads, image, patch = (sizes.get(key) for key in ("hidden_size", "num_heads", "image_size", "patch_size"))
+    if all(type(size) is int and size > 0 for size in (image, patch)):
+        sizes["max_positions"] = tokens_of_image(image, patch, sizes["has_distillation"])
+    if not all(type(size) is int and size > 0 for size in (hidden, heads)):
+        return
+    for name, value in following_sizes(hidden, heads).items():
+        if sizes.get(name) is None:
+            sizes[name] = value
+
+
+def _check_kinds(sizes: dict, faults: Faults) -> None:
+    """JSON has any kind of value in any place."""
+    for name in ("norm_eps", "rope_base", "rotary_fraction"):
+        if type(sizes.get(name)) is int:
+            sizes[name] = float(sizes[name])
+    for field in fields(Dims):
+        kind = KINDS.get(field.type)
+        value = sizes.get(field.name, field.default)
+        lacks = value is None and "None" in field.type and not (field.name in IMAGE and field.name in sizes)
+        if kind is None or lacks or (field.name in MAY_BE_ZERO and value == 0):
+            continue
+        if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
+            faults.add(field.name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
+
+
+def _check_layer_types(config: Mapping, sizes: dict, faults: Faults) -> None:
+    types = config.get("layer_types")
+    expected = "full_attention" if sizes.get("sliding_window") is None else "sliding_attention"
+    if types is not None and (not isinstance(types, list) or set(map(str, types)) != {expected}):
+        faults.add("layer_types", f"{expected} in every layer", repr(types))
+
+
+def carried_of(config: Mapping) -> dict[str, object]:
+    """The keys of a config that are neither sizes nor said anew by whoever writes: token ids and the like."""
+    arch = architecture(config, CONFIG)
+    stated = {*arch.hf, *arch.fixed_hf, *NOT_CARRIED}
+    return {key: value for key, value in config.items() if key not in stated}
+
+
+def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> dict:
+    """A config.json that transformers 5 and its forerunners read to the same numbers.
+
+    Raises CheckpointError where the family's config cannot say what the sizes say.
+    """
+    arch = architectures.get(dims.arch)
+    faults = Faults(f"a {dims.model_type} config cannot express this network", CheckpointError)
+    for name, value in arch.implied.get(dims.model_type, {}).items():
+        if getattr(dims, name) != value:
+            faults.add(name, repr(value), repr(getattr(dims, name)), "Another model_type may.")
+    arch.check(dims, faults)
+    faults.raise_if_any()
+    name = str(dtype).removeprefix("torch.")
+    config = {"architectures": [arch.class_of(dims)], "model_type": dims.model_type}
+    if arch.task is Task.LABEL:
+        config |= {**carried, **_labels(carried, dims.vocab_size)}
+    else:
+        # Token ids that nobody knows are null: left out, they would be the family's.
+        config |= {**dict.fromkeys(TOKEN_IDS), **carried}
+    # A copy: transformers writes into the scaling that it is given.
+    sizes = dims.to_json()
+    config |= {key: sizes[field] for key, field in arch.hf.items()}
+    config |= arch.fixed_hf
+    if "rope_base" in arch.hf.values():
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": dims.rope_base, **(dims.rope_scaling or {})}
+        if "rotary_fraction" in arch.hf.values():
+            config["rope_parameters"]["partial_rotary_factor"] = dims.rotary_fraction
+    return config | {"dtype": name, "torch_dtype": name}
+
+
+def refused_elsewhere(dims: Dims) -> str:
+    """Why transformers would not load a config that says these sizes; "" where it would."""
+    if dims.model_type not in HEADS_DIVIDE or dims.hidden_size % dims.num_heads == 0:
+        return ""
+    expected = f"a divisor of hidden_size = {dims.hidden_size} (transformers loads no other {dims.model_type})"
+    do = "Choose num_heads that divides hidden_size, or leave 'hf' out of handoff.formats."
+    return message("hf: num_heads", expected, dims.num_heads, do)
+
+
+def _labels(carried: Mapping[str, object], count: int) -> dict[str, dict]:
+    """The labels' names; those that have none are named as transformers names them."""
+    stated = carried.get("id2label")
+    stated = stated.items() if isinstance(stated, dict) else ()
+    known = {int(number): name for number, name in stated if str(number).isdecimal()}
+    names = {number: known.get(number, f"LABEL_{number}") for number in range(count)}
+    return {
+        "id2label": {str(number): name for number, name in names.items()},
+        "label2id": {name: number for number, name in names.items()},
+    }

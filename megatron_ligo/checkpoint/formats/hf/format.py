@@ -1,0 +1,124 @@
+"""Hugging Face folders: config.json beside safetensors, single or sharded with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
+from megatron_ligo.checkpoint.formats.hf.shards import INDEX, SINGLE, find_shards
+from megatron_ligo.checkpoint.io.output import Output, later
+from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.sharding import fused_tensors
+
+NAME = "hf"
+LOOKS = f"config.json beside {SINGLE} or {INDEX}"
+SHARD_BYTES = 5_000_000_000
+OPTIONS = {"shard_bytes": f"largest shard (default {SHARD_BYTES})"}
+
+
+def recognise(path: Path) -> bool:
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return (folder / config_json.CONFIG).is_file() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
+
+
+def open(path: Path) -> HfReader:
+    return HfReader(path.parent if path.is_file() else path)
+
+
+class HfReader(Reader):
+    """Canonical tensors as views of mapped files."""
+
+    format = NAME
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        config = config_json.load(folder / config_json.CONFIG)
+        self.dims = config_json.dims_of(config, str(folder / config_json.CONFIG))
+        self.carried = config_json.carried_of(config)
+        self.files = model_record.files_beside(folder)
+        self._shards = find_shards(folder)
+        self.dims = tensor_names.with_parts(self.arch, self.dims, self._shards.names())
+        stored, self._places = self._check()
+        self._items = {key: item for item in stored.values() for key in item.keys}
+
+    def info(self, key: str) -> Info:
+        dtype = self._shards.dtype(self._places[self._items[key].name].name)
+        return Info(self.row(key).shape(self.dims), dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        assert kind == WEIGHT, "this format holds no optimizer state"
+        item = self._items[key]
+        place = self._places[item.name]
+        tensor = self._shards.tensor(place.name)
+        for double in place.doubles:
+            if not torch.equal(tensor, self._shards.tensor(double)):
+                what = "Is tie_word_embeddings true by mistake?"
+                raise CheckpointError(message(f"{self.path}: {double}", f"the bits of {place.name}", "others", what))
+        self._places[item.name] = tensor_names.Place(place.name)
+        return item.part(tensor, key, self.dims)
+
+    def close(self) -> None:
+        self._shards.close()
+
+    def _check(self) -> tuple[dict[str, fused_tensors.Stored], dict[str, tensor_names.Place]]:
+        """Every expected tensor with its shape and dtype, and nothing else. Tied heads may be stored beside."""
+        found = self._shards.names()
+        faults = Faults(f"{self.path} does not hold the model of its config.json", CheckpointError)
+        faults.lines += self._shards.faults
+        if self.dims.num_layers > len(found):
+            # A lying config must not make us list a million layers.
+            faults.add("num_layers", f"no more than the {len(found)} tensors found", self.dims.num_layers)
+            faults.raise_if_any(self._shards.weights)
+        stored = fused_tensors.stored(self.arch, self.dims, NAME)
+        places = tensor_names.places(self.arch, self.dims, found)
+        expected = {
+            name: item.shape(self.dims)
+            for item in stored.values()
+            for name in (places[item.name].name, *places[item.name].doubles)
+        }
+        self._shards.check(expected, self.arch.ignored.get(NAME, ()), faults)
+        faults.raise_if_any(self._shards.weights)
+        return stored, places
+
+
+refused_elsewhere = config_json.refused_elsewhere
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Shards (a tensor that is larger than one has its own), their index where there are several, the config."""
+    stored = fused_tensors.stored(source.arch, source.dims, NAME)
+    tensors = {name: later(source, item) for name, item in stored.items()}
+    dtypes = [tensor.dtype for tensor in tensors.values()]
+    dtype = max(set(dtypes), key=dtypes.count)
+    out.json(config_json.CONFIG, config_json.config_of(source.dims, source.carried, dtype))
+    shards = list(
+        _shards({name: t.nbytes for name, t in tensors.items()}, options.extra.get("shard_bytes", SHARD_BYTES))
+    )
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        out.safetensors(file, {name: tensors[name] for name in names}, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        out.json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file in source.files:
+        out.copy(file)
+
+
+def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in order, cut where a shard would grow beyond the limit; a tensor larger than it has its own."""
+    shard, filled = [], 0
+    for name, size in sizes.items():
+        if shard and filled + size > limit:
+            yield shard
+            shard, filled = [], 0
+        shard.append(name)
+        filled += size
+    yield shard

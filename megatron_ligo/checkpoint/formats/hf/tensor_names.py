@@ -1,0 +1,71 @@
+"""Under which names a Hugging Face file holds what the table names: with or without the base's prefix, or old endings.
+
+Which optional parts a model has is told by the tensors, not by the class that its config names: files often hold more
+than that class, or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Architecture, layer_of
+from megatron_ligo.sharding import fused_tensors
+
+FORM = "hf"
+
+
+@dataclass(frozen=True)
+class Place:
+    """name: of the tensor in the file (today's name if it is missing); doubles: where it may stand once more."""
+
+    name: str
+    doubles: tuple[str, ...] = ()
+
+
+def with_parts(arch: Architecture, dims: Dims, found: Collection[str]) -> Dims:
+    """The sizes with the optional parts of which a tensor is found. What has no tensor of its own stays as it is."""
+    for part in arch.parts(dims.model_type):
+        having = replace(dims, **{part: True})
+        rows = [row for row in arch.rows if row.needs == part and row.stored(having)]
+        if rows:
+            there = any(name in found for row in rows for name in _own_names(arch, having, row.key))
+            dims = replace(dims, **{part: there})
+    return dims
+
+
+def places(arch: Architecture, dims: Dims, found: Collection[str]) -> dict[str, Place]:
+    """Where each tensor that a model of these dims has (packing.stored) stands in a file that holds `found`."""
+    located = {}
+    for item in fused_tensors.stored(arch, dims, FORM).values():
+        own = [name for name in _own_names(arch, dims, item.keys[0]) if name in found]
+        tied = [name for name in _tied_names(arch, dims, item.keys[0]) if name in found and name not in own]
+        first = own[0] if own else item.name
+        located[item.name] = Place(first, (*own[1:], *tied))
+    return located
+
+
+def _own_names(arch: Architecture, dims: Dims, key: str) -> list[str]:
+    """Every name under which a file may hold a key, today's first."""
+    names = [arch.stored_name(key, dims, FORM), _format(arch.row(key).slots[FORM].name, key)]
+    base = arch.base.get(FORM, "")
+    names += [name.removeprefix(base) for name in names] + [base + name for name in names]
+    names += [
+        name.removesuffix(new) + old
+        for old, new in arch.renamed.get(FORM, {}).items()
+        for name in names
+        if name.endswith(new)
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _tied_names(arch: Architecture, dims: Dims, key: str) -> Iterator[str]:
+    for row in arch.rows:
+        if dims.tied and row.exists(dims) and row.tied_to == key:
+            yield row.slots[FORM].name
+
+
+def _format(name: str, key: str) -> str:
+    layer = layer_of(key)
+    return name if layer is None else name.format(layer)

@@ -1,0 +1,182 @@
+"""The arguments of a run as Megatron-LM keeps them in its checkpoints: the model's sizes out of them, and into them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.io import iteration_folders
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+
+# Megatron-LM's default; with it, a vocabulary is padded to a multiple of this times tp.
+DIVISIBLE_BY = 128
+CHECKPOINT_VERSION = 3.0
+# Megatron-core has no other constants for Llama 3.1's rotary scaling than these.
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+class Inert:
+    """Stands in for what a checkpoint of Megatron-LM keeps besides tensors: holds its attributes, does nothing."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+_NAMES = (
+    "argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals",
+    "_io.BytesIO", "builtins.bytes",
+    "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType", "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar",
+    "megatron.core.enums.ModelType", "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.rerun_state_machine.RerunDiagnostic", "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState",
+)  # fmt: skip
+# Neither Megatron nor numpy builds any of them. (A class of its own for each: torch tells them apart by it.)
+STAND_INS = tuple((type(name.rpartition(".")[2], (Inert,), {}), name) for name in _NAMES)
+
+
+def sizes(folder: Path, args: object) -> tuple[Dims, Mapping[str, object], tuple[Path, ...]]:
+    """Sizes, carried config keys and files to carry along of an iteration's folder.
+
+    They stand beside the weights (or beside the tracker, one step up); else the run's arguments state the sizes.
+    """
+    roots = [folder]
+    if (folder.parent / iteration_folders.TRACKER).is_file():
+        roots.append(folder.parent)
+    files = tuple(file for root in roots for file in model_record.files_beside(root))
+    for root in roots:
+        found = model_record.find(root)
+        if found:
+            return (*found, files)
+    if not isinstance(args, Inert):
+        model_record.read(folder)
+    return dims_of(vars(args), f"args in {folder}"), {}, files
+
+
+def dims_of(args: Mapping[str, object], where: str) -> Dims:
+    """The sizes that Megatron-LM's arguments state. CheckpointError for a network that we have no table of."""
+    title = f"{where} describe no Llama: put the model's Hugging Face config.json beside the weights"
+    faults = Faults(title, CheckpointError)
+    for name, value in _FIXED.items():
+        if args.get(name, value) != value:
+            faults.add(name, value, repr(args[name]))
+    missing = [name for name in _NEEDED if args.get(name) is None]
+    for name in missing:
+        faults.add(name, "a value", "none")
+    if args.get("position_embedding_type", "rope") != "rope" and not args.get("use_rotary_position_embeddings"):
+        faults.add("position_embedding_type", "rope", repr(args["position_embedding_type"]))
+    faults.raise_if_any()
+    grouped = bool(args.get("group_query_attention"))
+    window = args.get("window_size")
+    biased = bool(args.get("add_qkv_bias"))
+    padded = args["padded_vocab_size"]
+    vocab = args.get("vocab_size")
+    try:
+        return Dims(
+            arch="llama",
+            model_type="qwen2" if biased else "mistral" if window else "llama",
+            num_layers=args["num_layers"],
+            hidden_size=args["hidden_size"],
+            ffn_size=args["ffn_hidden_size"],
+            num_heads=args["num_attention_heads"],
+            num_kv_heads=args["num_query_groups"] if grouped else args["num_attention_heads"],
+            head_dim=args.get("kv_channels") or args["hidden_size"] // args["num_attention_heads"],
+            vocab_size=vocab if isinstance(vocab, int) and 0 < vocab <= padded else padded,
+            max_positions=args["max_position_embeddings"],
+            norm_eps=args["norm_epsilon"],
+            tied=not args["untie_embeddings_and_output_weights"],
+            qkv_bias=biased,
+            rope_base=float(args["rotary_base"]),
+            rope_scaling=_rope_scaling(args),
+            sliding_window=window[0] + 1 if window else None,
+        )
+    except (TypeError, ValueError, LookupError, ArithmeticError, ConfigError) as error:
+        raise CheckpointError(message(where, "the sizes of a model", f"{error}")) from None
+
+
+def args_of(dims: Dims, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int) -> Namespace:
+    """What Megatron-LM compares with a run's own arguments, or takes over (--use-checkpoint-args)."""
+    if dims.arch != "llama":
+        return Namespace(**_layout(dims, tp, pp, padded, dtype, step))
+    scaling = dict(dims.rope_scaling or {})
+    return Namespace(
+        **_layout(dims, tp, pp, padded, dtype, step),
+        **_FIXED,
+        position_embedding_type="rope",
+        use_rotary_position_embeddings=False,
+        rotary_base=_whole(dims.rope_base),
+        use_rope_scaling=bool(scaling),
+        rope_scaling_factor=scaling.get("factor", 8.0),
+        window_size=None if dims.sliding_window is None else (dims.sliding_window - 1, 0),
+    )
+
+
+_FIXED = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "qk_layernorm": False,
+    "num_experts": None,
+    "mtp_num_layers": None,
+    "multi_latent_attention": False,
+}
+_NEEDED = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size",
+    "max_position_embeddings", "norm_epsilon", "untie_embeddings_and_output_weights", "rotary_base",
+    "normalization", "swiglu", "add_bias_linear",
+)  # fmt: skip
+
+
+def _layout(dims: Dims, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int) -> dict[str, object]:
+    return {
+        "num_layers": dims.num_layers,
+        "hidden_size": dims.hidden_size,
+        "ffn_hidden_size": dims.ffn_size,
+        "num_attention_heads": dims.num_heads,
+        "group_query_attention": dims.num_kv_heads != dims.num_heads,
+        "num_query_groups": dims.num_kv_heads,
+        "kv_channels": dims.head_dim,
+        "vocab_size": dims.vocab_size,
+        "padded_vocab_size": padded,
+        "make_vocab_size_divisible_by": max(padded // tp, 1),
+        "max_position_embeddings": dims.max_positions,
+        "seq_length": dims.max_positions,
+        "norm_epsilon": dims.norm_eps,
+        "untie_embeddings_and_output_weights": not dims.tied,
+        "add_qkv_bias": dims.qkv_bias,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": None,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "iteration": step,
+        "world_size": tp * pp,
+        "data_parallel_size": 1,
+        "use_distributed_optimizer": False,
+    }
+
+
+def _rope_scaling(args: Mapping[str, object]) -> dict | None:
+    if not args.get("use_rope_scaling"):
+        return None
+    return {"rope_type": "llama3", "factor": args.get("rope_scaling_factor", 8.0), **LLAMA3_SCALING}
+
+
+def _whole(number: float | None) -> float | int | None:
+    """Megatron-LM's rotary base is a whole number."""
+    return int(number) if number is not None and number == int(number) else number

@@ -1,0 +1,239 @@
+"""Megatron-LM's checkpoints by rank (`--ckpt-format torch`), at their own tensor and pipeline parallelism.
+
+    DIR/latest_checkpointed_iteration.txt                  which folder (iterations.py)
+    DIR/iter_0000100/mp_rank_TT/model_optim_rng.pt         tensor-parallel rank TT
+    DIR/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     of stage PPP, where there is more than one
+
+The first stage holds the embedding, the last one the last norm and the head (of a tied model: a copy of the embedding);
+each stage counts its layers from 0. Adam's state lies in the same files (megatron_adam.py); it is written where the
+weights are fp32, by the numbers that Megatron-core's own layers give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Architecture, Use, layer_of
+from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import EXTRA_STATE, as_made, fused_name
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer
+from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import Saved, is_saved, rank_file
+from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tp_shards
+from megatron_ligo.checkpoint.io.file_layout import Later
+from megatron_ligo.checkpoint.io.output import Output, one_dtype
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.sharding import fused_tensors, tensor_parallel
+from megatron_ligo.sharding.fused_tensors import Stored
+
+NAME = "megatron"
+LOOKS = f"mp_rank_*/model_optim_rng.pt (Megatron-LM), or {iteration_folders.TRACKER} that names their folder"
+LAYOUT = True
+LAYERS = ("local", "te")
+OPTIONS = {
+    "vocab_divisible_by": f"pads the vocabulary to a multiple of it times tp (default {arguments.DIVISIBLE_BY})",
+    "layers": "local (default) or te: names of Megatron-core's own layers, or of Transformer Engine's",
+    **adam_groups.RATES,
+}
+
+
+def recognise(path: Path) -> bool:
+    folder = iteration_folders.find(path)
+    return folder is not None and is_saved(folder)
+
+
+def open(path: Path) -> MegatronReader:
+    return MegatronReader(path)
+
+
+class MegatronReader(Reader):
+    """Canonical tensors, each put together from the mapped files of the tensor-parallel ranks of its stage."""
+
+    format = NAME
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._folder = iteration_folders.folder(path)
+        self._saved = Saved(self._folder)
+        self.dims, self.carried, self.files = arguments.sizes(self._folder, self._saved.args)
+        self._items: dict[str, Stored] = {}
+        # Of a tied model the last of several stages holds a copy: name of the original -> its name.
+        self._copies: dict[str, str] = {}
+        self._rows = self._check()
+        padding = {"padded_vocab": self._rows} if self._rows > self.dims.vocab_size else {}
+        self.layout = {"tp": self._saved.tp, "pp": self._saved.pp, **padding}
+        self.step, self.groups = self._saved.step, self._saved.groups
+        self.unread = (f"optimizer state ({self._saved.left})",) if self._saved.left else ()
+
+    @property
+    def has_moments(self) -> bool:
+        return bool(self._saved.moments)
+
+    def info(self, key: str) -> Info:
+        tensors = self._saved.tensors[self._items[key].name]
+        return Info(self.row(key).shape(self.dims), tensors[0].dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        item = self._items[key]
+        held = self._saved.tensors if kind == WEIGHT else self._saved.moments[kind]
+        pieces = held[item.name]
+        for rank, copy in enumerate(held.get(self._copies.get(item.name, ""), ())):
+            if not digest.same(pieces[rank], copy):
+                where = f"{item.name} ({kind}, {self._folder}, rank {rank})"
+                do = "The model is tied, and its stages went apart in training."
+                raise CheckpointError(message(where, "the bits of the last stage's copy", "others", do))
+        stored = replace(self.dims, vocab_size=self._rows)
+        return tp_shards.join(item, key, pieces, stored, self.dims, f"{self._folder}")
+
+    def _check(self) -> int:
+        """Every tensor on every rank, with its shape and dtype, and no others. The rows of the vocabulary as stored."""
+        dims, saved = self.dims, self._saved
+        faults = Faults(f"{self._folder} does not hold the model of its sizes", CheckpointError)
+        if dims.num_layers != saved.num_layers:
+            faults.add("num_layers", dims.num_layers, saved.num_layers, "Are files or stages missing?")
+        tensor_parallel.check_tp(dims, saved.tp, faults)
+        faults.raise_if_any()
+        stored = fused_tensors.stored(self.arch, dims, "mcore")
+        rows = max((_rows(saved.tensors.get(item.name)) for item in stored.values() if item.vocabulary), default=0)
+        if rows < dims.vocab_size:
+            faults.add("vocabulary", f"at least {dims.vocab_size} rows", rows)
+            faults.raise_if_any()
+        padded = replace(dims, vocab_size=rows)
+        for item in stored.values():
+            self._items |= dict.fromkeys(item.keys, item)
+            saved.check(item.name, item.shape(padded, saved.tp), faults)
+        for copy, original in _tied(self.arch, dims).items() if saved.pp > 1 else ():
+            saved.check(copy, stored[original].shape(padded, saved.tp), faults)
+            self._copies[original] = copy
+        known = {*stored, *(_tied(self.arch, dims) if saved.pp > 1 else ())}
+        for name in sorted(set(saved.tensors) - known):
+            faults.add(name, "no such tensor", f"{tuple(saved.tensors[name][0].shape)}")
+        saved.take_optimizers(faults)
+        faults.raise_if_any(saved.weights)
+        return rows
+
+
+def _rows(pieces: list[Tensor] | None) -> int:
+    """Rows of all ranks together."""
+    return sum(piece.shape[0] for piece in pieces if piece.dim()) if pieces else 0
+
+
+def _tied(arch: Architecture, dims: Dims) -> dict[str, str]:
+    """Name of what the last stage holds -> name of the tensor of the first one that it shares."""
+    if not dims.tied:
+        return {}
+    names = {row.key: row.slots["mcore"].name for row in arch.rows}
+    return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to and row.exists(dims)}
+
+
+def write(source: Reader, out: Output, options: WriteOptions) -> None:
+    """Each rank's file. Those of a stage are filled side by side."""
+    dims, tp, pp = source.dims, options.tp, options.pp
+    layers, rows, rates = _asked(dims, options)
+    padded = replace(dims, vocab_size=rows)
+    folder = iteration_folders.folder_name(0)
+    model_record.write(source, out)
+    pieces = tp_shards.Pieces(source, tp, padded)
+    stored = fused_tensors.stored(source.arch, dims, "mcore")
+    bounds = _bounds(dims.num_layers, pp)
+    copies = _tied(source.arch, dims) if pp > 1 else {}
+    dtype = one_dtype(source, next(iter(stored.values())))
+    args = arguments.args_of(dims, tp, pp, rows, dtype, source.step)
+    args.transformer_impl = "transformer_engine" if layers == "te" else "local"
+    if dims.num_layers % pp:
+        args.decoder_last_pipeline_num_layers = bounds[-1] - bounds[-2]
+    for stage in range(pp):
+        held = _stage(stored, copies, bounds, stage)
+        trees = {}
+        for rank in range(tp):
+            weights = {name: pieces.later(item, rank) for name, item in held.items()}
+            tree = {
+                "args": args,
+                "checkpoint_version": arguments.CHECKPOINT_VERSION,
+                "iteration": source.step,
+                "model": _model(weights, held, layers),
+            }
+            if source.has_moments:
+                moments = {kind: {n: pieces.later(item, rank, kind) for n, item in held.items()} for kind in MOMENTS}
+                groups = adam_groups.megatron_groups(source.groups, rates)
+                tree["optimizer"] = rank_optimizer.made(weights, moments, groups, source.step)
+            trees[f"{folder}/{rank_file(rank, stage, pp)}"] = tree
+        out.torch_files(trees)
+    iteration_folders.write_tracker(out, 0)
+
+
+def _model(weights: dict[str, Later], held: dict[str, Stored], layers: str) -> dict[str, Later | None]:
+    """A rank's weights by the names that its layers have."""
+    model: dict[str, Later | None] = {}
+    for name, item in held.items():
+        written = fused_name(name) if layers == "te" else name
+        model[written] = weights[name]
+        if _has_extra_state(item):
+            model[f"{written.removesuffix('weight')}{EXTRA_STATE}"] = None
+    return model
+
+
+def leaves_moments(source: Reader, options: WriteOptions) -> str:
+    if options.extra.get("layers", LAYERS[0]) != LAYERS[0]:
+        return "its numbers are those of Megatron-core's own layers: say layers=local"
+    if {options.dtype or source.info(key).dtype for key in source.keys()} != {torch.float32}:  # noqa: SIM118 - no dict
+        return "Megatron-LM's optimizers go on from fp32 weights: say --dtype float32"
+    return rank_optimizer.leaves(source.groups)
+
+
+def _bounds(num_layers: int, pp: int) -> list[int]:
+    """Where stages begin, and the end. All are alike but for the last: that is what Megatron-LM can be told."""
+    most = -(-num_layers // pp)
+    size = most if most * (pp - 1) < num_layers else num_layers // pp
+    return [*(stage * size for stage in range(pp)), num_layers]
+
+
+def _has_extra_state(item: Stored) -> bool:
+    """True for the weights of linears, which keep something for fp8 (here: nothing)."""
+    return len(item.rows[0].axes) == 2 and item.rows[0].axes[1].use is Use.READS
+
+
+def _stage(stored: dict[str, Stored], copies: dict[str, str], bounds: list[int], stage: int) -> dict[str, Stored]:
+    """What a stage holds, by its own names: it counts its layers from 0."""
+    held = {}
+    first, stop = bounds[stage : stage + 2]
+    order = list(stored)
+    inside = [number for number, item in enumerate(stored.values()) if layer_of(item.keys[0]) is not None]
+    for number, name in enumerate(order):
+        item = stored[name]
+        layer = layer_of(item.keys[0])
+        if layer is not None:
+            if first <= layer < stop:
+                held[name.replace(f"layers.{layer}.", f"layers.{layer - first}.", 1)] = item
+        elif (number < inside[0] and stage == 0) or (number > inside[-1] and stage == len(bounds) - 2):
+            held[name] = item
+    if stage == len(bounds) - 2:
+        held |= {copy: stored[original] for copy, original in copies.items()}
+    return {name: held[name] for name in as_made(held)}
+
+
+def _asked(dims: Dims, options: WriteOptions) -> tuple[str, int, dict[str, object]]:
+    """Names of the layers, rows of the padded vocabulary, learning rates that are to be stated. Raises for a layout
+    that Megatron-LM has not."""
+    layers = options.extra.get("layers", LAYERS[0])
+    multiple = options.extra.get("vocab_divisible_by", arguments.DIVISIBLE_BY)
+    rates = {name: options.extra[name] for name in adam_groups.RATES if name in options.extra}
+    faults = Faults(f"the format {NAME} cannot be written so", ConfigError)
+    adam_groups.check_rates(rates, faults)
+    if layers not in LAYERS:
+        faults.add("layers", " or ".join(LAYERS), repr(layers))
+    if type(multiple) is not int or multiple < 1:
+        faults.add("vocab_divisible_by", "a positive whole number", repr(multiple))
+    tensor_parallel.check_tp(dims, options.tp, faults)
+    if options.pp > dims.num_layers:
+        faults.add(
+            f"pp = {options.pp}", "at most one stage a layer", f"{dims.num_layers} layers", "Choose a smaller pp."
+        )
+    faults.raise_if_any()
+    multiple *= options.tp
+    return layers, -(-dims.vocab_size // multiple) * multiple, rates

@@ -1,0 +1,51 @@
+"""What a checkpoint is, from its headers only."""
+
+from __future__ import annotations
+
+from math import prod
+
+from megatron_ligo.checkpoint.reader import Reader
+
+
+def describe(reader: Reader) -> dict:
+    """Plain data (JSON): format, sizes, layout, step, and for each key its shape, dtype, and the dim that
+    tensor parallelism cuts (None: none).
+    """
+    rows = []
+    for key in reader.keys():  # noqa: SIM118 - no dict
+        info = reader.info(key)
+        dtype = str(info.dtype).removeprefix("torch.")
+        rows.append({"key": key, "shape": list(info.shape), "dtype": dtype, "split": reader.row(key).split})
+    return {
+        "path": str(reader.path),
+        "format": reader.format,
+        "dims": reader.dims.to_json(),
+        "layout": dict(reader.layout),
+        "step": reader.step,
+        "moments": reader.has_moments,
+        "unread": list(reader.unread),
+        "parameters": sum(prod(row["shape"]) for row in rows),
+        "bytes": sum(prod(row["shape"]) * reader.info(row["key"]).dtype.itemsize for row in rows),
+        "carried": dict(reader.carried),
+        "rows": rows,
+    }
+
+
+def as_text(found: dict) -> str:
+    """The same for reading."""
+    dims = {name: value for name, value in found["dims"].items() if value not in (None, False, 0)}
+    layout = ", ".join(f"{name} {value}" for name, value in found["layout"].items()) or "one piece"
+    state = f"step {found['step']}, {'with' if found['moments'] else 'without'} optimizer state"
+    lines = [
+        f"{found['path']}: {found['format']}, {layout}, {state}",
+        f"{found['parameters']:,} parameters, {found['bytes']:,} bytes",
+        "  ".join(f"{name}={value}" for name, value in dims.items()),
+        *(f"not read: {what}" for what in found["unread"]),
+        "",
+    ]
+    width = max(len(row["key"]) for row in found["rows"])
+    for row in found["rows"]:
+        shape = " x ".join(map(str, row["shape"]))
+        cut = "" if row["split"] is None else f"cut along {row['split']}"
+        lines.append(f"{row['key']:<{width}}  {row['dtype']:<9} {shape:<16} {cut}".rstrip())
+    return "\n".join(lines)

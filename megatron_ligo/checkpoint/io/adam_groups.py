@@ -1,0 +1,111 @@
+"""What Adam keeps besides tensors: the settings of its groups, out of any checkpoint and as Megatron-core wants them.
+
+Megatron-core's optimizer takes its groups whole from the checkpoint, betas and eps with them. It has two: matrices, and
+vectors (norms, biases), which do not decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
+
+from torch import Tensor
+
+from megatron_ligo.common.errors import Faults
+
+PARAMS = "params"
+STEP = "step"
+# What a group of Megatron-core's is known by, besides its rates.
+KNOWN_BY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+ALIKE = ("betas", "eps", "lr")
+RATES = {
+    "max_lr": "highest learning rate of the run that takes up Adam's moments (default: a Megatron source's own)",
+    "min_lr": "lowest one; Megatron-core 0.19 wants both, and takes up moments only where they are the run's own",
+}
+
+
+def settings(groups: object) -> tuple[dict[str, object], ...]:
+    """The settings of an optimizer's groups, each once; what is no plain value, and which parameters are in it, not."""
+    found: dict[str, dict[str, object]] = {}
+    for group in groups if isinstance(groups, list | tuple) else ():
+        if isinstance(group, Mapping):
+            values = {name: _plain(value) for name, value in group.items() if name not in (PARAMS, STEP)}
+            kept = {str(name): value for name, value in values.items() if value is not NotImplemented}
+            if kept:
+                found.setdefault(repr(kept), kept)
+    return tuple(found.values())
+
+
+def _plain(value: object) -> object:
+    """NotImplemented for what is no plain value."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else NotImplemented
+    if isinstance(value, list | tuple):
+        return tuple(value) if all(isinstance(number, int | float) for number in value) else NotImplemented
+    return value if value is None or isinstance(value, bool | int | float | str) else NotImplemented
+
+
+def lacking(groups: Sequence[Mapping[str, object]]) -> str:
+    """Why Megatron-core's groups cannot be made of these; "" if they can."""
+    needed = ALIKE[:2] if _are_megatrons(groups) else (*ALIKE, "weight_decay")
+    missing = [name for name in needed if not groups or not all(_states(group, name) for group in groups)]
+    if missing:
+        return f"the source does not state {' and '.join(missing)}, which Megatron-core takes from its checkpoint"
+    if not _are_megatrons(groups):
+        differing = [name for name in ALIKE if len({group[name] for group in groups}) > 1]
+        if len({group["weight_decay"] for group in groups} - {0}) > 1:
+            differing.append("weight_decay")
+        if differing:
+            return f"the source's groups differ in {' and '.join(differing)}, Megatron-core's cannot"
+    return ""
+
+
+def megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, object]) -> list[dict[str, object]]:
+    """Megatron-core's groups, if nothing is lacking. rates: of RATES, what is asked for."""
+    if _are_megatrons(groups):
+        return [{**group, **rates} for group in groups]
+    decay = max(group["weight_decay"] for group in groups)
+    plain = min(group["weight_decay"] for group in groups)
+    made = {name: groups[0][name] for name in ALIKE} | {
+        # Transformer Engine's Adam asks for it; torch's has no other way.
+        "bias_correction": groups[0].get("bias_correction", True),
+        "lr_mult": 1.0,
+        "is_expert_parallel": False,
+        "is_decoupled_lr": False,
+        "default_config": True,
+        **rates,
+    }
+    return [{**made, "weight_decay": decay, "wd_mult": 1.0}, {**made, "weight_decay": plain, "wd_mult": 0.0}]
+
+
+def is_bare(group: Mapping[str, object]) -> bool:
+    """True for the group of Megatron-core's that does not decay: vectors."""
+    return group.get("wd_mult", group.get("pre_wd_mult")) == 0
+
+
+def count(step: object) -> int | None:
+    """A count of steps as an optimizer notes it (a number, or a tensor of one); None for anything else."""
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    good = isinstance(step, int | float) and isfinite(step) and step >= 0 and step == int(step)
+    return int(step) if good else None
+
+
+def check_rates(rates: Mapping[str, object], faults: Faults) -> None:
+    for name, rate in rates.items():
+        if not _is_setting(rate):
+            faults.add(name, "a learning rate", repr(rate))
+
+
+def _states(group: Mapping[str, object], name: str) -> bool:
+    value = group.get(name)
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(map(_is_setting, numbers)) and len(numbers) == (2 if name == "betas" else 1)
+
+
+def _is_setting(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < inf
+
+
+def _are_megatrons(groups: Sequence[Mapping[str, object]]) -> bool:
+    return bool(groups) and all(name in group or f"pre_{name}" in group for group in groups for name in KNOWN_BY)

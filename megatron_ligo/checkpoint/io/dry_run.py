@@ -1,0 +1,51 @@
+"""A writer's run without writing: how many bytes its files will take. Also the first to say what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from megatron_ligo.checkpoint.io.file_layout import Later, Place
+from megatron_ligo.checkpoint.io.output import Output
+
+
+class Planned(Output):
+    """Counts tensors (zeros that stay holes are none) and copied files. Makes no tensor; `folder` is for scratch."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.bytes = 0
+
+    def safetensors(self, name: str, tensors: Mapping[str, Later], metadata: Mapping[str, str] | None = None) -> None:
+        self._count(tensors.values())
+
+    def torch_files(self, trees: Mapping[str, object]) -> None:
+        for tree in trees.values():
+            self._count({id(tensor): tensor for tensor in _tensors(tree)}.values())
+
+    def torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+        self.torch_files(trees)
+        return dict.fromkeys(trees, (0, 0))
+
+    def copy(self, source: Path, name: str | None = None) -> None:
+        self.bytes += source.stat().st_size
+
+    def file(self, name: str, write: Callable[[Path], object]) -> None:
+        pass
+
+    def _fill(self, files: Mapping[str, list[Place]]) -> None:
+        self._count(place.later for places in files.values() for place in places)
+
+    def _count(self, tensors: Iterable[Later]) -> None:
+        self.bytes += sum(tensor.nbytes for tensor in tensors if tensor.make is not None)
+
+
+def _tensors(tree: object) -> Iterator[Later]:
+    if isinstance(tree, Later):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)

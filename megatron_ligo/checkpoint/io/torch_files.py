@@ -1,0 +1,202 @@
+"""Files of torch.save, mapped and never executed: tensors, plain values and what the caller allows by name."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ligo.checkpoint.io import pickle_enums, pickle_limits
+from megatron_ligo.checkpoint.io.file_layout import data_offset
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+
+# What torch raises for files that are not whole, or not its own.
+DAMAGE = (
+    BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError,
+    AssertionError, struct.error,
+)  # fmt: skip
+
+
+def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool = True) -> object:
+    """What torch.save wrote, on the CPU, its tensors views of the mapped file unless it is not to be `mapped`.
+
+    stand_ins: (object, "module.name") for classes that the file may name; give inert ones instead of the real.
+    Raises CheckpointError for a damaged file, and for one that names anything else.
+    """
+    if not path.is_file():
+        raise CheckpointError(message(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
+    with told(f"{path}"), _only(stand_ins):
+        found = _checked(path, mapped)
+    pickle_limits.check(f"{path}", found)
+    return found
+
+
+def within(path: Path, start: int, length: int, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
+    """As `load`, of what torch.save wrote into a part of a file; its tensors are copies."""
+    with told(f"{path} at {start}"), _only(stand_ins), path.open("rb") as file:
+        found = _checked(Window(file, start, length), mapped=False)
+    pickle_limits.check(f"{path} at {start}", found)
+    return found
+
+
+def _checked(file: Path | BinaryIO, mapped: bool) -> object:
+    zipped = is_zipfile(file)
+    sizes: list[int] = []
+
+    def noted(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        sizes.append(storage.nbytes())
+        return storage
+
+    records = _records(file) if zipped else None
+    if not isinstance(file, Path):
+        file.seek(0)
+    # The format of torch before 1.6 is no zip archive and cannot be mapped.
+    found = torch.load(file, map_location=noted, weights_only=True, mmap=mapped and zipped)
+    if zipped and sorted(sizes) != records:
+        raise BadZipFile("storages of other sizes than their records")
+    return found
+
+
+def entry(path: Path, start: int, length: int) -> Tensor:
+    """The only tensor of an archive of torch.save that lies within a file: a view of the mapped file where its bytes
+    are aligned to its items, else a copy. Raises CheckpointError as `load` does.
+    """
+    with told(f"{path} at {start}"), _only(()), path.open("rb") as file:
+        window = Window(file, start, length)
+        if not is_zipfile(window):
+            raise BadZipFile("no archive")
+        window.seek(0)
+        # On "meta" no bytes are read, and no memory is taken for what an archive says that it holds.
+        frame = torch.load(window, map_location="meta", weights_only=True)
+        if not isinstance(frame, Tensor) or frame.layout is not torch.strided:
+            raise ValueError("no tensor")
+        offset, size = _only_storage(window)
+        if size != frame.untyped_storage().nbytes():
+            raise ValueError(f"{size} bytes for a tensor of {frame.untyped_storage().nbytes()}")
+        # A private map: nothing that is done to the tensor reaches the file.
+        data = np.memmap(file, np.uint8, "c", start + offset, (size,)) if size else np.empty(0, np.uint8)
+        if data.ctypes.data % frame.dtype.itemsize:
+            data = np.array(data)
+        flat = torch.from_numpy(data).view(frame.dtype)
+        return flat.as_strided(frame.size(), frame.stride(), frame.storage_offset())
+
+
+def _only_storage(window: BinaryIO) -> tuple[int, int]:
+    """Offset and size of the data of an archive with one storage."""
+    with ZipFile(window) as archive:
+        infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        found = [info for name, info in infos.items() if name.startswith("data/")]
+        order = infos.get("byteorder")
+        plain = all(info.compress_type == ZIP_STORED for info in infos.values())
+        ours = not order or (plain and archive.read(order) == sys.byteorder.encode())
+    if len(found) != 1 or not plain or not ours:
+        raise ValueError("not one storage, stored plainly in this machine's byte order")
+    offset = data_offset(window, found[0])
+    if found[0].file_size != found[0].compress_size or offset + found[0].file_size > window.length:
+        raise ValueError("a storage that does not lie within its archive")
+    return offset, found[0].file_size
+
+
+class Window(io.RawIOBase):
+    """A part of an open file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        self._file = file
+        self._start = start
+        self._at = 0
+        self.length = length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError("before the start")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        size = max(min(len(buffer), self.length - self._at), 0)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(size)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+@contextmanager
+def _only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
+    """Files may name these, and nothing that another library of this process has allowed."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    if stand_ins:
+        member = pickle_enums.of(kind for kind, _ in stand_ins)
+        torch.serialization.add_safe_globals([*stand_ins, (member, ".".join(pickle_enums.GETATTR))])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """What is wrong with a file of torch.save that is read inside becomes a CheckpointError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(message(where, "a file", "nothing there")) from None
+    except pickle.UnpicklingError as error:
+        # torch's own advice is left out: it is to trust the file.
+        found = str(error).split("Check the documentation")[0].split("Please use")[0]
+        found = " ".join(found.rpartition("WeightsUnpickler error:")[2].split())
+        do = "It is not loaded: loading it could run code."
+        raise CheckpointError(message(where, "tensors and plain values", found, do)) from None
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise CheckpointError(message(where, "a whole file of torch.save", found, "Fetch it again.")) from None
+
+
+def _records(file: Path | BinaryIO) -> list[int]:
+    """Sizes of the storages' records. torch maps each as it lies in the archive and believes the pickle about its size:
+    packed or shorter, it would be other numbers."""
+    with ZipFile(file) as archive:
+        records = archive.infolist()
+    names = [record.filename for record in records]
+    if len(set(names)) < len(names) or any(record.compress_type != ZIP_STORED for record in records):
+        raise BadZipFile("records that are packed, or there twice")
+    return sorted(record.file_size for record in records if record.filename.partition("/")[2].startswith("data/"))
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """A file that is a dict of named weights. Raises CheckpointError if it holds anything else."""
+    state = load(path)
+    if not isinstance(state, dict):
+        raise CheckpointError(message(f"{path}", "tensors by name", type(state).__name__))
+    faults = Faults(f"{path} holds what is no weight", CheckpointError)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            faults.add(repr(name), "a tensor by its name", type(value).__name__)
+        elif value.layout is not torch.strided or not value.is_floating_point():
+            faults.add(name, "a dense tensor of floating-point numbers", f"{value.layout}, {value.dtype}")
+    faults.raise_if_any()
+    return state

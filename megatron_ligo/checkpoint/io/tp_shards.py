@@ -1,0 +1,84 @@
+"""Stored tensors that lie in pieces, one with each tensor-parallel rank: cut for writing, joined for reading.
+
+The files of all ranks are filled side by side (`Output.torch_files`), so that a tensor is made once for all of them.
+`stored` sizes are the model's with the vocabulary as the files have it: padded to a multiple of tp, or further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.checkpoint.io import digest
+from megatron_ligo.checkpoint.io.file_layout import Later
+from megatron_ligo.checkpoint.io.output import one_dtype
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader
+from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.sharding import tensor_parallel
+from megatron_ligo.sharding.fused_tensors import Stored
+
+
+def padded(dims: Dims, tp: int) -> Dims:
+    """The sizes as tp ranks store them: with the smallest vocabulary that they can share."""
+    return replace(dims, vocab_size=tensor_parallel.padded_vocab(dims.vocab_size, tp))
+
+
+class Pieces:
+    """What ranks store of a source's tensors. The parts of the tensor that was asked for last are kept."""
+
+    def __init__(self, source: Reader, tp: int, stored: Dims):
+        self._source = source
+        self._tp = tp
+        self._stored = stored
+        self._kept: tuple[object, list[Tensor]] = (None, [])
+
+    def later(self, item: Stored, rank: int, kind: str = WEIGHT) -> Later:
+        """One rank's piece, to be made when its turn comes."""
+        return Later(
+            item.shape(self._stored, self._tp),
+            one_dtype(self._source, item, kind),
+            lambda: item.shard(self._parts(item, kind), self._stored, self._tp, rank),
+        )
+
+    def _parts(self, item: Stored, kind: str) -> list[Tensor]:
+        wanted = (item.name, kind)
+        if self._kept[0] != wanted:
+            self._kept = (None, [])
+            self._kept = (wanted, [self._part(item, key, kind) for key in item.keys])
+        return self._kept[1]
+
+    def _part(self, item: Stored, key: str, kind: str) -> Tensor:
+        tensor = self._source.read(key, kind)
+        row = item.rows[item.keys.index(key)]
+        return tensor_parallel.pad_vocab(tensor, self._stored.vocab_size) if row.axes[0].space == "vocab" else tensor
+
+
+def join(item: Stored, key: str, pieces: Sequence[Tensor], stored: Dims, dims: Dims, where: str) -> Tensor:
+    """The canonical tensor of a key from what every rank stores; a view where there is one rank and nothing to turn.
+
+    Raises CheckpointError (naming `where`) if ranks that should hold the same do not.
+    """
+    row = item.rows[item.keys.index(key)]
+    if item.split is None:
+        pieces = [replica(pieces, f"{key} ({item.name}, {where})")]
+    parts = [item.local_part(piece, key, stored, len(pieces)) for piece in pieces]
+    whole = tensor_parallel.join(parts, row, stored)
+    if row.axes[0].space == "vocab":
+        whole = whole.narrow(0, 0, dims.vocab_size)
+    return whole
+
+
+def replica(pieces: Sequence[Tensor], where: str, first: int = 0) -> Tensor:
+    """One of several tensors, of rank `first` and those after it, that must have the same bits.
+
+    Raises CheckpointError naming the ranks that differ.
+    """
+    others = [str(rank) for rank, piece in enumerate(pieces[1:], first + 1) if not digest.same(pieces[0], piece)]
+    if others:
+        do = "The ranks went apart in training, or files of two checkpoints are mixed."
+        found = f"others on rank {', '.join(others)}"
+        raise CheckpointError(message(where, f"the bits of rank {first}", found, do))
+    return pieces[0]

@@ -1,0 +1,67 @@
+"""manifest.json: what a checkpoint folder that we wrote holds, with a digest of every canonical tensor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.common.atomic_files import read_json
+from megatron_ligo.common.errors import CheckpointError, message
+
+MANIFEST = "manifest.json"
+VERSION = 1
+LIBRARIES = ("torch", "safetensors", "gguf", "xxhash", "deepspeed", "megatron-core")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """tensors: canonical key -> {kind: {shape, dtype, digest}}, kind "weight" or one of Adam's moments; the digest
+    (xxh3, 128 bits) is of the canonical bytes in row-major order. files: name -> bytes. job: digest of the request.
+    left_behind: what the source has and the format does not carry.
+    """
+
+    format: str
+    dims: Dims
+    step: int
+    layout: dict
+    job: str
+    source: dict
+    tensors: dict[str, dict[str, dict]]
+    files: dict[str, int] = field(default_factory=dict)
+    left_behind: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that had a hand in it, as installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def load(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises CheckpointError if there is none, or none that can be read."""
+    path = folder / MANIFEST
+    try:
+        data = read_json(path)
+        dims = Dims.from_json(data.pop("dims"))
+        manifest = Manifest(dims=dims, **data)
+    except FileNotFoundError:
+        raise CheckpointError(
+            message(f"{path}", "a manifest", "nothing there", "Only what we wrote has one.")
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(message(f"{path}", "a manifest of ours", f"{error!r}")) from None
+    if manifest.version != VERSION:
+        raise CheckpointError(message(f"{path}", f"version {VERSION}", manifest.version))
+    return manifest

@@ -1,0 +1,90 @@
+"""What a checkpoint whose format has no config needs beside it: dims.json, and the tokenizer's files.
+
+Every writer but Hugging Face's calls `write`; its reader calls `read` and `files_beside`. A run that trains keeps a
+folder of them (`keep`) and puts it beside each of its checkpoints.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.io.output import Output
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.common.atomic_files import write_json
+from megatron_ligo.common.errors import CheckpointError, ConfigError, message
+
+RECORD = "dims.json"
+VERSION = 1
+# Under this key our runs keep their state in DeepSpeed's checkpoints; it says what these hold, a model or an operator.
+STATE, HOLDS = "megatron_ligo", "holds"
+# How images are made fit for the model, their size among it.
+PICTURES = "preprocessor_config.json"
+# Tokenizers, generation settings, chat templates, licences: what makes a folder of weights a model to use.
+BESIDE = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+    PICTURES,
+)  # fmt: skip
+
+
+def files_beside(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that conversions carry along."""
+    return tuple(sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}))
+
+
+def write(source: Reader, out: Output) -> None:
+    """Writes the record and copies the carried files into the output's root."""
+    out.json(RECORD, _as_json(source.dims, source.carried))
+    for file in source.files:
+        out.copy(file)
+
+
+def keep(folder: Path, dims: Dims, carried: Mapping[str, object], files: Sequence[Path]) -> None:
+    """The same into a folder of its own, in the place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / RECORD, _as_json(dims, carried))
+
+
+def _as_json(dims: Dims, carried: Mapping[str, object]) -> dict:
+    return {"version": VERSION, "dims": dims.to_json(), "carried": dict(carried)}
+
+
+def find(folder: Path) -> tuple[Dims, Mapping[str, object]] | None:
+    """Sizes and carried config keys that a folder states: our record, or a Hugging Face config.json; else None."""
+    if (folder / RECORD).is_file():
+        return _own(folder / RECORD)
+    path = folder / config_json.CONFIG
+    if path.is_file():
+        config = config_json.load(path)
+        return config_json.dims_of(config, str(path)), config_json.carried_of(config)
+    return None
+
+
+def read(folder: Path) -> tuple[Dims, Mapping[str, object]]:
+    """As `find`, where nothing else can state the sizes. Raises CheckpointError if neither file is there."""
+    found = find(folder)
+    if found is None:
+        do = "Put the model's Hugging Face config.json there."
+        raise CheckpointError(
+            message(f"{folder}", f"{RECORD} or {config_json.CONFIG} with the model's sizes", "none", do)
+        )
+    return found
+
+
+def _own(path: Path) -> tuple[Dims, Mapping[str, object]]:
+    data = config_json.load(path)
+    try:
+        if data["version"] != VERSION:
+            raise CheckpointError(message(f"{path}", f"version {VERSION}", data["version"]))
+        return Dims.from_json(data["dims"]), dict(data["carried"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(message(f"{path}", "a record that we wrote", f"{error!r}")) from None
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None

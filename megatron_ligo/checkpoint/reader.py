@@ -1,0 +1,114 @@
+"""What every format gives and takes: a Reader of canonical tensors, and a writer that pulls from one.
+
+A format is one module of this folder with
+    NAME: str                                the word users type
+    LOOKS: str                               what `recognise` looks for, in words, for the error that nothing was found
+    recognise(path: Path) -> bool            by looking (names and a few bytes), never by loading
+    open(path: Path) -> Reader               reads headers only; all faults of the headers in one error
+    write(source: Reader, out: Output, options)   optional; names its files and what is in them (output.py)
+    DTYPE: torch.dtype                       optional: the one dtype that the format stores
+    OPTIONS: dict[str, str]                  optional: what `WriteOptions.extra` may hold, with a word of help
+    LAYOUT: bool                             optional: `write` obeys tp and pp, or refuses one of them by its name
+    leaves_moments(source, options) -> str   optional: `write` stores Adam's moments and the step if the source has
+                                             them, or this says why not; a format without it never does
+    refused_elsewhere(dims) -> str           optional: what the format's other readers would refuse of a network that
+                                             it can store, in one line; it is written, and the user told
+`write` is run twice: once to ask how many bytes it will write (planned.py).
+It is found by looking into the folder: nothing else needs an edit. All are imported together, so what only one
+needs (Megatron-core, DeepSpeed) is imported inside its functions. Which tensors a format stores, and the rows in each,
+is in packing.py; a writer hands them to `Output` as `later(source, item)`; what a format without a config needs
+beside it is in record.py, torch_files.py reads what torch.save wrote, and ranks.py cuts and joins what ranks share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Architecture, Row
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, in fp32, shaped like the weight
+
+
+@dataclass(frozen=True)
+class Info:
+    """Canonical shape and stored dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class WriteOptions:
+    """dtype: cast to it (None keeps each tensor's own); tp, pp: the layout written, where the format has one.
+
+    workers: threads that hash and write.
+
+    extra: what a single format asks for besides, by name (its `write` says which).
+    """
+
+    dtype: torch.dtype | None = None
+    tp: int = 1
+    pp: int = 1
+    workers: int = 2
+    extra: dict = field(default_factory=dict)
+
+
+class Reader(ABC):
+    """A checkpoint as a table of canonical tensors, read one at a time.
+
+    Growth is a Reader too: what it reads is computed from another Reader and an operator.
+    """
+
+    format: str
+    path: Path | None
+    dims: Dims
+    step: int = 0  # optimizer steps taken, 0 where unknown
+    layout: dict = {}  # tp, pp, ... as stored; {} for formats without
+    files: tuple[Path, ...] = ()  # tokenizer and the like, carried along by name
+    unread: tuple[str, ...] = ()  # what the files hold besides, in words, and a Reader does not give
+    groups: tuple[Mapping[str, object], ...] = ()  # settings of the optimizer's groups as stored (adam.py)
+    carried: Mapping[str, object] = {}  # Hugging Face config keys that are no sizes (token ids, ...), verbatim
+
+    @property
+    def arch(self) -> Architecture:
+        return architectures.get(self.dims.arch)
+
+    @property
+    def has_moments(self) -> bool:
+        return False
+
+    @abstractmethod
+    def info(self, key: str) -> Info:
+        """Shape and dtype of the weight of a key, without reading it."""
+
+    @abstractmethod
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        """The canonical tensor of a key (kind: "weight" or one of MOMENTS). CPU; may be a view of a mapped file."""
+
+    def keys(self) -> Iterator[str]:
+        """Every stored key, in file order."""
+        return self.arch.keys(self.dims)
+
+    def row(self, key: str) -> Row:
+        return self.arch.row(key)
+
+    def fingerprint(self) -> object | None:
+        """What must be unchanged (JSON) for a conversion that was interrupted to go on; None: it starts anew."""
+        if self.path is None:
+            return None
+        found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        stats = [(file, file.stat()) for file in found if file.is_file()]
+        root = self.path if self.path.is_dir() else self.path.parent
+        return [[str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+    def close(self) -> None:  # noqa: B027 - most readers hold nothing open
+        pass

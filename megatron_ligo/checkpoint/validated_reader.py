@@ -1,0 +1,129 @@
+"""A Reader that looks at what passes through it: shape, dtype, NaN and Inf, and a digest of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.checkpoint.io import digest
+from megatron_ligo.checkpoint.io.journal import Journal
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+
+
+class Checked(Reader):
+    """Passes a source's tensors on, cast to `dtype` (None: as they are). Moments pass only if `moments`.
+
+    What it found goes into the journal, so that a run that goes on need not read again. `finish` raises
+    CheckpointError with everything that was wrong, and so does `read` for what cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: Reader,
+        dtype: torch.dtype | None,
+        moments: bool,
+        journal: Journal,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        self.source = source
+        self.format, self.path, self.dims, self.step = source.format, source.path, source.dims, source.step
+        self.layout, self.files, self.carried = source.layout, source.files, source.carried
+        self.groups = source.groups
+        self._dtype = dtype
+        self._kinds = (WEIGHT, *MOMENTS) if moments and source.has_moments else (WEIGHT,)
+        self._journal = journal
+        self._progress = progress
+        self._sizes = {key: self._size(key) for key in source.keys()}  # noqa: SIM118 - no dict
+        self.total_bytes = sum(self._sizes.values()) * len(self._kinds)
+        self._done_bytes = sum(
+            self._sizes[key] for key in self._sizes for kind in self._kinds if self._known(key, kind)
+        )
+
+    @property
+    def has_moments(self) -> bool:
+        return len(self._kinds) > 1
+
+    def info(self, key: str) -> Info:
+        info = self.source.info(key)
+        return Info(info.shape, self._dtype or info.dtype)
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        try:
+            return self._pass(key, kind)
+        except CheckpointError:
+            # Nothing will come of it: the rest is only looked at, so that one error tells all that is wrong.
+            self._raise_all()
+            raise
+
+    def _pass(self, key: str, kind: str) -> Tensor:
+        tensor = self.source.read(key, kind)
+        expected = self.source.info(key)
+        dtype = expected.dtype if kind == WEIGHT else torch.float32
+        if (tuple(tensor.shape), tensor.dtype) != (expected.shape, dtype):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise CheckpointError(message(f"{key} ({kind})", f"{dtype} {expected.shape}", found))
+        if kind == WEIGHT and self._dtype:
+            tensor = tensor.to(self._dtype)
+        if not self._known(key, kind):
+            self._note(key, kind, tensor.contiguous())
+        return tensor
+
+    def finish(self) -> None:
+        """Every tensor has passed, and every one was good."""
+        for key in self._sizes:
+            for kind in self._kinds:
+                assert self._known(key, kind), f"{key} ({kind}) was never read"
+        self._raise_all()
+
+    def _raise_all(self) -> None:
+        """What was wrong with the tensors that have passed, and with those that have not."""
+        faults = Faults(f"{self.path or self.format} has tensors that cannot be used", CheckpointError)
+        for key in self._sizes:
+            for kind in self._kinds:
+                try:
+                    if not self._known(key, kind):
+                        self._pass(key, kind)
+                except CheckpointError as error:
+                    faults.note(str(error))
+                    continue
+                bad = self._known(key, kind)["bad"]
+                if bad:
+                    faults.add(f"{key} ({kind})", "finite numbers", bad)
+        faults.raise_if_any()
+
+    def digests(self) -> dict[str, dict[str, dict]]:
+        """By key and kind: shape, dtype, digest."""
+        return {key: {kind: self._entry(key, kind) for kind in self._kinds} for key in self._sizes}
+
+    def _entry(self, key: str, kind: str) -> dict:
+        return {name: value for name, value in self._known(key, kind).items() if name != "bad"}
+
+    def _known(self, key: str, kind: str) -> dict | None:
+        return self._journal.get("read", key, kind)
+
+    def _size(self, key: str) -> int:
+        info = self.source.info(key)
+        return torch.Size(info.shape).numel() * (self._dtype or info.dtype).itemsize
+
+    def _note(self, key: str, kind: str, tensor: Tensor) -> None:
+        entry = {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "digest": digest.of_bytes(digest.raw(tensor)),
+            "bad": bad_numbers(tensor),
+        }
+        self._journal.add("read", key, kind, value=entry)
+        self._done_bytes += self._sizes[key]
+        if self._progress:
+            self._progress(self._done_bytes, self.total_bytes)
+
+
+def bad_numbers(tensor: Tensor) -> str:
+    """ "" if all are finite, or how many are not."""
+    if tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
+        return ""
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    return " and ".join(f"{count} {name}" for count, name in ((nan, "NaN"), (inf, "Inf")) if count)

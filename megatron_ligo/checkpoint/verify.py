@@ -1,0 +1,166 @@
+"""Are two checkpoints the same? Bit for bit, in any formats and layouts; by their manifests; by their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.checkpoint import manifest
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.io import digest
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader
+from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.sharding.fused_tensors import stored
+
+BATCH, LENGTH, SEED = 2, 64, 1234
+
+
+@dataclass
+class Report:
+    """What was compared, and a line for each difference."""
+
+    compared: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        return not self.differences
+
+
+def compare(a: Reader, b: Reader, *, values_only: bool = False) -> Report:
+    """Sizes, and every canonical tensor bit for bit (moments and step too where both have them).
+
+    values_only: another dtype is no difference where every number is the same.
+    """
+    report = Report()
+    ours, theirs = a.dims.to_json(), b.dims.to_json()
+    for name in ours:
+        if ours[name] != theirs[name]:
+            report.differences.append(f"{name}: {ours[name]} and {theirs[name]}")
+    keys, others = list(a.keys()), set(b.keys())
+    report.differences += [f"{key}: only in the first" for key in keys if key not in others]
+    report.differences += [f"{key}: only in the second" for key in b.keys() if key not in set(keys)]  # noqa: SIM118
+    kinds = [WEIGHT]
+    if a.has_moments and b.has_moments:
+        kinds += MOMENTS
+        if a.step != b.step:
+            report.differences.append(f"step: {a.step} and {b.step}")
+    for key in (key for key in keys if key in others):
+        for kind in kinds:
+            found = _difference(a.read(key, kind), b.read(key, kind), values_only)
+            report.compared += 1
+            if found:
+                report.differences.append(f"{key}{'' if kind == WEIGHT else f' ({kind})'}: {found}")
+    return report
+
+
+def _difference(a: Tensor, b: Tensor, values_only: bool) -> str:
+    """How two tensors differ, or ""."""
+    if a.shape != b.shape:
+        return f"shape {tuple(a.shape)} and {tuple(b.shape)}"
+    if digest.same(a, b):
+        return ""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    far = (a.to(wide) - b.to(wide)).abs()
+    count, largest = int((far != 0).sum()), float(far.max()) if far.numel() else 0.0
+    if a.dtype != b.dtype:
+        if values_only and not count:
+            return ""
+        return f"dtype {_name(a)} and {_name(b)}, largest difference {largest:.3e}"
+    return f"{count} of {a.numel()} numbers differ, largest difference {largest:.3e}" if count else "signs of zeros"
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_manifest(reader: Reader) -> Report:
+    """Every tensor and file against the digests and sizes in the manifest beside it."""
+    root = _root(reader)
+    noted = manifest.load(root)
+    report = Report()
+    for name, size in noted.files.items():
+        found = (root / name).stat().st_size if (root / name).is_file() else None
+        if found != size:
+            report.differences.append(f"{name}: {size} bytes noted, {'missing' if found is None else found}")
+    keys = list(reader.keys())
+    report.differences += [f"{key}: not in the manifest" for key in keys if key not in noted.tensors]
+    report.differences += [f"{key}: only in the manifest" for key in noted.tensors if key not in keys]
+    for key in (key for key in keys if key in noted.tensors):
+        for kind, entry in noted.tensors[key].items():
+            tensor = reader.read(key, kind)
+            report.compared += 1
+            found = {
+                "shape": list(tensor.shape),
+                "dtype": _name(tensor),
+                "digest": digest.of_bytes(digest.raw(tensor)),
+            }
+            wrong = [f"{name} {found[name]}, noted {entry[name]}" for name in found if found[name] != entry[name]]
+            if wrong:
+                report.differences.append(f"{key} ({kind}): {'; '.join(wrong)}")
+    return report
+
+
+def has_manifest(reader: Reader) -> bool:
+    return reader.path is not None and (_root(reader) / manifest.MANIFEST).is_file()
+
+
+def _root(reader: Reader) -> Path:
+    assert reader.path is not None, "what lies in no folder has no manifest"
+    return reader.path if reader.path.is_dir() else reader.path.parent
+
+
+def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
+    """Largest difference of the outputs of transformers' models on one fixed batch in fp32, and the largest output."""
+    seen = sample(a.dims, b.dims)
+    first, second = logits(a, seen), logits(b, seen)
+    if first.shape != second.shape:
+        raise CheckpointError(message("logits", f"shape {tuple(first.shape)}", tuple(second.shape)))
+    return float((first - second).abs().max()), float(first.abs().max())
+
+
+def sample(a: Dims, b: Dims) -> Tensor:
+    """What both models can be shown: tokens (batch, length), or images (batch, channels, height, width) of the size of
+    the larger model's."""
+    generator = torch.Generator().manual_seed(SEED)
+    if a.image_size is not None and b.image_size is not None:
+        side = max(a.image_size, b.image_size)
+        return torch.randn(BATCH, a.num_channels, side, side, generator=generator)
+    length = min(LENGTH, a.longest_sequence, b.longest_sequence)
+    return torch.randint(0, min(a.vocab_size, b.vocab_size), (BATCH, length), generator=generator)
+
+
+@torch.no_grad()
+def logits(reader: Reader, seen: Tensor) -> Tensor:
+    """What transformers' model of a checkpoint gives for tokens or images (`sample`), in fp32.
+
+    (batch, length, vocab), (batch, labels), or the hidden states of a model without a head. Images of another size than
+    the model's are seen with interpolated positions. Holds the whole model.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = config_json.config_of(reader.dims, reader.carried, torch.float32)
+    made = CONFIG_MAPPING[reader.dims.model_type](**config)
+    # transformers has other names in memory than in its files: only this way in translates them.
+    transformers.utils.logging.disable_progress_bar()
+    load = getattr(transformers, config["architectures"][0]).from_pretrained
+    model, told = load(None, config=made, state_dict=dict(_state(reader)), output_loading_info=True)
+    left, missing = set(told["unexpected_keys"]), set(told["missing_keys"])
+    # A class may lack an optional part that is there, or have one that is not: neither changes what comes out first.
+    rows = [row for row in reader.arch.rows if row.needs or row.tied_to]
+    optional = {row.slots["hf"].name for row in rows}
+    optional |= {reader.arch.stored_name(row.key, reader.dims, "hf") for row in rows}
+    assert left | missing <= optional, f"{type(model).__name__}: left {left}, missing {missing}"
+    other_size = reader.dims.image_size not in (None, seen.shape[-1])
+    return model.eval()(seen, **({"interpolate_pos_encoding": True} if other_size else {}))[0]
+
+
+def _state(reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    for name, item in stored(reader.arch, reader.dims, "hf").items():
+        yield name, item.whole([reader.read(key).float() for key in item.keys], reader.dims)

@@ -1,0 +1,116 @@
+"""Masked-LM samples out of running text: which tokens are to be told, and what the model sees in their place.
+
+Everything that is drawn comes from the seed and the number of the sample alone: it is the same at any layout, in any
+micro-batch and after any restart, and another one each time that the text comes round again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.common.errors import ConfigError, DataError, Faults, message
+from megatron_ligo.config.run_config import DataSection
+from megatron_ligo.data.tokenizer import special_tokens
+
+MASKS = ("[MASK]", "<mask>")
+FIRSTS = ("[CLS]", "<s>")
+LASTS = ("[SEP]", "</s>")
+# Of the tokens that are to be told, these shares are seen as the mask and as some other token; the rest as they are.
+AS_MASK, AS_OTHER = 0.8, 0.1
+
+
+@dataclass(frozen=True)
+class Masking:
+    """rate: the share of a sample's tokens that is to be told; mask: the id that hides them; ends: the ids around each
+    sample, or none; special: ids that are neither told nor seen in another's place; padding: the id that no sample
+    may hold (it would have no position), or None."""
+
+    rate: float
+    mask: int
+    ends: tuple[int, ...]
+    special: frozenset[int]
+    vocab_size: int
+    padding: int | None
+    seed: int
+    others: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        allowed = torch.ones(self.vocab_size, dtype=torch.bool)
+        allowed[list(self.special)] = False
+        object.__setattr__(self, "others", allowed.nonzero().flatten())
+
+    def sample(self, text: Tensor, split: str, number: int) -> dict[str, Tensor]:
+        """tokens (what is seen), labels: int64 [s]; loss_mask: float32 [s]. text: int64 [s - ends].
+
+        As many tokens of each sample are told (BERT's own rule), and each sample weighs as much as any other, however
+        many of its tokens are special: a mean over samples does not depend on how they are dealt.
+        """
+        labels = self._framed(text)
+        free = torch.isin(labels, self.others).nonzero().flatten()
+        where = f"{split} sample {number}"
+        if self.padding is not None and bool((labels == self.padding).any()):
+            raise DataError(message(where, "no padding", f"token {self.padding}", "Prepare the data without it."))
+        if not len(free):
+            raise DataError(message(where, "tokens to mask", "special tokens only"))
+        generator = self._generator(split, number)
+        count = min(max(1, round(self.rate * len(labels))), len(free))
+        told = free[torch.randperm(len(free), generator=generator)[:count]]
+        fate = torch.rand(count, generator=generator)
+        other = self.others[torch.randint(len(self.others), (count,), generator=generator)]
+        tokens, weights = labels.clone(), torch.zeros(len(labels))
+        seen = torch.where(fate < AS_MASK + AS_OTHER, other, labels[told])
+        tokens[told] = torch.where(fate < AS_MASK, self.mask, seen)
+        weights[told] = 1.0 / count
+        return {"tokens": tokens, "labels": labels, "loss_mask": weights}
+
+    def _framed(self, text: Tensor) -> Tensor:
+        if not self.ends:
+            return text
+        first, last = (torch.tensor([end]) for end in self.ends)
+        return torch.cat([first, text, last])
+
+    def _generator(self, split: str, number: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}:{split}:{number}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def masking_of(data: DataSection, dims: Dims) -> Masking | None:
+    """How the samples for a model are masked; None for a causal one. ConfigError with all that cannot be."""
+    if architectures.get(dims.arch).causal:
+        return None
+    named = special_tokens(data.tokenizer) if data.tokenizer else {}
+
+    def first_of(names: tuple[str, ...]) -> int | None:
+        return next((named[name] for name in names if name in named), None)
+
+    mask = first_of(MASKS) if data.mask_token is None else data.mask_token
+    ends = tuple(end for end in (first_of(FIRSTS), first_of(LASTS)) if end is not None)
+    ends = (ends if len(ends) == 2 else ()) if data.ends is None else data.ends
+    padding = dims.position_padding
+    special = {*named.values(), *data.special_tokens, *ends, *([] if mask is None else [mask])}
+    special |= set() if padding is None else {padding}
+    _check(data, dims, mask, ends, special)
+    return Masking(data.mask_rate, mask, ends, frozenset(special), dims.vocab_size, padding, data.seed)
+
+
+def _check(data: DataSection, dims: Dims, mask: int | None, ends: tuple[int, ...], special: set[int]) -> None:
+    faults = Faults("[data] for a masked-LM model", ConfigError)
+    if mask is None:
+        do = f"Set it, or data.tokenizer to a tokenizer with {' or '.join(MASKS)}."
+        faults.add("data.mask_token", "the id of the mask token", "none", do)
+    if len(ends) not in (0, 2):
+        faults.add("data.ends", "two ids, or an empty list", list(ends))
+    for token in sorted(special):
+        if token >= dims.vocab_size:
+            faults.add("special token", f"an id from 0 to {dims.vocab_size - 1}, as the model has", token)
+    if len(special) >= dims.vocab_size:
+        faults.add("data.special_tokens", "some tokens that are not special", "none")
+    if data.seq_length <= len(ends):
+        faults.add("data.seq_length", f"more than the {len(ends)} tokens around a sample", data.seq_length)
+    faults.raise_if_any()

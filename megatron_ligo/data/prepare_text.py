@@ -1,0 +1,250 @@
+"""Text to tokens: a tokenizer, many processes, and Megatron-core's indexed datasets, the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_ligo.common.atomic_files import read_json, write_json
+from megatron_ligo.common.errors import DataError, message
+from megatron_ligo.common.file_lock import alone
+from megatron_ligo.data.documents import Texts
+from megatron_ligo.data.indexed_dataset import digest_file
+from megatron_ligo.data.tokenizer import Tokenizer, digest_tokenizer, load_tokenizer, train_sentencepiece
+
+log = logging.getLogger(__name__)
+
+MARK = "prepared.json"
+ASIDE = ".preparing"
+# sentencepiece learns from this much of the training text.
+TRAINING_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is prepared. Either the path of a tokenizer, or the size of one to be trained (train_vocab)."""
+
+    texts: Texts
+    tokenizer: str = ""
+    train_vocab: int = 0
+    eod: str = ""
+    valid_fraction: float = 0.05
+
+    def fingerprint(self) -> list:
+        """All that the result depends on, in plain values."""
+        tokenizer = digest_tokenizer(self.tokenizer) if self.tokenizer else ""
+        return [self.texts.fingerprint(), tokenizer, self.train_vocab, self.eod, self.valid_fraction]
+
+
+def prepare(recipe: Recipe, output: Path, workers: int) -> dict:
+    """Writes OUTPUT/train and valid (.bin, .idx, .json) and OUTPUT/tokenizer; gives the counts of both splits.
+
+    Documents are held out by the digest of their text, so that equal ones fall on one side. Written aside and
+    renamed, OUTPUT/prepared.json last; if that is there and was made from the same, nothing is done again.
+    """
+    fingerprint = json.loads(json.dumps(recipe.fingerprint()))
+    aside = output / ASIDE
+    with alone(output):
+        if (aside / MARK).is_file():
+            # Whole; the run was killed while it renamed.
+            _publish(aside, output)
+        done = _found(output, fingerprint)
+        if done:
+            return done
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            tokenizer = _tokenizer(recipe, aside / "tokenizer")
+            splits = _write(recipe, tokenizer, aside, workers)
+            _sync(aside)
+            write_json(aside / MARK, {"fingerprint": fingerprint, "splits": splits})
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        _publish(aside, output)
+    return splits
+
+
+def _found(output: Path, fingerprint: list) -> dict | None:
+    """The counts of an earlier run of the same recipe; DataError if something else is in the way."""
+    mark = output / MARK
+    if mark.is_file():
+        try:
+            record = read_json(mark)
+            then, splits = record["fingerprint"], record["splits"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(message(f"{mark}", "the record of prepared data", f"{error!r}")) from None
+        if then == fingerprint:
+            log.info("%s is already there, made from the same texts and tokenizer.", output)
+            return splits
+    present = sorted(path.name for path in output.glob("*") if path.stem in ("train", "valid", "tokenizer", "prepared"))
+    if present:
+        do = "Choose another --output, or remove them."
+        raise DataError(message(str(output), "no data, or data of the same texts and tokenizer", present, do))
+    return None
+
+
+def _tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    """The tokenizer, its files copied or trained into the folder."""
+    folder.mkdir()
+    if not recipe.train_vocab:
+        tokenizer = load_tokenizer(recipe.tokenizer, recipe.eod)
+        for path in tokenizer.files:
+            shutil.copyfile(path, folder / path.name)
+        return tokenizer
+    train_sentencepiece(_some_training_text(recipe), recipe.train_vocab, folder)
+    return load_tokenizer(folder, recipe.eod)
+
+
+def _some_training_text(recipe: Recipe) -> Iterator[str]:
+    read = 0
+    for text in recipe.texts:
+        if not _held_out(text, recipe.valid_fraction):
+            yield text
+            read += len(text.encode())
+        if read > TRAINING_BYTES:
+            return
+
+
+def _held_out(text: str, fraction: float) -> bool:
+    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
+
+
+def _write(recipe: Recipe, tokenizer: Tokenizer, aside: Path, workers: int) -> dict:
+    names = ("train", "valid") if recipe.valid_fraction else ("train",)
+    writers = {name: _Writer(aside / name, tokenizer) for name in names}
+    console = Console(stderr=True)
+    columns = (TextColumn("tokens"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=recipe.texts.total_bytes())
+        for texts, encoded in _encode(recipe, tokenizer, aside / "tokenizer", workers):
+            for text, ids in zip(texts, encoded, strict=True):
+                name = "valid" if _held_out(text, recipe.valid_fraction) else "train"
+                writers[name].add(text, ids)
+                bar.advance(task, len(text.encode()))
+    for name, writer in writers.items():
+        if not writer.documents:
+            do = "Give more text, or set --valid-fraction."
+            raise DataError(message(f"the {name} split", "at least one document", "none", do))
+    return {name: writer.finish() for name, writer in writers.items()}
+
+
+def _encode(recipe: Recipe, tokenizer: Tokenizer, folder: Path, workers: int) -> Iterator[tuple[list, list]]:
+    """(texts, their token ids) chunk by chunk, in order, with a few chunks a worker on their way."""
+    if workers <= 1:
+        for texts in _chunks(recipe.texts):
+            yield texts, [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
+        return
+    # Not forked: this process has threads.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(str(folder), recipe.eod))
+    chunks = _chunks(recipe.texts)
+    try:
+        waiting = deque((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 4 * workers))
+        while waiting:
+            texts, future = waiting.popleft()
+            yield texts, future.result()
+            waiting.extend((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 1))
+    except BrokenProcessPool as error:
+        do = "It may have run out of memory: take fewer --workers."
+        raise DataError(message("a worker", "token ids", "its sudden end", do)) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _chunks(texts: Texts) -> Iterator[list[str]]:
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _load(folder: str, eod: str) -> None:
+    global _worker_tokenizer
+    # An interrupt reaches every process of the terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Threads of the library in each of the workers would only fight.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = load_tokenizer(folder, eod)
+
+
+def _encode_chunk(texts: list[str]) -> list[np.ndarray]:
+    return [np.array(_worker_tokenizer.encode(text), dtype=np.int32) for text in texts]
+
+
+class _Writer:
+    """One split: documents with their end tokens into PREFIX.bin and .idx, and the record PREFIX.json."""
+
+    def __init__(self, prefix: Path, tokenizer: Tokenizer):
+        # Heavy to import, and the workers do not need it.
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.prefix = prefix
+        self.tokenizer = tokenizer
+        self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self.dtype)
+        self.documents = self.tokens = self.text_bytes = self.max_token = self.empty = 0
+
+    def add(self, text: str, ids: np.ndarray) -> None:
+        if not ids.size:
+            self.empty += 1
+            return
+        ids = np.append(ids, np.int32(self.tokenizer.eod))
+        self.max_token = max(self.max_token, int(ids.max()))
+        self.builder.add_document(ids, [ids.size])
+        self.documents += 1
+        self.tokens += ids.size
+        self.text_bytes += len(text.encode())
+
+    def finish(self) -> dict:
+        self.builder.finalize(f"{self.prefix}.idx")
+        record = {
+            "documents": self.documents,
+            "empty_documents_left_out": self.empty,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "max_token": self.max_token,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eod": self.tokenizer.eod,
+            "tokenizer": self.tokenizer.digest,
+            "dtype": np.dtype(self.dtype).name,
+            "bin_bytes": self.tokens * np.dtype(self.dtype).itemsize,
+            "idx_digest": digest_file(f"{self.prefix}.idx"),
+        }
+        Path(f"{self.prefix}.json").write_text(json.dumps(record, indent=2))
+        return record
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _publish(aside: Path, output: Path) -> None:
+    """Renames all that is in a whole folder, the mark last."""
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == MARK):
+        path.rename(output / path.name)
+    aside.rmdir()

@@ -1,0 +1,74 @@
+"""One run of a comparison, from its folder: FOLDER/job.json says what, FOLDER/result.json what came of it.
+
+Started by itself on one process, or on many:
+
+    deepspeed --num_gpus 4 --module megatron_ligo.experiments.compare.single_run FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_ligo.common import signal_handling
+from megatron_ligo.common.atomic_files import write_json
+from megatron_ligo.common.errors import LigoError, NumbersError
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.distributed.rank_failures import together
+from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
+from megatron_ligo.export.handoff import grow_to
+from megatron_ligo.training.fit import Fit
+from megatron_ligo.training.metrics import FILE, read_metrics
+from megatron_ligo.training.pretrain import Pretrain
+
+
+def perform(folder: Path) -> None:
+    """Does the job, or goes on with it; writes its result on rank 0."""
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    config, run = Config.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
+    if job["kind"] == GROW:
+        grow_to(config, Path(job["operator"]) if job["operator"] else None, run)
+        losses = {}
+    elif job["kind"] == FIT:
+        with together():
+            Fit(config, run).run()
+        losses = json.loads((run / "operator" / "operator.json").read_text(encoding="utf-8"))["losses"]
+    else:
+        with together():
+            losses = Pretrain(config, run).run()["losses"]
+    _finish(folder, run, losses, job["keep"])
+
+
+def _finish(folder: Path, run: Path, losses: dict, keep: bool) -> None:
+    """losses: {} for a run that has diverged, or that has none."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    rows = read_metrics(run / FILE) if (run / FILE).is_file() else []
+    spent = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
+    write_json(folder / RESULT, {"losses": losses, **spent})
+    if not keep:
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+
+
+def main(folder: Path) -> int:
+    """Exit code: 0, or as the commands have it."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("megatron_ligo").setLevel(logging.INFO)
+    try:
+        perform(folder)
+    except NumbersError as error:
+        # A rate that is too high is an answer, too.
+        print(error, file=sys.stderr, flush=True)
+        _finish(folder, folder / RUN, {}, keep=False)
+    except LigoError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    signal_handling.end(main(Path(sys.argv[-1])))

@@ -1,0 +1,116 @@
+"""Growth as a Reader: a large checkpoint whose tensors are computed, one at a time, from a small one.
+
+Whatever writes a checkpoint (convert.py, any format) writes a grown one, and nothing holds it whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.spec import Use, axis_size
+from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.io import digest
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.growth import random_init
+from megatron_ligo.growth.adam_state import Duals
+from megatron_ligo.growth.operator import Operator
+
+
+class Grown(Reader):
+    """operator applied to source; fp32 (fp64 where the source is fp64).
+
+    moments: "reset" (none), "grow" or "old" (growth/adam_state.py); the source must have some then.
+    """
+
+    format = "grown"
+    path = None
+
+    def __init__(self, operator: Operator, source: Reader, moments: str = "reset"):
+        check_source(operator, source)
+        if moments != "reset" and not source.has_moments:
+            do = "Say handoff.moments = 'reset', or give a checkpoint with Adam's state."
+            raise CheckpointError(message(f"{source.path}", f"moments ({moments})", "none", do))
+        self.moments = moments
+        self.step = source.step if self.has_moments else 0
+        self._duals = {kind: Duals(operator, kind, moments) for kind in MOMENTS if self.has_moments}
+        self.operator = operator
+        self.source = source
+        self._held: dict[str, Tensor] = {}
+        self.dims = operator.large
+        same = self.dims.image_size == source.dims.image_size
+        self.files = tuple(file for file in source.files if same or file.name != model_record.PICTURES)
+        self.carried = source.carried
+        self.groups = source.groups if self.has_moments else ()
+
+    def fingerprint(self) -> object | None:
+        source = self.source.fingerprint()
+        if source is None:
+            return None
+        # Fresh numbers come from the settings, not from the operator's tensors.
+        settings = {name: str(value) for name, value in vars(self.operator.settings).items()}
+        made_by = {"operator": operator_digest(self.operator), "settings": settings, "moments": self.moments}
+        return {**made_by, "source": source}
+
+    @property
+    def has_moments(self) -> bool:
+        return self.moments != "reset"
+
+    def info(self, key: str) -> Info:
+        row = self.arch.row(key)
+        stored = self.source.info(row.key.format(0)).dtype
+        return Info(row.shape(self.dims), torch.promote_types(stored, torch.float32))
+
+    def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        if kind != WEIGHT:
+            return self._duals[kind].grow(key, lambda small: self.source.read(small, kind))
+        operator, row = self.operator, self.arch.row(key)
+        rms = 0.0
+        if operator.settings.fresh != "none":
+            rms = random_init.root_mean_square(self.source.read(random_init.beside(operator, key)))
+        grown = self._grown(key, random_init.writers(operator, key, rms))
+        if operator.settings.borrow == "next" and row.in_layer and row.axes[0].use is Use.WRITES:
+            # New features' rows are those of the next layer (bert2BERT's AKI).
+            own = axis_size(row.axes[0], operator.small)
+            grown = torch.cat([grown[:own], self._grown(key, further=1)[own:]])
+        more = random_init.around(operator, key, rms)
+        return grown if more is None else grown + more
+
+    def _grown(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
+        mixed = self.operator.mix(key, self._read_again if self._is_mixed(key) else self.source.read, further)
+        mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
+        return self.operator.grow(key, mixed, joined)
+
+    def _is_mixed(self, key: str) -> bool:
+        """Whether each large layer takes from several small ones."""
+        name = self.operator.depth_name(key)
+        return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
+
+    def _read_again(self, key: str) -> Tensor:
+        """A small tensor that every large layer asks for; mostly a view of a mapped file."""
+        if key not in self._held:
+            self._held[key] = self.source.read(key)
+        return self._held[key]
+
+
+def operator_digest(operator: Operator) -> str:
+    """Digest of all of an operator's tensors."""
+    parts = [f"{name} {digest.of_bytes(digest.raw(operator.tensor(name)))}" for name in operator.shapes()]
+    return digest.of_bytes("\n".join(parts).encode())
+
+
+def source_digest(source: Reader) -> str:
+    """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
+    parts = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
+    return digest.of_bytes("\n".join(parts).encode())
+
+
+def check_source(operator: Operator, source: Reader) -> None:
+    """The source must be of the sizes that the operator was made for."""
+    faults = Faults(f"the operator was made for another small model than {source.path}", CheckpointError)
+    found = source.dims.to_json()
+    for name, expected in operator.small.to_json().items():
+        if found[name] != expected:
+            faults.add(name, expected, found[name])
+    faults.raise_if_any()

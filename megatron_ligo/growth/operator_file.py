@@ -1,0 +1,120 @@
+"""The operator's file: `operator.safetensors` (its tensors, global, fp32) and `operator.json` (what they are for)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.common import symlinks
+from megatron_ligo.common.atomic_files import read_json
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.growth.operator import Operator
+
+TENSORS, RECORD = "operator.safetensors", "operator.json"
+VERSION = 1
+
+
+class Saved(Operator):
+    """An operator read from its folder, one tensor at a time (memory-mapped)."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        symlinks.check(self.folder)
+        self.record = _read_record(self.folder / RECORD)
+        settings = Config.from_dict({"operator": self.record["settings"]}, f"{self.folder / RECORD}").operator
+        super().__init__(Dims.from_json(self.record["small"]), Dims.from_json(self.record["large"]), settings)
+        self._file = _open(self.folder / TENSORS)
+        self._check()
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def _check(self) -> None:
+        faults = Faults(f"operator {self.folder}", CheckpointError)
+        found = set(self._file.keys())
+        for name, shape in self.shapes().items():
+            if name not in found:
+                faults.add(name, f"a tensor of shape {shape}", "nothing")
+                continue
+            part = self._file.get_slice(name)
+            dtype = "I64" if name.startswith("gain.") and name.endswith(".source") else "F32"
+            if tuple(part.get_shape()) != shape or part.get_dtype() != dtype:
+                faults.add(name, f"{dtype} of shape {shape}", f"{part.get_dtype()} of shape {tuple(part.get_shape())}")
+        for name in sorted(found - set(self.shapes())):
+            faults.add(name, "no such tensor for these sizes and settings", "one")
+        faults.raise_if_any()
+
+
+def write(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Path, record: dict) -> None:
+    """Writes the operator's folder; each file appears whole or not at all, the record last.
+
+    record: what the caller knows besides (source digest, step, losses), under keys of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: tensor.contiguous() for name, tensor in tensors}
+    assert set(held) == set(operator.shapes()), "the operator's tensors are not the ones that its sizes ask for"
+    bad = [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(message(f"operator {folder}", "finite numbers", f"NaN or Inf in {', '.join(bad)}"))
+    aside = folder / f".{TENSORS}.new"
+    aside.touch()
+    rights = aside.stat().st_mode
+    # Puts a file of its own there, which nobody else may read.
+    save_file(held, aside)
+    aside.chmod(rights)
+    _commit(aside, folder / TENSORS)
+    own = {
+        "version": VERSION,
+        "small": operator.small.to_json(),
+        "large": operator.large.to_json(),
+        "settings": asdict(operator.settings),
+    }
+    aside = folder / f".{RECORD}.new"
+    aside.write_text(json.dumps({**record, **own}, indent=2) + "\n")
+    _commit(aside, folder / RECORD)
+
+
+def _commit(aside: Path, target: Path) -> None:
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read_record(path: Path) -> dict:
+    try:
+        record = read_json(path)
+    except FileNotFoundError:
+        do = "Give the folder that a fit wrote."
+        raise CheckpointError(message(f"{path}", "an operator's record", "nothing", do)) from None
+    except ValueError as error:
+        raise CheckpointError(message(f"{path}", "JSON", f"a fault in it: {error}")) from None
+    missing = {"version", "small", "large", "settings"} - set(record if isinstance(record, dict) else ())
+    if missing:
+        raise CheckpointError(message(f"{path}", f"the keys {', '.join(sorted(missing))}", "none of them"))
+    if record["version"] != VERSION:
+        raise CheckpointError(message(f"{path}", f"version {VERSION}", record["version"]))
+    return record
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise CheckpointError(message(f"{path}", "the operator's tensors", "no file"))
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(message(f"{path}", "a whole safetensors file", f"{error}")) from None

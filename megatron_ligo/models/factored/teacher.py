@@ -1,0 +1,58 @@
+"""The small model as a teacher of the grown one: the fit's loss is drawn to its distribution over the next token."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.distributed import device
+from megatron_ligo.distributed.collectives import copy_to, reduce_from
+from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.models.full import parameters
+from megatron_ligo.models.full.factory import pretrained
+from megatron_ligo.models.mcore.layer_spec import Build
+
+
+class Teacher:
+    """weight: part of the divergence in the loss. No module: its weights are none of the fit's parameters."""
+
+    def __init__(self, reader: Reader, mesh: Mesh, dtype: torch.dtype, weight: float, sequence_parallel: bool):
+        self.mesh, self.weight, self.vocab_size = mesh, weight, reader.dims.vocab_size
+        self.model = pretrained(reader.dims, Build(dtype, mesh.tp, sequence_parallel), mesh)
+        parameters.fill(self.model, reader.dims, mesh, reader.read)
+        self.model.to(device.device()).requires_grad_(False).eval()
+
+    def apart(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """KL(teacher || student), its mean over the tokens whose mask is 1.
+
+        logits: the student's, (s, b, padded vocabulary / tp). tokens, mask: (b, s).
+        """
+        with torch.no_grad():
+            target = self.model.logits(tokens)
+        per_token = divergence(target, logits, self.mesh, self.vocab_size)
+        shown = mask.t().to(per_token.dtype)
+        return (per_token * shown).sum() / shown.sum()
+
+
+def divergence(target: Tensor, logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
+    """KL(softmax(target) || softmax(logits)) of each token, over a vocabulary cut over the tensor-parallel ranks.
+
+    Both (..., padded vocabulary / tp), this rank's columns; columns that only pad the vocabulary are shut out.
+    """
+    columns = logits.shape[-1]
+    own = max(0, min(columns, vocab_size - mesh.tp_rank * columns))
+    target, logits = target[..., :own].float(), logits[..., :own].float()
+    wanted = target - _log_sum(target, mesh)[..., None]
+    # Each rank uses the sum for its own columns.
+    found = logits - copy_to(_log_sum(logits, mesh), mesh.tp_group)[..., None]
+    return reduce_from((wanted.exp() * (wanted - found)).sum(dim=-1), mesh.tp_group)
+
+
+def _log_sum(logits: Tensor, mesh: Mesh) -> Tensor:
+    """log of the sum of exponentials over all ranks' columns."""
+    lowest = torch.full_like(logits[..., :1], -torch.inf)
+    top = torch.cat([logits.detach(), lowest], dim=-1).max(dim=-1).values
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=mesh.tp_group)
+    return reduce_from((logits - top[..., None]).exp().sum(dim=-1), mesh.tp_group).log() + top

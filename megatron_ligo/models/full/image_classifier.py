@@ -1,0 +1,100 @@
+"""The image classifier to pretrain as one module (PP = 1), and what its ends are made of in a pipeline as well.
+
+Legend: s tokens of an image (special ones first, then its patches), b batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor, nn
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.models.full.encoder import Encoder
+from megatron_ligo.models.full.single_module import OneModule
+from megatron_ligo.models.mcore.layer_calls import output_linear, uninitialised_config
+from megatron_ligo.models.mcore.layer_spec import Build, final_norm_spec
+
+
+def image_tokens(
+    images: Tensor, weight: Tensor, bias: Tensor, special: Sequence[Tensor | None], positions: Tensor
+) -> Tensor:
+    """images (b, channels, side, side) -> (s, b, features): the special tokens and each patch's, positions added.
+
+    weight: (features, channels, patch, patch); special: (features,) each, or None; positions: (s, features).
+    """
+    patches = F.conv2d(images.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).permute(2, 0, 1)
+    before = [token.expand(1, patches.shape[1], -1) for token in special if token is not None]
+    return torch.cat([*before, patches]) + positions[:, None]
+
+
+class ImageEmbedding(nn.Module):
+    """images (b, channels, side, side) -> h (s, b, hidden), or this rank's s / tp under sequence parallelism."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.ranks, self.rank = (mesh.tp, mesh.tp_rank) if build.sequence_parallel else (1, 0)
+        size, patch = dims.hidden_size, dims.patch_size
+        self.patch_embeddings = nn.Conv2d(dims.num_channels, size, patch, stride=patch, dtype=build.dtype)
+        self.class_token = nn.Parameter(torch.zeros(size, dtype=build.dtype))
+        self.distillation_token = nn.Parameter(torch.zeros(size, dtype=build.dtype)) if dims.has_distillation else None
+        self.position_embeddings = nn.Embedding(dims.max_positions, size, dtype=build.dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = build.sequence_parallel
+
+    def forward(self, images: Tensor) -> Tensor:
+        patch, special = self.patch_embeddings, (self.class_token, self.distillation_token)
+        h = image_tokens(images, patch.weight, patch.bias, special, self.position_embeddings.weight)
+        return h.chunk(self.ranks)[self.rank].contiguous()
+
+
+def read_class(head: ColumnParallelLinear, h: Tensor) -> Tensor:
+    """h (s, b, hidden), or this rank's tokens of it -> this rank's logits (1, b, padded labels / tp), of the class's
+    token."""
+    # Under sequence parallelism one rank has the token: the linear brings all of them together.
+    return head(h if head.sequence_parallel else h[:1])[0][:1]
+
+
+class ClassHead(nn.Module):
+    """`read_class` as a layer of a pipeline."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.linear = output_linear(dims, build, mesh, holds_weight=True, bias=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return read_class(self.linear, h)
+
+
+class Decoder(Encoder):
+    """The layers and the final norm, under the names that they have in Megatron-core's decoders."""
+
+    def __init__(self, dims: Dims, build: Build):
+        super().__init__(dims, build)
+        config = uninitialised_config(dims, build)
+        self.final_layernorm = build_module(
+            final_norm_spec(), config=config, hidden_size=dims.hidden_size, eps=dims.norm_eps
+        )
+
+    def forward(self, h: Tensor, recompute: bool) -> Tensor:
+        return self.final_layernorm(super().forward(h, recompute))
+
+
+class Classifier(OneModule):
+    """forward(images (b, channels, side, side), labels (b, 1), loss_mask (b, 1)) -> mean loss."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
+        super().__init__()
+        self.embedding = ImageEmbedding(dims, build, mesh)
+        self.decoder = Decoder(dims, build)
+        self.output_layer = output_linear(dims, build, mesh, holds_weight=True, bias=True)
+        self.complete(dims, mesh, recompute)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """images -> this rank's columns of the padded labels, (1, b, padded / tp)."""
+        return read_class(self.output_layer, self.decoder(self.embedding(images), self.recompute))

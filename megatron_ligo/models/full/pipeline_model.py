@@ -1,0 +1,193 @@
+"""The model to pretrain as a pipeline (PP > 1): DeepSpeed's PipelineModule over Megatron-core's modules.
+
+Its parameters bear the same names as those of the one module (gpt.py), so that one checkpoint fits both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Task
+from megatron_ligo.checkpoint.formats.deepspeed.pipeline import layers_before, prefixes
+from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import local_name
+from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.models.full.encoder import Sums, Transform
+from megatron_ligo.models.full.image_classifier import ClassHead, ImageEmbedding
+from megatron_ligo.models.full.single_module import complete
+from megatron_ligo.models.loss import Measured
+from megatron_ligo.models.mcore.layer_calls import (
+    add_positions,
+    embed,
+    output_linear,
+    run_layer,
+    uninitialised_config,
+    word_embedding,
+)
+from megatron_ligo.models.mcore.layer_spec import Build, final_norm_spec, layer_class, layer_spec, rotary
+from megatron_ligo.sharding import tensor_parallel
+
+TIED = "embedding"
+TIED_WEIGHT = "word_embeddings.weight"
+
+
+class Embedding(nn.Module):
+    """tokens (b, s) -> h (s, b, hidden). Tied, the last stage holds a second one and reads with its weight."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.word_embeddings = word_embedding(dims, build, mesh)
+        if dims.tied:
+            self.head = output_linear(dims, build, mesh, holds_weight=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embed(self.word_embeddings, tokens)
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.head(h, weight=self.word_embeddings.weight)[0]
+
+
+class Positions(nn.Module):
+    """h (s, b, hidden) -> h with the learned rows of its tokens' positions added."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.position_embeddings = nn.Embedding(dims.max_positions, dims.hidden_size, dtype=build.dtype)
+        self.position_embeddings.weight.sequence_parallel = build.sequence_parallel
+        self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return add_positions(h, self.position_embeddings, self.first_token_rank)
+
+
+class Staged:
+    """h (s, b, hidden) -> h: a layer that brings its own rotary positions."""
+
+    def __init__(self, dims: Dims, build: Build, layer: int, recompute: bool):
+        config = uninitialised_config(dims, build)
+        super().__init__(config, layer_spec(dims).submodules, layer_number=layer + 1)
+        self.rotary_pos_emb = rotary(dims)
+        self.recompute = recompute
+        self.tokens_per_row = build.tp if build.sequence_parallel else 1
+
+    def forward(self, h: Tensor) -> Tensor:
+        positions = None
+        if self.rotary_pos_emb is not None:
+            positions = self.rotary_pos_emb(h.shape[0] * self.tokens_per_row)
+        return run_layer(super().forward, h, positions, self.recompute)
+
+
+@cache
+def stage_layer(layer: type[TransformerLayer]) -> type:
+    """A layer's class as a layer of the pipeline."""
+    return type(f"Stage{layer.__name__}", (Staged, layer), {})
+
+
+class FinalNorm(nn.Module):
+    def __init__(self, dims: Dims, build: Build):
+        super().__init__()
+        config = uninitialised_config(dims, build)
+        self.norm = build_module(final_norm_spec(), config=config, hidden_size=dims.hidden_size, eps=dims.norm_eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(h)
+
+
+class Head(nn.Module):
+    """h (s, b, hidden) -> this rank's logits (s, b, padded vocabulary / tp), with a weight of its own."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        self.linear = output_linear(dims, build, mesh, holds_weight=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h)[0]
+
+
+class OutputBias(nn.Module):
+    """Logits (s, b, padded vocabulary / tp) with the bias of each token added: a tied head has none of its own."""
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+        super().__init__()
+        columns = tensor_parallel.padded_vocab(dims.vocab_size, mesh.tp) // mesh.tp
+        self.bias = nn.Parameter(torch.zeros(columns, dtype=build.dtype))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.bias
+
+
+class PretrainedPipeline(Measured, PipelineModule):
+    """tokens (b, s) or images -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
+
+    Its layers are those of formats/deepspeed/pipeline.py: what follows the words' embedding, the
+    transformer's layers, and at the end the norm (a masked-LM model: the head's transform), the head and its bias.
+    """
+
+    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
+        self.dims = dims
+        self.mesh = mesh
+        self.prefixes = _prefixes(dims)
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
+        super().__init__(_specs(dims, build, mesh, recompute), topology=topology, loss_fn=self._loss)
+        complete(self, dims, mesh)
+
+    def _partition_layers(self, method: str = "explicit") -> None:
+        cuts = tensor_parallel.stage_bounds(self.dims.num_layers, self.mesh.pp)
+        before = layers_before(self.dims)
+        self.parts = [0, *(before + cut for cut in cuts[1:-1]), len(self._layer_specs)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        # DeepSpeed broadcasts the parameter itself: recorded, it would warn at each backward pass.
+        super()._synchronize_tied_weights()
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield self._canonical(name), parameter
+
+    def _canonical(self, name: str) -> str:
+        """`3.self_attention.linear_qkv.weight` -> `decoder.layers.2.self_attention.linear_qkv.weight`."""
+        for own, canonical in self.prefixes.items():
+            if name.startswith(own):
+                return local_name(canonical + name.removeprefix(own))
+        raise AssertionError(f"{name} belongs to no layer of the pipeline")
+
+    def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        return self.measure(logits, *labels)
+
+
+def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
+    arch = architectures.get(dims.arch)
+    layer = stage_layer(layer_class(dims))
+    layers = [LayerSpec(layer, dims, build, number, recompute) for number in range(dims.num_layers)]
+    if arch.task is Task.LABEL:
+        ends = [LayerSpec(FinalNorm, dims, build), LayerSpec(ClassHead, dims, build, mesh)]
+        return [LayerSpec(ImageEmbedding, dims, build, mesh), *layers, *ends]
+    if arch.learns_positions:
+        layers = [LayerSpec(Positions if arch.causal else Sums, dims, build, mesh), *layers]
+    layers.append(LayerSpec(FinalNorm, dims, build) if arch.causal else LayerSpec(Transform, dims, build, mesh))
+    bias = [] if arch.causal else [LayerSpec(OutputBias, dims, build, mesh)]
+    if not dims.tied:
+        return [LayerSpec(Embedding, dims, build, mesh), *layers, LayerSpec(Head, dims, build, mesh), *bias]
+    first = TiedLayerSpec(TIED, Embedding, dims, build, mesh, tied_weight_attr=[TIED_WEIGHT])
+    last = TiedLayerSpec(
+        TIED, Embedding, dims, build, mesh, forward_fn=Embedding.logits, tied_weight_attr=[TIED_WEIGHT]
+    )
+    return [first, *layers, last, *bias]
+
+
+def _prefixes(dims: Dims) -> dict[str, str]:
+    """DeepSpeed's prefix of each layer's parameters, and the one module's."""
+    names = [(layer, own, whole) for layer, held in enumerate(prefixes(dims)) for own, whole in held.items()]
+    return {f"tied_modules.{TIED}.": "embedding."} | {f"{layer}.{own}": whole for layer, own, whole in names}

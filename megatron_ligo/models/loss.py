@@ -1,0 +1,74 @@
+"""The loss over a vocabulary (tokens, or an image's labels) that is cut over the tensor-parallel ranks. Fit and
+pretraining share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.distributed.mesh import Mesh
+
+
+def language_model_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
+    """Mean cross entropy over the tokens whose mask is 1.
+
+    logits: (s, b, padded vocabulary / tp), this rank's columns. labels, mask: (b, s). Columns that only pad the
+    vocabulary are shut out, so that the loss does not depend on tp.
+    """
+    columns = logits.shape[-1]
+    padding = (tp_rank + 1) * columns - vocab_size
+    logits = logits.float()
+    if padding > 0:
+        keep = max(columns - padding, 0)
+        logits = logits.clone()
+        logits[..., keep:] = float("-inf")
+    per_token = vocab_parallel_cross_entropy(logits.contiguous(), labels.t().contiguous())
+    weights = mask.t().to(per_token.dtype)
+    return (per_token * weights).sum() / weights.sum()
+
+
+def accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
+    """The part of the labels whose mask is 1 that have the largest logit; of equal ones the first counts.
+
+    logits: (s, b, padded vocabulary / tp), this rank's columns. labels, mask: (b, s).
+    """
+    first = mesh.tp_rank * logits.shape[-1]
+    own = logits.float()[..., : max(1, vocab_size - first)]
+    best, place = own.max(dim=-1)
+    if first >= vocab_size:
+        best = torch.full_like(best, -torch.inf)
+    every = [torch.empty_like(best) for _ in range(mesh.tp)]
+    dist.all_gather(every, best.contiguous(), group=mesh.tp_group)
+    places = [torch.empty_like(place) for _ in range(mesh.tp)]
+    dist.all_gather(places, (place + first).contiguous(), group=mesh.tp_group)
+    winner = torch.stack(every).max(dim=0).indices
+    told = torch.stack(places).gather(0, winner[None])[0]
+    weights = mask.t().to(logits.device, torch.float32)
+    return ((told == labels.t()) * weights).sum() / weights.sum()
+
+
+class Measured:
+    """A model that gives its loss, or while its hits are counted its accuracy in the loss's place."""
+
+    dims: Dims
+    mesh: Mesh
+    counts_hits = False
+
+    def measure(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        if self.counts_hits:
+            return accuracy(logits, labels, mask, self.dims.vocab_size, self.mesh)
+        return language_model_loss(logits, labels, mask, self.dims.vocab_size, self.mesh.tp_rank)
+
+    @contextmanager
+    def counting_hits(self) -> Iterator[None]:
+        self.counts_hits = True
+        try:
+            yield
+        finally:
+            self.counts_hits = False

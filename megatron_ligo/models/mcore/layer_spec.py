@@ -1,0 +1,198 @@
+"""Megatron-core's config, layer spec and rotary positions from our sizes: the one place that words them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Architecture, Task
+from megatron_ligo.checkpoint.formats.megatron_lm.arguments import LLAMA3_SCALING
+from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.distributed import device
+from megatron_ligo.models.mcore.attention import FusedAttention
+from megatron_ligo.models.mcore.norm import Norm
+from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
+from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the layers are built: the precision of weights and activations, and sequence parallelism."""
+
+    dtype: torch.dtype = torch.float32
+    tp: int = 1
+    sequence_parallel: bool = False
+
+
+# Masked-LM models have their norms last here, the others first.
+def is_built(arch: Architecture) -> bool:
+    return arch.norm_first is (arch.task is not Task.MASKED_TOKENS)
+
+
+def check_network(dims: Dims) -> None:
+    """ConfigError for a network that is not built here."""
+    arch = architectures.get(dims.arch)
+    if not is_built(arch):
+        known = architectures.architectures().values()
+        built = ", ".join(sorted(other.name for other in known if is_built(other)))
+        do = "It can be converted and grown."
+        raise ConfigError(message("fit and pretraining", f"one of {built}", dims.arch, do))
+    if not dims.has_head:
+        do = "A model with tied embeddings needs nothing but the class that has one in its config's architectures."
+        if not arch.causal:
+            do = "Pretrain it with fresh_head = true: the head that this gives it is trained alone."
+        raise ConfigError(message("fit and pretraining", "a model with an output head", arch.class_of(dims), do))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's own approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+
+
+def activation(dims: Dims) -> Callable[[Tensor], Tensor]:
+    """What a layer's second mlp linear is given, of what its first one gives: (..., ffn), or (..., gate and up)."""
+    function = ACTIVATIONS[dims.activation]
+    if not gated(dims):
+        return function
+
+    def gate(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return gate
+
+
+def gated(dims: Dims) -> bool:
+    return "layers.{}.gate" in architectures.get(dims.arch).by_key
+
+
+def normalization(dims: Dims) -> str:
+    return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(dims.arch).norm]
+
+
+def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
+    """mcore's config. Its pipeline size stays 1: DeepSpeed cuts the stages, and mcore would offset layer numbers."""
+    rows = architectures.get(dims.arch).by_key
+    return TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_size,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_kv_heads,
+        kv_channels=dims.head_dim,
+        normalization=normalization(dims),
+        layernorm_epsilon=dims.norm_eps,
+        gated_linear_unit=gated(dims),
+        activation_func=ACTIVATIONS[dims.activation],
+        add_bias_linear="layers.{}.o_bias" in rows,
+        add_qkv_bias=dims.qkv_bias,
+        window_size=None if dims.sliding_window is None else (dims.sliding_window - 1, 0),
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        apply_query_key_layer_scaling=False,
+        rotary_interleaved=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=device.on_cpu(),
+        params_dtype=build.dtype,
+        pipeline_dtype=build.dtype,
+        bf16=build.dtype is torch.bfloat16,
+        tensor_model_parallel_size=build.tp,
+        sequence_parallel=build.sequence_parallel,
+    )
+
+
+def layer_class(dims: Dims) -> type[TransformerLayer]:
+    if dims.parallel_residual:
+        return ParallelResidualLayer
+    return TransformerLayer if architectures.get(dims.arch).norm_first else PostNormLayer
+
+
+def layer_spec(dims: Dims) -> ModuleSpec:
+    """Transformer Engine's layer where it is installed, else mcore's local one with fused attention and our norm.
+
+    Always the local one for norms that come last: Transformer Engine's linears have those that come first inside.
+    """
+    arch = architectures.get(dims.arch)
+    if device.have_transformer_engine() and arch.norm_first:
+        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
+    else:
+        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
+        spec.submodules.input_layernorm = Norm
+        spec.submodules.pre_mlp_layernorm = Norm
+        spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    spec.module = layer_class(dims)
+    if not arch.causal:
+        spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
+    return spec
+
+
+def mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
+    """The linears of a layer's mlp, which Megatron-core 0.16 keeps in a spec and 0.19 in a partial call."""
+    mlp = spec.submodules.mlp
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+
+
+def final_norm_spec() -> type:
+    """What builds the norm after the last layer."""
+    if device.have_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return Norm
+
+
+def rotary(dims: Dims) -> RotaryEmbedding | None:
+    """The rotary positions, if there are any; of the scalings, Llama 3's (the only one mcore has) with its published
+    constants."""
+    if architectures.get(dims.arch).learns_positions:
+        return None
+    scaling = dict(dims.rope_scaling or {})
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    factor = scaling.pop("factor", None)
+    known = (kind == "default" and not scaling) or (kind == "llama3" and scaling == LLAMA3_SCALING)
+    if not known:
+        expected = f"none, or llama3 with {LLAMA3_SCALING}"
+        raise ConfigError(
+            message("rope_scaling", expected, dict(dims.rope_scaling or {}), "Megatron-core has no other.")
+        )
+    return RotaryEmbedding(
+        kv_channels=dims.head_dim,
+        rotary_percent=dims.rotary_fraction,
+        rotary_interleaved=False,
+        rotary_base=dims.rope_base,
+        rope_scaling=kind == "llama3",
+        rope_scaling_factor=factor or 1.0,
+        use_cpu_initialization=device.on_cpu(),
+    )

@@ -1,0 +1,76 @@
+"""The page: one HTML file with its picture inside."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from string import Template
+
+from megatron_ligo.report.report_table import HEADINGS, LOSSES, Told
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Grown models: report</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .6rem 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
+thead th { border-bottom: 2px solid #888; }
+tbody + tbody { border-top: 2px solid #888; }
+.loss { text-align: right; background: #f2f6fa; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; height: auto; }
+</style>
+</head>
+<body>
+<h1>Grown models: report</h1>
+<p class="warning">$warning</p>
+<h2>Runs</h2>
+<div class="wide"><table>
+<thead><tr>$head</tr></thead>
+$bodies
+</table></div>
+<h2>Curves</h2>
+<img alt="Loss against step and against FLOPs" src="data:image/png;base64,$picture">
+<h2>How to read it</h2>
+<ul>
+$notes
+</ul>
+</body>
+</html>
+""")
+
+
+def page(told: Told, picture: bytes) -> str:
+    """HTML with the table, `picture` (PNG) and the notes; needs no other file."""
+    return PAGE.substitute(
+        warning=escape(told.warning),
+        head="".join(_cell("th", heading, heading) for heading in HEADINGS),
+        bodies="\n".join(_bodies(told)),
+        picture=base64.b64encode(picture).decode("ascii"),
+        notes="\n".join(f"<li>{escape(note)}</li>" for note in told.notes),
+    )
+
+
+def _bodies(told: Told) -> list[str]:
+    """A table body for each set of held-out samples."""
+    rows = iter(told.rows)
+    bodies = []
+    for size in told.groups:
+        lines = "\n".join(_line(next(rows)) for _ in range(size))
+        bodies.append(f"<tbody>\n{lines}\n</tbody>")
+    return bodies
+
+
+def _line(row: tuple[str, ...]) -> str:
+    return f"<tr>{''.join(_cell('td', name, text) for name, text in zip(HEADINGS, row, strict=True))}</tr>"
+
+
+def _cell(tag: str, heading: str, text: str) -> str:
+    kind = ' class="loss"' if heading in LOSSES else ""
+    return f"<{tag}{kind}>{escape(text)}</{tag}>"

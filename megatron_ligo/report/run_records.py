@@ -1,0 +1,296 @@
+"""What each folder has recorded, brought into one form: fits, hand-offs, pretraining runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, LigoError
+from megatron_ligo.export import provenance
+from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
+from megatron_ligo.report.json_fields import Fields, load
+from megatron_ligo.training.metrics import FILE as METRICS
+from megatron_ligo.training.metrics import read_metrics
+
+PRETRAIN_RECORD = "pretrain.json"
+# What growth.json does not repeat of the operator's own record.
+OPERATORS_OWN = ("small", "large", "settings")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What losses were measured on: held-out samples of so many tokens, by the digest of their tokens and labels."""
+
+    samples: int
+    digest: str
+    seq_length: int | None = field(compare=False, default=None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder. None stands for what was not recorded.
+
+    losses: nats a token on `eval`: "initialised" and "fitted" (the large model after its named initialisation, after
+    the fit), "step 0" and "end" (of a pretraining). metrics: the rows of metrics.jsonl, whose tokens, flops and
+    seconds are totals. spent: FLOPs of the fit that a pretraining's start comes from (0: none).
+    hand_over: on the fit's own batch, (loss at the end of the fit, loss at step 0).
+    """
+
+    name: str
+    folder: Path
+    kind: str
+    dims: Dims | None = None
+    begun: str | None = None
+    eval: Eval | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    metrics: list[dict] = field(default_factory=list)
+    memory: float | None = None
+    layout: dict | None = None
+    precision: str | None = None
+    spent: float | None = 0
+    hand_over: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    record: dict = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    def total(self, key: str) -> float | None:
+        return self.metrics[-1].get(key) if self.metrics else None
+
+    @property
+    def parameters(self) -> int | None:
+        if self.dims is None:
+            return None
+        arch = architectures.get(self.dims.arch)
+        return sum(prod(arch.row(key).shape(self.dims)) for key in arch.keys(self.dims))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in the order given. Raises CheckpointError with all faults of all folders."""
+    faults = Faults("report", CheckpointError)
+    paths = [Path(folder).resolve() for folder in folders]
+    for path in {path for path in paths if paths.count(path) > 1}:
+        faults.add(f"{path}", "each folder once", f"it {paths.count(path)} times")
+    found = [_read(path, faults) for path in paths]
+    faults.raise_if_any()
+    named = [run for run in found if run is not None]
+    names = [run.name for run in named]
+    # Folders of one name are told apart by the folder above.
+    runs = [
+        replace(run, name=f"{run.folder.parent.name}/{run.name}") if names.count(run.name) > 1 else run for run in named
+    ]
+    linked = [_link(run, runs, faults) if run.kind == "pretraining" else run for run in runs]
+    faults.raise_if_any()
+    return linked
+
+
+def _read(folder: Path, faults: Faults) -> Run | None:
+    if not folder.is_dir():
+        faults.add(f"{folder}", "the folder of a run", "nothing" if not folder.exists() else "a file")
+        return None
+    before = len(faults.lines)
+    metrics = _metrics(folder / METRICS, faults)
+    pretrain = load(folder / PRETRAIN_RECORD, faults)
+    if pretrain:
+        return _pretraining(folder, pretrain, metrics, faults)
+    fit = load(folder / "operator" / OPERATOR_RECORD, faults)
+    if fit:
+        return _fit(folder, fit, metrics, faults)
+    if (folder / provenance.RECORD).is_file():
+        return _hand_off(folder, faults)
+    if not metrics and len(faults.lines) == before:
+        expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD}"
+        faults.add(f"{folder}", expected, "none of them", "Give the --output of fit, grow or pretrain.")
+    return Run(folder.name, folder, "unfinished", metrics=metrics, spent=None, notes=("it has left no record yet",))
+
+
+def _metrics(path: Path, faults: Faults) -> list[dict]:
+    if not path.is_file():
+        return []
+    try:
+        rows = read_metrics(path)
+    except LigoError as error:
+        faults.note(f"{error}")
+        return []
+    except UnicodeDecodeError as error:
+        faults.add(f"{path}", "UTF-8 text", f"{error}")
+        return []
+    for number, row in enumerate(rows, 1):
+        line = Fields(Path(f"{path}, line {number}"), row, faults)
+        for key in ("step", "flops", "seconds", "tokens"):
+            if line.number(key) is None and not (key in row and row[key] is not None):
+                faults.add(f"{line.path}", f"a number for {key}", "none")
+        for key in ("loss", "eval_loss"):
+            line.number(key)
+        if len(faults.lines) > 10:
+            break
+    return rows
+
+
+def _fit(folder: Path, record: Fields, metrics: list[dict], faults: Faults) -> Run:
+    losses = {"initialised": record.number("losses", "start"), "fitted": record.number("losses", "end")}
+    dims = _dims(record, "large")
+    return Run(
+        folder.name,
+        folder,
+        "fit",
+        dims=dims,
+        begun=_initialisation(record.table("settings")),
+        eval=_eval(record, dims, record.number("config", "data", "seq_length")),
+        losses=_known(losses),
+        metrics=metrics,
+        memory=_largest(record),
+        layout=record.table("layout"),
+        precision=record.text("config", "fit", "precision"),
+        record=record.all,
+    )
+
+
+def _hand_off(folder: Path, faults: Faults) -> Run | None:
+    try:
+        record = Fields(folder / provenance.RECORD, provenance.read(folder), faults)
+    except LigoError as error:
+        faults.note(f"{error}")
+        return None
+    losses = {"initialised": record.number("fit", "losses", "start"), "fitted": record.number("fit", "losses", "end")}
+    dims = _dims(record, "large")
+    return Run(
+        folder.name,
+        folder,
+        "hand-off",
+        dims=dims,
+        begun=_grown_by(record),
+        eval=_eval(record, dims, record.number("fit", "config", "data", "seq_length"), "fit"),
+        losses=_known(losses),
+        record=record.all,
+    )
+
+
+def _pretraining(folder: Path, record: Fields, metrics: list[dict], faults: Faults) -> Run:
+    losses = {"step 0": record.number("losses", "start"), "end": record.number("losses", "end")}
+    fitted, again = record.number("losses", "fit"), record.number("losses", "start_on_fit_batch")
+    start = record.text("run", "pretrain", "start")
+    dims = _dims(record, "dims")
+    return Run(
+        folder.name,
+        folder,
+        "pretraining",
+        dims=dims,
+        begun=Path(start).name if start else "fresh weights",
+        eval=_eval(record, dims, record.number("run", "data", "seq_length")),
+        losses=_known(losses),
+        metrics=metrics,
+        memory=_largest(record),
+        layout=record.table("layout"),
+        precision=record.text("run", "pretrain", "precision"),
+        hand_over=None if fitted is None or again is None else (fitted, again),
+        record=record.all,
+    )
+
+
+def _link(run: Run, runs: Sequence[Run], faults: Faults) -> Run:
+    """A pretraining with what its hand-off says: losses of the fit on the same samples, FLOPs spent before."""
+    start = Fields(run.folder / PRETRAIN_RECORD, run.record, faults).text("run", "pretrain", "start")
+    if not start:
+        return run
+    given = next((r for r in runs if r.kind == "hand-off" and r.folder == Path(start).resolve()), None)
+    # A path of another machine or working folder is still told by its name.
+    given = given or next((r for r in runs if r.kind == "hand-off" and r.name == Path(start).name), None)
+    if given is None and (Path(start) / provenance.RECORD).is_file():
+        given = _hand_off(Path(start).resolve(), faults)
+    if given is None:
+        if Path(start).exists() and run.hand_over is None:
+            return run
+        return replace(run, spent=None, notes=(f"its start {start} is not among the folders given",))
+    fit = given.record.get("fit")
+    begun = f"{given.name} ({given.begun})"
+    if not fit:
+        # Nothing was learned between the initialisation and step 0: one loss.
+        same = {"initialised": run.losses["step 0"]} if "step 0" in run.losses else {}
+        return replace(run, begun=begun, losses={**run.losses, **same})
+    source = next((r for r in runs if r.kind == "fit" and _same(r.record, fit)), None)
+    notes: tuple[str, ...] = () if source else ("the folder of its fit was not given: the fit's FLOPs are left out",)
+    if _data(run.record.get("run")) == _data(fit.get("config")) and _first(run) < _samples(fit):
+        notes += ("it trains on samples that its fit has read (same data and order): judge it by held-out ones",)
+    losses = {**given.losses, **run.losses} if given.eval and given.eval == run.eval else run.losses
+    if losses is run.losses and given.losses:
+        notes += ("its fit was evaluated on other samples: those losses are left out of its row",)
+    spent = source.total("flops") if source else None
+    return replace(run, begun=begun, losses=losses, spent=spent, notes=notes)
+
+
+def _data(config: dict | None) -> dict | None:
+    """What decides which training samples come first."""
+    data = (config or {}).get("data")
+    return {key: data.get(key) for key in ("train", "seq_length", "seed")} if data else None
+
+
+def _first(pretraining: Run) -> float:
+    """The training sample that a pretraining begins with."""
+    return ((pretraining.record.get("run") or {}).get("pretrain") or {}).get("first_sample", 0)
+
+
+def _samples(fit: dict) -> float:
+    """Training samples that a fit has read."""
+    settings = fit["config"].get("fit") or {}
+    return fit.get("step", math.inf) * settings.get("global_batch_size", math.inf)
+
+
+def _same(operator: dict, fit: dict) -> bool:
+    """Whether a hand-off's fit is that of an operator's record. As text: a loss that is no number equals itself."""
+    own = {key: value for key, value in operator.items() if key not in OPERATORS_OWN}
+    return json.dumps(own, sort_keys=True) == json.dumps(fit, sort_keys=True)
+
+
+def _dims(record: Fields, key: str) -> Dims | None:
+    sizes = record.table(key)
+    try:
+        return None if sizes is None else Dims.from_json(sizes)
+    except ConfigError as error:
+        record.faults.note(f"{record.path}: {key}: {error}")
+        return None
+
+
+def _eval(record: Fields, dims: Dims | None, seq_length: float | None, *where: str) -> Eval | None:
+    samples, digest = record.number(*where, "eval", "samples"), record.text(*where, "eval", "digest")
+    if samples is None or digest is None:
+        return None
+    if seq_length is None:
+        return Eval(int(samples), digest)
+    return Eval(int(samples), digest, int(seq_length) if dims is None else dims.tokens_of_sample(int(seq_length)))
+
+
+def _largest(record: Fields) -> float | None:
+    return max(record.numbers("peak_memory_bytes") or [], default=None)
+
+
+def _known(losses: dict[str, float | None]) -> dict[str, float]:
+    return {key: value for key, value in losses.items() if value is not None}
+
+
+def _initialisation(settings: dict | None) -> str | None:
+    """width / depth, and the noise, as the config words them; a table by space is named by its default."""
+    if not settings:
+        return None
+    width, depth, noise = (_one(settings.get(key)) for key in ("width_init", "depth_init", "noise"))
+    name = f"{width}" if width == depth else f"{width} / {depth}"
+    more = [f"{key} {settings[key]}" for key in ("fresh", "borrow") if settings.get(key) not in (None, "none")]
+    return ", ".join([name, *([f"noise {noise}"] if noise else []), *more])
+
+
+def _one(value: object) -> object:
+    return f"{value.get('default')} and others" if isinstance(value, dict) else value
+
+
+def _grown_by(record: Fields) -> str | None:
+    name = _initialisation(record.table("operator", "settings"))
+    step = record.number("fit", "step")
+    return name if name is None or step is None else f"{name}, fitted {step:g} steps"

@@ -1,0 +1,84 @@
+"""DeepSpeed's hands on the disk: what it writes is synced and digested, what it reads is never executed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import deepspeed
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from megatron_ligo.checkpoint.io import digest, torch_files
+from megatron_ligo.checkpoint.io.file_layout import not_written
+from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.models.full.universal_loading import RECORDS
+
+ALLOWED = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
+
+
+class Files(TorchCheckpointEngine):
+    """Takes the place of an engine's `checkpoint_engine`.
+
+    A rank that cannot write says so in `fault` and goes on: an exception would leave the others in DeepSpeed's
+    barriers. written: size and digest of each file of this rank since `begin`.
+    """
+
+    def __init__(self, config: object):
+        super().__init__(config)
+        self.begin()
+
+    def begin(self) -> None:
+        self.fault: CheckpointError | None = None
+        self.written: dict[Path, dict] = {}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            super().makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.fault = self.fault or unwritable(Path(path), error)
+
+    def save(self, state_dict: object, path: str) -> None:
+        if self.fault:
+            return
+        try:
+            super().save(state_dict, path)
+            sync(Path(path))
+            self.written[Path(path)] = stated(Path(path))
+        except RuntimeError as error:
+            self.fault = unwritable(Path(path), not_written(Path(path), error))
+        except OSError as error:
+            self.fault = unwritable(Path(path), error)
+
+    def load(self, path: str, map_location: object = None) -> object:
+        # Not mapped: the file may be removed while its tensors are used.
+        return torch_files.load(Path(path), ALLOWED, mapped=False)
+
+
+def install(engine: deepspeed.DeepSpeedEngine) -> Files:
+    """Gives the engine these hands. Its copies of scripts that unpickle freely are not written either."""
+    files = Files(engine._config)
+    engine.checkpoint_engine = files
+    engine._copy_recovery_script = lambda folder: None
+    return files
+
+
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    # torch's own words end with a trace of its C++.
+    found = str(error).splitlines()[0] if str(error) else type(error).__name__
+    do = "Free some room or mend its rights; started again, the run goes on from its last checkpoint."
+    return CheckpointError(message(f"{path}", "room and leave to write a checkpoint", found, do))
+
+
+def stated(path: Path) -> dict:
+    """Size and digest of a file."""
+    size = path.stat().st_size
+    return {"size": size, "digest": digest.of_part(path, 0, size)}
+
+
+def sync(path: Path) -> None:
+    """Flushes a file's content, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,154 @@
+"""A run taken up at another layout: its masters and moments, whole, are cut anew and laid into ZeRO's flat tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import Saved
+from megatron_ligo.checkpoint.formats.deepspeed.reader import param_shapes
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Masters
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.config.run_config import TrainingSection
+from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.models.full.parameters import local_tensor, parameters
+from megatron_ligo.training.checkpointing.run_checkpoints import TAG, Found
+from megatron_ligo.training.engine import layout
+
+log = logging.getLogger(__name__)
+
+# A parameter, by its name, and what of it (WEIGHT or a moment) -> this tensor-parallel rank's part.
+Part = Callable[[str, nn.Parameter, str], Tensor]
+
+
+def moved(found: Found | None, run: TrainingSection, mesh: Mesh) -> bool:
+    """Whether a checkpoint is of another layout than this run's."""
+    if found is None or found.layout == layout(run, mesh):
+        return False
+    then = ", ".join(f"{name} {size}" for name, size in found.layout.items())
+    log.info("%s is of another layout (%s): from here on numbers agree within rounding", found.folder, then)
+    return True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's numbers of a parameter lie: `numel` of them, from `first` on in it, from `start` on in `flat`."""
+
+    flat: Tensor
+    start: int
+    first: int
+    numel: int
+
+
+@torch.no_grad()
+def fill_module(module: nn.Module, part: Part) -> None:
+    """Sets the weights of a module that is not yet in an engine."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(part(name, parameter, WEIGHT))
+
+
+@torch.no_grad()
+def fill_optimizer(engine: DeepSpeedEngine, part: Part, steps: int | None = None) -> None:
+    """Sets the fp32 masters of an engine that has made no step, whose module has these weights already.
+
+    steps: Adam's count; its moments are set too. None: there are none.
+    """
+    optimizer, kinds = engine.optimizer, (WEIGHT,)
+    if steps is not None:
+        kinds = (WEIGHT, *MOMENTS)
+        for flat in _flats(optimizer):
+            zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            optimizer.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
+    for name, parameter in engine.module.named_parameters():
+        place = _place(optimizer, parameter)
+        for kind in kinds if place else ():
+            flat = place.flat if kind == WEIGHT else optimizer.optimizer.state[place.flat][kind]
+            numbers = part(name, parameter, kind).reshape(-1)[place.first : place.first + place.numel]
+            flat.narrow(0, place.start, place.numel).copy_(numbers)
+
+
+def _flats(optimizer: object) -> list[Tensor]:
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        return optimizer.fp32_partitioned_groups_flat
+    return [flat for group in optimizer.optimizer.param_groups for flat in group["params"]]
+
+
+def _place(optimizer: object, parameter: nn.Parameter) -> Place | None:
+    """None where this rank has none of the parameter's numbers."""
+    if hasattr(parameter, "ds_id"):
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        first = size * optimizer._get_param_partition_rank(parameter)
+        numel = min(size, parameter.ds_numel - first)
+        return Place(optimizer.fp32_partitioned_groups_flat[group], start, first, numel) if numel > 0 else None
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    (flat,) = optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
+    held, whole = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+    return Place(flat, held.start, whole.start, held.numel)
+
+
+def of_model(model: nn.Module, dims: Dims, read: Callable[..., Tensor], mesh: Mesh) -> Part:
+    """Cuts a model's canonical tensors. read: a Reader's, or of weights only."""
+    items = {id(parameter): item for parameter, item in parameters(model, dims)}
+
+    def part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
+        chosen = read if kind == WEIGHT else lambda key: read(key, kind)
+        return local_tensor(items[id(parameter)], chosen, dims, mesh.tp, mesh.tp_rank)
+
+    return part
+
+
+class Learned:
+    """The parameters of a fit's checkpoint, whole. steps: Adam's count, None where there are no moments."""
+
+    def __init__(self, found: Found):
+        saved = Saved(found.folder / TAG, operator=True)
+        self.folder = found.folder
+        faults = Faults(f"{found.folder} does not hold the fit of its layout", CheckpointError)
+        held = [
+            (Masters(saved.optims[mp], shapes, where, faults), shapes) for mp, shapes, where in _ranks(saved, faults)
+        ]
+        faults.raise_if_any()
+        # Tensor-parallel ranks of the first stage come first.
+        tp = found.layout["tp"]
+        self._ranks = [held[rank::tp] for rank in range(tp)]
+        counts = {masters.step for masters, _ in held}
+        if len(counts) > 1:
+            raise CheckpointError(message(f"{found.folder}", "one count of Adam's steps on all ranks", counts))
+        self.steps = counts.pop()
+
+    def cut_for(self, mesh: Mesh) -> Part:
+        def part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
+            dim = getattr(parameter, "partition_dim", -1)
+            pieces = [self._piece(stages, name, kind) for stages in (self._ranks if dim >= 0 else self._ranks[:1])]
+            whole = torch.cat(pieces, dim) if dim >= 0 else pieces[0]
+            cut = whole.chunk(mesh.tp, dim)[mesh.tp_rank] if dim >= 0 else whole
+            expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if cut.shape != expected:
+                raise CheckpointError(message(f"{self.folder}: {name}", f"shape {expected}", tuple(cut.shape)))
+            return cut
+
+        return part
+
+    def _piece(self, stages: list, name: str, kind: str) -> Tensor:
+        """A tensor-parallel rank's part; what is tied is the first stage's."""
+        for masters, groups in stages:
+            for shapes in groups:
+                if name in shapes and name in masters and masters.numel(name) == prod(shapes[name]):
+                    return masters.tensor(name, kind).reshape(shapes[name])
+        raise CheckpointError(message(f"{self.folder}: {name}", "its numbers in ZeRO's flat tensors", "none, or some"))
+
+
+def _ranks(saved: Saved, faults: Faults) -> Iterator[tuple[int, list, str]]:
+    for mp in range(saved.mp):
+        where = f"mp_rank_{mp:02d}"
+        yield mp, param_shapes(saved.models[mp], where, faults), where

@@ -1,0 +1,255 @@
+"""A run's own checkpoints: written aside, synced, committed by one rename; the newest whole one is found without help.
+
+FOLDER/step_N/state/        DeepSpeed's files
+FOLDER/step_N/record.json   the run's own state, and size and digest of every file: without it the folder is not whole
+FOLDER/step_N.damaged/      what was found damaged, out of the way
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_ligo.checkpoint.io import torch_files
+from megatron_ligo.checkpoint.model_record import STATE
+from megatron_ligo.common.atomic_files import read_json, write_json
+from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.distributed.mesh import agree, gathered
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED, stated, sync, unwritable
+from megatron_ligo.training.engine import Engine
+
+log = logging.getLogger(__name__)
+
+TAG = "state"
+RECORD = "record.json"
+VERSION = 2
+STEP = re.compile(r"step_(\d+)")
+# What a killed run may leave behind: a checkpoint not yet committed, and one that a newer was to replace.
+NEW, OLD = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint, its files checked, the state that was saved with it, and the layout that wrote it."""
+
+    folder: Path
+    step: int
+    state: dict
+    layout: dict[str, int]
+
+
+def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, beside: Path | None = None) -> None:
+    """Saves weights, optimizer and `state` (plain numbers and text) as FOLDER/step_N. Collective.
+
+    beside: a folder whose files belong to each checkpoint (the model's sizes, its tokenizer).
+    CheckpointError on every rank, with the checkpoints before left as they are, if a weight is not finite or a file
+    cannot be written.
+    """
+    agree(_bad_weights(engine.module, step))
+    aside, target = folder / f".step_{step}.new", folder / f"step_{step}"
+    _on_rank_0(aside, lambda: _make(aside))
+    engine.files.begin()
+    engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={STATE: state}, save_latest=False)
+    try:
+        agree(engine.files.fault)
+        known = {path: entry for part in gathered(engine.files.written) for path, entry in part.items()}
+        record = {"step": step, "state": state, "layout": engine.layout}
+        _on_rank_0(aside, lambda: complete(aside, beside, known, record))
+    except CheckpointError:
+        # Its room may be what others need.
+        _on_rank_0(aside, lambda: shutil.rmtree(aside, ignore_errors=True))
+        raise
+    _on_rank_0(target, lambda: _commit(aside, target))
+    _on_rank_0(folder, lambda: _retain(folder, step, keep_last))
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = (STEP.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def newest(folder: Path) -> Found | None:
+    """The newest whole checkpoint; None where none was ever made. Damaged ones are told, and set aside. Collective.
+
+    CheckpointError if there are checkpoints and all are damaged.
+    """
+    _on_rank_0(folder, lambda: _tidy(folder))
+    faults = Faults(f"{folder} has no checkpoint that is whole", CheckpointError)
+    damaged: list[Path] = []
+    for step in reversed(gathered(steps(folder))[0]):
+        place = folder / f"step_{step}"
+        record, fault = _examine(place)
+        found = next((error for error in gathered(fault) if error), None)
+        if found is None:
+            for other in damaged:
+                log.warning("%s: set aside as %s.damaged", other, other.name)
+            _on_rank_0(folder, lambda: _set_aside(damaged))
+            return Found(place, step, record["state"], record["layout"])
+        log.warning("%s", found)
+        faults.note(str(found))
+        damaged.append(place)
+    faults.raise_if_any()
+    return None
+
+
+def state_of(folder: Path) -> dict:
+    """The state that was saved with a checkpoint, STEP's folder; empty where it is none of a run of ours."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return dict(read_json(path)["state"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(message(f"{path}", "a checkpoint's record", f"{error!r}")) from None
+
+
+def load(engine: Engine, found: Found) -> dict:
+    """Takes up a checkpoint of the engine's own layout; returns its `state`. Collective."""
+    path, _ = engine.engine.load_checkpoint(str(found.folder), tag=TAG)
+    if path is None:
+        raise CheckpointError(message(f"{found.folder}", "a DeepSpeed checkpoint", "nothing to load"))
+    engine.after_update()
+    return found.state
+
+
+def _make(aside: Path) -> None:
+    # The folder above is not made: a run whose --output has vanished must not go on somewhere else.
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+
+
+def complete(aside: Path, beside: Path | None, known: dict[Path, dict], record: dict) -> None:
+    """All that rank 0 puts beside the ranks' files, at last the digests of them all. known: those that ranks have."""
+    (aside / "latest").write_text(TAG)
+    if beside:
+        shutil.copytree(beside, aside, dirs_exist_ok=True)
+    files = {}
+    for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+        files[str(path.relative_to(aside))] = known.get(path) or stated(path)
+        if path not in known:
+            sync(path)
+    missing = [str(path) for path in known if not path.is_file()]
+    assert not missing, f"written and not there: {missing}"
+    write_json(aside / RECORD, {"version": VERSION, **record, "files": files})
+    for path in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
+        sync(path)
+
+
+def _commit(aside: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _retain(folder: Path, step: int, keep_last: int) -> None:
+    """The one of this step is whole; of the others only older ones go."""
+    for old in [other for other in steps(folder) if other < step][: -(keep_last - 1) or None]:
+        shutil.rmtree(folder / f"step_{old}")
+
+
+def _tidy(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if NEW.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif match := OLD.fullmatch(path.name):
+            if (folder / match[1]).exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(folder / match[1])
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    for place in damaged:
+        away = place.with_name(f"{place.name}.damaged")
+        shutil.rmtree(away, ignore_errors=True)
+        place.rename(away)
+        sync(place.parent)
+
+
+def _examine(place: Path) -> tuple[dict, CheckpointError | None]:
+    """A checkpoint's record, and what is wrong with this rank's share of its files."""
+    try:
+        record = _read_record(place / RECORD)
+        faults = Faults(f"{place} is damaged", CheckpointError)
+        share = sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]
+        for name in share:
+            _check_file(place, name, record["files"][name], faults)
+        faults.raise_if_any()
+    except CheckpointError as error:
+        return {}, error
+    return record, None
+
+
+def _read_record(path: Path) -> dict:
+    try:
+        record = read_json(path)
+        if record["version"] != VERSION:
+            raise CheckpointError(message(f"{path}", f"version {VERSION}", record["version"]))
+        files = {str(name): (int(entry["size"]), str(entry["digest"])) for name, entry in record["files"].items()}
+        layout = {name: int(record["layout"][name]) for name in ("tp", "pp", "dp", "zero")}
+        if not files or not isinstance(record["state"], dict) or min(layout.values()) < 1:
+            raise KeyError("files, state and layout")
+    except OSError as error:
+        raise CheckpointError(message(f"{path}", "the record of a checkpoint", error.strerror)) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(message(f"{path}", "the record of a checkpoint", f"{error!r}")) from None
+    return record
+
+
+def _check_file(place: Path, name: str, expected: dict, faults: Faults) -> None:
+    path = place / name
+    if path.exists() and not path.is_file():
+        # To read a pipe is to wait.
+        faults.add(f"{path}", "a file", "something else")
+        return
+    try:
+        found = stated(path)
+    except OSError as error:
+        faults.add(f"{path}", f"{expected['size']} bytes", error.strerror)
+        return
+    if found != expected:
+        faults.add(f"{path}", f"{expected['size']} bytes, digest {expected['digest']}", f"{found}")
+    elif path.suffix == ".pt":
+        try:
+            torch_files.load(path, ALLOWED)
+        except CheckpointError as error:
+            faults.note(str(error))
+
+
+def _bad_weights(module: nn.Module, step: int) -> CheckpointError | None:
+    """This rank's weights that are not finite."""
+    bad = []
+    for name, parameter in module.named_parameters():
+        held = getattr(parameter, "ds_tensor", parameter)
+        if not bool(torch.isfinite(held).all()):
+            bad.append(name)
+    if not bad:
+        return None
+    do = "Nothing is saved; the last checkpoint is as it was."
+    return CheckpointError(message(f"step {step}", "finite weights", f"NaN or Inf in {', '.join(bad[:10])}", do))
+
+
+def _on_rank_0(place: Path, work: Callable[[], None]) -> None:
+    """Does work on files on rank 0 alone; all ranks share its fault."""
+    fault = None
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            fault = unwritable(place, error)
+    agree(fault)

@@ -1,0 +1,104 @@
+"""The count from shapes against PyTorch's own counter on a real model, and on a real fit step."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ligo.arch.flops import forward_flops, train_flops
+from megatron_ligo.distributed import mesh as meshes
+from megatron_ligo.growth.fit_flops import fit_step_flops
+from megatron_ligo.models.factored.context import Runtime
+from megatron_ligo.models.factored.factored_model import GrownModel
+from megatron_ligo.models.factored.small_weights import Source
+from tests import image_models
+from tests.layer_norm_models import model_of
+from tests.models.factored.fit_reference import lag_of, make_operator
+from tests.tiny_models import hf_llama, llama_dims, memory_of, tokens
+
+CASES = [
+    {},
+    {"tied": True, "num_layers": 5, "num_kv_heads": 6},
+    {"hidden_size": 96, "num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 200, "vocab_size": 501},
+]
+
+
+@pytest.mark.parametrize("changes", CASES)
+def test_counts_as_torch_does(changes):
+    dims = llama_dims(**changes)
+    model = hf_llama(dims)
+    ids = tokens(dims, batch=3, length=32)
+    # PyTorch does not count the products inside its fused kernel on a CPU.
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as forward:
+        loss = model(ids).logits.square().mean()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert forward_flops(dims, ids.numel(), 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert train_flops(dims, ids.numel(), 32) == pytest.approx(total, rel=0.02)
+
+
+def test_a_classifier_counts_as_torch_does():
+    """Its embedding is a product for each patch, its head one for each image."""
+    dims = image_models.dims_of("deit", image_size=18)
+    model = model_of(dims)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as forward:
+        model(image_models.pictures(dims, batch=3))
+    tokens_seen = 3 * dims.tokens_of_image
+    assert forward_flops(dims, tokens_seen, dims.tokens_of_image) == forward.get_total_flops()
+
+
+def test_scales_with_tokens_and_sequence():
+    dims = llama_dims()
+    assert train_flops(dims, 2048, 64) == 2 * train_flops(dims, 1024, 64)
+    assert train_flops(dims, 1024, 128) > train_flops(dims, 1024, 64)
+
+
+SMALL = {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "ffn_size": 80, "num_layers": 2}
+LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240, "num_layers": 3}
+
+
+def fit_flops(settings: dict, samples: int, lagged: bool = False, more: dict | None = None) -> dict[str, int]:
+    """A fit step's FLOPs by our count and by torch's, which leaves out the fused attention."""
+    small, length = llama_dims(**SMALL), 32
+    operator = make_operator(small, {**LARGE, **(more or {})}, settings)
+    mesh = meshes.make(1, 1)
+    reader = memory_of(hf_llama(small), small)
+    lag = lag_of(operator).__getitem__ if lagged else None
+    source, at_once = Source(operator, reader, mesh, 1), samples * length
+    model = GrownModel(Runtime(operator, source, mesh, torch.float32, tokens_per_step=at_once, lag=lag))
+    ids = tokens(small, batch=samples, length=length)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids, torch.ones(ids.shape)).backward()
+    large = operator.large
+    attention = 3 * 2 * 2 * ids.numel() * length * large.num_heads * large.head_dim * large.num_layers
+    counted = fit_step_flops(operator, ids.numel(), length, lagged=lagged)
+    return {"by_torch": counter.get_total_flops() + attention, "counted": counted}
+
+
+OPERATORS = {
+    "default": ({}, 64),
+    "products built": ({}, 1),
+    "official": ({"method": "ligo"}, 64),
+    "low rank": ({"rank": 5}, 64),
+    "low rank from a dense start": ({"rank": 5, "width_init": "random"}, 64),
+    # Fused weights are built, however few the tokens.
+    "dense heads, few tokens": ({"method": "ligo"}, 1),
+    "larger heads": ({}, 8, {"head_dim": 12}),
+    "larger heads, low rank": ({"rank": 4}, 8, {"head_dim": 12}),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_a_fit_step_counts_as_torch_does(pools, kind):
+    settings, samples, *more = OPERATORS[kind]
+    found = pools(1).run(fit_flops, settings=settings, samples=samples, more=more[0] if more else {})
+    assert found["counted"] == pytest.approx(found["by_torch"], rel=0.02)
+
+
+def test_what_a_lag_adds_is_counted_as_torch_does(pools):
+    more = pools(1).run(fit_flops, settings={}, samples=8, lagged=True)
+    less = pools(1).run(fit_flops, settings={}, samples=8)
+    assert more["counted"] - less["counted"] == pytest.approx(more["by_torch"] - less["by_torch"], rel=0.02)
+    assert more["counted"] > 1.3 * less["counted"]

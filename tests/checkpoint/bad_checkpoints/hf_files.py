@@ -1,0 +1,175 @@
+"""Hugging Face folders whose files are damaged or hostile: single ones, and shards with an index."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoint.bad_checkpoints import Builder, of
+
+MODEL, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+single: dict[str, Builder] = {}
+sharded: dict[str, Builder] = {}
+
+
+def header_of(path: Path) -> tuple[dict, bytes]:
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def put_header(path: Path, header: dict | bytes, rest: bytes, size: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + rest)
+
+
+@of(single)
+def cut_off(folder):
+    path = folder / MODEL
+    path.write_bytes(path.read_bytes()[:-1])
+    return (MODEL,)
+
+
+@of(single)
+def cut_off_in_the_header(folder):
+    path = folder / MODEL
+    path.write_bytes(path.read_bytes()[:100])
+    return (MODEL,)
+
+
+@of(single)
+def empty(folder):
+    (folder / MODEL).write_bytes(b"")
+    return (MODEL,)
+
+
+@of(single)
+def longer_than_its_header_says(folder):
+    with (folder / MODEL).open("ab") as file:
+        file.write(b"more")
+    return (MODEL,)
+
+
+@of(single)
+def a_header_longer_than_the_file(folder):
+    header, rest = header_of(folder / MODEL)
+    put_header(folder / MODEL, header, rest, size=1 << 62)
+    return (MODEL,)
+
+
+@of(single)
+def a_header_that_overlaps(folder):
+    header, rest = header_of(folder / MODEL)
+    header["lm_head.weight"]["data_offsets"] = header["model.embed_tokens.weight"]["data_offsets"]
+    put_header(folder / MODEL, header, rest)
+    return (MODEL,)
+
+
+@of(single)
+def a_header_beyond_the_end(folder):
+    header, rest = header_of(folder / MODEL)
+    start, end = header["lm_head.weight"]["data_offsets"]
+    header["lm_head.weight"]["data_offsets"] = [start + len(rest), end + len(rest)]
+    put_header(folder / MODEL, header, rest)
+    return (MODEL,)
+
+
+@of(single)
+def a_header_with_one_name_twice(folder):
+    header, rest = header_of(folder / MODEL)
+    entry = json.dumps(header["lm_head.weight"])
+    text = json.dumps(header)[:-1] + f', "lm_head.weight": {entry}' + "}"
+    put_header(folder / MODEL, text.encode(), rest)
+    return (MODEL,)
+
+
+@of(single)
+def a_link_out_of_the_folder(folder):
+    path = folder / MODEL
+    path.rename(folder.parent / "elsewhere.safetensors")
+    path.symlink_to("../elsewhere.safetensors")
+    return MODEL, "links that lead out"
+
+
+@of(single)
+def one_file_and_an_index(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {}}))
+    return MODEL, INDEX
+
+
+def edit_index(folder: Path, change: Callable[[dict], object]) -> None:
+    data = json.loads((folder / INDEX).read_text())
+    change(data["weight_map"])
+    (folder / INDEX).write_text(json.dumps(data))
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[0]
+
+
+@of(sharded)
+def a_shard_is_missing(folder):
+    shard = first_shard(folder)
+    shard.unlink()
+    return shard.name, "model.embed_tokens.weight"
+
+
+@of(sharded)
+def a_shard_that_nobody_knows(folder):
+    (folder / "model-00099-of-00099.safetensors").write_bytes(first_shard(folder).read_bytes())
+    return "model-00099-of-00099.safetensors", "index"
+
+
+@of(sharded)
+def one_tensor_in_two_shards(folder):
+    shards = sorted(folder.glob("model-*.safetensors"))
+    state = {**load_file(shards[1]), "model.embed_tokens.weight": load_file(shards[0])["model.embed_tokens.weight"]}
+    save_file(state, shards[1], {"format": "pt"})
+    return "model.embed_tokens.weight", shards[0].name, shards[1].name
+
+
+@of(sharded)
+def a_tensor_in_another_shard_than_the_index_says(folder):
+    last = sorted(folder.glob("model-*.safetensors"))[-1]
+    edit_index(folder, lambda places: places.update({"model.embed_tokens.weight": last.name}))
+    return "model.embed_tokens.weight", last.name
+
+
+@of(sharded)
+def an_index_out_of_the_folder(folder):
+    edit_index(folder, lambda places: places.update({"lm_head.weight": "../a/model.safetensors"}))
+    return "../a/model.safetensors", "leads out"
+
+
+@of(sharded)
+def an_index_to_the_root(folder):
+    edit_index(folder, lambda places: places.update({"lm_head.weight": "/etc/passwd"}))
+    return "/etc/passwd", "leads out"
+
+
+@of(sharded)
+def an_index_to_the_folder_itself(folder):
+    edit_index(folder, lambda places: places.update({"lm_head.weight": "."}))
+    return ("leads out",)
+
+
+@of(sharded)
+def an_index_of_numbers(folder):
+    edit_index(folder, lambda places: places.update({"lm_head.weight": 3}))
+    return (INDEX,)
+
+
+@of(sharded)
+def an_index_without_its_map(folder):
+    (folder / INDEX).write_text("{}")
+    return INDEX, "weight_map"
+
+
+@of(sharded)
+def no_index(folder):
+    (folder / INDEX).unlink()
+    return (INDEX,)

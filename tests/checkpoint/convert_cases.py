@@ -1,0 +1,54 @@
+"""What runs in processes of its own: conversions that are killed, or whose memory is watched."""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.bench.synthetic_reader import Drawn
+from megatron_ligo.bench.timing import anonymous_memory
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.reader import WriteOptions
+
+# 400 MB, of which the largest tensor is a twelfth.
+LARGE = Dims(
+    arch="llama", model_type="llama", num_layers=27, hidden_size=512, ffn_size=1536, num_heads=8, num_kv_heads=2,
+    head_dim=64, vocab_size=16_000, max_positions=128, norm_eps=1e-5, rope_base=1e4,
+)  # fmt: skip
+DELAY = 0.004
+
+
+def options(to: str) -> WriteOptions:
+    """Several ranks, or several shards, where a format has them."""
+    layout = 2 if getattr(formats.get(to), "LAYOUT", False) else 1
+    return WriteOptions(tp=layout, extra={"shard_bytes": 200_000} if to == "hf" else {})
+
+
+def watched(pipe: Connection, path: str | None, target: str, to: str) -> None:
+    """Converts what lies at a path (None: a computed model) and says how far anonymous memory rose."""
+    torch.set_num_threads(1)
+    source = Drawn(LARGE) if path is None else formats.open(path)
+    with anonymous_memory() as memory:
+        convert(source, target, to, options(to))
+    pipe.send(memory.peak)
+
+
+def slow(pipe: Connection, path: str, target: str, to: str) -> None:
+    """A conversion that takes a while, to be killed in."""
+    torch.set_num_threads(1)
+    source = formats.open(path)
+    read = source.read
+
+    def slowly(key: str, kind: str = "weight") -> Tensor:
+        time.sleep(DELAY)
+        return read(key, kind)
+
+    source.read = slowly
+    pipe.send("started")
+    convert(source, target, to, options(to))
+    pipe.send("ended")

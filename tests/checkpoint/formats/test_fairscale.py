@@ -1,0 +1,179 @@
+"""Meta's Llama files: what real fairscale layers save is read, and what is written they load; sizes; tokenizers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.fairscale import params_json
+from megatron_ligo.checkpoint.reader import WriteOptions
+from megatron_ligo.common.errors import LigoError
+from tests.checkpoint import hf_models
+from tests.checkpoint.formats import fairscale_model
+
+# Of the sizes that Meta's code can hold (head_dim = hidden / heads), and that 2 ranks can share.
+PLAIN = {"head_dim": 8}
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+
+
+@pytest.mark.parametrize(
+    ("cut", "params", "context"),
+    [("features", fairscale_model.LLAMA_2, 4096), ("vocabulary", fairscale_model.LLAMA_3, 8192)],
+)
+def test_what_fairscale_layers_save(tmp_path, pools, cut, params, context):
+    folder = tmp_path / "meta"
+    folder.mkdir()
+    expected = torch.tensor(pools(2).run(fairscale_model.save, folder=str(folder), cut=cut, params=params))
+    reader = formats.open(folder)
+    assert (reader.layout, reader.dims.vocab_size, reader.dims.max_positions) == ({"tp": 2}, 38, context)
+    assert (reader.dims.ffn_size, reader.dims.rope_base) == ({4: 168, 6: 128}[params["n_heads"]], reader.dims.rope_base)
+    convert(reader, tmp_path / "hf", "hf")
+    ids = hf_models.tokens(fairscale_model.VOCABULARY)
+    torch.testing.assert_close(logits(tmp_path / "hf", ids), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cut", "tp", "changes"),
+    [
+        ("features", 2, {"tie_word_embeddings": True, "rope_theta": 10000.0}),
+        ("vocabulary", 4, {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}),
+    ],
+)
+def test_what_is_written_loads_into_fairscale_layers(tmp_path, pools, cut, tp, changes):
+    tied = changes.pop("tie_word_embeddings", False)
+    _, folder = hf_models.saved(tmp_path / "hf", tied=tied, **{**PLAIN, **changes})
+    convert(formats.open(folder), tmp_path / "meta", "fairscale", WriteOptions(tp=tp, extra={"embedding": cut}))
+    found = torch.tensor(pools(tp).run(fairscale_model.load, folder=str(tmp_path / "meta"), cut=cut))
+    ids = hf_models.tokens()
+    torch.testing.assert_close(found[..., :37], logits(folder, ids), atol=1e-5, rtol=1e-5)
+    # 37 tokens on 2 or 4 ranks: zero rows below.
+    assert (found[..., 37:] == 0).all()
+    assert found.shape[-1] == -(-37 // tp) * tp
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_any_number_of_ranks_to_any_other(tmp_path, tied):
+    sizes = {**PLAIN, "num_key_value_heads": 6, "intermediate_size": 60}
+    _, folder = hf_models.saved(tmp_path / "hf", tied=tied, dtype=torch.bfloat16, **sizes)
+    source = formats.open(folder)
+    for number, (tp, cut) in enumerate(itertools.product((1, 2, 3, 6), ("vocabulary", "features"))):
+        target = tmp_path / str(number)
+        convert(source, target, "fairscale", WriteOptions(tp=tp, extra={"embedding": cut}))
+        assert len(list(target.glob("consolidated.*.pth"))) == tp
+        source = formats.open(target)
+    convert(source, tmp_path / "back", "hf")
+    hf_models.assert_same(formats.open(tmp_path / "back"), formats.open(folder))
+
+
+def test_more_ranks_than_kv_heads(tmp_path):
+    """Each rank has a copy of one head, as in Llama 3.1 405B at 16 ranks."""
+    _, folder = hf_models.saved(tmp_path / "hf", **PLAIN, num_key_value_heads=1)
+    convert(formats.open(folder), tmp_path / "meta", "fairscale")
+    whole = torch.load(tmp_path / "meta" / "consolidated.00.pth")
+    (tmp_path / "meta" / "manifest.json").unlink()
+    for rank in range(2):
+        state = {}
+        for name, tensor in whole.items():
+            dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+            alike = "norm" in name or name.endswith(("wk.weight", "wv.weight"))
+            if name in ("tok_embeddings.weight", "output.weight"):
+                tensor = torch.cat([tensor, torch.zeros(1, 48)])
+            state[name] = tensor.clone() if alike else tensor.chunk(2, dim)[rank].clone()
+        torch.save(state, tmp_path / "meta" / f"consolidated.{rank:02d}.pth")
+    params = json.loads((tmp_path / "meta" / "params.json").read_text())
+    (tmp_path / "meta" / "params.json").write_text(json.dumps({**params, "vocab_size": 38}))
+    hf_models.assert_same(formats.open(tmp_path / "meta"), formats.open(folder))
+    state["layers.1.attention.wk.weight"][3, 3] += 1
+    torch.save(state, tmp_path / "meta" / "consolidated.01.pth")
+    with pytest.raises(LigoError, match=r"layers\.1\.k .*others on rank 1"):
+        formats.open(tmp_path / "meta").read("layers.1.k")
+    with pytest.raises(LigoError, match="num_kv_heads"):
+        convert(formats.open(folder), tmp_path / "other", "fairscale", WriteOptions(tp=2))
+
+
+def test_the_ffn_rule_gives_the_size():
+    releases = {(4096, 11008): 256, (5120, 13824): 256, (8192, 28672): 4096, (4096, 14336): 1024, (16384, 53248): 4096}
+    for hidden, ffn in [*releases, (2048, 8192), (48, 52), (7, 100003), (8, 3), (1, 1)]:
+        multiple_of, multiplier = params_json.ffn_rule(hidden, ffn)
+        stated = {"dim": hidden, "multiple_of": multiple_of}
+        stated |= {} if multiplier is None else {"ffn_dim_multiplier": multiplier}
+        assert fairscale_model.ffn_size(stated) == ffn, (hidden, ffn)
+    assert params_json.ffn_rule(8192, 28672) == (4096, 1.3)
+    assert params_json.ffn_rule(4096, 11008) == (256, None)
+
+
+def test_what_metas_code_would_compute_otherwise_is_refused(tmp_path):
+    llama3 = {**params_json.SCALED, "rope_theta": 500000.0}
+    cases = {
+        "head_dim": {},
+        "q_bias": {"model_type": "qwen2", **PLAIN},
+        "sliding_window": {"model_type": "mistral", "sliding_window": 8, **PLAIN},
+        "rope_scaling": {"rope_parameters": {**llama3, "factor": 32.0}, **PLAIN},
+    }
+    for number, (words, changes) in enumerate(cases.items()):
+        _, folder = hf_models.saved(tmp_path / str(number), changes.pop("model_type", "llama"), **changes)
+        with pytest.raises(LigoError, match=words):
+            convert(formats.open(folder), tmp_path / "meta", "fairscale")
+    _, folder = hf_models.saved(tmp_path / "scaled", rope_parameters=llama3, **PLAIN)
+    convert(formats.open(folder), tmp_path / "meta", "fairscale")
+    assert json.loads((tmp_path / "meta" / "params.json").read_text())["use_scaled_rope"] is True
+    hf_models.assert_same(formats.open(tmp_path / "meta"), formats.open(folder))
+    # What a config.json beside it says of the rope is taken: Llama 3.2's is scaled by more than Meta's code says.
+    _, other = hf_models.saved(tmp_path / "3.2", rope_parameters={**llama3, "factor": 32.0}, **PLAIN)
+    (tmp_path / "meta" / "dims.json").write_text("{}")
+    with pytest.raises(LigoError, match="version"):
+        formats.open(tmp_path / "meta")
+    (tmp_path / "meta" / "dims.json").unlink()
+    (tmp_path / "meta" / "config.json").write_bytes((other / "config.json").read_bytes())
+    hf_models.assert_same(formats.open(tmp_path / "meta"), formats.open(other))
+    for options, words in [
+        (WriteOptions(pp=2), "pp"),
+        (WriteOptions(tp=4), "num_kv_heads"),
+        (WriteOptions(extra={"embedding": "rows"}), "vocabulary or features"),
+    ]:
+        with pytest.raises(LigoError, match=words):
+            convert(formats.open(folder), tmp_path / "other", "fairscale", options)
+
+
+def test_a_release_without_our_files(tmp_path):
+    """params.json, tensors and the tokenizer in the folder above are all there is."""
+    text = tmp_path / "text"
+    text.write_text("\n".join(f"the quick brown fox number {n} jumps over {n * n} lazy dogs" for n in range(200)))
+    above = tmp_path / "release"
+    above.mkdir()
+    # As Llama 2's was.
+    rules = {"model_type": "bpe", "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity"}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(above / "tokenizer"), vocab_size=330, minloglevel=2, **rules
+    )
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(above / "tokenizer.model"))
+    _, folder = hf_models.saved(tmp_path / "hf", **PLAIN, vocab_size=330, rope_theta=10000.0)
+    convert(formats.open(folder), above / "small", "fairscale", WriteOptions(tp=2, extra={"embedding": "features"}))
+    for file in ("dims.json", "manifest.json"):
+        (above / "small" / file).unlink()
+    params = json.loads((above / "small" / "params.json").read_text())
+    assert "rope_theta" not in params
+    (above / "small" / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "max_seq_len": 64}))
+    reader = formats.open(above / "small")
+    assert reader.carried == {"bos_token_id": 1, "eos_token_id": 2}
+    convert(reader, tmp_path / "back", "hf")
+    hf_models.assert_same(formats.open(tmp_path / "back"), formats.open(folder))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 2
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "back")
+    again = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "back" / "tokenizer.model"))
+    for words in ("the lazy fox jumps over 144 dogs", "Grüße 世界\n\tx"):
+        assert again.encode(words) == tokenizer.encode(words)
+        assert theirs(words).input_ids == [1, *tokenizer.encode(words)]
+        assert theirs.decode(tokenizer.encode(words)) == words

@@ -1,0 +1,183 @@
+"""Hugging Face folders against the real transformers classes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.io.output import Output
+from megatron_ligo.checkpoint.reader import WriteOptions
+from megatron_ligo.common.errors import CheckpointError
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.growth.validation import initial_operator
+from tests.checkpoint import hf_models
+from tests.tiny_models import hf_llama, llama_dims, memory_of
+
+SCALED = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 2.0},
+}
+
+
+def rewrite(source, folder, **extra):
+    folder.mkdir()
+    with Output(folder) as out:
+        formats.get("hf").write(source, out, WriteOptions(extra=extra))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", list(hf_models.CLASSES))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_there_and_back(tmp_path, model_type, tied, dtype):
+    model, folder = hf_models.saved(tmp_path / "a", model_type, tied=tied, dtype=dtype)
+    source = formats.open(folder)
+    state = model.state_dict()
+    assert source.dims.tied == tied
+    assert source.dims.qkv_bias == (model_type == "qwen2")
+    assert hf_models.same_bits(source.read("layers.1.k"), state["model.layers.1.self_attn.k_proj.weight"])
+    written = rewrite(source, tmp_path / "b", shard_bytes=9000)
+    assert len(list(written.glob("model-*.safetensors"))) > 2
+    hf_models.assert_same(source, formats.open(written))
+    again = AutoModelForCausalLM.from_pretrained(written, dtype="auto").eval()
+    assert type(again) is type(model)
+    assert again.dtype == dtype
+    ids = hf_models.tokens()
+    # Loaded, too: a model cast in memory has cast its rotary frequencies with it.
+    first = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.no_grad():
+        assert torch.equal(first(ids).logits, again(ids).logits)
+
+
+def test_one_file_is_what_the_library_would_write(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "a")
+    written = rewrite(formats.open(folder), tmp_path / "b")
+    ours, theirs = load_file(written / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", [None, *SCALED])
+def test_rope_survives_in_both_forms_of_the_config(tmp_path, kind):
+    rope = {"rope_type": kind, **SCALED[kind]} if kind else None
+    model, folder = hf_models.saved(tmp_path / "a", "llama", rope_scaling=rope)
+    source = formats.open(folder)
+    assert source.dims.rope_base == 5000.0
+    assert (source.dims.rope_scaling or {}).get("rope_type") == kind
+    written = json.loads((rewrite(source, tmp_path / "b") / "config.json").read_text())
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
+    for number, config in enumerate((written, old, new)):
+        assert config_json.dims_of(config, "config") == source.dims
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "config.json").write_text(json.dumps(config))
+        read = AutoConfig.from_pretrained(tmp_path / f"{number}")
+        assert read.rope_parameters == model.config.rope_parameters
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
+    _, folder = hf_models.saved(
+        tmp_path / "a", head_dim=8, num_key_value_heads=6, rms_norm_eps=1e-6, rope_theta=10000.0
+    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    full = formats.open(folder).dims
+    for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    assert formats.open(folder).dims == full
+
+
+def test_token_ids_and_files_are_carried(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "a")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "notes.txt").write_text("not the model's")
+    written = rewrite(formats.open(folder), tmp_path / "b")
+    config = json.loads((written / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, 5)
+    assert {file.name for file in written.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+
+
+def test_a_head_stored_beside_its_embedding_must_be_the_same(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "a", tied=True)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, path, {"format": "pt"})
+    reader = formats.open(folder)
+    assert "head" not in list(reader.keys())
+    reader.read("embed")
+    state["lm_head.weight"][0, 0] += 1
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        formats.open(folder).read("embed")
+
+
+def test_a_cache_of_links_to_blobs_is_read(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "plain")
+    snapshot = tmp_path / "models--x" / "snapshots" / "0123"
+    blobs = tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    hf_models.assert_same(formats.open(folder), formats.open(snapshot))
+
+
+@pytest.mark.parametrize("form", ["hf", "deepspeed", "mcore"])
+def test_no_link_leads_out_of_a_checkpoint(tmp_path, form):
+    """Whoever packed the folder would choose which file of this machine is read. One that stays inside is followed."""
+    _, whole = hf_models.saved(tmp_path / "whole")
+    good = tmp_path / "good"
+    convert(formats.open(whole), good, form)
+    ending = {"hf": "*.safetensors", "deepspeed": "*states.pt", "mcore": "__0_1.distcp"}[form]
+    (weights,) = good.rglob(ending)
+    moved = good / "elsewhere"
+    weights.rename(moved)
+    weights.symlink_to(moved)
+    hf_models.assert_same(formats.open(whole), formats.open(good))
+    weights.unlink()
+    weights.symlink_to(moved.rename(tmp_path / "outside"))
+    with pytest.raises(CheckpointError, match=r"lead out of it(.|\n)*" + weights.name):
+        formats.open(good)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_no_weights(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "a")
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    save_file(state, path, {"format": "pt"})
+    formats.open(folder)
+
+
+@pytest.mark.parametrize(("model_type", "heads", "told"), [("llama", 6, 1), ("llama", 8, 0), ("qwen2", 6, 0)])
+def test_what_transformers_would_refuse_is_told(tmp_path, caplog, model_type, heads, told):
+    """It is written all the same: other readers take it."""
+    small = llama_dims(model_type=model_type, qkv_bias=model_type == "qwen2", num_kv_heads=2)
+    large = LargeSection(hidden_size=32, num_heads=heads)
+    source = Grown(initial_operator(small, large, OperatorSection()), memory_of(hf_llama(small), small))
+    convert(source, tmp_path / "out", "hf")
+    warned = [entry.getMessage() for entry in caplog.records if "hf: num_heads" in entry.getMessage()]
+    expected = "expected a divisor of hidden_size = 32 (transformers loads no other llama), found 6. Choose num_heads"
+    assert len(warned) == told and all(expected in line for line in warned)
+    assert formats.open(tmp_path / "out").dims == source.dims
+    if told:
+        with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,244 @@
+"""Megatron-core's distributed checkpoints and Megatron-LM's by rank, with real GPTModels on the other side."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_ligo.checkpoint import formats, verify
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.inspect import as_text, describe
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, WriteOptions
+from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.testing.fuzz import engine_samples
+from tests import layer_norm_models
+from tests.checkpoint import hf_models
+from tests.checkpoint.formats import megatron_optimizers, megatron_ranks
+from tests.tiny_models import tokens
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4, "intermediate_size": 56}
+# A run's arguments tell every size; only what no size is may differ.
+CASES = {
+    "untied": ("llama", {}),
+    "tied": ("llama", {"tied": True}),
+    "biased": ("qwen2", {"tied": True}),
+    "halves": ("llama", {"dtype": torch.bfloat16}),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A Hugging Face folder of each kind."""
+    root = tmp_path_factory.mktemp("sources")
+    made = {name: hf_models.saved(root / name, kind, **SIZES, **changes)[1] for name, (kind, changes) in CASES.items()}
+    return {**made, "gpt2": layer_norm_models.saved(root / "gpt2", "gpt2", "GPT2LMHeadModel", n_layer=4)[1]}
+
+
+def expected_logits(folder):
+    reader = formats.open(folder)
+    return verify.logits(reader, tokens(reader.dims))
+
+
+def assert_same_weights(reader, source) -> None:
+    assert list(reader.keys()) == list(source.keys())
+    for key in source.keys():  # noqa: SIM118 - no dict
+        assert hf_models.same_bits(reader.read(key), source.read(key)), key
+
+
+def assert_same_state(reader, source) -> None:
+    for key, kind in itertools.product(source.keys(), (WEIGHT, *MOMENTS)):
+        assert hf_models.same_bits(reader.read(key, kind), source.read(key, kind)), (key, kind)
+
+
+def assert_stepped(reader, source, weights: bool) -> None:
+    """The moments after one step of AdamW, and (`weights`) the weights. (Without masters the model's may be others.)"""
+    for key in source.keys():  # noqa: SIM118 - no dict
+        weight = source.read(key).float().requires_grad_()
+        weight.grad = megatron_optimizers.gradient(weight.detach())
+        stepper = torch.optim.AdamW([weight], lr=megatron_optimizers.LR, weight_decay=0.0)
+        stepper.step()
+        if weights:
+            torch.testing.assert_close(reader.read(key), weight.detach())
+        for kind in MOMENTS:
+            torch.testing.assert_close(reader.read(key, kind), stepper.state[weight][kind])
+
+
+def assert_logits(found, sources, names) -> None:
+    for name, logits in zip(names, found, strict=True):
+        if logits is not None:
+            assert (logits - expected_logits(sources[name])).abs().max() < 5e-5
+
+
+def test_megatron_core_loads_what_we_write(pools, sources, tmp_path):
+    """Unpadded, at layouts that the file knows nothing of."""
+    for name, folder in sources.items():
+        convert(formats.open(folder), tmp_path / name, "mcore")
+    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("halves", 2, 1), ("gpt2", 2, 2)]
+    jobs = [(str(tmp_path / name / "release"), str(sources[name]), tp, pp) for name, tp, pp in cases]
+    found = pools(4).run(megatron_ranks.load_distributed, jobs=jobs)
+    assert_logits(found, sources, [name for name, _, _ in cases])
+    jobs = [(str(tmp_path / "tied" / "release"), str(sources["tied"]), 1, 1)]
+    assert_logits(pools(1).run(megatron_ranks.load_distributed, jobs=jobs), sources, ["tied"])
+
+
+def test_megatron_core_loads_what_each_rank_finds(pools, sources, tmp_path):
+    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("halves", 2, 1), ("untied", 1, 2)]
+    jobs = []
+    for name, tp, pp in cases:
+        target = tmp_path / f"{name}{tp}{pp}"
+        convert(formats.open(sources[name]), target, "megatron", WriteOptions(tp=tp, pp=pp))
+        jobs.append((str(target / "release"), str(sources[name]), tp, pp))
+    found = pools(4).run(megatron_ranks.load_by_rank, jobs=jobs)
+    assert_logits(found, sources, [name for name, _, _ in cases])
+
+
+def test_what_megatron_core_saves_is_read(pools, sources, tmp_path):
+    """Stacked layers, and layers and halves of the feed-forward block by themselves."""
+    cases = {
+        "stacked": ("tied", 2, 2, {}),
+        "alone": ("untied", 4, 1, {"singleton_local_shards": True}),
+        "unstacked": ("biased", 1, 4, {"non_homogeneous_layers": True}),
+        "halves": ("halves", 2, 1, {}),
+    }
+    jobs = [(str(tmp_path / name), str(sources[of]), tp, pp, how) for name, (of, tp, pp, how) in cases.items()]
+    pools(4).run(megatron_ranks.save_distributed, jobs=jobs)
+    for name, (of, *_) in cases.items():
+        reader, source = formats.open(tmp_path / name), formats.open(sources[of])
+        assert (reader.format, reader.step, reader.unread) == ("mcore", 5, ())
+        assert reader.dims == source.dims
+        assert reader.layout == {"padded_vocab": megatron_ranks.PADDED}
+        assert_same_weights(reader, source)
+        convert(reader, tmp_path / "back" / name, "hf")
+        hf_models.assert_same(formats.open(tmp_path / "back" / name), source)
+
+
+@pytest.mark.parametrize(
+    ("of", "tp", "pp", "sharding"),
+    [
+        ("halves", 2, 2, "fully_reshardable"),
+        ("halves", 2, 1, None),
+        ("tied", 1, 2, None),
+        ("untied", 1, 2, "dp_reshardable"),
+    ],
+)
+def test_the_optimizers_tensors_are_read(pools, sources, tmp_path, of, tp, pp, sharding):
+    """With fp32 masters where there are any; what is not keyed by parameters is said to be left."""
+    folder, bf16 = tmp_path / "run", of == "halves"
+    job = {"path": str(sources[of]), "tp": tp, "pp": pp, "bf16": bf16, "sharding": sharding}
+    pools(4).run(megatron_optimizers.save_with_optimizer, folder=str(folder), **job)
+    reader, source = formats.open(folder), formats.open(sources[of])
+    if sharding == "dp_reshardable":
+        assert not reader.has_moments
+        assert convert(reader, tmp_path / "back", "universal").left_behind == list(reader.unread)
+        assert "optimizer state" in reader.unread[0]
+        return
+    assert (reader.has_moments, reader.step, reader.unread) == (True, 1, ())
+    assert_stepped(reader, source, bf16 or sharding is not None)
+    convert(reader, tmp_path / "back", "universal")
+    assert formats.open(tmp_path / "back").step == 1
+
+
+def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
+    """One that is not distributed, and distributed ones of fp32 and of bf16 weights, at layouts of their own; out of
+    files by rank those that are not distributed."""
+    rates = {"max_lr": megatron_optimizers.LR, "min_lr": megatron_optimizers.MIN_LR}
+    for name in ("tied", "biased", "gpt2"):
+        convert(formats.open(sources[name]), tmp_path / name / "engine", "deepspeed", WriteOptions(tp=2))
+        engine_samples.add_optimizer(tmp_path / name / "engine" / "global_step0", 1)
+    # A universal checkpoint states the settings for whoever is not DeepSpeed.
+    convert(formats.open(tmp_path / "biased" / "engine"), tmp_path / "universal", "universal")
+    for name, stored in (("tied", "tied/engine"), ("biased", "universal")):
+        source = formats.open(tmp_path / stored)
+        made = convert(source, tmp_path / name / "made", "mcore", WriteOptions(extra=rates))
+        reader = formats.open(tmp_path / name / "made")
+        assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_samples.STEPS)
+        assert_same_state(reader, source)
+    cases = [("tied", 2, 2, False, False), ("biased", 1, 2, False, True), ("tied", 2, 1, True, True)]
+    jobs = [(str(tmp_path / name / "made/release"), str(tmp_path / name / "engine"), *how) for name, *how in cases]
+    pools(4).run(megatron_optimizers.load_with_optimizer, jobs=jobs)
+    jobs = []
+    for name, tp, pp, bf16 in (("tied", 2, 2, False), ("gpt2", 1, 2, True), ("biased", 2, 1, True)):
+        source, folder = formats.open(tmp_path / name / "engine"), tmp_path / f"{name} by rank"
+        if name == "biased":
+            source = formats.open(tmp_path / "universal")
+        made = convert(source, folder, "megatron", WriteOptions(tp=tp, pp=pp, extra=rates))
+        reader = formats.open(folder)
+        assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_samples.STEPS)
+        assert_same_state(reader, source)
+        jobs.append((str(folder / "release"), str(tmp_path / name / "engine"), tp, pp, bf16))
+    pools(4).run(megatron_optimizers.load_by_rank, jobs=jobs)
+
+
+@pytest.mark.parametrize(("of", "tp", "pp"), [("tied", 2, 2), ("halves", 1, 2), ("biased", 2, 1)])
+def test_what_each_rank_saves_is_read(pools, sources, tmp_path, of, tp, pp):
+    """Of Megatron-core's optimizers too: the numbers of their parameters, and fp32 masters where there are any."""
+    folder, bf16 = tmp_path / "run" / "iter_0000012", of == "halves"
+    job = {"path": str(sources[of]), "tp": tp, "pp": pp, "bf16": bf16}
+    pools(tp * pp).run(megatron_optimizers.save_by_rank, folder=str(folder), **job)
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("12")
+    reader, source = formats.open(tmp_path / "run"), formats.open(sources[of])
+    assert (reader.format, reader.has_moments, reader.step, reader.unread) == ("megatron", True, 1, ())
+    assert reader.layout == {"tp": tp, "pp": pp, "padded_vocab": megatron_ranks.PADDED}
+    assert reader.dims == source.dims
+    assert_stepped(reader, source, weights=True)
+    made = convert(reader, tmp_path / "back", "mcore")
+    assert (made.left_behind, made.step) == ([], 1)
+    for file in folder.rglob("*.pt"):
+        state = torch.load(file, weights_only=False)
+        torch.save({**state, "optimizer": {"optimizer": {"param_groups": []}}}, file)
+        torch.save({}, file.with_name("distrib_optim.pt"))
+    reader = formats.open(tmp_path / "run")
+    assert (reader.has_moments, reader.step) == (False, 12)
+    assert "distributed" in as_text(describe(reader))
+    made = convert(reader, tmp_path / "hf", "hf")
+    assert made.left_behind == list(reader.unread)
+    assert_same_weights(formats.open(folder), source)
+
+
+@pytest.mark.parametrize("of", list(CASES))
+def test_there_and_back(sources, tmp_path, of):
+    """Layouts and paddings of one vocabulary, each from the one before."""
+    steps = [
+        ("mcore", WriteOptions()),
+        ("megatron", WriteOptions(tp=2, pp=2, extra={"layers": "te"})),
+        ("mcore", WriteOptions(extra={"vocab_divisible_by": 64})),
+        ("megatron", WriteOptions(tp=4, extra={"vocab_divisible_by": 1})),
+        ("universal", WriteOptions()),
+        ("megatron", WriteOptions(pp=4)),
+    ]
+    source = formats.open(sources[of])
+    reader = source
+    for number, (to, options) in enumerate(steps):
+        convert(reader, tmp_path / f"{number}", to, options)
+        reader = formats.open(tmp_path / f"{number}")
+        if to == "universal":
+            # It stores fp32 only.
+            assert reader.dims == source.dims
+            reader = formats.open(tmp_path / f"{number - 1}")
+        hf_models.assert_same(reader, source)
+    assert verify.check_manifest(formats.open(tmp_path / "2")).same
+
+
+def test_layouts_that_megatron_has_not(sources, tmp_path):
+    source = formats.open(sources["tied"])
+    for options, words in (
+        (WriteOptions(tp=3), "num_kv_heads"),
+        (WriteOptions(pp=5), "one stage a layer"),
+        (WriteOptions(extra={"layers": "TE"}), "local or te"),
+        (WriteOptions(extra={"vocab_divisible_by": 0}), "vocab_divisible_by"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            convert(source, tmp_path / "a", "megatron", options)
+    with pytest.raises(ConfigError, match="vocab_divisible_by"):
+        convert(source, tmp_path / "a", "mcore", WriteOptions(extra={"vocab_divisible_by": 1.5}))
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_an_encoder_over_stages(tmp_path, name):
+    """Without a head the last stage has no copy of the embedding."""
+    _, folder = layer_norm_models.saved(tmp_path / "hf", "bert", name)
+    source = formats.open(folder)
+    convert(source, tmp_path / "megatron", "megatron", WriteOptions(tp=2, pp=2))
+    assert_same_weights(formats.open(tmp_path / "megatron"), source)

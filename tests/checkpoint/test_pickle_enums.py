@@ -1,0 +1,58 @@
+"""Members of enumerations as Python 3.11.2 pickles them are read, on every Python; `getattr` of others is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import STAND_INS
+from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata
+from megatron_ligo.checkpoint.io import torch_files
+from megatron_ligo.common.errors import CheckpointError
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED
+from tests.checkpoint import hf_models
+
+
+@pytest.fixture
+def by_name(monkeypatch):
+    for kind in (ZeroStageEnum, _MEM_FORMAT_ENCODING):
+        monkeypatch.setattr(kind, "__reduce_ex__", lambda member, _: (getattr, (type(member), member._name_)))
+
+
+def test_an_engine_s_stage(by_name, tmp_path):
+    torch.save({"stage": ZeroStageEnum.gradients, "tensor": torch.ones(2)}, tmp_path / "file.pt")
+    assert b"getattr" in (tmp_path / "file.pt").read_bytes()
+    assert torch_files.load(tmp_path / "file.pt", STAND_INS)["stage"] == 2
+    assert torch_files.load(tmp_path / "file.pt", ALLOWED)["stage"] is ZeroStageEnum.gradients
+
+
+def test_torch_s_metadata(by_name, tmp_path):
+    _, folder = hf_models.saved(tmp_path / "hf")
+    convert(formats.open(folder), tmp_path / "mcore", "mcore")
+    (path,) = (tmp_path / "mcore").rglob(dcp_metadata.METADATA)
+    assert b"getattr" in path.read_bytes()
+    source, made = formats.open(folder), formats.open(tmp_path / "mcore")
+    assert torch.equal(made.read("layers.0.q"), source.read("layers.0.q"))
+
+
+class Gets:
+    def __init__(self, *arguments: object):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(ZeroStageEnum, "__class__"), (torch.Size, "__mro__"), (ZeroStageEnum, "no_stage"), ("text", "format")],
+)
+@pytest.mark.parametrize("allowed", [STAND_INS, ALLOWED, ()], ids=["stand-ins", "records", "nothing"])
+def test_nothing_else(tmp_path, arguments, allowed):
+    torch.save({"stage": Gets(*arguments)}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError):
+        torch_files.load(tmp_path / "file.pt", allowed)

@@ -1,0 +1,132 @@
+"""Growth in stages: a chain that is killed goes on, and its page and lineage count from the first stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.common.file_lock import alone
+from megatron_ligo.config.run_config import WRITERS
+from megatron_ligo.experiments import staged_growth
+from megatron_ligo.export import provenance
+from tests import layer_norm_models
+from tests.training.test_pretrain import make_pair
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = """
+[shared.data]
+train = ["{base}/train"]
+valid = ["{base}/valid"]
+seq_length = 12
+[shared.fit]
+save_every = 1
+[shared.pretrain]
+steps = 4
+save_every = 1
+"""
+STAGES = """
+[[stages]]
+name = "small"
+[stages.small]
+path = "{base}/sizes/config.json"
+
+[[stages]]
+name = "medium"
+[stages.large]
+num_layers = 4
+hidden_size = 48
+num_heads = 12
+max_positions = 30
+vocab_size = 53
+[stages.data]
+seq_length = 20
+[stages.operator]
+noise = 0.5
+[stages.fit]
+steps = 2
+[stages.pretrain]
+steps = 3
+first_sample = 32
+"""
+
+
+def started(path: Path, output: Path) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tools/stages.py", str(path), "--output", str(output)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=-1, start_new_session=True)
+
+
+def finished(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def kill_in(process: subprocess.Popen, work: Path) -> None:
+    """All its processes, as soon as a run has written the line of a step, or a growth a piece of its first format."""
+    deadline, metrics, growth = time.monotonic() + 300, work / "metrics.jsonl", work / f".{WRITERS[0]}.partial/content"
+    while not (metrics.is_file() and metrics.read_text()) and not growth.is_dir():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def works(path: Path, output: Path) -> dict[str, bool]:
+    """What the chain does, in order, and whether it is done."""
+    return {
+        f"{stage.name}/{name}": done for stage in staged_growth.load(path, output) for name, _, done in stage.works()
+    }
+
+
+def losses(output: Path, run: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_chain_that_is_killed_in_each_of_its_works(tmp_path):
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(tmp_path / name, seed)
+    layer_norm_models.saved(tmp_path / "sizes", "gpt2", "GPT2LMHeadModel", n_layer=2, n_positions=12)
+    path = tmp_path / "chain.toml"
+    path.write_text((SHARED + STAGES).format(base=tmp_path))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(started(path, whole))
+    for run in works(path, killed):
+        kill_in(started(path, killed), killed / run)
+        assert not works(path, killed)[run], f"{run} was killed too late"
+    assert "medium: grown is done" in finished(started(path, killed))
+    for run in ("small/pretrain", "medium/fit", "medium/pretrain"):
+        assert losses(killed, run) == losses(whole, run), run
+    links = json.loads((killed / staged_growth.RECORD).read_text())["stages"]
+    assert [(link["stage"], link["run"]) for link in links] == [
+        ("small", "pretrain"), ("medium", "fit"), ("medium", "grown"), ("medium", "pretrain"),
+    ]  # fmt: skip
+    assert links[-1]["flops_since_the_first_stage"] == sum(link["flops"] or 0 for link in links)
+    assert links[2]["source"] == provenance.read(killed / "medium/grown")["source"]
+    named = ("num_layers", "hidden_size", "max_positions", "vocab_size")
+    sizes = [[link["model"][size] for size in named] for link in links]
+    assert (sizes[0], sizes[3]) == ([2, 24, 12, 37], [4, 48, 30, 53])
+    assert (killed / "report/report.html").is_file()
+
+
+def test_faults_of_all_stages_at_once(tmp_path):
+    path = tmp_path / "chain.toml"
+    path.write_text('[shraed]\n[[stages]]\nname = "a"\n[stages.pretrain]\nstepz = 1\n[[stages]]\nname = "a"\n')
+    with pytest.raises(ConfigError, match=r"(?s)shraed.*stepz.*stage 2|stage 2.*shraed"):
+        staged_growth.load(path, tmp_path)
+    path.write_text("stages = 3")
+    with pytest.raises(ConfigError, match=r"a table \[\[stages\]\]"):
+        staged_growth.load(path, tmp_path)
+
+
+def test_two_at_once(tmp_path):
+    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+        staged_growth.run([], tmp_path / "out", print)

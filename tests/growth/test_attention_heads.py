@@ -1,0 +1,119 @@
+"""Another ratio of query heads to KV heads, another head size: exact by a rule, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.growth import attention_heads
+from megatron_ligo.growth.validation import initial_operator
+from tests.growth.logit_gap import logits_gap
+from tests.tiny_models import hf_llama, llama_dims, memory_of
+
+# The small model has 6 query heads on 3 KV heads, of 4 features.
+EXACT = {
+    "more query heads a group": LargeSection(num_heads=12),
+    "half as many more": LargeSection(hidden_size=27, num_heads=9),
+    "to multi-head attention": LargeSection(num_kv_heads=6),
+    "wider, more of both": LargeSection(num_layers=4, hidden_size=32, ffn_size=44, num_heads=16, num_kv_heads=4),
+    "twice the head size": LargeSection(head_dim=8),
+    "half as much again": LargeSection(head_dim=6),
+    "all at once": LargeSection(hidden_size=48, num_heads=12, num_kv_heads=12, head_dim=10, num_layers=5),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_exact(case):
+    small = llama_dims(tied="wider" in case)
+    assert logits_gap(small, EXACT[case], OperatorSection(noise=0.5)) < 5e-6
+
+
+def test_exact_with_biases_with_random_copies_and_with_a_map_for_each_layer():
+    small = llama_dims(model_type="qwen2", qkv_bias=True)
+    large = LargeSection(hidden_size=48, num_heads=24, num_kv_heads=4, head_dim=6, num_layers=4)
+    for keys in ({}, {"method": "net2net"}, {"share": {"default": "layer", "residual": "all"}}):
+        assert logits_gap(small, large, OperatorSection(**keys)) < 5e-6, keys
+
+
+def test_left_alone_they_would_be_seen(monkeypatch):
+    """The controls: without the base of the rotary angles, and without the scale of the scores."""
+    small, large = llama_dims(), LargeSection(head_dim=6)
+    monkeypatch.setattr(attention_heads, "rope_base", lambda small, head_dim: small.rope_base)
+    assert logits_gap(small, large, OperatorSection()) > 1e-4
+    monkeypatch.undo()
+    monkeypatch.setattr(attention_heads, "features", lambda part, *sizes: unscaled(part, *sizes))
+    assert logits_gap(small, large, OperatorSection()) > 1e-3
+
+
+def unscaled(part, *sizes, features=attention_heads.features):
+    return features(part, *sizes).clamp(max=1.0)
+
+
+def test_pairs_keep_their_frequencies():
+    for small_dim, large_dim in ((4, 8), (4, 6), (64, 96), (64, 128)):
+        dims = llama_dims(head_dim=small_dim)
+        base = attention_heads.rope_base(dims, large_dim)
+        place = attention_heads.features("k", small_dim, large_dim, True).argmax(dim=0)[: small_dim // 2]
+        before = dims.rope_base ** (-2 * torch.arange(small_dim // 2, dtype=torch.float64) / small_dim)
+        assert torch.allclose(base ** (-2 * place.double() / large_dim), before, rtol=1e-12)
+
+
+def test_new_features_can_learn():
+    """q's and v's new features are no zeros, though those of k are."""
+    small = llama_dims()
+    operator = initial_operator(small, LargeSection(head_dim=8), OperatorSection())
+    grown = Grown(operator, memory_of(hf_llama(small), small))
+    for row, zeros in (("q", 0), ("v", 0), ("k", 3 * 4)):
+        rows = grown.read(f"layers.0.{row}")
+        assert int((rows == 0).all(dim=1).sum()) == zeros
+
+
+def test_keys_and_values_are_merged_by_their_mean():
+    small = llama_dims(num_kv_heads=6, head_dim=4)
+    settings = OperatorSection(width_init={"default": "lossless", "groups": "mean"})
+    source = memory_of(hf_llama(small), small)
+    grown = Grown(initial_operator(small, LargeSection(num_kv_heads=2), settings), source)
+    key = source.read("layers.1.k").view(2, 3, 4, 24)
+    assert torch.allclose(grown.read("layers.1.k").view(2, 4, 24), key.mean(dim=1), atol=1e-7)
+    for row in ("q", "o", "up"):
+        assert torch.equal(grown.read(f"layers.1.{row}"), source.read(f"layers.1.{row}"))
+
+
+REFUSED = {
+    "fewer": (LargeSection(num_kv_heads=2), {}, "groups = 'mean'"),
+    "smaller": (LargeSection(head_dim=2), {}, "at least the small model's 4"),
+    "no divisor": (LargeSection(num_kv_heads=2), {"width_init": {"default": "copy", "groups": "mean"}}, "a divisor"),
+    "dense": (LargeSection(head_dim=8), {"method": "ligo"}, "torn apart"),
+    "fresh": (LargeSection(num_kv_heads=6), {"method": "lemon"}, "not the first ones"),
+    "frozen": (LargeSection(num_kv_heads=6), {"identity": "frozen", "width_init": "copy"}, "not the first ones"),
+    "no rule": (LargeSection(num_kv_heads=6), {"width_init": {"default": "copy", "groups": "random"}}, "no rule"),
+    "apart": (LargeSection(num_kv_heads=6), {"share": {"default": "all", "heads": "layer"}}, "follow their groups"),
+    "heads apart": (
+        LargeSection(num_kv_heads=6),
+        {"width_init": {"default": "copy", "heads": "select"}},
+        "Query heads follow",
+    ),
+    "mean of others": (LargeSection(), {"width_init": {"default": "copy", "ffn": "mean"}}, r"width_init \(ffn\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case):
+    large, keys, word = REFUSED[case]
+    with pytest.raises(ConfigError, match=word):
+        initial_operator(llama_dims(), large, OperatorSection(**keys))
+
+
+def test_a_query_head_without_a_place_is_refused():
+    with pytest.raises(ConfigError, match="none for query head 8"):
+        large = LargeSection(hidden_size=30, num_heads=10, num_kv_heads=5)
+        initial_operator(llama_dims(num_heads=9), large, OperatorSection())
+
+
+def test_scalings_that_depend_on_the_head_size_are_refused():
+    small = llama_dims(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ConfigError, match="rope_scaling 'yarn'"):
+        initial_operator(small, LargeSection(head_dim=8), OperatorSection())

@@ -1,0 +1,67 @@
+"""Each form of a map against its dense matrix: products, transposes, gradients; and what the products cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ligo.growth.linear_maps import Copies, Full, Kept, LowRank
+
+N, M, RANK = 7, 4, 2
+
+
+def one_entry() -> torch.Tensor:
+    """Rows with one scaled entry, a feature with no copy, one with three, and a row without an entry."""
+    matrix = torch.zeros(N, M, dtype=torch.float64)
+    for row, (column, scale) in enumerate([(0, 1.0), (2, 0.5), (3, -2.0), (0, 0.25), (0, 3.0), (2, 1.5)]):
+        matrix[row, column] = scale
+    return matrix
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def kept(first: int, rows: int) -> torch.Tensor:
+    matrix = drawn(N, M)
+    matrix[:rows] = torch.eye(M, dtype=torch.float64)[first : first + rows]
+    return matrix
+
+
+U, V = drawn(N, RANK), drawn(RANK, M)
+FORMS = {
+    "full": (lambda: Full(drawn(N, M)), drawn(N, M), N * M),
+    "all rows kept": (lambda: Kept(drawn(N, M), 4, 0), kept(0, 4), (N - 4) * M),
+    "a rank's kept rows": (lambda: Kept(drawn(N, M), 2, 1), kept(1, 2), (N - 2) * M),
+    "copies": (lambda: Copies.of(one_entry()), one_entry(), 0),
+    "low rank on copies": (lambda: LowRank(Copies.of(one_entry()), U, V), one_entry() + U @ V, RANK * (N + M)),
+    "low rank on full": (lambda: LowRank(Full(drawn(N, M)), U, V), drawn(N, M) + U @ V, N * M + RANK * (N + M)),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_products_and_gradients_are_those_of_the_dense_matrix(kind):
+    make, dense, cost = FORMS[kind]
+    form = make()
+    assert form.shape == (N, M)
+    assert form.cost == cost
+    torch.testing.assert_close(form.dense(), dense)
+    pairs = [
+        (form.push, lambda x: x @ dense.t(), drawn(3, 2, M)),
+        (form.pull, lambda x: x @ dense, drawn(3, 2, N)),
+        (form.__matmul__, lambda x: dense @ x, drawn(M, 5)),
+        (form.__matmul__, lambda x: dense @ x, drawn(M)),
+        (form.to(drawn(1)).push, lambda x: x @ dense.t(), drawn(2, M)),
+    ]
+    for product, wanted, x in pairs:
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        out, truth = product(mine), wanted(theirs)
+        torch.testing.assert_close(out, truth)
+        weight = drawn(*truth.shape)
+        (out * weight).sum().backward()
+        (truth * weight).sum().backward()
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_a_dense_matrix_is_no_copies():
+    assert Copies.of(drawn(N, M)) is None

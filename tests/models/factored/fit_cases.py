@@ -1,0 +1,196 @@
+"""What the ranks run: a short fit of the sharded, factored model on real DeepSpeed engines."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.config.run_config import ParallelSection, TrainingSection
+from megatron_ligo.distributed import mesh as meshes
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.models.factored import context, map_parameters, small_weights
+from megatron_ligo.models.factored.context import Runtime
+from megatron_ligo.models.factored.factored_model import GrownModel, GrownPipeline
+from megatron_ligo.models.factored.small_weights import Source
+from megatron_ligo.training.checkpointing.gather_operator import collect
+from megatron_ligo.training.engine import Engine
+from tests import image_models
+from tests.growth import official_ligo
+from tests.layer_norm_models import dims_of, memory_of, model_of
+from tests.models.factored.fit_reference import lag_of, make_operator, materialise
+from tests.tiny_models import llama_dims, tokens
+
+SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}
+LARGE = {"num_layers": 5, "hidden_size": 32, "ffn_size": 48, "num_heads": 16, "num_kv_heads": 8}
+BATCH, LENGTH, STEPS = 8, 12, 6
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def small_dims(changes: dict) -> Dims:
+    """A small Llama, or a small model of the family that the changes name."""
+    if changes.get("arch", "llama") == "llama":
+        return llama_dims(**{**SMALL, **changes})
+    if changes["arch"] in ("vit", "deit"):
+        return image_models.dims_of(changes["arch"], **{**SMALL, **{k: v for k, v in changes.items() if k != "arch"}})
+    return dims_of(changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}})
+
+
+def batches(dims, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if dims.image_size is not None:
+        seeds = range(100, 100 + steps)
+        return [(image_models.pictures(dims, BATCH, seed), image_models.labels(dims, BATCH, seed)) for seed in seeds]
+    drawn = [tokens(dims, BATCH, LENGTH + 1, seed=100 + step) for step in range(steps)]
+    return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in drawn]
+
+
+def micro(batch, mesh, size: int) -> list[dict]:
+    """This rank's micro-batches: sample (m dp + r) size + i of the batch."""
+    ids, labels = batch
+    count = BATCH // (mesh.dp * size)
+    parts = []
+    for m in range(count):
+        first = (m * mesh.dp + mesh.dp_rank) * size
+        rows = slice(first, first + size)
+        parts.append({"tokens": ids[rows], "labels": labels[rows], "loss_mask": torch.ones(labels[rows].shape)})
+    return parts
+
+
+@contextmanager
+def unreduced():
+    """Partial uses whose gradients are not summed over the tensor-parallel ranks."""
+    with without_reduction(context), without_reduction(small_weights):
+        yield
+
+
+def without_reduction(module):
+    return mock.patch.object(module, "copy_to", lambda x, group: x)
+
+
+SABOTAGE = {
+    None: nullcontext,
+    "unreduced": unreduced,
+    "maps_unreduced": lambda: without_reduction(map_parameters),
+    "gains_unreduced": lambda: without_reduction(context),
+    "hook_on_grad": nullcontext,
+    "unmarked": nullcontext,
+}
+
+
+def _all_reduced(grad, group):
+    grad = grad.clone()
+    dist.all_reduce(grad, group=group)
+    return grad
+
+
+def fit(
+    tp=1,
+    pp=1,
+    zero=1,
+    micro_size=2,
+    optimizer="adamw",
+    lr=1e-3,
+    clip=0.05,
+    settings=None,
+    small=None,
+    large=None,
+    recompute=False,
+    tokens_at_once=64,
+    sabotage=None,
+    ds_config="",
+    precision="fp32",
+    sequence_parallel=False,
+    whole_source=False,
+    lagged=False,
+    steps=STEPS,
+):
+    """(losses, norms, operator, grown weights, loss in fp32 afterwards) of some steps at a layout, on rank 0."""
+    small = small_dims(small or {})
+    mesh = meshes.make(tp, pp)
+    operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
+    source_reader = memory_of(model_of(small), small)
+    run = TrainingSection(
+        steps=steps,
+        optimizer=optimizer,
+        lr=lr,
+        clip=clip,
+        global_batch_size=BATCH,
+        micro_batch_size=micro_size,
+        parallel=ParallelSection(tp=tp, pp=pp, zero=zero, ds_config=ds_config, sequence_parallel=sequence_parallel),
+    )
+    shared = Runtime(
+        operator,
+        Source(operator, source_reader, mesh, zero, whole_source),
+        mesh,
+        DTYPES[precision],
+        micro_batches=1 if zero == 3 else BATCH // (mesh.dp * micro_size),
+        tokens_per_step=tokens_at_once,
+        recompute=recompute,
+        sequence_parallel=sequence_parallel,
+        gradients_each=zero == 2,
+        lag=lag_of(operator).__getitem__ if lagged else None,
+    )
+    with SABOTAGE[sabotage]():
+        return _run(shared, run, micro_size, source_reader, sabotage)
+
+
+def _run(shared, run, micro_size, source_reader, sabotage):
+    mesh, operator = shared.mesh, shared.operator
+    module = GrownPipeline(shared) if mesh.pp > 1 else GrownModel(shared)
+    if sabotage == "hook_on_grad":
+        for parameter in module.shared_maps().parameters():
+            if not hasattr(parameter, "tensor_model_parallel"):
+                parameter.register_hook(lambda grad: _all_reduced(grad, mesh.tp_group))
+    if sabotage == "unmarked":
+        for parameter in module.parameters():
+            parameter.__dict__.pop("tensor_model_parallel", None)
+
+    def moved():
+        shared.generation += 1
+
+    groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
+    engine = Engine(module, mesh, run, groups, after_update=moved)
+    losses, norms = [], []
+    for batch in batches(operator.large, run.steps):
+        loss, norm = engine.train_step(micro(batch, mesh, micro_size))
+        losses.append(loss)
+        norms.append(norm)
+    values = collect(module, shared)
+    shared.dtype = torch.float32
+    afterwards = engine.evaluate(micro(batches(operator.large)[0], mesh, micro_size))
+    engine.engine.destroy()
+    if not values:
+        return None
+    with torch.no_grad():
+        return losses, norms, values, materialise(operator, source_reader, values), afterwards
+
+
+def official_numbers(path: str, head_dim: int, tp=1, pp=1, sequence_parallel=False) -> tuple[float, dict] | None:
+    """(loss of the fixture's ids, each telling the one before, and the grown weights), on rank 0: as the fit begins."""
+    case = official_ligo.load(Path(path), head_dim)
+    tensors = {name: tensor.float() for name, tensor in case.operator.tensors.items()}
+    operator = official_ligo.Given(case.operator.small, case.operator.large, case.operator.settings, tensors)
+    mesh = meshes.make(tp, pp)
+    size = len(case.ids)
+    run = TrainingSection(
+        global_batch_size=size * mesh.dp,
+        micro_batch_size=size,
+        parallel=ParallelSection(tp=tp, pp=pp, sequence_parallel=sequence_parallel),
+    )
+    shared = Runtime(
+        operator, Source(operator, case.source, mesh, 1), mesh, torch.float32, sequence_parallel=sequence_parallel
+    )
+    module = GrownPipeline(shared) if pp > 1 else GrownModel(shared)
+    engine = Engine(module, mesh, run, [{"params": list(module.parameters()), "weight_decay": 0.0}])
+    mask = torch.ones(case.ids.shape)
+    loss = engine.evaluate([{"tokens": case.ids, "labels": case.ids.roll(1, dims=1), "loss_mask": mask}])
+    values = collect(module, shared)
+    engine.engine.destroy()
+    if not values:
+        return None
+    grown = Grown(official_ligo.Given(operator.small, operator.large, operator.settings, values), case.source)
+    return loss, {key: grown.read(key) for key in grown.keys()}  # noqa: SIM118

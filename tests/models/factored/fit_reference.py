@@ -1,0 +1,145 @@
+"""The fit in one process of plain torch: the reference that every sharded run is held against.
+
+Independent of model/: a Hugging Face model runs on weights that are materialised from the operator's tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.arch.spec import Use, layer_of, pattern_of
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.growth import random_init
+from megatron_ligo.growth.operator import Operator, short
+from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.width_maps import grow_row
+from tests import layer_norm_models
+from tests.layer_norm_models import memory_of
+
+
+def make_operator(small, large: dict, settings: dict) -> Operator:
+    return initial_operator(small, LargeSection(**large), OperatorSection(**settings))
+
+
+def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every grown weight, differentiable in `values` (the operator's tensors), by canonical key."""
+    grown = {}
+    for key in operator.arch.keys(operator.large):
+        row, layer = operator.arch.row(key), layer_of(key)
+        if layer is None:
+            mixed = operator.with_new_rows(key, source.read(key))
+        else:
+            stack = torch.stack([source.read(pattern_of(key).format(i)) for i in range(operator.small.num_layers)])
+            mixed = torch.tensordot(values[f"depth.{short(row)}"][layer], stack, dims=1)
+        if row.axes[0].use is Use.SCALES:
+            grown[key] = _gain(operator, values, row, mixed)
+        else:
+            rms = random_init.root_mean_square(source.read(random_init.beside(operator, key)))
+            joined = random_init.writers(operator, key, rms)
+            matrix = _matrix(operator, values, layer)
+            grown[key] = grow_row(row, mixed, matrix, operator.frame, joined)
+            if row.feeds_head and operator.large.tied and operator.copied_gains:
+                # A norm's bias before a tied head: its copies come back as one.
+                grown[key] = grown[key] * values["gain.final"] / values["gain.layers"]
+    return grown
+
+
+def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross entropy of a Hugging Face model with the grown weights."""
+    tokens, labels = batch
+    model = layer_norm_models.model_of(operator.large)
+    state = layer_norm_models.in_memory(model, layer_norm_models.state_of(operator.arch, operator.large, grown))
+    logits = torch.func.functional_call(model, state, (tokens,)).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def _gain(operator, values, row, mixed):
+    space = "head" if row.key == "head_norm" and not operator.large.tied else "residual"
+    if not operator.copied_gains:
+        return _expand(operator, values, space, None) @ mixed
+    if space == "head":
+        return mixed[values["gain.head.source"]] * values["gain.head.factor"]
+    return mixed[values["gain.source"]] * values["gain.final" if row.feeds_head else "gain.layers"]
+
+
+def _matrix(operator, values, layer):
+    def of(lift, use):
+        if use is Use.READS and operator.has_contract(lift.map):
+            return values[operator.width_name(lift.map, "contract", layer)].t()
+        return _expand(operator, values, lift.map, layer)
+
+    return of
+
+
+def _expand(operator, values, map_name, layer):
+    expand = values[operator.width_name(map_name, "expand", layer)]
+    if operator.setting("identity", map_name) == "frozen":
+        kept = operator.maps[map_name].small
+        expand = torch.cat([torch.eye(kept), expand[kept:]])
+    return expand
+
+
+def lag_of(operator: Operator) -> dict[str, Tensor]:
+    """What a training might have added to each weight of the large model, by canonical key."""
+    arch, large = operator.arch, operator.large
+    drawn = torch.Generator().manual_seed(5)
+    return {key: 0.02 * torch.randn(arch.row(key).shape(large), generator=drawn) for key in arch.keys(large)}
+
+
+def run(
+    small,
+    large: dict,
+    settings: dict,
+    batches: list[tuple[Tensor, Tensor]],
+    optimizer: str,
+    lr: float,
+    clip: float,
+    lagged: bool = False,
+):
+    """(losses, gradient norms, operator, grown weights) of plain torch training on the whole batches; lagged: the
+    losses are those of the grown weights and `lag_of`."""
+    operator = make_operator(small, large, settings)
+    source = memory_of(layer_norm_models.model_of(small), small)
+    fixed = {name: operator.tensor(name).clone() for name in operator.shapes()}
+    learned = {}
+    for name, tensor in fixed.items():
+        learned |= parameters(operator, name, tensor)
+    kind = {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        "sgd": lambda p: torch.optim.SGD(p, lr=lr),
+    }
+    stepper = kind[optimizer](list(learned.values()))
+
+    def values() -> dict[str, Tensor]:
+        return {name: learned.get(name, tensor) + low_rank(learned, name) for name, tensor in fixed.items()}
+
+    losses, norms, lag = [], [], lag_of(operator) if lagged else {}
+    for batch in batches:
+        grown = {key: tensor + lag.get(key, 0) for key, tensor in materialise(operator, source, values()).items()}
+        loss = loss_of(operator, grown, batch)
+        stepper.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(learned.values(), clip)))
+        stepper.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        return losses, norms, values(), materialise(operator, source, values())
+
+
+def parameters(operator: Operator, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What is learned of one of the operator's tensors: all of it, the factors of a change to it, or nothing."""
+    kind, map_name, *_ = name.split(".")
+    rank = operator.rank(map_name) if kind == "width" else 0
+    if rank:
+        v = operator.right_factor(name, rank)
+        large = max(tensor.shape)
+        return {f"{name}.u": torch.zeros(large, rank, requires_grad=True), f"{name}.v": v.requires_grad_()}
+    return {} if kind == "gain" else {name: tensor.requires_grad_()}
+
+
+def low_rank(learned: dict[str, Tensor], name: str) -> Tensor | int:
+    if f"{name}.u" not in learned:
+        return 0
+    change = learned[f"{name}.u"] @ learned[f"{name}.v"]
+    return change.t() if name.endswith("contract") else change

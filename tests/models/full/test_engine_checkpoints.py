@@ -1,0 +1,103 @@
+"""Checkpoints of real DeepSpeed engines: read at every ZeRO stage and layout, and written so that engines load them."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+import pytest
+import torch
+from deepspeed.checkpoint import ds_to_universal
+
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, WriteOptions
+from megatron_ligo.checkpoint.verify import compare
+from tests.models.full import engine_cases, pretrain_cases
+from tests.tiny_models import hf_llama, hf_name, llama_dims
+
+# world; what is trained; the layout that saves, and others that go on from it
+RESUMED = [
+    (1, {}, [{}]),
+    (2, {"tied": True}, [{"tp": 2}, {"zero": 3}, {"pp": 2}]),
+    (2, {}, [{"zero": 2}]),
+    (2, {"tied": True}, [{"pp": 2}, {"tp": 2}]),
+    (2, {"bf16": True}, [{"zero": 3}]),
+    (2, {"bf16": True}, [{"tp": 2}]),
+    (4, {"tied": True}, [{"tp": 2, "zero": 3}]),
+    (4, {"qkv_bias": True, "model_type": "qwen2"}, [{"tp": 2, "pp": 2}, {"zero": 2}]),
+    (4, {"bf16": True, "tied": True}, [{"pp": 2}]),
+]
+
+
+def dims_of(bf16: bool = False, **changes):
+    return llama_dims(**{**pretrain_cases.SIZES, **changes})
+
+
+@pytest.mark.parametrize("world, kind, layouts", RESUMED, ids=str)
+def test_an_engine_goes_on_from_what_was_converted(pools, tmp_path, world, kind, layouts):
+    bf16 = kind.get("bf16", False)
+    case = {"folder": str(tmp_path), "dims": dims_of(**kind), "layouts": layouts, "bf16": bf16}
+    found = pools(world).run(engine_cases.saved_and_resumed, **case)
+    assert found["resumed"][0] == found["undisturbed"]
+    for losses in found["resumed"][1:]:
+        assert losses == pytest.approx(found["undisturbed"], rel=1e-5)
+    engine = formats.open(tmp_path / "engine")
+    assert (engine.step, engine.has_moments) == (engine_cases.BEFORE, True)
+    assert engine.layout["zero"] == layouts[0].get("zero", 1)
+    check_deepspeeds_own_converter(tmp_path)
+    assert not convert(engine, tmp_path / "mcore", "mcore").left_behind
+    again = compare(formats.open(tmp_path / "mcore"), engine)
+    assert again.same
+    assert again.compared == 3 * len(list(engine.keys()))
+
+
+def check_deepspeeds_own_converter(folder) -> None:
+    """It takes our models' checkpoints as they are, and makes of them what we do."""
+    made = folder / "by_deepspeed" / "state"
+    arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    paths = {"input_folder": str(folder / "engine" / "state"), "output_folder": str(made)}
+    ds_to_universal.main(argparse.Namespace(**paths, **arguments, inject_missing_state=False))
+    shutil.copy(folder / "engine" / "dims.json", made.parent)
+    read = formats.open(made.parent)
+    settings = {(group["betas"], group["eps"]) for group in formats.open(folder / "engine").groups}
+    assert settings == {(group["betas"], group["eps"]) for group in read.groups} == {((0.9, 0.95), 1e-8)}
+    ours = formats.open(folder / "universal")
+    assert settings == {(group["betas"], group["eps"]) for group in ours.groups}
+    theirs = compare(ours, read)
+    assert theirs.same, theirs.differences[:3]
+    assert theirs.compared == 3 * len(list(read.keys()))
+
+
+@pytest.mark.parametrize(
+    "world, to, layout",
+    [
+        (2, "deepspeed", {"tp": 2}),
+        (2, "deepspeed", {"zero": 2}),
+        (4, "deepspeed", {"tp": 2, "zero": 2}),
+        (2, "pipeline", {"pp": 2}),
+        (4, "pipeline", {"tp": 2, "pp": 2}),
+    ],
+    ids=str,
+)
+def test_an_engine_loads_what_was_written(pools, tmp_path, world, to, layout):
+    tied = layout.get("tp", 1) == 2
+    dims = pretrain_cases.sizes(tied)
+    hf_llama(dims).save_pretrained(tmp_path / "hf")
+    options = WriteOptions(tp=layout.get("tp", 1), pp=layout.get("pp", 1))
+    convert(formats.open(tmp_path / "hf"), tmp_path / "made", to, options)
+    expected = [loss for loss, _ in pretrain_cases.reference(tied)]
+    found = pools(world).run(engine_cases.module_only, folder=str(tmp_path / "made"), dims=dims, layout=layout)
+    assert found == pytest.approx([expected[0], *expected[: engine_cases.AFTER]], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_model_of_transformers_in_an_engine(pools, tmp_path, zero):
+    dims = pretrain_cases.sizes(zero == 2)
+    pools(2).run(engine_cases.transformers_model, folder=str(tmp_path), dims=dims, zero=zero)
+    truth = torch.load(tmp_path / "truth.pt", weights_only=True)
+    reader = formats.open(tmp_path)
+    assert (reader.format, reader.step) == ("deepspeed", engine_cases.BEFORE)
+    for key in reader.keys():  # noqa: SIM118 - no dict
+        for kind, expected in zip((WEIGHT, *MOMENTS), truth[hf_name(reader.arch, key)], strict=True):
+            assert torch.equal(reader.read(key, kind), expected), (key, kind)

@@ -1,0 +1,34 @@
+"""Every pair in launch_scripts/pairs: planned at its true sizes, fitted on two ranks at reduced ones."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+
+from tests.models.factored import fit_cases, fit_reference
+from tests.models.factored.test_exactness import worst
+from tests.plan import pair_models
+
+GROWTH = pair_models.ROOT / "tools/benchmarks/growth"
+
+
+def test_the_table_is_what_is_planned():
+    table = (GROWTH / "pairs.md").read_text()
+    lines = list(runpy.run_path(str(GROWTH / "pairs.py"))["lines"]())
+    assert len(lines) == len(list((pair_models.ROOT / "launch_scripts/pairs").glob("*.toml"))) == 9
+    assert [line for line in lines if line not in table] == []
+
+
+def test_each_is_fitted_at_a_reduced_size_as_in_one_process(pools):
+    found = pools(2).run(pair_models.fitted)
+    for path, (losses, norms, _, grown, afterwards) in zip(pair_models.PAIRS, found, strict=True):
+        pair = pair_models.reduced(path)
+        small = fit_cases.small_dims(pair["small"])
+        operator = fit_reference.make_operator(small, pair["large"], pair["settings"])
+        batches = fit_cases.batches(operator.large, pair_models.STEPS)
+        wanted = fit_reference.run(small, pair["large"], pair["settings"], batches, "sgd", pair_models.LR, 0.05)
+        assert losses == pytest.approx(wanted[0], rel=1e-5), path.stem
+        assert norms == pytest.approx(wanted[1], rel=1e-4), path.stem
+        assert worst(grown, wanted[3]) < 5e-5, path.stem
+        assert afterwards < losses[0], path.stem

@@ -1,0 +1,150 @@
+"""What the ranks run: pretraining runs whose ranks come to differ, or whose disk is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.data.text_dataset import Data
+from megatron_ligo.training import replica_check
+from megatron_ligo.training.checkpointing import reshard, run_checkpoints
+from megatron_ligo.training.engine import Engine
+from megatron_ligo.training.fit import Fit
+from megatron_ligo.training.pretrain import MODEL, Pretrain
+from tests.training.pretrain_runs import Killed, pretrain
+
+
+def desynchronised(settings: dict, output: str, at: int, kind: str) -> dict | str:
+    """A run in which rank 1 changes one bit of a parameter of which another rank has a copy, after step `at`."""
+    step = Engine.train_step
+    count = 0
+
+    def disturbed(self, batches):
+        nonlocal count
+        answer = step(self, batches)
+        count += 1
+        if count == at and dist.get_rank() == 1:
+            _flip(self, kind)
+        return answer
+
+    Engine.train_step = disturbed
+    try:
+        return pretrain(settings, output)
+    finally:
+        Engine.train_step = step
+
+
+def _flip(engine: Engine, kind: str) -> None:
+    named = next(iter(replica_check._copies(engine)))[1]
+    held = next(held for name, held in named.items() if kind in name)
+    bits = held.detach().view(-1).view(torch.int32)
+    bits[bits.numel() // 2] ^= 1
+
+
+def logged(settings: dict, output: str) -> dict | str:
+    """A run's record, with what it has logged (rank 0's)."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("megatron_ligo")
+    logger.addHandler(handler)
+    found = pretrain(settings, output)
+    return {**found, "log": "\n".join(lines)} if isinstance(found, dict) else found
+
+
+def disk_lost_after(settings: dict, output: str, command: list[str], at: int) -> dict | str:
+    """A run during whose step `at` + 1 a command takes its disk away."""
+    step = Engine.train_step
+    count = 0
+
+    def disturbed(self, batches):
+        nonlocal count
+        count += 1
+        if count == at + 1 and dist.get_rank() == 0:
+            for line in command:
+                subprocess.run(line.split(), check=True)
+        return step(self, batches)
+
+    Engine.train_step = disturbed
+    return pretrain(settings, output)
+
+
+def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dict | str:
+    """A run in which the loss of one training sample is not finite; without `look`, nobody asks which it was."""
+    deal, again = Data.batch, Engine.look_again
+
+    def dealt(self, *where):
+        batches = deal(self, *where)
+        for batch, samples in zip(batches, self.samples(*where), strict=True):
+            if sample in samples:
+                batch["loss_mask"][samples.index(sample)] = float("nan")
+        return batches
+
+    Data.batch = dealt
+    if not look:
+        Engine.look_again = lambda self, batches: ([], [])
+    try:
+        return logged(settings, output)
+    finally:
+        Data.batch, Engine.look_again = deal, again
+
+
+def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
+    """A fit's losses; killed after so many of its own steps if asked."""
+    step, count = Engine.train_step, 0
+
+    def dying(self, batches):
+        nonlocal count
+        if count == die_after:
+            raise Killed
+        count += 1
+        return step(self, batches)
+
+    Engine.train_step = dying
+    job = Fit(Config.from_dict(settings), Path(output))
+    try:
+        job.run()
+    except Killed:
+        return {"killed": count}
+    finally:
+        job.engine.engine.destroy()
+    return json.loads((Path(output) / "operator/operator.json").read_text())
+
+
+def saved_at_once(settings: dict, output: str, to: str, lost: str = "") -> None:
+    """Takes a run up at another layout, and saves what it has taken up. lost: is found to be nothing but zeros."""
+    fill = reshard.fill_optimizer
+
+    def filled(engine, part, steps=None):
+        def partly(name, parameter, kind):
+            found = part(name, parameter, kind)
+            return torch.zeros_like(found) if kind == lost else found
+
+        fill(engine, partly, steps)
+
+    reshard.fill_optimizer = filled
+    try:
+        job = Pretrain(Config.from_dict(settings), Path(output))
+        run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.found.state, 1, job.output / MODEL)
+        job.engine.engine.destroy()
+    finally:
+        reshard.fill_optimizer = fill
+
+
+def with_a_wild_clock(settings: dict, output: str) -> dict | str:
+    """A run on ranks whose clocks jump by months, each in its own way, at each look."""
+    draw, clock, nanoseconds = random.Random(dist.get_rank()), time.time, time.time_ns
+    time.time = lambda: clock() + draw.uniform(-1e7, 1e7)
+    time.time_ns = lambda: nanoseconds() + draw.randrange(-(10**16), 10**16)
+    try:
+        return pretrain(settings, output)
+    finally:
+        time.time, time.time_ns = clock, nanoseconds

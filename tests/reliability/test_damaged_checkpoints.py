@@ -1,0 +1,185 @@
+"""Checkpoints that are damaged, hostile, or cannot be written: real runs on two ranks, real full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ligo.training.checkpointing.engine_files import stated
+from tests.reliability import rank_cases
+from tests.reliability.commands import ROOT
+from tests.training.pretrain_runs import pretrain
+from tests.training.test_pretrain import BATCH, STEPS, base, data, losses_of, settings  # noqa: F401 - base: a fixture
+
+EVENTS = """
+from megatron_ligo import cli
+from megatron_ligo.training.metrics import Metrics
+
+def main():
+    with Metrics("{output}", True, 20_000) as metrics:
+        for step in range(1, 20_000):
+            metrics.log(step, 1.0, 0.1, 1, 1, 1.0, 1.0)
+
+cli.run(main)
+"""
+
+
+class Evil:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def files_of(place: Path) -> list[Path]:
+    return sorted(path for path in place.rglob("*") if path.is_file())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def snapshot(place: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(place)): path.read_bytes() for path in files_of(place)}
+
+
+@pytest.fixture(scope="module")
+def killed(pools, base, tmp_path_factory) -> Path:  # noqa: F811
+    """A run of two ranks that was killed in step 6, with checkpoints of steps 2 and 4."""
+    output = tmp_path_factory.mktemp("killed") / "run"
+    assert pools(2).run(pretrain, settings=settings(base), output=str(output), die_after=5) == {"killed": 5}
+    assert names(output / "checkpoints") == ["step_2", "step_4"]
+    return output
+
+
+@pytest.fixture
+def half_way(base, killed, tmp_path) -> tuple[dict, Path]:  # noqa: F811
+    """A copy of it, with its settings."""
+    return settings(base), Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(pools, base, tmp_path_factory) -> dict:  # noqa: F811
+    return pools(2).run(pretrain, settings=settings(base), output=str(tmp_path_factory.mktemp("whole")))
+
+
+def one_bit(place: Path) -> str:
+    path = max(place.rglob("*optim_states.pt"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path.name
+
+
+def cut_short(place: Path) -> str:
+    path = next(place.rglob("mp_rank_00_model_states.pt"))
+    path.write_bytes(path.read_bytes()[:-1])
+    return path.name
+
+
+def gone(place: Path) -> str:
+    path = min(place.rglob("*optim_states.pt"))
+    path.unlink()
+    return path.name
+
+
+def no_record(place: Path) -> str:
+    (place / "record.json").write_text('{"version": 1')
+    return "record.json"
+
+
+def hostile(place: Path) -> str:
+    """With the digest that goes with it: who can write there can do that as well."""
+    path = next(place.rglob("mp_rank_00_model_states.pt"))
+    torch.save({"module": Evil(place.parent.parent / "it_ran")}, path)
+    record = json.loads((place / "record.json").read_text())
+    record["files"][str(path.relative_to(place))] = stated(path)
+    (place / "record.json").write_text(json.dumps(record))
+    return "could run code"
+
+
+@pytest.mark.parametrize("damage", [one_bit, cut_short, gone, no_record, hostile], ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(pools, half_way, whole, damage):
+    table, output = half_way
+    told = damage(output / "checkpoints/step_4")
+    resumed = pools(2).run(rank_cases.logged, settings=table, output=str(output))
+    assert resumed["taken"] == STEPS - 2
+    assert losses_of(resumed) == losses_of(whole) and resumed["losses"] == whole["losses"]
+    assert told in resumed["log"] and "set aside as step_4.damaged" in resumed["log"]
+    assert names(output / "checkpoints") == ["step_4", "step_4.damaged", "step_6"]
+    assert not (output / "it_ran").exists()
+
+
+def test_where_all_are_damaged_the_run_does_not_begin_anew(pools, half_way):
+    table, output = half_way
+    told = [one_bit(output / "checkpoints/step_2"), cut_short(output / "checkpoints/step_4")]
+    for _ in range(2):
+        found = pools(2).run(pretrain, settings=table, output=str(output))
+        assert "has no checkpoint that is whole (2 faults)" in found
+        assert all(name in found for name in told)
+
+
+def test_clocks_that_jump_change_nothing(pools, half_way, whole):
+    """Nor do the times of files: the newest checkpoint is the one of the latest step."""
+    table, output = half_way
+    os.utime(output / "checkpoints/step_4", (0, 0))
+    resumed = pools(2).run(rank_cases.with_a_wild_clock, settings=table, output=str(output))
+    assert resumed["taken"] == STEPS - 4
+    assert losses_of(resumed) == losses_of(whole)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(pools, base, whole, small_disk):  # noqa: F811
+    table, output = settings(base), small_disk / "run"
+    pools(2).run(pretrain, settings=table, output=str(output), die_after=3)
+    before = snapshot(output / "checkpoints/step_2")
+    room = os.statvfs(small_disk)
+    size = sum(map(len, before.values()))
+    (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_bsize - size // 2))
+    found = pools(2).run(pretrain, settings=table, output=str(output))
+    assert isinstance(found, str) and "expected room and leave to write a checkpoint" in found
+    assert "No space left on device" in found
+    assert snapshot(output / "checkpoints/step_2") == before
+    assert names(output / "checkpoints") == ["step_2"]
+    (small_disk / "filler").unlink()
+    resumed = pools(2).run(pretrain, settings=table, output=str(output))
+    assert losses_of(resumed) == losses_of(whole)
+
+
+def test_a_disk_that_has_become_read_only_is_told(pools, base, small_disk):  # noqa: F811
+    table, output = settings(base), small_disk / "run"
+    place = output / "checkpoints"
+    command = [f"mount --bind {place} {place}", f"mount -o remount,bind,ro {place}"]
+    found = pools(2).run(rank_cases.disk_lost_after, settings=table, output=str(output), command=command, at=3)
+    assert isinstance(found, str) and "Read-only file system" in found and "step_4" in found
+    assert names(place) == ["step_2"]
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_folder_that_has_vanished_is_told_and_not_made_again(pools, base, tmp_path):  # noqa: F811
+    table, output = settings(base), tmp_path / "run"
+    command = [f"rm -r {output}"]
+    found = pools(2).run(rank_cases.disk_lost_after, settings=table, output=str(output), command=command, at=3)
+    assert isinstance(found, str) and "No such file or directory" in found and "step_4" in found
+    assert not output.exists()
+
+
+def test_events_that_find_no_room_are_one_message(small_disk):
+    """TensorBoard writes in a thread of its own."""
+    (small_disk / "filler").write_bytes(
+        bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize - 40_000)
+    )
+    script = small_disk.parent / "job.py"
+    script.write_text(EVENTS.format(output=small_disk / "run"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "expected room on the disk, found it full" in done.stderr

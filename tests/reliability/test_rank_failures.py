@@ -1,0 +1,71 @@
+"""Ranks that are left alone say by whom, and why; copies that come to differ are seen."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.reliability import rank_cases
+from tests.reliability.commands import Command
+from tests.training.test_pretrain import base, settings  # noqa: F401 - base is a fixture
+
+JOB = """
+import os, sys
+import torch
+import torch.distributed as dist
+from megatron_ligo import cli, errors
+from megatron_ligo.distributed import mesh
+from megatron_ligo.distributed.rank_failures import together
+
+def main():
+    with together():
+        mesh.start()
+        dist.all_reduce(torch.ones(1))
+        if cli.rank() == 2 and sys.argv[1] == "dies":
+            os._exit(9)
+        if cli.rank() == 2:
+            raise errors.DataError("a: expected b, found c.")
+        if cli.rank() == 3:
+            dist.recv(torch.zeros(1), 1)
+        dist.all_reduce(torch.ones(1))
+
+if __name__ == "__main__":
+    cli.run(main)
+"""
+WORDS = {
+    "fails": ("another rank has failed.\n  rank 2: a: expected b, found c.", 2),
+    "dies": ("rank 2 has ended, without a word", 9),
+}
+
+
+@pytest.mark.parametrize("how", WORDS)
+def test_the_others_say_which_rank_and_why(tmp_path, how):
+    """Rank 3 waits for rank 1, which waits for rank 2."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    words, code = WORDS[how]
+    began = time.monotonic()
+    with Command(script, [how], tmp_path / "log", 4) as run:
+        assert run.ends(60) == [2, 2, code, 2]
+        print(f"{time.monotonic() - began:.1f} s")
+        assert words in run.said(0)
+        assert not any("Traceback" in run.said(rank) for rank in range(4))
+
+
+COPIES = {
+    "DP2": (2, {}, "layernorm", "[0, 1]"),
+    "TP2": (2, {"tp": 2}, "layernorm", "[0, 1]"),
+    "PP2": (2, {"pp": 2}, "word_embeddings", "[0, 1]"),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_copies_that_differ_in_one_bit_are_named(pools, base, tmp_path, case):  # noqa: F811
+    world, layout, kind, ranks = COPIES[case]
+    table = settings(base, check_replicas_every=1, **layout)
+    found = pools(world).run(rank_cases.desynchronised, settings=table, output=str(tmp_path), at=3, kind=kind)
+    assert isinstance(found, str), "nothing was seen"
+    assert "step 3: ranks that must hold the same numbers do not" in found
+    assert kind in found and f"one content on ranks {ranks}" in found
+    assert not (tmp_path / "checkpoints/step_4").exists()

@@ -1,0 +1,78 @@
+"""Faults of a user's, with the real commands on real ranks: one message, the same exit code everywhere, in seconds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo.common.file_lock import LOCK
+from tests.reliability.commands import Run
+
+
+def broken(base: Path, place: Path, how: str) -> list[str]:
+    """--set arguments that name a copy of the small model which is broken so."""
+    small = place / "small"
+    shutil.copytree(base / "small", small)
+    weights = small / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        weights.unlink()
+    return [f"small.path={small}", f"pretrain.start={small}"]
+
+
+REFUSED = {
+    "a source that is not whole": ("fit", "truncated", "model.safetensors"),
+    "a source without weights": ("pretrain", "missing", "model.safetensors"),
+    "a layout for more processes": ("fit", ["fit.parallel.tp=4"], "multiple of tp x pp = 4 x 1 = 4, found 2"),
+    "data that are not there": ("pretrain", ['data.train=["nowhere"]'], "nowhere"),
+    "a key that is not known": ("fit", ["fit.stepps=3"], "Did you mean 'steps'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_one_message_and_exit_code_2_on_every_rank(base, config, tmp_path, fault):
+    tool, sets, told = REFUSED[fault]
+    sets = broken(base, tmp_path, sets) if isinstance(sets, str) else sets
+    output = tmp_path / "out"
+    began = time.monotonic()
+    with Run(tool, config, output, *sets) as run:
+        assert run.ends_launched() == [2, 2], run.said(0)
+        assert told in run.said(0)
+        assert re.search(r"expected .*, found |unknown|Did you mean", run.said(0))
+        assert "Traceback" not in run.said(0) + run.said(1)
+        assert told not in run.said(1), "it is said once"
+    assert time.monotonic() - began < 30
+    # Nothing that looks like a run, or like a part of one.
+    left = {path.name for path in output.rglob("*") if path.is_file()} if output.exists() else set()
+    assert left <= {LOCK}, left
+
+
+def test_a_folder_that_another_run_writes_to(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    steps = "fit.steps=100000"
+    with Run("fit", config, tmp_path / "out", steps) as first:
+        first.reaches(5)
+        before = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
+        with Run("fit", config, tmp_path / "link", steps) as second:
+            assert second.ends_launched() == [2, 2]
+            assert "expected a folder that no other run writes to" in second.said(0)
+            assert "Traceback" not in second.said(0) + second.said(1)
+        assert all(process.is_alive() for process in first.ranks) and before
+
+
+def test_a_port_in_use(config, tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        with Run("fit", config, tmp_path / "out", port=other.getsockname()[1]) as run:
+            run.ranks[0].join(60)
+            assert run.ranks[0].exitcode == 2, run.said(0)
+            assert "in use" in run.said(0) and "--master_port" in run.said(0)
+            assert "Traceback" not in run.said(0)

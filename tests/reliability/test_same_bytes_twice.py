@@ -1,0 +1,38 @@
+"""The same command twice, into two folders: the same bytes, but for what RELIABILITY.md names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.reliability.commands import Run
+
+LAYOUT = "fit.parallel.tp=2"
+# The clock's and the machine's part.
+OTHER = ("seconds", "peak_memory_bytes")
+
+
+def left(output: Path) -> dict[str, object]:
+    """Every file's bytes; of text, without the lines' part that is never the same."""
+    files = [path for path in sorted(output.rglob("*")) if path.is_file() and "tfevents" not in path.name]
+    return {str(path.relative_to(output)): part(path) for path in files}
+
+
+def part(path: Path) -> object:
+    if path.suffix == ".jsonl":
+        return [same(json.loads(line)) for line in path.read_text().splitlines()]
+    return same(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+
+
+def same(value: object) -> object:
+    if isinstance(value, list):
+        return [same(entry) for entry in value]
+    return {key: same(entry) for key, entry in value.items() if key not in OTHER} if isinstance(value, dict) else value
+
+
+def test_a_run_leaves_the_same_bytes_each_time(config, whole, tmp_path):
+    with Run("fit", config, tmp_path / "again", LAYOUT) as run:
+        assert run.ends() == [0, 0], run.said(0)
+    one, other = left(whole("fit", LAYOUT)), left(tmp_path / "again")
+    assert one.keys() == other.keys() and len(one) > 10
+    assert not [name for name in one if one[name] != other[name]]

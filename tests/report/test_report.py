@@ -1,0 +1,293 @@
+"""The report on small made-up runs, in the very records that fits, hand-offs and pretraining runs leave."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from megatron_ligo.common.atomic_files import write_json
+from megatron_ligo.common.errors import CheckpointError
+from megatron_ligo.config.run_config import Config, LargeSection, OperatorSection
+from megatron_ligo.export import provenance
+from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.handoff import growth_record
+from megatron_ligo.growth import operator_file
+from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.report import write_report
+from megatron_ligo.report.curves import held_out_points, training
+from megatron_ligo.report.report_table import HEADINGS, tell
+from megatron_ligo.report.run_records import read_runs
+from megatron_ligo.training.metrics import Metrics
+from tests.tiny_models import hf_llama, llama_dims, memory_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = llama_dims()
+LARGE = LargeSection(num_layers=5, hidden_size=32, ffn_size=48, num_heads=8, num_kv_heads=4)
+LAYOUT = {"tp": 2, "pp": 1, "dp": 2, "zero": 3}
+EVAL = {"samples": 8, "digest": "0123456789abcdef"}
+OTHER = {"samples": 4, "digest": "fedcba9876543210"}
+STEP_FLOPS = {"fit": 3e6, "pretrain": 1e6}
+
+
+def steps(folder: Path, count: int, flops: float, **last: float) -> None:
+    with Metrics(folder, True, count) as metrics:
+        for step in range(1, count + 1):
+            extra = last if step == count else {}
+            metrics.log(step, 5.0 - step / 10, 1e-3, tokens=64, flops=flops, seconds=0.5, grad_norm=0.1, **extra)
+
+
+def a_fit(folder: Path, ends: float = 3.5) -> operator_file.Saved:
+    operator = initial_operator(SMALL, LARGE, OperatorSection(width_init="copy", depth_init="stack"))
+    steps(folder, 6, STEP_FLOPS["fit"])
+    record = {
+        "source": {"path": "small", "format": "hf"},
+        "step": 6,
+        "losses": {"start": 4.25, "end": ends},
+        "eval": EVAL,
+        "layout": {"tp": 2, "pp": 2, "dp": 1, "zero": 1},
+        "peak_memory_bytes": [2**30, 3 * 2**30],
+        "config": Config().to_dict(),
+        "versions": {"torch": "2"},
+    }
+    operator_file.write(
+        operator, ((name, operator.tensor(name)) for name in operator.shapes()), folder / "operator", record
+    )
+    return operator_file.Saved(folder / "operator")
+
+
+def a_hand_off(folder: Path, operator) -> None:
+    folder.mkdir()
+    grown = Grown(operator, memory_of(hf_llama(SMALL), SMALL))
+    provenance.write(folder, {**growth_record(grown), "large": grown.dims.to_json(), "formats": ["hf"], "versions": {}})
+
+
+def a_pretraining(folder: Path, begin: Path | None, count: int = 4, evaluated=EVAL, dims=SMALL, **losses) -> None:
+    folder.mkdir()
+    if count:
+        steps(folder, count, STEP_FLOPS["pretrain"], eval_loss=3.0)
+    sets = [f'pretrain.start="{begin}"'] if begin else []
+    table = Config.load(None, sets).to_dict()
+    record = {
+        "run": {"pretrain": table["pretrain"], "data": table["data"], "processes": {"dp": 2}},
+        "dims": dims.to_json(),
+        "step": count,
+        "losses": {"start": 3.5, "end": 3.0, **losses},
+        "eval": evaluated,
+        "layout": LAYOUT,
+        "peak_memory_bytes": [2**29] * 4,
+        "versions": {},
+    }
+    write_json(folder / "pretrain.json", record)
+
+
+@pytest.fixture
+def journey(tmp_path):
+    """A small model's loss, a fit, its hand-off, the hand-off of an unlearned start, and a pretraining from each."""
+    fitted = a_fit(tmp_path / "fit")
+    a_hand_off(tmp_path / "grown", fitted)
+    a_hand_off(tmp_path / "stacked", initial_operator(SMALL, LARGE, OperatorSection(depth_init="stack")))
+    large = fitted.large
+    a_pretraining(tmp_path / "small", None, 0)
+    on_both = {"fit": 3.5, "start_on_fit_batch": 3.5000005}
+    a_pretraining(tmp_path / "pre_grown", tmp_path / "grown", dims=large, **on_both)
+    a_pretraining(tmp_path / "pre_stacked", tmp_path / "stacked", dims=large, start=4.4)
+    return [tmp_path / name for name in ("small", "fit", "grown", "stacked", "pre_grown", "pre_stacked")]
+
+
+def cells(told) -> dict[str, dict[str, str]]:
+    return {row[0]: dict(zip(HEADINGS, row, strict=True)) for row in told.rows}
+
+
+def test_each_stage_has_its_loss(journey):
+    found = cells(tell(read_runs(journey)))
+    small, fit, grown, pre, plain = (found[name] for name in ("small", "fit", "grown", "pre_grown", "pre_stacked"))
+    assert small["step 0"] == "3.5000" and small["FLOPs"] == small["seconds"] == "-"
+    assert (fit["initialised"], fit["after the fit"], fit["step 0"]) == ("4.2500", "3.5000", "-")
+    assert (fit["seconds"], fit["peak memory a rank"]) == ("3.0", "3.00 GiB")
+    assert fit["layout"] == "TP 2 x PP 2 x DP 1, ZeRO 1, fp32"
+    assert fit["from"] == "copy / stack" and grown["from"] == "copy / stack, fitted 6 steps"
+    assert grown["after the fit"] == "3.5000" and found["stacked"]["after the fit"] == "-"
+    assert (pre["initialised"], pre["after the fit"], pre["step 0"]) == ("4.2500", "3.5000", "3.5000")
+    assert pre["after N steps"] == "3.0000 (N = 4)" and pre["from"] == "grown (copy / stack, fitted 6 steps)"
+    assert (plain["initialised"], plain["step 0"]) == ("4.4000", "4.4000")
+    assert pre["layout"] == "TP 2 x PP 1 x DP 2, ZeRO 3, fp32"
+
+
+def test_the_sizes_are_the_model_s(journey):
+    large = sum(p.numel() for p in hf_llama(read_runs(journey)[1].dims).parameters())
+    assert read_runs(journey)[1].parameters == large
+    assert read_runs(journey)[0].parameters == sum(p.numel() for p in hf_llama(SMALL).parameters())
+
+
+def test_a_start_pays_for_its_fit(journey):
+    runs = {run.name: run for run in read_runs(journey)}
+    assert runs["pre_grown"].spent == 6 * STEP_FLOPS["fit"] and runs["pre_stacked"].spent == 0
+    assert training(runs["pre_grown"], by_flops=True)[0] == [18e6 + 1e6 * step for step in (1, 2, 3, 4)]
+    assert training(runs["pre_stacked"], by_flops=True)[0] == [1e6, 2e6, 3e6, 4e6]
+    assert held_out_points(runs["pre_grown"], by_flops=True) == ([18e6, 22e6], [3.5, 3.0])
+    assert held_out_points(runs["fit"], by_flops=False) == ([0, 6], [4.25, 3.5])
+    assert cells(tell(list(runs.values())))["pre_grown"]["FLOPs"] == "4e+06 (+ 1.8e+07 before)"
+
+
+def test_a_fit_that_was_not_given_is_not_free(journey):
+    given = [path for path in journey if path.name != "fit"]
+    told = tell(read_runs(given))
+    assert cells(told)["pre_grown"]["FLOPs"] == "4e+06 (+ ? before)"
+    assert any("the fit's FLOPs are left out" in note for note in told.notes)
+
+
+def test_other_samples_are_said_and_kept_apart(journey, tmp_path):
+    one = tell(read_runs(journey))
+    assert one.groups == [5, 1] and not any("different samples" in note for note in one.notes)
+    assert any("8 held-out samples of 256 tokens, digest 0123456789abcdef" in note for note in one.notes)
+    a_pretraining(tmp_path / "elsewhere", tmp_path / "grown", evaluated=OTHER)
+    told = tell(read_runs([*journey, tmp_path / "elsewhere"]))
+    assert told.groups == [5, 1, 1] and cells(told)["elsewhere"]["measured on"] == "B"
+    assert cells(told)["elsewhere"]["after the fit"] == cells(told)["elsewhere"]["initialised"] == "-"
+    assert any("A and B were measured on different samples" in note for note in told.notes)
+    assert any("elsewhere: its fit was evaluated on other samples" in note for note in told.notes)
+
+
+def test_samples_seen_before_are_said(journey, tmp_path):
+    def said(folders):
+        return [note.split(":")[0] for note in tell(read_runs(folders)).notes if "its fit has read" in note]
+
+    assert said(journey) == ["pre_grown"]
+    path = journey[4] / "pretrain.json"
+    record = json.loads(path.read_text())
+    for section, key, value in (("data", "seed", 5), ("pretrain", "first_sample", 6 * 8)):
+        run = {**record["run"], section: {**record["run"][section], key: value}}
+        path.write_text(json.dumps({**record, "run": run}))
+        assert said(journey) == []
+    run = {**record["run"], "pretrain": {**record["run"]["pretrain"], "first_sample": 6 * 8 - 1}}
+    path.write_text(json.dumps({**record, "run": run}))
+    assert said(journey) == ["pre_grown"]
+
+
+def test_the_hand_over_is_said(journey):
+    (note,) = (note for note in tell(read_runs(journey)).notes if "hand-over" in note)
+    assert "3.500000 at the end of the fit, 3.500001 at step 0, difference +5.0e-07" in note
+
+
+def test_few_steps_are_called_a_demonstration(journey, tmp_path):
+    assert tell(read_runs(journey)).warning.startswith(
+        "A demonstration, not a result: the longest run here has 6 steps"
+    )
+    a_pretraining(tmp_path / "long", None, 1000)
+    assert "demonstration" not in tell(read_runs([tmp_path / "long"])).warning
+
+
+def test_a_run_that_is_not_done_is_shown_as_far_as_it_is(tmp_path):
+    steps(tmp_path / "going", 3, 1e6)
+    row = cells(tell(read_runs([tmp_path / "going"])))["going"]
+    assert row["what"] == "unfinished" and row["seconds"] == "1.5" and row["layout"] == row["step 0"] == "-"
+
+
+def test_a_loss_that_is_no_number_is_shown_as_such(tmp_path):
+    a_fit(tmp_path / "fit", ends=float("nan"))
+    assert cells(tell(read_runs([tmp_path / "fit"])))["fit"]["after the fit"] == "nan (no number)"
+    write_report([tmp_path / "fit"], tmp_path / "out", Console(file=io.StringIO()))
+
+
+class Tags(HTMLParser):
+    """Open tags must close in turn; collects addresses and the texts of cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.cells = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def test_the_page_needs_no_other_file(journey, tmp_path):
+    (tmp_path / "<b>&run").mkdir()
+    steps(tmp_path / "<b>&run", 2, 1e6)
+    said = io.StringIO()
+    write_report([*journey, tmp_path / "<b>&run"], tmp_path / "out", Console(file=said, width=200))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.png"]
+    page = Tags()
+    page.feed((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert page.open == [] and len(page.addresses) == 1
+    head, _, picture = page.addresses[0].partition(",")
+    assert head == "data:image/png;base64"
+    for png in (io.BytesIO(base64.b64decode(picture)), tmp_path / "out" / "report.png"):
+        pixels = imread(png)
+        assert pixels.shape[0] > 400 and pixels.shape[1] > 1000 and pixels.std() > 0.05
+    assert page.cells.count("pre_grown") == 1 and "<b>&run" in page.cells
+    assert re.search(r"step 0\s.*3\.5000", said.getvalue()) and "A demonstration" in said.getvalue()
+
+
+def test_all_that_is_damaged_is_said_at_once(journey, tmp_path):
+    (journey[0] / "pretrain.json").write_text("{")
+    record = json.loads((journey[1] / "operator" / "operator.json").read_text())
+    record["losses"]["end"] = "3.5"
+    record["layout"] = 4
+    (journey[1] / "operator" / "operator.json").write_text(json.dumps(record))
+    (journey[2] / "growth.json").write_text('{"version": 99}')
+    lines = (journey[4] / "metrics.jsonl").read_text().splitlines()
+    (journey[4] / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]) + "\n")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        write_report([*journey, tmp_path / "empty", tmp_path / "none"], tmp_path / "out")
+    text = str(caught.value)
+    for part in (
+        "small/pretrain.json: expected JSON",
+        "operator.json: losses.end: expected a number, found '3.5'",
+        "operator.json: layout: expected a table, found 4",
+        "growth.json: expected version 1, found 99",
+        "metrics.jsonl, line 2: expected a JSON object",
+        "empty: expected metrics.jsonl, pretrain.json",
+        "none: expected the folder of a run, found nothing",
+    ):
+        assert part in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ['{"step": "1", "loss": 2}', '{"step": 1, "loss": 2}', "[1]\n", "\udcff"])
+def test_rows_that_are_none(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes((line + "\n").encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+        read_runs([tmp_path])
+
+
+def test_folders_of_one_name(tmp_path):
+    for name in ("a", "b"):
+        steps(tmp_path / name / "run", 1, 1e6)
+    assert [run.name for run in read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])] == ["a/run", "b/run"]
+    with pytest.raises(CheckpointError, match="each folder once"):
+        read_runs([tmp_path / "a" / "run", tmp_path / "b" / ".." / "a" / "run"])
+
+
+def command(*arguments: Path | str) -> subprocess.CompletedProcess:
+    whole = [sys.executable, "tools/report.py", *map(str, arguments)]
+    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def test_the_command(journey, tmp_path):
+    done = command(*journey, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "pre_grown" in done.stdout and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_command_on_nothing(tmp_path):
+    done = command(tmp_path / "none", "--output", tmp_path / "out")
+    assert done.returncode == 2 and "none: expected the folder of a run" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,53 @@
+"""What the ranks run: whole pretraining runs over prepared data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_ligo.common.errors import LigoError
+from megatron_ligo.config.run_config import Config
+from megatron_ligo.training.engine import Engine
+from megatron_ligo.training.fit import Fit
+from megatron_ligo.training.pretrain import Pretrain
+
+
+class Killed(Exception):
+    pass
+
+
+def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict | str:
+    """The run's record with its losses; killed after so many of its own steps if asked. A LigoError as text."""
+    count = 0
+    step = Engine.train_step
+
+    def dying(self, batches):
+        nonlocal count
+        if count == die_after:
+            raise Killed
+        count += 1
+        return step(self, batches)
+
+    Engine.train_step = dying
+    job = None
+    try:
+        job = Pretrain(Config.from_dict(settings), Path(output))
+        record = job.run()
+    except Killed:
+        return {"killed": count}
+    except LigoError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        Engine.train_step = step
+        if job:
+            # Else its hooks hold it, and with it all process groups.
+            job.engine.engine.destroy()
+    file = Path(output) / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return {**record, "steps": rows, "taken": count}
+
+
+def fit(settings: dict, output: str) -> None:
+    job = Fit(Config.from_dict(settings), Path(output))
+    job.run()
+    job.engine.engine.destroy()
