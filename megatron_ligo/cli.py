@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_ligo.common import signal_handling
-from megatron_ligo.common.errors import LigoError, fault
+from megatron_ligo.common.errors import LigoError, user_message
 from megatron_ligo.config import typed_toml
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 
 # A launcher ends all processes at the first that fails: the others give rank 0 this long to say why.
 GRACE_SECONDS = 5.0
@@ -67,20 +67,20 @@ def parser(
     return made
 
 
-def load_config(args: argparse.Namespace) -> Config:
+def load_config(args: argparse.Namespace) -> RunConfig:
     """The config that --config and --set describe."""
-    return Config.load(args.config, args.set)
+    return RunConfig.load(args.config, args.set)
 
 
 def _epilog(example: str, sections: Sequence[str], own: Mapping[str, type]) -> str:
     lines = ["example:", *(f"  {line}" for line in example.strip().splitlines())]
-    known = typed_toml.hints(Config)
+    known = typed_toml.field_types(RunConfig)
     for name, section in {**own, **{name: known[name] for name in sections}}.items():
         lines += ["", f"[{name}]"]
         for key, field, hint in typed_toml.keys(section):
             lines.append(f"  {key} = {_value(field.default)}")
             choices = field.metadata["limits"]["choices"]
-            kind = " | ".join(map(str, choices)) if choices else typed_toml.describe(hint)
+            kind = " | ".join(map(str, choices)) if choices else typed_toml.describe_type(hint)
             lines.append(f"      {field.metadata['help']} ({kind})")
     # argparse formats the epilog with %.
     return "\n".join(lines).replace("%", "%%")
@@ -127,21 +127,21 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except signal_handling.Interrupted as error:
         _say(f"{error}: ended.", agreed=True)
-        signal_handling.end(error.exit_code)
+        signal_handling.exit_process(error.exit_code)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             _leave_the_pipe()
-        text = fault(error)
+        text = user_message(error)
         if text is None:
             raise
         _say(text, agreed=isinstance(error, LigoError) and error.agreed)
-        signal_handling.end(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
-    signal_handling.end(0)
+        signal_handling.exit_process(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
+    signal_handling.exit_process(0)
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer, which meets a full disk first: whoever uses it hears of it as well."""
-    if failed.exc_value is None or fault(failed.exc_value) is None:
+    if failed.exc_value is None or user_message(failed.exc_value) is None:
         threading.__excepthook__(failed)
 
 
@@ -172,6 +172,6 @@ def _wait_for_rank_0() -> bool:
     """Until the launcher, which has seen another rank end, asks this one to (True), or time is over."""
     deadline = time.monotonic() + GRACE_SECONDS
     with signal_handling.deferred(2 * GRACE_SECONDS):
-        while time.monotonic() < deadline and not signal_handling.received():
+        while time.monotonic() < deadline and not signal_handling.received_signal():
             time.sleep(0.1)
-        return signal_handling.received() is not None
+        return signal_handling.received_signal() is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.arch import architectures, get
-from megatron_ligo.arch.model_config import Dims, tokens_of_image
+from megatron_ligo.arch.model_config import ModelConfig, tokens_of_image
 from tests.layer_norm_models import model_of
 
 CLASSES = [(family, name) for family in ("vit", "deit") for name in architectures()[family].model_types[family]]
@@ -28,7 +28,7 @@ SIZES = {
 }
 
 
-def dims_of(family: str = "vit", name: str = "", **changes) -> Dims:
+def dims_of(family: str = "vit", name: str = "", **changes) -> ModelConfig:
     """name: the class, or that of a classifier."""
     arch = get(family)
     parts = {
@@ -37,21 +37,21 @@ def dims_of(family: str = "vit", name: str = "", **changes) -> Dims:
     }
     sizes = {**SIZES, **parts, "has_distillation": family == "deit", **changes}
     positions = tokens_of_image(sizes["image_size"], sizes["patch_size"], sizes["has_distillation"])
-    return Dims(arch=family, model_type=family, max_positions=positions, **sizes)
+    return ModelConfig(arch=family, model_type=family, max_positions=positions, **sizes)
 
 
-def saved(folder: Path, dims: Dims) -> tuple[torch.nn.Module, Path]:
+def saved(folder: Path, model_config: ModelConfig) -> tuple[torch.nn.Module, Path]:
     """The model, and the folder into which it was saved."""
-    made = model_of(dims)
+    made = model_of(model_config)
     made.save_pretrained(folder)
     return made, folder
 
 
-def pictures(dims: Dims, batch: int = 2, seed: int = 1, side: int | None = None) -> torch.Tensor:
-    shape = (batch, dims.num_channels, *(side or dims.image_size,) * 2)
+def pictures(model_config: ModelConfig, batch: int = 2, seed: int = 1, side: int | None = None) -> torch.Tensor:
+    shape = (batch, model_config.num_channels, *(side or model_config.image_size,) * 2)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def labels(dims: Dims, batch: int, seed: int = 1) -> torch.Tensor:
+def labels(model_config: ModelConfig, batch: int, seed: int = 1) -> torch.Tensor:
     """(batch, 1), int64."""
-    return torch.randint(0, dims.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, model_config.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(seed))

@@ -11,11 +11,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ligo.arch import architectures, get
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.tiny_models import Memory
 
 # Every size another, so that a transposed or mixed-up axis shows.
@@ -74,7 +74,7 @@ CLASSES = [
 ]
 
 
-def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> Dims:
+def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> ModelConfig:
     """The sizes of `model(family, name)`."""
     (arch,) = (arch for arch in architectures().values() if family in arch.model_types)
     parts = {part: part in arch.model_types[family][name] for part in arch.parts(family)}
@@ -84,7 +84,7 @@ def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> Dims:
         "bert": {"activation": "gelu", "num_token_types": 3},
         "roberta": {"activation": "gelu", "num_token_types": 3, "position_padding": 2},
     }[arch.name]
-    return Dims(**{"arch": arch.name, "model_type": family, "tied": tied, **DIMS, **own, **parts, **changes})
+    return ModelConfig(**{"arch": arch.name, "model_type": family, "tied": tied, **DIMS, **own, **parts, **changes})
 
 
 def model(family: str, name: str, *, tied: bool = True, dtype=torch.float32, seed: int = 0, **changes):
@@ -113,22 +113,27 @@ def tokens(length: int = 16) -> torch.Tensor:
     return torch.randint(3, 37, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-def memory_of(made: torch.nn.Module, dims: Dims) -> Memory:
+def memory_of(made: torch.nn.Module, model_config: ModelConfig) -> Memory:
     """The canonical tensors of a Hugging Face model, by the table."""
     state = made.state_dict()
-    items = stored(get(dims.arch), dims, "hf").items()
+    items = stored_tensors(get(model_config.arch), model_config, "hf").items()
     if any(IN_MEMORY.get(name, name) not in state for name, _ in items):
         # What the table calls as transformers does in its files; it takes a second to say how.
         state |= revert_weight_conversion(made, made.state_dict())
     found = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
-    return Memory(dims, {key: item.part(found[name], key, dims).clone() for name, item in items for key in item.keys})
+    return Memory(
+        model_config,
+        {key: item.part(found[name], key, model_config).clone() for name, item in items for key in item.keys},
+    )
 
 
-def model_of(dims: Dims, seed: int = 0) -> torch.nn.Module:
+def model_of(model_config: ModelConfig, seed: int = 0) -> torch.nn.Module:
     """A random Hugging Face model of any sizes of any family."""
-    config = config_json.config_of(dims, {}, torch.float32)
+    config = config_json.config_of(model_config, {}, torch.float32)
     torch.manual_seed(seed)
-    return _random(getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[dims.model_type](**config)).eval())
+    return _random(
+        getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[model_config.model_type](**config)).eval()
+    )
 
 
 def in_memory(made: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,14 +147,16 @@ def in_memory(made: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str
     return {renamed.get(name, name): tensor for name, tensor in state.items()}
 
 
-def state_of(arch: Architecture, dims: Dims, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def state_of(
+    arch: Architecture, model_config: ModelConfig, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Canonical tensors under Hugging Face's names, each tied one under both; they may be differentiated."""
-    items = stored(arch, dims, "hf")
-    state = {name: item.whole([tensors[key] for key in item.keys], dims) for name, item in items.items()}
+    items = stored_tensors(arch, model_config, "hf")
+    state = {name: item.whole([tensors[key] for key in item.keys], model_config) for name, item in items.items()}
     for row in arch.rows:
-        if row.exists(dims) and row.tied_to and dims.tied:
+        if row.exists(model_config) and row.tied_to and model_config.tied:
             state[row.slots["hf"].name] = tensors[row.tied_to]
-        if row.exists(dims) and row.slots["hf"].tied_name:
+        if row.exists(model_config) and row.slots["hf"].tied_name:
             state[row.slots["hf"].name] = tensors[row.key]
     return {IN_MEMORY.get(name, name): tensor for name, tensor in state.items()}
 
@@ -157,8 +164,8 @@ def state_of(arch: Architecture, dims: Dims, tensors: dict[str, torch.Tensor]) -
 def built(source: Reader) -> torch.nn.Module:
     """transformers' model of a Reader's tensors, in their dtype."""
     tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
-    made = model_of(source.dims).to(next(iter(tensors.values())).dtype)
-    made.load_state_dict(in_memory(made, state_of(source.arch, source.dims, tensors)))
+    made = model_of(source.model_config).to(next(iter(tensors.values())).dtype)
+    made.load_state_dict(in_memory(made, state_of(source.arch, source.model_config, tensors)))
     return made
 
 

@@ -34,7 +34,7 @@ def _rank_main(rank: int, world: int, store: str, pipe, case: Callable, argument
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        mesh.start()
+        mesh.init_distributed()
         answer = (True, case(**arguments))
     except Exception:
         answer = (False, traceback.format_exc())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ligo import cli
-from megatron_ligo.common.errors import ConfigError, fault
+from megatron_ligo.common.errors import ConfigError, user_message
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def command(tmp_path: Path, body: str) -> Path:
     """A command's script: `body` is the inside of its main()."""
     script = tmp_path / "command.py"
-    head = "import logging, time\nfrom megatron_ligo import cli, errors\n\ndef main():\n"
+    head = (
+        "import logging, time\nfrom megatron_ligo import cli\nfrom megatron_ligo.common import errors\n\ndef main():\n"
+    )
     script.write_text(
         head + textwrap.indent(textwrap.dedent(body), "    ") + '\nif __name__ == "__main__":\n    cli.run(main)\n'
     )
@@ -80,7 +82,8 @@ UNHEARD = "mutex = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_m
 @pytest.mark.parametrize(("work", "told"), [(HEARD, "SIGTERM: ended."), (UNHEARD, "SIGTERM: not done within 0.5 s")])
 def test_sigterm_is_143(tmp_path, work, told):
     body = (
-        f"import ctypes; from megatron_ligo import signals; signals.SECONDS = 0.5; print('ready', flush=True); {work}"
+        "import ctypes; from megatron_ligo.common import signal_handling; signal_handling.SECONDS = 0.5; "
+        f"print('ready', flush=True); {work}"
     )
     process = start(command(tmp_path, body))
     assert process.stdout.readline() == "ready\n"
@@ -94,8 +97,8 @@ def test_children_have_the_usual_signals(tmp_path):
     """One that is forked, and asked to end, does; its parent does not."""
     body = """
         import multiprocessing
-        from megatron_ligo import signals
-        signals.SECONDS = 0.5
+        from megatron_ligo.common import signal_handling
+        signal_handling.SECONDS = 0.5
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
         time.sleep(0.5)
@@ -146,11 +149,11 @@ def wrapped(inner: Exception) -> Exception:
     ],
 )
 def test_faults_in_words(error, part):
-    assert part in fault(error)
+    assert part in user_message(error)
 
 
 def test_mistakes_of_ours_are_not_faults():
-    assert fault(KeyError("x")) is None and fault(OSError("x")) is None
+    assert user_message(KeyError("x")) is None and user_message(OSError("x")) is None
 
 
 def test_help_names_the_keys(capsys):

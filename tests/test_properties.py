@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from megatron_ligo.checkpoint.formats.hf.shards import find_shards
-from megatron_ligo.common.errors import CheckpointError, ConfigError, DataError, Faults
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.common.errors import CheckpointError, ConfigError, DataError, ErrorCollector
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.config.typed_toml import keys
-from megatron_ligo.data.indexed_dataset import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_pair
+from megatron_ligo.data.indexed_dataset import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_indexed
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-KEYS = [key for key, _, _ in keys(Config)]
+KEYS = [key for key, _, _ in keys(RunConfig)]
 NUMBERS = st.integers() | st.sampled_from([-1, 0, 1, 2**31, 2**63 - 1, 2**64, 10**400]) | st.floats()
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(max_size=9),
@@ -45,21 +45,21 @@ def nested(flat: dict[str, object]) -> dict:
 @example({"data.train": [10**400, "a"]})
 def test_values_are_a_config_or_one_error(flat):
     try:
-        config = Config.from_dict(nested(flat))
+        config = RunConfig.from_dict(nested(flat))
     except ConfigError as error:
         assert "expected" in str(error)
         return
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @few
 @given(st.dictionaries(st.text(max_size=9) | st.sampled_from(["fit", "data", "operator"]), VALUES, max_size=3))
 def test_tables_are_a_config_or_one_error(table):
     try:
-        config = Config.from_dict(table)
+        config = RunConfig.from_dict(table)
     except ConfigError:
         return
-    assert Config.from_dict(config.to_dict()) == config
+    assert RunConfig.from_dict(config.to_dict()) == config
 
 
 @few
@@ -69,7 +69,7 @@ def test_text_is_a_config_or_one_error(tmp_path_factory, content, key, value):
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     for arguments in ((path,), (None, [f"{key}={value}"]), (None, [value])):
         try:
-            Config.load(*arguments)
+            RunConfig.load(*arguments)
         except ConfigError as error:
             assert str(error)
 
@@ -113,7 +113,7 @@ def test_a_head_of_tensors_tells_the_truth_or_is_refused(tensors, changes, lengt
         found = {name: shards.tensor(name) for name in shards.names()}
     except CheckpointError:
         return
-    if not shards.faults:
+    if not shards.errors:
         for name, tensor in found.items():
             start, end = table[name]["data_offsets"]
             assert list(tensor.shape) == table[name]["shape"]
@@ -144,9 +144,9 @@ def test_an_index_of_data_tells_the_truth_or_is_refused(
     body = np.array(lengths, np.int32).tobytes() + np.array(pointers + ends, np.int64).tobytes()
     prefix.with_suffix(".idx").write_bytes(HEADER.pack(MAGIC, VERSION, code, sequences, boundaries) + body)
     prefix.with_suffix(".bin").write_bytes(bytes(size))
-    faults = Faults("data", DataError)
-    pair = open_pair(str(prefix), faults)
-    assert (pair is None) == bool(faults.lines)
+    errors = ErrorCollector("data", DataError)
+    pair = open_indexed(str(prefix), errors)
+    assert (pair is None) == bool(errors.lines)
     if pair:
         item = np.dtype(pair.dtype).itemsize
         assert pair.tokens == sum(lengths) and pair.bin_bytes == size

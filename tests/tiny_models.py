@@ -6,11 +6,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_ligo.arch import get
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.checkpoint.reader import Info, Reader
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.reader import Reader, TensorInfo
 
 
-def llama_dims(**changes) -> Dims:
+def llama_dims(**changes) -> ModelConfig:
     """Odd sizes on purpose: a head size that is no hidden / heads, a vocabulary that no power of two divides."""
     sizes = {
         "arch": "llama",
@@ -27,25 +27,25 @@ def llama_dims(**changes) -> Dims:
         "tied": False,
         "rope_base": 10000.0,
     }
-    return Dims(**{**sizes, **changes})
+    return ModelConfig(**{**sizes, **changes})
 
 
-def hf_llama(dims: Dims, seed: int = 0) -> LlamaForCausalLM:
+def hf_llama(model_config: ModelConfig, seed: int = 0) -> LlamaForCausalLM:
     """A random Hugging Face Llama (Qwen2 where q, k, v have biases); its gains are no ones."""
     torch.manual_seed(seed)
-    kinds = (Qwen2Config, Qwen2ForCausalLM) if dims.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    kinds = (Qwen2Config, Qwen2ForCausalLM) if model_config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
     config = kinds[0](
-        hidden_size=dims.hidden_size,
-        intermediate_size=dims.ffn_size,
-        num_hidden_layers=dims.num_layers,
-        num_attention_heads=dims.num_heads,
-        num_key_value_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        vocab_size=dims.vocab_size,
-        max_position_embeddings=dims.max_positions,
-        rms_norm_eps=dims.norm_eps,
-        rope_theta=dims.rope_base,
-        tie_word_embeddings=dims.tied,
+        hidden_size=model_config.hidden_size,
+        intermediate_size=model_config.ffn_size,
+        num_hidden_layers=model_config.num_layers,
+        num_attention_heads=model_config.num_heads,
+        num_key_value_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        vocab_size=model_config.vocab_size,
+        max_position_embeddings=model_config.max_positions,
+        rms_norm_eps=model_config.norm_eps,
+        rope_theta=model_config.rope_base,
+        tie_word_embeddings=model_config.tied,
         attn_implementation="sdpa",
     )
     model = kinds[1](config).eval()
@@ -65,22 +65,22 @@ class Memory(Reader):
     path = None
     carried: dict = {}
 
-    def __init__(self, dims: Dims, tensors: dict[str, torch.Tensor]):
-        self.dims = dims
+    def __init__(self, model_config: ModelConfig, tensors: dict[str, torch.Tensor]):
+        self.model_config = model_config
         self.tensors = tensors
 
-    def info(self, key: str) -> Info:
-        return Info(tuple(self.tensors[key].shape), self.tensors[key].dtype)
+    def info(self, key: str) -> TensorInfo:
+        return TensorInfo(tuple(self.tensors[key].shape), self.tensors[key].dtype)
 
     def read(self, key: str, kind: str = "weight") -> torch.Tensor:
         return self.tensors[key]
 
 
-def memory_of(model: LlamaForCausalLM, dims: Dims) -> Memory:
+def memory_of(model: LlamaForCausalLM, model_config: ModelConfig) -> Memory:
     """The canonical tensors of a Hugging Face model, by the table."""
     state = model.state_dict()
-    arch = get(dims.arch)
-    return Memory(dims, {key: state[hf_name(arch, key)].detach().clone() for key in arch.keys(dims)})
+    arch = get(model_config.arch)
+    return Memory(model_config, {key: state[hf_name(arch, key)].detach().clone() for key in arch.keys(model_config)})
 
 
 def hf_name(arch, key: str) -> str:
@@ -91,16 +91,16 @@ def hf_name(arch, key: str) -> str:
 def hf_from(source: Reader) -> LlamaForCausalLM:
     """A Hugging Face model that holds a Reader's tensors."""
     state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
-    model = hf_llama(source.dims).to(next(iter(state.values())).dtype)
+    model = hf_llama(source.model_config).to(next(iter(state.values())).dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if source.dims.tied else set())
+    assert set(missing) <= ({"lm_head.weight"} if source.model_config.tied else set())
     return model
 
 
-def tokens(dims: Dims, batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
+def tokens(model_config: ModelConfig, batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, dims.vocab_size, (batch, length), generator=generator)
-    padding = dims.position_padding
+    ids = torch.randint(0, model_config.vocab_size, (batch, length), generator=generator)
+    padding = model_config.position_padding
     # transformers counts no positions for padding.
     return ids if padding is None else ids.masked_fill(ids == padding, padding + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.experiments.compare.comparison_config import CompareSection
 
 EXAMPLE = """
@@ -28,7 +28,7 @@ def main() -> None:
     made.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm only; repeatable")
     args = made.parse_args()
     if not args.config:
-        raise ConfigError(message("--config", "a comparison's file", "none", "It names the [arms.*]; see the example."))
+        raise ConfigError(Problem("--config", "a comparison's file", "none", "It names the [arms.*]; see the example."))
 
     from megatron_ligo.experiments.compare import (  # after the arguments: --help must not load torch
         comparison,

@@ -11,7 +11,7 @@ from megatron_ligo import cli
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert, opened
 from megatron_ligo.checkpoint.reader import WriteOptions
-from megatron_ligo.common.errors import ConfigError, message, nearest
+from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
 
 EXAMPLE = """
 python tools/convert.py model.gguf models/small --to hf
@@ -47,7 +47,7 @@ def _options() -> str:
 def main() -> None:
     args = parser().parse_args()
     if args.dtype is not None and args.dtype not in DTYPES:
-        raise ConfigError(f"there is no dtype {args.dtype!r}. {nearest(args.dtype, DTYPES)}")
+        raise ConfigError(f"there is no dtype {args.dtype!r}. {did_you_mean(args.dtype, DTYPES)}")
     # Its own threads write; torch's would only wait for each other, spinning.
     torch.set_num_threads(1)
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -67,7 +67,7 @@ def main() -> None:
 def _option(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(message("--option", "NAME=VALUE", repr(text)))
+        raise ConfigError(Problem("--option", "NAME=VALUE", repr(text)))
     try:
         return name, json.loads(value)
     except ValueError:

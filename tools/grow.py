@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.agreement import ALONE, Share
 from megatron_ligo.export.handoff import grow_to
 
@@ -40,18 +40,18 @@ def main() -> None:
 
 
 @contextmanager
-def _all(config: Config) -> Iterator[Share]:
+def _all(config: RunConfig) -> Iterator[Share]:
     """This process's share of the work: all of it, or under a launcher one part in so many."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
     # One process alone must not load Megatron-core.
     from megatron_ligo.distributed import mesh
-    from megatron_ligo.distributed.rank_failures import together
+    from megatron_ligo.distributed.rank_failures import report_failures
 
-    with together():
-        mesh.start(config.handoff.timeout_minutes)
-        yield Share(cli.rank(), int(os.environ["WORLD_SIZE"]), mesh.gathered)
+    with report_failures():
+        mesh.init_distributed(config.handoff.timeout_minutes)
+        yield Share(cli.rank(), int(os.environ["WORLD_SIZE"]), mesh.all_gather_objects)
 
 
 if __name__ == "__main__":

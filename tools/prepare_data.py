@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, Problem
 
 EXAMPLE = """
 python tools/prepare_data.py --python-docs --tokenizer models/small --output data
@@ -32,16 +32,16 @@ def parser() -> cli.Parser:
 def main() -> None:
     args = parser().parse_args()
     if not args.inputs and not args.python_docs:
-        raise ConfigError(message("inputs", "files, folders or --python-docs", "none"))
+        raise ConfigError(Problem("inputs", "files, folders or --python-docs", "none"))
     if bool(args.tokenizer) == bool(args.train_sentencepiece):
-        raise ConfigError(message("tokenizer", "one of --tokenizer and --train-sentencepiece", "none or both"))
+        raise ConfigError(Problem("tokenizer", "one of --tokenizer and --train-sentencepiece", "none or both"))
     if not 0 <= args.valid_fraction < 1:
-        raise ConfigError(message("--valid-fraction", "at least 0 and less than 1", args.valid_fraction))
+        raise ConfigError(Problem("--valid-fraction", "at least 0 and less than 1", args.valid_fraction))
     # Imported here: each worker process runs this file's head again.
-    from megatron_ligo.data.documents import Texts, find
+    from megatron_ligo.data.documents import DocumentSource, find
     from megatron_ligo.data.prepare_text import Recipe, prepare
 
-    texts = Texts(find(args.inputs), args.python_docs, args.json_key, args.max_bytes)
+    texts = DocumentSource(find(args.inputs), args.python_docs, args.json_key, args.max_bytes)
     recipe = Recipe(texts, args.tokenizer, args.train_sentencepiece, args.eod, args.valid_fraction)
     splits = prepare(recipe, Path(args.output), args.workers)
     for name, record in splits.items():

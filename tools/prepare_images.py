@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, Problem
 
 EXAMPLE = """
 python tools/prepare_images.py pictures.npz --output data
@@ -25,9 +25,9 @@ def parser() -> cli.Parser:
 def main() -> None:
     args = parser().parse_args()
     if bool(args.input) == bool(args.digits):
-        raise ConfigError(message("input", "one of a file and --digits", "none or both"))
+        raise ConfigError(Problem("input", "one of a file and --digits", "none or both"))
     if not 0 < args.valid_fraction < 1:
-        raise ConfigError(message("--valid-fraction", "more than 0 and less than 1", args.valid_fraction))
+        raise ConfigError(Problem("--valid-fraction", "more than 0 and less than 1", args.valid_fraction))
     from megatron_ligo.data.prepare_images import prepare, read_digits, read_npz
 
     images, labels = read_digits(Path(args.digits)) if args.digits else read_npz(Path(args.input))

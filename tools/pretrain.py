@@ -22,10 +22,12 @@ def main() -> None:
     args = parser.parse_args()
     config = cli.load_config(args)
 
-    from megatron_ligo.distributed.rank_failures import together  # after the arguments: --help must not load torch
+    from megatron_ligo.distributed.rank_failures import (
+        report_failures,  # after the arguments: --help must not load torch
+    )
     from megatron_ligo.training.pretrain import Pretrain
 
-    with together():
+    with report_failures():
         Pretrain(config, Path(args.output)).run()
 
 

@@ -6,8 +6,8 @@ import sys
 
 from megatron_ligo import cli
 from megatron_ligo.checkpoint import formats
-from megatron_ligo.checkpoint.verify import Report, check_manifest, compare, compare_logits, has_manifest
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.checkpoint.verify import ComparisonResult, check_manifest, compare, compare_logits, has_manifest
+from megatron_ligo.common.errors import ConfigError, Problem
 
 EXAMPLE = """
 python tools/verify.py models/small models/small_ds --values
@@ -44,11 +44,11 @@ def main() -> None:
             print(f"logits: largest difference {far:.3e} at a scale of {scale:.3g}")
             good.append(far <= args.tolerance)
     elif args.logits:
-        raise ConfigError(message("--logits", "two checkpoints", "one"))
+        raise ConfigError(Problem("--logits", "two checkpoints", "one"))
     sys.exit(0 if all(good) else 1)
 
 
-def _show(what: str, report: Report) -> bool:
+def _show(what: str, report: ComparisonResult) -> bool:
     verdict = "equal" if report.same else f"{len(report.differences)} differences"
     print(f"{what}: {report.compared} tensors compared, {verdict}")
     for line in report.differences[:SHOWN]:

@@ -7,11 +7,11 @@ import pkgutil
 from functools import cache
 
 from megatron_ligo.arch import families
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture
-from megatron_ligo.common.errors import ConfigError, nearest
+from megatron_ligo.common.errors import ConfigError, did_you_mean
 
-__all__ = ["Architecture", "Dims", "architectures", "get"]
+__all__ = ["Architecture", "ModelConfig", "architectures", "get"]
 
 
 @cache
@@ -24,5 +24,5 @@ def architectures() -> dict[str, Architecture]:
 def get(name: str) -> Architecture:
     known = architectures()
     if name not in known:
-        raise ConfigError(f"there is no architecture {name!r}. {nearest(name, known)}")
+        raise ConfigError(f"there is no architecture {name!r}. {did_you_mean(name, known)}")
     return known[name]

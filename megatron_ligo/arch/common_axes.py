@@ -2,16 +2,16 @@
 
 from megatron_ligo.arch.spec import Axis, Heads, Use
 
-VOCAB = Axis("vocab", Use.WRITES)
-POSITION = Axis("position", Use.WRITES)
-TO_RESIDUAL = Axis("residual", Use.WRITES)
-FROM_RESIDUAL = Axis("residual", Use.READS)
-GAIN = Axis("residual", Use.SCALES)
-SHIFT = Axis("residual", Use.SHIFTS)
-Q = Axis("qk", Use.WRITES, Heads.Q)
-K = Axis("qk", Use.WRITES, Heads.KV)
-V = Axis("v", Use.WRITES, Heads.KV)
+VOCAB_OUTPUT = Axis("vocab", Use.OUTPUT)
+POSITION_OUTPUT = Axis("position", Use.OUTPUT)
+RESIDUAL_OUTPUT = Axis("residual", Use.OUTPUT)
+RESIDUAL_INPUT = Axis("residual", Use.INPUT)
+RESIDUAL_GAIN = Axis("residual", Use.GAIN)
+RESIDUAL_BIAS = Axis("residual", Use.BIAS)
+QUERY_OUTPUT = Axis("qk", Use.OUTPUT, Heads.Q)
+KEY_OUTPUT = Axis("qk", Use.OUTPUT, Heads.KV)
+VALUE_OUTPUT = Axis("v", Use.OUTPUT, Heads.KV)
 # The output projection sees each value head once for every query head of its group.
-FROM_V = Axis("v", Use.READS, Heads.Q)
-TO_FFN = Axis("ffn", Use.WRITES)
-FROM_FFN = Axis("ffn", Use.READS)
+VALUE_INPUT = Axis("v", Use.INPUT, Heads.Q)
+FFN_OUTPUT = Axis("ffn", Use.OUTPUT)
+FFN_INPUT = Axis("ffn", Use.INPUT)

@@ -5,35 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from megatron_ligo.arch.common_axes import GAIN, SHIFT
-from megatron_ligo.arch.spec import Axis, Pack, Row, Slot
+from megatron_ligo.arch.common_axes import RESIDUAL_BIAS, RESIDUAL_GAIN
+from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec
 
 
-def under(prefix: str) -> Callable[[str], Slot]:
+def prefixed(prefix: str) -> Callable[[str], FormatLocation]:
     """Module's name -> the slot of a module whose full name begins with the prefix."""
-    return lambda name: Slot(prefix + name)
+    return lambda name: FormatLocation(prefix + name)
 
 
-def grouped(slot: Slot, part: int) -> Slot:
+def grouped_qkv(slot: FormatLocation, part: int) -> FormatLocation:
     """The slot of q, k or v (part 0, 1, 2) in a matrix that holds the three head by head."""
     return replace(slot, pack=Pack.GROUPED, part=part, of=3)
 
 
-def linear(key: str, axes: tuple[Axis, Axis], split: int | None, hf: Slot, mcore: Slot, **more) -> Iterator[Row]:
+def linear_params(
+    key: str, axes: tuple[Axis, Axis], split: int | None, hf: FormatLocation, mcore: FormatLocation, **more
+) -> Iterator[ParamSpec]:
     """Weight and bias, which tensor parallelism cuts where it cuts the outputs. hf, mcore: slots of the module."""
-    yield Row(key, axes, split, _tensor(hf, mcore, "weight"), **more)
-    yield Row(f"{key}_bias", axes[:1], 0 if split == 0 else None, _tensor(hf, mcore, "bias"), **more)
+    yield ParamSpec(key, axes, split, _tensor(hf, mcore, "weight"), **more)
+    yield ParamSpec(f"{key}_bias", axes[:1], 0 if split == 0 else None, _tensor(hf, mcore, "bias"), **more)
 
 
-def norm(key: str, hf: Slot, mcore: Slot, axes: tuple[Axis, Axis] = (GAIN, SHIFT), **more) -> Iterator[Row]:
+def norm_params(
+    key: str,
+    hf: FormatLocation,
+    mcore: FormatLocation,
+    axes: tuple[Axis, Axis] = (RESIDUAL_GAIN, RESIDUAL_BIAS),
+    **more,
+) -> Iterator[ParamSpec]:
     """A LayerNorm's gain and bias. hf, mcore: slots of the module; axes: the gain's and the bias's."""
     for kind, suffix, axis in zip(("weight", "bias"), ("", "_bias"), axes, strict=True):
-        yield Row(f"{key}{suffix}", (axis,), None, _tensor(hf, mcore, kind), **more)
+        yield ParamSpec(f"{key}{suffix}", (axis,), None, _tensor(hf, mcore, kind), **more)
 
 
-def _tensor(hf: Slot, mcore: Slot, kind: str) -> dict[str, Slot]:
+def _tensor(hf: FormatLocation, mcore: FormatLocation, kind: str) -> dict[str, FormatLocation]:
     return {"hf": _of(hf, kind), "mcore": _of(mcore, kind)}
 
 
-def _of(slot: Slot, kind: str) -> Slot:
+def _of(slot: FormatLocation, kind: str) -> FormatLocation:
     return replace(slot, name=f"{slot.name}.{kind}", transposed=slot.transposed and kind == "weight")

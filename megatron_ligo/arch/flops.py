@@ -5,35 +5,35 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import OFF_LOSS, Architecture, Row, Task, Use
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import UNTRAINED_PARTS, Architecture, ParamSpec, Task, Use
 
 # The backward pass has two products for each of the forward pass's: one for the input, one for the weight.
 FORWARD_AND_BACKWARD = 3
 
 
-def forward_flops(dims: Dims, tokens: int, seq_length: int) -> int:
+def forward_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:
     """One forward pass over `tokens` tokens in sequences of `seq_length`: linears, attention (whole squares, as
     kernels without a mask do) and head; norms, activations and look-ups are left out."""
-    arch = architectures.get(dims.arch)
+    arch = architectures.get(model_config.arch)
     total = 0
     for row in arch.rows:
-        read = len(row.axes) > 1 and any(axis.use is Use.READS for axis in row.axes)
-        if read and row.exists(dims) and row.needs not in OFF_LOSS:
-            layers = dims.num_layers if row.in_layer else 1
-            total += 2 * prod(row.shape(dims)) * layers * _vectors(arch, row, dims, tokens, seq_length)
-    attention = 2 * 2 * seq_length * dims.num_heads * dims.head_dim
-    return total + tokens * dims.num_layers * attention
+        read = len(row.axes) > 1 and any(axis.use is Use.INPUT for axis in row.axes)
+        if read and row.exists(model_config) and row.needs not in UNTRAINED_PARTS:
+            layers = model_config.num_layers if row.in_layer else 1
+            total += 2 * prod(row.shape(model_config)) * layers * _vectors(arch, row, model_config, tokens, seq_length)
+    attention = 2 * 2 * seq_length * model_config.num_heads * model_config.head_dim
+    return total + tokens * model_config.num_layers * attention
 
 
-def _vectors(arch: Architecture, row: Row, dims: Dims, tokens: int, seq_length: int) -> int:
+def _vectors(arch: Architecture, row: ParamSpec, model_config: ModelConfig, tokens: int, seq_length: int) -> int:
     """How many vectors a row multiplies: one a token; outside the layers of a classifier one a patch, or an image."""
     if arch.task is not Task.LABEL or row.in_layer:
         return tokens
     images = tokens // seq_length
-    return images if row.needs == "has_head" else images * dims.patches_a_side**2
+    return images if row.needs == "has_head" else images * model_config.patches_a_side**2
 
 
-def train_flops(dims: Dims, tokens: int, seq_length: int) -> int:
+def train_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:
     """Forward and backward over `tokens` tokens; recomputation is a layout's cost and is not counted."""
-    return FORWARD_AND_BACKWARD * forward_flops(dims, tokens, seq_length)
+    return FORWARD_AND_BACKWARD * forward_flops(model_config, tokens, seq_length)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from sys import float_info
 
-from megatron_ligo.common.errors import ConfigError, Faults, nearest
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 
 # A record that says more is damaged: nobody begins to list them.
 MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
-class Dims:
+class ModelConfig:
     """Sizes and the few constants that change the numbers. `arch` names the table (arch/NAME.py).
 
     model_type: the Hugging Face family that the config is written for ("llama", "mistral", ...).
@@ -60,33 +60,33 @@ class Dims:
     has_distillation: bool = False
 
     def __post_init__(self) -> None:
-        faults = Faults("the sizes of the model do not go together", ConfigError)
+        errors = ErrorCollector("the sizes of the model do not go together", ConfigError)
         for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                faults.add(name, "a positive integer", repr(value))
-        faults.raise_if_any()
+                errors.add(name, "a positive integer", repr(value))
+        errors.raise_if_any()
         if self.num_heads % self.num_kv_heads:
-            faults.add("num_heads", f"a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads)
+            errors.add("num_heads", f"a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads)
         if self.rope_base is not None:
             turned = int(self.head_dim * self.rotary_fraction)
             if not 0 < turned <= self.head_dim or turned % 2:
                 found = self.head_dim if self.rotary_fraction == 1 else f"{self.rotary_fraction} of {self.head_dim}"
-                faults.add("head_dim", "an even number (rotary positions turn pairs)", found)
+                errors.add("head_dim", "an even number (rotary positions turn pairs)", found)
         if not self.norm_eps > 0:
-            faults.add("norm_eps", "a positive number", self.norm_eps)
-        self._check_image(faults)
-        faults.raise_if_any()
+            errors.add("norm_eps", "a positive number", self.norm_eps)
+        self._check_image(errors)
+        errors.raise_if_any()
 
-    def _check_image(self, faults: Faults) -> None:
+    def _check_image(self, errors: ErrorCollector) -> None:
         if self.image_size is None:
             return
         if not self.patch_size or not self.num_channels:
-            faults.add("patch_size, num_channels", "positive integers", f"{self.patch_size}, {self.num_channels}")
+            errors.add("patch_size, num_channels", "positive integers", f"{self.patch_size}, {self.num_channels}")
         elif self.patches_a_side < 1:
-            faults.add("patch_size", f"at most image_size = {self.image_size}", self.patch_size)
+            errors.add("patch_size", f"at most image_size = {self.image_size}", self.patch_size)
         elif self.max_positions != self.tokens_of_image:
-            faults.add("max_positions", f"{self.tokens_of_image}, a row for each token", self.max_positions)
+            errors.add("max_positions", f"{self.tokens_of_image}, a row for each token", self.max_positions)
 
     @property
     def patches_a_side(self) -> int:
@@ -121,24 +121,24 @@ class Dims:
         return self.max_positions - self.first_position
 
     def to_json(self) -> dict:
-        """A plain dict; `Dims.from_json` reads it back."""
+        """A plain dict; `ModelConfig.from_json` reads it back."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping) -> Dims:
+    def from_json(cls, data: Mapping) -> ModelConfig:
         names = {f.name for f in fields(cls)}
-        faults = Faults("these are not the sizes of a model", ConfigError)
+        errors = ErrorCollector("these are not the sizes of a model", ConfigError)
         for name in data:
             if name not in names:
-                faults.note(f"unknown size {name!r}. {nearest(name, names)}")
+                errors.note(f"unknown size {name!r}. {did_you_mean(name, names)}")
         for f in fields(cls):
             if f.name not in data and f.default is f.default_factory:
-                faults.note(f"size {f.name!r} is missing")
+                errors.note(f"size {f.name!r} is missing")
             elif f.name in data and not any(_is(data[f.name], kind) for kind in f.type.split(" | ")):
-                faults.add(f.name, f.type, repr(data[f.name])[:60])
-        if not faults.lines and data["num_layers"] > MOST_LAYERS:
-            faults.add("num_layers", f"at most {MOST_LAYERS}", data["num_layers"])
-        faults.raise_if_any()
+                errors.add(f.name, f.type, repr(data[f.name])[:60])
+        if not errors.lines and data["num_layers"] > MOST_LAYERS:
+            errors.add("num_layers", f"at most {MOST_LAYERS}", data["num_layers"])
+        errors.raise_if_any()
         return cls(**data)
 
 
@@ -156,6 +156,6 @@ def tokens_of_image(image_size: int, patch_size: int, has_distillation: bool) ->
     return 1 + has_distillation + (image_size // patch_size) ** 2
 
 
-def following_sizes(hidden_size: int, num_heads: int) -> dict[str, int]:
+def implied_head_sizes(hidden_size: int, num_heads: int) -> dict[str, int]:
     """What every family takes where nothing else is said."""
     return {"head_dim": hidden_size // num_heads, "num_kv_heads": num_heads, "ffn_size": 4 * hidden_size}

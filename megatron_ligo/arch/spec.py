@@ -14,17 +14,17 @@ from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
 
-from megatron_ligo.arch.model_config import Dims, following_sizes
-from megatron_ligo.common.errors import ConfigError, Faults, message
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 
 
 class Use(Enum):
     """Which side of a space's map an axis meets (paper equation 6: B on the out side, A on the in side)."""
 
-    WRITES = "writes"  # grows by expand (large x small)
-    READS = "reads"  # grows by contract (small x large)
-    SCALES = "scales"  # a norm's gain: multiplies the features of the space one by one
-    SHIFTS = "shifts"  # a norm's bias: added to them one by one; grows as what it is added to does
+    OUTPUT = "writes"  # grows by expand (large x small)
+    INPUT = "reads"  # grows by contract (small x large)
+    GAIN = "scales"  # a norm's gain: multiplies the features of the space one by one
+    BIAS = "shifts"  # a norm's bias: added to them one by one; grows as what it is added to does
 
 
 class Heads(Enum):
@@ -59,7 +59,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Slot:
+class FormatLocation:
     """Where a row lives in one format. `name` has one `{}` for the layer number, if the row is a layer's.
 
     transposed: stored as (in, out). interleaved: rotary pairs stored as (2i, 2i+1) (Meta, GGUF).
@@ -77,10 +77,10 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Row:
+class ParamSpec:
     """One parameter. `split` is the dim that tensor parallelism cuts, or None where every rank holds it all.
 
-    needs: name of the field of `Dims` that must be true (or not 0) for the row to exist ("" = always).
+    needs: name of the field of `ModelConfig` that must be true (or not 0) for the row to exist ("" = always).
     tied_to: key of the row whose tensor this one shares when `dims.tied` (it is then stored nowhere).
     feeds_head: a norm's gain or bias whose norm the output head reads. spare: stored by others, and read by nobody.
     """
@@ -88,7 +88,7 @@ class Row:
     key: str
     axes: tuple[Axis, ...]
     split: int | None
-    slots: Mapping[str, Slot] = field(default_factory=dict)
+    slots: Mapping[str, FormatLocation] = field(default_factory=dict)
     needs: str = ""
     tied_to: str = ""
     feeds_head: bool = False
@@ -98,16 +98,16 @@ class Row:
     def in_layer(self) -> bool:
         return "{}" in self.key
 
-    def exists(self, dims: Dims) -> bool:
-        return not self.needs or bool(getattr(dims, self.needs))
+    def exists(self, model_config: ModelConfig) -> bool:
+        return not self.needs or bool(getattr(model_config, self.needs))
 
-    def stored(self, dims: Dims) -> bool:
+    def stored(self, model_config: ModelConfig) -> bool:
         """True where a checkpoint of these dims holds a tensor for the row."""
-        return self.exists(dims) and not (self.tied_to and dims.tied)
+        return self.exists(model_config) and not (self.tied_to and model_config.tied)
 
-    def shape(self, dims: Dims) -> tuple[int, ...]:
+    def shape(self, model_config: ModelConfig) -> tuple[int, ...]:
         """Canonical (global, unpadded) shape."""
-        return tuple(axis_size(axis, dims) for axis in self.axes)
+        return tuple(axis_size(axis, model_config) for axis in self.axes)
 
 
 _SPACE_FIELDS = {
@@ -122,19 +122,19 @@ _SPACE_FIELDS = {
     "pooled": "hidden_size",
 }
 # Optional parts that the loss does not read, and the space that only they have.
-OFF_LOSS = ("has_pooler", "has_order_head")
-OFF_LOSS_SPACE = "pooled"
+UNTRAINED_PARTS = ("has_pooler", "has_order_head")
+UNTRAINED_SPACE = "pooled"
 _FIXED_SIZES = {"order": 2}  # the second sentence follows the first, or it does not
 
 
-def axis_size(axis: Axis, dims: Dims) -> int:
+def axis_size(axis: Axis, model_config: ModelConfig) -> int:
     """Number of features along an axis."""
     if axis.heads is Heads.Q:
-        return dims.num_heads * dims.head_dim
+        return model_config.num_heads * model_config.head_dim
     if axis.heads is Heads.KV:
-        return dims.num_kv_heads * dims.head_dim
+        return model_config.num_kv_heads * model_config.head_dim
     fixed = _FIXED_SIZES.get(axis.space)
-    return getattr(dims, _SPACE_FIELDS[axis.space]) if fixed is None else fixed
+    return getattr(model_config, _SPACE_FIELDS[axis.space]) if fixed is None else fixed
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Architecture:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[ParamSpec, ...]
     norm: str
     model_types: Mapping[str, Mapping[str, tuple[str, ...]]]
     hf: Mapping[str, str]
@@ -172,7 +172,7 @@ class Architecture:
     renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @cached_property
-    def by_key(self) -> Mapping[str, Row]:
+    def by_key(self) -> Mapping[str, ParamSpec]:
         return MappingProxyType({row.key: row for row in self.rows})
 
     @property
@@ -192,83 +192,83 @@ class Architecture:
         pairs = [pair for own, other in tied for pair in zip(own.axes, other.axes, strict=True)]
         return {own.space: other.space for own, other in pairs if own.space != other.space}
 
-    def space(self, axis: Axis, dims: Dims) -> str:
+    def space(self, axis: Axis, model_config: ModelConfig) -> str:
         """The space of an axis: with tied rows, two of the table's may be one."""
-        return self._joined.get(axis.space, axis.space) if dims.tied else axis.space
+        return self._joined.get(axis.space, axis.space) if model_config.tied else axis.space
 
-    def spaces(self, dims: Dims) -> set[str]:
+    def spaces(self, model_config: ModelConfig) -> set[str]:
         """The spaces of a network of these sizes."""
-        return {self.space(axis, dims) for row in self.rows if row.exists(dims) for axis in row.axes}
+        return {self.space(axis, model_config) for row in self.rows if row.exists(model_config) for axis in row.axes}
 
-    def outside(self, dims: Dims) -> tuple[list[Row], list[Row]]:
+    def outside(self, model_config: ModelConfig) -> tuple[list[ParamSpec], list[ParamSpec]]:
         """The stored rows that the loss reads before the layers, and after them."""
         first = next(i for i, row in enumerate(self.rows) if row.in_layer)
         rows = [
             (i < first, row)
             for i, row in enumerate(self.rows)
-            if row.stored(dims) and not row.in_layer and row.needs not in OFF_LOSS and not row.spare
+            if row.stored(model_config) and not row.in_layer and row.needs not in UNTRAINED_PARTS and not row.spare
         ]
         return [row for before, row in rows if before], [row for before, row in rows if not before]
 
-    def row(self, key: str) -> Row:
+    def row(self, key: str) -> ParamSpec:
         """The row of a key such as `layers.3.q` (or of its pattern `layers.{}.q`)."""
-        return self.by_key[pattern_of(key)]
+        return self.by_key[key_pattern(key)]
 
-    def keys(self, dims: Dims) -> Iterator[str]:
+    def keys(self, model_config: ModelConfig) -> Iterator[str]:
         """Every stored key in file order: before the layers, layer by layer, after the layers."""
-        rows = [row for row in self.rows if row.stored(dims)]
+        rows = [row for row in self.rows if row.stored(model_config)]
         inside = [i for i, row in enumerate(rows) if row.in_layer]
         first, last = inside[0], inside[-1]
         yield from (row.key for row in rows[:first])
-        for layer in range(dims.num_layers):
+        for layer in range(model_config.num_layers):
             yield from (row.key.format(layer) for row in rows[first : last + 1])
         yield from (row.key for row in rows[last + 1 :])
 
     def parts(self, model_type: str) -> set[str]:
-        """The fields of `Dims` that say which optional parts a network of this family has."""
+        """The fields of `ModelConfig` that say which optional parts a network of this family has."""
         return {part for parts in self.classes(model_type).values() for part in parts}
 
     def classes(self, model_type: str) -> Mapping[str, tuple[str, ...]]:
         """The classes of a family, with their parts. ConfigError for a family that this table does not describe."""
         if model_type not in self.model_types:
-            raise ConfigError(message("model_type", f"one of {', '.join(self.model_types)}", repr(model_type)[:60]))
+            raise ConfigError(Problem("model_type", f"one of {', '.join(self.model_types)}", repr(model_type)[:60]))
         return self.model_types[model_type]
 
-    def check(self, dims: Dims, faults: Faults) -> None:
+    def check(self, model_config: ModelConfig, errors: ErrorCollector) -> None:
         """Adds a fault for each size that the family does not leave free: what its config does not state follows."""
-        following = following_sizes(dims.hidden_size, dims.num_heads)
+        following = implied_head_sizes(model_config.hidden_size, model_config.num_heads)
         for name, value in following.items():
-            if name not in self.hf.values() and getattr(dims, name) != value:
-                where = f"{name} ({self.name}, {dims.hidden_size} features, {dims.num_heads} heads)"
-                faults.add(where, value, getattr(dims, name), "This family's config cannot state another.")
+            if name not in self.hf.values() and getattr(model_config, name) != value:
+                where = f"{name} ({self.name}, {model_config.hidden_size} features, {model_config.num_heads} heads)"
+                errors.add(where, value, getattr(model_config, name), "This family's config cannot state another.")
 
-    def class_of(self, dims: Dims) -> str:
+    def class_of(self, model_config: ModelConfig) -> str:
         """The Hugging Face class for these dims: the first whose parts are all there, or the last."""
-        classes = self.classes(dims.model_type)
-        fitting = [name for name, parts in classes.items() if all(getattr(dims, part) for part in parts)]
+        classes = self.classes(model_config.model_type)
+        fitting = [name for name, parts in classes.items() if all(getattr(model_config, part) for part in parts)]
         return fitting[0] if fitting else list(classes)[-1]
 
-    def stored_name(self, key: str, dims: Dims, form: str) -> str:
+    def stored_name(self, key: str, model_config: ModelConfig, form: str) -> str:
         """The name of the tensor that holds a key in a format."""
         slot = self.row(key).slots[form]
-        name = slot.tied_name if slot.tied_name and dims.tied else slot.name
-        layer = layer_of(key)
+        name = slot.tied_name if slot.tied_name and model_config.tied else slot.name
+        layer = layer_index(key)
         name = name if layer is None else name.format(layer)
-        bare = self.class_of(dims) == list(self.classes(dims.model_type))[-1]
+        bare = self.class_of(model_config) == list(self.classes(model_config.model_type))[-1]
         return name.removeprefix(self.base.get(form, "")) if bare else name
 
-    def layer_rows(self, dims: Dims) -> list[Row]:
-        return [row for row in self.rows if row.in_layer and row.exists(dims)]
+    def layer_rows(self, model_config: ModelConfig) -> list[ParamSpec]:
+        return [row for row in self.rows if row.in_layer and row.exists(model_config)]
 
 
-def pattern_of(key: str) -> str:
+def key_pattern(key: str) -> str:
     """`layers.3.q` -> `layers.{}.q`; keys outside the layers are returned unchanged."""
     head, _, rest = key.partition(".")
     number, _, tail = rest.partition(".")
     return f"{head}.{{}}.{tail}" if head == "layers" and number.isdigit() else key
 
 
-def layer_of(key: str) -> int | None:
+def layer_index(key: str) -> int | None:
     """`layers.3.q` -> 3; None outside the layers."""
     head, _, rest = key.partition(".")
     number = rest.partition(".")[0]

@@ -41,9 +41,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Every path, repeat by repeat, in turn with cp: what else the machine does meets them alike."""
-    dims = synthetic_reader.llama(args.gb * GB)
+    model_config = synthetic_reader.llama(args.gb * GB)
     source = folder / "source"
-    timing.apart(_write, source, args.gb)
+    timing.kl_divergence(_write, source, args.gb)
     size = _size(source)
     targets = args.to or formats.writers()
     floor: list[float] = []
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     largest = max(torch.Size(reader.info(key).shape).numel() * 4 for key in reader.keys())  # noqa: SIM118 - no dict
     found = {
         "what": "convert",
-        "model": {"bytes": size, "largest_tensor": largest, "dims": dims.to_json()},
+        "model": {"bytes": size, "largest_tensor": largest, "dims": model_config.to_json()},
         "workers": args.workers,
         "cp_sync": {"seconds": floor, "bytes_per_second": timing.spread([size / seconds for seconds in floor])},
         "paths": {to: _summary(runs[to], floor, size, largest, GOALS.get(to)) for to in targets},
@@ -82,7 +82,7 @@ def _summary(runs: list[dict], floor: list[float], size: int, largest: int, goal
 def _peers(args: argparse.Namespace, folder: Path) -> dict:
     """Each library's own tool against cp + sync of what it wrote."""
     source = folder / "source"
-    timing.apart(_write, source, args.peer_gb)
+    timing.kl_divergence(_write, source, args.peer_gb)
     found = {}
     for name, tool in library_tools.TOOLS.items():
         runs = [_fresh(folder / "peer", partial(_beside, tool, source)) for _ in range(args.repeats)]
@@ -95,7 +95,7 @@ def _peers(args: argparse.Namespace, folder: Path) -> dict:
 
 def _beside(tool: library_tools.Tool, source: Path, work: Path) -> dict[str, float]:
     work.mkdir()
-    seconds = timing.apart(tool, source, work, work / "made")
+    seconds = timing.kl_divergence(tool, source, work, work / "made")
     return {**seconds, "cp_sync": _copied(work / "made", work / "copy")}
 
 
@@ -105,7 +105,7 @@ def _write(folder: Path, gb: float) -> None:
 
 
 def _converted(source: Path, to: str, workers: int, target: Path) -> dict:
-    return timing.apart(_convert, source, to, workers, target)
+    return timing.kl_divergence(_convert, source, to, workers, target)
 
 
 def _convert(source: Path, to: str, workers: int, target: Path) -> dict:

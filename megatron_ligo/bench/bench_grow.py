@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.bench import synthetic_reader, timing
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.config.run_config import WRITERS, LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import growth_record, hand_off
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.operator import Operator
@@ -48,11 +48,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Every operator, repeat by repeat, in turn with dd: what else the machine does meets them alike."""
     small = synthetic_reader.llama(args.gb * 1e9)
     source = folder / "source"
-    timing.apart(_prepare, small, _large(small, args.times), folder)
+    timing.kl_divergence(_prepare, small, _large(small, args.times), folder)
     runs: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:
-            run = timing.apart(_grow, source, folder / kind, folder / "grown", args.threads)
+            run = timing.kl_divergence(_grow, source, folder / kind, folder / "grown", args.threads)
             shutil.rmtree(folder / "grown")
             run["dd"] = _dd(folder / "zeros", run["bytes"])
             runs[kind].append(run)
@@ -77,17 +77,17 @@ def _summary(runs: list[dict]) -> dict:
     }
 
 
-def _large(small: Dims, times: float) -> LargeSection:
+def _large(small: ModelConfig, times: float) -> LargeSection:
     wide = {name: round(getattr(small, name) * times) for name in ("num_heads", "num_kv_heads", "ffn_size")}
     return LargeSection(num_layers=small.num_layers + 2, hidden_size=wide["num_heads"] * small.head_dim, **wide)
 
 
-def _prepare(small: Dims, large: LargeSection, folder: Path) -> None:
+def _prepare(small: ModelConfig, large: LargeSection, folder: Path) -> None:
     convert(synthetic_reader.Drawn(small), folder / "source", "hf")
     operator = initial_operator(small, large, OperatorSection())
     for kind in KINDS:
         made = ((name, _tensor(operator, name, kind)) for name in operator.shapes())
-        operator_file.write(operator, made, folder / kind, {})
+        operator_file.write_operator(operator, made, folder / kind, {})
 
 
 def _tensor(operator: Operator, name: str, kind: str) -> Tensor:
@@ -103,7 +103,7 @@ def _tensor(operator: Operator, name: str, kind: str) -> Tensor:
 def _grow(source: Path, operator: Path, target: Path, threads: int) -> dict:
     torch.set_num_threads(threads)
     reader = formats.open(source)
-    grown = Grown(operator_file.Saved(operator), reader)
+    grown = GrownReader(operator_file.OperatorFile(operator), reader)
     with timing.anonymous_memory() as memory:
         start = time.perf_counter()
         hand_off(grown, target, torch.float32, WRITERS, growth_record(grown))

@@ -24,13 +24,13 @@ def megatron_core(source: Path, work: Path, made: Path) -> dict[str, float]:
 
     from megatron_ligo.distributed import mesh as meshes
     from megatron_ligo.models.full import parameters
-    from megatron_ligo.models.full.gpt import Pretrained
-    from megatron_ligo.models.mcore.layer_spec import Build
+    from megatron_ligo.models.full.gpt import FullGPT
+    from megatron_ligo.models.mcore.layer_spec import BuildOptions
 
-    meshes.start()
-    reader, mesh = formats.open(source), meshes.make(1, 1)
-    model = Pretrained(reader.dims, Build(), mesh)
-    parameters.fill(model, reader.dims, mesh, reader.read)
+    meshes.init_distributed()
+    reader, mesh = formats.open(source), meshes.build_mesh(1, 1)
+    model = FullGPT(reader.model_config, BuildOptions(), mesh)
+    parameters.fill(model, reader.model_config, mesh, reader.read)
     made.mkdir()
     return {
         "save": _timed(lambda: dist_checkpointing.save(model.sharded_state_dict(), str(made))),
@@ -46,7 +46,7 @@ def universal(source: Path, work: Path, made: Path) -> dict[str, float]:
 
     from megatron_ligo.distributed import mesh as meshes
 
-    meshes.start()
+    meshes.init_distributed()
     reader = formats.open(source)
     model = torch.nn.Module()
     for key in reader.keys():  # noqa: SIM118 - no dict

@@ -7,8 +7,8 @@ import zlib
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 
 HEAD = 64
 VOCABULARY = 32_000
@@ -22,27 +22,27 @@ class Drawn(Reader):
     format = "drawn"
     path = None
 
-    def __init__(self, dims: Dims, dtype: torch.dtype = torch.float32):
-        self.dims = dims
+    def __init__(self, model_config: ModelConfig, dtype: torch.dtype = torch.float32):
+        self.model_config = model_config
         self.dtype = dtype
 
-    def info(self, key: str) -> Info:
-        return Info(self.row(key).shape(self.dims), self.dtype)
+    def info(self, key: str) -> TensorInfo:
+        return TensorInfo(self.row(key).shape(self.model_config), self.dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        return torch.randn(self.row(key).shape(self.dims), generator=generator).to(self.dtype)
+        return torch.randn(self.row(key).shape(self.model_config), generator=generator).to(self.dtype)
 
     def fingerprint(self) -> object:
-        return ["drawn", self.dims.to_json()]
+        return ["drawn", self.model_config.to_json()]
 
 
-def llama(nbytes: float) -> Dims:
+def llama(nbytes: float) -> ModelConfig:
     """Sizes of about so many bytes in fp32, in the proportions of real models: GQA, head size 64, ffn 2.75 x hidden."""
     hidden, vocab = 2048, VOCABULARY
     while hidden > 4 * HEAD and _layers(nbytes, hidden, vocab) < LAYERS:
         hidden, vocab = hidden // 2, vocab // 2
-    return Dims(
+    return ModelConfig(
         arch="llama",
         model_type="llama",
         num_layers=max(round(_layers(nbytes, hidden, vocab)), 1),

@@ -17,21 +17,21 @@ from types import ModuleType
 import torch
 
 from megatron_ligo.checkpoint import formats
-from megatron_ligo.checkpoint.io.dry_run import Planned
+from megatron_ligo.checkpoint.io.dry_run import DryRunOutput
 from megatron_ligo.checkpoint.io.journal import Journal
-from megatron_ligo.checkpoint.io.output import Frames, Output
+from megatron_ligo.checkpoint.io.output import FileFrames, Output
 from megatron_ligo.checkpoint.manifest import MANIFEST, VERSION, Manifest, library_versions, load
 from megatron_ligo.checkpoint.reader import MOMENTS, Reader, WriteOptions
 from megatron_ligo.checkpoint.staging import Staging
-from megatron_ligo.checkpoint.validated_reader import Checked, bad_numbers
+from megatron_ligo.checkpoint.validated_reader import ValidatedReader, bad_numbers
 from megatron_ligo.common.errors import (
     CheckpointError,
     ConfigError,
-    Faults,
+    ErrorCollector,
     LigoError,
     MachineError,
-    message,
-    nearest,
+    Problem,
+    did_you_mean,
 )
 from megatron_ligo.distributed.agreement import ALONE, Share
 
@@ -47,14 +47,14 @@ def opened(path: str | Path, form: str | None = None) -> Reader:
     try:
         return formats.open(path, form)
     except CheckpointError as error:
-        if error.faults is None or error.rest is None:
+        if error.errors is None or error.rest is None:
             raise
-        faults, rest = error.faults, error.rest
+        errors, rest = error.errors, error.rest
     for name, tensor in rest():
         bad = bad_numbers(tensor)
         if bad:
-            faults.add(name, "finite numbers", bad)
-    faults.raise_if_any()
+            errors.add(name, "finite numbers", bad)
+    errors.raise_if_any()
     raise AssertionError("faults do not vanish")
 
 
@@ -80,7 +80,7 @@ def convert(
     with share.agreed():
         module = formats.get(to)
         if not hasattr(module, "write"):
-            raise ConfigError(f"format {to!r} can only be read. {nearest(to, formats.writers())}")
+            raise ConfigError(f"format {to!r} can only be read. {did_you_mean(to, formats.writers())}")
         target = Path(target).absolute()
         options = _settled(module, options or WriteOptions())
         _check_places(source, target)
@@ -116,12 +116,12 @@ def convert(
 
 def _begun(
     module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
-) -> Checked:
+) -> ValidatedReader:
     """What the first process does before all of them write."""
     stage.begin()
     if stage.resumed:
         log.info("going on with the conversion to %s that was interrupted", stage.target)
-    doubt = module.refused_elsewhere(source.dims) if hasattr(module, "refused_elsewhere") else ""
+    doubt = module.refused_elsewhere(source.model_config) if hasattr(module, "refused_elsewhere") else ""
     if doubt:
         log.warning("%s", doubt)
     checked = _checked(module, source, options, stage.journal, progress)
@@ -129,7 +129,7 @@ def _begun(
         needed = _planned(module, checked, options, stage.partial)
     stage.check_space(needed)
     if share.world > 1:
-        with Frames(stage.content) as out:
+        with FileFrames(stage.content) as out:
             module.write(checked, out, options)
     return checked
 
@@ -144,8 +144,8 @@ def _help(
         return
     with share.agreed():
         if not stage.content.is_dir():
-            do = "Choose one that all nodes share, or use one process."
-            raise CheckpointError(message(f"{stage.target}", "a folder that every process sees", "nothing there", do))
+            hint = "Choose one that all nodes share, or use one process."
+            raise CheckpointError(Problem(f"{stage.target}", "a folder that every process sees", "nothing there", hint))
         journal = stage.journal_of(share.rank)
         with Output(stage.content, journal, options.workers, share) as out:
             module.write(_checked(module, source, options, journal, progress), out, options)
@@ -156,8 +156,8 @@ def _help(
 
 def _checked(
     module: ModuleType, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
-) -> Checked:
-    return Checked(source, options.dtype, _lost_moments(module, source, options) is None, journal, progress)
+) -> ValidatedReader:
+    return ValidatedReader(source, options.dtype, _lost_moments(module, source, options) is None, journal, progress)
 
 
 def _for_all(progress: Progress, world: int) -> Progress:
@@ -179,7 +179,7 @@ def _nothing_left(stage: Staging) -> Iterator[None]:
 
 def _planned(module: ModuleType, source: Reader, options: WriteOptions, place: Path) -> int:
     """Bytes that the writer will write."""
-    with tempfile.TemporaryDirectory(dir=place) as scratch, Planned(Path(scratch)) as plan:
+    with tempfile.TemporaryDirectory(dir=place) as scratch, DryRunOutput(Path(scratch)) as plan:
         module.write(source, plan, options)
     return plan.bytes
 
@@ -195,14 +195,14 @@ def _lost_moments(module: ModuleType, source: Reader, options: WriteOptions) -> 
 
 
 def _finish(
-    stage: Staging, written: list[str], checked: Checked, left: list[str], to: str, options: WriteOptions
+    stage: Staging, written: list[str], checked: ValidatedReader, left: list[str], to: str, options: WriteOptions
 ) -> Manifest:
     source = checked.source
     if left:
         log.info("left behind: %s", "; ".join(left))
     manifest = Manifest(
         format=to,
-        dims=source.dims,
+        dims=source.model_config,
         step=source.step,
         layout={"tp": options.tp, "pp": options.pp},
         job=stage.job,
@@ -223,22 +223,24 @@ def _settled(module: ModuleType, options: WriteOptions) -> WriteOptions:
 
     The tensors are cast on the way to the writer, and the manifest describes the cast.
     """
-    faults = Faults(f"the format {module.NAME} cannot be written so", ConfigError)
+    errors = ErrorCollector(f"the format {module.NAME} cannot be written so", ConfigError)
     known = getattr(module, "OPTIONS", {})
     for name in options.extra:
         if name not in known:
-            faults.note(f"option {name!r}: {nearest(name, known) if known else 'it has none.'}")
+            errors.note(f"option {name!r}: {did_you_mean(name, known) if known else 'it has none.'}")
     if (options.tp, options.pp) != (1, 1) and not getattr(module, "LAYOUT", False):
-        do = "Whoever loads it chooses." if options.tp > 0 and options.pp > 0 else ""
-        faults.add("layout", "none: it has no tensor or pipeline parallelism", f"tp {options.tp}, pp {options.pp}", do)
+        hint = "Whoever loads it chooses." if options.tp > 0 and options.pp > 0 else ""
+        errors.add(
+            "layout", "none: it has no tensor or pipeline parallelism", f"tp {options.tp}, pp {options.pp}", hint
+        )
     if options.tp < 1 or options.pp < 1:
-        faults.add("layout", "positive tp and pp", f"tp {options.tp}, pp {options.pp}")
+        errors.add("layout", "positive tp and pp", f"tp {options.tp}, pp {options.pp}")
     if options.workers < 1:
-        faults.add("workers", "a positive number", options.workers)
+        errors.add("workers", "a positive number", options.workers)
     fixed: torch.dtype | None = getattr(module, "DTYPE", None)
     if fixed is not None and options.dtype not in (None, fixed):
-        faults.add("dtype", fixed, options.dtype, "Leave it out.")
-    faults.raise_if_any()
+        errors.add("dtype", fixed, options.dtype, "Leave it out.")
+    errors.raise_if_any()
     return replace(options, dtype=fixed or options.dtype)
 
 
@@ -248,7 +250,7 @@ def _check_places(source: Reader, target: Path) -> None:
     one, other = source.path.resolve(), target.resolve()
     if one == other or one in other.parents or (other in one.parents and other.is_dir()):
         found = "one inside the other" if one != other else "the same"
-        raise ConfigError(message(f"{target}", "a place apart from the source", found, "Choose another target."))
+        raise ConfigError(Problem(f"{target}", "a place apart from the source", found, "Choose another target."))
 
 
 def _job(source: Reader, to: str, options: WriteOptions) -> dict:
@@ -259,7 +261,7 @@ def _job(source: Reader, to: str, options: WriteOptions) -> dict:
         # Nothing tells us that a second run reads the same: it never goes on from the first.
         fingerprint = uuid.uuid4().hex
     path = str(source.path.resolve()) if source.path else None
-    origin = {"format": source.format, "path": path, "fingerprint": fingerprint, "dims": source.dims.to_json()}
+    origin = {"format": source.format, "path": path, "fingerprint": fingerprint, "dims": source.model_config.to_json()}
     return {"version": VERSION, "source": origin, "to": to, "options": asked, "moments": MOMENTS}
 
 
@@ -267,18 +269,18 @@ def _existing(target: Path, job: str, overwrite: bool) -> Manifest | None:
     """The manifest of a target that the same request wrote; None if the place is free (or may be taken)."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
-    do = "Choose another target, or remove it."
+    hint = "Choose another target, or remove it."
     if not target.is_dir():
-        raise CheckpointError(message(f"{target}", "a place for a new folder", "a file", do))
+        raise CheckpointError(Problem(f"{target}", "a place for a new folder", "a file", hint))
     try:
         manifest = load(target)
     except CheckpointError:
-        raise CheckpointError(message(f"{target}", "a place for a new folder", "a folder of others", do)) from None
+        raise CheckpointError(Problem(f"{target}", "a place for a new folder", "a folder of others", hint)) from None
     if manifest.job == job and _sizes(target) == manifest.files:
         return manifest
     if not overwrite:
-        do = "Choose another target, or say --overwrite."
-        raise CheckpointError(message(f"{target}", "a place for a new folder", "another conversion", do))
+        hint = "Choose another target, or say --overwrite."
+        raise CheckpointError(Problem(f"{target}", "a place for a new folder", "another conversion", hint))
     return None
 
 

@@ -19,7 +19,7 @@ def describe(reader: Reader) -> dict:
     return {
         "path": str(reader.path),
         "format": reader.format,
-        "dims": reader.dims.to_json(),
+        "dims": reader.model_config.to_json(),
         "layout": dict(reader.layout),
         "step": reader.step,
         "moments": reader.has_moments,
@@ -33,13 +33,13 @@ def describe(reader: Reader) -> dict:
 
 def as_text(found: dict) -> str:
     """The same for reading."""
-    dims = {name: value for name, value in found["dims"].items() if value not in (None, False, 0)}
+    model_config = {name: value for name, value in found["dims"].items() if value not in (None, False, 0)}
     layout = ", ".join(f"{name} {value}" for name, value in found["layout"].items()) or "one piece"
     state = f"step {found['step']}, {'with' if found['moments'] else 'without'} optimizer state"
     lines = [
         f"{found['path']}: {found['format']}, {layout}, {state}",
         f"{found['parameters']:,} parameters, {found['bytes']:,} bytes",
-        "  ".join(f"{name}={value}" for name, value in dims.items()),
+        "  ".join(f"{name}={value}" for name, value in model_config.items()),
         *(f"not read: {what}" for what in found["unread"]),
         "",
     ]

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -23,7 +23,7 @@ class Manifest:
     """
 
     format: str
-    dims: Dims
+    dims: ModelConfig
     step: int
     layout: dict
     job: str
@@ -54,14 +54,14 @@ def load(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         data = read_json(path)
-        dims = Dims.from_json(data.pop("dims"))
+        dims = ModelConfig.from_json(data.pop("dims"))
         manifest = Manifest(dims=dims, **data)
     except FileNotFoundError:
         raise CheckpointError(
-            message(f"{path}", "a manifest", "nothing there", "Only what we wrote has one.")
+            Problem(f"{path}", "a manifest", "nothing there", "Only what we wrote has one.")
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(message(f"{path}", "a manifest of ours", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{path}", "a manifest of ours", f"{error!r}")) from None
     if manifest.version != VERSION:
-        raise CheckpointError(message(f"{path}", f"version {VERSION}", manifest.version))
+        raise CheckpointError(Problem(f"{path}", f"version {VERSION}", manifest.version))
     return manifest

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.atomic_files import write_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, message
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
 
 RECORD = "dims.json"
 VERSION = 1
@@ -38,25 +38,25 @@ def files_beside(folder: Path) -> tuple[Path, ...]:
 
 def write(source: Reader, out: Output) -> None:
     """Writes the record and copies the carried files into the output's root."""
-    out.json(RECORD, _as_json(source.dims, source.carried))
+    out.json(RECORD, _as_json(source.model_config, source.carried))
     for file in source.files:
         out.copy(file)
 
 
-def keep(folder: Path, dims: Dims, carried: Mapping[str, object], files: Sequence[Path]) -> None:
+def write_folder(folder: Path, model_config: ModelConfig, carried: Mapping[str, object], files: Sequence[Path]) -> None:
     """The same into a folder of its own, in the place of what was there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    write_json(folder / RECORD, _as_json(dims, carried))
+    write_json(folder / RECORD, _as_json(model_config, carried))
 
 
-def _as_json(dims: Dims, carried: Mapping[str, object]) -> dict:
-    return {"version": VERSION, "dims": dims.to_json(), "carried": dict(carried)}
+def _as_json(model_config: ModelConfig, carried: Mapping[str, object]) -> dict:
+    return {"version": VERSION, "dims": model_config.to_json(), "carried": dict(carried)}
 
 
-def find(folder: Path) -> tuple[Dims, Mapping[str, object]] | None:
+def find_record(folder: Path) -> tuple[ModelConfig, Mapping[str, object]] | None:
     """Sizes and carried config keys that a folder states: our record, or a Hugging Face config.json; else None."""
     if (folder / RECORD).is_file():
         return _own(folder / RECORD)
@@ -67,24 +67,24 @@ def find(folder: Path) -> tuple[Dims, Mapping[str, object]] | None:
     return None
 
 
-def read(folder: Path) -> tuple[Dims, Mapping[str, object]]:
+def read(folder: Path) -> tuple[ModelConfig, Mapping[str, object]]:
     """As `find`, where nothing else can state the sizes. Raises CheckpointError if neither file is there."""
-    found = find(folder)
+    found = find_record(folder)
     if found is None:
-        do = "Put the model's Hugging Face config.json there."
+        hint = "Put the model's Hugging Face config.json there."
         raise CheckpointError(
-            message(f"{folder}", f"{RECORD} or {config_json.CONFIG} with the model's sizes", "none", do)
+            Problem(f"{folder}", f"{RECORD} or {config_json.CONFIG} with the model's sizes", "none", hint)
         )
     return found
 
 
-def _own(path: Path) -> tuple[Dims, Mapping[str, object]]:
+def _own(path: Path) -> tuple[ModelConfig, Mapping[str, object]]:
     data = config_json.load(path)
     try:
         if data["version"] != VERSION:
-            raise CheckpointError(message(f"{path}", f"version {VERSION}", data["version"]))
-        return Dims.from_json(data["dims"]), dict(data["carried"])
+            raise CheckpointError(Problem(f"{path}", f"version {VERSION}", data["version"]))
+        return ModelConfig.from_json(data["dims"]), dict(data["carried"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(message(f"{path}", "a record that we wrote", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{path}", "a record that we wrote", f"{error!r}")) from None
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None

@@ -31,15 +31,15 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import Architecture, Row
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Architecture, ParamSpec
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, in fp32, shaped like the weight
 
 
 @dataclass(frozen=True)
-class Info:
+class TensorInfo:
     """Canonical shape and stored dtype of one tensor."""
 
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class Reader(ABC):
 
     format: str
     path: Path | None
-    dims: Dims
+    model_config: ModelConfig
     step: int = 0  # optimizer steps taken, 0 where unknown
     layout: dict = {}  # tp, pp, ... as stored; {} for formats without
     files: tuple[Path, ...] = ()  # tokenizer and the like, carried along by name
@@ -80,14 +80,14 @@ class Reader(ABC):
 
     @property
     def arch(self) -> Architecture:
-        return architectures.get(self.dims.arch)
+        return architectures.get(self.model_config.arch)
 
     @property
     def has_moments(self) -> bool:
         return False
 
     @abstractmethod
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         """Shape and dtype of the weight of a key, without reading it."""
 
     @abstractmethod
@@ -96,9 +96,9 @@ class Reader(ABC):
 
     def keys(self) -> Iterator[str]:
         """Every stored key, in file order."""
-        return self.arch.keys(self.dims)
+        return self.arch.keys(self.model_config)
 
-    def row(self, key: str) -> Row:
+    def row(self, key: str) -> ParamSpec:
         return self.arch.row(key)
 
     def fingerprint(self) -> object | None:

@@ -17,7 +17,7 @@ from typing import IO
 from megatron_ligo.checkpoint.io import digest, journal
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import SKELETONS
-from megatron_ligo.common.errors import CheckpointError, MachineError, message
+from megatron_ligo.common.errors import CheckpointError, MachineError, Problem
 from megatron_ligo.common.file_lock import lock
 
 # Room besides the tensors, at least: headers, configs, records. If a file system wants more, writing shows it.
@@ -93,8 +93,8 @@ class Staging:
         needed = max(needed - there, 0) + SPARE_BYTES
         free = shutil.disk_usage(self.partial).free
         if needed > free:
-            do = "Free some, or choose a target on another disk."
-            raise MachineError(message(f"{self.target}", f"{needed:,} bytes free on its disk", f"{free:,}", do))
+            hint = "Free some, or choose a target on another disk."
+            raise MachineError(Problem(f"{self.target}", f"{needed:,} bytes free on its disk", f"{free:,}", hint))
 
     def discard(self) -> None:
         """Takes everything back: there is nothing to go on from."""
@@ -133,7 +133,7 @@ def _alone(path: Path, target: Path) -> IO[str]:
     file = lock(path)
     if file is None:
         found = "another process that writes it"
-        raise CheckpointError(message(f"{target}", "to be alone", found, "Wait for it, or end it."))
+        raise CheckpointError(Problem(f"{target}", "to be alone", found, "Wait for it, or end it."))
     return file
 
 

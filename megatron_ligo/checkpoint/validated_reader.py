@@ -9,11 +9,11 @@ from torch import Tensor
 
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.io.journal import Journal
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 
-class Checked(Reader):
+class ValidatedReader(Reader):
     """Passes a source's tensors on, cast to `dtype` (None: as they are). Moments pass only if `moments`.
 
     What it found goes into the journal, so that a run that goes on need not read again. `finish` raises
@@ -29,7 +29,12 @@ class Checked(Reader):
         progress: Callable[[int, int], None] | None = None,
     ):
         self.source = source
-        self.format, self.path, self.dims, self.step = source.format, source.path, source.dims, source.step
+        self.format, self.path, self.model_config, self.step = (
+            source.format,
+            source.path,
+            source.model_config,
+            source.step,
+        )
         self.layout, self.files, self.carried = source.layout, source.files, source.carried
         self.groups = source.groups
         self._dtype = dtype
@@ -46,9 +51,9 @@ class Checked(Reader):
     def has_moments(self) -> bool:
         return len(self._kinds) > 1
 
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         info = self.source.info(key)
-        return Info(info.shape, self._dtype or info.dtype)
+        return TensorInfo(info.shape, self._dtype or info.dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         try:
@@ -64,7 +69,7 @@ class Checked(Reader):
         dtype = expected.dtype if kind == WEIGHT else torch.float32
         if (tuple(tensor.shape), tensor.dtype) != (expected.shape, dtype):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise CheckpointError(message(f"{key} ({kind})", f"{dtype} {expected.shape}", found))
+            raise CheckpointError(Problem(f"{key} ({kind})", f"{dtype} {expected.shape}", found))
         if kind == WEIGHT and self._dtype:
             tensor = tensor.to(self._dtype)
         if not self._known(key, kind):
@@ -80,19 +85,19 @@ class Checked(Reader):
 
     def _raise_all(self) -> None:
         """What was wrong with the tensors that have passed, and with those that have not."""
-        faults = Faults(f"{self.path or self.format} has tensors that cannot be used", CheckpointError)
+        errors = ErrorCollector(f"{self.path or self.format} has tensors that cannot be used", CheckpointError)
         for key in self._sizes:
             for kind in self._kinds:
                 try:
                     if not self._known(key, kind):
                         self._pass(key, kind)
                 except CheckpointError as error:
-                    faults.note(str(error))
+                    errors.note(str(error))
                     continue
                 bad = self._known(key, kind)["bad"]
                 if bad:
-                    faults.add(f"{key} ({kind})", "finite numbers", bad)
-        faults.raise_if_any()
+                    errors.add(f"{key} ({kind})", "finite numbers", bad)
+        errors.raise_if_any()
 
     def digests(self) -> dict[str, dict[str, dict]]:
         """By key and kind: shape, dtype, digest."""

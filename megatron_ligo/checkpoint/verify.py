@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import manifest
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader
-from megatron_ligo.common.errors import CheckpointError, message
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.common.errors import CheckpointError, Problem
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 
 BATCH, LENGTH, SEED = 2, 64, 1234
 
 
 @dataclass
-class Report:
+class ComparisonResult:
     """What was compared, and a line for each difference."""
 
     compared: int = 0
@@ -32,13 +32,13 @@ class Report:
         return not self.differences
 
 
-def compare(a: Reader, b: Reader, *, values_only: bool = False) -> Report:
+def compare(a: Reader, b: Reader, *, values_only: bool = False) -> ComparisonResult:
     """Sizes, and every canonical tensor bit for bit (moments and step too where both have them).
 
     values_only: another dtype is no difference where every number is the same.
     """
-    report = Report()
-    ours, theirs = a.dims.to_json(), b.dims.to_json()
+    report = ComparisonResult()
+    ours, theirs = a.model_config.to_json(), b.model_config.to_json()
     for name in ours:
         if ours[name] != theirs[name]:
             report.differences.append(f"{name}: {ours[name]} and {theirs[name]}")
@@ -79,11 +79,11 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_manifest(reader: Reader) -> Report:
+def check_manifest(reader: Reader) -> ComparisonResult:
     """Every tensor and file against the digests and sizes in the manifest beside it."""
     root = _root(reader)
     noted = manifest.load(root)
-    report = Report()
+    report = ComparisonResult()
     for name, size in noted.files.items():
         found = (root / name).stat().st_size if (root / name).is_file() else None
         if found != size:
@@ -117,14 +117,14 @@ def _root(reader: Reader) -> Path:
 
 def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
     """Largest difference of the outputs of transformers' models on one fixed batch in fp32, and the largest output."""
-    seen = sample(a.dims, b.dims)
+    seen = sample(a.model_config, b.model_config)
     first, second = logits(a, seen), logits(b, seen)
     if first.shape != second.shape:
-        raise CheckpointError(message("logits", f"shape {tuple(first.shape)}", tuple(second.shape)))
+        raise CheckpointError(Problem("logits", f"shape {tuple(first.shape)}", tuple(second.shape)))
     return float((first - second).abs().max()), float(first.abs().max())
 
 
-def sample(a: Dims, b: Dims) -> Tensor:
+def sample(a: ModelConfig, b: ModelConfig) -> Tensor:
     """What both models can be shown: tokens (batch, length), or images (batch, channels, height, width) of the size of
     the larger model's."""
     generator = torch.Generator().manual_seed(SEED)
@@ -145,8 +145,8 @@ def logits(reader: Reader, seen: Tensor) -> Tensor:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = config_json.config_of(reader.dims, reader.carried, torch.float32)
-    made = CONFIG_MAPPING[reader.dims.model_type](**config)
+    config = config_json.config_of(reader.model_config, reader.carried, torch.float32)
+    made = CONFIG_MAPPING[reader.model_config.model_type](**config)
     # transformers has other names in memory than in its files: only this way in translates them.
     transformers.utils.logging.disable_progress_bar()
     load = getattr(transformers, config["architectures"][0]).from_pretrained
@@ -155,12 +155,12 @@ def logits(reader: Reader, seen: Tensor) -> Tensor:
     # A class may lack an optional part that is there, or have one that is not: neither changes what comes out first.
     rows = [row for row in reader.arch.rows if row.needs or row.tied_to]
     optional = {row.slots["hf"].name for row in rows}
-    optional |= {reader.arch.stored_name(row.key, reader.dims, "hf") for row in rows}
+    optional |= {reader.arch.stored_name(row.key, reader.model_config, "hf") for row in rows}
     assert left | missing <= optional, f"{type(model).__name__}: left {left}, missing {missing}"
-    other_size = reader.dims.image_size not in (None, seen.shape[-1])
+    other_size = reader.model_config.image_size not in (None, seen.shape[-1])
     return model.eval()(seen, **({"interpolate_pos_encoding": True} if other_size else {}))[0]
 
 
 def _state(reader: Reader) -> Iterator[tuple[str, Tensor]]:
-    for name, item in stored(reader.arch, reader.dims, "hf").items():
-        yield name, item.whole([reader.read(key).float() for key in item.keys], reader.dims)
+    for name, item in stored_tensors(reader.arch, reader.model_config, "hf").items():
+        yield name, item.whole([reader.read(key).float() for key in item.keys], reader.model_config)

@@ -31,10 +31,10 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path, look: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
     """ValueError for what is no JSON; OSError."""
-    return parse(read_text(path), look)
+    return parse_json(read_text(path), look)
 
 
-def parse(text: str | bytes, look: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
+def parse_json(text: str | bytes, look: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
     """look: given each object's pairs, in order, instead of a dict."""
     try:
         return json.loads(text, object_pairs_hook=look, parse_int=_whole)
@@ -50,10 +50,10 @@ def _whole(digits: str) -> int:
 
 def write_json(path: Path, value: object) -> None:
     """Writes aside, fsyncs, renames."""
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_text(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_text(path: Path, content: bytes) -> None:
     """The file holds this, or what it held, whatever happens; of several that write it at once, one's whole."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:

@@ -25,9 +25,14 @@ class LigoError(Exception):
     exit_code = 2
     # True where every rank raises it, so that one of them may speak for all.
     agreed = False
-    # What was collected, and what there is besides to be looked at (`Faults.raise_if_any`).
-    faults: Faults | None = None
+    # What was collected, and what there is besides to be looked at (`ErrorCollector.raise_if_any`).
+    errors: ErrorCollector | None = None
     rest: Callable[[], Iterable[tuple[str, object]]] | None = None
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Each fault that the error reports; a `Problem` where its parts are known."""
+        return tuple(self.errors.lines) if self.errors else self.args
 
 
 class ConfigError(LigoError):
@@ -74,20 +79,32 @@ class Stopped(LigoError):
         self.exit_code = 128 + signum
 
 
-def message(where: str, expected: object, found: object, do: str = "") -> str:
-    """The one form: `where: expected E, found F. What to do.`"""
-    text = f"{where}: expected {expected}, found {found}."
-    return f"{text} {do}" if do else text
+class Problem(str):
+    """One fault in the one form: `where: expected E, found F. Hint.` Its parts stay readable as fields."""
+
+    where: str
+    expected: str
+    found: str
+    hint: str
+
+    def __new__(cls, where: str, expected: object, found: object, hint: str = "") -> Problem:
+        text = f"{where}: expected {expected}, found {found}."
+        problem = super().__new__(cls, f"{text} {hint}" if hint else text)
+        problem.where, problem.expected, problem.found, problem.hint = where, str(expected), str(found), hint
+        return problem
+
+    def __getnewargs__(self) -> tuple[str, str, str, str]:
+        return self.where, self.expected, self.found, self.hint
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest choice, or the list of choices."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
 
 
-class Faults:
+class ErrorCollector:
     """Collects every fault of one input so that the user sees all of them in one error."""
 
     def __init__(self, title: str, error: type[LigoError] = LigoError):
@@ -95,8 +112,8 @@ class Faults:
         self.error = error
         self.lines: list[str] = []
 
-    def add(self, where: str, expected: object, found: object, do: str = "") -> None:
-        self.lines.append(message(where, expected, found, do))
+    def add(self, where: str, expected: object, found: object, hint: str = "") -> None:
+        self.lines.append(Problem(where, expected, found, hint))
 
     def note(self, line: str) -> None:
         self.lines.append(line)
@@ -112,11 +129,11 @@ class Faults:
         count = len(self.lines)
         head = f"{self.title} ({count} fault{'s' if count > 1 else ''})"
         error = self.error("\n  ".join([head, *shown]))
-        error.faults, error.rest = self, rest
+        error.errors, error.rest = self, rest
         raise error
 
 
-def fault(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """What to tell the user, or None if the error is a mistake of ours."""
     if isinstance(error, LigoError):
         return str(error)

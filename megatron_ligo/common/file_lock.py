@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def lock(path: Path, wait: bool = False) -> IO[str] | None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_access(folder: Path) -> Iterator[None]:
     """Inside, a folder is this process's alone, made where there is none. ConfigError if it is another one's."""
     folder.mkdir(parents=True, exist_ok=True)
     file = lock_folder(folder)
@@ -61,8 +61,8 @@ def lock_folder(folder: Path) -> IO[str]:
     """A folder's lock, for as long as it stays open. ConfigError if another process has it."""
     file = lock(folder / LOCK)
     if file is None:
-        do = "Wait for its end, or choose another --output."
-        raise ConfigError(message(f"{folder}", "a folder that no other run writes to", "one that does", do))
+        hint = "Wait for its end, or choose another --output."
+        raise ConfigError(Problem(f"{folder}", "a folder that no other run writes to", "one that does", hint))
     return file
 
 

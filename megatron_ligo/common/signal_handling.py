@@ -49,7 +49,7 @@ def install() -> None:
     threading.Thread(target=_watch, args=(read, _ancestors()), daemon=True).start()
 
 
-def end(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends the process; one that has met other ranks without taking the interpreter down.
 
     A thread of gloo's that lets go of its last tensor while the interpreter ends calls std::terminate (torch 2.13):
@@ -64,7 +64,7 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def received() -> int | None:
+def received_signal() -> int | None:
     """The signal that has come since `deferred` began."""
     return _State.received
 

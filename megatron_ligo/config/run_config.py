@@ -1,6 +1,6 @@
 """A run's settings: typed sections, read from a TOML file and `--set section.key=value`.
 
-`Config.load` is the only way in. Every unknown name, wrong type and value out of range is reported, all in one
+`RunConfig.load` is the only way in. Every unknown name, wrong type and value out of range is reported, all in one
 ConfigError. None of the values is changed, so `to_dict` says what the user said, with the defaults filled in.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ligo.common.atomic_files import read_text
-from megatron_ligo.common.errors import ConfigError, Faults, nearest
-from megatron_ligo.config.typed_toml import read, setting
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
+from megatron_ligo.config.typed_toml import read_section, setting
 
 ByName = dict[str, str]
 WRITERS = ("universal", "hf")
@@ -86,15 +86,17 @@ class OperatorSection:
     def check_spaces(self, spaces: Iterable[str]) -> None:
         """ConfigError if a table names a space (or another name given by the caller) that the model does not have."""
         spaces = sorted(spaces)
-        faults = Faults("config [operator]", ConfigError)
+        errors = ErrorCollector("config [operator]", ConfigError)
         for key, value in asdict(self).items():
             for name in value if isinstance(value, dict) else ():
                 if name != "default" and name not in spaces:
-                    faults.add(f"operator.{key}.{name}", "a space of this model", repr(name), nearest(name, spaces))
-        faults.raise_if_any()
+                    errors.add(
+                        f"operator.{key}.{name}", "a space of this model", repr(name), did_you_mean(name, spaces)
+                    )
+        errors.raise_if_any()
 
 
-def by_space(value: T | Mapping[str, T], space: str) -> T:
+def for_space(value: T | Mapping[str, T], space: str) -> T:
     """The value of an [operator] key for one space."""
     if isinstance(value, Mapping):
         return value[space] if space in value else value["default"]
@@ -200,7 +202,7 @@ class DataSection:
 
 
 @dataclass(frozen=True)
-class Config:
+class RunConfig:
     small: SmallSection = field(default_factory=SmallSection)
     large: LargeSection = field(default_factory=LargeSection)
     operator: OperatorSection = field(default_factory=OperatorSection)
@@ -210,25 +212,25 @@ class Config:
     data: DataSection = field(default_factory=DataSection)
 
     @classmethod
-    def load(cls, path: str | Path | None, sets: Iterable[str] = ()) -> Config:
+    def load(cls, path: str | Path | None, sets: Iterable[str] = ()) -> RunConfig:
         """The config of a TOML file (None: the defaults) with `section.key=value` settings put over it in order."""
         title = f"config {path}" if path else "config"
-        faults = Faults(title, ConfigError)
+        errors = ErrorCollector(title, ConfigError)
         table = read_toml(Path(path)) if path else {}
         for text in sets:
-            apply_setting(table, text, faults)
-        return cls._checked(table, faults)
+            apply_setting(table, text, errors)
+        return cls._checked(table, errors)
 
     @classmethod
-    def from_dict(cls, table: dict, where: str = "config") -> Config:
+    def from_dict(cls, table: dict, where: str = "config") -> RunConfig:
         """The config that `to_dict` gave (from a run's record)."""
-        return cls._checked(table, Faults(where, ConfigError))
+        return cls._checked(table, ErrorCollector(where, ConfigError))
 
     @classmethod
-    def _checked(cls, table: dict, faults: Faults) -> Config:
-        config = read(cls, table, faults)
-        _check_together(config, faults)
-        faults.raise_if_any()
+    def _checked(cls, table: dict, errors: ErrorCollector) -> RunConfig:
+        config = read_section(cls, table, errors)
+        _check_together(config, errors)
+        errors.raise_if_any()
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,12 +247,12 @@ def read_toml(path: Path) -> dict:
         raise ConfigError(f"config {path}: expected TOML, found a fault in it: {error}.") from None
 
 
-def apply_setting(table: dict, text: str, faults: Faults) -> None:
+def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
     """Puts `section.key=value` into the table; the value is TOML, or a bare word that stands for text."""
     name, equals, raw = text.partition("=")
     *sections, key = name.strip().split(".")
     if not equals or not sections or not all([*sections, key]):
-        faults.add("--set", "section.key=value", repr(text), "For example: --set fit.steps=20")
+        errors.add("--set", "section.key=value", repr(text), "For example: --set fit.steps=20")
         return
     try:
         value = tomllib.loads(f"value = {raw.strip()}")["value"]
@@ -259,40 +261,40 @@ def apply_setting(table: dict, text: str, faults: Faults) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            faults.add(f"--set {name}", "a section or a table", repr(table), f"{section!r} is already one value.")
+            errors.add(f"--set {name}", "a section or a table", repr(table), f"{section!r} is already one value.")
             return
     table[key] = value
 
 
-def _check_together(config: Config, faults: Faults) -> None:
+def _check_together(config: RunConfig, errors: ErrorCollector) -> None:
     for key, value in asdict(config.operator).items():
         if isinstance(value, dict) and "default" not in value:
-            faults.add(f"operator.{key}", "a table with a default", f"{value}", 'Add default = "..." to it.')
+            errors.add(f"operator.{key}", "a table with a default", f"{value}", 'Add default = "..." to it.')
     for name in ("fit", "pretrain"):
-        _check_training(name, getattr(config, name), faults)
+        _check_training(name, getattr(config, name), errors)
     for name in ("train", "valid"):
-        _check_blend(f"data.{name}", getattr(config.data, name), faults)
+        _check_blend(f"data.{name}", getattr(config.data, name), errors)
 
 
-def _check_training(name: str, run: TrainingSection, faults: Faults) -> None:
+def _check_training(name: str, run: TrainingSection, errors: ErrorCollector) -> None:
     if run.global_batch_size % run.micro_batch_size:
         found = f"{run.global_batch_size} over micro_batch_size {run.micro_batch_size}"
-        faults.add(f"{name}.global_batch_size", "a multiple of micro_batch_size", found)
+        errors.add(f"{name}.global_batch_size", "a multiple of micro_batch_size", found)
     if run.min_lr > run.lr:
-        faults.add(f"{name}.min_lr", f"at most lr = {run.lr}", run.min_lr)
+        errors.add(f"{name}.min_lr", f"at most lr = {run.lr}", run.min_lr)
     layout = run.parallel
     if layout.pp > 1 and layout.zero > 1:
-        do = "DeepSpeed's pipeline takes ZeRO 1 only: set zero = 1, or pp = 1."
-        faults.add(f"{name}.parallel.zero", f"1 with pp = {layout.pp}", layout.zero, do)
+        hint = "DeepSpeed's pipeline takes ZeRO 1 only: set zero = 1, or pp = 1."
+        errors.add(f"{name}.parallel.zero", f"1 with pp = {layout.pp}", layout.zero, hint)
     if layout.sequence_parallel and layout.tp == 1:
-        faults.add(f"{name}.parallel.sequence_parallel", "false with tp = 1", "true", "Raise tp, or leave it out.")
+        errors.add(f"{name}.parallel.sequence_parallel", "false with tp = 1", "true", "Raise tp, or leave it out.")
 
 
-def _check_blend(where: str, blend: tuple[str | float, ...], faults: Faults) -> None:
+def _check_blend(where: str, blend: tuple[str | float, ...], errors: ErrorCollector) -> None:
     weighted = len(blend) % 2 == 0 and all(
         isinstance(entry, str) == bool(index % 2) for index, entry in enumerate(blend)
     )
     if not weighted and not all(isinstance(entry, str) for entry in blend):
-        faults.add(
+        errors.add(
             where, "prefixes only, or weight and prefix in turn", list(blend), 'For example: [0.3, "a", 0.7, "b"].'
         )

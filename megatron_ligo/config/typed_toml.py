@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from megatron_ligo.common.errors import Faults, nearest
+from megatron_ligo.common.errors import ErrorCollector, did_you_mean
 
 
 def setting(default: Any, help: str, *, choices: tuple = (), low=None, above=None, high=None, below=None) -> Any:
@@ -29,7 +29,7 @@ def is_section(hint: Any) -> bool:
 
 
 @cache
-def hints(section: type) -> dict[str, Any]:
+def field_types(section: type) -> dict[str, Any]:
     """The types of a section's fields by name, in the order in which they were declared."""
     resolved = typing.get_type_hints(section)
     return {field.name: resolved[field.name] for field in dataclasses.fields(section)}
@@ -38,30 +38,30 @@ def hints(section: type) -> dict[str, Any]:
 def keys(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(dotted key, field, type) of every setting of a section, those of its inner sections included."""
     for field in dataclasses.fields(section):
-        hint = hints(section)[field.name]
+        hint = field_types(section)[field.name]
         if is_section(hint):
             yield from keys(hint, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", field, hint
 
 
-def read(section: type, table: dict, faults: Faults, prefix: str = "", root: type | None = None) -> Any:
+def read_section(section: type, table: dict, errors: ErrorCollector, prefix: str = "", root: type | None = None) -> Any:
     """A section from a table of plain values; a faulty value is reported and its default taken in its place."""
     root = root or section
     values = {}
-    known = hints(section)
+    known = field_types(section)
     for name, value in table.items():
         where = f"{prefix}{name}"
         if name not in known:
-            faults.add(where, "a known key" if prefix else "a known section", repr(name), _advice(root, name, known))
+            errors.add(where, "a known key" if prefix else "a known section", repr(name), _advice(root, name, known))
         elif is_section(known[name]):
             if isinstance(value, dict):
-                values[name] = read(known[name], value, faults, f"{where}.", root)
+                values[name] = read_section(known[name], value, errors, f"{where}.", root)
             else:
-                faults.add(where, "a section", _shown(value), f"Write its keys under [{where}].")
+                errors.add(where, "a section", _shown(value), f"Write its keys under [{where}].")
         else:
             field = section.__dataclass_fields__[name]
-            values[name] = _read_value(where, value, known[name], field, faults)
+            values[name] = _read_value(where, value, known[name], field, errors)
     return section(**values)
 
 
@@ -70,32 +70,32 @@ def _advice(root: type, name: str, known: Iterable[str]) -> str:
     homes = [key.rpartition(".")[0] for key, field, _ in keys(root) if field.name == name]
     if homes:
         return f"It is a key of {' and '.join(f'[{home}]' for home in homes)}."
-    return nearest(name, known)
+    return did_you_mean(name, known)
 
 
-def _read_value(where: str, value: Any, hint: Any, field: dataclasses.Field, faults: Faults) -> Any:
+def _read_value(where: str, value: Any, hint: Any, field: dataclasses.Field, errors: ErrorCollector) -> Any:
     try:
-        fitted = fit(value, hint)
+        fitted = coerce(value, hint)
     except TypeError:
-        faults.add(where, describe(hint), _shown(value), f"It is: {field.metadata['help']}.")
+        errors.add(where, describe_type(hint), _shown(value), f"It is: {field.metadata['help']}.")
         return field.default
     limits = field.metadata["limits"]
     for leaf in _leaves(fitted):
         expected = _broken_limit(leaf, limits)
         if expected:
-            do = nearest(leaf, limits["choices"]) if limits["choices"] and isinstance(leaf, str) else ""
-            faults.add(where, expected, _shown(leaf), do)
+            do = did_you_mean(leaf, limits["choices"]) if limits["choices"] and isinstance(leaf, str) else ""
+            errors.add(where, expected, _shown(leaf), do)
             return field.default
     return fitted
 
 
-def fit(value: Any, hint: Any) -> Any:
+def coerce(value: Any, hint: Any) -> Any:
     """The value as the type asks: a whole number where a number is asked, a list as a tuple; TypeError otherwise."""
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         for option in typing.get_args(hint):
             try:
-                return fit(value, option)
+                return coerce(value, option)
             except TypeError:
                 continue
         raise TypeError
@@ -105,7 +105,7 @@ def fit(value: Any, hint: Any) -> Any:
         _, of_value = typing.get_args(hint)
         if not isinstance(value, dict):
             raise TypeError
-        return {str(name): fit(entry, of_value) for name, entry in value.items()}
+        return {str(name): coerce(entry, of_value) for name, entry in value.items()}
     if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is str and "\0" in str(value):
@@ -120,26 +120,26 @@ def _fit_tuple(value: Any, args: tuple) -> tuple:
     if not isinstance(value, list | tuple):
         raise TypeError
     if args[-1] is Ellipsis:
-        return tuple(fit(entry, args[0]) for entry in value)
+        return tuple(coerce(entry, args[0]) for entry in value)
     if len(value) != len(args):
         raise TypeError
-    return tuple(fit(entry, arg) for entry, arg in zip(value, args, strict=True))
+    return tuple(coerce(entry, arg) for entry, arg in zip(value, args, strict=True))
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """The type in words, for messages and for --help."""
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(describe(arg) for arg in args if arg is not types.NoneType)
+        return " or ".join(describe_type(arg) for arg in args if arg is not types.NoneType)
     if origin is tuple:
         return (
-            f"a list, each {describe(args[0])},"
+            f"a list, each {describe_type(args[0])},"
             if args[-1] is Ellipsis
-            else f"a list of {len(args)}, each {describe(args[0])}"
+            else f"a list of {len(args)}, each {describe_type(args[0])}"
         )
     if origin is dict:
-        return f"a table of {describe(args[1])} by name"
+        return f"a table of {describe_type(args[1])} by name"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
 
 

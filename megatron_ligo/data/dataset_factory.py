@@ -5,23 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data.image_dataset import open_images
 from megatron_ligo.data.masking import masking_of
-from megatron_ligo.data.megatron_dataset import everywhere
-from megatron_ligo.data.sampler import Dealt
+from megatron_ligo.data.megatron_dataset import on_all_ranks
+from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.data.text_dataset import open_data
 
 
-def open_feed(data: DataSection, dims: Dims, samples: int, held_out: int, output: Path, first: int = 0) -> Dealt:
+def open_dataset(
+    data: DataSection, model_config: ModelConfig, samples: int, held_out: int, output: Path, first: int = 0
+) -> ShardedSampler:
     """What [data] names, for a run of so many training samples from sample `first` on. Collective: every rank calls it
     alike. output: the run's folder."""
-    if architectures.get(dims.arch).task is Task.LABEL:
-        return open_images(data, dims, held_out, first)
+    if architectures.get(model_config.arch).task is Task.LABEL:
+        return open_images(data, model_config, held_out, first)
     cache = data.cache or output / "data_cache"
-    masking = everywhere(lambda: masking_of(data, dims))
+    masking = on_all_ranks(lambda: masking_of(data, model_config))
     opened = open_data(data, data.seq_length, samples, held_out, data.seed, cache, first, masking)
-    opened.check_vocab(dims.vocab_size)
+    opened.check_vocab(model_config.vocab_size)
     return opened

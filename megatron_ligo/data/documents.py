@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from megatron_ligo.common.errors import DataError, Faults, message
+from megatron_ligo.common.errors import DataError, ErrorCollector, Problem
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 # Folders of the standard library that are no part of it, or only test it.
@@ -20,7 +20,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 
 
 @dataclass(frozen=True)
-class Texts:
+class DocumentSource:
     """Documents that can be read again and again. max_bytes: the first document past it is not read; 0: all.
 
     files: what the user named (.txt, .md and .py are one document each, a .jsonl one for each line, under json_key).
@@ -63,22 +63,22 @@ class Texts:
 
 def find(paths: Sequence[str]) -> tuple[Path, ...]:
     """The files that are named or lie in the folders that are named, sorted within a folder."""
-    faults = Faults("texts", DataError)
+    errors = ErrorCollector("texts", DataError)
     found: list[Path] = []
     for name in paths:
         path = Path(name)
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
             if not inside:
-                faults.add(name, f"a folder with files {', '.join(SUFFIXES)}", "none of them")
+                errors.add(name, f"a folder with files {', '.join(SUFFIXES)}", "none of them")
             found += inside
         elif not path.is_file():
-            faults.add(name, "a file or a folder", "neither", "Check the path.")
+            errors.add(name, "a file or a folder", "neither", "Check the path.")
         elif path.suffix not in SUFFIXES:
-            faults.add(name, f"one of {', '.join(SUFFIXES)}", path.suffix or "no suffix")
+            errors.add(name, f"one of {', '.join(SUFFIXES)}", path.suffix or "no suffix")
         else:
             found.append(path)
-    faults.raise_if_any()
+    errors.raise_if_any()
     return tuple(found)
 
 
@@ -86,12 +86,12 @@ def _plain(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(message(str(path), "UTF-8 text", error, "Convert it, or leave it out.")) from None
+        raise DataError(Problem(str(path), "UTF-8 text", error, "Convert it, or leave it out.")) from None
 
 
 def _jsonl(path: Path, key: str) -> Iterator[str]:
     """A document a line; every faulty line is in the error that ends the file."""
-    faults = Faults(f"{path}", DataError)
+    errors = ErrorCollector(f"{path}", DataError)
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -100,13 +100,13 @@ def _jsonl(path: Path, key: str) -> Iterator[str]:
                 text = json.loads(line)[key]
             except (ValueError, KeyError, TypeError) as error:
                 text = f"{type(error).__name__}: {error}"
-                faults.add(f"line {number}", f"an object with text under {key!r}", text)
+                errors.add(f"line {number}", f"an object with text under {key!r}", text)
                 continue
             if isinstance(text, str):
                 yield text
             else:
-                faults.add(f"line {number}", f"text under {key!r}", type(text).__name__)
-    faults.raise_if_any()
+                errors.add(f"line {number}", f"text under {key!r}", type(text).__name__)
+    errors.raise_if_any()
 
 
 def _standard_library() -> list[Path]:

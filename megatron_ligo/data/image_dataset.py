@@ -13,17 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.common.errors import DataError, Faults
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.common.errors import DataError, ErrorCollector
 from megatron_ligo.config.run_config import DataSection
-from megatron_ligo.data.megatron_dataset import everywhere
-from megatron_ligo.data.sampler import TRAIN, VALID, Batch, Dealt
+from megatron_ligo.data.megatron_dataset import on_all_ranks
+from megatron_ligo.data.sampler import TRAIN, VALID, Batch, ShardedSampler
 
 IMAGES, LABELS = "images", "labels"
 KEPT_ORDERS = 2
 
 
-class File:
+class ImageFile:
     """One file: images read one at a time, all labels."""
 
     def __init__(self, path: Path):
@@ -36,15 +36,17 @@ class File:
         return len(self.labels)
 
 
-class Images(Dealt):
+class ImageDataset(ShardedSampler):
     """The files of each split, one after the other. Made by `open_images`."""
 
-    def __init__(self, splits: dict[str, list[File]], dims: Dims, data: DataSection, first: int = 0):
+    def __init__(
+        self, splits: dict[str, list[ImageFile]], model_config: ModelConfig, data: DataSection, first: int = 0
+    ):
         super().__init__(first)
         self._splits = splits
         self._seed = data.seed
         self._orders: dict[int, Tensor] = {}
-        channels = dims.num_channels
+        channels = model_config.num_channels
         self._mean, self._std = (
             torch.tensor(values).expand(channels)[:, None, None] for values in (data.pixel_mean, data.pixel_std)
         )
@@ -79,58 +81,62 @@ class Images(Dealt):
         return int(self._orders[turn][place])
 
 
-def open_images(data: DataSection, dims: Dims, held_out: int, first: int = 0) -> Images:
+def open_images(data: DataSection, model_config: ModelConfig, held_out: int, first: int = 0) -> ImageDataset:
     """Opens what [data] names for a model of these sizes. Collective: any fault is raised on all ranks as one
     DataError."""
-    return everywhere(lambda: Images(_splits(data, dims, held_out), dims, data, first))
+    return on_all_ranks(lambda: ImageDataset(_splits(data, model_config, held_out), model_config, data, first))
 
 
-def _splits(data: DataSection, dims: Dims, held_out: int) -> dict[str, list[File]]:
-    faults = Faults("data", DataError)
+def _splits(data: DataSection, model_config: ModelConfig, held_out: int) -> dict[str, list[ImageFile]]:
+    errors = ErrorCollector("data", DataError)
     splits = {}
     for split, listed in ((TRAIN, data.train), (VALID, data.valid)):
-        splits[split] = [file for entry in listed if (file := _file(entry, f"data.{split}", dims, faults)) is not None]
+        splits[split] = [
+            file for entry in listed if (file := _file(entry, f"data.{split}", model_config, errors)) is not None
+        ]
         if not listed and (split == TRAIN or held_out):
-            faults.add(f"data.{split}", "files of images", "none", "Make them with prepare_images.")
+            errors.add(f"data.{split}", "files of images", "none", "Make them with prepare_images.")
     for name in ("pixel_mean", "pixel_std"):
         values = getattr(data, name)
-        if len(values) not in (1, dims.num_channels):
-            faults.add(f"data.{name}", f"one number, or one for each of {dims.num_channels} channels", list(values))
-    faults.raise_if_any()
+        if len(values) not in (1, model_config.num_channels):
+            errors.add(
+                f"data.{name}", f"one number, or one for each of {model_config.num_channels} channels", list(values)
+            )
+    errors.raise_if_any()
     return splits
 
 
-def _file(entry: str | float, where: str, dims: Dims, faults: Faults) -> File | None:
+def _file(entry: str | float, where: str, model_config: ModelConfig, errors: ErrorCollector) -> ImageFile | None:
     """A file that holds images as the model sees them and labels that it knows; None, and a fault, for any other."""
     if not isinstance(entry, str):
-        faults.add(where, "files only: images have no weights", entry)
+        errors.add(where, "files only: images have no weights", entry)
         return None
-    before = len(faults.lines)
+    before = len(errors.lines)
     try:
         with safe_open(entry, "pt") as opened:
             names = set(opened.keys())
             for name in {IMAGES, LABELS} - names:
-                faults.add(f"{entry}: {name}", "a tensor", "none")
+                errors.add(f"{entry}: {name}", "a tensor", "none")
             if names >= {IMAGES, LABELS}:
-                _check(opened, entry, dims, faults)
+                _check(opened, entry, model_config, errors)
     except (OSError, SafetensorError) as error:
-        faults.add(entry, "a safetensors file", error, "Make it with prepare_images.")
-    return File(Path(entry)) if len(faults.lines) == before else None
+        errors.add(entry, "a safetensors file", error, "Make it with prepare_images.")
+    return ImageFile(Path(entry)) if len(errors.lines) == before else None
 
 
-def _check(opened: safe_open, where: str, dims: Dims, faults: Faults) -> None:
+def _check(opened: safe_open, where: str, model_config: ModelConfig, errors: ErrorCollector) -> None:
     images, labels = opened.get_slice(IMAGES), opened.get_slice(LABELS)
     count, *shape = images.get_shape() or [0]
-    expected = [dims.num_channels, dims.image_size, dims.image_size]
+    expected = [model_config.num_channels, model_config.image_size, model_config.image_size]
     if images.get_dtype() != "U8" or shape != expected:
         wanted = f"uint8, n x {' x '.join(map(str, expected))}, as the model sees them"
         found = f"{images.get_dtype()}, {' x '.join(map(str, images.get_shape()))}"
-        faults.add(f"{where}: {IMAGES}", wanted, found)
+        errors.add(f"{where}: {IMAGES}", wanted, found)
     if labels.get_dtype() != "I64" or labels.get_shape() != [count] or not count:
         found = f"{labels.get_dtype()}, {' x '.join(map(str, labels.get_shape()))}"
-        faults.add(f"{where}: {LABELS}", f"int64, one for each of {count} images (and at least one)", found)
+        errors.add(f"{where}: {LABELS}", f"int64, one for each of {count} images (and at least one)", found)
         return
     told = opened.get_tensor(LABELS)
     least, most = int(told.min()), int(told.max())
-    if least < 0 or most >= dims.vocab_size:
-        faults.add(f"{where}: {LABELS}", f"0 to {dims.vocab_size - 1}, as the model has", f"{least} to {most}")
+    if least < 0 or most >= model_config.vocab_size:
+        errors.add(f"{where}: {LABELS}", f"0 to {model_config.vocab_size - 1}, as the model has", f"{least} to {most}")

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import Faults
+from megatron_ligo.common.errors import ErrorCollector
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -24,7 +24,7 @@ TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8
 
 
 @dataclass(frozen=True)
-class Pair:
+class IndexedFiles:
     """A whole .bin/.idx pair. `record` is PREFIX.json's table, or None where there is no such file."""
 
     prefix: str
@@ -53,51 +53,51 @@ def digest_file(path: str | Path) -> str:
     return hasher.hexdigest()
 
 
-def open_pair(prefix: str, faults: Faults) -> Pair | None:
+def open_indexed(prefix: str, errors: ErrorCollector) -> IndexedFiles | None:
     """The pair at a prefix; faults are added and None returned if it is missing or not whole."""
     prefix = str(Path(prefix).resolve())
     paths = [Path(f"{prefix}.{kind}") for kind in ("bin", "idx")]
     missing = [path for path in paths if not path.is_file()]
     for path in missing:
-        do = "Give the prefix without .bin or .idx." if path.stem.endswith((".bin", ".idx")) else "Check the prefix."
-        faults.add(str(path), "a file", "none", do)
+        hint = "Give the prefix without .bin or .idx." if path.stem.endswith((".bin", ".idx")) else "Check the prefix."
+        errors.add(str(path), "a file", "none", hint)
     if missing:
         return None
-    count = len(faults.lines)
-    found = _read_index(paths[1], paths[0].stat().st_size, faults)
+    count = len(errors.lines)
+    found = _read_index(paths[1], paths[0].stat().st_size, errors)
     if found is None:
         return None
     dtype, documents, tokens = found
     digest = digest_file(paths[1])
-    record = _read_record(Path(f"{prefix}.json"), digest, paths[0].stat().st_size, faults)
-    return Pair(prefix, dtype, documents, tokens, digest, record) if len(faults.lines) == count else None
+    record = _read_record(Path(f"{prefix}.json"), digest, paths[0].stat().st_size, errors)
+    return IndexedFiles(prefix, dtype, documents, tokens, digest, record) if len(errors.lines) == count else None
 
 
-def _read_index(path: Path, bin_bytes: int, faults: Faults) -> tuple[type, int, int] | None:
+def _read_index(path: Path, bin_bytes: int, errors: ErrorCollector) -> tuple[type, int, int] | None:
     """(token type, documents, tokens) of an .idx file that agrees with its .bin's size."""
     size = path.stat().st_size
     if size < HEADER.size:
-        faults.add(str(path), f"at least {HEADER.size} bytes", size, "The file is cut: copy or make it again.")
+        errors.add(str(path), f"at least {HEADER.size} bytes", size, "The file is cut: copy or make it again.")
         return None
     with path.open("rb") as stream:
         magic, version, code, sequences, boundaries = HEADER.unpack(stream.read(HEADER.size))
     if magic != MAGIC or version != VERSION:
-        faults.add(str(path), "a Megatron-core index, version 1", f"{magic!r}, version {version}")
+        errors.add(str(path), "a Megatron-core index, version 1", f"{magic!r}, version {version}")
         return None
     if code not in TOKEN_TYPES:
-        faults.add(str(path), f"a whole-number token type, one of {sorted(TOKEN_TYPES)}", f"code {code}")
+        errors.add(str(path), f"a whole-number token type, one of {sorted(TOKEN_TYPES)}", f"code {code}")
         return None
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if size not in (expected, expected + sequences):
         what = f"{expected} bytes for {sequences} sequences and {boundaries} document ends"
-        faults.add(str(path), what, size, "The file is cut or damaged: copy or make it again.")
+        errors.add(str(path), what, size, "The file is cut or damaged: copy or make it again.")
         return None
     raw = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size, shape=expected - HEADER.size)
     lengths, pointers, ends = _columns(raw, sequences)
     dtype = TOKEN_TYPES[code]
     problem = _inconsistency(lengths, pointers, ends, np.dtype(dtype).itemsize, bin_bytes)
     if problem:
-        faults.add(f"{path.with_suffix('.bin')}", *problem, "One of the two files is cut, damaged or of another pair.")
+        errors.add(f"{path.with_suffix('.bin')}", *problem, "One of the two files is cut, damaged or of another pair.")
         return None
     return dtype, boundaries - 1, int(lengths.sum(dtype=np.int64))
 
@@ -130,17 +130,17 @@ def _inconsistency(lengths, pointers, ends, itemsize: int, bin_bytes: int) -> tu
     return None
 
 
-def _read_record(path: Path, idx_digest: str, bin_bytes: int, faults: Faults) -> dict | None:
+def _read_record(path: Path, idx_digest: str, bin_bytes: int, errors: ErrorCollector) -> dict | None:
     if not path.is_file():
         return None
-    do = "Prepare the data again, or remove this file if the pair was made otherwise."
+    hint = "Prepare the data again, or remove this file if the pair was made otherwise."
     try:
         record = read_json(path)
         ours = (record["idx_digest"], record["bin_bytes"], int(record["max_token"]), str(record["tokenizer"]))
     except (ValueError, KeyError, TypeError) as error:
-        faults.add(str(path), "the record of a prepared pair", f"{type(error).__name__}: {error}", do)
+        errors.add(str(path), "the record of a prepared pair", f"{type(error).__name__}: {error}", hint)
         return None
     if ours[:2] != (idx_digest, bin_bytes):
-        faults.add(str(path), f"the record of this pair (.idx digest {idx_digest}, .bin {bin_bytes} bytes)", ours, do)
+        errors.add(str(path), f"the record of this pair (.idx digest {idx_digest}, .bin {bin_bytes} bytes)", ours, hint)
         return None
     return record

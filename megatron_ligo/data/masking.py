@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.common.errors import ConfigError, DataError, Faults, message
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data.tokenizer import special_tokens
 
@@ -55,9 +55,9 @@ class Masking:
         free = torch.isin(labels, self.others).nonzero().flatten()
         where = f"{split} sample {number}"
         if self.padding is not None and bool((labels == self.padding).any()):
-            raise DataError(message(where, "no padding", f"token {self.padding}", "Prepare the data without it."))
+            raise DataError(Problem(where, "no padding", f"token {self.padding}", "Prepare the data without it."))
         if not len(free):
-            raise DataError(message(where, "tokens to mask", "special tokens only"))
+            raise DataError(Problem(where, "tokens to mask", "special tokens only"))
         generator = self._generator(split, number)
         count = min(max(1, round(self.rate * len(labels))), len(free))
         told = free[torch.randperm(len(free), generator=generator)[:count]]
@@ -80,9 +80,9 @@ class Masking:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def masking_of(data: DataSection, dims: Dims) -> Masking | None:
+def masking_of(data: DataSection, model_config: ModelConfig) -> Masking | None:
     """How the samples for a model are masked; None for a causal one. ConfigError with all that cannot be."""
-    if architectures.get(dims.arch).causal:
+    if architectures.get(model_config.arch).causal:
         return None
     named = special_tokens(data.tokenizer) if data.tokenizer else {}
 
@@ -92,25 +92,27 @@ def masking_of(data: DataSection, dims: Dims) -> Masking | None:
     mask = first_of(MASKS) if data.mask_token is None else data.mask_token
     ends = tuple(end for end in (first_of(FIRSTS), first_of(LASTS)) if end is not None)
     ends = (ends if len(ends) == 2 else ()) if data.ends is None else data.ends
-    padding = dims.position_padding
+    padding = model_config.position_padding
     special = {*named.values(), *data.special_tokens, *ends, *([] if mask is None else [mask])}
     special |= set() if padding is None else {padding}
-    _check(data, dims, mask, ends, special)
-    return Masking(data.mask_rate, mask, ends, frozenset(special), dims.vocab_size, padding, data.seed)
+    _check(data, model_config, mask, ends, special)
+    return Masking(data.mask_rate, mask, ends, frozenset(special), model_config.vocab_size, padding, data.seed)
 
 
-def _check(data: DataSection, dims: Dims, mask: int | None, ends: tuple[int, ...], special: set[int]) -> None:
-    faults = Faults("[data] for a masked-LM model", ConfigError)
+def _check(
+    data: DataSection, model_config: ModelConfig, mask: int | None, ends: tuple[int, ...], special: set[int]
+) -> None:
+    errors = ErrorCollector("[data] for a masked-LM model", ConfigError)
     if mask is None:
-        do = f"Set it, or data.tokenizer to a tokenizer with {' or '.join(MASKS)}."
-        faults.add("data.mask_token", "the id of the mask token", "none", do)
+        hint = f"Set it, or data.tokenizer to a tokenizer with {' or '.join(MASKS)}."
+        errors.add("data.mask_token", "the id of the mask token", "none", hint)
     if len(ends) not in (0, 2):
-        faults.add("data.ends", "two ids, or an empty list", list(ends))
+        errors.add("data.ends", "two ids, or an empty list", list(ends))
     for token in sorted(special):
-        if token >= dims.vocab_size:
-            faults.add("special token", f"an id from 0 to {dims.vocab_size - 1}, as the model has", token)
-    if len(special) >= dims.vocab_size:
-        faults.add("data.special_tokens", "some tokens that are not special", "none")
+        if token >= model_config.vocab_size:
+            errors.add("special token", f"an id from 0 to {model_config.vocab_size - 1}, as the model has", token)
+    if len(special) >= model_config.vocab_size:
+        errors.add("data.special_tokens", "some tokens that are not special", "none")
     if data.seq_length <= len(ends):
-        faults.add("data.seq_length", f"more than the {len(ends)} tokens around a sample", data.seq_length)
-    faults.raise_if_any()
+        errors.add("data.seq_length", f"more than the {len(ends)} tokens around a sample", data.seq_length)
+    errors.raise_if_any()

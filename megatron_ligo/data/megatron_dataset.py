@@ -25,8 +25,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_ligo.common.errors import DataError, message
-from megatron_ligo.data.indexed_dataset import Pair
+from megatron_ligo.common.errors import DataError, Problem
+from megatron_ligo.data.indexed_dataset import IndexedFiles
 from megatron_ligo.distributed import mesh
 from megatron_ligo.distributed.agreement import ALONE, Share
 
@@ -48,7 +48,7 @@ class Blend:
     """One split's sources. weights None: each is read once, in proportion to its length."""
 
     split: Split
-    pairs: tuple[Pair, ...]
+    pairs: tuple[IndexedFiles, ...]
     weights: tuple[float, ...] | None
     samples: int
 
@@ -60,10 +60,10 @@ class Blend:
 def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> torch.utils.data.Dataset:
     if len(blend.pairs) > 1:
         # Megatron-core's blends ask for a rank.
-        mesh.start()
+        mesh.init_distributed()
     folder = cache_dir.resolve() / _cache_key(blend, seq_length, seed)
     on_rank_0(lambda: _build_index(blend, seq_length, seed, folder))
-    everywhere(lambda: _check(folder))
+    on_all_ranks(lambda: _check(folder))
     return _datasets(blend, seq_length, seed, folder)
 
 
@@ -89,8 +89,8 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
     except OSError as error:
         if folder.is_dir():  # another run was faster
             return
-        do = "Free some room, or choose another data.cache."
-        raise DataError(message(str(folder), "a folder to keep the sample indices in", error, do)) from error
+        hint = "Free some room, or choose another data.cache."
+        raise DataError(Problem(str(folder), "a folder to keep the sample indices in", error, hint)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -98,13 +98,13 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
 def _check(folder: Path) -> None:
     """Megatron-core would run a program that stands in place of an array; each node may have a folder of its own."""
     if not folder.is_dir():
-        do = "Choose a data.cache that all nodes share."
-        raise DataError(message(str(folder), "the folder that rank 0 has built", "nothing there", do))
+        hint = "Choose a data.cache that all nodes share."
+        raise DataError(Problem(str(folder), "the folder that rank 0 has built", "nothing there", hint))
     for path in folder.glob("*.npy"):
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise DataError(message(str(path), "a whole array", error, f"Remove the folder {folder}.")) from error
+            raise DataError(Problem(str(path), "a whole array", error, f"Remove the folder {folder}.")) from error
 
 
 def _datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> torch.utils.data.Dataset:
@@ -142,9 +142,9 @@ def _gpt_dataset(prefix: str, samples: int | None, split: Split, config: GPTData
     return GPTDataset(tokens, prefix, everything, samples, split, config)
 
 
-def everywhere(work: Callable[[], T]) -> T:
+def on_all_ranks(work: Callable[[], T]) -> T:
     """Does the work on each rank; a fault of one is raised on all."""
-    share = Share(dist.get_rank(), dist.get_world_size(), mesh.gathered) if dist.is_initialized() else ALONE
+    share = Share(dist.get_rank(), dist.get_world_size(), mesh.all_gather_objects) if dist.is_initialized() else ALONE
     with share.agreed():
         return work()
 
@@ -152,4 +152,4 @@ def everywhere(work: Callable[[], T]) -> T:
 def on_rank_0(work: Callable[[], None]) -> None:
     """Does the work on rank 0 alone; the others wait, and share its fault."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    everywhere(work if first else lambda: None)
+    on_all_ranks(work if first else lambda: None)

@@ -13,9 +13,9 @@ import torch
 import xxhash
 from safetensors.torch import save
 
-from megatron_ligo.common.atomic_files import write_whole
-from megatron_ligo.common.errors import DataError, message
-from megatron_ligo.common.file_lock import alone
+from megatron_ligo.common.atomic_files import write_text
+from megatron_ligo.common.errors import DataError, Problem
+from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.data.image_dataset import IMAGES, LABELS
 from megatron_ligo.data.sampler import TRAIN, VALID
 
@@ -29,15 +29,15 @@ def read_npz(path: Path) -> Pairs:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[IMAGES], arrays[LABELS]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(message(f"{path}", f"an .npz with {IMAGES} and {LABELS}", error)) from None
+        raise DataError(Problem(f"{path}", f"an .npz with {IMAGES} and {LABELS}", error)) from None
     if images.ndim == 3:
         images = images[:, None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
         expected = "uint8, n x side x side or n x channels x side x side"
-        raise DataError(message(f"{path}: {IMAGES}", expected, f"{images.dtype}, {images.shape}"))
+        raise DataError(Problem(f"{path}: {IMAGES}", expected, f"{images.dtype}, {images.shape}"))
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         expected = f"whole numbers, one for each of {len(images)} images"
-        raise DataError(message(f"{path}: {LABELS}", expected, f"{labels.dtype}, {labels.shape}"))
+        raise DataError(Problem(f"{path}: {LABELS}", expected, f"{labels.dtype}, {labels.shape}"))
     return images, labels.astype(np.int64)
 
 
@@ -49,11 +49,11 @@ def read_digits(folder: Path) -> Pairs:
     try:
         table = np.loadtxt(folder / DIGITS, delimiter=",", ndmin=2)
     except (OSError, ValueError, EOFError) as error:
-        do = f"pip install --no-deps --target {folder} scikit-learn"
-        raise DataError(message(f"{folder / DIGITS}", "scikit-learn's digits", error, do)) from None
+        hint = f"pip install --no-deps --target {folder} scikit-learn"
+        raise DataError(Problem(f"{folder / DIGITS}", "scikit-learn's digits", error, hint)) from None
     if table.shape[1] != 65 or table.min() < 0 or table.max() > 16:
         found = f"{table.shape[1]}, {table.min()} to {table.max()}"
-        raise DataError(message(f"{folder / DIGITS}", "lines of 64 numbers from 0 to 16 and a label", found))
+        raise DataError(Problem(f"{folder / DIGITS}", "lines of 64 numbers from 0 to 16 and a label", found))
     images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
     return images.reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
 
@@ -66,13 +66,13 @@ def prepare(images: np.ndarray, labels: np.ndarray, output: Path, valid_fraction
     made = {}
     for split, mine in chosen.items():
         if not mine.any():
-            raise DataError(message(f"{split} images", "at least one", f"none of {len(images)}", "Take more."))
+            raise DataError(Problem(f"{split} images", "at least one", f"none of {len(images)}", "Take more."))
         tensors = {IMAGES: torch.from_numpy(images[mine]), LABELS: torch.from_numpy(labels[mine])}
         made[output / f"{split}.safetensors"] = save({name: held.contiguous() for name, held in tensors.items()})
-    with alone(output):
+    with exclusive_access(output):
         for place, content in made.items():
             if place.exists() and place.read_bytes() != content:
-                raise DataError(message(f"{place}", "the same images, or none", "others", "Choose another --output."))
+                raise DataError(Problem(f"{place}", "the same images, or none", "others", "Choose another --output."))
         for place, content in made.items():
-            write_whole(place, content)
+            write_text(place, content)
     return {split: int(mine.sum()) for split, mine in chosen.items()}

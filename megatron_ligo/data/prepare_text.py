@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ligo.common.atomic_files import read_json, write_json
-from megatron_ligo.common.errors import DataError, message
-from megatron_ligo.common.file_lock import alone
-from megatron_ligo.data.documents import Texts
+from megatron_ligo.common.errors import DataError, Problem
+from megatron_ligo.common.file_lock import exclusive_access
+from megatron_ligo.data.documents import DocumentSource
 from megatron_ligo.data.indexed_dataset import digest_file
 from megatron_ligo.data.tokenizer import Tokenizer, digest_tokenizer, load_tokenizer, train_sentencepiece
 
@@ -41,7 +41,7 @@ CHUNK_BYTES = 1 << 18
 class Recipe:
     """What is prepared. Either the path of a tokenizer, or the size of one to be trained (train_vocab)."""
 
-    texts: Texts
+    texts: DocumentSource
     tokenizer: str = ""
     train_vocab: int = 0
     eod: str = ""
@@ -61,7 +61,7 @@ def prepare(recipe: Recipe, output: Path, workers: int) -> dict:
     """
     fingerprint = json.loads(json.dumps(recipe.fingerprint()))
     aside = output / ASIDE
-    with alone(output):
+    with exclusive_access(output):
         if (aside / MARK).is_file():
             # Whole; the run was killed while it renamed.
             _publish(aside, output)
@@ -90,14 +90,14 @@ def _found(output: Path, fingerprint: list) -> dict | None:
             record = read_json(mark)
             then, splits = record["fingerprint"], record["splits"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(message(f"{mark}", "the record of prepared data", f"{error!r}")) from None
+            raise DataError(Problem(f"{mark}", "the record of prepared data", f"{error!r}")) from None
         if then == fingerprint:
             log.info("%s is already there, made from the same texts and tokenizer.", output)
             return splits
     present = sorted(path.name for path in output.glob("*") if path.stem in ("train", "valid", "tokenizer", "prepared"))
     if present:
-        do = "Choose another --output, or remove them."
-        raise DataError(message(str(output), "no data, or data of the same texts and tokenizer", present, do))
+        hint = "Choose another --output, or remove them."
+        raise DataError(Problem(str(output), "no data, or data of the same texts and tokenizer", present, hint))
     return None
 
 
@@ -141,8 +141,8 @@ def _write(recipe: Recipe, tokenizer: Tokenizer, aside: Path, workers: int) -> d
                 bar.advance(task, len(text.encode()))
     for name, writer in writers.items():
         if not writer.documents:
-            do = "Give more text, or set --valid-fraction."
-            raise DataError(message(f"the {name} split", "at least one document", "none", do))
+            hint = "Give more text, or set --valid-fraction."
+            raise DataError(Problem(f"the {name} split", "at least one document", "none", hint))
     return {name: writer.finish() for name, writer in writers.items()}
 
 
@@ -162,13 +162,13 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer, folder: Path, workers: int) ->
             yield texts, future.result()
             waiting.extend((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 1))
     except BrokenProcessPool as error:
-        do = "It may have run out of memory: take fewer --workers."
-        raise DataError(message("a worker", "token ids", "its sudden end", do)) from error
+        hint = "It may have run out of memory: take fewer --workers."
+        raise DataError(Problem("a worker", "token ids", "its sudden end", hint)) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(texts: Texts) -> Iterator[list[str]]:
+def _chunks(texts: DocumentSource) -> Iterator[list[str]]:
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)

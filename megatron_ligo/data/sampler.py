@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 import xxhash
 from torch import Tensor
 
-from megatron_ligo.common.errors import DataError, LayoutError, message
+from megatron_ligo.common.errors import DataError, LayoutError, Problem
 
 Batch = dict[str, Tensor]  # tokens (or images), labels, loss_mask
 TRAIN, VALID = "train", "valid"
 
 
-class Dealt(ABC):
+class ShardedSampler(ABC):
     """Training and held-out samples, dealt to the data-parallel ranks. first: where step 0 begins."""
 
     def __init__(self, first: int = 0):
@@ -55,11 +55,11 @@ class Dealt(ABC):
     def _deal(self, split: str, first: int, size: int, micro: int, dp: int, dp_rank: int) -> list[Batch]:
         if size % (micro * dp):
             what = f"{split} batch of {size} samples"
-            do = "Change the batch size, micro_batch_size or the number of processes."
-            raise LayoutError(message(what, f"a multiple of micro_batch_size x dp = {micro} x {dp}", size, do))
+            hint = "Change the batch size, micro_batch_size or the number of processes."
+            raise LayoutError(Problem(what, f"a multiple of micro_batch_size x dp = {micro} x {dp}", size, hint))
         if first + size > self._size(split):
-            do = "Open the data for that many."
-            raise DataError(message(f"{split} samples", f"at least {first + size}", self._size(split), do))
+            hint = "Open the data for that many."
+            raise DataError(Problem(f"{split} samples", f"at least {first + size}", self._size(split), hint))
         return [self._micro_batch(split, numbers) for numbers in _dealt(first, size, micro, dp, dp_rank)]
 
 

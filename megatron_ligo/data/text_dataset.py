@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from megatron.core.datasets.utils import Split
 
-from megatron_ligo.common.errors import DataError, Faults, message
+from megatron_ligo.common.errors import DataError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import DataSection
-from megatron_ligo.data.indexed_dataset import Pair, open_pair
+from megatron_ligo.data.indexed_dataset import IndexedFiles, open_indexed
 from megatron_ligo.data.masking import Masking
-from megatron_ligo.data.megatron_dataset import Blend, everywhere, on_rank_0, open_blend
-from megatron_ligo.data.sampler import TRAIN, Batch, Dealt
+from megatron_ligo.data.megatron_dataset import Blend, on_all_ranks, on_rank_0, open_blend
+from megatron_ligo.data.sampler import TRAIN, Batch, ShardedSampler
 from megatron_ligo.data.tokenizer import digest_tokenizer
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 SCAN_BYTES = 4 << 30
 
 
-class Data(Dealt):
+class TextDataset(ShardedSampler):
     """Training and held-out samples of `seq_length` tokens. Made by `open_data`. first: where step 0 begins; masking:
     how a masked-LM model is shown them."""
 
@@ -33,7 +33,7 @@ class Data(Dealt):
         self,
         train: torch.utils.data.Dataset,
         valid: torch.utils.data.Dataset | None,
-        pairs: list[Pair],
+        pairs: list[IndexedFiles],
         first: int = 0,
         masking: Masking | None = None,
     ):
@@ -56,7 +56,7 @@ class Data(Dealt):
         if split == TRAIN:
             return self._train
         if self._valid is None:
-            raise DataError(message("data.valid", "prefixes of held-out data", "none", "Set it to evaluate."))
+            raise DataError(Problem("data.valid", "prefixes of held-out data", "none", "Set it to evaluate."))
         return self._valid
 
     def _micro_batch(self, name: str, indices: range) -> Batch:
@@ -83,7 +83,7 @@ def open_data(
     cache_dir: str | Path,
     first: int = 0,
     masking: Masking | None = None,
-) -> Data:
+) -> TextDataset:
     """Opens what [data] names for a run that reads so many samples from sample `first` on. Collective: every rank
     calls it alike.
 
@@ -92,54 +92,54 @@ def open_data(
     """
     if masking is not None:
         seq_length -= len(masking.ends)
-    blends = everywhere(lambda: _blends(data, seq_length, first + num_train_samples, num_valid_samples))
+    blends = on_all_ranks(lambda: _blends(data, seq_length, first + num_train_samples, num_valid_samples))
     datasets = {blend.split: open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends}
     pairs = [pair for blend in blends for pair in blend.pairs]
-    return Data(datasets[Split.train], datasets.get(Split.valid), pairs, first, masking)
+    return TextDataset(datasets[Split.train], datasets.get(Split.valid), pairs, first, masking)
 
 
 def _blends(data: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:
-    faults = Faults("data", DataError)
+    errors = ErrorCollector("data", DataError)
     blends = []
     for split, listed, samples in ((Split.train, data.train, num_train), (Split.valid, data.valid, num_valid)):
         if listed:
-            blends.append(_blend(split, listed, samples, seq_length, faults))
+            blends.append(_blend(split, listed, samples, seq_length, errors))
         elif split is Split.train or samples:
-            faults.add(f"data.{split.name}", "prefixes of .bin/.idx pairs", "none", "Make them with prepare_data.")
-    _check_tokenizer(data.tokenizer, [pair for blend in blends for pair in blend.pairs], faults)
-    faults.raise_if_any()
+            errors.add(f"data.{split.name}", "prefixes of .bin/.idx pairs", "none", "Make them with prepare_data.")
+    _check_tokenizer(data.tokenizer, [pair for blend in blends for pair in blend.pairs], errors)
+    errors.raise_if_any()
     return blends
 
 
-def _blend(split: Split, listed: tuple, samples: int, seq_length: int, faults: Faults) -> Blend:
+def _blend(split: Split, listed: tuple, samples: int, seq_length: int, errors: ErrorCollector) -> Blend:
     """Weights and prefixes apart, each pair opened and long enough."""
     weights = tuple(entry for entry in listed if not isinstance(entry, str)) or None
-    found = [open_pair(entry, faults) for entry in listed if isinstance(entry, str)]
+    found = [open_indexed(entry, errors) for entry in listed if isinstance(entry, str)]
     pairs = tuple(pair for pair in found if pair is not None)
     for pair in pairs:
         if pair.tokens <= seq_length:
-            faults.add(f"{pair.prefix}.bin", f"more than seq_length = {seq_length} tokens", pair.tokens)
+            errors.add(f"{pair.prefix}.bin", f"more than seq_length = {seq_length} tokens", pair.tokens)
     blend = Blend(split, pairs, weights, max(samples, 1))
     if len(found) == len(pairs):
-        _check_length(blend, seq_length, faults)
+        _check_length(blend, seq_length, errors)
     return blend
 
 
-def _check_length(blend: Blend, seq_length: int, faults: Faults) -> None:
+def _check_length(blend: Blend, seq_length: int, errors: ErrorCollector) -> None:
     tokens = sum(pair.tokens for pair in blend.pairs)
     asked = blend.samples * seq_length + 1
     if len(blend.pairs) > 1 and blend.weights is None:
         have = sum((pair.tokens - 1) // seq_length for pair in blend.pairs)
         if have < blend.samples:
-            do = "Give each prefix a weight: then they are repeated as needed."
-            faults.add(f"data.{blend.name}", f"{blend.samples} samples of {seq_length} tokens", have, do)
+            hint = "Give each prefix a weight: then they are repeated as needed."
+            errors.add(f"data.{blend.name}", f"{blend.samples} samples of {seq_length} tokens", have, hint)
     elif asked > tokens:
         log.info(
             "%s: %d tokens are asked of %d: they are repeated %.1f times.", blend.name, asked, tokens, asked / tokens
         )
 
 
-def _check_tokenizer(folder: str, pairs: list[Pair], faults: Faults) -> None:
+def _check_tokenizer(folder: str, pairs: list[IndexedFiles], errors: ErrorCollector) -> None:
     """All records name one tokenizer, and it is the one in the folder if a folder is given."""
     expected = digest_tokenizer(folder) if folder else None
     for pair in pairs:
@@ -147,12 +147,12 @@ def _check_tokenizer(folder: str, pairs: list[Pair], faults: Faults) -> None:
             continue
         expected = expected or pair.record["tokenizer"]
         if pair.record["tokenizer"] != expected:
-            do = "Prepare it with the same tokenizer."
-            faults.add(f"{pair.prefix}.json", f"tokenizer {expected}", pair.record["tokenizer"], do)
+            hint = "Prepare it with the same tokenizer."
+            errors.add(f"{pair.prefix}.json", f"tokenizer {expected}", pair.record["tokenizer"], hint)
 
 
-def _check_ids(pairs: list[Pair], vocab_size: int) -> None:
-    faults = Faults("data and model", DataError)
+def _check_ids(pairs: list[IndexedFiles], vocab_size: int) -> None:
+    errors = ErrorCollector("data and model", DataError)
     for pair in pairs:
         if pair.record is not None:
             smallest, largest = 0, pair.record["max_token"]
@@ -162,10 +162,10 @@ def _check_ids(pairs: list[Pair], vocab_size: int) -> None:
             log.info("%s has no record and is large: its token ids are checked as they are read.", pair.prefix)
             continue
         if largest >= vocab_size or smallest < 0:
-            faults.note(_wrong_vocab(f"{pair.prefix}.bin", vocab_size, largest if smallest >= 0 else smallest))
-    faults.raise_if_any()
+            errors.note(_wrong_vocab(f"{pair.prefix}.bin", vocab_size, largest if smallest >= 0 else smallest))
+    errors.raise_if_any()
 
 
 def _wrong_vocab(where: str, vocab_size: int, found: int) -> str:
-    do = "The data were made with a tokenizer of another model."
-    return message(where, f"token ids from 0 to {vocab_size - 1}, as the model has", found, do)
+    hint = "The data were made with a tokenizer of another model."
+    return Problem(where, f"token ids from 0 to {vocab_size - 1}, as the model has", found, hint)

@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import DataError, message
+from megatron_ligo.common.errors import DataError, Problem
 
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -40,7 +40,7 @@ def tokenizer_file(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in (".json", ".model"):
             return candidate
-    raise DataError(message(str(path), f"a folder with {HF_FILE} or {SENTENCEPIECE_FILE}", "neither"))
+    raise DataError(Problem(str(path), f"a folder with {HF_FILE} or {SENTENCEPIECE_FILE}", "neither"))
 
 
 def digest_tokenizer(path: str | Path) -> str:
@@ -69,7 +69,7 @@ def _open_hf(file: Path):
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(message(str(file), "a Hugging Face tokenizer", error)) from error
+        raise DataError(Problem(str(file), "a Hugging Face tokenizer", error)) from error
 
 
 def _load_hf(file: Path, eod: str) -> Tokenizer:
@@ -79,11 +79,11 @@ def _load_hf(file: Path, eod: str) -> Tokenizer:
     names = [eod] if eod else [*BASE_END_NAMES, *_named_end(file.parent), *OTHER_END_NAMES]
     end = next((inner.token_to_id(name) for name in names if inner.token_to_id(name) is not None), None)
     if end is None:
-        raise DataError(message(str(file), "a token that ends a document", f"none of {names}", "Name it with --eod."))
+        raise DataError(Problem(str(file), "a token that ends a document", f"none of {names}", "Name it with --eod."))
     # Ids may have holes: the vocabulary reaches to the largest.
     vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
     if vocab_size > MOST_TOKENS:
-        raise DataError(message(str(file), f"no token's number above {MOST_TOKENS - 1}", vocab_size - 1))
+        raise DataError(Problem(str(file), f"no token's number above {MOST_TOKENS - 1}", vocab_size - 1))
     files = tuple(path for path in sorted(file.parent.glob("*token*.json")) if path != file)
     return Tokenizer(
         lambda text: inner.encode(text, add_special_tokens=False).ids,
@@ -102,7 +102,7 @@ def _named_end(folder: Path) -> list[str]:
     try:
         named = read_json(path).get("eos_token")
     except (ValueError, AttributeError) as error:
-        raise DataError(message(str(path), "a table in JSON", error)) from error
+        raise DataError(Problem(str(path), "a table in JSON", error)) from error
     named = named.get("content") if isinstance(named, dict) else named
     return [named] if isinstance(named, str) else []
 
@@ -113,10 +113,10 @@ def _load_sentencepiece(file: Path, eod: str) -> Tokenizer:
     try:
         inner = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
-        raise DataError(message(str(file), "a sentencepiece model", error)) from error
+        raise DataError(Problem(str(file), "a sentencepiece model", error)) from error
     end = inner.piece_to_id(eod) if eod else inner.eos_id()
     if end < 0 or end == inner.unk_id():
-        raise DataError(message(str(file), "a token that ends a document", eod or "none", "Name it with --eod."))
+        raise DataError(Problem(str(file), "a token that ends a document", eod or "none", "Name it with --eod."))
     return Tokenizer(inner.encode, inner.vocab_size(), end, digest_tokenizer(file), (file,))
 
 
@@ -147,8 +147,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        do = "Choose another vocabulary size, or give more text."
-        raise DataError(message("--train-sentencepiece", "a vocabulary that the texts fill", error, do)) from error
+        hint = "Choose another vocabulary size, or give more text."
+        raise DataError(Problem("--train-sentencepiece", "a vocabulary that the texts fill", error, hint)) from error
     (folder / SENTENCEPIECE_FILE).write_bytes(made.getvalue())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from megatron_ligo.common.errors import LigoError, MachineError, fault
+from megatron_ligo.common.errors import LigoError, MachineError, user_message
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Share:
         try:
             yield
         except Exception as caught:
-            if self.world == 1 or fault(caught) is None:
+            if self.world == 1 or user_message(caught) is None:
                 raise
             error = caught
         if self.world == 1:
             return
         kind = type(error) if isinstance(error, LigoError) else MachineError
-        for rank, found in enumerate(self.gathered((kind, fault(error)) if error else None)):
+        for rank, found in enumerate(self.gathered((kind, user_message(error)) if error else None)):
             if found:
                 kind, text = found
                 shared = kind(text if rank == 0 else f"rank {rank}: {text}")

@@ -14,7 +14,7 @@ import deepspeed.comm  # noqa: F401 - loads the module that a shim changes
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, Problem
 
 
 def on_cpu() -> bool:
@@ -40,7 +40,7 @@ if on_cpu():
     _import_uncompiled()
 
 
-def device() -> torch.device:
+def current_device() -> torch.device:
     """This process's device (`cpu`, or the current GPU)."""
     return torch.device("cpu") if on_cpu() else torch.device(get_accelerator().current_device_name())
 
@@ -50,14 +50,14 @@ def backend() -> str:
     return "gloo" if on_cpu() else get_accelerator().communication_backend_name()
 
 
-def dtype_of(precision: str) -> torch.dtype:
+def resolve_dtype(precision: str) -> torch.dtype:
     """fp32 or bf16 as a torch dtype; a precision that the device cannot compute in is refused."""
     if precision == "fp32":
         return torch.float32
     if precision == "bf16" and get_accelerator().is_bf16_supported():
         return torch.bfloat16
     raise ConfigError(
-        message("precision", "fp32, or bf16 where the device has it", precision, "Set precision = 'fp32'.")
+        Problem("precision", "fp32, or bf16 where the device has it", precision, "Set precision = 'fp32'.")
     )
 
 
@@ -65,7 +65,7 @@ def have_transformer_engine() -> bool:
     return not on_cpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def prepare() -> None:
+def install_cpu_shims() -> None:
     """The CPU shims. Call once in each process before Megatron-core builds a module; does nothing on a GPU."""
     if not on_cpu():
         return

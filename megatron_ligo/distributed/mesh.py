@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
 
-from megatron_ligo.common.errors import LayoutError, LigoError, message
+from megatron_ligo.common.errors import LayoutError, LigoError, Problem
 
 T = TypeVar("T")
 
@@ -59,9 +59,9 @@ class Mesh:
         return (pp * self.dp + dp) * self.tp + tp
 
 
-def start(timeout_minutes: float = 10.0) -> None:
+def init_distributed(timeout_minutes: float = 10.0) -> None:
     """Joins the process group that the launcher describes (one process where there is no launcher)."""
-    device.prepare()
+    device.install_cpu_shims()
     # Whoever makes a group says no time-out of its own: not Megatron-core, not DeepSpeed.
     timeout = timedelta(minutes=timeout_minutes)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
@@ -80,17 +80,17 @@ def start(timeout_minutes: float = 10.0) -> None:
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        do = "If the port is in use, choose another with --master_port."
+        hint = "If the port is in use, choose another with --master_port."
         found = str(error).splitlines()[0]
-        raise LayoutError(message(where, "a free port that every process reaches", found, do)) from error
+        raise LayoutError(Problem(where, "a free port that every process reaches", found, hint)) from error
 
 
-def make(tp: int, pp: int) -> Mesh:
+def build_mesh(tp: int, pp: int) -> Mesh:
     """Divides the processes into tp x pp x dp; dp is what remains. Collective over all processes."""
     world = dist.get_world_size()
     if world % (tp * pp):
-        do = "Start that many processes, or change tp and pp."
-        agree(LayoutError(message("processes", f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}", world, do)))
+        hint = "Start that many processes, or change tp and pp."
+        agree(LayoutError(Problem("processes", f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}", world, hint)))
     if not _is_made(tp, pp):
         # gloo keeps three threads a group that wake up a hundred times a second: no group that nobody uses.
         parallel_state.destroy_model_parallel()
@@ -122,7 +122,7 @@ def _is_made(tp: int, pp: int) -> bool:
     return sizes == (tp, pp)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """Every rank's value (small, picklable), by rank, on every rank. Collective over all processes."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -131,23 +131,23 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def largest(value: int) -> int:
+def max_over_ranks(value: int) -> int:
     """The largest of every rank's numbers. Collective over all processes."""
-    held = torch.tensor([value], device=device.device())
+    held = torch.tensor([value], device=device.current_device())
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return int(held)
 
 
 def agree(error: LigoError | None) -> None:
     """All ranks raise the same error if any has one. Call it on every rank before work that cannot be undone."""
-    for rank, other in enumerate(gathered(error)):
+    for rank, other in enumerate(all_gather_objects(error)):
         if other is not None:
             shared = type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}")
             shared.agreed = True
             raise shared
 
 
-class Mpu:
+class DeepSpeedMpu:
     """What DeepSpeed asks of Megatron when there is no pipeline (with one, its own grid answers)."""
 
     def __init__(self, mesh: Mesh):

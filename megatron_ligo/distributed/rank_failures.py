@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def report_failures() -> Iterator[None]:
     """Around a job of all ranks: who fails says so to the others; who loses another says which one, and why."""
     try:
         yield

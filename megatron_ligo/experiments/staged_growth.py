@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ligo.checkpoint.manifest import library_versions
-from megatron_ligo.common.atomic_files import write_json, write_whole
-from megatron_ligo.common.errors import ConfigError, Faults, LigoError, Stopped, message, nearest
-from megatron_ligo.common.file_lock import alone
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.common.atomic_files import write_json, write_text
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError, Problem, Stopped, did_you_mean
+from megatron_ligo.common.file_lock import exclusive_access
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report import write_report
@@ -40,7 +40,7 @@ class Stage:
     name: str
     folder: Path
     launcher: tuple[str, ...]
-    config: Config
+    config: RunConfig
     before: Stage | None
 
     @property
@@ -83,35 +83,35 @@ def load(path: Path, output: Path) -> list[Stage]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(message(f"{path}", "a TOML file", error)) from None
-    faults = Faults(f"chain {path}", ConfigError)
+        raise ConfigError(Problem(f"{path}", "a TOML file", error)) from None
+    errors = ErrorCollector(f"chain {path}", ConfigError)
     for name in table.keys() - {"shared", "stages"}:
-        faults.add(name, "[shared] or [[stages]]", "another section", nearest(name, ("shared", "stages")))
+        errors.add(name, "[shared] or [[stages]]", "another section", did_you_mean(name, ("shared", "stages")))
     listed, shared = table.get("stages"), table.get("shared", {})
     if not isinstance(listed, list) or not all(isinstance(own, dict) for own in listed) or not isinstance(shared, dict):
-        faults.add("stages", "a table [[stages]] for each model", "none")
-        faults.raise_if_any()
+        errors.add("stages", "a table [[stages]] for each model", "none")
+        errors.raise_if_any()
     stages: list[Stage] = []
     for number in range(1, len(listed) + 1):
-        stage = _stage(listed, number, shared, stages, output, faults)
+        stage = _stage(listed, number, shared, stages, output, errors)
         if stage:
             stages.append(stage)
-    faults.raise_if_any()
+    errors.raise_if_any()
     return stages
 
 
 def _stage(
-    listed: list[dict], number: int, shared: dict, stages: list[Stage], output: Path, faults: Faults
+    listed: list[dict], number: int, shared: dict, stages: list[Stage], output: Path, errors: ErrorCollector
 ) -> Stage | None:
     own = listed[number - 1]
     before, name, launcher = (stages[-1] if stages else None), own.get("name"), own.get("launcher", [])
     where = f"stage {number} ({name})"
     taken = [REPORT, *(other.get("name") for other in listed[: number - 1])]
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum() or name in taken:
-        faults.add(f"{where}: name", "a word of its own", repr(name))
+        errors.add(f"{where}: name", "a word of its own", repr(name))
         return None
     if not isinstance(launcher, list) or not all(isinstance(word, str) for word in launcher):
-        faults.add(f"{where}: launcher", "a list of words", repr(launcher))
+        errors.add(f"{where}: launcher", "a list of words", repr(launcher))
         return None
     folder = output / name
     sections = _over(shared, {key: value for key, value in own.items() if key not in OWN})
@@ -120,12 +120,12 @@ def _stage(
         sections = _over(_over({"fit": {"steps": 0}}, sections), given)
         sections = _over(sections, {"pretrain": {"start": str(folder / "grown")}})
     try:
-        config = Config.from_dict(sections, where)
+        config = RunConfig.from_dict(sections, where)
     except ConfigError as error:
-        faults.note(str(error))
+        errors.note(str(error))
         return None
     if not config.pretrain.steps:
-        faults.add(f"{where}: pretrain.steps", "at least 1: every stage trains its model", 0)
+        errors.add(f"{where}: pretrain.steps", "at least 1: every stage trains its model", 0)
     return Stage(name, folder, tuple(launcher), config, before)
 
 
@@ -137,7 +137,7 @@ def _over(below: Mapping, above: Mapping) -> dict:
 
 def run(stages: Sequence[Stage], output: Path, tell: Callable[[str], None]) -> None:
     """All that is not done yet, in order; after each stage the page and the lineage. Raises a command's fault."""
-    with alone(output):
+    with exclusive_access(output):
         for number, stage in enumerate(stages, 1):
             _run(stage, tell)
             record(stages[:number], output)
@@ -146,7 +146,7 @@ def run(stages: Sequence[Stage], output: Path, tell: Callable[[str], None]) -> N
 def _run(stage: Stage, tell: Callable[[str], None]) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     config = stage.folder / "run.toml"
-    write_whole(config, _toml(stage.config.to_dict()).encode())
+    write_text(config, _toml(stage.config.to_dict()).encode())
     for name, command, done in stage.works():
         tell(f"{stage.name}: {name}{' is done' if done else ''}")
         if not done:
@@ -182,7 +182,7 @@ def _command(words: list[str]) -> None:
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Stopped(code - 128, "started again, the chain goes on there.")
     if code:
-        raise LigoError(message(" ".join(words), "exit code 0", code, "Its own message is above."))
+        raise LigoError(Problem(" ".join(words), "exit code 0", code, "Its own message is above."))
 
 
 def record(stages: Sequence[Stage], output: Path) -> None:
@@ -203,7 +203,7 @@ def _spent(runs: list[Run]) -> tuple[dict[Path, float], list[dict]]:
             {
                 "stage": run.folder.parent.name,
                 "run": run.folder.name,
-                "model": None if run.dims is None else run.dims.to_json(),
+                "model": None if run.model_config is None else run.model_config.to_json(),
                 "from": run.begun,
                 "losses": run.losses,
                 "steps": run.steps,

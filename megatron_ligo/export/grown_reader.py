@@ -11,14 +11,14 @@ from torch import Tensor
 from megatron_ligo.arch.spec import Use, axis_size
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.io import digest
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.growth import random_init
-from megatron_ligo.growth.adam_state import Duals
+from megatron_ligo.growth.adam_state import DualMaps
 from megatron_ligo.growth.operator import Operator
 
 
-class Grown(Reader):
+class GrownReader(Reader):
     """operator applied to source; fp32 (fp64 where the source is fp64).
 
     moments: "reset" (none), "grow" or "old" (growth/adam_state.py); the source must have some then.
@@ -30,16 +30,16 @@ class Grown(Reader):
     def __init__(self, operator: Operator, source: Reader, moments: str = "reset"):
         check_source(operator, source)
         if moments != "reset" and not source.has_moments:
-            do = "Say handoff.moments = 'reset', or give a checkpoint with Adam's state."
-            raise CheckpointError(message(f"{source.path}", f"moments ({moments})", "none", do))
+            hint = "Say handoff.moments = 'reset', or give a checkpoint with Adam's state."
+            raise CheckpointError(Problem(f"{source.path}", f"moments ({moments})", "none", hint))
         self.moments = moments
         self.step = source.step if self.has_moments else 0
-        self._duals = {kind: Duals(operator, kind, moments) for kind in MOMENTS if self.has_moments}
+        self._duals = {kind: DualMaps(operator, kind, moments) for kind in MOMENTS if self.has_moments}
         self.operator = operator
         self.source = source
         self._held: dict[str, Tensor] = {}
-        self.dims = operator.large
-        same = self.dims.image_size == source.dims.image_size
+        self.model_config = operator.large
+        same = self.model_config.image_size == source.model_config.image_size
         self.files = tuple(file for file in source.files if same or file.name != model_record.PICTURES)
         self.carried = source.carried
         self.groups = source.groups if self.has_moments else ()
@@ -57,10 +57,10 @@ class Grown(Reader):
     def has_moments(self) -> bool:
         return self.moments != "reset"
 
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         row = self.arch.row(key)
         stored = self.source.info(row.key.format(0)).dtype
-        return Info(row.shape(self.dims), torch.promote_types(stored, torch.float32))
+        return TensorInfo(row.shape(self.model_config), torch.promote_types(stored, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         if kind != WEIGHT:
@@ -68,13 +68,13 @@ class Grown(Reader):
         operator, row = self.operator, self.arch.row(key)
         rms = 0.0
         if operator.settings.fresh != "none":
-            rms = random_init.root_mean_square(self.source.read(random_init.beside(operator, key)))
-        grown = self._grown(key, random_init.writers(operator, key, rms))
-        if operator.settings.borrow == "next" and row.in_layer and row.axes[0].use is Use.WRITES:
+            rms = random_init.root_mean_square(self.source.read(random_init.scale_reference(operator, key)))
+        grown = self._grown(key, random_init.added_rows(operator, key, rms))
+        if operator.settings.borrow == "next" and row.in_layer and row.axes[0].use is Use.OUTPUT:
             # New features' rows are those of the next layer (bert2BERT's AKI).
             own = axis_size(row.axes[0], operator.small)
             grown = torch.cat([grown[:own], self._grown(key, further=1)[own:]])
-        more = random_init.around(operator, key, rms)
+        more = random_init.added_block(operator, key, rms)
         return grown if more is None else grown + more
 
     def _grown(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
@@ -108,9 +108,9 @@ def source_digest(source: Reader) -> str:
 
 def check_source(operator: Operator, source: Reader) -> None:
     """The source must be of the sizes that the operator was made for."""
-    faults = Faults(f"the operator was made for another small model than {source.path}", CheckpointError)
-    found = source.dims.to_json()
+    errors = ErrorCollector(f"the operator was made for another small model than {source.path}", CheckpointError)
+    found = source.model_config.to_json()
     for name, expected in operator.small.to_json().items():
         if found[name] != expected:
-            faults.add(name, expected, found[name])
-    faults.raise_if_any()
+            errors.add(name, expected, found[name])
+    errors.raise_if_any()

@@ -20,15 +20,15 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import Progress, convert
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.checkpoint.reader import Reader, WriteOptions
-from megatron_ligo.common.errors import ConfigError, message
-from megatron_ligo.common.file_lock import alone
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.common.file_lock import exclusive_access
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.agreement import ALONE, Share
 from megatron_ligo.export import provenance
-from megatron_ligo.export.grown_reader import Grown, operator_digest, source_digest
+from megatron_ligo.export.grown_reader import GrownReader, operator_digest, source_digest
 from megatron_ligo.growth import adam_state
 from megatron_ligo.growth.methods import describe
-from megatron_ligo.growth.operator_file import Saved
+from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import initial_operator
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def hand_off(
     with ExitStack() as held:
         with share.agreed():
             if share.rank == 0:
-                held.enter_context(alone(folder))
+                held.enter_context(exclusive_access(folder))
                 if not overwrite:
                     _check_same(folder, record)
         # The others are read from the universal checkpoint, so that each tensor is grown once.
@@ -71,7 +71,7 @@ def hand_off(
             if name == UNIVERSAL:
                 source = formats.open(folder / name)
         versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
-        own = {"large": source.dims.to_json(), "formats": list(to), "versions": versions}
+        own = {"large": source.model_config.to_json(), "formats": list(to), "versions": versions}
         made = {**record, **own}
         with share.agreed():
             return provenance.write(folder, made) if share.rank == 0 else made
@@ -83,42 +83,42 @@ def _check_same(folder: Path, record: dict) -> None:
     ours = json.loads(json.dumps(record))
     differ = [name for name in ours if found is not None and found.get(name) != ours[name]]
     if differ:
-        do = "Choose another --output, or remove it."
-        raise ConfigError(message(f"{folder}", "no hand-off, or one of the same", f"another {', '.join(differ)}", do))
+        hint = "Choose another --output, or remove it."
+        raise ConfigError(Problem(f"{folder}", "no hand-off, or one of the same", f"another {', '.join(differ)}", hint))
 
 
 def grow_to(
-    config: Config, operator: Path | None, folder: Path, progress: Progress | None = None, share: Share = ALONE
+    config: RunConfig, operator: Path | None, folder: Path, progress: Progress | None = None, share: Share = ALONE
 ) -> dict:
     """What `tools/grow.py` does: the config's small model, grown by an operator's folder (None: by the initialisation
     that [operator] names), into a hand-off. Returns growth.json's content."""
     small = config.small
     if not small.path:
-        raise ConfigError(message("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
+        raise ConfigError(Problem("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
     section = config.handoff
     with share.agreed():
         reader = formats.open(small.path, None if small.format == "auto" else small.format)
         if operator:
-            chosen = Saved(operator)
+            chosen = OperatorFile(operator)
         else:
-            chosen = initial_operator(reader.dims, config.large, config.operator)
+            chosen = initial_operator(reader.model_config, config.large, config.operator)
             log.info("%s", describe(chosen.settings, chosen.small, chosen.large))
-        grown = Grown(chosen, reader, section.moments)
+        grown = GrownReader(chosen, reader, section.moments)
         record = growth_record(grown) if share.rank == 0 else {}
     dtype = DTYPES[section.dtype]
     return hand_off(grown, folder, dtype, section.formats, record, progress=progress, share=share)
 
 
-def growth_record(grown: Grown) -> dict:
+def growth_record(grown: GrownReader) -> dict:
     """Where a grown model comes from: the source and its digest, the operator's settings and digest, and (where it
     was learned) the fit's own record: config, losses, layout, digest of the evaluation batch."""
     operator, source = grown.operator, grown.source
     fit = None
-    if isinstance(operator, Saved):
+    if isinstance(operator, OperatorFile):
         fit = {key: value for key, value in operator.record.items() if key not in ("small", "large", "settings")}
     name = source.path.name if source.path else None
     return {
-        "small": source.dims.to_json(),
+        "small": source.model_config.to_json(),
         "source": {"path": name, "format": source.format, "digest": source_digest(source)},
         "operator": {"settings": vars(operator.settings), "digest": operator_digest(operator)},
         "fit": fit,
@@ -126,7 +126,7 @@ def growth_record(grown: Grown) -> dict:
     }
 
 
-def moments_record(grown: Grown) -> dict | None:
+def moments_record(grown: GrownReader) -> dict | None:
     """What became of Adam's state; None where it begins anew."""
     if not grown.has_moments:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo.common.atomic_files import read_json, write_json
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 
 RECORD = "growth.json"
 VERSION = 1
@@ -22,9 +22,9 @@ def read(folder: Path) -> dict | None:
         record = read_json(path)
         found = record["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(message(f"{path}", "a record of ours", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{path}", "a record of ours", f"{error!r}")) from None
     if found != VERSION:
-        raise CheckpointError(message(f"{path}", f"version {VERSION}", found))
+        raise CheckpointError(Problem(f"{path}", f"version {VERSION}", found))
     return record
 
 

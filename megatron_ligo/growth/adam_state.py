@@ -27,10 +27,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import Row, Use, layer_of, pattern_of
-from megatron_ligo.growth.linear_maps import form_of
-from megatron_ligo.growth.operator import Operator, residual_write, short
-from megatron_ligo.growth.width_maps import Lift, apply_map
+from megatron_ligo.arch.spec import ParamSpec, Use, key_pattern, layer_index
+from megatron_ligo.growth.linear_maps import cheapest_form
+from megatron_ligo.growth.operator import Operator, short_key, writes_residual
+from megatron_ligo.growth.width_maps import LiftedMap, apply_map
 
 SQUARE = "exp_avg_sq"
 GROW, OLD = "grow", "old"  # OLD: features that copy one that is there already begin at zero, like new layers
@@ -38,7 +38,9 @@ GROW, OLD = "grow", "old"  # OLD: features that copy one that is there already b
 
 def new_layers(operator: Operator) -> list[int]:
     """The large layers that add nothing to the residual stream."""
-    weights = [operator.tensor(f"depth.{short(row)}") for row in operator.arch.layer_rows(operator.large) if _adds(row)]
+    weights = [
+        operator.tensor(f"depth.{short_key(row)}") for row in operator.arch.layer_rows(operator.large) if _adds(row)
+    ]
     idle = torch.stack([(weight == 0).all(dim=1) for weight in weights]).all(dim=0)
     return idle.nonzero().flatten().tolist()
 
@@ -65,24 +67,24 @@ def dense_maps(operator: Operator) -> list[str]:
 def splits_groups(operator: Operator) -> bool:
     """Whether the moments of k and v are estimates: some copy of a KV group has not the same share of all of the
     group's query heads."""
-    if not operator.frame.regrouped:
+    if not operator.frame.gqa_ratio_changed:
         return False
     small, large = operator.small, operator.large
     for layer in range(large.num_layers) if operator.has_one_a_layer("groups") else [None]:
         matrix = operator.matrix(layer)
-        dual = torch.linalg.pinv(matrix(Lift("groups"), Use.WRITES).double()).t()
-        reads = matrix(Lift("heads"), Use.READS).double()
+        dual = torch.linalg.pinv(matrix(LiftedMap("groups"), Use.OUTPUT).double()).t()
+        reads = matrix(LiftedMap("heads"), Use.INPUT).double()
         shares = reads.unflatten(0, (large.num_kv_heads, -1)).sum(dim=1).unflatten(1, (small.num_kv_heads, -1))
         if not torch.allclose(shares, dual[..., None].expand_as(shares), atol=1e-6):
             return True
     return False
 
 
-def _adds(row: Row) -> bool:
-    return residual_write(row) and len(row.axes) == 2
+def _adds(row: ParamSpec) -> bool:
+    return writes_residual(row) and len(row.axes) == 2
 
 
-class Duals:
+class DualMaps:
     """The dual maps of an operator, as one kind of moment needs them (for the second: squared entry by entry)."""
 
     def __init__(self, operator: Operator, kind: str, policy: str):
@@ -93,37 +95,37 @@ class Duals:
 
     def grow(self, key: str, read: Callable[[str], Tensor]) -> Tensor:
         """A large key's moment from the small ones, which `read` gives by key; fp32 or wider."""
-        operator, row, layer = self.operator, self.operator.arch.row(key), layer_of(key)
+        operator, row, layer = self.operator, self.operator.arch.row(key), layer_index(key)
         if row.axes[0].space == "position" and operator.large.image_size != operator.small.image_size:
             return torch.zeros(row.shape(operator.large))
         grown = self._mix(row, key, layer, read)
-        if row.axes[0].use is Use.SCALES and operator.copied_gains:
+        if row.axes[0].use is Use.GAIN and operator.copied_gains:
             return self._gain(row, layer, grown)
         for dim, axis in enumerate(row.axes):
             lift = operator.frame.lift(axis, dual=True)
             if lift is not None:
-                dual = form_of(self._matrix(row, lift, axis.use, layer).to(grown))
+                dual = cheapest_form(self._matrix(row, lift, axis.use, layer).to(grown))
                 grown = apply_map(grown, dim, dual, self._within(lift))
         if operator.settings.borrow == "next" and row.in_layer:
             # The new features' rows are another layer's.
             grown[row.shape(operator.small)[0] :] = 0
         return self._with_new_rows(row, grown)
 
-    def _mix(self, row: Row, key: str, layer: int | None, read: Callable[[str], Tensor]) -> Tensor:
+    def _mix(self, row: ParamSpec, key: str, layer: int | None, read: Callable[[str], Tensor]) -> Tensor:
         if layer is None:
             moment = read(key)
             return moment.to(torch.promote_types(moment.dtype, torch.float32))
         weights = self._depth(row)[layer]
         sources = weights.nonzero().flatten().tolist()
-        first = read(pattern_of(key).format(sources[0] if sources else 0))
+        first = read(key_pattern(key).format(sources[0] if sources else 0))
         mixed = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
         for i in sources:
-            mixed.add_(read(pattern_of(key).format(i)).to(mixed), alpha=float(weights[i]))
+            mixed.add_(read(key_pattern(key).format(i)).to(mixed), alpha=float(weights[i]))
         return mixed
 
-    def _depth(self, row: Row) -> Tensor:
+    def _depth(self, row: ParamSpec) -> Tensor:
         """(large layers, small layers), fp64."""
-        weights = self.operator.tensor(f"depth.{short(row)}").double()
+        weights = self.operator.tensor(f"depth.{short_key(row)}").double()
         kept = torch.ones(len(weights), dtype=torch.bool)
         kept[self.new] = False
         dual = torch.zeros_like(weights)
@@ -132,11 +134,11 @@ class Duals:
         dual[dual.abs() < 1e-9] = 0
         return self._entries(dual)
 
-    def _matrix(self, row: Row, lift: Lift, use: Use, layer: int | None) -> Tensor:
+    def _matrix(self, row: ParamSpec, lift: LiftedMap, use: Use, layer: int | None) -> Tensor:
         """The (large x small) dual of the matrix that an axis meets."""
         matrix = self.operator.matrix(layer)
-        expand = matrix(lift, Use.WRITES)
-        if use is Use.READS:
+        expand = matrix(lift, Use.OUTPUT)
+        if use is Use.INPUT:
             dual = expand
         elif not self.operator.maps[lift.map].read:
             # Nobody reads the space linearly: the least-squares solution of the chain rule.
@@ -144,19 +146,19 @@ class Duals:
         elif row.feeds_head and self.operator.large.tied and self.operator.large.has_head:
             dual = expand
         else:
-            dual = matrix(lift, Use.READS)
+            dual = matrix(lift, Use.INPUT)
         if self.only_old:
             dual = dual * first_copies(expand)[:, None]
         return self._entries(dual)
 
-    def _within(self, lift: Lift) -> Lift:
+    def _within(self, lift: LiftedMap) -> LiftedMap:
         """The same for the features of a head that changes its size."""
         if lift.inner is None:
             return lift
         old = first_copies(lift.inner)[:, None] if self.only_old else 1
         return replace(lift, inner=self._entries(lift.inner * old))
 
-    def _gain(self, row: Row, layer: int | None, mixed: Tensor) -> Tensor:
+    def _gain(self, row: ParamSpec, layer: int | None, mixed: Tensor) -> Tensor:
         """n_i = gain_i x_i / |x|: with gain_i = f gain_s the gradient is what reads n_i, times what wrote x_i, over f
         (as the norm scales x by 1 / f_layers)."""
         operator = self.operator
@@ -164,7 +166,7 @@ class Duals:
         source = operator.tensor(source)
         factor = operator.tensor(factor.replace(".final", ".layers")).double()
         lift = operator.frame.lift(row.axes[0])
-        wrote = operator.matrix(layer)(lift, Use.WRITES).double()
+        wrote = operator.matrix(layer)(lift, Use.OUTPUT).double()
         reads = self._matrix(row, lift, row.axes[0].use, layer)
         pick = torch.arange(len(source))
         share = reads.double()[pick, source] * self._entries(wrote[pick, source] / factor)
@@ -173,7 +175,7 @@ class Duals:
     def _entries(self, matrix: Tensor) -> Tensor:
         return matrix * matrix if self.squared else matrix
 
-    def _with_new_rows(self, row: Row, grown: Tensor) -> Tensor:
+    def _with_new_rows(self, row: ParamSpec, grown: Tensor) -> Tensor:
         more = row.shape(self.operator.large)[0] - grown.shape[0]
         return torch.cat([grown, grown.new_zeros(more, *grown.shape[1:])]) if more else grown
 

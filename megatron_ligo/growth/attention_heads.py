@@ -22,14 +22,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.common.errors import Faults
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.common.errors import ErrorCollector
 
 # Scalings of the rotary positions that depend on a pair's own frequency only.
 KEPT_SCALINGS = ("default", "linear", "llama3")
 
 
-def rope_base(small: Dims, head_dim: int) -> float | None:
+def rope_base(small: ModelConfig, head_dim: int) -> float | None:
     """The large model's base: each pair of the small one finds its frequency among the large one's."""
     if small.rope_base is None or head_dim % small.head_dim == 0:
         return small.rope_base
@@ -77,7 +77,7 @@ def _places(small: int, large: int, rotary: bool) -> Tensor:
     return torch.cat([first, first + large // 2])
 
 
-def query_sources(groups: Tensor, small: Dims, large: Dims) -> Tensor:
+def query_sources(groups: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
     """The small query head that each large one copies: of the small groups that its group is made of, each in turn.
 
     groups: (G2, G1), what each large group's keys and values are made of.
@@ -94,17 +94,17 @@ def query_sources(groups: Tensor, small: Dims, large: Dims) -> Tensor:
     return torch.tensor(found)
 
 
-def check_room(groups: Tensor, small: Dims, large: Dims, faults: Faults) -> None:
+def check_room(groups: Tensor, small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault where a query head of the small model would be nowhere."""
     lost = sorted(set(range(small.num_heads)) - set(query_sources(groups, small, large).tolist()))
     if lost:
         expected = f"room for all {small.num_heads} query heads beside their keys and values"
         found = f"{large.num_heads} / {large.num_kv_heads}: none for query head {lost[0]}"
-        do = "Keep the ratio, or take as many query heads for each KV head, or a multiple of the small KV heads."
-        faults.add("large.num_heads / large.num_kv_heads", expected, found, do)
+        hint = "Keep the ratio, or take as many query heads for each KV head, or a multiple of the small KV heads."
+        errors.add("large.num_heads / large.num_kv_heads", expected, found, hint)
 
 
-def angles_are_fixed(small: Dims) -> bool:
+def angles_are_fixed(small: ModelConfig) -> bool:
     """Whether rotary angles stay as they are where the number of positions changes."""
     scaling = dict(small.rope_scaling or {})
     # Left out, the others take the two from the number of positions; `dynamic` always looks at it.
@@ -112,18 +112,18 @@ def angles_are_fixed(small: Dims) -> bool:
     return _scaling_kind(small) in ("default", "linear") or (_scaling_kind(small) != "dynamic" and said)
 
 
-def _scaling_kind(dims: Dims) -> str:
-    scaling = dict(dims.rope_scaling or {})
+def _scaling_kind(model_config: ModelConfig) -> str:
+    scaling = dict(model_config.rope_scaling or {})
     return scaling.get("rope_type", scaling.get("type", "default"))
 
 
-def check_angles(small: Dims, large: Dims, faults: Faults) -> None:
+def check_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault where rotary angles cannot be kept at another head size."""
     if large.head_dim != small.head_dim and small.rotary_fraction != 1:
-        do = "Which of the new features turn would not be the same part of them: keep head_dim."
+        hint = "Which of the new features turn would not be the same part of them: keep head_dim."
         expected = f"{small.head_dim} with rotary_fraction = {small.rotary_fraction}"
-        faults.add("large.head_dim", expected, large.head_dim, do)
+        errors.add("large.head_dim", expected, large.head_dim, hint)
     kind = _scaling_kind(small)
     if large.head_dim != small.head_dim and kind not in KEPT_SCALINGS:
-        do = "Its angles depend on the head size: keep head_dim."
-        faults.add("large.head_dim", f"{small.head_dim} with rope_scaling {kind!r}", large.head_dim, do)
+        hint = "Its angles depend on the head size: keep head_dim."
+        errors.add("large.head_dim", f"{small.head_dim} with rope_scaling {kind!r}", large.head_dim, hint)

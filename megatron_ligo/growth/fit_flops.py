@@ -9,10 +9,10 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo.arch.flops import forward_flops
-from megatron_ligo.arch.spec import Pack, Row, Task, Use, axis_size
+from megatron_ligo.arch.spec import Pack, ParamSpec, Task, Use, axis_size
 from megatron_ligo.growth.linear_maps import full_cost, low_rank_cost
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.growth.width_maps import Lift
+from megatron_ligo.growth.width_maps import LiftedMap
 
 LEARNED, FROZEN = 3, 2  # products a weight takes part in: forward, gradient of the input, gradient of the weight
 
@@ -25,7 +25,7 @@ def factors_are_cheaper(tokens: int, shape: tuple[int, int], other: int, cost: i
     return tokens * (cost + m * other) < other * cost + tokens * n * other
 
 
-def may_be_factored(row: Row, lift: Lift) -> bool:
+def may_be_factored(row: ParamSpec, lift: LiftedMap) -> bool:
     """Whether a row's map and weight can be applied one after the other: no map of whole heads, no part of a fused
     weight (models/factored/factored_linears.py)."""
     return lift.plain and row.slots["mcore"].pack is not Pack.GROUPED
@@ -89,12 +89,12 @@ class MapUse:
         return 2 * vectors * (LEARNED * self.learned + FROZEN * self.fixed)
 
 
-def _row(operator: Operator, row: Row, tokens: int) -> int:
+def _row(operator: Operator, row: ParamSpec, tokens: int) -> int:
     """A weight's mixing, and its product with the map of its inner axis and with the tokens."""
     inner = 0 if row.split == 0 else 1
     lift = operator.frame.lift(row.axes[inner])
     spec = operator.maps[lift.map]
-    use = MapUse(operator, lift.map, row.axes[inner].use is Use.READS)
+    use = MapUse(operator, lift.map, row.axes[inner].use is Use.INPUT)
     width = lift.unit * lift.repeat
     other = operator.small.hidden_size
     large = axis_size(row.axes[inner], operator.large)

@@ -27,21 +27,21 @@ def low_rank_cost(n: int, m: int, rank: int, start: int) -> int:
     return start + rank * (n + m)
 
 
-class Matrix(ABC):
+class LinearMap(ABC):
     shape: tuple[int, int]
     cost: int
 
     @abstractmethod
-    def push(self, x: Tensor) -> Tensor: ...
+    def apply(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def pull(self, x: Tensor) -> Tensor: ...
+    def apply_transposed(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
     def __matmul__(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def to(self, like: Tensor) -> Matrix:
+    def to(self, like: Tensor) -> LinearMap:
         """The same in another tensor's dtype."""
 
     @abstractmethod
@@ -49,29 +49,29 @@ class Matrix(ABC):
         """Every entry (n, m)."""
 
 
-class Full(Matrix):
+class DenseMap(LinearMap):
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
         self.shape = tuple(tensor.shape)
         self.cost = full_cost(*self.shape)
 
-    def push(self, x):
+    def apply(self, x):
         return F.linear(x, self.tensor)
 
-    def pull(self, x):
+    def apply_transposed(self, x):
         return x @ self.tensor
 
     def __matmul__(self, x):
         return self.tensor @ x
 
     def to(self, like):
-        return Full(self.tensor.to(like))
+        return DenseMap(self.tensor.to(like))
 
     def dense(self):
         return self.tensor
 
 
-class Kept(Matrix):
+class FrozenIdentityMap(LinearMap):
     """tensor (n, m): its first `kept` rows are not looked at, but are the identity's, from column `first` on."""
 
     def __init__(self, tensor: Tensor, kept: int, first: int):
@@ -84,10 +84,10 @@ class Kept(Matrix):
     def _copied(self, x: Tensor, dim: int) -> Tensor:
         return x.narrow(dim, self.first, self.kept)
 
-    def push(self, x):
+    def apply(self, x):
         return torch.cat([self._copied(x, -1), F.linear(x, self.tensor)], dim=-1)
 
-    def pull(self, x):
+    def apply_transposed(self, x):
         after = self.shape[1] - self.first - self.kept
         return F.pad(x[..., : self.kept], (self.first, after)) + x[..., self.kept :] @ self.tensor
 
@@ -95,7 +95,7 @@ class Kept(Matrix):
         return torch.cat([self._copied(x, 0), self.tensor @ x])
 
     def to(self, like):
-        return Kept(self.whole.to(like), self.kept, self.first)
+        return FrozenIdentityMap(self.whole.to(like), self.kept, self.first)
 
     def dense(self):
         identity = torch.eye(self.shape[1], dtype=self.tensor.dtype, device=self.tensor.device)
@@ -106,7 +106,7 @@ class _Take(torch.autograd.Function):
     """x[..., source] * scale and its transpose, as gathers both ways: adding into scattered places is slow."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, copies: Copies, transposed: bool) -> Tensor:
+    def forward(ctx, x: Tensor, copies: RowSelection, transposed: bool) -> Tensor:
         ctx.copies, ctx.transposed = copies, transposed
         return copies.gather_back(x) if transposed else copies.gather(x)
 
@@ -115,7 +115,7 @@ class _Take(torch.autograd.Function):
         return _Take.apply(grad, ctx.copies, not ctx.transposed), None, None
 
 
-class Copies(Matrix):
+class RowSelection(LinearMap):
     """Row i is scale[i] times small feature source[i]; a row without a feature has scale 0. Never learned."""
 
     cost = 0
@@ -127,13 +127,13 @@ class Copies(Matrix):
         self.rounds = _rounds(source, scale, small) if rounds is None else rounds
 
     @staticmethod
-    def of(matrix: Tensor) -> Copies | None:
+    def of(matrix: Tensor) -> RowSelection | None:
         """A matrix in this form, or None where a row of it has more than one entry."""
         # Most that have such a row have it at the end, where what is learned stands.
         if any(bool(((rows != 0).sum(dim=1) > 1).any()) for rows in (matrix[-1:], matrix)):
             return None
         source = matrix.abs().argmax(dim=1)
-        return Copies(source, matrix.gather(1, source[:, None]).squeeze(1), matrix.shape[1])
+        return RowSelection(source, matrix.gather(1, source[:, None]).squeeze(1), matrix.shape[1])
 
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(-1, self.source) * self.scale
@@ -144,10 +144,10 @@ class Copies(Matrix):
             total += x.index_select(-1, index) * scale
         return total
 
-    def push(self, x):
+    def apply(self, x):
         return _Take.apply(x, self, False)
 
-    def pull(self, x):
+    def apply_transposed(self, x):
         return _Take.apply(x, self, True)
 
     def take(self, x: Tensor, dim: int) -> Tensor:
@@ -159,24 +159,24 @@ class Copies(Matrix):
 
     def to(self, like):
         rounds = [(index, scale.to(like)) for index, scale in self.rounds]
-        return Copies(self.source, self.scale.to(like), self.shape[1], rounds)
+        return RowSelection(self.source, self.scale.to(like), self.shape[1], rounds)
 
     def dense(self):
         return self.scale.new_zeros(self.shape).scatter_(1, self.source[:, None], self.scale[:, None])
 
 
-def form_of(matrix: Tensor) -> Matrix:
+def cheapest_form(matrix: Tensor) -> LinearMap:
     """The cheapest form of a map (n, m) as it is stored. Products in any of them are the same numbers."""
     if matrix.requires_grad:
         # Entries that are zero have a gradient, too.
-        return Full(matrix)
-    found = Copies.of(matrix)
+        return DenseMap(matrix)
+    found = RowSelection.of(matrix)
     if found is not None:
         return found
     small = matrix.shape[1]
     if matrix.shape[0] > small and torch.equal(matrix[:small], torch.eye(small).to(matrix)):
-        return Kept(matrix, small, 0)
-    return Full(matrix)
+        return FrozenIdentityMap(matrix, small, 0)
+    return DenseMap(matrix)
 
 
 def _rounds(source: Tensor, scale: Tensor, small: int) -> list[tuple[Tensor, Tensor]]:
@@ -197,25 +197,25 @@ def _rounds(source: Tensor, scale: Tensor, small: int) -> list[tuple[Tensor, Ten
     return rounds
 
 
-class LowRank(Matrix):
-    def __init__(self, start: Matrix, u: Tensor, v: Tensor):
+class LowRankMap(LinearMap):
+    def __init__(self, start: LinearMap, u: Tensor, v: Tensor):
         self.start, self.u, self.v = start, u, v
         self.shape = start.shape
         self.cost = low_rank_cost(*self.shape, v.shape[0], start.cost)
 
-    def push(self, x):
-        return self.start.push(x) + F.linear(F.linear(x, self.v), self.u)
+    def apply(self, x):
+        return self.start.apply(x) + F.linear(F.linear(x, self.v), self.u)
 
-    def pull(self, x):
+    def apply_transposed(self, x):
         # In this order: where x is made again for the backward pass, what follows its last use is not.
         low = (x @ self.u) @ self.v
-        return low + self.start.pull(x)
+        return low + self.start.apply_transposed(x)
 
     def __matmul__(self, x):
         return self.start @ x + self.u @ (self.v @ x)
 
     def to(self, like):
-        return LowRank(self.start.to(like), self.u.to(like), self.v.to(like))
+        return LowRankMap(self.start.to(like), self.u.to(like), self.v.to(like))
 
     def dense(self):
         return self.start.dense() + self.u @ self.v

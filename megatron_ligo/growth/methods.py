@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.common.errors import ConfigError, message, nearest
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
 from megatron_ligo.config.run_config import OperatorSection
 
 # Whole heads move, readers have maps of their own (left inverses), nothing is noisy or fresh.
@@ -136,16 +136,16 @@ METHODS = {
 }
 
 
-def resolve(settings: OperatorSection, large: Dims) -> OperatorSection:
+def resolve(settings: OperatorSection, large: ModelConfig) -> OperatorSection:
     """The settings with every key that was left out as the method has it. Raises ConfigError for an unknown one."""
     if settings.method not in METHODS:
-        do = nearest(settings.method, METHODS)
-        raise ConfigError(message("operator.method", "a named method", repr(settings.method), do))
+        hint = did_you_mean(settings.method, METHODS)
+        raise ConfigError(Problem("operator.method", "a named method", repr(settings.method), hint))
     meant = _meant(settings.method, large)
     return replace(settings, **{key: value for key, value in meant.items() if getattr(settings, key) is None})
 
 
-def _meant(name: str, large: Dims) -> dict:
+def _meant(name: str, large: ModelConfig) -> dict:
     """All keys of a method, its tables without the spaces that the large model does not have."""
     known = {"default", *architectures.get(large.arch).spaces(large)}
     return {
@@ -154,12 +154,12 @@ def _meant(name: str, large: Dims) -> dict:
     }
 
 
-def can_be_lossless(small: Dims, large: Dims) -> bool:
+def can_be_lossless(small: ModelConfig, large: ModelConfig) -> bool:
     """Whether any start keeps the logits at these sizes: a LayerNorm's mean and variance survive whole copies only."""
     return architectures.get(large.arch).norm == "rms" or large.hidden_size % small.hidden_size == 0
 
 
-def describe(settings: OperatorSection, small: Dims, large: Dims) -> str:
+def describe(settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> str:
     """What a method is and what it means, in a few lines; the user's own keys are named as such."""
     method = METHODS[settings.method]
     meant = _meant(settings.method, large)

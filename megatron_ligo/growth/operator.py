@@ -1,6 +1,6 @@
 """The growth operator: width maps by space and layer, depth maps by row, and the norm's corrections.
 
-It is a table of small named fp32 tensors, computed one at a time from a seed (`Initial`) or read one at a time
+It is a table of small named fp32 tensors, computed one at a time from a seed (`InitialOperator`) or read one at a time
 from a file (growth/operator_file.py). It knows nothing of ranks: a rank takes the rows that it needs.
 
     width.{map}.expand          (large, small)    width.{map}.{layer}.expand where a layer has its own
@@ -22,30 +22,30 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import OFF_LOSS_SPACE, Row, Use, layer_of, pattern_of
-from megatron_ligo.config.run_config import OperatorSection, by_space
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import UNTRAINED_SPACE, ParamSpec, Use, key_pattern, layer_index
+from megatron_ligo.config.run_config import OperatorSection, for_space
 from megatron_ligo.growth import attention_heads, initializers, position_table, vocabulary
-from megatron_ligo.growth.linear_maps import Matrix, form_of
+from megatron_ligo.growth.linear_maps import LinearMap, cheapest_form
 from megatron_ligo.growth.methods import resolve
-from megatron_ligo.growth.width_maps import Frame, Lift, MapSpec, grow_row, left_inverse
+from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_tensor, left_inverse
 
 RECENT = 6  # what one layer's rows meet in turn, so that each is made once
 
 
-def residual_write(row: Row) -> bool:
+def writes_residual(row: ParamSpec) -> bool:
     """True for rows whose output a layer adds to the residual stream: at zero, the layer changes nothing."""
-    return row.in_layer and row.axes[0].space == "residual" and row.axes[0].use is Use.WRITES
+    return row.in_layer and row.axes[0].space == "residual" and row.axes[0].use is Use.OUTPUT
 
 
-def role(row: Row) -> str:
+def depth_role(row: ParamSpec) -> str:
     """What a row is in its layer, as depth initialisations ask for it."""
-    if row.axes[0].use is Use.SCALES:
+    if row.axes[0].use is Use.GAIN:
         return initializers.SCALES
-    return initializers.WRITES if residual_write(row) else initializers.INNER
+    return initializers.WRITES if writes_residual(row) else initializers.INNER
 
 
-def short(row: Row) -> str:
+def short_key(row: ParamSpec) -> str:
     """`layers.{}.q` -> `q`."""
     return row.key.removeprefix("layers.{}.")
 
@@ -54,21 +54,21 @@ def short(row: Row) -> str:
 class Operator(ABC):
     """What growth needs to know; `tensor(name)` gives one of the tensors named above (CPU; fp32 or int64)."""
 
-    small: Dims
-    large: Dims
+    small: ModelConfig
+    large: ModelConfig
     settings: OperatorSection
 
     def __post_init__(self) -> None:
         self.settings = resolve(self.settings, self.large)
         self.arch = architectures.get(self.large.arch)
-        self.frame = Frame(self.small, self.large, by_space(self.settings.structure, "groups"))
-        self.copied_gains = by_space(self.settings.gain, "residual") == "copied"
+        self.frame = SpaceMaps(self.small, self.large, for_space(self.settings.structure, "groups"))
+        self.copied_gains = for_space(self.settings.gain, "residual") == "copied"
         self.maps: dict[str, MapSpec] = self.frame.specs(self.arch)
-        self._forms: dict[tuple[str, torch.dtype], Matrix] = {}
+        self._forms: dict[tuple[str, torch.dtype], LinearMap] = {}
 
     def setting(self, key: str, name: str) -> str | float:
         """An [operator] key for one map (or, for depth_init, one row)."""
-        return by_space(getattr(self.settings, key), name)
+        return for_space(getattr(self.settings, key), name)
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor: ...
@@ -114,15 +114,15 @@ class Operator(ABC):
                 if self.has_contract(spec.name):
                     found[self.width_name(spec.name, "contract", layer)] = (spec.small, spec.large)
         for row in self.arch.layer_rows(self.large):
-            found[f"depth.{short(row)}"] = (self.large.num_layers, self.small.num_layers)
+            found[f"depth.{short_key(row)}"] = (self.large.num_layers, self.small.num_layers)
         if self.copied_gains:
             found |= dict.fromkeys(("gain.source", "gain.layers", "gain.final"), (self.large.hidden_size,))
             for row in self.arch.rows:
-                if row.exists(self.large) and row.axes[0].use is Use.SCALES:
+                if row.exists(self.large) and row.axes[0].use is Use.GAIN:
                     found |= dict.fromkeys(self.gain_names(row), row.shape(self.large))
         return found
 
-    def gain_names(self, row: Row) -> tuple[str, str]:
+    def gain_names(self, row: ParamSpec) -> tuple[str, str]:
         """The tensors that say whose gain a norm's features take, and what it is multiplied by."""
         space = self.arch.space(row.axes[0], self.large)
         if space != "residual":
@@ -131,7 +131,7 @@ class Operator(ABC):
 
     def norm_of(self, map_name: str) -> str:
         """The kind of norm that reads what a map moves: "rms", "layer", or "" where none does."""
-        gains = (row.axes[0] for row in self.arch.rows if row.exists(self.large) and row.axes[0].use is Use.SCALES)
+        gains = (row.axes[0] for row in self.arch.rows if row.exists(self.large) and row.axes[0].use is Use.GAIN)
         return self.arch.norm if map_name in {self.arch.space(axis, self.large) for axis in gains} else ""
 
     def num_parameters(self) -> dict[str, int]:
@@ -141,7 +141,7 @@ class Operator(ABC):
         for name, shape in self.shapes().items():
             kind, _, rest = name.partition(".")
             map_name = rest.partition(".")[0]
-            if kind == "gain" or map_name == OFF_LOSS_SPACE:
+            if kind == "gain" or map_name == UNTRAINED_SPACE:
                 continue
             counts[name] = shape[0] * shape[1]
             if kind == "width" and self.rank(map_name):
@@ -150,11 +150,11 @@ class Operator(ABC):
                 counts[name] -= shape[1] * shape[1]
         return counts
 
-    def matrix(self, layer: int | None) -> Callable[[Lift, Use], Tensor]:
+    def matrix(self, layer: int | None) -> Callable[[LiftedMap, Use], Tensor]:
         """The (large x small) matrices that a layer's rows meet."""
 
-        def of(lift: Lift, use: Use) -> Tensor:
-            if use is Use.READS and self.has_contract(lift.map):
+        def of(lift: LiftedMap, use: Use) -> Tensor:
+            if use is Use.INPUT and self.has_contract(lift.map):
                 return self.tensor(self.width_name(lift.map, "contract", layer)).t()
             return self.tensor(self.width_name(lift.map, "expand", layer))
 
@@ -163,20 +163,20 @@ class Operator(ABC):
     def grow(self, key: str, mixed: Tensor, joined: Tensor | None = None) -> Tensor:
         """The grown tensor of a large key from the depth-mixed small one, in the dtype of `mixed` (`joined`:
         `grow_row`'s)."""
-        row, layer = self.arch.row(key), layer_of(key)
-        if row.axes[0].use is Use.SCALES and self.copied_gains:
+        row, layer = self.arch.row(key), layer_index(key)
+        if row.axes[0].use is Use.GAIN and self.copied_gains:
             return self.grow_gain(row, mixed)
-        grown = grow_row(row, mixed, lambda lift, use: self._form(lift, use, layer, mixed), self.frame, joined)
+        grown = grow_tensor(row, mixed, lambda lift, use: self._form(lift, use, layer, mixed), self.frame, joined)
         return grown * self.shares(row).to(grown) if self.is_shared_out(row) else grown
 
-    def _form(self, lift: Lift, use: Use, layer: int | None, like: Tensor) -> Matrix:
+    def _form(self, lift: LiftedMap, use: Use, layer: int | None, like: Tensor) -> LinearMap:
         """A matrix that a layer's rows meet, in its cheapest form; the last ones are kept, for looking takes long."""
-        side = "contract" if use is Use.READS and self.has_contract(lift.map) else "expand"
+        side = "contract" if use is Use.INPUT and self.has_contract(lift.map) else "expand"
         key = (self.width_name(lift.map, side, layer), like.dtype)
         found = self._forms.pop(key, None)
         if found is None:
             matrix = self.matrix(layer)(lift, use).to(like)
-            found = form_of(matrix)
+            found = cheapest_form(matrix)
             if matrix.requires_grad:
                 return found
         self._forms[key] = found
@@ -184,16 +184,16 @@ class Operator(ABC):
             del self._forms[next(iter(self._forms))]
         return found
 
-    def grow_gain(self, row: Row, mixed: Tensor) -> Tensor:
+    def grow_gain(self, row: ParamSpec, mixed: Tensor) -> Tensor:
         """A norm's gain: that of the copied feature times a constant (official LiGO grows it as what it scales)."""
         source, factor = (self.tensor(name) for name in self.gain_names(row))
         return mixed[source] * factor.to(mixed)
 
-    def is_shared_out(self, row: Row) -> bool:
+    def is_shared_out(self, row: ParamSpec) -> bool:
         """True for the bias of a norm that a tied head reads: its copies come back as one, as the gains do."""
-        return row.axes[0].use is Use.SHIFTS and self.copied_gains and self.gain_names(row)[1] == "gain.final"
+        return row.axes[0].use is Use.BIAS and self.copied_gains and self.gain_names(row)[1] == "gain.final"
 
-    def shares(self, row: Row) -> Tensor:
+    def shares(self, row: ParamSpec) -> Tensor:
         """What is left to each copy of a feature of such a bias."""
         return self.tensor("gain.final") / self.tensor("gain.layers")
 
@@ -217,15 +217,15 @@ class Operator(ABC):
 
     def depth_name(self, key: str) -> str | None:
         """The tensor that holds a large key's depth map; None outside the layers."""
-        return None if layer_of(key) is None else f"depth.{short(self.arch.row(key))}"
+        return None if layer_index(key) is None else f"depth.{short_key(self.arch.row(key))}"
 
     def mix(self, key: str, read: Callable[[str], Tensor], further: int = 0) -> Tensor:
         """sum_i w[j, i] W_small[i + further] for a large key (the last layer in place of those after it), in fp32 or
         wider; layers at weight zero are not read."""
-        layer = layer_of(key)
+        layer = layer_index(key)
         if layer is None:
             return self.with_new_rows(key, read(key))
-        pattern = pattern_of(key)
+        pattern = key_pattern(key)
         weights = self.tensor(self.depth_name(key))[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
         last = self.small.num_layers - 1
@@ -240,7 +240,7 @@ class Operator(ABC):
         return mixed
 
 
-class Initial(Operator):
+class InitialOperator(Operator):
     """The operator where a fit starts, from the settings and their seed."""
 
     def __post_init__(self) -> None:
@@ -263,7 +263,7 @@ class Initial(Operator):
         if kind == "depth":
             row = self.arch.row(f"layers.{{}}.{rest}")
             make = initializers.DEPTH[self.setting("depth_init", rest)]
-            return make(self.small.num_layers, self.large.num_layers, role(row), self.generator(name))
+            return make(self.small.num_layers, self.large.num_layers, depth_role(row), self.generator(name))
         if kind == "gain":
             return self._gain(rest)
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]

@@ -13,26 +13,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common import symlinks
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import CheckpointError, Faults, message
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.growth.operator import Operator
 
 TENSORS, RECORD = "operator.safetensors", "operator.json"
 VERSION = 1
 
 
-class Saved(Operator):
+class OperatorFile(Operator):
     """An operator read from its folder, one tensor at a time (memory-mapped)."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        symlinks.check(self.folder)
+        symlinks.check_links(self.folder)
         self.record = _read_record(self.folder / RECORD)
-        settings = Config.from_dict({"operator": self.record["settings"]}, f"{self.folder / RECORD}").operator
-        super().__init__(Dims.from_json(self.record["small"]), Dims.from_json(self.record["large"]), settings)
+        settings = RunConfig.from_dict({"operator": self.record["settings"]}, f"{self.folder / RECORD}").operator
+        super().__init__(
+            ModelConfig.from_json(self.record["small"]), ModelConfig.from_json(self.record["large"]), settings
+        )
         self._file = _open(self.folder / TENSORS)
         self._check()
 
@@ -40,22 +42,22 @@ class Saved(Operator):
         return self._file.get_tensor(name)
 
     def _check(self) -> None:
-        faults = Faults(f"operator {self.folder}", CheckpointError)
+        errors = ErrorCollector(f"operator {self.folder}", CheckpointError)
         found = set(self._file.keys())
         for name, shape in self.shapes().items():
             if name not in found:
-                faults.add(name, f"a tensor of shape {shape}", "nothing")
+                errors.add(name, f"a tensor of shape {shape}", "nothing")
                 continue
             part = self._file.get_slice(name)
             dtype = "I64" if name.startswith("gain.") and name.endswith(".source") else "F32"
             if tuple(part.get_shape()) != shape or part.get_dtype() != dtype:
-                faults.add(name, f"{dtype} of shape {shape}", f"{part.get_dtype()} of shape {tuple(part.get_shape())}")
+                errors.add(name, f"{dtype} of shape {shape}", f"{part.get_dtype()} of shape {tuple(part.get_shape())}")
         for name in sorted(found - set(self.shapes())):
-            faults.add(name, "no such tensor for these sizes and settings", "one")
-        faults.raise_if_any()
+            errors.add(name, "no such tensor for these sizes and settings", "one")
+        errors.raise_if_any()
 
 
-def write(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Path, record: dict) -> None:
+def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Path, record: dict) -> None:
     """Writes the operator's folder; each file appears whole or not at all, the record last.
 
     record: what the caller knows besides (source digest, step, losses), under keys of its own.
@@ -65,7 +67,7 @@ def write(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Pat
     assert set(held) == set(operator.shapes()), "the operator's tensors are not the ones that its sizes ask for"
     bad = [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        raise CheckpointError(message(f"operator {folder}", "finite numbers", f"NaN or Inf in {', '.join(bad)}"))
+        raise CheckpointError(Problem(f"operator {folder}", "finite numbers", f"NaN or Inf in {', '.join(bad)}"))
     aside = folder / f".{TENSORS}.new"
     aside.touch()
     rights = aside.stat().st_mode
@@ -99,22 +101,22 @@ def _read_record(path: Path) -> dict:
     try:
         record = read_json(path)
     except FileNotFoundError:
-        do = "Give the folder that a fit wrote."
-        raise CheckpointError(message(f"{path}", "an operator's record", "nothing", do)) from None
+        hint = "Give the folder that a fit wrote."
+        raise CheckpointError(Problem(f"{path}", "an operator's record", "nothing", hint)) from None
     except ValueError as error:
-        raise CheckpointError(message(f"{path}", "JSON", f"a fault in it: {error}")) from None
+        raise CheckpointError(Problem(f"{path}", "JSON", f"a fault in it: {error}")) from None
     missing = {"version", "small", "large", "settings"} - set(record if isinstance(record, dict) else ())
     if missing:
-        raise CheckpointError(message(f"{path}", f"the keys {', '.join(sorted(missing))}", "none of them"))
+        raise CheckpointError(Problem(f"{path}", f"the keys {', '.join(sorted(missing))}", "none of them"))
     if record["version"] != VERSION:
-        raise CheckpointError(message(f"{path}", f"version {VERSION}", record["version"]))
+        raise CheckpointError(Problem(f"{path}", f"version {VERSION}", record["version"]))
     return record
 
 
 def _open(path: Path):
     if not path.is_file():
-        raise CheckpointError(message(f"{path}", "the operator's tensors", "no file"))
+        raise CheckpointError(Problem(f"{path}", "the operator's tensors", "no file"))
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise CheckpointError(message(f"{path}", "a whole safetensors file", f"{error}")) from None
+        raise CheckpointError(Problem(f"{path}", "a whole safetensors file", f"{error}")) from None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.growth.vocabulary import around
 
 
@@ -29,7 +29,7 @@ def extend(table: Tensor, size: int, first: int, start: str, generator: torch.Ge
     return torch.cat([table, around(used, more, float(start == "random"), generator)])
 
 
-def interpolate(table: Tensor, small: Dims, large: Dims) -> Tensor:
+def interpolate(table: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
     """(positions, features) of the small image's tokens -> those of the large one's, fp32 or wider. Special tokens
     keep theirs."""
     table = table.to(torch.promote_types(table.dtype, torch.float32))

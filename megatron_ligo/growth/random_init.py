@@ -13,26 +13,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import Axis, Row, Use, axis_size, layer_of
+from megatron_ligo.arch.spec import Axis, ParamSpec, Use, axis_size, layer_index
 from megatron_ligo.growth import initializers
-from megatron_ligo.growth.operator import Operator, residual_write, short
+from megatron_ligo.growth.operator import Operator, short_key, writes_residual
 
 
-def beside(operator: Operator, key: str) -> str:
+def scale_reference(operator: Operator, key: str) -> str:
     """The small model's key whose scale a large key's fresh numbers take."""
-    layer = layer_of(key)
+    layer = layer_index(key)
     if layer is None:
         return key
     return operator.arch.row(key).key.format(layer * operator.small.num_layers // operator.large.num_layers)
 
 
-def writers(operator: Operator, key: str, rms: float) -> Tensor | None:
+def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
     """What joins a matrix between its two maps, (large out, small in), fp32; None where nothing does."""
     row = operator.arch.row(key)
-    inner = row.in_layer and len(row.axes) == 2 and row.axes[0].use is Use.WRITES and not residual_write(row)
+    inner = row.in_layer and len(row.axes) == 2 and row.axes[0].use is Use.OUTPUT and not writes_residual(row)
     if operator.settings.fresh != "writers" or not inner:
         return None
-    kept = 0 if is_fresh_layer(operator, row, layer_of(key)) else kept_features(operator, row.axes[0])
+    kept = 0 if is_fresh_layer(operator, row, layer_index(key)) else kept_features(operator, row.axes[0])
     shape = axis_size(row.axes[0], operator.large), axis_size(row.axes[1], operator.small)
     if kept == shape[0]:
         return None
@@ -41,21 +41,21 @@ def writers(operator: Operator, key: str, rms: float) -> Tensor | None:
     return drawn
 
 
-def around(operator: Operator, key: str, rms: float) -> Tensor | None:
+def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
     """What is added to a grown matrix (or a map of patches), zero in the small one's corner, fp32; None where nothing
     is."""
     row = operator.arch.row(key)
     if operator.settings.fresh != "all" or len(row.axes) < 2:
         return None
     drawn = _draw(operator, key, row.shape(operator.large), rms)
-    if not is_fresh_layer(operator, row, layer_of(key)):
+    if not is_fresh_layer(operator, row, layer_index(key)):
         drawn[tuple(slice(kept_features(operator, axis)) for axis in row.axes)] = 0
     return drawn
 
 
-def is_fresh_layer(operator: Operator, row: Row, layer: int | None) -> bool:
+def is_fresh_layer(operator: Operator, row: ParamSpec, layer: int | None) -> bool:
     """True where a row of a large layer holds nothing of the small model's."""
-    if layer is None or operator.setting("depth_init", short(row)) != "pad":
+    if layer is None or operator.setting("depth_init", short_key(row)) != "pad":
         return False
     return bool(initializers.later_copies(operator.small.num_layers, operator.large.num_layers)[layer])
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims, tokens_of_image
-from megatron_ligo.common.errors import ConfigError, Faults, message, nearest
-from megatron_ligo.config.run_config import LargeSection, OperatorSection, by_space
+from megatron_ligo.arch.model_config import ModelConfig, tokens_of_image
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, for_space
 from megatron_ligo.growth import attention_heads, initializers
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve
-from megatron_ligo.growth.operator import Initial, short, variance_ratio
-from megatron_ligo.growth.width_maps import WHOLE_HEADS, Frame, MapSpec
+from megatron_ligo.growth.operator import InitialOperator, short_key, variance_ratio
+from megatron_ligo.growth.width_maps import WHOLE_HEADS, MapSpec, SpaceMaps
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ SIZES = (
 COPIES = ("lossless", "copy", "clone", "select", "net2net", "mean")
 
 
-def large_dims(small: Dims, section: LargeSection) -> Dims:
+def large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
     """The large model's sizes before the norm's eps is corrected: the small one's where the config names none."""
     named = {name: value for name, value in vars(section).items() if value is not None}
     if "num_kv_heads" not in architectures.get(small.arch).hf.values() and "num_heads" in named:
@@ -32,20 +32,20 @@ def large_dims(small: Dims, section: LargeSection) -> Dims:
         named.setdefault("num_kv_heads", named["num_heads"])
     if "image_size" in named:
         if small.image_size is None:
-            raise ConfigError(message("large.image_size", f"none: {small.arch} reads no images", named["image_size"]))
+            raise ConfigError(Problem("large.image_size", f"none: {small.arch} reads no images", named["image_size"]))
         of_image = tokens_of_image(named["image_size"], small.patch_size, small.has_distillation)
         named.setdefault("max_positions", of_image)
     named["rope_base"] = attention_heads.rope_base(small, named.get("head_dim", small.head_dim))
     return replace(small, **named)
 
 
-def initial_operator(small: Dims, section: LargeSection, settings: OperatorSection) -> Initial:
+def initial_operator(small: ModelConfig, section: LargeSection, settings: OperatorSection) -> InitialOperator:
     """The operator where a fit starts, with the large model's eps as the residual map needs it; or all refusals."""
-    large = large_dims(small, section)
+    large = large_config(small, section)
     settings = resolve(settings, large)
-    check_sizes(small, large, by_space(settings.width_init, "groups") == "mean")
+    check_sizes(small, large, for_space(settings.width_init, "groups") == "mean")
     check_settings(small, large, settings)
-    operator = Initial(small, large, settings)
+    operator = InitialOperator(small, large, settings)
     _check_groups(operator)
     if operator.copied_gains:
         # RMS and LayerNorm divide by sqrt(variance + eps): eps must grow with the variance.
@@ -54,157 +54,159 @@ def initial_operator(small: Dims, section: LargeSection, settings: OperatorSecti
     return operator
 
 
-def check_sizes(small: Dims, large: Dims, merges: bool = False) -> None:
+def check_sizes(small: ModelConfig, large: ModelConfig, merges: bool = False) -> None:
     """merges: KV heads are to become fewer."""
-    faults = Faults("the small model cannot grow into the large one", ConfigError)
+    errors = ErrorCollector("the small model cannot grow into the large one", ConfigError)
     for name in SIZES:
         before, after = getattr(small, name), getattr(large, name)
         if before is None or after >= before or (name == "num_kv_heads" and merges):
             continue
-        do = "Growth never shrinks."
+        hint = "Growth never shrinks."
         if name == "num_kv_heads":
-            do += (
+            hint += (
                 " To merge keys and values, which loses: operator.width_init = {default = 'lossless', groups = 'mean'}."
             )
-        faults.add(f"large.{name}", f"at least the small model's {before}", after, do)
+        errors.add(f"large.{name}", f"at least the small model's {before}", after, hint)
     if merges and small.num_kv_heads % large.num_kv_heads:
         expected = f"a divisor of the small model's {small.num_kv_heads} (operator.width_init: groups = 'mean')"
-        faults.add("large.num_kv_heads", expected, large.num_kv_heads)
-    attention_heads.check_angles(small, large, faults)
-    _check_context(small, large, faults)
-    architectures.get(large.arch).check(large, faults)
-    faults.raise_if_any()
+        errors.add("large.num_kv_heads", expected, large.num_kv_heads)
+    attention_heads.check_angles(small, large, errors)
+    _check_context(small, large, errors)
+    architectures.get(large.arch).check(large, errors)
+    errors.raise_if_any()
 
 
-def _check_context(small: Dims, large: Dims, faults: Faults) -> None:
+def _check_context(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     before, after = small.max_positions, large.max_positions
     if architectures.get(small.arch).learns_positions:
         if after < before:
-            faults.add("large.max_positions", f"at least the small model's {before}", after, "Growth never shrinks.")
+            errors.add("large.max_positions", f"at least the small model's {before}", after, "Growth never shrinks.")
     elif after != before and not attention_heads.angles_are_fixed(small):
-        do = "Its angles depend on the number of positions: leave max_positions out."
+        hint = "Its angles depend on the number of positions: leave max_positions out."
         scaling = dict(small.rope_scaling)
-        faults.add("large.max_positions", f"{before} with rope_scaling {scaling}", after, do)
+        errors.add("large.max_positions", f"{before} with rope_scaling {scaling}", after, hint)
 
 
-def _check_groups(operator: Initial) -> None:
+def _check_groups(operator: InitialOperator) -> None:
     """Every query head of the small model finds a place, with each layer's map."""
-    if not operator.frame.regrouped:
+    if not operator.frame.gqa_ratio_changed:
         return
-    faults = Faults("the small model cannot grow into the large one", ConfigError)
+    errors = ErrorCollector("the small model cannot grow into the large one", ConfigError)
     own = operator.has_one_a_layer("groups")
     for layer in range(operator.large.num_layers) if own else [None]:
         groups = operator.initial_expand("groups", layer)
-        if not faults.lines:
-            attention_heads.check_room(groups, operator.small, operator.large, faults)
-    faults.raise_if_any()
+        if not errors.lines:
+            attention_heads.check_room(groups, operator.small, operator.large, errors)
+    errors.raise_if_any()
 
 
-def check_settings(small: Dims, large: Dims, settings: OperatorSection) -> None:
+def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSection) -> None:
     arch = architectures.get(large.arch)
-    frame = Frame(small, large, by_space(settings.structure, "groups"))
+    frame = SpaceMaps(small, large, for_space(settings.structure, "groups"))
     maps = frame.specs(arch)
-    rows = {short(row) for row in arch.layer_rows(large)}
+    rows = {short_key(row) for row in arch.layer_rows(large)}
     settings.check_spaces({*maps, *rows})
-    faults = Faults("[operator] cannot be built", ConfigError)
+    errors = ErrorCollector("[operator] cannot be built", ConfigError)
     for name in maps:
         known = [start for start in initializers.WIDTH if start != "mean" or name in WHOLE_HEADS]
-        _check_name(faults, f"operator.width_init ({name})", by_space(settings.width_init, name), known)
+        _check_name(errors, f"operator.width_init ({name})", for_space(settings.width_init, name), known)
     for name in maps:
-        if by_space(settings.rank, name) and by_space(settings.identity, name) == "frozen":
-            do = "Take one of the two: a low rank leaves no row as it was."
-            faults.add(f"operator.rank ({name})", "0 with identity = 'frozen'", by_space(settings.rank, name), do)
+        if for_space(settings.rank, name) and for_space(settings.identity, name) == "frozen":
+            hint = "Take one of the two: a low rank leaves no row as it was."
+            errors.add(f"operator.rank ({name})", "0 with identity = 'frozen'", for_space(settings.rank, name), hint)
     for name in sorted(rows):
-        _check_name(faults, f"operator.depth_init ({name})", by_space(settings.depth_init, name), initializers.DEPTH)
-    if by_space(settings.share, "residual") != "all":
-        do = "The residual stream runs through all layers: say share = {default = 'layer', residual = 'all'}."
-        faults.add("operator.share (residual)", "all", by_space(settings.share, "residual"), do)
-    _check_frozen(faults, settings, small, large)
-    _check_lossless(faults, settings, small, large)
-    _check_room(faults, settings, maps)
-    if frame.regrouped or frame.resized:
-        _check_heads(faults, settings, frame)
-    faults.raise_if_any()
+        _check_name(errors, f"operator.depth_init ({name})", for_space(settings.depth_init, name), initializers.DEPTH)
+    if for_space(settings.share, "residual") != "all":
+        hint = "The residual stream runs through all layers: say share = {default = 'layer', residual = 'all'}."
+        errors.add("operator.share (residual)", "all", for_space(settings.share, "residual"), hint)
+    _check_frozen(errors, settings, small, large)
+    _check_lossless(errors, settings, small, large)
+    _check_room(errors, settings, maps)
+    if frame.gqa_ratio_changed or frame.head_dim_changed:
+        _check_heads(errors, settings, frame)
+    errors.raise_if_any()
 
 
-def _check_frozen(faults: Faults, settings: OperatorSection, small: Dims, large: Dims) -> None:
-    start = by_space(settings.width_init, "residual")
+def _check_frozen(errors: ErrorCollector, settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> None:
+    start = for_space(settings.width_init, "residual")
     shared_out = architectures.get(large.arch).norm == "rms"
     ragged = large.hidden_size % small.hidden_size
     scaled = shared_out and (start in ("lossless", "net2net") or (start == "clone" and ragged))
     grows = large.hidden_size > small.hidden_size
-    if by_space(settings.identity, "residual") == "frozen" and scaled and grows:
-        do = "Scaled copies are no identity rows: take width_init = 'copy', or identity = 'learned'."
-        faults.add("operator.identity (residual)", f"learned with width_init = {start!r}", "frozen", do)
+    if for_space(settings.identity, "residual") == "frozen" and scaled and grows:
+        hint = "Scaled copies are no identity rows: take width_init = 'copy', or identity = 'learned'."
+        errors.add("operator.identity (residual)", f"learned with width_init = {start!r}", "frozen", hint)
 
 
-def _check_lossless(faults: Faults, settings: OperatorSection, small: Dims, large: Dims) -> None:
+def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> None:
     """Where a start that is called lossless could not be: refused for depth, told for width (it is near)."""
     arch = architectures.get(large.arch)
     method = METHODS[settings.method]
     if not arch.norm_first and large.num_layers > small.num_layers:
         promising = ("lossless", "pad") if method.lossless else ("lossless",)
-        names = sorted({by_space(settings.depth_init, short(row)) for row in arch.layer_rows(large)} & set(promising))
+        names = sorted(
+            {for_space(settings.depth_init, short_key(row)) for row in arch.layer_rows(large)} & set(promising)
+        )
         if names:
-            do = "Take depth_init = 'interlace' or 'stack'."
+            hint = "Take depth_init = 'interlace' or 'stack'."
             found = f"{names[0]!r}: with norms after the sums (post-LN) no layer leaves what it is given as it is"
-            faults.add("operator.depth_init", "a start that promises no lossless depth", found, do)
+            errors.add("operator.depth_init", "a start that promises no lossless depth", found, hint)
     if method.lossless and not can_be_lossless(small, large):
         what = "no start is lossless: a LayerNorm's mean and variance survive whole copies only"
         log.warning("hidden_size %d to %d is no whole multiple: %s", small.hidden_size, large.hidden_size, what)
 
 
-def _check_heads(faults: Faults, settings: OperatorSection, frame: Frame) -> None:
+def _check_heads(errors: ErrorCollector, settings: OperatorSection, frame: SpaceMaps) -> None:
     """What another ratio of heads or another head size asks of the settings."""
-    what = "with another head size" if frame.resized else "with another ratio of heads to KV heads"
+    what = "with another head size" if frame.head_dim_changed else "with another ratio of heads to KV heads"
     wanted = {
         "structure": ("heads", "Dense maps know no heads: angles and groups would be torn apart."),
         "fresh": ("none", "The small model's features are not the first ones then."),
         "borrow": ("none", "The small model's features are not the first ones then."),
     }
-    if frame.regrouped:
+    if frame.gqa_ratio_changed:
         wanted["identity"] = ("learned", "The small model's query heads are not the first ones then.")
-    for key, (value, do) in wanted.items():
-        found = by_space(getattr(settings, key), "groups")
+    for key, (value, hint) in wanted.items():
+        found = for_space(getattr(settings, key), "groups")
         if found != value:
-            faults.add(f"operator.{key}", f"{value!r} {what}", repr(found), do)
-    if not frame.regrouped:
+            errors.add(f"operator.{key}", f"{value!r} {what}", repr(found), hint)
+    if not frame.gqa_ratio_changed:
         return
-    start = by_space(settings.width_init, "groups")
+    start = for_space(settings.width_init, "groups")
     if start not in COPIES:
-        do = "The others have no rule for which query heads stay with which keys."
-        faults.add("operator.width_init (groups)", f"one of {', '.join(COPIES)} {what}", repr(start), do)
+        hint = "The others have no rule for which query heads stay with which keys."
+        errors.add("operator.width_init (groups)", f"one of {', '.join(COPIES)} {what}", repr(start), hint)
     if isinstance(settings.width_init, dict) and settings.width_init.get("heads", start) != start:
         found = settings.width_init["heads"]
-        faults.add("operator.width_init.heads", f"{start!r} as for groups", repr(found), "Query heads follow.")
-    one, other = (by_space(settings.share, name) for name in WHOLE_HEADS)
+        errors.add("operator.width_init.heads", f"{start!r} as for groups", repr(found), "Query heads follow.")
+    one, other = (for_space(settings.share, name) for name in WHOLE_HEADS)
     if one != other:
-        faults.add("operator.share (heads)", f"{one!r} as for groups", repr(other), "Query heads follow their groups.")
+        errors.add("operator.share (heads)", f"{one!r} as for groups", repr(other), "Query heads follow their groups.")
 
 
-def _check_room(faults: Faults, settings: OperatorSection, maps: Mapping[str, MapSpec]) -> None:
+def _check_room(errors: ErrorCollector, settings: OperatorSection, maps: Mapping[str, MapSpec]) -> None:
     """What is padded must be filled, or it would stay at zero for ever; what is filled must not be read yet."""
     for name, spec in maps.items():
-        if by_space(settings.width_init, name) != "pad" or spec.large == spec.small:
+        if for_space(settings.width_init, name) != "pad" or spec.large == spec.small:
             continue
         needed = ("all",) if name == "residual" else ("writers", "all")
         if settings.fresh not in needed:
-            do = "Features that hold nothing and that nobody reads never learn."
-            faults.add(f"operator.width_init ({name}) = 'pad'", f"fresh = {' or '.join(needed)}", settings.fresh, do)
-        if by_space(settings.noise, name):
-            do = "Noise would have fresh features read at once."
-            faults.add(f"operator.noise ({name})", "0 with width_init = 'pad'", by_space(settings.noise, name), do)
+            hint = "Features that hold nothing and that nobody reads never learn."
+            errors.add(f"operator.width_init ({name}) = 'pad'", f"fresh = {' or '.join(needed)}", settings.fresh, hint)
+        if for_space(settings.noise, name):
+            hint = "Noise would have fresh features read at once."
+            errors.add(f"operator.noise ({name})", "0 with width_init = 'pad'", for_space(settings.noise, name), hint)
 
 
-def check_factored(settings: OperatorSection, faults: Faults) -> None:
+def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:
     """Adds a fault for each thing that a checkpoint can be grown with and a fit, which builds no large matrix, not."""
-    do = "tools/grow.py does it without --operator; a fit needs another start."
+    hint = "tools/grow.py does it without --operator; a fit needs another start."
     if settings.fresh == "all":
-        faults.add("operator.fresh", "none or writers in a fit", "all: readers as large as the large model", do)
+        errors.add("operator.fresh", "none or writers in a fit", "all: readers as large as the large model", hint)
     if settings.borrow == "next":
-        faults.add("operator.borrow", "none in a fit", "next: two mixtures of layers in one matrix", do)
+        errors.add("operator.borrow", "none in a fit", "next: two mixtures of layers in one matrix", hint)
 
 
-def _check_name(faults: Faults, where: str, name: object, known: Iterable[str]) -> None:
+def _check_name(errors: ErrorCollector, where: str, name: object, known: Iterable[str]) -> None:
     if name not in known:
-        faults.add(where, "a named initialisation", repr(name), nearest(str(name), known))
+        errors.add(where, "a named initialisation", repr(name), did_you_mean(str(name), known))

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import Architecture, Axis, Heads, Row, Use, axis_size
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Architecture, Axis, Heads, ParamSpec, Use, axis_size
 from megatron_ligo.growth import attention_heads
-from megatron_ligo.growth.linear_maps import Copies, Matrix
+from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
 # Spaces whose features are names: they keep their meaning.
 UNGROWN = ("vocab", "position", "token_type", "order", "channel", "pixel")
@@ -28,7 +28,7 @@ WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 
 
 @dataclass(frozen=True)
-class Lift:
+class LiftedMap:
     """How a map of `small` entries moves an axis: entries of `unit` consecutive features (H x I_unit), or,
     with `repeat` > 1, features (G, repeat, d) of which the map moves (G, d) jointly. `inner` (d2 x d1) then moves
     the features within each head, where heads change their size."""
@@ -59,51 +59,51 @@ class MapSpec:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SpaceMaps:
     """Both models' sizes and how their heads move: from these it follows which map an axis meets.
 
     structure "heads": the map `groups` moves whole KV groups with their query heads; where the number of query heads a
     group changes, `groups` moves keys and values, and `heads` the query heads. "dense": maps of single features.
     """
 
-    small: Dims
-    large: Dims
+    small: ModelConfig
+    large: ModelConfig
     structure: str
 
     @property
-    def regrouped(self) -> bool:
+    def gqa_ratio_changed(self) -> bool:
         return self.small.heads_per_group != self.large.heads_per_group
 
     @property
-    def resized(self) -> bool:
+    def head_dim_changed(self) -> bool:
         return self.small.head_dim != self.large.head_dim
 
-    def lift(self, axis: Axis, dual: bool = False) -> Lift | None:
+    def lift(self, axis: Axis, dual: bool = False) -> LiftedMap | None:
         """The map that an axis meets and its lift; None where the space does not grow. dual: for gradients."""
         if axis.space in UNGROWN:
             return None
         if axis.heads is Heads.NONE:
-            return Lift(architectures.get(self.large.arch).space(axis, self.large))
+            return LiftedMap(architectures.get(self.large.arch).space(axis, self.large))
         return self._whole_heads(axis, dual) if self.structure == "heads" else self._dense_heads(axis)
 
-    def _whole_heads(self, axis: Axis, dual: bool) -> Lift:
+    def _whole_heads(self, axis: Axis, dual: bool) -> LiftedMap:
         small = self.small
         of_query_heads = axis.heads is Heads.Q
         inner = None
-        if self.resized:
+        if self.head_dim_changed:
             # Values are written by KV heads and read by query heads; of the two, only what is read is o's.
-            part = ("q" if of_query_heads else "k") if axis.space == "qk" else ("o" if axis.use is Use.READS else "v")
+            part = ("q" if of_query_heads else "k") if axis.space == "qk" else ("o" if axis.use is Use.INPUT else "v")
             within = attention_heads.dual_features if dual else attention_heads.features
             inner = within(part, small.head_dim, self.large.head_dim, small.rope_base is not None)
-        if self.regrouped and of_query_heads:
-            return Lift("heads", unit=small.head_dim, inner=inner)
-        return Lift("groups", unit=small.head_dim * (small.heads_per_group if of_query_heads else 1), inner=inner)
+        if self.gqa_ratio_changed and of_query_heads:
+            return LiftedMap("heads", unit=small.head_dim, inner=inner)
+        return LiftedMap("groups", unit=small.head_dim * (small.heads_per_group if of_query_heads else 1), inner=inner)
 
-    def _dense_heads(self, axis: Axis) -> Lift:
+    def _dense_heads(self, axis: Axis) -> LiftedMap:
         of_query_heads = axis.heads is Heads.Q
         if axis.space == "qk":
-            return Lift("q" if of_query_heads else "k")
-        return Lift(
+            return LiftedMap("q" if of_query_heads else "k")
+        return LiftedMap(
             axis.space, repeat=self.large.heads_per_group if of_query_heads else 1, head_dim=self.large.head_dim
         )
 
@@ -118,7 +118,7 @@ class Frame:
                 if lift is None:
                     continue
                 known = specs.get(lift.map)
-                read = axis.use is Use.READS or (known is not None and known.read)
+                read = axis.use is Use.INPUT or (known is not None and known.read)
                 sizes = self._entries(axis, lift, self.small), self._entries(axis, lift, self.large)
                 split = row.split == dim or (known is not None and known.split)
                 outside = not row.in_layer or (known is not None and known.outside)
@@ -126,17 +126,17 @@ class Frame:
         return specs
 
     @staticmethod
-    def _entries(axis: Axis, lift: Lift, dims: Dims) -> int:
+    def _entries(axis: Axis, lift: LiftedMap, model_config: ModelConfig) -> int:
         if lift.map in WHOLE_HEADS:
-            return dims.num_heads if lift.map == "heads" else dims.num_kv_heads
-        return axis_size(axis, dims) // lift.repeat
+            return model_config.num_heads if lift.map == "heads" else model_config.num_kv_heads
+        return axis_size(axis, model_config) // lift.repeat
 
 
-def apply_map(x: Tensor, dim: int, matrix: Tensor | Matrix, lift: Lift) -> Tensor:
+def apply_map(x: Tensor, dim: int, matrix: Tensor | LinearMap, lift: LiftedMap) -> Tensor:
     """x with axis `dim` moved through `matrix` (N x n), in the features' own order."""
-    if isinstance(matrix, Matrix) and lift.plain and dim == x.dim() - 1:
-        return matrix.push(x)
-    if isinstance(matrix, Copies) and lift.repeat == 1 and lift.inner is None:
+    if isinstance(matrix, LinearMap) and lift.plain and dim == x.dim() - 1:
+        return matrix.apply(x)
+    if isinstance(matrix, RowSelection) and lift.repeat == 1 and lift.inner is None:
         return matrix.take(x.unflatten(dim, (matrix.shape[1], -1)), dim).flatten(dim, dim + 1)
     x = x.movedim(dim, 0)
     rest = x.shape[1:]
@@ -152,11 +152,11 @@ def apply_map(x: Tensor, dim: int, matrix: Tensor | Matrix, lift: Lift) -> Tenso
     return out.reshape(-1, *rest).movedim(0, dim)
 
 
-def grow_row(
-    row: Row,
+def grow_tensor(
+    row: ParamSpec,
     mixed: Tensor,
-    matrix: Callable[[Lift, Use], Tensor | Matrix],
-    frame: Frame,
+    matrix: Callable[[LiftedMap, Use], Tensor | LinearMap],
+    frame: SpaceMaps,
     joined: Tensor | None = None,
 ) -> Tensor:
     """A row's grown tensor from its depth-mixed small one.

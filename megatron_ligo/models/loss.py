@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 
 
@@ -53,17 +53,17 @@ def accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh
     return ((told == labels.t()) * weights).sum() / weights.sum()
 
 
-class Measured:
+class LossMixin:
     """A model that gives its loss, or while its hits are counted its accuracy in the loss's place."""
 
-    dims: Dims
+    model_config: ModelConfig
     mesh: Mesh
     counts_hits = False
 
     def measure(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         if self.counts_hits:
-            return accuracy(logits, labels, mask, self.dims.vocab_size, self.mesh)
-        return language_model_loss(logits, labels, mask, self.dims.vocab_size, self.mesh.tp_rank)
+            return accuracy(logits, labels, mask, self.model_config.vocab_size, self.mesh)
+        return language_model_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh.tp_rank)
 
     @contextmanager
     def counting_hits(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.spec import Row, Use
+from megatron_ligo.arch.spec import ParamSpec, Use
 from megatron_ligo.growth.fit_flops import MapUse, factors_are_cheaper, may_be_factored
 from megatron_ligo.plan import optimizer_memory, parameter_count
 from megatron_ligo.plan.planned_job import Job
@@ -117,7 +117,7 @@ def _teacher(job: Job) -> float:
     return job.width * held + TAUGHT * 4 * job.tokens * padded_vocab(small.vocab_size, tp) / tp
 
 
-def _factored(job: Job, row: Row) -> bool:
+def _factored(job: Job, row: ParamSpec) -> bool:
     """Whether a rank applies a row's map and weight one after the other (as the factored linears decide)."""
     operator, tp = job.operator, job.parallel.tp
     inner = 0 if row.split == 0 else 1
@@ -125,16 +125,16 @@ def _factored(job: Job, row: Row) -> bool:
     spec = operator.maps[lift.map]
     if not may_be_factored(row, lift):
         return False
-    cost = MapUse(operator, lift.map, row.axes[inner].use is Use.READS, tp).cost
+    cost = MapUse(operator, lift.map, row.axes[inner].use is Use.INPUT, tp).cost
     tokens = job.shared_by * job.tokens
     return factors_are_cheaper(tokens, (spec.large // tp, spec.small), operator.small.hidden_size, cost)
 
 
-def _matrices(job: Job) -> list[Row]:
+def _matrices(job: Job) -> list[ParamSpec]:
     return [row for row in job.operator.arch.layer_rows(job.large) if len(row.axes) == 2]
 
 
-def _product(job: Job, row: Row) -> int:
+def _product(job: Job, row: ParamSpec) -> int:
     """Numbers of a row grown on its inner axis only: (large / tp) x small."""
     inner = row.split
     return row.shape(job.large)[inner] // job.parallel.tp * row.shape(job.operator.small)[1 - inner]

@@ -5,34 +5,34 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.plan.planned_job import Job
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 
-def model_total(dims: Dims) -> int:
+def model_total(model_config: ModelConfig) -> int:
     """Numbers of a whole model, as a checkpoint stores them."""
-    rows = [row for row in architectures.get(dims.arch).rows if row.stored(dims)]
-    return sum(prod(row.shape(dims)) * (dims.num_layers if row.in_layer else 1) for row in rows)
+    rows = [row for row in architectures.get(model_config.arch).rows if row.stored(model_config)]
+    return sum(prod(row.shape(model_config)) * (model_config.num_layers if row.in_layer else 1) for row in rows)
 
 
-def layer(dims: Dims, tp: int) -> int:
+def layer(model_config: ModelConfig, tp: int) -> int:
     """Numbers of one layer on a tensor-parallel rank."""
-    rows = architectures.get(dims.arch).layer_rows(dims)
-    return sum(prod(row.shape(dims)) // (1 if row.split is None else tp) for row in rows)
+    rows = architectures.get(model_config.arch).layer_rows(model_config)
+    return sum(prod(row.shape(model_config)) // (1 if row.split is None else tp) for row in rows)
 
 
-def outside(dims: Dims, tp: int, first: bool, last: bool) -> int:
+def outside(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
     """Numbers outside the layers on a stage's rank: embeddings on the first one, final norm and head on the last."""
     found = 0
-    for row in architectures.get(dims.arch).rows:
-        if row.in_layer or not row.exists(dims):
+    for row in architectures.get(model_config.arch).rows:
+        if row.in_layer or not row.exists(model_config):
             continue
-        shape = list(row.shape(dims))
+        shape = list(row.shape(model_config))
         if row.split is not None:
             shape[row.split] = padded_vocab(shape[row.split], tp) // tp
-        tied = bool(row.tied_to) and dims.tied
+        tied = bool(row.tied_to) and model_config.tied
         here = first if row.key.endswith("embed") or "position" in row.key else last
         # A tied head is the embedding itself, of which a last stage apart from the first has its own.
         if here and not (tied and first):

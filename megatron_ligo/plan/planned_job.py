@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from megatron_ligo.arch.flops import train_flops
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import ParallelSection, TrainingSection
 from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.operator import Operator
@@ -23,7 +23,7 @@ class Job:
     distilled: the small model teaches, whole. lagged: what training has added stands beside the maps.
     """
 
-    large: Dims
+    large: ModelConfig
     run: TrainingSection
     world: int
     seq_length: int

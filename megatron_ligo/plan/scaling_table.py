@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import FitSection, LargeSection, OperatorSection, PretrainSection
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import initial_operator
@@ -50,8 +50,8 @@ def lines(
 def _operator(name: str, rank: int) -> Operator:
     small, large = GROWTHS[name]
     fixed = {"arch": "llama", "model_type": "llama", "max_positions": 8192, "norm_eps": 1e-5, "rope_base": 5e5}
-    dims = Dims(**fixed, **small, head_dim=64, vocab_size=128256)
-    return initial_operator(dims, LargeSection(**large), OperatorSection(rank=rank))
+    model_config = ModelConfig(**fixed, **small, head_dim=64, vocab_size=128256)
+    return initial_operator(model_config, LargeSection(**large), OperatorSection(rank=rank))
 
 
 @cache

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_ligo.common.errors import Faults
+from megatron_ligo.common.errors import ErrorCollector
 
 
 class Fields:
     """The fields of one record. Every fault goes to `faults`; the caller raises them."""
 
-    def __init__(self, path: Path, table: Any, faults: Faults):
+    def __init__(self, path: Path, table: Any, errors: ErrorCollector):
         self.path = path
-        self.faults = faults
+        self.errors = errors
         if not isinstance(table, dict):
-            faults.add(f"{path}", "a JSON object", type(table).__name__)
+            errors.add(f"{path}", "a JSON object", type(table).__name__)
         self.all = table if isinstance(table, dict) else {}
 
     def number(self, *keys: str) -> float | None:
@@ -31,7 +31,7 @@ class Fields:
     def numbers(self, *keys: str) -> list[float] | None:
         found = self._get(keys, list, "a list of numbers")
         if found is not None and not all(_is(entry, (int, float)) for entry in found):
-            self.faults.add(f"{self.path}: {'.'.join(keys)}", "a list of numbers", repr(found)[:60])
+            self.errors.add(f"{self.path}: {'.'.join(keys)}", "a list of numbers", repr(found)[:60])
             return None
         return found
 
@@ -39,13 +39,13 @@ class Fields:
         value: Any = self.all
         for depth, key in enumerate(keys):
             if not isinstance(value, dict):
-                self.faults.add(f"{self.path}: {'.'.join(keys[:depth])}", "a table", repr(value)[:60])
+                self.errors.add(f"{self.path}: {'.'.join(keys[:depth])}", "a table", repr(value)[:60])
                 return None
             value = value.get(key)
             if value is None:
                 return None
         if not _is(value, kinds):
-            self.faults.add(f"{self.path}: {'.'.join(keys)}", expected, repr(value)[:60])
+            self.errors.add(f"{self.path}: {'.'.join(keys)}", expected, repr(value)[:60])
             return None
         return value
 
@@ -54,12 +54,12 @@ def _is(value: Any, kinds) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def load(path: Path, faults: Faults) -> Fields | None:
+def load(path: Path, errors: ErrorCollector) -> Fields | None:
     """The record in a file; None where there is no such file. A file that is no JSON object is a fault."""
     if not path.is_file():
         return None
     try:
-        return Fields(path, json.loads(path.read_text(encoding="utf-8")), faults)
+        return Fields(path, json.loads(path.read_text(encoding="utf-8")), errors)
     except (ValueError, RecursionError) as error:
-        faults.add(f"{path}", "JSON", f"a fault in it: {error}")
+        errors.add(f"{path}", "JSON", f"a fault in it: {error}")
         return None

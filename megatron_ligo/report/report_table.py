@@ -75,11 +75,11 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _model(run: Run) -> str:
-    if run.dims is None:
+    if run.model_config is None:
         return NONE
-    dims = run.dims
-    heads = f"{dims.num_heads}/{dims.num_kv_heads}"
-    return f"{run.parameters / 1e6:.3g}M: {dims.num_layers} x {dims.hidden_size}, heads {heads}"
+    model_config = run.model_config
+    heads = f"{model_config.num_heads}/{model_config.num_kv_heads}"
+    return f"{run.parameters / 1e6:.3g}M: {model_config.num_layers} x {model_config.hidden_size}, heads {heads}"
 
 
 def _flops(run: Run) -> str:

@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, LigoError
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, LigoError
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report.json_fields import Fields, load
@@ -45,7 +45,7 @@ class Run:
     name: str
     folder: Path
     kind: str
-    dims: Dims | None = None
+    model_config: ModelConfig | None = None
     begun: str | None = None
     eval: Eval | None = None
     losses: dict[str, float] = field(default_factory=dict)
@@ -67,84 +67,84 @@ class Run:
 
     @property
     def parameters(self) -> int | None:
-        if self.dims is None:
+        if self.model_config is None:
             return None
-        arch = architectures.get(self.dims.arch)
-        return sum(prod(arch.row(key).shape(self.dims)) for key in arch.keys(self.dims))
+        arch = architectures.get(self.model_config.arch)
+        return sum(prod(arch.row(key).shape(self.model_config)) for key in arch.keys(self.model_config))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in the order given. Raises CheckpointError with all faults of all folders."""
-    faults = Faults("report", CheckpointError)
+    errors = ErrorCollector("report", CheckpointError)
     paths = [Path(folder).resolve() for folder in folders]
     for path in {path for path in paths if paths.count(path) > 1}:
-        faults.add(f"{path}", "each folder once", f"it {paths.count(path)} times")
-    found = [_read(path, faults) for path in paths]
-    faults.raise_if_any()
+        errors.add(f"{path}", "each folder once", f"it {paths.count(path)} times")
+    found = [_read(path, errors) for path in paths]
+    errors.raise_if_any()
     named = [run for run in found if run is not None]
     names = [run.name for run in named]
     # Folders of one name are told apart by the folder above.
     runs = [
         replace(run, name=f"{run.folder.parent.name}/{run.name}") if names.count(run.name) > 1 else run for run in named
     ]
-    linked = [_link(run, runs, faults) if run.kind == "pretraining" else run for run in runs]
-    faults.raise_if_any()
+    linked = [_link(run, runs, errors) if run.kind == "pretraining" else run for run in runs]
+    errors.raise_if_any()
     return linked
 
 
-def _read(folder: Path, faults: Faults) -> Run | None:
+def _read(folder: Path, errors: ErrorCollector) -> Run | None:
     if not folder.is_dir():
-        faults.add(f"{folder}", "the folder of a run", "nothing" if not folder.exists() else "a file")
+        errors.add(f"{folder}", "the folder of a run", "nothing" if not folder.exists() else "a file")
         return None
-    before = len(faults.lines)
-    metrics = _metrics(folder / METRICS, faults)
-    pretrain = load(folder / PRETRAIN_RECORD, faults)
+    before = len(errors.lines)
+    metrics = _metrics(folder / METRICS, errors)
+    pretrain = load(folder / PRETRAIN_RECORD, errors)
     if pretrain:
-        return _pretraining(folder, pretrain, metrics, faults)
-    fit = load(folder / "operator" / OPERATOR_RECORD, faults)
+        return _pretraining(folder, pretrain, metrics, errors)
+    fit = load(folder / "operator" / OPERATOR_RECORD, errors)
     if fit:
-        return _fit(folder, fit, metrics, faults)
+        return _fit(folder, fit, metrics, errors)
     if (folder / provenance.RECORD).is_file():
-        return _hand_off(folder, faults)
-    if not metrics and len(faults.lines) == before:
+        return _hand_off(folder, errors)
+    if not metrics and len(errors.lines) == before:
         expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD}"
-        faults.add(f"{folder}", expected, "none of them", "Give the --output of fit, grow or pretrain.")
+        errors.add(f"{folder}", expected, "none of them", "Give the --output of fit, grow or pretrain.")
     return Run(folder.name, folder, "unfinished", metrics=metrics, spent=None, notes=("it has left no record yet",))
 
 
-def _metrics(path: Path, faults: Faults) -> list[dict]:
+def _metrics(path: Path, errors: ErrorCollector) -> list[dict]:
     if not path.is_file():
         return []
     try:
         rows = read_metrics(path)
     except LigoError as error:
-        faults.note(f"{error}")
+        errors.note(f"{error}")
         return []
     except UnicodeDecodeError as error:
-        faults.add(f"{path}", "UTF-8 text", f"{error}")
+        errors.add(f"{path}", "UTF-8 text", f"{error}")
         return []
     for number, row in enumerate(rows, 1):
-        line = Fields(Path(f"{path}, line {number}"), row, faults)
+        line = Fields(Path(f"{path}, line {number}"), row, errors)
         for key in ("step", "flops", "seconds", "tokens"):
             if line.number(key) is None and not (key in row and row[key] is not None):
-                faults.add(f"{line.path}", f"a number for {key}", "none")
+                errors.add(f"{line.path}", f"a number for {key}", "none")
         for key in ("loss", "eval_loss"):
             line.number(key)
-        if len(faults.lines) > 10:
+        if len(errors.lines) > 10:
             break
     return rows
 
 
-def _fit(folder: Path, record: Fields, metrics: list[dict], faults: Faults) -> Run:
+def _fit(folder: Path, record: Fields, metrics: list[dict], errors: ErrorCollector) -> Run:
     losses = {"initialised": record.number("losses", "start"), "fitted": record.number("losses", "end")}
-    dims = _dims(record, "large")
+    model_config = _dims(record, "large")
     return Run(
         folder.name,
         folder,
         "fit",
-        dims=dims,
+        model_config=model_config,
         begun=_initialisation(record.table("settings")),
-        eval=_eval(record, dims, record.number("config", "data", "seq_length")),
+        eval=_eval(record, model_config, record.number("config", "data", "seq_length")),
         losses=_known(losses),
         metrics=metrics,
         memory=_largest(record),
@@ -154,38 +154,38 @@ def _fit(folder: Path, record: Fields, metrics: list[dict], faults: Faults) -> R
     )
 
 
-def _hand_off(folder: Path, faults: Faults) -> Run | None:
+def _hand_off(folder: Path, errors: ErrorCollector) -> Run | None:
     try:
-        record = Fields(folder / provenance.RECORD, provenance.read(folder), faults)
+        record = Fields(folder / provenance.RECORD, provenance.read(folder), errors)
     except LigoError as error:
-        faults.note(f"{error}")
+        errors.note(f"{error}")
         return None
     losses = {"initialised": record.number("fit", "losses", "start"), "fitted": record.number("fit", "losses", "end")}
-    dims = _dims(record, "large")
+    model_config = _dims(record, "large")
     return Run(
         folder.name,
         folder,
         "hand-off",
-        dims=dims,
+        model_config=model_config,
         begun=_grown_by(record),
-        eval=_eval(record, dims, record.number("fit", "config", "data", "seq_length"), "fit"),
+        eval=_eval(record, model_config, record.number("fit", "config", "data", "seq_length"), "fit"),
         losses=_known(losses),
         record=record.all,
     )
 
 
-def _pretraining(folder: Path, record: Fields, metrics: list[dict], faults: Faults) -> Run:
+def _pretraining(folder: Path, record: Fields, metrics: list[dict], errors: ErrorCollector) -> Run:
     losses = {"step 0": record.number("losses", "start"), "end": record.number("losses", "end")}
     fitted, again = record.number("losses", "fit"), record.number("losses", "start_on_fit_batch")
     start = record.text("run", "pretrain", "start")
-    dims = _dims(record, "dims")
+    model_config = _dims(record, "dims")
     return Run(
         folder.name,
         folder,
         "pretraining",
-        dims=dims,
+        model_config=model_config,
         begun=Path(start).name if start else "fresh weights",
-        eval=_eval(record, dims, record.number("run", "data", "seq_length")),
+        eval=_eval(record, model_config, record.number("run", "data", "seq_length")),
         losses=_known(losses),
         metrics=metrics,
         memory=_largest(record),
@@ -196,16 +196,16 @@ def _pretraining(folder: Path, record: Fields, metrics: list[dict], faults: Faul
     )
 
 
-def _link(run: Run, runs: Sequence[Run], faults: Faults) -> Run:
+def _link(run: Run, runs: Sequence[Run], errors: ErrorCollector) -> Run:
     """A pretraining with what its hand-off says: losses of the fit on the same samples, FLOPs spent before."""
-    start = Fields(run.folder / PRETRAIN_RECORD, run.record, faults).text("run", "pretrain", "start")
+    start = Fields(run.folder / PRETRAIN_RECORD, run.record, errors).text("run", "pretrain", "start")
     if not start:
         return run
     given = next((r for r in runs if r.kind == "hand-off" and r.folder == Path(start).resolve()), None)
     # A path of another machine or working folder is still told by its name.
     given = given or next((r for r in runs if r.kind == "hand-off" and r.name == Path(start).name), None)
     if given is None and (Path(start) / provenance.RECORD).is_file():
-        given = _hand_off(Path(start).resolve(), faults)
+        given = _hand_off(Path(start).resolve(), errors)
     if given is None:
         if Path(start).exists() and run.hand_over is None:
             return run
@@ -250,22 +250,26 @@ def _same(operator: dict, fit: dict) -> bool:
     return json.dumps(own, sort_keys=True) == json.dumps(fit, sort_keys=True)
 
 
-def _dims(record: Fields, key: str) -> Dims | None:
+def _dims(record: Fields, key: str) -> ModelConfig | None:
     sizes = record.table(key)
     try:
-        return None if sizes is None else Dims.from_json(sizes)
+        return None if sizes is None else ModelConfig.from_json(sizes)
     except ConfigError as error:
-        record.faults.note(f"{record.path}: {key}: {error}")
+        record.errors.note(f"{record.path}: {key}: {error}")
         return None
 
 
-def _eval(record: Fields, dims: Dims | None, seq_length: float | None, *where: str) -> Eval | None:
+def _eval(record: Fields, model_config: ModelConfig | None, seq_length: float | None, *where: str) -> Eval | None:
     samples, digest = record.number(*where, "eval", "samples"), record.text(*where, "eval", "digest")
     if samples is None or digest is None:
         return None
     if seq_length is None:
         return Eval(int(samples), digest)
-    return Eval(int(samples), digest, int(seq_length) if dims is None else dims.tokens_of_sample(int(seq_length)))
+    return Eval(
+        int(samples),
+        digest,
+        int(seq_length) if model_config is None else model_config.tokens_of_sample(int(seq_length)),
+    )
 
 
 def _largest(record: Fields) -> float | None:

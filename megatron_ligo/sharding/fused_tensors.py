@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import Architecture, Pack, Row, Slot
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.sharding import tensor_parallel
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a format: its name and the rows in it, in order (`rows[i]` and `slots[i]` belong to `keys[i]`)."""
 
     name: str
     keys: tuple[str, ...]
-    rows: tuple[Row, ...]
-    slots: tuple[Slot, ...]
+    rows: tuple[ParamSpec, ...]
+    slots: tuple[FormatLocation, ...]
 
     @property
     def pack(self) -> Pack:
@@ -43,49 +43,49 @@ class Stored:
         """True where the dim that is cut is the vocabulary."""
         return self.split is not None and self.rows[0].axes[self.split].space == "vocab"
 
-    def shape(self, dims: Dims, tp: int = 1) -> tuple[int, ...]:
+    def shape(self, model_config: ModelConfig, tp: int = 1) -> tuple[int, ...]:
         """Shape as the format stores it: whole (global, unpadded), or what each of tp ranks holds."""
-        shapes = [_shard_shape(row, dims, tp) for row in self.rows]
+        shapes = [_shard_shape(row, model_config, tp) for row in self.rows]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return (1,) * self.slots[0].unit_dims + (tuple(reversed(shape)) if self.transposed else shape)
 
-    def part(self, tensor: Tensor, key: str, dims: Dims) -> Tensor:
+    def part(self, tensor: Tensor, key: str, model_config: ModelConfig) -> Tensor:
         """The canonical tensor of one key out of the whole (global, unpadded) stored tensor; a view where it can be."""
-        return self.local_part(tensor, key, dims, 1)
+        return self.local_part(tensor, key, model_config, 1)
 
-    def whole(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+    def whole(self, parts: Sequence[Tensor], model_config: ModelConfig) -> Tensor:
         """The stored tensor from the canonical tensors of `keys`, in order. The inverse of `part`."""
-        return self.shard(parts, dims, 1, 0)
+        return self.shard(parts, model_config, 1, 0)
 
-    def shard(self, parts: Sequence[Tensor], dims: Dims, tp: int, rank: int) -> Tensor:
+    def shard(self, parts: Sequence[Tensor], model_config: ModelConfig, tp: int, rank: int) -> Tensor:
         """What a tensor-parallel rank stores, from the canonical (global) tensors of `keys`, in order."""
         pieces = [tensor_parallel.shard(part, row, tp, rank) for part, row in zip(parts, self.rows, strict=True)]
         ordered = [
-            tensor_parallel.interleave(piece, dims.head_dim) if slot.interleaved else piece
+            tensor_parallel.interleave(piece, model_config.head_dim) if slot.interleaved else piece
             for piece, slot in zip(pieces, self.slots, strict=True)
         ]
-        packed = tensor_parallel.pack(ordered, self.pack, dims.num_kv_heads // tp)
+        packed = tensor_parallel.pack(ordered, self.pack, model_config.num_kv_heads // tp)
         return self._with_unit_dims(packed.T if self.transposed else packed)
 
     def _with_unit_dims(self, tensor: Tensor) -> Tensor:
         units = self.slots[0].unit_dims
         return tensor.reshape(*(1,) * units, *tensor.shape) if units else tensor
 
-    def local_part(self, tensor: Tensor, key: str, dims: Dims, tp: int) -> Tensor:
+    def local_part(self, tensor: Tensor, key: str, model_config: ModelConfig, tp: int) -> Tensor:
         """One key's shard out of what a rank stores; `layout.join` of all ranks' gives the canonical tensor."""
         index = self.keys.index(key)
         tensor = tensor.reshape(tensor.shape[self.slots[0].unit_dims :])
         local = tensor.T if self.transposed else tensor
-        sizes = [row.shape(dims)[0] // (tp if row.split == 0 else 1) for row in self.rows]
-        part = _cut_out(local, index, self.pack, sizes, dims.num_kv_heads // tp)
-        return tensor_parallel.deinterleave(part, dims.head_dim) if self.slots[index].interleaved else part
+        sizes = [row.shape(model_config)[0] // (tp if row.split == 0 else 1) for row in self.rows]
+        part = _cut_out(local, index, self.pack, sizes, model_config.num_kv_heads // tp)
+        return tensor_parallel.deinterleave(part, model_config.head_dim) if self.slots[index].interleaved else part
 
 
-def _shard_shape(row: Row, dims: Dims, tp: int) -> tuple[int, ...]:
-    shape = row.shape(dims)
+def _shard_shape(row: ParamSpec, model_config: ModelConfig, tp: int) -> tuple[int, ...]:
+    shape = row.shape(model_config)
     if row.split is None:
         return shape
-    local = tensor_parallel.local_size(row.axes[row.split], dims, tp)
+    local = tensor_parallel.local_size(row.axes[row.split], model_config, tp)
     return (*shape[: row.split], local, *shape[row.split + 1 :])
 
 
@@ -101,22 +101,22 @@ def _cut_out(fused: Tensor, index: int, how: Pack, sizes: Sequence[int], groups:
     return grouped.narrow(1, start // groups, sizes[index] // groups).reshape(-1, *rest)
 
 
-def stored(arch: Architecture, dims: Dims, form: str) -> dict[str, Stored]:
+def stored_tensors(arch: Architecture, model_config: ModelConfig, form: str) -> dict[str, StoredTensor]:
     """Every tensor that a checkpoint of these dims has in a format (a key of the rows' `slots`), in file order.
 
     ConfigError where the format has no place for this architecture.
     """
-    if any(form not in row.slots for row in arch.rows if row.stored(dims)):
-        raise ConfigError(message(form, "an architecture that it has names for", arch.name, "Choose another format."))
-    found: dict[str, list[tuple[int, str, Row, Slot]]] = {}
-    for key in arch.keys(dims):
+    if any(form not in row.slots for row in arch.rows if row.stored(model_config)):
+        raise ConfigError(Problem(form, "an architecture that it has names for", arch.name, "Choose another format."))
+    found: dict[str, list[tuple[int, str, ParamSpec, FormatLocation]]] = {}
+    for key in arch.keys(model_config):
         row = arch.row(key)
         slot = row.slots[form]
-        found.setdefault(arch.stored_name(key, dims, form), []).append((slot.part, key, row, slot))
+        found.setdefault(arch.stored_name(key, model_config, form), []).append((slot.part, key, row, slot))
     tensors = {}
     for name, parts in found.items():
         parts.sort(key=lambda part: part[0])
         _, keys, rows, slots = zip(*parts, strict=True)
         assert len(parts) == slots[0].of, f"{name}: the table names {len(parts)} of {slots[0].of} parts"
-        tensors[name] = Stored(name, keys, rows, slots)
+        tensors[name] = StoredTensor(name, keys, rows, slots)
     return tensors

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import Axis, Heads, Pack, Row, axis_size
-from megatron_ligo.common.errors import Faults, LayoutError
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Axis, Heads, Pack, ParamSpec, axis_size
+from megatron_ligo.common.errors import ErrorCollector, LayoutError
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
@@ -21,15 +21,15 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def check_tp(dims: Dims, tp: int, faults: Faults, whose: str = "model") -> None:
+def check_tp(model_config: ModelConfig, tp: int, errors: ErrorCollector, whose: str = "model") -> None:
     """Adds a fault for every size that tp does not divide."""
     for name in ("num_heads", "num_kv_heads", "ffn_size"):
-        size = getattr(dims, name)
+        size = getattr(model_config, name)
         if size % tp:
-            faults.add(f"tp = {tp}", f"a divisor of the {whose}'s {name}", f"{name} = {size}", "Choose another tp.")
+            errors.add(f"tp = {tp}", f"a divisor of the {whose}'s {name}", f"{name} = {size}", "Choose another tp.")
 
 
-def shard(tensor: Tensor, row: Row, tp: int, rank: int) -> Tensor:
+def shard(tensor: Tensor, row: ParamSpec, tp: int, rank: int) -> Tensor:
     """Rank's part of a canonical tensor (a view where no padding is needed); the vocabulary is padded with zeros."""
     if row.split is None or tp == 1:
         return tensor
@@ -40,12 +40,12 @@ def shard(tensor: Tensor, row: Row, tp: int, rank: int) -> Tensor:
     return tensor.narrow(row.split, rank * (size // tp), size // tp)
 
 
-def join(shards: Sequence[Tensor], row: Row, dims: Dims) -> Tensor:
+def unshard(shards: Sequence[Tensor], row: ParamSpec, model_config: ModelConfig) -> Tensor:
     """The canonical tensor from the shards of all tensor-parallel ranks, without the vocabulary's padding."""
     if row.split is None:
         return shards[0]
     full = torch.cat(list(shards), dim=row.split) if len(shards) > 1 else shards[0]
-    return full.narrow(row.split, 0, row.shape(dims)[row.split])
+    return full.narrow(row.split, 0, row.shape(model_config)[row.split])
 
 
 def pad_vocab(tensor: Tensor, size: int) -> Tensor:
@@ -95,9 +95,9 @@ def deinterleave(tensor: Tensor, head_dim: int) -> Tensor:
     return tensor.reshape(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(-1, *rest)
 
 
-def local_size(axis: Axis, dims: Dims, tp: int) -> int:
+def local_size(axis: Axis, model_config: ModelConfig, tp: int) -> int:
     """Features of an axis on one tensor-parallel rank, when the axis is the one that is split."""
-    size = axis_size(axis, dims)
+    size = axis_size(axis, model_config)
     return padded_vocab(size, tp) // tp if axis.heads is Heads.NONE and axis.space == "vocab" else size // tp
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_ligo.common.errors import CheckpointError, ConfigError, message
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
 from megatron_ligo.testing import forked_ranks
 
 # What a run leaves that must not depend on what befell it, besides metrics.jsonl.
@@ -47,7 +47,7 @@ def soak(
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise ConfigError(message(f"{folder}", "an empty folder", "files in it", "Choose another --output."))
+        raise ConfigError(Problem(f"{folder}", "an empty folder", "files in it", "Choose another --output."))
     start = partial(_Launched, command) if ranks is None else partial(_Ranks, command, ranks)
     if ranks is not None:
         forked_ranks.warm_up()
@@ -56,7 +56,7 @@ def soak(
     length = time.monotonic() - began
     if code:
         raise ConfigError(
-            message(" ".join(command), "exit code 0 when it is left alone", code, _last(folder / "whole"))
+            Problem(" ".join(command), "exit code 0 when it is left alone", code, _last(folder / "whole"))
         )
     expected = what_it_left(folder / "whole")
     tell(f"left alone it takes {length:.0f} s and {len(expected['steps'])} steps")
@@ -73,7 +73,7 @@ def soak(
         found = what_it_left(output)
         if found != expected:
             differ = [name for name in expected if found.get(name) != expected[name]]
-            raise CheckpointError(message(f"{output}", "what the undisturbed run left", f"other {', '.join(differ)}"))
+            raise CheckpointError(Problem(f"{output}", "what the undisturbed run left", f"other {', '.join(differ)}"))
         done.rounds += 1
         done.steps += len(expected["steps"])
         shutil.rmtree(output)
@@ -149,7 +149,7 @@ def _one(run: _Launched | _Ranks, output: Path, how: str | None, after: float, d
         _do(run, how, draw)
         return False
     if code:
-        raise CheckpointError(message(f"{output}", "exit code 0 when it is started again", code, _last(output)))
+        raise CheckpointError(Problem(f"{output}", "exit code 0 when it is started again", code, _last(output)))
     return True
 
 
@@ -166,7 +166,7 @@ def _do(run: _Launched | _Ranks, how: str, draw: random.Random) -> None:
     if alive or code is None:
         for each in alive:
             each.kill()
-        raise CheckpointError(message(how, "an end of all processes within 120 s", f"{len(alive)} that live"))
+        raise CheckpointError(Problem(how, "an end of all processes within 120 s", f"{len(alive)} that live"))
 
 
 def _last(output: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ligo.config.run_config import FitSection
 
 
-class Best:
+class BestOperator:
     """Goes with the run's state, so that a resumed run knows it too; every rank sees the same losses.
 
     A fit that never gets below where it began leaves the step at 0, the initialisation. save: writes the operator as it

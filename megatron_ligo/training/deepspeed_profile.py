@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import ParallelSection
 
 PROFILES = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -17,8 +17,8 @@ def read(parallel: ParallelSection) -> dict:
     try:
         table = read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(message(f"ds_config {path}", "a DeepSpeed profile (JSON)", error)) from None
+        raise ConfigError(Problem(f"ds_config {path}", "a DeepSpeed profile (JSON)", error)) from None
     stage = table.get("zero_optimization", {}).get("stage")
     if stage != parallel.zero:
-        raise ConfigError(message(f"ds_config {path}", f"ZeRO stage {parallel.zero}, as the config says", stage))
+        raise ConfigError(Problem(f"ds_config {path}", f"ZeRO stage {parallel.zero}, as the config says", stage))
     return table

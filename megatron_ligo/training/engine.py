@@ -12,10 +12,10 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from megatron_ligo.common.errors import LayoutError, message
+from megatron_ligo.common.errors import LayoutError, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed import device
-from megatron_ligo.distributed.mesh import Mesh, Mpu
+from megatron_ligo.distributed.mesh import DeepSpeedMpu, Mesh
 from megatron_ligo.training import deepspeed_profile
 from megatron_ligo.training.checkpointing import engine_files
 
@@ -27,7 +27,7 @@ def micro_batches(run: TrainingSection, mesh: Mesh) -> int:
     per_pass = run.micro_batch_size * mesh.dp
     if run.global_batch_size % per_pass:
         expected = f"a multiple of micro_batch_size x dp = {run.micro_batch_size} x {mesh.dp} = {per_pass}"
-        raise LayoutError(message("global_batch_size", expected, run.global_batch_size))
+        raise LayoutError(Problem("global_batch_size", expected, run.global_batch_size))
     return run.global_batch_size // per_pass
 
 
@@ -92,7 +92,7 @@ class Engine:
             model=module,
             optimizer=optimizer(run, groups),
             config=deepspeed_config(run, mesh, bf16, universal),
-            mpu=None if self.pipelined else Mpu(mesh),
+            mpu=None if self.pipelined else DeepSpeedMpu(mesh),
             dist_init_required=False,
         )
         self.files = engine_files.install(self.engine)
@@ -199,7 +199,7 @@ class Engine:
 
 
 def _on_device(batch: Batch) -> list[Tensor]:
-    return [batch[name].to(device.device()) for name in ("tokens", "labels", "loss_mask")]
+    return [batch[name].to(device.current_device()) for name in ("tokens", "labels", "loss_mask")]
 
 
 def _pipeline_batch(batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.common.errors import ConfigError, Faults, message
-from megatron_ligo.config.run_config import Config, FitSection
-from megatron_ligo.data.dataset_factory import open_feed
-from megatron_ligo.data.megatron_dataset import everywhere, on_rank_0
-from megatron_ligo.data.sampler import Dealt
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+from megatron_ligo.config.run_config import FitSection, RunConfig
+from megatron_ligo.data.dataset_factory import open_dataset
+from megatron_ligo.data.megatron_dataset import on_all_ranks, on_rank_0
+from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.growth import operator_file
@@ -26,21 +26,21 @@ from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.methods import describe
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import check_factored, initial_operator
-from megatron_ligo.models.factored.context import Runtime
-from megatron_ligo.models.factored.factored_model import GrownModel, GrownPipeline
-from megatron_ligo.models.factored.small_weights import Source
+from megatron_ligo.models.factored.context import FactoredContext
+from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
+from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
 from megatron_ligo.models.mcore.layer_spec import check_network
 from megatron_ligo.sharding.tensor_parallel import check_tp
 from megatron_ligo.training import loop
-from megatron_ligo.training.best_operator import Best
+from megatron_ligo.training.best_operator import BestOperator
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
-from megatron_ligo.training.checkpointing.gather_operator import collect
+from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.initial_weights import check_layout
 from megatron_ligo.training.lag import Lag, open_lag
 from megatron_ligo.training.metrics import peak_memory_bytes
-from megatron_ligo.training.output_lock import claim
+from megatron_ligo.training.output_lock import lock_output
 
 log = logging.getLogger(__name__)
 
@@ -54,27 +54,27 @@ FREE = (
 class Fit:
     """One fit from its config to its operator; `run` is the whole of it. Collective over all processes."""
 
-    def __init__(self, config: Config, output: Path):
+    def __init__(self, config: RunConfig, output: Path):
         self.config = config
         self.fit = config.fit
         self.output = output
-        mesh.start(self.fit.timeout_minutes)
-        self.dtype = everywhere(lambda: device.dtype_of(self.fit.precision))
-        self.reader, self.operator, self.lag = everywhere(lambda: prepare(config))
+        mesh.init_distributed(self.fit.timeout_minutes)
+        self.dtype = on_all_ranks(lambda: device.resolve_dtype(self.fit.precision))
+        self.reader, self.operator, self.lag = on_all_ranks(lambda: prepare(config))
         self.step_flops = self._step_flops()
-        self.fit = everywhere(lambda: within_budget(self.fit, self.step_flops))
-        self.mesh: Mesh = mesh.make(self.fit.parallel.tp, self.fit.parallel.pp)
-        self.count = everywhere(lambda: micro_batches(self.fit, self.mesh))
-        claim(output)
+        self.fit = on_all_ranks(lambda: within_budget(self.fit, self.step_flops))
+        self.mesh: Mesh = mesh.build_mesh(self.fit.parallel.tp, self.fit.parallel.pp)
+        self.count = on_all_ranks(lambda: micro_batches(self.fit, self.mesh))
+        lock_output(output)
         self.found = run_checkpoints.newest(output / loop.FOLDER)
-        self.moved = reshard.moved(self.found, self.fit, self.mesh)
+        self.moved = reshard.layout_changed(self.found, self.fit, self.mesh)
         torch.manual_seed(self.fit.seed)
         if self.found:
-            everywhere(lambda: check_same_run(self.found.state["run"], self._identity(), output))
-        claim(output, make=True)
+            on_all_ranks(lambda: check_same_run(self.found.state["run"], self._identity(), output))
+        lock_output(output, make=True)
         self.data = self._open_data()
         self.runtime = self._runtime()
-        self.module = GrownPipeline(self.runtime) if self.mesh.pp > 1 else GrownModel(self.runtime)
+        self.module = FactoredPipeline(self.runtime) if self.mesh.pp > 1 else FactoredModel(self.runtime)
         self.engine = self._build()
 
     def run(self) -> None:
@@ -84,7 +84,7 @@ class Fit:
         if "start" not in losses:
             losses["start"] = self.evaluate()
             log.info("loss of the initialisation: %.6f", losses["start"])
-        best = Best(self.fit, self.output / "best", state, self._save_operator)
+        best = BestOperator(self.fit, self.output / "best", state, self._save_operator)
         self._steps(state, best)
         losses["last"] = self.evaluate()
         log.info("loss after the last step: %.6f", losses["last"])
@@ -102,7 +102,7 @@ class Fit:
         self.runtime.dtype = self.dtype
         return loss
 
-    def _steps(self, state: dict, best: Best) -> None:
+    def _steps(self, state: dict, best: BestOperator) -> None:
         def after(step: int) -> dict[str, float]:
             if step == self.fit.steps or not loop.due(step, self.fit.eval_every):
                 return {}
@@ -126,9 +126,9 @@ class Fit:
 
     def _build(self) -> Engine:
         """The engine, with what a checkpoint of another layout holds."""
-        learned = everywhere(lambda: reshard.Learned(self.found)) if self.moved else None
+        learned = on_all_ranks(lambda: reshard.SavedOptimizer(self.found)) if self.moved else None
         if learned:
-            everywhere(lambda: reshard.fill_module(self.module, learned.cut_for(self.mesh)))
+            on_all_ranks(lambda: reshard.fill_module(self.module, learned.cut_for(self.mesh)))
         engine = Engine(self.module, self.mesh, self.fit, self._groups(), after_update=self._after_update)
         if learned:
             reshard.fill_optimizer(engine.engine, learned.cut_for(self.mesh), learned.steps)
@@ -166,16 +166,16 @@ class Fit:
     def _after_update(self) -> None:
         self.runtime.generation += 1
 
-    def _open_data(self) -> Dealt:
+    def _open_data(self) -> ShardedSampler:
         fit = self.fit
         samples = fit.steps * fit.global_batch_size
-        return open_feed(self.config.data, self.operator.large, samples, fit.eval_samples, self.output)
+        return open_dataset(self.config.data, self.operator.large, samples, fit.eval_samples, self.output)
 
-    def _runtime(self) -> Runtime:
+    def _runtime(self) -> FactoredContext:
         shared_by = 1 if self.fit.parallel.zero == 3 else self.count
-        return Runtime(
+        return FactoredContext(
             self.operator,
-            Source(self.operator, self.reader, self.mesh, self.fit.parallel.zero, self.fit.source == "whole"),
+            SmallWeights(self.operator, self.reader, self.mesh, self.fit.parallel.zero, self.fit.source == "whole"),
             self.mesh,
             self.dtype,
             micro_batches=shared_by,
@@ -193,10 +193,12 @@ class Fit:
 
     def _save_operator(self, folder: Path) -> None:
         """The operator as it stands. Collective."""
-        tensors = collect(self.module, self.runtime)
-        on_rank_0(lambda: operator_file.write(self.operator, tensors.items(), folder, {"step": self.engine.steps}))
+        tensors = gather_operator(self.module, self.runtime)
+        on_rank_0(
+            lambda: operator_file.write_operator(self.operator, tensors.items(), folder, {"step": self.engine.steps})
+        )
 
-    def _write(self, losses: dict[str, float], digest: str, best: Best) -> None:
+    def _write(self, losses: dict[str, float], digest: str, best: BestOperator) -> None:
         tensors = self._chosen(best)
         memory: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(memory, peak_memory_bytes())
@@ -212,14 +214,14 @@ class Fit:
             "config": self.config.to_dict(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
         }
-        on_rank_0(lambda: operator_file.write(self.operator, tensors.items(), self.output / "operator", made))
+        on_rank_0(lambda: operator_file.write_operator(self.operator, tensors.items(), self.output / "operator", made))
 
-    def _chosen(self, best: Best) -> Mapping[str, Tensor]:
+    def _chosen(self, best: BestOperator) -> Mapping[str, Tensor]:
         """The tensors that are written, on rank 0. Collective."""
         if self.fit.keep == "last" or best.step == self.engine.steps:
-            return collect(self.module, self.runtime)
+            return gather_operator(self.module, self.runtime)
         log.warning("the operator of step %d is kept: its held-out loss was the lowest, %.6f", best.step, best.loss)
-        kept = self.operator if best.step == 0 else operator_file.Saved(best.folder)
+        kept = self.operator if best.step == 0 else operator_file.OperatorFile(best.folder)
         return {name: kept.tensor(name) for name in kept.shapes()}
 
 
@@ -229,25 +231,25 @@ def within_budget(fit: FitSection, step_flops: float) -> FitSection:
         return fit
     steps = int(fit.max_flops // step_flops)
     if not steps:
-        raise ConfigError(message("fit.max_flops", f"at least one step's {step_flops:.3g}", fit.max_flops))
+        raise ConfigError(Problem("fit.max_flops", f"at least one step's {step_flops:.3g}", fit.max_flops))
     return replace(fit, steps=min(fit.steps, steps))
 
 
-def prepare(config: Config) -> tuple[Reader, Operator, Lag | None]:
+def prepare(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     """The small model, the operator's start and the lag, if there is one; every reason why the job cannot be done,
     before any of it is."""
     small = config.small
     if not small.path:
         raise ConfigError("small.path: expected the small model's checkpoint, found nothing. Set it in [small].")
     reader = formats.open(small.path, None if small.format == "auto" else small.format)
-    check_network(reader.dims)
-    operator = initial_operator(reader.dims, config.large, config.operator)
-    faults = Faults("the fit cannot be done", ConfigError)
-    check_factored(operator.settings, faults)
+    check_network(reader.model_config)
+    operator = initial_operator(reader.model_config, config.large, config.operator)
+    errors = ErrorCollector("the fit cannot be done", ConfigError)
+    check_factored(operator.settings, errors)
     length = operator.large.tokens_of_sample(config.data.seq_length)
-    check_teacher(operator, config.fit, length, faults)
-    lag = open_lag(config.fit.lag, operator, reader, faults) if config.fit.lag else None
-    faults.raise_if_any()
+    check_teacher(operator, config.fit, length, errors)
+    lag = open_lag(config.fit.lag, operator, reader, errors) if config.fit.lag else None
+    errors.raise_if_any()
     check_layout(operator.large, config.fit.parallel, length)
     counts = operator.num_parameters()
     log.info("%s", describe(operator.settings, operator.small, operator.large))
@@ -257,34 +259,34 @@ def prepare(config: Config) -> tuple[Reader, Operator, Lag | None]:
     return reader, operator, lag
 
 
-def check_teacher(operator: Operator, fit: FitSection, seq_length: int, faults: Faults) -> None:
+def check_teacher(operator: Operator, fit: FitSection, seq_length: int, errors: ErrorCollector) -> None:
     if not fit.distill:
         return
     if fit.parallel.pp > 1:
-        faults.add("fit.distill", "0 under a pipeline: the teacher has no stages", fit.distill, "Set pp = 1.")
-    check_tp(operator.small, fit.parallel.tp, faults)
+        errors.add("fit.distill", "0 under a pipeline: the teacher has no stages", fit.distill, "Set pp = 1.")
+    check_tp(operator.small, fit.parallel.tp, errors)
     if operator.large.vocab_size != operator.small.vocab_size:
-        do = "The teacher knows nothing of the new tokens."
-        faults.add("fit.distill", "0 where the vocabulary grows", fit.distill, do)
+        hint = "The teacher knows nothing of the new tokens."
+        errors.add("fit.distill", "0 where the vocabulary grows", fit.distill, hint)
     if operator.large.image_size != operator.small.image_size:
-        faults.add("fit.distill", "0 where the image grows", fit.distill, "The teacher sees smaller ones.")
+        errors.add("fit.distill", "0 where the image grows", fit.distill, "The teacher sees smaller ones.")
         return
     longest = operator.small.longest_sequence
     if operator.arch.learns_positions and seq_length > longest:
-        do = f"The teacher has {longest} positions: fit on so many, and pretrain on more."
-        faults.add("fit.distill", f"0 with data.seq_length = {seq_length}", fit.distill, do)
+        hint = f"The teacher has {longest} positions: fit on so many, and pretrain on more."
+        errors.add("fit.distill", f"0 with data.seq_length = {seq_length}", fit.distill, hint)
 
 
 def check_same_run(then: dict, now: dict, output: Path) -> None:
     """ConfigError with every setting that differs from those of the run that is to be resumed."""
-    faults = Faults(f"{output} holds a run with other settings", ConfigError)
-    before, after, defaults = _flat(then), _flat(now), _flat(Config().to_dict())
+    errors = ErrorCollector(f"{output} holds a run with other settings", ConfigError)
+    before, after, defaults = _flat(then), _flat(now), _flat(RunConfig().to_dict())
     for key in sorted(before.keys() | after.keys()):
         # A setting that came after the run was at its default.
         was = before.get(key, defaults.get(key))
         if was != after.get(key):
-            faults.add(key, was, after.get(key), "Resume with the same, or choose another --output.")
-    faults.raise_if_any()
+            errors.add(key, was, after.get(key), "Resume with the same, or choose another --output.")
+    errors.raise_if_any()
 
 
 def _flat(table: dict, prefix: str = "") -> dict[str, object]:

@@ -10,15 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import OFF_LOSS
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import UNTRAINED_PARTS
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
-from megatron_ligo.config.run_config import Config, ParallelSection
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
+from megatron_ligo.config.run_config import ParallelSection, RunConfig
 from megatron_ligo.export import provenance
-from megatron_ligo.growth.validation import large_dims
+from megatron_ligo.growth.validation import large_config
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.mcore.layer_spec import check_network
 from megatron_ligo.sharding.tensor_parallel import check_tp
@@ -29,13 +29,13 @@ UNIVERSAL = "universal"
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """source None: fresh weights. fit: the record of the fit that a hand-off comes from, None for any other start.
     grown: whether it is a hand-off. origin: what that says of its small model and its operator. fresh_head: the source
     has no output head, and the model a fresh one.
     """
 
-    dims: Dims
+    model_config: ModelConfig
     source: Reader | None = None
     fit: dict | None = None
     grown: bool = False
@@ -49,76 +49,80 @@ class Start:
 
     def read(self, seed: int) -> Callable[..., Tensor]:
         """Its tensors by key (and kind), weights that it lacks drawn from the seed."""
-        drawn = parameters.initial(self.dims, seed)
+        drawn = parameters.initial_weights(self.model_config, seed)
         held = set() if self.source is None else set(self.source.keys())
         return lambda key, *kind: self.source.read(key, *kind) if key in held else drawn(key)
 
 
-def find_start(config: Config) -> Start:
+def find_initial_weights(config: RunConfig) -> InitialWeights:
     """What the config asks for; a LigoError if there is no such thing or the layout does not fit it."""
-    start = _from_checkpoint(Path(config.pretrain.start)) if config.pretrain.start else Start(fresh_dims(config))
-    start = replace(start, dims=_trained(start.dims))
+    start = (
+        _from_checkpoint(Path(config.pretrain.start)) if config.pretrain.start else InitialWeights(fresh_config(config))
+    )
+    start = replace(start, model_config=_trained(start.model_config))
     if config.pretrain.fresh_head:
         start = _with_head(start)
-    check_network(start.dims)
-    check_layout(start.dims, config.pretrain.parallel, start.dims.tokens_of_sample(config.data.seq_length))
+    check_network(start.model_config)
+    check_layout(
+        start.model_config, config.pretrain.parallel, start.model_config.tokens_of_sample(config.data.seq_length)
+    )
     return start
 
 
-def _with_head(start: Start) -> Start:
-    arch = architectures.get(start.dims.arch)
-    if start.source is None or start.dims.has_head or arch.causal:
-        do = "Leave it out where the start has a head."
-        raise ConfigError(message("pretrain.fresh_head", "an encoder without a head as the start", "another", do))
-    return replace(start, dims=replace(start.dims, has_head=True), fresh_head=True)
+def _with_head(start: InitialWeights) -> InitialWeights:
+    arch = architectures.get(start.model_config.arch)
+    if start.source is None or start.model_config.has_head or arch.causal:
+        hint = "Leave it out where the start has a head."
+        raise ConfigError(Problem("pretrain.fresh_head", "an encoder without a head as the start", "another", hint))
+    return replace(start, model_config=replace(start.model_config, has_head=True), fresh_head=True)
 
 
-def _trained(dims: Dims) -> Dims:
+def _trained(model_config: ModelConfig) -> ModelConfig:
     """The sizes without the parts that the loss of a language model does not read."""
-    parts = [part for part in OFF_LOSS if getattr(dims, part)]
+    parts = [part for part in UNTRAINED_PARTS if getattr(model_config, part)]
     if parts:
         log.info("left out, for masked-LM training does not reach them: %s", ", ".join(parts))
-    return replace(dims, **dict.fromkeys(parts, False))
+    return replace(model_config, **dict.fromkeys(parts, False))
 
 
-def _from_checkpoint(path: Path) -> Start:
+def _from_checkpoint(path: Path) -> InitialWeights:
     grown = provenance.read(path)
     if grown is None:
         if (path / UNIVERSAL).is_dir():
-            do = "Let its writer finish, or give the folder inside."
-            raise CheckpointError(message(f"{path}", f"a whole hand-off, with {provenance.RECORD}", "none", do))
+            hint = "Let its writer finish, or give the folder inside."
+            raise CheckpointError(Problem(f"{path}", f"a whole hand-off, with {provenance.RECORD}", "none", hint))
         source = formats.open(path)
-        return Start(source.dims, source)
+        return InitialWeights(source.model_config, source)
     source = formats.open(path / (UNIVERSAL if UNIVERSAL in grown["formats"] else "hf"))
     origin = {key: grown[key] for key in provenance.ORIGIN} if grown.keys() >= provenance.ORIGIN else None
-    return Start(source.dims, source, grown.get("fit"), grown=True, origin=origin)
+    return InitialWeights(source.model_config, source, grown.get("fit"), grown=True, origin=origin)
 
 
-def fresh_dims(config: Config) -> Dims:
+def fresh_config(config: RunConfig) -> ModelConfig:
     """Sizes for fresh weights: those that [small] names, with what [large] says put over them."""
     if not config.small.path:
-        do = "Set pretrain.start, or small.path to a model (or a config.json) of the sizes to begin from scratch."
-        raise ConfigError(message("pretrain", "a start", "none", do))
-    return large_dims(sizes(Path(config.small.path)), config.large)
+        hint = "Set pretrain.start, or small.path to a model (or a config.json) of the sizes to begin from scratch."
+        raise ConfigError(Problem("pretrain", "a start", "none", hint))
+    return large_config(sizes(Path(config.small.path)), config.large)
 
 
-def sizes(path: Path) -> Dims:
+def sizes(path: Path) -> ModelConfig:
     """The sizes that a path states; weights need not be there."""
     if path.is_file() and path.suffix == ".json":
         return config_json.dims_of(config_json.load(path), f"{path}")
-    stated = model_record.find(path) if path.is_dir() else None
-    return stated[0] if stated else _from_checkpoint(path).dims
+    stated = model_record.find_record(path) if path.is_dir() else None
+    return stated[0] if stated else _from_checkpoint(path).model_config
 
 
-def check_layout(dims: Dims, parallel: ParallelSection, seq_length: int) -> None:
+def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_length: int) -> None:
     """ConfigError with everything in which a layout does not fit the model and the data."""
-    faults = Faults("the layout does not fit the model", ConfigError)
-    check_tp(dims, parallel.tp, faults)
-    if parallel.pp > dims.num_layers:
-        faults.add(f"pp = {parallel.pp}", "at most a stage a layer", f"{dims.num_layers} layers")
+    errors = ErrorCollector("the layout does not fit the model", ConfigError)
+    check_tp(model_config, parallel.tp, errors)
+    if parallel.pp > model_config.num_layers:
+        errors.add(f"pp = {parallel.pp}", "at most a stage a layer", f"{model_config.num_layers} layers")
     if parallel.sequence_parallel and seq_length % parallel.tp:
-        where = "data.seq_length" if dims.image_size is None else "tokens of an image"
-        faults.add(where, f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
-    if seq_length > dims.longest_sequence:
-        faults.add("data.seq_length", f"at most the model's {dims.longest_sequence} positions", seq_length)
-    faults.raise_if_any()
+        where = "data.seq_length" if model_config.image_size is None else "tokens of an image"
+        errors.add(where, f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
+    if seq_length > model_config.longest_sequence:
+        errors.add("data.seq_length", f"at most the model's {model_config.longest_sequence} positions", seq_length)
+    errors.raise_if_any()

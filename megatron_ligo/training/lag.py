@@ -19,8 +19,8 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.common.errors import Faults
-from megatron_ligo.export.grown_reader import Grown, operator_digest, source_digest
+from megatron_ligo.common.errors import ErrorCollector
+from megatron_ligo.export.grown_reader import GrownReader, operator_digest, source_digest
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.training.checkpointing import run_checkpoints
 
@@ -36,7 +36,7 @@ class Lag:
 
     def __init__(self, trained: Reader, operator: Operator, small: Reader):
         self.trained = trained
-        self.start = Grown(operator, small)
+        self.start = GrownReader(operator, small)
 
     def __call__(self, key: str) -> Tensor:
         """D of a canonical key, in fp32."""
@@ -51,49 +51,49 @@ class Lag:
         return (added / whole) ** 0.5
 
 
-def check_decoder(operator: Operator, faults: Faults) -> None:
+def check_decoder(operator: Operator, errors: ErrorCollector) -> None:
     if architectures.get(operator.large.arch).task is not Task.NEXT_TOKEN:
-        faults.add("fit.lag", "a decoder", operator.large.arch, "Leave it out: fit on the loss at once.")
+        errors.add("fit.lag", "a decoder", operator.large.arch, "Leave it out: fit on the loss at once.")
 
 
-def open_lag(path: str, operator: Operator, small: Reader, faults: Faults) -> Lag | None:
+def open_lag(path: str, operator: Operator, small: Reader, errors: ErrorCollector) -> Lag | None:
     """The lag that a checkpoint ends; None, with faults, where it is no training of this start.
 
     A checkpoint of a run of ours says which start it was trained from. Of any other the distance must do.
     """
-    before = len(faults.lines)
-    check_decoder(operator, faults)
-    if len(faults.lines) > before:
+    before = len(errors.lines)
+    check_decoder(operator, errors)
+    if len(errors.lines) > before:
         return None
     trained = formats.open(path)
-    expected, found = operator.large.to_json(), trained.dims.to_json()
+    expected, found = operator.large.to_json(), trained.model_config.to_json()
     for name, size in expected.items():
         if found[name] != size:
-            faults.add(f"fit.lag: {path}: {name}", size, found[name], "Train the start of this very fit.")
-    if len(faults.lines) > before:
+            errors.add(f"fit.lag: {path}: {name}", size, found[name], "Train the start of this very fit.")
+    if len(errors.lines) > before:
         return None
     lag, origin = Lag(trained, operator, small), run_checkpoints.state_of(Path(path)).get("origin")
     if origin is None:
-        _check_distance(lag, path, faults)
+        _check_distance(lag, path, errors)
     else:
-        _check_origin(origin, operator, small, path, faults)
+        _check_origin(origin, operator, small, path, errors)
     return lag
 
 
-def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, faults: Faults) -> None:
+def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, errors: ErrorCollector) -> None:
     settings = json.loads(json.dumps(vars(operator.settings)))
     stated, ours = origin["operator"], {"digest": operator_digest(operator), "settings": settings}
     if stated["digest"] != ours["digest"] or stated["settings"] != ours["settings"]:
         differ = [name for name, value in settings.items() if stated["settings"].get(name) != value]
-        faults.add(f"fit.lag: {path}", "a training of this start", f"of another operator ({', '.join(differ)})", DO)
+        errors.add(f"fit.lag: {path}", "a training of this start", f"of another operator ({', '.join(differ)})", DO)
     digest = source_digest(small)
     if origin["source"]["digest"] != digest:
-        faults.add(f"fit.lag: {path}", f"a training of this small model, {digest}", origin["source"]["digest"], DO)
+        errors.add(f"fit.lag: {path}", f"a training of this small model, {digest}", origin["source"]["digest"], DO)
 
 
-def _check_distance(lag: Lag, path: str, faults: Faults) -> None:
+def _check_distance(lag: Lag, path: str, errors: ErrorCollector) -> None:
     part = lag.part()
     log.warning("fit.lag: %s does not say which start it was trained from; it is %.2f of its norm away", path, part)
     if not part <= FAR:
         expected = f"a training of this start, at most {FAR} of the weights' norm away from it"
-        faults.add(f"fit.lag: {path}", expected, f"{part:.2f}", DO)
+        errors.add(f"fit.lag: {path}", expected, f"{part:.2f}", DO)

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from megatron_ligo.common import signal_handling
 from megatron_ligo.common.errors import Stopped
 from megatron_ligo.config.run_config import TrainingSection
-from megatron_ligo.data.sampler import Dealt
+from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.distributed import mesh
 from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.loss_guard import Guard
+from megatron_ligo.training.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
 from megatron_ligo.training.metrics import Metrics
 
@@ -25,7 +25,7 @@ FOLDER = "checkpoints"
 
 def run(
     engine: Engine,
-    data: Dealt,
+    data: ShardedSampler,
     settings: TrainingSection,
     output: Path,
     state: dict,
@@ -43,7 +43,7 @@ def run(
     Raises Stopped when SIGINT or SIGTERM has come to any rank.
     """
     first, place = engine.steps, engine.mesh
-    guard = Guard(engine, settings, state)
+    guard = LossGuard(engine, settings, state)
     with (
         signal_handling.deferred(settings.grace_seconds),
         Metrics(output, dist.get_rank() == 0, settings.steps, first) as metrics,
@@ -62,8 +62,8 @@ def run(
             metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **after(step + 1))
             done, last = step + 1, step + 1 == settings.steps or enough()
             if due(done, settings.check_replicas_every):
-                replica_check.check(engine, done)
-            signum = mesh.largest(signal_handling.received() or 0)
+                replica_check.check_replicas(engine, done)
+            signum = mesh.max_over_ranks(signal_handling.received_signal() or 0)
             if last or signum or due(done, settings.save_every):
                 run_checkpoints.save(engine, output / FOLDER, done, state, settings.keep_last, beside)
             if signum and not last:

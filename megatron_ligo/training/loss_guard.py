@@ -7,9 +7,9 @@ import math
 from collections import deque
 from statistics import median
 
-from megatron_ligo.common.errors import NumbersError, message
+from megatron_ligo.common.errors import NumbersError, Problem
 from megatron_ligo.config.run_config import TrainingSection
-from megatron_ligo.distributed.mesh import gathered
+from megatron_ligo.distributed.mesh import all_gather_objects
 from megatron_ligo.training.engine import Batch, Engine
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ IN_A_ROW = 10
 SHOWN = 8
 
 
-class Guard:
+class LossGuard:
     """Stops at a bad step, or counts it and goes on, as the run's settings say. state["skipped"]: steps not applied."""
 
     def __init__(self, engine: Engine, run: TrainingSection, state: dict):
@@ -38,17 +38,17 @@ class Guard:
         if self.engine.refused or not math.isfinite(loss):
             self.skipped.append(step + 1)
             found = f"loss {loss}{self._origin(batches, samples)}"
-            self._tell(message(where, "a finite loss and finite gradients", found))
+            self._tell(Problem(where, "a finite loss and finite gradients", found))
             self._check_row(step + 1)
             return
         if len(self.losses) == WINDOW and self.run.spike and loss > self.run.spike * median(self.losses):
-            self._tell(message(where, f"a loss like those before, {median(self.losses):.4g}", f"{loss:.4g}"))
+            self._tell(Problem(where, f"a loss like those before, {median(self.losses):.4g}", f"{loss:.4g}"))
         self.losses.append(loss)
 
     def _tell(self, text: str) -> None:
         if self.run.bad_numbers == "stop":
-            do = "Nothing of it is saved. Look at the data, lower lr, or set bad_numbers = 'skip'."
-            raise NumbersError(f"{text} {do}")
+            hint = "Nothing of it is saved. Look at the data, lower lr, or set bad_numbers = 'skip'."
+            raise NumbersError(f"{text} {hint}")
         log.warning("%s", text)
 
     def _check_row(self, last: int) -> None:
@@ -61,7 +61,7 @@ class Guard:
             return ""
         losses, names = self.engine.look_again(batches)
         bad = [part for part, loss in zip(samples, losses, strict=False) if not math.isfinite(loss)]
-        everyone = gathered(([number for part in bad for number in part], names))
+        everyone = all_gather_objects(([number for part in bad for number in part], names))
         numbers = sorted({number for numbers, _ in everyone for number in numbers})
         rows = list(dict.fromkeys(name for _, names in everyone for name in names))
         of_samples = f"; not finite the losses of training samples {_few(numbers)}" if numbers else ""

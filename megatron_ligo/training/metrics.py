@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed import device
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             # What follows the last line's end is empty, or the part of a line that was being written.
             if number == len(lines):
                 break
-            what = message(f"{path}, line {number}", f"a JSON object with {', '.join(KEYS)}", repr(line[:60]))
+            what = Problem(f"{path}, line {number}", f"a JSON object with {', '.join(KEYS)}", repr(line[:60]))
             raise CheckpointError(what) from None
     return rows
 

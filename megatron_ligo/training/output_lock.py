@@ -12,7 +12,7 @@ from megatron_ligo.data.megatron_dataset import on_rank_0
 _held: dict[Path, IO[str]] = {}
 
 
-def claim(output: Path, make: bool = False) -> None:
+def lock_output(output: Path, make: bool = False) -> None:
     """ConfigError on all ranks if another run has the folder. Where there is none it is made, or nothing done.
     Collective."""
     on_rank_0(lambda: _lock(output.resolve(), make))

@@ -12,29 +12,29 @@ from torch import nn
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.flops import train_flops
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.common.atomic_files import read_json, write_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, message
-from megatron_ligo.config.run_config import Config
-from megatron_ligo.data.dataset_factory import open_feed
-from megatron_ligo.data.megatron_dataset import everywhere, on_rank_0
-from megatron_ligo.data.sampler import Dealt
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.data.dataset_factory import open_dataset
+from megatron_ligo.data.megatron_dataset import on_all_ranks, on_rank_0
+from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full import parameters, universal_loading
-from megatron_ligo.models.full.factory import pretrained
-from megatron_ligo.models.mcore.layer_spec import Build
+from megatron_ligo.models.full.factory import build_model
+from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, micro_batches
 from megatron_ligo.training.fit import FREE, check_same_run
-from megatron_ligo.training.initial_weights import Start, check_layout, find_start
+from megatron_ligo.training.initial_weights import InitialWeights, check_layout, find_initial_weights
 from megatron_ligo.training.lr_schedule import after_growth
 from megatron_ligo.training.metrics import peak_memory_bytes
-from megatron_ligo.training.output_lock import claim
+from megatron_ligo.training.output_lock import lock_output
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +46,20 @@ MODEL = "model"
 class Pretrain:
     """One run from its config to its last checkpoint; `run` is the whole of it. Collective over all processes."""
 
-    def __init__(self, config: Config, output: Path):
+    def __init__(self, config: RunConfig, output: Path):
         self.config, self.settings, self.output = config, config.pretrain, output
-        mesh.start(self.settings.timeout_minutes)
-        self.dtype = everywhere(lambda: device.dtype_of(self.settings.precision))
-        self.mesh: Mesh = mesh.make(self.settings.parallel.tp, self.settings.parallel.pp)
-        everywhere(lambda: micro_batches(self.settings, self.mesh))
-        claim(output)
+        mesh.init_distributed(self.settings.timeout_minutes)
+        self.dtype = on_all_ranks(lambda: device.resolve_dtype(self.settings.precision))
+        self.mesh: Mesh = mesh.build_mesh(self.settings.parallel.tp, self.settings.parallel.pp)
+        on_all_ranks(lambda: micro_batches(self.settings, self.mesh))
+        lock_output(output)
         self.found = run_checkpoints.newest(output / loop.FOLDER)
         self.resumed = self.found is not None
-        self.moved = reshard.moved(self.found, self.settings, self.mesh)
-        self.start = everywhere(self._resumed_start if self.resumed else lambda: find_start(config))
-        self.dims: Dims = self.start.dims
+        self.moved = reshard.layout_changed(self.found, self.settings, self.mesh)
+        self.start = on_all_ranks(self._resumed_start if self.resumed else lambda: find_initial_weights(config))
+        self.model_config: ModelConfig = self.start.model_config
         self.grown = self.start.grown
-        claim(output, make=True)
+        lock_output(output, make=True)
         self.data = self._open_data()
         self.engine = self._build()
 
@@ -85,7 +85,7 @@ class Pretrain:
     def _measure(self, samples: int) -> dict[str, float]:
         """The loss on the first held-out samples, and of a classifier the part of them whose label is told."""
         found = {"loss": self.evaluate(samples)}
-        if architectures.get(self.dims.arch).task is Task.LABEL:
+        if architectures.get(self.model_config.arch).task is Task.LABEL:
             with self.engine.module.counting_hits():
                 found["accuracy"] = self.evaluate(samples)
         return found
@@ -122,14 +122,14 @@ class Pretrain:
         log.info("on the fit's batch: %.6f; at the end of the fit: %.6f; difference %+.1e", begun, losses["fit"], gap)
 
     def _steps(self, state: dict) -> None:
-        run, seq = self.settings, self.dims.tokens_of_sample(self.config.data.seq_length)
+        run, seq = self.settings, self.model_config.tokens_of_sample(self.config.data.seq_length)
         if self.grown:
             run = after_growth(run)
             log.info(
                 "from a grown model: peak rate %.3g = lr x grown_peak, %d steps of warm-up", run.lr, run.warmup_steps
             )
         tokens = run.global_batch_size * seq
-        flops = train_flops(self.dims, tokens, seq)
+        flops = train_flops(self.model_config, tokens, seq)
 
         def after(step: int) -> dict[str, float]:
             return self._evaluate_if_due(step, state)
@@ -151,17 +151,17 @@ class Pretrain:
     def _build(self) -> Engine:
         """The engine with its weights; a run that is resumed at its layout gets them from its checkpoint afterwards."""
         run, start = self.settings, self.start
-        build = Build(self.dtype, self.mesh.tp, run.parallel.sequence_parallel)
+        build = BuildOptions(self.dtype, self.mesh.tp, run.parallel.sequence_parallel)
         # Replicas that are not filled from the table must still agree.
         torch.manual_seed(run.seed)
-        model = pretrained(self.dims, build, self.mesh, run.recompute)
+        model = build_model(self.model_config, build, self.mesh, run.recompute)
         by_deepspeed, at_once = start.universal, not self.resumed or self.moved
         read = start.read(run.seed)
         if not by_deepspeed and at_once:
-            parameters.fill(model, self.dims, self.mesh, read)
-        if by_deepspeed and universal_loading.must_prepare(self.dims, run.parallel.zero):
-            universal_loading.prepare_for_universal(model, self.dims, self.mesh.tp_group)
-        trained = head_parameters(model, self.dims) if run.fresh_head else None
+            parameters.fill(model, self.model_config, self.mesh, read)
+        if by_deepspeed and universal_loading.must_prepare(self.model_config, run.parallel.zero):
+            universal_loading.prepare_for_universal(model, self.model_config, self.mesh.tp_group)
+        trained = head_parameters(model, self.model_config) if run.fresh_head else None
         groups = parameter_groups(model, run.weight_decay, trained)
         engine = Engine(model, self.mesh, run, groups, self._bf16, universal=by_deepspeed)
         if by_deepspeed:
@@ -170,7 +170,7 @@ class Pretrain:
             engine.begin_at(0)
         elif at_once and (self._bf16 or self.moved):
             steps = start.source.step if self.moved and start.source.has_moments else None
-            reshard.fill_optimizer(engine.engine, reshard.of_model(model, self.dims, read, self.mesh), steps)
+            reshard.fill_optimizer(engine.engine, reshard.model_part(model, self.model_config, read, self.mesh), steps)
             engine.begin_at(self.found.step if self.moved else 0)
         # The files that it has mapped are not read again.
         self.start = replace(start, source=None)
@@ -180,29 +180,31 @@ class Pretrain:
     def _bf16(self) -> bool:
         return self.dtype is torch.bfloat16
 
-    def _open_data(self) -> Dealt:
+    def _open_data(self) -> ShardedSampler:
         config, run = self.config.data, self.settings
         held_out = 0
         if config.valid:
             fitted = self.start.fit["eval"]["samples"] if self.start.fit else 0
             held_out = max(run.eval_samples, fitted)
         elif not run.steps:
-            do = "Without steps the run only evaluates: set data.valid."
-            raise ConfigError(message("data.valid", "held-out data", "none", do))
+            hint = "Without steps the run only evaluates: set data.valid."
+            raise ConfigError(Problem("data.valid", "held-out data", "none", hint))
         samples = run.steps * run.global_batch_size
-        return open_feed(config, self.dims, samples, held_out, self.output, run.first_sample)
+        return open_dataset(config, self.model_config, samples, held_out, self.output, run.first_sample)
 
     def _can_deal(self, samples: int) -> bool:
         return samples % (self.settings.micro_batch_size * self.mesh.dp) == 0
 
-    def _resumed_start(self) -> Start:
+    def _resumed_start(self) -> InitialWeights:
         """The sizes of the run that OUTPUT holds, which must be this one, and its weights if they move to another
         layout; its start is not looked at again."""
         then = _read_record(self.output / RECORD)
         check_same_run(then["run"], self._identity(), self.output)
-        dims = Dims.from_json(then["dims"])
-        check_layout(dims, self.settings.parallel, dims.tokens_of_sample(self.config.data.seq_length))
-        return Start(dims, formats.open(self.found.folder) if self.moved else None, grown=then["grown"])
+        model_config = ModelConfig.from_json(then["dims"])
+        check_layout(model_config, self.settings.parallel, model_config.tokens_of_sample(self.config.data.seq_length))
+        return InitialWeights(
+            model_config, formats.open(self.found.folder) if self.moved else None, grown=then["grown"]
+        )
 
     def _identity(self) -> dict:
         """All that the numbers of the run depend on, but for the layout, as plain data."""
@@ -217,7 +219,7 @@ class Pretrain:
         dist.all_gather_object(memory, peak_memory_bytes())
         made = {
             "run": self._identity(),
-            "dims": self.dims.to_json(),
+            "dims": self.model_config.to_json(),
             "grown": self.grown,
             "step": self.engine.steps,
             "losses": state["losses"],
@@ -236,8 +238,8 @@ class Pretrain:
 
     def _keep_model(self) -> None:
         source = self.start.source
-        model_record.keep(
-            self.output / MODEL, self.dims, source.carried if source else {}, source.files if source else ()
+        model_record.write_folder(
+            self.output / MODEL, self.model_config, source.carried if source else {}, source.files if source else ()
         )
 
 
@@ -258,9 +260,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, trained: set[nn.Para
     ]
 
 
-def head_parameters(model: nn.Module, dims: Dims) -> set[nn.Parameter]:
+def head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
     """Those of the output head, but for a weight that it shares with the embedding."""
-    return {parameter for parameter, item in parameters.parameters(model, dims) if item.rows[0].needs == "has_head"}
+    return {
+        parameter for parameter, item in parameters.parameters(model, model_config) if item.rows[0].needs == "has_head"
+    }
 
 
 def _read_record(path: Path) -> dict:
@@ -272,5 +276,5 @@ def _read_record(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         found = f"{error!r}"
     raise CheckpointError(
-        message(f"{path}", "the record of the run that is resumed", found, "Choose another --output.")
+        Problem(f"{path}", "the record of the run that is resumed", found, "Choose another --output.")
     )

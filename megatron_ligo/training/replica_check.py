@@ -8,21 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ligo.common.errors import Faults, ReplicaError
+from megatron_ligo.common.errors import ErrorCollector, ReplicaError
 from megatron_ligo.distributed.mesh import agree
 from megatron_ligo.training.engine import Engine
 
 
-def check(engine: Engine, step: int) -> None:
+def check_replicas(engine: Engine, step: int) -> None:
     """ReplicaError on all ranks, naming parameters and ranks, if copies of a parameter differ. Collective.
 
     Data-parallel ranks hold copies of everything (but under ZeRO 3, of nothing), tensor-parallel ranks of what is not
     cut, pipeline stages of what is tied.
     """
-    faults = Faults(f"step {step}: ranks that must hold the same numbers do not", ReplicaError)
+    errors = ErrorCollector(f"step {step}: ranks that must hold the same numbers do not", ReplicaError)
     for group, named in _copies(engine):
-        _compare(group, named, faults)
-    agree(_raised(faults))
+        _compare(group, named, errors)
+    agree(_raised(errors))
 
 
 def _copies(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
@@ -49,7 +49,7 @@ def _of(module: nn.Module, name: str) -> Tensor:
     return module
 
 
-def _compare(group: dist.ProcessGroup, named: dict[str, Tensor], faults: Faults) -> None:
+def _compare(group: dist.ProcessGroup, named: dict[str, Tensor], errors: ErrorCollector) -> None:
     if not named or dist.get_rank() not in dist.get_process_group_ranks(group):
         return
     own = torch.stack([_checksum(held) for held in named.values()])
@@ -61,7 +61,7 @@ def _compare(group: dist.ProcessGroup, named: dict[str, Tensor], faults: Faults)
         usual = max(sums, key=sums.count)
         odd = [rank for rank, found in zip(ranks, sums, strict=True) if found != usual]
         if odd:
-            faults.add(name, f"one content on ranks {ranks}", f"another on {odd}", "Start again from the checkpoint.")
+            errors.add(name, f"one content on ranks {ranks}", f"another on {odd}", "Start again from the checkpoint.")
 
 
 def _checksum(held: Tensor) -> Tensor:
@@ -70,9 +70,9 @@ def _checksum(held: Tensor) -> Tensor:
     return held.detach().reshape(-1).view(words).sum(dtype=torch.int64)
 
 
-def _raised(faults: Faults) -> ReplicaError | None:
+def _raised(errors: ErrorCollector) -> ReplicaError | None:
     try:
-        faults.raise_if_any()
+        errors.raise_if_any()
     except ReplicaError as error:
         return error
     return None

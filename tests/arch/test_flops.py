@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_ligo.arch.flops import forward_flops, train_flops
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.growth.fit_flops import fit_step_flops
-from megatron_ligo.models.factored.context import Runtime
-from megatron_ligo.models.factored.factored_model import GrownModel
-from megatron_ligo.models.factored.small_weights import Source
+from megatron_ligo.models.factored.context import FactoredContext
+from megatron_ligo.models.factored.factored_model import FactoredModel
+from megatron_ligo.models.factored.small_weights import SmallWeights
 from tests import image_models
 from tests.layer_norm_models import model_of
 from tests.models.factored.fit_reference import lag_of, make_operator
@@ -24,35 +24,35 @@ CASES = [
 
 @pytest.mark.parametrize("changes", CASES)
 def test_counts_as_torch_does(changes):
-    dims = llama_dims(**changes)
-    model = hf_llama(dims)
-    ids = tokens(dims, batch=3, length=32)
+    model_config = llama_dims(**changes)
+    model = hf_llama(model_config)
+    ids = tokens(model_config, batch=3, length=32)
     # PyTorch does not count the products inside its fused kernel on a CPU.
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as forward:
         loss = model(ids).logits.square().mean()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    assert forward_flops(dims, ids.numel(), 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert forward_flops(model_config, ids.numel(), 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
     total = forward.get_total_flops() + backward.get_total_flops()
-    assert train_flops(dims, ids.numel(), 32) == pytest.approx(total, rel=0.02)
+    assert train_flops(model_config, ids.numel(), 32) == pytest.approx(total, rel=0.02)
 
 
 def test_a_classifier_counts_as_torch_does():
     """Its embedding is a product for each patch, its head one for each image."""
-    dims = image_models.dims_of("deit", image_size=18)
-    model = model_of(dims)
+    model_config = image_models.dims_of("deit", image_size=18)
+    model = model_of(model_config)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as forward:
-        model(image_models.pictures(dims, batch=3))
-    tokens_seen = 3 * dims.tokens_of_image
-    assert forward_flops(dims, tokens_seen, dims.tokens_of_image) == forward.get_total_flops()
+        model(image_models.pictures(model_config, batch=3))
+    tokens_seen = 3 * model_config.tokens_of_image
+    assert forward_flops(model_config, tokens_seen, model_config.tokens_of_image) == forward.get_total_flops()
 
 
 def test_scales_with_tokens_and_sequence():
-    dims = llama_dims()
-    assert train_flops(dims, 2048, 64) == 2 * train_flops(dims, 1024, 64)
-    assert train_flops(dims, 1024, 128) > train_flops(dims, 1024, 64)
+    model_config = llama_dims()
+    assert train_flops(model_config, 2048, 64) == 2 * train_flops(model_config, 1024, 64)
+    assert train_flops(model_config, 1024, 128) > train_flops(model_config, 1024, 64)
 
 
 SMALL = {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "ffn_size": 80, "num_layers": 2}
@@ -63,11 +63,11 @@ def fit_flops(settings: dict, samples: int, lagged: bool = False, more: dict | N
     """A fit step's FLOPs by our count and by torch's, which leaves out the fused attention."""
     small, length = llama_dims(**SMALL), 32
     operator = make_operator(small, {**LARGE, **(more or {})}, settings)
-    mesh = meshes.make(1, 1)
+    mesh = meshes.build_mesh(1, 1)
     reader = memory_of(hf_llama(small), small)
     lag = lag_of(operator).__getitem__ if lagged else None
-    source, at_once = Source(operator, reader, mesh, 1), samples * length
-    model = GrownModel(Runtime(operator, source, mesh, torch.float32, tokens_per_step=at_once, lag=lag))
+    source, at_once = SmallWeights(operator, reader, mesh, 1), samples * length
+    model = FactoredModel(FactoredContext(operator, source, mesh, torch.float32, tokens_per_step=at_once, lag=lag))
     ids = tokens(small, batch=samples, length=length)
     with FlopCounterMode(display=False) as counter:
         model(ids, ids, torch.ones(ids.shape)).backward()

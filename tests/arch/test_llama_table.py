@@ -6,9 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from megatron_ligo.arch import architectures, get
 from megatron_ligo.distributed import mesh
-from megatron_ligo.models.full.gpt import Pretrained
-from megatron_ligo.models.mcore.layer_spec import Build
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.models.full.gpt import FullGPT
+from megatron_ligo.models.mcore.layer_spec import BuildOptions
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.tiny_models import llama_dims
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -25,33 +25,41 @@ def dims_of(family: dict):
     return llama_dims(**family)
 
 
-def hf_model(dims) -> torch.nn.Module:
-    config = CONFIGS[dims.model_type](
-        hidden_size=dims.hidden_size,
-        intermediate_size=dims.ffn_size,
-        num_hidden_layers=dims.num_layers,
-        num_attention_heads=dims.num_heads,
-        num_key_value_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        vocab_size=dims.vocab_size,
-        max_position_embeddings=dims.max_positions,
-        tie_word_embeddings=dims.tied,
+def hf_model(model_config) -> torch.nn.Module:
+    config = CONFIGS[model_config.model_type](
+        hidden_size=model_config.hidden_size,
+        intermediate_size=model_config.ffn_size,
+        num_hidden_layers=model_config.num_layers,
+        num_attention_heads=model_config.num_heads,
+        num_key_value_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        vocab_size=model_config.vocab_size,
+        max_position_embeddings=model_config.max_positions,
+        tie_word_embeddings=model_config.tied,
     )
-    return MODELS[dims.model_type](config)
+    return MODELS[model_config.model_type](config)
 
 
-def mcore_model(dims) -> torch.nn.Module:
-    mesh.start()
-    return Pretrained(dims, Build(), mesh.make(1, 1))
+def mcore_model(model_config) -> torch.nn.Module:
+    mesh.init_distributed()
+    return FullGPT(model_config, BuildOptions(), mesh.build_mesh(1, 1))
 
 
-def expected(dims, form: str) -> dict[str, tuple[int, ...]]:
-    return {name: item.shape(dims) for name, item in stored(get(dims.arch), dims, form).items()}
+def expected(model_config, form: str) -> dict[str, tuple[int, ...]]:
+    return {
+        name: item.shape(model_config)
+        for name, item in stored_tensors(get(model_config.arch), model_config, form).items()
+    }
 
 
 def test_the_sizes_tell_the_axes_apart():
-    dims = llama_dims()
-    sizes = [dims.vocab_size, dims.hidden_size, dims.ffn_size, dims.num_kv_heads * dims.head_dim]
+    model_config = llama_dims()
+    sizes = [
+        model_config.vocab_size,
+        model_config.hidden_size,
+        model_config.ffn_size,
+        model_config.num_kv_heads * model_config.head_dim,
+    ]
     assert len(set(sizes)) == len(sizes)
 
 
@@ -63,20 +71,20 @@ def test_every_model_type_of_the_table_is_tried():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face(family):
-    dims = dims_of(family)
-    found = {name: tuple(tensor.shape) for name, tensor in hf_model(dims).state_dict().items()}
-    if dims.tied:
+    model_config = dims_of(family)
+    found = {name: tuple(tensor.shape) for name, tensor in hf_model(model_config).state_dict().items()}
+    if model_config.tied:
         # transformers lists the shared tensor under both names; a file holds it once.
         assert found.pop("lm_head.weight") == found["model.embed_tokens.weight"]
-    assert found == expected(dims, "hf")
+    assert found == expected(model_config, "hf")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_megatron_core(family):
-    dims = dims_of(family)
-    model = mcore_model(dims)
+    model_config = dims_of(family)
+    model = mcore_model(model_config)
     found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert found == expected(dims, "mcore")
+    assert found == expected(model_config, "mcore")
     # What is in the state dict besides (mcore keeps places for Transformer Engine's state) holds no numbers.
     more = {name: value for name, value in model.state_dict().items() if name not in found}
     assert not [name for name, value in more.items() if isinstance(value, torch.Tensor) and value.numel()]
@@ -85,7 +93,7 @@ def test_megatron_core(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_table_would_show(family):
     """The negative control: the sizes of another model give other shapes."""
-    dims = dims_of(family)
+    model_config = dims_of(family)
     other = llama_dims(**family, num_kv_heads=6)
-    assert expected(dims, "hf") != expected(other, "hf")
-    assert expected(dims, "mcore") != expected(other, "mcore")
+    assert expected(model_config, "hf") != expected(other, "hf")
+    assert expected(model_config, "mcore") != expected(other, "mcore")

@@ -12,12 +12,12 @@ from megatron_ligo.checkpoint import formats, inspect, verify
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError
-from megatron_ligo.config.run_config import Config, LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import grow_to
 from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.growth.validation import initial_operator
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import image_models, layer_norm_models
 from tests.checkpoint.hf_models import same_bits
 
@@ -26,12 +26,14 @@ LARGER = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5)
 
 @pytest.mark.parametrize(("family", "name"), image_models.CLASSES)
 def test_there_and_back(tmp_path, family, name):
-    dims = image_models.dims_of(family, name)
-    assert get(family).class_of(dims) == name
-    model, folder = image_models.saved(tmp_path / "a", dims)
+    model_config = image_models.dims_of(family, name)
+    assert get(family).class_of(model_config) == name
+    model, folder = image_models.saved(tmp_path / "a", model_config)
     source = formats.open(folder)
-    assert source.dims == dims
-    expected = {name: item.shape(dims) for name, item in stored(get(family), dims, "hf").items()}
+    assert source.model_config == model_config
+    expected = {
+        name: item.shape(model_config) for name, item in stored_tensors(get(family), model_config, "hf").items()
+    }
     before = load_file(folder / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in before.items()} == expected
     last = source.path
@@ -42,7 +44,7 @@ def test_there_and_back(tmp_path, family, name):
     after = load_file(tmp_path / "hf" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(same_bits(before[key], after[key]) for key in before)
-    seen = image_models.pictures(dims)
+    seen = image_models.pictures(model_config)
     again = getattr(transformers, name).from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         assert torch.equal(again(seen)[0], model(seen)[0])
@@ -57,7 +59,7 @@ def test_labels_keep_their_names(tmp_path):
     model.config.label2id = {name: number for number, name in model.config.id2label.items()}
     model.config.save_pretrained(folder)
     operator = initial_operator(image_models.dims_of(), LargeSection(vocab_size=7), OperatorSection())
-    convert(Grown(operator, formats.open(folder)), tmp_path / "b", "hf")
+    convert(GrownReader(operator, formats.open(folder)), tmp_path / "b", "hf")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "b")
     assert [config.id2label[number] for number in (0, 4, 5, 6)] == ["cat", "gnu", "LABEL_5", "LABEL_6"]
     assert (config.num_labels, config.label2id["LABEL_6"]) == (7, 6)
@@ -78,7 +80,7 @@ def test_refusals(tmp_path):
         with pytest.raises(CheckpointError, match=word):
             config_json.dims_of({**stated, **changes}, "config.json")
     with pytest.raises(ConfigError, match="fairscale"):
-        stored(get("vit"), image_models.dims_of(), "fairscale")
+        stored_tensors(get("vit"), image_models.dims_of(), "fairscale")
     with pytest.raises(ConfigError, match="image_size"):
         initial_operator(image_models.dims_of(), LargeSection(image_size=9), OperatorSection())
     with pytest.raises(ConfigError, match="reads no images"):
@@ -90,10 +92,10 @@ def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) ->
     """Largest difference of the logits in fp64, the small model looking at the large one's image."""
     small = image_models.dims_of(family)
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small).double(), small)
-    grown = Grown(initial_operator(small, large, settings), source)
+    grown = GrownReader(initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118
         assert grown.read(key).shape == grown.info(key).shape
-    seen = image_models.pictures(grown.dims).double()
+    seen = image_models.pictures(grown.model_config).double()
     with torch.no_grad():
         before, after = layer_norm_models.built(source)(seen, **shown)[0], layer_norm_models.built(grown)(seen)[0]
     assert before.abs().max() > 0.1
@@ -117,27 +119,27 @@ def test_every_method_takes_every_row(method):
     small = image_models.dims_of("deit")
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small), small)
     large = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5, vocab_size=7, image_size=14)
-    grown = Grown(initial_operator(small, large, OperatorSection(method=method)), source)
+    grown = GrownReader(initial_operator(small, large, OperatorSection(method=method)), source)
     assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118
-    assert layer_norm_models.built(grown)(image_models.pictures(grown.dims))[0].shape == (2, 7)
+    assert layer_norm_models.built(grown)(image_models.pictures(grown.model_config))[0].shape == (2, 7)
     # A fresh model sees a patch with all of its features.
     assert (grown.read("patch").flatten(1).abs().sum(dim=1) > 0).all()
 
 
 def test_the_hand_off(tmp_path):
     """tools/grow.py's way: the grown model as transformers takes it, equal to the small one on a larger image."""
-    dims = image_models.dims_of("deit")
-    model, folder = image_models.saved(tmp_path / "small", dims)
+    model_config = image_models.dims_of("deit")
+    model, folder = image_models.saved(tmp_path / "small", model_config)
     table = {"small": {"path": str(folder)}, "large": {"hidden_size": 48, "num_heads": 12, "image_size": 13}}
     (folder / "preprocessor_config.json").write_text('{"size": {"height": 10, "width": 10}}')
     assert [file.name for file in formats.open(folder).files] == ["preprocessor_config.json"]
-    grow_to(Config.from_dict(table), None, tmp_path / "grown")
+    grow_to(RunConfig.from_dict(table), None, tmp_path / "grown")
     # It tells another size.
     assert not formats.open(tmp_path / "grown" / "hf").files
     grown = formats.open(tmp_path / "grown" / "hf")
     apart, largest = verify.compare_logits(formats.open(folder), grown)
     assert apart < 1e-6 * max(1.0, largest)
-    seen = image_models.pictures(grown.dims)
+    seen = image_models.pictures(grown.model_config)
     again = transformers.DeiTForImageClassification.from_pretrained(grown.path).eval()
     with torch.no_grad():
         assert torch.allclose(again(seen)[0], model(seen, interpolate_pos_encoding=True)[0], atol=1e-6)

@@ -75,11 +75,11 @@ def test_a_measurement_is_one_file():
 
 @pytest.mark.parametrize("gb", [0.3, 1, 4, 20])
 def test_the_synthetic_model_has_the_size_that_is_asked_for(gb):
-    dims = synthetic_reader.llama(gb * 1e9)
-    reader = synthetic_reader.Drawn(dims)
+    model_config = synthetic_reader.llama(gb * 1e9)
+    reader = synthetic_reader.Drawn(model_config)
     shapes = [reader.info(key).shape for key in reader.keys()]  # noqa: SIM118 - no dict
     assert 4 * sum(map(math.prod, shapes)) == pytest.approx(gb * 1e9, rel=0.1)
-    assert dims.num_layers >= synthetic_reader.LAYERS
+    assert model_config.num_layers >= synthetic_reader.LAYERS
 
 
 class OneFails:

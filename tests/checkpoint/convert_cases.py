@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.bench.synthetic_reader import Drawn
 from megatron_ligo.bench.timing import anonymous_memory
 from megatron_ligo.checkpoint import formats
@@ -16,7 +16,7 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.reader import WriteOptions
 
 # 400 MB, of which the largest tensor is a twelfth.
-LARGE = Dims(
+LARGE = ModelConfig(
     arch="llama", model_type="llama", num_layers=27, hidden_size=512, ffn_size=1536, num_heads=8, num_kv_heads=2,
     head_dim=64, vocab_size=16_000, max_positions=128, norm_eps=1e-5, rope_base=1e4,
 )  # fmt: skip

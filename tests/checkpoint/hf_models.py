@@ -56,7 +56,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def assert_same(a: Reader, b: Reader) -> None:
     """Equal sizes and equal bits."""
-    assert a.dims == b.dims
+    assert a.model_config == b.model_config
     assert list(a.keys()) == list(b.keys())
     for key in a.keys():  # noqa: SIM118 - no dict
         assert same_bits(a.read(key), b.read(key)), key

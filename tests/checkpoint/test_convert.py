@@ -18,7 +18,7 @@ from megatron_ligo.checkpoint.convert import convert, opened
 from megatron_ligo.checkpoint.io import parallel_writer
 from megatron_ligo.checkpoint.reader import MOMENTS, Reader, WriteOptions
 from megatron_ligo.checkpoint.staging import Staging
-from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError, MachineError, fault
+from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError, MachineError, user_message
 from tests.checkpoint import hf_models
 
 WRITERS = ["hf", "universal"]
@@ -33,7 +33,7 @@ class WithMoments(Reader):
     has_moments = True
 
     def __init__(self, source: Reader):
-        self.source, self.dims, self.carried = source, source.dims, source.carried
+        self.source, self.model_config, self.carried = source, source.model_config, source.carried
 
     def info(self, key):
         return self.source.info(key)
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_leaves_no_target_and_the_next_run_goes_on(tmp_path
     source.read = filled
     with pytest.raises(OSError, match="No space") as found:
         convert(source, small_disk / "b", "universal")
-    assert str(small_disk / ".b.partial") in fault(found.value)
+    assert str(small_disk / ".b.partial") in user_message(found.value)
     (small_disk / "filler").unlink()
     assert [path.name for path in small_disk.iterdir()] == [".b.partial"]
     read_again = []

@@ -14,7 +14,7 @@ from megatron_ligo.checkpoint import formats, inspect, verify
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import layer_norm_models
 from tests.checkpoint.hf_models import assert_same, same_bits
 
@@ -34,7 +34,7 @@ def edit(folder, change, **config):
 def test_there_and_back(tmp_path, family, name, tied):
     model, folder = layer_norm_models.saved(tmp_path / "a", family, name, tied=tied)
     source = formats.open(folder)
-    assert source.dims == layer_norm_models.dims_of(family, name, tied=tied)
+    assert source.model_config == layer_norm_models.dims_of(family, name, tied=tied)
     convert(source, tmp_path / "b", "universal")
     convert(formats.open(tmp_path / "b"), tmp_path / "c", "hf")
     assert_same(source, formats.open(tmp_path / "c"))
@@ -66,7 +66,7 @@ def test_gpt2_as_it_was_first_published(tmp_path):
         return bare | masks | {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(3)}
 
     source = formats.open(edit(folder, old, n_ctx=20))
-    assert (source.dims.has_head, source.dims.ffn_size) == (True, 96)
+    assert (source.model_config.has_head, source.model_config.ffn_size) == (True, 96)
     convert(source, tmp_path / "b", "hf")
     assert "n_ctx" not in json.loads((tmp_path / "b" / "config.json").read_text())
     ids = layer_norm_models.tokens()
@@ -87,7 +87,11 @@ def test_bert_as_it_was_first_published(tmp_path):
         return {name.replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in gamma.items()}
 
     source = formats.open(edit(folder, old, architectures=["BertForMaskedLM"]))
-    assert (source.dims.has_head, source.dims.has_pooler, source.dims.has_order_head) == (True, True, True)
+    assert (source.model_config.has_head, source.model_config.has_pooler, source.model_config.has_order_head) == (
+        True,
+        True,
+        True,
+    )
     convert(source, tmp_path / "b", "hf")
     ids = layer_norm_models.tokens()
     with torch.no_grad():
@@ -110,7 +114,7 @@ def test_more_or_less_than_the_class_has(tmp_path, family, name):
         return state | pooler if name != "BertModel" else {n: t for n, t in state.items() if "pooler" not in n}
 
     source = formats.open(edit(folder, change))
-    assert source.dims.has_pooler == (name != "BertModel")
+    assert source.model_config.has_pooler == (name != "BertModel")
     convert(source, tmp_path / "b", "universal")
     convert(formats.open(tmp_path / "b"), tmp_path / "c", "hf")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "c"))
@@ -124,7 +128,7 @@ def test_roberta_s_padding_has_no_position(tmp_path):
     """Tokens of the padding's id are not counted: that is a size of the model, and it goes along."""
     model, folder = layer_norm_models.saved(tmp_path / "a", "roberta", "RobertaForMaskedLM", pad_token_id=4)
     source = formats.open(folder)
-    assert (source.dims.position_padding, source.dims.longest_sequence) == (4, 15)
+    assert (source.model_config.position_padding, source.model_config.longest_sequence) == (4, 15)
     ids = layer_norm_models.tokens(15)
     ids[:, 3:5] = 4
     with torch.no_grad():
@@ -138,11 +142,11 @@ def test_what_the_tables_cannot_express_is_refused(tmp_path):
         formats.open(folder)
     for word in ("activation", "is_decoder", "position_embedding_type"):
         assert word in str(error.value)
-    dims = layer_norm_models.dims_of("gpt2", "GPT2Model", num_heads=3, num_kv_heads=3)
+    model_config = layer_norm_models.dims_of("gpt2", "GPT2Model", num_heads=3, num_kv_heads=3)
     with pytest.raises(CheckpointError, match="head_dim"):
-        config_json.config_of(dims, {}, torch.float32)
+        config_json.config_of(model_config, {}, torch.float32)
     with pytest.raises(ConfigError, match="fairscale"):
-        stored(get("gpt2"), layer_norm_models.dims_of("gpt2", "GPT2Model"), "fairscale")
+        stored_tensors(get("gpt2"), layer_norm_models.dims_of("gpt2", "GPT2Model"), "fairscale")
 
 
 def test_minilm(tmp_path):

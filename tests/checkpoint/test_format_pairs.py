@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from megatron_ligo.arch import architectures
-from megatron_ligo.arch.model_config import Dims, following_sizes, tokens_of_image
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_of_image
 from megatron_ligo.checkpoint import formats, verify
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.inspect import describe
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader, WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
 from megatron_ligo.common.errors import LigoError
 from tests.checkpoint import hf_models
 from tests.checkpoint.write_watch import untouched
@@ -35,11 +35,13 @@ IMAGE = {"image_size": 10, "patch_size": 3, "num_channels": 2}
 # Every layout of which the sizes allow a rank; those without LAYOUT have the first only.
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (4, 4))
 # What a format cannot say. Of the others every one is carried.
-REFUSED: dict[str, Callable[[Dims], bool]] = {
-    "fairscale": lambda dims: (
-        dims.arch != "llama" or dims.qkv_bias or dims.head_dim * dims.num_heads > dims.hidden_size
+REFUSED: dict[str, Callable[[ModelConfig], bool]] = {
+    "fairscale": lambda model_config: (
+        model_config.arch != "llama"
+        or model_config.qkv_bias
+        or model_config.head_dim * model_config.num_heads > model_config.hidden_size
     ),
-    "pipeline": lambda dims: dims.has_pooler or dims.has_order_head,
+    "pipeline": lambda model_config: model_config.has_pooler or model_config.has_order_head,
 }
 # Whose moments a format stores: Megatron-core's asks for the settings of their optimizer, and universal keeps none.
 CARRIED = {"mcore": ("memory", "mcore"), "universal": ("memory", "mcore", "universal")}
@@ -56,24 +58,24 @@ class Drawn(Reader):
         {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay, "amsgrad": False} for decay in (0.1, 0.0)
     )
 
-    def __init__(self, dims: Dims):
-        self.dims = dims
+    def __init__(self, model_config: ModelConfig):
+        self.model_config = model_config
 
-    def info(self, key: str) -> Info:
-        return Info(self.row(key).shape(self.dims), torch.float32)
+    def info(self, key: str) -> TensorInfo:
+        return TensorInfo(self.row(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = WEIGHT) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{key} {kind}".encode()))
-        return torch.randn(self.row(key).shape(self.dims), generator=generator)
+        return torch.randn(self.row(key).shape(self.model_config), generator=generator)
 
 
-def sizes(model_type: str, **changes) -> Dims:
+def sizes(model_type: str, **changes) -> ModelConfig:
     """A network of a family: every size that its config leaves free is odd somewhere."""
     (arch,) = (arch for arch in architectures().values() if model_type in arch.model_types)
     free = set(arch.hf.values())
     found = {**SIZES, "arch": arch.name, "model_type": model_type, "vocab_size": VOCABULARY, "norm_eps": 1e-3}
     found |= {"max_positions": POSITIONS} | arch.implied.get(model_type, {})
-    following = following_sizes(SIZES["hidden_size"], SIZES["num_heads"])
+    following = implied_head_sizes(SIZES["hidden_size"], SIZES["num_heads"])
     found |= {name: value for name, value in following.items() if name not in free}
     found |= dict.fromkeys(next(iter(arch.model_types[model_type].values())), True)
     if "rope_base" in free:
@@ -84,7 +86,7 @@ def sizes(model_type: str, **changes) -> Dims:
         found |= {name: choices[0] for name, choices in arch.choices.items()}
     if "image_size" in free:
         found |= IMAGE | {"max_positions": tokens_of_image(10, 3, found.get("has_distillation", False))}
-    return Dims(**{**found, **changes})
+    return ModelConfig(**{**found, **changes})
 
 
 MODELS = {
@@ -120,7 +122,7 @@ def carries_moments(form: str, source: str = "memory") -> bool:
 
 def assert_equal(found: Reader, model: str, moments: bool) -> None:
     expected = source(model)
-    assert found.dims == expected.dims
+    assert found.model_config == expected.model_config
     assert list(found.keys()) == list(expected.keys())
     if moments:
         assert (found.has_moments, found.step) == (True, STEP)

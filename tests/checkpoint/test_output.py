@@ -7,13 +7,13 @@ import zipfile
 import torch
 from safetensors import safe_open
 
-from megatron_ligo.checkpoint.io.file_layout import Later
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import Output
 
 
-def later(tensor: torch.Tensor) -> Later:
-    return Later(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def later(tensor: torch.Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -48,7 +48,7 @@ def test_torch_files_are_whole_archives(tmp_path):
 
 def test_zeros_are_a_hole(tmp_path):
     with Output(tmp_path) as out:
-        out.torch("zeros.pt", {"param": Later((1000, 1000), torch.float32, None)})
+        out.torch("zeros.pt", {"param": LazyTensor((1000, 1000), torch.float32, None)})
     path = tmp_path / "zeros.pt"
     assert path.stat().st_blocks * 512 < 100_000 < path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -71,12 +71,12 @@ def test_safetensors_of_mixed_dtypes(tmp_path):
 def test_what_is_whole_is_not_made_again(tmp_path):
     made: list[str] = []
 
-    def noted(name: str, tensor: torch.Tensor) -> Later:
+    def noted(name: str, tensor: torch.Tensor) -> LazyTensor:
         def make() -> torch.Tensor:
             made.append(name)
             return tensor
 
-        return Later(tuple(tensor.shape), tensor.dtype, make)
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, make)
 
     tensors = some_tensors()
     (tmp_path / "content").mkdir()

@@ -150,7 +150,7 @@ def test_commands_exit_with_2_on_faults_and_1_on_differences(run, pair, tmp_path
     differ = run("verify", a, b)
     assert differ.code == 1
     assert "final_norm: 1 of 48 numbers differ" in differ.out
-    faults = {
+    errors = {
         "nothing there": run("inspect_checkpoint", tmp_path / "none"),
         "Did you mean 'hf'": run("convert", a, tmp_path / "c", "--to", "hff"),
         "Did you mean 'bfloat16'": run("convert", a, tmp_path / "c", "--to", "hf", "--dtype", "bloat16"),
@@ -158,7 +158,7 @@ def test_commands_exit_with_2_on_faults_and_1_on_differences(run, pair, tmp_path
         "--overwrite": run("convert", a, b, "--to", "hf"),
         "two checkpoints": run("verify", b, "--logits"),
     }
-    for words, done in faults.items():
+    for words, done in errors.items():
         assert done.code == 2, done.err
         assert words in done.err
         assert "Traceback" not in done.err

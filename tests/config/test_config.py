@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.config.run_config import Config, OperatorSection, by_space
+from megatron_ligo.config.run_config import OperatorSection, RunConfig, for_space
 from megatron_ligo.config.typed_toml import keys
 
 TRAINING = (
@@ -27,18 +27,18 @@ SURFACE = {
 
 def fails(*sets: str, path: Path | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        Config.load(path, sets)
+        RunConfig.load(path, sets)
     return str(caught.value)
 
 
 def test_the_surface_is_frozen():
     """One more key is a decision: it is written here too."""
-    found = {key for key, _, _ in keys(Config)}
+    found = {key for key, _, _ in keys(RunConfig)}
     assert found == {f"{section}.{key}" for section, names in SURFACE.items() for key in names.split()}
 
 
 def test_every_key_has_one_line_of_help():
-    for key, field, _ in keys(Config):
+    for key, field, _ in keys(RunConfig):
         text = field.metadata["help"]
         assert text and "\n" not in text and len(text) < 90, key
 
@@ -46,7 +46,9 @@ def test_every_key_has_one_line_of_help():
 def test_file_and_settings(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('[fit]\nlr = 1\nbetas = [0.8, 0.9]\n[fit.parallel]\ntp = 2\n[data]\ntrain = [0.3, "a", 7, "b"]\n')
-    config = Config.load(path, ["fit.parallel.tp=4", "fit.steps = 20", "small.path=/models/a b", "large.num_layers=32"])
+    config = RunConfig.load(
+        path, ["fit.parallel.tp=4", "fit.steps = 20", "small.path=/models/a b", "large.num_layers=32"]
+    )
     assert (config.fit.parallel.tp, config.fit.steps, config.small.path) == (4, 20, "/models/a b")
     assert type(config.fit.lr) is float and config.fit.lr == 1.0
     assert config.fit.betas == (0.8, 0.9) and config.data.train == (0.3, "a", 7.0, "b")
@@ -55,16 +57,16 @@ def test_file_and_settings(tmp_path):
 
 
 def test_dict_round_trip():
-    config = Config.load(None, ['operator.width_init={default="lossless", ffn="copy"}', "data.train=['a']"])
+    config = RunConfig.load(None, ['operator.width_init={default="lossless", ffn="copy"}', "data.train=['a']"])
     table = config.to_dict()
-    assert table == json.loads(json.dumps(table)) and Config.from_dict(table) == config
+    assert table == json.loads(json.dumps(table)) and RunConfig.from_dict(table) == config
     assert table["large"]["hidden_size"] is None
 
 
 def test_values_by_space():
-    config = Config.load(None, ['operator.width_init={default="lossless"}', "operator.width_init.ffn=copy"])
-    assert [by_space(config.operator.width_init, space) for space in ("ffn", "residual")] == ["copy", "lossless"]
-    assert by_space(0.5, "ffn") == 0.5
+    config = RunConfig.load(None, ['operator.width_init={default="lossless"}', "operator.width_init.ffn=copy"])
+    assert [for_space(config.operator.width_init, space) for space in ("ffn", "residual")] == ["copy", "lossless"]
+    assert for_space(0.5, "ffn") == 0.5
 
 
 def test_spaces_are_held_against_the_model():

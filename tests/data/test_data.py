@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_ligo.common.errors import DataError, LayoutError
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data import indexed_dataset, megatron_dataset
-from megatron_ligo.data.text_dataset import Data, open_data
+from megatron_ligo.data.text_dataset import TextDataset, open_data
 
 S = 16
 
@@ -37,7 +37,7 @@ def pairs(tmp_path):
     return {name: make_pair(tmp_path / name, 200, seed) for seed, name in enumerate(("a", "b", "valid"))}
 
 
-def opened(pairs, tmp_path, train=None, num_train=400, num_valid=16, **changes) -> Data:
+def opened(pairs, tmp_path, train=None, num_train=400, num_valid=16, **changes) -> TextDataset:
     section = DataSection(train=train or (pairs["a"],), valid=(pairs["valid"],), **changes)
     return open_data(section, S, num_train, num_valid, section.seed, tmp_path / "cache")
 
@@ -84,7 +84,7 @@ def test_the_layout_does_not_change_what_a_step_reads(pairs, tmp_path):
 def test_a_global_batch_is_consecutive_samples(step, micro, dp, count):
     size = micro * dp * count
     rows = [{key: torch.tensor([index]) for key in ("tokens", "labels", "loss_mask")} for index in range(10 * size)]
-    data = Data(rows, None, [])
+    data = TextDataset(rows, None, [])
     read = [data.batch(step, size, micro, dp, rank) for rank in range(dp)]
     found = sorted(int(value) for batches in read for batch in batches for value in batch["tokens"].flatten())
     assert found == list(range(step * size, (step + 1) * size))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import DataError
-from megatron_ligo.config.run_config import Config, DataSection
+from megatron_ligo.config.run_config import DataSection, RunConfig
 from megatron_ligo.data.image_dataset import open_images
 from megatron_ligo.data.prepare_images import DIGITS, prepare, read_digits, read_npz
 from megatron_ligo.distributed import mesh as meshes
@@ -46,7 +46,7 @@ def settings(tmp_path_factory) -> tuple[dict, Path]:
     counts = prepare(*read_npz(base / "drawn.npz"), base / "data", 0.2)
     assert sum(counts.values()) == COUNT and 20 < counts["valid"] < 60
     (base / "config.json").write_text(json.dumps(config_json.config_of(SMALL, {}, torch.float32)))
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["small"]["path"] = str(base / "config.json")
     table["data"] |= {split: [str(base / f"data/{split}.safetensors")] for split in ("train", "valid")}
     table["pretrain"] |= {"steps": 6, "lr": 1e-2, "warmup_steps": 0, "schedule": "constant", "save_every": 2}
@@ -75,7 +75,7 @@ def test_the_journey_of_a_vit(pools, settings):
     table["fit"]["parallel"] |= {"tp": 2, "sequence_parallel": True}
     table["pretrain"] |= {"start": str(base / "grown"), "steps": 2, "lr": 2e-3}
     pools(2).run(fit, settings=table, output=str(base / "fit"))
-    handoff.grow_to(Config.from_dict(table), base / "fit" / "operator", base / "grown")
+    handoff.grow_to(RunConfig.from_dict(table), base / "fit" / "operator", base / "grown")
     table["pretrain"]["parallel"] |= {"tp": 2, "pp": 1, "sequence_parallel": True}
     grown = pools(2).run(pretrain, settings=table, output=str(base / "large"))
     fitted = provenance.read(base / "grown")["fit"]["losses"]
@@ -97,7 +97,7 @@ def held_out(source, table) -> tuple[float, float]:
 
 def test_the_order_and_the_files(settings, tmp_path):
     table, base = settings
-    meshes.start()
+    meshes.init_distributed()
     section = DataSection(train=tuple(table["data"]["train"]), valid=tuple(table["data"]["valid"]), seed=3)
     data = open_images(section, SMALL, 8)
     count = len(load_file(section.train[0])["labels"])
@@ -138,8 +138,8 @@ def test_scikit_learn_s_digits(tmp_path):
 
 
 def test_accuracy_counts_what_is_shown():
-    meshes.start()
+    meshes.init_distributed()
     logits = torch.tensor([[[1.0, 3.0, 9.0], [4.0, 4.0, 0.0], [0.0, 1.0, 0.0]]])  # (1, 3, 3): the last column pads
     told, mask = torch.tensor([[1], [0], [0]]), torch.ones(3, 1)
-    assert accuracy(logits, told, mask, 2, meshes.make(1, 1)) == pytest.approx(2 / 3)
-    assert accuracy(logits, told, torch.tensor([[1.0], [0], [1]]), 2, meshes.make(1, 1)) == pytest.approx(1 / 2)
+    assert accuracy(logits, told, mask, 2, meshes.build_mesh(1, 1)) == pytest.approx(2 / 3)
+    assert accuracy(logits, told, torch.tensor([[1.0], [0], [1]]), 2, meshes.build_mesh(1, 1)) == pytest.approx(1 / 2)

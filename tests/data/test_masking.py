@@ -10,8 +10,8 @@ import torch
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common.errors import ConfigError, DataError
-from megatron_ligo.config.run_config import Config, DataSection
-from megatron_ligo.data.documents import Texts, find
+from megatron_ligo.config.run_config import DataSection, RunConfig
+from megatron_ligo.data.documents import DocumentSource, find
 from megatron_ligo.data.masking import masking_of
 from megatron_ligo.data.prepare_text import Recipe, prepare
 from megatron_ligo.data.text_dataset import open_data
@@ -70,7 +70,7 @@ def test_what_is_drawn_depends_on_the_seed_and_the_sample_alone(pairs, tmp_path)
 
 def test_a_tokenizer_names_its_own_tokens():
     masking = masking_of(
-        DataSection(tokenizer=str(layer_norm_models.minilm())), formats.open(layer_norm_models.minilm()).dims
+        DataSection(tokenizer=str(layer_norm_models.minilm())), formats.open(layer_norm_models.minilm()).model_config
     )
     assert (masking.mask, masking.ends) == (103, (101, 102))
     assert masking.special == {0, 100, 101, 102, 103}
@@ -96,7 +96,7 @@ def test_the_journey_of_a_bert(pools, tmp_path):
         make_pair(tmp_path / name, seed)
     sizes = {"hidden_size": 32, "num_attention_heads": 8}
     layer_norm_models.saved(tmp_path / "small", "bert", "BertForPreTraining", **sizes)
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["small"]["path"] = str(tmp_path / "small")
     table["large"] |= {"num_layers": 5, "hidden_size": 48, "num_heads": 12, "ffn_size": 60}
     table["data"] |= {"train": [str(tmp_path / "train")], "valid": [str(tmp_path / "valid")], "seq_length": 12}
@@ -107,7 +107,7 @@ def test_the_journey_of_a_bert(pools, tmp_path):
     table["pretrain"] |= {"start": str(tmp_path / "grown"), "steps": 4, "save_every": 2, "micro_batch_size": 4}
     table["pretrain"]["parallel"] |= {"tp": 2, "zero": 2}
     pools(4).run(fit, settings=table, output=str(tmp_path / "fit"))
-    handoff.grow_to(Config.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
+    handoff.grow_to(RunConfig.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
     whole = pools(2).run(pretrain, settings=table, output=str(tmp_path / "whole"))
     fitted = provenance.read(tmp_path / "grown")["fit"]["losses"]
     assert whole["losses"]["fit"] == fitted["end"]
@@ -119,7 +119,7 @@ def test_the_journey_of_a_bert(pools, tmp_path):
     assert losses_of(resumed) == losses_of(whole)
     assert resumed["losses"] == whole["losses"]
     trained = formats.open(tmp_path / "whole" / "checkpoints/step_4/state")
-    assert (trained.dims.has_head, trained.dims.has_pooler) == (True, False)
+    assert (trained.model_config.has_head, trained.model_config.has_pooler) == (True, False)
 
 
 def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
@@ -127,7 +127,7 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
     for seed, name in enumerate(("train", "valid")):
         make_pair(tmp_path / name, seed)
     layer_norm_models.saved(tmp_path / "small", "bert", "BertModel")
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["data"] |= {"train": [str(tmp_path / "train")], "valid": [str(tmp_path / "valid")], "seq_length": 12}
     table["data"] |= {"mask_token": MASK, "ends": [FIRST, LAST]}
     table["pretrain"] |= {"start": str(tmp_path / "small"), "steps": 4, "lr": 2e-3, "warmup_steps": 0, "save_every": 0}
@@ -138,7 +138,7 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
     found = pools(2).run(pretrain, settings=table, output=str(tmp_path / "headed"))
     assert found["losses"]["end"] < found["losses"]["start"]
     before, after = formats.open(tmp_path / "small"), formats.open(tmp_path / "headed" / "checkpoints/step_4/state")
-    assert after.dims == replace(before.dims, has_head=True, has_pooler=False)
+    assert after.model_config == replace(before.model_config, has_head=True, has_pooler=False)
     for key in after.keys():  # noqa: SIM118
         if key in set(before.keys()):
             assert torch.equal(after.read(key), before.read(key)), key
@@ -148,9 +148,9 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
 @pytest.mark.long
 def test_the_real_minilm_is_headed_fitted_and_grown(pools, tmp_path):
     """A masked-LM head is trained on the published encoder, and gives the fit of one of twice its width its loss."""
-    texts = Texts(find([str(ROOT / "megatron_ligo" / "formats")]))
+    texts = DocumentSource(find([str(ROOT / "megatron_ligo" / "formats")]))
     prepare(Recipe(texts, str(layer_norm_models.minilm()), valid_fraction=0.3), tmp_path / "data", workers=1)
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["data"] |= {name: [str(tmp_path / "data" / name)] for name in ("train", "valid")} | {"seq_length": 32}
     table["data"]["tokenizer"] = str(layer_norm_models.minilm())
     table["pretrain"] |= {"start": str(layer_norm_models.minilm()), "fresh_head": True, "steps": 30, "lr": 1e-3}
@@ -163,7 +163,7 @@ def test_the_real_minilm_is_headed_fitted_and_grown(pools, tmp_path):
     table["fit"] |= {"steps": 4, "lr": 3e-4, "warmup_steps": 0, "keep": "last", "save_every": 0, "eval_samples": 8}
     table["fit"]["parallel"] |= {"tp": 2}
     pools(2).run(fit, settings=table, output=str(tmp_path / "fit"))
-    handoff.grow_to(Config.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
+    handoff.grow_to(RunConfig.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
     fitted = provenance.read(tmp_path / "grown")["fit"]["losses"]
     assert fitted["start"] == pytest.approx(headed["losses"]["end"], rel=1e-5)
     assert abs(fitted["end"] - fitted["start"]) > 1e-3

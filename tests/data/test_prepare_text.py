@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ligo.common.errors import ConfigError, DataError, Faults
-from megatron_ligo.common.file_lock import alone
+from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector
+from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.data import prepare_text as preparing
-from megatron_ligo.data.documents import Texts, find
-from megatron_ligo.data.indexed_dataset import open_pair
+from megatron_ligo.data.documents import DocumentSource, find
+from megatron_ligo.data.indexed_dataset import open_indexed
 from megatron_ligo.data.prepare_text import Recipe, prepare
 from megatron_ligo.data.tokenizer import digest_tokenizer, load_tokenizer
 
@@ -30,7 +30,7 @@ def hf_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     inner = tokenizers.ByteLevelBPETokenizer()
     inner.train_from_iterator(
-        islice(Texts((), python_docs=True), 40), 600, special_tokens=["<|endoftext|>", "<|turn|>"]
+        islice(DocumentSource((), python_docs=True), 40), 600, special_tokens=["<|endoftext|>", "<|turn|>"]
     )
     inner.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|turn|>"}}')
@@ -51,7 +51,7 @@ def corpus(tmp_path) -> Path:
 
 
 def recipe(corpus: Path, folder: Path, **changes) -> Recipe:
-    return Recipe(Texts(find([str(corpus)])), **{"tokenizer": str(folder), "valid_fraction": 0.2, **changes})
+    return Recipe(DocumentSource(find([str(corpus)])), **{"tokenizer": str(folder), "valid_fraction": 0.2, **changes})
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -66,7 +66,7 @@ def test_every_document_is_there_once_and_whole(corpus, hf_folder, tmp_path):
     found = [ids for name in ("train", "valid") for ids in documents(tmp_path / "out" / name)]
     assert all(ids[-1] == end for ids in found)
     texts = sorted(tokenizer.decode(ids[:-1], skip_special_tokens=False) for ids in found)
-    assert texts == sorted(Texts(find([str(corpus)])))
+    assert texts == sorted(DocumentSource(find([str(corpus)])))
     assert sum(record["documents"] for record in splits.values()) == len(found) == 305
     assert sum(record["tokens"] for record in splits.values()) == sum(map(len, found))
     assert 20 < splits["valid"]["documents"] < 120
@@ -75,9 +75,9 @@ def test_every_document_is_there_once_and_whole(corpus, hf_folder, tmp_path):
 def test_a_prepared_pair_and_its_record_agree(corpus, hf_folder, tmp_path):
     splits = prepare(recipe(corpus, hf_folder), tmp_path / "out", workers=1)
     for name, record in splits.items():
-        faults = Faults(name)
-        pair = open_pair(str(tmp_path / "out" / name), faults)
-        assert not faults.lines and pair.record == record
+        errors = ErrorCollector(name)
+        pair = open_indexed(str(tmp_path / "out" / name), errors)
+        assert not errors.lines and pair.record == record
         assert (pair.dtype, pair.tokens, pair.documents) == (np.uint16, record["tokens"], record["documents"])
         assert pair.token_range()[1] == record["max_token"] < record["vocab_size"] == 600
         assert record["tokenizer"] == digest_tokenizer(hf_folder) == digest_tokenizer(tmp_path / "out" / "tokenizer")
@@ -97,7 +97,7 @@ def test_the_same_bytes_for_any_number_of_workers(corpus, hf_folder, tmp_path, m
 def test_equal_documents_fall_on_one_side(tmp_path, hf_folder):
     path = tmp_path / "twice.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {index % 50}"}) + "\n" for index in range(200)))
-    prepare(Recipe(Texts((path,)), str(hf_folder), valid_fraction=0.3), tmp_path / "out", 1)
+    prepare(Recipe(DocumentSource((path,)), str(hf_folder), valid_fraction=0.3), tmp_path / "out", 1)
     train, valid = ({tuple(ids) for ids in documents(tmp_path / "out" / name)} for name in ("train", "valid"))
     assert len(train) + len(valid) == 50 and not train & valid
 
@@ -107,7 +107,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def test_sentencepiece(tmp_path):
-    texts = Texts((), python_docs=True, max_bytes=600_000)
+    texts = DocumentSource((), python_docs=True, max_bytes=600_000)
     for name in ("a", "b"):
         prepare(Recipe(texts, train_vocab=1000, valid_fraction=0.1), tmp_path / name, 1)
     one, other = ({path.name: path.read_bytes() for path in found(tmp_path / name)} for name in ("a", "b"))
@@ -147,7 +147,7 @@ def test_a_run_that_was_killed_while_it_renamed_is_ended(corpus, hf_folder, tmp_
 
 
 def test_two_at_once(corpus, hf_folder, tmp_path):
-    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+    with exclusive_access(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
         prepare(recipe(corpus, hf_folder), tmp_path / "out", 1)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -162,14 +162,14 @@ def test_nothing_is_left_of_a_run_that_failed(corpus, hf_folder, tmp_path):
 def test_empty_documents_are_counted(tmp_path, hf_folder):
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.txt").write_text("b")
-    texts = Texts(find([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]))
+    texts = DocumentSource(find([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]))
     splits = prepare(Recipe(texts, str(hf_folder), valid_fraction=0), tmp_path / "out", 1)
     assert splits["train"]["documents"] == 1 and splits["train"]["empty_documents_left_out"] == 1
 
 
 def test_a_split_without_documents_is_refused(tmp_path, hf_folder):
     (tmp_path / "b.txt").write_text("b")
-    texts = Texts((tmp_path / "b.txt",))
+    texts = DocumentSource((tmp_path / "b.txt",))
     with pytest.raises(DataError, match=r"expected at least one document, found none"):
         prepare(Recipe(texts, str(hf_folder), valid_fraction=1e-9), tmp_path / "out", 1)
 
@@ -181,7 +181,7 @@ def test_all_faulty_lines_of_a_jsonl(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n{"text": 3}\n{"tekst": "x"}\nnonsense\n["text"]\n')
     with pytest.raises(DataError) as caught:
-        list(Texts((path,)))
+        list(DocumentSource((path,)))
     assert "4 faults" in str(caught.value) and "line 2: expected text under 'text', found int" in str(caught.value)
 
 
@@ -193,12 +193,12 @@ def test_all_wrong_paths(tmp_path):
 
 
 def test_the_standard_library():
-    texts = list(Texts((), python_docs=True))
-    assert texts == list(Texts((), python_docs=True))
+    texts = list(DocumentSource((), python_docs=True))
+    assert texts == list(DocumentSource((), python_docs=True))
     assert sum(map(len, texts)) > 5_000_000
     assert sum("return" in text for text in texts) > 300
     assert any(text.startswith("itertools\n\n") for text in texts)
-    capped = list(Texts((), python_docs=True, max_bytes=100_000))
+    capped = list(DocumentSource((), python_docs=True, max_bytes=100_000))
     assert capped == texts[: len(capped)] and sum(len(text.encode()) for text in capped) <= 100_000
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.common.file_lock import alone
+from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import WRITERS
 from megatron_ligo.experiments import staged_growth
 from megatron_ligo.export import provenance
@@ -128,5 +128,5 @@ def test_faults_of_all_stages_at_once(tmp_path):
 
 
 def test_two_at_once(tmp_path):
-    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+    with exclusive_access(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
         staged_growth.run([], tmp_path / "out", print)

@@ -15,12 +15,12 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
 from megatron_ligo.checkpoint.reader import WEIGHT
 from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError
-from megatron_ligo.common.file_lock import alone
-from megatron_ligo.config.run_config import Config, HandoffSection, LargeSection, OperatorSection
+from megatron_ligo.common.file_lock import exclusive_access
+from megatron_ligo.config.run_config import HandoffSection, LargeSection, OperatorSection, RunConfig
 from megatron_ligo.distributed import mesh
 from megatron_ligo.distributed.agreement import Share
 from megatron_ligo.export import handoff, provenance
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import initial_operator
 from tests.tiny_models import hf_from, hf_llama, llama_dims, tokens
 
@@ -31,7 +31,7 @@ LARGE = LargeSection(num_layers=4, hidden_size=30, ffn_size=40, num_heads=10, nu
 def grown(tmp_path):
     hf_llama(llama_dims(tied=True)).save_pretrained(tmp_path / "small")
     source = open_hf(tmp_path / "small")
-    return Grown(initial_operator(source.dims, LARGE, OperatorSection()), source)
+    return GrownReader(initial_operator(source.model_config, LARGE, OperatorSection()), source)
 
 
 def write(grown, folder, **more):
@@ -44,18 +44,18 @@ def test_both_formats_hold_the_grown_model(grown, tmp_path):
     assert record == json.loads((tmp_path / "out/growth.json").read_text()) == provenance.read(tmp_path / "out")
     for name in ("universal", "hf"):
         reader = formats.open(tmp_path / "out" / name)
-        assert reader.dims == grown.dims
-        for key in get("llama").keys(grown.dims):
+        assert reader.model_config == grown.model_config
+        for key in get("llama").keys(grown.model_config):
             assert torch.equal(reader.read(key), grown.read(key)), (name, key)
-    ids = tokens(grown.dims)
+    ids = tokens(grown.model_config)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
     assert torch.allclose(loaded(ids).logits, hf_from(grown)(ids).logits, atol=2e-6)
 
 
 def test_record_says_where_it_comes_from(grown, tmp_path):
     record = write(grown, tmp_path / "out")
-    assert record["small"] == grown.source.dims.to_json()
-    assert record["large"] == grown.dims.to_json()
+    assert record["small"] == grown.source.model_config.to_json()
+    assert record["large"] == grown.model_config.to_json()
     assert record["source"]["digest"] == handoff.source_digest(grown.source)
     assert record["operator"]["settings"]["width_init"] == "lossless"
     assert record["fit"] is None
@@ -72,10 +72,12 @@ def test_a_second_run_leaves_all_as_it_is(grown, tmp_path):
 
 def test_another_model_is_not_written_over_it(grown, tmp_path):
     write(grown, tmp_path / "out")
-    other = Grown(initial_operator(grown.source.dims, LARGE, OperatorSection(width_init="copy")), grown.source)
+    other = GrownReader(
+        initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="copy")), grown.source
+    )
     with pytest.raises(ConfigError, match="found another operator"):
         write(other, tmp_path / "out")
-    with alone(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+    with exclusive_access(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
         write(grown, tmp_path / "out")
     write(other, tmp_path / "out", overwrite=True)
     reader = formats.open(tmp_path / "out/hf")
@@ -85,13 +87,13 @@ def test_another_model_is_not_written_over_it(grown, tmp_path):
 def test_from_a_config(grown, tmp_path):
     sets = [f"small.path={grown.source.path}", "handoff.dtype=bf16"]
     sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
-    handoff.grow_to(Config.load(None, sets), None, tmp_path / "out")
+    handoff.grow_to(RunConfig.load(None, sets), None, tmp_path / "out")
     half, whole = (formats.open(tmp_path / "out" / name).read("layers.0.q") for name in ("hf", "universal"))
     assert half.dtype == torch.bfloat16
     assert torch.equal(whole, grown.read("layers.0.q"))
     assert torch.equal(half, whole.bfloat16())
     with pytest.raises(ConfigError, match=r"small\.path"):
-        handoff.grow_to(Config(), None, tmp_path / "none")
+        handoff.grow_to(RunConfig(), None, tmp_path / "none")
 
 
 def test_moments_grow_into_the_hand_off(grown, tmp_path):
@@ -102,18 +104,18 @@ def test_moments_grow_into_the_hand_off(grown, tmp_path):
         torch.save({**held, "param": torch.rand(held["param"].shape)}, file)
     sets = [f"small.path={tmp_path / 'trained'}", "handoff.moments=grow", "handoff.formats=['universal']"]
     sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
-    record = handoff.grow_to(Config.load(None, sets), None, tmp_path / "out")
+    record = handoff.grow_to(RunConfig.load(None, sets), None, tmp_path / "out")
     assert record["moments"]["policy"] == "grow" and record["moments"]["layers_at_zero"] == [1]
     assert "exact" in record["moments"]["exp_avg_sq"] and not record["moments"]["maps_with_several_entries"]
     reader = formats.open(tmp_path / "out/universal")
-    again = Grown(grown.operator, formats.open(tmp_path / "trained"), "grow")
+    again = GrownReader(grown.operator, formats.open(tmp_path / "trained"), "grow")
     for key in ("embed", "layers.0.down", "layers.2.k", "layers.1.up", "final_norm"):
         for kind in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(reader.read(key, kind), again.read(key, kind))
     assert bool(reader.read("layers.0.down", "exp_avg").any()) and not reader.read("layers.1.down", "exp_avg").any()
     with pytest.raises(CheckpointError, match="expected moments"):
         sets[0] = f"small.path={grown.source.path}"
-        handoff.grow_to(Config.load(None, sets), None, tmp_path / "none")
+        handoff.grow_to(RunConfig.load(None, sets), None, tmp_path / "none")
 
 
 def test_a_record_that_cannot_be_read_is_refused(tmp_path):
@@ -135,7 +137,7 @@ FAULTS = {
 def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -> list:
     """One rank's share; how many tensors each has made, or what each raises. Rank fails_on meets that fault."""
     source = open_hf(Path(small))
-    grown = Grown(initial_operator(source.dims, LARGE, OperatorSection(width_init="random")), source)
+    grown = GrownReader(initial_operator(source.model_config, LARGE, OperatorSection(width_init="random")), source)
     read, made = grown.read, []
     error, at = FAULTS[fault] if fault and dist.get_rank() == fails_on else (None, 0)
 
@@ -146,12 +148,12 @@ def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -
         return read(key, kind)
 
     grown.read = noted
-    share = Share(dist.get_rank(), dist.get_world_size(), mesh.gathered)
+    share = Share(dist.get_rank(), dist.get_world_size(), mesh.all_gather_objects)
     try:
         handoff.hand_off(grown, folder, None, ("universal", "hf"), {}, share=share)
     except LigoError as error:
-        return mesh.gathered((type(error).__name__, f"{error}", error.agreed))
-    return mesh.gathered(len(made))
+        return mesh.all_gather_objects((type(error).__name__, f"{error}", error.agreed))
+    return mesh.all_gather_objects(len(made))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,7 +166,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_processes_share_the_work_and_write_the_same_bytes(grown, tmp_path, pools):
     small, whole, shared = str(grown.source.path), tmp_path / "whole", tmp_path / "shared"
-    other = Grown(initial_operator(grown.source.dims, LARGE, OperatorSection(width_init="random")), grown.source)
+    other = GrownReader(
+        initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="random")), grown.source
+    )
     handoff.hand_off(other, whole, None, ("universal", "hf"), {})
     # One fails: what all have done is there for whoever goes on, however many they are.
     with pytest.raises(RuntimeError, match="as asked for"):

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 from megatron_ligo.arch import get
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.config.run_config import OperatorSection
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.tiny_models import Memory
 
 FILES = sorted((Path(__file__).parent / "data").glob("ligo_official_bert_*.npz"))
@@ -42,7 +42,7 @@ LAYER = "bert.encoder.layer"
 class Given(Operator):
     """An operator that is a dict of tensors, of any dtype."""
 
-    def __init__(self, small: Dims, large: Dims, settings: OperatorSection, tensors: dict[str, Tensor]):
+    def __init__(self, small: ModelConfig, large: ModelConfig, settings: OperatorSection, tensors: dict[str, Tensor]):
         super().__init__(small, large, settings)
         assert set(tensors) == set(self.shapes())
         self.tensors = tensors
@@ -77,8 +77,8 @@ def load(path: Path, head_dim: int | None = None) -> Case:
     )
 
 
-def bert(dims: Dims) -> BertForMaskedLM:
-    config = config_json.config_of(dims, {}, torch.float64)
+def bert(model_config: ModelConfig) -> BertForMaskedLM:
+    config = config_json.config_of(model_config, {}, torch.float64)
     return BertForMaskedLM(BertConfig(**config)).double().eval()
 
 
@@ -116,10 +116,10 @@ def _part(raw: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
 
 
-def _dims(state: dict[str, Tensor], head_dim: int) -> Dims:
+def _dims(state: dict[str, Tensor], head_dim: int) -> ModelConfig:
     vocab, hidden = state["bert.embeddings.word_embeddings.weight"].shape
     layers = {name.split(".")[3] for name in state if name.startswith(LAYER)}
-    return Dims(
+    return ModelConfig(
         arch="bert",
         model_type="bert",
         num_layers=len(layers),
@@ -136,14 +136,14 @@ def _dims(state: dict[str, Tensor], head_dim: int) -> Dims:
     )
 
 
-def _canonical(state: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
-    items = stored(get("bert"), dims, "hf")
+def _canonical(state: dict[str, Tensor], model_config: ModelConfig) -> dict[str, Tensor]:
+    items = stored_tensors(get("bert"), model_config, "hf")
     left = set(state) - set(items) - {"bert.embeddings.position_ids"}
     assert not left, f"the table has no place for {left}"
-    return {key: item.part(state[name], key, dims) for name, item in items.items() for key in item.keys}
+    return {key: item.part(state[name], key, model_config) for name, item in items.items() for key in item.keys}
 
 
-def _tensors(raw: dict[str, Tensor], small: Dims, large: Dims) -> dict[str, Tensor]:
+def _tensors(raw: dict[str, Tensor], small: ModelConfig, large: ModelConfig) -> dict[str, Tensor]:
     layers = range(large.num_layers)
     tensors = {
         "width.residual.expand": with_identity(raw["op/emb"]),

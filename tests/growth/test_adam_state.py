@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_ligo.arch.spec import layer_of
+from megatron_ligo.arch.spec import layer_index
 from megatron_ligo.checkpoint.reader import MOMENTS
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import moments_record
-from megatron_ligo.growth.operator import Initial
+from megatron_ligo.growth.operator import InitialOperator
 from megatron_ligo.growth.validation import initial_operator
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import layer_norm_models
 from tests.growth.logit_gap import RAGGED
 from tests.tiny_models import Memory, hf_from, hf_llama, hf_name, llama_dims, memory_of, tokens
 
 
-class Exact(Initial):
+class Exact(InitialOperator):
     """The start of a fit, not rounded to fp32."""
 
     def tensor(self, name):
@@ -44,8 +44,8 @@ class Norm(nn.Module):
 class WithMoments(Memory):
     """A checkpoint with the gradient in place of the mean of gradients, and its square in that of the squares."""
 
-    def __init__(self, dims, tensors, gradients, step=7):
-        super().__init__(dims, tensors)
+    def __init__(self, model_config, tensors, gradients, step=7):
+        super().__init__(model_config, tensors)
         self.gradients, self.step = gradients, step
 
     @property
@@ -58,18 +58,18 @@ class WithMoments(Memory):
         return self.gradients[key] if kind == "exp_avg" else self.gradients[key].square()
 
 
-def gradients(model, dims):
+def gradients(model, model_config):
     """By canonical key: those of a loss that all parameters take part in."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "variance_epsilon"):
                 setattr(parent, name, Norm(child))
-    ids = tokens(dims)
+    ids = tokens(model_config)
     logits = model(ids[:, :-1]).logits
     nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     found = dict(model.named_parameters())
-    arch = memory_of(model, dims).arch
-    return {key: found[hf_name(arch, key)].grad for key in arch.keys(dims)}
+    arch = memory_of(model, model_config).arch
+    return {key: found[hf_name(arch, key)].grad for key in arch.keys(model_config)}
 
 
 def grown_pair(small, large, policy="grow", **keys):
@@ -78,9 +78,9 @@ def grown_pair(small, large, policy="grow", **keys):
     source = WithMoments(small, memory_of(model, small).tensors, gradients(model, small))
     operator = initial_operator(small, large, OperatorSection(**keys))
     operator = Exact(small, operator.large, operator.settings)
-    grown = Grown(operator, source, policy)
+    grown = GrownReader(operator, source, policy)
     big = hf_from(grown)
-    return grown, gradients(big, grown.dims)
+    return grown, gradients(big, grown.model_config)
 
 
 def worst(grown, real, skip=lambda key: False):
@@ -120,9 +120,9 @@ def test_the_first_moment_is_the_grown_models_gradient(case, tied):
     def unknown(key):
         """What new layers, fresh features and new features of k (rotary ones) will write has no answer: it begins at
         zero."""
-        new = layer_of(key) in layers and key.endswith((".o", ".down"))
+        new = layer_index(key) in layers and key.endswith((".o", ".down"))
         fresh = case == "fresh rows" and key.endswith((".o", ".down"))
-        return new or fresh or (grown.operator.frame.resized and key.endswith(".k"))
+        return new or fresh or (grown.operator.frame.head_dim_changed and key.endswith(".k"))
 
     gap, gaps = worst(grown, real, unknown)
     assert gap < 1e-12, gaps
@@ -139,8 +139,8 @@ def family_gradients(source):
     nn.functional.cross_entropy(made(ids)[0].flatten(0, 1), ids.roll(1, dims=1).flatten()).backward()
     # A parameter that the loss does not meet has no gradient.
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in made.named_parameters()}
-    items = stored(source.arch, source.dims, "hf").items()
-    return {key: item.part(found[name], key, source.dims) for name, item in items for key in item.keys}
+    items = stored_tensors(source.arch, source.model_config, "hf").items()
+    return {key: item.part(found[name], key, source.model_config) for name, item in items for key in item.keys}
 
 
 WIDER = {
@@ -158,7 +158,7 @@ def test_families_with_layer_norm(family, name, case, tied):
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, tied=tied, dtype=torch.float64), small)
     source = WithMoments(small, source.tensors, family_gradients(source))
     operator = initial_operator(small, WIDER[case], OperatorSection())
-    grown = Grown(Exact(small, operator.large, operator.settings), source, "grow")
+    grown = GrownReader(Exact(small, operator.large, operator.settings), source, "grow")
     gap, gaps = worst(grown, family_gradients(grown))
     assert gap < 1e-12, gaps
 
@@ -193,7 +193,7 @@ def test_what_is_exact_is_called_so(case):
 def test_the_forward_maps_would_be_wrong():
     """The control: gradients that grow as weights do are off."""
     grown, real = grown_pair(llama_dims(), CASES["cloned"][0], method="hypercloning")
-    forward = Grown(grown.operator, Memory(grown.operator.small, grown.source.gradients)).read("embed")
+    forward = GrownReader(grown.operator, Memory(grown.operator.small, grown.source.gradients)).read("embed")
     assert torch.allclose(forward, 2 * real["embed"], atol=1e-12) and bool(real["embed"].any())
 
 
@@ -201,7 +201,7 @@ def test_the_forward_maps_would_be_wrong():
 def test_the_second_moment_is_the_square_where_rows_have_one_entry(case):
     large, keys = CASES[case]
     grown, _ = grown_pair(llama_dims(), large, **keys)
-    for key in grown.arch.keys(grown.dims):
+    for key in grown.arch.keys(grown.model_config):
         first, second = (grown.read(key, kind) for kind in MOMENTS)
         assert torch.allclose(second, first.square(), rtol=1e-12, atol=0), key
 
@@ -217,4 +217,4 @@ def test_moments_that_are_not_there_cannot_grow():
     small = llama_dims()
     operator = initial_operator(small, RAGGED, OperatorSection())
     with pytest.raises(CheckpointError, match="expected moments"):
-        Grown(operator, memory_of(hf_llama(small), small), "grow")
+        GrownReader(operator, memory_of(hf_llama(small), small), "grow")

@@ -7,7 +7,7 @@ import torch
 
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth import attention_heads
 from megatron_ligo.growth.validation import initial_operator
 from tests.growth.logit_gap import logits_gap
@@ -54,10 +54,10 @@ def unscaled(part, *sizes, features=attention_heads.features):
 
 def test_pairs_keep_their_frequencies():
     for small_dim, large_dim in ((4, 8), (4, 6), (64, 96), (64, 128)):
-        dims = llama_dims(head_dim=small_dim)
-        base = attention_heads.rope_base(dims, large_dim)
+        model_config = llama_dims(head_dim=small_dim)
+        base = attention_heads.rope_base(model_config, large_dim)
         place = attention_heads.features("k", small_dim, large_dim, True).argmax(dim=0)[: small_dim // 2]
-        before = dims.rope_base ** (-2 * torch.arange(small_dim // 2, dtype=torch.float64) / small_dim)
+        before = model_config.rope_base ** (-2 * torch.arange(small_dim // 2, dtype=torch.float64) / small_dim)
         assert torch.allclose(base ** (-2 * place.double() / large_dim), before, rtol=1e-12)
 
 
@@ -65,7 +65,7 @@ def test_new_features_can_learn():
     """q's and v's new features are no zeros, though those of k are."""
     small = llama_dims()
     operator = initial_operator(small, LargeSection(head_dim=8), OperatorSection())
-    grown = Grown(operator, memory_of(hf_llama(small), small))
+    grown = GrownReader(operator, memory_of(hf_llama(small), small))
     for row, zeros in (("q", 0), ("v", 0), ("k", 3 * 4)):
         rows = grown.read(f"layers.0.{row}")
         assert int((rows == 0).all(dim=1).sum()) == zeros
@@ -75,7 +75,7 @@ def test_keys_and_values_are_merged_by_their_mean():
     small = llama_dims(num_kv_heads=6, head_dim=4)
     settings = OperatorSection(width_init={"default": "lossless", "groups": "mean"})
     source = memory_of(hf_llama(small), small)
-    grown = Grown(initial_operator(small, LargeSection(num_kv_heads=2), settings), source)
+    grown = GrownReader(initial_operator(small, LargeSection(num_kv_heads=2), settings), source)
     key = source.read("layers.1.k").view(2, 3, 4, 24)
     assert torch.allclose(grown.read("layers.1.k").view(2, 4, 24), key.mean(dim=1), atol=1e-7)
     for row in ("q", "o", "up"):

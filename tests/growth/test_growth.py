@@ -8,9 +8,9 @@ import torch
 from megatron_ligo.arch import get
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import initial_operator
-from megatron_ligo.growth.width_maps import Frame, apply_map, left_inverse
+from megatron_ligo.growth.width_maps import SpaceMaps, apply_map, left_inverse
 from tests.growth.logit_gap import RAGGED, logits_gap
 from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
 
@@ -31,7 +31,7 @@ def test_eps_left_alone_is_seen():
     operator = initial_operator(small, RAGGED, OperatorSection())
     assert operator.large.norm_eps == pytest.approx(small.norm_eps * 24 / 32)
     model = hf_llama(small).double()
-    grown = Grown(operator, memory_of(model, small))
+    grown = GrownReader(operator, memory_of(model, small))
     broken = hf_from(grown)
     for module in broken.modules():
         if hasattr(module, "variance_epsilon"):
@@ -46,7 +46,7 @@ def test_named_depths_place_the_layers_that_they_say(depth):
     small = llama_dims()
     source = memory_of(hf_llama(small), small)
     operator = initial_operator(small, LargeSection(num_layers=5), OperatorSection(depth_init=depth))
-    grown = Grown(operator, source)
+    grown = GrownReader(operator, source)
     expected = {"stack": [0, 1, 2, 0, 1], "interlace": [0, 0, 1, 1, 2], "copy": [0, 1, 2, 2, 2]}[depth]
     for layer, origin in enumerate(expected):
         for row in ("q", "down", "norm1"):
@@ -58,7 +58,7 @@ def test_query_heads_stay_with_their_group():
     small = llama_dims()
     source = memory_of(hf_llama(small), small)
     section = LargeSection(num_heads=8, num_kv_heads=4)
-    grown = Grown(initial_operator(small, section, OperatorSection()), source)
+    grown = GrownReader(initial_operator(small, section, OperatorSection()), source)
     assert torch.equal(grown.read("layers.0.q")[24:], source.read("layers.0.q")[:8])
     assert torch.equal(grown.read("layers.0.k")[12:], source.read("layers.0.k")[:4])
 
@@ -73,7 +73,7 @@ def test_the_pseudo_inverse_is_one():
 def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
     small, large = llama_dims(), llama_dims(num_heads=8, num_kv_heads=4)
     axis = get("llama").row("layers.0.o").axes[1]
-    lift = Frame(small, large, structure).lift(axis)
+    lift = SpaceMaps(small, large, structure).lift(axis)
     groups, r, d = small.num_kv_heads, small.heads_per_group, small.head_dim
     x = torch.randn(groups * r * d, 2)
     if structure == "heads":

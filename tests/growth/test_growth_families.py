@@ -7,7 +7,7 @@ import torch
 
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth import initializers
 from megatron_ligo.growth.methods import METHODS, describe
 from megatron_ligo.growth.operator import Operator
@@ -25,7 +25,7 @@ def gap(family: str, name: str, large: LargeSection, settings: OperatorSection, 
     """Largest difference of what comes out first, at outputs of size 3. Hidden states grow by the residual map."""
     small = layer_norm_models.dims_of(family, name, tied=tied)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, tied=tied, dtype=torch.float64), small)
-    grown = Grown(initial_operator(small, large, settings), source)
+    grown = GrownReader(initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118
         assert grown.read(key).dtype == torch.float64
         assert grown.read(key).shape == grown.info(key).shape
@@ -108,6 +108,6 @@ def test_every_method_takes_every_row(method):
     for family, name in (("bert", "BertForPreTraining"), ("gpt2", "GPT2LMHeadModel")):
         small = layer_norm_models.dims_of(family, name)
         source = layer_norm_models.memory_of(layer_norm_models.model(family, name), small)
-        grown = Grown(initial_operator(small, large, settings), source)
+        grown = GrownReader(initial_operator(small, large, settings), source)
         assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118
         assert layer_norm_models.outputs(grown, layer_norm_models.tokens()).shape[-1] == 41

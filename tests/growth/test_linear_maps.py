@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ligo.growth.linear_maps import Copies, Full, Kept, LowRank
+from megatron_ligo.growth.linear_maps import DenseMap, FrozenIdentityMap, LowRankMap, RowSelection
 
 N, M, RANK = 7, 4, 2
 
@@ -30,12 +30,12 @@ def kept(first: int, rows: int) -> torch.Tensor:
 
 U, V = drawn(N, RANK), drawn(RANK, M)
 FORMS = {
-    "full": (lambda: Full(drawn(N, M)), drawn(N, M), N * M),
-    "all rows kept": (lambda: Kept(drawn(N, M), 4, 0), kept(0, 4), (N - 4) * M),
-    "a rank's kept rows": (lambda: Kept(drawn(N, M), 2, 1), kept(1, 2), (N - 2) * M),
-    "copies": (lambda: Copies.of(one_entry()), one_entry(), 0),
-    "low rank on copies": (lambda: LowRank(Copies.of(one_entry()), U, V), one_entry() + U @ V, RANK * (N + M)),
-    "low rank on full": (lambda: LowRank(Full(drawn(N, M)), U, V), drawn(N, M) + U @ V, N * M + RANK * (N + M)),
+    "full": (lambda: DenseMap(drawn(N, M)), drawn(N, M), N * M),
+    "all rows kept": (lambda: FrozenIdentityMap(drawn(N, M), 4, 0), kept(0, 4), (N - 4) * M),
+    "a rank's kept rows": (lambda: FrozenIdentityMap(drawn(N, M), 2, 1), kept(1, 2), (N - 2) * M),
+    "copies": (lambda: RowSelection.of(one_entry()), one_entry(), 0),
+    "low rank on copies": (lambda: LowRankMap(RowSelection.of(one_entry()), U, V), one_entry() + U @ V, RANK * (N + M)),
+    "low rank on full": (lambda: LowRankMap(DenseMap(drawn(N, M)), U, V), drawn(N, M) + U @ V, N * M + RANK * (N + M)),
 }
 
 
@@ -47,11 +47,11 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(kind):
     assert form.cost == cost
     torch.testing.assert_close(form.dense(), dense)
     pairs = [
-        (form.push, lambda x: x @ dense.t(), drawn(3, 2, M)),
-        (form.pull, lambda x: x @ dense, drawn(3, 2, N)),
+        (form.apply, lambda x: x @ dense.t(), drawn(3, 2, M)),
+        (form.apply_transposed, lambda x: x @ dense, drawn(3, 2, N)),
         (form.__matmul__, lambda x: dense @ x, drawn(M, 5)),
         (form.__matmul__, lambda x: dense @ x, drawn(M)),
-        (form.to(drawn(1)).push, lambda x: x @ dense.t(), drawn(2, M)),
+        (form.to(drawn(1)).apply, lambda x: x @ dense.t(), drawn(2, M)),
     ]
     for product, wanted, x in pairs:
         mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -64,4 +64,4 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(kind):
 
 
 def test_a_dense_matrix_is_no_copies():
-    assert Copies.of(drawn(N, M)) is None
+    assert RowSelection.of(drawn(N, M)) is None

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ligo.common.errors import ConfigError, Faults
-from megatron_ligo.config.run_config import Config, LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.common.errors import ConfigError, ErrorCollector
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.methods import METHODS, describe, resolve
 from megatron_ligo.growth.validation import check_factored, initial_operator
 from megatron_ligo.growth.width_maps import left_inverse
@@ -19,10 +19,10 @@ from tests.tiny_models import hf_llama, llama_dims, memory_of
 LOSSLESS = [name for name, method in METHODS.items() if method.lossless]
 
 
-def grown(method: str, large: LargeSection = RAGGED, **keys) -> Grown:
+def grown(method: str, large: LargeSection = RAGGED, **keys) -> GrownReader:
     small = llama_dims()
     settings = OperatorSection(method=method, **keys)
-    return Grown(initial_operator(small, large, settings), memory_of(hf_llama(small), small))
+    return GrownReader(initial_operator(small, large, settings), memory_of(hf_llama(small), small))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -104,7 +104,9 @@ def test_the_published_operator_is_written_out():
 
 
 def test_keys_are_put_over_the_method():
-    settings = resolve(Config.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_dims())
+    settings = resolve(
+        RunConfig.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_dims()
+    )
     assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
     assert resolve(settings, llama_dims()) == settings
     told = describe(settings, llama_dims(), llama_dims())
@@ -146,9 +148,9 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(ConfigError, match=word):
             initial_operator(llama_dims(), RAGGED, OperatorSection(**keys))
     for method in METHODS:
-        faults = Faults("fit", ConfigError)
-        check_factored(resolve(OperatorSection(method=method), llama_dims()), faults)
-        assert bool(faults.lines) == (method in ("direct_copy", "random", "aki"))
+        errors = ErrorCollector("fit", ConfigError)
+        check_factored(resolve(OperatorSection(method=method), llama_dims()), errors)
+        assert bool(errors.lines) == (method in ("direct_copy", "random", "aki"))
 
 
 def test_every_start_of_copies_has_its_left_inverse():

@@ -12,9 +12,9 @@ from torch.func import functional_call
 from megatron_ligo.arch.spec import Use
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import initial_operator
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.growth import official_ligo
 from tests.models.factored import fit_cases
 from tests.tiny_models import Memory
@@ -29,13 +29,15 @@ def case(request) -> official_ligo.Case:
 
 def state_of(reader) -> dict[str, torch.Tensor]:
     """Its tensors under Hugging Face's names."""
-    items = stored(reader.arch, reader.dims, "hf")
-    return {name: item.whole([reader.read(key) for key in item.keys], reader.dims) for name, item in items.items()}
+    items = stored_tensors(reader.arch, reader.model_config, "hf")
+    return {
+        name: item.whole([reader.read(key) for key in item.keys], reader.model_config) for name, item in items.items()
+    }
 
 
 def logits(reader, ids) -> torch.Tensor:
     """May be differentiated by the reader's tensors."""
-    return functional_call(official_ligo.bert(reader.dims), state_of(reader), (ids,)).logits
+    return functional_call(official_ligo.bert(reader.model_config), state_of(reader), (ids,)).logits
 
 
 def changed(case: official_ligo.Case, tensors: dict[str, torch.Tensor]) -> official_ligo.Given:
@@ -58,9 +60,9 @@ def test_the_settings_are_the_published_ones(case):
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_materialised(case, dtype, rtol):
-    source = Memory(case.source.dims, {key: tensor.to(dtype) for key, tensor in case.source.tensors.items()})
+    source = Memory(case.source.model_config, {key: tensor.to(dtype) for key, tensor in case.source.tensors.items()})
     operator = changed(case, {name: tensor.to(dtype) for name, tensor in case.operator.tensors.items()})
-    grown = Grown(operator, source)
+    grown = GrownReader(operator, source)
     assert set(grown.keys()) == set(case.expected)
     for key, expected in case.expected.items():
         found = grown.read(key)
@@ -69,8 +71,8 @@ def test_materialised(case, dtype, rtol):
 
 
 def test_materialised_from_bf16(case):
-    source = Memory(case.source.dims, {key: tensor.bfloat16() for key, tensor in case.source.tensors.items()})
-    grown = Grown(case.operator, source)
+    source = Memory(case.source.model_config, {key: tensor.bfloat16() for key, tensor in case.source.tensors.items()})
+    grown = GrownReader(case.operator, source)
     for key, expected in case.expected.items():
         difference = (grown.read(key).double() - expected).square().mean().sqrt()
         assert difference <= 0.01 * expected.square().mean().sqrt(), key
@@ -79,14 +81,14 @@ def test_materialised_from_bf16(case):
 def test_a_wrong_map_would_show(case):
     """The negative control: each map and each depth weight is read by something."""
     for name, tensor in case.operator.tensors.items():
-        grown = Grown(changed(case, {name: tensor + 1e-6}), case.source)
+        grown = GrownReader(changed(case, {name: tensor + 1e-6}), case.source)
         wrong = [key for key, expected in case.expected.items() if not torch.allclose(grown.read(key), expected, 1e-12)]
         assert wrong, name
 
 
 def test_forward(case):
     with torch.no_grad():
-        small, large = logits(case.source, case.ids), logits(Grown(case.operator, case.source), case.ids)
+        small, large = logits(case.source, case.ids), logits(GrownReader(case.operator, case.source), case.ids)
     assert torch.allclose(small, case.logits_small, rtol=1e-12, atol=1e-13)
     assert torch.allclose(large, case.logits_large, rtol=1e-12, atol=1e-13)
 
@@ -124,13 +126,13 @@ def test_sharded(pools, path, kind):
 
 def test_on_the_fly_is_materialised(case):
     """Every linear applied factor by factor gives what the built matrix gives."""
-    grown = Grown(case.operator, case.source)
-    model = official_ligo.bert(grown.dims)
+    grown = GrownReader(case.operator, case.source)
+    model = official_ligo.bert(grown.model_config)
     model.load_state_dict(state_of(grown))
     for key in grown.keys():  # noqa: SIM118
         row = grown.row(key)
-        if len(row.axes) == 2 and row.axes[1].use is Use.READS:
-            name = grown.arch.stored_name(key, grown.dims, "hf").removesuffix(".weight")
+        if len(row.axes) == 2 and row.axes[1].use is Use.INPUT:
+            name = grown.arch.stored_name(key, grown.model_config, "hf").removesuffix(".weight")
             module = model.get_submodule(name)
             module.forward = factored(case, key, module.bias)
     with torch.no_grad():
@@ -155,7 +157,7 @@ def test_gradients_are_the_central_differences(case):
     labels = case.ids.roll(1, dims=1)
 
     def loss(operator: official_ligo.Given) -> torch.Tensor:
-        found = logits(Grown(operator, case.source), case.ids)
+        found = logits(GrownReader(operator, case.source), case.ids)
         return F.cross_entropy(found.flatten(0, 1), labels.flatten())
 
     tried = {"width.residual.expand": [(9, 3), (11, 0)], "depth.v": [(2, 1)], "depth.up_bias": [(3, 0)]}
@@ -194,7 +196,7 @@ def test_one_hot_depth_at_equal_widths_is_a_stack(case):
     operator = case.operator
     large = replace(operator.small, num_layers=operator.large.num_layers)
     widths = {name: torch.eye(t.shape[1]).double() for name, t in operator.tensors.items() if name.startswith("width.")}
-    grown = Grown(
+    grown = GrownReader(
         official_ligo.Given(operator.small, large, operator.settings, widths | one_hot_depth(operator)), case.source
     )
     for key in grown.keys():  # noqa: SIM118
@@ -204,10 +206,10 @@ def test_one_hot_depth_at_equal_widths_is_a_stack(case):
 
 
 def test_equal_sizes_are_a_copy(case):
-    small, settings = case.source.dims, case.operator.settings
+    small, settings = case.source.model_config, case.operator.settings
     shapes = initial_operator(small, LargeSection(), replace(settings, depth_init="stack")).shapes()
     tensors = {name: torch.eye(*shape).double() for name, shape in shapes.items()}
-    grown = Grown(official_ligo.Given(small, small, settings, tensors), case.source)
+    grown = GrownReader(official_ligo.Given(small, small, settings, tensors), case.source)
     for key in grown.keys():  # noqa: SIM118
         assert torch.equal(grown.read(key), case.source.read(key))
 
@@ -222,7 +224,7 @@ def test_rows_of_zeros_pad_a_stack(case):
     tensors = padded | one_hot_depth(operator)
     last = operator.large.num_layers - 1
     below = last % operator.small.num_layers
-    grown = Grown(official_ligo.Given(operator.small, operator.large, operator.settings, tensors), case.source)
+    grown = GrownReader(official_ligo.Given(operator.small, operator.large, operator.settings, tensors), case.source)
     for row in MATRICES:
         found, source = grown.read(f"layers.{last}.{row}"), case.source.read(f"layers.{below}.{row}")
         corner = found[: source.shape[0], : source.shape[1]]
@@ -246,7 +248,7 @@ def test_depth_before_width_with_maps_of_the_target_layer(case):
             weight * tensors[f"width.q.{mapped_as(i)}.expand"] @ case.source.read(f"layers.{i}.q") @ residual.T
             for i, weight in enumerate(weights)
         ]
-        return Grown(given, case.source).read("layers.3.q"), sum(grown)
+        return GrownReader(given, case.source).read("layers.3.q"), sum(grown)
 
     assert torch.allclose(*both(shared, lambda i: i), rtol=1e-12, atol=1e-13)
     assert torch.allclose(*both(operator.tensors, lambda i: 3), rtol=1e-12, atol=1e-13)
@@ -256,7 +258,7 @@ def test_depth_before_width_with_maps_of_the_target_layer(case):
 @pytest.mark.parametrize("contract", ["tied", "free"])
 def test_copies_keep_the_function_only_if_readers_share_them(case, contract):
     """Balanced whole copies: read by the transpose, as published, the logits are others; by the inverse, the same."""
-    small = case.source.dims
+    small = case.source.model_config
     large = LargeSection(hidden_size=2 * small.hidden_size, num_heads=2 * small.num_heads, ffn_size=2 * small.ffn_size)
     settings = OperatorSection(
         method="ligo",
@@ -268,13 +270,13 @@ def test_copies_keep_the_function_only_if_readers_share_them(case, contract):
     )
     with torch.no_grad():
         before = logits(case.source, case.ids)
-        after = logits(Grown(initial_operator(small, large, settings), case.source), case.ids)
+        after = logits(GrownReader(initial_operator(small, large, settings), case.source), case.ids)
     gap = float((before - after).abs().max())
     assert gap < 1e-13 if contract == "free" else gap > 0.1
 
 
 def test_refused_where_the_official_code_runs_on(case):
-    small = case.source.dims
+    small = case.source.model_config
     ligo = OperatorSection(method="ligo")
     wrong = {
         "head_dim": LargeSection(hidden_size=small.hidden_size + small.num_heads),
@@ -295,7 +297,7 @@ def test_one_step_of_the_optimizer(case):
     lr, eps, decay = 2e-4, 1e-6, 0.1
     before = case.operator.tensor("depth.q")
     weights = torch.nn.Parameter(before.clone())
-    found = logits(Grown(changed(case, {"depth.q": weights}), case.source), case.ids)
+    found = logits(GrownReader(changed(case, {"depth.q": weights}), case.source), case.ids)
     F.cross_entropy(found.flatten(0, 1), case.ids.roll(1, dims=1).flatten()).backward()
     gradient = weights.grad.clone()
     torch.optim.AdamW([weights], lr=lr, eps=eps, weight_decay=decay, betas=(0.9, 0.999)).step()

@@ -11,9 +11,9 @@ import torch
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.reader import MOMENTS
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.config.run_config import Config, LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
-from megatron_ligo.growth.adam_state import Duals
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
+from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.growth.adam_state import DualMaps
 from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.training.fit import prepare
 from tests import layer_norm_models
@@ -37,10 +37,10 @@ LLAMA3 = {
 def test_learned_positions(family, name, start):
     small = layer_norm_models.dims_of(family, name)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, dtype=torch.float64), small)
-    grown = Grown(initial_operator(small, LONGER, OperatorSection(position_init=start)), source)
+    grown = GrownReader(initial_operator(small, LONGER, OperatorSection(position_init=start)), source)
     short, long = (
         layer_norm_models.tokens(small.longest_sequence),
-        layer_norm_models.tokens(grown.dims.longest_sequence),
+        layer_norm_models.tokens(grown.model_config.longest_sequence),
     )
     before, after = layer_norm_models.outputs(source, short), layer_norm_models.outputs(grown, short)
     assert float((before - after).abs().max()) < 1e-12
@@ -57,14 +57,16 @@ def test_learned_positions(family, name, start):
     else:
         assert 0.8 < float((new - used.mean(dim=0)).std() / (used - used.mean(dim=0)).std()) < 1.2
     for kind in MOMENTS:
-        moment = Duals(grown.operator, kind, "grow").grow("positions", source.read)
+        moment = DualMaps(grown.operator, kind, "grow").grow("positions", source.read)
         assert moment.shape == (47, 48) and moment[:20].any() and not moment[20:].any()
 
 
 def test_rope_scaling_is_carried(tmp_path):
     small = llama_dims(rope_scaling=LLAMA3)
     source = memory_of(hf_llama(small), small)
-    grown = Grown(initial_operator(small, LargeSection(num_layers=4, max_positions=256), OperatorSection()), source)
+    grown = GrownReader(
+        initial_operator(small, LargeSection(num_layers=4, max_positions=256), OperatorSection()), source
+    )
     convert(grown, tmp_path / "out", "hf")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["max_position_embeddings"] == 256
@@ -87,6 +89,6 @@ def test_refusals(tmp_path):
             initial_operator(llama_dims(rope_scaling=scaling), LargeSection(max_positions=128), OperatorSection())
     _, folder = layer_norm_models.saved(tmp_path, "gpt2", "GPT2LMHeadModel")
     run = [f"small.path={folder}", "large.max_positions=40", "data.seq_length=30"]
-    prepare(Config.load(None, run))
+    prepare(RunConfig.load(None, run))
     with pytest.raises(ConfigError, match="The teacher has 20 positions"):
-        prepare(Config.load(None, [*run, "fit.distill=0.5"]))
+        prepare(RunConfig.load(None, [*run, "fit.distill=0.5"]))

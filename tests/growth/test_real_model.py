@@ -14,7 +14,7 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import initial_operator
 from tests.tiny_models import hf_name
 
@@ -43,9 +43,9 @@ def of(model, small: Path) -> torch.Tensor:
         return model.eval()(ids["input_ids"]).logits
 
 
-def grown(small: Path, large: LargeSection, settings: OperatorSection) -> Grown:
+def grown(small: Path, large: LargeSection, settings: OperatorSection) -> GrownReader:
     source = formats.open(small / "small")
-    return Grown(initial_operator(source.dims, large, settings), source)
+    return GrownReader(initial_operator(source.model_config, large, settings), source)
 
 
 def test_the_grown_smollm2_has_the_small_ones_logits(small, logits):
@@ -59,6 +59,8 @@ def test_the_grown_smollm2_has_the_small_ones_logits(small, logits):
 def test_so_it_has_by_the_other_methods_and_with_other_heads(small, logits, method, large):
     source = grown(small, large, OperatorSection(method=method))
     state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
-    config = LlamaForCausalLM.config_class.from_dict(config_json.config_of(source.dims, source.carried, torch.float32))
+    config = LlamaForCausalLM.config_class.from_dict(
+        config_json.config_of(source.model_config, source.carried, torch.float32)
+    )
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     assert float((logits - of(model, small)).abs().max()) < 5e-4

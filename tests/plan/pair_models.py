@@ -10,9 +10,9 @@ from math import gcd
 from pathlib import Path
 
 from megatron_ligo import arch
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.config.run_config import Config
-from megatron_ligo.growth.validation import large_dims
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.growth.validation import large_config
 from megatron_ligo.training.initial_weights import sizes
 from tests.models.factored import fit_cases
 
@@ -23,19 +23,19 @@ LESS, STEPS, LR = 16, 1, 0.02
 
 def reduced(path: Path) -> dict:
     """small, large and settings of a pair, as `cases.fit` takes them."""
-    config = Config.load(path)
+    config = RunConfig.load(path)
     small = sizes(ROOT / config.small.path)
-    large = large_dims(small, config.large)
+    large = large_config(small, config.large)
     common = gcd(small.num_layers, large.num_layers)
     times = common if common < small.num_layers else common // 2
 
-    def less(dims) -> dict:
-        found = {name: getattr(dims, name) // LESS for name in ("hidden_size", "ffn_size", "head_dim")}
-        found |= {"num_heads": dims.num_heads, "num_kv_heads": dims.num_kv_heads}
-        found |= {"num_layers": dims.num_layers // times, "vocab_size": 61}
-        if dims.image_size is None:
+    def less(model_config) -> dict:
+        found = {name: getattr(model_config, name) // LESS for name in ("hidden_size", "ffn_size", "head_dim")}
+        found |= {"num_heads": model_config.num_heads, "num_kv_heads": model_config.num_kv_heads}
+        found |= {"num_layers": model_config.num_layers // times, "vocab_size": 61}
+        if model_config.image_size is None:
             return found | {"max_positions": 20}
-        return found | {"image_size": dims.image_size // LESS}
+        return found | {"image_size": model_config.image_size // LESS}
 
     operator = {name: value for name, value in asdict(config.operator).items() if name in ("method", "rank")}
     if isinstance(operator["rank"], dict):
@@ -43,7 +43,7 @@ def reduced(path: Path) -> dict:
     return {"small": _changes(small, less(small)), "large": less(large), "settings": operator}
 
 
-def _changes(small: Dims, less: dict) -> dict:
+def _changes(small: ModelConfig, less: dict) -> dict:
     """The small model's sizes, as `cases.small_dims` takes them."""
     if small.image_size is not None:
         kept = {name: getattr(small, name) for name in ("arch", "num_channels", "norm_eps", "activation")}

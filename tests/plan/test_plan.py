@@ -63,13 +63,13 @@ def test_a_layout_that_cannot_be_is_refused_with_the_reason(case):
 
 def test_parameters_are_those_of_the_model_and_of_the_operator():
     job = fit()
-    dims = job.large
-    assert parameter_count.model_total(dims) == sum(p.numel() for p in hf_llama(dims).parameters())
+    model_config = job.large
+    assert parameter_count.model_total(model_config) == sum(p.numel() for p in hf_llama(model_config).parameters())
     stages = [replace(job, run=PretrainSection(parallel=ParallelSection(pp=2)), operator=None, world=2)] * 2
     assert sum(
         parameter_count.model_rank(one, stage) for stage, one in enumerate(stages)
-    ) == parameter_count.model_total(dims)
-    assert parameter_count.operator_rank(job.operator, 1, dims.num_layers) == sum(
+    ) == parameter_count.model_total(model_config)
+    assert parameter_count.operator_rank(job.operator, 1, model_config.num_layers) == sum(
         job.operator.num_parameters().values()
     )
 

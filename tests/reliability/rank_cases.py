@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_ligo.config.run_config import Config
-from megatron_ligo.data.text_dataset import Data
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.data.text_dataset import TextDataset
 from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine
@@ -79,7 +79,7 @@ def disk_lost_after(settings: dict, output: str, command: list[str], at: int) ->
 
 def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dict | str:
     """A run in which the loss of one training sample is not finite; without `look`, nobody asks which it was."""
-    deal, again = Data.batch, Engine.look_again
+    deal, again = TextDataset.batch, Engine.look_again
 
     def dealt(self, *where):
         batches = deal(self, *where)
@@ -88,13 +88,13 @@ def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dic
                 batch["loss_mask"][samples.index(sample)] = float("nan")
         return batches
 
-    Data.batch = dealt
+    TextDataset.batch = dealt
     if not look:
         Engine.look_again = lambda self, batches: ([], [])
     try:
         return logged(settings, output)
     finally:
-        Data.batch, Engine.look_again = deal, again
+        TextDataset.batch, Engine.look_again = deal, again
 
 
 def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
@@ -109,7 +109,7 @@ def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
         return step(self, batches)
 
     Engine.train_step = dying
-    job = Fit(Config.from_dict(settings), Path(output))
+    job = Fit(RunConfig.from_dict(settings), Path(output))
     try:
         job.run()
     except Killed:
@@ -132,7 +132,7 @@ def saved_at_once(settings: dict, output: str, to: str, lost: str = "") -> None:
 
     reshard.fill_optimizer = filled
     try:
-        job = Pretrain(Config.from_dict(settings), Path(output))
+        job = Pretrain(RunConfig.from_dict(settings), Path(output))
         run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.found.state, 1, job.output / MODEL)
         job.engine.engine.destroy()
     finally:

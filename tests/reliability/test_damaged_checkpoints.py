@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ligo.training.checkpointing.engine_files import stated
+from megatron_ligo.training.checkpointing.engine_files import size_and_digest
 from tests.reliability import rank_cases
 from tests.reliability.commands import ROOT
 from tests.training.pretrain_runs import pretrain
@@ -103,7 +103,7 @@ def hostile(place: Path) -> str:
     path = next(place.rglob("mp_rank_00_model_states.pt"))
     torch.save({"module": Evil(place.parent.parent / "it_ran")}, path)
     record = json.loads((place / "record.json").read_text())
-    record["files"][str(path.relative_to(place))] = stated(path)
+    record["files"][str(path.relative_to(place))] = size_and_digest(path)
     (place / "record.json").write_text(json.dumps(record))
     return "could run code"
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import CheckpointError
-from megatron_ligo.config.run_config import Config, LargeSection, OperatorSection
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
 from megatron_ligo.export import provenance
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import growth_record
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.validation import initial_operator
@@ -44,7 +44,7 @@ def steps(folder: Path, count: int, flops: float, **last: float) -> None:
             metrics.log(step, 5.0 - step / 10, 1e-3, tokens=64, flops=flops, seconds=0.5, grad_norm=0.1, **extra)
 
 
-def a_fit(folder: Path, ends: float = 3.5) -> operator_file.Saved:
+def a_fit(folder: Path, ends: float = 3.5) -> operator_file.OperatorFile:
     operator = initial_operator(SMALL, LARGE, OperatorSection(width_init="copy", depth_init="stack"))
     steps(folder, 6, STEP_FLOPS["fit"])
     record = {
@@ -54,30 +54,34 @@ def a_fit(folder: Path, ends: float = 3.5) -> operator_file.Saved:
         "eval": EVAL,
         "layout": {"tp": 2, "pp": 2, "dp": 1, "zero": 1},
         "peak_memory_bytes": [2**30, 3 * 2**30],
-        "config": Config().to_dict(),
+        "config": RunConfig().to_dict(),
         "versions": {"torch": "2"},
     }
-    operator_file.write(
+    operator_file.write_operator(
         operator, ((name, operator.tensor(name)) for name in operator.shapes()), folder / "operator", record
     )
-    return operator_file.Saved(folder / "operator")
+    return operator_file.OperatorFile(folder / "operator")
 
 
 def a_hand_off(folder: Path, operator) -> None:
     folder.mkdir()
-    grown = Grown(operator, memory_of(hf_llama(SMALL), SMALL))
-    provenance.write(folder, {**growth_record(grown), "large": grown.dims.to_json(), "formats": ["hf"], "versions": {}})
+    grown = GrownReader(operator, memory_of(hf_llama(SMALL), SMALL))
+    provenance.write(
+        folder, {**growth_record(grown), "large": grown.model_config.to_json(), "formats": ["hf"], "versions": {}}
+    )
 
 
-def a_pretraining(folder: Path, begin: Path | None, count: int = 4, evaluated=EVAL, dims=SMALL, **losses) -> None:
+def a_pretraining(
+    folder: Path, begin: Path | None, count: int = 4, evaluated=EVAL, model_config=SMALL, **losses
+) -> None:
     folder.mkdir()
     if count:
         steps(folder, count, STEP_FLOPS["pretrain"], eval_loss=3.0)
     sets = [f'pretrain.start="{begin}"'] if begin else []
-    table = Config.load(None, sets).to_dict()
+    table = RunConfig.load(None, sets).to_dict()
     record = {
         "run": {"pretrain": table["pretrain"], "data": table["data"], "processes": {"dp": 2}},
-        "dims": dims.to_json(),
+        "dims": model_config.to_json(),
         "step": count,
         "losses": {"start": 3.5, "end": 3.0, **losses},
         "eval": evaluated,
@@ -97,8 +101,8 @@ def journey(tmp_path):
     large = fitted.large
     a_pretraining(tmp_path / "small", None, 0)
     on_both = {"fit": 3.5, "start_on_fit_batch": 3.5000005}
-    a_pretraining(tmp_path / "pre_grown", tmp_path / "grown", dims=large, **on_both)
-    a_pretraining(tmp_path / "pre_stacked", tmp_path / "stacked", dims=large, start=4.4)
+    a_pretraining(tmp_path / "pre_grown", tmp_path / "grown", model_config=large, **on_both)
+    a_pretraining(tmp_path / "pre_stacked", tmp_path / "stacked", model_config=large, start=4.4)
     return [tmp_path / name for name in ("small", "fit", "grown", "stacked", "pre_grown", "pre_stacked")]
 
 
@@ -122,7 +126,7 @@ def test_each_stage_has_its_loss(journey):
 
 
 def test_the_sizes_are_the_model_s(journey):
-    large = sum(p.numel() for p in hf_llama(read_runs(journey)[1].dims).parameters())
+    large = sum(p.numel() for p in hf_llama(read_runs(journey)[1].model_config).parameters())
     assert read_runs(journey)[1].parameters == large
     assert read_runs(journey)[0].parameters == sum(p.numel() for p in hf_llama(SMALL).parameters())
 

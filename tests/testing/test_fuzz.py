@@ -28,7 +28,7 @@ def test_no_change_does_harm(forks, tmp_path):
     # In a process of its own: other tests leave a process group behind in this one.
     with ProcessPoolExecutor(1, mp_context=forks) as pool:
         tally = pool.submit(trials.mutate, tmp_path, TRIED, 0, print).result()
-    assert tally.tried == TRIED and not tally.faults
+    assert tally.tried == TRIED and not tally.errors
     assert set(tally.by_sample) == {sample.name for sample in SAMPLES}
     assert tally.outcomes[trials.REFUSED] > TRIED / 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "other"]

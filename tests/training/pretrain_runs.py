@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_ligo.common.errors import LigoError
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.fit import Fit
 from megatron_ligo.training.pretrain import Pretrain
@@ -31,7 +31,7 @@ def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict 
     Engine.train_step = dying
     job = None
     try:
-        job = Pretrain(Config.from_dict(settings), Path(output))
+        job = Pretrain(RunConfig.from_dict(settings), Path(output))
         record = job.run()
     except Killed:
         return {"killed": count}
@@ -48,6 +48,6 @@ def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict 
 
 
 def fit(settings: dict, output: str) -> None:
-    job = Fit(Config.from_dict(settings), Path(output))
+    job = Fit(RunConfig.from_dict(settings), Path(output))
     job.run()
     job.engine.engine.destroy()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ligo.config.run_config import Config, PretrainSection
-from megatron_ligo.growth.operator_file import Saved
+from megatron_ligo.config.run_config import PretrainSection, RunConfig
+from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.training.lr_schedule import after_growth, learning_rate
 from tests.tiny_models import hf_llama
@@ -27,7 +27,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def settings(base: Path, **changes) -> dict:
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["small"]["path"] = str(base / "hf")
     table["large"]["num_layers"] = DIMS.num_layers + 1
     table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": SEQ}
@@ -46,9 +46,9 @@ def test_a_fit_that_only_harms_leaves_where_it_began_and_ends(pools, base, tmp_p
     told = record(tmp_path / "fit")
     assert (told["step"], told["steps_done"]) == (0, 2)
     assert told["losses"]["end"] == told["losses"]["start"] < told["losses"]["last"]
-    config = Config.from_dict(table)
+    config = RunConfig.from_dict(table)
     start = initial_operator(DIMS, config.large, config.operator)
-    found = Saved(tmp_path / "fit/operator")
+    found = OperatorFile(tmp_path / "fit/operator")
     assert all(torch.equal(found.tensor(name), start.tensor(name)) for name in start.shapes())
     # Started again, it is done.
     pools(1).run(fit, settings=table, output=str(tmp_path / "fit"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.export import handoff, provenance
 from tests.tiny_models import hf_llama, llama_dims
 from tests.training.pretrain_runs import fit, pretrain
@@ -22,7 +22,7 @@ def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
     for seed, name in enumerate(("train", "valid")):
         make_pair(base / name, seed)
     hf_llama(SMALL).save_pretrained(base / "small")
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["small"]["path"] = str(base / "small")
     table["large"] |= LARGE
     table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": 12}
@@ -31,14 +31,14 @@ def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
     table["fit"]["parallel"] |= {"tp": 2, "pp": 2}
     table["pretrain"] |= {"start": str(base / "grown"), "steps": 0}
     pools(4).run(fit, settings=table, output=str(base / "fit"))
-    handoff.grow_to(Config.from_dict(table), base / "fit" / "operator", base / "grown")
+    handoff.grow_to(RunConfig.from_dict(table), base / "fit" / "operator", base / "grown")
     return table, base / "grown"
 
 
 @pytest.mark.parametrize("world, layout", LAYOUTS, ids=str)
 def test_the_first_loss_is_the_last_of_the_fit(pools, grown, tmp_path, world, layout):
     table, folder = grown
-    table["pretrain"]["parallel"] = {**Config().to_dict()["pretrain"]["parallel"], **layout}
+    table["pretrain"]["parallel"] = {**RunConfig().to_dict()["pretrain"]["parallel"], **layout}
     found = pools(world).run(pretrain, settings=table, output=str(tmp_path))["losses"]
     fitted = provenance.read(folder)["fit"]["losses"]
     assert found["fit"] == fitted["end"]

@@ -9,7 +9,7 @@ import pytest
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.export import handoff
 from megatron_ligo.training.fit import check_same_run, prepare
 from tests import layer_norm_models
@@ -29,7 +29,7 @@ def trained(pools, tmp_path_factory) -> tuple[dict, Path, float]:
     for seed, name in enumerate(("train", "valid")):
         make_pair(base / name, seed)
     hf_llama(SMALL).save_pretrained(base / "small")
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["small"]["path"] = str(base / "small")
     table["large"] |= LARGE
     table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": SEQ}
@@ -37,7 +37,7 @@ def trained(pools, tmp_path_factory) -> tuple[dict, Path, float]:
     table["fit"] |= {**run, "steps": 3, "lr": 1e-3, "keep": "last"}
     table["pretrain"] |= {**run, "steps": 3, "lr": 1e-2, "start": str(base / "start")}
     table["pretrain"]["parallel"]["tp"] = 2
-    handoff.grow_to(Config.from_dict(table), None, base / "start")
+    handoff.grow_to(RunConfig.from_dict(table), None, base / "start")
     losses = pools(2).run(pretrain, settings=table, output=str(base / "lag"))["losses"]
     assert abs(losses["end"] - losses["start"]) > 1e-2
     checkpoint = base / "lag/checkpoints/step_3"
@@ -53,7 +53,7 @@ def test_it_begins_where_the_training_has_ended_and_hands_over_the_start(pools, 
     told = json.loads((tmp_path / "fit/operator/operator.json").read_text())
     assert told["losses"]["start"] == pytest.approx(end, rel=1e-5)
     assert told["losses"]["end"] < told["losses"]["start"]
-    grown = handoff.grow_to(Config.from_dict(table), tmp_path / "fit/operator", tmp_path / "grown")
+    grown = handoff.grow_to(RunConfig.from_dict(table), tmp_path / "fit/operator", tmp_path / "grown")
     assert grown["fit"]["lagged"]
     table["pretrain"] |= {"start": str(tmp_path / "grown"), "steps": 0}
     losses = pools(2).run(pretrain, settings=table, output=str(tmp_path / "begun"))["losses"]
@@ -63,7 +63,7 @@ def test_it_begins_where_the_training_has_ended_and_hands_over_the_start(pools, 
 
 def test_a_training_of_another_start_is_refused(trained, tmp_path):
     table, checkpoint, _ = trained
-    prepare(Config.from_dict(table))
+    prepare(RunConfig.from_dict(table))
     for changes, named in [
         # Layers in another order differ in no tensor outside of them, nor in the first.
         ({"depth_init": "stack"}, "of another operator (depth_init)"),
@@ -73,17 +73,17 @@ def test_a_training_of_another_start_is_refused(trained, tmp_path):
         other = deepcopy(table)
         other["operator"] |= changes
         with pytest.raises(ConfigError) as caught:
-            prepare(Config.from_dict(other))
+            prepare(RunConfig.from_dict(other))
         assert f"fit.lag: {checkpoint}: expected a training of this start, found {named}" in str(caught.value)
     other = deepcopy(table)
     hf_llama(SMALL, seed=3).save_pretrained(tmp_path / "other")
     other["small"]["path"] = str(tmp_path / "other")
     with pytest.raises(ConfigError, match="a training of this small model"):
-        prepare(Config.from_dict(other))
+        prepare(RunConfig.from_dict(other))
     other = deepcopy(table)
     other["large"] |= {"num_layers": 6, "ffn_size": 60}
     with pytest.raises(ConfigError) as caught:
-        prepare(Config.from_dict(other))
+        prepare(RunConfig.from_dict(other))
     assert f"fit.lag: {checkpoint}: num_layers: expected 6, found 5" in str(caught.value)
     assert "ffn_size: expected 60, found 44" in str(caught.value)
 
@@ -93,14 +93,14 @@ def test_a_checkpoint_that_does_not_tell_is_judged_by_its_distance(trained, tmp_
     convert(formats.open(checkpoint), tmp_path / "hf", "hf")
     other = deepcopy(table)
     other["fit"]["lag"] = str(tmp_path / "hf")
-    prepare(Config.from_dict(other))
+    prepare(RunConfig.from_dict(other))
     other["operator"] |= {"depth_init": "stack"}
     with pytest.raises(ConfigError, match=r"at most 0\.5 of the weights' norm away from it, found \d\.\d\d"):
-        prepare(Config.from_dict(other))
+        prepare(RunConfig.from_dict(other))
 
 
 def test_a_run_from_before_there_was_a_lag_is_the_same_run(tmp_path):
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     now = {"fit": table["fit"]}
     then = {"fit": {key: value for key, value in table["fit"].items() if key != "lag"}}
     check_same_run(then, now, tmp_path)
@@ -114,4 +114,4 @@ def test_only_decoders_have_one(tmp_path):
     _, folder = layer_norm_models.saved(tmp_path, "bert", "BertForMaskedLM")
     table = [f"small.path={folder}", "operator.depth_init=stack", "data.seq_length=12", "fit.lag=anywhere"]
     with pytest.raises(ConfigError, match=r"fit\.lag: expected a decoder, found bert"):
-        prepare(Config.load(None, table))
+        prepare(RunConfig.load(None, table))

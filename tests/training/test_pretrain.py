@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
-from megatron_ligo.config.run_config import Config, DataSection
+from megatron_ligo.config.run_config import DataSection, RunConfig
 from megatron_ligo.data.text_dataset import open_data
 from megatron_ligo.export import provenance
 from tests.tiny_models import hf_llama, llama_dims
@@ -59,7 +59,7 @@ def data(folder: Path):
 
 def settings(base: Path, start: str = "handoff", **changes) -> dict:
     """changes: keys of [pretrain], or of its layout."""
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": SEQ}
     run = table["pretrain"]
     run |= {"start": str(base / start) if start else "", "steps": STEPS, "lr": 1e-2, "warmup_steps": 2}
@@ -74,7 +74,7 @@ def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
     from megatron_ligo.training.lr_schedule import after_growth, learning_rate
     from megatron_ligo.training.pretrain import parameter_groups
 
-    run = Config.from_dict(settings(base)).pretrain
+    run = RunConfig.from_dict(settings(base)).pretrain
     run = after_growth(run) if grown else run
     model = hf_llama(DIMS)
     groups = parameter_groups(model, run.weight_decay)

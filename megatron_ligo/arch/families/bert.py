@@ -10,92 +10,112 @@ bias of the head that nothing reads (`head_spare_bias`).
 """
 
 from megatron_ligo.arch.common_axes import (
-    FROM_FFN,
-    FROM_RESIDUAL,
-    FROM_V,
-    POSITION,
-    TO_FFN,
-    TO_RESIDUAL,
-    VOCAB,
-    K,
-    Q,
-    V,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEY_OUTPUT,
+    POSITION_OUTPUT,
+    QUERY_OUTPUT,
+    RESIDUAL_INPUT,
+    RESIDUAL_OUTPUT,
+    VALUE_INPUT,
+    VALUE_OUTPUT,
+    VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.common_params import grouped, linear, norm, under
-from megatron_ligo.arch.spec import Architecture, Axis, Row, Slot, Task, Use
+from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
+from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Task, Use
 
-TOKEN_TYPE = Axis("token_type", Use.WRITES)
-TO_POOLED = Axis("pooled", Use.WRITES)
-FROM_POOLED = Axis("pooled", Use.READS)
-ORDER = Axis("order", Use.WRITES)
-TO_HEAD = Axis("head", Use.WRITES)
-FROM_HEAD = Axis("head", Use.READS)
-HEAD_GAIN = Axis("head", Use.SCALES)
-HEAD_SHIFT = Axis("head", Use.SHIFTS)
+TOKEN_TYPE = Axis("token_type", Use.OUTPUT)
+TO_POOLED = Axis("pooled", Use.OUTPUT)
+FROM_POOLED = Axis("pooled", Use.INPUT)
+ORDER = Axis("order", Use.OUTPUT)
+TO_HEAD = Axis("head", Use.OUTPUT)
+FROM_HEAD = Axis("head", Use.INPUT)
+HEAD_GAIN = Axis("head", Use.GAIN)
+HEAD_SHIFT = Axis("head", Use.BIAS)
 
 
-def embedding_rows(base: str) -> tuple[Row, ...]:
+def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
-    hf, mcore = under(f"{base}embeddings."), under("embedding.")
+    hf, mcore = prefixed(f"{base}embeddings."), prefixed("embedding.")
 
-    def table(key: str, axes: tuple[Axis, Axis], split: int | None, own: str, others: str, **more) -> Row:
-        return Row(key, axes, split, {"hf": hf(f"{own}.weight"), "mcore": mcore(f"{others}.weight")}, **more)
+    def table(key: str, axes: tuple[Axis, Axis], split: int | None, own: str, others: str, **more) -> ParamSpec:
+        return ParamSpec(key, axes, split, {"hf": hf(f"{own}.weight"), "mcore": mcore(f"{others}.weight")}, **more)
 
     words, positions, types = "word_embeddings", "position_embeddings", "token_type_embeddings"
     return (
-        table("embed", (VOCAB, TO_RESIDUAL), 0, words, words),
-        table("positions", (POSITION, TO_RESIDUAL), None, positions, positions),
-        table("token_types", (TOKEN_TYPE, TO_RESIDUAL), None, types, "tokentype_embeddings", needs="num_token_types"),
-        *norm("embed_norm", hf("LayerNorm"), mcore("layer_norm")),
+        table("embed", (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, words, words),
+        table("positions", (POSITION_OUTPUT, RESIDUAL_OUTPUT), None, positions, positions),
+        table(
+            "token_types", (TOKEN_TYPE, RESIDUAL_OUTPUT), None, types, "tokentype_embeddings", needs="num_token_types"
+        ),
+        *norm_params("embed_norm", hf("LayerNorm"), mcore("layer_norm")),
     )
 
 
-def layer_rows(base: str) -> tuple[Row, ...]:
+def layer_rows(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
-    hf, mcore = under(f"{base}encoder.layer.{{}}."), under("encoder.layers.{}.")
+    hf, mcore = prefixed(f"{base}encoder.layer.{{}}."), prefixed("encoder.layers.{}.")
     qkv = mcore("self_attention.linear_qkv")
     return (
-        *linear("layers.{}.q", (Q, FROM_RESIDUAL), 0, hf("attention.self.query"), grouped(qkv, 0)),
-        *linear("layers.{}.k", (K, FROM_RESIDUAL), 0, hf("attention.self.key"), grouped(qkv, 1)),
-        *linear("layers.{}.v", (V, FROM_RESIDUAL), 0, hf("attention.self.value"), grouped(qkv, 2)),
-        *linear(
-            "layers.{}.o", (TO_RESIDUAL, FROM_V), 1, hf("attention.output.dense"), mcore("self_attention.linear_proj")
+        *linear_params(
+            "layers.{}.q", (QUERY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.query"), grouped_qkv(qkv, 0)
         ),
-        *norm("layers.{}.norm1", hf("attention.output.LayerNorm"), mcore("post_self_attn_layernorm")),
-        *linear("layers.{}.up", (TO_FFN, FROM_RESIDUAL), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")),
-        *linear("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
-        *norm("layers.{}.norm2", hf("output.LayerNorm"), mcore("post_mlp_layernorm")),
+        *linear_params("layers.{}.k", (KEY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.key"), grouped_qkv(qkv, 1)),
+        *linear_params(
+            "layers.{}.v", (VALUE_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.value"), grouped_qkv(qkv, 2)
+        ),
+        *linear_params(
+            "layers.{}.o",
+            (RESIDUAL_OUTPUT, VALUE_INPUT),
+            1,
+            hf("attention.output.dense"),
+            mcore("self_attention.linear_proj"),
+        ),
+        *norm_params("layers.{}.norm1", hf("attention.output.LayerNorm"), mcore("post_self_attn_layernorm")),
+        *linear_params(
+            "layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")
+        ),
+        *linear_params("layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
+        *norm_params("layers.{}.norm2", hf("output.LayerNorm"), mcore("post_mlp_layernorm")),
     )
 
 
-def pooler_rows(base: str) -> tuple[Row, ...]:
+def pooler_rows(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
-    slots = Slot(f"{base}pooler.dense"), Slot("pooler.dense")
-    return tuple(linear("pooler", (TO_POOLED, FROM_RESIDUAL), None, *slots, needs="has_pooler"))
+    slots = FormatLocation(f"{base}pooler.dense"), FormatLocation("pooler.dense")
+    return tuple(linear_params("pooler", (TO_POOLED, RESIDUAL_INPUT), None, *slots, needs="has_pooler"))
 
 
-def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[Row, ...]:
+def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[ParamSpec, ...]:
     """The masked-LM head. The arguments are Hugging Face's names: the transform's linear and norm, the decoder, and the
     bias that is the decoder's where the two are tied."""
     has_head = {"needs": "has_head"}
-    transform = under("lm_head.")
+    transform = prefixed("lm_head.")
 
-    def row(key: str, axes: tuple[Axis, ...], hf: Slot, mcore: str, **more) -> Row:
-        return Row(key, axes, 0, {"hf": hf, "mcore": Slot(mcore)}, **has_head, **more)
+    def row(key: str, axes: tuple[Axis, ...], hf: FormatLocation, mcore: str, **more) -> ParamSpec:
+        return ParamSpec(key, axes, 0, {"hf": hf, "mcore": FormatLocation(mcore)}, **has_head, **more)
 
     return (
-        *linear("head_dense", (TO_HEAD, FROM_RESIDUAL), None, Slot(dense), transform("dense"), **has_head),
-        *norm(
+        *linear_params(
+            "head_dense", (TO_HEAD, RESIDUAL_INPUT), None, FormatLocation(dense), transform("dense"), **has_head
+        ),
+        *norm_params(
             "head_norm",
-            Slot(norm_name),
+            FormatLocation(norm_name),
             transform("layer_norm"),
             (HEAD_GAIN, HEAD_SHIFT),
             feeds_head=True,
             **has_head,
         ),
-        row("head", (VOCAB, FROM_HEAD), Slot(f"{decoder}.weight"), "output_layer.weight", tied_to="embed"),
-        row("head_bias", (VOCAB,), Slot(f"{decoder}.bias", tied_name=bias), "output_layer.bias"),
-        row("head_spare_bias", (VOCAB,), Slot(bias), "lm_head.bias", tied_to="head_bias", spare=True),
+        row(
+            "head",
+            (VOCAB_OUTPUT, FROM_HEAD),
+            FormatLocation(f"{decoder}.weight"),
+            "output_layer.weight",
+            tied_to="embed",
+        ),
+        row("head_bias", (VOCAB_OUTPUT,), FormatLocation(f"{decoder}.bias", tied_name=bias), "output_layer.bias"),
+        row("head_spare_bias", (VOCAB_OUTPUT,), FormatLocation(bias), "lm_head.bias", tied_to="head_bias", spare=True),
     )
 
 
@@ -138,12 +158,12 @@ BERT = Architecture(
             "cls.predictions.decoder",
             "cls.predictions.bias",
         ),
-        *linear(
+        *linear_params(
             "order_head",
             (ORDER, FROM_POOLED),
             None,
-            Slot("cls.seq_relationship"),
-            Slot("binary_head"),
+            FormatLocation("cls.seq_relationship"),
+            FormatLocation("binary_head"),
             needs="has_order_head",
         ),
     ),

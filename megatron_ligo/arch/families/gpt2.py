@@ -4,24 +4,24 @@ Hugging Face stores its linears as (in, out).
 """
 
 from megatron_ligo.arch.common_axes import (
-    FROM_FFN,
-    FROM_RESIDUAL,
-    FROM_V,
-    GAIN,
-    POSITION,
-    SHIFT,
-    TO_FFN,
-    TO_RESIDUAL,
-    VOCAB,
-    K,
-    Q,
-    V,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEY_OUTPUT,
+    POSITION_OUTPUT,
+    QUERY_OUTPUT,
+    RESIDUAL_BIAS,
+    RESIDUAL_GAIN,
+    RESIDUAL_INPUT,
+    RESIDUAL_OUTPUT,
+    VALUE_INPUT,
+    VALUE_OUTPUT,
+    VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.spec import Architecture, Pack, Row, Slot
+from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec
 
 
 def _top(hf: str, mcore: str) -> dict:
-    return {"hf": Slot(hf), "mcore": Slot(mcore)}
+    return {"hf": FormatLocation(hf), "mcore": FormatLocation(mcore)}
 
 
 def _final_norm(kind: str) -> dict:
@@ -30,14 +30,17 @@ def _final_norm(kind: str) -> dict:
 
 def _layer(hf: str, mcore: str, transposed: bool = False) -> dict:
     return {
-        "hf": Slot(f"transformer.h.{{}}.{hf}", transposed=transposed),
-        "mcore": Slot(f"decoder.layers.{{}}.{mcore}"),
+        "hf": FormatLocation(f"transformer.h.{{}}.{hf}", transposed=transposed),
+        "mcore": FormatLocation(f"decoder.layers.{{}}.{mcore}"),
     }
 
 
 def _qkv(part: int, kind: str) -> dict:
-    hf = Slot(f"transformer.h.{{}}.attn.c_attn.{kind}", Pack.STACKED, part, 3, transposed=kind == "weight")
-    return {"hf": hf, "mcore": Slot(f"decoder.layers.{{}}.self_attention.linear_qkv.{kind}", Pack.GROUPED, part, 3)}
+    hf = FormatLocation(f"transformer.h.{{}}.attn.c_attn.{kind}", Pack.STACKED, part, 3, transposed=kind == "weight")
+    return {
+        "hf": hf,
+        "mcore": FormatLocation(f"decoder.layers.{{}}.self_attention.linear_qkv.{kind}", Pack.GROUPED, part, 3),
+    }
 
 
 O, UP, DOWN = (  # noqa: E741
@@ -56,34 +59,39 @@ GPT2 = Architecture(
     norm="layer",
     model_types={"gpt2": {"GPT2LMHeadModel": ("has_head",), "GPT2Model": ()}},
     rows=(
-        Row("embed", (VOCAB, TO_RESIDUAL), 0, _top("transformer.wte.weight", "embedding.word_embeddings.weight")),
-        Row(
+        ParamSpec(
+            "embed",
+            (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
+            0,
+            _top("transformer.wte.weight", "embedding.word_embeddings.weight"),
+        ),
+        ParamSpec(
             "positions",
-            (POSITION, TO_RESIDUAL),
+            (POSITION_OUTPUT, RESIDUAL_OUTPUT),
             None,
             _top("transformer.wpe.weight", "embedding.position_embeddings.weight"),
         ),
-        Row("layers.{}.norm1", (GAIN,), None, _layer("ln_1.weight", "input_layernorm.weight")),
-        Row("layers.{}.norm1_bias", (SHIFT,), None, _layer("ln_1.bias", "input_layernorm.bias")),
-        Row("layers.{}.q", (Q, FROM_RESIDUAL), 0, _qkv(0, "weight")),
-        Row("layers.{}.k", (K, FROM_RESIDUAL), 0, _qkv(1, "weight")),
-        Row("layers.{}.v", (V, FROM_RESIDUAL), 0, _qkv(2, "weight")),
-        Row("layers.{}.q_bias", (Q,), 0, _qkv(0, "bias")),
-        Row("layers.{}.k_bias", (K,), 0, _qkv(1, "bias")),
-        Row("layers.{}.v_bias", (V,), 0, _qkv(2, "bias")),
-        Row("layers.{}.o", (TO_RESIDUAL, FROM_V), 1, _linear(O, "weight")),
-        Row("layers.{}.o_bias", (TO_RESIDUAL,), None, _linear(O, "bias")),
-        Row("layers.{}.norm2", (GAIN,), None, _layer("ln_2.weight", "pre_mlp_layernorm.weight")),
-        Row("layers.{}.norm2_bias", (SHIFT,), None, _layer("ln_2.bias", "pre_mlp_layernorm.bias")),
-        Row("layers.{}.up", (TO_FFN, FROM_RESIDUAL), 0, _linear(UP, "weight")),
-        Row("layers.{}.up_bias", (TO_FFN,), 0, _linear(UP, "bias")),
-        Row("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, _linear(DOWN, "weight")),
-        Row("layers.{}.down_bias", (TO_RESIDUAL,), None, _linear(DOWN, "bias")),
-        Row("final_norm", (GAIN,), None, _final_norm("weight"), feeds_head=True),
-        Row("final_norm_bias", (SHIFT,), None, _final_norm("bias"), feeds_head=True),
-        Row(
+        ParamSpec("layers.{}.norm1", (RESIDUAL_GAIN,), None, _layer("ln_1.weight", "input_layernorm.weight")),
+        ParamSpec("layers.{}.norm1_bias", (RESIDUAL_BIAS,), None, _layer("ln_1.bias", "input_layernorm.bias")),
+        ParamSpec("layers.{}.q", (QUERY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(0, "weight")),
+        ParamSpec("layers.{}.k", (KEY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(1, "weight")),
+        ParamSpec("layers.{}.v", (VALUE_OUTPUT, RESIDUAL_INPUT), 0, _qkv(2, "weight")),
+        ParamSpec("layers.{}.q_bias", (QUERY_OUTPUT,), 0, _qkv(0, "bias")),
+        ParamSpec("layers.{}.k_bias", (KEY_OUTPUT,), 0, _qkv(1, "bias")),
+        ParamSpec("layers.{}.v_bias", (VALUE_OUTPUT,), 0, _qkv(2, "bias")),
+        ParamSpec("layers.{}.o", (RESIDUAL_OUTPUT, VALUE_INPUT), 1, _linear(O, "weight")),
+        ParamSpec("layers.{}.o_bias", (RESIDUAL_OUTPUT,), None, _linear(O, "bias")),
+        ParamSpec("layers.{}.norm2", (RESIDUAL_GAIN,), None, _layer("ln_2.weight", "pre_mlp_layernorm.weight")),
+        ParamSpec("layers.{}.norm2_bias", (RESIDUAL_BIAS,), None, _layer("ln_2.bias", "pre_mlp_layernorm.bias")),
+        ParamSpec("layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, _linear(UP, "weight")),
+        ParamSpec("layers.{}.up_bias", (FFN_OUTPUT,), 0, _linear(UP, "bias")),
+        ParamSpec("layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, _linear(DOWN, "weight")),
+        ParamSpec("layers.{}.down_bias", (RESIDUAL_OUTPUT,), None, _linear(DOWN, "bias")),
+        ParamSpec("final_norm", (RESIDUAL_GAIN,), None, _final_norm("weight"), feeds_head=True),
+        ParamSpec("final_norm_bias", (RESIDUAL_BIAS,), None, _final_norm("bias"), feeds_head=True),
+        ParamSpec(
             "head",
-            (VOCAB, FROM_RESIDUAL),
+            (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
             _top("lm_head.weight", "output_layer.weight"),
             needs="has_head",

@@ -6,16 +6,26 @@ Hugging Face stores q, k and v as one matrix, head by head, as Megatron-core doe
 
 from collections.abc import Iterator
 
-from megatron_ligo.arch.common_axes import FROM_FFN, FROM_RESIDUAL, FROM_V, TO_FFN, TO_RESIDUAL, VOCAB, K, Q, V
-from megatron_ligo.arch.common_params import grouped, linear, norm, under
-from megatron_ligo.arch.spec import Architecture, Axis, Row, Slot
+from megatron_ligo.arch.common_axes import (
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEY_OUTPUT,
+    QUERY_OUTPUT,
+    RESIDUAL_INPUT,
+    RESIDUAL_OUTPUT,
+    VALUE_INPUT,
+    VALUE_OUTPUT,
+    VOCAB_OUTPUT,
+)
+from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
+from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec
 
-HF, MCORE = under("gpt_neox.layers.{}."), under("decoder.layers.{}.")
+HF, MCORE = prefixed("gpt_neox.layers.{}."), prefixed("decoder.layers.{}.")
 
 
-def _qkv(name: str, axis: Axis, part: int) -> Iterator[Row]:
+def _qkv(name: str, axis: Axis, part: int) -> Iterator[ParamSpec]:
     slots = HF("attention.query_key_value"), MCORE("self_attention.linear_qkv")
-    return linear(f"layers.{{}}.{name}", (axis, FROM_RESIDUAL), 0, *(grouped(slot, part) for slot in slots))
+    return linear_params(f"layers.{{}}.{name}", (axis, RESIDUAL_INPUT), 0, *(grouped_qkv(slot, part) for slot in slots))
 
 
 GPT_NEOX = Architecture(
@@ -23,26 +33,40 @@ GPT_NEOX = Architecture(
     norm="layer",
     model_types={"gpt_neox": {"GPTNeoXForCausalLM": ("has_head",), "GPTNeoXModel": ()}},
     rows=(
-        Row(
+        ParamSpec(
             "embed",
-            (VOCAB, TO_RESIDUAL),
+            (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
             0,
-            {"hf": Slot("gpt_neox.embed_in.weight"), "mcore": Slot("embedding.word_embeddings.weight")},
+            {
+                "hf": FormatLocation("gpt_neox.embed_in.weight"),
+                "mcore": FormatLocation("embedding.word_embeddings.weight"),
+            },
         ),
-        *norm("layers.{}.norm1", HF("input_layernorm"), MCORE("input_layernorm")),
-        *_qkv("q", Q, 0),
-        *_qkv("k", K, 1),
-        *_qkv("v", V, 2),
-        *linear("layers.{}.o", (TO_RESIDUAL, FROM_V), 1, HF("attention.dense"), MCORE("self_attention.linear_proj")),
-        *norm("layers.{}.norm2", HF("post_attention_layernorm"), MCORE("pre_mlp_layernorm")),
-        *linear("layers.{}.up", (TO_FFN, FROM_RESIDUAL), 0, HF("mlp.dense_h_to_4h"), MCORE("mlp.linear_fc1")),
-        *linear("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, HF("mlp.dense_4h_to_h"), MCORE("mlp.linear_fc2")),
-        *norm("final_norm", Slot("gpt_neox.final_layer_norm"), Slot("decoder.final_layernorm"), feeds_head=True),
-        Row(
+        *norm_params("layers.{}.norm1", HF("input_layernorm"), MCORE("input_layernorm")),
+        *_qkv("q", QUERY_OUTPUT, 0),
+        *_qkv("k", KEY_OUTPUT, 1),
+        *_qkv("v", VALUE_OUTPUT, 2),
+        *linear_params(
+            "layers.{}.o", (RESIDUAL_OUTPUT, VALUE_INPUT), 1, HF("attention.dense"), MCORE("self_attention.linear_proj")
+        ),
+        *norm_params("layers.{}.norm2", HF("post_attention_layernorm"), MCORE("pre_mlp_layernorm")),
+        *linear_params(
+            "layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, HF("mlp.dense_h_to_4h"), MCORE("mlp.linear_fc1")
+        ),
+        *linear_params(
+            "layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, HF("mlp.dense_4h_to_h"), MCORE("mlp.linear_fc2")
+        ),
+        *norm_params(
+            "final_norm",
+            FormatLocation("gpt_neox.final_layer_norm"),
+            FormatLocation("decoder.final_layernorm"),
+            feeds_head=True,
+        ),
+        ParamSpec(
             "head",
-            (VOCAB, FROM_RESIDUAL),
+            (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
-            {"hf": Slot("embed_out.weight"), "mcore": Slot("output_layer.weight")},
+            {"hf": FormatLocation("embed_out.weight"), "mcore": FormatLocation("output_layer.weight")},
             needs="has_head",
             tied_to="embed",
         ),

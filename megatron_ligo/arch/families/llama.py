@@ -3,14 +3,29 @@
 RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no biases but Qwen2's.
 """
 
-from megatron_ligo.arch.common_axes import FROM_FFN, FROM_RESIDUAL, FROM_V, GAIN, TO_FFN, TO_RESIDUAL, VOCAB, K, Q, V
-from megatron_ligo.arch.spec import Architecture, Pack, Row, Slot
+from megatron_ligo.arch.common_axes import (
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEY_OUTPUT,
+    QUERY_OUTPUT,
+    RESIDUAL_GAIN,
+    RESIDUAL_INPUT,
+    RESIDUAL_OUTPUT,
+    VALUE_INPUT,
+    VALUE_OUTPUT,
+    VOCAB_OUTPUT,
+)
+from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec
 
 
 def _slots(hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, of=1, interleaved=False) -> dict:
     """meta: "" where Meta's Llama has no such parameter."""
-    slots = {"hf": Slot(hf), "mcore": Slot(mcore, pack, part, of), "gguf": Slot(gguf, interleaved=interleaved)}
-    return slots | ({"fairscale": Slot(meta, interleaved=interleaved)} if meta else {})
+    slots = {
+        "hf": FormatLocation(hf),
+        "mcore": FormatLocation(mcore, pack, part, of),
+        "gguf": FormatLocation(gguf, interleaved=interleaved),
+    }
+    return slots | ({"fairscale": FormatLocation(meta, interleaved=interleaved)} if meta else {})
 
 
 def _layer(hf: str, mcore: str, gguf: str, meta: str, **packing) -> dict:
@@ -29,9 +44,9 @@ LLAMA = Architecture(
         "qwen2": {"Qwen2ForCausalLM": ()},
     },
     rows=(
-        Row(
+        ParamSpec(
             "embed",
-            (VOCAB, TO_RESIDUAL),
+            (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
             0,
             _slots(
                 "model.embed_tokens.weight",
@@ -40,15 +55,15 @@ LLAMA = Architecture(
                 "tok_embeddings.weight",
             ),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.norm1",
-            (GAIN,),
+            (RESIDUAL_GAIN,),
             None,
             _layer("input_layernorm.weight", "input_layernorm.weight", "attn_norm.weight", "attention_norm.weight"),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.q",
-            (Q, FROM_RESIDUAL),
+            (QUERY_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
                 "self_attn.q_proj.weight",
@@ -61,9 +76,9 @@ LLAMA = Architecture(
                 interleaved=True,
             ),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.k",
-            (K, FROM_RESIDUAL),
+            (KEY_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
                 "self_attn.k_proj.weight",
@@ -76,9 +91,9 @@ LLAMA = Architecture(
                 interleaved=True,
             ),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.v",
-            (V, FROM_RESIDUAL),
+            (VALUE_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
                 "self_attn.v_proj.weight",
@@ -90,9 +105,9 @@ LLAMA = Architecture(
                 of=3,
             ),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.q_bias",
-            (Q,),
+            (QUERY_OUTPUT,),
             0,
             _layer(
                 "self_attn.q_proj.bias",
@@ -106,9 +121,9 @@ LLAMA = Architecture(
             ),
             needs="qkv_bias",
         ),
-        Row(
+        ParamSpec(
             "layers.{}.k_bias",
-            (K,),
+            (KEY_OUTPUT,),
             0,
             _layer(
                 "self_attn.k_proj.bias",
@@ -122,9 +137,9 @@ LLAMA = Architecture(
             ),
             needs="qkv_bias",
         ),
-        Row(
+        ParamSpec(
             "layers.{}.v_bias",
-            (V,),
+            (VALUE_OUTPUT,),
             0,
             _layer(
                 "self_attn.v_proj.bias",
@@ -137,9 +152,9 @@ LLAMA = Architecture(
             ),
             needs="qkv_bias",
         ),
-        Row(
+        ParamSpec(
             "layers.{}.o",
-            (TO_RESIDUAL, FROM_V),
+            (RESIDUAL_OUTPUT, VALUE_INPUT),
             1,
             _layer(
                 "self_attn.o_proj.weight",
@@ -148,15 +163,15 @@ LLAMA = Architecture(
                 "attention.wo.weight",
             ),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.norm2",
-            (GAIN,),
+            (RESIDUAL_GAIN,),
             None,
             _layer("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "ffn_norm.weight", "ffn_norm.weight"),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.gate",
-            (TO_FFN, FROM_RESIDUAL),
+            (FFN_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
                 "mlp.gate_proj.weight",
@@ -168,9 +183,9 @@ LLAMA = Architecture(
                 of=2,
             ),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.up",
-            (TO_FFN, FROM_RESIDUAL),
+            (FFN_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
                 "mlp.up_proj.weight",
@@ -182,22 +197,22 @@ LLAMA = Architecture(
                 of=2,
             ),
         ),
-        Row(
+        ParamSpec(
             "layers.{}.down",
-            (TO_RESIDUAL, FROM_FFN),
+            (RESIDUAL_OUTPUT, FFN_INPUT),
             1,
             _layer("mlp.down_proj.weight", "mlp.linear_fc2.weight", "ffn_down.weight", "feed_forward.w2.weight"),
         ),
-        Row(
+        ParamSpec(
             "final_norm",
-            (GAIN,),
+            (RESIDUAL_GAIN,),
             None,
             _slots("model.norm.weight", "decoder.final_layernorm.weight", "output_norm.weight", "norm.weight"),
             feeds_head=True,
         ),
-        Row(
+        ParamSpec(
             "head",
-            (VOCAB, FROM_RESIDUAL),
+            (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
             _slots("lm_head.weight", "output_layer.weight", "output.weight", "output.weight"),
             tied_to="embed",

@@ -6,71 +6,89 @@ its vocabulary are the labels. Megatron-core has no image classifier: what it ha
 """
 
 from megatron_ligo.arch.common_axes import (
-    FROM_FFN,
-    FROM_RESIDUAL,
-    FROM_V,
-    POSITION,
-    TO_FFN,
-    TO_RESIDUAL,
-    VOCAB,
-    K,
-    Q,
-    V,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEY_OUTPUT,
+    POSITION_OUTPUT,
+    QUERY_OUTPUT,
+    RESIDUAL_INPUT,
+    RESIDUAL_OUTPUT,
+    VALUE_INPUT,
+    VALUE_OUTPUT,
+    VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.common_params import grouped, linear, norm, under
+from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
 from megatron_ligo.arch.families.bert import pooler_rows
-from megatron_ligo.arch.spec import Architecture, Axis, Row, Slot, Task, Use
+from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Task, Use
 
-CHANNEL = Axis("channel", Use.READS)
-PIXEL = Axis("pixel", Use.READS)
+CHANNEL = Axis("channel", Use.INPUT)
+PIXEL = Axis("pixel", Use.INPUT)
 
 
-def embedding_rows(base: str) -> tuple[Row, ...]:
+def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
 
     def slots(hf: str, mcore: str, unit_dims: int = 0) -> dict:
-        return {"hf": Slot(f"{base}embeddings.{hf}", unit_dims=unit_dims), "mcore": Slot(f"embedding.{mcore}")}
+        return {
+            "hf": FormatLocation(f"{base}embeddings.{hf}", unit_dims=unit_dims),
+            "mcore": FormatLocation(f"embedding.{mcore}"),
+        }
 
     patch = ("patch_embeddings.projection", "patch_embeddings")
     weight, bias = (slots(*(f"{name}.{kind}" for name in patch)) for kind in ("weight", "bias"))
     return (
-        Row("patch", (TO_RESIDUAL, CHANNEL, PIXEL, PIXEL), None, weight),
-        Row("patch_bias", (TO_RESIDUAL,), None, bias),
-        Row("class_token", (TO_RESIDUAL,), None, slots("cls_token", "class_token", 2)),
-        Row(
+        ParamSpec("patch", (RESIDUAL_OUTPUT, CHANNEL, PIXEL, PIXEL), None, weight),
+        ParamSpec("patch_bias", (RESIDUAL_OUTPUT,), None, bias),
+        ParamSpec("class_token", (RESIDUAL_OUTPUT,), None, slots("cls_token", "class_token", 2)),
+        ParamSpec(
             "distillation_token",
-            (TO_RESIDUAL,),
+            (RESIDUAL_OUTPUT,),
             None,
             slots("distillation_token", "distillation_token", 2),
             needs="has_distillation",
         ),
-        Row("positions", (POSITION, TO_RESIDUAL), None, slots("position_embeddings", "position_embeddings.weight", 1)),
+        ParamSpec(
+            "positions",
+            (POSITION_OUTPUT, RESIDUAL_OUTPUT),
+            None,
+            slots("position_embeddings", "position_embeddings.weight", 1),
+        ),
     )
 
 
-def layer_rows(base: str) -> tuple[Row, ...]:
+def layer_rows(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
-    hf, mcore = under(f"{base}encoder.layer.{{}}."), under("decoder.layers.{}.")
+    hf, mcore = prefixed(f"{base}encoder.layer.{{}}."), prefixed("decoder.layers.{}.")
     qkv, proj = mcore("self_attention.linear_qkv"), mcore("self_attention.linear_proj")
     return (
-        *norm("layers.{}.norm1", hf("layernorm_before"), mcore("input_layernorm")),
-        *linear("layers.{}.q", (Q, FROM_RESIDUAL), 0, hf("attention.attention.query"), grouped(qkv, 0)),
-        *linear("layers.{}.k", (K, FROM_RESIDUAL), 0, hf("attention.attention.key"), grouped(qkv, 1)),
-        *linear("layers.{}.v", (V, FROM_RESIDUAL), 0, hf("attention.attention.value"), grouped(qkv, 2)),
-        *linear("layers.{}.o", (TO_RESIDUAL, FROM_V), 1, hf("attention.output.dense"), proj),
-        *norm("layers.{}.norm2", hf("layernorm_after"), mcore("pre_mlp_layernorm")),
-        *linear("layers.{}.up", (TO_FFN, FROM_RESIDUAL), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")),
-        *linear("layers.{}.down", (TO_RESIDUAL, FROM_FFN), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
+        *norm_params("layers.{}.norm1", hf("layernorm_before"), mcore("input_layernorm")),
+        *linear_params(
+            "layers.{}.q", (QUERY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.attention.query"), grouped_qkv(qkv, 0)
+        ),
+        *linear_params(
+            "layers.{}.k", (KEY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.attention.key"), grouped_qkv(qkv, 1)
+        ),
+        *linear_params(
+            "layers.{}.v", (VALUE_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.attention.value"), grouped_qkv(qkv, 2)
+        ),
+        *linear_params("layers.{}.o", (RESIDUAL_OUTPUT, VALUE_INPUT), 1, hf("attention.output.dense"), proj),
+        *norm_params("layers.{}.norm2", hf("layernorm_after"), mcore("pre_mlp_layernorm")),
+        *linear_params(
+            "layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")
+        ),
+        *linear_params("layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
     )
 
 
-def end_rows(base: str) -> tuple[Row, ...]:
+def end_rows(base: str) -> tuple[ParamSpec, ...]:
     """The final norm, the pooler and the head. base: the prefix of Hugging Face's names."""
-    head = Slot("classifier"), Slot("output_layer")
+    head = FormatLocation("classifier"), FormatLocation("output_layer")
     return (
-        *norm("final_norm", Slot(f"{base}layernorm"), Slot("decoder.final_layernorm"), feeds_head=True),
+        *norm_params(
+            "final_norm", FormatLocation(f"{base}layernorm"), FormatLocation("decoder.final_layernorm"), feeds_head=True
+        ),
         *pooler_rows(base),
-        *linear("head", (VOCAB, FROM_RESIDUAL), 0, *head, needs="has_head"),
+        *linear_params("head", (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, *head, needs="has_head"),
     )
 
 

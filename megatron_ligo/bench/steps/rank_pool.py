@@ -77,7 +77,7 @@ def _rank_main(rank: int, world: int, store: str, pipe, make: Callable, argument
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         from megatron_ligo.distributed import mesh
 
-        mesh.start()
+        mesh.init_distributed()
         made = make(**arguments)
         pipe.send((True, None))
         while True:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.checkpoint.reader import Info, Reader
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.reader import Reader, TensorInfo
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, ParallelSection, TrainingSection
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.growth.validation import initial_operator
@@ -41,9 +41,9 @@ class Job:
     def seq_length(self) -> int:
         return self.tokens // self.sequences
 
-    def small_dims(self) -> Dims:
+    def small_dims(self) -> ModelConfig:
         fixed = {"arch": "llama", "model_type": "llama", "max_positions": 8192, "norm_eps": 1e-5, "tied": True}
-        return Dims(**{**fixed, "rope_base": 10000.0, **self.small})
+        return ModelConfig(**{**fixed, "rope_base": 10000.0, **self.small})
 
     def operator_made(self):
         return initial_operator(self.small_dims(), LargeSection(**self.large), OperatorSection(**self.operator))
@@ -64,14 +64,14 @@ class Drawn(Reader):
 
     format, path = "drawn", None
 
-    def __init__(self, dims: Dims):
+    def __init__(self, model_config: ModelConfig):
         from megatron_ligo.models.full import parameters
 
-        self.dims = dims
-        self._read = parameters.initial(dims, SEED)
+        self.model_config = model_config
+        self._read = parameters.initial_weights(model_config, SEED)
 
-    def info(self, key: str) -> Info:
-        return Info(self.row(key).shape(self.dims), torch.float32)
+    def info(self, key: str) -> TensorInfo:
+        return TensorInfo(self.row(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = "weight") -> torch.Tensor:
         return self._read(key)
@@ -85,8 +85,8 @@ class Stepper(ABC):
         self.job = job
         parallel = ParallelSection(**job.parallel)
         self.traffic = Traffic()
-        self.mesh = mesh.make(parallel.tp, parallel.pp)
-        self.dtype = device.dtype_of(job.precision)
+        self.mesh = mesh.build_mesh(parallel.tp, parallel.pp)
+        self.dtype = device.resolve_dtype(job.precision)
         torch.manual_seed(SEED)
         self.engine = self.build()
         self.parameters = sum(parameter.numel() for parameter in self.engine.engine.module.parameters())
@@ -123,17 +123,17 @@ class Stepper(ABC):
 
 class FitStepper(Stepper):
     def build(self):
-        from megatron_ligo.models.factored.context import Runtime
-        from megatron_ligo.models.factored.factored_model import GrownModel, GrownPipeline
-        from megatron_ligo.models.factored.small_weights import Source
+        from megatron_ligo.models.factored.context import FactoredContext
+        from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
+        from megatron_ligo.models.factored.small_weights import SmallWeights
         from megatron_ligo.training.engine import Engine
 
         job, operator = self.job, self.job.operator_made()
         zero = job.parallel.get("zero", 1)
         shared_by = 1 if zero == 3 else job.micro_batches
-        runtime = Runtime(
+        runtime = FactoredContext(
             operator,
-            Source(operator, Drawn(operator.small), self.mesh, zero, job.whole_source),
+            SmallWeights(operator, Drawn(operator.small), self.mesh, zero, job.whole_source),
             self.mesh,
             self.dtype,
             micro_batches=shared_by,
@@ -144,7 +144,7 @@ class FitStepper(Stepper):
             teacher=self._teacher() if job.distill else None,
             lag=Drawn(operator.large).read if job.lagged else None,
         )
-        module = GrownPipeline(runtime) if self.mesh.pp > 1 else GrownModel(runtime)
+        module = FactoredPipeline(runtime) if self.mesh.pp > 1 else FactoredModel(runtime)
 
         def moved():
             runtime.generation += 1
@@ -162,15 +162,15 @@ class FitStepper(Stepper):
 class PlainStepper(Stepper):
     def build(self):
         from megatron_ligo.models.full import parameters
-        from megatron_ligo.models.full.factory import pretrained
-        from megatron_ligo.models.mcore.layer_spec import Build
+        from megatron_ligo.models.full.factory import build_model
+        from megatron_ligo.models.mcore.layer_spec import BuildOptions
         from megatron_ligo.training.engine import Engine
         from megatron_ligo.training.pretrain import parameter_groups
 
-        job, dims = self.job, self.job.operator_made().large
-        build = Build(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))
-        model = pretrained(dims, build, self.mesh, job.recompute)
-        parameters.fill(model, dims, self.mesh, parameters.initial(dims, SEED))
+        job, model_config = self.job, self.job.operator_made().large
+        build = BuildOptions(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))
+        model = build_model(model_config, build, self.mesh, job.recompute)
+        parameters.fill(model, model_config, self.mesh, parameters.initial_weights(model_config, SEED))
         bf16 = self.dtype is torch.bfloat16
         return Engine(model, self.mesh, job.run(self.mesh.dp), parameter_groups(model, 0.1), bf16)
 

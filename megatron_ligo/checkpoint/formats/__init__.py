@@ -10,7 +10,7 @@ from types import ModuleType
 
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common import symlinks
-from megatron_ligo.common.errors import CheckpointError, ConfigError, message, nearest
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem, did_you_mean
 
 __all__ = ["formats", "get", "open", "recognise", "writers"]
 
@@ -31,7 +31,7 @@ def writers() -> list[str]:
 def get(name: str) -> ModuleType:
     """The format of that name."""
     if name not in formats():
-        raise ConfigError(f"there is no format {name!r}. {nearest(name, formats())}")
+        raise ConfigError(f"there is no format {name!r}. {did_you_mean(name, formats())}")
     return formats()[name]
 
 
@@ -47,7 +47,7 @@ def recognise(path: str | Path) -> ModuleType:
         )
     if len(found) > 1:
         names = " and ".join(sorted(found))
-        raise CheckpointError(message(f"{path}", "one checkpoint", names, "Choose one with --from."))
+        raise CheckpointError(Problem(f"{path}", "one checkpoint", names, "Choose one with --from."))
     (module,) = found.values()
     return module
 
@@ -59,12 +59,12 @@ def open(path: str | Path, format: str | None = None) -> Reader:
     an unknown format.
     """
     module = get(format) if format else recognise(path)
-    symlinks.check(_existing(path))
+    symlinks.check_links(_existing(path))
     return module.open(Path(path))
 
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(message(f"{path}", "a checkpoint", "nothing there", "Check the path."))
+        raise CheckpointError(Problem(f"{path}", "a checkpoint", "nothing there", "Check the path."))
     return path

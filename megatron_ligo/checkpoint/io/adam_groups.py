@@ -11,7 +11,7 @@ from math import inf, isfinite
 
 from torch import Tensor
 
-from megatron_ligo.common.errors import Faults
+from megatron_ligo.common.errors import ErrorCollector
 
 PARAMS = "params"
 STEP = "step"
@@ -91,10 +91,10 @@ def count(step: object) -> int | None:
     return int(step) if good else None
 
 
-def check_rates(rates: Mapping[str, object], faults: Faults) -> None:
+def check_rates(rates: Mapping[str, object], errors: ErrorCollector) -> None:
     for name, rate in rates.items():
         if not _is_setting(rate):
-            faults.add(name, "a learning rate", repr(rate))
+            errors.add(name, "a learning rate", repr(rate))
 
 
 def _states(group: Mapping[str, object], name: str) -> bool:

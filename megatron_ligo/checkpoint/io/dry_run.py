@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from megatron_ligo.checkpoint.io.file_layout import Later, Place
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor, TensorSpan
 from megatron_ligo.checkpoint.io.output import Output
 
 
-class Planned(Output):
+class DryRunOutput(Output):
     """Counts tensors (zeros that stay holes are none) and copied files. Makes no tensor; `folder` is for scratch."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.bytes = 0
 
-    def safetensors(self, name: str, tensors: Mapping[str, Later], metadata: Mapping[str, str] | None = None) -> None:
+    def safetensors(
+        self, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
         self._count(tensors.values())
 
     def torch_files(self, trees: Mapping[str, object]) -> None:
@@ -33,15 +35,15 @@ class Planned(Output):
     def file(self, name: str, write: Callable[[Path], object]) -> None:
         pass
 
-    def _fill(self, files: Mapping[str, list[Place]]) -> None:
+    def _fill(self, files: Mapping[str, list[TensorSpan]]) -> None:
         self._count(place.later for places in files.values() for place in places)
 
-    def _count(self, tensors: Iterable[Later]) -> None:
+    def _count(self, tensors: Iterable[LazyTensor]) -> None:
         self.bytes += sum(tensor.nbytes for tensor in tensors if tensor.make is not None)
 
 
-def _tensors(tree: object) -> Iterator[Later]:
-    if isinstance(tree, Later):
+def _tensors(tree: object) -> Iterator[LazyTensor]:
+    if isinstance(tree, LazyTensor):
         yield tree
     elif isinstance(tree, dict):
         for value in tree.values():

@@ -39,7 +39,7 @@ PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Later:
+class LazyTensor:
     """A tensor that is made when its turn to be written comes. `make` gives this shape and dtype, on the CPU.
 
     Without `make` it is zeros, which are never made: their place in the file stays a hole.
@@ -55,16 +55,16 @@ class Later:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSpan:
     """Where a tensor's bytes lie in a file. checksums: offsets at which a zip archive notes their CRC-32."""
 
     name: str
     offset: int
     checksums: tuple[int, ...]
-    later: Later
+    later: LazyTensor
 
 
-def safetensors(tensors: Mapping[str, Later], metadata: Mapping[str, str]) -> tuple[bytes, list[Place]]:
+def safetensors(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorSpan]]:
     """The header of a safetensors file and the places of its tensors, which follow it without a gap."""
     # Wide dtypes first, as the library orders them: each tensor is then aligned to its own items.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
@@ -79,15 +79,16 @@ def safetensors(tensors: Mapping[str, Later], metadata: Mapping[str, str]) -> tu
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     places = [
-        Place(name, len(header) + start, (), later) for (name, later), start in zip(ordered, offsets, strict=True)
+        TensorSpan(name, len(header) + start, (), later) for (name, later), start in zip(ordered, offsets, strict=True)
     ]
     return header, places
 
 
-def torch_skeleton(path: Path, tree: object) -> list[Place]:
-    """Writes what torch.save writes for a tree of plain data and `Later`, but for the tensors' bytes (holes). A `Later`
-    that the tree holds in several places has bytes once."""
-    found: dict[int, tuple[str, Later, Tensor]] = {}
+def torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
+    """Writes what torch.save writes for a tree of plain data and `LazyTensor`, but for the tensors' bytes (holes).
+
+    A `LazyTensor` that the tree holds in several places has bytes once."""
+    found: dict[int, tuple[str, LazyTensor, Tensor]] = {}
     # Storages that nobody touches take no memory; torch numbers them in the order in which it meets them.
     hollow = _hollow(tree, "", found)
     try:
@@ -96,7 +97,9 @@ def torch_skeleton(path: Path, tree: object) -> list[Place]:
     except RuntimeError as error:
         raise not_written(path, error) from error
     records = _records(path)
-    return [Place(name, *records[f"data/{number}"], later) for number, (name, later, _) in enumerate(found.values())]
+    return [
+        TensorSpan(name, *records[f"data/{number}"], later) for number, (name, later, _) in enumerate(found.values())
+    ]
 
 
 def not_written(path: Path, error: RuntimeError) -> OSError:
@@ -110,7 +113,7 @@ def not_written(path: Path, error: RuntimeError) -> OSError:
     return OSError(errno.EIO, f"{error}", f"{path}")
 
 
-def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Place], dict[str, tuple[int, int]]]:
+def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[TensorSpan], dict[str, tuple[int, int]]]:
     """Such skeletons, one after the other in one file; also where each begins, and its length.
 
     Where tensors are aligned in their archives, they are in the file.
@@ -126,7 +129,7 @@ def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Place]
             end = start + size
             for place in found:
                 checksums = tuple(start + checksum for checksum in place.checksums)
-                places.append(Place(f"{name}{place.name}", start + place.offset, checksums, place.later))
+                places.append(TensorSpan(f"{name}{place.name}", start + place.offset, checksums, place.later))
             with one.open("rb") as archive:
                 for begin, stop in _frame(found, size):
                     archive.seek(begin)
@@ -137,7 +140,7 @@ def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Place]
     return places, spans
 
 
-def same_frame(path: Path, skeleton: Path, places: Sequence[Place]) -> bool:
+def same_frame(path: Path, skeleton: Path, places: Sequence[TensorSpan]) -> bool:
     """True where a file is its skeleton but for the tensors' bytes and their checksums."""
     end = skeleton.stat().st_size
     if path.stat().st_size != end:
@@ -151,7 +154,7 @@ def same_frame(path: Path, skeleton: Path, places: Sequence[Place]) -> bool:
     return True
 
 
-def _frame(places: Sequence[Place], end: int) -> list[tuple[int, int]]:
+def _frame(places: Sequence[TensorSpan], end: int) -> list[tuple[int, int]]:
     """The stretches of a file that are not its tensors' bytes and their checksums."""
     edges = [0]
     for place in places:
@@ -162,8 +165,8 @@ def _frame(places: Sequence[Place], end: int) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _hollow(tree: object, name: str, found: dict[int, tuple[str, Later, Tensor]]) -> object:
-    if isinstance(tree, Later):
+def _hollow(tree: object, name: str, found: dict[int, tuple[str, LazyTensor, Tensor]]) -> object:
+    if isinstance(tree, LazyTensor):
         *_, hollow = found.setdefault(id(tree), (name, tree, torch.empty(tree.shape, dtype=tree.dtype)))
         return hollow
     if isinstance(tree, dict):

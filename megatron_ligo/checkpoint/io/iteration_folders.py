@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -46,5 +46,5 @@ def folder(path: Path) -> Path:
     found = find(path)
     if found is None:
         expected = f"a number or {RELEASE!r}, and its folder (iter_NNNNNNN or {RELEASE}) beside"
-        raise CheckpointError(message(f"{path / TRACKER}", expected, "neither, or one without the other"))
+        raise CheckpointError(Problem(f"{path / TRACKER}", expected, "neither, or one without the other"))
     return found

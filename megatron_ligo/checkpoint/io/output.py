@@ -2,7 +2,7 @@
 
 A writer says what a file holds; the bytes, their order on the disk, the journal and fsync are decided here. What the
 journal knows to be whole (and whose bytes are still the same) is not written again. Several processes can fill one
-folder: the first lays the files out (`Frames`), then each makes and writes its share of the tensors.
+folder: the first lays the files out (`FileFrames`), then each makes and writes its share of the tensors.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ import torch
 
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.io.file_layout import (
-    Later,
-    Place,
+    LazyTensor,
+    TensorSpan,
     safetensors,
     same_frame,
     torch_archives,
     torch_skeleton,
 )
 from megatron_ligo.checkpoint.io.journal import Journal
-from megatron_ligo.checkpoint.io.parallel_writer import WORKERS, OpenFile, Writer
+from megatron_ligo.checkpoint.io.parallel_writer import WORKERS, OpenFile, ParallelWriter
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed.agreement import ALONE, Share
-from megatron_ligo.sharding.fused_tensors import Stored
+from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 SKELETONS = ".skeletons"
 
 
-def later(source: Reader, item: Stored, kind: str = WEIGHT) -> Later:
+def lazy_tensor(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> LazyTensor:
     """A whole (global, unpadded) stored tensor, to be made from its canonical parts."""
-    dims = source.dims
-    return Later(
-        item.shape(dims),
-        one_dtype(source, item, kind),
-        lambda: item.whole([source.read(key, kind) for key in item.keys], dims),
+    model_config = source.model_config
+    return LazyTensor(
+        item.shape(model_config),
+        common_dtype(source, item, kind),
+        lambda: item.whole([source.read(key, kind) for key in item.keys], model_config),
     )
 
 
-def one_dtype(source: Reader, item: Stored, kind: str = WEIGHT) -> torch.dtype:
+def common_dtype(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> torch.dtype:
     """The dtype of a stored tensor: that of its parts, which must be one."""
     if kind != WEIGHT:
         return torch.float32
     found = {source.info(key).dtype for key in item.keys}
     if len(found) > 1:
         names = ", ".join(sorted(map(str, found)))
-        raise CheckpointError(message(item.name, "parts of one dtype", names, "Choose one with --dtype."))
+        raise CheckpointError(Problem(item.name, "parts of one dtype", names, "Choose one with --dtype."))
     return found.pop()
 
 
@@ -66,7 +66,7 @@ class Output:
         self.folder = folder
         self.journal = journal or Journal()
         self.written: list[str] = []
-        self._writer = Writer(workers)
+        self._writer = ParallelWriter(workers)
         self._first = share.rank == 0
         self._rank, self._dealt = share.rank, [0] * share.world
         self._made: set[Path] = set()
@@ -82,7 +82,9 @@ class Output:
         else:
             self._writer.abandon()
 
-    def safetensors(self, name: str, tensors: Mapping[str, Later], metadata: Mapping[str, str] | None = None) -> None:
+    def safetensors(
+        self, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
         """A safetensors file."""
         header, places = safetensors(tensors, metadata or {})
         size = len(header) + sum(place.later.nbytes for place in places)
@@ -93,7 +95,7 @@ class Output:
         self._fill({name: places})
 
     def torch(self, name: str, tree: object) -> None:
-        """What torch.save writes for a tree (dict, list, tuple) of plain data with `Later` for its tensors."""
+        """What torch.save writes for a tree (dict, list, tuple) of plain data with `LazyTensor` for its tensors."""
         self.torch_files({name: tree})
 
     def torch_files(self, trees: Mapping[str, object]) -> None:
@@ -108,7 +110,7 @@ class Output:
         self._fill({name: places})
         return spans
 
-    def _laid_out(self, name: str, tree: object) -> list[Place]:
+    def _laid_out(self, name: str, tree: object) -> list[TensorSpan]:
         path = self._path(name)
         # The archive bears the file's name inside, so the skeleton has the same one.
         aside = self._path(f"{self._skeletons}/{path.name}")
@@ -116,7 +118,7 @@ class Output:
         self._place(path, aside, places)
         return places
 
-    def _place(self, path: Path, aside: Path, places: list[Place]) -> None:
+    def _place(self, path: Path, aside: Path, places: list[TensorSpan]) -> None:
         """Puts a skeleton into its place, unless one with the same frame stands there."""
         if path.exists() and same_frame(path, aside, places):
             aside.unlink()
@@ -152,7 +154,7 @@ class Output:
         assert path.name != "..", f"{name} is outside of the folder"
         return path
 
-    def _fill(self, files: Mapping[str, list[Place]]) -> None:
+    def _fill(self, files: Mapping[str, list[TensorSpan]]) -> None:
         opened = {name: OpenFile(self._path(name)) for name in files}
         for row in zip_longest(*files.values()):
             for name, place in zip(files, row, strict=True):
@@ -162,7 +164,7 @@ class Output:
             self._writer.close(file)
             self.written.append(name)
 
-    def _put(self, name: str, file: OpenFile, place: Place) -> None:
+    def _put(self, name: str, file: OpenFile, place: TensorSpan) -> None:
         if place.later.make is None:
             if self._first:
                 file.leave_zeros(place)
@@ -184,11 +186,11 @@ class Output:
         return lambda found: self.journal.add("wrote", name, part, value=found)
 
 
-class Frames(Output):
+class FileFrames(Output):
     """Lays the files of tensors out for those who fill them: all but the tensors."""
 
     def file(self, name: str, write: Callable[[Path], object]) -> None:
         pass
 
-    def _put(self, name: str, file: OpenFile, place: Place) -> None:
+    def _put(self, name: str, file: OpenFile, place: TensorSpan) -> None:
         pass

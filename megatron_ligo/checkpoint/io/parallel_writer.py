@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from megatron_ligo.checkpoint.io import digest
-from megatron_ligo.checkpoint.io.file_layout import Later, Place
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor, TensorSpan
 
 WORKERS = 2
 # What may wait in memory; a tensor that is larger waits alone.
@@ -34,7 +34,7 @@ ZEROS = 1 << 22
 Done = Callable[[str], None]  # takes the digest of the bytes written
 
 
-class Writer:
+class ParallelWriter:
     """Takes tensors from one thread and writes them in others. `finish` waits for all and raises what went wrong."""
 
     def __init__(self, workers: int = WORKERS):
@@ -43,7 +43,7 @@ class Writer:
         self._waiting = 0
         self._jobs: list[Future] = []
 
-    def put(self, file: OpenFile, place: Place, done: Done) -> None:
+    def put(self, file: OpenFile, place: TensorSpan, done: Done) -> None:
         """Makes a tensor (here) and has its bytes written. `done` is called in another thread, before the fsync."""
         size = place.later.nbytes
         with self._room:
@@ -67,7 +67,7 @@ class Writer:
         """Drops what waits; what is being written ends."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _put(self, file: OpenFile, place: Place, data: np.ndarray, done: Done) -> None:
+    def _put(self, file: OpenFile, place: TensorSpan, data: np.ndarray, done: Done) -> None:
         try:
             done(file.write(place, data))
         finally:
@@ -107,7 +107,7 @@ class OpenFile:
             self._users -= 1
             return self._users == 0
 
-    def write(self, place: Place, data: np.ndarray) -> str:
+    def write(self, place: TensorSpan, data: np.ndarray) -> str:
         """Returns the digest of the bytes."""
         found, crc = xxhash.xxh3_128(), 0
         for start in range(0, len(data), CHUNK):
@@ -126,7 +126,7 @@ class OpenFile:
                 os.fdatasync(self._descriptor)
         return found.hexdigest()
 
-    def leave_zeros(self, place: Place) -> None:
+    def leave_zeros(self, place: TensorSpan) -> None:
         """The place stays a hole; only an archive's checksum is written."""
         if place.checksums:
             self._note(place, _crc_of_zeros(place.later.nbytes))
@@ -138,7 +138,7 @@ class OpenFile:
         finally:
             os.close(self._descriptor)
 
-    def _note(self, place: Place, crc: int) -> None:
+    def _note(self, place: TensorSpan, crc: int) -> None:
         for offset in place.checksums:
             self._write(struct.pack("<I", crc), offset)
 
@@ -160,9 +160,9 @@ class OpenFile:
             raise
 
 
-def _made(place: Place) -> np.ndarray:
+def _made(place: TensorSpan) -> np.ndarray:
     tensor = place.later.make()
-    found = Later(tuple(tensor.shape), tensor.dtype, place.later.make)
+    found = LazyTensor(tuple(tensor.shape), tensor.dtype, place.later.make)
     assert found == place.later, f"{place.name}: promised {place.later}, made {found}"
     return digest.raw(tensor)
 

@@ -13,7 +13,7 @@ from enum import Enum
 GETATTR = ("builtins", "getattr")
 
 
-def of(kinds: Iterable[object]) -> Callable[[object, object], object]:
+def enum_stand_ins(kinds: Iterable[object]) -> Callable[[object, object], object]:
     """What takes the place of `getattr`, for members of these classes: of an enumeration its member, of a stand-in what
     it makes of a member's name."""
     known = [kind for kind in kinds if isinstance(kind, type)]

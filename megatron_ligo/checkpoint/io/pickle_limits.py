@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 
 # Far above what a checkpoint needs besides its tensors, and far below what hurts to walk or to show.
 MOST_NODES = 1 << 23
 MOST_DEPTH = 64
 
 
-def check(where: str, tree: object) -> None:
+def check_tree(where: str, tree: object) -> None:
     """CheckpointError for containers that hold themselves, lie too deep, or come to too many where shared ones count
     each time that they are met."""
     weights: dict[int, tuple[int, int]] = {}  # id -> nodes, depth
@@ -48,4 +48,4 @@ def _inside(node: object) -> Iterator[object]:
 
 
 def _refuse(where: str, expected: str, found: str) -> None:
-    raise CheckpointError(message(where, expected, found, "It is not read: it is no checkpoint's."))
+    raise CheckpointError(Problem(where, expected, found, "It is not read: it is no checkpoint's."))

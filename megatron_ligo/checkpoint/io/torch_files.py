@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_ligo.checkpoint.io import pickle_enums, pickle_limits
 from megatron_ligo.checkpoint.io.file_layout import data_offset
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 # What torch raises for files that are not whole, or not its own.
 DAMAGE = (
@@ -34,10 +34,10 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool 
     Raises CheckpointError for a damaged file, and for one that names anything else.
     """
     if not path.is_file():
-        raise CheckpointError(message(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
+        raise CheckpointError(Problem(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
     with told(f"{path}"), _only(stand_ins):
         found = _checked(path, mapped)
-    pickle_limits.check(f"{path}", found)
+    pickle_limits.check_tree(f"{path}", found)
     return found
 
 
@@ -45,7 +45,7 @@ def within(path: Path, start: int, length: int, stand_ins: Sequence[tuple[object
     """As `load`, of what torch.save wrote into a part of a file; its tensors are copies."""
     with told(f"{path} at {start}"), _only(stand_ins), path.open("rb") as file:
         found = _checked(Window(file, start, length), mapped=False)
-    pickle_limits.check(f"{path} at {start}", found)
+    pickle_limits.check_tree(f"{path} at {start}", found)
     return found
 
 
@@ -147,7 +147,7 @@ def _only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     if stand_ins:
-        member = pickle_enums.of(kind for kind, _ in stand_ins)
+        member = pickle_enums.enum_stand_ins(kind for kind, _ in stand_ins)
         torch.serialization.add_safe_globals([*stand_ins, (member, ".".join(pickle_enums.GETATTR))])
     try:
         yield
@@ -162,18 +162,18 @@ def told(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise CheckpointError(message(where, "a file", "nothing there")) from None
+        raise CheckpointError(Problem(where, "a file", "nothing there")) from None
     except pickle.UnpicklingError as error:
         # torch's own advice is left out: it is to trust the file.
         found = str(error).split("Check the documentation")[0].split("Please use")[0]
         found = " ".join(found.rpartition("WeightsUnpickler error:")[2].split())
-        do = "It is not loaded: loading it could run code."
-        raise CheckpointError(message(where, "tensors and plain values", found, do)) from None
+        hint = "It is not loaded: loading it could run code."
+        raise CheckpointError(Problem(where, "tensors and plain values", found, hint)) from None
     except DAMAGE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise CheckpointError(message(where, "a whole file of torch.save", found, "Fetch it again.")) from None
+        raise CheckpointError(Problem(where, "a whole file of torch.save", found, "Fetch it again.")) from None
 
 
 def _records(file: Path | BinaryIO) -> list[int]:
@@ -191,12 +191,12 @@ def tensors(path: Path) -> dict[str, Tensor]:
     """A file that is a dict of named weights. Raises CheckpointError if it holds anything else."""
     state = load(path)
     if not isinstance(state, dict):
-        raise CheckpointError(message(f"{path}", "tensors by name", type(state).__name__))
-    faults = Faults(f"{path} holds what is no weight", CheckpointError)
+        raise CheckpointError(Problem(f"{path}", "tensors by name", type(state).__name__))
+    errors = ErrorCollector(f"{path} holds what is no weight", CheckpointError)
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            faults.add(repr(name), "a tensor by its name", type(value).__name__)
+            errors.add(repr(name), "a tensor by its name", type(value).__name__)
         elif value.layout is not torch.strided or not value.is_floating_point():
-            faults.add(name, "a dense tensor of floating-point numbers", f"{value.layout}, {value.dtype}")
-    faults.raise_if_any()
+            errors.add(name, "a dense tensor of floating-point numbers", f"{value.layout}, {value.dtype}")
+    errors.raise_if_any()
     return state

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common.atomic_files import write_json
-from megatron_ligo.common.errors import ConfigError, Faults, LigoError, message
-from megatron_ligo.config.run_config import Config, OperatorSection
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError, Problem
+from megatron_ligo.config.run_config import OperatorSection, RunConfig
 from megatron_ligo.experiments.compare.arm_cost import fit_flops
 from megatron_ligo.experiments.compare.arm_plan import Plan, Trained, output_folder
 from megatron_ligo.experiments.compare.comparison_config import SCRATCH, Arm, CompareSection, Spec
@@ -38,7 +38,7 @@ TOKENS_A_PARAMETER = 20  # growth gains most below (arXiv 2605.13405)
 
 
 def advise(
-    config: Config,
+    config: RunConfig,
     output: Path,
     budget: float,
     lrs: Sequence[float],
@@ -52,22 +52,22 @@ def advise(
     ConfigError if the budget pays for fewer than 10 steps a probe. Started again, it goes on where it stopped.
     """
     _check(budget, lrs, config)
-    small = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format).dims
+    small = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format).model_config
     arms, refused = _arms(config, small, list(methods) or PROBED)
     jobs = Jobs(output_folder(output), "", tell)
     spec = spec_of(config, arms, lrs, lag=1)
     probes, step = count(spec, fit), Plan(spec, jobs, jobs.run).step_flops
     lag = int(budget // (probes * step))
     if lag < FEWEST:
-        do = "Give more FLOPs, or name fewer --method or --lr."
+        hint = "Give more FLOPs, or name fewer --method or --lr."
         needed = f"at least {FEWEST * probes * step:.3g}: {probes} probes of {FEWEST} steps"
-        raise ConfigError(message("--flops", needed, budget, do))
+        raise ConfigError(Problem("--flops", needed, budget, hint))
     found = advice(Plan(spec_of(config, arms, lrs, lag), jobs, jobs.run), small, refused, fit)
     write_json(output / ADVICE, found)
     return found
 
 
-def advice(plan: Plan, small: Dims, refused: dict[str, str], fit: bool) -> dict:
+def advice(plan: Plan, small: ModelConfig, refused: dict[str, str], fit: bool) -> dict:
     """What the probes of a plan say. refused: by method why it was not probed; what has diverged comes to it."""
     spec, lag = plan.spec, plan.spec.compare.scratch_steps
     named = {arm.name: arm for arm in spec.arms}
@@ -108,21 +108,21 @@ def count(spec: Spec, fit: bool) -> int:
     return len(spec.arms) * len(spec.compare.lrs) + FINALISTS * (3 if fit else 1)
 
 
-def _check(budget: float, lrs: Sequence[float], config: Config) -> None:
-    faults = Faults("no advice can be given", ConfigError)
+def _check(budget: float, lrs: Sequence[float], config: RunConfig) -> None:
+    errors = ErrorCollector("no advice can be given", ConfigError)
     for where, value in (("--flops", budget), *(("--lr", lr) for lr in lrs)):
         if not (math.isfinite(value) and value > 0):
-            faults.add(where, "a finite number more than 0", value)
+            errors.add(where, "a finite number more than 0", value)
     if len(set(lrs)) < max(len(lrs), 1):
-        faults.add("--lr", "one or more, each once", list(lrs))
+        errors.add("--lr", "one or more, each once", list(lrs))
     if not config.data.valid:
-        faults.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
+        errors.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
     if config.fit.lag:
-        faults.add("fit.lag", "left out: probes look at the loss after a lag", config.fit.lag)
-    faults.raise_if_any()
+        errors.add("fit.lag", "left out: probes look at the loss after a lag", config.fit.lag)
+    errors.raise_if_any()
 
 
-def _arms(config: Config, small: Dims, methods: Iterable[str]) -> tuple[list[Arm], dict[str, str]]:
+def _arms(config: RunConfig, small: ModelConfig, methods: Iterable[str]) -> tuple[list[Arm], dict[str, str]]:
     """An arm for each method that can grow these sizes, and why the others cannot."""
     arms, refused = [], {}
     for name in methods:
@@ -138,7 +138,7 @@ def _arms(config: Config, small: Dims, methods: Iterable[str]) -> tuple[list[Arm
     return arms, refused
 
 
-def spec_of(config: Config, arms: Iterable[Arm], lrs: Sequence[float], lag: int) -> Spec:
+def spec_of(config: RunConfig, arms: Iterable[Arm], lrs: Sequence[float], lag: int) -> Spec:
     compare = CompareSection(seeds=SEEDS, scratch_steps=lag, budgets=(1.0,), lrs=tuple(lrs))
     return Spec(config, compare, (Arm(SCRATCH, config, grown=False), *arms))
 
@@ -163,7 +163,7 @@ def _row(name: str, run: Trained | None, again: Trained | None) -> dict:
     return {"method": name, "lr": run.lr, "at_once": run.begun, "after_lag": run.loss, "other_seed": second}
 
 
-def _advice(found: dict, config: Config) -> list[str]:
+def _advice(found: dict, config: RunConfig) -> list[str]:
     """Sentences, each with the figure that it rests on."""
     ranking, scratch = found["ranking"], found["scratch"]["after_lag"]
     if not ranking:

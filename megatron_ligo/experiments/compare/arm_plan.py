@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ligo.arch.flops import train_flops
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.config.run_config import Config, PretrainSection
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.config.run_config import PretrainSection, RunConfig
 from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, Spec, learned
 from megatron_ligo.experiments.compare.run_folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.experiments.compare.run_queue import Job, Jobs
-from megatron_ligo.training.initial_weights import fresh_dims
+from megatron_ligo.training.initial_weights import fresh_config
 
 SMALL_SEED = 0
 Obtain = Callable[[Job], dict | None]  # a job's result; None where there is none (yet)
@@ -57,7 +57,7 @@ class Plan:
 
     def __init__(self, spec: Spec, jobs: Jobs, obtain: Obtain):
         self.spec, self.jobs, self.obtain = spec, jobs, obtain
-        self.large: Dims = fresh_dims(spec.config)
+        self.large: ModelConfig = fresh_config(spec.config)
         self.step_flops = self._step_flops(self.large)
         self.unit = spec.compare.scratch_steps * self.step_flops
 
@@ -131,7 +131,7 @@ class Plan:
         start = Start(f"{self.jobs.place(job) / RUN}", spent, samples)
         return self._fully_trained(arm, config, start, lr) if arm.full else start
 
-    def _fit(self, arm: Arm, config: Config, place: str, lr: float) -> Fitted | None:
+    def _fit(self, arm: Arm, config: RunConfig, place: str, lr: float) -> Fitted | None:
         lag = self._lag(arm, config, place, lr) if arm.lag else Start("", 0.0, 0)
         if lag is None:
             return None
@@ -143,7 +143,7 @@ class Plan:
         operator = self.jobs.place(job) / RUN / "operator"
         return Fitted(operator, found["flops"] + lag.spent, found["step"], lag.samples)
 
-    def _lag(self, arm: Arm, config: Config, place: str, lr: float) -> Start | None:
+    def _lag(self, arm: Arm, config: RunConfig, place: str, lr: float) -> Start | None:
         """Some training of the start, on what comes after the fit's samples."""
         job = Job(f"{place}/start", GROW, config)
         if self.obtain(job) is None:
@@ -157,7 +157,7 @@ class Plan:
             return None
         return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], arm.lag * run.global_batch_size)
 
-    def _fully_trained(self, arm: Arm, config: Config, start: Start, lr: float) -> Start | None:
+    def _fully_trained(self, arm: Arm, config: RunConfig, start: Start, lr: float) -> Start | None:
         """The grown model after all its weights were trained on the batches that a fit has read, as a fit would."""
         fit, steps = config.fit, self._steps_of_fit(arm, config, lr)
         if steps is None:
@@ -172,7 +172,7 @@ class Plan:
         # The batches of a full control cost the large model's own FLOPs.
         return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], steps * fit.global_batch_size)
 
-    def _steps_of_fit(self, arm: Arm, config: Config, lr: float) -> int | None:
+    def _steps_of_fit(self, arm: Arm, config: RunConfig, lr: float) -> int | None:
         """Of the fit that a full control stands beside; None while one that may end early is not done."""
         if config.fit.max_flops is None and not config.fit.patience:
             return config.fit.steps
@@ -194,7 +194,7 @@ class Plan:
     def _plain(run: PretrainSection) -> PretrainSection:
         return replace(run, keep_last=1)
 
-    def _seeded(self, config: Config, seed: int) -> Config:
+    def _seeded(self, config: RunConfig, seed: int) -> RunConfig:
         """The run's config with one seed for everything, the small model where it is, and one cache of samples."""
         source = self.source()
         small = replace(config.small, path=source["path"]) if source else config.small
@@ -210,15 +210,15 @@ class Plan:
             )
         )
 
-    def _with_cache(self, config: Config) -> Config:
+    def _with_cache(self, config: RunConfig) -> RunConfig:
         return replace(
             config, data=replace(config.data, cache=config.data.cache or f"{self.jobs.folder / 'data_cache'}")
         )
 
-    def _step_flops(self, dims: Dims) -> int:
+    def _step_flops(self, model_config: ModelConfig) -> int:
         config = self.spec.config
-        seq = dims.tokens_of_sample(config.data.seq_length)
-        return train_flops(dims, config.pretrain.global_batch_size * seq, seq)
+        seq = model_config.tokens_of_sample(config.data.seq_length)
+        return train_flops(model_config, config.pretrain.global_batch_size * seq, seq)
 
 
 def best(tries: dict[float, Trained]) -> float | None:

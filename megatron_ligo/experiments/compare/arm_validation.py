@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_ligo.common.errors import ConfigError, Faults, LigoError
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError
 from megatron_ligo.experiments.compare.comparison_config import Arm, Spec
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import check_factored, initial_operator
@@ -17,7 +17,7 @@ from megatron_ligo.training.lag import check_decoder
 def check_arms(spec: Spec, arms: Iterable[Arm]) -> None:
     """ConfigError with every arm that cannot grow the small model into the large one, or has a start for no fit."""
     small = sizes(Path(spec.config.small.path))
-    faults = Faults("the comparison cannot be done", ConfigError)
+    errors = ErrorCollector("the comparison cannot be done", ConfigError)
     for arm in arms:
         if not arm.grown:
             continue
@@ -26,15 +26,15 @@ def check_arms(spec: Spec, arms: Iterable[Arm]) -> None:
             if arm.fitted:
                 _check_fit(arm, operator)
         except LigoError as error:
-            faults.add(f"arms.{arm.name}", "an operator that can be built, and fitted where there is a fit", f"{error}")
-    faults.raise_if_any()
+            errors.add(f"arms.{arm.name}", "an operator that can be built, and fitted where there is a fit", f"{error}")
+    errors.raise_if_any()
 
 
 def _check_fit(arm: Arm, operator: Operator) -> None:
-    faults = Faults("its fit cannot be done", ConfigError)
-    check_factored(operator.settings, faults)
+    errors = ErrorCollector("its fit cannot be done", ConfigError)
+    check_factored(operator.settings, errors)
     length = operator.large.tokens_of_sample(arm.config.data.seq_length)
-    check_teacher(operator, arm.config.fit, length, faults)
+    check_teacher(operator, arm.config.fit, length, errors)
     if arm.lag:
-        check_decoder(operator, faults)
-    faults.raise_if_any()
+        check_decoder(operator, errors)
+    errors.raise_if_any()

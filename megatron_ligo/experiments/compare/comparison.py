@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatron_ligo.common.atomic_files import write_json, write_whole
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.atomic_files import write_json, write_text
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.experiments.compare import arm_cost, comparison_page, results
 from megatron_ligo.experiments.compare.arm_plan import Plan, output_folder, run_arm
 from megatron_ligo.experiments.compare.arm_validation import check_arms
@@ -26,7 +26,7 @@ def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lam
     check_arms(spec, arms)
     arm_cost.check(doing, arms)
     if doing.source() is None:
-        raise ConfigError(message("compare.source_lr", "a small model that can be trained", "a run that diverged"))
+        raise ConfigError(Problem("compare.source_lr", "a small model that can be trained", "a run that diverged"))
     for arm in arms:
         run_arm(doing, arm)
     found = results.collect(Plan(spec, jobs, jobs.result), spec.arms)
@@ -37,6 +37,6 @@ def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lam
 def write(found: dict, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     image = comparison_page.picture(found)
-    write_whole(output / PICTURE, image)
-    write_whole(output / PAGE, comparison_page.page(found, image).encode())
+    write_text(output / PICTURE, image)
+    write_text(output / PAGE, comparison_page.page(found, image).encode())
     write_json(output / RESULTS, found)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_ligo.common.errors import ConfigError, Faults, message
-from megatron_ligo.config.run_config import Config, apply_setting, read_toml
-from megatron_ligo.config.typed_toml import read, setting
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+from megatron_ligo.config.run_config import RunConfig, apply_setting, read_toml
+from megatron_ligo.config.typed_toml import read_section, setting
 
 SCRATCH = "scratch"
 START, FULL = "start", "full"  # the controls of a learned arm, after its name and a dot
@@ -37,7 +37,7 @@ class Arm:
     fit is on the loss after so many steps of training from its start, which count."""
 
     name: str
-    config: Config
+    config: RunConfig
     grown: bool = True
     fitted: bool = False
     full: bool = False
@@ -46,7 +46,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Spec:
-    config: Config
+    config: RunConfig
     compare: CompareSection
     arms: tuple[Arm, ...]  # scratch first; each learned arm is followed by its controls
 
@@ -63,62 +63,62 @@ def _own(arm: Arm) -> dict:
 
 def load(path: Path, sets: Iterable[str] = ()) -> Spec:
     """The comparison that a TOML file names, with `section.key=value` put over it. ConfigError with all faults."""
-    faults = Faults(f"comparison {path}", ConfigError)
+    errors = ErrorCollector(f"comparison {path}", ConfigError)
     table = read_toml(path)
     for text in sets:
-        apply_setting(table, text, faults)
-    section = read(CompareSection, table.pop("compare", {}), faults, "compare.")
+        apply_setting(table, text, errors)
+    section = read_section(CompareSection, table.pop("compare", {}), errors, "compare.")
     named = table.pop("arms", {})
-    config = Config.from_dict(table, f"{path}")
-    _check(section, config, named, faults)
-    faults.raise_if_any()
+    config = RunConfig.from_dict(table, f"{path}")
+    _check(section, config, named, errors)
+    errors.raise_if_any()
     return Spec(config, section, with_controls(config, _arms(config, named, path)))
 
 
-def _check(section: CompareSection, config: Config, named: object, faults: Faults) -> None:
+def _check(section: CompareSection, config: RunConfig, named: object, errors: ErrorCollector) -> None:
     if section.tune_seed in section.seeds:
-        faults.add("compare.tune_seed", f"none of compare.seeds {list(section.seeds)}", section.tune_seed)
+        errors.add("compare.tune_seed", f"none of compare.seeds {list(section.seeds)}", section.tune_seed)
     for key in ("seeds", "budgets", "lrs"):
         found = getattr(section, key)
         # A run's folder is named by six digits of each.
         if not found or len({f"{value:g}" for value in found}) < len(found):
-            faults.add(f"compare.{key}", "one or more, each once (to six digits)", list(found))
+            errors.add(f"compare.{key}", "one or more, each once (to six digits)", list(found))
     if section.source_steps and section.source_flops is not None:
-        faults.add("compare.source_flops", "left out where the small model is trained here", section.source_flops)
+        errors.add("compare.source_flops", "left out where the small model is trained here", section.source_flops)
     if not config.data.valid:
-        faults.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
+        errors.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
     if config.fit.lag:
-        faults.add("fit.lag", "left out of a comparison", config.fit.lag, "Say arms.NAME.lag, a number of steps.")
+        errors.add("fit.lag", "left out of a comparison", config.fit.lag, "Say arms.NAME.lag, a number of steps.")
     if not isinstance(named, dict) or not named:
-        faults.add("arms", "one or more tables [arms.NAME]", "none", 'For example: operator = {method = "lossless"}')
+        errors.add("arms", "one or more tables [arms.NAME]", "none", 'For example: operator = {method = "lossless"}')
         return
     for name, arm in named.items():
         unknown = sorted(set(arm) - {"operator", "fit", "lag"}) if isinstance(arm, dict) else ["no table"]
         if unknown:
             expected = "operator = {...} and, for a learned one, fit = {...} and lag, a number of steps"
-            faults.add(f"arms.{name}", expected, ", ".join(unknown))
+            errors.add(f"arms.{name}", expected, ", ".join(unknown))
         elif any(not isinstance(arm[key], dict) for key in ("operator", "fit") if key in arm):
-            faults.add(f"arms.{name}", "tables: operator = {...}, fit = {...}", arm)
+            errors.add(f"arms.{name}", "tables: operator = {...}, fit = {...}", arm)
         elif isinstance(arm.get("fit"), dict) and arm["fit"].get("lag"):
-            faults.add(f"arms.{name}.fit.lag", "left out of a comparison", arm["fit"]["lag"], f"Say arms.{name}.lag.")
+            errors.add(f"arms.{name}.fit.lag", "left out of a comparison", arm["fit"]["lag"], f"Say arms.{name}.lag.")
         elif "lag" in arm and (type(arm["lag"]) is not int or arm["lag"] < 1 or "fit" not in arm):
-            faults.add(f"arms.{name}.lag", "one step or more, beside fit = {...}", arm["lag"])
+            errors.add(f"arms.{name}.lag", "one step or more, beside fit = {...}", arm["lag"])
         if name == SCRATCH or not re.fullmatch(r"[\w-]+", name, re.ASCII):
             expected = f"a name of letters, digits, _ and -, and not {SCRATCH}, which is always run"
-            faults.add(f"arms.{name}", expected, repr(name))
+            errors.add(f"arms.{name}", expected, repr(name))
 
 
-def _arms(config: Config, named: dict, path: Path) -> list[Arm]:
+def _arms(config: RunConfig, named: dict, path: Path) -> list[Arm]:
     base = config.to_dict()
     arms = []
     for name, table in named.items():
         own = {key: {**base[key], **table[key]} for key in ("operator", "fit") if key in table}
-        config = Config.from_dict({**base, **own}, f"{path}, arm {name}")
+        config = RunConfig.from_dict({**base, **own}, f"{path}, arm {name}")
         arms.append(Arm(name, config, fitted="fit" in table, lag=table.get("lag", 0)))
     return arms
 
 
-def with_controls(config: Config, arms: Iterable[Arm]) -> tuple[Arm, ...]:
+def with_controls(config: RunConfig, arms: Iterable[Arm]) -> tuple[Arm, ...]:
     """Scratch, the arms, and beside each learned one its start without a fit (given the FLOPs of the fit as training),
     and the same start with all weights trained on what the fit reads. Arms of one start, or one fit, share them."""
     arms = list(arms)
@@ -158,5 +158,5 @@ def chosen(spec: Spec, names: Iterable[str]) -> list[Arm]:
     names = list(names)
     wrong = [name for name in names if name not in known]
     if wrong:
-        raise ConfigError(message("--only", f"some of {', '.join(known)}", ", ".join(wrong)))
+        raise ConfigError(Problem("--only", f"some of {', '.join(known)}", ", ".join(wrong)))
     return [known[name] for name in names] if names else list(spec.arms)

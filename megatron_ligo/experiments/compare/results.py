@@ -7,7 +7,7 @@ from dataclasses import asdict
 from math import prod
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.experiments.compare.arm_plan import Plan, Trained, planned, run_arm
 from megatron_ligo.experiments.compare.comparison_config import SCRATCH, Arm, CompareSection, fully_trained, unfitted
@@ -56,9 +56,9 @@ def collect(plan: Plan, arms: Iterable[Arm]) -> dict:
     }
 
 
-def parameters(dims: Dims) -> int:
-    arch = architectures.get(dims.arch)
-    return sum(prod(arch.row(key).shape(dims)) for key in arch.keys(dims))
+def parameters(model_config: ModelConfig) -> int:
+    arch = architectures.get(model_config.arch)
+    return sum(prod(arch.row(key).shape(model_config)) for key in arch.keys(model_config))
 
 
 def _is(run: Trained, budget: float) -> bool:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ligo.common.atomic_files import write_json
-from megatron_ligo.common.errors import ConfigError, LigoError, message
+from megatron_ligo.common.errors import ConfigError, LigoError, Problem
 from megatron_ligo.common.file_lock import lock
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.run_folder import GROW, JOB, LOCK, LOG, RESULT
 
 MODULE = "megatron_ligo.experiments.compare.single_run"
@@ -31,7 +31,7 @@ class Job:
 
     name: str
     kind: str
-    config: Config
+    config: RunConfig
     operator: Path | None = None
     keep: bool = False
 
@@ -65,10 +65,10 @@ class Jobs:
             return None
         then = json.loads((folder / JOB).read_text(encoding="utf-8"))
         # A setting that came after the run was at its default.
-        then["config"] = Config.from_dict(then["config"], f"{folder / JOB}").to_dict()
+        then["config"] = RunConfig.from_dict(then["config"], f"{folder / JOB}").to_dict()
         if then != job.to_dict():
-            do = "Compare with the same, or choose another --output."
-            raise ConfigError(message(f"{folder}", "a run with these settings", f"others in {JOB}", do))
+            hint = "Compare with the same, or choose another --output."
+            raise ConfigError(Problem(f"{folder}", "a run with these settings", f"others in {JOB}", hint))
         return json.loads((folder / RESULT).read_text(encoding="utf-8")) if (folder / RESULT).is_file() else None
 
     def run(self, job: Job) -> dict:
@@ -85,8 +85,8 @@ class Jobs:
             code = self._launch(folder) if self.launcher and job.kind != GROW else self._fork(folder)
             found = self.result(job)
             if code or found is None:
-                do = f"Its last words: {_last_words(folder / LOG)}"
-                raise LigoError(message(f"{folder / LOG}", "a run that ends well", f"exit code {code}", do))
+                hint = f"Its last words: {_last_words(folder / LOG)}"
+                raise LigoError(Problem(f"{folder / LOG}", "a run that ends well", f"exit code {code}", hint))
             return found
 
     def _fork(self, folder: Path) -> int | None:

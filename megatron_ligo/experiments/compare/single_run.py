@@ -17,8 +17,8 @@ from pathlib import Path
 from megatron_ligo.common import signal_handling
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import LigoError, NumbersError
-from megatron_ligo.config.run_config import Config
-from megatron_ligo.distributed.rank_failures import together
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.distributed.rank_failures import report_failures
 from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.export.handoff import grow_to
 from megatron_ligo.training.fit import Fit
@@ -29,16 +29,16 @@ from megatron_ligo.training.pretrain import Pretrain
 def perform(folder: Path) -> None:
     """Does the job, or goes on with it; writes its result on rank 0."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    config, run = Config.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
+    config, run = RunConfig.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
     if job["kind"] == GROW:
         grow_to(config, Path(job["operator"]) if job["operator"] else None, run)
         losses = {}
     elif job["kind"] == FIT:
-        with together():
+        with report_failures():
             Fit(config, run).run()
         losses = json.loads((run / "operator" / "operator.json").read_text(encoding="utf-8"))["losses"]
     else:
-        with together():
+        with report_failures():
             losses = Pretrain(config, run).run()["losses"]
     _finish(folder, run, losses, job["keep"])
 
@@ -71,4 +71,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    signal_handling.end(main(Path(sys.argv[-1])))
+    signal_handling.exit_process(main(Path(sys.argv[-1])))

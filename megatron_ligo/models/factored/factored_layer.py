@@ -8,15 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import Row
-from megatron_ligo.growth.linear_maps import Matrix
+from megatron_ligo.arch.spec import ParamSpec
+from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.models.factored.context import OncePerStep, Runtime, stale
-from megatron_ligo.models.factored.factored_linears import Grown, GrownLinear, Place, passed_on, place_kind
-from megatron_ligo.models.factored.map_parameters import Depth, Maps
-from megatron_ligo.models.mcore.layer_calls import made_again
+from megatron_ligo.models.factored.context import FactoredContext, StepCache, stale
+from megatron_ligo.models.factored.factored_linears import (
+    FactoredLinear,
+    FactoredModule,
+    FactoredSubmodule,
+    passed_on,
+    place_kind,
+)
+from megatron_ligo.models.factored.map_parameters import DepthParameters, MapParameters
+from megatron_ligo.models.mcore.layer_calls import checkpointed
 from megatron_ligo.models.mcore.layer_spec import (
-    Build,
+    BuildOptions,
     activation,
     layer_class,
     layer_spec,
@@ -28,12 +34,12 @@ from megatron_ligo.models.mcore.layer_spec import (
 class SharedMaps(nn.Module):
     """The shared maps as the first layer of a stage: passes its input on, and lays the maps out for the others."""
 
-    def __init__(self, runtime: Runtime):
+    def __init__(self, runtime: FactoredContext):
         super().__init__()
         self.runtime = runtime
-        self.maps = runtime.shared_maps = Maps(runtime.operator, runtime.mesh, None, runtime.sequence_parallel)
+        self.maps = runtime.shared_maps = MapParameters(runtime.operator, runtime.mesh, None, runtime.sequence_parallel)
         self.seen = None
-        self.once = OncePerStep()
+        self.once = StepCache()
 
     def forward(self, x: Tensor) -> Tensor:
         runtime = self.runtime
@@ -50,28 +56,30 @@ class SharedMaps(nn.Module):
         return x
 
 
-class GrownLayer(nn.Module):
+class FactoredLayer(nn.Module):
     """A large layer: a layer of Megatron-core's modules run on factors. Parameters: its depth maps, its own maps."""
 
-    def __init__(self, runtime: Runtime, layer: int):
+    def __init__(self, runtime: FactoredContext, layer: int):
         super().__init__()
         self.runtime = runtime
         self.layer = layer
         self.seen = None
-        self.once = OncePerStep()
+        self.once = StepCache()
         operator = runtime.operator
-        self.maps = Maps(operator, runtime.mesh, layer, runtime.sequence_parallel)
-        self.depth = Depth(operator, layer, runtime.source.split_rows, runtime.source.whole_rows)
+        self.maps = MapParameters(operator, runtime.mesh, layer, runtime.sequence_parallel)
+        self.depth = DepthParameters(operator, layer, runtime.source.split_rows, runtime.source.whole_rows)
         runtime.depths[layer] = self.depth
-        build = Build(runtime.dtype, runtime.mesh.tp, runtime.sequence_parallel)
+        build = BuildOptions(runtime.dtype, runtime.mesh.tp, runtime.sequence_parallel)
         config = transformer_config(operator.large, build)
         # The place after it applies it (places.py): Megatron-core's mlp passes what it is given on.
         config.gated_linear_unit, config.activation_func = False, passed_on
-        self.block = layer_class(operator.large)(config, grown_spec(operator).submodules, layer_number=layer + 1)
+        self.block = layer_class(operator.large)(
+            config, factored_layer_spec(operator).submodules, layer_number=layer + 1
+        )
         self.places = self._places(config)
 
-    def _places(self, config) -> list[Place]:
-        rows: dict[str, list[Row]] = {}
+    def _places(self, config) -> list[FactoredSubmodule]:
+        rows: dict[str, list[ParamSpec]] = {}
         for row in self.runtime.operator.arch.layer_rows(self.runtime.operator.large):
             path = row.slots["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
             rows.setdefault(path, []).append(row)
@@ -86,7 +94,7 @@ class GrownLayer(nn.Module):
         by_module[self.block.mlp.linear_fc2].before = activation(self.runtime.operator.large)
         return made
 
-    def _norms(self) -> list[tuple[Grown, Grown]]:
+    def _norms(self) -> list[tuple[FactoredModule, FactoredModule]]:
         """Each norm with the linear that alone reads it."""
         block = self.block
         return [
@@ -101,7 +109,7 @@ class GrownLayer(nn.Module):
             self.once.renew(self._build())
         tensors = self.once.take(runtime.micro_batches)
         if runtime.recompute and torch.is_grad_enabled():
-            return made_again(self._run, h, *runtime.shared, *tensors)
+            return checkpointed(self._run, h, *runtime.shared, *tensors)
         return self._run(h, *runtime.shared, *tensors)
 
     def _build(self) -> list[Tensor]:
@@ -118,7 +126,7 @@ class GrownLayer(nn.Module):
 
     def _run(self, h: Tensor, *tensors: Tensor) -> Tensor:
         shared_maps, rest = self.runtime.shared_maps, list(tensors)
-        maps: dict[str, Matrix] = {}
+        maps: dict[str, LinearMap] = {}
         for module in (shared_maps, self.maps):
             count = sum(map(len, module.learned.values()))
             maps |= module.matrices(rest[:count])
@@ -132,12 +140,12 @@ class GrownLayer(nn.Module):
         return out
 
 
-def grown_spec(operator: Operator):
+def factored_layer_spec(operator: Operator):
     """The layer spec with every module that holds a row's tensor replaced by an empty place."""
     spec = layer_spec(operator.large)
     attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec)
-    spec.submodules.input_layernorm = Grown
-    spec.submodules.pre_mlp_layernorm = Grown
-    attention.linear_qkv = attention.linear_proj = GrownLinear
-    mlp.linear_fc1 = mlp.linear_fc2 = GrownLinear
+    spec.submodules.input_layernorm = FactoredModule
+    spec.submodules.pre_mlp_layernorm = FactoredModule
+    attention.linear_qkv = attention.linear_proj = FactoredLinear
+    mlp.linear_fc1 = mlp.linear_fc2 = FactoredLinear
     return spec

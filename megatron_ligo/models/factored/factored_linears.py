@@ -6,7 +6,7 @@ small weight. Communication happens in the small space. [B W] is either built (o
 micro-batches) or applied factor by factor, whichever costs fewer FLOPs.
 
 A linear takes the norm or the activation before it along: then no result of these is kept for the backward pass, which
-computes them again, for no product is needed for that (`again`).
+computes them again, for no product is needed for that (`made_again`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ligo.arch.spec import Pack, Row, Use
+from megatron_ligo.arch.spec import Pack, ParamSpec, Use
 from megatron_ligo.growth.fit_flops import factors_are_cheaper
-from megatron_ligo.growth.linear_maps import Matrix
+from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.growth.width_maps import apply_map
-from megatron_ligo.models.factored.context import Runtime, plus
-from megatron_ligo.models.factored.map_parameters import matrix_of
+from megatron_ligo.models.factored.context import FactoredContext, with_lag
+from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.mcore.norm import normalise
 from megatron_ligo.sharding.tensor_parallel import pack
 
 
-class Grown(nn.Module):
+class FactoredModule(nn.Module):
     """A place in a Megatron-core layer: holds no parameters, is given its tensors before each forward."""
 
     def __init__(self, *_, **__):
@@ -41,18 +41,18 @@ class Grown(nn.Module):
         return self.run(x)
 
 
-class GrownLinear(Grown):
+class FactoredLinear(FactoredModule):
     def forward(self, x: Tensor):
         return super().forward(x), None
 
 
-class Place(ABC):
+class FactoredSubmodule(ABC):
     """One module of a Megatron-core layer and the rows that it stands for. count: of the tensors that it built."""
 
     count = 0
     before: Callable[[Tensor], Tensor] | None = None  # what a linear does to its input first
 
-    def __init__(self, module: Grown, rows: list[Row], layer: int, runtime: Runtime, config):
+    def __init__(self, module: FactoredModule, rows: list[ParamSpec], layer: int, runtime: FactoredContext, config):
         self.module = module
         self.fresh = {row.key: runtime.fresh_rows(row, layer) for row in rows}
         self.added = {row.key: runtime.added(row, layer) for row in rows}
@@ -62,11 +62,11 @@ class Place(ABC):
         self.config = config
 
     @abstractmethod
-    def build(self, mixed: dict[str, Tensor], maps: dict[str, Matrix]) -> list[Tensor]:
+    def build(self, mixed: dict[str, Tensor], maps: dict[str, LinearMap]) -> list[Tensor]:
         """Once a step: what its forward passes multiply with. mixed: the small weights of this layer, by row."""
 
     @abstractmethod
-    def bound(self, built: list[Tensor], maps: dict[str, Matrix]) -> Callable[[Tensor], Tensor]:
+    def bound(self, built: list[Tensor], maps: dict[str, LinearMap]) -> Callable[[Tensor], Tensor]:
         """The module's forward pass, on what was built."""
 
     def release(self) -> None:
@@ -79,17 +79,17 @@ class Place(ABC):
         # Where whole layers are computed again, doing so twice takes more memory, not less.
         if self.runtime.recompute or (before is None and x.is_contiguous()):
             return product(x if before is None else before(x))
-        return again(product if before is None else lambda x: product(before(x)), x)
+        return checkpointed(product if before is None else lambda x: product(before(x)), x)
 
     def _read_whole(self, x: Tensor) -> Tensor:
         """The input itself, after what comes before: what the lag's training has added is as large as the model."""
         return self._read(passed_on, x)
 
 
-class ColumnPlace(Place):
+class ColumnParallelFactors(FactoredSubmodule):
     """Reads the residual stream: q, k, v; gate, up."""
 
-    def __init__(self, module: Grown, rows: list[Row], layer: int, runtime: Runtime, config):
+    def __init__(self, module: FactoredModule, rows: list[ParamSpec], layer: int, runtime: FactoredContext, config):
         super().__init__(module, rows, layer, runtime, config)
         self.pack = self.weights[0].slots["mcore"].pack
         self.groups = runtime.operator.large.num_kv_heads // runtime.mesh.tp
@@ -107,28 +107,28 @@ class ColumnPlace(Place):
         if not any(self.factored):
             built = [pack(built, self.pack, self.groups)]
         if self.vectors:
-            grown = [plus(self._rows(row, mixed, maps), self.added[row.key]) for row in self.vectors]
+            grown = [with_lag(self._rows(row, mixed, maps), self.added[row.key]) for row in self.vectors]
             built.append(pack(grown, self.pack, self.groups))
         return built
 
-    def _rows(self, row: Row, mixed, maps) -> Tensor:
+    def _rows(self, row: ParamSpec, mixed, maps) -> Tensor:
         matrix, lift = self.runtime.map_for(maps, row, 0)
         grown = apply_map(mixed[row.key], 0, matrix, lift)
         fresh = self.fresh[row.key]
         return grown if fresh is None else grown + fresh.to(grown)
 
-    def _factored(self, row: Row, mixed, maps) -> bool:
+    def _factored(self, row: ParamSpec, mixed, maps) -> bool:
         matrix, _ = self.runtime.map_for(maps, row, 0)
         return self.fresh[row.key] is None and factors_are_cheaper(
             self.runtime.tokens_per_step, matrix.shape, mixed[row.key].shape[1], matrix.cost
         )
 
     def bound(self, built, maps):
-        contract = matrix_of(maps, "residual", True)
+        contract = map_for_use(maps, "residual", True)
         bias = built[-1] if self.vectors else None
 
         def run(x: Tensor) -> Tensor:
-            u = self.runtime.read_by_all(self._read(contract.pull, x))
+            u = self.runtime.enter_tp_region(self._read(contract.apply_transposed, x))
             if not any(self.factored):
                 y = F.linear(u, built[0])
             else:
@@ -140,17 +140,17 @@ class ColumnPlace(Place):
                     dim=-1,
                 )
             if self.more is not None:
-                y = y + F.linear(self.runtime.read_by_all(self._read_whole(x)), self.more.to(y.dtype))
+                y = y + F.linear(self.runtime.enter_tp_region(self._read_whole(x)), self.more.to(y.dtype))
             return y if bias is None else y + bias
 
         return run
 
-    def _one(self, u: Tensor, row: Row, weight: Tensor, factored: bool, maps) -> Tensor:
+    def _one(self, u: Tensor, row: ParamSpec, weight: Tensor, factored: bool, maps) -> Tensor:
         y = F.linear(u, weight)
-        return self.runtime.map_for(maps, row, 0)[0].push(y) if factored else y
+        return self.runtime.map_for(maps, row, 0)[0].apply(y) if factored else y
 
 
-class RowPlace(Place):
+class RowParallelFactors(FactoredSubmodule):
     """Writes the residual stream: o, down."""
 
     def build(self, mixed, maps):
@@ -164,34 +164,34 @@ class RowPlace(Place):
 
     def bound(self, built, maps):
         (row,) = self.weights
-        expand = matrix_of(maps, "residual", False)
+        expand = map_for_use(maps, "residual", False)
         inner = self.runtime.map_for(maps, row, 1)[0] if self.factored else None
-        multiply = (lambda x: F.linear(x, built[0])) if inner is None else inner.pull
+        multiply = (lambda x: F.linear(x, built[0])) if inner is None else inner.apply_transposed
         more, bias = self.added[row.key], self.added[self.vectors[0].key] if self.vectors else None
 
         def run(x: Tensor) -> Tensor:
             y = self._read(multiply, x)
-            z = self.runtime.written_by_all(y if inner is None else F.linear(y, built[0]))
-            grown = expand.push(z if len(built) == 1 else z + built[1])
-            return grown if more is None else plus(grown + self._more(x, more), bias)
+            z = self.runtime.leave_tp_region(y if inner is None else F.linear(y, built[0]))
+            grown = expand.apply(z if len(built) == 1 else z + built[1])
+            return grown if more is None else with_lag(grown + self._more(x, more), bias)
 
         return run
 
     def _more(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.runtime.written_by_all(F.linear(self._read_whole(x), weight.to(x.dtype)))
+        return self.runtime.leave_tp_region(F.linear(self._read_whole(x), weight.to(x.dtype)))
 
 
-class NormPlace(Place):
+class FactoredNorm(FactoredSubmodule):
     """Scales the residual stream: the norms' gains and biases. reader: the linear that does it, if one place does."""
 
-    reader: Place | None = None
+    reader: FactoredSubmodule | None = None
 
     def build(self, mixed, maps):
         built = []
-        expand = matrix_of(maps, "residual", False)
+        expand = map_for_use(maps, "residual", False)
         for row in self.vectors:
-            grow = self.runtime.grow_gain if row.axes[0].use is Use.SCALES else self.runtime.grow_shift
-            built.append(plus(grow(row, mixed[row.key], expand), self.added[row.key]))
+            grow = self.runtime.grow_gain if row.axes[0].use is Use.GAIN else self.runtime.grow_shift
+            built.append(with_lag(grow(row, mixed[row.key], expand), self.added[row.key]))
         return [tensor.to(self.runtime.dtype) for tensor in built]
 
     def bound(self, built, maps):
@@ -216,14 +216,14 @@ def passed_on(x: Tensor) -> Tensor:
     return x
 
 
-def again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def checkpointed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """run(x), keeping x alone: the backward pass computes again what comes before run's last product."""
     if not torch.is_grad_enabled():
         return run(x)
     return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
-def place_kind(rows: list[Row]) -> type[Place]:
-    if any(row.axes[0].use is Use.SCALES for row in rows):
-        return NormPlace
-    return ColumnPlace if rows[0].split == 0 else RowPlace
+def place_kind(rows: list[ParamSpec]) -> type[FactoredSubmodule]:
+    if any(row.axes[0].use is Use.GAIN for row in rows):
+        return FactoredNorm
+    return ColumnParallelFactors if rows[0].split == 0 else RowParallelFactors

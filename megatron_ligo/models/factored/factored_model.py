@@ -9,33 +9,33 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron_ligo.models.factored.context import Runtime
-from megatron_ligo.models.factored.embedding_and_head import GrownHead, input_class
-from megatron_ligo.models.factored.factored_layer import GrownLayer, SharedMaps
-from megatron_ligo.models.factored.map_parameters import Maps
+from megatron_ligo.models.factored.context import FactoredContext
+from megatron_ligo.models.factored.embedding_and_head import FactoredHead, input_class
+from megatron_ligo.models.factored.factored_layer import FactoredLayer, SharedMaps
+from megatron_ligo.models.factored.map_parameters import MapParameters
 from megatron_ligo.models.loss import language_model_loss
 from megatron_ligo.sharding.tensor_parallel import stage_bounds
 
 
-class GrownModel(nn.Module):
+class FactoredModel(nn.Module):
     """tokens, labels (b, s) int64, mask (b, s) -> mean loss; in training, with the teacher's part if there is one.
 
     A classifier is given images (b, channels, side, side) and labels (b, 1). Its parameters are the operator's.
     """
 
-    def __init__(self, runtime: Runtime):
+    def __init__(self, runtime: FactoredContext):
         super().__init__()
         self.runtime = runtime
         self.shared = SharedMaps(runtime)
         self.embedding = input_class(runtime.operator.arch)(runtime)
-        self.layers = nn.ModuleList(GrownLayer(runtime, j) for j in range(runtime.operator.large.num_layers))
-        self.head = GrownHead(runtime)
+        self.layers = nn.ModuleList(FactoredLayer(runtime, j) for j in range(runtime.operator.large.num_layers))
+        self.head = FactoredHead(runtime)
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         logits = self.logits(tokens)
         teacher = self.runtime.teacher if self.training else None
         # Before the loss: Megatron-core's works on the logits in place.
-        apart = teacher.apart(logits, tokens, mask) if teacher else None
+        apart = teacher.kl_divergence(logits, tokens, mask) if teacher else None
         loss = loss_of(logits, labels, mask, self.runtime)
         return loss if apart is None else (1 - teacher.weight) * loss + teacher.weight * apart
 
@@ -46,19 +46,19 @@ class GrownModel(nn.Module):
             h = layer(h)
         return self.head(h)
 
-    def shared_maps(self) -> Maps:
+    def shared_maps(self) -> MapParameters:
         return self.shared.maps
 
-    def grown_layers(self) -> list[GrownLayer]:
+    def grown_layers(self) -> list[FactoredLayer]:
         return list(self.layers)
 
 
-class GrownPipeline(PipelineModule):
+class FactoredPipeline(PipelineModule):
     """The same, cut into stages. The shared maps are one tied module, the first layer of each stage, so that
     DeepSpeed adds up their gradients over the stages and saves them. Parameters bear the same names as those of the
     one module."""
 
-    def __init__(self, runtime: Runtime):
+    def __init__(self, runtime: FactoredContext):
         mesh = runtime.mesh
         layers = runtime.operator.large.num_layers
         self.cuts = stage_bounds(layers, mesh.pp)
@@ -69,7 +69,7 @@ class GrownPipeline(PipelineModule):
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         own = {"tied_modules.maps": "shared"} | {
-            index: f"layers.{layer.layer}" for index, layer in self.named_children() if isinstance(layer, GrownLayer)
+            index: f"layers.{layer.layer}" for index, layer in self.named_children() if isinstance(layer, FactoredLayer)
         }
         for name, parameter in super().named_parameters(*args, **kwargs):
             prefix = next(prefix for prefix in own if name.startswith(f"{prefix}."))
@@ -84,9 +84,9 @@ class GrownPipeline(PipelineModule):
             specs.append(TiedLayerSpec("maps", SharedMaps, runtime, tied_weight_attr=tied))
             if stage == 0:
                 specs.append(LayerSpec(input_class(runtime.operator.arch), runtime))
-            specs += [LayerSpec(GrownLayer, runtime, j) for j in range(first, last)]
+            specs += [LayerSpec(FactoredLayer, runtime, j) for j in range(first, last)]
             if last == layers:
-                specs.append(LayerSpec(GrownHead, runtime))
+                specs.append(LayerSpec(FactoredHead, runtime))
             bounds.append(len(specs))
         return specs, bounds
 
@@ -112,12 +112,12 @@ class GrownPipeline(PipelineModule):
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         return loss_of(logits, *labels, self.runtime)
 
-    def shared_maps(self) -> Maps:
+    def shared_maps(self) -> MapParameters:
         return self.tied_modules["maps"].maps
 
-    def grown_layers(self) -> list[GrownLayer]:
-        return [module for module in self.forward_funcs if isinstance(module, GrownLayer)]
+    def grown_layers(self) -> list[FactoredLayer]:
+        return [module for module in self.forward_funcs if isinstance(module, FactoredLayer)]
 
 
-def loss_of(logits: Tensor, labels: Tensor, mask: Tensor, runtime: Runtime) -> Tensor:
+def loss_of(logits: Tensor, labels: Tensor, mask: Tensor, runtime: FactoredContext) -> Tensor:
     return language_model_loss(logits, labels, mask, runtime.operator.large.vocab_size, runtime.mesh.tp_rank)

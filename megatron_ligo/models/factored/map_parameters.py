@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import OFF_LOSS_SPACE, Row
+from megatron_ligo.arch.spec import UNTRAINED_SPACE, ParamSpec
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.growth.linear_maps import Copies, Full, Kept, LowRank, Matrix
-from megatron_ligo.growth.operator import Operator, short
+from megatron_ligo.growth.linear_maps import DenseMap, FrozenIdentityMap, LinearMap, LowRankMap, RowSelection
+from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import MapSpec
 
 
-def local(matrix: Tensor, split: bool, mesh: Mesh) -> Tensor:
+def local_rows(matrix: Tensor, split: bool, mesh: Mesh) -> Tensor:
     """This rank's rows of a (large x small) matrix."""
     return matrix.chunk(mesh.tp)[mesh.tp_rank] if split and mesh.tp > 1 else matrix
 
 
-class Maps(nn.Module):
+class MapParameters(nn.Module):
     """The maps that all layers share (layer None), or those that one layer has of its own.
 
     Each side of a map is known as {map}_{side}. Parameters are fp32: {side}, as the operator stores it, expand
@@ -40,9 +40,9 @@ class Maps(nn.Module):
         self.learned: dict[str, list[str]] = {}  # side -> its parameters
         self.partial: set[str] = set()  # parameters that every rank holds whole and uses partially
         self.kept: dict[str, tuple[int, int]] = {}  # side -> its frozen identity rows and their first column
-        self.starts: dict[str, Matrix] = {}  # side -> what its product U V is added to
+        self.starts: dict[str, LinearMap] = {}  # side -> what its product U V is added to
         for spec in operator.maps.values():
-            if spec.name != OFF_LOSS_SPACE and operator.has_one_a_layer(spec.name) == (layer is not None):
+            if spec.name != UNTRAINED_SPACE and operator.has_one_a_layer(spec.name) == (layer is not None):
                 for side in ("expand", "contract") if operator.has_contract(spec.name) else ("expand",):
                     self._add(operator, spec, side, operator.width_name(spec.name, side, layer))
 
@@ -51,11 +51,11 @@ class Maps(nn.Module):
         self.names[key] = name
         self.learned[key] = []
         tensor = operator.tensor(name)
-        matrix = local(tensor if side == "expand" else tensor.t(), spec.split, self.mesh)
+        matrix = local_rows(tensor if side == "expand" else tensor.t(), spec.split, self.mesh)
         rank, rows = operator.rank(spec.name), 0 if spec.split else None
         if rank:
-            start = matrix.clone().to(device.device())
-            self.starts[key] = Copies.of(start) or Full(start)
+            start = matrix.clone().to(device.current_device())
+            self.starts[key] = RowSelection.of(start) or DenseMap(start)
             self._register(key, f"{key}_u", torch.zeros(matrix.shape[0], rank), rows, False)
             self._register(key, f"{key}_v", operator.right_factor(name, rank), None, spec.split)
             return
@@ -70,7 +70,7 @@ class Maps(nn.Module):
             self._register(key, key, matrix.t(), None if rows is None else 1, False)
 
     def _register(self, key: str, name: str, tensor: Tensor, cut: int | None, shared_by_rows: bool) -> None:
-        parameter = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format).to(device.device()))
+        parameter = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format).to(device.current_device()))
         parameter.partition_dim = -1 if cut is None else cut
         if cut is not None and self.mesh.tp > 1:
             parameter.tensor_model_parallel = True
@@ -92,17 +92,17 @@ class Maps(nn.Module):
             found.append(value.view_as(value).to(dtype))
         return found
 
-    def matrices(self, tensors: Sequence[Tensor]) -> dict[str, Matrix]:
+    def matrices(self, tensors: Sequence[Tensor]) -> dict[str, LinearMap]:
         """The (large / tp x small) matrix of each side from what `forward` gave."""
         rest = iter(tensors)
         return {key: self._matrix(key, [next(rest) for _ in names]) for key, names in self.learned.items()}
 
-    def _matrix(self, key: str, tensors: list[Tensor]) -> Matrix:
+    def _matrix(self, key: str, tensors: list[Tensor]) -> LinearMap:
         if key in self.starts:
-            return LowRank(self.starts[key].to(tensors[0]), *tensors)
+            return LowRankMap(self.starts[key].to(tensors[0]), *tensors)
         if key in self.kept:
-            return Kept(tensors[0], *self.kept[key])
-        return Full(tensors[0] if key.endswith("expand") else tensors[0].t())
+            return FrozenIdentityMap(tensors[0], *self.kept[key])
+        return DenseMap(tensors[0] if key.endswith("expand") else tensors[0].t())
 
     def parameters_of(self, key: str) -> list[nn.Parameter]:
         return [getattr(self, name) for name in self.learned[key]]
@@ -113,24 +113,24 @@ class Maps(nn.Module):
         return dense if key.endswith("expand") else dense.t()
 
 
-class Depth(nn.Module):
+class DepthParameters(nn.Module):
     """A layer's depth maps. split: (rows, small layers), partial uses; whole: (rows, small layers), complete uses."""
 
-    def __init__(self, operator: Operator, layer: int, split: list[Row], whole: list[Row]):
+    def __init__(self, operator: Operator, layer: int, split: list[ParamSpec], whole: list[ParamSpec]):
         super().__init__()
         self.split = self._parameter(operator, layer, split)
         self.whole = self._parameter(operator, layer, whole)
 
     @staticmethod
-    def _parameter(operator: Operator, layer: int, rows: list[Row]) -> nn.Parameter:
-        weights = torch.stack([operator.tensor(f"depth.{short(row)}")[layer] for row in rows])
-        return nn.Parameter(weights.to(device.device()))
+    def _parameter(operator: Operator, layer: int, rows: list[ParamSpec]) -> nn.Parameter:
+        weights = torch.stack([operator.tensor(f"depth.{short_key(row)}")[layer] for row in rows])
+        return nn.Parameter(weights.to(device.current_device()))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.split.view_as(self.split), self.whole.view_as(self.whole)
 
 
-def matrix_of(maps: dict[str, Matrix], name: str, reads: bool) -> Matrix:
+def map_for_use(maps: dict[str, LinearMap], name: str, reads: bool) -> LinearMap:
     """The matrix of a map for one use: contract's where it has one and the axis reads."""
     contract = maps.get(f"{name}_contract") if reads else None
     return maps[f"{name}_expand"] if contract is None else contract

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ligo.arch.spec import Row
+from megatron_ligo.arch.spec import ParamSpec
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, gather_partial
@@ -45,7 +45,7 @@ class _Mix(torch.autograd.Function):
         return torch.stack([piece @ part.to(grad.dtype).t() for part, piece in parts]).sum(dim=0), None
 
 
-class Source:
+class SmallWeights:
     """What this rank keeps of the small model. Not a module: its tensors are no parameters and never change."""
 
     def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int, whole: bool = False):
@@ -53,32 +53,32 @@ class Source:
         self.mesh = mesh
         self.group = mesh.tp_dp_group if zero == 3 else mesh.tp_group
         self.ranks = 1 if whole else dist.get_world_size(self.group)
-        rows = reader.arch.layer_rows(reader.dims)
+        rows = reader.arch.layer_rows(reader.model_config)
         self.split_rows = [row for row in rows if row.split is not None]
         self.whole_rows = [row for row in rows if row.split is None]
-        self.shapes = {row.key: row.shape(reader.dims) for row in rows}
+        self.shapes = {row.key: row.shape(reader.model_config) for row in rows}
         self.rms: dict[str, float] = {}  # root mean square of each small tensor that is cut, by key
         self._slices = [self._read_slices(reader, row) for row in self.split_rows]
         self._wholes = [self._read_whole(reader, row) for row in self.whole_rows]
         self.outside: dict[str, Tensor] = {}  # by key: what this stage needs of the rows outside the layers
-        first, last = reader.arch.outside(reader.dims)
+        first, last = reader.arch.outside(reader.model_config)
         for row in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
             self.outside[row.key] = self._read_outside(reader, row)
-        if mesh.last_stage and reader.dims.tied:
+        if mesh.last_stage and reader.model_config.tied:
             embed = self.outside.get("embed")
             self.outside["head"] = self._read_outside(reader, reader.arch.row("embed")) if embed is None else embed
 
-    def _read_outside(self, reader: Reader, row: Row) -> Tensor:
+    def _read_outside(self, reader: Reader, row: ParamSpec) -> Tensor:
         """This rank's part, with rows for what only the large model has."""
         tensor = self.operator.with_new_rows(row.key, reader.read(row.key))
         part = tensor if row.split is None else shard(tensor, row, self.mesh.tp, self.mesh.tp_rank).clone()
-        return part.float().to(device.device())
+        return part.float().to(device.current_device())
 
-    def _read_slices(self, reader: Reader, row: Row) -> Tensor:
+    def _read_slices(self, reader: Reader, row: ParamSpec) -> Tensor:
         numel = math.prod(self.shapes[row.key])
         size = -(-numel // self.ranks)
         start = 0 if self.ranks == 1 else dist.get_rank(self.group) * size
-        keys = [row.key.format(layer) for layer in range(reader.dims.num_layers)]
+        keys = [row.key.format(layer) for layer in range(reader.model_config.num_layers)]
         stack = torch.zeros(len(keys), size, dtype=torch.float32)
         for i, key in enumerate(keys):
             tensor = reader.read(key)
@@ -87,11 +87,11 @@ class Source:
             stack[i, : piece.numel()] = piece
         narrow = stack.to(torch.bfloat16)
         exact = torch.equal(narrow.float(), stack)
-        return (narrow if exact else stack).to(device.device())
+        return (narrow if exact else stack).to(device.current_device())
 
-    def _read_whole(self, reader: Reader, row: Row) -> Tensor:
-        keys = [row.key.format(layer) for layer in range(reader.dims.num_layers)]
-        return torch.stack([reader.read(key).float() for key in keys]).to(device.device())
+    def _read_whole(self, reader: Reader, row: ParamSpec) -> Tensor:
+        keys = [row.key.format(layer) for layer in range(reader.model_config.num_layers)]
+        return torch.stack([reader.read(key).float() for key in keys]).to(device.current_device())
 
     def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         """The mixed small rows that tensor parallelism cuts, whole, in dtype, for each of some large layers.

@@ -11,20 +11,20 @@ from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, reduce_from
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full import parameters
-from megatron_ligo.models.full.factory import pretrained
-from megatron_ligo.models.mcore.layer_spec import Build
+from megatron_ligo.models.full.factory import build_model
+from megatron_ligo.models.mcore.layer_spec import BuildOptions
 
 
 class Teacher:
     """weight: part of the divergence in the loss. No module: its weights are none of the fit's parameters."""
 
     def __init__(self, reader: Reader, mesh: Mesh, dtype: torch.dtype, weight: float, sequence_parallel: bool):
-        self.mesh, self.weight, self.vocab_size = mesh, weight, reader.dims.vocab_size
-        self.model = pretrained(reader.dims, Build(dtype, mesh.tp, sequence_parallel), mesh)
-        parameters.fill(self.model, reader.dims, mesh, reader.read)
-        self.model.to(device.device()).requires_grad_(False).eval()
+        self.mesh, self.weight, self.vocab_size = mesh, weight, reader.model_config.vocab_size
+        self.model = build_model(reader.model_config, BuildOptions(dtype, mesh.tp, sequence_parallel), mesh)
+        parameters.fill(self.model, reader.model_config, mesh, reader.read)
+        self.model.to(device.current_device()).requires_grad_(False).eval()
 
-    def apart(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def kl_divergence(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """KL(teacher || student), its mean over the tokens whose mask is 1.
 
         logits: the student's, (s, b, padded vocabulary / tp). tokens, mask: (b, s).

@@ -9,32 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.models.full.single_module import OneModule
+from megatron_ligo.models.full.single_module import SingleModule
 from megatron_ligo.models.mcore.layer_calls import (
     add_positions,
-    embed,
+    embed_tokens,
     output_linear,
     run_layer,
     uninitialised_config,
     word_embedding,
 )
-from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, Build, layer_class, layer_spec
+from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, BuildOptions, layer_class, layer_spec
 from megatron_ligo.models.mcore.norm import Norm
 from megatron_ligo.sharding import tensor_parallel
 
 
-class Sums(nn.Module):
+class EmbeddingSum(nn.Module):
     """h (s, b, hidden), the words' rows -> h with those of positions and of the first segment added, and normalised."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.start = dims.first_position
+        self.start = model_config.first_position
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
-        self.position_embeddings = _table(dims.max_positions, dims, build)
-        self.tokentype_embeddings = _table(dims.num_token_types, dims, build) if dims.num_token_types else None
-        self.layer_norm = Norm(uninitialised_config(dims, build), dims.hidden_size, dims.norm_eps)
+        self.position_embeddings = _table(model_config.max_positions, model_config, build)
+        self.tokentype_embeddings = (
+            _table(model_config.num_token_types, model_config, build) if model_config.num_token_types else None
+        )
+        self.layer_norm = Norm(
+            uninitialised_config(model_config, build), model_config.hidden_size, model_config.norm_eps
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         h = add_positions(h, self.position_embeddings, self.first_token_rank, self.start)
@@ -43,40 +47,42 @@ class Sums(nn.Module):
         return self.layer_norm(h)
 
 
-def _table(rows: int, dims: Dims, build: Build) -> nn.Embedding:
-    table = nn.Embedding(rows, dims.hidden_size, dtype=build.dtype)
+def _table(rows: int, model_config: ModelConfig, build: BuildOptions) -> nn.Embedding:
+    table = nn.Embedding(rows, model_config.hidden_size, dtype=build.dtype)
     table.weight.sequence_parallel = build.sequence_parallel
     return table
 
 
-class Embedding(Sums):
+class EncoderEmbedding(EmbeddingSum):
     """tokens (b, s) -> h (s, b, hidden), what the first layer is given."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
-        super().__init__(dims, build, mesh)
-        self.word_embeddings = word_embedding(dims, build, mesh)
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
+        super().__init__(model_config, build, mesh)
+        self.word_embeddings = word_embedding(model_config, build, mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(embed(self.word_embeddings, tokens))
+        return super().forward(embed_tokens(self.word_embeddings, tokens))
 
 
-class Transform(nn.Module):
+class HeadTransform(nn.Module):
     """h (s, b, hidden) -> what the decoder of the masked-LM head reads: a linear, the activation, a norm.
 
     Every tensor-parallel rank holds it whole. A decoder that is not tied comes with a bias that nothing reads: it is
     kept as it is.
     """
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.activation = ACTIVATIONS[architectures.get(dims.arch).head_activation or dims.activation]
-        self.dense = nn.Linear(dims.hidden_size, dims.hidden_size, dtype=build.dtype)
+        self.activation = ACTIVATIONS[architectures.get(model_config.arch).head_activation or model_config.activation]
+        self.dense = nn.Linear(model_config.hidden_size, model_config.hidden_size, dtype=build.dtype)
         for parameter in self.dense.parameters():
             parameter.sequence_parallel = build.sequence_parallel
-        self.layer_norm = Norm(uninitialised_config(dims, build), dims.hidden_size, dims.norm_eps)
+        self.layer_norm = Norm(
+            uninitialised_config(model_config, build), model_config.hidden_size, model_config.norm_eps
+        )
         self.bias = None
-        if not dims.tied:
-            columns = tensor_parallel.padded_vocab(dims.vocab_size, mesh.tp) // mesh.tp
+        if not model_config.tied:
+            columns = tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp) // mesh.tp
             self.bias = nn.Parameter(torch.zeros(columns, dtype=build.dtype))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -88,10 +94,10 @@ class Transform(nn.Module):
 class Encoder(nn.Module):
     """The layers, under the name that they have in Megatron-core's BERT."""
 
-    def __init__(self, dims: Dims, build: Build):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()
-        config, make = uninitialised_config(dims, build), layer_class(dims)
-        submodules = [layer_spec(dims).submodules for _ in range(dims.num_layers)]
+        config, make = uninitialised_config(model_config, build), layer_class(model_config)
+        submodules = [layer_spec(model_config).submodules for _ in range(model_config.num_layers)]
         self.layers = nn.ModuleList(make(config, each, layer_number=i + 1) for i, each in enumerate(submodules))
 
     def forward(self, h: Tensor, recompute: bool) -> Tensor:
@@ -100,19 +106,19 @@ class Encoder(nn.Module):
         return h
 
 
-class PretrainedEncoder(OneModule):
+class FullEncoder(SingleModule):
     """forward(tokens (b, s), labels (b, s), loss_mask (b, s)) -> mean loss."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
         super().__init__()
-        self.embedding = Embedding(dims, build, mesh)
-        self.encoder = Encoder(dims, build)
-        self.lm_head = Transform(dims, build, mesh)
-        self.output_layer = output_linear(dims, build, mesh, holds_weight=not dims.tied, bias=True)
-        self.complete(dims, mesh, recompute)
+        self.embedding = EncoderEmbedding(model_config, build, mesh)
+        self.encoder = Encoder(model_config, build)
+        self.lm_head = HeadTransform(model_config, build, mesh)
+        self.output_layer = output_linear(model_config, build, mesh, holds_weight=not model_config.tied, bias=True)
+        self.complete(model_config, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
         h = self.lm_head(self.encoder(self.embedding(tokens), self.recompute))
-        tied = self.embedding.word_embeddings.weight if self.dims.tied else None
+        tied = self.embedding.word_embeddings.weight if self.model_config.tied else None
         return self.output_layer(h, weight=tied)[0]

@@ -7,28 +7,28 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.models.full.single_module import OneModule
-from megatron_ligo.models.mcore.layer_calls import add_positions, embed, run_layer, uninitialised_config
-from megatron_ligo.models.mcore.layer_spec import Build, final_norm_spec, layer_spec, rotary
+from megatron_ligo.models.full.single_module import SingleModule
+from megatron_ligo.models.mcore.layer_calls import add_positions, embed_tokens, run_layer, uninitialised_config
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, final_norm_spec, layer_spec, rotary_embedding
 from megatron_ligo.sharding import tensor_parallel
 
 
-class Pretrained(OneModule, GPTModel):
+class FullGPT(SingleModule, GPTModel):
     """forward(tokens (b, s), labels (b, s), loss_mask (b, s)) -> mean loss."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
-        learned = architectures.get(dims.arch).learns_positions
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
+        learned = architectures.get(model_config.arch).learns_positions
         super().__init__(
-            config=uninitialised_config(dims, build),
+            config=uninitialised_config(model_config, build),
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(dims)] * dims.num_layers, layer_norm=final_norm_spec()
+                layer_specs=[layer_spec(model_config)] * model_config.num_layers, layer_norm=final_norm_spec()
             ),
-            vocab_size=tensor_parallel.padded_vocab(dims.vocab_size, mesh.tp),
-            max_sequence_length=dims.max_positions,
+            vocab_size=tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),
+            max_sequence_length=model_config.max_positions,
             parallel_output=True,
-            share_embeddings_and_output_weights=dims.tied,
+            share_embeddings_and_output_weights=model_config.tied,
             position_embedding_type="learned_absolute" if learned else "rope",
         )
         if learned:
@@ -36,12 +36,12 @@ class Pretrained(OneModule, GPTModel):
             self.embedding.word_embeddings.reduce_scatter_embeddings = build.sequence_parallel
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
-        self.rotary_pos_emb = rotary(dims)
-        self.complete(dims, mesh, recompute)
+        self.rotary_pos_emb = rotary_embedding(model_config)
+        self.complete(model_config, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
-        h = embed(self.embedding.word_embeddings, tokens)
+        h = embed_tokens(self.embedding.word_embeddings, tokens)
         positions = None
         if self.rotary_pos_emb is None:
             h = add_positions(h, self.embedding.position_embeddings, self.first_token_rank)
@@ -50,5 +50,5 @@ class Pretrained(OneModule, GPTModel):
         for layer in self.decoder.layers:
             h = run_layer(layer, h, positions, self.recompute)
         h = self.decoder.final_layernorm(h)
-        tied = self.shared_embedding_or_output_weight() if self.dims.tied else None
+        tied = self.shared_embedding_or_output_weight() if self.model_config.tied else None
         return self.output_layer(h, weight=tied)[0]

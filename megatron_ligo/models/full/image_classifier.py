@@ -13,12 +13,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import Encoder
-from megatron_ligo.models.full.single_module import OneModule
+from megatron_ligo.models.full.single_module import SingleModule
 from megatron_ligo.models.mcore.layer_calls import output_linear, uninitialised_config
-from megatron_ligo.models.mcore.layer_spec import Build, final_norm_spec
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, final_norm_spec
 
 
 def image_tokens(
@@ -36,14 +36,16 @@ def image_tokens(
 class ImageEmbedding(nn.Module):
     """images (b, channels, side, side) -> h (s, b, hidden), or this rank's s / tp under sequence parallelism."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
         self.ranks, self.rank = (mesh.tp, mesh.tp_rank) if build.sequence_parallel else (1, 0)
-        size, patch = dims.hidden_size, dims.patch_size
-        self.patch_embeddings = nn.Conv2d(dims.num_channels, size, patch, stride=patch, dtype=build.dtype)
+        size, patch = model_config.hidden_size, model_config.patch_size
+        self.patch_embeddings = nn.Conv2d(model_config.num_channels, size, patch, stride=patch, dtype=build.dtype)
         self.class_token = nn.Parameter(torch.zeros(size, dtype=build.dtype))
-        self.distillation_token = nn.Parameter(torch.zeros(size, dtype=build.dtype)) if dims.has_distillation else None
-        self.position_embeddings = nn.Embedding(dims.max_positions, size, dtype=build.dtype)
+        self.distillation_token = (
+            nn.Parameter(torch.zeros(size, dtype=build.dtype)) if model_config.has_distillation else None
+        )
+        self.position_embeddings = nn.Embedding(model_config.max_positions, size, dtype=build.dtype)
         for parameter in self.parameters():
             parameter.sequence_parallel = build.sequence_parallel
 
@@ -63,9 +65,9 @@ def read_class(head: ColumnParallelLinear, h: Tensor) -> Tensor:
 class ClassHead(nn.Module):
     """`read_class` as a layer of a pipeline."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.linear = output_linear(dims, build, mesh, holds_weight=True, bias=True)
+        self.linear = output_linear(model_config, build, mesh, holds_weight=True, bias=True)
 
     def forward(self, h: Tensor) -> Tensor:
         return read_class(self.linear, h)
@@ -74,26 +76,26 @@ class ClassHead(nn.Module):
 class Decoder(Encoder):
     """The layers and the final norm, under the names that they have in Megatron-core's decoders."""
 
-    def __init__(self, dims: Dims, build: Build):
-        super().__init__(dims, build)
-        config = uninitialised_config(dims, build)
+    def __init__(self, model_config: ModelConfig, build: BuildOptions):
+        super().__init__(model_config, build)
+        config = uninitialised_config(model_config, build)
         self.final_layernorm = build_module(
-            final_norm_spec(), config=config, hidden_size=dims.hidden_size, eps=dims.norm_eps
+            final_norm_spec(), config=config, hidden_size=model_config.hidden_size, eps=model_config.norm_eps
         )
 
     def forward(self, h: Tensor, recompute: bool) -> Tensor:
         return self.final_layernorm(super().forward(h, recompute))
 
 
-class Classifier(OneModule):
+class FullImageClassifier(SingleModule):
     """forward(images (b, channels, side, side), labels (b, 1), loss_mask (b, 1)) -> mean loss."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
         super().__init__()
-        self.embedding = ImageEmbedding(dims, build, mesh)
-        self.decoder = Decoder(dims, build)
-        self.output_layer = output_linear(dims, build, mesh, holds_weight=True, bias=True)
-        self.complete(dims, mesh, recompute)
+        self.embedding = ImageEmbedding(model_config, build, mesh)
+        self.decoder = Decoder(model_config, build)
+        self.output_layer = output_linear(model_config, build, mesh, holds_weight=True, bias=True)
+        self.complete(model_config, mesh, recompute)
 
     def logits(self, images: Tensor) -> Tensor:
         """images -> this rank's columns of the padded labels, (1, b, padded / tp)."""

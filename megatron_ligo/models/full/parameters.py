@@ -13,67 +13,67 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Use
-from megatron_ligo.common.errors import ConfigError, Faults, nearest
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.growth.operator import residual_write
+from megatron_ligo.growth.operator import writes_residual
 from megatron_ligo.sharding import fused_tensors
-from megatron_ligo.sharding.fused_tensors import Stored
+from megatron_ligo.sharding.fused_tensors import StoredTensor
 
-Read = Callable[[str], Tensor]  # canonical key -> canonical tensor
+TensorReader = Callable[[str], Tensor]  # canonical key -> canonical tensor
 
 INIT_STD = 0.02
 
 
-def local_tensor(item: Stored, read: Read, dims: Dims, tp: int, rank: int) -> Tensor:
+def local_tensor(item: StoredTensor, read: TensorReader, model_config: ModelConfig, tp: int, rank: int) -> Tensor:
     """A tensor-parallel rank's part of a model's tensor. May be a view of what `read` gave."""
-    return item.shard([read(key) for key in item.keys], dims, tp, rank)
+    return item.shard([read(key) for key in item.keys], model_config, tp, rank)
 
 
-def fill(model: nn.Module, dims: Dims, mesh: Mesh, read: Read) -> None:
+def fill(model: nn.Module, model_config: ModelConfig, mesh: Mesh, read: TensorReader) -> None:
     """Sets every parameter of this rank's model (not yet in an engine) from canonical tensors, cast to its dtype."""
-    for parameter, item in parameters(model, dims):
+    for parameter, item in parameters(model, model_config):
         with torch.no_grad():
-            parameter.copy_(local_tensor(item, read, dims, mesh.tp, mesh.tp_rank))
+            parameter.copy_(local_tensor(item, read, model_config, mesh.tp, mesh.tp_rank))
 
 
-def parameters(model: nn.Module, dims: Dims) -> Iterator[tuple[nn.Parameter, Stored]]:
+def parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[tuple[nn.Parameter, StoredTensor]]:
     """Each parameter of a model with what it holds. ConfigError for a model whose names are not Megatron-core's."""
-    stored = fused_tensors.stored(architectures.get(dims.arch), dims, "mcore")
-    faults = Faults(f"the model is not made of {dims.arch}'s parameters", ConfigError)
+    stored = fused_tensors.stored_tensors(architectures.get(model_config.arch), model_config, "mcore")
+    errors = ErrorCollector(f"the model is not made of {model_config.arch}'s parameters", ConfigError)
     for name, parameter in model.named_parameters():
         if name in stored:
             yield parameter, stored[name]
         else:
-            faults.add(name, "a name of Megatron-core's (local) layers", "none", nearest(name, stored))
-    faults.raise_if_any()
+            errors.add(name, "a name of Megatron-core's (local) layers", "none", did_you_mean(name, stored))
+    errors.raise_if_any()
 
 
-def mark_split(model: nn.Module, dims: Dims, tp: int) -> None:
+def mark_split(model: nn.Module, model_config: ModelConfig, tp: int) -> None:
     """Says on each parameter whether tensor parallelism cuts it: gradient norms count the others on one rank only."""
-    for parameter, item in parameters(model, dims):
+    for parameter, item in parameters(model, model_config):
         cut = tp > 1 and item.split is not None
         parameter.tensor_model_parallel = cut
         parameter.partition_dim = item.split if cut else -1
         parameter.partition_stride = 1
 
 
-def initial(dims: Dims, seed: int) -> Read:
+def initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
     """Fresh weights as Megatron draws them, the same at any layout: each tensor has a seed of its own, in fp32.
 
     Gains 1, biases 0, matrices N(0, 0.02); those that write to the residual stream N(0, 0.02 / sqrt(2 layers)).
     """
-    arch = architectures.get(dims.arch)
+    arch = architectures.get(model_config.arch)
 
     def read(key: str) -> Tensor:
         row = arch.row(key)
-        shape = row.shape(dims)
-        if row.axes[0].use is Use.SCALES:
+        shape = row.shape(model_config)
+        if row.axes[0].use is Use.GAIN:
             return torch.ones(shape)
         if len(shape) == 1:
             return torch.zeros(shape)
-        std = INIT_STD / (2 * dims.num_layers) ** 0.5 if residual_write(row) else INIT_STD
+        std = INIT_STD / (2 * model_config.num_layers) ** 0.5 if writes_residual(row) else INIT_STD
         digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.empty(shape).normal_(0.0, std, generator=generator)

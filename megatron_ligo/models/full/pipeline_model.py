@@ -16,52 +16,58 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint.formats.deepspeed.pipeline import layers_before, prefixes
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import local_name
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.models.full.encoder import Sums, Transform
+from megatron_ligo.models.full.encoder import EmbeddingSum, HeadTransform
 from megatron_ligo.models.full.image_classifier import ClassHead, ImageEmbedding
-from megatron_ligo.models.full.single_module import complete
-from megatron_ligo.models.loss import Measured
+from megatron_ligo.models.full.single_module import finish_model
+from megatron_ligo.models.loss import LossMixin
 from megatron_ligo.models.mcore.layer_calls import (
     add_positions,
-    embed,
+    embed_tokens,
     output_linear,
     run_layer,
     uninitialised_config,
     word_embedding,
 )
-from megatron_ligo.models.mcore.layer_spec import Build, final_norm_spec, layer_class, layer_spec, rotary
+from megatron_ligo.models.mcore.layer_spec import (
+    BuildOptions,
+    final_norm_spec,
+    layer_class,
+    layer_spec,
+    rotary_embedding,
+)
 from megatron_ligo.sharding import tensor_parallel
 
 TIED = "embedding"
 TIED_WEIGHT = "word_embeddings.weight"
 
 
-class Embedding(nn.Module):
+class PipelineEmbedding(nn.Module):
     """tokens (b, s) -> h (s, b, hidden). Tied, the last stage holds a second one and reads with its weight."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.word_embeddings = word_embedding(dims, build, mesh)
-        if dims.tied:
-            self.head = output_linear(dims, build, mesh, holds_weight=False)
+        self.word_embeddings = word_embedding(model_config, build, mesh)
+        if model_config.tied:
+            self.head = output_linear(model_config, build, mesh, holds_weight=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return embed(self.word_embeddings, tokens)
+        return embed_tokens(self.word_embeddings, tokens)
 
     def logits(self, h: Tensor) -> Tensor:
         return self.head(h, weight=self.word_embeddings.weight)[0]
 
 
-class Positions(nn.Module):
+class PositionEmbedding(nn.Module):
     """h (s, b, hidden) -> h with the learned rows of its tokens' positions added."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.position_embeddings = nn.Embedding(dims.max_positions, dims.hidden_size, dtype=build.dtype)
+        self.position_embeddings = nn.Embedding(model_config.max_positions, model_config.hidden_size, dtype=build.dtype)
         self.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
 
@@ -69,13 +75,13 @@ class Positions(nn.Module):
         return add_positions(h, self.position_embeddings, self.first_token_rank)
 
 
-class Staged:
+class PipelineLayer:
     """h (s, b, hidden) -> h: a layer that brings its own rotary positions."""
 
-    def __init__(self, dims: Dims, build: Build, layer: int, recompute: bool):
-        config = uninitialised_config(dims, build)
-        super().__init__(config, layer_spec(dims).submodules, layer_number=layer + 1)
-        self.rotary_pos_emb = rotary(dims)
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, layer: int, recompute: bool):
+        config = uninitialised_config(model_config, build)
+        super().__init__(config, layer_spec(model_config).submodules, layer_number=layer + 1)
+        self.rotary_pos_emb = rotary_embedding(model_config)
         self.recompute = recompute
         self.tokens_per_row = build.tp if build.sequence_parallel else 1
 
@@ -89,25 +95,27 @@ class Staged:
 @cache
 def stage_layer(layer: type[TransformerLayer]) -> type:
     """A layer's class as a layer of the pipeline."""
-    return type(f"Stage{layer.__name__}", (Staged, layer), {})
+    return type(f"Stage{layer.__name__}", (PipelineLayer, layer), {})
 
 
 class FinalNorm(nn.Module):
-    def __init__(self, dims: Dims, build: Build):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()
-        config = uninitialised_config(dims, build)
-        self.norm = build_module(final_norm_spec(), config=config, hidden_size=dims.hidden_size, eps=dims.norm_eps)
+        config = uninitialised_config(model_config, build)
+        self.norm = build_module(
+            final_norm_spec(), config=config, hidden_size=model_config.hidden_size, eps=model_config.norm_eps
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         return self.norm(h)
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """h (s, b, hidden) -> this rank's logits (s, b, padded vocabulary / tp), with a weight of its own."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.linear = output_linear(dims, build, mesh, holds_weight=True)
+        self.linear = output_linear(model_config, build, mesh, holds_weight=True)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.linear(h)[0]
@@ -116,33 +124,33 @@ class Head(nn.Module):
 class OutputBias(nn.Module):
     """Logits (s, b, padded vocabulary / tp) with the bias of each token added: a tied head has none of its own."""
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh):
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        columns = tensor_parallel.padded_vocab(dims.vocab_size, mesh.tp) // mesh.tp
+        columns = tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp) // mesh.tp
         self.bias = nn.Parameter(torch.zeros(columns, dtype=build.dtype))
 
     def forward(self, logits: Tensor) -> Tensor:
         return logits + self.bias
 
 
-class PretrainedPipeline(Measured, PipelineModule):
+class FullPipeline(LossMixin, PipelineModule):
     """tokens (b, s) or images -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
 
     Its layers are those of formats/deepspeed/pipeline.py: what follows the words' embedding, the
     transformer's layers, and at the end the norm (a masked-LM model: the head's transform), the head and its bias.
     """
 
-    def __init__(self, dims: Dims, build: Build, mesh: Mesh, recompute: bool = False):
-        self.dims = dims
+    def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
+        self.model_config = model_config
         self.mesh = mesh
-        self.prefixes = _prefixes(dims)
+        self.prefixes = _prefixes(model_config)
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
-        super().__init__(_specs(dims, build, mesh, recompute), topology=topology, loss_fn=self._loss)
-        complete(self, dims, mesh)
+        super().__init__(_specs(model_config, build, mesh, recompute), topology=topology, loss_fn=self._loss)
+        finish_model(self, model_config, mesh)
 
     def _partition_layers(self, method: str = "explicit") -> None:
-        cuts = tensor_parallel.stage_bounds(self.dims.num_layers, self.mesh.pp)
-        before = layers_before(self.dims)
+        cuts = tensor_parallel.stage_bounds(self.model_config.num_layers, self.mesh.pp)
+        before = layers_before(self.model_config)
         self.parts = [0, *(before + cut for cut in cuts[1:-1]), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
@@ -167,27 +175,42 @@ class PretrainedPipeline(Measured, PipelineModule):
         return self.measure(logits, *labels)
 
 
-def _specs(dims: Dims, build: Build, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
-    arch = architectures.get(dims.arch)
-    layer = stage_layer(layer_class(dims))
-    layers = [LayerSpec(layer, dims, build, number, recompute) for number in range(dims.num_layers)]
+def _specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
+    arch = architectures.get(model_config.arch)
+    layer = stage_layer(layer_class(model_config))
+    layers = [LayerSpec(layer, model_config, build, number, recompute) for number in range(model_config.num_layers)]
     if arch.task is Task.LABEL:
-        ends = [LayerSpec(FinalNorm, dims, build), LayerSpec(ClassHead, dims, build, mesh)]
-        return [LayerSpec(ImageEmbedding, dims, build, mesh), *layers, *ends]
+        ends = [LayerSpec(FinalNorm, model_config, build), LayerSpec(ClassHead, model_config, build, mesh)]
+        return [LayerSpec(ImageEmbedding, model_config, build, mesh), *layers, *ends]
     if arch.learns_positions:
-        layers = [LayerSpec(Positions if arch.causal else Sums, dims, build, mesh), *layers]
-    layers.append(LayerSpec(FinalNorm, dims, build) if arch.causal else LayerSpec(Transform, dims, build, mesh))
-    bias = [] if arch.causal else [LayerSpec(OutputBias, dims, build, mesh)]
-    if not dims.tied:
-        return [LayerSpec(Embedding, dims, build, mesh), *layers, LayerSpec(Head, dims, build, mesh), *bias]
-    first = TiedLayerSpec(TIED, Embedding, dims, build, mesh, tied_weight_attr=[TIED_WEIGHT])
+        layers = [LayerSpec(PositionEmbedding if arch.causal else EmbeddingSum, model_config, build, mesh), *layers]
+    layers.append(
+        LayerSpec(FinalNorm, model_config, build)
+        if arch.causal
+        else LayerSpec(HeadTransform, model_config, build, mesh)
+    )
+    bias = [] if arch.causal else [LayerSpec(OutputBias, model_config, build, mesh)]
+    if not model_config.tied:
+        return [
+            LayerSpec(PipelineEmbedding, model_config, build, mesh),
+            *layers,
+            LayerSpec(OutputHead, model_config, build, mesh),
+            *bias,
+        ]
+    first = TiedLayerSpec(TIED, PipelineEmbedding, model_config, build, mesh, tied_weight_attr=[TIED_WEIGHT])
     last = TiedLayerSpec(
-        TIED, Embedding, dims, build, mesh, forward_fn=Embedding.logits, tied_weight_attr=[TIED_WEIGHT]
+        TIED,
+        PipelineEmbedding,
+        model_config,
+        build,
+        mesh,
+        forward_fn=PipelineEmbedding.logits,
+        tied_weight_attr=[TIED_WEIGHT],
     )
     return [first, *layers, last, *bias]
 
 
-def _prefixes(dims: Dims) -> dict[str, str]:
+def _prefixes(model_config: ModelConfig) -> dict[str, str]:
     """DeepSpeed's prefix of each layer's parameters, and the one module's."""
-    names = [(layer, own, whole) for layer, held in enumerate(prefixes(dims)) for own, whole in held.items()]
+    names = [(layer, own, whole) for layer, held in enumerate(prefixes(model_config)) for own, whole in held.items()]
     return {f"tied_modules.{TIED}.": "embedding."} | {f"{layer}.{own}": whole for layer, own, whole in names}

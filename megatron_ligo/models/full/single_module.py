@@ -7,23 +7,23 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import local_name
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.full.universal_saving import prepare_saving
-from megatron_ligo.models.loss import Measured
+from megatron_ligo.models.loss import LossMixin
 from megatron_ligo.models.mcore.layer_calls import reduce_norm_gradients
 
 
-def complete(model: nn.Module, dims: Dims, mesh: Mesh) -> None:
+def finish_model(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
     """The last step of a constructor: how each parameter is cut, whose gradients are summed, what checkpoints hold."""
-    parameters.mark_split(model, dims, mesh.tp)
+    parameters.mark_split(model, model_config, mesh.tp)
     reduce_norm_gradients(model.parameters(), mesh.tp_group)
-    prepare_saving(model, dims, mesh)
+    prepare_saving(model, model_config, mesh)
 
 
-class OneModule(Measured, nn.Module, ABC):
+class SingleModule(LossMixin, nn.Module, ABC):
     """forward(seen, labels, loss_mask) -> mean loss. Weights are to be filled or loaded.
 
     seen: what `logits` takes; labels (int64), loss_mask: (b, s). Its parameters bear the names of the table's mcore
@@ -32,12 +32,12 @@ class OneModule(Measured, nn.Module, ABC):
 
     recompute: bool
 
-    def complete(self, dims: Dims, mesh: Mesh, recompute: bool) -> None:
+    def complete(self, model_config: ModelConfig, mesh: Mesh, recompute: bool) -> None:
         assert mesh.pp == 1, "stages.py is for pipelines"
-        self.dims = dims
+        self.model_config = model_config
         self.mesh = mesh
         self.recompute = recompute
-        complete(self, dims, mesh)
+        finish_model(self, model_config, mesh)
 
     @abstractmethod
     def logits(self, seen: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ In a training script of your own, over any Megatron-core GPTModel whose paramete
 
     source = formats.open("runs/grown/universal")
     model = GPTModel(...)
-    prepare_for_universal(model, source.dims, tp_group)        # needed with ZeRO 3 and tensor parallelism
+    prepare_for_universal(model, source.model_config, tp_group)        # needed with ZeRO 3 and tensor parallelism
     engine, *_ = deepspeed.initialize(model=model, config={..., "checkpoint": {"load_universal": True}}, ...)
     load_universal(engine, source, tp_group)
 """
@@ -28,14 +28,14 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.common.errors import CheckpointError, Faults
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector
 from megatron_ligo.distributed.mesh import agree
 from megatron_ligo.models.full.parameters import local_tensor, parameters
-from megatron_ligo.sharding.fused_tensors import Stored
+from megatron_ligo.sharding.fused_tensors import StoredTensor
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 # From this version on the shards' widths are stated; before, DeepSpeed divides evenly.
@@ -44,34 +44,34 @@ VERSION = 0.4
 RECORDS = (LossScaler, DynamicLossScaler, ZeroStageEnum, SubparamShape, fragment_address)
 
 
-def must_prepare(dims: Dims, zero: int) -> bool:
+def must_prepare(model_config: ModelConfig, zero: int) -> bool:
     """Whether `prepare_for_universal` is needed: with ZeRO 3, and at any stage for a vocabulary's bias, which DeepSpeed
     cannot pad."""
-    return zero == 3 or "head_bias" in architectures.get(dims.arch).by_key
+    return zero == 3 or "head_bias" in architectures.get(model_config.arch).by_key
 
 
-def prepare_for_universal(model: nn.Module, dims: Dims, tp_group: dist.ProcessGroup) -> None:
+def prepare_for_universal(model: nn.Module, model_config: ModelConfig, tp_group: dist.ProcessGroup) -> None:
     """Says on each parameter how tensor parallelism cuts it. Call before `deepspeed.initialize`.
 
     ZeRO 1 and 2 mostly read it from the checkpoint's files; ZeRO 3 loads whole tensors where nobody says so.
     """
     tp = dist.get_world_size(tp_group)
-    for parameter, item in parameters(model, dims):
-        setattr(parameter, DS_AUTOTP_UC_META, _cut(item, dims, tp))
+    for parameter, item in parameters(model, model_config):
+        setattr(parameter, DS_AUTOTP_UC_META, _cut(item, model_config, tp))
     # DeepSpeed's loader asks its own record for the group, and only its own tensor parallelism sets it.
     groups._TENSOR_MODEL_PARALLEL_GROUP = tp_group
 
 
-def _cut(item: Stored, dims: Dims, tp: int) -> dict:
+def _cut(item: StoredTensor, model_config: ModelConfig, tp: int) -> dict:
     """How a tensor is cut, in the words of DeepSpeed's own tensor parallelism."""
-    shape = item.shape(dims)
+    shape = item.shape(model_config)
     meta = {"partition_dim": item.split, "logical_shape": shape, UNIVERSAL_CHECKPOINT_VERSION_KEY: VERSION}
     if item.split is None:
         return {**meta, "replicated": True}
     if item.vocabulary and shape[item.split] % tp:
         return {**meta, "conversion": {"affine_map": _padded_map(shape, tp)}}
     if len(item.keys) > 1 and item.pack is Pack.STACKED:
-        sizes = [row.shape(dims)[item.split] for row in item.rows]
+        sizes = [row.shape(model_config)[item.split] for row in item.rows]
         return {**meta, "sub_param_sizes": sizes, "sub_param_shard_widths": [[size // tp] * tp for size in sizes]}
     return meta
 
@@ -128,31 +128,31 @@ def _fault(check: Callable[[], None]) -> CheckpointError | None:
 
 def check_files(folder: Path) -> None:
     """CheckpointError if a .pt file in a folder names anything but tensors, plain values and DeepSpeed's records."""
-    faults = Faults(f"{folder}: files that are not safe to load", CheckpointError)
+    errors = ErrorCollector(f"{folder}: files that are not safe to load", CheckpointError)
     allowed = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
     for path in sorted(folder.rglob("*.pt")):
         try:
             torch_files.load(path, allowed)
         except CheckpointError as error:
-            faults.note(str(error))
-    faults.raise_if_any()
+            errors.note(str(error))
+    errors.raise_if_any()
 
 
 def verify_loaded(model: nn.Module, source: Reader, tp_group: dist.ProcessGroup) -> None:
     """CheckpointError if a parameter of this rank is not what `source` holds for it. Collective under ZeRO 3."""
-    faults = Faults(f"{source.path}: what was loaded is not what it holds", CheckpointError)
+    errors = ErrorCollector(f"{source.path}: what was loaded is not what it holds", CheckpointError)
     tp, rank = dist.get_world_size(tp_group), dist.get_rank(tp_group)
-    for parameter, item in parameters(model, source.dims):
-        expected = local_tensor(item, source.read, source.dims, tp, rank).to(parameter.dtype)
+    for parameter, item in parameters(model, source.model_config):
+        expected = local_tensor(item, source.read, source.model_config, tp, rank).to(parameter.dtype)
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             found = parameter.detach().cpu()
             if item.vocabulary:
                 # The rows that pad the vocabulary may hold anything.
-                rows = max(source.dims.vocab_size - rank * expected.shape[0], 0)
+                rows = max(source.model_config.vocab_size - rank * expected.shape[0], 0)
                 expected, found = expected[:rows], found[:rows]
             if not torch.equal(found, expected):
-                faults.add(item.name, "the tensor of the file, bit for bit", _difference(found, expected))
-    faults.raise_if_any()
+                errors.add(item.name, "the tensor of the file, bit for bit", _difference(found, expected))
+    errors.raise_if_any()
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> str:

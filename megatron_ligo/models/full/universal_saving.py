@@ -8,7 +8,7 @@ from deepspeed.checkpoint import constants
 from torch import nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.sharding import fused_tensors
@@ -16,13 +16,13 @@ from megatron_ligo.sharding import fused_tensors
 EXTRA = "_extra_state"
 
 
-def prepare_saving(model: nn.Module, dims: Dims, mesh: Mesh) -> None:
+def prepare_saving(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
     """Puts into a model's checkpoints how its parameters are cut, and leaves out what is no tensor.
 
     Megatron-core's modules keep an empty `_extra_state` each, which they do without when they load, and which the
     converter takes for a weight.
     """
-    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, universal_info(dims, mesh.pp))
+    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, universal_info(model_config, mesh.pp))
     for module in model.modules():
         module.register_state_dict_post_hook(_drop_empty)
 
@@ -32,18 +32,18 @@ def _drop_empty(module: nn.Module, state: dict, prefix: str, metadata: object) -
         del state[name]
 
 
-def universal_info(dims: Dims, pp: int) -> dict:
+def universal_info(model_config: ModelConfig, pp: int) -> dict:
     """By patterns of their names, what the ranks hold of each parameter, in the words of DeepSpeed's converter."""
-    stored = fused_tensors.stored(architectures.get(dims.arch), dims, "mcore")
+    stored = fused_tensors.stored_tensors(architectures.get(model_config.arch), model_config, "mcore")
     patterns = {name: re.sub(r"layers\\\.\d+", r"layers\.\\d+", re.escape(name)) + "$" for name in stored}
 
     def of(choose) -> list[str]:
         return list(dict.fromkeys(patterns[name] for name, item in stored.items() if choose(item)))
 
-    pipelined = [patterns["embedding.word_embeddings.weight"]] if pp > 1 and dims.tied else []
+    pipelined = [patterns["embedding.word_embeddings.weight"]] if pp > 1 and model_config.tied else []
     return {
         constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-        constants.ORIGINAL_VOCAB_SIZE: dims.vocab_size,
+        constants.ORIGINAL_VOCAB_SIZE: model_config.vocab_size,
         constants.VOCABULARY_PARAMETER_PATTERNS: of(lambda item: item.vocabulary),
         constants.TP_REPLICATED_PARAMETER_PATTERNS: of(lambda item: item.split is None),
         constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: of(lambda item: item.split == 1),

@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.models.mcore.layer_spec import Build, transformer_config
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, transformer_config
 from megatron_ligo.sharding import tensor_parallel
 
 # From Python 3.12 on torch 2.13's exception that ends a second run early stays alive, and with it all that its frames
@@ -22,14 +22,14 @@ from megatron_ligo.sharding import tensor_parallel
 EARLY_STOP = sys.version_info < (3, 12)
 
 
-def uninitialised_config(dims: Dims, build: Build) -> TransformerConfig:
+def uninitialised_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
     """mcore's config for layers whose weights are filled or loaded afterwards: drawing them twice takes long."""
-    config = transformer_config(dims, build)
+    config = transformer_config(model_config, build)
     config.perform_initialization = False
     return config
 
 
-def embed(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
+def embed_tokens(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
     """tokens (b, s) -> h (s, b, hidden), or this rank's s / tp of it under sequence parallelism.
 
     mcore's own embedding module would ask for CUDA's random state here, for a dropout that we do not have.
@@ -45,11 +45,11 @@ def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int, start: int = 0) 
     return h + table(torch.arange(first, first + h.shape[0], device=h.device))[:, None]
 
 
-def word_embedding(dims: Dims, build: Build, mesh: Mesh) -> VocabParallelEmbedding:
-    config = uninitialised_config(dims, build)
+def word_embedding(model_config: ModelConfig, build: BuildOptions, mesh: Mesh) -> VocabParallelEmbedding:
+    config = uninitialised_config(model_config, build)
     return VocabParallelEmbedding(
-        tensor_parallel.padded_vocab(dims.vocab_size, mesh.tp),
-        dims.hidden_size,
+        tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),
+        model_config.hidden_size,
         init_method=config.init_method,
         reduce_scatter_embeddings=build.sequence_parallel,
         config=config,
@@ -57,12 +57,14 @@ def word_embedding(dims: Dims, build: Build, mesh: Mesh) -> VocabParallelEmbeddi
     )
 
 
-def output_linear(dims: Dims, build: Build, mesh: Mesh, holds_weight: bool, bias: bool = False) -> ColumnParallelLinear:
+def output_linear(
+    model_config: ModelConfig, build: BuildOptions, mesh: Mesh, holds_weight: bool, bias: bool = False
+) -> ColumnParallelLinear:
     """What gives this rank's columns of the logits, with a weight of its own or with the embedding's."""
-    config = uninitialised_config(dims, build)
+    config = uninitialised_config(model_config, build)
     return ColumnParallelLinear(
-        dims.hidden_size,
-        tensor_parallel.padded_vocab(dims.vocab_size, mesh.tp),
+        model_config.hidden_size,
+        tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),
         config=config,
         init_method=config.init_method,
         bias=bias,
@@ -78,10 +80,10 @@ def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool
     def forward(h: Tensor) -> Tensor:
         return block(h, attention_mask=None, rotary_pos_emb=rotary)[0]
 
-    return made_again(forward, h) if recompute and torch.is_grad_enabled() else forward(h)
+    return checkpointed(forward, h) if recompute and torch.is_grad_enabled() else forward(h)
 
 
-def made_again(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def checkpointed(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """run(*tensors), keeping these alone: the backward pass runs it again."""
     # Reentrant checkpoints meet ZeRO's hooks twice.
     return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=EARLY_STOP)

@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture, Task
 from megatron_ligo.checkpoint.formats.megatron_lm.arguments import LLAMA3_SCALING
-from megatron_ligo.common.errors import ConfigError, message
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
 from megatron_ligo.models.mcore.attention import FusedAttention
 from megatron_ligo.models.mcore.norm import Norm
@@ -33,7 +33,7 @@ from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
 
 
 @dataclass(frozen=True)
-class Build:
+class BuildOptions:
     """How the layers are built: the precision of weights and activations, and sequence parallelism."""
 
     dtype: torch.dtype = torch.float32
@@ -46,19 +46,21 @@ def is_built(arch: Architecture) -> bool:
     return arch.norm_first is (arch.task is not Task.MASKED_TOKENS)
 
 
-def check_network(dims: Dims) -> None:
+def check_network(model_config: ModelConfig) -> None:
     """ConfigError for a network that is not built here."""
-    arch = architectures.get(dims.arch)
+    arch = architectures.get(model_config.arch)
     if not is_built(arch):
         known = architectures.architectures().values()
         built = ", ".join(sorted(other.name for other in known if is_built(other)))
-        do = "It can be converted and grown."
-        raise ConfigError(message("fit and pretraining", f"one of {built}", dims.arch, do))
-    if not dims.has_head:
-        do = "A model with tied embeddings needs nothing but the class that has one in its config's architectures."
+        hint = "It can be converted and grown."
+        raise ConfigError(Problem("fit and pretraining", f"one of {built}", model_config.arch, hint))
+    if not model_config.has_head:
+        hint = "A model with tied embeddings needs nothing but the class that has one in its config's architectures."
         if not arch.causal:
-            do = "Pretrain it with fresh_head = true: the head that this gives it is trained alone."
-        raise ConfigError(message("fit and pretraining", "a model with an output head", arch.class_of(dims), do))
+            hint = "Pretrain it with fresh_head = true: the head that this gives it is trained alone."
+        raise ConfigError(
+            Problem("fit and pretraining", "a model with an output head", arch.class_of(model_config), hint)
+        )
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -75,10 +77,10 @@ ACTIVATIONS = {
 }
 
 
-def activation(dims: Dims) -> Callable[[Tensor], Tensor]:
+def activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
     """What a layer's second mlp linear is given, of what its first one gives: (..., ffn), or (..., gate and up)."""
-    function = ACTIVATIONS[dims.activation]
-    if not gated(dims):
+    function = ACTIVATIONS[model_config.activation]
+    if not is_gated(model_config):
         return function
 
     def gate(x: Tensor) -> Tensor:
@@ -88,31 +90,31 @@ def activation(dims: Dims) -> Callable[[Tensor], Tensor]:
     return gate
 
 
-def gated(dims: Dims) -> bool:
-    return "layers.{}.gate" in architectures.get(dims.arch).by_key
+def is_gated(model_config: ModelConfig) -> bool:
+    return "layers.{}.gate" in architectures.get(model_config.arch).by_key
 
 
-def normalization(dims: Dims) -> str:
-    return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(dims.arch).norm]
+def normalization(model_config: ModelConfig) -> str:
+    return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(model_config.arch).norm]
 
 
-def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
+def transformer_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
     """mcore's config. Its pipeline size stays 1: DeepSpeed cuts the stages, and mcore would offset layer numbers."""
-    rows = architectures.get(dims.arch).by_key
+    rows = architectures.get(model_config.arch).by_key
     return TransformerConfig(
-        num_layers=dims.num_layers,
-        hidden_size=dims.hidden_size,
-        ffn_hidden_size=dims.ffn_size,
-        num_attention_heads=dims.num_heads,
-        num_query_groups=dims.num_kv_heads,
-        kv_channels=dims.head_dim,
-        normalization=normalization(dims),
-        layernorm_epsilon=dims.norm_eps,
-        gated_linear_unit=gated(dims),
-        activation_func=ACTIVATIONS[dims.activation],
+        num_layers=model_config.num_layers,
+        hidden_size=model_config.hidden_size,
+        ffn_hidden_size=model_config.ffn_size,
+        num_attention_heads=model_config.num_heads,
+        num_query_groups=model_config.num_kv_heads,
+        kv_channels=model_config.head_dim,
+        normalization=normalization(model_config),
+        layernorm_epsilon=model_config.norm_eps,
+        gated_linear_unit=is_gated(model_config),
+        activation_func=ACTIVATIONS[model_config.activation],
         add_bias_linear="layers.{}.o_bias" in rows,
-        add_qkv_bias=dims.qkv_bias,
-        window_size=None if dims.sliding_window is None else (dims.sliding_window - 1, 0),
+        add_qkv_bias=model_config.qkv_bias,
+        window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -133,26 +135,26 @@ def transformer_config(dims: Dims, build: Build) -> TransformerConfig:
     )
 
 
-def layer_class(dims: Dims) -> type[TransformerLayer]:
-    if dims.parallel_residual:
+def layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
+    if model_config.parallel_residual:
         return ParallelResidualLayer
-    return TransformerLayer if architectures.get(dims.arch).norm_first else PostNormLayer
+    return TransformerLayer if architectures.get(model_config.arch).norm_first else PostNormLayer
 
 
-def layer_spec(dims: Dims) -> ModuleSpec:
+def layer_spec(model_config: ModelConfig) -> ModuleSpec:
     """Transformer Engine's layer where it is installed, else mcore's local one with fused attention and our norm.
 
     Always the local one for norms that come last: Transformer Engine's linears have those that come first inside.
     """
-    arch = architectures.get(dims.arch)
+    arch = architectures.get(model_config.arch)
     if device.have_transformer_engine() and arch.norm_first:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
     else:
-        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
+        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(model_config)))
         spec.submodules.input_layernorm = Norm
         spec.submodules.pre_mlp_layernorm = Norm
         spec.submodules.self_attention.submodules.core_attention = FusedAttention
-    spec.module = layer_class(dims)
+    spec.module = layer_class(model_config)
     if not arch.causal:
         spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     return spec
@@ -173,25 +175,25 @@ def final_norm_spec() -> type:
     return Norm
 
 
-def rotary(dims: Dims) -> RotaryEmbedding | None:
+def rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
     """The rotary positions, if there are any; of the scalings, Llama 3's (the only one mcore has) with its published
     constants."""
-    if architectures.get(dims.arch).learns_positions:
+    if architectures.get(model_config.arch).learns_positions:
         return None
-    scaling = dict(dims.rope_scaling or {})
+    scaling = dict(model_config.rope_scaling or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     factor = scaling.pop("factor", None)
     known = (kind == "default" and not scaling) or (kind == "llama3" and scaling == LLAMA3_SCALING)
     if not known:
         expected = f"none, or llama3 with {LLAMA3_SCALING}"
         raise ConfigError(
-            message("rope_scaling", expected, dict(dims.rope_scaling or {}), "Megatron-core has no other.")
+            Problem("rope_scaling", expected, dict(model_config.rope_scaling or {}), "Megatron-core has no other.")
         )
     return RotaryEmbedding(
-        kv_channels=dims.head_dim,
-        rotary_percent=dims.rotary_fraction,
+        kv_channels=model_config.head_dim,
+        rotary_percent=model_config.rotary_fraction,
         rotary_interleaved=False,
-        rotary_base=dims.rope_base,
+        rotary_base=model_config.rope_base,
         rope_scaling=kind == "llama3",
         rope_scaling_factor=factor or 1.0,
         use_cpu_initialization=device.on_cpu(),

@@ -13,24 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.io import iteration_folders
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader, WriteOptions
-from megatron_ligo.common.errors import DataError, Faults
-from megatron_ligo.config.run_config import Config, OperatorSection
-from megatron_ligo.data.indexed_dataset import open_pair
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.common.errors import DataError, ErrorCollector
+from megatron_ligo.config.run_config import OperatorSection, RunConfig
+from megatron_ligo.data.indexed_dataset import open_indexed
 from megatron_ligo.data.tokenizer import load_tokenizer
 from megatron_ligo.growth import operator_file
-from megatron_ligo.growth.operator import Initial
+from megatron_ligo.growth.operator import InitialOperator
 from megatron_ligo.models.full.universal_loading import check_files
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
 from megatron_ligo.testing.fuzz import torch_dist_mutators
 from megatron_ligo.testing.fuzz.engine_samples import add_optimizer
 from megatron_ligo.training.checkpointing import run_checkpoints
 
-DIMS = Dims(
+DIMS = ModelConfig(
     arch="llama", model_type="llama", num_layers=2, hidden_size=16, ffn_size=24, num_heads=4, num_kv_heads=2,
     head_dim=4, vocab_size=50, max_positions=32, norm_eps=1e-5, rope_base=10000.0,
 )  # fmt: skip
@@ -69,18 +69,18 @@ class Small(Reader):
     """A model of random numbers, with the moments of Adam after seven steps."""
 
     format, path, step = "drawn", None, 7
-    dims = DIMS
+    model_config = DIMS
     has_moments = True
 
     def __init__(self, seed: int):
         self.seed = seed
 
-    def info(self, key: str) -> Info:
-        return Info(self.row(key).shape(self.dims), torch.float32)
+    def info(self, key: str) -> TensorInfo:
+        return TensorInfo(self.row(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{key}".encode()).digest()[:7], "little")
-        drawn = torch.randn(self.row(key).shape(self.dims), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(self.row(key).shape(self.model_config), generator=torch.Generator().manual_seed(seed))
         return drawn.abs() if kind == MOMENTS[1] else drawn
 
 
@@ -101,7 +101,7 @@ def checkpoint(folder: Path) -> dict:
         check_files(place)
     kinds = (WEIGHT, *MOMENTS) if reader.has_moments else (WEIGHT,)
     found = {key: digest(*(reader.read(key, kind) for kind in kinds)) for key in reader.keys()}  # noqa: SIM118
-    return {"dims": reader.dims.to_json(), "step": reader.step, "tensors": found}
+    return {"dims": reader.model_config.to_json(), "step": reader.step, "tensors": found}
 
 
 def _converted(to: str, **options) -> Make:
@@ -144,7 +144,7 @@ def _gguf(folder: Path, seed: int) -> None:
     ):  # fmt: skip
         add(value)
     source = Small(seed)
-    for name, item in fused_tensors.stored(source.arch, DIMS, "gguf").items():
+    for name, item in fused_tensors.stored_tensors(source.arch, DIMS, "gguf").items():
         tensor = source.read(item.keys[0])
         if item.rows[0].slots["gguf"].interleaved:
             tensor = tensor_parallel.interleave(tensor, DIMS.head_dim)
@@ -174,14 +174,14 @@ def run(folder: Path) -> object:
 
 def _operator(folder: Path, seed: int) -> None:
     large = replace(DIMS, num_layers=3, hidden_size=24, ffn_size=36, num_heads=8, num_kv_heads=4, head_dim=4)
-    operator = Initial(DIMS, large, OperatorSection(noise=0.1, seed=seed))
-    operator_file.write(
+    operator = InitialOperator(DIMS, large, OperatorSection(noise=0.1, seed=seed))
+    operator_file.write_operator(
         operator, ((name, operator.tensor(name)) for name in operator.shapes()), folder / "operator", {}
     )
 
 
 def operator(folder: Path) -> object:
-    saved = operator_file.Saved(folder / "operator")
+    saved = operator_file.OperatorFile(folder / "operator")
     large, settings = saved.large.to_json(), saved.record["settings"]
     return large, settings, {name: digest(saved.tensor(name)) for name in saved.shapes()}
 
@@ -198,9 +198,9 @@ def _data(folder: Path, seed: int) -> None:
 
 
 def data(folder: Path) -> object:
-    faults = Faults("data", DataError)
-    pair = open_pair(str(folder / "text"), faults)
-    faults.raise_if_any()
+    errors = ErrorCollector("data", DataError)
+    pair = open_indexed(str(folder / "text"), errors)
+    errors.raise_if_any()
     return pair.dtype.__name__, pair.documents, pair.tokens, pair.token_range()
 
 
@@ -224,7 +224,7 @@ def _config(folder: Path, seed: int) -> None:
 
 
 def config(folder: Path) -> object:
-    return Config.load(folder / "run.toml").to_dict()
+    return RunConfig.load(folder / "run.toml").to_dict()
 
 
 SAMPLES = (

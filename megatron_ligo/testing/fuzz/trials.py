@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ligo.common.errors import CheckpointError, fault
+from megatron_ligo.common.errors import CheckpointError, user_message
 from megatron_ligo.testing.fuzz.mutators import CHANGES, MARK, OUTSIDE, Change
 from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
 
@@ -32,7 +32,7 @@ class Tally:
 
     outcomes: Counter = field(default_factory=Counter)
     by_sample: Counter = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     @property
     def tried(self) -> int:
@@ -55,11 +55,11 @@ def mutate(
         tally.outcomes[outcome] += 1
         tally.by_sample[sample.name] += 1
         if outcome not in (REFUSED, SAME, OTHER):
-            tally.faults.append(f"{seed}:{number - 1} {sample.name}, {story}: {outcome}")
-            tell(tally.faults[-1])
-    if tally.faults:
-        lines = "\n  ".join(tally.faults)
-        raise CheckpointError(f"{len(tally.faults)} of {tally.tried} changes did harm\n  {lines}")
+            tally.errors.append(f"{seed}:{number - 1} {sample.name}, {story}: {outcome}")
+            tell(tally.errors[-1])
+    if tally.errors:
+        lines = "\n  ".join(tally.errors)
+        raise CheckpointError(f"{len(tally.errors)} of {tally.tried} changes did harm\n  {lines}")
     return tally
 
 
@@ -137,7 +137,7 @@ def _child(sample: Sample, content: Path, answer: int) -> None:
     except MemoryError:
         kind, text = "took too much memory", traceback.format_exc()
     except BaseException as error:
-        told = fault(error)
+        told = user_message(error)
         kind, text = (REFUSED, told) if told else ("an error of ours", traceback.format_exc())
     try:
         with os.fdopen(answer, "wb") as pipe:

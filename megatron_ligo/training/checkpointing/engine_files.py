@@ -10,13 +10,13 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from megatron_ligo.checkpoint.io import digest, torch_files
 from megatron_ligo.checkpoint.io.file_layout import not_written
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.models.full.universal_loading import RECORDS
 
 ALLOWED = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
 
 
-class Files(TorchCheckpointEngine):
+class CheckpointFiles(TorchCheckpointEngine):
     """Takes the place of an engine's `checkpoint_engine`.
 
     A rank that cannot write says so in `fault` and goes on: an exception would leave the others in DeepSpeed's
@@ -43,7 +43,7 @@ class Files(TorchCheckpointEngine):
         try:
             super().save(state_dict, path)
             sync(Path(path))
-            self.written[Path(path)] = stated(Path(path))
+            self.written[Path(path)] = size_and_digest(Path(path))
         except RuntimeError as error:
             self.fault = unwritable(Path(path), not_written(Path(path), error))
         except OSError as error:
@@ -54,9 +54,9 @@ class Files(TorchCheckpointEngine):
         return torch_files.load(Path(path), ALLOWED, mapped=False)
 
 
-def install(engine: deepspeed.DeepSpeedEngine) -> Files:
+def install(engine: deepspeed.DeepSpeedEngine) -> CheckpointFiles:
     """Gives the engine these hands. Its copies of scripts that unpickle freely are not written either."""
-    files = Files(engine._config)
+    files = CheckpointFiles(engine._config)
     engine.checkpoint_engine = files
     engine._copy_recovery_script = lambda folder: None
     return files
@@ -65,11 +65,11 @@ def install(engine: deepspeed.DeepSpeedEngine) -> Files:
 def unwritable(path: Path, error: Exception) -> CheckpointError:
     # torch's own words end with a trace of its C++.
     found = str(error).splitlines()[0] if str(error) else type(error).__name__
-    do = "Free some room or mend its rights; started again, the run goes on from its last checkpoint."
-    return CheckpointError(message(f"{path}", "room and leave to write a checkpoint", found, do))
+    hint = "Free some room or mend its rights; started again, the run goes on from its last checkpoint."
+    return CheckpointError(Problem(f"{path}", "room and leave to write a checkpoint", found, hint))
 
 
-def stated(path: Path) -> dict:
+def size_and_digest(path: Path) -> dict:
     """Size and digest of a file."""
     size = path.stat().st_size
     return {"size": size, "digest": digest.of_part(path, 0, size)}

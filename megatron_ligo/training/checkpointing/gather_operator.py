@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import OFF_LOSS_SPACE
-from megatron_ligo.growth.operator import Operator, short
-from megatron_ligo.models.factored.context import Runtime
-from megatron_ligo.models.factored.map_parameters import Maps
+from megatron_ligo.arch.spec import UNTRAINED_SPACE
+from megatron_ligo.growth.operator import Operator, short_key
+from megatron_ligo.models.factored.context import FactoredContext
+from megatron_ligo.models.factored.map_parameters import MapParameters
 
 
-def collect(module: nn.Module, runtime: Runtime) -> dict[str, Tensor]:
+def gather_operator(module: nn.Module, runtime: FactoredContext) -> dict[str, Tensor]:
     """Every tensor of the operator as it stands now (fp32, CPU) on rank 0, {} elsewhere. Collective.
 
     module: a GrownModel or a GrownPipeline, whose parameters are fp32 and, under ZeRO 3, partitioned.
@@ -33,7 +33,7 @@ def collect(module: nn.Module, runtime: Runtime) -> dict[str, Tensor]:
     return _join(everything, runtime)
 
 
-def _local_tensors(module: nn.Module, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
+def _local_tensors(module: nn.Module, runtime: FactoredContext) -> Iterator[tuple[str, Tensor]]:
     """(name, this rank's part): maps by the operator's names, depth vectors as depth.{row}:{layer}."""
     if runtime.mesh.first_stage:
         yield from _map_tensors(module.shared_maps())
@@ -44,10 +44,10 @@ def _local_tensors(module: nn.Module, runtime: Runtime) -> Iterator[tuple[str, T
             with _gathered([parameter]):
                 held = parameter.detach().cpu().clone()
             for row, vector in zip(rows, held, strict=True):
-                yield f"depth.{short(row)}:{layer.layer}", vector
+                yield f"depth.{short_key(row)}:{layer.layer}", vector
 
 
-def _map_tensors(maps: Maps) -> Iterator[tuple[str, Tensor]]:
+def _map_tensors(maps: MapParameters) -> Iterator[tuple[str, Tensor]]:
     for key, name in maps.names.items():
         with _gathered(maps.parameters_of(key)):
             yield name, maps.stored(key).cpu().clone(memory_format=torch.contiguous_format)
@@ -57,12 +57,12 @@ def _gathered(parameters: list[nn.Parameter]):
     return deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id"))
 
 
-def _join(parts: list[dict[str, Tensor]], runtime: Runtime) -> dict[str, Tensor]:
+def _join(parts: list[dict[str, Tensor]], runtime: FactoredContext) -> dict[str, Tensor]:
     operator, mesh = runtime.operator, runtime.mesh
     found = {}
     for name, shape in operator.shapes().items():
         kind, _, rest = name.partition(".")
-        if kind == "gain" or rest.partition(".")[0] == OFF_LOSS_SPACE:
+        if kind == "gain" or rest.partition(".")[0] == UNTRAINED_SPACE:
             found[name] = operator.tensor(name)
         elif kind == "depth":
             found[name] = torch.stack([_first(parts, f"{name}:{layer}") for layer in range(shape[0])])

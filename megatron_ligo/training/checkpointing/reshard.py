@@ -11,16 +11,16 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.checkpoint.formats.deepspeed.rank_files import Saved
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
 from megatron_ligo.checkpoint.formats.deepspeed.reader import param_shapes
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Masters
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.parameters import local_tensor, parameters
-from megatron_ligo.training.checkpointing.run_checkpoints import TAG, Found
+from megatron_ligo.training.checkpointing.run_checkpoints import TAG, RunCheckpoint
 from megatron_ligo.training.engine import layout
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Part = Callable[[str, nn.Parameter, str], Tensor]
 
 
-def moved(found: Found | None, run: TrainingSection, mesh: Mesh) -> bool:
+def layout_changed(found: RunCheckpoint | None, run: TrainingSection, mesh: Mesh) -> bool:
     """Whether a checkpoint is of another layout than this run's."""
     if found is None or found.layout == layout(run, mesh):
         return False
@@ -39,7 +39,7 @@ def moved(found: Found | None, run: TrainingSection, mesh: Mesh) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatSlice:
     """Where a rank's numbers of a parameter lie: `numel` of them, from `first` on in it, from `start` on in `flat`."""
 
     flat: Tensor
@@ -81,49 +81,50 @@ def _flats(optimizer: object) -> list[Tensor]:
     return [flat for group in optimizer.optimizer.param_groups for flat in group["params"]]
 
 
-def _place(optimizer: object, parameter: nn.Parameter) -> Place | None:
+def _place(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
     """None where this rank has none of the parameter's numbers."""
     if hasattr(parameter, "ds_id"):
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         first = size * optimizer._get_param_partition_rank(parameter)
         numel = min(size, parameter.ds_numel - first)
-        return Place(optimizer.fp32_partitioned_groups_flat[group], start, first, numel) if numel > 0 else None
+        return FlatSlice(optimizer.fp32_partitioned_groups_flat[group], start, first, numel) if numel > 0 else None
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
     (flat,) = optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
     held, whole = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-    return Place(flat, held.start, whole.start, held.numel)
+    return FlatSlice(flat, held.start, whole.start, held.numel)
 
 
-def of_model(model: nn.Module, dims: Dims, read: Callable[..., Tensor], mesh: Mesh) -> Part:
+def model_part(model: nn.Module, model_config: ModelConfig, read: Callable[..., Tensor], mesh: Mesh) -> Part:
     """Cuts a model's canonical tensors. read: a Reader's, or of weights only."""
-    items = {id(parameter): item for parameter, item in parameters(model, dims)}
+    items = {id(parameter): item for parameter, item in parameters(model, model_config)}
 
     def part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
         chosen = read if kind == WEIGHT else lambda key: read(key, kind)
-        return local_tensor(items[id(parameter)], chosen, dims, mesh.tp, mesh.tp_rank)
+        return local_tensor(items[id(parameter)], chosen, model_config, mesh.tp, mesh.tp_rank)
 
     return part
 
 
-class Learned:
+class SavedOptimizer:
     """The parameters of a fit's checkpoint, whole. steps: Adam's count, None where there are no moments."""
 
-    def __init__(self, found: Found):
-        saved = Saved(found.folder / TAG, operator=True)
+    def __init__(self, found: RunCheckpoint):
+        saved = EngineFiles(found.folder / TAG, operator=True)
         self.folder = found.folder
-        faults = Faults(f"{found.folder} does not hold the fit of its layout", CheckpointError)
+        errors = ErrorCollector(f"{found.folder} does not hold the fit of its layout", CheckpointError)
         held = [
-            (Masters(saved.optims[mp], shapes, where, faults), shapes) for mp, shapes, where in _ranks(saved, faults)
+            (ZeroMasters(saved.optims[mp], shapes, where, errors), shapes)
+            for mp, shapes, where in _ranks(saved, errors)
         ]
-        faults.raise_if_any()
+        errors.raise_if_any()
         # Tensor-parallel ranks of the first stage come first.
         tp = found.layout["tp"]
         self._ranks = [held[rank::tp] for rank in range(tp)]
         counts = {masters.step for masters, _ in held}
         if len(counts) > 1:
-            raise CheckpointError(message(f"{found.folder}", "one count of Adam's steps on all ranks", counts))
+            raise CheckpointError(Problem(f"{found.folder}", "one count of Adam's steps on all ranks", counts))
         self.steps = counts.pop()
 
     def cut_for(self, mesh: Mesh) -> Part:
@@ -134,7 +135,7 @@ class Learned:
             cut = whole.chunk(mesh.tp, dim)[mesh.tp_rank] if dim >= 0 else whole
             expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if cut.shape != expected:
-                raise CheckpointError(message(f"{self.folder}: {name}", f"shape {expected}", tuple(cut.shape)))
+                raise CheckpointError(Problem(f"{self.folder}: {name}", f"shape {expected}", tuple(cut.shape)))
             return cut
 
         return part
@@ -145,10 +146,10 @@ class Learned:
             for shapes in groups:
                 if name in shapes and name in masters and masters.numel(name) == prod(shapes[name]):
                     return masters.tensor(name, kind).reshape(shapes[name])
-        raise CheckpointError(message(f"{self.folder}: {name}", "its numbers in ZeRO's flat tensors", "none, or some"))
+        raise CheckpointError(Problem(f"{self.folder}: {name}", "its numbers in ZeRO's flat tensors", "none, or some"))
 
 
-def _ranks(saved: Saved, faults: Faults) -> Iterator[tuple[int, list, str]]:
+def _ranks(saved: EngineFiles, errors: ErrorCollector) -> Iterator[tuple[int, list, str]]:
     for mp in range(saved.mp):
         where = f"mp_rank_{mp:02d}"
-        yield mp, param_shapes(saved.models[mp], where, faults), where
+        yield mp, param_shapes(saved.models[mp], where, errors), where

@@ -21,9 +21,9 @@ from torch import nn
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.model_record import STATE
 from megatron_ligo.common.atomic_files import read_json, write_json
-from megatron_ligo.common.errors import CheckpointError, Faults, message
-from megatron_ligo.distributed.mesh import agree, gathered
-from megatron_ligo.training.checkpointing.engine_files import ALLOWED, stated, sync, unwritable
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.distributed.mesh import agree, all_gather_objects
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED, size_and_digest, sync, unwritable
 from megatron_ligo.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ NEW, OLD = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
 
 
 @dataclass(frozen=True)
-class Found:
+class RunCheckpoint:
     """A whole checkpoint, its files checked, the state that was saved with it, and the layout that wrote it."""
 
     folder: Path
@@ -60,7 +60,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
     engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={STATE: state}, save_latest=False)
     try:
         agree(engine.files.fault)
-        known = {path: entry for part in gathered(engine.files.written) for path, entry in part.items()}
+        known = {path: entry for part in all_gather_objects(engine.files.written) for path, entry in part.items()}
         record = {"step": step, "state": state, "layout": engine.layout}
         _on_rank_0(aside, lambda: complete(aside, beside, known, record))
     except CheckpointError:
@@ -79,27 +79,27 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def newest(folder: Path) -> Found | None:
+def newest(folder: Path) -> RunCheckpoint | None:
     """The newest whole checkpoint; None where none was ever made. Damaged ones are told, and set aside. Collective.
 
     CheckpointError if there are checkpoints and all are damaged.
     """
     _on_rank_0(folder, lambda: _tidy(folder))
-    faults = Faults(f"{folder} has no checkpoint that is whole", CheckpointError)
+    errors = ErrorCollector(f"{folder} has no checkpoint that is whole", CheckpointError)
     damaged: list[Path] = []
-    for step in reversed(gathered(steps(folder))[0]):
+    for step in reversed(all_gather_objects(steps(folder))[0]):
         place = folder / f"step_{step}"
         record, fault = _examine(place)
-        found = next((error for error in gathered(fault) if error), None)
+        found = next((error for error in all_gather_objects(fault) if error), None)
         if found is None:
             for other in damaged:
                 log.warning("%s: set aside as %s.damaged", other, other.name)
             _on_rank_0(folder, lambda: _set_aside(damaged))
-            return Found(place, step, record["state"], record["layout"])
+            return RunCheckpoint(place, step, record["state"], record["layout"])
         log.warning("%s", found)
-        faults.note(str(found))
+        errors.note(str(found))
         damaged.append(place)
-    faults.raise_if_any()
+    errors.raise_if_any()
     return None
 
 
@@ -111,14 +111,14 @@ def state_of(folder: Path) -> dict:
     try:
         return dict(read_json(path)["state"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(message(f"{path}", "a checkpoint's record", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{path}", "a checkpoint's record", f"{error!r}")) from None
 
 
-def load(engine: Engine, found: Found) -> dict:
+def load(engine: Engine, found: RunCheckpoint) -> dict:
     """Takes up a checkpoint of the engine's own layout; returns its `state`. Collective."""
     path, _ = engine.engine.load_checkpoint(str(found.folder), tag=TAG)
     if path is None:
-        raise CheckpointError(message(f"{found.folder}", "a DeepSpeed checkpoint", "nothing to load"))
+        raise CheckpointError(Problem(f"{found.folder}", "a DeepSpeed checkpoint", "nothing to load"))
     engine.after_update()
     return found.state
 
@@ -137,7 +137,7 @@ def complete(aside: Path, beside: Path | None, known: dict[Path, dict], record: 
         shutil.copytree(beside, aside, dirs_exist_ok=True)
     files = {}
     for path in sorted(path for path in aside.rglob("*") if path.is_file()):
-        files[str(path.relative_to(aside))] = known.get(path) or stated(path)
+        files[str(path.relative_to(aside))] = known.get(path) or size_and_digest(path)
         if path not in known:
             sync(path)
     missing = [str(path) for path in known if not path.is_file()]
@@ -185,11 +185,11 @@ def _examine(place: Path) -> tuple[dict, CheckpointError | None]:
     """A checkpoint's record, and what is wrong with this rank's share of its files."""
     try:
         record = _read_record(place / RECORD)
-        faults = Faults(f"{place} is damaged", CheckpointError)
+        errors = ErrorCollector(f"{place} is damaged", CheckpointError)
         share = sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]
         for name in share:
-            _check_file(place, name, record["files"][name], faults)
-        faults.raise_if_any()
+            _check_file(place, name, record["files"][name], errors)
+        errors.raise_if_any()
     except CheckpointError as error:
         return {}, error
     return record, None
@@ -199,36 +199,36 @@ def _read_record(path: Path) -> dict:
     try:
         record = read_json(path)
         if record["version"] != VERSION:
-            raise CheckpointError(message(f"{path}", f"version {VERSION}", record["version"]))
+            raise CheckpointError(Problem(f"{path}", f"version {VERSION}", record["version"]))
         files = {str(name): (int(entry["size"]), str(entry["digest"])) for name, entry in record["files"].items()}
         layout = {name: int(record["layout"][name]) for name in ("tp", "pp", "dp", "zero")}
         if not files or not isinstance(record["state"], dict) or min(layout.values()) < 1:
             raise KeyError("files, state and layout")
     except OSError as error:
-        raise CheckpointError(message(f"{path}", "the record of a checkpoint", error.strerror)) from None
+        raise CheckpointError(Problem(f"{path}", "the record of a checkpoint", error.strerror)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(message(f"{path}", "the record of a checkpoint", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{path}", "the record of a checkpoint", f"{error!r}")) from None
     return record
 
 
-def _check_file(place: Path, name: str, expected: dict, faults: Faults) -> None:
+def _check_file(place: Path, name: str, expected: dict, errors: ErrorCollector) -> None:
     path = place / name
     if path.exists() and not path.is_file():
         # To read a pipe is to wait.
-        faults.add(f"{path}", "a file", "something else")
+        errors.add(f"{path}", "a file", "something else")
         return
     try:
-        found = stated(path)
+        found = size_and_digest(path)
     except OSError as error:
-        faults.add(f"{path}", f"{expected['size']} bytes", error.strerror)
+        errors.add(f"{path}", f"{expected['size']} bytes", error.strerror)
         return
     if found != expected:
-        faults.add(f"{path}", f"{expected['size']} bytes, digest {expected['digest']}", f"{found}")
+        errors.add(f"{path}", f"{expected['size']} bytes, digest {expected['digest']}", f"{found}")
     elif path.suffix == ".pt":
         try:
             torch_files.load(path, ALLOWED)
         except CheckpointError as error:
-            faults.note(str(error))
+            errors.note(str(error))
 
 
 def _bad_weights(module: nn.Module, step: int) -> CheckpointError | None:
@@ -240,8 +240,8 @@ def _bad_weights(module: nn.Module, step: int) -> CheckpointError | None:
             bad.append(name)
     if not bad:
         return None
-    do = "Nothing is saved; the last checkpoint is as it was."
-    return CheckpointError(message(f"step {step}", "finite weights", f"NaN or Inf in {', '.join(bad[:10])}", do))
+    hint = "Nothing is saved; the last checkpoint is as it was."
+    return CheckpointError(Problem(f"step {step}", "finite weights", f"NaN or Inf in {', '.join(bad[:10])}", hint))
 
 
 def _on_rank_0(place: Path, work: Callable[[], None]) -> None:

@@ -281,8 +281,8 @@ def no_sizes(folder):
 
 @of(mcore)
 def a_million_layers(folder):
-    dims = json.loads((folder / "dims.json").read_text())["dims"]
-    edit_json(folder / "dims.json", dims={**dims, "num_layers": 1_000_000})
+    model_config = json.loads((folder / "dims.json").read_text())["dims"]
+    edit_json(folder / "dims.json", model_config={**model_config, "num_layers": 1_000_000})
     return "num_layers", "1000000"
 
 
@@ -300,8 +300,8 @@ def a_tracker_of_what_is_not_there(folder):
 
 @of(mcore)
 def a_family_that_is_none(folder):
-    dims = json.loads((folder / "dims.json").read_text())["dims"]
-    edit_json(folder / "dims.json", dims={**dims, "model_type": "9" * 500})
+    model_config = json.loads((folder / "dims.json").read_text())["dims"]
+    edit_json(folder / "dims.json", model_config={**model_config, "model_type": "9" * 500})
     return "model_type", "llama"
 
 

@@ -89,7 +89,7 @@ def no_sizes(folder):
 
 @of(universal)
 def sizes_of_no_model(folder):
-    edit_json(folder / "dims.json", dims={"arch": "llama", "hiden_size": 3})
+    edit_json(folder / "dims.json", model_config={"arch": "llama", "hiden_size": 3})
     return "hiden_size", "hidden_size"
 
 

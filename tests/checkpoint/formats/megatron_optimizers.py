@@ -46,8 +46,8 @@ def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sh
     sharding: how its distributed optimizer is saved (None: one that is not distributed).
     """
     multiprocessing.current_process()._config["daemon"] = False
-    source, mesh = formats.open(path), meshes.make(tp, pp)
-    model = gpt(source.dims, mesh, torch.bfloat16 if bf16 else torch.float32)
+    source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
+    model = gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
     fill(model, source, mesh)
     optimizer = adam_of(model, bf16, sharding is not None)
     for part in optimizer.chained_optimizers:
@@ -58,7 +58,7 @@ def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sh
     state = {
         "model": model.sharded_state_dict(metadata=how),
         "iteration": 5,
-        "args": run_arguments(source.dims, tp, pp),
+        "args": run_arguments(source.model_config, tp, pp),
     }
     state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=how)
     dist_checkpointing.save(state, folder)
@@ -66,8 +66,8 @@ def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sh
 
 def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
     """A rank's file with all that Megatron-LM puts into it, after a step of AdamW as above."""
-    source, mesh = formats.open(path), meshes.make(tp, pp)
-    model = gpt(source.dims, mesh, torch.bfloat16 if bf16 else torch.float32)
+    source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
+    model = gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
     fill(model, source, mesh)
     optimizer = adam_of(model, bf16, distributed=False)
     for part in optimizer.chained_optimizers:
@@ -80,7 +80,7 @@ def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
         "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
     }
     state = {
-        "args": run_arguments(source.dims, tp, pp),
+        "args": run_arguments(source.model_config, tp, pp),
         "checkpoint_version": 3.0,
         "iteration": 12,
         "model": model.state_dict_for_save_checkpoint(),
@@ -96,9 +96,11 @@ def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
 def load_by_rank(jobs: list[tuple[str, str, int, int, bool]]) -> None:
     """As `load_with_optimizer`, of each (folder, source, tp, pp, bf16), what Megatron-LM does with a rank's file."""
     for folder, path, tp, pp, bf16 in jobs:
-        source, mesh = formats.open(path), meshes.make(tp, pp)
+        source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
         state = torch.load(rank_file(folder, mesh), weights_only=False)
-        model = gpt(source.dims, mesh, torch.bfloat16 if bf16 else torch.float32, state["args"].padded_vocab_size)
+        model = gpt(
+            source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32, state["args"].padded_vocab_size
+        )
         optimizer = adam_of(model, bf16, distributed=False)
         model.load_state_dict(state["model"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
@@ -110,8 +112,8 @@ def load_with_optimizer(jobs: list[tuple[str, str, int, int, bool, bool]]) -> No
     """Megatron-core's own optimizer loads each (folder, source, tp, pp, bf16, distributed): the source's moments and
     step, and a step of torch's AdamW on them with the source's settings."""
     for folder, path, tp, pp, bf16, distributed in jobs:
-        source, mesh = formats.open(path), meshes.make(tp, pp)
-        model = gpt(source.dims, mesh, torch.bfloat16 if bf16 else torch.float32)
+        source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
+        model = gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
         optimizer = adam_of(model, bf16, distributed)
         if distributed:
             _begin_counting(*optimizer.chained_optimizers)

@@ -18,7 +18,7 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import WEIGHT
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.mcore.attention import FusedAttention
-from megatron_ligo.models.mcore.layer_spec import Build, normalization, transformer_config
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, normalization, transformer_config
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
 from tests.checkpoint.hf_models import same_bits
 from tests.tiny_models import tokens
@@ -26,23 +26,23 @@ from tests.tiny_models import tokens
 PADDED = 48
 
 
-def gpt(dims, mesh, dtype=torch.float32, padded=PADDED):
+def gpt(model_config, mesh, dtype=torch.float32, padded=PADDED):
     """This rank's part of a model of Megatron-core's own local layers; only the attention is one that runs here."""
     # Megatron-core lets tied embeddings of several stages agree on a GPU.
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor
-    config = transformer_config(dims, Build(tp=mesh.tp, dtype=dtype))
+    config = transformer_config(model_config, BuildOptions(tp=mesh.tp, dtype=dtype))
     config.pipeline_model_parallel_size = mesh.pp
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(dims)))
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(model_config)))
     spec.submodules.self_attention.submodules.core_attention = FusedAttention
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=padded,
-        max_sequence_length=dims.max_positions,
+        max_sequence_length=model_config.max_positions,
         parallel_output=False,
-        share_embeddings_and_output_weights=dims.tied,
-        position_embedding_type="rope" if dims.rope_base else "learned_absolute",
-        rotary_base=int(dims.rope_base or 10_000),
+        share_embeddings_and_output_weights=model_config.tied,
+        position_embedding_type="rope" if model_config.rope_base else "learned_absolute",
+        rotary_base=int(model_config.rope_base or 10_000),
         pre_process=mesh.first_stage,
         post_process=mesh.last_stage,
     )
@@ -52,21 +52,21 @@ def gpt(dims, mesh, dtype=torch.float32, padded=PADDED):
 
 def held(model, source, mesh, kind=WEIGHT):
     """Each parameter of this rank with what it, or Adam's tensor for it, must be: (name, parameter, expected)."""
-    dims = source.dims
-    first = tensor_parallel.stage_bounds(dims.num_layers, mesh.pp)[mesh.pp_rank]
-    stored = fused_tensors.stored(source.arch, dims, "mcore")
+    model_config = source.model_config
+    first = tensor_parallel.stage_bounds(model_config.num_layers, mesh.pp)[mesh.pp_rank]
+    stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
     for name, parameter in model.named_parameters():
         if "layers." in name:
             local = int(name.split("layers.")[1].split(".")[0])
             item = stored[name.replace(f"layers.{local}.", f"layers.{local + first}.")]
         else:
-            tied = dims.tied and name == "output_layer.weight"
+            tied = model_config.tied and name == "output_layer.weight"
             item = stored["embedding.word_embeddings.weight" if tied else name]
         parts = [source.read(key, kind) for key in item.keys]
         if item.vocabulary:
             rows = parameter.shape[0] * mesh.tp
             parts = [tensor_parallel.pad_vocab(part, rows) for part in parts]
-        yield name, parameter, item.shard(parts, dims, mesh.tp, mesh.tp_rank)
+        yield name, parameter, item.shard(parts, model_config, mesh.tp, mesh.tp_rank)
 
 
 def fill(model, source, mesh):
@@ -81,11 +81,11 @@ def assert_holds(model, source, mesh):
 
 
 @torch.no_grad()
-def logits(model, dims, mesh):
+def logits(model, model_config, mesh):
     """(b, s, vocab) on every rank, stage after stage."""
-    ids = tokens(dims)
+    ids = tokens(model_config)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    hidden = torch.empty(ids.shape[1], ids.shape[0], dims.hidden_size)
+    hidden = torch.empty(ids.shape[1], ids.shape[0], model_config.hidden_size)
     if not mesh.first_stage:
         dist.recv(hidden, mesh.rank_of(mesh.tp_rank, mesh.pp_rank - 1, mesh.dp_rank))
         model.set_input_tensor(hidden)
@@ -94,23 +94,23 @@ def logits(model, dims, mesh):
         dist.send(out, mesh.rank_of(mesh.tp_rank, mesh.pp_rank + 1, mesh.dp_rank))
         out = torch.empty(*ids.shape, model.vocab_size)
     dist.broadcast(out, mesh.rank_of(0, mesh.pp - 1))
-    return out[..., : dims.vocab_size]
+    return out[..., : model_config.vocab_size]
 
 
 def load_distributed(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
     """Megatron-core's own `load` of each (folder, source, tp, pp): every parameter is right; the logits."""
     found = []
     for folder, path, tp, pp in jobs:
-        source, mesh = formats.open(path), meshes.make(tp, pp)
+        source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
         dtype = source.info("embed").dtype
-        model = gpt(source.dims, mesh, dtype)
+        model = gpt(source.model_config, mesh, dtype)
         for parameter in model.parameters():
             parameter.data.fill_(7.0)
         state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata())}, folder)
-        assert state["args"].num_layers == source.dims.num_layers
+        assert state["args"].num_layers == source.model_config.num_layers
         model.load_state_dict(state["model"], strict=True)
         assert_holds(model, source, mesh)
-        found.append(logits(model, source.dims, mesh) if dtype is torch.float32 else None)
+        found.append(logits(model, source.model_config, mesh) if dtype is torch.float32 else None)
     return found
 
 
@@ -118,14 +118,14 @@ def load_by_rank(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
     """What Megatron-LM does with a rank's file, of each (folder, source, tp, pp)."""
     found = []
     for folder, path, tp, pp in jobs:
-        source, mesh = formats.open(path), meshes.make(tp, pp)
+        source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
         state = torch.load(rank_file(folder, mesh), weights_only=False)
         args, dtype = state["args"], source.info("embed").dtype
         assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (tp, pp)
-        model = gpt(source.dims, mesh, dtype, args.padded_vocab_size)
+        model = gpt(source.model_config, mesh, dtype, args.padded_vocab_size)
         model.load_state_dict(state["model"], strict=True)
         assert_holds(model, source, mesh)
-        found.append(logits(model, source.dims, mesh) if dtype is torch.float32 else None)
+        found.append(logits(model, source.model_config, mesh) if dtype is torch.float32 else None)
     return found
 
 
@@ -143,8 +143,8 @@ def save_distributed(jobs: list[tuple[str, str, int, int, dict]]) -> None:
     # It writes in processes of its own, which those that are ended with their parent may not have.
     multiprocessing.current_process()._config["daemon"] = False
     for folder, path, tp, pp, how in jobs:
-        source, mesh = formats.open(path), meshes.make(tp, pp)
-        model = gpt(source.dims, mesh, source.info("embed").dtype)
+        source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
+        model = gpt(source.model_config, mesh, source.info("embed").dtype)
         fill(model, source, mesh)
         Path(folder).mkdir(parents=True, exist_ok=True)
         dist.barrier()
@@ -152,32 +152,32 @@ def save_distributed(jobs: list[tuple[str, str, int, int, dict]]) -> None:
             "model": model.sharded_state_dict(metadata=metadata(**how)),
             "iteration": 5,
             "checkpoint_version": 3.0,
-            "args": run_arguments(source.dims, tp, pp),
+            "args": run_arguments(source.model_config, tp, pp),
         }
         dist_checkpointing.save(state, folder, content_metadata=how)
 
 
-def run_arguments(dims, tp: int, pp: int) -> argparse.Namespace:
+def run_arguments(model_config, tp: int, pp: int) -> argparse.Namespace:
     """The arguments of a run of Megatron-LM's, with what it keeps besides numbers and strings."""
     return argparse.Namespace(
-        num_layers=dims.num_layers,
-        hidden_size=dims.hidden_size,
-        ffn_hidden_size=dims.ffn_size,
-        num_attention_heads=dims.num_heads,
+        num_layers=model_config.num_layers,
+        hidden_size=model_config.hidden_size,
+        ffn_hidden_size=model_config.ffn_size,
+        num_attention_heads=model_config.num_heads,
         group_query_attention=True,
-        num_query_groups=dims.num_kv_heads,
-        kv_channels=dims.head_dim,
-        vocab_size=dims.vocab_size,
+        num_query_groups=model_config.num_kv_heads,
+        kv_channels=model_config.head_dim,
+        vocab_size=model_config.vocab_size,
         padded_vocab_size=PADDED,
-        max_position_embeddings=dims.max_positions,
-        norm_epsilon=dims.norm_eps,
-        untie_embeddings_and_output_weights=not dims.tied,
-        add_qkv_bias=dims.qkv_bias,
+        max_position_embeddings=model_config.max_positions,
+        norm_epsilon=model_config.norm_eps,
+        untie_embeddings_and_output_weights=not model_config.tied,
+        add_qkv_bias=model_config.qkv_bias,
         add_bias_linear=False,
         swiglu=True,
         normalization="RMSNorm",
         position_embedding_type="rope",
-        rotary_base=int(dims.rope_base),
+        rotary_base=int(model_config.rope_base),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         params_dtype=torch.bfloat16,

@@ -55,7 +55,7 @@ def test_a_config_of_transformers_gives_the_sizes(tmp_path):
     with pytest.raises(CheckpointError, match=r"dims.json or config.json"):
         formats.open(tmp_path / "b", "deepspeed")
     (folder / "config.json").rename(tmp_path / "b" / "config.json")
-    assert formats.open(tmp_path / "b").dims.model_type == "llama"
+    assert formats.open(tmp_path / "b").model_config.model_type == "llama"
 
 
 def test_layouts_that_cannot_be(tmp_path):
@@ -100,7 +100,7 @@ def test_no_deepspeed_is_needed(engine, tmp_path):
     code = f"""
 import sys
 sys.modules["deepspeed"] = sys.modules["megatron"] = None
-from megatron_ligo import formats
+from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 convert(formats.open({str(folder)!r}), {str(tmp_path / "c")!r}, "hf")
 """

@@ -37,8 +37,15 @@ def test_what_fairscale_layers_save(tmp_path, pools, cut, params, context):
     folder.mkdir()
     expected = torch.tensor(pools(2).run(fairscale_model.save, folder=str(folder), cut=cut, params=params))
     reader = formats.open(folder)
-    assert (reader.layout, reader.dims.vocab_size, reader.dims.max_positions) == ({"tp": 2}, 38, context)
-    assert (reader.dims.ffn_size, reader.dims.rope_base) == ({4: 168, 6: 128}[params["n_heads"]], reader.dims.rope_base)
+    assert (reader.layout, reader.model_config.vocab_size, reader.model_config.max_positions) == (
+        {"tp": 2},
+        38,
+        context,
+    )
+    assert (reader.model_config.ffn_size, reader.model_config.rope_base) == (
+        {4: 168, 6: 128}[params["n_heads"]],
+        reader.model_config.rope_base,
+    )
     convert(reader, tmp_path / "hf", "hf")
     ids = hf_models.tokens(fairscale_model.VOCABULARY)
     torch.testing.assert_close(logits(tmp_path / "hf", ids), expected, atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.common.errors import CheckpointError, LigoError
 from megatron_ligo.sharding import tensor_parallel
-from megatron_ligo.sharding.fused_tensors import stored
+from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.checkpoint import hf_models
 
 TEXTS = [
@@ -51,9 +51,19 @@ def test_real_tensors_and_logits_are_those_of_transformers(real):
 
 
 def test_real_sizes(real):
-    dims = formats.open(real[0]).dims
-    assert (dims.num_layers, dims.hidden_size, dims.num_heads, dims.num_kv_heads) == (30, 576, 9, 3)
-    assert (dims.vocab_size, dims.tied, dims.rope_base, dims.norm_eps) == (49152, True, 100000.0, 1e-5)
+    model_config = formats.open(real[0]).model_config
+    assert (model_config.num_layers, model_config.hidden_size, model_config.num_heads, model_config.num_kv_heads) == (
+        30,
+        576,
+        9,
+        3,
+    )
+    assert (model_config.vocab_size, model_config.tied, model_config.rope_base, model_config.norm_eps) == (
+        49152,
+        True,
+        100000.0,
+        1e-5,
+    )
 
 
 def test_real_tokenizer_gives_the_same_ids(real):
@@ -84,7 +94,7 @@ def write_gguf(path: Path, model, kind: Kind, family: str = "llama", factors=Non
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    scaling = (source := formats.open(model.name_or_path)).dims.rope_scaling or {}
+    scaling = (source := formats.open(model.name_or_path)).model_config.rope_scaling or {}
     if scaling.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
@@ -93,8 +103,8 @@ def write_gguf(path: Path, model, kind: Kind, family: str = "llama", factors=Non
     for name, value in changes.items():
         writer.add_uint32(f"{family}.{name}", value)
     state = model.state_dict()
-    names = {item.keys[0]: name for name, item in stored(source.arch, source.dims, "gguf").items()}
-    for hf, item in stored(source.arch, source.dims, "hf").items():
+    names = {item.keys[0]: name for name, item in stored_tensors(source.arch, source.model_config, "gguf").items()}
+    for hf, item in stored_tensors(source.arch, source.model_config, "hf").items():
         tensor, slot = state[hf], item.rows[0].slots["gguf"]
         if slot.interleaved and family == "llama":
             tensor = tensor_parallel.interleave(tensor, config.head_dim)
@@ -122,12 +132,12 @@ def test_each_type_of_tensor(tmp_path, kind, tied):
     reader = formats.open(tmp_path)
     dtypes = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
     assert reader.info("layers.0.q").dtype == dtypes.get(kind, torch.float32)
-    assert reader.dims == formats.open(tmp_path / "hf").dims
+    assert reader.model_config == formats.open(tmp_path / "hf").model_config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     expected = theirs.state_dict()
-    for name, item in stored(reader.arch, reader.dims, "hf").items():
+    for name, item in stored_tensors(reader.arch, reader.model_config, "hf").items():
         found = reader.read(item.keys[0])
         assert found.dtype == reader.info(item.keys[0]).dtype
         assert torch.equal(found.float(), expected[name]), name

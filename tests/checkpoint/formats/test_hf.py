@@ -16,7 +16,7 @@ from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import WriteOptions
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import initial_operator
 from tests.checkpoint import hf_models
 from tests.tiny_models import hf_llama, llama_dims, memory_of
@@ -41,8 +41,8 @@ def test_there_and_back(tmp_path, model_type, tied, dtype):
     model, folder = hf_models.saved(tmp_path / "a", model_type, tied=tied, dtype=dtype)
     source = formats.open(folder)
     state = model.state_dict()
-    assert source.dims.tied == tied
-    assert source.dims.qkv_bias == (model_type == "qwen2")
+    assert source.model_config.tied == tied
+    assert source.model_config.qkv_bias == (model_type == "qwen2")
     assert hf_models.same_bits(source.read("layers.1.k"), state["model.layers.1.self_attn.k_proj.weight"])
     written = rewrite(source, tmp_path / "b", shard_bytes=9000)
     assert len(list(written.glob("model-*.safetensors"))) > 2
@@ -70,13 +70,13 @@ def test_rope_survives_in_both_forms_of_the_config(tmp_path, kind):
     rope = {"rope_type": kind, **SCALED[kind]} if kind else None
     model, folder = hf_models.saved(tmp_path / "a", "llama", rope_scaling=rope)
     source = formats.open(folder)
-    assert source.dims.rope_base == 5000.0
-    assert (source.dims.rope_scaling or {}).get("rope_type") == kind
+    assert source.model_config.rope_base == 5000.0
+    assert (source.model_config.rope_scaling or {}).get("rope_type") == kind
     written = json.loads((rewrite(source, tmp_path / "b") / "config.json").read_text())
     old = {key: value for key, value in written.items() if key != "rope_parameters"}
     new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
     for number, config in enumerate((written, old, new)):
-        assert config_json.dims_of(config, "config") == source.dims
+        assert config_json.dims_of(config, "config") == source.model_config
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "config.json").write_text(json.dumps(config))
         read = AutoConfig.from_pretrained(tmp_path / f"{number}")
@@ -89,11 +89,11 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
     )
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    full = formats.open(folder).dims
+    full = formats.open(folder).model_config
     for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
         del config[name]
     path.write_text(json.dumps(config))
-    assert formats.open(folder).dims == full
+    assert formats.open(folder).model_config == full
 
 
 def test_token_ids_and_files_are_carried(tmp_path):
@@ -170,12 +170,12 @@ def test_what_transformers_would_refuse_is_told(tmp_path, caplog, model_type, he
     """It is written all the same: other readers take it."""
     small = llama_dims(model_type=model_type, qkv_bias=model_type == "qwen2", num_kv_heads=2)
     large = LargeSection(hidden_size=32, num_heads=heads)
-    source = Grown(initial_operator(small, large, OperatorSection()), memory_of(hf_llama(small), small))
+    source = GrownReader(initial_operator(small, large, OperatorSection()), memory_of(hf_llama(small), small))
     convert(source, tmp_path / "out", "hf")
     warned = [entry.getMessage() for entry in caplog.records if "hf: num_heads" in entry.getMessage()]
     expected = "expected a divisor of hidden_size = 32 (transformers loads no other llama), found 6. Choose num_heads"
     assert len(warned) == told and all(expected in line for line in warned)
-    assert formats.open(tmp_path / "out").dims == source.dims
+    assert formats.open(tmp_path / "out").model_config == source.model_config
     if told:
         with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")

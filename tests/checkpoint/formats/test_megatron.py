@@ -38,7 +38,7 @@ def sources(tmp_path_factory):
 
 def expected_logits(folder):
     reader = formats.open(folder)
-    return verify.logits(reader, tokens(reader.dims))
+    return verify.logits(reader, tokens(reader.model_config))
 
 
 def assert_same_weights(reader, source) -> None:
@@ -107,7 +107,7 @@ def test_what_megatron_core_saves_is_read(pools, sources, tmp_path):
     for name, (of, *_) in cases.items():
         reader, source = formats.open(tmp_path / name), formats.open(sources[of])
         assert (reader.format, reader.step, reader.unread) == ("mcore", 5, ())
-        assert reader.dims == source.dims
+        assert reader.model_config == source.model_config
         assert reader.layout == {"padded_vocab": megatron_ranks.PADDED}
         assert_same_weights(reader, source)
         convert(reader, tmp_path / "back" / name, "hf")
@@ -181,7 +181,7 @@ def test_what_each_rank_saves_is_read(pools, sources, tmp_path, of, tp, pp):
     reader, source = formats.open(tmp_path / "run"), formats.open(sources[of])
     assert (reader.format, reader.has_moments, reader.step, reader.unread) == ("megatron", True, 1, ())
     assert reader.layout == {"tp": tp, "pp": pp, "padded_vocab": megatron_ranks.PADDED}
-    assert reader.dims == source.dims
+    assert reader.model_config == source.model_config
     assert_stepped(reader, source, weights=True)
     made = convert(reader, tmp_path / "back", "mcore")
     assert (made.left_behind, made.step) == ([], 1)
@@ -215,7 +215,7 @@ def test_there_and_back(sources, tmp_path, of):
         reader = formats.open(tmp_path / f"{number}")
         if to == "universal":
             # It stores fp32 only.
-            assert reader.dims == source.dims
+            assert reader.model_config == source.model_config
             reader = formats.open(tmp_path / f"{number - 1}")
         hf_models.assert_same(reader, source)
     assert verify.check_manifest(formats.open(tmp_path / "2")).same

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.advise import advice, advise, spec_of
 from megatron_ligo.experiments.compare.arm_plan import Plan
 from megatron_ligo.experiments.compare.comparison_config import Arm
@@ -24,10 +24,10 @@ def advised(folder: Path, losses: dict[str, float | None], fit: bool = False) ->
     def end(name: str) -> float | None:
         return losses[max((part for part in losses if name.startswith(f"{part}/")), key=len)]
 
-    config: Config = made_spec(folder).config
+    config: RunConfig = made_spec(folder).config
     spec = spec_of(config, [Arm(name, config) for name in METHODS], (1e-3,), lag=100)
     plan: Plan = MadeUp(folder, end).plan(spec)
-    small: Dims = sizes(Path(config.small.path))
+    small: ModelConfig = sizes(Path(config.small.path))
     return advice(plan, small, {}, fit)
 
 

@@ -8,9 +8,9 @@ import pytest
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.config.run_config import Config
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.advise import FINALISTS, advise
-from megatron_ligo.training.initial_weights import fresh_dims
+from megatron_ligo.training.initial_weights import fresh_config
 from tests.tiny_models import hf_llama
 from tests.training.test_pretrain import DIMS, SEQ, make_pair
 
@@ -18,21 +18,21 @@ BATCH, LAG = 4, 10
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Config:
+def config(tmp_path_factory) -> RunConfig:
     folder: Path = tmp_path_factory.mktemp("advise")
     for seed, name in enumerate(("train", "valid")):
         make_pair(folder / name, seed)
     hf_llama(DIMS).save_pretrained(folder / "hf")
-    table = Config().to_dict()
+    table = RunConfig().to_dict()
     table["small"]["path"] = str(folder / "hf")
     table["large"] |= {"num_layers": 8, "num_heads": 16, "num_kv_heads": 4}
     table["pretrain"] |= {"global_batch_size": BATCH, "micro_batch_size": BATCH, "eval_samples": BATCH}
     table["data"] |= {"train": [str(folder / "train")], "valid": [str(folder / "valid")], "seq_length": SEQ}
-    return Config.from_dict(table)
+    return RunConfig.from_dict(table)
 
 
 def test_ranked_within_the_budget(config, tmp_path):
-    step = train_flops(fresh_dims(config), BATCH * SEQ, SEQ)
+    step = train_flops(fresh_config(config), BATCH * SEQ, SEQ)
     budget = 6.5 * LAG * step  # scratch and two methods, two rates each
     methods = ["lossless", "stack", "lemon"]  # a pad has no room where heads change their ratio
     with pytest.raises(ConfigError, match="probes of 10 steps"):
@@ -53,7 +53,7 @@ def test_ranked_within_the_budget(config, tmp_path):
 
 def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
     """At the same FLOPs as its start, the fit's among them; one that costs more than a probe is named."""
-    step = train_flops(fresh_dims(config), BATCH * SEQ, SEQ)
+    step = train_flops(fresh_config(config), BATCH * SEQ, SEQ)
     probes = 2 + 3 * FINALISTS  # scratch and a method at one rate, and the finalists' further ones
     short = replace(
         config, fit=replace(config.fit, steps=2, global_batch_size=BATCH, micro_batch_size=BATCH, eval_samples=4)

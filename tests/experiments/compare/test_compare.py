@@ -185,7 +185,7 @@ def test_an_arm_is_a_table_with_a_name_for_a_folder(base, tmp_path):
 
 
 def test_a_step_s_flops_are_the_large_model_s(base, results):
-    from megatron_ligo.arch.model_config import Dims
+    from megatron_ligo.arch.model_config import ModelConfig
 
-    large = Dims.from_json(results["large"])
+    large = ModelConfig.from_json(results["large"])
     assert results["unit_flops"] == STEPS * train_flops(large, BATCH * SEQ, SEQ)

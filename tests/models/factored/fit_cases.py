@@ -9,15 +9,15 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import ParallelSection, TrainingSection
 from megatron_ligo.distributed import mesh as meshes
-from megatron_ligo.export.grown_reader import Grown
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.models.factored import context, map_parameters, small_weights
-from megatron_ligo.models.factored.context import Runtime
-from megatron_ligo.models.factored.factored_model import GrownModel, GrownPipeline
-from megatron_ligo.models.factored.small_weights import Source
-from megatron_ligo.training.checkpointing.gather_operator import collect
+from megatron_ligo.models.factored.context import FactoredContext
+from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
+from megatron_ligo.models.factored.small_weights import SmallWeights
+from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine
 from tests import image_models
 from tests.growth import official_ligo
@@ -31,7 +31,7 @@ BATCH, LENGTH, STEPS = 8, 12, 6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def small_dims(changes: dict) -> Dims:
+def small_dims(changes: dict) -> ModelConfig:
     """A small Llama, or a small model of the family that the changes name."""
     if changes.get("arch", "llama") == "llama":
         return llama_dims(**{**SMALL, **changes})
@@ -40,11 +40,14 @@ def small_dims(changes: dict) -> Dims:
     return dims_of(changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}})
 
 
-def batches(dims, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    if dims.image_size is not None:
+def batches(model_config, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if model_config.image_size is not None:
         seeds = range(100, 100 + steps)
-        return [(image_models.pictures(dims, BATCH, seed), image_models.labels(dims, BATCH, seed)) for seed in seeds]
-    drawn = [tokens(dims, BATCH, LENGTH + 1, seed=100 + step) for step in range(steps)]
+        return [
+            (image_models.pictures(model_config, BATCH, seed), image_models.labels(model_config, BATCH, seed))
+            for seed in seeds
+        ]
+    drawn = [tokens(model_config, BATCH, LENGTH + 1, seed=100 + step) for step in range(steps)]
     return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in drawn]
 
 
@@ -110,7 +113,7 @@ def fit(
 ):
     """(losses, norms, operator, grown weights, loss in fp32 afterwards) of some steps at a layout, on rank 0."""
     small = small_dims(small or {})
-    mesh = meshes.make(tp, pp)
+    mesh = meshes.build_mesh(tp, pp)
     operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
     source_reader = memory_of(model_of(small), small)
     run = TrainingSection(
@@ -122,9 +125,9 @@ def fit(
         micro_batch_size=micro_size,
         parallel=ParallelSection(tp=tp, pp=pp, zero=zero, ds_config=ds_config, sequence_parallel=sequence_parallel),
     )
-    shared = Runtime(
+    shared = FactoredContext(
         operator,
-        Source(operator, source_reader, mesh, zero, whole_source),
+        SmallWeights(operator, source_reader, mesh, zero, whole_source),
         mesh,
         DTYPES[precision],
         micro_batches=1 if zero == 3 else BATCH // (mesh.dp * micro_size),
@@ -140,7 +143,7 @@ def fit(
 
 def _run(shared, run, micro_size, source_reader, sabotage):
     mesh, operator = shared.mesh, shared.operator
-    module = GrownPipeline(shared) if mesh.pp > 1 else GrownModel(shared)
+    module = FactoredPipeline(shared) if mesh.pp > 1 else FactoredModel(shared)
     if sabotage == "hook_on_grad":
         for parameter in module.shared_maps().parameters():
             if not hasattr(parameter, "tensor_model_parallel"):
@@ -159,7 +162,7 @@ def _run(shared, run, micro_size, source_reader, sabotage):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
         losses.append(loss)
         norms.append(norm)
-    values = collect(module, shared)
+    values = gather_operator(module, shared)
     shared.dtype = torch.float32
     afterwards = engine.evaluate(micro(batches(operator.large)[0], mesh, micro_size))
     engine.engine.destroy()
@@ -174,23 +177,23 @@ def official_numbers(path: str, head_dim: int, tp=1, pp=1, sequence_parallel=Fal
     case = official_ligo.load(Path(path), head_dim)
     tensors = {name: tensor.float() for name, tensor in case.operator.tensors.items()}
     operator = official_ligo.Given(case.operator.small, case.operator.large, case.operator.settings, tensors)
-    mesh = meshes.make(tp, pp)
+    mesh = meshes.build_mesh(tp, pp)
     size = len(case.ids)
     run = TrainingSection(
         global_batch_size=size * mesh.dp,
         micro_batch_size=size,
         parallel=ParallelSection(tp=tp, pp=pp, sequence_parallel=sequence_parallel),
     )
-    shared = Runtime(
-        operator, Source(operator, case.source, mesh, 1), mesh, torch.float32, sequence_parallel=sequence_parallel
+    shared = FactoredContext(
+        operator, SmallWeights(operator, case.source, mesh, 1), mesh, torch.float32, sequence_parallel=sequence_parallel
     )
-    module = GrownPipeline(shared) if pp > 1 else GrownModel(shared)
+    module = FactoredPipeline(shared) if pp > 1 else FactoredModel(shared)
     engine = Engine(module, mesh, run, [{"params": list(module.parameters()), "weight_decay": 0.0}])
     mask = torch.ones(case.ids.shape)
     loss = engine.evaluate([{"tokens": case.ids, "labels": case.ids.roll(1, dims=1), "loss_mask": mask}])
-    values = collect(module, shared)
+    values = gather_operator(module, shared)
     engine.engine.destroy()
     if not values:
         return None
-    grown = Grown(official_ligo.Given(operator.small, operator.large, operator.settings, values), case.source)
+    grown = GrownReader(official_ligo.Given(operator.small, operator.large, operator.settings, values), case.source)
     return loss, {key: grown.read(key) for key in grown.keys()}  # noqa: SIM118

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import Use, layer_of, pattern_of
+from megatron_ligo.arch.spec import Use, key_pattern, layer_index
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.growth import random_init
-from megatron_ligo.growth.operator import Operator, short
+from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.validation import initial_operator
-from megatron_ligo.growth.width_maps import grow_row
+from megatron_ligo.growth.width_maps import grow_tensor
 from tests import layer_norm_models
 from tests.layer_norm_models import memory_of
 
@@ -26,19 +26,19 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
     """Every grown weight, differentiable in `values` (the operator's tensors), by canonical key."""
     grown = {}
     for key in operator.arch.keys(operator.large):
-        row, layer = operator.arch.row(key), layer_of(key)
+        row, layer = operator.arch.row(key), layer_index(key)
         if layer is None:
             mixed = operator.with_new_rows(key, source.read(key))
         else:
-            stack = torch.stack([source.read(pattern_of(key).format(i)) for i in range(operator.small.num_layers)])
-            mixed = torch.tensordot(values[f"depth.{short(row)}"][layer], stack, dims=1)
-        if row.axes[0].use is Use.SCALES:
+            stack = torch.stack([source.read(key_pattern(key).format(i)) for i in range(operator.small.num_layers)])
+            mixed = torch.tensordot(values[f"depth.{short_key(row)}"][layer], stack, dims=1)
+        if row.axes[0].use is Use.GAIN:
             grown[key] = _gain(operator, values, row, mixed)
         else:
-            rms = random_init.root_mean_square(source.read(random_init.beside(operator, key)))
-            joined = random_init.writers(operator, key, rms)
+            rms = random_init.root_mean_square(source.read(random_init.scale_reference(operator, key)))
+            joined = random_init.added_rows(operator, key, rms)
             matrix = _matrix(operator, values, layer)
-            grown[key] = grow_row(row, mixed, matrix, operator.frame, joined)
+            grown[key] = grow_tensor(row, mixed, matrix, operator.frame, joined)
             if row.feeds_head and operator.large.tied and operator.copied_gains:
                 # A norm's bias before a tied head: its copies come back as one.
                 grown[key] = grown[key] * values["gain.final"] / values["gain.layers"]
@@ -65,7 +65,7 @@ def _gain(operator, values, row, mixed):
 
 def _matrix(operator, values, layer):
     def of(lift, use):
-        if use is Use.READS and operator.has_contract(lift.map):
+        if use is Use.INPUT and operator.has_contract(lift.map):
             return values[operator.width_name(lift.map, "contract", layer)].t()
         return _expand(operator, values, lift.map, layer)
 

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 
-from megatron_ligo.arch.spec import pattern_of
+from megatron_ligo.arch.spec import key_pattern
 from tests.models.factored import fit_cases, fit_reference
 
 OPTIMIZERS = {"adamw": (1e-3, 0.05), "sgd": (0.5, 1.0)}
@@ -43,7 +43,7 @@ def worst(found: dict, wanted: dict) -> float:
     rows: dict[str, list[str]] = {}
     for name, tensor in wanted.items():
         if tensor.is_floating_point():
-            rows.setdefault(pattern_of(name), []).append(name)
+            rows.setdefault(key_pattern(name), []).append(name)
     return max(
         max(float((found[n] - wanted[n]).abs().max()) for n in names) / max(float(wanted[n].abs().max()) for n in names)
         for names in rows.values()

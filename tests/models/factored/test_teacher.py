@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ligo.distributed import mesh as meshes
-from megatron_ligo.models.factored.context import Runtime
-from megatron_ligo.models.factored.factored_model import GrownModel
-from megatron_ligo.models.factored.small_weights import Source
+from megatron_ligo.models.factored.context import FactoredContext
+from megatron_ligo.models.factored.factored_model import FactoredModel
+from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
 from tests.models.factored.fit_reference import make_operator
 from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
@@ -20,9 +20,11 @@ def taught(tp: int) -> dict[str, float]:
     """The blended loss, the loss of an evaluation, and the norm of the residual map's gradient."""
     small = llama_dims(num_heads=4, num_kv_heads=2)
     operator = make_operator(small, LARGE, {"method": "noisy_stack"})
-    mesh, reader = meshes.make(tp, 1), memory_of(hf_llama(small), small)
+    mesh, reader = meshes.build_mesh(tp, 1), memory_of(hf_llama(small), small)
     teacher = Teacher(reader, mesh, torch.float32, WEIGHT, sequence_parallel=False)
-    model = GrownModel(Runtime(operator, Source(operator, reader, mesh, 1), mesh, torch.float32, teacher=teacher))
+    model = FactoredModel(
+        FactoredContext(operator, SmallWeights(operator, reader, mesh, 1), mesh, torch.float32, teacher=teacher)
+    )
     ids = tokens(small, batch=2, length=12)
     labels, mask = ids.roll(-1, dims=1), torch.ones(ids.shape)
     mask[0, :5] = 0
@@ -40,7 +42,7 @@ def taught(tp: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def expected(model: GrownModel, reader, ids, loss, mask) -> float:
+def expected(model: FactoredModel, reader, ids, loss, mask) -> float:
     student = model.logits(ids).transpose(0, 1).log_softmax(-1)
     wanted = hf_from(reader)(ids).logits.log_softmax(-1)
     per_token = F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)

@@ -10,14 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.config.run_config import ParallelSection, PretrainSection
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.full import parameters, universal_loading
-from megatron_ligo.models.full.factory import pretrained
-from megatron_ligo.models.mcore.layer_spec import Build
+from megatron_ligo.models.full.factory import build_model
+from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import parameter_groups
 from tests.models.full.pretrain_cases import BATCH, CLIP, DECAY, LR, micro
@@ -29,17 +29,17 @@ BEFORE, AFTER = 2, 3
 class Job:
     """A model in an engine at a layout: {tp, pp, zero}."""
 
-    def __init__(self, dims: Dims, layout: dict, bf16: bool = False, seed: int = 7, source=None):
-        self.dims, self.size = dims, 2
-        self.mesh = meshes.make(layout.get("tp", 1), layout.get("pp", 1))
-        build = Build(torch.bfloat16 if bf16 else torch.float32, self.mesh.tp)
+    def __init__(self, model_config: ModelConfig, layout: dict, bf16: bool = False, seed: int = 7, source=None):
+        self.model_config, self.size = model_config, 2
+        self.mesh = meshes.build_mesh(layout.get("tp", 1), layout.get("pp", 1))
+        build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, self.mesh.tp)
         torch.manual_seed(seed)
-        model = pretrained(dims, build, self.mesh)
+        model = build_model(model_config, build, self.mesh)
         zero = layout.get("zero", 1)
         if source is None:
-            parameters.fill(model, dims, self.mesh, parameters.initial(dims, seed))
+            parameters.fill(model, model_config, self.mesh, parameters.initial_weights(model_config, seed))
         elif zero == 3:
-            universal_loading.prepare_for_universal(model, dims, self.mesh.tp_group)
+            universal_loading.prepare_for_universal(model, model_config, self.mesh.tp_group)
         run = PretrainSection(
             global_batch_size=BATCH,
             micro_batch_size=self.size,
@@ -53,10 +53,10 @@ class Job:
 
     def losses(self, first: int, count: int) -> list[float]:
         steps = range(first, first + count)
-        return [self.engine.train_step(micro(self.dims, step, self.mesh, self.size))[0] for step in steps]
+        return [self.engine.train_step(micro(self.model_config, step, self.mesh, self.size))[0] for step in steps]
 
     def evaluate(self) -> float:
-        return self.engine.evaluate(micro(self.dims, 0, self.mesh, self.size))
+        return self.engine.evaluate(micro(self.model_config, 0, self.mesh, self.size))
 
     def end(self) -> None:
         self.engine.engine.destroy()
@@ -68,33 +68,33 @@ def on_first(work) -> None:
     dist.barrier()
 
 
-def saved_and_resumed(folder: str, dims: Dims, layouts: list[dict], bf16: bool = False) -> dict:
+def saved_and_resumed(folder: str, model_config: ModelConfig, layouts: list[dict], bf16: bool = False) -> dict:
     """An engine's losses after it has saved FOLDER/engine; and those of engines at each layout that take them up from
     FOLDER/universal, converted."""
     base = Path(folder)
-    job = Job(dims, layouts[0], bf16)
+    job = Job(model_config, layouts[0], bf16)
     job.losses(0, BEFORE)
     job.engine.engine.save_checkpoint(str(base / "engine"), tag="state")
     undisturbed = job.losses(BEFORE, AFTER)
     job.end()
 
     def converted() -> None:
-        model_record.keep(base / "sizes", dims, {}, ())
+        model_record.write_folder(base / "sizes", model_config, {}, ())
         (base / "sizes" / model_record.RECORD).rename(base / "engine" / model_record.RECORD)
         convert(formats.open(base / "engine"), base / "universal", "universal")
 
     on_first(converted)
     resumed = []
     for layout in layouts:
-        job = Job(dims, layout, bf16, source=formats.open(base / "universal"))
+        job = Job(model_config, layout, bf16, source=formats.open(base / "universal"))
         resumed.append(job.losses(BEFORE, AFTER))
         job.end()
     return {"undisturbed": undisturbed, "resumed": resumed}
 
 
-def module_only(folder: str, dims: Dims, layout: dict, bf16: bool = False) -> list[float]:
+def module_only(folder: str, model_config: ModelConfig, layout: dict, bf16: bool = False) -> list[float]:
     """An engine of other weights loads FOLDER by itself: its loss, and the losses of its next steps."""
-    job = Job(dims, layout, bf16, seed=11)
+    job = Job(model_config, layout, bf16, seed=11)
     before = job.evaluate()
     path, _ = job.engine.engine.load_checkpoint(folder, load_module_only=True)
     assert path is not None
@@ -104,9 +104,9 @@ def module_only(folder: str, dims: Dims, layout: dict, bf16: bool = False) -> li
     return found
 
 
-def transformers_model(folder: str, dims: Dims, zero: int) -> None:
+def transformers_model(folder: str, model_config: ModelConfig, zero: int) -> None:
     """A model of transformers in a plain engine saves FOLDER; truth.pt in it is what the engine gives out."""
-    model = hf_llama(dims)
+    model = hf_llama(model_config)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
@@ -114,7 +114,7 @@ def transformers_model(folder: str, dims: Dims, zero: int) -> None:
     }
     model.config.save_pretrained(folder)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    ids = tokens(dims)
+    ids = tokens(model_config)
     for _ in range(BEFORE):
         engine.backward(F.cross_entropy(engine(ids).logits.flatten(0, 1), ids.flatten()))
         engine.step()

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common.errors import LigoError
 from megatron_ligo.config.run_config import ParallelSection, PretrainSection
 from megatron_ligo.distributed import mesh as meshes
-from megatron_ligo.distributed.mesh import Mpu
+from megatron_ligo.distributed.mesh import DeepSpeedMpu
 from megatron_ligo.models.full import parameters, universal_loading
-from megatron_ligo.models.full.factory import pretrained
+from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.loss import language_model_loss
-from megatron_ligo.models.mcore.layer_spec import Build, layer_spec, transformer_config
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, layer_spec, transformer_config
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import parameter_groups
 from tests import image_models
@@ -32,7 +32,7 @@ LR = {"adamw": 1e-2, "sgd": 0.5}
 CLIP, DECAY = 0.05, 0.1
 
 
-def sizes(tied: bool, family: str = "llama") -> Dims:
+def sizes(tied: bool, family: str = "llama") -> ModelConfig:
     if family in ("vit", "deit"):
         # Labels are padded at tp 2; tokens are not: 10 and 6 of them.
         side = {"vit": 10, "deit": 7}[family]
@@ -54,21 +54,23 @@ def decay_of(optimizer: str, family: str) -> float:
     return DECAY if optimizer == "adamw" and family not in ("vit", "deit") else 0.0
 
 
-def ids_of(dims, step: int) -> torch.Tensor:
-    return tokens(dims, BATCH, LENGTH + 1, seed=100 + step)
+def ids_of(model_config, step: int) -> torch.Tensor:
+    return tokens(model_config, BATCH, LENGTH + 1, seed=100 + step)
 
 
-def seen_and_told(dims, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def seen_and_told(model_config, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What a step's samples show (tokens, images), and their labels."""
-    if dims.image_size is None:
-        ids = ids_of(dims, step)
+    if model_config.image_size is None:
+        ids = ids_of(model_config, step)
         return ids[:, :-1], ids[:, 1:].contiguous()
-    return image_models.pictures(dims, BATCH, seed=100 + step), image_models.labels(dims, BATCH, seed=100 + step)
+    return image_models.pictures(model_config, BATCH, seed=100 + step), image_models.labels(
+        model_config, BATCH, seed=100 + step
+    )
 
 
-def micro(dims, step: int, mesh, size: int) -> list[dict]:
+def micro(model_config, step: int, mesh, size: int) -> list[dict]:
     """This rank's micro-batches of a step."""
-    seen, told = seen_and_told(dims, step)
+    seen, told = seen_and_told(model_config, step)
     starts = range(mesh.dp_rank * size, BATCH, size * mesh.dp)
     mask = torch.ones(size, told.shape[1])
     rows = [slice(start, start + size) for start in starts]
@@ -77,8 +79,8 @@ def micro(dims, step: int, mesh, size: int) -> list[dict]:
 
 def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of transformers' model under PyTorch's own optimizer, in one process."""
-    dims = sizes(tied, family)
-    model = model_of(dims)
+    model_config = sizes(tied, family)
+    model = model_of(model_config)
     decay = decay_of(optimizer, family)
     if optimizer == "sgd":
         stepper = torch.optim.SGD(model.parameters(), lr=LR["sgd"])
@@ -86,7 +88,7 @@ def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> li
         stepper = torch.optim.AdamW(parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
     found = []
     for step in range(STEPS):
-        seen, told = seen_and_told(dims, step)
+        seen, told = seen_and_told(model_config, step)
         loss = F.cross_entropy(model(seen).logits.flatten(0, -2), told.flatten())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -111,14 +113,14 @@ def train(
     family="llama",
 ) -> dict:
     """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
-    dims = sizes(tied, family)
-    mesh = meshes.make(tp, pp)
-    build = Build(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel)
-    model = pretrained(dims, build, mesh, recompute)
+    model_config = sizes(tied, family)
+    mesh = meshes.build_mesh(tp, pp)
+    build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel)
+    model = build_model(model_config, build, mesh, recompute)
     if folder is None:
-        parameters.fill(model, dims, mesh, parameters.initial(dims, seed))
-    elif universal_loading.must_prepare(dims, zero):
-        universal_loading.prepare_for_universal(model, dims, mesh.tp_group)
+        parameters.fill(model, model_config, mesh, parameters.initial_weights(model_config, seed))
+    elif universal_loading.must_prepare(model_config, zero):
+        universal_loading.prepare_for_universal(model, model_config, mesh.tp_group)
     decay = decay_of(optimizer, family)
     run = PretrainSection(
         global_batch_size=BATCH,
@@ -131,8 +133,8 @@ def train(
     engine = Engine(model, mesh, run, parameter_groups(model, decay), bf16, universal=folder is not None)
     if folder:
         universal_loading.load_universal(engine.engine, formats.open(Path(folder)), mesh.tp_group)
-    evaluated = engine.evaluate(micro(dims, 0, mesh, micro_size))
-    steps = [engine.train_step(micro(dims, step, mesh, micro_size)) for step in range(STEPS)]
+    evaluated = engine.evaluate(micro(model_config, 0, mesh, micro_size))
+    steps = [engine.train_step(micro(model_config, step, mesh, micro_size)) for step in range(STEPS)]
     # Else its hooks hold it, and with it all process groups.
     engine.engine.destroy()
     return {"evaluated": evaluated, "steps": steps}
@@ -140,8 +142,8 @@ def train(
 
 def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tuple[int, ...]]:
     """Parameters of this rank's model, by name, with their shapes."""
-    dims, mesh = sizes(tied, family), meshes.make(tp, pp)
-    model = pretrained(dims, Build(tp=tp), mesh)
+    model_config, mesh = sizes(tied, family), meshes.build_mesh(tp, pp)
+    model = build_model(model_config, BuildOptions(tp=tp), mesh)
     everyone: list = [None] * mesh.world
     torch.distributed.all_gather_object(everyone, {n: tuple(p.shape) for n, p in model.named_parameters()})
     return {name: shape for held in everyone for name, shape in held.items()}
@@ -150,18 +152,18 @@ def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tupl
 def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> float | str:
     """The helper's own example: a plain GPTModel of Megatron-core's in somebody's script, TP 2. The loss of a batch."""
     source = formats.open(Path(folder))
-    dims, mesh = source.dims, meshes.make(2, 1)
+    model_config, mesh = source.model_config, meshes.build_mesh(2, 1)
     model = GPTModel(
-        config=transformer_config(dims, Build(tp=2)),
-        transformer_layer_spec=layer_spec(dims),
-        vocab_size=dims.vocab_size + 1,
-        max_sequence_length=dims.max_positions,
-        share_embeddings_and_output_weights=dims.tied,
+        config=transformer_config(model_config, BuildOptions(tp=2)),
+        transformer_layer_spec=layer_spec(model_config),
+        vocab_size=model_config.vocab_size + 1,
+        max_sequence_length=model_config.max_positions,
+        share_embeddings_and_output_weights=model_config.tied,
         position_embedding_type="rope",
-        rotary_base=int(dims.rope_base),
+        rotary_base=int(model_config.rope_base),
     )
     if prepare:
-        universal_loading.prepare_for_universal(model, dims, mesh.tp_group)
+        universal_loading.prepare_for_universal(model, model_config, mesh.tp_group)
     config = {
         "train_batch_size": 2,
         "train_micro_batch_size_per_gpu": 2 // mesh.dp,
@@ -170,15 +172,19 @@ def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> flo
         "checkpoint": {"load_universal": True},
     }
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config, mpu=Mpu(mesh), dist_init_required=False
+        model=model,
+        model_parameters=model.parameters(),
+        config=config,
+        mpu=DeepSpeedMpu(mesh),
+        dist_init_required=False,
     )
     try:
         universal_loading.load_universal(engine, source, mesh.tp_group)
-        ids = tokens(dims)
+        ids = tokens(model_config)
         with torch.no_grad():
             logits = engine(ids, None, None).transpose(0, 1)
             mask = torch.ones(ids.shape)
-            return float(language_model_loss(logits, ids, mask, dims.vocab_size, mesh.tp_rank))
+            return float(language_model_loss(logits, ids, mask, model_config.vocab_size, mesh.tp_rank))
     except LigoError as error:
         return f"{type(error).__name__}: {error}"
     finally:

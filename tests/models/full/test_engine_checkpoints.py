@@ -82,19 +82,21 @@ def check_deepspeeds_own_converter(folder) -> None:
 )
 def test_an_engine_loads_what_was_written(pools, tmp_path, world, to, layout):
     tied = layout.get("tp", 1) == 2
-    dims = pretrain_cases.sizes(tied)
-    hf_llama(dims).save_pretrained(tmp_path / "hf")
+    model_config = pretrain_cases.sizes(tied)
+    hf_llama(model_config).save_pretrained(tmp_path / "hf")
     options = WriteOptions(tp=layout.get("tp", 1), pp=layout.get("pp", 1))
     convert(formats.open(tmp_path / "hf"), tmp_path / "made", to, options)
     expected = [loss for loss, _ in pretrain_cases.reference(tied)]
-    found = pools(world).run(engine_cases.module_only, folder=str(tmp_path / "made"), dims=dims, layout=layout)
+    found = pools(world).run(
+        engine_cases.module_only, folder=str(tmp_path / "made"), model_config=model_config, layout=layout
+    )
     assert found == pytest.approx([expected[0], *expected[: engine_cases.AFTER]], rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_model_of_transformers_in_an_engine(pools, tmp_path, zero):
-    dims = pretrain_cases.sizes(zero == 2)
-    pools(2).run(engine_cases.transformers_model, folder=str(tmp_path), dims=dims, zero=zero)
+    model_config = pretrain_cases.sizes(zero == 2)
+    pools(2).run(engine_cases.transformers_model, folder=str(tmp_path), model_config=model_config, zero=zero)
     truth = torch.load(tmp_path / "truth.pt", weights_only=True)
     reader = formats.open(tmp_path)
     assert (reader.format, reader.step) == ("deepspeed", engine_cases.BEFORE)

@@ -12,9 +12,9 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.full import parameters
-from megatron_ligo.models.full.factory import pretrained as build_pretrained
-from megatron_ligo.models.full.gpt import Pretrained
-from megatron_ligo.models.mcore.layer_spec import Build
+from megatron_ligo.models.full.factory import build_model as build_pretrained
+from megatron_ligo.models.full.gpt import FullGPT
+from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.sharding import fused_tensors
 from tests.layer_norm_models import memory_of, model_of
 from tests.models.full import pretrain_cases
@@ -81,13 +81,13 @@ def test_gpt_neox_s_blocks_may_stand_in_turn():
     assert_logits(replace(pretrain_cases.sizes(False, "gpt_neox"), parallel_residual=False))
 
 
-def assert_logits(dims):
-    meshes.start()
-    mesh = meshes.make(1, 1)
-    hf = model_of(dims)
-    model = build_pretrained(dims, Build(), mesh)
-    parameters.fill(model, dims, mesh, memory_of(hf, dims).read)
-    seen, _ = pretrain_cases.seen_and_told(dims, 0)
+def assert_logits(model_config):
+    meshes.init_distributed()
+    mesh = meshes.build_mesh(1, 1)
+    hf = model_of(model_config)
+    model = build_pretrained(model_config, BuildOptions(), mesh)
+    parameters.fill(model, model_config, mesh, memory_of(hf, model_config).read)
+    seen, _ = pretrain_cases.seen_and_told(model_config, 0)
     with torch.no_grad():
         expected = hf(seen).logits
         assert torch.allclose(model.logits(seen).transpose(0, 1).reshape(expected.shape), expected, atol=5e-6)
@@ -160,14 +160,14 @@ def test_fresh_weights_do_not_depend_on_the_layout(pools):
 
 
 def test_fresh_weights_are_drawn_as_megatron_draws_them():
-    dims = pretrain_cases.sizes(False)
-    read = parameters.initial(dims, 3)
-    assert torch.equal(read("final_norm"), torch.ones(dims.hidden_size))
+    model_config = pretrain_cases.sizes(False)
+    read = parameters.initial_weights(model_config, 3)
+    assert torch.equal(read("final_norm"), torch.ones(model_config.hidden_size))
     assert read("embed").std() == pytest.approx(0.02, rel=0.1)
-    assert read("layers.2.down").std() == pytest.approx(0.02 / (2 * dims.num_layers) ** 0.5, rel=0.1)
-    assert torch.equal(read("layers.1.q"), parameters.initial(dims, 3)("layers.1.q"))
+    assert read("layers.2.down").std() == pytest.approx(0.02 / (2 * model_config.num_layers) ** 0.5, rel=0.1)
+    assert torch.equal(read("layers.1.q"), parameters.initial_weights(model_config, 3)("layers.1.q"))
     assert not torch.equal(read("layers.1.q"), read("layers.2.q"))
-    assert not torch.equal(read("layers.1.q"), parameters.initial(dims, 4)("layers.1.q"))
+    assert not torch.equal(read("layers.1.q"), parameters.initial_weights(model_config, 4)("layers.1.q"))
 
 
 NAMED = [(False, "llama"), (True, "llama"), (True, "gpt2"), (True, "bert"), (False, "deit")]
@@ -177,18 +177,18 @@ NAMED = [(False, "llama"), (True, "llama"), (True, "gpt2"), (True, "bert"), (Fal
 def test_a_pipeline_bears_the_names_of_one_module(pools, tied, family):
     one = pools(4).run(pretrain_cases.names, tied=tied, tp=2, pp=1, family=family)
     assert pools(4).run(pretrain_cases.names, tied=tied, tp=2, pp=2, family=family) == one
-    dims = pretrain_cases.sizes(tied, family)
-    assert set(one) == set(fused_tensors.stored(get(dims.arch), dims, "mcore"))
+    model_config = pretrain_cases.sizes(tied, family)
+    assert set(one) == set(fused_tensors.stored_tensors(get(model_config.arch), model_config, "mcore"))
 
 
 def test_recompute_gives_the_same_gradients():
-    meshes.start()
-    mesh, dims = meshes.make(1, 1), pretrain_cases.sizes(True)
-    ids = pretrain_cases.ids_of(dims, 0)
+    meshes.init_distributed()
+    mesh, model_config = meshes.build_mesh(1, 1), pretrain_cases.sizes(True)
+    ids = pretrain_cases.ids_of(model_config, 0)
     gradients = []
     for recompute in (False, True):
-        model = Pretrained(dims, Build(), mesh, recompute)
-        parameters.fill(model, dims, mesh, parameters.initial(dims, 0))
+        model = FullGPT(model_config, BuildOptions(), mesh, recompute)
+        parameters.fill(model, model_config, mesh, parameters.initial_weights(model_config, 0))
         model(ids[:, :-1], ids[:, 1:], torch.ones(ids[:, 1:].shape)).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -196,8 +196,8 @@ def test_recompute_gives_the_same_gradients():
 
 def test_moments_of_a_universal_checkpoint_are_taken_up(pools, tmp_path):
     """Under ZeRO 3 DeepSpeed gives all groups one count of steps: each would add to it."""
-    dims = pretrain_cases.sizes(True)
-    source = WithMoments(dims, memory_of(model_of(dims), dims).tensors)
+    model_config = pretrain_cases.sizes(True)
+    source = WithMoments(model_config, memory_of(model_of(model_config), model_config).tensors)
     convert(source, tmp_path / "universal", "universal")
     assert formats.open(tmp_path / "universal").step == 100
     layouts = [(1, {"micro_size": 8}), (2, {"zero": 3}), (2, {"pp": 2}), (4, {"tp": 2, "zero": 3, "micro_size": 4})]

@@ -13,7 +13,7 @@ WORLD = 8
 
 
 def lines() -> Iterator[str]:
-    from megatron_ligo.config.run_config import Config
+    from megatron_ligo.config.run_config import RunConfig
     from megatron_ligo.growth.validation import initial_operator
     from megatron_ligo.plan import layout_search, parameter_count
     from megatron_ligo.plan.memory import memory
@@ -22,7 +22,7 @@ def lines() -> Iterator[str]:
     from megatron_ligo.training.initial_weights import sizes
 
     for path in sorted(FOLDER.glob("*.toml")):
-        config = Config.load(path)
+        config = RunConfig.load(path)
         operator = initial_operator(sizes(ROOT / config.small.path), config.large, config.operator)
         small, large = operator.small, operator.large
         length = large.tokens_of_sample(config.data.seq_length)

@@ -16,19 +16,25 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
-from megatron_ligo.checkpoint.formats.deepspeed.rank_files import LATEST, Saved, is_engines, is_pipelines, model_file
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
+    LATEST,
+    EngineFiles,
+    is_engines,
+    is_pipelines,
+    model_file,
+)
 from megatron_ligo.checkpoint.formats.deepspeed.reader import (
+    EngineRank,
     EngineReader,
-    Rank,
     find_root,
     module_states,
     param_shapes,
 )
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Masters
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.io.tp_shards import Pieces, padded
+from megatron_ligo.checkpoint.io.tp_shards import TpShards, with_padded_vocab
 from megatron_ligo.checkpoint.reader import Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.tensor_parallel import check_tp
 
@@ -49,36 +55,36 @@ def recognise(path: Path) -> bool:
 def open(path: Path) -> Reader:
     tag = tagged(path, LATEST)
     if is_pipelines(tag):
-        raise CheckpointError(message(f"{tag}", "the files of one module", "layers", "Say --from pipeline."))
-    saved = Saved(tag)
-    faults = Faults(f"{tag} does not hold the model of its sizes", CheckpointError)
-    held = [_rank(saved, mp, faults) for mp in range(saved.mp)]
-    return EngineReader(NAME, path, find_root(path, tag), saved, held, faults)
+        raise CheckpointError(Problem(f"{tag}", "the files of one module", "layers", "Say --from pipeline."))
+    saved = EngineFiles(tag)
+    errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
+    held = [_rank(saved, mp, errors) for mp in range(saved.mp)]
+    return EngineReader(NAME, path, find_root(path, tag), saved, held, errors)
 
 
-def _rank(saved: Saved, mp: int, faults: Faults) -> Rank:
+def _rank(saved: EngineFiles, mp: int, errors: ErrorCollector) -> EngineRank:
     state, where = saved.models[mp], f"rank {mp} of {saved.mp}"
-    groups = param_shapes(state, where, faults)
-    weights = module_states(state.get("module"), where, faults)
+    groups = param_shapes(state, where, errors)
+    weights = module_states(state.get("module"), where, errors)
     if saved.sharded:
         # What ZeRO 3 leaves in the module is empty.
         weights = {}
-    masters = [Masters(saved.optims[mp], groups, where, faults)] if saved.optims[mp] else []
+    masters = [ZeroMasters(saved.optims[mp], groups, where, errors)] if saved.optims[mp] else []
     trained = {name: shape for group in groups for name, shape in group.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()} | trained
-    return Rank(weights, shapes, set(trained), masters)
+    return EngineRank(weights, shapes, set(trained), masters)
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """Module states of each tensor-parallel rank, side by side."""
-    faults = Faults("a DeepSpeed engine cannot hold the model so", ConfigError)
-    check_tp(source.dims, options.tp, faults)
+    errors = ErrorCollector("a DeepSpeed engine cannot hold the model so", ConfigError)
+    check_tp(source.model_config, options.tp, errors)
     if options.pp > 1:
-        faults.add(f"pp = {options.pp}", "1", options.pp, "Of a pipeline the format is named pipeline.")
-    faults.raise_if_any()
+        errors.add(f"pp = {options.pp}", "1", options.pp, "Of a pipeline the format is named pipeline.")
+    errors.raise_if_any()
     model_record.write(source, out)
-    stored = fused_tensors.stored(source.arch, source.dims, "mcore")
-    pieces = Pieces(source, options.tp, padded(source.dims, options.tp))
+    stored = fused_tensors.stored_tensors(source.arch, source.model_config, "mcore")
+    pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
     tag = options.extra.get("tag", f"global_step{source.step}")
     out.torch_files(
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ligo.common.errors import CheckpointError, message
+from megatron_ligo.common.errors import CheckpointError, Problem
 
 # Of a name, in any file system.
 LONGEST = 255
@@ -21,5 +21,5 @@ def tagged(path: Path, latest: str) -> Path:
     tag = file.read_bytes().decode(errors="replace").strip()
     plain = len(tag) <= LONGEST and tag not in ("", ".", "..") and Path(tag).name == tag and tag.isprintable()
     if not plain or (path / tag).is_symlink() or not (path / tag).is_dir():
-        raise CheckpointError(message(f"{file}", "the name of a folder beside it", repr(tag[:LONGEST])))
+        raise CheckpointError(Problem(f"{file}", "the name of a folder beside it", repr(tag[:LONGEST])))
     return path / tag

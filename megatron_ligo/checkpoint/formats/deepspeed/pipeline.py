@@ -20,24 +20,30 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.deepspeed.engine import counts
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
-from megatron_ligo.checkpoint.formats.deepspeed.rank_files import LATEST, Saved, is_pipelines, layer_file, model_file
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
+    LATEST,
+    EngineFiles,
+    is_pipelines,
+    layer_file,
+    model_file,
+)
 from megatron_ligo.checkpoint.formats.deepspeed.reader import (
+    EngineRank,
     EngineReader,
-    Rank,
     find_root,
     module_states,
     param_shapes,
 )
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Masters
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.io.tp_shards import Pieces, padded
+from megatron_ligo.checkpoint.io.tp_shards import TpShards, with_padded_vocab
 from megatron_ligo.checkpoint.reader import Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.tensor_parallel import check_tp
 
@@ -49,13 +55,13 @@ LAYOUT = True
 OPTIONS = {"tag": "name of the folder (default global_stepN)"}
 
 
-def layers_before(dims: Dims) -> int:
+def layers_before(model_config: ModelConfig) -> int:
     """How many layers of the pipeline come before the transformer's first one."""
-    return len(_before(dims))
+    return len(_before(model_config))
 
 
-def _before(dims: Dims) -> list[dict[str, str]]:
-    family = arch.get(dims.arch)
+def _before(model_config: ModelConfig) -> list[dict[str, str]]:
+    family = arch.get(model_config.arch)
     if family.task is Task.LABEL:
         return [{"": "embedding."}]
     words, *more = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
@@ -63,23 +69,23 @@ def _before(dims: Dims) -> list[dict[str, str]]:
     return before if family.learns_positions else before[:1]
 
 
-def prefixes(dims: Dims) -> list[dict[str, str]]:
+def prefixes(model_config: ModelConfig) -> list[dict[str, str]]:
     """By layer of the pipeline: what its parameters' names begin with in the layer, and in the whole model."""
-    family = arch.get(dims.arch)
+    family = arch.get(model_config.arch)
     masked = family.task is Task.MASKED_TOKENS
     stack = "encoder" if masked else "decoder"
-    layers = [{"": f"{stack}.layers.{layer}."} for layer in range(dims.num_layers)]
+    layers = [{"": f"{stack}.layers.{layer}."} for layer in range(model_config.num_layers)]
     ends = [{"norm.": "decoder.final_layernorm."}, {"linear.": "output_layer."}]
     if masked:
         ends = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}, {"bias": "output_layer.bias"}]
-    return [*_before(dims), *layers, *ends]
+    return [*_before(model_config), *layers, *ends]
 
 
-def _held(dims: Dims) -> dict[int, dict[str, fused_tensors.Stored]]:
+def _held(model_config: ModelConfig) -> dict[int, dict[str, fused_tensors.StoredTensor]]:
     """By layer of the pipeline that has a file: its tensors by the names that they have there."""
-    stored = fused_tensors.stored(arch.get(dims.arch), dims, "mcore")
-    held: dict[int, dict[str, fused_tensors.Stored]] = {}
-    for layer, names in enumerate(prefixes(dims)):
+    stored = fused_tensors.stored_tensors(arch.get(model_config.arch), model_config, "mcore")
+    held: dict[int, dict[str, fused_tensors.StoredTensor]] = {}
+    for layer, names in enumerate(prefixes(model_config)):
         for own, whole in names.items():
             mine = {own + name.removeprefix(whole): item for name, item in stored.items() if name.startswith(whole)}
             held.setdefault(layer, {}).update(mine)
@@ -95,68 +101,68 @@ def recognise(path: Path) -> bool:
 
 def open(path: Path) -> Reader:
     tag = tagged(path, LATEST)
-    saved = Saved(tag)
+    saved = EngineFiles(tag)
     root = find_root(path, tag)
-    dims, _ = model_record.read(root)
-    tp = _ranks_of_layers(saved, dims)
-    faults = Faults(f"{tag} does not hold the model of its sizes", CheckpointError)
-    held = [_rank(saved, rank, tp, dims, faults) for rank in range(tp)]
-    return EngineReader(NAME, path, root, saved, held, faults)
+    model_config, _ = model_record.read(root)
+    tp = _ranks_of_layers(saved, model_config)
+    errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
+    held = [_rank(saved, rank, tp, model_config, errors) for rank in range(tp)]
+    return EngineReader(NAME, path, root, saved, held, errors)
 
 
-def _ranks_of_layers(saved: Saved, dims: Dims) -> int:
+def _ranks_of_layers(saved: EngineFiles, model_config: ModelConfig) -> int:
     """How many tensor-parallel ranks the layers have; every layer is there on each."""
-    faults = Faults(f"{saved.tag} is no whole checkpoint of a DeepSpeed pipeline", CheckpointError)
+    errors = ErrorCollector(f"{saved.tag} is no whole checkpoint of a DeepSpeed pipeline", CheckpointError)
     tp = 1 + max((rank for _, rank in saved.layers), default=0)
-    expected = _held(dims)
+    expected = _held(model_config)
     found = {layer for layer, _ in saved.layers}
     if found - expected.keys():
-        means = f"numbers up to {max(expected)}: those of the ends and {dims.num_layers} of the transformer's"
-        faults.add("layers of the pipeline", means, f"number {max(found)}")
+        means = f"numbers up to {max(expected)}: those of the ends and {model_config.num_layers} of the transformer's"
+        errors.add("layers of the pipeline", means, f"number {max(found)}")
     if saved.mp % tp:
-        do = "Are files of two checkpoints mixed?"
-        faults.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp, do)
+        hint = "Are files of two checkpoints mixed?"
+        errors.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp, hint)
     places = ((layer, rank) for layer in expected for rank in range(tp))
     for layer, rank in islice((place for place in places if place not in saved.layers), 20):
-        faults.add(layer_file(layer, rank), "a file", "nothing there")
-    faults.raise_if_any()
+        errors.add(layer_file(layer, rank), "a file", "nothing there")
+    errors.raise_if_any()
     return tp
 
 
-def _rank(saved: Saved, rank: int, tp: int, dims: Dims, faults: Faults) -> Rank:
+def _rank(saved: EngineFiles, rank: int, tp: int, model_config: ModelConfig, errors: ErrorCollector) -> EngineRank:
     weights: dict[str, Tensor] = {}
-    names = prefixes(dims)
-    for layer in _held(dims):
+    names = prefixes(model_config)
+    for layer in _held(model_config):
         where = layer_file(layer, rank)
-        for name, tensor in module_states(saved.layers[layer, rank], where, faults).items():
+        for name, tensor in module_states(saved.layers[layer, rank], where, errors).items():
             own = next((own for own in names[layer] if name.startswith(own)), None)
             if own is None:
-                faults.add(f"{name} ({where})", f"a name that begins with {' or '.join(names[layer])}", "another")
+                errors.add(f"{name} ({where})", f"a name that begins with {' or '.join(names[layer])}", "another")
             else:
                 weights[names[layer][own] + name.removeprefix(own)] = tensor
     masters, trained = [], set()
     for mp in range(rank, saved.mp, tp):
         where = f"mp_rank_{mp:02d}"
-        groups = param_shapes(saved.models[mp], where, faults)
+        groups = param_shapes(saved.models[mp], where, errors)
         trained |= {name for group in groups for name in group}
         if saved.optims[mp]:
-            masters.append(Masters(saved.optims[mp], groups, where, faults))
-    return Rank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, trained, masters)
+            masters.append(ZeroMasters(saved.optims[mp], groups, where, errors))
+    return EngineRank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, trained, masters)
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """Layers and counts; the files of the tensor-parallel ranks side by side."""
-    faults = Faults("a DeepSpeed pipeline cannot hold the model so", ConfigError)
-    check_tp(source.dims, options.tp, faults)
-    if options.pp > source.dims.num_layers:
-        faults.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.dims.num_layers} layers")
-    layers = _held(source.dims)
+    errors = ErrorCollector("a DeepSpeed pipeline cannot hold the model so", ConfigError)
+    check_tp(source.model_config, options.tp, errors)
+    if options.pp > source.model_config.num_layers:
+        errors.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.model_config.num_layers} layers")
+    layers = _held(source.model_config)
     known = {item.name for names in layers.values() for item in names.values()}
-    for name in fused_tensors.stored(source.arch, source.dims, "mcore").keys() - known:
-        faults.add(name, "a tensor of the embedding, a layer or the head", "another")
-    faults.raise_if_any()
+    for name in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").keys() - known:
+        errors.add(name, "a tensor of the embedding, a layer or the head", "another")
+    errors.raise_if_any()
     model_record.write(source, out)
-    pieces = Pieces(source, options.tp, padded(source.dims, options.tp))
+    pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
     tag = options.extra.get("tag", f"global_step{source.step}")
     for layer, names in layers.items():
         out.torch_files(

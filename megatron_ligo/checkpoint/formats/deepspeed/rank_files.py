@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.model_record import HOLDS, STATE
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 LATEST = "latest"
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
@@ -28,19 +28,19 @@ LAYER = re.compile(r"layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.p
 LOST = 1000
 
 
-class Fragment:
+class FragmentStub:
     """Stands in for DeepSpeed's record of where a parameter lies in a flat tensor: `start` and `numel`."""
 
 
-class Scaler:
+class LossScalerStub:
     """Stands in for DeepSpeed's record of its loss scale."""
 
 
-class DynamicScaler(Scaler):
+class DynamicLossScalerStub(LossScalerStub):
     pass
 
 
-class Stage:
+class ZeroStageStub:
     """Stands in for DeepSpeed's enumeration of ZeRO's stages: its number, by value or by name."""
 
     NAMES = ("disabled", "optimizer_states", "gradients", "weights")
@@ -51,10 +51,10 @@ class Stage:
 
 # DeepSpeed's own classes are neither imported nor built.
 STAND_INS = (
-    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (Scaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (DynamicScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (FragmentStub, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (LossScalerStub, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (DynamicLossScalerStub, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (ZeroStageStub, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 )
 
 
@@ -76,7 +76,7 @@ def is_pipelines(folder: Path) -> bool:
     return folder.is_dir() and any(LAYER.fullmatch(path.name) for path in folder.iterdir())
 
 
-class Saved:
+class EngineFiles:
     """Everything that a tag's folder holds, loaded.
 
     models: mp -> module states; optims: mp -> states of the data-parallel ranks in order ([] where there are none);
@@ -86,7 +86,7 @@ class Saved:
     def __init__(self, tag: Path, operator: bool = False):
         """operator: it is a fit's; else a fit's is refused."""
         self.tag = tag
-        self._faults = Faults(f"{tag} is no whole checkpoint of a DeepSpeed engine", CheckpointError)
+        self._faults = ErrorCollector(f"{tag} is no whole checkpoint of a DeepSpeed engine", CheckpointError)
         models, optims, layers = self._find()
         first = self._load(next(iter(models.values()))) if models else {}
         self._faults.raise_if_any()
@@ -179,5 +179,5 @@ def _rank_name(mp: int, dp: int | None) -> str:
 def _refuse_operator(state: dict, tag: Path) -> None:
     own = state.get(STATE)
     if isinstance(own, dict) and own.get(HOLDS) == "operator":
-        do = "Grow a model with it: tools/grow.py --operator OUTPUT/operator, which the fit writes at its end."
-        raise CheckpointError(message(f"{tag}", "a checkpoint of a model", "a fit's, which holds an operator", do))
+        hint = "Grow a model with it: tools/grow.py --operator OUTPUT/operator, which the fit writes at its end."
+        raise CheckpointError(Problem(f"{tag}", "a checkpoint of a model", "a fit's, which holds an operator", hint))

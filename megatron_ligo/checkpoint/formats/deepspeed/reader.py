@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
-from megatron_ligo.checkpoint.formats.deepspeed.rank_files import Saved
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Masters, Shapes
+from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Shapes, ZeroMasters
 from megatron_ligo.checkpoint.formats.hf import tensor_names
-from megatron_ligo.checkpoint.formats.hf.tensor_names import Place
+from megatron_ligo.checkpoint.formats.hf.tensor_names import StoredName
 from megatron_ligo.checkpoint.io import adam_groups, tp_shards
-from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
 # Models that an engine trains bear Megatron-core's names, or transformers'.
@@ -32,7 +32,7 @@ ROUNDING = 1e-3
 
 
 @dataclass
-class Rank:
+class EngineRank:
     """What one tensor-parallel rank holds: module states by name, and its optimizers', one for each pipeline stage.
 
     shapes: of all parameters by name; trained: those that an optimizer holds. Module states that ZeRO 3 has emptied are
@@ -42,9 +42,9 @@ class Rank:
     weights: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     trained: set[str] = field(default_factory=set)
-    masters: list[Masters] = field(default_factory=list)
+    masters: list[ZeroMasters] = field(default_factory=list)
 
-    def holders(self, name: str) -> list[Masters]:
+    def holders(self, name: str) -> list[ZeroMasters]:
         """The stages that hold masters of a parameter: several for a tied one."""
         return [masters for masters in self.masters if name in masters]
 
@@ -63,22 +63,22 @@ class Rank:
             apart = float((other - first).abs().max())
             if not apart <= ROUNDING * float(first.abs().max()):
                 where = f"{name} ({kind}), tied"
-                raise CheckpointError(message(where, "the same numbers on both stages", f"differences of {apart:.2g}"))
+                raise CheckpointError(Problem(where, "the same numbers on both stages", f"differences of {apart:.2g}"))
         return first.reshape(self.shapes[name])
 
 
-def module_states(state: object, where: str, faults: Faults) -> dict[str, Tensor]:
+def module_states(state: object, where: str, errors: ErrorCollector) -> dict[str, Tensor]:
     """The tensors of a module's state by name, without what Megatron-core keeps beside them."""
     if not isinstance(state, Mapping):
-        faults.add(where, "a module's tensors by name", type(state).__name__)
+        errors.add(where, "a module's tensors by name", type(state).__name__)
         return {}
     found = {str(name): value for name, value in state.items() if not str(name).endswith(EXTRA)}
     for name in [name for name, value in found.items() if not isinstance(value, Tensor)]:
-        faults.add(f"{name} ({where})", "a tensor", type(found.pop(name)).__name__)
+        errors.add(f"{name} ({where})", "a tensor", type(found.pop(name)).__name__)
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def param_shapes(state: dict, where: str, faults: Faults) -> list[Shapes]:
+def param_shapes(state: dict, where: str, errors: ErrorCollector) -> list[Shapes]:
     """`param_shapes` of a model-states file: by group of the optimizer; [] where it has none."""
     groups = state.get("param_shapes") or []
     good = isinstance(groups, list) and all(
@@ -87,7 +87,7 @@ def param_shapes(state: dict, where: str, faults: Faults) -> list[Shapes]:
         for group in groups
     )
     if not good:
-        faults.add(where, "param_shapes, shapes by group and name", type(groups).__name__)
+        errors.add(where, "param_shapes, shapes by group and name", type(groups).__name__)
         return []
     return [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
 
@@ -98,22 +98,24 @@ def _is_shape(shape: Sequence[object]) -> bool:
 
 def find_root(path: Path, tag: Path) -> Path:
     """The folder that states the model's sizes: the one that was named, the tag's, or the one around it."""
-    return next((folder for folder in (path, tag, tag.parent) if model_record.find(folder)), path)
+    return next((folder for folder in (path, tag, tag.parent) if model_record.find_record(folder)), path)
 
 
 class EngineReader(Reader):
     """Canonical tensors out of the tensor-parallel ranks' states."""
 
-    def __init__(self, form: str, path: Path, root: Path, saved: Saved, held: list[Rank], faults: Faults):
+    def __init__(
+        self, form: str, path: Path, root: Path, saved: EngineFiles, held: list[EngineRank], errors: ErrorCollector
+    ):
         self.format = form
         self.path = path
-        self.dims, self.carried = model_record.read(root)
+        self.model_config, self.carried = model_record.read(root)
         self.files = model_record.files_beside(root)
         self._ranks = held
-        stored = self._located(faults)
-        self._sizes = self._padded(stored, faults)
-        self._check(stored, faults)
-        faults.raise_if_any(self._found)
+        stored = self._located(errors)
+        self._sizes = self._padded(stored, errors)
+        self._check(stored, errors)
+        errors.raise_if_any(self._found)
         self._items = {key: item for item in stored for key in item.keys}
         holders = [rank.holders(self._places[item.name].name) for rank in held for item in stored]
         self._moments = all(found and all(masters.has_moments for masters in found) for found in holders)
@@ -121,16 +123,16 @@ class EngineReader(Reader):
         found = [group for rank in held for masters in rank.masters for group in masters.groups]
         self.groups = adam_groups.settings(found) if self._moments else ()
         self.layout = {"tp": len(held), "pp": saved.mp // len(held), "dp": saved.dp, "zero": saved.zero}
-        if self._sizes != self.dims:
+        if self._sizes != self.model_config:
             self.layout["padded_vocab"] = self._sizes.vocab_size
 
     @property
     def has_moments(self) -> bool:
         return self._moments
 
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         place = self._places[self._items[key].name]
-        return Info(self.row(key).shape(self.dims), self._ranks[0].dtype(place.name))
+        return TensorInfo(self.row(key).shape(self.model_config), self._ranks[0].dtype(place.name))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
@@ -138,12 +140,12 @@ class EngineReader(Reader):
         for double in place.doubles:
             for number, rank in enumerate(self._ranks):
                 where = f"{double} and {place.name} (rank {number}), tied"
-                tp_shards.replica([rank.weights[place.name], rank.weights[double]], where)
-        self._places[item.name] = Place(place.name)
+                tp_shards.check_replicas([rank.weights[place.name], rank.weights[double]], where)
+        self._places[item.name] = StoredName(place.name)
         pieces = [rank.tensor(place.name, kind) for rank in self._ranks]
         if kind != WEIGHT:
             pieces = [piece.float() for piece in pieces]
-        return tp_shards.join(item, key, pieces, self._sizes, self.dims, kind)
+        return tp_shards.join_shards(item, key, pieces, self._sizes, self.model_config, kind)
 
     def _found(self) -> Iterator[tuple[str, Tensor]]:
         for number, rank in enumerate(self._ranks):
@@ -155,45 +157,51 @@ class EngineReader(Reader):
                 if tensor.is_floating_point() and not rank.holders(name):
                     yield f"{name} ({at})", tensor
 
-    def _located(self, faults: Faults) -> list[fused_tensors.Stored]:
+    def _located(self, errors: ErrorCollector) -> list[fused_tensors.StoredTensor]:
         """The tensors that there should be, and (as `_places`, by their names) where they stand: the engine's model
         bears Megatron-core's names or transformers'."""
         names = set(self._ranks[0].shapes)
-        if self.dims.num_layers > len(names):
-            faults.add("num_layers", f"no more than the {len(names)} tensors found", self.dims.num_layers)
-            faults.raise_if_any()
-        best: list[fused_tensors.Stored] = []
-        self._places: dict[str, Place] = {}
+        if self.model_config.num_layers > len(names):
+            errors.add("num_layers", f"no more than the {len(names)} tensors found", self.model_config.num_layers)
+            errors.raise_if_any()
+        best: list[fused_tensors.StoredTensor] = []
+        self._places: dict[str, StoredName] = {}
         for form in (form for form in NAMES if all(form in row.slots for row in self.arch.rows)):
-            dims = tensor_names.with_parts(self.arch, self.dims, names) if form == tensor_names.FORM else self.dims
-            stored = fused_tensors.stored(self.arch, dims, form)
+            model_config = (
+                tensor_names.with_parts(self.arch, self.model_config, names)
+                if form == tensor_names.FORM
+                else self.model_config
+            )
+            stored = fused_tensors.stored_tensors(self.arch, model_config, form)
             places = (
-                tensor_names.places(self.arch, dims, names) if form == tensor_names.FORM else self._as_named(stored)
+                tensor_names.places(self.arch, model_config, names)
+                if form == tensor_names.FORM
+                else self._as_named(stored)
             )
             if _count(places, names) > _count(self._places, names) or not best:
-                best, self._places, self.dims = list(stored.values()), places, dims
+                best, self._places, self.model_config = list(stored.values()), places, model_config
         return best
 
-    def _as_named(self, stored: dict[str, fused_tensors.Stored]) -> dict[str, Place]:
+    def _as_named(self, stored: dict[str, fused_tensors.StoredTensor]) -> dict[str, StoredName]:
         """Megatron-core's names. What is tied may be stored beside."""
         doubles: dict[str, list[str]] = {}
         for row in self.arch.rows:
-            if row.tied_to and self.dims.tied and row.slots["mcore"].name in self._ranks[0].weights:
+            if row.tied_to and self.model_config.tied and row.slots["mcore"].name in self._ranks[0].weights:
                 doubles.setdefault(row.tied_to, []).append(row.slots["mcore"].name)
-        return {name: Place(name, tuple(doubles.get(item.keys[0], ()))) for name, item in stored.items()}
+        return {name: StoredName(name, tuple(doubles.get(item.keys[0], ()))) for name, item in stored.items()}
 
-    def _padded(self, stored: list[fused_tensors.Stored], faults: Faults) -> Dims:
+    def _padded(self, stored: list[fused_tensors.StoredTensor], errors: ErrorCollector) -> ModelConfig:
         """The sizes with the vocabulary as the ranks have it."""
-        tp, real = len(self._ranks), self.dims.vocab_size
+        tp, real = len(self._ranks), self.model_config.vocab_size
         name = self._places[next(item.name for item in stored if item.vocabulary)].name
         shape = self._ranks[0].shapes.get(name)
         rows = shape[0] * tp if shape else real
         if not real <= rows < real + PADDING * tp:
-            faults.add(name, f"{real} rows, and fewer than {PADDING * tp} more of padding", f"{rows} (tp {tp})")
-            return self.dims
-        return replace(self.dims, vocab_size=rows)
+            errors.add(name, f"{real} rows, and fewer than {PADDING * tp} more of padding", f"{rows} (tp {tp})")
+            return self.model_config
+        return replace(self.model_config, vocab_size=rows)
 
-    def _check(self, stored: list[fused_tensors.Stored], faults: Faults) -> None:
+    def _check(self, stored: list[fused_tensors.StoredTensor], errors: ErrorCollector) -> None:
         """Every tensor with its shape on every rank, and no other."""
         tp = len(self._ranks)
         for number, rank in enumerate(self._ranks):
@@ -205,38 +213,38 @@ class EngineReader(Reader):
                 expected = item.shape(self._sizes, tp)
                 found = rank.shapes.get(place.name)
                 if found != expected:
-                    faults.add(f"{place.name} ({at})", f"shape {expected}", found or "nothing")
+                    errors.add(f"{place.name} ({at})", f"shape {expected}", found or "nothing")
                 else:
-                    self._check_numbers(place.name, rank, prod(expected), at, faults)
+                    self._check_numbers(place.name, rank, prod(expected), at, errors)
             ignored = self.arch.ignored.get(tensor_names.FORM, ())
             for name in sorted(set(rank.shapes) - allowed):
                 if not any(fnmatch(name, pattern) for pattern in ignored):
-                    faults.add(f"{name} ({at})", "no such tensor", f"shape {rank.shapes[name]}")
+                    errors.add(f"{name} ({at})", "no such tensor", f"shape {rank.shapes[name]}")
 
-    def _check_numbers(self, name: str, rank: Rank, numel: int, at: str, faults: Faults) -> None:
+    def _check_numbers(self, name: str, rank: EngineRank, numel: int, at: str, errors: ErrorCollector) -> None:
         """A tensor's numbers are there: all fragments of its masters, or else its module's tensor."""
         holders = rank.holders(name)
         for masters in holders:
             if masters.numel(name) != numel:
-                do = "A rank's file is missing, or of another checkpoint."
-                faults.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", masters.numel(name), do)
+                hint = "A rank's file is missing, or of another checkpoint."
+                errors.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", masters.numel(name), hint)
         if not holders and rank.masters and name in rank.trained:
-            do = "Its masters are lost: without any optimizer file the module states would be read."
-            faults.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", "none", do)
+            hint = "Its masters are lost: without any optimizer file the module states would be read."
+            errors.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", "none", hint)
         elif not holders and name not in rank.weights:
-            faults.add(f"{name} ({at})", "its numbers in ZeRO's flat tensors", "none: was it frozen?")
+            errors.add(f"{name} ({at})", "its numbers in ZeRO's flat tensors", "none: was it frozen?")
         elif not holders and not rank.weights[name].is_floating_point():
-            faults.add(f"{name} ({at})", "floating-point numbers", rank.weights[name].dtype)
+            errors.add(f"{name} ({at})", "floating-point numbers", rank.weights[name].dtype)
 
-    def _steps(self, saved: Saved) -> int:
+    def _steps(self, saved: EngineFiles) -> int:
         """Adam's own count where its moments are read; the engine may have begun to count anew."""
         if not self._moments:
             return saved.global_steps
         found = {masters.step for rank in self._ranks for masters in rank.masters}
         if len(found) > 1:
-            raise CheckpointError(message(f"{saved.tag}", "one count of Adam's steps on all ranks", sorted(found)))
+            raise CheckpointError(Problem(f"{saved.tag}", "one count of Adam's steps on all ranks", sorted(found)))
         return found.pop()
 
 
-def _count(places: dict[str, Place], names: set[str]) -> int:
+def _count(places: dict[str, StoredName], names: set[str]) -> int:
     return sum(place.name in names for place in places.values())

@@ -22,10 +22,10 @@ from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import STAND_INS
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
-from megatron_ligo.checkpoint.io.file_layout import Later
-from megatron_ligo.checkpoint.io.output import Output, later
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor
+from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
 NAME = "universal"
@@ -66,12 +66,12 @@ class UniversalReader(Reader):
         self.path = path
         self._tag = tagged(path, LATEST)
         if not (self._tag / "zero").is_dir():
-            raise CheckpointError(message(f"{self._tag}", "a folder zero/", "none"))
-        root = path if model_record.find(path) else self._tag.parent
-        self.dims, self.carried = model_record.read(root)
+            raise CheckpointError(Problem(f"{self._tag}", "a folder zero/", "none"))
+        root = path if model_record.find_record(path) else self._tag.parent
+        self.model_config, self.carried = model_record.read(root)
         self.files = model_record.files_beside(root)
         steps = self._global_steps()
-        stored = fused_tensors.stored(self.arch, self.dims, "mcore")
+        stored = fused_tensors.stored_tensors(self.arch, self.model_config, "mcore")
         self._tensors = self._check(stored)
         optimizer = self._optimizer() if self._moments else {}
         self.step = self._adam_steps(next(iter(stored)), optimizer, steps) if self._moments else steps
@@ -84,13 +84,13 @@ class UniversalReader(Reader):
     def has_moments(self) -> bool:
         return self._moments
 
-    def info(self, key: str) -> Info:
-        return Info(self.row(key).shape(self.dims), self._tensors[self._items[key].name].dtype)
+    def info(self, key: str) -> TensorInfo:
+        return TensorInfo(self.row(key).shape(self.model_config), self._tensors[self._items[key].name].dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
         tensor = self._tensors[item.name] if kind == WEIGHT else self._load(item, kind)
-        return item.part(tensor, key, self.dims)
+        return item.part(tensor, key, self.model_config)
 
     def _global_steps(self) -> int:
         for path in (self._tag / name for name in STATES):
@@ -98,9 +98,9 @@ class UniversalReader(Reader):
                 state = torch_files.load(path)
                 step = state.get("global_steps") if isinstance(state, dict) else None
                 if type(step) is not int or step < 0:
-                    raise CheckpointError(message(f"{path}", "global_steps, a count", repr(step)))
+                    raise CheckpointError(Problem(f"{path}", "global_steps, a count", repr(step)))
                 return step
-        raise CheckpointError(message(f"{self._tag}", " or ".join(STATES), "neither"))
+        raise CheckpointError(Problem(f"{self._tag}", " or ".join(STATES), "neither"))
 
     def _optimizer(self) -> dict:
         """What belongs to no parameter."""
@@ -120,40 +120,40 @@ class UniversalReader(Reader):
                 return otherwise
         count = adam_groups.count(step)
         if count is None:
-            raise CheckpointError(message(f"{zero}", "a count of Adam's steps", repr(step)))
+            raise CheckpointError(Problem(f"{zero}", "a count of Adam's steps", repr(step)))
         return count
 
-    def _check(self, stored: dict[str, fused_tensors.Stored]) -> dict[str, Tensor]:
+    def _check(self, stored: dict[str, fused_tensors.StoredTensor]) -> dict[str, Tensor]:
         """Every parameter's folder with a tensor of its shape, all or no moments, and no other folder."""
-        faults = Faults(f"{self._tag} does not hold the model of its sizes", CheckpointError)
+        errors = ErrorCollector(f"{self._tag} does not hold the model of its sizes", CheckpointError)
         tensors = {}
         for name, item in stored.items():
             try:
                 tensors[name] = self._load(item, WEIGHT)
             except CheckpointError as error:
-                faults.note(str(error))
+                errors.note(str(error))
         zero = self._tag / "zero"
         found = {folder.name for folder in zero.iterdir() if folder.is_dir()}
         for name in sorted(found - set(stored)):
-            faults.add(name, "no such parameter", "a folder")
+            errors.add(name, "no such parameter", "a folder")
         moments = {name: [(zero / name / FILES[kind]).is_file() for kind in MOMENTS] for name in stored}
         self._moments = all(all(there) for there in moments.values())
         if not self._moments:
             for name in (name for name, there in moments.items() if any(there)):
-                faults.add(name, "both moments for all parameters, or none", "some")
-        faults.raise_if_any(tensors.items)
+                errors.add(name, "both moments for all parameters, or none", "some")
+        errors.raise_if_any(tensors.items)
         return tensors
 
-    def _load(self, item: fused_tensors.Stored, kind: str) -> Tensor:
+    def _load(self, item: fused_tensors.StoredTensor, kind: str) -> Tensor:
         path = self._tag / "zero" / item.name / FILES[kind]
         state = torch_files.load(path)
         tensor = state.get("param") if isinstance(state, dict) else state
-        shape = item.shape(self.dims)
+        shape = item.shape(self.model_config)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise CheckpointError(message(f"{path}", "a tensor of floating-point numbers", type(tensor).__name__))
+            raise CheckpointError(Problem(f"{path}", "a tensor of floating-point numbers", type(tensor).__name__))
         # What DeepSpeed makes of ZeRO 3 is flat.
         if tensor.shape != shape and not (tensor.dim() == 1 and tensor.numel() == torch.Size(shape).numel()):
-            raise CheckpointError(message(f"{path}", f"shape {shape}", tuple(tensor.shape)))
+            raise CheckpointError(Problem(f"{path}", f"shape {shape}", tuple(tensor.shape)))
         return tensor.reshape(shape)
 
 
@@ -167,13 +167,17 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     moments = options.extra.get("moments", "source") != "none"
     step = source.step if source.has_moments else 0
     # Fresh moments belong to a fresh count: Adam corrects its bias by it.
-    count = Later((), torch.float32, lambda: torch.tensor(float(step)))
+    count = LazyTensor((), torch.float32, lambda: torch.tensor(float(step)))
     model_record.write(source, out)
-    for item in fused_tensors.stored(source.arch, source.dims, "mcore").values():
+    for item in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").values():
         folder = f"{tag}/zero/{item.name}"
-        out.torch(f"{folder}/{FILES[WEIGHT]}", {"param": later(source, item), **_cut(item)})
+        out.torch(f"{folder}/{FILES[WEIGHT]}", {"param": lazy_tensor(source, item), **_cut(item)})
         for kind in MOMENTS if moments else ():
-            made = later(source, item, kind) if source.has_moments else Later(item.shape(source.dims), DTYPE, None)
+            made = (
+                lazy_tensor(source, item, kind)
+                if source.has_moments
+                else LazyTensor(item.shape(source.model_config), DTYPE, None)
+            )
             out.torch(f"{folder}/{FILES[kind]}", {"param": made, **_cut(item)})
         if moments:
             out.torch(f"{folder}/step.pt", count)
@@ -197,7 +201,7 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     out.text(LATEST, tag)
 
 
-def _cut(item: fused_tensors.Stored) -> dict:
+def _cut(item: fused_tensors.StoredTensor) -> dict:
     """How tensor parallelism cuts a parameter, in the words of DeepSpeed's loader."""
     found: dict[str, object] = {}
     if item.split is not None:

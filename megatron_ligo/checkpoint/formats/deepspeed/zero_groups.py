@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ligo.checkpoint.io import adam_groups
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
-from megatron_ligo.common.errors import Faults
+from megatron_ligo.common.errors import ErrorCollector
 
 STATE = "optimizer_state_dict"  # of the file; under ZeRO 3 also the base optimizer's, inside of it
 MASTERS, MASTERS_3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Fragment:
+class FlatFragment:
     """Some numbers of a parameter: where they lie in a data-parallel rank's flat tensors."""
 
     rank: int
@@ -36,7 +36,7 @@ class Fragment:
     numel: int
 
 
-class Masters:
+class ZeroMasters:
     """The parameters of one model-parallel rank's optimizer. step: Adam's count; None where there are no moments.
     groups: the settings of its groups as they are found.
 
@@ -44,11 +44,11 @@ class Masters:
     call the rank in `faults`.
     """
 
-    def __init__(self, states: Sequence[dict], shapes: Sequence[Shapes], where: str, faults: Faults):
+    def __init__(self, states: Sequence[dict], shapes: Sequence[Shapes], where: str, errors: ErrorCollector):
         self._where = where
-        self._faults = faults
+        self._faults = errors
         self._flats: list[dict[str, list[Tensor]]] = []
-        self._fragments: dict[str, list[Fragment]] = {}
+        self._fragments: dict[str, list[FlatFragment]] = {}
         self._steps: set[int | None] = set()
         self.groups: list[object] = []
         for rank, state in enumerate(states):
@@ -62,10 +62,10 @@ class Masters:
                 self._note_mapped(rank, inner.get(MAPPINGS))
         kinds = {len(flats) for flats in self._flats}
         if len(kinds) > 1:
-            faults.add(where, "moments on all data-parallel ranks, or on none", "some")
+            errors.add(where, "moments on all data-parallel ranks, or on none", "some")
         self.has_moments = kinds == {1 + len(MOMENTS)}
         if len(self._steps) > 1 or None in self._steps:
-            faults.add(where, "one count of Adam's steps for all groups", sorted(map(str, self._steps)))
+            errors.add(where, "one count of Adam's steps for all groups", sorted(map(str, self._steps)))
         self.step = next(iter(self._steps)) if self.has_moments else None
 
     def __contains__(self, name: str) -> bool:
@@ -123,7 +123,7 @@ class Masters:
         for group, mapping in enumerate(mappings):
             for name, address in mapping.items():
                 start, numel = getattr(address, "start", None), getattr(address, "numel", None)
-                self._note(name, Fragment(rank, group, start, numel))
+                self._note(name, FlatFragment(rank, group, start, numel))
 
     def _note_equal(self, rank: int, shapes: Sequence[Shapes], ranks: int) -> None:
         flats = self._flats[rank][WEIGHT]
@@ -135,10 +135,10 @@ class Masters:
             for name, shape in named.items():
                 whole = prod(shape)
                 size = ceil(whole / ranks)
-                self._note(name, Fragment(rank, group, start, max(min(size, whole - rank * size), 0)))
+                self._note(name, FlatFragment(rank, group, start, max(min(size, whole - rank * size), 0)))
                 start += size
 
-    def _note(self, name: str, fragment: Fragment) -> None:
+    def _note(self, name: str, fragment: FlatFragment) -> None:
         flat = self._flats[fragment.rank][WEIGHT][fragment.group]
         good = all(type(number) is int and number >= 0 for number in (fragment.start, fragment.numel))
         if not good or fragment.start + fragment.numel > flat.numel():

@@ -22,17 +22,17 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Heads
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.fairscale import params_json, tokenizer_model
 from megatron_ligo.checkpoint.formats.fairscale.params_json import PARAMS
 from megatron_ligo.checkpoint.io import digest, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
-from megatron_ligo.sharding.fused_tensors import Stored
+from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 NAME = "fairscale"
 LOOKS = f"{PARAMS} beside consolidated.00.pth"
@@ -66,20 +66,20 @@ class FairscaleReader(Reader):
         self._ranks = _load(folder)
         if params["n_layers"] > len(self._ranks[0]):
             expected = f"no more than the {len(self._ranks[0])} tensors found"
-            raise CheckpointError(message(f"{folder / PARAMS}: n_layers", expected, params["n_layers"]))
+            raise CheckpointError(Problem(f"{folder / PARAMS}: n_layers", expected, params["n_layers"]))
         self.layout = {"tp": len(self._ranks)}
         self._folder = tempfile.TemporaryDirectory()
         self.files = tokenizer_model.files(folder, Path(self._folder.name))
-        found = model_record.find(folder)
+        found = model_record.find_record(folder)
         if found:
-            self.dims, self.carried = found
+            self.model_config, self.carried = found
         else:
-            self.dims = self._sizes(params)
+            self.model_config = self._sizes(params)
             self.carried = tokenizer_model.token_ids(self.files)
         self._check(params)
 
-    def info(self, key: str) -> Info:
-        return Info(self.row(key).shape(self.dims), self._ranks[0][self._items[key].name].dtype)
+    def info(self, key: str) -> TensorInfo:
+        return TensorInfo(self.row(key).shape(self.model_config), self._ranks[0][self._items[key].name].dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
@@ -88,9 +88,9 @@ class FairscaleReader(Reader):
         copies = self._copies(item)
         if copies > 1:
             where, starts = f"{key} ({item.name}, {self.path})", range(0, len(pieces), copies)
-            pieces = [tp_shards.replica(pieces[at : at + copies], where, at) for at in starts]
-        whole = tp_shards.join(item, key, pieces, self._stored, self.dims, str(self.path))
-        if item.name == EMBEDDING and self.dims.tied and OUTPUT in self._ranks[0]:
+            pieces = [tp_shards.check_replicas(pieces[at : at + copies], where, at) for at in starts]
+        whole = tp_shards.join_shards(item, key, pieces, self._stored, self.model_config, str(self.path))
+        if item.name == EMBEDDING and self.model_config.tied and OUTPUT in self._ranks[0]:
             self._check_double(whole)
         return whole
 
@@ -99,10 +99,10 @@ class FairscaleReader(Reader):
             for name, tensor in rank.items():
                 yield f"{name} ({FILE.format(number)})", tensor
 
-    def _copies(self, item: Stored) -> int:
+    def _copies(self, item: StoredTensor) -> int:
         """How many ranks hold one KV head."""
         kv = item.rows[0].axes[0].heads is Heads.KV
-        return max(len(self._ranks) // self.dims.num_kv_heads, 1) if kv else 1
+        return max(len(self._ranks) // self.model_config.num_kv_heads, 1) if kv else 1
 
     def _check_double(self, embedding: Tensor) -> None:
         at = 0
@@ -111,18 +111,18 @@ class FairscaleReader(Reader):
             if not digest.same(part, piece[: len(part)]):
                 where = f"{self.path}: {OUTPUT}, rank {rank}"
                 raise CheckpointError(
-                    message(where, f"the bits of {EMBEDDING}", "others", "Is `tied` true by mistake?")
+                    Problem(where, f"the bits of {EMBEDDING}", "others", "Is `tied` true by mistake?")
                 )
             at += len(piece)
 
-    def _sizes(self, params: Mapping) -> Dims:
+    def _sizes(self, params: Mapping) -> ModelConfig:
         """From params.json, and what it lacks from the tensors."""
-        faults = Faults(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
+        errors = ErrorCollector(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
         first, tp = self._ranks[0], len(self._ranks)
         for name in (EMBEDDING, GATE, *([OUTPUT] if OUTPUT in first else [])):
             if name not in first or first[name].dim() != 2:
-                faults.add(name, "a matrix", "none")
-        faults.raise_if_any()
+                errors.add(name, "a matrix", "none")
+        errors.raise_if_any()
         if OUTPUT in first:
             vocab_size = len(first[OUTPUT]) * tp
         else:
@@ -134,26 +134,26 @@ class FairscaleReader(Reader):
     def _check(self, params: Mapping) -> None:
         """Sizes that agree and can be shared by the ranks; then every piece, in every file, and nothing else."""
         tp = len(self._ranks)
-        faults = Faults(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
-        params_json.check_shapes(self.dims, faults)
-        faults.raise_if_any()
-        params_json.check(params, self.dims, faults)
-        shared = self.dims
+        errors = ErrorCollector(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
+        params_json.check_shapes(self.model_config, errors)
+        errors.raise_if_any()
+        params_json.check(params, self.model_config, errors)
+        shared = self.model_config
         if shared.num_kv_heads < tp and tp % shared.num_kv_heads == 0:
             # Each rank has a copy of one: there is nothing to share.
             shared = replace(shared, num_kv_heads=shared.num_heads)
-        tensor_parallel.check_tp(shared, tp, faults)
-        self._stored = tp_shards.padded(self.dims, tp)
+        tensor_parallel.check_tp(shared, tp, errors)
+        self._stored = tp_shards.with_padded_vocab(self.model_config, tp)
         if params.get("vocab_size", -1) not in (-1, self._stored.vocab_size):
-            faults.add("vocab_size", f"-1 or {self._stored.vocab_size}, as in the tensors", params["vocab_size"])
-        faults.raise_if_any()
-        items = _items(self.dims, self._cut())
-        if self.dims.tied and not any(OUTPUT in rank for rank in self._ranks):
+            errors.add("vocab_size", f"-1 or {self._stored.vocab_size}, as in the tensors", params["vocab_size"])
+        errors.raise_if_any()
+        items = _items(self.model_config, self._cut())
+        if self.model_config.tied and not any(OUTPUT in rank for rank in self._ranks):
             del items[OUTPUT]
         for number, rank in enumerate(self._ranks):
-            self._check_rank(FILE.format(number), rank, items, faults)
-        faults.raise_if_any(self._found)
-        self._items: dict[str, Stored] = {}
+            self._check_rank(FILE.format(number), rank, items, errors)
+        errors.raise_if_any(self._found)
+        self._items: dict[str, StoredTensor] = {}
         for item in items.values():
             for key in item.keys:
                 # A tied model's output comes after the embedding, whose key it bears.
@@ -162,31 +162,33 @@ class FairscaleReader(Reader):
     def _cut(self) -> str:
         """The shape tells: a rank has all features of some tokens, or some features of all."""
         shape = self._ranks[0][EMBEDDING].shape if EMBEDDING in self._ranks[0] else ()
-        return FEATURES if len(self._ranks) > 1 and shape[1:] != (self.dims.hidden_size,) else VOCABULARY
+        return FEATURES if len(self._ranks) > 1 and shape[1:] != (self.model_config.hidden_size,) else VOCABULARY
 
-    def _check_rank(self, file: str, rank: Mapping[str, Tensor], items: Mapping[str, Stored], faults: Faults) -> None:
+    def _check_rank(
+        self, file: str, rank: Mapping[str, Tensor], items: Mapping[str, StoredTensor], errors: ErrorCollector
+    ) -> None:
         for name, item in items.items():
             shape = item.shape(self._stored, len(self._ranks) // self._copies(item))
             if name not in rank:
-                faults.add(f"{name} ({file})", f"a tensor of shape {shape}", "nothing")
+                errors.add(f"{name} ({file})", f"a tensor of shape {shape}", "nothing")
             elif rank[name].shape != shape:
-                faults.add(f"{name} ({file})", f"shape {shape}", tuple(rank[name].shape))
+                errors.add(f"{name} ({file})", f"shape {shape}", tuple(rank[name].shape))
             elif name in self._ranks[0] and rank[name].dtype != self._ranks[0][name].dtype:
-                faults.add(f"{name} ({file})", f"{self._ranks[0][name].dtype}, as rank 0", rank[name].dtype)
+                errors.add(f"{name} ({file})", f"{self._ranks[0][name].dtype}, as rank 0", rank[name].dtype)
         for name in sorted(set(rank) - set(items) - set(NO_WEIGHTS)):
-            faults.add(f"{name} ({file})", "no such tensor", "one")
+            errors.add(f"{name} ({file})", "no such tensor", "one")
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """Every rank's file, filled side by side, and params.json."""
-    dims, tp = source.dims, options.tp
+    model_config, tp = source.model_config, options.tp
     cut = options.extra.get("embedding", VOCABULARY)
-    params_json.refuse(dims)
-    _check_layout(dims, options, cut)
-    stored = tp_shards.padded(dims, tp)
-    out.json(PARAMS, params_json.params_of(dims, stored.vocab_size, plain=cut == FEATURES))
+    params_json.refuse(model_config)
+    _check_layout(model_config, options, cut)
+    stored = tp_shards.with_padded_vocab(model_config, tp)
+    out.json(PARAMS, params_json.params_of(model_config, stored.vocab_size, plain=cut == FEATURES))
     model_record.write(source, out)
-    pieces, items = tp_shards.Pieces(source, tp, stored), _items(dims, cut)
+    pieces, items = tp_shards.TpShards(source, tp, stored), _items(model_config, cut)
     out.torch_files(
         {
             FILE.format(rank): {name: pieces.later(item, rank) for name, item in items.items()}
@@ -195,29 +197,31 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     )  # fmt: skip
 
 
-def _check_layout(dims: Dims, options: WriteOptions, cut: str) -> None:
-    faults = Faults("the format fairscale cannot be written so", ConfigError)
+def _check_layout(model_config: ModelConfig, options: WriteOptions, cut: str) -> None:
+    errors = ErrorCollector("the format fairscale cannot be written so", ConfigError)
     if options.pp != 1:
-        faults.add("pp", "1: it has no pipeline parallelism", options.pp)
+        errors.add("pp", "1: it has no pipeline parallelism", options.pp)
     if cut not in (VOCABULARY, FEATURES):
-        faults.add("embedding", f"{VOCABULARY} or {FEATURES}", repr(cut))
-    tensor_parallel.check_tp(dims, options.tp, faults)
-    if cut == FEATURES and dims.hidden_size % options.tp:
-        faults.add(f"tp = {options.tp}", "a divisor of the model's hidden_size", f"hidden_size = {dims.hidden_size}")
-    faults.raise_if_any()
+        errors.add("embedding", f"{VOCABULARY} or {FEATURES}", repr(cut))
+    tensor_parallel.check_tp(model_config, options.tp, errors)
+    if cut == FEATURES and model_config.hidden_size % options.tp:
+        errors.add(
+            f"tp = {options.tp}", "a divisor of the model's hidden_size", f"hidden_size = {model_config.hidden_size}"
+        )
+    errors.raise_if_any()
 
 
-def _items(dims: Dims, cut: str) -> dict[str, Stored]:
+def _items(model_config: ModelConfig, cut: str) -> dict[str, StoredTensor]:
     """What each rank's file holds: the table's tensors, the embedding as it is cut, and a tied model's output."""
-    arch = architectures.get(dims.arch)
-    items = fused_tensors.stored(arch, dims, NAME)
+    arch = architectures.get(model_config.arch)
+    items = fused_tensors.stored_tensors(arch, model_config, NAME)
     if cut == FEATURES:
         item = items[EMBEDDING]
         items[EMBEDDING] = replace(item, rows=(replace(item.rows[0], split=1),))
     for row in arch.rows:
-        if row.tied_to and dims.tied:
+        if row.tied_to and model_config.tied:
             name = row.slots[NAME].name
-            items[name] = Stored(name, (row.tied_to,), (row,), (row.slots[NAME],))
+            items[name] = StoredTensor(name, (row.tied_to,), (row,), (row.slots[NAME],))
     return items
 
 
@@ -226,5 +230,5 @@ def _load(folder: Path) -> list[dict[str, Tensor]]:
     numbers = sorted(int(found[1]) for file in folder.iterdir() if (found := FILES.fullmatch(file.name)))
     if numbers != list(range(len(numbers))) or not numbers:
         found = ", ".join(FILE.format(number) for number in numbers) or "none"
-        raise CheckpointError(message(f"{folder}", f"{FILE.format(0)} and so on, without a gap", found))
+        raise CheckpointError(Problem(f"{folder}", f"{FILE.format(0)} and so on, without a gap", found))
     return [torch_files.tensors(folder / FILE.format(number)) for number in numbers]

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf import config_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message, nearest
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -45,34 +45,34 @@ COARSEST = 4096
 def load(path: Path) -> dict:
     """The keys of a params.json, checked one by one."""
     params = config_json.load(path)
-    faults = Faults(f"{path} describes a network that this program cannot hold", CheckpointError)
+    errors = ErrorCollector(f"{path} describes a network that this program cannot hold", CheckpointError)
     known = (*SIZES, "norm_eps", *OPTIONAL, *IGNORED)
     for name in params:
         if name not in known:
-            faults.note(f"unknown key {name!r}: the network may compute something else. {nearest(name, known)}")
+            errors.note(f"unknown key {name!r}: the network may compute something else. {did_you_mean(name, known)}")
     for name in (*SIZES, "n_kv_heads", "max_seq_len"):
         value = params.get(name)
         if (value is not None or name in SIZES) and (type(value) is not int or value < 1):
-            faults.add(name, "a positive integer", repr(value))
+            errors.add(name, "a positive integer", repr(value))
     for name in ("norm_eps", "rope_theta"):
         value = params.get(name)
         if (value is not None or name == "norm_eps") and not (type(value) in (int, float) and 0 < value < float("inf")):
-            faults.add(name, "a positive number", repr(value))
+            errors.add(name, "a positive number", repr(value))
     if type(params.get("vocab_size", -1)) is not int:
-        faults.add("vocab_size", "an integer", repr(params["vocab_size"]))
+        errors.add("vocab_size", "an integer", repr(params["vocab_size"]))
     if type(params.get("use_scaled_rope", False)) is not bool:
-        faults.add("use_scaled_rope", "true or false", repr(params["use_scaled_rope"]))
-    faults.raise_if_any()
+        errors.add("use_scaled_rope", "true or false", repr(params["use_scaled_rope"]))
+    errors.raise_if_any()
     if params["dim"] % params["n_heads"]:
-        raise CheckpointError(message(f"{path}: dim", f"a multiple of n_heads = {params['n_heads']}", params["dim"]))
+        raise CheckpointError(Problem(f"{path}: dim", f"a multiple of n_heads = {params['n_heads']}", params["dim"]))
     return params
 
 
-def dims_of(params: Mapping, ffn_size: int, vocab_size: int, tied: bool, where: str) -> Dims:
+def dims_of(params: Mapping, ffn_size: int, vocab_size: int, tied: bool, where: str) -> ModelConfig:
     """The sizes of a release that nothing but its params.json and its tensors state."""
     base, scaled = float(params.get("rope_theta") or ROPE_BASE), params.get("use_scaled_rope", False)
     try:
-        return Dims(
+        return ModelConfig(
             arch="llama",
             model_type="llama",
             num_layers=params["n_layers"],
@@ -93,75 +93,79 @@ def dims_of(params: Mapping, ffn_size: int, vocab_size: int, tied: bool, where: 
 
 
 def _context(base: float, scaled: bool, where: str) -> int:
-    do = "Put the model's Hugging Face config.json beside it, or add max_seq_len to it."
+    hint = "Put the model's Hugging Face config.json beside it, or add max_seq_len to it."
     if (base, scaled) not in CONTEXTS:
         found = f"rope_theta {base:g}, use_scaled_rope {scaled}, and no max_seq_len"
-        raise CheckpointError(message(where, "what says how long the context is", found, do))
+        raise CheckpointError(Problem(where, "what says how long the context is", found, hint))
     length = CONTEXTS[base, scaled]
-    log.warning("%s does not say how long the context is: taken as %d, as Meta trained for. %s", where, length, do)
+    log.warning("%s does not say how long the context is: taken as %d, as Meta trained for. %s", where, length, hint)
     if scaled:
         log.warning("%s: rotary positions scaled by 8, as Meta's code does (Llama 3.2's config.json says 32)", where)
     return length
 
 
-def check(params: Mapping, dims: Dims, faults: Faults) -> None:
+def check(params: Mapping, model_config: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault for everything in which a params.json and the sizes stated beside it differ."""
     stated = {
-        "dim": (params["dim"], dims.hidden_size),
-        "n_layers": (params["n_layers"], dims.num_layers),
-        "n_heads": (params["n_heads"], dims.num_heads),
-        "n_kv_heads": (params.get("n_kv_heads") or params["n_heads"], dims.num_kv_heads),
-        "norm_eps": (params["norm_eps"], dims.norm_eps),
-        "rope_theta": (params.get("rope_theta") or ROPE_BASE, dims.rope_base),
-        "use_scaled_rope": (params.get("use_scaled_rope", False), dims.rope_scaling is not None),
+        "dim": (params["dim"], model_config.hidden_size),
+        "n_layers": (params["n_layers"], model_config.num_layers),
+        "n_heads": (params["n_heads"], model_config.num_heads),
+        "n_kv_heads": (params.get("n_kv_heads") or params["n_heads"], model_config.num_kv_heads),
+        "norm_eps": (params["norm_eps"], model_config.norm_eps),
+        "rope_theta": (params.get("rope_theta") or ROPE_BASE, model_config.rope_base),
+        "use_scaled_rope": (params.get("use_scaled_rope", False), model_config.rope_scaling is not None),
     }
     for name, (found, expected) in stated.items():
         if found != expected:
-            faults.add(f"{PARAMS}: {name}", f"{expected}, as the sizes beside it say", found)
+            errors.add(f"{PARAMS}: {name}", f"{expected}, as the sizes beside it say", found)
 
 
-def params_of(dims: Dims, vocab_size: int, plain: bool) -> dict:
+def params_of(model_config: ModelConfig, vocab_size: int, plain: bool) -> dict:
     """A params.json from which Meta's code builds the network. plain: without what the code of Llama 1 and 2 refuses.
 
     Raises CheckpointError with everything that the format cannot express.
     """
-    refuse(dims)
-    multiple_of, multiplier = ffn_rule(dims.hidden_size, dims.ffn_size)
+    refuse(model_config)
+    multiple_of, multiplier = ffn_rule(model_config.hidden_size, model_config.ffn_size)
     params = {
-        "dim": dims.hidden_size,
-        "n_layers": dims.num_layers,
-        "n_heads": dims.num_heads,
-        "n_kv_heads": dims.num_kv_heads,
+        "dim": model_config.hidden_size,
+        "n_layers": model_config.num_layers,
+        "n_heads": model_config.num_heads,
+        "n_kv_heads": model_config.num_kv_heads,
         "vocab_size": vocab_size,
         "multiple_of": multiple_of,
-        "norm_eps": dims.norm_eps,
+        "norm_eps": model_config.norm_eps,
     }
     if multiplier is not None:
         params["ffn_dim_multiplier"] = multiplier
-    if plain and dims.rope_base == ROPE_BASE and dims.rope_scaling is None:
+    if plain and model_config.rope_base == ROPE_BASE and model_config.rope_scaling is None:
         return params
-    return params | {"rope_theta": dims.rope_base, "use_scaled_rope": dims.rope_scaling is not None}
+    return params | {"rope_theta": model_config.rope_base, "use_scaled_rope": model_config.rope_scaling is not None}
 
 
-def refuse(dims: Dims) -> None:
+def refuse(model_config: ModelConfig) -> None:
     """Raises CheckpointError with everything about a network that Meta's Llama code would compute otherwise."""
-    faults = Faults("Meta's Llama format cannot express this network", CheckpointError)
-    check_shapes(dims, faults)
-    if dims.sliding_window is not None:
-        faults.add("sliding_window", "none", dims.sliding_window)
-    if dims.rope_scaling is not None and dict(dims.rope_scaling) != SCALED:
-        faults.add("rope_scaling", f"none, or {SCALED}, the one that Meta's code has", dict(dims.rope_scaling))
-    faults.raise_if_any()
+    errors = ErrorCollector("Meta's Llama format cannot express this network", CheckpointError)
+    check_shapes(model_config, errors)
+    if model_config.sliding_window is not None:
+        errors.add("sliding_window", "none", model_config.sliding_window)
+    if model_config.rope_scaling is not None and dict(model_config.rope_scaling) != SCALED:
+        errors.add("rope_scaling", f"none, or {SCALED}, the one that Meta's code has", dict(model_config.rope_scaling))
+    errors.raise_if_any()
 
 
-def check_shapes(dims: Dims, faults: Faults) -> None:
+def check_shapes(model_config: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault for parameters that the files have no place for."""
-    table = architectures.get(dims.arch)
-    missing = [row.key for row in table.rows if row.exists(dims) and "fairscale" not in row.slots]
+    table = architectures.get(model_config.arch)
+    missing = [row.key for row in table.rows if row.exists(model_config) and "fairscale" not in row.slots]
     if missing:
-        faults.add(dims.model_type, "Llama's parameters only", ", ".join(missing))
-    elif dims.head_dim * dims.num_heads != dims.hidden_size:
-        faults.add("head_dim", f"hidden_size / num_heads = {dims.hidden_size / dims.num_heads:g}", dims.head_dim)
+        errors.add(model_config.model_type, "Llama's parameters only", ", ".join(missing))
+    elif model_config.head_dim * model_config.num_heads != model_config.hidden_size:
+        errors.add(
+            "head_dim",
+            f"hidden_size / num_heads = {model_config.hidden_size / model_config.num_heads:g}",
+            model_config.head_dim,
+        )
 
 
 def ffn_of(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:

@@ -19,12 +19,12 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture
 from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, Header, read_header
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, scaling, shortest
-from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader
-from megatron_ligo.common.errors import CheckpointError, Faults, message, nearest
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.sharding import fused_tensors
 
 NAME = "gguf"
@@ -53,7 +53,7 @@ def open(path: Path) -> GgufReader:
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
-            raise CheckpointError(message(f"{path}", "one *.gguf file", found, "Name the file itself."))
+            raise CheckpointError(Problem(f"{path}", "one *.gguf file", found, "Name the file itself."))
         path = files[0]
     return GgufReader(path)
 
@@ -67,7 +67,7 @@ class GgufReader(Reader):
         self.path = path
         self._header = read_header(path)
         metadata = self._header.metadata
-        self.dims = _dims(self._header, path)
+        self.model_config = _dims(self._header, path)
         self._data = np.memmap(path, mode="c")
         self._items = self._check()
         ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -82,14 +82,14 @@ class GgufReader(Reader):
         self._folder = tempfile.TemporaryDirectory()
         return _extract_tokenizer(self.path, Path(self._folder.name))
 
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         block = self._header.tensors[self._items[key].name]
-        return Info(self.row(key).shape(self.dims), PLAIN.get(block.type, torch.float32))
+        return TensorInfo(self.row(key).shape(self.model_config), PLAIN.get(block.type, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
         item = self._items[key]
-        return item.part(self._tensor(item.name), key, self.dims)
+        return item.part(self._tensor(item.name), key, self.model_config)
 
     def _tensor(self, name: str) -> Tensor:
         block = self._header.tensors[name]
@@ -104,31 +104,31 @@ class GgufReader(Reader):
             if block.type in PLAIN or _dequantises(block.type):
                 yield name, self._tensor(name)
 
-    def _check(self) -> dict[str, fused_tensors.Stored]:
+    def _check(self) -> dict[str, fused_tensors.StoredTensor]:
         """Every expected tensor with its shape, in a type that can be dequantised, and nothing else."""
-        faults = Faults(f"{self.path} does not hold the model of its header", CheckpointError)
+        errors = ErrorCollector(f"{self.path} does not hold the model of its header", CheckpointError)
         found = self._header.tensors
-        if self.dims.num_layers > len(found):
-            faults.add("block_count", f"no more than the {len(found)} tensors found", self.dims.num_layers)
-            faults.raise_if_any()
-        stored = fused_tensors.stored(self.arch, self.dims, NAME)
+        if self.model_config.num_layers > len(found):
+            errors.add("block_count", f"no more than the {len(found)} tensors found", self.model_config.num_layers)
+            errors.raise_if_any()
+        stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
         for name, item in stored.items():
             if name not in found:
-                faults.add(name, f"a tensor of shape {item.shape(self.dims)}", "nothing")
-            elif found[name].shape != item.shape(self.dims):
-                faults.add(name, f"shape {item.shape(self.dims)}", found[name].shape)
+                errors.add(name, f"a tensor of shape {item.shape(self.model_config)}", "nothing")
+            elif found[name].shape != item.shape(self.model_config):
+                errors.add(name, f"shape {item.shape(self.model_config)}", found[name].shape)
         for name in sorted(set(found) - set(stored) - {FACTORS}):
-            faults.add(name, "no such tensor", "one")
+            errors.add(name, "no such tensor", "one")
         for kind in sorted({block.type for block in found.values()} - set(PLAIN)):
             if not _dequantises(kind):
-                faults.add(kind.name, "a type that the gguf package dequantises", "another", "Requantise the file.")
-        faults.raise_if_any(self._found)
+                errors.add(kind.name, "a type that the gguf package dequantises", "another", "Requantise the file.")
+        errors.raise_if_any(self._found)
         if self._header.metadata["general.architecture"] not in INTERLEAVED:
             stored = {name: _half_split(item) for name, item in stored.items()}
         return {key: item for item in stored.values() for key in item.keys}
 
 
-def _half_split(item: fused_tensors.Stored) -> fused_tensors.Stored:
+def _half_split(item: fused_tensors.StoredTensor) -> fused_tensors.StoredTensor:
     return replace(item, slots=tuple(replace(slot, interleaved=False) for slot in item.slots))
 
 
@@ -145,17 +145,17 @@ def _architecture(metadata: dict, path: Path) -> Architecture:
     known = {name: arch for arch in architectures.architectures().values() if arch.gguf for name in arch.model_types}
     name = metadata.get("general.architecture")
     if name not in known:
-        do = nearest(str(name), known)
-        raise CheckpointError(message(f"{path}: general.architecture", "a known one", repr(name), do))
+        hint = did_you_mean(str(name), known)
+        raise CheckpointError(Problem(f"{path}: general.architecture", "a known one", repr(name), hint))
     return known[name]
 
 
-def _dims(header: Header, path: Path) -> Dims:
+def _dims(header: Header, path: Path) -> ModelConfig:
     metadata = header.metadata
     arch = _architecture(metadata, path)
     family = metadata["general.architecture"]
-    faults = Faults(f"{path} describes a network that this program cannot hold", CheckpointError)
-    _refuse_features(header, family, faults)
+    errors = ErrorCollector(f"{path} describes a network that this program cannot hold", CheckpointError)
+    _refuse_features(header, family, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": family}
     for key, name in arch.gguf.items():
         if f"{family}.{key}" in metadata:
@@ -167,31 +167,31 @@ def _dims(header: Header, path: Path) -> Dims:
         sizes["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
     for name in ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size"):
         if not isinstance(sizes.get(name), int | float) or not sizes[name] > 0:
-            faults.add(name, "a positive number", repr(sizes.get(name)))
-    faults.raise_if_any()
+            errors.add(name, "a positive number", repr(sizes.get(name)))
+    errors.raise_if_any()
     sizes.setdefault("num_kv_heads", sizes["num_heads"])
     sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_heads"])
     if "rope_base" in arch.gguf.values():
         # What llama.cpp takes where the file is silent.
         sizes.setdefault("rope_base", 10000.0)
-        sizes["rope_scaling"] = scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], faults)
+        sizes["rope_scaling"] = scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], errors)
     rotary = metadata.get(f"{family}.rope.dimension_count", sizes["head_dim"])
     value = metadata.get(f"{family}.attention.value_length", sizes["head_dim"])
     for name, found in (("rope.dimension_count", rotary), ("attention.value_length", value)):
         if found != sizes["head_dim"]:
-            faults.add(name, f"the head size, {sizes['head_dim']}", found)
-    faults.raise_if_any()
+            errors.add(name, f"the head size, {sizes['head_dim']}", found)
+    errors.raise_if_any()
     sizes["tied"] = any(row.tied_to and row.slots[NAME].name not in header.tensors for row in arch.rows)
-    return Dims.from_json(sizes | arch.implied.get(family, {}))
+    return ModelConfig.from_json(sizes | arch.implied.get(family, {}))
 
 
-def _refuse_features(header: Header, family: str, faults: Faults) -> None:
+def _refuse_features(header: Header, family: str, errors: ErrorCollector) -> None:
     metadata = header.metadata
     for key in ("expert_count", "attention.sliding_window"):
         if metadata.get(f"{family}.{key}"):
-            faults.add(key, "none", metadata[f"{family}.{key}"])
+            errors.add(key, "none", metadata[f"{family}.{key}"])
     if metadata.get("split.count", 1) > 1:
-        faults.add("split.count", "one file", metadata["split.count"], "Merge the parts with gguf-split first.")
+        errors.add("split.count", "one file", metadata["split.count"], "Merge the parts with gguf-split first.")
 
 
 def _extract_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -24,7 +24,7 @@ STRING, ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorBlock:
     """A stored tensor. shape: as torch has it (GGUF lists it the other way round); offset: from the file's start."""
 
     shape: tuple[int, ...]
@@ -36,21 +36,21 @@ class Block:
 @dataclass(frozen=True)
 class Header:
     metadata: dict[str, object]
-    tensors: dict[str, Block]
+    tensors: dict[str, TensorBlock]
 
 
 def read_header(path: Path) -> Header:
     """Raises CheckpointError where the file is cut off, or says what cannot be."""
     if not path.is_file() or path.stat().st_size < len(MAGIC):
-        raise CheckpointError(message(f"{path}", "a GGUF file", "an empty one, or none"))
+        raise CheckpointError(Problem(f"{path}", "a GGUF file", "an empty one, or none"))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _Head(data, path).read()
         except _CutOff:
-            do = "It is cut off or damaged: fetch it again."
-            raise CheckpointError(message(f"{path}", "a header within the file", "one that goes on", do)) from None
+            hint = "It is cut off or damaged: fetch it again."
+            raise CheckpointError(Problem(f"{path}", "a header within the file", "one that goes on", hint)) from None
         except UnicodeDecodeError as error:
-            raise CheckpointError(message(f"{path}", "names in UTF-8", f"{error}")) from None
+            raise CheckpointError(Problem(f"{path}", "names in UTF-8", f"{error}")) from None
 
 
 class _CutOff(Exception):
@@ -71,7 +71,7 @@ class _Head:
         for _ in range(pairs):
             name = self._string()
             if name in metadata:
-                raise CheckpointError(message(f"{self.path}: {name}", "one value", "two"))
+                raise CheckpointError(Problem(f"{self.path}: {name}", "one value", "two"))
             metadata[name] = self._value(self._number("I"))
         infos = [self._tensor_info() for _ in range(tensors)]
         return Header(metadata, self._placed(infos, metadata.get("general.alignment", 32)))
@@ -104,50 +104,50 @@ class _Head:
         return [self._string() for _ in range(count)]
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dims = self._string(), self._number("I")
-        if dims > MAX_DIMS:
-            raise CheckpointError(message(f"{self.path}: {name}", f"at most {MAX_DIMS} dims", dims))
-        shape = tuple(reversed([self._number("Q") for _ in range(dims)]))
+        name, model_config = self._string(), self._number("I")
+        if model_config > MAX_DIMS:
+            raise CheckpointError(Problem(f"{self.path}: {name}", f"at most {MAX_DIMS} dims", model_config))
+        shape = tuple(reversed([self._number("Q") for _ in range(model_config)]))
         return name, shape, self._number("I"), self._number("Q")
 
-    def _placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object) -> dict[str, Block]:
+    def _placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object) -> dict[str, TensorBlock]:
         """The tensors with their places in the file, which must be theirs alone."""
-        faults = Faults(f"{self.path}: the header lies about its tensors", CheckpointError)
+        errors = ErrorCollector(f"{self.path}: the header lies about its tensors", CheckpointError)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            faults.add("general.alignment", "a power of two", alignment)
-            faults.raise_if_any()
+            errors.add("general.alignment", "a power of two", alignment)
+            errors.raise_if_any()
         start = -(-self.at // alignment) * alignment
-        found: dict[str, Block] = {}
+        found: dict[str, TensorBlock] = {}
         end, before = start, "the header"
         for name, shape, number, offset in sorted(infos, key=lambda info: info[3]):
-            block = _block(name, shape, number, start + offset, faults)
+            block = _block(name, shape, number, start + offset, errors)
             if block is None:
                 continue
             if name in found:
-                faults.add(name, "one tensor of that name", "two")
+                errors.add(name, "one tensor of that name", "two")
             if block.offset < end:
-                faults.add(name, f"bytes of its own, after {before}", "an overlap")
+                errors.add(name, f"bytes of its own, after {before}", "an overlap")
             end, before = block.offset + block.nbytes, name
             if end > self.size:
-                faults.add(name, f"its end within the file's {self.size} bytes", end, "The file is cut off.")
+                errors.add(name, f"its end within the file's {self.size} bytes", end, "The file is cut off.")
             found[name] = block
-        faults.raise_if_any()
+        errors.raise_if_any()
         return found
 
     def _expect(self, what: str, found: object, choices: tuple) -> None:
         if found not in choices:
             expected = " or ".join(map(str, choices))
-            raise CheckpointError(message(f"{self.path}: {what}", expected, found, "Is it a little-endian GGUF file?"))
+            raise CheckpointError(Problem(f"{self.path}: {what}", expected, found, "Is it a little-endian GGUF file?"))
 
 
-def _block(name: str, shape: tuple[int, ...], number: int, offset: int, faults: Faults) -> Block | None:
+def _block(name: str, shape: tuple[int, ...], number: int, offset: int, errors: ErrorCollector) -> TensorBlock | None:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        faults.add(name, "a type of tensor that the gguf package knows", number)
+        errors.add(name, "a type of tensor that the gguf package knows", number)
         return None
     items, nbytes = GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % items:
-        faults.add(name, f"rows of whole blocks of {items}", f"shape {shape}")
+        errors.add(name, f"rows of whole blocks of {items}", f"shape {shape}")
         return None
-    return Block(shape, kind, offset, prod(shape) // items * nbytes)
+    return TensorBlock(shape, kind, offset, prod(shape) // items * nbytes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ligo.checkpoint.formats.gguf.header import Header
-from megatron_ligo.common.errors import Faults
+from megatron_ligo.common.errors import ErrorCollector
 
 FACTORS = "rope_freqs.weight"
 # The rule of which llama.cpp stores the table; all releases of Llama 3.1 to 3.3 share these, only `factor` differs.
@@ -21,30 +21,30 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def scaling(header: Header, path: Path, family: str, head_dim: int, base: float, faults: Faults) -> dict | None:
+def scaling(header: Header, path: Path, family: str, head_dim: int, base: float, errors: ErrorCollector) -> dict | None:
     """The scaling part of Hugging Face's rope parameters, or None; a fault where it cannot be said so."""
     kind = header.metadata.get(f"{family}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        faults.add("rope.scaling.type", "none or linear", kind)
+        errors.add("rope.scaling.type", "none or linear", kind)
         return None
     if FACTORS in header.tensors:
-        return _of_table(header, path, head_dim, base, faults)
+        return _of_table(header, path, head_dim, base, errors)
     factor = header.metadata.get(f"{family}.rope.scaling.factor")
     return {"rope_type": "linear", "factor": shortest(factor)} if kind == "linear" and factor else None
 
 
-def _of_table(header: Header, path: Path, head_dim: int, base: float, faults: Faults) -> dict | None:
+def _of_table(header: Header, path: Path, head_dim: int, base: float, errors: ErrorCollector) -> dict | None:
     block = header.tensors[FACTORS]
-    do = "Take the Hugging Face files of the model: their config states the rule."
+    hint = "Take the Hugging Face files of the model: their config states the rule."
     if block.shape != (head_dim // 2,) or block.nbytes != 2 * head_dim:
-        faults.add(FACTORS, f"fp32 of shape ({head_dim // 2},)", f"{block.type.name} of shape {block.shape}", do)
+        errors.add(FACTORS, f"fp32 of shape ({head_dim // 2},)", f"{block.type.name} of shape {block.shape}", hint)
         return None
     found = np.fromfile(path, dtype="<f4", count=head_dim // 2, offset=block.offset)
     # Files that were made by dividing frequencies are off by an ulp.
     factor = round(float(found.max()), 3)
     expected = [_factor(base ** (-2 * i / head_dim), factor) for i in range(head_dim // 2)]
     if not np.allclose(found, expected, rtol=CLOSE, atol=0):
-        faults.add(FACTORS, f"the factors of Llama 3's rule with factor {factor}", "others", do)
+        errors.add(FACTORS, f"the factors of Llama 3's rule with factor {factor}", "others", hint)
         return None
     return {
         "rope_type": "llama3",

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import Dims, following_sizes, tokens_of_image
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_of_image
 from megatron_ligo.arch.spec import Architecture, Task
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message, nearest
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
 
 CONFIG = "config.json"
 # Said anew by whoever writes, or (the last two) refused where it says something.
@@ -38,11 +38,11 @@ def load(path: Path) -> dict:
     try:
         config = read_json(path)
     except FileNotFoundError:
-        raise CheckpointError(message(f"{path}", "the checkpoint's config", "nothing there")) from None
+        raise CheckpointError(Problem(f"{path}", "the checkpoint's config", "nothing there")) from None
     except ValueError as error:
-        raise CheckpointError(message(f"{path}", "JSON", f"a fault in it: {error}")) from None
+        raise CheckpointError(Problem(f"{path}", "JSON", f"a fault in it: {error}")) from None
     if not isinstance(config, dict):
-        raise CheckpointError(message(f"{path}", "a JSON object", type(config).__name__))
+        raise CheckpointError(Problem(f"{path}", "a JSON object", type(config).__name__))
     return config
 
 
@@ -51,49 +51,49 @@ def architecture(config: Mapping, where: str) -> Architecture:
     known = {name: arch for arch in architectures.architectures().values() for name in arch.model_types}
     name = config.get("model_type")
     if name not in known:
-        do = nearest(str(name), known)
-        raise CheckpointError(message(f"{where}: model_type", "a known family", repr(name), do))
+        hint = did_you_mean(str(name), known)
+        raise CheckpointError(Problem(f"{where}: model_type", "a known family", repr(name), hint))
     return known[name]
 
 
-def dims_of(config: Mapping, where: str) -> Dims:
+def dims_of(config: Mapping, where: str) -> ModelConfig:
     """The sizes that a config states. Raises CheckpointError with everything that the table cannot express."""
     arch = architecture(config, where)
-    faults = Faults(f"{where} describes a network that this program cannot hold", CheckpointError)
-    _refuse_features(config, arch, faults)
+    errors = ErrorCollector(f"{where} describes a network that this program cannot hold", CheckpointError)
+    _refuse_features(config, arch, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
     sizes |= _parts(config, arch) | arch.implied.get(config["model_type"], {})
     for key, name in arch.hf.items():
         if name not in ROPE and name not in sizes:
             sizes[name] = _stated(config, key, where)
     if "rope_base" in arch.hf.values():
-        sizes |= _rope(config, arch, where, faults)
+        sizes |= _rope(config, arch, where, errors)
     _follow(sizes)
-    _check_kinds(sizes, faults)
+    _check_kinds(sizes, errors)
     for name, known in arch.choices.items():
         if sizes[name] not in known:
-            faults.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
-    _check_layer_types(config, sizes, faults)
-    faults.raise_if_any()
+            errors.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
+    _check_layer_types(config, sizes, errors)
+    errors.raise_if_any()
     try:
-        return Dims.from_json(sizes)
+        return ModelConfig.from_json(sizes)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _refuse_features(config: Mapping, arch: Architecture, faults: Faults) -> None:
+def _refuse_features(config: Mapping, arch: Architecture, errors: ErrorCollector) -> None:
     for key, value in arch.fixed_hf.items():
         if key in config and config[key] != value:
-            faults.add(key, repr(value), repr(config[key]))
+            errors.add(key, repr(value), repr(config[key]))
     named = config.get("architectures")
     for name in named if isinstance(named, list) else ():
         if str(name) in arch.refused:
             known = ", ".join(arch.model_types[config["model_type"]])
-            faults.add("architectures", known, f"{name}: {arch.refused[str(name)]}")
+            errors.add("architectures", known, f"{name}: {arch.refused[str(name)]}")
     if config.get("quantization_config") is not None:
-        faults.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
+        errors.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
     if config.get("auto_map") is not None:
-        faults.add("auto_map", "none", "one", "The model's code is its own: it may compute something else.")
+        errors.add("auto_map", "none", "one", "The model's code is its own: it may compute something else.")
 
 
 def _parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
@@ -120,10 +120,10 @@ def _as_transformers_reads(config: Mapping, where: str) -> object:
         return CONFIG_MAPPING[config["model_type"]](**config)
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
-        raise CheckpointError(message(where, "a config that transformers takes", found)) from None
+        raise CheckpointError(Problem(where, "a config that transformers takes", found)) from None
 
 
-def _rope(config: Mapping, arch: Architecture, where: str, faults: Faults) -> dict[str, object]:
+def _rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
     """`rope_base`, `rope_scaling` and (of families that have one) `rotary_fraction` out of either form: today's
     rope_parameters, or keys of their own."""
     keys = {field: key for key, field in arch.hf.items()}
@@ -131,7 +131,7 @@ def _rope(config: Mapping, arch: Architecture, where: str, faults: Faults) -> di
     scaling = config.get("rope_scaling") if parameters is None else parameters
     scaling = {} if scaling is None else scaling
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        faults.add("rope_parameters", "one set of plain values for all layers", repr(scaling))
+        errors.add("rope_parameters", "one set of plain values for all layers", repr(scaling))
         return {"rope_base": 1.0}
     scaling = dict(scaling)
     partial = scaling.pop("partial_rotary_factor", config.get(keys.get("rotary_fraction", "partial_rotary_factor")))
@@ -144,7 +144,7 @@ def _rope(config: Mapping, arch: Architecture, where: str, faults: Faults) -> di
             partial = _as_transformers_reads(config, where).rope_parameters["partial_rotary_factor"]
         own = {"rotary_fraction": partial}
     elif partial not in (None, 1):
-        faults.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
+        errors.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
     plain = scaling.get("rope_type", "default") == "default"
@@ -158,31 +158,31 @@ def _follow(sizes: dict) -> None:
         sizes["max_positions"] = tokens_of_image(image, patch, sizes["has_distillation"])
     if not all(type(size) is int and size > 0 for size in (hidden, heads)):
         return
-    for name, value in following_sizes(hidden, heads).items():
+    for name, value in implied_head_sizes(hidden, heads).items():
         if sizes.get(name) is None:
             sizes[name] = value
 
 
-def _check_kinds(sizes: dict, faults: Faults) -> None:
+def _check_kinds(sizes: dict, errors: ErrorCollector) -> None:
     """JSON has any kind of value in any place."""
     for name in ("norm_eps", "rope_base", "rotary_fraction"):
         if type(sizes.get(name)) is int:
             sizes[name] = float(sizes[name])
-    for field in fields(Dims):
+    for field in fields(ModelConfig):
         kind = KINDS.get(field.type)
         value = sizes.get(field.name, field.default)
         lacks = value is None and "None" in field.type and not (field.name in IMAGE and field.name in sizes)
         if kind is None or lacks or (field.name in MAY_BE_ZERO and value == 0):
             continue
         if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
-            faults.add(field.name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
+            errors.add(field.name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
 
 
-def _check_layer_types(config: Mapping, sizes: dict, faults: Faults) -> None:
+def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> None:
     types = config.get("layer_types")
     expected = "full_attention" if sizes.get("sliding_window") is None else "sliding_attention"
     if types is not None and (not isinstance(types, list) or set(map(str, types)) != {expected}):
-        faults.add("layer_types", f"{expected} in every layer", repr(types))
+        errors.add("layer_types", f"{expected} in every layer", repr(types))
 
 
 def carried_of(config: Mapping) -> dict[str, object]:
@@ -192,43 +192,49 @@ def carried_of(config: Mapping) -> dict[str, object]:
     return {key: value for key, value in config.items() if key not in stated}
 
 
-def config_of(dims: Dims, carried: Mapping[str, object], dtype: torch.dtype) -> dict:
+def config_of(model_config: ModelConfig, carried: Mapping[str, object], dtype: torch.dtype) -> dict:
     """A config.json that transformers 5 and its forerunners read to the same numbers.
 
     Raises CheckpointError where the family's config cannot say what the sizes say.
     """
-    arch = architectures.get(dims.arch)
-    faults = Faults(f"a {dims.model_type} config cannot express this network", CheckpointError)
-    for name, value in arch.implied.get(dims.model_type, {}).items():
-        if getattr(dims, name) != value:
-            faults.add(name, repr(value), repr(getattr(dims, name)), "Another model_type may.")
-    arch.check(dims, faults)
-    faults.raise_if_any()
+    arch = architectures.get(model_config.arch)
+    errors = ErrorCollector(f"a {model_config.model_type} config cannot express this network", CheckpointError)
+    for name, value in arch.implied.get(model_config.model_type, {}).items():
+        if getattr(model_config, name) != value:
+            errors.add(name, repr(value), repr(getattr(model_config, name)), "Another model_type may.")
+    arch.check(model_config, errors)
+    errors.raise_if_any()
     name = str(dtype).removeprefix("torch.")
-    config = {"architectures": [arch.class_of(dims)], "model_type": dims.model_type}
+    config = {"architectures": [arch.class_of(model_config)], "model_type": model_config.model_type}
     if arch.task is Task.LABEL:
-        config |= {**carried, **_labels(carried, dims.vocab_size)}
+        config |= {**carried, **_labels(carried, model_config.vocab_size)}
     else:
         # Token ids that nobody knows are null: left out, they would be the family's.
         config |= {**dict.fromkeys(TOKEN_IDS), **carried}
     # A copy: transformers writes into the scaling that it is given.
-    sizes = dims.to_json()
+    sizes = model_config.to_json()
     config |= {key: sizes[field] for key, field in arch.hf.items()}
     config |= arch.fixed_hf
     if "rope_base" in arch.hf.values():
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": dims.rope_base, **(dims.rope_scaling or {})}
+        config["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": model_config.rope_base,
+            **(model_config.rope_scaling or {}),
+        }
         if "rotary_fraction" in arch.hf.values():
-            config["rope_parameters"]["partial_rotary_factor"] = dims.rotary_fraction
+            config["rope_parameters"]["partial_rotary_factor"] = model_config.rotary_fraction
     return config | {"dtype": name, "torch_dtype": name}
 
 
-def refused_elsewhere(dims: Dims) -> str:
+def refused_elsewhere(model_config: ModelConfig) -> str:
     """Why transformers would not load a config that says these sizes; "" where it would."""
-    if dims.model_type not in HEADS_DIVIDE or dims.hidden_size % dims.num_heads == 0:
+    if model_config.model_type not in HEADS_DIVIDE or model_config.hidden_size % model_config.num_heads == 0:
         return ""
-    expected = f"a divisor of hidden_size = {dims.hidden_size} (transformers loads no other {dims.model_type})"
-    do = "Choose num_heads that divides hidden_size, or leave 'hf' out of handoff.formats."
-    return message("hf: num_heads", expected, dims.num_heads, do)
+    expected = (
+        f"a divisor of hidden_size = {model_config.hidden_size} (transformers loads no other {model_config.model_type})"
+    )
+    hint = "Choose num_heads that divides hidden_size, or leave 'hf' out of handoff.formats."
+    return Problem("hf: num_heads", expected, model_config.num_heads, hint)
 
 
 def _labels(carried: Mapping[str, object], count: int) -> dict[str, dict]:

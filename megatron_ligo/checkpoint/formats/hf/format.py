@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
 from megatron_ligo.checkpoint.formats.hf.shards import INDEX, SINGLE, find_shards
-from megatron_ligo.checkpoint.io.output import Output, later
-from megatron_ligo.checkpoint.reader import WEIGHT, Info, Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
 NAME = "hf"
@@ -39,17 +39,17 @@ class HfReader(Reader):
     def __init__(self, folder: Path):
         self.path = folder
         config = config_json.load(folder / config_json.CONFIG)
-        self.dims = config_json.dims_of(config, str(folder / config_json.CONFIG))
+        self.model_config = config_json.dims_of(config, str(folder / config_json.CONFIG))
         self.carried = config_json.carried_of(config)
         self.files = model_record.files_beside(folder)
         self._shards = find_shards(folder)
-        self.dims = tensor_names.with_parts(self.arch, self.dims, self._shards.names())
+        self.model_config = tensor_names.with_parts(self.arch, self.model_config, self._shards.names())
         stored, self._places = self._check()
         self._items = {key: item for item in stored.values() for key in item.keys}
 
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         dtype = self._shards.dtype(self._places[self._items[key].name].name)
-        return Info(self.row(key).shape(self.dims), dtype)
+        return TensorInfo(self.row(key).shape(self.model_config), dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
@@ -59,31 +59,31 @@ class HfReader(Reader):
         for double in place.doubles:
             if not torch.equal(tensor, self._shards.tensor(double)):
                 what = "Is tie_word_embeddings true by mistake?"
-                raise CheckpointError(message(f"{self.path}: {double}", f"the bits of {place.name}", "others", what))
-        self._places[item.name] = tensor_names.Place(place.name)
-        return item.part(tensor, key, self.dims)
+                raise CheckpointError(Problem(f"{self.path}: {double}", f"the bits of {place.name}", "others", what))
+        self._places[item.name] = tensor_names.StoredName(place.name)
+        return item.part(tensor, key, self.model_config)
 
     def close(self) -> None:
         self._shards.close()
 
-    def _check(self) -> tuple[dict[str, fused_tensors.Stored], dict[str, tensor_names.Place]]:
+    def _check(self) -> tuple[dict[str, fused_tensors.StoredTensor], dict[str, tensor_names.StoredName]]:
         """Every expected tensor with its shape and dtype, and nothing else. Tied heads may be stored beside."""
         found = self._shards.names()
-        faults = Faults(f"{self.path} does not hold the model of its config.json", CheckpointError)
-        faults.lines += self._shards.faults
-        if self.dims.num_layers > len(found):
+        errors = ErrorCollector(f"{self.path} does not hold the model of its config.json", CheckpointError)
+        errors.lines += self._shards.errors
+        if self.model_config.num_layers > len(found):
             # A lying config must not make us list a million layers.
-            faults.add("num_layers", f"no more than the {len(found)} tensors found", self.dims.num_layers)
-            faults.raise_if_any(self._shards.weights)
-        stored = fused_tensors.stored(self.arch, self.dims, NAME)
-        places = tensor_names.places(self.arch, self.dims, found)
+            errors.add("num_layers", f"no more than the {len(found)} tensors found", self.model_config.num_layers)
+            errors.raise_if_any(self._shards.weights)
+        stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
+        places = tensor_names.places(self.arch, self.model_config, found)
         expected = {
-            name: item.shape(self.dims)
+            name: item.shape(self.model_config)
             for item in stored.values()
             for name in (places[item.name].name, *places[item.name].doubles)
         }
-        self._shards.check(expected, self.arch.ignored.get(NAME, ()), faults)
-        faults.raise_if_any(self._shards.weights)
+        self._shards.check(expected, self.arch.ignored.get(NAME, ()), errors)
+        errors.raise_if_any(self._shards.weights)
         return stored, places
 
 
@@ -92,11 +92,11 @@ refused_elsewhere = config_json.refused_elsewhere
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """Shards (a tensor that is larger than one has its own), their index where there are several, the config."""
-    stored = fused_tensors.stored(source.arch, source.dims, NAME)
-    tensors = {name: later(source, item) for name, item in stored.items()}
+    stored = fused_tensors.stored_tensors(source.arch, source.model_config, NAME)
+    tensors = {name: lazy_tensor(source, item) for name, item in stored.items()}
     dtypes = [tensor.dtype for tensor in tensors.values()]
     dtype = max(set(dtypes), key=dtypes.count)
-    out.json(config_json.CONFIG, config_json.config_of(source.dims, source.carried, dtype))
+    out.json(config_json.CONFIG, config_json.config_of(source.model_config, source.carried, dtype))
     shards = list(
         _shards({name: t.nbytes for name, t in tensors.items()}, options.extra.get("shard_bytes", SHARD_BYTES))
     )

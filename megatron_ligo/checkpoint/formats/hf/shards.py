@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ligo.common import symlinks
-from megatron_ligo.common.atomic_files import parse, read_json
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.common.atomic_files import parse_json, read_json
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,7 +25,7 @@ class Shards:
     """Open files and which of them holds each tensor. `faults`: what was wrong with the files themselves."""
 
     def __init__(self, files: Sequence[Path]):
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self._place: dict[str, Path] = {}
         self._open = {}
         self._views: dict[str, Tensor] = {}
@@ -34,20 +34,20 @@ class Shards:
 
     def _add(self, file: Path) -> None:
         if not file.is_file():
-            self.faults.append(message(str(file), "a whole safetensors file", "no file"))
+            self.errors.append(Problem(str(file), "a whole safetensors file", "no file"))
             return
         try:
             opened = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            self.faults.append(message(str(file), "a whole safetensors file", f"{error}", "Fetch it again."))
+            self.errors.append(Problem(str(file), "a whole safetensors file", f"{error}", "Fetch it again."))
             return
         self._open[file] = opened
         for name in _doubled(file):
-            self.faults.append(message(f"{name} ({file.name})", "one tensor of that name", "two"))
+            self.errors.append(Problem(f"{name} ({file.name})", "one tensor of that name", "two"))
         for name in opened.keys():  # noqa: SIM118 - no dict
             if name in self._place:
                 both = f"{self._place[name].name} and {file.name}"
-                self.faults.append(message(name, "one tensor of that name", f"two, in {both}"))
+                self.errors.append(Problem(name, "one tensor of that name", f"two, in {both}"))
             self._place[name] = file
 
     def names(self) -> set[str]:
@@ -76,20 +76,20 @@ class Shards:
         """Each tensor of floating-point numbers with its name."""
         return ((name, self.tensor(name)) for name in sorted(self._place) if self.dtype(name) is not None)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str], faults: Faults) -> None:
+    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str], errors: ErrorCollector) -> None:
         """Adds a fault for each missing, misshaped, mistyped and unexpected tensor."""
         for name, shape in expected.items():
             if name not in self._place:
-                faults.add(name, f"a tensor of shape {shape}", "nothing")
+                errors.add(name, f"a tensor of shape {shape}", "nothing")
                 continue
             where = f"{name} ({self._place[name].name})"
             if self.shape(name) != shape:
-                faults.add(where, f"shape {shape}", self.shape(name))
+                errors.add(where, f"shape {shape}", self.shape(name))
             if self.dtype(name) is None:
-                faults.add(where, f"one of {', '.join(DTYPES)}", self._stored_dtype(name))
+                errors.add(where, f"one of {', '.join(DTYPES)}", self._stored_dtype(name))
         for name in sorted(self.names() - set(expected)):
             if not any(fnmatchcase(name, pattern) for pattern in ignored):
-                faults.add(f"{name} ({self._place[name].name})", "no such tensor", "one")
+                errors.add(f"{name} ({self._place[name].name})", "no such tensor", "one")
 
     def close(self) -> None:
         self._open.clear()
@@ -109,7 +109,7 @@ def _doubled(file: Path) -> list[str]:
 
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
-        parse(opened.read(size), look)
+        parse_json(opened.read(size), look)
     return doubled
 
 
@@ -119,12 +119,12 @@ def find_shards(folder: Path) -> Shards:
     shards = {file.name for file in folder.glob(SHARD)}
     if single.exists() and (index.exists() or shards):
         both = ", ".join(sorted({SINGLE, *shards, *([INDEX] if index.exists() else [])}))
-        raise CheckpointError(message(f"{folder}", f"either {SINGLE} or shards with an index", both, "Remove one."))
+        raise CheckpointError(Problem(f"{folder}", f"either {SINGLE} or shards with an index", both, "Remove one."))
     if single.exists():
         _inside(folder, SINGLE)
         return Shards([single])
     if not index.exists():
-        raise CheckpointError(message(f"{folder}", f"{SINGLE} or {INDEX}", ", ".join(sorted(shards)) or "neither"))
+        raise CheckpointError(Problem(f"{folder}", f"{SINGLE} or {INDEX}", ", ".join(sorted(shards)) or "neither"))
     return _indexed(folder, _weight_map(index), shards)
 
 
@@ -132,9 +132,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         found = read_json(index)["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(message(f"{index}", "an index with a weight_map", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{index}", "an index with a weight_map", f"{error!r}")) from None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(message(f"{index}", "names of tensors with names of files", "something else"))
+        raise CheckpointError(Problem(f"{index}", "names of tensors with names of files", "something else"))
     return found
 
 
@@ -145,19 +145,19 @@ def _indexed(folder: Path, weight_map: Mapping[str, str], beside: set[str]) -> S
     missing = [name for name in names if not (folder / name).is_file()]
     shards = Shards([folder / name for name in names if name not in missing])
     for name in missing:
-        shards.faults.append(message(f"{name}", f"a file, as {INDEX} says", "nothing"))
+        shards.errors.append(Problem(f"{name}", f"a file, as {INDEX} says", "nothing"))
     for name in sorted(beside - set(names)):
-        shards.faults.append(message(f"{name}", f"no shard that {INDEX} does not know", "one"))
+        shards.errors.append(Problem(f"{name}", f"no shard that {INDEX} does not know", "one"))
     for name, file in weight_map.items():
         if name in shards.names() and shards.file(name).name != file:
             found = f"it in {shards.file(name).name}"
-            shards.faults.append(message(name, f"the tensor in {file}, as {INDEX} says", found))
+            shards.errors.append(Problem(name, f"the tensor in {file}, as {INDEX} says", found))
     return shards
 
 
 def _inside(folder: Path, name: str) -> None:
     """A name may not lead out of the folder; in a Hugging Face cache it leads to the blobs beside the snapshots."""
     plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
-    if not plain or (folder / name).resolve().parent not in symlinks.homes(folder):
-        do = "It leads out of the folder; it is not followed."
-        raise CheckpointError(message(f"{folder}: {name!r}", "a file of this folder", "another place", do))
+    if not plain or (folder / name).resolve().parent not in symlinks.allowed_roots(folder):
+        hint = "It leads out of the folder; it is not followed."
+        raise CheckpointError(Problem(f"{folder}: {name!r}", "a file of this folder", "another place", hint))

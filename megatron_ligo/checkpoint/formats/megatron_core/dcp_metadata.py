@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.checkpoint.io import pickle_enums, pickle_limits
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 METADATA = ".metadata"
 VERSION = "1.0.0"
 
 
-class Inert:
+class PickleStub:
     """Stands in for whatever is named: keeps what it is given."""
 
     def __init__(self, *arguments: object):
@@ -32,8 +32,8 @@ class Inert:
         self.state = state
 
 
-def _inert(name: str) -> type[Inert]:
-    return type(name, (Inert,), {})
+def _inert(name: str) -> type[PickleStub]:
+    return type(name, (PickleStub,), {})
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -50,7 +50,7 @@ _NAMES = {
 _KNOWN: dict[tuple[str, str], object] = {
     (module, name): _inert(name) for module, names in _NAMES.items() for name in names
 }
-_KNOWN[pickle_enums.GETATTR] = pickle_enums.of(list(_KNOWN.values()))
+_KNOWN[pickle_enums.GETATTR] = pickle_enums.enum_stand_ins(list(_KNOWN.values()))
 _KNOWN["torch", "Size"] = tuple
 _KNOWN["torch.serialization", "_get_layout"] = _inert("Layout")
 _DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if type(found) is torch.dtype}
@@ -110,8 +110,8 @@ def load(folder: Path) -> Contents:
     try:
         described, places = data.state["state_dict_metadata"], data.state["storage_data"]
         spans = {_place(index): _span(info) for index, info in places.items()}
-        faults = Faults(f"{path} does not describe tensors in files beside it", CheckpointError)
-        _check_files(folder, spans, faults)
+        errors = ErrorCollector(f"{path} does not describe tensors in files beside it", CheckpointError)
+        _check_files(folder, spans, errors)
         tensors, objects = {}, {}
         for name, found in described.items():
             if type(name) is not str or type(found).__name__ not in ("TensorStorageMetadata", "BytesStorageMetadata"):
@@ -120,15 +120,15 @@ def load(folder: Path) -> Contents:
                 if (name, None) in spans:
                     objects[name] = spans[name, None]
                 else:
-                    faults.add(name, "a place in a file", "none")
+                    errors.add(name, "a place in a file", "none")
                 continue
-            entry = _entry(name, found, spans, faults)
+            entry = _entry(name, found, spans, errors)
             if entry:
                 tensors[name] = entry
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise CheckpointError(message(f"{path}", "the metadata of a distributed checkpoint", found)) from None
-    faults.raise_if_any()
+        raise CheckpointError(Problem(f"{path}", "the metadata of a distributed checkpoint", found)) from None
+    errors.raise_if_any()
     return Contents(tensors, objects)
 
 
@@ -152,30 +152,30 @@ def pickled(tensors: Mapping[str, Entry], objects: Mapping[str, tuple[str, int, 
     return pickle.dumps(records.Metadata(described, storage_data=places, version=VERSION))
 
 
-def _unpickled(path: Path) -> Inert:
+def _unpickled(path: Path) -> PickleStub:
     try:
         with path.open("rb") as file:
             data = _Unpickler(file).load()
     except FileNotFoundError:
-        raise CheckpointError(message(f"{path}", "a file", "nothing there")) from None
+        raise CheckpointError(Problem(f"{path}", "a file", "nothing there")) from None
     except _Refused as error:
-        do = "It is not loaded: loading it could run code."
-        raise CheckpointError(message(f"{path}", "torch's records of chunks", f"{error}", do)) from None
+        hint = "It is not loaded: loading it could run code."
+        raise CheckpointError(Problem(f"{path}", "torch's records of chunks", f"{error}", hint)) from None
     except _DAMAGE as error:
         found = f"{type(error).__name__}: {error}"
-        raise CheckpointError(message(f"{path}", "a whole pickle", found, "Fetch it again.")) from None
-    pickle_limits.check(f"{path}", data)
+        raise CheckpointError(Problem(f"{path}", "a whole pickle", found, "Fetch it again.")) from None
+    pickle_limits.check_tree(f"{path}", data)
     if type(data).__name__ != "Metadata":
-        raise CheckpointError(message(f"{path}", "torch's Metadata", type(data).__name__))
+        raise CheckpointError(Problem(f"{path}", "torch's Metadata", type(data).__name__))
     return data
 
 
-def _place(index: Inert) -> tuple[str, tuple[int, ...] | None]:
+def _place(index: PickleStub) -> tuple[str, tuple[int, ...] | None]:
     offset = index.state.get("offset")
     return index.state["fqn"], None if offset is None else _sizes(offset)
 
 
-def _span(info: Inert) -> tuple[str, int, int]:
+def _span(info: PickleStub) -> tuple[str, int, int]:
     file, start, length = (info.state[name] for name in ("relative_path", "offset", "length"))
     if info.state.get("transform_descriptors"):
         raise ValueError(f"{file}: its bytes are transformed, {info.state['transform_descriptors']}")
@@ -190,7 +190,7 @@ def _sizes(found: object) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _check_files(folder: Path, spans: Mapping, faults: Faults) -> None:
+def _check_files(folder: Path, spans: Mapping, errors: ErrorCollector) -> None:
     """Every file is there, and as long as the last chunk in it says."""
     ends: dict[str, int] = {}
     for file, start, length in spans.values():
@@ -199,25 +199,25 @@ def _check_files(folder: Path, spans: Mapping, faults: Faults) -> None:
         path = folder / file
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            faults.add(file, "a file", "nothing there", "Fetch it again.")
+            errors.add(file, "a file", "nothing there", "Fetch it again.")
         elif size < end:
-            faults.add(file, f"at least {end} bytes", size, "It is cut off: fetch it again.")
+            errors.add(file, f"at least {end} bytes", size, "It is cut off: fetch it again.")
     for path in sorted(folder.glob("*.distcp")):
         if path.name not in ends:
-            faults.add(path.name, "only files that the metadata name", "one more", "Is it another checkpoint's?")
+            errors.add(path.name, "only files that the metadata name", "one more", "Is it another checkpoint's?")
 
 
-def _entry(name: str, found: Inert, spans: Mapping, faults: Faults) -> Entry | None:
+def _entry(name: str, found: PickleStub, spans: Mapping, errors: ErrorCollector) -> Entry | None:
     shape, dtype = _sizes(found.state["size"]), found.state["properties"].state[0]
     if type(dtype) is not torch.dtype:
         raise ValueError(f"{name}: {dtype!r} is no dtype")
     blocks = [(_sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])) for chunk in found.state["chunks"]]
     missing = [offset for offset, _ in blocks if (name, offset) not in spans]
     if missing:
-        faults.add(name, f"{len(blocks)} chunks in its files", f"{len(missing)} that are in none")
+        errors.add(name, f"{len(blocks)} chunks in its files", f"{len(missing)} that are in none")
         return None
     if not _tiles(shape, blocks):
-        faults.add(name, f"chunks that make up {shape}", f"{len(blocks)} that overlap, leave gaps or reach beyond")
+        errors.add(name, f"chunks that make up {shape}", f"{len(blocks)} that overlap, leave gaps or reach beyond")
         return None
     chunks = [Chunk(offset, size, *spans[name, offset]) for offset, size in sorted(blocks)]
     return Entry(shape, dtype, tuple(chunks))

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import Pack, layer_of
+from megatron_ligo.arch.spec import Pack, layer_index
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata, writer
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA, Chunk, Entry
@@ -41,10 +41,10 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
 )
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, torch_files, tp_shards
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader
-from megatron_ligo.common.errors import CheckpointError, Faults, message
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
-from megatron_ligo.sharding.fused_tensors import Stored
+from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 NAME = "mcore"
 LOOKS = (
@@ -70,13 +70,13 @@ def open(path: Path) -> McoreReader:
 
 
 @dataclass(frozen=True)
-class Part:
+class StackedPart:
     """A tensor of the checkpoint, or one layer of it."""
 
     name: str
     layer: int | None
 
-    def of(self, state: str) -> Part:
+    def of(self, state: str) -> StackedPart:
         """The optimizer's tensor for this one."""
         return replace(self, name=state_name(self.name, state))
 
@@ -92,11 +92,11 @@ class McoreReader(Reader):
         _check_backend(self._folder / CONFIG)
         self._contents = dcp_metadata.load(self._folder)
         common = self._common()
-        self.dims, self.carried, self.files = arguments.sizes(self._folder, common.get("args"))
-        self._items: dict[str, Stored] = {}
-        self._parts: dict[str, tuple[Part, ...]] = {}
+        self.model_config, self.carried, self.files = arguments.sizes(self._folder, common.get("args"))
+        self._items: dict[str, StoredTensor] = {}
+        self._parts: dict[str, tuple[StackedPart, ...]] = {}
         self._rows = self._check()
-        self.layout = {"padded_vocab": self._rows} if self._rows > self.dims.vocab_size else {}
+        self.layout = {"padded_vocab": self._rows} if self._rows > self.model_config.vocab_size else {}
         self._master = next((state for state in MASTERS if self._has(state)), None)
         self._moments = all(self._has(kind) for kind in MOMENTS)
         self.unread = self._left()
@@ -117,38 +117,40 @@ class McoreReader(Reader):
         else:
             common = torch_files.load(path, arguments.STAND_INS)
         if not isinstance(common, dict):
-            raise CheckpointError(message(f"{path}", "a dict of what is no tensor", type(common).__name__))
+            raise CheckpointError(Problem(f"{path}", "a dict of what is no tensor", type(common).__name__))
         return common
 
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         part = self._parts[self._items[key].name][0]
-        return Info(self.row(key).shape(self.dims), self._entry(self._weight(part)).dtype)
+        return TensorInfo(self.row(key).shape(self.model_config), self._entry(self._weight(part)).dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
         parts = [self._weight(part) if kind == WEIGHT else part.of(kind) for part in self._parts[item.name]]
         if len(parts) > 1:
             return self._tensor(parts[item.keys.index(key)])
-        stored = replace(self.dims, vocab_size=self._rows)
-        return tp_shards.join(item, key, [self._tensor(parts[0])], stored, self.dims, parts[0].name)
+        stored = replace(self.model_config, vocab_size=self._rows)
+        return tp_shards.join_shards(item, key, [self._tensor(parts[0])], stored, self.model_config, parts[0].name)
 
-    def _weight(self, part: Part) -> Part:
+    def _weight(self, part: StackedPart) -> StackedPart:
         """Where the weight is most exact."""
         return part.of(self._master) if self._master else part
 
-    def _entry(self, part: Part) -> Entry:
+    def _entry(self, part: StackedPart) -> Entry:
         return self._contents.tensors[part.name]
 
-    def _tensor(self, part: Part) -> Tensor:
+    def _tensor(self, part: StackedPart) -> Tensor:
         entry, at = self._entry(part), part.layer
         chunks = [c for c in entry.chunks if at is None or c.offset[0] <= at < c.offset[0] + c.shape[0]]
         if len(chunks) == 1:
             return self._block(entry, chunks[0], at)
-        dims = slice(None) if at is None else slice(1, None)
-        whole = torch.empty(entry.shape[dims], dtype=entry.dtype)
+        model_config = slice(None) if at is None else slice(1, None)
+        whole = torch.empty(entry.shape[model_config], dtype=entry.dtype)
         for chunk in chunks:
             target = whole
-            for dim, (start, size) in enumerate(zip(chunk.offset[dims], chunk.shape[dims], strict=True)):
+            for dim, (start, size) in enumerate(
+                zip(chunk.offset[model_config], chunk.shape[model_config], strict=True)
+            ):
                 target = target.narrow(dim, start, size)
             target.copy_(self._block(entry, chunk, at))
         return whole
@@ -158,7 +160,7 @@ class McoreReader(Reader):
         if (tuple(block.shape), block.dtype) != (chunk.shape, entry.dtype):
             found = f"{block.dtype} {tuple(block.shape)}"
             where = f"{self._folder / chunk.file} at {chunk.start}"
-            raise CheckpointError(message(where, f"{entry.dtype} {chunk.shape}", found))
+            raise CheckpointError(Problem(where, f"{entry.dtype} {chunk.shape}", found))
         return block if at is None else block[at - chunk.offset[0]]
 
     def _found(self) -> Iterator[tuple[str, Tensor]]:
@@ -169,36 +171,38 @@ class McoreReader(Reader):
     def _check(self) -> int:
         """Finds every tensor, with its shape and dtype, and no others. The rows of the vocabulary as stored."""
         tensors = self._contents.tensors
-        faults = Faults(f"{self._folder} does not hold the model of its sizes", CheckpointError)
+        errors = ErrorCollector(f"{self._folder} does not hold the model of its sizes", CheckpointError)
         stacks = [entry.shape[0] for name, entry in tensors.items() if re.search(r"\.layers\.\D", name) and entry.shape]
-        if self.dims.num_layers > max(len(tensors), *stacks, 0):
+        if self.model_config.num_layers > max(len(tensors), *stacks, 0):
             # Lying sizes must not make us list a million layers.
-            faults.add(
-                "num_layers", f"no more than the {max(stacks, default=len(tensors))} found", self.dims.num_layers
+            errors.add(
+                "num_layers",
+                f"no more than the {max(stacks, default=len(tensors))} found",
+                self.model_config.num_layers,
             )
-            faults.raise_if_any()
+            errors.raise_if_any()
         rows, known = {}, set()
-        for item in fused_tensors.stored(self.arch, self.dims, NAME).values():
+        for item in fused_tensors.stored_tensors(self.arch, self.model_config, NAME).values():
             self._items |= dict.fromkeys(item.keys, item)
             self._parts[item.name] = parts = self._find(item)
             if not parts:
-                faults.add(fused_name(item.name), "a tensor", "none")
+                errors.add(fused_name(item.name), "a tensor", "none")
             for part in parts:
                 known.add(part.name)
-                self._check_part(item, part, len(parts), rows, faults)
+                self._check_part(item, part, len(parts), rows, errors)
         if len(set(rows.values())) > 1:
-            faults.add("vocabulary", "one number of rows", ", ".join(f"{n}: {size}" for n, size in rows.items()))
+            errors.add("vocabulary", "one number of rows", ", ".join(f"{n}: {size}" for n, size in rows.items()))
         for name in sorted(set(tensors) - known):
             if not name.startswith(OTHERS):
-                faults.add(name, "no such tensor", f"{tensors[name].shape}")
-        faults.raise_if_any(self._found)
-        return next(iter(rows.values()), self.dims.vocab_size)
+                errors.add(name, "no such tensor", f"{tensors[name].shape}")
+        errors.raise_if_any(self._found)
+        return next(iter(rows.values()), self.model_config.vocab_size)
 
-    def _find(self, item: Stored) -> tuple[Part, ...]:
-        layer = layer_of(item.keys[0])
+    def _find(self, item: StoredTensor) -> tuple[StackedPart, ...]:
+        layer = layer_index(item.keys[0])
         for name in dict.fromkeys((fused_name(item.name), item.name)):
-            stacks = [] if layer is None else [Part(stacked_name(name, layer), layer)]
-            for part in (*stacks, Part(name, None)):
+            stacks = [] if layer is None else [StackedPart(stacked_name(name, layer), layer)]
+            for part in (*stacks, StackedPart(name, None)):
                 if part.name in self._contents.tensors:
                     return (part,)
                 halves = tuple(replace(part, name=f"{part.name}_{end}") for end in "wv")
@@ -206,24 +210,26 @@ class McoreReader(Reader):
                     return halves
         return ()
 
-    def _check_part(self, item: Stored, part: Part, count: int, rows: dict[str, int], faults: Faults) -> None:
+    def _check_part(
+        self, item: StoredTensor, part: StackedPart, count: int, rows: dict[str, int], errors: ErrorCollector
+    ) -> None:
         entry = self._entry(part)
-        expected = item.shape(self.dims) if count == 1 else item.rows[0].shape(self.dims)
+        expected = item.shape(self.model_config) if count == 1 else item.rows[0].shape(self.model_config)
         if part.layer is not None:
-            expected = (self.dims.num_layers, *expected)
+            expected = (self.model_config.num_layers, *expected)
         shape = entry.shape
         if item.rows[0].axes[0].space == "vocab":
             rows[part.name] = shape[0] if shape else 0
             # What pads the vocabulary comes after it.
             shape = (min(rows[part.name], expected[0]), *shape[1:])
         if shape != expected:
-            faults.add(part.name, f"shape {expected}", entry.shape)
+            errors.add(part.name, f"shape {expected}", entry.shape)
         if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-            faults.add(part.name, "floating-point numbers", entry.dtype)
+            errors.add(part.name, "floating-point numbers", entry.dtype)
         for state in (part.of(kind).name for kind in (*MOMENTS, *MASTERS)):
             other = self._contents.tensors.get(state, entry)
             if other.shape != entry.shape:
-                faults.add(state, f"shape {entry.shape}", other.shape)
+                errors.add(state, f"shape {entry.shape}", other.shape)
 
     def _has(self, state: str) -> bool:
         """True where the optimizer's tensors of a kind are there for every weight, in fp32."""
@@ -249,8 +255,8 @@ class McoreReader(Reader):
 def _check_backend(path: Path) -> None:
     found = config_json.load(path)
     if {name: found.get(name) for name in BACKEND} != BACKEND:
-        do = "Load and save it with a newer Megatron-core."
-        raise CheckpointError(message(f"{path}", f"the backend torch_dist, version 1, {BACKEND}", found, do))
+        hint = "Load and save it with a newer Megatron-core."
+        raise CheckpointError(Problem(f"{path}", f"the backend torch_dist, version 1, {BACKEND}", found, hint))
 
 
 def _step(path: Path, common: dict, moments: bool) -> int:
@@ -261,10 +267,10 @@ def _step(path: Path, common: dict, moments: bool) -> int:
         found = {adam_groups.count(step) for step in noted}
         if len(found) != 1 or None in found:
             said = ", ".join(sorted(map(repr, noted))) or "none"
-            raise CheckpointError(message(f"{path}", "one count of the optimizer's steps", said))
+            raise CheckpointError(Problem(f"{path}", "one count of the optimizer's steps", said))
         (step,) = found
     if type(step) is not int or step < 0:
-        raise CheckpointError(message(f"{path}", "iteration, a count", repr(step)))
+        raise CheckpointError(Problem(f"{path}", "iteration, a count", repr(step)))
     return step
 
 

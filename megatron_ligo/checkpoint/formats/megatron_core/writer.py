@@ -8,7 +8,7 @@ from itertools import groupby, product
 
 import torch
 
-from megatron_ligo.arch.spec import layer_of
+from megatron_ligo.arch.spec import layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA, Chunk, Entry
@@ -24,10 +24,10 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
 )
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, tp_shards
-from megatron_ligo.checkpoint.io.file_layout import Later
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
 Span = tuple[str, int, int]  # file, offset, length
@@ -38,11 +38,11 @@ RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_opti
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """The tensors in a file for each layer, then what names their places. Megatron-core cuts them as it loads."""
-    rows, rates = _asked(source.dims.vocab_size, options)
+    rows, rates = _asked(source.model_config.vocab_size, options)
     folder = iteration_folders.folder_name(0)
     model_record.write(source, out)
     written = _write_files(source, out, folder, rows)
-    args = arguments.args_of(source.dims, 1, 1, rows, written.common_dtype(), source.step)
+    args = arguments.args_of(source.model_config, 1, 1, rows, written.common_dtype(), source.step)
     out.torch(
         f"{folder}/{COMMON}",
         {
@@ -67,11 +67,11 @@ def _asked(vocab_size: int, options: WriteOptions) -> tuple[int, dict[str, objec
     """Rows of the padded vocabulary, and the learning rates that are to be stated."""
     multiple = options.extra.get("vocab_divisible_by", 1)
     rates = {name: options.extra[name] for name in adam_groups.RATES if name in options.extra}
-    faults = Faults(f"the format {FORM} cannot be written so", ConfigError)
+    errors = ErrorCollector(f"the format {FORM} cannot be written so", ConfigError)
     if type(multiple) is not int or multiple < 1:
-        faults.add("vocab_divisible_by", "a positive whole number", repr(multiple))
-    adam_groups.check_rates(rates, faults)
-    faults.raise_if_any()
+        errors.add("vocab_divisible_by", "a positive whole number", repr(multiple))
+    adam_groups.check_rates(rates, errors)
+    errors.raise_if_any()
     return -(-vocab_size // multiple) * multiple, rates
 
 
@@ -79,7 +79,7 @@ def _optimizer(source: Reader, rates: dict[str, object]) -> dict[str, object]:
     """What Adam keeps besides its tensors, as an optimizer of fp32 weights has it, and (inside) as those that keep fp32
     masters have it: torch's Adam counts in its state, that of Transformer Engine in its groups."""
     groups = adam_groups.megatron_groups(source.groups, rates)
-    count = Later((), torch.float32, lambda: torch.tensor(float(source.step)))
+    count = LazyTensor((), torch.float32, lambda: torch.tensor(float(source.step)))
     return {
         "state": {"common_step": count},
         "param_groups": groups,
@@ -89,7 +89,7 @@ def _optimizer(source: Reader, rates: dict[str, object]) -> dict[str, object]:
 
 
 @dataclass
-class Written:
+class WrittenTensors:
     """What lies where: a tensor's chunks by its name, and what is no tensor."""
 
     num_layers: int
@@ -98,10 +98,10 @@ class Written:
     stacked: set[str] = field(default_factory=set)
     objects: dict[str, Span] = field(default_factory=dict)
 
-    def add(self, name: str, layer: int | None, later: Later, span: Span) -> None:
+    def add(self, name: str, layer: int | None, later: LazyTensor, span: Span) -> None:
         if self.dtypes.setdefault(name, later.dtype) != later.dtype:
             found = f"{self.dtypes[name]} and {later.dtype}"
-            raise CheckpointError(message(name, "one dtype in all layers", found, "Choose one with --dtype."))
+            raise CheckpointError(Problem(name, "one dtype in all layers", found, "Choose one with --dtype."))
         rest = (0,) * len(later.shape)
         offset = rest if layer is None else (layer, *rest[1:])
         self.chunks.setdefault(name, []).append(Chunk(offset, later.shape, *span))
@@ -121,13 +121,13 @@ class Written:
         return (self.num_layers, *shape[1:]) if name in self.stacked else shape
 
 
-def _write_files(source: Reader, out: Output, folder: str, rows: int) -> Written:
+def _write_files(source: Reader, out: Output, folder: str, rows: int) -> WrittenTensors:
     """Before the layers, each layer, after the layers: one file each."""
-    pieces = tp_shards.Pieces(source, 1, replace(source.dims, vocab_size=rows))
-    items = fused_tensors.stored(source.arch, source.dims, FORM).values()
+    pieces = tp_shards.TpShards(source, 1, replace(source.model_config, vocab_size=rows))
+    items = fused_tensors.stored_tensors(source.arch, source.model_config, FORM).values()
     kinds = (WEIGHT, *MOMENTS) if source.has_moments else (WEIGHT,)
-    written = Written(source.dims.num_layers)
-    for number, (layer, group) in enumerate(groupby(items, lambda item: layer_of(item.keys[0]))):
+    written = WrittenTensors(source.model_config.num_layers)
+    for number, (layer, group) in enumerate(groupby(items, lambda item: layer_index(item.keys[0]))):
         trees, names = {}, []
         for item in group:
             name = fused_name(item.name) if layer is None else stacked_name(fused_name(item.name), layer)
@@ -143,12 +143,12 @@ def _write_files(source: Reader, out: Output, folder: str, rows: int) -> Written
         for name, kind in product(full, MASTERS):
             # The masters are the weights: the same bytes by another name.
             written.add(state_name(name, kind), layer, trees[name], (file, *spans[name]))
-        for name in _extra_states(names, layer, source.dims.num_layers):
+        for name in _extra_states(names, layer, source.model_config.num_layers):
             written.objects[name] = (file, *spans[EXTRA_STATE])
     return written
 
 
-def _stacked(later: Later) -> Later:
+def _stacked(later: LazyTensor) -> LazyTensor:
     """One layer of a stack."""
     return replace(later, shape=(1, *later.shape), make=lambda: later.make()[None])
 

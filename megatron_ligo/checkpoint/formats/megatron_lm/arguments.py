@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_ligo.arch.model_config import Dims
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.io import iteration_folders
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 # Megatron-LM's default; with it, a vocabulary is padded to a multiple of this times tp.
 DIVISIBLE_BY = 128
@@ -20,7 +20,7 @@ CHECKPOINT_VERSION = 3.0
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-class Inert:
+class ArgumentStub:
     """Stands in for what a checkpoint of Megatron-LM keeps besides tensors: holds its attributes, does nothing."""
 
     def __init__(self, *_: object, **__: object):
@@ -42,10 +42,10 @@ _NAMES = (
     "megatron.core.rerun_state_machine.RerunState",
 )  # fmt: skip
 # Neither Megatron nor numpy builds any of them. (A class of its own for each: torch tells them apart by it.)
-STAND_INS = tuple((type(name.rpartition(".")[2], (Inert,), {}), name) for name in _NAMES)
+STAND_INS = tuple((type(name.rpartition(".")[2], (ArgumentStub,), {}), name) for name in _NAMES)
 
 
-def sizes(folder: Path, args: object) -> tuple[Dims, Mapping[str, object], tuple[Path, ...]]:
+def sizes(folder: Path, args: object) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:
     """Sizes, carried config keys and files to carry along of an iteration's folder.
 
     They stand beside the weights (or beside the tracker, one step up); else the run's arguments state the sizes.
@@ -55,34 +55,34 @@ def sizes(folder: Path, args: object) -> tuple[Dims, Mapping[str, object], tuple
         roots.append(folder.parent)
     files = tuple(file for root in roots for file in model_record.files_beside(root))
     for root in roots:
-        found = model_record.find(root)
+        found = model_record.find_record(root)
         if found:
             return (*found, files)
-    if not isinstance(args, Inert):
+    if not isinstance(args, ArgumentStub):
         model_record.read(folder)
     return dims_of(vars(args), f"args in {folder}"), {}, files
 
 
-def dims_of(args: Mapping[str, object], where: str) -> Dims:
+def dims_of(args: Mapping[str, object], where: str) -> ModelConfig:
     """The sizes that Megatron-LM's arguments state. CheckpointError for a network that we have no table of."""
     title = f"{where} describe no Llama: put the model's Hugging Face config.json beside the weights"
-    faults = Faults(title, CheckpointError)
+    errors = ErrorCollector(title, CheckpointError)
     for name, value in _FIXED.items():
         if args.get(name, value) != value:
-            faults.add(name, value, repr(args[name]))
+            errors.add(name, value, repr(args[name]))
     missing = [name for name in _NEEDED if args.get(name) is None]
     for name in missing:
-        faults.add(name, "a value", "none")
+        errors.add(name, "a value", "none")
     if args.get("position_embedding_type", "rope") != "rope" and not args.get("use_rotary_position_embeddings"):
-        faults.add("position_embedding_type", "rope", repr(args["position_embedding_type"]))
-    faults.raise_if_any()
+        errors.add("position_embedding_type", "rope", repr(args["position_embedding_type"]))
+    errors.raise_if_any()
     grouped = bool(args.get("group_query_attention"))
     window = args.get("window_size")
     biased = bool(args.get("add_qkv_bias"))
     padded = args["padded_vocab_size"]
     vocab = args.get("vocab_size")
     try:
-        return Dims(
+        return ModelConfig(
             arch="llama",
             model_type="qwen2" if biased else "mistral" if window else "llama",
             num_layers=args["num_layers"],
@@ -101,23 +101,23 @@ def dims_of(args: Mapping[str, object], where: str) -> Dims:
             sliding_window=window[0] + 1 if window else None,
         )
     except (TypeError, ValueError, LookupError, ArithmeticError, ConfigError) as error:
-        raise CheckpointError(message(where, "the sizes of a model", f"{error}")) from None
+        raise CheckpointError(Problem(where, "the sizes of a model", f"{error}")) from None
 
 
-def args_of(dims: Dims, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int) -> Namespace:
+def args_of(model_config: ModelConfig, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int) -> Namespace:
     """What Megatron-LM compares with a run's own arguments, or takes over (--use-checkpoint-args)."""
-    if dims.arch != "llama":
-        return Namespace(**_layout(dims, tp, pp, padded, dtype, step))
-    scaling = dict(dims.rope_scaling or {})
+    if model_config.arch != "llama":
+        return Namespace(**_layout(model_config, tp, pp, padded, dtype, step))
+    scaling = dict(model_config.rope_scaling or {})
     return Namespace(
-        **_layout(dims, tp, pp, padded, dtype, step),
+        **_layout(model_config, tp, pp, padded, dtype, step),
         **_FIXED,
         position_embedding_type="rope",
         use_rotary_position_embeddings=False,
-        rotary_base=_whole(dims.rope_base),
+        rotary_base=_whole(model_config.rope_base),
         use_rope_scaling=bool(scaling),
         rope_scaling_factor=scaling.get("factor", 8.0),
-        window_size=None if dims.sliding_window is None else (dims.sliding_window - 1, 0),
+        window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
     )
 
 
@@ -141,23 +141,25 @@ _NEEDED = (
 )  # fmt: skip
 
 
-def _layout(dims: Dims, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int) -> dict[str, object]:
+def _layout(
+    model_config: ModelConfig, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int
+) -> dict[str, object]:
     return {
-        "num_layers": dims.num_layers,
-        "hidden_size": dims.hidden_size,
-        "ffn_hidden_size": dims.ffn_size,
-        "num_attention_heads": dims.num_heads,
-        "group_query_attention": dims.num_kv_heads != dims.num_heads,
-        "num_query_groups": dims.num_kv_heads,
-        "kv_channels": dims.head_dim,
-        "vocab_size": dims.vocab_size,
+        "num_layers": model_config.num_layers,
+        "hidden_size": model_config.hidden_size,
+        "ffn_hidden_size": model_config.ffn_size,
+        "num_attention_heads": model_config.num_heads,
+        "group_query_attention": model_config.num_kv_heads != model_config.num_heads,
+        "num_query_groups": model_config.num_kv_heads,
+        "kv_channels": model_config.head_dim,
+        "vocab_size": model_config.vocab_size,
         "padded_vocab_size": padded,
         "make_vocab_size_divisible_by": max(padded // tp, 1),
-        "max_position_embeddings": dims.max_positions,
-        "seq_length": dims.max_positions,
-        "norm_epsilon": dims.norm_eps,
-        "untie_embeddings_and_output_weights": not dims.tied,
-        "add_qkv_bias": dims.qkv_bias,
+        "max_position_embeddings": model_config.max_positions,
+        "seq_length": model_config.max_positions,
+        "norm_epsilon": model_config.norm_eps,
+        "untie_embeddings_and_output_weights": not model_config.tied,
+        "add_qkv_bias": model_config.qkv_bias,
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": None,

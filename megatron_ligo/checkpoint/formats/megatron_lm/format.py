@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import Dims
-from megatron_ligo.arch.spec import Architecture, Use, layer_of
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Architecture, Use, layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import EXTRA_STATE, as_made, fused_name
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer
-from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import Saved, is_saved, rank_file
+from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import RankFiles, is_saved, rank_file
 from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tp_shards
-from megatron_ligo.checkpoint.io.file_layout import Later
-from megatron_ligo.checkpoint.io.output import Output, one_dtype
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Info, Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Faults, message
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor
+from megatron_ligo.checkpoint.io.output import Output, common_dtype
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
-from megatron_ligo.sharding.fused_tensors import Stored
+from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 NAME = "megatron"
 LOOKS = f"mp_rank_*/model_optim_rng.pt (Megatron-LM), or {iteration_folders.TRACKER} that names their folder"
@@ -59,13 +59,13 @@ class MegatronReader(Reader):
     def __init__(self, path: Path):
         self.path = path
         self._folder = iteration_folders.folder(path)
-        self._saved = Saved(self._folder)
-        self.dims, self.carried, self.files = arguments.sizes(self._folder, self._saved.args)
-        self._items: dict[str, Stored] = {}
+        self._saved = RankFiles(self._folder)
+        self.model_config, self.carried, self.files = arguments.sizes(self._folder, self._saved.args)
+        self._items: dict[str, StoredTensor] = {}
         # Of a tied model the last of several stages holds a copy: name of the original -> its name.
         self._copies: dict[str, str] = {}
         self._rows = self._check()
-        padding = {"padded_vocab": self._rows} if self._rows > self.dims.vocab_size else {}
+        padding = {"padded_vocab": self._rows} if self._rows > self.model_config.vocab_size else {}
         self.layout = {"tp": self._saved.tp, "pp": self._saved.pp, **padding}
         self.step, self.groups = self._saved.step, self._saved.groups
         self.unread = (f"optimizer state ({self._saved.left})",) if self._saved.left else ()
@@ -74,9 +74,9 @@ class MegatronReader(Reader):
     def has_moments(self) -> bool:
         return bool(self._saved.moments)
 
-    def info(self, key: str) -> Info:
+    def info(self, key: str) -> TensorInfo:
         tensors = self._saved.tensors[self._items[key].name]
-        return Info(self.row(key).shape(self.dims), tensors[0].dtype)
+        return TensorInfo(self.row(key).shape(self.model_config), tensors[0].dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
@@ -85,36 +85,36 @@ class MegatronReader(Reader):
         for rank, copy in enumerate(held.get(self._copies.get(item.name, ""), ())):
             if not digest.same(pieces[rank], copy):
                 where = f"{item.name} ({kind}, {self._folder}, rank {rank})"
-                do = "The model is tied, and its stages went apart in training."
-                raise CheckpointError(message(where, "the bits of the last stage's copy", "others", do))
-        stored = replace(self.dims, vocab_size=self._rows)
-        return tp_shards.join(item, key, pieces, stored, self.dims, f"{self._folder}")
+                hint = "The model is tied, and its stages went apart in training."
+                raise CheckpointError(Problem(where, "the bits of the last stage's copy", "others", hint))
+        stored = replace(self.model_config, vocab_size=self._rows)
+        return tp_shards.join_shards(item, key, pieces, stored, self.model_config, f"{self._folder}")
 
     def _check(self) -> int:
         """Every tensor on every rank, with its shape and dtype, and no others. The rows of the vocabulary as stored."""
-        dims, saved = self.dims, self._saved
-        faults = Faults(f"{self._folder} does not hold the model of its sizes", CheckpointError)
-        if dims.num_layers != saved.num_layers:
-            faults.add("num_layers", dims.num_layers, saved.num_layers, "Are files or stages missing?")
-        tensor_parallel.check_tp(dims, saved.tp, faults)
-        faults.raise_if_any()
-        stored = fused_tensors.stored(self.arch, dims, "mcore")
+        model_config, saved = self.model_config, self._saved
+        errors = ErrorCollector(f"{self._folder} does not hold the model of its sizes", CheckpointError)
+        if model_config.num_layers != saved.num_layers:
+            errors.add("num_layers", model_config.num_layers, saved.num_layers, "Are files or stages missing?")
+        tensor_parallel.check_tp(model_config, saved.tp, errors)
+        errors.raise_if_any()
+        stored = fused_tensors.stored_tensors(self.arch, model_config, "mcore")
         rows = max((_rows(saved.tensors.get(item.name)) for item in stored.values() if item.vocabulary), default=0)
-        if rows < dims.vocab_size:
-            faults.add("vocabulary", f"at least {dims.vocab_size} rows", rows)
-            faults.raise_if_any()
-        padded = replace(dims, vocab_size=rows)
+        if rows < model_config.vocab_size:
+            errors.add("vocabulary", f"at least {model_config.vocab_size} rows", rows)
+            errors.raise_if_any()
+        padded = replace(model_config, vocab_size=rows)
         for item in stored.values():
             self._items |= dict.fromkeys(item.keys, item)
-            saved.check(item.name, item.shape(padded, saved.tp), faults)
-        for copy, original in _tied(self.arch, dims).items() if saved.pp > 1 else ():
-            saved.check(copy, stored[original].shape(padded, saved.tp), faults)
+            saved.check(item.name, item.shape(padded, saved.tp), errors)
+        for copy, original in _tied(self.arch, model_config).items() if saved.pp > 1 else ():
+            saved.check(copy, stored[original].shape(padded, saved.tp), errors)
             self._copies[original] = copy
-        known = {*stored, *(_tied(self.arch, dims) if saved.pp > 1 else ())}
+        known = {*stored, *(_tied(self.arch, model_config) if saved.pp > 1 else ())}
         for name in sorted(set(saved.tensors) - known):
-            faults.add(name, "no such tensor", f"{tuple(saved.tensors[name][0].shape)}")
-        saved.take_optimizers(faults)
-        faults.raise_if_any(saved.weights)
+            errors.add(name, "no such tensor", f"{tuple(saved.tensors[name][0].shape)}")
+        saved.take_optimizers(errors)
+        errors.raise_if_any(saved.weights)
         return rows
 
 
@@ -123,29 +123,29 @@ def _rows(pieces: list[Tensor] | None) -> int:
     return sum(piece.shape[0] for piece in pieces if piece.dim()) if pieces else 0
 
 
-def _tied(arch: Architecture, dims: Dims) -> dict[str, str]:
+def _tied(arch: Architecture, model_config: ModelConfig) -> dict[str, str]:
     """Name of what the last stage holds -> name of the tensor of the first one that it shares."""
-    if not dims.tied:
+    if not model_config.tied:
         return {}
     names = {row.key: row.slots["mcore"].name for row in arch.rows}
-    return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to and row.exists(dims)}
+    return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to and row.exists(model_config)}
 
 
 def write(source: Reader, out: Output, options: WriteOptions) -> None:
     """Each rank's file. Those of a stage are filled side by side."""
-    dims, tp, pp = source.dims, options.tp, options.pp
-    layers, rows, rates = _asked(dims, options)
-    padded = replace(dims, vocab_size=rows)
+    model_config, tp, pp = source.model_config, options.tp, options.pp
+    layers, rows, rates = _asked(model_config, options)
+    padded = replace(model_config, vocab_size=rows)
     folder = iteration_folders.folder_name(0)
     model_record.write(source, out)
-    pieces = tp_shards.Pieces(source, tp, padded)
-    stored = fused_tensors.stored(source.arch, dims, "mcore")
-    bounds = _bounds(dims.num_layers, pp)
-    copies = _tied(source.arch, dims) if pp > 1 else {}
-    dtype = one_dtype(source, next(iter(stored.values())))
-    args = arguments.args_of(dims, tp, pp, rows, dtype, source.step)
+    pieces = tp_shards.TpShards(source, tp, padded)
+    stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
+    bounds = _bounds(model_config.num_layers, pp)
+    copies = _tied(source.arch, model_config) if pp > 1 else {}
+    dtype = common_dtype(source, next(iter(stored.values())))
+    args = arguments.args_of(model_config, tp, pp, rows, dtype, source.step)
     args.transformer_impl = "transformer_engine" if layers == "te" else "local"
-    if dims.num_layers % pp:
+    if model_config.num_layers % pp:
         args.decoder_last_pipeline_num_layers = bounds[-1] - bounds[-2]
     for stage in range(pp):
         held = _stage(stored, copies, bounds, stage)
@@ -167,9 +167,9 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     iteration_folders.write_tracker(out, 0)
 
 
-def _model(weights: dict[str, Later], held: dict[str, Stored], layers: str) -> dict[str, Later | None]:
+def _model(weights: dict[str, LazyTensor], held: dict[str, StoredTensor], layers: str) -> dict[str, LazyTensor | None]:
     """A rank's weights by the names that its layers have."""
-    model: dict[str, Later | None] = {}
+    model: dict[str, LazyTensor | None] = {}
     for name, item in held.items():
         written = fused_name(name) if layers == "te" else name
         model[written] = weights[name]
@@ -193,20 +193,22 @@ def _bounds(num_layers: int, pp: int) -> list[int]:
     return [*(stage * size for stage in range(pp)), num_layers]
 
 
-def _has_extra_state(item: Stored) -> bool:
+def _has_extra_state(item: StoredTensor) -> bool:
     """True for the weights of linears, which keep something for fp8 (here: nothing)."""
-    return len(item.rows[0].axes) == 2 and item.rows[0].axes[1].use is Use.READS
+    return len(item.rows[0].axes) == 2 and item.rows[0].axes[1].use is Use.INPUT
 
 
-def _stage(stored: dict[str, Stored], copies: dict[str, str], bounds: list[int], stage: int) -> dict[str, Stored]:
+def _stage(
+    stored: dict[str, StoredTensor], copies: dict[str, str], bounds: list[int], stage: int
+) -> dict[str, StoredTensor]:
     """What a stage holds, by its own names: it counts its layers from 0."""
     held = {}
     first, stop = bounds[stage : stage + 2]
     order = list(stored)
-    inside = [number for number, item in enumerate(stored.values()) if layer_of(item.keys[0]) is not None]
+    inside = [number for number, item in enumerate(stored.values()) if layer_index(item.keys[0]) is not None]
     for number, name in enumerate(order):
         item = stored[name]
-        layer = layer_of(item.keys[0])
+        layer = layer_index(item.keys[0])
         if layer is not None:
             if first <= layer < stop:
                 held[name.replace(f"layers.{layer}.", f"layers.{layer - first}.", 1)] = item
@@ -217,23 +219,26 @@ def _stage(stored: dict[str, Stored], copies: dict[str, str], bounds: list[int],
     return {name: held[name] for name in as_made(held)}
 
 
-def _asked(dims: Dims, options: WriteOptions) -> tuple[str, int, dict[str, object]]:
+def _asked(model_config: ModelConfig, options: WriteOptions) -> tuple[str, int, dict[str, object]]:
     """Names of the layers, rows of the padded vocabulary, learning rates that are to be stated. Raises for a layout
     that Megatron-LM has not."""
     layers = options.extra.get("layers", LAYERS[0])
     multiple = options.extra.get("vocab_divisible_by", arguments.DIVISIBLE_BY)
     rates = {name: options.extra[name] for name in adam_groups.RATES if name in options.extra}
-    faults = Faults(f"the format {NAME} cannot be written so", ConfigError)
-    adam_groups.check_rates(rates, faults)
+    errors = ErrorCollector(f"the format {NAME} cannot be written so", ConfigError)
+    adam_groups.check_rates(rates, errors)
     if layers not in LAYERS:
-        faults.add("layers", " or ".join(LAYERS), repr(layers))
+        errors.add("layers", " or ".join(LAYERS), repr(layers))
     if type(multiple) is not int or multiple < 1:
-        faults.add("vocab_divisible_by", "a positive whole number", repr(multiple))
-    tensor_parallel.check_tp(dims, options.tp, faults)
-    if options.pp > dims.num_layers:
-        faults.add(
-            f"pp = {options.pp}", "at most one stage a layer", f"{dims.num_layers} layers", "Choose a smaller pp."
+        errors.add("vocab_divisible_by", "a positive whole number", repr(multiple))
+    tensor_parallel.check_tp(model_config, options.tp, errors)
+    if options.pp > model_config.num_layers:
+        errors.add(
+            f"pp = {options.pp}",
+            "at most one stage a layer",
+            f"{model_config.num_layers} layers",
+            "Choose a smaller pp.",
         )
-    faults.raise_if_any()
+    errors.raise_if_any()
     multiple *= options.tp
-    return layers, -(-dims.vocab_size // multiple) * multiple, rates
+    return layers, -(-model_config.vocab_size // multiple) * multiple, rates

@@ -13,7 +13,7 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import local_na
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.reader import MOMENTS
-from megatron_ligo.common.errors import CheckpointError, Faults
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector
 
 FILE = "model_optim_rng.pt"
 # Where the optimizer had files of its own.
@@ -60,7 +60,7 @@ def _file(folder: Path) -> Path | None:
     return next((folder / name for name in (FILE, OLD_FILE) if (folder / name).is_file()), None)
 
 
-class Saved:
+class RankFiles:
     """An iteration's folder, its files loaded (mapped).
 
     tensors: global name -> what each tensor-parallel rank stores. args: the run's arguments (None: none kept).
@@ -71,7 +71,7 @@ class Saved:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._faults = Faults(f"{folder} is no whole checkpoint of Megatron-LM", CheckpointError)
+        self._faults = ErrorCollector(f"{folder} is no whole checkpoint of Megatron-LM", CheckpointError)
         files = self._find()
         self.tp, self.pp = (max((rank[i] for rank in files), default=-1) + 1 for i in (0, 1))
         if self.tp * self.pp > len(files) + LOST:
@@ -99,24 +99,24 @@ class Saved:
             self._add([self._models[tp, stage] for tp in range(self.tp)], stage)
         self._faults.raise_if_any()
 
-    def take_optimizers(self, faults: Faults) -> None:
+    def take_optimizers(self, errors: ErrorCollector) -> None:
         """Masters take the place of the weights, the moments come beside them: all ranks' or none."""
         if any(any(self.folder.glob(f"mp_rank_*/{name}")) for name in OPTIMIZERS):
             self.left = BUFFERS
             return
         kept = {
-            rank: rank_optimizer.read(self._optimizers[rank], model, rank_file(*rank, self.pp), faults)
+            rank: rank_optimizer.read(self._optimizers[rank], model, rank_file(*rank, self.pp), errors)
             for rank, model in self._models.items()
         }
         self.left = next((rank.left for rank in kept.values() if rank.left), "")
         for what in () if self.left else ("masters", "moments"):
             without = [rank_file(*rank, self.pp) for rank, one in kept.items() if not getattr(one, what)]
             if 0 < len(without) < len(kept):
-                faults.add(what, "all ranks', or none", f"none in {', '.join(without)}")
+                errors.add(what, "all ranks', or none", f"none in {', '.join(without)}")
         steps = {one.step for one in kept.values() if one.moments} - {None}
         if len(steps) > 1:
-            faults.add("step", "one count of Adam's steps on all ranks", sorted(steps))
-        if self.left or faults.lines:
+            errors.add("step", "one count of Adam's steps on all ranks", sorted(steps))
+        if self.left or errors.lines:
             return
         if steps:
             (self.step,) = steps
@@ -136,17 +136,17 @@ class Saved:
                 if tensor.is_floating_point():
                     yield f"{name} (rank {rank})", tensor
 
-    def check(self, name: str, shape: tuple[int, ...], faults: Faults) -> None:
+    def check(self, name: str, shape: tuple[int, ...], errors: ErrorCollector) -> None:
         """Adds a fault if a tensor is missing, or has another shape or dtype on any rank."""
         if name not in self.tensors:
-            faults.add(name, "a tensor", "none")
+            errors.add(name, "a tensor", "none")
             return
         first = self.tensors[name][0].dtype
         for rank, tensor in enumerate(self.tensors[name]):
             if tuple(tensor.shape) != shape:
-                faults.add(f"{name} (rank {rank})", f"shape {shape}", tuple(tensor.shape))
+                errors.add(f"{name} (rank {rank})", f"shape {shape}", tuple(tensor.shape))
             if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or tensor.dtype != first:
-                faults.add(f"{name} (rank {rank})", "floating-point numbers of one dtype", tensor.dtype)
+                errors.add(f"{name} (rank {rank})", "floating-point numbers of one dtype", tensor.dtype)
 
     def _find(self) -> dict[tuple[int, int], Path]:
         found: dict[tuple[int, int], Path] = {}
@@ -173,8 +173,8 @@ class Saved:
             return {}
         version = state.get("checkpoint_version", 0) if isinstance(state, dict) else None
         if version is None or not isinstance(version, int | float) or version < FIRST_VERSION:
-            do = "Load and save it with a newer Megatron-LM."
-            self._faults.add(where, f"checkpoint_version of {FIRST_VERSION} or later", repr(version), do)
+            hint = "Load and save it with a newer Megatron-LM."
+            self._faults.add(where, f"checkpoint_version of {FIRST_VERSION} or later", repr(version), hint)
         elif not isinstance(state.get("model"), dict):
             found = "model0: an interleaved pipeline's" if "model0" in state else type(state.get("model")).__name__
             self._faults.add(where, "model, a dict of tensors", found, "Save it without --num-layers-per-virtual-*.")

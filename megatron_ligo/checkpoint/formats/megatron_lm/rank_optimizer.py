@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.checkpoint.io import adam_groups
-from megatron_ligo.checkpoint.io.file_layout import Later
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.reader import MOMENTS
-from megatron_ligo.common.errors import Faults
+from megatron_ligo.common.errors import ErrorCollector
 
 STATE, GROUPS, INNER = "state", "param_groups", "optimizer"
 MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")
@@ -29,7 +29,7 @@ SIXTEEN = (torch.float16, torch.bfloat16)
 
 
 @dataclass
-class Kept:
+class RankOptimizerState:
     """What a rank's optimizer holds: by a parameter's name its master, and by kind and name Adam's moments ({} where
     there are none); Adam's count and the settings of its groups. left: why none of it can be read."""
 
@@ -40,31 +40,31 @@ class Kept:
     left: str = ""
 
 
-def read(optimizer: object, weights: Mapping[str, Tensor], where: str, faults: Faults) -> Kept:
+def read(optimizer: object, weights: Mapping[str, Tensor], where: str, errors: ErrorCollector) -> RankOptimizerState:
     """What a rank saved as its optimizer, for its model's `weights` (in the file's order)."""
     if not optimizer:
-        return Kept()
+        return RankOptimizerState()
     if isinstance(optimizer, list) and len(optimizer) == 1:
         # A chain of one.
         (optimizer,) = optimizer
     inner = optimizer.get(INNER, optimizer) if isinstance(optimizer, Mapping) else None
     state, groups = (inner.get(STATE), inner.get(GROUPS)) if isinstance(inner, Mapping) else (None, None)
     if not isinstance(state, Mapping) or not _are_groups(groups):
-        return Kept(left="not one optimizer that holds its parameters' state by number")
+        return RankOptimizerState(left="not one optimizer that holds its parameters' state by number")
     dealt = _dealt(groups, weights)
     if dealt is None:
-        return Kept(left="its groups are not the model's matrices and its vectors")
+        return RankOptimizerState(left="its groups are not the model's matrices and its vectors")
     states = [value for value in state.values() if isinstance(value, Mapping)]
     if state and not any(kind in value for value in states for kind in MOMENTS):
-        return Kept(left="it is not Adam's")
-    found = Kept(groups=groups)
+        return RankOptimizerState(left="it is not Adam's")
+    found = RankOptimizerState(groups=groups)
     numbers = [number for group in groups for number in group[adam_groups.PARAMS]]
     if not all(type(number) is int for number in numbers) or len(set(numbers)) < len(numbers):
-        faults.add(f"params of the groups ({where})", "each parameter's number once", "others")
+        errors.add(f"params of the groups ({where})", "each parameter's number once", "others")
         return found
     for place, listed in enumerate(_masters(optimizer)):
         names = dealt[place] if place < len(dealt) else []
-        _take_masters(listed, names, weights, f"masters of group {place} ({where})", found, faults)
+        _take_masters(listed, names, weights, f"masters of group {place} ({where})", found, errors)
     if state:
         found.moments = {kind: {} for kind in MOMENTS}
         counts = set()
@@ -74,13 +74,13 @@ def read(optimizer: object, weights: Mapping[str, Tensor], where: str, faults: F
                 own = own if isinstance(own, Mapping) else {}
                 for kind in MOMENTS:
                     label = f"{kind} of {name} ({where})"
-                    if _is_good(own.get(kind), weights[name], label, faults):
+                    if _is_good(own.get(kind), weights[name], label, errors):
                         found.moments[kind][name] = own[kind].detach()
                 counts.add(
-                    _count(own.get(adam_groups.STEP, group.get(adam_groups.STEP)), f"step of {name} ({where})", faults)
+                    _count(own.get(adam_groups.STEP, group.get(adam_groups.STEP)), f"step of {name} ({where})", errors)
                 )
         if len(counts - {None}) > 1:
-            faults.add(where, "one count of Adam's steps for all parameters", sorted(counts - {None}))
+            errors.add(where, "one count of Adam's steps for all parameters", sorted(counts - {None}))
         found.step = next(iter(counts - {None}), None)
     return found
 
@@ -109,35 +109,40 @@ def _masters(optimizer: Mapping) -> list:
 
 
 def _take_masters(
-    listed: object, names: Sequence[str], weights: Mapping[str, Tensor], where: str, found: Kept, faults: Faults
+    listed: object,
+    names: Sequence[str],
+    weights: Mapping[str, Tensor],
+    where: str,
+    found: RankOptimizerState,
+    errors: ErrorCollector,
 ) -> None:
     """Masters are kept of what the model has in 16 bits; of all its parameters where it was written for any model."""
     short = [name for name in names if weights[name].dtype in SIXTEEN]
     whose = names if isinstance(listed, list) and len(listed) == len(names) else short
     if not isinstance(listed, list) or len(listed) != len(whose):
         amount = len(listed) if isinstance(listed, list) else type(listed).__name__
-        faults.add(where, f"{len(short)} tensors", amount)
+        errors.add(where, f"{len(short)} tensors", amount)
         return
     for name, master in zip(whose, listed, strict=True):
-        if _is_good(master, weights[name], f"{name}, {where}", faults):
+        if _is_good(master, weights[name], f"{name}, {where}", errors):
             found.masters[name] = master.detach()
 
 
-def _is_good(tensor: object, weight: Tensor, where: str, faults: Faults) -> bool:
+def _is_good(tensor: object, weight: Tensor, where: str, errors: ErrorCollector) -> bool:
     shape = tuple(weight.shape)
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-        faults.add(where, f"a tensor of shape {shape}", "none" if tensor is None else type(tensor).__name__)
+        errors.add(where, f"a tensor of shape {shape}", "none" if tensor is None else type(tensor).__name__)
     elif (tuple(tensor.shape), tensor.dtype) != (shape, torch.float32):
-        faults.add(where, f"torch.float32 {shape}", f"{tensor.dtype} {tuple(tensor.shape)}")
+        errors.add(where, f"torch.float32 {shape}", f"{tensor.dtype} {tuple(tensor.shape)}")
     else:
         return True
     return False
 
 
-def _count(step: object, where: str, faults: Faults) -> int | None:
+def _count(step: object, where: str, errors: ErrorCollector) -> int | None:
     count = adam_groups.count(step)
     if count is None:
-        faults.add(where, "a count of steps", "none" if step is None else repr(step))
+        errors.add(where, "a count of steps", "none" if step is None else repr(step))
     return count
 
 
@@ -153,8 +158,8 @@ def leaves(groups: Sequence[Mapping[str, object]]) -> str:
 
 
 def made(
-    model: Mapping[str, Later],
-    moments: Mapping[str, Mapping[str, Later]],
+    model: Mapping[str, LazyTensor],
+    moments: Mapping[str, Mapping[str, LazyTensor]],
     groups: Sequence[Mapping[str, object]],
     step: int,
 ) -> dict[str, object]:
@@ -172,7 +177,7 @@ def made(
     # A count for each: torch's Adam counts in place.
     state = {
         numbers[name]: {
-            adam_groups.STEP: Later((), torch.float32, lambda: torch.tensor(float(step))),
+            adam_groups.STEP: LazyTensor((), torch.float32, lambda: torch.tensor(float(step))),
             **{kind: moments[kind][name] for kind in MOMENTS},
         }
         for name in model
