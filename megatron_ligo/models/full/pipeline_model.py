@@ -16,10 +16,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint.formats.deepspeed.pipeline import layers_before, prefixes
-from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import local_name
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import EmbeddingSum, HeadTransform
 from megatron_ligo.models.full.image_classifier import ClassHead, ImageEmbedding
@@ -168,7 +168,7 @@ class FullPipeline(LossMixin, PipelineModule):
         """`3.self_attention.linear_qkv.weight` -> `decoder.layers.2.self_attention.linear_qkv.weight`."""
         for own, canonical in self.prefixes.items():
             if name.startswith(own):
-                return local_name(canonical + name.removeprefix(own))
+                return to_local_name(canonical + name.removeprefix(own))
         raise AssertionError(f"{name} belongs to no layer of the pipeline")
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:

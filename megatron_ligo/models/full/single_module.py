@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import local_name
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.full.universal_saving import prepare_saving
@@ -45,7 +45,7 @@ class SingleModule(LossMixin, nn.Module, ABC):
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in super().named_parameters(*args, **kwargs):
-            yield local_name(name), parameter
+            yield to_local_name(name), parameter
 
     def forward(self, seen: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         return self.measure(self.logits(seen), labels, loss_mask)
