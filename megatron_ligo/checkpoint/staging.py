@@ -8,7 +8,6 @@ Where several processes build it, each but the first has a journal of its own, `
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import IO
 from megatron_ligo.checkpoint.io import digest, journal
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import SKELETONS
+from megatron_ligo.common.atomic_files import fsync_folders, replace_folder, restore_backup
 from megatron_ligo.common.errors import CheckpointError, MachineError, Problem
 from megatron_ligo.common.file_lock import lock
 
@@ -38,7 +38,7 @@ class Staging:
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = _alone(self.partial / "lock", self.target)
         self.journal = Journal()
-        _recover(self.target)
+        restore_backup(_backup(self.target), self.target)
         return self
 
     def begin(self) -> None:
@@ -106,27 +106,14 @@ class Staging:
         kept = {self.content / name for name in names}
         for file in [file for file in self.content.rglob("*") if file.is_file() and file not in kept]:
             file.unlink()
-        for folder in [self.content, *(folder for folder in self.content.rglob("*") if folder.is_dir())]:
-            _sync(folder)
-        old = _replaced(self.target)
-        if self.target.exists():
-            self.target.rename(old)
-        self.content.rename(self.target)
-        _sync(self.target.parent)
+        fsync_folders(self.content)
+        replace_folder(self.content, self.target, _backup(self.target))
         self.discard()
-        shutil.rmtree(old, ignore_errors=True)
 
 
-def _replaced(target: Path) -> Path:
+def _backup(target: Path) -> Path:
+    """Where the previous target stays while `commit` replaces it."""
     return target.parent / f".{target.name}.replaced"
-
-
-def _recover(target: Path) -> None:
-    """Ends what a killed `commit` had begun: the old target comes back if the new one had not taken its place."""
-    old = _replaced(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _alone(path: Path, target: Path) -> IO[str]:
@@ -135,11 +122,3 @@ def _alone(path: Path, target: Path) -> IO[str]:
         found = "another process that writes it"
         raise CheckpointError(Problem(f"{target}", "to be alone", found, "Wait for it, or end it."))
     return file
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

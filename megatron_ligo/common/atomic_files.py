@@ -1,72 +1,126 @@
-"""Small files of text and JSON: read without trust, written whole or not at all."""
+"""Small text and JSON files, read with limits and written atomically; and the package's only fsync-and-rename.
+
+A file or folder is built under a temporary name, fsynced, renamed to its final name, and the parent folder is fsynced:
+after a crash either the previous content or the new content is there, never a part.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
-# A tokenizer's file has some ten million bytes; a longer one is something else.
-LONGEST = 1 << 28
-# What has no more is a float as well.
-MOST_DIGITS = 300
+# A tokenizer file takes some ten million bytes; a much larger one is something else.
+MAX_TEXT_BYTES = 1 << 28
+# Integers with more digits overflow a float.
+MAX_INTEGER_DIGITS = 300
+
+ObjectPairsHook = Callable[[list[tuple[str, object]]], object]
 
 
 def read_text(path: Path) -> str:
-    """UTF-8. ValueError for what is no such text; a pipe or a device, which might never end, is none. OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(handle, "rb") as file:
-        about = os.fstat(handle)
-        if stat.S_ISDIR(about.st_mode):
+    """Reads a UTF-8 file. ValueError for other content and for anything but a regular file; OSError.
+
+    A pipe or a device is refused, because reading it may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("no regular file")
-        if about.st_size > LONGEST:
-            raise ValueError(f"{about.st_size} bytes, more than such a file has")
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"{status.st_size} bytes, more than the limit of {MAX_TEXT_BYTES}")
         return file.read().decode("utf-8")
 
 
-def read_json(path: Path, look: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
-    """ValueError for what is no JSON; OSError."""
-    return parse_json(read_text(path), look)
+def read_json(path: Path, object_pairs_hook: ObjectPairsHook | None = None) -> object:
+    """Reads a JSON file. ValueError if it is not JSON; OSError."""
+    return parse_json(read_text(path), object_pairs_hook)
 
 
-def parse_json(text: str | bytes, look: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
-    """look: given each object's pairs, in order, instead of a dict."""
+def parse_json(text: str | bytes, object_pairs_hook: ObjectPairsHook | None = None) -> object:
+    """Parses JSON with bounded integers and nesting. ValueError. The hook replaces dict, as in `json.loads`."""
     try:
-        return json.loads(text, object_pairs_hook=look, parse_int=_whole)
+        return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_parse_integer)
     except RecursionError:
-        raise ValueError("brackets without end") from None
+        raise ValueError("nested too deeply") from None
 
 
-def _whole(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
+def _parse_integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes aside, fsyncs, renames."""
-    write_text(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Writes a JSON file atomically."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_text(path: Path, content: bytes) -> None:
-    """The file holds this, or what it held, whatever happens; of several that write it at once, one's whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically. Of several processes that write it at once, one wins with its whole content."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.write_bytes(content)
+        publish_file(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def publish_file(temporary: Path, target: Path) -> None:
+    """Fsyncs a finished file and renames it to its final name in the same folder, replacing what is there."""
+    fsync_path(temporary)
+    temporary.replace(target)
+    fsync_path(target.parent)
+
+
+def replace_folder(new: Path, target: Path, backup: Path) -> None:
+    """Renames a finished, fsynced folder to its final name. `backup` holds the previous one until the new one is there.
+
+    After a crash in between, `restore_backup` brings the previous folder back.
+    """
+    if target.exists():
+        target.rename(backup)
+    new.rename(target)
+    fsync_path(target.parent)
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def restore_backup(backup: Path, target: Path) -> None:
+    """Undoes or completes an interrupted `replace_folder`: the backup returns only if nothing replaced it."""
+    if backup.exists() and not target.exists():
+        backup.rename(target)
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flushes every file and folder below `folder`, and `folder` itself, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync_path(path)
+
+
+def fsync_folders(folder: Path) -> None:
+    """Flushes the entries of every folder below `folder`, and its own; its files are fsynced already."""
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        fsync_path(path)
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        fsync_descriptor(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def fsync_descriptor(descriptor: int) -> None:
+    """Flushes an open file to the disk."""
+    os.fsync(descriptor)

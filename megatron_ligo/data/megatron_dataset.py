@@ -25,6 +25,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
+from megatron_ligo.common.atomic_files import fsync_tree
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.data.indexed_dataset import IndexedFiles
 from megatron_ligo.distributed import mesh
@@ -82,9 +83,7 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
     shutil.rmtree(aside, ignore_errors=True)
     try:
         _datasets(blend, seq_length, seed, aside)
-        for path in aside.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        fsync_tree(aside)
         aside.rename(folder)
     except OSError as error:
         if folder.is_dir():  # another run was faster

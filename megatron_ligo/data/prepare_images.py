@@ -13,7 +13,7 @@ import torch
 import xxhash
 from safetensors.torch import save
 
-from megatron_ligo.common.atomic_files import write_text
+from megatron_ligo.common.atomic_files import write_bytes
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.data.image_dataset import IMAGES, LABELS
@@ -74,5 +74,5 @@ def prepare(images: np.ndarray, labels: np.ndarray, output: Path, valid_fraction
             if place.exists() and place.read_bytes() != content:
                 raise DataError(Problem(f"{place}", "the same images, or none", "others", "Choose another --output."))
         for place, content in made.items():
-            write_text(place, content)
+            write_bytes(place, content)
     return {split: int(mine.sum()) for split, mine in chosen.items()}

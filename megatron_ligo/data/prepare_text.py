@@ -21,7 +21,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_ligo.common.atomic_files import read_json, write_json
+from megatron_ligo.common.atomic_files import fsync_tree, read_json, write_json
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.data.documents import DocumentSource
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, output: Path, workers: int) -> dict:
         try:
             tokenizer = _tokenizer(recipe, aside / "tokenizer")
             splits = _write(recipe, tokenizer, aside, workers)
-            _sync(aside)
+            fsync_tree(aside)
             write_json(aside / MARK, {"fingerprint": fingerprint, "splits": splits})
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -234,13 +234,6 @@ class _Writer:
         }
         Path(f"{self.prefix}.json").write_text(json.dumps(record, indent=2))
         return record
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _publish(aside: Path, output: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ligo.checkpoint.manifest import library_versions
-from megatron_ligo.common.atomic_files import write_json, write_text
+from megatron_ligo.common.atomic_files import write_bytes, write_json
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError, Problem, Stopped, did_you_mean
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import RunConfig
@@ -146,7 +146,7 @@ def run(stages: Sequence[Stage], output: Path, tell: Callable[[str], None]) -> N
 def _run(stage: Stage, tell: Callable[[str], None]) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     config = stage.folder / "run.toml"
-    write_text(config, _toml(stage.config.to_dict()).encode())
+    write_bytes(config, _toml(stage.config.to_dict()).encode())
     for name, command, done in stage.works():
         tell(f"{stage.name}: {name}{' is done' if done else ''}")
         if not done:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common import symlinks
-from megatron_ligo.common.atomic_files import read_json
+from megatron_ligo.common.atomic_files import publish_file, read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.growth.operator import Operator
@@ -74,27 +72,14 @@ def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], fo
     # Puts a file of its own there, which nobody else may read.
     save_file(held, aside)
     aside.chmod(rights)
-    _commit(aside, folder / TENSORS)
+    publish_file(aside, folder / TENSORS)
     own = {
         "version": VERSION,
         "small": operator.small.to_json(),
         "large": operator.large.to_json(),
         "settings": asdict(operator.settings),
     }
-    aside = folder / f".{RECORD}.new"
-    aside.write_text(json.dumps({**record, **own}, indent=2) + "\n")
-    _commit(aside, folder / RECORD)
-
-
-def _commit(aside: Path, target: Path) -> None:
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_json(folder / RECORD, {**record, **own})
 
 
 def _read_record(path: Path) -> dict:

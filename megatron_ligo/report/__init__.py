@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ligo.common.atomic_files import write_text
+from megatron_ligo.common.atomic_files import write_bytes
 from megatron_ligo.report import curves, report_page, report_table
 from megatron_ligo.report.run_records import read_runs
 
@@ -29,6 +29,6 @@ def write_report(
         runs = [replace(run, spent=before[run.folder]) for run in runs]
     told = report_table.tell(runs)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "report.png", curves.picture(runs, told))
-    write_text(output / "report.html", report_page.page(told, curves.picture(runs)).encode())
+    write_bytes(output / "report.png", curves.picture(runs, told))
+    write_bytes(output / "report.html", report_page.page(told, curves.picture(runs)).encode())
     report_table.show(told, console or Console())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_ligo.common.atomic_files import fsync_descriptor, write_bytes
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed import device
 
@@ -79,7 +79,7 @@ class Metrics:
         self._line.stop()
         self._events.close()
         self._file.flush()
-        os.fsync(self._file.fileno())
+        fsync_descriptor(self._file.fileno())
         self._file.close()
         self.enabled = False
 
@@ -113,12 +113,7 @@ def _cut(path: Path, done_steps: int) -> dict:
     if not path.is_file():
         return {}
     rows = [row for row in read_metrics(path) if 1 <= row["step"] <= done_steps]
-    aside = path.with_suffix(".jsonl.aside")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows[-1] if rows else {}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 from torch.serialization import skip_data
+
+from megatron_ligo.common.atomic_files import fsync_descriptor
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -107,7 +108,8 @@ def not_written(path: Path, error: RuntimeError) -> OSError:
     try:
         with path.open("wb") as file:
             file.write(bytes(PROBE_BYTES))
-            os.fsync(file.fileno())
+            file.flush()
+            fsync_descriptor(file.fileno())
     except OSError as found:
         return found if found.filename else OSError(found.errno, found.strerror, f"{path}")
     return OSError(errno.EIO, f"{error}", f"{path}")

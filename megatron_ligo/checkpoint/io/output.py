@@ -8,7 +8,6 @@ folder: the first lays the files out (`FileFrames`), then each makes and writes 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
@@ -28,6 +27,7 @@ from megatron_ligo.checkpoint.io.file_layout import (
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.parallel_writer import WORKERS, OpenFile, ParallelWriter
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader
+from megatron_ligo.common.atomic_files import fsync_path
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed.agreement import ALONE, Share
 from megatron_ligo.sharding.fused_tensors import StoredTensor
@@ -142,8 +142,7 @@ class Output:
             return
         path = self._path(name)
         write(path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        fsync_path(path)
 
     def _path(self, name: str) -> Path:
         path = self.folder / name

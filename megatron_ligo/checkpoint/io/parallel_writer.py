@@ -20,6 +20,7 @@ import xxhash
 
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor, TensorSpan
+from megatron_ligo.common.atomic_files import fsync_descriptor
 
 WORKERS = 2
 # What may wait in memory; a tensor that is larger waits alone.
@@ -134,7 +135,7 @@ class OpenFile:
     def close(self) -> None:
         try:
             with self._named():
-                os.fsync(self._descriptor)
+                fsync_descriptor(self._descriptor)
         finally:
             os.close(self._descriptor)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatron_ligo.common.atomic_files import write_json, write_text
+from megatron_ligo.common.atomic_files import write_bytes, write_json
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.experiments.compare import arm_cost, comparison_page, results
 from megatron_ligo.experiments.compare.arm_plan import Plan, output_folder, run_arm
@@ -37,6 +37,6 @@ def compare(spec: Spec, output: Path, only: Iterable[str] = (), tell: Tell = lam
 def write(found: dict, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     image = comparison_page.picture(found)
-    write_text(output / PICTURE, image)
-    write_text(output / PAGE, comparison_page.page(found, image).encode())
+    write_bytes(output / PICTURE, image)
+    write_bytes(output / PAGE, comparison_page.page(found, image).encode())
     write_json(output / RESULTS, found)

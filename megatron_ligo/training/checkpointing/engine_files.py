@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import deepspeed
@@ -10,6 +9,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from megatron_ligo.checkpoint.io import digest, torch_files
 from megatron_ligo.checkpoint.io.file_layout import not_written
+from megatron_ligo.common.atomic_files import fsync_path
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.models.full.universal_loading import RECORDS
 
@@ -42,7 +42,7 @@ class CheckpointFiles(TorchCheckpointEngine):
             return
         try:
             super().save(state_dict, path)
-            sync(Path(path))
+            fsync_path(Path(path))
             self.written[Path(path)] = size_and_digest(Path(path))
         except RuntimeError as error:
             self.fault = unwritable(Path(path), not_written(Path(path), error))
@@ -73,12 +73,3 @@ def size_and_digest(path: Path) -> dict:
     """Size and digest of a file."""
     size = path.stat().st_size
     return {"size": size, "digest": digest.of_part(path, 0, size)}
-
-
-def sync(path: Path) -> None:
-    """Flushes a file's content, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,10 +20,17 @@ from torch import nn
 
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.model_record import STATE
-from megatron_ligo.common.atomic_files import read_json, write_json
+from megatron_ligo.common.atomic_files import (
+    fsync_folders,
+    fsync_path,
+    read_json,
+    replace_folder,
+    restore_backup,
+    write_json,
+)
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.distributed.mesh import agree, all_gather_objects
-from megatron_ligo.training.checkpointing.engine_files import ALLOWED, size_and_digest, sync, unwritable
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED, size_and_digest, unwritable
 from megatron_ligo.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -67,7 +74,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
         # Its room may be what others need.
         _on_rank_0(aside, lambda: shutil.rmtree(aside, ignore_errors=True))
         raise
-    _on_rank_0(target, lambda: _commit(aside, target))
+    _on_rank_0(target, lambda: replace_folder(aside, target, folder / f".step_{step}.old"))
     _on_rank_0(folder, lambda: _retain(folder, step, keep_last))
 
 
@@ -139,21 +146,11 @@ def complete(aside: Path, beside: Path | None, known: dict[Path, dict], record: 
     for path in sorted(path for path in aside.rglob("*") if path.is_file()):
         files[str(path.relative_to(aside))] = known.get(path) or size_and_digest(path)
         if path not in known:
-            sync(path)
+            fsync_path(path)
     missing = [str(path) for path in known if not path.is_file()]
     assert not missing, f"written and not there: {missing}"
     write_json(aside / RECORD, {"version": VERSION, **record, "files": files})
-    for path in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
-        sync(path)
-
-
-def _commit(aside: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    fsync_folders(aside)
 
 
 def _retain(folder: Path, step: int, keep_last: int) -> None:
@@ -167,10 +164,7 @@ def _tidy(folder: Path) -> None:
         if NEW.fullmatch(path.name):
             shutil.rmtree(path)
         elif match := OLD.fullmatch(path.name):
-            if (folder / match[1]).exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(folder / match[1])
+            restore_backup(path, folder / match[1])
 
 
 def _set_aside(damaged: list[Path]) -> None:
@@ -178,7 +172,7 @@ def _set_aside(damaged: list[Path]) -> None:
         away = place.with_name(f"{place.name}.damaged")
         shutil.rmtree(away, ignore_errors=True)
         place.rename(away)
-        sync(place.parent)
+        fsync_path(place.parent)
 
 
 def _examine(place: Path) -> tuple[dict, CheckpointError | None]:
