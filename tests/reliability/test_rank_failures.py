@@ -14,13 +14,14 @@ JOB = """
 import os, sys
 import torch
 import torch.distributed as dist
-from megatron_ligo import cli, errors
+from megatron_ligo import cli
+from megatron_ligo.common import errors
 from megatron_ligo.distributed import mesh
-from megatron_ligo.distributed.rank_failures import together
+from megatron_ligo.distributed.rank_failures import report_failures
 
 def main():
-    with together():
-        mesh.start()
+    with report_failures():
+        mesh.init_distributed()
         dist.all_reduce(torch.ones(1))
         if cli.rank() == 2 and sys.argv[1] == "dies":
             os._exit(9)
