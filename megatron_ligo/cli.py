@@ -28,33 +28,33 @@ from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
 
 # A launcher ends all processes at the first that fails: the others give rank 0 this long to say why.
-GRACE_SECONDS = 5.0
+RANK_0_GRACE_SECONDS = 5.0
 
 
-class Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """As argparse does it, but said once and not by every process."""
-        if rank() == 0:
+        if launcher_rank() == 0:
             super().error(message)
         _wait_for_rank_0()
         sys.exit(2)
 
 
-def rank() -> int:
+def launcher_rank() -> int:
     """This process's number under a launcher; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
-def parser(
+def build_parser(
     description: str, example: str, sections: Sequence[str] = (), output: str = "", own: Mapping[str, type] = {}
-) -> Parser:
+) -> CommandParser:
     """A command's parser: its own help, an example, and with `sections` the options --config and --set.
 
     output: what is written there, if the command writes a folder (then --output DIR is required). own: sections that
     only this command's file has.
     """
     plain = argparse.RawDescriptionHelpFormatter
-    made = Parser(description=description, epilog=_epilog(example, sections, own), formatter_class=plain)
+    made = CommandParser(description=description, epilog=_format_epilog(example, sections, own), formatter_class=plain)
     if sections:
         made.add_argument("--config", metavar="RUN.toml", help="settings of the run (TOML)")
         made.add_argument(
@@ -72,13 +72,13 @@ def load_config(args: argparse.Namespace) -> RunConfig:
     return RunConfig.load(args.config, args.set)
 
 
-def _epilog(example: str, sections: Sequence[str], own: Mapping[str, type]) -> str:
+def _format_epilog(example: str, sections: Sequence[str], own: Mapping[str, type]) -> str:
     lines = ["example:", *(f"  {line}" for line in example.strip().splitlines())]
     known = typed_toml.field_types(RunConfig)
     for name, section in {**own, **{name: known[name] for name in sections}}.items():
         lines += ["", f"[{name}]"]
-        for key, field, hint in typed_toml.keys(section):
-            lines.append(f"  {key} = {_value(field.default)}")
+        for key, field, hint in typed_toml.iterate_settings(section):
+            lines.append(f"  {key} = {_format_default(field.default)}")
             choices = field.metadata["limits"]["choices"]
             kind = " | ".join(map(str, choices)) if choices else typed_toml.describe_type(hint)
             lines.append(f"      {field.metadata['help']} ({kind})")
@@ -86,20 +86,20 @@ def _epilog(example: str, sections: Sequence[str], own: Mapping[str, type]) -> s
     return "\n".join(lines).replace("%", "%%")
 
 
-def _value(value: object) -> str:
+def _format_default(value: object) -> str:
     if value is None:
         return "(left out)"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_value, value))}]"
+        return f"[{', '.join(map(_format_default, value))}]"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 @contextmanager
 def byte_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on rank 0's terminal; gives the function that is told (bytes done, bytes in all)."""
-    hidden = rank() != 0 or not sys.stderr.isatty()
+    hidden = launcher_rank() != 0 or not sys.stderr.isatty()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("")
@@ -114,64 +114,64 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", message="Apex is not installed")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use")
-    logging.getLogger("megatron_ligo").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+    logging.getLogger("megatron_ligo").setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     set_up_logging()
     signal_handling.install()
-    threading.excepthook = _in_a_thread
+    threading.excepthook = _report_thread_failure
     try:
         main()
         sys.stdout.flush()
     except signal_handling.Interrupted as error:
-        _say(f"{error}: ended.", agreed=True)
+        _report_error(f"{error}: ended.", agreed=True)
         signal_handling.exit_process(error.exit_code)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            _leave_the_pipe()
+        if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+            _exit_on_broken_pipe()
         text = user_message(error)
         if text is None:
             raise
-        _say(text, agreed=isinstance(error, LigoError) and error.agreed)
+        _report_error(text, agreed=isinstance(error, LigoError) and error.agreed)
         signal_handling.exit_process(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
     signal_handling.exit_process(0)
 
 
-def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+def _report_thread_failure(failed: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer, which meets a full disk first: whoever uses it hears of it as well."""
     if failed.exc_value is None or user_message(failed.exc_value) is None:
         threading.__excepthook__(failed)
 
 
-def _reader_is_gone() -> bool:
+def _is_stdout_closed() -> bool:
     watch = select.poll()
     watch.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
-def _leave_the_pipe() -> NoReturn:
+def _exit_on_broken_pipe() -> NoReturn:
     """Whoever reads our output has enough of it (`| head`): no fault of anybody's, and nothing to tell."""
     # What is still in the buffer would be written at the end, and fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
 
 
-def _say(text: str, agreed: bool) -> None:
+def _report_error(text: str, agreed: bool) -> None:
     """Rank 0 speaks. Another rank does if rank 0 had time to and the run goes on: then its fault is its own."""
-    if rank() == 0:
+    if launcher_rank() == 0:
         print(text, file=sys.stderr, flush=True)
         return
     asked = _wait_for_rank_0()
     if not agreed and not asked:
-        print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)
+        print(f"rank {launcher_rank()}: {text}", file=sys.stderr, flush=True)
 
 
 def _wait_for_rank_0() -> bool:
     """Until the launcher, which has seen another rank end, asks this one to (True), or time is over."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    with signal_handling.deferred(2 * GRACE_SECONDS):
+    deadline = time.monotonic() + RANK_0_GRACE_SECONDS
+    with signal_handling.deferred(2 * RANK_0_GRACE_SECONDS):
         while time.monotonic() < deadline and not signal_handling.received_signal():
             time.sleep(0.1)
         return signal_handling.received_signal() is not None

@@ -22,7 +22,9 @@ def command(tmp_path: Path, body: str) -> Path:
         "import logging, time\nfrom megatron_ligo import cli\nfrom megatron_ligo.common import errors\n\ndef main():\n"
     )
     script.write_text(
-        head + textwrap.indent(textwrap.dedent(body), "    ") + '\nif __name__ == "__main__":\n    cli.run(main)\n'
+        head
+        + textwrap.indent(textwrap.dedent(body), "    ")
+        + '\nif __name__ == "__main__":\n    cli.run_command(main)\n'
     )
     return script
 
@@ -157,7 +159,9 @@ def test_mistakes_of_ours_are_not_faults():
 
 
 def test_help_names_the_keys(capsys):
-    parser = cli.parser("Learns 100% of it.", "deepspeed tools/fit.py --config run.toml", ("fit",), output="the run")
+    parser = cli.build_parser(
+        "Learns 100% of it.", "deepspeed tools/fit.py --config run.toml", ("fit",), output="the run"
+    )
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
@@ -173,18 +177,18 @@ def test_help_names_the_keys(capsys):
 
 
 def test_options(tmp_path):
-    parser = cli.parser("d", "e", ("fit",), output="the run")
+    parser = cli.build_parser("d", "e", ("fit",), output="the run")
     args = parser.parse_args(
         ["--set", "fit.steps=3", "--output", "x", "--set=fit.lr=0.5", "--local_rank=2", "--config", str(tmp_path / "r")]
     )
     (tmp_path / "r").write_text("[fit]\nsteps = 9\nclip = 2.0\n")
     config = cli.load_config(args)
     assert (config.fit.steps, config.fit.lr, config.fit.clip, args.output) == (3, 0.5, 2.0, "x")
-    assert vars(cli.parser("d", "e").parse_args(["--local_rank=0"])) == {"local_rank": 0}
+    assert vars(cli.build_parser("d", "e").parse_args(["--local_rank=0"])) == {"local_rank": 0}
 
 
 def test_wrong_options_are_said_once(tmp_path):
-    script = command(tmp_path, "cli.parser('d', 'e').parse_args()")
+    script = command(tmp_path, "cli.build_parser('d', 'e').parse_args()")
     ranks = [start(script, "--nonsense", RANK=str(rank)) for rank in range(2)]
     (code0, _, err0), (code1, _, err1) = map(finish, ranks)
     assert (code0, code1, err1) == (2, 2, "") and "--nonsense" in err0

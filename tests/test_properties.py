@@ -15,11 +15,11 @@ from safetensors.numpy import save_file
 from megatron_ligo.checkpoint.formats.hf.shards import find_shards
 from megatron_ligo.common.errors import CheckpointError, ConfigError, DataError, ErrorCollector
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.config.typed_toml import keys
-from megatron_ligo.data.indexed_dataset import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_indexed
+from megatron_ligo.config.typed_toml import iterate_settings
+from megatron_ligo.data.indexed_dataset import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_indexed_files
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-KEYS = [key for key, _, _ in keys(RunConfig)]
+KEYS = [key for key, _, _ in iterate_settings(RunConfig)]
 NUMBERS = st.integers() | st.sampled_from([-1, 0, 1, 2**31, 2**63 - 1, 2**64, 10**400]) | st.floats()
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(max_size=9),
@@ -145,7 +145,7 @@ def test_an_index_of_data_tells_the_truth_or_is_refused(
     prefix.with_suffix(".idx").write_bytes(HEADER.pack(MAGIC, VERSION, code, sequences, boundaries) + body)
     prefix.with_suffix(".bin").write_bytes(bytes(size))
     errors = ErrorCollector("data", DataError)
-    pair = open_indexed(str(prefix), errors)
+    pair = open_indexed_files(str(prefix), errors)
     assert (pair is None) == bool(errors.lines)
     if pair:
         item = np.dtype(pair.dtype).itemsize

@@ -13,7 +13,7 @@ python tools/advise.py --config run.toml --flops 5e14 --method lossless --method
 
 
 def main() -> None:
-    made = cli.parser(
+    made = cli.build_parser(
         "Grows the small model by each method that its sizes allow, trains each for as many steps as --flops leaves\n"
         "to it, and ranks them by the held-out loss after that lag (at step 0 it misleads). The same rates for each,\n"
         "the two best with another seed, scratch beside them. Started again, it goes on where it stopped.",
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

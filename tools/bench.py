@@ -13,8 +13,8 @@ python tools/bench.py convert --gb 4 --output runs/bench_convert.json
 """
 
 
-def parser() -> cli.Parser:
-    made = cli.parser(__doc__, EXAMPLE)
+def parser() -> cli.CommandParser:
+    made = cli.build_parser(__doc__, EXAMPLE)
     chosen = made.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, module in bench.measurements().items():
         one = chosen.add_parser(name, help=module.HELP, description=module.__doc__)
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

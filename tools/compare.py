@@ -15,7 +15,7 @@ python tools/compare.py --config compare.toml --only scratch --only learned --ou
 
 
 def main() -> None:
-    made = cli.parser(
+    made = cli.build_parser(
         "Trains a large model from scratch and from each [arms.NAME], every arm at the same FLOPs, rates and seeds;\n"
         "a learned arm beside its start without a fit and beside full training on the fit's batches. An arm has\n"
         "operator = {...} and, where it is learned, fit = {...}; lag = STEPS fits on the loss after so many. Writes\n"
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

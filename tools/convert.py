@@ -21,8 +21,8 @@ python tools/convert.py models/small models/small_bf16 --to hf --dtype bfloat16 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def parser() -> cli.Parser:
-    made = cli.parser(f"{__doc__}\n\n{_options()}", EXAMPLE)
+def parser() -> cli.CommandParser:
+    made = cli.build_parser(f"{__doc__}\n\n{_options()}", EXAMPLE)
     made.add_argument("source", metavar="SRC", help="a checkpoint of any format")
     made.add_argument("target", metavar="DST", help="a new folder")
     made.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(formats.writers())}")
@@ -75,4 +75,4 @@ def _option(text: str) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -8,7 +8,7 @@ EXAMPLE = "deepspeed --num_gpus 4 tools/fit.py --config run.toml --output runs/f
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = cli.build_parser(
         "Learns the linear maps from a small model's weights to a large one's on the training loss (LiGO).\n"
         "Runs under the deepspeed launcher at any tp x pp x dp, or as one plain process. Started again, it resumes.",
         EXAMPLE,
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

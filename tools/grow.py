@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_ligo import cli
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.agreement import ALONE, Share
-from megatron_ligo.export.handoff import grow_to
+from megatron_ligo.export.handoff import grow_from_config
 
 EXAMPLE = """
 python tools/grow.py --config run.toml --operator runs/fit/operator --output runs/grown
@@ -20,7 +20,7 @@ deepspeed --num_gpus 4 tools/grow.py --config run.toml --operator runs/fit/opera
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = cli.build_parser(
         "Grows the small model into a hand-off: DeepSpeed's universal checkpoint at iteration 0 (any tp, pp, dp and\n"
         "ZeRO stage), the Hugging Face folder, and growth.json. Without --operator, by the initialisation that\n"
         "[operator] names. Under the deepspeed launcher the processes share the work, on one file system: the bytes\n"
@@ -34,7 +34,7 @@ def main() -> None:
     config = cli.load_config(args)
     with _all(config) as share:
         with cli.byte_progress() as show:
-            grow_to(config, args.operator and Path(args.operator), Path(args.output), show, share)
+            grow_from_config(config, args.operator and Path(args.operator), Path(args.output), show, share)
         if share.rank == 0:
             print(f"{args.output}: {', '.join(config.handoff.formats)} and growth.json")
 
@@ -51,8 +51,8 @@ def _all(config: RunConfig) -> Iterator[Share]:
 
     with report_failures():
         mesh.init_distributed(config.handoff.timeout_minutes)
-        yield Share(cli.rank(), int(os.environ["WORLD_SIZE"]), mesh.all_gather_objects)
+        yield Share(cli.launcher_rank(), int(os.environ["WORLD_SIZE"]), mesh.all_gather_objects)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

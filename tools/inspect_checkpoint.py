@@ -14,7 +14,7 @@ python tools/inspect_checkpoint.py runs/grown/universal --json
 
 
 def main() -> None:
-    made = cli.parser(__doc__, EXAMPLE)
+    made = cli.build_parser(__doc__, EXAMPLE)
     made.add_argument("path", metavar="PATH", help="a checkpoint of any format")
     made.add_argument("--from", dest="form", metavar="FORMAT", help="insist on a format")
     made.add_argument("--json", action="store_true", help="as JSON")
@@ -25,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -12,7 +12,7 @@ python tools/plan.py --table
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = cli.build_parser(
         "Memory, FLOPs, time and traffic of a fit, a growth and a pretraining, from the sizes alone. The small model\n"
         "may be a config.json without weights. With --table, 1B to 10B and 10B to 100B on 64 to 1024 devices.",
         EXAMPLE,
@@ -56,4 +56,4 @@ def jobs(config, world: int):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

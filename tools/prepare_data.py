@@ -14,8 +14,8 @@ python tools/prepare_data.py texts/ more.jsonl --train-sentencepiece 8000 --outp
 """
 
 
-def parser() -> cli.Parser:
-    made = cli.parser(__doc__, EXAMPLE, output="folder for train and valid (.bin, .idx, .json) and tokenizer/")
+def parser() -> cli.CommandParser:
+    made = cli.build_parser(__doc__, EXAMPLE, output="folder for train and valid (.bin, .idx, .json) and tokenizer/")
     add = made.add_argument
     add("inputs", nargs="*", metavar="TEXT", help="files or folders: .txt, .md, .py (a document each), .jsonl (a line)")
     add("--python-docs", action="store_true", help="Python's own sources and documentation strings (on every machine)")
@@ -38,12 +38,12 @@ def main() -> None:
     if not 0 <= args.valid_fraction < 1:
         raise ConfigError(Problem("--valid-fraction", "at least 0 and less than 1", args.valid_fraction))
     # Imported here: each worker process runs this file's head again.
-    from megatron_ligo.data.documents import DocumentSource, find
-    from megatron_ligo.data.prepare_text import Recipe, prepare
+    from megatron_ligo.data.documents import DocumentSource, find_text_files
+    from megatron_ligo.data.prepare_text import TextRecipe, prepare_text
 
-    texts = DocumentSource(find(args.inputs), args.python_docs, args.json_key, args.max_bytes)
-    recipe = Recipe(texts, args.tokenizer, args.train_sentencepiece, args.eod, args.valid_fraction)
-    splits = prepare(recipe, Path(args.output), args.workers)
+    texts = DocumentSource(find_text_files(args.inputs), args.python_docs, args.json_key, args.max_bytes)
+    recipe = TextRecipe(texts, args.tokenizer, args.train_sentencepiece, args.eod, args.valid_fraction)
+    splits = prepare_text(recipe, Path(args.output), args.workers)
     for name, record in splits.items():
         per_token = record["text_bytes"] / record["tokens"]
         print(
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -13,8 +13,8 @@ pip install --no-deps --target packages scikit-learn; python tools/prepare_image
 """
 
 
-def parser() -> cli.Parser:
-    made = cli.parser(__doc__, EXAMPLE, output="folder for train.safetensors and valid.safetensors")
+def parser() -> cli.CommandParser:
+    made = cli.build_parser(__doc__, EXAMPLE, output="folder for train.safetensors and valid.safetensors")
     add = made.add_argument
     add("input", nargs="?", metavar="NPZ", help="images, uint8 (n, [channels,] side, side), and labels, integers (n,)")
     add("--digits", default="", metavar="FOLDER", help="scikit-learn's 1797 handwritten digits, unpacked there")
@@ -28,13 +28,13 @@ def main() -> None:
         raise ConfigError(Problem("input", "one of a file and --digits", "none or both"))
     if not 0 < args.valid_fraction < 1:
         raise ConfigError(Problem("--valid-fraction", "more than 0 and less than 1", args.valid_fraction))
-    from megatron_ligo.data.prepare_images import prepare, read_digits, read_npz
+    from megatron_ligo.data.prepare_images import prepare_images, read_digits, read_npz
 
     images, labels = read_digits(Path(args.digits)) if args.digits else read_npz(Path(args.input))
-    counts = prepare(images, labels, Path(args.output), args.valid_fraction)
+    counts = prepare_images(images, labels, Path(args.output), args.valid_fraction)
     for split, count in counts.items():
         print(f"{args.output}/{split}.safetensors: {count} images of {' x '.join(map(str, images.shape[1:]))}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -11,7 +11,7 @@ python tools/pretrain.py --config run.toml --set pretrain.start=small-model --se
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = cli.build_parser(
         "Pretrains from a hand-off, from a checkpoint of any format, or from scratch (the sizes that [small] and\n"
         "[large] name), at any tp x pp x dp under the deepspeed launcher, or as one plain process. Started again, it\n"
         "resumes. With pretrain.steps = 0 it only evaluates.",
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

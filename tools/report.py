@@ -12,7 +12,7 @@ python tools/report.py runs/fit runs/grown runs/pretrain_grown runs/pretrain_sta
 
 
 def main() -> None:
-    made = cli.parser(__doc__, EXAMPLE, output="folder for report.html and report.png")
+    made = cli.build_parser(__doc__, EXAMPLE, output="folder for report.html and report.png")
     made.add_argument("runs", nargs="+", metavar="RUN", help="--output folders of fit, grow and pretrain")
     args = made.parse_args()
     # Imported here: --help need not wait for it.
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

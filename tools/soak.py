@@ -16,7 +16,7 @@ python tools/soak.py --mutations 1000 --output runs/mutated
 
 
 def main() -> None:
-    made = cli.parser(__doc__, EXAMPLE, output="new folder for runs and logs, or for what did harm")
+    made = cli.build_parser(__doc__, EXAMPLE, output="new folder for runs and logs, or for what did harm")
     made.add_argument("--kills", type=int, metavar="N", help="so many of COMMAND, which must end as if left alone")
     made.add_argument(
         "--ranks", type=int, metavar="N", help="of COMMAND, a script, forked from one process: they start in seconds"
@@ -57,4 +57,4 @@ def _tell(text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -24,7 +24,7 @@ python tools/stages.py chain.toml --output runs/chain
 
 
 def main() -> None:
-    made = cli.parser(__doc__, EXAMPLE, output="a folder for each stage, chain.json and report/")
+    made = cli.build_parser(__doc__, EXAMPLE, output="a folder for each stage, chain.json and report/")
     made.add_argument("chain", metavar="CHAIN.toml", help="the stages, and the sections that they share")
     args = made.parse_args()
     # Imported here: --help need not wait for it.
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

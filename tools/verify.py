@@ -19,8 +19,8 @@ SHOWN = 50
 TOLERANCE = 5e-4
 
 
-def parser() -> cli.Parser:
-    made = cli.parser(__doc__, EXAMPLE)
+def parser() -> cli.CommandParser:
+    made = cli.build_parser(__doc__, EXAMPLE)
     made.add_argument("a", metavar="A", help="a checkpoint of any format")
     made.add_argument("b", metavar="B", nargs="?", help="another (left out: A against its manifest)")
     made.add_argument("--from", dest="form", metavar="FORMAT", help="insist on a format of A")
@@ -59,4 +59,4 @@ def _show(what: str, report: ComparisonResult) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -10,7 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from megatron_ligo.config.run_config import SOURCES
+from megatron_ligo.config.run_config import SOURCE_PLACEMENTS
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[0, 64], help="of the learned maps; 0: whole")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
-    parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="as fit.source has it")
+    parser.add_argument(
+        "--source", choices=SOURCE_PLACEMENTS, default=SOURCE_PLACEMENTS[0], help="as fit.source has it"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each that are timed, in turn")
 

@@ -23,9 +23,9 @@ from megatron_ligo.bench import synthetic_reader, timing
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.config.run_config import WRITERS, LargeSection, OperatorSection
+from megatron_ligo.config.run_config import HANDOFF_FORMATS, LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.export.handoff import growth_record, hand_off
+from megatron_ligo.export.handoff import build_growth_record, write_handoff
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import initial_operator
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "what": "grow",
         "small": small.to_json(),
         "times": args.times,
-        "formats": list(WRITERS),
+        "formats": list(HANDOFF_FORMATS),
         "paths": {kind: _summary(found) for kind, found in runs.items()},
         "machine": {**timing.machine(), "threads": args.threads},
     }
@@ -106,7 +106,7 @@ def _grow(source: Path, operator: Path, target: Path, threads: int) -> dict:
     grown = GrownReader(operator_file.OperatorFile(operator), reader)
     with timing.anonymous_memory() as memory:
         start = time.perf_counter()
-        hand_off(grown, target, torch.float32, WRITERS, growth_record(grown))
+        write_handoff(grown, target, torch.float32, HANDOFF_FORMATS, build_growth_record(grown))
         seconds = time.perf_counter() - start
     layer = sum(_bytes(grown, key) for key in grown.keys() if key.startswith("layers.0."))  # noqa: SIM118 - no dict
     held = sum(_bytes(reader, key) for key in reader.keys())  # noqa: SIM118

@@ -19,11 +19,11 @@ from megatron_ligo.common.atomic_files import read_text
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 from megatron_ligo.config.typed_toml import read_section, setting
 
-ByName = dict[str, str]
-WRITERS = ("universal", "hf")
-SOURCES = ("divided", "whole")
-POSITIONS = ("tile", "mean", "random")
-MOMENTS = ("reset", "grow", "old")
+TextBySpace = dict[str, str]
+HANDOFF_FORMATS = ("universal", "hf")
+SOURCE_PLACEMENTS = ("divided", "whole")
+POSITION_INITS = ("tile", "mean", "random")
+MOMENT_POLICIES = ("reset", "grow", "old")
 T = TypeVar("T")
 
 
@@ -54,22 +54,22 @@ class OperatorSection:
     """
 
     method: str = setting("lossless", "named method; the other keys are put over what it means")
-    width_init: str | ByName | None = setting(None, "named initialisation of the width maps")
-    depth_init: str | ByName | None = setting(None, "named initialisation of the depth maps")
+    width_init: str | TextBySpace | None = setting(None, "named initialisation of the width maps")
+    depth_init: str | TextBySpace | None = setting(None, "named initialisation of the depth maps")
     noise: float | dict[str, float] | None = setting(None, "put on top, relative to the maps' own scale", low=0.0)
-    structure: str | ByName | None = setting(
+    structure: str | TextBySpace | None = setting(
         None, "the heads' spaces: whole heads move, or dense", choices=("heads", "dense")
     )
-    share: str | ByName | None = setting(
+    share: str | TextBySpace | None = setting(
         None, "one map for all layers, or one for each large layer", choices=("all", "layer")
     )
-    contract: str | ByName | None = setting(
+    contract: str | TextBySpace | None = setting(
         None, "readers: the transposed map, or a map of their own", choices=("tied", "free")
     )
-    identity: str | ByName | None = setting(
+    identity: str | TextBySpace | None = setting(
         None, "rows that copy the small model: kept, or learned", choices=("frozen", "learned")
     )
-    gain: str | ByName | None = setting(
+    gain: str | TextBySpace | None = setting(
         None, "norm gains: of the copied feature, or by the map", choices=("copied", "expand")
     )
     fresh: str | None = setting(
@@ -78,7 +78,7 @@ class OperatorSection:
     borrow: str | None = setting(None, "new features' rows: of the next layer", choices=("none", "next"))
     vocab_noise: float = setting(0.0, "new tokens around the mean token, relative to the tokens' spread", low=0.0)
     position_init: str = setting(
-        "tile", "new learned positions: the old ones in turn, their mean, or around it", choices=POSITIONS
+        "tile", "new learned positions: the old ones in turn, their mean, or around it", choices=POSITION_INITS
     )
     rank: int | dict[str, int] = setting(0, "maps learned as start + U V of this rank; 0: whole", low=0)
     seed: int = setting(1234, "seed of the initialisation", low=0)
@@ -96,7 +96,7 @@ class OperatorSection:
         errors.raise_if_any()
 
 
-def for_space(value: T | Mapping[str, T], space: str) -> T:
+def value_for_space(value: T | Mapping[str, T], space: str) -> T:
     """The value of an [operator] key for one space."""
     if isinstance(value, Mapping):
         return value[space] if space in value else value["default"]
@@ -146,7 +146,9 @@ class TrainingSection:
 class FitSection(TrainingSection):
     lr: float = setting(1e-5, "learning rate of the width maps after the warm-up", low=0.0)
     source: str = setting(
-        "divided", "the small weights: cut over the ranks that read them all, or whole on each", choices=SOURCES
+        "divided",
+        "the small weights: cut over the ranks that read them all, or whole on each",
+        choices=SOURCE_PLACEMENTS,
     )
     depth_lr: float | None = setting(1e-4, "learning rate of the depth maps", low=0.0)
     distill: float = setting(0.0, "part of the loss that is the divergence from the small model", low=0.0, high=1.0)
@@ -175,9 +177,9 @@ class PretrainSection(TrainingSection):
 class HandoffSection:
     dtype: str = setting("fp32", "of the weights written", choices=("fp32", "bf16"))
     moments: str = setting(
-        "reset", "Adam's: begin anew, grow with the weights, or so for old features only", choices=MOMENTS
+        "reset", "Adam's: begin anew, grow with the weights, or so for old features only", choices=MOMENT_POLICIES
     )
-    formats: tuple[str, ...] = setting(WRITERS, "what is written", choices=WRITERS)
+    formats: tuple[str, ...] = setting(HANDOFF_FORMATS, "what is written", choices=HANDOFF_FORMATS)
     timeout_minutes: float = setting(60.0, "how long processes that share the work wait for one another", above=0.0)
 
 
@@ -219,17 +221,17 @@ class RunConfig:
         table = read_toml(Path(path)) if path else {}
         for text in sets:
             apply_setting(table, text, errors)
-        return cls._checked(table, errors)
+        return cls._build(table, errors)
 
     @classmethod
     def from_dict(cls, table: dict, where: str = "config") -> RunConfig:
         """The config that `to_dict` gave (from a run's record)."""
-        return cls._checked(table, ErrorCollector(where, ConfigError))
+        return cls._build(table, ErrorCollector(where, ConfigError))
 
     @classmethod
-    def _checked(cls, table: dict, errors: ErrorCollector) -> RunConfig:
+    def _build(cls, table: dict, errors: ErrorCollector) -> RunConfig:
         config = read_section(cls, table, errors)
-        _check_together(config, errors)
+        _check_dependencies(config, errors)
         errors.raise_if_any()
         return config
 
@@ -266,7 +268,7 @@ def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
     table[key] = value
 
 
-def _check_together(config: RunConfig, errors: ErrorCollector) -> None:
+def _check_dependencies(config: RunConfig, errors: ErrorCollector) -> None:
     for key, value in asdict(config.operator).items():
         if isinstance(value, dict) and "default" not in value:
             errors.add(f"operator.{key}", "a table with a default", f"{value}", 'Add default = "..." to it.')

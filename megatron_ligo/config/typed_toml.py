@@ -35,12 +35,12 @@ def field_types(section: type) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(section)}
 
 
-def keys(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+def iterate_settings(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(dotted key, field, type) of every setting of a section, those of its inner sections included."""
     for field in dataclasses.fields(section):
         hint = field_types(section)[field.name]
         if is_section(hint):
-            yield from keys(hint, f"{prefix}{field.name}.")
+            yield from iterate_settings(hint, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", field, hint
 
@@ -53,21 +53,23 @@ def read_section(section: type, table: dict, errors: ErrorCollector, prefix: str
     for name, value in table.items():
         where = f"{prefix}{name}"
         if name not in known:
-            errors.add(where, "a known key" if prefix else "a known section", repr(name), _advice(root, name, known))
+            errors.add(
+                where, "a known key" if prefix else "a known section", repr(name), _suggest_key(root, name, known)
+            )
         elif is_section(known[name]):
             if isinstance(value, dict):
                 values[name] = read_section(known[name], value, errors, f"{where}.", root)
             else:
-                errors.add(where, "a section", _shown(value), f"Write its keys under [{where}].")
+                errors.add(where, "a section", _format_value(value), f"Write its keys under [{where}].")
         else:
             field = section.__dataclass_fields__[name]
             values[name] = _read_value(where, value, known[name], field, errors)
     return section(**values)
 
 
-def _advice(root: type, name: str, known: Iterable[str]) -> str:
+def _suggest_key(root: type, name: str, known: Iterable[str]) -> str:
     """The nearest key of the same section, or else the sections that have a key of this very name."""
-    homes = [key.rpartition(".")[0] for key, field, _ in keys(root) if field.name == name]
+    homes = [key.rpartition(".")[0] for key, field, _ in iterate_settings(root) if field.name == name]
     if homes:
         return f"It is a key of {' and '.join(f'[{home}]' for home in homes)}."
     return did_you_mean(name, known)
@@ -77,14 +79,14 @@ def _read_value(where: str, value: Any, hint: Any, field: dataclasses.Field, err
     try:
         fitted = coerce(value, hint)
     except TypeError:
-        errors.add(where, describe_type(hint), _shown(value), f"It is: {field.metadata['help']}.")
+        errors.add(where, describe_type(hint), _format_value(value), f"It is: {field.metadata['help']}.")
         return field.default
     limits = field.metadata["limits"]
-    for leaf in _leaves(fitted):
+    for leaf in _iterate_entries(fitted):
         expected = _broken_limit(leaf, limits)
         if expected:
             do = did_you_mean(leaf, limits["choices"]) if limits["choices"] and isinstance(leaf, str) else ""
-            errors.add(where, expected, _shown(leaf), do)
+            errors.add(where, expected, _format_value(leaf), do)
             return field.default
     return fitted
 
@@ -100,7 +102,7 @@ def coerce(value: Any, hint: Any) -> Any:
                 continue
         raise TypeError
     if origin is tuple:
-        return _fit_tuple(value, typing.get_args(hint))
+        return _coerce_tuple(value, typing.get_args(hint))
     if origin is dict:
         _, of_value = typing.get_args(hint)
         if not isinstance(value, dict):
@@ -116,7 +118,7 @@ def coerce(value: Any, hint: Any) -> Any:
     raise TypeError
 
 
-def _fit_tuple(value: Any, args: tuple) -> tuple:
+def _coerce_tuple(value: Any, args: tuple) -> tuple:
     if not isinstance(value, list | tuple):
         raise TypeError
     if args[-1] is Ellipsis:
@@ -143,7 +145,7 @@ def describe_type(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _iterate_entries(value: Any) -> Iterator[Any]:
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
     yield from (entry for entry in entries if entry is not None)
 
@@ -165,7 +167,7 @@ def _broken_limit(value: Any, limits: dict) -> str | None:
     return " and ".join(words) if broken else None
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
     if type(value) is bool:
         return str(value).lower()

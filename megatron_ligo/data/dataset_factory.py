@@ -8,11 +8,11 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.config.run_config import DataSection
-from megatron_ligo.data.image_dataset import open_images
-from megatron_ligo.data.masking import masking_of
+from megatron_ligo.data.image_dataset import open_image_dataset
+from megatron_ligo.data.masking import build_masking
 from megatron_ligo.data.megatron_dataset import on_all_ranks
 from megatron_ligo.data.sampler import ShardedSampler
-from megatron_ligo.data.text_dataset import open_data
+from megatron_ligo.data.text_dataset import open_text_dataset
 
 
 def open_dataset(
@@ -21,9 +21,9 @@ def open_dataset(
     """What [data] names, for a run of so many training samples from sample `first` on. Collective: every rank calls it
     alike. output: the run's folder."""
     if architectures.get(model_config.arch).task is Task.LABEL:
-        return open_images(data, model_config, held_out, first)
+        return open_image_dataset(data, model_config, held_out, first)
     cache = data.cache or output / "data_cache"
-    masking = on_all_ranks(lambda: masking_of(data, model_config))
-    opened = open_data(data, data.seq_length, samples, held_out, data.seed, cache, first, masking)
+    masking = on_all_ranks(lambda: build_masking(data, model_config))
+    opened = open_text_dataset(data, data.seq_length, samples, held_out, data.seed, cache, first, masking)
     opened.check_vocab(model_config.vocab_size)
     return opened

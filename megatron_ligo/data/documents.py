@@ -16,7 +16,7 @@ from megatron_ligo.common.errors import DataError, ErrorCollector, Problem
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 # Folders of the standard library that are no part of it, or only test it.
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class DocumentSource:
 
     def __iter__(self) -> Iterator[str]:
         read = 0
-        for text in self._all():
+        for text in self._read_all():
             read += len(text.encode())
             if self.max_bytes and read > self.max_bytes:
                 return
             yield text
 
-    def _all(self) -> Iterator[str]:
+    def _read_all(self) -> Iterator[str]:
         for path in self.files:
-            yield from _jsonl(path, self.json_key) if path.suffix == ".jsonl" else [_plain(path)]
+            yield from _read_jsonl(path, self.json_key) if path.suffix == ".jsonl" else [_read_text(path)]
         if self.python_docs:
-            for path in _standard_library():
+            for path in _list_standard_library():
                 with tokenize.open(path) as stream:
                     yield stream.read()
-            yield from _built_in_docs()
+            yield from _read_builtin_docs()
 
     def total_bytes(self) -> int:
         """About how many bytes there are to read, for a progress bar."""
-        paths = [*self.files, *(_standard_library() if self.python_docs else [])]
+        paths = [*self.files, *(_list_standard_library() if self.python_docs else [])]
         total = sum(path.stat().st_size for path in paths)
         return min(total, self.max_bytes) if self.max_bytes else total
 
@@ -61,7 +61,7 @@ class DocumentSource:
         return [files, sys.version if self.python_docs else "", self.json_key, self.max_bytes]
 
 
-def find(paths: Sequence[str]) -> tuple[Path, ...]:
+def find_text_files(paths: Sequence[str]) -> tuple[Path, ...]:
     """The files that are named or lie in the folders that are named, sorted within a folder."""
     errors = ErrorCollector("texts", DataError)
     found: list[Path] = []
@@ -82,14 +82,14 @@ def find(paths: Sequence[str]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _plain(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(Problem(str(path), "UTF-8 text", error, "Convert it, or leave it out.")) from None
 
 
-def _jsonl(path: Path, key: str) -> Iterator[str]:
+def _read_jsonl(path: Path, key: str) -> Iterator[str]:
     """A document a line; every faulty line is in the error that ends the file."""
     errors = ErrorCollector(f"{path}", DataError)
     with path.open("rb") as stream:
@@ -109,18 +109,18 @@ def _jsonl(path: Path, key: str) -> Iterator[str]:
     errors.raise_if_any()
 
 
-def _standard_library() -> list[Path]:
+def _list_standard_library() -> list[Path]:
     """Its sources, tests left out, in the order of their names' digests: a part of them is a fair sample."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [
         path.relative_to(root).as_posix()
         for path in root.rglob("*.py")
-        if not LEFT_OUT & set(path.relative_to(root).parts[:-1])
+        if not EXCLUDED_FOLDERS & set(path.relative_to(root).parts[:-1])
     ]
     return [root / name for name in sorted(names, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))]
 
 
-def _built_in_docs() -> Iterator[str]:
+def _read_builtin_docs() -> Iterator[str]:
     """One document for each public module that is compiled into the interpreter."""
     for name in sorted(sys.builtin_module_names):
         if name.startswith("_"):

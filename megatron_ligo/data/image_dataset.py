@@ -20,7 +20,7 @@ from megatron_ligo.data.megatron_dataset import on_all_ranks
 from megatron_ligo.data.sampler import TRAIN, VALID, Batch, ShardedSampler
 
 IMAGES, LABELS = "images", "labels"
-KEPT_ORDERS = 2
+CACHED_PERMUTATIONS = 2
 
 
 class ImageFile:
@@ -37,7 +37,7 @@ class ImageFile:
 
 
 class ImageDataset(ShardedSampler):
-    """The files of each split, one after the other. Made by `open_images`."""
+    """The files of each split, one after the other. Made by `open_image_dataset`."""
 
     def __init__(
         self, splits: dict[str, list[ImageFile]], model_config: ModelConfig, data: DataSection, first: int = 0
@@ -45,23 +45,23 @@ class ImageDataset(ShardedSampler):
         super().__init__(first)
         self._splits = splits
         self._seed = data.seed
-        self._orders: dict[int, Tensor] = {}
+        self._permutations: dict[int, Tensor] = {}
         channels = model_config.num_channels
         self._mean, self._std = (
             torch.tensor(values).expand(channels)[:, None, None] for values in (data.pixel_mean, data.pixel_std)
         )
 
-    def _size(self, split: str) -> int:
+    def _num_samples(self, split: str) -> int:
         # The training images come round again.
         return sys.maxsize if split == TRAIN else sum(map(len, self._splits[VALID]))
 
-    def _micro_batch(self, split: str, numbers: range) -> Batch:
-        found = [self._sample(split, number) for number in numbers]
+    def _read_micro_batch(self, split: str, numbers: range) -> Batch:
+        found = [self._read_image(split, number) for number in numbers]
         pixels, labels = (torch.stack(parts) for parts in zip(*found, strict=True))
         return {"tokens": pixels, "labels": labels[:, None], "loss_mask": torch.ones(len(labels), 1)}
 
-    def _sample(self, split: str, number: int) -> tuple[Tensor, Tensor]:
-        index = self._shuffled(number) if split == TRAIN else number
+    def _read_image(self, split: str, number: int) -> tuple[Tensor, Tensor]:
+        index = self._permuted_index(number) if split == TRAIN else number
         for file in self._splits[split]:
             if index < len(file):
                 pixels = file.images[index : index + 1][0].float() / 255
@@ -69,30 +69,32 @@ class ImageDataset(ShardedSampler):
             index -= len(file)
         raise AssertionError(f"{split} has no image {number}")
 
-    def _shuffled(self, number: int) -> int:
+    def _permuted_index(self, number: int) -> int:
         count = sum(map(len, self._splits[TRAIN]))
         turn, place = divmod(number, count)
-        if turn not in self._orders:
+        if turn not in self._permutations:
             digest = hashlib.sha256(f"{self._seed}:{turn}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            self._orders[turn] = torch.randperm(count, generator=generator)
-            while len(self._orders) > KEPT_ORDERS:
-                del self._orders[next(iter(self._orders))]
-        return int(self._orders[turn][place])
+            self._permutations[turn] = torch.randperm(count, generator=generator)
+            while len(self._permutations) > CACHED_PERMUTATIONS:
+                del self._permutations[next(iter(self._permutations))]
+        return int(self._permutations[turn][place])
 
 
-def open_images(data: DataSection, model_config: ModelConfig, held_out: int, first: int = 0) -> ImageDataset:
+def open_image_dataset(data: DataSection, model_config: ModelConfig, held_out: int, first: int = 0) -> ImageDataset:
     """Opens what [data] names for a model of these sizes. Collective: any fault is raised on all ranks as one
     DataError."""
-    return on_all_ranks(lambda: ImageDataset(_splits(data, model_config, held_out), model_config, data, first))
+    return on_all_ranks(lambda: ImageDataset(_open_splits(data, model_config, held_out), model_config, data, first))
 
 
-def _splits(data: DataSection, model_config: ModelConfig, held_out: int) -> dict[str, list[ImageFile]]:
+def _open_splits(data: DataSection, model_config: ModelConfig, held_out: int) -> dict[str, list[ImageFile]]:
     errors = ErrorCollector("data", DataError)
     splits = {}
     for split, listed in ((TRAIN, data.train), (VALID, data.valid)):
         splits[split] = [
-            file for entry in listed if (file := _file(entry, f"data.{split}", model_config, errors)) is not None
+            file
+            for entry in listed
+            if (file := _open_image_file(entry, f"data.{split}", model_config, errors)) is not None
         ]
         if not listed and (split == TRAIN or held_out):
             errors.add(f"data.{split}", "files of images", "none", "Make them with prepare_images.")
@@ -106,7 +108,9 @@ def _splits(data: DataSection, model_config: ModelConfig, held_out: int) -> dict
     return splits
 
 
-def _file(entry: str | float, where: str, model_config: ModelConfig, errors: ErrorCollector) -> ImageFile | None:
+def _open_image_file(
+    entry: str | float, where: str, model_config: ModelConfig, errors: ErrorCollector
+) -> ImageFile | None:
     """A file that holds images as the model sees them and labels that it knows; None, and a fault, for any other."""
     if not isinstance(entry, str):
         errors.add(where, "files only: images have no weights", entry)
@@ -118,13 +122,13 @@ def _file(entry: str | float, where: str, model_config: ModelConfig, errors: Err
             for name in {IMAGES, LABELS} - names:
                 errors.add(f"{entry}: {name}", "a tensor", "none")
             if names >= {IMAGES, LABELS}:
-                _check(opened, entry, model_config, errors)
+                _check_tensors(opened, entry, model_config, errors)
     except (OSError, SafetensorError) as error:
         errors.add(entry, "a safetensors file", error, "Make it with prepare_images.")
     return ImageFile(Path(entry)) if len(errors.lines) == before else None
 
 
-def _check(opened: safe_open, where: str, model_config: ModelConfig, errors: ErrorCollector) -> None:
+def _check_tensors(opened: safe_open, where: str, model_config: ModelConfig, errors: ErrorCollector) -> None:
     images, labels = opened.get_slice(IMAGES), opened.get_slice(LABELS)
     count, *shape = images.get_shape() or [0]
     expected = [model_config.num_channels, model_config.image_size, model_config.image_size]

@@ -53,7 +53,7 @@ def digest_file(path: str | Path) -> str:
     return hasher.hexdigest()
 
 
-def open_indexed(prefix: str, errors: ErrorCollector) -> IndexedFiles | None:
+def open_indexed_files(prefix: str, errors: ErrorCollector) -> IndexedFiles | None:
     """The pair at a prefix; faults are added and None returned if it is missing or not whole."""
     prefix = str(Path(prefix).resolve())
     paths = [Path(f"{prefix}.{kind}") for kind in ("bin", "idx")]
@@ -93,16 +93,16 @@ def _read_index(path: Path, bin_bytes: int, errors: ErrorCollector) -> tuple[typ
         errors.add(str(path), what, size, "The file is cut or damaged: copy or make it again.")
         return None
     raw = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size, shape=expected - HEADER.size)
-    lengths, pointers, ends = _columns(raw, sequences)
+    lengths, pointers, ends = _split_columns(raw, sequences)
     dtype = TOKEN_TYPES[code]
-    problem = _inconsistency(lengths, pointers, ends, np.dtype(dtype).itemsize, bin_bytes)
+    problem = _find_inconsistency(lengths, pointers, ends, np.dtype(dtype).itemsize, bin_bytes)
     if problem:
         errors.add(f"{path.with_suffix('.bin')}", *problem, "One of the two files is cut, damaged or of another pair.")
         return None
     return dtype, boundaries - 1, int(lengths.sum(dtype=np.int64))
 
 
-def _columns(raw: np.ndarray, sequences: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split_columns(raw: np.ndarray, sequences: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lengths = raw[: 4 * sequences].view(np.int32)
     # The offsets lie at any byte: a copy aligns them.
     pointers = np.frombuffer(raw[4 * sequences : 12 * sequences].tobytes(), dtype=np.int64)
@@ -110,7 +110,7 @@ def _columns(raw: np.ndarray, sequences: int) -> tuple[np.ndarray, np.ndarray, n
     return lengths, pointers, ends
 
 
-def _inconsistency(lengths, pointers, ends, itemsize: int, bin_bytes: int) -> tuple[object, object] | None:
+def _find_inconsistency(lengths, pointers, ends, itemsize: int, bin_bytes: int) -> tuple[object, object] | None:
     """(expected, found) of the first thing in which the index contradicts itself or its .bin, or None."""
     sequences = len(lengths)
     if sequences == 0:

@@ -16,13 +16,13 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import DataSection
-from megatron_ligo.data.tokenizer import special_tokens
+from megatron_ligo.data.tokenizer import read_special_tokens
 
-MASKS = ("[MASK]", "<mask>")
-FIRSTS = ("[CLS]", "<s>")
-LASTS = ("[SEP]", "</s>")
+MASK_NAMES = ("[MASK]", "<mask>")
+START_NAMES = ("[CLS]", "<s>")
+END_NAMES = ("[SEP]", "</s>")
 # Of the tokens that are to be told, these shares are seen as the mask and as some other token; the rest as they are.
-AS_MASK, AS_OTHER = 0.8, 0.1
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Masking:
     vocab_size: int
     padding: int | None
     seed: int
-    others: Tensor = field(init=False, repr=False, compare=False)
+    ordinary_tokens: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         allowed = torch.ones(self.vocab_size, dtype=torch.bool)
         allowed[list(self.special)] = False
         object.__setattr__(self, "others", allowed.nonzero().flatten())
 
-    def sample(self, text: Tensor, split: str, number: int) -> dict[str, Tensor]:
+    def mask_sample(self, text: Tensor, split: str, number: int) -> dict[str, Tensor]:
         """tokens (what is seen), labels: int64 [s]; loss_mask: float32 [s]. text: int64 [s - ends].
 
         As many tokens of each sample are told (BERT's own rule), and each sample weighs as much as any other, however
         many of its tokens are special: a mean over samples does not depend on how they are dealt.
         """
-        labels = self._framed(text)
-        free = torch.isin(labels, self.others).nonzero().flatten()
+        labels = self._add_ends(text)
+        free = torch.isin(labels, self.ordinary_tokens).nonzero().flatten()
         where = f"{split} sample {number}"
         if self.padding is not None and bool((labels == self.padding).any()):
             raise DataError(Problem(where, "no padding", f"token {self.padding}", "Prepare the data without it."))
@@ -62,14 +62,14 @@ class Masking:
         count = min(max(1, round(self.rate * len(labels))), len(free))
         told = free[torch.randperm(len(free), generator=generator)[:count]]
         fate = torch.rand(count, generator=generator)
-        other = self.others[torch.randint(len(self.others), (count,), generator=generator)]
+        other = self.ordinary_tokens[torch.randint(len(self.ordinary_tokens), (count,), generator=generator)]
         tokens, weights = labels.clone(), torch.zeros(len(labels))
-        seen = torch.where(fate < AS_MASK + AS_OTHER, other, labels[told])
-        tokens[told] = torch.where(fate < AS_MASK, self.mask, seen)
+        seen = torch.where(fate < MASK_SHARE + RANDOM_SHARE, other, labels[told])
+        tokens[told] = torch.where(fate < MASK_SHARE, self.mask, seen)
         weights[told] = 1.0 / count
         return {"tokens": tokens, "labels": labels, "loss_mask": weights}
 
-    def _framed(self, text: Tensor) -> Tensor:
+    def _add_ends(self, text: Tensor) -> Tensor:
         if not self.ends:
             return text
         first, last = (torch.tensor([end]) for end in self.ends)
@@ -80,31 +80,31 @@ class Masking:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def masking_of(data: DataSection, model_config: ModelConfig) -> Masking | None:
+def build_masking(data: DataSection, model_config: ModelConfig) -> Masking | None:
     """How the samples for a model are masked; None for a causal one. ConfigError with all that cannot be."""
     if architectures.get(model_config.arch).causal:
         return None
-    named = special_tokens(data.tokenizer) if data.tokenizer else {}
+    named = read_special_tokens(data.tokenizer) if data.tokenizer else {}
 
     def first_of(names: tuple[str, ...]) -> int | None:
         return next((named[name] for name in names if name in named), None)
 
-    mask = first_of(MASKS) if data.mask_token is None else data.mask_token
-    ends = tuple(end for end in (first_of(FIRSTS), first_of(LASTS)) if end is not None)
+    mask = first_of(MASK_NAMES) if data.mask_token is None else data.mask_token
+    ends = tuple(end for end in (first_of(START_NAMES), first_of(END_NAMES)) if end is not None)
     ends = (ends if len(ends) == 2 else ()) if data.ends is None else data.ends
     padding = model_config.position_padding
     special = {*named.values(), *data.special_tokens, *ends, *([] if mask is None else [mask])}
     special |= set() if padding is None else {padding}
-    _check(data, model_config, mask, ends, special)
+    _check_masking(data, model_config, mask, ends, special)
     return Masking(data.mask_rate, mask, ends, frozenset(special), model_config.vocab_size, padding, data.seed)
 
 
-def _check(
+def _check_masking(
     data: DataSection, model_config: ModelConfig, mask: int | None, ends: tuple[int, ...], special: set[int]
 ) -> None:
     errors = ErrorCollector("[data] for a masked-LM model", ConfigError)
     if mask is None:
-        hint = f"Set it, or data.tokenizer to a tokenizer with {' or '.join(MASKS)}."
+        hint = f"Set it, or data.tokenizer to a tokenizer with {' or '.join(MASK_NAMES)}."
         errors.add("data.mask_token", "the id of the mask token", "none", hint)
     if len(ends) not in (0, 2):
         errors.add("data.ends", "two ids, or an empty list", list(ends))

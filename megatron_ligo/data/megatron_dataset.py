@@ -33,10 +33,10 @@ from megatron_ligo.distributed.agreement import ALONE, Share
 
 T = TypeVar("T")
 # Megatron-core's surplus: each part of a weighted blend is built a little longer than its share.
-SURPLUS = 0.005
+BLEND_SURPLUS = 0.005
 
 
-class _NoTokenizer:
+class PlaceholderTokenizer:
     """Megatron-core asks its config for a tokenizer; without resets at documents' ends it takes nothing from it."""
 
     eod = None
@@ -64,8 +64,8 @@ def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> tor
         mesh.init_distributed()
     folder = cache_dir.resolve() / _cache_key(blend, seq_length, seed)
     on_rank_0(lambda: _build_index(blend, seq_length, seed, folder))
-    on_all_ranks(lambda: _check(folder))
-    return _datasets(blend, seq_length, seed, folder)
+    on_all_ranks(lambda: _check_index(folder))
+    return _build_datasets(blend, seq_length, seed, folder)
 
 
 def _cache_key(blend: Blend, seq_length: int, seed: int) -> str:
@@ -82,7 +82,7 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _datasets(blend, seq_length, seed, aside)
+        _build_datasets(blend, seq_length, seed, aside)
         fsync_tree(aside)
         aside.rename(folder)
     except OSError as error:
@@ -94,7 +94,7 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check(folder: Path) -> None:
+def _check_index(folder: Path) -> None:
     """Megatron-core would run a program that stands in place of an array; each node may have a folder of its own."""
     if not folder.is_dir():
         hint = "Choose a data.cache that all nodes share."
@@ -106,7 +106,7 @@ def _check(folder: Path) -> None:
             raise DataError(Problem(str(path), "a whole array", error, f"Remove the folder {folder}.")) from error
 
 
-def _datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> torch.utils.data.Dataset:
+def _build_datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> torch.utils.data.Dataset:
     """Builds the indices into the folder, or takes those that are there."""
     prefixes = [pair.prefix for pair in blend.pairs]
     per_split: list = [None] * len(Split)
@@ -116,26 +116,26 @@ def _datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> torch.u
         sequence_length=seq_length,
         blend_per_split=per_split,
         path_to_cache=str(folder),
-        tokenizer=_NoTokenizer(),
+        tokenizer=PlaceholderTokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
     if len(prefixes) == 1:
-        return _gpt_dataset(prefixes[0], blend.samples, blend.split, config)
+        return _build_gpt_dataset(prefixes[0], blend.samples, blend.split, config)
     if blend.weights is None:
-        parts = [_gpt_dataset(prefix, None, blend.split, config) for prefix in prefixes]
+        parts = [_build_gpt_dataset(prefix, None, blend.split, config) for prefix in prefixes]
         return BlendedDataset(parts, [len(part) for part in parts], blend.samples, config)
     shares = [math.ceil(blend.samples * weight) for weight in normalize(list(blend.weights))]
     parts = [
-        _gpt_dataset(prefix, math.ceil(share * (1 + SURPLUS)), blend.split, config)
+        _build_gpt_dataset(prefix, math.ceil(share * (1 + BLEND_SURPLUS)), blend.split, config)
         for prefix, share in zip(prefixes, shares, strict=True)
     ]
     return BlendedDataset(parts, normalize(list(blend.weights)), sum(shares), config)
 
 
-def _gpt_dataset(prefix: str, samples: int | None, split: Split, config: GPTDatasetConfig) -> GPTDataset:
+def _build_gpt_dataset(prefix: str, samples: int | None, split: Split, config: GPTDatasetConfig) -> GPTDataset:
     tokens = IndexedDataset(prefix)
     everything = np.arange(len(tokens), dtype=np.int32)
     return GPTDataset(tokens, prefix, everything, samples, split, config)

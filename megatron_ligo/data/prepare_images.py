@@ -19,11 +19,11 @@ from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.data.image_dataset import IMAGES, LABELS
 from megatron_ligo.data.sampler import TRAIN, VALID
 
-Pairs = tuple[np.ndarray, np.ndarray]  # images uint8 (n, channels, side, side), labels int64 (n,)
-DIGITS = Path("sklearn", "datasets", "data", "digits.csv.gz")
+LabelledImages = tuple[np.ndarray, np.ndarray]  # images uint8 (n, channels, side, side), labels int64 (n,)
+DIGITS_FILE = Path("sklearn", "datasets", "data", "digits.csv.gz")
 
 
-def read_npz(path: Path) -> Pairs:
+def read_npz(path: Path) -> LabelledImages:
     """An .npz with `images`, uint8 (n, side, side) or (n, channels, side, side), and `labels`, whole numbers (n,)."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -41,24 +41,24 @@ def read_npz(path: Path) -> Pairs:
     return images, labels.astype(np.int64)
 
 
-def read_digits(folder: Path) -> Pairs:
+def read_digits(folder: Path) -> LabelledImages:
     """scikit-learn's 1797 handwritten digits (8 x 8, one channel) from a folder into which its package was unpacked.
 
     It need not be installed, and had better not be: transformers would load all of it at each start.
     """
     try:
-        table = np.loadtxt(folder / DIGITS, delimiter=",", ndmin=2)
+        table = np.loadtxt(folder / DIGITS_FILE, delimiter=",", ndmin=2)
     except (OSError, ValueError, EOFError) as error:
         hint = f"pip install --no-deps --target {folder} scikit-learn"
-        raise DataError(Problem(f"{folder / DIGITS}", "scikit-learn's digits", error, hint)) from None
+        raise DataError(Problem(f"{folder / DIGITS_FILE}", "scikit-learn's digits", error, hint)) from None
     if table.shape[1] != 65 or table.min() < 0 or table.max() > 16:
         found = f"{table.shape[1]}, {table.min()} to {table.max()}"
-        raise DataError(Problem(f"{folder / DIGITS}", "lines of 64 numbers from 0 to 16 and a label", found))
+        raise DataError(Problem(f"{folder / DIGITS_FILE}", "lines of 64 numbers from 0 to 16 and a label", found))
     images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
     return images.reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
 
 
-def prepare(images: np.ndarray, labels: np.ndarray, output: Path, valid_fraction: float) -> dict[str, int]:
+def prepare_images(images: np.ndarray, labels: np.ndarray, output: Path, valid_fraction: float) -> dict[str, int]:
     """Writes OUTPUT/train.safetensors and OUTPUT/valid.safetensors; gives the counts. Written aside and renamed; files
     that are there must be the same."""
     drawn = np.array([xxhash.xxh3_64_intdigest(image.tobytes()) / 2**64 for image in images])

@@ -30,15 +30,15 @@ from megatron_ligo.data.tokenizer import Tokenizer, digest_tokenizer, load_token
 
 log = logging.getLogger(__name__)
 
-MARK = "prepared.json"
-ASIDE = ".preparing"
+RECORD_NAME = "prepared.json"
+STAGING_NAME = ".preparing"
 # sentencepiece learns from this much of the training text.
-TRAINING_BYTES = 16 << 20
+TOKENIZER_TRAINING_BYTES = 16 << 20
 CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TextRecipe:
     """What is prepared. Either the path of a tokenizer, or the size of one to be trained (train_vocab)."""
 
     texts: DocumentSource
@@ -53,28 +53,28 @@ class Recipe:
         return [self.texts.fingerprint(), tokenizer, self.train_vocab, self.eod, self.valid_fraction]
 
 
-def prepare(recipe: Recipe, output: Path, workers: int) -> dict:
+def prepare_text(recipe: TextRecipe, output: Path, workers: int) -> dict:
     """Writes OUTPUT/train and valid (.bin, .idx, .json) and OUTPUT/tokenizer; gives the counts of both splits.
 
     Documents are held out by the digest of their text, so that equal ones fall on one side. Written aside and
     renamed, OUTPUT/prepared.json last; if that is there and was made from the same, nothing is done again.
     """
     fingerprint = json.loads(json.dumps(recipe.fingerprint()))
-    aside = output / ASIDE
+    aside = output / STAGING_NAME
     with exclusive_access(output):
-        if (aside / MARK).is_file():
+        if (aside / RECORD_NAME).is_file():
             # Whole; the run was killed while it renamed.
             _publish(aside, output)
-        done = _found(output, fingerprint)
+        done = _read_earlier_result(output, fingerprint)
         if done:
             return done
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
-            tokenizer = _tokenizer(recipe, aside / "tokenizer")
-            splits = _write(recipe, tokenizer, aside, workers)
+            tokenizer = _prepare_tokenizer(recipe, aside / "tokenizer")
+            splits = _write_splits(recipe, tokenizer, aside, workers)
             fsync_tree(aside)
-            write_json(aside / MARK, {"fingerprint": fingerprint, "splits": splits})
+            write_json(aside / RECORD_NAME, {"fingerprint": fingerprint, "splits": splits})
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -82,9 +82,9 @@ def prepare(recipe: Recipe, output: Path, workers: int) -> dict:
     return splits
 
 
-def _found(output: Path, fingerprint: list) -> dict | None:
+def _read_earlier_result(output: Path, fingerprint: list) -> dict | None:
     """The counts of an earlier run of the same recipe; DataError if something else is in the way."""
-    mark = output / MARK
+    mark = output / RECORD_NAME
     if mark.is_file():
         try:
             record = read_json(mark)
@@ -101,7 +101,7 @@ def _found(output: Path, fingerprint: list) -> dict | None:
     return None
 
 
-def _tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+def _prepare_tokenizer(recipe: TextRecipe, folder: Path) -> Tokenizer:
     """The tokenizer, its files copied or trained into the folder."""
     folder.mkdir()
     if not recipe.train_vocab:
@@ -109,34 +109,34 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
         for path in tokenizer.files:
             shutil.copyfile(path, folder / path.name)
         return tokenizer
-    train_sentencepiece(_some_training_text(recipe), recipe.train_vocab, folder)
+    train_sentencepiece(_sample_training_texts(recipe), recipe.train_vocab, folder)
     return load_tokenizer(folder, recipe.eod)
 
 
-def _some_training_text(recipe: Recipe) -> Iterator[str]:
+def _sample_training_texts(recipe: TextRecipe) -> Iterator[str]:
     read = 0
     for text in recipe.texts:
-        if not _held_out(text, recipe.valid_fraction):
+        if not _is_held_out(text, recipe.valid_fraction):
             yield text
             read += len(text.encode())
-        if read > TRAINING_BYTES:
+        if read > TOKENIZER_TRAINING_BYTES:
             return
 
 
-def _held_out(text: str, fraction: float) -> bool:
+def _is_held_out(text: str, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
 
 
-def _write(recipe: Recipe, tokenizer: Tokenizer, aside: Path, workers: int) -> dict:
+def _write_splits(recipe: TextRecipe, tokenizer: Tokenizer, aside: Path, workers: int) -> dict:
     names = ("train", "valid") if recipe.valid_fraction else ("train",)
-    writers = {name: _Writer(aside / name, tokenizer) for name in names}
+    writers = {name: SplitWriter(aside / name, tokenizer) for name in names}
     console = Console(stderr=True)
     columns = (TextColumn("tokens"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=recipe.texts.total_bytes())
-        for texts, encoded in _encode(recipe, tokenizer, aside / "tokenizer", workers):
+        for texts, encoded in _encode_chunks(recipe, tokenizer, aside / "tokenizer", workers):
             for text, ids in zip(texts, encoded, strict=True):
-                name = "valid" if _held_out(text, recipe.valid_fraction) else "train"
+                name = "valid" if _is_held_out(text, recipe.valid_fraction) else "train"
                 writers[name].add(text, ids)
                 bar.advance(task, len(text.encode()))
     for name, writer in writers.items():
@@ -146,15 +146,17 @@ def _write(recipe: Recipe, tokenizer: Tokenizer, aside: Path, workers: int) -> d
     return {name: writer.finish() for name, writer in writers.items()}
 
 
-def _encode(recipe: Recipe, tokenizer: Tokenizer, folder: Path, workers: int) -> Iterator[tuple[list, list]]:
+def _encode_chunks(recipe: TextRecipe, tokenizer: Tokenizer, folder: Path, workers: int) -> Iterator[tuple[list, list]]:
     """(texts, their token ids) chunk by chunk, in order, with a few chunks a worker on their way."""
     if workers <= 1:
-        for texts in _chunks(recipe.texts):
+        for texts in _split_into_chunks(recipe.texts):
             yield texts, [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
         return
     # Not forked: this process has threads.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(str(folder), recipe.eod))
-    chunks = _chunks(recipe.texts)
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_init_worker, initargs=(str(folder), recipe.eod)
+    )
+    chunks = _split_into_chunks(recipe.texts)
     try:
         waiting = deque((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 4 * workers))
         while waiting:
@@ -168,7 +170,7 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer, folder: Path, workers: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(texts: DocumentSource) -> Iterator[list[str]]:
+def _split_into_chunks(texts: DocumentSource) -> Iterator[list[str]]:
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)
@@ -180,7 +182,7 @@ def _chunks(texts: DocumentSource) -> Iterator[list[str]]:
         yield chunk
 
 
-def _load(folder: str, eod: str) -> None:
+def _init_worker(folder: str, eod: str) -> None:
     global _worker_tokenizer
     # An interrupt reaches every process of the terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -193,7 +195,7 @@ def _encode_chunk(texts: list[str]) -> list[np.ndarray]:
     return [np.array(_worker_tokenizer.encode(text), dtype=np.int32) for text in texts]
 
 
-class _Writer:
+class SplitWriter:
     """One split: documents with their end tokens into PREFIX.bin and .idx, and the record PREFIX.json."""
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer):
@@ -238,6 +240,6 @@ class _Writer:
 
 def _publish(aside: Path, output: Path) -> None:
     """Renames all that is in a whole folder, the mark last."""
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == MARK):
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == RECORD_NAME):
         path.rename(output / path.name)
     aside.rmdir()

@@ -13,7 +13,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_ligo.common.errors import DataError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import DataSection
-from megatron_ligo.data.indexed_dataset import IndexedFiles, open_indexed
+from megatron_ligo.data.indexed_dataset import IndexedFiles, open_indexed_files
 from megatron_ligo.data.masking import Masking
 from megatron_ligo.data.megatron_dataset import Blend, on_all_ranks, on_rank_0, open_blend
 from megatron_ligo.data.sampler import TRAIN, Batch, ShardedSampler
@@ -26,8 +26,10 @@ SCAN_BYTES = 4 << 30
 
 
 class TextDataset(ShardedSampler):
-    """Training and held-out samples of `seq_length` tokens. Made by `open_data`. first: where step 0 begins; masking:
-    how a masked-LM model is shown them."""
+    """Training and held-out samples of `seq_length` tokens; `open_text_dataset` builds it.
+
+    first: the sample that step 0 begins with. masking: set for a masked-LM model.
+    """
 
     def __init__(
         self,
@@ -47,9 +49,9 @@ class TextDataset(ShardedSampler):
     def check_vocab(self, vocab_size: int) -> None:
         """DataError on every rank if the data hold a token id that a model of `vocab_size` rows has no row for."""
         self._vocab_size = vocab_size
-        on_rank_0(lambda: _check_ids(self._pairs, vocab_size))
+        on_rank_0(lambda: _check_token_ids(self._pairs, vocab_size))
 
-    def _size(self, split: str) -> int:
+    def _num_samples(self, split: str) -> int:
         return len(self._dataset(split))
 
     def _dataset(self, split: str) -> torch.utils.data.Dataset:
@@ -59,22 +61,22 @@ class TextDataset(ShardedSampler):
             raise DataError(Problem("data.valid", "prefixes of held-out data", "none", "Set it to evaluate."))
         return self._valid
 
-    def _micro_batch(self, name: str, indices: range) -> Batch:
+    def _read_micro_batch(self, name: str, indices: range) -> Batch:
         dataset = self._dataset(name)
         samples = [dataset[index] for index in indices]
         if self._masking is not None:
             numbered = zip(samples, indices, strict=True)
-            samples = [self._masking.sample(sample["tokens"], name, index) for sample, index in numbered]
+            samples = [self._masking.mask_sample(sample["tokens"], name, index) for sample, index in numbered]
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")}
         if self._vocab_size is not None:
             largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
             if largest >= self._vocab_size:
                 where = f"{name} samples {indices.start} to {indices.stop - 1}"
-                raise DataError(_wrong_vocab(where, self._vocab_size, largest))
+                raise DataError(_vocab_problem(where, self._vocab_size, largest))
         return batch
 
 
-def open_data(
+def open_text_dataset(
     data: DataSection,
     seq_length: int,
     num_train_samples: int,
@@ -92,18 +94,18 @@ def open_data(
     """
     if masking is not None:
         seq_length -= len(masking.ends)
-    blends = on_all_ranks(lambda: _blends(data, seq_length, first + num_train_samples, num_valid_samples))
+    blends = on_all_ranks(lambda: _build_blends(data, seq_length, first + num_train_samples, num_valid_samples))
     datasets = {blend.split: open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends}
     pairs = [pair for blend in blends for pair in blend.pairs]
     return TextDataset(datasets[Split.train], datasets.get(Split.valid), pairs, first, masking)
 
 
-def _blends(data: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:
+def _build_blends(data: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:
     errors = ErrorCollector("data", DataError)
     blends = []
     for split, listed, samples in ((Split.train, data.train, num_train), (Split.valid, data.valid, num_valid)):
         if listed:
-            blends.append(_blend(split, listed, samples, seq_length, errors))
+            blends.append(_build_blend(split, listed, samples, seq_length, errors))
         elif split is Split.train or samples:
             errors.add(f"data.{split.name}", "prefixes of .bin/.idx pairs", "none", "Make them with prepare_data.")
     _check_tokenizer(data.tokenizer, [pair for blend in blends for pair in blend.pairs], errors)
@@ -111,10 +113,10 @@ def _blends(data: DataSection, seq_length: int, num_train: int, num_valid: int) 
     return blends
 
 
-def _blend(split: Split, listed: tuple, samples: int, seq_length: int, errors: ErrorCollector) -> Blend:
+def _build_blend(split: Split, listed: tuple, samples: int, seq_length: int, errors: ErrorCollector) -> Blend:
     """Weights and prefixes apart, each pair opened and long enough."""
     weights = tuple(entry for entry in listed if not isinstance(entry, str)) or None
-    found = [open_indexed(entry, errors) for entry in listed if isinstance(entry, str)]
+    found = [open_indexed_files(entry, errors) for entry in listed if isinstance(entry, str)]
     pairs = tuple(pair for pair in found if pair is not None)
     for pair in pairs:
         if pair.tokens <= seq_length:
@@ -151,7 +153,7 @@ def _check_tokenizer(folder: str, pairs: list[IndexedFiles], errors: ErrorCollec
             errors.add(f"{pair.prefix}.json", f"tokenizer {expected}", pair.record["tokenizer"], hint)
 
 
-def _check_ids(pairs: list[IndexedFiles], vocab_size: int) -> None:
+def _check_token_ids(pairs: list[IndexedFiles], vocab_size: int) -> None:
     errors = ErrorCollector("data and model", DataError)
     for pair in pairs:
         if pair.record is not None:
@@ -162,10 +164,10 @@ def _check_ids(pairs: list[IndexedFiles], vocab_size: int) -> None:
             log.info("%s has no record and is large: its token ids are checked as they are read.", pair.prefix)
             continue
         if largest >= vocab_size or smallest < 0:
-            errors.note(_wrong_vocab(f"{pair.prefix}.bin", vocab_size, largest if smallest >= 0 else smallest))
+            errors.note(_vocab_problem(f"{pair.prefix}.bin", vocab_size, largest if smallest >= 0 else smallest))
     errors.raise_if_any()
 
 
-def _wrong_vocab(where: str, vocab_size: int, found: int) -> str:
+def _vocab_problem(where: str, vocab_size: int, found: int) -> str:
     hint = "The data were made with a tokenizer of another model."
     return Problem(where, f"token ids from 0 to {vocab_size - 1}, as the model has", found, hint)

@@ -15,11 +15,11 @@ from megatron_ligo.common.errors import DataError, Problem
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 # Datasets have int32.
-MOST_TOKENS = 1 << 31
+MAX_VOCAB_SIZE = 1 << 31
 # Tokens that end a document, in the order in which they are looked for. A chat model's eos token ends a turn:
 # what its pretraining used comes first.
-BASE_END_NAMES = ("<|endoftext|>", "<|end_of_text|>")
-OTHER_END_NAMES = ("</s>", "<eos>", "[SEP]")
+PRETRAINING_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>")
+FALLBACK_EOD_NAMES = ("</s>", "<eos>", "[SEP]")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Tokenizer:
     files: tuple[Path, ...]
 
 
-def tokenizer_file(path: str | Path) -> Path:
+def find_tokenizer_file(path: str | Path) -> Path:
     """The tokenizer's own file: `path` itself, or in the folder `path`."""
     path = Path(path)
     candidates = [path] if path.is_file() else [path / HF_FILE, path / SENTENCEPIECE_FILE]
@@ -45,18 +45,18 @@ def tokenizer_file(path: str | Path) -> Path:
 
 def digest_tokenizer(path: str | Path) -> str:
     """xxh3-64 (hex) of the tokenizer's own file."""
-    return xxhash.xxh3_64(tokenizer_file(path).read_bytes()).hexdigest()
+    return xxhash.xxh3_64(find_tokenizer_file(path).read_bytes()).hexdigest()
 
 
 def load_tokenizer(path: str | Path, eod: str = "") -> Tokenizer:
     """The tokenizer of a folder or file. eod: the token that ends a document; empty: the folder's own."""
-    file = tokenizer_file(path)
+    file = find_tokenizer_file(path)
     return _load_sentencepiece(file, eod) if file.suffix == ".model" else _load_hf(file, eod)
 
 
-def special_tokens(path: str | Path) -> dict[str, int]:
+def read_special_tokens(path: str | Path) -> dict[str, int]:
     """The ids of the special tokens of a Hugging Face tokenizer, by name; sentencepiece knows of none."""
-    file = tokenizer_file(path)
+    file = find_tokenizer_file(path)
     if file.suffix == ".model":
         return {}
     added = _open_hf(file).get_added_tokens_decoder()
@@ -76,14 +76,14 @@ def _load_hf(file: Path, eod: str) -> Tokenizer:
     inner = _open_hf(file)
     inner.no_truncation()
     inner.no_padding()
-    names = [eod] if eod else [*BASE_END_NAMES, *_named_end(file.parent), *OTHER_END_NAMES]
+    names = [eod] if eod else [*PRETRAINING_EOD_NAMES, *_read_eos_names(file.parent), *FALLBACK_EOD_NAMES]
     end = next((inner.token_to_id(name) for name in names if inner.token_to_id(name) is not None), None)
     if end is None:
         raise DataError(Problem(str(file), "a token that ends a document", f"none of {names}", "Name it with --eod."))
     # Ids may have holes: the vocabulary reaches to the largest.
     vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-    if vocab_size > MOST_TOKENS:
-        raise DataError(Problem(str(file), f"no token's number above {MOST_TOKENS - 1}", vocab_size - 1))
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise DataError(Problem(str(file), f"no token's number above {MAX_VOCAB_SIZE - 1}", vocab_size - 1))
     files = tuple(path for path in sorted(file.parent.glob("*token*.json")) if path != file)
     return Tokenizer(
         lambda text: inner.encode(text, add_special_tokens=False).ids,
@@ -94,7 +94,7 @@ def _load_hf(file: Path, eod: str) -> Tokenizer:
     )
 
 
-def _named_end(folder: Path) -> list[str]:
+def _read_eos_names(folder: Path) -> list[str]:
     """The end token that tokenizer_config.json names, if it does."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
@@ -128,7 +128,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     made = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_split_lines(texts),
             model_writer=made,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -152,6 +152,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     (folder / SENTENCEPIECE_FILE).write_bytes(made.getvalue())
 
 
-def _lines(texts: Iterable[str]) -> Iterable[str]:
+def _split_lines(texts: Iterable[str]) -> Iterable[str]:
     for text in texts:
         yield from (line for line in text.split("\n") if line)

@@ -57,7 +57,7 @@ class Stage:
             )
         if self.before:
             learned = ["--operator", str(self.folder / "fit/operator")] if self.fitted else []
-            done = (self.folder / "grown" / provenance.RECORD).is_file()
+            done = (self.folder / "grown" / provenance.RECORD_NAME).is_file()
             yield "grown", [sys.executable, str(TOOLS / "grow.py"), *learned], done
         yield "pretrain", [*self._launched, str(TOOLS / "pretrain.py")], self._trained()
 

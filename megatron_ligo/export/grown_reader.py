@@ -34,10 +34,10 @@ class GrownReader(Reader):
             raise CheckpointError(Problem(f"{source.path}", f"moments ({moments})", "none", hint))
         self.moments = moments
         self.step = source.step if self.has_moments else 0
-        self._duals = {kind: DualMaps(operator, kind, moments) for kind in MOMENTS if self.has_moments}
+        self._dual_maps = {kind: DualMaps(operator, kind, moments) for kind in MOMENTS if self.has_moments}
         self.operator = operator
         self.source = source
-        self._held: dict[str, Tensor] = {}
+        self._cached: dict[str, Tensor] = {}
         self.model_config = operator.large
         same = self.model_config.image_size == source.model_config.image_size
         self.files = tuple(file for file in source.files if same or file.name != model_record.PICTURES)
@@ -50,7 +50,7 @@ class GrownReader(Reader):
             return None
         # Fresh numbers come from the settings, not from the operator's tensors.
         settings = {name: str(value) for name, value in vars(self.operator.settings).items()}
-        made_by = {"operator": operator_digest(self.operator), "settings": settings, "moments": self.moments}
+        made_by = {"operator": digest_operator(self.operator), "settings": settings, "moments": self.moments}
         return {**made_by, "source": source}
 
     @property
@@ -64,43 +64,43 @@ class GrownReader(Reader):
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         if kind != WEIGHT:
-            return self._duals[kind].grow(key, lambda small: self.source.read(small, kind))
+            return self._dual_maps[kind].grow(key, lambda small: self.source.read(small, kind))
         operator, row = self.operator, self.arch.row(key)
         rms = 0.0
         if operator.settings.fresh != "none":
             rms = random_init.root_mean_square(self.source.read(random_init.scale_reference(operator, key)))
-        grown = self._grown(key, random_init.added_rows(operator, key, rms))
+        grown = self._grow(key, random_init.added_rows(operator, key, rms))
         if operator.settings.borrow == "next" and row.in_layer and row.axes[0].use is Use.OUTPUT:
             # New features' rows are those of the next layer (bert2BERT's AKI).
             own = axis_size(row.axes[0], operator.small)
-            grown = torch.cat([grown[:own], self._grown(key, further=1)[own:]])
+            grown = torch.cat([grown[:own], self._grow(key, further=1)[own:]])
         more = random_init.added_block(operator, key, rms)
         return grown if more is None else grown + more
 
-    def _grown(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
-        mixed = self.operator.mix(key, self._read_again if self._is_mixed(key) else self.source.read, further)
+    def _grow(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
+        mixed = self.operator.mix(key, self._read_cached if self._mixes_layers(key) else self.source.read, further)
         mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
         return self.operator.grow(key, mixed, joined)
 
-    def _is_mixed(self, key: str) -> bool:
+    def _mixes_layers(self, key: str) -> bool:
         """Whether each large layer takes from several small ones."""
         name = self.operator.depth_name(key)
         return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
 
-    def _read_again(self, key: str) -> Tensor:
+    def _read_cached(self, key: str) -> Tensor:
         """A small tensor that every large layer asks for; mostly a view of a mapped file."""
-        if key not in self._held:
-            self._held[key] = self.source.read(key)
-        return self._held[key]
+        if key not in self._cached:
+            self._cached[key] = self.source.read(key)
+        return self._cached[key]
 
 
-def operator_digest(operator: Operator) -> str:
+def digest_operator(operator: Operator) -> str:
     """Digest of all of an operator's tensors."""
     parts = [f"{name} {digest.of_bytes(digest.raw(operator.tensor(name)))}" for name in operator.shapes()]
     return digest.of_bytes("\n".join(parts).encode())
 
 
-def source_digest(source: Reader) -> str:
+def digest_weights(source: Reader) -> str:
     """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
     parts = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
     return digest.of_bytes("\n".join(parts).encode())

@@ -25,7 +25,7 @@ from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.agreement import ALONE, Share
 from megatron_ligo.export import provenance
-from megatron_ligo.export.grown_reader import GrownReader, operator_digest, source_digest
+from megatron_ligo.export.grown_reader import GrownReader, digest_operator, digest_weights
 from megatron_ligo.growth import adam_state
 from megatron_ligo.growth.methods import describe
 from megatron_ligo.growth.operator_file import OperatorFile
@@ -37,7 +37,7 @@ UNIVERSAL = "universal"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def hand_off(
+def write_handoff(
     source: Reader,
     folder: str | Path,
     dtype: torch.dtype | None,
@@ -51,7 +51,7 @@ def hand_off(
     """Writes a model (`source`, mostly a `Grown`) into FOLDER in the formats `to`; returns growth.json's content.
 
     dtype: of the weights where the format leaves a choice (None: each tensor's own; the universal checkpoint is
-    fp32). record: what growth.json says besides the large model's sizes and the versions (`growth_record` makes
+    fp32). record: what growth.json says besides the large model's sizes and the versions (`build_growth_record` makes
     it). share: `convert`'s. Killed and run again, it goes on; run again when done, it leaves all as it is. Each
     format appears whole or
     not at all. Raises CheckpointError with every bad tensor in one error.
@@ -62,7 +62,7 @@ def hand_off(
             if share.rank == 0:
                 held.enter_context(exclusive_access(folder))
                 if not overwrite:
-                    _check_same(folder, record)
+                    _check_same_model(folder, record)
         # The others are read from the universal checkpoint, so that each tensor is grown once.
         for name in sorted(to, key=lambda name: name != UNIVERSAL):
             stored = getattr(formats.get(name), "DTYPE", None)
@@ -77,7 +77,7 @@ def hand_off(
             return provenance.write(folder, made) if share.rank == 0 else made
 
 
-def _check_same(folder: Path, record: dict) -> None:
+def _check_same_model(folder: Path, record: dict) -> None:
     """A hand-off's formats hold one model: more of them may join those that are there, of no other model."""
     found = provenance.read(folder)
     ours = json.loads(json.dumps(record))
@@ -87,7 +87,7 @@ def _check_same(folder: Path, record: dict) -> None:
         raise ConfigError(Problem(f"{folder}", "no hand-off, or one of the same", f"another {', '.join(differ)}", hint))
 
 
-def grow_to(
+def grow_from_config(
     config: RunConfig, operator: Path | None, folder: Path, progress: Progress | None = None, share: Share = ALONE
 ) -> dict:
     """What `tools/grow.py` does: the config's small model, grown by an operator's folder (None: by the initialisation
@@ -104,12 +104,12 @@ def grow_to(
             chosen = initial_operator(reader.model_config, config.large, config.operator)
             log.info("%s", describe(chosen.settings, chosen.small, chosen.large))
         grown = GrownReader(chosen, reader, section.moments)
-        record = growth_record(grown) if share.rank == 0 else {}
+        record = build_growth_record(grown) if share.rank == 0 else {}
     dtype = DTYPES[section.dtype]
-    return hand_off(grown, folder, dtype, section.formats, record, progress=progress, share=share)
+    return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, share=share)
 
 
-def growth_record(grown: GrownReader) -> dict:
+def build_growth_record(grown: GrownReader) -> dict:
     """Where a grown model comes from: the source and its digest, the operator's settings and digest, and (where it
     was learned) the fit's own record: config, losses, layout, digest of the evaluation batch."""
     operator, source = grown.operator, grown.source
@@ -119,14 +119,14 @@ def growth_record(grown: GrownReader) -> dict:
     name = source.path.name if source.path else None
     return {
         "small": source.model_config.to_json(),
-        "source": {"path": name, "format": source.format, "digest": source_digest(source)},
-        "operator": {"settings": vars(operator.settings), "digest": operator_digest(operator)},
+        "source": {"path": name, "format": source.format, "digest": digest_weights(source)},
+        "operator": {"settings": vars(operator.settings), "digest": digest_operator(operator)},
         "fit": fit,
-        "moments": moments_record(grown),
+        "moments": build_moments_record(grown),
     }
 
 
-def moments_record(grown: GrownReader) -> dict | None:
+def build_moments_record(grown: GrownReader) -> dict | None:
     """What became of Adam's state; None where it begins anew."""
     if not grown.has_moments:
         return None

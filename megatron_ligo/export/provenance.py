@@ -7,15 +7,15 @@ from pathlib import Path
 from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, Problem
 
-RECORD = "growth.json"
+RECORD_NAME = "growth.json"
 VERSION = 1
 # What says which start a grown model is: the small model's digest; the operator's, and its settings.
-ORIGIN = {"source", "operator"}
+ORIGIN_KEYS = {"source", "operator"}
 
 
 def read(folder: Path) -> dict | None:
     """The record of a hand-off; None where the folder is none. Raises CheckpointError if it cannot be read."""
-    path = folder / RECORD
+    path = folder / RECORD_NAME
     if not path.is_file():
         return None
     try:
@@ -31,5 +31,5 @@ def read(folder: Path) -> dict | None:
 def write(folder: Path, record: dict) -> dict:
     """Writes the record with its version; returns what was written."""
     whole = {**record, "version": VERSION}
-    write_json(folder / RECORD, whole)
+    write_json(folder / RECORD_NAME, whole)
     return whole

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import UNTRAINED_SPACE, ParamSpec, Use, key_pattern, layer_index
-from megatron_ligo.config.run_config import OperatorSection, for_space
+from megatron_ligo.config.run_config import OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers, position_table, vocabulary
 from megatron_ligo.growth.linear_maps import LinearMap, cheapest_form
 from megatron_ligo.growth.methods import resolve
@@ -61,14 +61,14 @@ class Operator(ABC):
     def __post_init__(self) -> None:
         self.settings = resolve(self.settings, self.large)
         self.arch = architectures.get(self.large.arch)
-        self.frame = SpaceMaps(self.small, self.large, for_space(self.settings.structure, "groups"))
-        self.copied_gains = for_space(self.settings.gain, "residual") == "copied"
+        self.frame = SpaceMaps(self.small, self.large, value_for_space(self.settings.structure, "groups"))
+        self.copied_gains = value_for_space(self.settings.gain, "residual") == "copied"
         self.maps: dict[str, MapSpec] = self.frame.specs(self.arch)
         self._forms: dict[tuple[str, torch.dtype], LinearMap] = {}
 
     def setting(self, key: str, name: str) -> str | float:
         """An [operator] key for one map (or, for depth_init, one row)."""
-        return for_space(getattr(self.settings, key), name)
+        return value_for_space(getattr(self.settings, key), name)
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor: ...

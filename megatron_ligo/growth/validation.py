@@ -9,7 +9,7 @@ from dataclasses import replace
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig, tokens_of_image
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
-from megatron_ligo.config.run_config import LargeSection, OperatorSection, for_space
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve
 from megatron_ligo.growth.operator import InitialOperator, short_key, variance_ratio
@@ -43,7 +43,7 @@ def initial_operator(small: ModelConfig, section: LargeSection, settings: Operat
     """The operator where a fit starts, with the large model's eps as the residual map needs it; or all refusals."""
     large = large_config(small, section)
     settings = resolve(settings, large)
-    check_sizes(small, large, for_space(settings.width_init, "groups") == "mean")
+    check_sizes(small, large, value_for_space(settings.width_init, "groups") == "mean")
     check_settings(small, large, settings)
     operator = InitialOperator(small, large, settings)
     _check_groups(operator)
@@ -102,23 +102,27 @@ def _check_groups(operator: InitialOperator) -> None:
 
 def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSection) -> None:
     arch = architectures.get(large.arch)
-    frame = SpaceMaps(small, large, for_space(settings.structure, "groups"))
+    frame = SpaceMaps(small, large, value_for_space(settings.structure, "groups"))
     maps = frame.specs(arch)
     rows = {short_key(row) for row in arch.layer_rows(large)}
     settings.check_spaces({*maps, *rows})
     errors = ErrorCollector("[operator] cannot be built", ConfigError)
     for name in maps:
         known = [start for start in initializers.WIDTH if start != "mean" or name in WHOLE_HEADS]
-        _check_name(errors, f"operator.width_init ({name})", for_space(settings.width_init, name), known)
+        _check_name(errors, f"operator.width_init ({name})", value_for_space(settings.width_init, name), known)
     for name in maps:
-        if for_space(settings.rank, name) and for_space(settings.identity, name) == "frozen":
+        if value_for_space(settings.rank, name) and value_for_space(settings.identity, name) == "frozen":
             hint = "Take one of the two: a low rank leaves no row as it was."
-            errors.add(f"operator.rank ({name})", "0 with identity = 'frozen'", for_space(settings.rank, name), hint)
+            errors.add(
+                f"operator.rank ({name})", "0 with identity = 'frozen'", value_for_space(settings.rank, name), hint
+            )
     for name in sorted(rows):
-        _check_name(errors, f"operator.depth_init ({name})", for_space(settings.depth_init, name), initializers.DEPTH)
-    if for_space(settings.share, "residual") != "all":
+        _check_name(
+            errors, f"operator.depth_init ({name})", value_for_space(settings.depth_init, name), initializers.DEPTH
+        )
+    if value_for_space(settings.share, "residual") != "all":
         hint = "The residual stream runs through all layers: say share = {default = 'layer', residual = 'all'}."
-        errors.add("operator.share (residual)", "all", for_space(settings.share, "residual"), hint)
+        errors.add("operator.share (residual)", "all", value_for_space(settings.share, "residual"), hint)
     _check_frozen(errors, settings, small, large)
     _check_lossless(errors, settings, small, large)
     _check_room(errors, settings, maps)
@@ -128,12 +132,12 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
 
 
 def _check_frozen(errors: ErrorCollector, settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> None:
-    start = for_space(settings.width_init, "residual")
+    start = value_for_space(settings.width_init, "residual")
     shared_out = architectures.get(large.arch).norm == "rms"
     ragged = large.hidden_size % small.hidden_size
     scaled = shared_out and (start in ("lossless", "net2net") or (start == "clone" and ragged))
     grows = large.hidden_size > small.hidden_size
-    if for_space(settings.identity, "residual") == "frozen" and scaled and grows:
+    if value_for_space(settings.identity, "residual") == "frozen" and scaled and grows:
         hint = "Scaled copies are no identity rows: take width_init = 'copy', or identity = 'learned'."
         errors.add("operator.identity (residual)", f"learned with width_init = {start!r}", "frozen", hint)
 
@@ -145,7 +149,7 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
     if not arch.norm_first and large.num_layers > small.num_layers:
         promising = ("lossless", "pad") if method.lossless else ("lossless",)
         names = sorted(
-            {for_space(settings.depth_init, short_key(row)) for row in arch.layer_rows(large)} & set(promising)
+            {value_for_space(settings.depth_init, short_key(row)) for row in arch.layer_rows(large)} & set(promising)
         )
         if names:
             hint = "Take depth_init = 'interlace' or 'stack'."
@@ -167,19 +171,19 @@ def _check_heads(errors: ErrorCollector, settings: OperatorSection, frame: Space
     if frame.gqa_ratio_changed:
         wanted["identity"] = ("learned", "The small model's query heads are not the first ones then.")
     for key, (value, hint) in wanted.items():
-        found = for_space(getattr(settings, key), "groups")
+        found = value_for_space(getattr(settings, key), "groups")
         if found != value:
             errors.add(f"operator.{key}", f"{value!r} {what}", repr(found), hint)
     if not frame.gqa_ratio_changed:
         return
-    start = for_space(settings.width_init, "groups")
+    start = value_for_space(settings.width_init, "groups")
     if start not in COPIES:
         hint = "The others have no rule for which query heads stay with which keys."
         errors.add("operator.width_init (groups)", f"one of {', '.join(COPIES)} {what}", repr(start), hint)
     if isinstance(settings.width_init, dict) and settings.width_init.get("heads", start) != start:
         found = settings.width_init["heads"]
         errors.add("operator.width_init.heads", f"{start!r} as for groups", repr(found), "Query heads follow.")
-    one, other = (for_space(settings.share, name) for name in WHOLE_HEADS)
+    one, other = (value_for_space(settings.share, name) for name in WHOLE_HEADS)
     if one != other:
         errors.add("operator.share (heads)", f"{one!r} as for groups", repr(other), "Query heads follow their groups.")
 
@@ -187,15 +191,17 @@ def _check_heads(errors: ErrorCollector, settings: OperatorSection, frame: Space
 def _check_room(errors: ErrorCollector, settings: OperatorSection, maps: Mapping[str, MapSpec]) -> None:
     """What is padded must be filled, or it would stay at zero for ever; what is filled must not be read yet."""
     for name, spec in maps.items():
-        if for_space(settings.width_init, name) != "pad" or spec.large == spec.small:
+        if value_for_space(settings.width_init, name) != "pad" or spec.large == spec.small:
             continue
         needed = ("all",) if name == "residual" else ("writers", "all")
         if settings.fresh not in needed:
             hint = "Features that hold nothing and that nobody reads never learn."
             errors.add(f"operator.width_init ({name}) = 'pad'", f"fresh = {' or '.join(needed)}", settings.fresh, hint)
-        if for_space(settings.noise, name):
+        if value_for_space(settings.noise, name):
             hint = "Noise would have fresh features read at once."
-            errors.add(f"operator.noise ({name})", "0 with width_init = 'pad'", for_space(settings.noise, name), hint)
+            errors.add(
+                f"operator.noise ({name})", "0 with width_init = 'pad'", value_for_space(settings.noise, name), hint
+            )
 
 
 def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:

@@ -104,10 +104,10 @@ def _read(folder: Path, errors: ErrorCollector) -> Run | None:
     fit = load(folder / "operator" / OPERATOR_RECORD, errors)
     if fit:
         return _fit(folder, fit, metrics, errors)
-    if (folder / provenance.RECORD).is_file():
+    if (folder / provenance.RECORD_NAME).is_file():
         return _hand_off(folder, errors)
     if not metrics and len(errors.lines) == before:
-        expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD}"
+        expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD_NAME}"
         errors.add(f"{folder}", expected, "none of them", "Give the --output of fit, grow or pretrain.")
     return Run(folder.name, folder, "unfinished", metrics=metrics, spent=None, notes=("it has left no record yet",))
 
@@ -156,7 +156,7 @@ def _fit(folder: Path, record: Fields, metrics: list[dict], errors: ErrorCollect
 
 def _hand_off(folder: Path, errors: ErrorCollector) -> Run | None:
     try:
-        record = Fields(folder / provenance.RECORD, provenance.read(folder), errors)
+        record = Fields(folder / provenance.RECORD_NAME, provenance.read(folder), errors)
     except LigoError as error:
         errors.note(f"{error}")
         return None
@@ -204,7 +204,7 @@ def _link(run: Run, runs: Sequence[Run], errors: ErrorCollector) -> Run:
     given = next((r for r in runs if r.kind == "hand-off" and r.folder == Path(start).resolve()), None)
     # A path of another machine or working folder is still told by its name.
     given = given or next((r for r in runs if r.kind == "hand-off" and r.name == Path(start).name), None)
-    if given is None and (Path(start) / provenance.RECORD).is_file():
+    if given is None and (Path(start) / provenance.RECORD_NAME).is_file():
         given = _hand_off(Path(start).resolve(), errors)
     if given is None:
         if Path(start).exists() and run.hand_over is None:

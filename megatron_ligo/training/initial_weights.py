@@ -90,11 +90,11 @@ def _from_checkpoint(path: Path) -> InitialWeights:
     if grown is None:
         if (path / UNIVERSAL).is_dir():
             hint = "Let its writer finish, or give the folder inside."
-            raise CheckpointError(Problem(f"{path}", f"a whole hand-off, with {provenance.RECORD}", "none", hint))
+            raise CheckpointError(Problem(f"{path}", f"a whole hand-off, with {provenance.RECORD_NAME}", "none", hint))
         source = formats.open(path)
         return InitialWeights(source.model_config, source)
     source = formats.open(path / (UNIVERSAL if UNIVERSAL in grown["formats"] else "hf"))
-    origin = {key: grown[key] for key in provenance.ORIGIN} if grown.keys() >= provenance.ORIGIN else None
+    origin = {key: grown[key] for key in provenance.ORIGIN_KEYS} if grown.keys() >= provenance.ORIGIN_KEYS else None
     return InitialWeights(source.model_config, source, grown.get("fit"), grown=True, origin=origin)
 
 

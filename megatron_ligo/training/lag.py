@@ -20,7 +20,7 @@ from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ErrorCollector
-from megatron_ligo.export.grown_reader import GrownReader, operator_digest, source_digest
+from megatron_ligo.export.grown_reader import GrownReader, digest_operator, digest_weights
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.training.checkpointing import run_checkpoints
 
@@ -82,11 +82,11 @@ def open_lag(path: str, operator: Operator, small: Reader, errors: ErrorCollecto
 
 def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, errors: ErrorCollector) -> None:
     settings = json.loads(json.dumps(vars(operator.settings)))
-    stated, ours = origin["operator"], {"digest": operator_digest(operator), "settings": settings}
+    stated, ours = origin["operator"], {"digest": digest_operator(operator), "settings": settings}
     if stated["digest"] != ours["digest"] or stated["settings"] != ours["settings"]:
         differ = [name for name, value in settings.items() if stated["settings"].get(name) != value]
         errors.add(f"fit.lag: {path}", "a training of this start", f"of another operator ({', '.join(differ)})", DO)
-    digest = source_digest(small)
+    digest = digest_weights(small)
     if origin["source"]["digest"] != digest:
         errors.add(f"fit.lag: {path}", f"a training of this small model, {digest}", origin["source"]["digest"], DO)
 

@@ -53,12 +53,12 @@ def run(
                 break
             began = time.monotonic()
             dealt = (step, settings.global_batch_size, settings.micro_batch_size, place.dp, place.dp_rank)
-            batches = data.batch(*dealt)
+            batches = data.train_batch(*dealt)
             lr = learning_rate(settings, step)
             engine.set_lr(lr)
             loss, norm = engine.train_step(batches)
             seconds = time.monotonic() - began
-            guard.look(step, loss, batches, data.samples(*dealt))
+            guard.look(step, loss, batches, data.train_sample_ranges(*dealt))
             metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **after(step + 1))
             done, last = step + 1, step + 1 == settings.steps or enough()
             if due(done, settings.check_replicas_every):

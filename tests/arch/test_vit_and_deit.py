@@ -14,7 +14,7 @@ from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.export.handoff import grow_to
+from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.sharding.fused_tensors import stored_tensors
@@ -133,7 +133,7 @@ def test_the_hand_off(tmp_path):
     table = {"small": {"path": str(folder)}, "large": {"hidden_size": 48, "num_heads": 12, "image_size": 13}}
     (folder / "preprocessor_config.json").write_text('{"size": {"height": 10, "width": 10}}')
     assert [file.name for file in formats.open(folder).files] == ["preprocessor_config.json"]
-    grow_to(RunConfig.from_dict(table), None, tmp_path / "grown")
+    grow_from_config(RunConfig.from_dict(table), None, tmp_path / "grown")
     # It tells another size.
     assert not formats.open(tmp_path / "grown" / "hf").files
     grown = formats.open(tmp_path / "grown" / "hf")

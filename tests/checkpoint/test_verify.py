@@ -122,7 +122,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.run(module.main)
+            cli.run_command(module.main)
         return Done(ended.value.code or 0, *capsys.readouterr())
 
     return command

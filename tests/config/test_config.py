@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.config.run_config import OperatorSection, RunConfig, for_space
-from megatron_ligo.config.typed_toml import keys
+from megatron_ligo.config.run_config import OperatorSection, RunConfig, value_for_space
+from megatron_ligo.config.typed_toml import iterate_settings
 
 TRAINING = (
     "steps optimizer lr betas eps weight_decay clip warmup_steps schedule min_lr global_batch_size micro_batch_size "
@@ -33,12 +33,12 @@ def fails(*sets: str, path: Path | None = None) -> str:
 
 def test_the_surface_is_frozen():
     """One more key is a decision: it is written here too."""
-    found = {key for key, _, _ in keys(RunConfig)}
+    found = {key for key, _, _ in iterate_settings(RunConfig)}
     assert found == {f"{section}.{key}" for section, names in SURFACE.items() for key in names.split()}
 
 
 def test_every_key_has_one_line_of_help():
-    for key, field, _ in keys(RunConfig):
+    for key, field, _ in iterate_settings(RunConfig):
         text = field.metadata["help"]
         assert text and "\n" not in text and len(text) < 90, key
 
@@ -65,8 +65,8 @@ def test_dict_round_trip():
 
 def test_values_by_space():
     config = RunConfig.load(None, ['operator.width_init={default="lossless"}', "operator.width_init.ffn=copy"])
-    assert [for_space(config.operator.width_init, space) for space in ("ffn", "residual")] == ["copy", "lossless"]
-    assert for_space(0.5, "ffn") == 0.5
+    assert [value_for_space(config.operator.width_init, space) for space in ("ffn", "residual")] == ["copy", "lossless"]
+    assert value_for_space(0.5, "ffn") == 0.5
 
 
 def test_spaces_are_held_against_the_model():

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_ligo.common.errors import DataError, LayoutError
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data import indexed_dataset, megatron_dataset
-from megatron_ligo.data.text_dataset import TextDataset, open_data
+from megatron_ligo.data.text_dataset import TextDataset, open_text_dataset
 
 S = 16
 
@@ -39,18 +39,18 @@ def pairs(tmp_path):
 
 def opened(pairs, tmp_path, train=None, num_train=400, num_valid=16, **changes) -> TextDataset:
     section = DataSection(train=train or (pairs["a"],), valid=(pairs["valid"],), **changes)
-    return open_data(section, S, num_train, num_valid, section.seed, tmp_path / "cache")
+    return open_text_dataset(section, S, num_train, num_valid, section.seed, tmp_path / "cache")
 
 
 def fails(tmp_path, *train, num_train=10, num_valid=0, **changes) -> str:
     with pytest.raises(DataError) as caught:
         section = DataSection(train=train, **changes)
-        open_data(section, S, num_train, num_valid, section.seed, tmp_path / "cache")
+        open_text_dataset(section, S, num_train, num_valid, section.seed, tmp_path / "cache")
     return str(caught.value)
 
 
 def test_a_micro_batch(pairs, tmp_path):
-    (batch,) = opened(pairs, tmp_path).batch(0, 4, 4, 1, 0)
+    (batch,) = opened(pairs, tmp_path).train_batch(0, 4, 4, 1, 0)
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "tokens": (torch.int64, (4, S)),
         "labels": (torch.int64, (4, S)),
@@ -62,17 +62,17 @@ def test_a_micro_batch(pairs, tmp_path):
 
 def test_a_run_may_begin_behind_the_samples_of_another(pairs, tmp_path):
     section = DataSection(train=(pairs["a"],))
-    later = open_data(section, S, 16, 0, section.seed, tmp_path / "cache", first=24)
+    later = open_text_dataset(section, S, 16, 0, section.seed, tmp_path / "cache", first=24)
     # The order is that of the whole corpus, whatever part of it is asked for.
     all_of_it = opened(pairs, tmp_path, num_train=200)
-    assert torch.equal(later.batch(1, 8, 8, 1, 0)[0]["tokens"], all_of_it.batch(4, 8, 8, 1, 0)[0]["tokens"])
+    assert torch.equal(later.train_batch(1, 8, 8, 1, 0)[0]["tokens"], all_of_it.train_batch(4, 8, 8, 1, 0)[0]["tokens"])
 
 
 def test_the_layout_does_not_change_what_a_step_reads(pairs, tmp_path):
     data = opened(pairs, tmp_path)
-    whole = data.batch(3, 8, 8, 1, 0)[0]["tokens"]
+    whole = data.train_batch(3, 8, 8, 1, 0)[0]["tokens"]
     for micro, dp in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 8), (4, 2)):
-        ranks = [data.batch(3, 8, micro, dp, rank) for rank in range(dp)]
+        ranks = [data.train_batch(3, 8, micro, dp, rank) for rank in range(dp)]
         assert all(len(batches) == 8 // (micro * dp) for batches in ranks)
         # Micro-batch a of all ranks is the next micro x dp samples: Megatron's order.
         dealt = torch.cat([ranks[rank][a]["tokens"] for a in range(len(ranks[0])) for rank in range(dp)])
@@ -85,16 +85,16 @@ def test_a_global_batch_is_consecutive_samples(step, micro, dp, count):
     size = micro * dp * count
     rows = [{key: torch.tensor([index]) for key in ("tokens", "labels", "loss_mask")} for index in range(10 * size)]
     data = TextDataset(rows, None, [])
-    read = [data.batch(step, size, micro, dp, rank) for rank in range(dp)]
+    read = [data.train_batch(step, size, micro, dp, rank) for rank in range(dp)]
     found = sorted(int(value) for batches in read for batch in batches for value in batch["tokens"].flatten())
     assert found == list(range(step * size, (step + 1) * size))
 
 
 def test_a_step_reads_the_same_after_a_restart(pairs, tmp_path):
-    first = opened(pairs, tmp_path).batch(17, 8, 2, 1, 0)
-    again = opened(pairs, tmp_path).batch(17, 8, 2, 1, 0)
-    elsewhere = opened(pairs, tmp_path / "other").batch(17, 8, 2, 1, 0)
-    other_seed = opened(pairs, tmp_path, seed=5).batch(17, 8, 2, 1, 0)
+    first = opened(pairs, tmp_path).train_batch(17, 8, 2, 1, 0)
+    again = opened(pairs, tmp_path).train_batch(17, 8, 2, 1, 0)
+    elsewhere = opened(pairs, tmp_path / "other").train_batch(17, 8, 2, 1, 0)
+    other_seed = opened(pairs, tmp_path, seed=5).train_batch(17, 8, 2, 1, 0)
     for a, b, c in zip(first, again, elsewhere, strict=True):
         assert torch.equal(a["tokens"], b["tokens"]) and torch.equal(a["tokens"], c["tokens"])
     assert not torch.equal(first[0]["tokens"], other_seed[0]["tokens"])
@@ -102,7 +102,7 @@ def test_a_step_reads_the_same_after_a_restart(pairs, tmp_path):
 
 def test_a_longer_run_begins_alike_within_an_epoch(pairs, tmp_path):
     short, long = (opened(pairs, tmp_path, num_train=count) for count in (40, 80))
-    assert torch.equal(short.batch(2, 8, 8, 1, 0)[0]["tokens"], long.batch(2, 8, 8, 1, 0)[0]["tokens"])
+    assert torch.equal(short.train_batch(2, 8, 8, 1, 0)[0]["tokens"], long.train_batch(2, 8, 8, 1, 0)[0]["tokens"])
 
 
 @pytest.mark.parametrize("kind", ["single", "repeated", "weighted", "unweighted"])
@@ -120,7 +120,7 @@ def test_the_order_is_that_of_megatrons_builder(pairs, tmp_path, kind):
         sequence_length=S,
         blend_per_split=[(prefixes, weights), None, None],
         path_to_cache=str(tmp_path / "theirs"),
-        tokenizer=megatron_dataset._NoTokenizer(),
+        tokenizer=megatron_dataset.PlaceholderTokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -128,7 +128,7 @@ def test_the_order_is_that_of_megatrons_builder(pairs, tmp_path, kind):
     )
     theirs, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [count, 0, 0], lambda: True, config).build()
     assert len(theirs) >= count
-    found = ours.batch(0, count, count, 1, 0)[0]
+    found = ours.train_batch(0, count, count, 1, 0)[0]
     for index in range(count):
         assert torch.equal(found["tokens"][index], theirs[index]["tokens"]), index
 
@@ -141,7 +141,7 @@ def test_evaluation(pairs, tmp_path):
     assert data.eval_digest(8) == opened(pairs, tmp_path / "x").eval_digest(8) != data.eval_digest(4)
     section = DataSection(train=(pairs["a"],))
     with pytest.raises(DataError, match=r"data\.valid"):
-        open_data(section, S, 10, 0, 0, tmp_path / "cache").eval_batch(1, 1, 1, 0)
+        open_text_dataset(section, S, 10, 0, 0, tmp_path / "cache").eval_batch(1, 1, 1, 0)
     assert "data.valid" in fails(tmp_path, pairs["a"], num_valid=1)
 
 
@@ -149,15 +149,15 @@ def test_a_short_corpus_is_repeated_and_the_log_says_so(pairs, tmp_path, caplog)
     with caplog.at_level(logging.INFO):
         data = opened(pairs, tmp_path, num_train=2000)
     assert "repeated" in caplog.text
-    assert len(data.batch(249, 8, 8, 1, 0)[0]["tokens"]) == 8
+    assert len(data.train_batch(249, 8, 8, 1, 0)[0]["tokens"]) == 8
 
 
 def test_what_cannot_be_dealt_is_refused(pairs, tmp_path):
     data = opened(pairs, tmp_path, num_train=40)
     with pytest.raises(LayoutError, match=r"multiple of micro_batch_size x dp = 2 x 3"):
-        data.batch(0, 8, 2, 3, 0)
+        data.train_batch(0, 8, 2, 3, 0)
     with pytest.raises(DataError, match="train samples: expected at least"):
-        data.batch(1000, 8, 1, 1, 0)
+        data.train_batch(1000, 8, 1, 1, 0)
 
 
 # Damaged input
@@ -225,7 +225,7 @@ def test_ids_are_checked_as_they_are_read(pairs, tmp_path, monkeypatch, caplog):
         data.check_vocab(20)
     assert "as they are read" in caplog.text
     with pytest.raises(DataError, match="train samples 0 to 7"):
-        data.batch(0, 8, 8, 1, 0)
+        data.train_batch(0, 8, 8, 1, 0)
 
 
 def write_record(prefix: str, **changes) -> None:
@@ -258,9 +258,9 @@ def test_tokenizers_must_agree(pairs, tmp_path):
 
 
 def test_data_made_again_are_not_read_through_old_indices(pairs, tmp_path):
-    before = opened(pairs, tmp_path).batch(0, 8, 8, 1, 0)[0]["tokens"]
+    before = opened(pairs, tmp_path).train_batch(0, 8, 8, 1, 0)[0]["tokens"]
     make_pair(tmp_path / "a", 150, seed=9)
-    after = opened(pairs, tmp_path).batch(0, 8, 8, 1, 0)[0]["tokens"]
+    after = opened(pairs, tmp_path).train_batch(0, 8, 8, 1, 0)[0]["tokens"]
     assert not torch.equal(before, after)
 
 
@@ -290,9 +290,9 @@ def test_indices_left_by_a_killed_run_are_not_taken(pairs, tmp_path, monkeypatch
 def opened_by_ranks(a: str, b: str, valid: str, cache: str, vocab: int) -> list:
     """What each of the ranks found: digest and tokens, or what it was told."""
     try:
-        data = open_data(DataSection(train=(0.5, a, 0.5, b), valid=(valid,)), 16, 400, 16, 1, cache)
+        data = open_text_dataset(DataSection(train=(0.5, a, 0.5, b), valid=(valid,)), 16, 400, 16, 1, cache)
         data.check_vocab(vocab)
-        said = data.eval_digest(16), data.batch(7, 8, 2, 1, 0)[0]["tokens"].sum().item()
+        said = data.eval_digest(16), data.train_batch(7, 8, 2, 1, 0)[0]["tokens"].sum().item()
     except DataError as error:
         said = str(error)
     everyone = [None] * dist.get_world_size()

@@ -14,8 +14,8 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import DataError
 from megatron_ligo.config.run_config import DataSection, RunConfig
-from megatron_ligo.data.image_dataset import open_images
-from megatron_ligo.data.prepare_images import DIGITS, prepare, read_digits, read_npz
+from megatron_ligo.data.image_dataset import open_image_dataset
+from megatron_ligo.data.prepare_images import DIGITS_FILE, prepare_images, read_digits, read_npz
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.export import handoff, provenance
 from megatron_ligo.models.loss import accuracy
@@ -43,7 +43,7 @@ def settings(tmp_path_factory) -> tuple[dict, Path]:
     """A run's settings for fresh weights, and the folder in which everything is."""
     base = tmp_path_factory.mktemp("images")
     np.savez(base / "drawn.npz", images=drawn()[0], labels=drawn()[1])
-    counts = prepare(*read_npz(base / "drawn.npz"), base / "data", 0.2)
+    counts = prepare_images(*read_npz(base / "drawn.npz"), base / "data", 0.2)
     assert sum(counts.values()) == COUNT and 20 < counts["valid"] < 60
     (base / "config.json").write_text(json.dumps(config_json.config_of(SMALL, {}, torch.float32)))
     table = RunConfig().to_dict()
@@ -75,7 +75,7 @@ def test_the_journey_of_a_vit(pools, settings):
     table["fit"]["parallel"] |= {"tp": 2, "sequence_parallel": True}
     table["pretrain"] |= {"start": str(base / "grown"), "steps": 2, "lr": 2e-3}
     pools(2).run(fit, settings=table, output=str(base / "fit"))
-    handoff.grow_to(RunConfig.from_dict(table), base / "fit" / "operator", base / "grown")
+    handoff.grow_from_config(RunConfig.from_dict(table), base / "fit" / "operator", base / "grown")
     table["pretrain"]["parallel"] |= {"tp": 2, "pp": 1, "sequence_parallel": True}
     grown = pools(2).run(pretrain, settings=table, output=str(base / "large"))
     fitted = provenance.read(base / "grown")["fit"]["losses"]
@@ -99,26 +99,26 @@ def test_the_order_and_the_files(settings, tmp_path):
     table, base = settings
     meshes.init_distributed()
     section = DataSection(train=tuple(table["data"]["train"]), valid=tuple(table["data"]["valid"]), seed=3)
-    data = open_images(section, SMALL, 8)
+    data = open_image_dataset(section, SMALL, 8)
     count = len(load_file(section.train[0])["labels"])
-    turns = [data.batch(turn, count, count, 1, 0)[0] for turn in (0, 1, 0)]
+    turns = [data.train_batch(turn, count, count, 1, 0)[0] for turn in (0, 1, 0)]
     assert torch.equal(turns[0]["tokens"], turns[2]["tokens"])
     assert not torch.equal(turns[0]["tokens"], turns[1]["tokens"])
     rows = [sorted(map(tuple, turn["tokens"].flatten(1).tolist())) for turn in turns[:2]]
     assert rows[0] == rows[1] and len(set(rows[0])) == count
-    dealt = [data.batch(0, 8, 2, 2, rank) for rank in (0, 1)]
-    whole = data.batch(0, 8, 8, 1, 0)[0]["labels"]
+    dealt = [data.train_batch(0, 8, 2, 2, rank) for rank in (0, 1)]
+    whole = data.train_batch(0, 8, 8, 1, 0)[0]["labels"]
     assert torch.equal(whole, torch.cat([part["labels"] for pair in zip(*dealt, strict=True) for part in pair]))
     # Prepared again, the files are left; others are refused.
-    prepare(*drawn(), base / "data", 0.2)
+    prepare_images(*drawn(), base / "data", 0.2)
     with pytest.raises(DataError, match="the same images"):
-        prepare(255 - drawn()[0], drawn()[1], base / "data", 0.2)
+        prepare_images(255 - drawn()[0], drawn()[1], base / "data", 0.2)
     bad = {"images": torch.zeros(3, 1, 8, 8), "labels": torch.tensor([0, 1, 9])}
     save_file(bad, tmp_path / "bad.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     named = tuple(str(tmp_path / f"{name}.safetensors") for name in ("bad", "torn", "none"))
     with pytest.raises(DataError) as error:
-        open_images(DataSection(train=(0.5, *named), pixel_mean=(0.1, 0.2)), SMALL, 8)
+        open_image_dataset(DataSection(train=(0.5, *named), pixel_mean=(0.1, 0.2)), SMALL, 8)
     for word in ("n x 1 x 9 x 9", "0 to 4", "torn", "none", "no weights", "data.valid", "pixel_mean"):
         assert word in str(error.value), word
     np.savez(tmp_path / "wrong.npz", images=np.zeros((2, 9, 9)), labels=np.zeros(2))
@@ -129,8 +129,8 @@ def test_the_order_and_the_files(settings, tmp_path):
 def test_scikit_learn_s_digits(tmp_path):
     with pytest.raises(DataError, match="pip install"):
         read_digits(tmp_path)
-    (tmp_path / DIGITS).parent.mkdir(parents=True)
-    with gzip.open(tmp_path / DIGITS, "wt") as file:
+    (tmp_path / DIGITS_FILE).parent.mkdir(parents=True)
+    with gzip.open(tmp_path / DIGITS_FILE, "wt") as file:
         file.writelines(",".join(map(str, [*[16, 0, 8, 3] * 16, label])) + "\n" for label in (4, 9))
     pixels, labels = read_digits(tmp_path)
     assert pixels.shape == (2, 1, 8, 8) and labels.tolist() == [4, 9]

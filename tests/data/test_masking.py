@@ -11,10 +11,10 @@ import torch
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common.errors import ConfigError, DataError
 from megatron_ligo.config.run_config import DataSection, RunConfig
-from megatron_ligo.data.documents import DocumentSource, find
-from megatron_ligo.data.masking import masking_of
-from megatron_ligo.data.prepare_text import Recipe, prepare
-from megatron_ligo.data.text_dataset import open_data
+from megatron_ligo.data.documents import DocumentSource, find_text_files
+from megatron_ligo.data.masking import build_masking
+from megatron_ligo.data.prepare_text import TextRecipe, prepare_text
+from megatron_ligo.data.text_dataset import open_text_dataset
 from megatron_ligo.export import handoff, provenance
 from tests import layer_norm_models
 from tests.data.test_data import S, pairs  # noqa: F401
@@ -28,11 +28,11 @@ SECTION = DataSection(mask_token=MASK, ends=(FIRST, LAST), special_tokens=(0,), 
 
 
 def test_eight_of_ten_are_masked_one_is_another_one_is_itself():
-    masking = masking_of(SECTION, BERT)
+    masking = build_masking(SECTION, BERT)
     text = torch.arange(1000) % 50
     counts = torch.zeros(3)
     for number in range(50):
-        made = masking.sample(text, "train", number)
+        made = masking.mask_sample(text, "train", number)
         tokens, labels, told = made["tokens"], made["labels"], made["loss_mask"] > 0
         assert torch.equal(labels, torch.tensor([FIRST, *text.tolist(), LAST]))
         assert int(told.sum()) == round(0.15 * 1002)
@@ -51,25 +51,25 @@ def test_eight_of_ten_are_masked_one_is_another_one_is_itself():
 def test_what_is_drawn_depends_on_the_seed_and_the_sample_alone(pairs, tmp_path):  # noqa: F811
     def opened(seed=1, cache="cache"):
         section = replace(SECTION, train=(pairs["a"],), valid=(pairs["valid"],), seed=seed)
-        masking = masking_of(section, BERT)
-        return open_data(section, S, 400, 16, section.seed, tmp_path / cache, masking=masking)
+        masking = build_masking(section, BERT)
+        return open_text_dataset(section, S, 400, 16, section.seed, tmp_path / cache, masking=masking)
 
-    (whole,) = opened().batch(3, 8, 8, 1, 0)
+    (whole,) = opened().train_batch(3, 8, 8, 1, 0)
     assert whole["tokens"].shape == (8, S)
     for micro, dp in ((2, 1), (1, 2), (2, 4)):
-        ranks = [opened(cache="other").batch(3, 8, micro, dp, rank) for rank in range(dp)]
+        ranks = [opened(cache="other").train_batch(3, 8, micro, dp, rank) for rank in range(dp)]
         for name in ("tokens", "labels", "loss_mask"):
             dealt = torch.cat([ranks[rank][a][name] for a in range(len(ranks[0])) for rank in range(dp)])
             assert torch.equal(dealt, whole[name]), (name, micro, dp)
-    assert not torch.equal(opened(seed=2).batch(3, 8, 8, 1, 0)[0]["tokens"], whole["tokens"])
+    assert not torch.equal(opened(seed=2).train_batch(3, 8, 8, 1, 0)[0]["tokens"], whole["tokens"])
     # The same text is masked in another way when it comes round again.
-    masking, text = masking_of(SECTION, BERT), torch.arange(1, 40)
-    first, again = (masking.sample(text, "train", number)["loss_mask"] for number in (0, 400))
+    masking, text = build_masking(SECTION, BERT), torch.arange(1, 40)
+    first, again = (masking.mask_sample(text, "train", number)["loss_mask"] for number in (0, 400))
     assert not torch.equal(first, again)
 
 
 def test_a_tokenizer_names_its_own_tokens():
-    masking = masking_of(
+    masking = build_masking(
         DataSection(tokenizer=str(layer_norm_models.minilm())), formats.open(layer_norm_models.minilm()).model_config
     )
     assert (masking.mask, masking.ends) == (103, (101, 102))
@@ -78,16 +78,16 @@ def test_a_tokenizer_names_its_own_tokens():
 
 def test_refusals():
     causal = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
-    assert masking_of(DataSection(), causal) is None
+    assert build_masking(DataSection(), causal) is None
     with pytest.raises(ConfigError, match=r"data\.mask_token"):
-        masking_of(DataSection(), BERT)
+        build_masking(DataSection(), BERT)
     with pytest.raises(ConfigError, match=r"(?s)data\.ends.*special token.*data\.seq_length"):
-        masking_of(DataSection(mask_token=50, ends=(1,), seq_length=1), BERT)
-    masking = masking_of(DataSection(mask_token=MASK), layer_norm_models.dims_of("roberta", "RobertaForMaskedLM"))
+        build_masking(DataSection(mask_token=50, ends=(1,), seq_length=1), BERT)
+    masking = build_masking(DataSection(mask_token=MASK), layer_norm_models.dims_of("roberta", "RobertaForMaskedLM"))
     with pytest.raises(DataError, match=r"valid sample 7: expected no padding, found token 2"):
-        masking.sample(torch.tensor([9, 2, 9]), "valid", 7)
+        masking.mask_sample(torch.tensor([9, 2, 9]), "valid", 7)
     with pytest.raises(DataError, match="special tokens only"):
-        masking.sample(torch.tensor([MASK, MASK]), "train", 0)
+        masking.mask_sample(torch.tensor([MASK, MASK]), "train", 0)
 
 
 def test_the_journey_of_a_bert(pools, tmp_path):
@@ -107,7 +107,7 @@ def test_the_journey_of_a_bert(pools, tmp_path):
     table["pretrain"] |= {"start": str(tmp_path / "grown"), "steps": 4, "save_every": 2, "micro_batch_size": 4}
     table["pretrain"]["parallel"] |= {"tp": 2, "zero": 2}
     pools(4).run(fit, settings=table, output=str(tmp_path / "fit"))
-    handoff.grow_to(RunConfig.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
+    handoff.grow_from_config(RunConfig.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
     whole = pools(2).run(pretrain, settings=table, output=str(tmp_path / "whole"))
     fitted = provenance.read(tmp_path / "grown")["fit"]["losses"]
     assert whole["losses"]["fit"] == fitted["end"]
@@ -148,8 +148,8 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
 @pytest.mark.long
 def test_the_real_minilm_is_headed_fitted_and_grown(pools, tmp_path):
     """A masked-LM head is trained on the published encoder, and gives the fit of one of twice its width its loss."""
-    texts = DocumentSource(find([str(ROOT / "megatron_ligo" / "formats")]))
-    prepare(Recipe(texts, str(layer_norm_models.minilm()), valid_fraction=0.3), tmp_path / "data", workers=1)
+    texts = DocumentSource(find_text_files([str(ROOT / "megatron_ligo" / "formats")]))
+    prepare_text(TextRecipe(texts, str(layer_norm_models.minilm()), valid_fraction=0.3), tmp_path / "data", workers=1)
     table = RunConfig().to_dict()
     table["data"] |= {name: [str(tmp_path / "data" / name)] for name in ("train", "valid")} | {"seq_length": 32}
     table["data"]["tokenizer"] = str(layer_norm_models.minilm())
@@ -163,7 +163,7 @@ def test_the_real_minilm_is_headed_fitted_and_grown(pools, tmp_path):
     table["fit"] |= {"steps": 4, "lr": 3e-4, "warmup_steps": 0, "keep": "last", "save_every": 0, "eval_samples": 8}
     table["fit"]["parallel"] |= {"tp": 2}
     pools(2).run(fit, settings=table, output=str(tmp_path / "fit"))
-    handoff.grow_to(RunConfig.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
+    handoff.grow_from_config(RunConfig.from_dict(table), tmp_path / "fit" / "operator", tmp_path / "grown")
     fitted = provenance.read(tmp_path / "grown")["fit"]["losses"]
     assert fitted["start"] == pytest.approx(headed["losses"]["end"], rel=1e-5)
     assert abs(fitted["end"] - fitted["start"]) > 1e-3

@@ -15,9 +15,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.data import prepare_text as preparing
-from megatron_ligo.data.documents import DocumentSource, find
-from megatron_ligo.data.indexed_dataset import open_indexed
-from megatron_ligo.data.prepare_text import Recipe, prepare
+from megatron_ligo.data.documents import DocumentSource, find_text_files
+from megatron_ligo.data.indexed_dataset import open_indexed_files
+from megatron_ligo.data.prepare_text import TextRecipe, prepare_text
 from megatron_ligo.data.tokenizer import digest_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +50,10 @@ def corpus(tmp_path) -> Path:
     return folder
 
 
-def recipe(corpus: Path, folder: Path, **changes) -> Recipe:
-    return Recipe(DocumentSource(find([str(corpus)])), **{"tokenizer": str(folder), "valid_fraction": 0.2, **changes})
+def recipe(corpus: Path, folder: Path, **changes) -> TextRecipe:
+    return TextRecipe(
+        DocumentSource(find_text_files([str(corpus)])), **{"tokenizer": str(folder), "valid_fraction": 0.2, **changes}
+    )
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -60,23 +62,23 @@ def documents(prefix: Path) -> list[list[int]]:
 
 
 def test_every_document_is_there_once_and_whole(corpus, hf_folder, tmp_path):
-    splits = prepare(recipe(corpus, hf_folder), tmp_path / "out", workers=1)
+    splits = prepare_text(recipe(corpus, hf_folder), tmp_path / "out", workers=1)
     tokenizer = tokenizers.Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
     end = tokenizer.token_to_id("<|endoftext|>")
     found = [ids for name in ("train", "valid") for ids in documents(tmp_path / "out" / name)]
     assert all(ids[-1] == end for ids in found)
     texts = sorted(tokenizer.decode(ids[:-1], skip_special_tokens=False) for ids in found)
-    assert texts == sorted(DocumentSource(find([str(corpus)])))
+    assert texts == sorted(DocumentSource(find_text_files([str(corpus)])))
     assert sum(record["documents"] for record in splits.values()) == len(found) == 305
     assert sum(record["tokens"] for record in splits.values()) == sum(map(len, found))
     assert 20 < splits["valid"]["documents"] < 120
 
 
 def test_a_prepared_pair_and_its_record_agree(corpus, hf_folder, tmp_path):
-    splits = prepare(recipe(corpus, hf_folder), tmp_path / "out", workers=1)
+    splits = prepare_text(recipe(corpus, hf_folder), tmp_path / "out", workers=1)
     for name, record in splits.items():
         errors = ErrorCollector(name)
-        pair = open_indexed(str(tmp_path / "out" / name), errors)
+        pair = open_indexed_files(str(tmp_path / "out" / name), errors)
         assert not errors.lines and pair.record == record
         assert (pair.dtype, pair.tokens, pair.documents) == (np.uint16, record["tokens"], record["documents"])
         assert pair.token_range()[1] == record["max_token"] < record["vocab_size"] == 600
@@ -87,7 +89,7 @@ def test_a_prepared_pair_and_its_record_agree(corpus, hf_folder, tmp_path):
 def test_the_same_bytes_for_any_number_of_workers(corpus, hf_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "CHUNK_BYTES", 2000)
     for workers in (1, 3):
-        prepare(recipe(corpus, hf_folder), tmp_path / str(workers), workers)
+        prepare_text(recipe(corpus, hf_folder), tmp_path / str(workers), workers)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "3").iterdir())
     for name in ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json"):
@@ -97,7 +99,7 @@ def test_the_same_bytes_for_any_number_of_workers(corpus, hf_folder, tmp_path, m
 def test_equal_documents_fall_on_one_side(tmp_path, hf_folder):
     path = tmp_path / "twice.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {index % 50}"}) + "\n" for index in range(200)))
-    prepare(Recipe(DocumentSource((path,)), str(hf_folder), valid_fraction=0.3), tmp_path / "out", 1)
+    prepare_text(TextRecipe(DocumentSource((path,)), str(hf_folder), valid_fraction=0.3), tmp_path / "out", 1)
     train, valid = ({tuple(ids) for ids in documents(tmp_path / "out" / name)} for name in ("train", "valid"))
     assert len(train) + len(valid) == 50 and not train & valid
 
@@ -109,7 +111,7 @@ def found(folder: Path) -> list[Path]:
 def test_sentencepiece(tmp_path):
     texts = DocumentSource((), python_docs=True, max_bytes=600_000)
     for name in ("a", "b"):
-        prepare(Recipe(texts, train_vocab=1000, valid_fraction=0.1), tmp_path / name, 1)
+        prepare_text(TextRecipe(texts, train_vocab=1000, valid_fraction=0.1), tmp_path / name, 1)
     one, other = ({path.name: path.read_bytes() for path in found(tmp_path / name)} for name in ("a", "b"))
     assert one == other and {"train.bin", "tokenizer.model", "prepared.json"} <= set(one)
     tokenizer = load_tokenizer(tmp_path / "a" / "tokenizer")
@@ -123,47 +125,47 @@ def test_sentencepiece(tmp_path):
 
 def test_a_second_run_says_what_it_found(corpus, hf_folder, tmp_path):
     out = tmp_path / "out"
-    first = prepare(recipe(corpus, hf_folder), out, 1)
+    first = prepare_text(recipe(corpus, hf_folder), out, 1)
     stamp = (out / "train.bin").stat().st_mtime_ns
-    assert prepare(recipe(corpus, hf_folder), out, 1) == first
+    assert prepare_text(recipe(corpus, hf_folder), out, 1) == first
     assert (out / "train.bin").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="Choose another --output"):
-        prepare(recipe(corpus, hf_folder, valid_fraction=0.3), out, 1)
+        prepare_text(recipe(corpus, hf_folder, valid_fraction=0.3), out, 1)
     (corpus / "0.txt").write_text("changed")
     with pytest.raises(DataError, match="Choose another --output"):
-        prepare(recipe(corpus, hf_folder), out, 1)
+        prepare_text(recipe(corpus, hf_folder), out, 1)
 
 
 def test_a_run_that_was_killed_while_it_renamed_is_ended(corpus, hf_folder, tmp_path):
     out = tmp_path / "out"
-    counts = prepare(recipe(corpus, hf_folder), out, 1)
+    counts = prepare_text(recipe(corpus, hf_folder), out, 1)
     expected = {path.relative_to(out): path.read_bytes() for path in found(out)}
     (out / ".preparing").mkdir()
     for name in ("valid.bin", "tokenizer", "prepared.json"):
         (out / name).rename(out / ".preparing" / name)
-    assert prepare(recipe(corpus, hf_folder), out, 1) == counts
+    assert prepare_text(recipe(corpus, hf_folder), out, 1) == counts
     assert {path.relative_to(out): path.read_bytes() for path in found(out)} == expected
     assert not (out / ".preparing").exists()
 
 
 def test_two_at_once(corpus, hf_folder, tmp_path):
     with exclusive_access(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
-        prepare(recipe(corpus, hf_folder), tmp_path / "out", 1)
+        prepare_text(recipe(corpus, hf_folder), tmp_path / "out", 1)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_nothing_is_left_of_a_run_that_failed(corpus, hf_folder, tmp_path):
     (corpus / "zz.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"zz\.txt: expected UTF-8 text"):
-        prepare(recipe(corpus, hf_folder), tmp_path / "out", 2)
+        prepare_text(recipe(corpus, hf_folder), tmp_path / "out", 2)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_empty_documents_are_counted(tmp_path, hf_folder):
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.txt").write_text("b")
-    texts = DocumentSource(find([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]))
-    splits = prepare(Recipe(texts, str(hf_folder), valid_fraction=0), tmp_path / "out", 1)
+    texts = DocumentSource(find_text_files([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]))
+    splits = prepare_text(TextRecipe(texts, str(hf_folder), valid_fraction=0), tmp_path / "out", 1)
     assert splits["train"]["documents"] == 1 and splits["train"]["empty_documents_left_out"] == 1
 
 
@@ -171,7 +173,7 @@ def test_a_split_without_documents_is_refused(tmp_path, hf_folder):
     (tmp_path / "b.txt").write_text("b")
     texts = DocumentSource((tmp_path / "b.txt",))
     with pytest.raises(DataError, match=r"expected at least one document, found none"):
-        prepare(Recipe(texts, str(hf_folder), valid_fraction=1e-9), tmp_path / "out", 1)
+        prepare_text(TextRecipe(texts, str(hf_folder), valid_fraction=1e-9), tmp_path / "out", 1)
 
 
 # Texts
@@ -189,7 +191,7 @@ def test_all_wrong_paths(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="3 faults"):
-        find([str(tmp_path / "a.pdf"), str(tmp_path / "empty"), "no/such"])
+        find_text_files([str(tmp_path / "a.pdf"), str(tmp_path / "empty"), "no/such"])
 
 
 def test_the_standard_library():

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.common.file_lock import exclusive_access
-from megatron_ligo.config.run_config import WRITERS
+from megatron_ligo.config.run_config import HANDOFF_FORMATS
 from megatron_ligo.experiments import staged_growth
 from megatron_ligo.export import provenance
 from tests import layer_norm_models
@@ -72,7 +72,11 @@ def finished(process: subprocess.Popen) -> str:
 
 def kill_in(process: subprocess.Popen, work: Path) -> None:
     """All its processes, as soon as a run has written the line of a step, or a growth a piece of its first format."""
-    deadline, metrics, growth = time.monotonic() + 300, work / "metrics.jsonl", work / f".{WRITERS[0]}.partial/content"
+    deadline, metrics, growth = (
+        time.monotonic() + 300,
+        work / "metrics.jsonl",
+        work / f".{HANDOFF_FORMATS[0]}.partial/content",
+    )
     while not (metrics.is_file() and metrics.read_text()) and not growth.is_dir():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)

@@ -20,7 +20,7 @@ from megatron_ligo.config.run_config import HandoffSection, LargeSection, Operat
 from megatron_ligo.distributed import mesh
 from megatron_ligo.distributed.agreement import Share
 from megatron_ligo.export import handoff, provenance
-from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.export.grown_reader import GrownReader, digest_weights
 from megatron_ligo.growth.validation import initial_operator
 from tests.tiny_models import hf_from, hf_llama, llama_dims, tokens
 
@@ -36,7 +36,7 @@ def grown(tmp_path):
 
 def write(grown, folder, **more):
     section = HandoffSection()
-    return handoff.hand_off(grown, folder, None, section.formats, handoff.growth_record(grown), **more)
+    return handoff.write_handoff(grown, folder, None, section.formats, handoff.build_growth_record(grown), **more)
 
 
 def test_both_formats_hold_the_grown_model(grown, tmp_path):
@@ -56,7 +56,7 @@ def test_record_says_where_it_comes_from(grown, tmp_path):
     record = write(grown, tmp_path / "out")
     assert record["small"] == grown.source.model_config.to_json()
     assert record["large"] == grown.model_config.to_json()
-    assert record["source"]["digest"] == handoff.source_digest(grown.source)
+    assert record["source"]["digest"] == digest_weights(grown.source)
     assert record["operator"]["settings"]["width_init"] == "lossless"
     assert record["fit"] is None
     assert {"torch", "megatron_ligo"} <= set(record["versions"])
@@ -87,13 +87,13 @@ def test_another_model_is_not_written_over_it(grown, tmp_path):
 def test_from_a_config(grown, tmp_path):
     sets = [f"small.path={grown.source.path}", "handoff.dtype=bf16"]
     sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
-    handoff.grow_to(RunConfig.load(None, sets), None, tmp_path / "out")
+    handoff.grow_from_config(RunConfig.load(None, sets), None, tmp_path / "out")
     half, whole = (formats.open(tmp_path / "out" / name).read("layers.0.q") for name in ("hf", "universal"))
     assert half.dtype == torch.bfloat16
     assert torch.equal(whole, grown.read("layers.0.q"))
     assert torch.equal(half, whole.bfloat16())
     with pytest.raises(ConfigError, match=r"small\.path"):
-        handoff.grow_to(RunConfig(), None, tmp_path / "none")
+        handoff.grow_from_config(RunConfig(), None, tmp_path / "none")
 
 
 def test_moments_grow_into_the_hand_off(grown, tmp_path):
@@ -104,7 +104,7 @@ def test_moments_grow_into_the_hand_off(grown, tmp_path):
         torch.save({**held, "param": torch.rand(held["param"].shape)}, file)
     sets = [f"small.path={tmp_path / 'trained'}", "handoff.moments=grow", "handoff.formats=['universal']"]
     sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
-    record = handoff.grow_to(RunConfig.load(None, sets), None, tmp_path / "out")
+    record = handoff.grow_from_config(RunConfig.load(None, sets), None, tmp_path / "out")
     assert record["moments"]["policy"] == "grow" and record["moments"]["layers_at_zero"] == [1]
     assert "exact" in record["moments"]["exp_avg_sq"] and not record["moments"]["maps_with_several_entries"]
     reader = formats.open(tmp_path / "out/universal")
@@ -115,7 +115,7 @@ def test_moments_grow_into_the_hand_off(grown, tmp_path):
     assert bool(reader.read("layers.0.down", "exp_avg").any()) and not reader.read("layers.1.down", "exp_avg").any()
     with pytest.raises(CheckpointError, match="expected moments"):
         sets[0] = f"small.path={grown.source.path}"
-        handoff.grow_to(RunConfig.load(None, sets), None, tmp_path / "none")
+        handoff.grow_from_config(RunConfig.load(None, sets), None, tmp_path / "none")
 
 
 def test_a_record_that_cannot_be_read_is_refused(tmp_path):
@@ -150,7 +150,7 @@ def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -
     grown.read = noted
     share = Share(dist.get_rank(), dist.get_world_size(), mesh.all_gather_objects)
     try:
-        handoff.hand_off(grown, folder, None, ("universal", "hf"), {}, share=share)
+        handoff.write_handoff(grown, folder, None, ("universal", "hf"), {}, share=share)
     except LigoError as error:
         return mesh.all_gather_objects((type(error).__name__, f"{error}", error.agreed))
     return mesh.all_gather_objects(len(made))
@@ -169,7 +169,7 @@ def test_processes_share_the_work_and_write_the_same_bytes(grown, tmp_path, pool
     other = GrownReader(
         initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="random")), grown.source
     )
-    handoff.hand_off(other, whole, None, ("universal", "hf"), {})
+    handoff.write_handoff(other, whole, None, ("universal", "hf"), {})
     # One fails: what all have done is there for whoever goes on, however many they are.
     with pytest.raises(RuntimeError, match="as asked for"):
         pools(2).run(grow_together, small=small, folder=str(shared), fault="a mistake")

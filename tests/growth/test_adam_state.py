@@ -13,7 +13,7 @@ from megatron_ligo.checkpoint.reader import MOMENTS
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.export.handoff import moments_record
+from megatron_ligo.export.handoff import build_moments_record
 from megatron_ligo.growth.operator import InitialOperator
 from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.sharding.fused_tensors import stored_tensors
@@ -168,7 +168,7 @@ def test_what_is_an_estimate_is_called_one(case):
     """And is one: it is off, where all that is not named is exact."""
     large, keys, rows = ESTIMATES[case]
     grown, real = grown_pair(llama_dims(), large, **keys)
-    record = moments_record(grown)
+    record = build_moments_record(grown)
     gap, gaps = worst(grown, real, lambda key: not key.endswith(rows or ""))
     assert gap > 1e-3, gaps
     if rows:
@@ -185,7 +185,7 @@ def test_what_is_an_estimate_is_called_one(case):
 def test_what_is_exact_is_called_so(case):
     large, keys = CASES[case]
     grown, _ = grown_pair(llama_dims(), large, **keys)
-    record = moments_record(grown)
+    record = build_moments_record(grown)
     assert "exact" in record["exp_avg_sq"] and not record["maps_with_several_entries"]
     assert not any("estimate" in record[kind] for kind in MOMENTS)
 

@@ -79,22 +79,22 @@ def disk_lost_after(settings: dict, output: str, command: list[str], at: int) ->
 
 def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dict | str:
     """A run in which the loss of one training sample is not finite; without `look`, nobody asks which it was."""
-    deal, again = TextDataset.batch, Engine.look_again
+    deal, again = TextDataset.train_batch, Engine.look_again
 
     def dealt(self, *where):
         batches = deal(self, *where)
-        for batch, samples in zip(batches, self.samples(*where), strict=True):
+        for batch, samples in zip(batches, self.train_sample_ranges(*where), strict=True):
             if sample in samples:
                 batch["loss_mask"][samples.index(sample)] = float("nan")
         return batches
 
-    TextDataset.batch = dealt
+    TextDataset.train_batch = dealt
     if not look:
         Engine.look_again = lambda self, batches: ([], [])
     try:
         return logged(settings, output)
     finally:
-        TextDataset.batch, Engine.look_again = deal, again
+        TextDataset.train_batch, Engine.look_again = deal, again
 
 
 def fit(settings: dict, output: str, die_after: int | None = None) -> dict:

@@ -27,7 +27,7 @@ def main():
         for step in range(1, 20_000):
             metrics.log(step, 1.0, 0.1, 1, 1, 1.0, 1.0)
 
-cli.run(main)
+cli.run_command(main)
 """
 
 

@@ -23,16 +23,16 @@ def main():
     with report_failures():
         mesh.init_distributed()
         dist.all_reduce(torch.ones(1))
-        if cli.rank() == 2 and sys.argv[1] == "dies":
+        if cli.launcher_rank() == 2 and sys.argv[1] == "dies":
             os._exit(9)
-        if cli.rank() == 2:
+        if cli.launcher_rank() == 2:
             raise errors.DataError("a: expected b, found c.")
-        if cli.rank() == 3:
+        if cli.launcher_rank() == 3:
             dist.recv(torch.zeros(1), 1)
         dist.all_reduce(torch.ones(1))
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)
 """
 WORDS = {
     "fails": ("another rank has failed.\n  rank 2: a: expected b, found c.", 2),

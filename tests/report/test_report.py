@@ -18,7 +18,7 @@ from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
 from megatron_ligo.export import provenance
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.export.handoff import growth_record
+from megatron_ligo.export.handoff import build_growth_record
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.report import write_report
@@ -67,7 +67,7 @@ def a_hand_off(folder: Path, operator) -> None:
     folder.mkdir()
     grown = GrownReader(operator, memory_of(hf_llama(SMALL), SMALL))
     provenance.write(
-        folder, {**growth_record(grown), "large": grown.model_config.to_json(), "formats": ["hf"], "versions": {}}
+        folder, {**build_growth_record(grown), "large": grown.model_config.to_json(), "formats": ["hf"], "versions": {}}
     )
 
 

@@ -31,7 +31,7 @@ def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
     table["fit"]["parallel"] |= {"tp": 2, "pp": 2}
     table["pretrain"] |= {"start": str(base / "grown"), "steps": 0}
     pools(4).run(fit, settings=table, output=str(base / "fit"))
-    handoff.grow_to(RunConfig.from_dict(table), base / "fit" / "operator", base / "grown")
+    handoff.grow_from_config(RunConfig.from_dict(table), base / "fit" / "operator", base / "grown")
     return table, base / "grown"
 
 

@@ -37,7 +37,7 @@ def trained(pools, tmp_path_factory) -> tuple[dict, Path, float]:
     table["fit"] |= {**run, "steps": 3, "lr": 1e-3, "keep": "last"}
     table["pretrain"] |= {**run, "steps": 3, "lr": 1e-2, "start": str(base / "start")}
     table["pretrain"]["parallel"]["tp"] = 2
-    handoff.grow_to(RunConfig.from_dict(table), None, base / "start")
+    handoff.grow_from_config(RunConfig.from_dict(table), None, base / "start")
     losses = pools(2).run(pretrain, settings=table, output=str(base / "lag"))["losses"]
     assert abs(losses["end"] - losses["start"]) > 1e-2
     checkpoint = base / "lag/checkpoints/step_3"
@@ -53,7 +53,7 @@ def test_it_begins_where_the_training_has_ended_and_hands_over_the_start(pools, 
     told = json.loads((tmp_path / "fit/operator/operator.json").read_text())
     assert told["losses"]["start"] == pytest.approx(end, rel=1e-5)
     assert told["losses"]["end"] < told["losses"]["start"]
-    grown = handoff.grow_to(RunConfig.from_dict(table), tmp_path / "fit/operator", tmp_path / "grown")
+    grown = handoff.grow_from_config(RunConfig.from_dict(table), tmp_path / "fit/operator", tmp_path / "grown")
     assert grown["fit"]["lagged"]
     table["pretrain"] |= {"start": str(tmp_path / "grown"), "steps": 0}
     losses = pools(2).run(pretrain, settings=table, output=str(tmp_path / "begun"))["losses"]

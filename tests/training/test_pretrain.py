@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
 from megatron_ligo.config.run_config import DataSection, RunConfig
-from megatron_ligo.data.text_dataset import open_data
+from megatron_ligo.data.text_dataset import open_text_dataset
 from megatron_ligo.export import provenance
 from tests.tiny_models import hf_llama, llama_dims
 from tests.training.pretrain_runs import pretrain
@@ -54,7 +54,7 @@ def base(tmp_path_factory) -> Path:
 
 def data(folder: Path):
     section = DataSection(train=(str(folder / "train"),), valid=(str(folder / "valid"),), seq_length=SEQ)
-    return open_data(section, SEQ, STEPS * BATCH, BATCH, section.seed, folder / "cache")
+    return open_text_dataset(section, SEQ, STEPS * BATCH, BATCH, section.seed, folder / "cache")
 
 
 def settings(base: Path, start: str = "handoff", **changes) -> dict:
@@ -90,7 +90,7 @@ def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
     for step in range(STEPS):
         for group in stepper.param_groups:
             group["lr"] = learning_rate(run, step)
-        loss = loss_of(opened.batch(step, BATCH, BATCH, 1, 0)[0])
+        loss = loss_of(opened.train_batch(step, BATCH, BATCH, 1, 0)[0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
         stepper.step()

@@ -20,7 +20,7 @@ from megatron_ligo.common.errors import LigoError, NumbersError
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.rank_failures import report_failures
 from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
-from megatron_ligo.export.handoff import grow_to
+from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.training.fit import Fit
 from megatron_ligo.training.metrics import FILE, read_metrics
 from megatron_ligo.training.pretrain import Pretrain
@@ -31,7 +31,7 @@ def perform(folder: Path) -> None:
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     config, run = RunConfig.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
     if job["kind"] == GROW:
-        grow_to(config, Path(job["operator"]) if job["operator"] else None, run)
+        grow_from_config(config, Path(job["operator"]) if job["operator"] else None, run)
         losses = {}
     elif job["kind"] == FIT:
         with report_failures():

@@ -20,7 +20,7 @@ from megatron_ligo.checkpoint.io import iteration_folders
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
 from megatron_ligo.common.errors import DataError, ErrorCollector
 from megatron_ligo.config.run_config import OperatorSection, RunConfig
-from megatron_ligo.data.indexed_dataset import open_indexed
+from megatron_ligo.data.indexed_dataset import open_indexed_files
 from megatron_ligo.data.tokenizer import load_tokenizer
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.operator import InitialOperator
@@ -199,7 +199,7 @@ def _data(folder: Path, seed: int) -> None:
 
 def data(folder: Path) -> object:
     errors = ErrorCollector("data", DataError)
-    pair = open_indexed(str(folder / "text"), errors)
+    pair = open_indexed_files(str(folder / "text"), errors)
     errors.raise_if_any()
     return pair.dtype.__name__, pair.documents, pair.tokens, pair.token_range()
 
