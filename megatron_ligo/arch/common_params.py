@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import RESIDUAL_BIAS, RESIDUAL_GAIN
-from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec
+from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec, Role
 
 
 def prefixed(prefix: str) -> Callable[[str], FormatLocation]:
@@ -20,23 +20,27 @@ def grouped_qkv(slot: FormatLocation, part: int) -> FormatLocation:
 
 
 def linear_params(
-    key: str, axes: tuple[Axis, Axis], split: int | None, hf: FormatLocation, mcore: FormatLocation, **more
+    key: str, role: Role, axes: tuple[Axis, Axis], split: int | None, hf: FormatLocation, mcore: FormatLocation, **more
 ) -> Iterator[ParamSpec]:
     """Weight and bias, which tensor parallelism cuts where it cuts the outputs. hf, mcore: slots of the module."""
-    yield ParamSpec(key, axes, split, _tensor(hf, mcore, "weight"), **more)
-    yield ParamSpec(f"{key}_bias", axes[:1], 0 if split == 0 else None, _tensor(hf, mcore, "bias"), **more)
+    yield ParamSpec(key, role, axes, split, _tensor(hf, mcore, "weight"), **more)
+    yield ParamSpec(
+        f"{key}_bias", role, axes[:1], 0 if split == 0 else None, _tensor(hf, mcore, "bias"), is_bias=True, **more
+    )
 
 
 def norm_params(
     key: str,
+    role: Role,
     hf: FormatLocation,
     mcore: FormatLocation,
     axes: tuple[Axis, Axis] = (RESIDUAL_GAIN, RESIDUAL_BIAS),
     **more,
 ) -> Iterator[ParamSpec]:
     """A LayerNorm's gain and bias. hf, mcore: slots of the module; axes: the gain's and the bias's."""
-    for kind, suffix, axis in zip(("weight", "bias"), ("", "_bias"), axes, strict=True):
-        yield ParamSpec(f"{key}{suffix}", (axis,), None, _tensor(hf, mcore, kind), **more)
+    gain_axis, bias_axis = axes
+    yield ParamSpec(key, role, (gain_axis,), None, _tensor(hf, mcore, "weight"), **more)
+    yield ParamSpec(f"{key}_bias", role, (bias_axis,), None, _tensor(hf, mcore, "bias"), is_bias=True, **more)
 
 
 def _tensor(hf: FormatLocation, mcore: FormatLocation, kind: str) -> dict[str, FormatLocation]:

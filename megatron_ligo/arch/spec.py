@@ -43,6 +43,70 @@ class Pack(Enum):
     STACKED = "stacked"  # one after the other along dim 0: [gate; up], [query; key; value]
 
 
+class Stage(Enum):
+    """Which part of the network holds a parameter. A pipeline's first stage holds FIRST, its last stage LAST."""
+
+    FIRST = "first"  # embeddings, and all else that runs before the layers
+    LAYER = "layer"
+    LAST = "last"  # the final norm, the heads and the pooler
+
+
+class Role(Enum):
+    """What a parameter does in the network. A linear's or norm's weight and bias share one role."""
+
+    WORD_EMBEDDING = "word embedding"
+    POSITION_EMBEDDING = "position embedding"
+    TOKEN_TYPE_EMBEDDING = "token-type embedding"
+    PATCH_EMBEDDING = "patch embedding"
+    CLASS_TOKEN = "class token"
+    DISTILLATION_TOKEN = "distillation token"
+    EMBEDDING_NORM = "embedding norm"
+    ATTENTION_NORM = "attention norm"
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    ATTENTION_OUTPUT = "attention output"
+    FFN_NORM = "ffn norm"
+    FFN_GATE = "ffn gate"
+    FFN_UP = "ffn up"
+    FFN_DOWN = "ffn down"
+    FINAL_NORM = "final norm"
+    HEAD_TRANSFORM = "head transform"
+    HEAD_NORM = "head norm"
+    HEAD = "head"
+    POOLER = "pooler"
+    ORDER_HEAD = "order head"
+
+    @property
+    def stage(self) -> Stage:
+        if self in _FIRST_STAGE_ROLES:
+            return Stage.FIRST
+        return Stage.LAST if self in _LAST_STAGE_ROLES else Stage.LAYER
+
+
+_FIRST_STAGE_ROLES = frozenset(
+    {
+        Role.WORD_EMBEDDING,
+        Role.POSITION_EMBEDDING,
+        Role.TOKEN_TYPE_EMBEDDING,
+        Role.PATCH_EMBEDDING,
+        Role.CLASS_TOKEN,
+        Role.DISTILLATION_TOKEN,
+        Role.EMBEDDING_NORM,
+    }
+)
+_LAST_STAGE_ROLES = frozenset(
+    {Role.FINAL_NORM, Role.HEAD_TRANSFORM, Role.HEAD_NORM, Role.HEAD, Role.POOLER, Role.ORDER_HEAD}
+)
+
+
+class TpUse(Enum):
+    """How each tensor-parallel rank uses a parameter, and hence how the gradients of whole copies are reduced."""
+
+    COMPLETE = "complete"  # every rank computes the whole of what the parameter gives: gradients agree
+    PARTIAL = "partial"  # each rank computes a part: a gradient of a whole copy is the sum over the ranks
+
+
 class Task(Enum):
     """What a family is trained to tell, and from what: its samples, its loss and the ends of its network follow."""
 
@@ -83,9 +147,11 @@ class ParamSpec:
     needs: name of the field of `ModelConfig` that must be true (or not 0) for the row to exist ("" = always).
     tied_to: key of the row whose tensor this one shares when `dims.tied` (it is then stored nowhere).
     feeds_head: a norm's gain or bias whose norm the output head reads. spare: stored by others, and read by nobody.
+    whole_but_partial: every tensor-parallel rank holds the whole tensor and uses a part of it (a norm of each head).
     """
 
     key: str
+    role: Role
     axes: tuple[Axis, ...]
     split: int | None
     slots: Mapping[str, FormatLocation] = field(default_factory=dict)
@@ -93,10 +159,25 @@ class ParamSpec:
     tied_to: str = ""
     feeds_head: bool = False
     spare: bool = False
+    is_bias: bool = False
+    whole_but_partial: bool = False
+
+    @property
+    def stage(self) -> Stage:
+        return self.role.stage
 
     @property
     def in_layer(self) -> bool:
-        return "{}" in self.key
+        return self.stage is Stage.LAYER
+
+    @property
+    def tp_use(self) -> TpUse:
+        return TpUse.COMPLETE if self.split is None and not self.whole_but_partial else TpUse.PARTIAL
+
+    @property
+    def reaches_loss(self) -> bool:
+        """Whether the training loss reads the parameter."""
+        return self.needs not in UNTRAINED_PARTS and not self.spare
 
     def exists(self, model_config: ModelConfig) -> bool:
         return not self.needs or bool(getattr(model_config, self.needs))
@@ -175,15 +256,57 @@ class Architecture:
     def by_key(self) -> Mapping[str, ParamSpec]:
         return MappingProxyType({row.key: row for row in self.rows})
 
+    def find(self, role: Role, bias: bool = False) -> ParamSpec | None:
+        """Returns the weight (or the bias) that has a role, or None where the family has none.
+
+        A tensor that is stored but never read is not found.
+        """
+        return self._by_role.get((role, bias))
+
+    def has(self, role: Role, bias: bool = False) -> bool:
+        """Tells whether the family has a weight (or a bias) of a role. A network may leave out optional parts."""
+        return (role, bias) in self._by_role
+
+    def get(self, role: Role, bias: bool = False) -> ParamSpec:
+        """Returns the weight (or the bias) that has a role. KeyError where the family has none."""
+        return self._by_role[role, bias]
+
+    @cached_property
+    def _by_role(self) -> Mapping[tuple[Role, bool], ParamSpec]:
+        return MappingProxyType({(row.role, row.is_bias): row for row in self.rows if not row.spare})
+
     @property
-    def causal(self) -> bool:
-        """Whether a token sees those before it only."""
+    def is_causal(self) -> bool:
+        """A token attends to itself and to the tokens before it only."""
         return self.task is Task.NEXT_TOKEN
 
     @property
-    def learns_positions(self) -> bool:
-        """Whether positions are rows of a table, and not turned into queries and keys."""
-        return "positions" in self.by_key
+    def is_masked_lm(self) -> bool:
+        return self.task is Task.MASKED_TOKENS
+
+    @property
+    def reads_images(self) -> bool:
+        """Samples are images, and the head's vocabulary are their labels."""
+        return self.task is Task.LABEL
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Positions are a table of parameters; otherwise they rotate queries and keys."""
+        return self.has(Role.POSITION_EMBEDDING)
+
+    @property
+    def is_gated(self) -> bool:
+        """The feed-forward block has a gate (SwiGLU)."""
+        return self.has(Role.FFN_GATE)
+
+    @property
+    def has_linear_biases(self) -> bool:
+        """The output projections of attention and feed-forward have biases."""
+        return self.has(Role.ATTENTION_OUTPUT, bias=True)
+
+    @property
+    def uses_rms_norm(self) -> bool:
+        return self.norm == "rms"
 
     @cached_property
     def _joined(self) -> Mapping[str, str]:
@@ -202,13 +325,8 @@ class Architecture:
 
     def outside(self, model_config: ModelConfig) -> tuple[list[ParamSpec], list[ParamSpec]]:
         """The stored rows that the loss reads before the layers, and after them."""
-        first = next(i for i, row in enumerate(self.rows) if row.in_layer)
-        rows = [
-            (i < first, row)
-            for i, row in enumerate(self.rows)
-            if row.stored(model_config) and not row.in_layer and row.needs not in UNTRAINED_PARTS and not row.spare
-        ]
-        return [row for before, row in rows if before], [row for before, row in rows if not before]
+        rows = [row for row in self.rows if row.stored(model_config) and row.reaches_loss]
+        return [row for row in rows if row.stage is Stage.FIRST], [row for row in rows if row.stage is Stage.LAST]
 
     def row(self, key: str) -> ParamSpec:
         """The row of a key such as `layers.3.q` (or of its pattern `layers.{}.q`)."""

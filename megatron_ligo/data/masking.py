@@ -82,7 +82,7 @@ class Masking:
 
 def build_masking(data: DataSection, model_config: ModelConfig) -> Masking | None:
     """How the samples for a model are masked; None for a causal one. ConfigError with all that cannot be."""
-    if architectures.get(model_config.arch).causal:
+    if architectures.get(model_config.arch).is_causal:
         return None
     named = read_special_tokens(data.tokenizer) if data.tokenizer else {}
 

@@ -13,7 +13,6 @@ from a file (growth/operator_file.py). It knows nothing of ranks: a rank takes t
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import UNTRAINED_SPACE, ParamSpec, Use, key_pattern, layer_index
+from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers, position_table, vocabulary
 from megatron_ligo.growth.linear_maps import LinearMap, cheapest_form
@@ -212,8 +212,7 @@ class Operator(ABC):
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that depend on the seed and the name only."""
-        digest = hashlib.sha256(f"{self.settings.seed}:{name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return seeded_generator(self.settings.seed, name)
 
     def depth_name(self, key: str) -> str | None:
         """The tensor that holds a large key's depth map; None outside the layers."""

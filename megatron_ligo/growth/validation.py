@@ -78,7 +78,7 @@ def check_sizes(small: ModelConfig, large: ModelConfig, merges: bool = False) ->
 
 def _check_context(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     before, after = small.max_positions, large.max_positions
-    if architectures.get(small.arch).learns_positions:
+    if architectures.get(small.arch).has_learned_positions:
         if after < before:
             errors.add("large.max_positions", f"at least the small model's {before}", after, "Growth never shrinks.")
     elif after != before and not attention_heads.angles_are_fixed(small):

@@ -272,7 +272,7 @@ def check_teacher(operator: Operator, fit: FitSection, seq_length: int, errors: 
         errors.add("fit.distill", "0 where the image grows", fit.distill, "The teacher sees smaller ones.")
         return
     longest = operator.small.longest_sequence
-    if operator.arch.learns_positions and seq_length > longest:
+    if operator.arch.has_learned_positions and seq_length > longest:
         hint = f"The teacher has {longest} positions: fit on so many, and pretrain on more."
         errors.add("fit.distill", f"0 with data.seq_length = {seq_length}", fit.distill, hint)
 

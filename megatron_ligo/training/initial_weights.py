@@ -71,7 +71,7 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
 
 def _with_head(start: InitialWeights) -> InitialWeights:
     arch = architectures.get(start.model_config.arch)
-    if start.source is None or start.model_config.has_head or arch.causal:
+    if start.source is None or start.model_config.has_head or arch.is_causal:
         hint = "Leave it out where the start has a head."
         raise ConfigError(Problem("pretrain.fresh_head", "an encoder without a head as the start", "another", hint))
     return replace(start, model_config=replace(start.model_config, has_head=True), fresh_head=True)

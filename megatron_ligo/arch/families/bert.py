@@ -22,7 +22,7 @@ from megatron_ligo.arch.common_axes import (
     VOCAB_OUTPUT,
 )
 from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
-from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Task, Use
+from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Role, Task, Use
 
 TOKEN_TYPE = Axis("token_type", Use.OUTPUT)
 TO_POOLED = Axis("pooled", Use.OUTPUT)
@@ -38,17 +38,27 @@ def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
     hf, mcore = prefixed(f"{base}embeddings."), prefixed("embedding.")
 
-    def table(key: str, axes: tuple[Axis, Axis], split: int | None, own: str, others: str, **more) -> ParamSpec:
-        return ParamSpec(key, axes, split, {"hf": hf(f"{own}.weight"), "mcore": mcore(f"{others}.weight")}, **more)
+    def table(
+        key: str, role: Role, axes: tuple[Axis, Axis], split: int | None, own: str, others: str, **more
+    ) -> ParamSpec:
+        return ParamSpec(
+            key, role, axes, split, {"hf": hf(f"{own}.weight"), "mcore": mcore(f"{others}.weight")}, **more
+        )
 
     words, positions, types = "word_embeddings", "position_embeddings", "token_type_embeddings"
     return (
-        table("embed", (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, words, words),
-        table("positions", (POSITION_OUTPUT, RESIDUAL_OUTPUT), None, positions, positions),
+        table("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, words, words),
+        table("positions", Role.POSITION_EMBEDDING, (POSITION_OUTPUT, RESIDUAL_OUTPUT), None, positions, positions),
         table(
-            "token_types", (TOKEN_TYPE, RESIDUAL_OUTPUT), None, types, "tokentype_embeddings", needs="num_token_types"
+            "token_types",
+            Role.TOKEN_TYPE_EMBEDDING,
+            (TOKEN_TYPE, RESIDUAL_OUTPUT),
+            None,
+            types,
+            "tokentype_embeddings",
+            needs="num_token_types",
         ),
-        *norm_params("embed_norm", hf("LayerNorm"), mcore("layer_norm")),
+        *norm_params("embed_norm", Role.EMBEDDING_NORM, hf("LayerNorm"), mcore("layer_norm")),
     )
 
 
@@ -58,32 +68,59 @@ def layer_rows(base: str) -> tuple[ParamSpec, ...]:
     qkv = mcore("self_attention.linear_qkv")
     return (
         *linear_params(
-            "layers.{}.q", (QUERY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.query"), grouped_qkv(qkv, 0)
+            "layers.{}.q",
+            Role.QUERY,
+            (QUERY_OUTPUT, RESIDUAL_INPUT),
+            0,
+            hf("attention.self.query"),
+            grouped_qkv(qkv, 0),
         ),
-        *linear_params("layers.{}.k", (KEY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.key"), grouped_qkv(qkv, 1)),
         *linear_params(
-            "layers.{}.v", (VALUE_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.value"), grouped_qkv(qkv, 2)
+            "layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.key"), grouped_qkv(qkv, 1)
+        ),
+        *linear_params(
+            "layers.{}.v",
+            Role.VALUE,
+            (VALUE_OUTPUT, RESIDUAL_INPUT),
+            0,
+            hf("attention.self.value"),
+            grouped_qkv(qkv, 2),
         ),
         *linear_params(
             "layers.{}.o",
+            Role.ATTENTION_OUTPUT,
             (RESIDUAL_OUTPUT, VALUE_INPUT),
             1,
             hf("attention.output.dense"),
             mcore("self_attention.linear_proj"),
         ),
-        *norm_params("layers.{}.norm1", hf("attention.output.LayerNorm"), mcore("post_self_attn_layernorm")),
-        *linear_params(
-            "layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")
+        *norm_params(
+            "layers.{}.norm1", Role.ATTENTION_NORM, hf("attention.output.LayerNorm"), mcore("post_self_attn_layernorm")
         ),
-        *linear_params("layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
-        *norm_params("layers.{}.norm2", hf("output.LayerNorm"), mcore("post_mlp_layernorm")),
+        *linear_params(
+            "layers.{}.up",
+            Role.FFN_UP,
+            (FFN_OUTPUT, RESIDUAL_INPUT),
+            0,
+            hf("intermediate.dense"),
+            mcore("mlp.linear_fc1"),
+        ),
+        *linear_params(
+            "layers.{}.down",
+            Role.FFN_DOWN,
+            (RESIDUAL_OUTPUT, FFN_INPUT),
+            1,
+            hf("output.dense"),
+            mcore("mlp.linear_fc2"),
+        ),
+        *norm_params("layers.{}.norm2", Role.FFN_NORM, hf("output.LayerNorm"), mcore("post_mlp_layernorm")),
     )
 
 
 def pooler_rows(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
     slots = FormatLocation(f"{base}pooler.dense"), FormatLocation("pooler.dense")
-    return tuple(linear_params("pooler", (TO_POOLED, RESIDUAL_INPUT), None, *slots, needs="has_pooler"))
+    return tuple(linear_params("pooler", Role.POOLER, (TO_POOLED, RESIDUAL_INPUT), None, *slots, needs="has_pooler"))
 
 
 def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[ParamSpec, ...]:
@@ -92,15 +129,22 @@ def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[Para
     has_head = {"needs": "has_head"}
     transform = prefixed("lm_head.")
 
-    def row(key: str, axes: tuple[Axis, ...], hf: FormatLocation, mcore: str, **more) -> ParamSpec:
-        return ParamSpec(key, axes, 0, {"hf": hf, "mcore": FormatLocation(mcore)}, **has_head, **more)
+    def row(key: str, role: Role, axes: tuple[Axis, ...], hf: FormatLocation, mcore: str, **more) -> ParamSpec:
+        return ParamSpec(key, role, axes, 0, {"hf": hf, "mcore": FormatLocation(mcore)}, **has_head, **more)
 
     return (
         *linear_params(
-            "head_dense", (TO_HEAD, RESIDUAL_INPUT), None, FormatLocation(dense), transform("dense"), **has_head
+            "head_dense",
+            Role.HEAD_TRANSFORM,
+            (TO_HEAD, RESIDUAL_INPUT),
+            None,
+            FormatLocation(dense),
+            transform("dense"),
+            **has_head,
         ),
         *norm_params(
             "head_norm",
+            Role.HEAD_NORM,
             FormatLocation(norm_name),
             transform("layer_norm"),
             (HEAD_GAIN, HEAD_SHIFT),
@@ -109,13 +153,30 @@ def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[Para
         ),
         row(
             "head",
+            Role.HEAD,
             (VOCAB_OUTPUT, FROM_HEAD),
             FormatLocation(f"{decoder}.weight"),
             "output_layer.weight",
             tied_to="embed",
         ),
-        row("head_bias", (VOCAB_OUTPUT,), FormatLocation(f"{decoder}.bias", tied_name=bias), "output_layer.bias"),
-        row("head_spare_bias", (VOCAB_OUTPUT,), FormatLocation(bias), "lm_head.bias", tied_to="head_bias", spare=True),
+        row(
+            "head_bias",
+            Role.HEAD,
+            (VOCAB_OUTPUT,),
+            FormatLocation(f"{decoder}.bias", tied_name=bias),
+            "output_layer.bias",
+            is_bias=True,
+        ),
+        row(
+            "head_spare_bias",
+            Role.HEAD,
+            (VOCAB_OUTPUT,),
+            FormatLocation(bias),
+            "lm_head.bias",
+            tied_to="head_bias",
+            spare=True,
+            is_bias=True,
+        ),
     )
 
 
@@ -160,6 +221,7 @@ BERT = Architecture(
         ),
         *linear_params(
             "order_head",
+            Role.ORDER_HEAD,
             (ORDER, FROM_POOLED),
             None,
             FormatLocation("cls.seq_relationship"),

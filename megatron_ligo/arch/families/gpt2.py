@@ -17,7 +17,7 @@ from megatron_ligo.arch.common_axes import (
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec
+from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec, Role
 
 
 def _top(hf: str, mcore: str) -> dict:
@@ -61,36 +61,71 @@ GPT2 = Architecture(
     rows=(
         ParamSpec(
             "embed",
+            Role.WORD_EMBEDDING,
             (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
             0,
             _top("transformer.wte.weight", "embedding.word_embeddings.weight"),
         ),
         ParamSpec(
             "positions",
+            Role.POSITION_EMBEDDING,
             (POSITION_OUTPUT, RESIDUAL_OUTPUT),
             None,
             _top("transformer.wpe.weight", "embedding.position_embeddings.weight"),
         ),
-        ParamSpec("layers.{}.norm1", (RESIDUAL_GAIN,), None, _layer("ln_1.weight", "input_layernorm.weight")),
-        ParamSpec("layers.{}.norm1_bias", (RESIDUAL_BIAS,), None, _layer("ln_1.bias", "input_layernorm.bias")),
-        ParamSpec("layers.{}.q", (QUERY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(0, "weight")),
-        ParamSpec("layers.{}.k", (KEY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(1, "weight")),
-        ParamSpec("layers.{}.v", (VALUE_OUTPUT, RESIDUAL_INPUT), 0, _qkv(2, "weight")),
-        ParamSpec("layers.{}.q_bias", (QUERY_OUTPUT,), 0, _qkv(0, "bias")),
-        ParamSpec("layers.{}.k_bias", (KEY_OUTPUT,), 0, _qkv(1, "bias")),
-        ParamSpec("layers.{}.v_bias", (VALUE_OUTPUT,), 0, _qkv(2, "bias")),
-        ParamSpec("layers.{}.o", (RESIDUAL_OUTPUT, VALUE_INPUT), 1, _linear(O, "weight")),
-        ParamSpec("layers.{}.o_bias", (RESIDUAL_OUTPUT,), None, _linear(O, "bias")),
-        ParamSpec("layers.{}.norm2", (RESIDUAL_GAIN,), None, _layer("ln_2.weight", "pre_mlp_layernorm.weight")),
-        ParamSpec("layers.{}.norm2_bias", (RESIDUAL_BIAS,), None, _layer("ln_2.bias", "pre_mlp_layernorm.bias")),
-        ParamSpec("layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, _linear(UP, "weight")),
-        ParamSpec("layers.{}.up_bias", (FFN_OUTPUT,), 0, _linear(UP, "bias")),
-        ParamSpec("layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, _linear(DOWN, "weight")),
-        ParamSpec("layers.{}.down_bias", (RESIDUAL_OUTPUT,), None, _linear(DOWN, "bias")),
-        ParamSpec("final_norm", (RESIDUAL_GAIN,), None, _final_norm("weight"), feeds_head=True),
-        ParamSpec("final_norm_bias", (RESIDUAL_BIAS,), None, _final_norm("bias"), feeds_head=True),
+        ParamSpec(
+            "layers.{}.norm1",
+            Role.ATTENTION_NORM,
+            (RESIDUAL_GAIN,),
+            None,
+            _layer("ln_1.weight", "input_layernorm.weight"),
+        ),
+        ParamSpec(
+            "layers.{}.norm1_bias",
+            Role.ATTENTION_NORM,
+            (RESIDUAL_BIAS,),
+            None,
+            _layer("ln_1.bias", "input_layernorm.bias"),
+            is_bias=True,
+        ),
+        ParamSpec("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(0, "weight")),
+        ParamSpec("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(1, "weight")),
+        ParamSpec("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, _qkv(2, "weight")),
+        ParamSpec("layers.{}.q_bias", Role.QUERY, (QUERY_OUTPUT,), 0, _qkv(0, "bias"), is_bias=True),
+        ParamSpec("layers.{}.k_bias", Role.KEY, (KEY_OUTPUT,), 0, _qkv(1, "bias"), is_bias=True),
+        ParamSpec("layers.{}.v_bias", Role.VALUE, (VALUE_OUTPUT,), 0, _qkv(2, "bias"), is_bias=True),
+        ParamSpec("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, _linear(O, "weight")),
+        ParamSpec(
+            "layers.{}.o_bias", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT,), None, _linear(O, "bias"), is_bias=True
+        ),
+        ParamSpec(
+            "layers.{}.norm2", Role.FFN_NORM, (RESIDUAL_GAIN,), None, _layer("ln_2.weight", "pre_mlp_layernorm.weight")
+        ),
+        ParamSpec(
+            "layers.{}.norm2_bias",
+            Role.FFN_NORM,
+            (RESIDUAL_BIAS,),
+            None,
+            _layer("ln_2.bias", "pre_mlp_layernorm.bias"),
+            is_bias=True,
+        ),
+        ParamSpec("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, _linear(UP, "weight")),
+        ParamSpec("layers.{}.up_bias", Role.FFN_UP, (FFN_OUTPUT,), 0, _linear(UP, "bias"), is_bias=True),
+        ParamSpec("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, _linear(DOWN, "weight")),
+        ParamSpec("layers.{}.down_bias", Role.FFN_DOWN, (RESIDUAL_OUTPUT,), None, _linear(DOWN, "bias"), is_bias=True),
+        ParamSpec("final_norm", Role.FINAL_NORM, (RESIDUAL_GAIN,), None, _final_norm("weight"), feeds_head=True),
+        ParamSpec(
+            "final_norm_bias",
+            Role.FINAL_NORM,
+            (RESIDUAL_BIAS,),
+            None,
+            _final_norm("bias"),
+            feeds_head=True,
+            is_bias=True,
+        ),
         ParamSpec(
             "head",
+            Role.HEAD,
             (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
             _top("lm_head.weight", "output_layer.weight"),

@@ -18,14 +18,16 @@ from megatron_ligo.arch.common_axes import (
     VOCAB_OUTPUT,
 )
 from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
-from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec
+from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Role
 
 HF, MCORE = prefixed("gpt_neox.layers.{}."), prefixed("decoder.layers.{}.")
 
 
-def _qkv(name: str, axis: Axis, part: int) -> Iterator[ParamSpec]:
+def _qkv(name: str, role: Role, axis: Axis, part: int) -> Iterator[ParamSpec]:
     slots = HF("attention.query_key_value"), MCORE("self_attention.linear_qkv")
-    return linear_params(f"layers.{{}}.{name}", (axis, RESIDUAL_INPUT), 0, *(grouped_qkv(slot, part) for slot in slots))
+    return linear_params(
+        f"layers.{{}}.{name}", role, (axis, RESIDUAL_INPUT), 0, *(grouped_qkv(slot, part) for slot in slots)
+    )
 
 
 GPT_NEOX = Architecture(
@@ -35,6 +37,7 @@ GPT_NEOX = Architecture(
     rows=(
         ParamSpec(
             "embed",
+            Role.WORD_EMBEDDING,
             (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
             0,
             {
@@ -42,28 +45,45 @@ GPT_NEOX = Architecture(
                 "mcore": FormatLocation("embedding.word_embeddings.weight"),
             },
         ),
-        *norm_params("layers.{}.norm1", HF("input_layernorm"), MCORE("input_layernorm")),
-        *_qkv("q", QUERY_OUTPUT, 0),
-        *_qkv("k", KEY_OUTPUT, 1),
-        *_qkv("v", VALUE_OUTPUT, 2),
+        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, HF("input_layernorm"), MCORE("input_layernorm")),
+        *_qkv("q", Role.QUERY, QUERY_OUTPUT, 0),
+        *_qkv("k", Role.KEY, KEY_OUTPUT, 1),
+        *_qkv("v", Role.VALUE, VALUE_OUTPUT, 2),
         *linear_params(
-            "layers.{}.o", (RESIDUAL_OUTPUT, VALUE_INPUT), 1, HF("attention.dense"), MCORE("self_attention.linear_proj")
+            "layers.{}.o",
+            Role.ATTENTION_OUTPUT,
+            (RESIDUAL_OUTPUT, VALUE_INPUT),
+            1,
+            HF("attention.dense"),
+            MCORE("self_attention.linear_proj"),
         ),
-        *norm_params("layers.{}.norm2", HF("post_attention_layernorm"), MCORE("pre_mlp_layernorm")),
+        *norm_params("layers.{}.norm2", Role.FFN_NORM, HF("post_attention_layernorm"), MCORE("pre_mlp_layernorm")),
         *linear_params(
-            "layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, HF("mlp.dense_h_to_4h"), MCORE("mlp.linear_fc1")
+            "layers.{}.up",
+            Role.FFN_UP,
+            (FFN_OUTPUT, RESIDUAL_INPUT),
+            0,
+            HF("mlp.dense_h_to_4h"),
+            MCORE("mlp.linear_fc1"),
         ),
         *linear_params(
-            "layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, HF("mlp.dense_4h_to_h"), MCORE("mlp.linear_fc2")
+            "layers.{}.down",
+            Role.FFN_DOWN,
+            (RESIDUAL_OUTPUT, FFN_INPUT),
+            1,
+            HF("mlp.dense_4h_to_h"),
+            MCORE("mlp.linear_fc2"),
         ),
         *norm_params(
             "final_norm",
+            Role.FINAL_NORM,
             FormatLocation("gpt_neox.final_layer_norm"),
             FormatLocation("decoder.final_layernorm"),
             feeds_head=True,
         ),
         ParamSpec(
             "head",
+            Role.HEAD,
             (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
             {"hf": FormatLocation("embed_out.weight"), "mcore": FormatLocation("output_layer.weight")},

@@ -15,7 +15,7 @@ from megatron_ligo.arch.common_axes import (
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec
+from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec, Role
 
 
 def _slots(hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, of=1, interleaved=False) -> dict:
@@ -46,6 +46,7 @@ LLAMA = Architecture(
     rows=(
         ParamSpec(
             "embed",
+            Role.WORD_EMBEDDING,
             (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
             0,
             _slots(
@@ -57,12 +58,14 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "layers.{}.norm1",
+            Role.ATTENTION_NORM,
             (RESIDUAL_GAIN,),
             None,
             _layer("input_layernorm.weight", "input_layernorm.weight", "attn_norm.weight", "attention_norm.weight"),
         ),
         ParamSpec(
             "layers.{}.q",
+            Role.QUERY,
             (QUERY_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
@@ -78,6 +81,7 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "layers.{}.k",
+            Role.KEY,
             (KEY_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
@@ -93,6 +97,7 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "layers.{}.v",
+            Role.VALUE,
             (VALUE_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
@@ -107,6 +112,7 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "layers.{}.q_bias",
+            Role.QUERY,
             (QUERY_OUTPUT,),
             0,
             _layer(
@@ -120,9 +126,11 @@ LLAMA = Architecture(
                 interleaved=True,
             ),
             needs="qkv_bias",
+            is_bias=True,
         ),
         ParamSpec(
             "layers.{}.k_bias",
+            Role.KEY,
             (KEY_OUTPUT,),
             0,
             _layer(
@@ -136,9 +144,11 @@ LLAMA = Architecture(
                 interleaved=True,
             ),
             needs="qkv_bias",
+            is_bias=True,
         ),
         ParamSpec(
             "layers.{}.v_bias",
+            Role.VALUE,
             (VALUE_OUTPUT,),
             0,
             _layer(
@@ -151,9 +161,11 @@ LLAMA = Architecture(
                 of=3,
             ),
             needs="qkv_bias",
+            is_bias=True,
         ),
         ParamSpec(
             "layers.{}.o",
+            Role.ATTENTION_OUTPUT,
             (RESIDUAL_OUTPUT, VALUE_INPUT),
             1,
             _layer(
@@ -165,12 +177,14 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "layers.{}.norm2",
+            Role.FFN_NORM,
             (RESIDUAL_GAIN,),
             None,
             _layer("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "ffn_norm.weight", "ffn_norm.weight"),
         ),
         ParamSpec(
             "layers.{}.gate",
+            Role.FFN_GATE,
             (FFN_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
@@ -185,6 +199,7 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "layers.{}.up",
+            Role.FFN_UP,
             (FFN_OUTPUT, RESIDUAL_INPUT),
             0,
             _layer(
@@ -199,12 +214,14 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "layers.{}.down",
+            Role.FFN_DOWN,
             (RESIDUAL_OUTPUT, FFN_INPUT),
             1,
             _layer("mlp.down_proj.weight", "mlp.linear_fc2.weight", "ffn_down.weight", "feed_forward.w2.weight"),
         ),
         ParamSpec(
             "final_norm",
+            Role.FINAL_NORM,
             (RESIDUAL_GAIN,),
             None,
             _slots("model.norm.weight", "decoder.final_layernorm.weight", "output_norm.weight", "norm.weight"),
@@ -212,6 +229,7 @@ LLAMA = Architecture(
         ),
         ParamSpec(
             "head",
+            Role.HEAD,
             (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
             _slots("lm_head.weight", "output_layer.weight", "output.weight", "output.weight"),

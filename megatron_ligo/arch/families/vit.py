@@ -19,7 +19,7 @@ from megatron_ligo.arch.common_axes import (
 )
 from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
 from megatron_ligo.arch.families.bert import pooler_rows
-from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Task, Use
+from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Role, Task, Use
 
 CHANNEL = Axis("channel", Use.INPUT)
 PIXEL = Axis("pixel", Use.INPUT)
@@ -37,11 +37,12 @@ def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
     patch = ("patch_embeddings.projection", "patch_embeddings")
     weight, bias = (slots(*(f"{name}.{kind}" for name in patch)) for kind in ("weight", "bias"))
     return (
-        ParamSpec("patch", (RESIDUAL_OUTPUT, CHANNEL, PIXEL, PIXEL), None, weight),
-        ParamSpec("patch_bias", (RESIDUAL_OUTPUT,), None, bias),
-        ParamSpec("class_token", (RESIDUAL_OUTPUT,), None, slots("cls_token", "class_token", 2)),
+        ParamSpec("patch", Role.PATCH_EMBEDDING, (RESIDUAL_OUTPUT, CHANNEL, PIXEL, PIXEL), None, weight),
+        ParamSpec("patch_bias", Role.PATCH_EMBEDDING, (RESIDUAL_OUTPUT,), None, bias, is_bias=True),
+        ParamSpec("class_token", Role.CLASS_TOKEN, (RESIDUAL_OUTPUT,), None, slots("cls_token", "class_token", 2)),
         ParamSpec(
             "distillation_token",
+            Role.DISTILLATION_TOKEN,
             (RESIDUAL_OUTPUT,),
             None,
             slots("distillation_token", "distillation_token", 2),
@@ -49,6 +50,7 @@ def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
         ),
         ParamSpec(
             "positions",
+            Role.POSITION_EMBEDDING,
             (POSITION_OUTPUT, RESIDUAL_OUTPUT),
             None,
             slots("position_embeddings", "position_embeddings.weight", 1),
@@ -61,22 +63,46 @@ def layer_rows(base: str) -> tuple[ParamSpec, ...]:
     hf, mcore = prefixed(f"{base}encoder.layer.{{}}."), prefixed("decoder.layers.{}.")
     qkv, proj = mcore("self_attention.linear_qkv"), mcore("self_attention.linear_proj")
     return (
-        *norm_params("layers.{}.norm1", hf("layernorm_before"), mcore("input_layernorm")),
+        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, hf("layernorm_before"), mcore("input_layernorm")),
         *linear_params(
-            "layers.{}.q", (QUERY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.attention.query"), grouped_qkv(qkv, 0)
+            "layers.{}.q",
+            Role.QUERY,
+            (QUERY_OUTPUT, RESIDUAL_INPUT),
+            0,
+            hf("attention.attention.query"),
+            grouped_qkv(qkv, 0),
         ),
         *linear_params(
-            "layers.{}.k", (KEY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.attention.key"), grouped_qkv(qkv, 1)
+            "layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.attention.key"), grouped_qkv(qkv, 1)
         ),
         *linear_params(
-            "layers.{}.v", (VALUE_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.attention.value"), grouped_qkv(qkv, 2)
+            "layers.{}.v",
+            Role.VALUE,
+            (VALUE_OUTPUT, RESIDUAL_INPUT),
+            0,
+            hf("attention.attention.value"),
+            grouped_qkv(qkv, 2),
         ),
-        *linear_params("layers.{}.o", (RESIDUAL_OUTPUT, VALUE_INPUT), 1, hf("attention.output.dense"), proj),
-        *norm_params("layers.{}.norm2", hf("layernorm_after"), mcore("pre_mlp_layernorm")),
         *linear_params(
-            "layers.{}.up", (FFN_OUTPUT, RESIDUAL_INPUT), 0, hf("intermediate.dense"), mcore("mlp.linear_fc1")
+            "layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, hf("attention.output.dense"), proj
         ),
-        *linear_params("layers.{}.down", (RESIDUAL_OUTPUT, FFN_INPUT), 1, hf("output.dense"), mcore("mlp.linear_fc2")),
+        *norm_params("layers.{}.norm2", Role.FFN_NORM, hf("layernorm_after"), mcore("pre_mlp_layernorm")),
+        *linear_params(
+            "layers.{}.up",
+            Role.FFN_UP,
+            (FFN_OUTPUT, RESIDUAL_INPUT),
+            0,
+            hf("intermediate.dense"),
+            mcore("mlp.linear_fc1"),
+        ),
+        *linear_params(
+            "layers.{}.down",
+            Role.FFN_DOWN,
+            (RESIDUAL_OUTPUT, FFN_INPUT),
+            1,
+            hf("output.dense"),
+            mcore("mlp.linear_fc2"),
+        ),
     )
 
 
@@ -85,10 +111,14 @@ def end_rows(base: str) -> tuple[ParamSpec, ...]:
     head = FormatLocation("classifier"), FormatLocation("output_layer")
     return (
         *norm_params(
-            "final_norm", FormatLocation(f"{base}layernorm"), FormatLocation("decoder.final_layernorm"), feeds_head=True
+            "final_norm",
+            Role.FINAL_NORM,
+            FormatLocation(f"{base}layernorm"),
+            FormatLocation("decoder.final_layernorm"),
+            feeds_head=True,
         ),
         *pooler_rows(base),
-        *linear_params("head", (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, *head, needs="has_head"),
+        *linear_params("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, *head, needs="has_head"),
     )
 
 

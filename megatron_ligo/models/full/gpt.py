@@ -19,7 +19,7 @@ class FullGPT(SingleModule, GPTModel):
     """forward(tokens (b, s), labels (b, s), loss_mask (b, s)) -> mean loss."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
-        learned = architectures.get(model_config.arch).learns_positions
+        learned = architectures.get(model_config.arch).has_learned_positions
         super().__init__(
             config=uninitialised_config(model_config, build),
             transformer_layer_spec=TransformerBlockSubmodules(

@@ -182,14 +182,14 @@ def _specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute
     if arch.task is Task.LABEL:
         ends = [LayerSpec(FinalNorm, model_config, build), LayerSpec(ClassHead, model_config, build, mesh)]
         return [LayerSpec(ImageEmbedding, model_config, build, mesh), *layers, *ends]
-    if arch.learns_positions:
-        layers = [LayerSpec(PositionEmbedding if arch.causal else EmbeddingSum, model_config, build, mesh), *layers]
+    if arch.has_learned_positions:
+        layers = [LayerSpec(PositionEmbedding if arch.is_causal else EmbeddingSum, model_config, build, mesh), *layers]
     layers.append(
         LayerSpec(FinalNorm, model_config, build)
-        if arch.causal
+        if arch.is_causal
         else LayerSpec(HeadTransform, model_config, build, mesh)
     )
-    bias = [] if arch.causal else [LayerSpec(OutputBias, model_config, build, mesh)]
+    bias = [] if arch.is_causal else [LayerSpec(OutputBias, model_config, build, mesh)]
     if not model_config.tied:
         return [
             LayerSpec(PipelineEmbedding, model_config, build, mesh),

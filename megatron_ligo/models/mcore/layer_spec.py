@@ -56,7 +56,7 @@ def check_network(model_config: ModelConfig) -> None:
         raise ConfigError(Problem("fit and pretraining", f"one of {built}", model_config.arch, hint))
     if not model_config.has_head:
         hint = "A model with tied embeddings needs nothing but the class that has one in its config's architectures."
-        if not arch.causal:
+        if not arch.is_causal:
             hint = "Pretrain it with fresh_head = true: the head that this gives it is trained alone."
         raise ConfigError(
             Problem("fit and pretraining", "a model with an output head", arch.class_of(model_config), hint)
@@ -155,7 +155,7 @@ def layer_spec(model_config: ModelConfig) -> ModuleSpec:
         spec.submodules.pre_mlp_layernorm = Norm
         spec.submodules.self_attention.submodules.core_attention = FusedAttention
     spec.module = layer_class(model_config)
-    if not arch.causal:
+    if not arch.is_causal:
         spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     return spec
 
@@ -178,7 +178,7 @@ def final_norm_spec() -> type:
 def rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
     """The rotary positions, if there are any; of the scalings, Llama 3's (the only one mcore has) with its published
     constants."""
-    if architectures.get(model_config.arch).learns_positions:
+    if architectures.get(model_config.arch).has_learned_positions:
         return None
     scaling = dict(model_config.rope_scaling or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))

@@ -66,7 +66,7 @@ def _before(model_config: ModelConfig) -> list[dict[str, str]]:
         return [{"": "embedding."}]
     words, *more = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
     before = [{words: f"embedding.{words}"}, {own: f"embedding.{own}" for own in more}]
-    return before if family.learns_positions else before[:1]
+    return before if family.has_learned_positions else before[:1]
 
 
 def prefixes(model_config: ModelConfig) -> list[dict[str, str]]:
