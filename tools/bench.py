@@ -16,7 +16,7 @@ python tools/bench.py convert --gb 4 --output runs/bench_convert.json
 def parser() -> cli.CommandParser:
     made = cli.build_parser(__doc__, EXAMPLE)
     chosen = made.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for name, module in bench.measurements().items():
+    for name, module in bench.load_measurements().items():
         one = chosen.add_parser(name, help=module.HELP, description=module.__doc__)
         module.arguments(one)
         one.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
@@ -26,7 +26,7 @@ def parser() -> cli.CommandParser:
 
 def main() -> None:
     args = parser().parse_args()
-    module = bench.measurements()[args.what]
+    module = bench.load_measurements()[args.what]
     place = args.folder or Path()
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".bench.", dir=place) as folder:

@@ -29,29 +29,32 @@ def main() -> None:
 
     rate, room = args.tflops * 1e12, args.device_memory * 1e9
     if args.table:
-        print("\n".join(scaling_table.lines(rate, room)))
+        print("\n".join(scaling_table.format_scaling_table(rate, room)))
         return
     config = cli.load_config(args)
     fit, pretrain = jobs(config, args.world)
-    pages = [plan_text.models(fit.operator), plan_text.run("fit", fit, rate, room)]
-    pages.append(plan_text.growth(fit.operator, config.handoff.formats, config.handoff.dtype))
-    pages.append(plan_text.run("pretraining", pretrain, rate, room))
-    pages.append(plan_text.checkpoints(fit.operator, config.pretrain.precision))
+    pages = [plan_text.describe_models(fit.operator), plan_text.describe_run("fit", fit, rate, room)]
+    pages.append(plan_text.describe_growth(fit.operator, config.handoff.formats, config.handoff.dtype))
+    pages.append(plan_text.describe_run("pretraining", pretrain, rate, room))
+    pages.append(plan_text.describe_checkpoints(fit.operator, config.pretrain.precision))
     if args.layouts:
-        pages += [plan_text.refused("fit", fit), plan_text.refused("pretraining", pretrain)]
+        pages += [
+            plan_text.describe_refused_layouts("fit", fit),
+            plan_text.describe_refused_layouts("pretraining", pretrain),
+        ]
     print("\n\n".join("\n".join(page) for page in pages))
 
 
 def jobs(config, world: int):
     """The fit and the pretraining that a config describes."""
     from megatron_ligo.growth.validation import initial_operator
-    from megatron_ligo.plan.planned_job import Job
+    from megatron_ligo.plan.planned_job import PlannedJob
     from megatron_ligo.training.initial_weights import sizes
 
     operator = initial_operator(sizes(Path(config.small.path)), config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     more = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
-    fit = Job(operator.large, config.fit, world, seq, operator, config.fit.source == "whole", **more)
+    fit = PlannedJob(operator.large, config.fit, world, seq, operator, config.fit.source == "whole", **more)
     return fit, replace(fit, run=config.pretrain, operator=None, **dict.fromkeys(more, False))
 
 

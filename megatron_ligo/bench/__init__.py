@@ -15,13 +15,13 @@ import pkgutil
 from functools import cache
 from types import ModuleType
 
-__all__ = ["measurements"]
+__all__ = ["load_measurements"]
 
 PREFIX = "bench_"
 
 
 @cache
-def measurements() -> dict[str, ModuleType]:
+def load_measurements() -> dict[str, ModuleType]:
     """Every measurement by name."""
     names = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(PREFIX)]
     return {name.removeprefix(PREFIX): importlib.import_module(f"{__name__}.{name}") for name in names}

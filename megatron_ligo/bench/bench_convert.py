@@ -41,9 +41,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Every path, repeat by repeat, in turn with cp: what else the machine does meets them alike."""
-    model_config = synthetic_reader.llama(args.gb * GB)
+    model_config = synthetic_reader.synthetic_llama_config(args.gb * GB)
     source = folder / "source"
-    timing.kl_divergence(_write, source, args.gb)
+    timing.run_in_new_process(_write, source, args.gb)
     size = _size(source)
     targets = args.to or formats.writers()
     floor: list[float] = []
@@ -58,9 +58,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "what": "convert",
         "model": {"bytes": size, "largest_tensor": largest, "dims": model_config.to_json()},
         "workers": args.workers,
-        "cp_sync": {"seconds": floor, "bytes_per_second": timing.spread([size / seconds for seconds in floor])},
+        "cp_sync": {
+            "seconds": floor,
+            "bytes_per_second": timing.summarise_repeats([size / seconds for seconds in floor]),
+        },
         "paths": {to: _summary(runs[to], floor, size, largest, GOALS.get(to)) for to in targets},
-        "machine": timing.machine(),
+        "machine": timing.describe_machine(),
     }
     shutil.rmtree(source)
     if args.peer_gb:
@@ -72,8 +75,8 @@ def _summary(runs: list[dict], floor: list[float], size: int, largest: int, goal
     ratios = [least / run["seconds"] for least, run in zip(floor, runs, strict=True)]
     return {
         "seconds": [run["seconds"] for run in runs],
-        "bytes_per_second": timing.spread([size / run["seconds"] for run in runs]),
-        "ratio": timing.spread(ratios),
+        "bytes_per_second": timing.summarise_repeats([size / run["seconds"] for run in runs]),
+        "ratio": timing.summarise_repeats(ratios),
         "goal": goal,
         "anonymous": {"peak": max(run["anonymous"] for run in runs), "limit": LARGEST * largest + MORE},
     }
@@ -82,37 +85,37 @@ def _summary(runs: list[dict], floor: list[float], size: int, largest: int, goal
 def _peers(args: argparse.Namespace, folder: Path) -> dict:
     """Each library's own tool against cp + sync of what it wrote."""
     source = folder / "source"
-    timing.kl_divergence(_write, source, args.peer_gb)
+    timing.run_in_new_process(_write, source, args.peer_gb)
     found = {}
     for name, tool in library_tools.TOOLS.items():
         runs = [_fresh(folder / "peer", partial(_beside, tool, source)) for _ in range(args.repeats)]
         for part in (part for part in runs[0] if part != "cp_sync"):
             seconds = [run[part] for run in runs]
             ratios = [run["cp_sync"] / run[part] for run in runs]
-            found[f"{name}: {part}"] = {"seconds": seconds, "ratio": timing.spread(ratios)}
+            found[f"{name}: {part}"] = {"seconds": seconds, "ratio": timing.summarise_repeats(ratios)}
     return found
 
 
-def _beside(tool: library_tools.Tool, source: Path, work: Path) -> dict[str, float]:
+def _beside(tool: library_tools.LibraryTool, source: Path, work: Path) -> dict[str, float]:
     work.mkdir()
-    seconds = timing.kl_divergence(tool, source, work, work / "made")
+    seconds = timing.run_in_new_process(tool, source, work, work / "made")
     return {**seconds, "cp_sync": _copied(work / "made", work / "copy")}
 
 
 def _write(folder: Path, gb: float) -> None:
     options = WriteOptions(extra={"shard_bytes": SHARD_BYTES["source"]})
-    convert(synthetic_reader.Drawn(synthetic_reader.llama(gb * GB)), folder, "hf", options)
+    convert(synthetic_reader.SyntheticReader(synthetic_reader.synthetic_llama_config(gb * GB)), folder, "hf", options)
 
 
 def _converted(source: Path, to: str, workers: int, target: Path) -> dict:
-    return timing.kl_divergence(_convert, source, to, workers, target)
+    return timing.run_in_new_process(_convert, source, to, workers, target)
 
 
 def _convert(source: Path, to: str, workers: int, target: Path) -> dict:
     torch.set_num_threads(1)
     options = WriteOptions(workers=workers, extra={"shard_bytes": SHARD_BYTES["target"]} if to == "hf" else {})
     reader = formats.open(source)
-    with timing.anonymous_memory() as memory:
+    with timing.track_anonymous_memory() as memory:
         start = time.perf_counter()
         convert(reader, target, to, options)
         seconds = time.perf_counter() - start
@@ -147,16 +150,16 @@ def _size(folder: Path) -> int:
 def as_text(found: dict) -> str:
     lines = [
         f"{found['model']['bytes'] / GB:.2f} GB in fp32, {found['machine']['cores']} cores, {found['workers']} workers",
-        f"{'cp + sync':<28} {timing.shown(_mega(found['cp_sync']['bytes_per_second']), '.0f')} MB/s",
+        f"{'cp + sync':<28} {timing.format_spread(_mega(found['cp_sync']['bytes_per_second']), '.0f')} MB/s",
         "",
         f"{'path':<28} {'of cp + sync':<24} {'goal':<6} anonymous memory (limit)",
     ]
     for to, path in found["paths"].items():
         goal = f"{path['goal']:.2f}" if path["goal"] else "-"
         memory = f"{path['anonymous']['peak'] / 1e6:.0f} MB ({path['anonymous']['limit'] / 1e6:.0f} MB)"
-        lines.append(f"{'hf -> ' + to:<28} {timing.shown(path['ratio']):<24} {goal:<6} {memory}")
+        lines.append(f"{'hf -> ' + to:<28} {timing.format_spread(path['ratio']):<24} {goal:<6} {memory}")
     for name, peer in found.get("peers", {}).items():
-        lines.append(f"{name:<28} {timing.shown(peer['ratio'])}")
+        lines.append(f"{name:<28} {timing.format_spread(peer['ratio'])}")
     return "\n".join(lines)
 
 

@@ -53,8 +53,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    from megatron_ligo.bench.steps.rank_pool import Ranks
-    from megatron_ligo.bench.steps.step_jobs import FitStepper, Job, PlainStepper
+    from megatron_ligo.bench.steps.rank_pool import RankProcesses
+    from megatron_ligo.bench.steps.step_jobs import FitStepper, PretrainStepper, StepJob
 
     case = CASES[args.case]
     found = []
@@ -70,11 +70,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             "whole_source": args.source == "whole",
         }
         world = args.tp * args.pp
-        plain = Ranks(world, PlainStepper, job=Job(**shared))
+        plain = RankProcesses(world, PretrainStepper, job=StepJob(**shared))
         for rank in args.rank:
             for recompute in (False, True):
-                job = Job(**shared, operator={"rank": rank}, recompute=recompute)
-                fit = Ranks(world, FitStepper, job=job)
+                job = StepJob(**shared, operator={"rank": rank}, recompute=recompute)
+                fit = RankProcesses(world, FitStepper, job=job)
                 found.append(
                     {"tokens": tokens, "rank": rank, "recompute": recompute, **_compared(args, fit, plain, job)}
                 )
@@ -102,7 +102,7 @@ def as_text(found: dict) -> str:
 
 def _compared(args, fit, plain, job) -> dict:
     from megatron_ligo.arch.flops import train_flops
-    from megatron_ligo.bench.steps.rank_pool import in_turn, ratio
+    from megatron_ligo.bench.steps.rank_pool import compare_pairs, time_in_turn
     from megatron_ligo.growth.fit_flops import fit_step_flops
 
     last: dict[str, list[dict]] = {}
@@ -114,10 +114,10 @@ def _compared(args, fit, plain, job) -> dict:
 
         return run
 
-    ours, theirs = in_turn(args.rounds, step("fit", fit), step("plain", plain))
+    ours, theirs = time_in_turn(args.rounds, step("fit", fit), step("plain", plain))
     operator, tokens = job.operator_made(), job.tokens * job.micro_batches
     counted = fit_step_flops(operator, tokens, job.seq_length), train_flops(operator.large, tokens, job.seq_length)
-    time = ratio(ours, theirs)
+    time = compare_pairs(ours, theirs)
     memory = [max(answer["peak"] - answer["baseline"] for answer in ranks.call("memory")) for ranks in (fit, plain)]
     figures = {
         "cpu_time": time,

@@ -46,13 +46,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Every operator, repeat by repeat, in turn with dd: what else the machine does meets them alike."""
-    small = synthetic_reader.llama(args.gb * 1e9)
+    small = synthetic_reader.synthetic_llama_config(args.gb * 1e9)
     source = folder / "source"
-    timing.kl_divergence(_prepare, small, _large(small, args.times), folder)
+    timing.run_in_new_process(_prepare, small, _large(small, args.times), folder)
     runs: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:
-            run = timing.kl_divergence(_grow, source, folder / kind, folder / "grown", args.threads)
+            run = timing.run_in_new_process(_grow, source, folder / kind, folder / "grown", args.threads)
             shutil.rmtree(folder / "grown")
             run["dd"] = _dd(folder / "zeros", run["bytes"])
             runs[kind].append(run)
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "times": args.times,
         "formats": list(HANDOFF_FORMATS),
         "paths": {kind: _summary(found) for kind, found in runs.items()},
-        "machine": {**timing.machine(), "threads": args.threads},
+        "machine": {**timing.describe_machine(), "threads": args.threads},
     }
 
 
@@ -71,7 +71,7 @@ def _summary(runs: list[dict]) -> dict:
         "bytes": runs[0]["bytes"],
         "seconds": [run["seconds"] for run in runs],
         "dd_seconds": [run["dd"] for run in runs],
-        "ratio": timing.spread([run["dd"] / run["seconds"] for run in runs]),
+        "ratio": timing.summarise_repeats([run["dd"] / run["seconds"] for run in runs]),
         "goal": GOAL,
         "anonymous": {"peak": max(run["anonymous"] for run in runs), "limit": runs[0]["limit"]},
     }
@@ -83,7 +83,7 @@ def _large(small: ModelConfig, times: float) -> LargeSection:
 
 
 def _prepare(small: ModelConfig, large: LargeSection, folder: Path) -> None:
-    convert(synthetic_reader.Drawn(small), folder / "source", "hf")
+    convert(synthetic_reader.SyntheticReader(small), folder / "source", "hf")
     operator = initial_operator(small, large, OperatorSection())
     for kind in KINDS:
         made = ((name, _tensor(operator, name, kind)) for name in operator.shapes())
@@ -104,7 +104,7 @@ def _grow(source: Path, operator: Path, target: Path, threads: int) -> dict:
     torch.set_num_threads(threads)
     reader = formats.open(source)
     grown = GrownReader(operator_file.OperatorFile(operator), reader)
-    with timing.anonymous_memory() as memory:
+    with timing.track_anonymous_memory() as memory:
         start = time.perf_counter()
         write_handoff(grown, target, torch.float32, HANDOFF_FORMATS, build_growth_record(grown))
         seconds = time.perf_counter() - start
@@ -135,7 +135,6 @@ def as_text(found: dict) -> str:
     lines = [f"{'operator':<10} {'GB':<6} {'of dd':<24} {'goal':<6} anonymous memory (limit)"]
     for kind, path in found["paths"].items():
         memory = f"{path['anonymous']['peak'] / 1e6:.0f} MB ({path['anonymous']['limit'] / 1e6:.0f} MB)"
-        lines.append(
-            f"{kind:<10} {path['bytes'] / 1e9:<6.2f} {timing.shown(path['ratio']):<24} {path['goal']:<6} {memory}"
-        )
+        ratio = timing.format_spread(path["ratio"])
+        lines.append(f"{kind:<10} {path['bytes'] / 1e9:<6.2f} {ratio:<24} {path['goal']:<6} {memory}")
     return "\n".join(lines)

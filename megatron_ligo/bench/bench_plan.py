@@ -22,14 +22,14 @@ WIDE = {
     | {"vocab_size": 8000},
     "large": {"num_layers": 4, "hidden_size": 512, "ffn_size": 1408, "num_heads": 16, "num_kv_heads": 8},
 }
-LOW = {"ds_config": f"{ROOT / 'launch_scripts' / 'grow_1b.json'}"}
+BF16_STATES = {"ds_config": f"{ROOT / 'launch_scripts' / 'grow_1b.json'}"}
 OFFLOAD = {"zero": 3, "ds_config": f"{ROOT / 'ds_configs' / 'zero3_offload.json'}"}
 # What is run, on how many processes, the sizes, and the rest of the job (bench/steps/step_jobs.py).
 CASES = {
     "pretraining": ("plain", 1, NARROW, {"tokens": 1024, "sequences": 2}),
     "pretraining, recomputed": ("plain", 1, WIDE, {"tokens": 1024, "sequences": 4, "recompute": True}),
     "pretraining, bf16": ("plain", 1, WIDE, {"tokens": 128, "precision": "bf16"}),
-    "pretraining, bf16 states": ("plain", 1, WIDE, {"tokens": 128, "precision": "bf16", "parallel": LOW}),
+    "pretraining, bf16 states": ("plain", 1, WIDE, {"tokens": 128, "precision": "bf16", "parallel": BF16_STATES}),
     "pretraining, TP2": ("plain", 2, NARROW, {"sequences": 2, "parallel": {"tp": 2}}),
     "pretraining, PP2": ("plain", 2, NARROW, {"tokens": 256, "micro_batches": 4, "parallel": {"pp": 2}}),
     "pretraining, ZeRO 2": ("plain", 2, WIDE, {"tokens": 256, "micro_batches": 2, "parallel": {"zero": 2}}),
@@ -54,20 +54,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    from megatron_ligo.bench.steps.memory_peak import Peak
-    from megatron_ligo.bench.steps.rank_pool import Ranks
+    from megatron_ligo.bench.steps.memory_peak import PeakMemoryProbe
+    from megatron_ligo.bench.steps.rank_pool import RankProcesses
 
     found = {}
     for case in args.case or CASES:
         kind, world, sizes, more = CASES[case]
-        ranks = Ranks(world, Peak, kind=kind, job={**sizes, **more})
-        found[case] = fullest(ranks.call("found"))
+        ranks = RankProcesses(world, PeakMemoryProbe, kind=kind, job={**sizes, **more})
+        found[case] = compare_by_stage(ranks.call("found"))
         ranks.close()
         log.info("%s: %s", case, found[case])
     return {"what": "plan", "goal": GOAL, "cases": found}
 
 
-def fullest(ranks: list[dict]) -> list[dict]:
+def compare_by_stage(ranks: list[dict]) -> list[dict]:
     """By stage: the ratio of the plan to the rank that took most, its bytes, and those planned by kind."""
     stages = []
     for stage in sorted({rank["stage"] for rank in ranks}):

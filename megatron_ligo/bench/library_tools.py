@@ -15,10 +15,10 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint import formats
 
-Tool = Callable[[Path, Path, Path], dict[str, float]]  # source, folder to work in, result -> seconds by part
+LibraryTool = Callable[[Path, Path, Path], dict[str, float]]  # source, folder to work in, result -> seconds by part
 
 
-def megatron_core(source: Path, work: Path, made: Path) -> dict[str, float]:
+def run_megatron_core(source: Path, work: Path, made: Path) -> dict[str, float]:
     """dist_checkpointing of one rank's GPTModel that holds the source's weights."""
     from megatron.core import dist_checkpointing
 
@@ -33,12 +33,12 @@ def megatron_core(source: Path, work: Path, made: Path) -> dict[str, float]:
     parameters.fill(model, reader.model_config, mesh, reader.read)
     made.mkdir()
     return {
-        "save": _timed(lambda: dist_checkpointing.save(model.sharded_state_dict(), str(made))),
-        "load": _timed(lambda: dist_checkpointing.load(model.sharded_state_dict(), str(made))),
+        "save": _time_until_synced(lambda: dist_checkpointing.save(model.sharded_state_dict(), str(made))),
+        "load": _time_until_synced(lambda: dist_checkpointing.load(model.sharded_state_dict(), str(made))),
     }
 
 
-def universal(source: Path, work: Path, made: Path) -> dict[str, float]:
+def run_ds_to_universal(source: Path, work: Path, made: Path) -> dict[str, float]:
     """ds_to_universal of what a ZeRO 1 engine saved after a step: fp32 weights and both moments."""
     import deepspeed
     import torch
@@ -73,13 +73,13 @@ def universal(source: Path, work: Path, made: Path) -> dict[str, float]:
     )
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        return {"ds_to_universal": _timed(lambda: ds_to_universal.main(args))}
+        return {"ds_to_universal": _time_until_synced(lambda: ds_to_universal.main(args))}
 
 
-TOOLS: dict[str, Tool] = {"Megatron-core": megatron_core, "DeepSpeed": universal}
+TOOLS: dict[str, LibraryTool] = {"Megatron-core": run_megatron_core, "DeepSpeed": run_ds_to_universal}
 
 
-def _timed(job: Callable[[], object]) -> float:
+def _time_until_synced(job: Callable[[], object]) -> float:
     """Seconds until all is on the disk."""
     start = time.perf_counter()
     job()

@@ -10,13 +10,13 @@ from torch import Tensor
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 
-HEAD = 64
-VOCABULARY = 32_000
+HEAD_DIM = 64
+VOCAB_SIZE = 32_000
 # At least so many layers, so that no tensor is a large part of the model.
-LAYERS = 8
+MIN_LAYERS = 8
 
 
-class Drawn(Reader):
+class SyntheticReader(Reader):
     """Normal numbers, the same for the same key."""
 
     format = "drawn"
@@ -37,20 +37,20 @@ class Drawn(Reader):
         return ["drawn", self.model_config.to_json()]
 
 
-def llama(nbytes: float) -> ModelConfig:
+def synthetic_llama_config(nbytes: float) -> ModelConfig:
     """Sizes of about so many bytes in fp32, in the proportions of real models: GQA, head size 64, ffn 2.75 x hidden."""
-    hidden, vocab = 2048, VOCABULARY
-    while hidden > 4 * HEAD and _layers(nbytes, hidden, vocab) < LAYERS:
+    hidden, vocab = 2048, VOCAB_SIZE
+    while hidden > 4 * HEAD_DIM and _count_layers(nbytes, hidden, vocab) < MIN_LAYERS:
         hidden, vocab = hidden // 2, vocab // 2
     return ModelConfig(
         arch="llama",
         model_type="llama",
-        num_layers=max(round(_layers(nbytes, hidden, vocab)), 1),
+        num_layers=max(round(_count_layers(nbytes, hidden, vocab)), 1),
         hidden_size=hidden,
         ffn_size=hidden * 11 // 4,
-        num_heads=hidden // HEAD,
-        num_kv_heads=hidden // HEAD // 2,
-        head_dim=HEAD,
+        num_heads=hidden // HEAD_DIM,
+        num_kv_heads=hidden // HEAD_DIM // 2,
+        head_dim=HEAD_DIM,
         vocab_size=vocab,
         max_positions=2048,
         norm_eps=1e-5,
@@ -58,7 +58,7 @@ def llama(nbytes: float) -> ModelConfig:
     )
 
 
-def _layers(nbytes: float, hidden: int, vocab: int) -> float:
+def _count_layers(nbytes: float, hidden: int, vocab: int) -> float:
     """How many layers make up the rest: q and o, k and v, gate, up and down, beside the two embeddings."""
     layer = hidden * hidden * (2 + 1 + 3 * 11 / 4)
     return (nbytes / 4 - 2 * vocab * hidden) / layer

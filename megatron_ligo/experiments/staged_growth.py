@@ -25,7 +25,7 @@ from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report import write_report
-from megatron_ligo.report.run_records import PRETRAIN_RECORD, Run, read_runs
+from megatron_ligo.report.run_records import PRETRAIN_RECORD, RecordedRun, read_runs
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RECORD, REPORT = "chain.json", "report"
@@ -189,11 +189,11 @@ def record(stages: Sequence[Stage], output: Path) -> None:
     """OUTPUT/chain.json and OUTPUT/report for the stages that are done."""
     runs = read_runs([folder for stage in stages for folder in stage.runs()])
     spent, links = _spent(runs)
-    write_report([run.folder for run in runs], output / REPORT, before=spent)
+    write_report([run.folder for run in runs], output / REPORT, prior_flops=spent)
     write_json(output / RECORD, {"stages": links, "versions": library_versions()})
 
 
-def _spent(runs: list[Run]) -> tuple[dict[Path, float], list[dict]]:
+def _spent(runs: list[RecordedRun]) -> tuple[dict[Path, float], list[dict]]:
     """By run's folder the FLOPs that were spent before it, and the lineage as plain data."""
     total, before, links = 0.0, {}, []
     for run in runs:
@@ -204,7 +204,7 @@ def _spent(runs: list[Run]) -> tuple[dict[Path, float], list[dict]]:
                 "stage": run.folder.parent.name,
                 "run": run.folder.name,
                 "model": None if run.model_config is None else run.model_config.to_json(),
-                "from": run.begun,
+                "from": run.initialised_by,
                 "losses": run.losses,
                 "steps": run.steps,
                 "tokens": run.total("tokens"),

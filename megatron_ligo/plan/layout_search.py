@@ -8,32 +8,32 @@ from dataclasses import dataclass, replace
 from megatron_ligo.common.errors import ConfigError, LayoutError
 from megatron_ligo.config.run_config import ParallelSection
 from megatron_ligo.plan import pipeline_schedule
-from megatron_ligo.plan.memory import memory, on_device
-from megatron_ligo.plan.planned_job import Job
+from megatron_ligo.plan.memory import estimate_peak_memory, sum_device_bytes
+from megatron_ligo.plan.planned_job import PlannedJob
 from megatron_ligo.training.initial_weights import check_layout
 
 # A forward pass again for each backward one: 4 thirds of forward and backward.
-RECOMPUTED = 4 / 3
-LARGEST_TP = 8  # tensor parallelism stays inside a node
+RECOMPUTE_FACTOR = 4 / 3
+MAX_TP = 8  # tensor parallelism stays inside a node
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """A layout that can be: bytes of its fullest rank, seconds of a step at a device's rate, the pipeline's bubble."""
 
-    job: Job
-    memory: int
+    job: PlannedJob
+    memory_bytes: int
     seconds: float
     bubble: float
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         parallel, job = self.job.parallel, self.job
         sequence = " + SP" if parallel.sequence_parallel else ""
         return f"tp {parallel.tp} x pp {parallel.pp} x dp {job.dp}, ZeRO {parallel.zero}{sequence}"
 
 
-def refusal(job: Job) -> str | None:
+def find_refusal(job: PlannedJob) -> str | None:
     """Why a layout cannot be, in a line; None if it can."""
     parallel = job.parallel
     if job.world % (parallel.tp * parallel.pp):
@@ -50,21 +50,21 @@ def refusal(job: Job) -> str | None:
     return None
 
 
-def plan(job: Job, flops_per_second: float) -> Plan:
+def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
     """A layout that is not refused. Traffic is taken to hide behind the products."""
-    busy = job.flops() / job.world / flops_per_second * (RECOMPUTED if job.run.recompute else 1.0)
-    layers = job.stages()
+    busy = job.step_flops() / job.world / flops_per_second * (RECOMPUTE_FACTOR if job.run.recompute else 1.0)
+    layers = job.layers_per_stage()
     forward = [busy / 3 * count * job.parallel.pp / sum(layers) / job.micro_batches for count in layers]
     backward = [2 * seconds for seconds in forward]
-    seconds = pipeline_schedule.simulate(forward, backward, job.micro_batches)
-    waiting = pipeline_schedule.bubble(forward, backward, job.micro_batches, seconds)
-    return Plan(job, on_device(memory(job)), seconds, waiting)
+    seconds = pipeline_schedule.simulate_step(forward, backward, job.micro_batches)
+    waiting = pipeline_schedule.compute_bubble(forward, backward, job.micro_batches, seconds)
+    return LayoutPlan(job, sum_device_bytes(estimate_peak_memory(job)), seconds, waiting)
 
 
-def candidates(job: Job) -> Iterator[Job]:
+def iterate_layouts(job: PlannedJob) -> Iterator[PlannedJob]:
     """The same run on as many processes at every layout, refused ones among them."""
-    for tp in _powers(LARGEST_TP):
-        for pp in _powers(job.large.num_layers):
+    for tp in _powers_of_two(MAX_TP):
+        for pp in _powers_of_two(job.large.num_layers):
             for zero in (1, 2, 3):
                 if tp * pp <= job.world:
                     # A profile of the user's own is for one stage.
@@ -73,21 +73,27 @@ def candidates(job: Job) -> Iterator[Job]:
                     yield replace(job, run=replace(job.run, parallel=parallel))
 
 
-def fitting(job: Job, flops_per_second: float, device_bytes: float) -> list[Plan]:
+def find_fitting_layouts(job: PlannedJob, flops_per_second: float, device_bytes: float) -> list[LayoutPlan]:
     """The layouts of as many processes that fit into a device, the fastest first (then those with most to spare)."""
-    fit = (one for one in candidates(job) if refusal(one) is None and on_device(memory(one)) <= device_bytes)
-    plans = [plan(one, flops_per_second) for one in fit]
-    return sorted(plans, key=lambda found: (round(found.seconds, 3), found.memory))
+    fit = (
+        one
+        for one in iterate_layouts(job)
+        if find_refusal(one) is None and sum_device_bytes(estimate_peak_memory(one)) <= device_bytes
+    )
+    plans = [plan_layout(one, flops_per_second) for one in fit]
+    return sorted(plans, key=lambda found: (round(found.seconds, 3), found.memory_bytes))
 
 
-def smallest(job: Job, flops_per_second: float, device_bytes: float, most: int = 4096) -> Plan | None:
+def find_smallest_layout(
+    job: PlannedJob, flops_per_second: float, device_bytes: float, most: int = 4096
+) -> LayoutPlan | None:
     """The fastest layout on the fewest devices (a power of two) that hold the run; None if `most` do not."""
-    for world in _powers(most):
-        found = fitting(replace(job, world=world), flops_per_second, device_bytes)
+    for world in _powers_of_two(most):
+        found = find_fitting_layouts(replace(job, world=world), flops_per_second, device_bytes)
         if found:
             return found[0]
     return None
 
 
-def _powers(most: int) -> list[int]:
+def _powers_of_two(most: int) -> list[int]:
     return [1 << i for i in range(most.bit_length()) if 1 << i <= most]

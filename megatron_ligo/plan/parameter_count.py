@@ -7,23 +7,23 @@ from math import prod
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.plan.planned_job import Job
+from megatron_ligo.plan.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 
-def model_total(model_config: ModelConfig) -> int:
+def count_model(model_config: ModelConfig) -> int:
     """Numbers of a whole model, as a checkpoint stores them."""
     rows = [row for row in architectures.get(model_config.arch).rows if row.stored(model_config)]
     return sum(prod(row.shape(model_config)) * (model_config.num_layers if row.in_layer else 1) for row in rows)
 
 
-def layer(model_config: ModelConfig, tp: int) -> int:
+def count_layer(model_config: ModelConfig, tp: int) -> int:
     """Numbers of one layer on a tensor-parallel rank."""
     rows = architectures.get(model_config.arch).layer_rows(model_config)
     return sum(prod(row.shape(model_config)) // (1 if row.split is None else tp) for row in rows)
 
 
-def outside(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
+def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
     """Numbers outside the layers on a stage's rank: embeddings on the first one, final norm and head on the last."""
     found = 0
     for row in architectures.get(model_config.arch).rows:
@@ -40,13 +40,15 @@ def outside(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
     return found
 
 
-def model_rank(job: Job, stage: int) -> int:
+def count_model_on_rank(job: PlannedJob, stage: int) -> int:
     """Numbers of the model to pretrain on a rank of a stage."""
     tp, last = job.parallel.tp, job.parallel.pp - 1
-    return job.stages()[stage] * layer(job.large, tp) + outside(job.large, tp, stage == 0, stage == last)
+    return job.layers_per_stage()[stage] * count_layer(job.large, tp) + count_outside_layers(
+        job.large, tp, stage == 0, stage == last
+    )
 
 
-def operator_rank(operator: Operator, tp: int, layers: int) -> int:
+def count_operator_on_rank(operator: Operator, tp: int, layers: int) -> int:
     """Numbers of the operator that a rank of a stage with so many layers holds, its frozen rows among them."""
     found = 0
     for spec in operator.maps.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def order(stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]:
+def schedule_1f1b(stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]:
     """What a stage does in turn: ("F" or "B", micro-batch)."""
     ahead = min(stages - stage - 1, micro_batches)
     done = [("F", m) for m in range(ahead)]
@@ -14,11 +14,13 @@ def order(stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]:
     return done + [("B", m) for m in range(micro_batches - ahead, micro_batches)]
 
 
-def simulate(forward: Sequence[float], backward: Sequence[float], micro_batches: int, sending: float = 0.0) -> float:
+def simulate_step(
+    forward: Sequence[float], backward: Sequence[float], micro_batches: int, sending: float = 0.0
+) -> float:
     """Seconds of a step: forward and backward seconds of a micro-batch by stage, `sending` from stage to stage."""
     stages = len(forward)
     seconds = {"F": forward, "B": backward}
-    queues = [order(stage, stages, micro_batches) for stage in range(stages)]
+    queues = [schedule_1f1b(stage, stages, micro_batches) for stage in range(stages)]
     free = [0.0] * stages
     ended: dict[tuple[str, int, int], float] = {}
     while any(queues):
@@ -37,7 +39,7 @@ def simulate(forward: Sequence[float], backward: Sequence[float], micro_batches:
     return max(free)
 
 
-def bubble(forward: Sequence[float], backward: Sequence[float], micro_batches: int, seconds: float) -> float:
+def compute_bubble(forward: Sequence[float], backward: Sequence[float], micro_batches: int, seconds: float) -> float:
     """The part of a step of so many seconds in which the busiest stage waits (0: none)."""
     busy = max(f + b for f, b in zip(forward, backward, strict=True)) * micro_batches
     return max(0.0, 1.0 - busy / seconds)

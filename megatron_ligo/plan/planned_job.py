@@ -12,11 +12,11 @@ from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.sharding.tensor_parallel import stage_bounds
 
-BYTES = {"fp32": 4, "bf16": 2}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """operator: that of a fit; None plans a pretraining of `large`. The run's config says the batch and the layout.
 
     source_bytes: of one number of the small model's matrices (2 where they are bf16 to the bit, else 4).
@@ -46,26 +46,26 @@ class Job:
         return self.run.global_batch_size // (self.run.micro_batch_size * self.dp)
 
     @property
-    def tokens(self) -> int:
+    def micro_batch_tokens(self) -> int:
         """Of a micro-batch."""
         return self.run.micro_batch_size * self.seq_length
 
     @property
-    def width(self) -> int:
+    def element_bytes(self) -> int:
         """Bytes of a number in activations (and in a pretraining's weights)."""
-        return BYTES[self.run.precision]
+        return DTYPE_BYTES[self.run.precision]
 
     @property
-    def shared_by(self) -> int:
+    def micro_batches_per_build(self) -> int:
         """Micro-batches that share what a fit builds once a step."""
         return 1 if self.parallel.zero == 3 else self.micro_batches
 
-    def stages(self) -> list[int]:
+    def layers_per_stage(self) -> list[int]:
         """Layers of each stage."""
         bounds = stage_bounds(self.large.num_layers, self.parallel.pp)
         return [last - first for first, last in itertools.pairwise(bounds)]
 
-    def flops(self) -> int:
+    def step_flops(self) -> int:
         """Of one step over all ranks; recomputation and what tensor-parallel ranks do twice are not counted."""
         tokens = self.run.global_batch_size * self.seq_length
         if self.operator is not None:

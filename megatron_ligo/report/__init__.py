@@ -16,7 +16,10 @@ __all__ = ["write_report"]
 
 
 def write_report(
-    folders: Sequence[Path], output: Path, console: Console | None = None, before: Mapping[Path, float] | None = None
+    folders: Sequence[Path],
+    output: Path,
+    console: Console | None = None,
+    prior_flops: Mapping[Path, float] | None = None,
 ) -> None:
     """Prints the table of the runs in `folders` and writes OUTPUT/report.html and OUTPUT/report.png.
 
@@ -25,10 +28,10 @@ def write_report(
     Raises CheckpointError with every folder that is no run and every record that is damaged, before it writes.
     """
     runs = read_runs(folders)
-    if before is not None:
-        runs = [replace(run, spent=before[run.folder]) for run in runs]
-    told = report_table.tell(runs)
+    if prior_flops is not None:
+        runs = [replace(run, prior_flops=prior_flops[run.folder]) for run in runs]
+    told = report_table.build_table(runs)
     output.mkdir(parents=True, exist_ok=True)
-    write_bytes(output / "report.png", curves.picture(runs, told))
-    write_bytes(output / "report.html", report_page.page(told, curves.picture(runs)).encode())
-    report_table.show(told, console or Console())
+    write_bytes(output / "report.png", curves.draw_png(runs, told))
+    write_bytes(output / "report.html", report_page.render_page(told, curves.draw_png(runs)).encode())
+    report_table.print_table(told, console or Console())

@@ -12,18 +12,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from megatron_ligo.report.report_table import HEADINGS, LOSSES, Told
-from megatron_ligo.report.run_records import Run
+from megatron_ligo.report.report_table import HEADINGS, LOSSES, ReportTable
+from megatron_ligo.report.run_records import RecordedRun
 
 # Told apart by readers who do not see all colours (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 # Losses further apart than this are drawn on a logarithmic scale.
 LOG_RATIO = 3
-Points = tuple[list[float], list[float]]
+Curve = tuple[list[float], list[float]]
 
 
-def picture(runs: Sequence[Run], told: Told | None = None) -> bytes:
+def draw_png(runs: Sequence[RecordedRun], told: ReportTable | None = None) -> bytes:
     """A PNG of the curves; with `told`, of the table and its notes below them, too."""
     height = 5.2 + (0 if told is None else 0.34 * (len(HEADINGS) + 1) + 0.24 * len(told.notes) + 1.0)
     figure = Figure(figsize=(13, height), dpi=110, layout="constrained")
@@ -33,23 +33,23 @@ def picture(runs: Sequence[Run], told: Told | None = None) -> bytes:
     else:
         upper, lower = figure.subfigures(2, 1, height_ratios=(5.2, height - 5.2))
         panels = upper.subplots(1, 2)
-        _table(lower.subplots(), told)
+        _draw_table(lower.subplots(), told)
         upper.suptitle(fill(told.warning, 130), fontsize=10, color="#8a1c00")
-    _panel(panels[0], runs, by_flops=False)
-    _panel(panels[1], runs, by_flops=True)
+    _draw_panel(panels[0], runs, by_flops=False)
+    _draw_panel(panels[1], runs, by_flops=True)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
 
 
-def _panel(axes: Axes, runs: Sequence[Run], by_flops: bool) -> None:
+def _draw_panel(axes: Axes, runs: Sequence[RecordedRun], by_flops: bool) -> None:
     drawn = [run for run in runs if run.metrics or "step 0" in run.losses]
     everything = []
     for number, run in enumerate(drawn):
-        if by_flops and run.spent is None:
+        if by_flops and run.prior_flops is None:
             continue
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
-        trained, held_out = training(run, by_flops), held_out_points(run, by_flops)
+        trained, held_out = training_curve(run, by_flops), held_out_curve(run, by_flops)
         label = f"{run.name} ({run.kind})"
         axes.plot(*trained, color=colour, linestyle=style, marker=".", markersize=4, linewidth=1.4, label=label)
         axes.plot(
@@ -58,7 +58,7 @@ def _panel(axes: Axes, runs: Sequence[Run], by_flops: bool) -> None:
         everything += trained[1] + held_out[1]
     axes.set_title("Loss against FLOPs, a start's own fit included" if by_flops else "Loss against step")
     axes.set_xlabel("FLOPs of all ranks" if by_flops else "step")
-    _scale(axes, everything)
+    _set_scale(axes, everything)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if not everything:
@@ -77,7 +77,7 @@ def _panel(axes: Axes, runs: Sequence[Run], by_flops: bool) -> None:
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
-def _scale(axes: Axes, losses: list[float]) -> None:
+def _set_scale(axes: Axes, losses: list[float]) -> None:
     wide = bool(losses) and min(losses) > 0 and max(losses) / min(losses) > LOG_RATIO
     axes.set_ylabel("loss, nats a token" + (" (logarithmic)" if wide else ""))
     if wide:
@@ -87,13 +87,13 @@ def _scale(axes: Axes, losses: list[float]) -> None:
         axes.tick_params(axis="y", which="minor", labelsize=7)
 
 
-def training(run: Run, by_flops: bool) -> Points:
+def training_curve(run: RecordedRun, by_flops: bool) -> Curve:
     """Loss on the training batches; FLOPs begin where the fit that the start comes from has ended."""
-    rows = [row for row in run.metrics if _drawable(row.get("loss"))]
-    return [_place(run, row, by_flops) for row in rows], [row["loss"] for row in rows]
+    rows = [row for row in run.metrics if _is_drawable(row.get("loss"))]
+    return [_x_value(run, row, by_flops) for row in rows], [row["loss"] for row in rows]
 
 
-def held_out_points(run: Run, by_flops: bool) -> Points:
+def held_out_curve(run: RecordedRun, by_flops: bool) -> Curve:
     """The held-out losses at their places: before the first step, on the way, after the last."""
     first, last = ("initialised", "fitted") if run.kind == "fit" else ("step 0", "end")
     begin = {"step": 0, "flops": 0}
@@ -101,19 +101,19 @@ def held_out_points(run: Run, by_flops: bool) -> Points:
     places += [(row, row.get("eval_loss")) for row in run.metrics]
     if run.metrics and run.metrics[-1].get("eval_loss") is None:
         places.append((run.metrics[-1], run.losses.get(last)))
-    shown = [(_place(run, row, by_flops), loss) for row, loss in places if _drawable(loss)]
+    shown = [(_x_value(run, row, by_flops), loss) for row, loss in places if _is_drawable(loss)]
     return [x for x, _ in shown], [y for _, y in shown]
 
 
-def _drawable(loss: float | None) -> bool:
+def _is_drawable(loss: float | None) -> bool:
     return loss is not None and math.isfinite(loss)
 
 
-def _place(run: Run, row: dict, by_flops: bool) -> float:
-    return row["flops"] + run.spent if by_flops else row["step"]
+def _x_value(run: RecordedRun, row: dict, by_flops: bool) -> float:
+    return row["flops"] + run.prior_flops if by_flops else row["step"]
 
 
-def _table(axes: Axes, told: Told) -> None:
+def _draw_table(axes: Axes, told: ReportTable) -> None:
     """A column a run: the names and the layouts are long, the runs are few."""
     axes.axis("off")
     cells = [[row[number] for row in told.rows] for number in range(1, len(HEADINGS))]

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ligo.common.errors import ErrorCollector
 
 
-class Fields:
+class JsonRecord:
     """The fields of one record. Every fault goes to `faults`; the caller raises them."""
 
     def __init__(self, path: Path, table: Any, errors: ErrorCollector):
@@ -30,7 +30,7 @@ class Fields:
 
     def numbers(self, *keys: str) -> list[float] | None:
         found = self._get(keys, list, "a list of numbers")
-        if found is not None and not all(_is(entry, (int, float)) for entry in found):
+        if found is not None and not all(_is_instance(entry, (int, float)) for entry in found):
             self.errors.add(f"{self.path}: {'.'.join(keys)}", "a list of numbers", repr(found)[:60])
             return None
         return found
@@ -44,22 +44,22 @@ class Fields:
             value = value.get(key)
             if value is None:
                 return None
-        if not _is(value, kinds):
+        if not _is_instance(value, kinds):
             self.errors.add(f"{self.path}: {'.'.join(keys)}", expected, repr(value)[:60])
             return None
         return value
 
 
-def _is(value: Any, kinds) -> bool:
+def _is_instance(value: Any, kinds) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def load(path: Path, errors: ErrorCollector) -> Fields | None:
+def load_record(path: Path, errors: ErrorCollector) -> JsonRecord | None:
     """The record in a file; None where there is no such file. A file that is no JSON object is a fault."""
     if not path.is_file():
         return None
     try:
-        return Fields(path, json.loads(path.read_text(encoding="utf-8")), errors)
+        return JsonRecord(path, json.loads(path.read_text(encoding="utf-8")), errors)
     except (ValueError, RecursionError) as error:
         errors.add(f"{path}", "JSON", f"a fault in it: {error}")
         return None

@@ -6,7 +6,7 @@ import base64
 from html import escape
 from string import Template
 
-from megatron_ligo.report.report_table import HEADINGS, LOSSES, Told
+from megatron_ligo.report.report_table import HEADINGS, LOSSES, ReportTable
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -46,31 +46,31 @@ $notes
 """)
 
 
-def page(told: Told, picture: bytes) -> str:
+def render_page(told: ReportTable, picture: bytes) -> str:
     """HTML with the table, `picture` (PNG) and the notes; needs no other file."""
     return PAGE.substitute(
         warning=escape(told.warning),
-        head="".join(_cell("th", heading, heading) for heading in HEADINGS),
-        bodies="\n".join(_bodies(told)),
+        head="".join(_render_cell("th", heading, heading) for heading in HEADINGS),
+        bodies="\n".join(_render_bodies(told)),
         picture=base64.b64encode(picture).decode("ascii"),
         notes="\n".join(f"<li>{escape(note)}</li>" for note in told.notes),
     )
 
 
-def _bodies(told: Told) -> list[str]:
+def _render_bodies(told: ReportTable) -> list[str]:
     """A table body for each set of held-out samples."""
     rows = iter(told.rows)
     bodies = []
     for size in told.groups:
-        lines = "\n".join(_line(next(rows)) for _ in range(size))
+        lines = "\n".join(_render_row(next(rows)) for _ in range(size))
         bodies.append(f"<tbody>\n{lines}\n</tbody>")
     return bodies
 
 
-def _line(row: tuple[str, ...]) -> str:
-    return f"<tr>{''.join(_cell('td', name, text) for name, text in zip(HEADINGS, row, strict=True))}</tr>"
+def _render_row(row: tuple[str, ...]) -> str:
+    return f"<tr>{''.join(_render_cell('td', name, text) for name, text in zip(HEADINGS, row, strict=True))}</tr>"
 
 
-def _cell(tag: str, heading: str, text: str) -> str:
+def _render_cell(tag: str, heading: str, text: str) -> str:
     kind = ' class="loss"' if heading in LOSSES else ""
     return f"<{tag}{kind}>{escape(text)}</{tag}>"

@@ -14,17 +14,17 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, LigoError
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
-from megatron_ligo.report.json_fields import Fields, load
+from megatron_ligo.report.json_fields import JsonRecord, load_record
 from megatron_ligo.training.metrics import FILE as METRICS
 from megatron_ligo.training.metrics import read_metrics
 
 PRETRAIN_RECORD = "pretrain.json"
 # What growth.json does not repeat of the operator's own record.
-OPERATORS_OWN = ("small", "large", "settings")
+OPERATOR_ONLY_KEYS = ("small", "large", "settings")
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvaluationSet:
     """What losses were measured on: held-out samples of so many tokens, by the digest of their tokens and labels."""
 
     samples: int
@@ -33,7 +33,7 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """One folder. None stands for what was not recorded.
 
     losses: nats a token on `eval`: "initialised" and "fitted" (the large model after its named initialisation, after
@@ -46,15 +46,15 @@ class Run:
     folder: Path
     kind: str
     model_config: ModelConfig | None = None
-    begun: str | None = None
-    eval: Eval | None = None
+    initialised_by: str | None = None
+    evaluation_set: EvaluationSet | None = None
     losses: dict[str, float] = field(default_factory=dict)
     metrics: list[dict] = field(default_factory=list)
     memory: float | None = None
     layout: dict | None = None
     precision: str | None = None
-    spent: float | None = 0
-    hand_over: tuple[float, float] | None = None
+    prior_flops: float | None = 0
+    handoff_losses: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     record: dict = field(default_factory=dict)
 
@@ -73,13 +73,13 @@ class Run:
         return sum(prod(arch.row(key).shape(self.model_config)) for key in arch.keys(self.model_config))
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
     """The runs in the order given. Raises CheckpointError with all faults of all folders."""
     errors = ErrorCollector("report", CheckpointError)
     paths = [Path(folder).resolve() for folder in folders]
     for path in {path for path in paths if paths.count(path) > 1}:
         errors.add(f"{path}", "each folder once", f"it {paths.count(path)} times")
-    found = [_read(path, errors) for path in paths]
+    found = [_read_run(path, errors) for path in paths]
     errors.raise_if_any()
     named = [run for run in found if run is not None]
     names = [run.name for run in named]
@@ -87,32 +87,34 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = [
         replace(run, name=f"{run.folder.parent.name}/{run.name}") if names.count(run.name) > 1 else run for run in named
     ]
-    linked = [_link(run, runs, errors) if run.kind == "pretraining" else run for run in runs]
+    linked = [_link_to_handoff(run, runs, errors) if run.kind == "pretraining" else run for run in runs]
     errors.raise_if_any()
     return linked
 
 
-def _read(folder: Path, errors: ErrorCollector) -> Run | None:
+def _read_run(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
     if not folder.is_dir():
         errors.add(f"{folder}", "the folder of a run", "nothing" if not folder.exists() else "a file")
         return None
     before = len(errors.lines)
-    metrics = _metrics(folder / METRICS, errors)
-    pretrain = load(folder / PRETRAIN_RECORD, errors)
+    metrics = _read_metrics(folder / METRICS, errors)
+    pretrain = load_record(folder / PRETRAIN_RECORD, errors)
     if pretrain:
-        return _pretraining(folder, pretrain, metrics, errors)
-    fit = load(folder / "operator" / OPERATOR_RECORD, errors)
+        return _read_pretraining(folder, pretrain, metrics, errors)
+    fit = load_record(folder / "operator" / OPERATOR_RECORD, errors)
     if fit:
-        return _fit(folder, fit, metrics, errors)
+        return _read_fit(folder, fit, metrics, errors)
     if (folder / provenance.RECORD_NAME).is_file():
-        return _hand_off(folder, errors)
+        return _read_handoff(folder, errors)
     if not metrics and len(errors.lines) == before:
         expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD_NAME}"
         errors.add(f"{folder}", expected, "none of them", "Give the --output of fit, grow or pretrain.")
-    return Run(folder.name, folder, "unfinished", metrics=metrics, spent=None, notes=("it has left no record yet",))
+    return RecordedRun(
+        folder.name, folder, "unfinished", metrics=metrics, prior_flops=None, notes=("it has left no record yet",)
+    )
 
 
-def _metrics(path: Path, errors: ErrorCollector) -> list[dict]:
+def _read_metrics(path: Path, errors: ErrorCollector) -> list[dict]:
     if not path.is_file():
         return []
     try:
@@ -124,7 +126,7 @@ def _metrics(path: Path, errors: ErrorCollector) -> list[dict]:
         errors.add(f"{path}", "UTF-8 text", f"{error}")
         return []
     for number, row in enumerate(rows, 1):
-        line = Fields(Path(f"{path}, line {number}"), row, errors)
+        line = JsonRecord(Path(f"{path}, line {number}"), row, errors)
         for key in ("step", "flops", "seconds", "tokens"):
             if line.number(key) is None and not (key in row and row[key] is not None):
                 errors.add(f"{line.path}", f"a number for {key}", "none")
@@ -135,122 +137,128 @@ def _metrics(path: Path, errors: ErrorCollector) -> list[dict]:
     return rows
 
 
-def _fit(folder: Path, record: Fields, metrics: list[dict], errors: ErrorCollector) -> Run:
+def _read_fit(folder: Path, record: JsonRecord, metrics: list[dict], errors: ErrorCollector) -> RecordedRun:
     losses = {"initialised": record.number("losses", "start"), "fitted": record.number("losses", "end")}
-    model_config = _dims(record, "large")
-    return Run(
+    model_config = _parse_model_config(record, "large")
+    return RecordedRun(
         folder.name,
         folder,
         "fit",
         model_config=model_config,
-        begun=_initialisation(record.table("settings")),
-        eval=_eval(record, model_config, record.number("config", "data", "seq_length")),
-        losses=_known(losses),
+        initialised_by=_describe_initialisation(record.table("settings")),
+        evaluation_set=_parse_evaluation_set(record, model_config, record.number("config", "data", "seq_length")),
+        losses=_drop_missing(losses),
         metrics=metrics,
-        memory=_largest(record),
+        memory=_peak_memory(record),
         layout=record.table("layout"),
         precision=record.text("config", "fit", "precision"),
         record=record.all,
     )
 
 
-def _hand_off(folder: Path, errors: ErrorCollector) -> Run | None:
+def _read_handoff(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
     try:
-        record = Fields(folder / provenance.RECORD_NAME, provenance.read(folder), errors)
+        record = JsonRecord(folder / provenance.RECORD_NAME, provenance.read(folder), errors)
     except LigoError as error:
         errors.note(f"{error}")
         return None
     losses = {"initialised": record.number("fit", "losses", "start"), "fitted": record.number("fit", "losses", "end")}
-    model_config = _dims(record, "large")
-    return Run(
+    model_config = _parse_model_config(record, "large")
+    return RecordedRun(
         folder.name,
         folder,
         "hand-off",
         model_config=model_config,
-        begun=_grown_by(record),
-        eval=_eval(record, model_config, record.number("fit", "config", "data", "seq_length"), "fit"),
-        losses=_known(losses),
+        initialised_by=_describe_operator(record),
+        evaluation_set=_parse_evaluation_set(
+            record, model_config, record.number("fit", "config", "data", "seq_length"), "fit"
+        ),
+        losses=_drop_missing(losses),
         record=record.all,
     )
 
 
-def _pretraining(folder: Path, record: Fields, metrics: list[dict], errors: ErrorCollector) -> Run:
+def _read_pretraining(folder: Path, record: JsonRecord, metrics: list[dict], errors: ErrorCollector) -> RecordedRun:
     losses = {"step 0": record.number("losses", "start"), "end": record.number("losses", "end")}
     fitted, again = record.number("losses", "fit"), record.number("losses", "start_on_fit_batch")
     start = record.text("run", "pretrain", "start")
-    model_config = _dims(record, "dims")
-    return Run(
+    model_config = _parse_model_config(record, "dims")
+    return RecordedRun(
         folder.name,
         folder,
         "pretraining",
         model_config=model_config,
-        begun=Path(start).name if start else "fresh weights",
-        eval=_eval(record, model_config, record.number("run", "data", "seq_length")),
-        losses=_known(losses),
+        initialised_by=Path(start).name if start else "fresh weights",
+        evaluation_set=_parse_evaluation_set(record, model_config, record.number("run", "data", "seq_length")),
+        losses=_drop_missing(losses),
         metrics=metrics,
-        memory=_largest(record),
+        memory=_peak_memory(record),
         layout=record.table("layout"),
         precision=record.text("run", "pretrain", "precision"),
-        hand_over=None if fitted is None or again is None else (fitted, again),
+        handoff_losses=None if fitted is None or again is None else (fitted, again),
         record=record.all,
     )
 
 
-def _link(run: Run, runs: Sequence[Run], errors: ErrorCollector) -> Run:
+def _link_to_handoff(run: RecordedRun, runs: Sequence[RecordedRun], errors: ErrorCollector) -> RecordedRun:
     """A pretraining with what its hand-off says: losses of the fit on the same samples, FLOPs spent before."""
-    start = Fields(run.folder / PRETRAIN_RECORD, run.record, errors).text("run", "pretrain", "start")
+    start = JsonRecord(run.folder / PRETRAIN_RECORD, run.record, errors).text("run", "pretrain", "start")
     if not start:
         return run
     given = next((r for r in runs if r.kind == "hand-off" and r.folder == Path(start).resolve()), None)
     # A path of another machine or working folder is still told by its name.
     given = given or next((r for r in runs if r.kind == "hand-off" and r.name == Path(start).name), None)
     if given is None and (Path(start) / provenance.RECORD_NAME).is_file():
-        given = _hand_off(Path(start).resolve(), errors)
+        given = _read_handoff(Path(start).resolve(), errors)
     if given is None:
-        if Path(start).exists() and run.hand_over is None:
+        if Path(start).exists() and run.handoff_losses is None:
             return run
-        return replace(run, spent=None, notes=(f"its start {start} is not among the folders given",))
+        return replace(run, prior_flops=None, notes=(f"its start {start} is not among the folders given",))
     fit = given.record.get("fit")
-    begun = f"{given.name} ({given.begun})"
+    begun = f"{given.name} ({given.initialised_by})"
     if not fit:
         # Nothing was learned between the initialisation and step 0: one loss.
         same = {"initialised": run.losses["step 0"]} if "step 0" in run.losses else {}
-        return replace(run, begun=begun, losses={**run.losses, **same})
-    source = next((r for r in runs if r.kind == "fit" and _same(r.record, fit)), None)
+        return replace(run, initialised_by=begun, losses={**run.losses, **same})
+    source = next((r for r in runs if r.kind == "fit" and _is_same_fit(r.record, fit)), None)
     notes: tuple[str, ...] = () if source else ("the folder of its fit was not given: the fit's FLOPs are left out",)
-    if _data(run.record.get("run")) == _data(fit.get("config")) and _first(run) < _samples(fit):
+    if _data_order(run.record.get("run")) == _data_order(fit.get("config")) and _first_sample(run) < _samples_read(fit):
         notes += ("it trains on samples that its fit has read (same data and order): judge it by held-out ones",)
-    losses = {**given.losses, **run.losses} if given.eval and given.eval == run.eval else run.losses
+    losses = (
+        {**given.losses, **run.losses}
+        if given.evaluation_set and given.evaluation_set == run.evaluation_set
+        else run.losses
+    )
     if losses is run.losses and given.losses:
         notes += ("its fit was evaluated on other samples: those losses are left out of its row",)
     spent = source.total("flops") if source else None
-    return replace(run, begun=begun, losses=losses, spent=spent, notes=notes)
+    return replace(run, initialised_by=begun, losses=losses, prior_flops=spent, notes=notes)
 
 
-def _data(config: dict | None) -> dict | None:
+def _data_order(config: dict | None) -> dict | None:
     """What decides which training samples come first."""
     data = (config or {}).get("data")
     return {key: data.get(key) for key in ("train", "seq_length", "seed")} if data else None
 
 
-def _first(pretraining: Run) -> float:
+def _first_sample(pretraining: RecordedRun) -> float:
     """The training sample that a pretraining begins with."""
     return ((pretraining.record.get("run") or {}).get("pretrain") or {}).get("first_sample", 0)
 
 
-def _samples(fit: dict) -> float:
+def _samples_read(fit: dict) -> float:
     """Training samples that a fit has read."""
     settings = fit["config"].get("fit") or {}
     return fit.get("step", math.inf) * settings.get("global_batch_size", math.inf)
 
 
-def _same(operator: dict, fit: dict) -> bool:
+def _is_same_fit(operator: dict, fit: dict) -> bool:
     """Whether a hand-off's fit is that of an operator's record. As text: a loss that is no number equals itself."""
-    own = {key: value for key, value in operator.items() if key not in OPERATORS_OWN}
+    own = {key: value for key, value in operator.items() if key not in OPERATOR_ONLY_KEYS}
     return json.dumps(own, sort_keys=True) == json.dumps(fit, sort_keys=True)
 
 
-def _dims(record: Fields, key: str) -> ModelConfig | None:
+def _parse_model_config(record: JsonRecord, key: str) -> ModelConfig | None:
     sizes = record.table(key)
     try:
         return None if sizes is None else ModelConfig.from_json(sizes)
@@ -259,42 +267,44 @@ def _dims(record: Fields, key: str) -> ModelConfig | None:
         return None
 
 
-def _eval(record: Fields, model_config: ModelConfig | None, seq_length: float | None, *where: str) -> Eval | None:
+def _parse_evaluation_set(
+    record: JsonRecord, model_config: ModelConfig | None, seq_length: float | None, *where: str
+) -> EvaluationSet | None:
     samples, digest = record.number(*where, "eval", "samples"), record.text(*where, "eval", "digest")
     if samples is None or digest is None:
         return None
     if seq_length is None:
-        return Eval(int(samples), digest)
-    return Eval(
+        return EvaluationSet(int(samples), digest)
+    return EvaluationSet(
         int(samples),
         digest,
         int(seq_length) if model_config is None else model_config.tokens_of_sample(int(seq_length)),
     )
 
 
-def _largest(record: Fields) -> float | None:
+def _peak_memory(record: JsonRecord) -> float | None:
     return max(record.numbers("peak_memory_bytes") or [], default=None)
 
 
-def _known(losses: dict[str, float | None]) -> dict[str, float]:
+def _drop_missing(losses: dict[str, float | None]) -> dict[str, float]:
     return {key: value for key, value in losses.items() if value is not None}
 
 
-def _initialisation(settings: dict | None) -> str | None:
+def _describe_initialisation(settings: dict | None) -> str | None:
     """width / depth, and the noise, as the config words them; a table by space is named by its default."""
     if not settings:
         return None
-    width, depth, noise = (_one(settings.get(key)) for key in ("width_init", "depth_init", "noise"))
+    width, depth, noise = (_describe_setting(settings.get(key)) for key in ("width_init", "depth_init", "noise"))
     name = f"{width}" if width == depth else f"{width} / {depth}"
     more = [f"{key} {settings[key]}" for key in ("fresh", "borrow") if settings.get(key) not in (None, "none")]
     return ", ".join([name, *([f"noise {noise}"] if noise else []), *more])
 
 
-def _one(value: object) -> object:
+def _describe_setting(value: object) -> object:
     return f"{value.get('default')} and others" if isinstance(value, dict) else value
 
 
-def _grown_by(record: Fields) -> str | None:
-    name = _initialisation(record.table("operator", "settings"))
+def _describe_operator(record: JsonRecord) -> str | None:
+    name = _describe_initialisation(record.table("operator", "settings"))
     step = record.number("fit", "step")
     return name if name is None or step is None else f"{name}, fitted {step:g} steps"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_ligo import bench
 from megatron_ligo.bench import synthetic_reader
-from megatron_ligo.bench.steps.rank_pool import Ranks
+from megatron_ligo.bench.steps.rank_pool import RankProcesses
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,8 +66,8 @@ def test_plan(command, tmp_path):
 
 def test_a_measurement_is_one_file():
     files = {file.stem.removeprefix("bench_") for file in (ROOT / "megatron_ligo" / "bench").glob("bench_*.py")}
-    assert set(bench.measurements()) == files
-    for module in bench.measurements().values():
+    assert set(bench.load_measurements()) == files
+    for module in bench.load_measurements().values():
         assert module.HELP
         assert callable(module.arguments)
         assert callable(module.as_text)
@@ -75,11 +75,11 @@ def test_a_measurement_is_one_file():
 
 @pytest.mark.parametrize("gb", [0.3, 1, 4, 20])
 def test_the_synthetic_model_has_the_size_that_is_asked_for(gb):
-    model_config = synthetic_reader.llama(gb * 1e9)
-    reader = synthetic_reader.Drawn(model_config)
+    model_config = synthetic_reader.synthetic_llama_config(gb * 1e9)
+    reader = synthetic_reader.SyntheticReader(model_config)
     shapes = [reader.info(key).shape for key in reader.keys()]  # noqa: SIM118 - no dict
     assert 4 * sum(map(math.prod, shapes)) == pytest.approx(gb * 1e9, rel=0.1)
-    assert model_config.num_layers >= synthetic_reader.LAYERS
+    assert model_config.num_layers >= synthetic_reader.MIN_LAYERS
 
 
 class OneFails:
@@ -98,4 +98,4 @@ class OneFails:
 @pytest.mark.parametrize("killed, words", [(False, "(?s)rank 1.*too wide"), (True, "rank [01]")])
 def test_a_rank_that_fails_is_told(killed, words):
     with pytest.raises(RuntimeError, match=words):
-        Ranks(2, OneFails, killed=killed)
+        RankProcesses(2, OneFails, killed=killed)

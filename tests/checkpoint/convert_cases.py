@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.bench.synthetic_reader import Drawn
-from megatron_ligo.bench.timing import anonymous_memory
+from megatron_ligo.bench.synthetic_reader import SyntheticReader
+from megatron_ligo.bench.timing import track_anonymous_memory
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.reader import WriteOptions
@@ -32,8 +32,8 @@ def options(to: str) -> WriteOptions:
 def watched(pipe: Connection, path: str | None, target: str, to: str) -> None:
     """Converts what lies at a path (None: a computed model) and says how far anonymous memory rose."""
     torch.set_num_threads(1)
-    source = Drawn(LARGE) if path is None else formats.open(path)
-    with anonymous_memory() as memory:
+    source = SyntheticReader(LARGE) if path is None else formats.open(path)
+    with track_anonymous_memory() as memory:
         convert(source, target, to, options(to))
     pipe.send(memory.peak)
 

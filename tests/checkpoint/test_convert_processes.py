@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.bench.synthetic_reader import Drawn
+from megatron_ligo.bench.synthetic_reader import SyntheticReader
 from megatron_ligo.checkpoint import formats
 from tests.checkpoint import convert_cases, hf_models
 from tests.checkpoint.convert_cases import LARGE
@@ -85,7 +85,7 @@ def test_memory_does_not_grow_with_the_model(place, forks, to):
     """Computed to a format, and from its files to Hugging Face's."""
     there = Process(forks, convert_cases.watched, None, str(place / "there"), to).answer()
     back = Process(forks, convert_cases.watched, str(place / "there"), str(place / "back"), "hf").answer()
-    drawn = Drawn(LARGE)
+    drawn = SyntheticReader(LARGE)
     sizes = [4 * math.prod(drawn.info(key).shape) for key in drawn.keys()]  # noqa: SIM118 - no dict
     limit = 2 * max(sizes) + MORE
     assert limit < sum(sizes) * 0.7, "a converter that holds the model would pass"

@@ -6,13 +6,13 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ligo.bench import bench_plan
-from megatron_ligo.bench.steps.memory_peak import Peak
+from megatron_ligo.bench.steps.memory_peak import PeakMemoryProbe
 
 
 def peaks(kind: str, job: dict) -> list[dict]:
     """Of every rank."""
     ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, Peak(kind, job).found())
+    dist.all_gather_object(ranks, PeakMemoryProbe(kind, job).found())
     return ranks
 
 
@@ -25,6 +25,6 @@ EACH = [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case i
 def test_memory_is_as_planned_within_15_percent(pools, case):
     kind, world, sizes, more = bench_plan.CASES[case]
     ranks = pools(world).run(peaks, kind=kind, job={**sizes, **more})
-    for stage in bench_plan.fullest(ranks):
+    for stage in bench_plan.compare_by_stage(ranks):
         assert stage["ratio"] == pytest.approx(1.0, abs=bench_plan.GOAL), stage
     assert all(rank["parameters"] == rank["counted"] for rank in ranks)

@@ -22,8 +22,8 @@ from megatron_ligo.export.handoff import build_growth_record
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.report import write_report
-from megatron_ligo.report.curves import held_out_points, training
-from megatron_ligo.report.report_table import HEADINGS, tell
+from megatron_ligo.report.curves import held_out_curve, training_curve
+from megatron_ligo.report.report_table import HEADINGS, build_table
 from megatron_ligo.report.run_records import read_runs
 from megatron_ligo.training.metrics import Metrics
 from tests.tiny_models import hf_llama, llama_dims, memory_of
@@ -111,7 +111,7 @@ def cells(told) -> dict[str, dict[str, str]]:
 
 
 def test_each_stage_has_its_loss(journey):
-    found = cells(tell(read_runs(journey)))
+    found = cells(build_table(read_runs(journey)))
     small, fit, grown, pre, plain = (found[name] for name in ("small", "fit", "grown", "pre_grown", "pre_stacked"))
     assert small["step 0"] == "3.5000" and small["FLOPs"] == small["seconds"] == "-"
     assert (fit["initialised"], fit["after the fit"], fit["step 0"]) == ("4.2500", "3.5000", "-")
@@ -133,27 +133,27 @@ def test_the_sizes_are_the_model_s(journey):
 
 def test_a_start_pays_for_its_fit(journey):
     runs = {run.name: run for run in read_runs(journey)}
-    assert runs["pre_grown"].spent == 6 * STEP_FLOPS["fit"] and runs["pre_stacked"].spent == 0
-    assert training(runs["pre_grown"], by_flops=True)[0] == [18e6 + 1e6 * step for step in (1, 2, 3, 4)]
-    assert training(runs["pre_stacked"], by_flops=True)[0] == [1e6, 2e6, 3e6, 4e6]
-    assert held_out_points(runs["pre_grown"], by_flops=True) == ([18e6, 22e6], [3.5, 3.0])
-    assert held_out_points(runs["fit"], by_flops=False) == ([0, 6], [4.25, 3.5])
-    assert cells(tell(list(runs.values())))["pre_grown"]["FLOPs"] == "4e+06 (+ 1.8e+07 before)"
+    assert runs["pre_grown"].prior_flops == 6 * STEP_FLOPS["fit"] and runs["pre_stacked"].prior_flops == 0
+    assert training_curve(runs["pre_grown"], by_flops=True)[0] == [18e6 + 1e6 * step for step in (1, 2, 3, 4)]
+    assert training_curve(runs["pre_stacked"], by_flops=True)[0] == [1e6, 2e6, 3e6, 4e6]
+    assert held_out_curve(runs["pre_grown"], by_flops=True) == ([18e6, 22e6], [3.5, 3.0])
+    assert held_out_curve(runs["fit"], by_flops=False) == ([0, 6], [4.25, 3.5])
+    assert cells(build_table(list(runs.values())))["pre_grown"]["FLOPs"] == "4e+06 (+ 1.8e+07 before)"
 
 
 def test_a_fit_that_was_not_given_is_not_free(journey):
     given = [path for path in journey if path.name != "fit"]
-    told = tell(read_runs(given))
+    told = build_table(read_runs(given))
     assert cells(told)["pre_grown"]["FLOPs"] == "4e+06 (+ ? before)"
     assert any("the fit's FLOPs are left out" in note for note in told.notes)
 
 
 def test_other_samples_are_said_and_kept_apart(journey, tmp_path):
-    one = tell(read_runs(journey))
+    one = build_table(read_runs(journey))
     assert one.groups == [5, 1] and not any("different samples" in note for note in one.notes)
     assert any("8 held-out samples of 256 tokens, digest 0123456789abcdef" in note for note in one.notes)
     a_pretraining(tmp_path / "elsewhere", tmp_path / "grown", evaluated=OTHER)
-    told = tell(read_runs([*journey, tmp_path / "elsewhere"]))
+    told = build_table(read_runs([*journey, tmp_path / "elsewhere"]))
     assert told.groups == [5, 1, 1] and cells(told)["elsewhere"]["measured on"] == "B"
     assert cells(told)["elsewhere"]["after the fit"] == cells(told)["elsewhere"]["initialised"] == "-"
     assert any("A and B were measured on different samples" in note for note in told.notes)
@@ -162,7 +162,7 @@ def test_other_samples_are_said_and_kept_apart(journey, tmp_path):
 
 def test_samples_seen_before_are_said(journey, tmp_path):
     def said(folders):
-        return [note.split(":")[0] for note in tell(read_runs(folders)).notes if "its fit has read" in note]
+        return [note.split(":")[0] for note in build_table(read_runs(folders)).notes if "its fit has read" in note]
 
     assert said(journey) == ["pre_grown"]
     path = journey[4] / "pretrain.json"
@@ -177,27 +177,27 @@ def test_samples_seen_before_are_said(journey, tmp_path):
 
 
 def test_the_hand_over_is_said(journey):
-    (note,) = (note for note in tell(read_runs(journey)).notes if "hand-over" in note)
+    (note,) = (note for note in build_table(read_runs(journey)).notes if "hand-over" in note)
     assert "3.500000 at the end of the fit, 3.500001 at step 0, difference +5.0e-07" in note
 
 
 def test_few_steps_are_called_a_demonstration(journey, tmp_path):
-    assert tell(read_runs(journey)).warning.startswith(
+    assert build_table(read_runs(journey)).warning.startswith(
         "A demonstration, not a result: the longest run here has 6 steps"
     )
     a_pretraining(tmp_path / "long", None, 1000)
-    assert "demonstration" not in tell(read_runs([tmp_path / "long"])).warning
+    assert "demonstration" not in build_table(read_runs([tmp_path / "long"])).warning
 
 
 def test_a_run_that_is_not_done_is_shown_as_far_as_it_is(tmp_path):
     steps(tmp_path / "going", 3, 1e6)
-    row = cells(tell(read_runs([tmp_path / "going"])))["going"]
+    row = cells(build_table(read_runs([tmp_path / "going"])))["going"]
     assert row["what"] == "unfinished" and row["seconds"] == "1.5" and row["layout"] == row["step 0"] == "-"
 
 
 def test_a_loss_that_is_no_number_is_shown_as_such(tmp_path):
     a_fit(tmp_path / "fit", ends=float("nan"))
-    assert cells(tell(read_runs([tmp_path / "fit"])))["fit"]["after the fit"] == "nan (no number)"
+    assert cells(build_table(read_runs([tmp_path / "fit"])))["fit"]["after the fit"] == "nan (no number)"
     write_report([tmp_path / "fit"], tmp_path / "out", Console(file=io.StringIO()))
 
 

@@ -13,10 +13,10 @@ from contextlib import suppress
 from multiprocessing import connection
 from pathlib import Path
 
-GONE = "ended without a word, as the system ends one that takes too much memory"
+DIED_SILENTLY = "ended without a word, as the system ends one that takes too much memory"
 
 
-class Ranks:
+class RankProcesses:
     """`world` processes, each of which has made an object by `make(**arguments)` and obeys calls of its methods."""
 
     def __init__(self, world: int, make: Callable, **arguments):
@@ -59,7 +59,7 @@ class Ranks:
                 try:
                     good, answers[rank] = pipe.recv()
                 except (EOFError, ConnectionError):
-                    good, answers[rank] = False, GONE
+                    good, answers[rank] = False, DIED_SILENTLY
                 if not good:
                     self.close()
                     raise RuntimeError(f"rank {rank}:\n{answers[rank]}")
@@ -92,7 +92,7 @@ def _rank_main(rank: int, world: int, store: str, pipe, make: Callable, argument
         time.sleep(60)
 
 
-def in_turn(rounds: int, *steps: Callable[[], float]) -> list[list[float]]:
+def time_in_turn(rounds: int, *steps: Callable[[], float]) -> list[list[float]]:
     """The times of each step over the rounds, the steps taken in turn; a first round is not counted."""
     times: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):
@@ -103,7 +103,7 @@ def in_turn(rounds: int, *steps: Callable[[], float]) -> list[list[float]]:
     return times
 
 
-def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+def compare_pairs(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """The median of the ratios of pairs that were measured one after the other, and their spread."""
     pairs = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     return {"ratio": round(statistics.median(pairs), 3), "low": round(min(pairs), 3), "high": round(max(pairs), 3)}

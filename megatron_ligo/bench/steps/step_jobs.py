@@ -21,7 +21,7 @@ SEED = 1234
 
 
 @dataclass
-class Job:
+class StepJob:
     """What is run: sizes, layout, tokens. micro_batches is what one data-parallel rank runs in a step."""
 
     small: dict
@@ -59,7 +59,7 @@ class Job:
         )
 
 
-class Drawn(Reader):
+class RandomWeightsReader(Reader):
     """A model with weights as they are drawn for pretraining."""
 
     format, path = "drawn", None
@@ -77,14 +77,14 @@ class Drawn(Reader):
         return self._read(key)
 
 
-class Stepper(ABC):
+class EngineStepper(ABC):
     """One rank's engine and its batches."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: StepJob):
         self.baseline = _resident_bytes()
         self.job = job
         parallel = ParallelSection(**job.parallel)
-        self.traffic = Traffic()
+        self.traffic = GroupTraffic()
         self.mesh = mesh.build_mesh(parallel.tp, parallel.pp)
         self.dtype = device.resolve_dtype(job.precision)
         torch.manual_seed(SEED)
@@ -121,7 +121,7 @@ class Stepper(ABC):
         return {"peak": peak_memory_bytes(), "baseline": self.baseline, "parameters": self.parameters}
 
 
-class FitStepper(Stepper):
+class FitStepper(EngineStepper):
     def build(self):
         from megatron_ligo.models.factored.context import FactoredContext
         from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
@@ -133,7 +133,7 @@ class FitStepper(Stepper):
         shared_by = 1 if zero == 3 else job.micro_batches
         runtime = FactoredContext(
             operator,
-            SmallWeights(operator, Drawn(operator.small), self.mesh, zero, job.whole_source),
+            SmallWeights(operator, RandomWeightsReader(operator.small), self.mesh, zero, job.whole_source),
             self.mesh,
             self.dtype,
             micro_batches=shared_by,
@@ -142,7 +142,7 @@ class FitStepper(Stepper):
             sequence_parallel=job.parallel.get("sequence_parallel", False),
             gradients_each=zero == 2,
             teacher=self._teacher() if job.distill else None,
-            lag=Drawn(operator.large).read if job.lagged else None,
+            lag=RandomWeightsReader(operator.large).read if job.lagged else None,
         )
         module = FactoredPipeline(runtime) if self.mesh.pp > 1 else FactoredModel(runtime)
 
@@ -156,10 +156,16 @@ class FitStepper(Stepper):
         from megatron_ligo.models.factored.teacher import Teacher
 
         job = self.job
-        return Teacher(Drawn(job.small_dims()), self.mesh, self.dtype, job.distill, "sequence_parallel" in job.parallel)
+        return Teacher(
+            RandomWeightsReader(job.small_dims()),
+            self.mesh,
+            self.dtype,
+            job.distill,
+            "sequence_parallel" in job.parallel,
+        )
 
 
-class PlainStepper(Stepper):
+class PretrainStepper(EngineStepper):
     def build(self):
         from megatron_ligo.models.full import parameters
         from megatron_ligo.models.full.factory import build_model
@@ -175,7 +181,7 @@ class PlainStepper(Stepper):
         return Engine(model, self.mesh, job.run(self.mesh.dp), parameter_groups(model, 0.1), bf16)
 
 
-class Traffic:
+class GroupTraffic:
     """Bytes that this rank sends over a group, as a ring sends them."""
 
     def __init__(self) -> None:

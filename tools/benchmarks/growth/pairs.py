@@ -16,9 +16,9 @@ def lines() -> Iterator[str]:
     from megatron_ligo.config.run_config import RunConfig
     from megatron_ligo.growth.validation import initial_operator
     from megatron_ligo.plan import layout_search, parameter_count
-    from megatron_ligo.plan.memory import memory
-    from megatron_ligo.plan.plan_text import number, size
-    from megatron_ligo.plan.planned_job import Job
+    from megatron_ligo.plan.memory import estimate_peak_memory
+    from megatron_ligo.plan.plan_text import format_bytes, format_count
+    from megatron_ligo.plan.planned_job import PlannedJob
     from megatron_ligo.training.initial_weights import sizes
 
     for path in sorted(FOLDER.glob("*.toml")):
@@ -26,19 +26,19 @@ def lines() -> Iterator[str]:
         operator = initial_operator(sizes(ROOT / config.small.path), config.large, config.operator)
         small, large = operator.small, operator.large
         length = large.tokens_of_sample(config.data.seq_length)
-        fit = Job(large, config.fit, WORLD, length, operator)
-        plain = Job(large, config.pretrain, WORLD, length)
+        fit = PlannedJob(large, config.fit, WORLD, length, operator)
+        plain = PlannedJob(large, config.pretrain, WORLD, length)
         for job in (fit, plain):
-            reason = layout_search.refusal(job)
+            reason = layout_search.find_refusal(job)
             assert reason is None, f"{path.name}: {reason}"
-        step = fit.flops() / plain.flops()
+        step = fit.step_flops() / plain.step_flops()
         cells = [
             path.stem,
-            f"{number(parameter_count.model_total(small))} to {number(parameter_count.model_total(large))}",
-            number(sum(operator.num_parameters().values())),
+            f"{format_count(parameter_count.count_model(small))} to {format_count(parameter_count.count_model(large))}",
+            format_count(sum(operator.num_parameters().values())),
             f"{step:.2f}",
             f"{step * config.fit.steps / config.pretrain.steps:.2%}",
-            *(size(sum(memory(job).values())) for job in (fit, plain)),
+            *(format_bytes(sum(estimate_peak_memory(job).values())) for job in (fit, plain)),
         ]
         yield "| " + " | ".join(cells)
 
