@@ -77,5 +77,5 @@ def _format_row(name: str, world: int, kind: str, flops_per_second: float, devic
         return f"{head} does not fit"
     best = plans[0]
     whole = "" if job.operator is None else format_duration(best.seconds * FIT_STEPS)
-    return f"{head} {best.description:38s} {format_bytes(best.memory_bytes):>9s} {best.bubble:6.0%} "
-        f"{format_duration(best.seconds):>9s} {whole:>9s}"
+    memory, step = format_bytes(best.memory_bytes), format_duration(best.seconds)
+    return f"{head} {best.description:38s} {memory:>9s} {best.bubble:6.0%} {step:>9s} {whole:>9s}"
