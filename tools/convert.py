@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import fields
 
 import torch
 
 from megatron_ligo import cli
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert, opened
-from megatron_ligo.checkpoint.reader import WriteOptions
+from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
 
 EXAMPLE = """
@@ -39,8 +40,8 @@ def parser() -> cli.CommandParser:
 def _options() -> str:
     lines = ["options of the formats (--option NAME=VALUE):"]
     for name in formats.writers():
-        for option, told in getattr(formats.get(name), "OPTIONS", {}).items():
-            lines.append(f"  {name}: {option}  {told}")
+        for field in fields(formats.get(name).options):
+            lines.append(f"  {name}: {field.name}  {field.metadata['help']}")
     return "\n".join(lines)
 
 

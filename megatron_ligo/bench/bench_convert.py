@@ -20,7 +20,7 @@ import torch
 from megatron_ligo.bench import library_tools, synthetic_reader, timing
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.reader import WriteOptions
+from megatron_ligo.checkpoint.format import WriteOptions
 
 HELP = "conversion: rates against cp + sync, anonymous memory, the libraries' own tools beside"
 GB = 1e9

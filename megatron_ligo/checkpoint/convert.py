@@ -10,24 +10,21 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-
-import torch
 
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.io.dry_run import DryRunOutput
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import FileFrames, Output
 from megatron_ligo.checkpoint.manifest import MANIFEST, VERSION, Manifest, library_versions, load
-from megatron_ligo.checkpoint.reader import MOMENTS, Reader, WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, Reader
 from megatron_ligo.checkpoint.staging import Staging
 from megatron_ligo.checkpoint.validated_reader import ValidatedReader, bad_numbers
 from megatron_ligo.common.errors import (
     CheckpointError,
     ConfigError,
-    ErrorCollector,
     LigoError,
     MachineError,
     Problem,
@@ -78,17 +75,17 @@ def convert(
     Raises CheckpointError with every bad tensor in one error.
     """
     with share.agreed():
-        module = formats.get(to)
-        if not hasattr(module, "write"):
+        target_format = formats.get(to)
+        if not target_format.writable:
             raise ConfigError(f"format {to!r} can only be read. {did_you_mean(to, formats.writers())}")
         target = Path(target).absolute()
-        options = _settled(module, options or WriteOptions())
+        options = target_format.check_options(options or WriteOptions())
         _check_places(source, target)
         job = _job(source, to, options)
     if share.world > 1 and progress:
         progress = _for_all(progress, share.world)
     if share.rank:
-        _help(module, source, Staging(target, job), options, share, progress)
+        _help(target_format, source, Staging(target, job), options, share, progress)
         return load(target)
     with ExitStack() as held:
         with share.agreed():
@@ -96,46 +93,56 @@ def convert(
             stage = held.enter_context(Staging(target, job))
             done = _existing(target, stage.job, overwrite)
             if not done:
-                checked = _begun(module, source, stage, options, share, progress)
+                checked = _begun(target_format, source, stage, options, share, progress)
         share.gathered(not done)
         if done:
             log.info("%s is there already, from the same request: left as it is", target)
             return done
         with _nothing_left(stage):
             with share.agreed(), Output(stage.content, stage.journal, options.workers, share) as out:
-                module.write(checked, out, options)
+                target_format.write(checked, out, options)
                 for name, value in (beside or {}).items():
                     out.json(name, value)
             with share.agreed():
                 stage.absorb()
                 checked.finish()
-                lost = _lost_moments(module, source, options)
+                lost = _lost_moments(target_format, source, options)
                 left = [*source.unread, *([lost] if lost else [])]
                 return _finish(stage, out.written, checked, left, to, options)
 
 
 def _begun(
-    module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
+    target_format: Format,
+    source: Reader,
+    stage: Staging,
+    options: WriteOptions,
+    share: Share,
+    progress: Progress | None,
 ) -> ValidatedReader:
     """What the first process does before all of them write."""
     stage.begin()
     if stage.resumed:
         log.info("going on with the conversion to %s that was interrupted", stage.target)
-    doubt = module.refused_elsewhere(source.model_config) if hasattr(module, "refused_elsewhere") else ""
-    if doubt:
-        log.warning("%s", doubt)
-    checked = _checked(module, source, options, stage.journal, progress)
+    warning = target_format.reader_warning(source.model_config)
+    if warning:
+        log.warning("%s", warning)
+    checked = _checked(target_format, source, options, stage.journal, progress)
     with _nothing_left(stage):
-        needed = _planned(module, checked, options, stage.partial)
+        needed = _planned(target_format, checked, options, stage.partial)
     stage.check_space(needed)
     if share.world > 1:
         with FileFrames(stage.content) as out:
-            module.write(checked, out, options)
+            target_format.write(checked, out, options)
     return checked
 
 
 def _help(
-    module: ModuleType, source: Reader, stage: Staging, options: WriteOptions, share: Share, progress: Progress | None
+    target_format: Format,
+    source: Reader,
+    stage: Staging,
+    options: WriteOptions,
+    share: Share,
+    progress: Progress | None,
 ) -> None:
     """What the processes but the first do: their tensors, between the first one's beginning and its end."""
     with share.agreed():
@@ -148,16 +155,18 @@ def _help(
             raise CheckpointError(Problem(f"{stage.target}", "a folder that every process sees", "nothing there", hint))
         journal = stage.journal_of(share.rank)
         with Output(stage.content, journal, options.workers, share) as out:
-            module.write(_checked(module, source, options, journal, progress), out, options)
+            target_format.write(_checked(target_format, source, options, journal, progress), out, options)
         journal.close()
     with share.agreed():
         pass
 
 
 def _checked(
-    module: ModuleType, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
+    target_format: Format, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
 ) -> ValidatedReader:
-    return ValidatedReader(source, options.dtype, _lost_moments(module, source, options) is None, journal, progress)
+    return ValidatedReader(
+        source, options.dtype, _lost_moments(target_format, source, options) is None, journal, progress
+    )
 
 
 def _for_all(progress: Progress, world: int) -> Progress:
@@ -177,20 +186,20 @@ def _nothing_left(stage: Staging) -> Iterator[None]:
         raise
 
 
-def _planned(module: ModuleType, source: Reader, options: WriteOptions, place: Path) -> int:
+def _planned(target_format: Format, source: Reader, options: WriteOptions, place: Path) -> int:
     """Bytes that the writer will write."""
     with tempfile.TemporaryDirectory(dir=place) as scratch, DryRunOutput(Path(scratch)) as plan:
-        module.write(source, plan, options)
+        target_format.write(source, plan, options)
     return plan.bytes
 
 
-def _lost_moments(module: ModuleType, source: Reader, options: WriteOptions) -> str | None:
+def _lost_moments(target_format: Format, source: Reader, options: WriteOptions) -> str | None:
     """What is said of moments that stay behind; None where they go along, or there are none."""
     if not source.has_moments:
         return None
-    if not hasattr(module, "leaves_moments"):
+    if not target_format.stores_moments:
         return "optimizer state"
-    why = module.leaves_moments(source, options)
+    why = target_format.unsupported_moments(source, options)
     return f"optimizer state ({why})" if why else None
 
 
@@ -216,32 +225,6 @@ def _finish(
         out.json(MANIFEST, manifest.to_json())
     stage.commit([*written, MANIFEST])
     return manifest
-
-
-def _settled(module: ModuleType, options: WriteOptions) -> WriteOptions:
-    """Refuses what a format does not take, and says the dtype of those that store only one.
-
-    The tensors are cast on the way to the writer, and the manifest describes the cast.
-    """
-    errors = ErrorCollector(f"the format {module.NAME} cannot be written so", ConfigError)
-    known = getattr(module, "OPTIONS", {})
-    for name in options.extra:
-        if name not in known:
-            errors.note(f"option {name!r}: {did_you_mean(name, known) if known else 'it has none.'}")
-    if (options.tp, options.pp) != (1, 1) and not getattr(module, "LAYOUT", False):
-        hint = "Whoever loads it chooses." if options.tp > 0 and options.pp > 0 else ""
-        errors.add(
-            "layout", "none: it has no tensor or pipeline parallelism", f"tp {options.tp}, pp {options.pp}", hint
-        )
-    if options.tp < 1 or options.pp < 1:
-        errors.add("layout", "positive tp and pp", f"tp {options.tp}, pp {options.pp}")
-    if options.workers < 1:
-        errors.add("workers", "a positive number", options.workers)
-    fixed: torch.dtype | None = getattr(module, "DTYPE", None)
-    if fixed is not None and options.dtype not in (None, fixed):
-        errors.add("dtype", fixed, options.dtype, "Leave it out.")
-    errors.raise_if_any()
-    return replace(options, dtype=fixed or options.dtype)
 
 
 def _check_places(source: Reader, target: Path) -> None:

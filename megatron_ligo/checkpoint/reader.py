@@ -1,30 +1,10 @@
-"""What every format gives and takes: a Reader of canonical tensors, and a writer that pulls from one.
-
-A format is one module of this folder with
-    NAME: str                                the word users type
-    LOOKS: str                               what `recognise` looks for, in words, for the error that nothing was found
-    recognise(path: Path) -> bool            by looking (names and a few bytes), never by loading
-    open(path: Path) -> Reader               reads headers only; all faults of the headers in one error
-    write(source: Reader, out: Output, options)   optional; names its files and what is in them (output.py)
-    DTYPE: torch.dtype                       optional: the one dtype that the format stores
-    OPTIONS: dict[str, str]                  optional: what `WriteOptions.extra` may hold, with a word of help
-    LAYOUT: bool                             optional: `write` obeys tp and pp, or refuses one of them by its name
-    leaves_moments(source, options) -> str   optional: `write` stores Adam's moments and the step if the source has
-                                             them, or this says why not; a format without it never does
-    refused_elsewhere(dims) -> str           optional: what the format's other readers would refuse of a network that
-                                             it can store, in one line; it is written, and the user told
-`write` is run twice: once to ask how many bytes it will write (planned.py).
-It is found by looking into the folder: nothing else needs an edit. All are imported together, so what only one
-needs (Megatron-core, DeepSpeed) is imported inside its functions. Which tensors a format stores, and the rows in each,
-is in packing.py; a writer hands them to `Output` as `later(source, item)`; what a format without a config needs
-beside it is in record.py, torch_files.py reads what torch.save wrote, and ranks.py cuts and joins what ranks share.
-"""
+"""A checkpoint as canonical tensors: the `Reader` that every format opens and every conversion reads from."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,22 +24,6 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-@dataclass
-class WriteOptions:
-    """dtype: cast to it (None keeps each tensor's own); tp, pp: the layout written, where the format has one.
-
-    workers: threads that hash and write.
-
-    extra: what a single format asks for besides, by name (its `write` says which).
-    """
-
-    dtype: torch.dtype | None = None
-    tp: int = 1
-    pp: int = 1
-    workers: int = 2
-    extra: dict = field(default_factory=dict)
 
 
 class Reader(ABC):

@@ -133,7 +133,9 @@ def describe_type(hint: Any) -> str:
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(describe_type(arg) for arg in args if arg is not types.NoneType)
+        # Every whole number is a number.
+        hidden = {types.NoneType, *([int] if float in args else [])}
+        return " or ".join(describe_type(arg) for arg in args if arg not in hidden)
     if origin is tuple:
         return (
             f"a list, each {describe_type(args[0])},"

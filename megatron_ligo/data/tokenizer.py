@@ -59,11 +59,11 @@ def read_special_tokens(path: str | Path) -> dict[str, int]:
     file = find_tokenizer_file(path)
     if file.suffix == ".model":
         return {}
-    added = _open_hf(file).get_added_tokens_decoder()
+    added = _HfReader(file).get_added_tokens_decoder()
     return {token.content: number for number, token in added.items() if token.special}
 
 
-def _open_hf(file: Path):
+def _HfReader(file: Path):
     import tokenizers
 
     try:
@@ -73,7 +73,7 @@ def _open_hf(file: Path):
 
 
 def _load_hf(file: Path, eod: str) -> Tokenizer:
-    inner = _open_hf(file)
+    inner = _HfReader(file)
     inner.no_truncation()
     inner.no_padding()
     names = [eod] if eod else [*PRETRAINING_EOD_NAMES, *_read_eos_names(file.parent), *FALLBACK_EOD_NAMES]

@@ -18,8 +18,9 @@ import torch
 import megatron_ligo
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import Progress, convert
+from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.manifest import library_versions
-from megatron_ligo.checkpoint.reader import Reader, WriteOptions
+from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import RunConfig
@@ -65,8 +66,7 @@ def write_handoff(
                     _check_same_model(folder, record)
         # The others are read from the universal checkpoint, so that each tensor is grown once.
         for name in sorted(to, key=lambda name: name != UNIVERSAL):
-            stored = getattr(formats.get(name), "DTYPE", None)
-            options = WriteOptions(dtype=stored or dtype)
+            options = WriteOptions(dtype=formats.get(name).stored_dtype or dtype)
             convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, share=share)
             if name == UNIVERSAL:
                 source = formats.open(folder / name)

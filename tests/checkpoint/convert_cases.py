@@ -13,7 +13,7 @@ from megatron_ligo.bench.synthetic_reader import SyntheticReader
 from megatron_ligo.bench.timing import track_anonymous_memory
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.reader import WriteOptions
+from megatron_ligo.checkpoint.format import WriteOptions
 
 # 400 MB, of which the largest tensor is a twelfth.
 LARGE = ModelConfig(
@@ -25,7 +25,7 @@ DELAY = 0.004
 
 def options(to: str) -> WriteOptions:
     """Several ranks, or several shards, where a format has them."""
-    layout = 2 if getattr(formats.get(to), "LAYOUT", False) else 1
+    layout = 2 if formats.get(to).has_layout else 1
     return WriteOptions(tp=layout, extra={"shard_bytes": 200_000} if to == "hf" else {})
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, WriteOptions
+from megatron_ligo.checkpoint.format import WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import LigoError
 from megatron_ligo.testing.fuzz import engine_samples
 from tests.checkpoint import hf_models

@@ -22,8 +22,9 @@ from megatron_ligo.arch import architectures
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_of_image
 from megatron_ligo.checkpoint import formats, verify
 from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.inspect import describe
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import LigoError
 from tests.checkpoint import hf_models
 from tests.checkpoint.write_watch import untouched
@@ -144,7 +145,7 @@ def layouts(place) -> Callable[[str], list[tuple[int, int]]]:
 
     @cache
     def of(form: str) -> list[tuple[int, int]]:
-        if not getattr(formats.get(form), "LAYOUT", False):
+        if not formats.get(form).has_layout:
             return [(1, 1)]
         try:
             convert(source("llama"), place / "pipeline" / form, form, WriteOptions(pp=2))
@@ -174,7 +175,7 @@ def test_each_layout_of_each_format(written, layouts):
         for tp, pp in layouts(form):
             reader = written("llama", form, (tp, pp))
             assert_equal(reader, "llama", carries_moments(form))
-            if getattr(formats.get(form), "LAYOUT", False):
+            if formats.get(form).has_layout:
                 assert (reader.layout["tp"], reader.layout.get("pp", 1)) == (tp, pp)
 
 
@@ -192,7 +193,7 @@ def test_pairs(model, written, layouts, place):
 
 @pytest.mark.parametrize("form", formats.writers())
 def test_narrow_dtypes_stay_what_they_are(form, written, place):
-    fixed = getattr(formats.get(form), "DTYPE", None)
+    fixed = formats.get(form).stored_dtype
     convert(source("llama"), place / f"narrow {form}", form, WriteOptions(dtype=fixed or torch.bfloat16))
     found = formats.open(place / f"narrow {form}")
     for key in found.keys():  # noqa: SIM118 - no dict

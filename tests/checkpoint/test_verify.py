@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from megatron_ligo import cli
 from megatron_ligo.checkpoint import formats, verify
 from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.inspect import describe
-from megatron_ligo.checkpoint.reader import WriteOptions
 from megatron_ligo.common import signal_handling
 from tests.checkpoint import hf_models
 from tests.checkpoint.formats.test_gguf import Kind, quantisable, write_gguf

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from megatron_ligo.arch import get
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
+from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.checkpoint.reader import WEIGHT
 from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError
 from megatron_ligo.common.file_lock import exclusive_access
@@ -30,7 +30,7 @@ LARGE = LargeSection(num_layers=4, hidden_size=30, ffn_size=40, num_heads=10, nu
 @pytest.fixture
 def grown(tmp_path):
     hf_llama(llama_dims(tied=True)).save_pretrained(tmp_path / "small")
-    source = open_hf(tmp_path / "small")
+    source = HfReader(tmp_path / "small")
     return GrownReader(initial_operator(source.model_config, LARGE, OperatorSection()), source)
 
 
@@ -136,7 +136,7 @@ FAULTS = {
 
 def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -> list:
     """One rank's share; how many tensors each has made, or what each raises. Rank fails_on meets that fault."""
-    source = open_hf(Path(small))
+    source = HfReader(Path(small))
     grown = GrownReader(initial_operator(source.model_config, LARGE, OperatorSection(width_init="random")), source)
     read, made = grown.read, []
     error, at = FAULTS[fault] if fault and dist.get_rank() == fails_on else (None, 0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
+from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.config.run_config import DataSection, RunConfig
 from megatron_ligo.data.text_dataset import open_text_dataset
 from megatron_ligo.export import provenance
@@ -44,7 +44,7 @@ def base(tmp_path_factory) -> Path:
     for seed, name in enumerate(("train", "valid")):
         make_pair(folder / name, seed)
     hf_llama(DIMS).save_pretrained(folder / "hf")
-    source = open_hf(folder / "hf")
+    source = HfReader(folder / "hf")
     convert(source, folder / "handoff/universal", "universal")
     digest = data(folder).eval_digest(BATCH)
     fit = {"eval": {"samples": BATCH, "digest": digest}, "losses": {"start": 4.0, "end": FIT_LOSS}}

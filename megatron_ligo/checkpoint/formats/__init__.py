@@ -1,13 +1,15 @@
-"""The checkpoint formats: one module each, found by looking into this folder (base.py says what a module has)."""
+"""The registry of checkpoint formats: every `Format` subclass in this folder, found by scanning it."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
+from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common import symlinks
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem, did_you_mean
@@ -16,54 +18,61 @@ __all__ = ["formats", "get", "open", "recognise", "writers"]
 
 
 @cache
-def formats() -> dict[str, ModuleType]:
+def formats() -> dict[str, Format]:
     """Every format by name."""
-    found = pkgutil.walk_packages(__path__, f"{__name__}.")
-    modules = [importlib.import_module(module.name) for module in found if not module.ispkg]
-    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+    return {format.name: format for format in _scan()}
+
+
+def _scan() -> Iterator[Format]:
+    for info in pkgutil.walk_packages(__path__, f"{__name__}."):
+        if not info.ispkg:
+            module = importlib.import_module(info.name)
+            for _, cls in inspect.getmembers(module, inspect.isclass):
+                if issubclass(cls, Format) and cls.__module__ == info.name and not inspect.isabstract(cls):
+                    yield cls()
 
 
 def writers() -> list[str]:
     """Names of the formats that can be written."""
-    return sorted(name for name, module in formats().items() if hasattr(module, "write"))
+    return sorted(name for name, format in formats().items() if format.writable)
 
 
-def get(name: str) -> ModuleType:
-    """The format of that name."""
+def get(name: str) -> Format:
+    """The format of that name. Raises ConfigError if there is none."""
     if name not in formats():
         raise ConfigError(f"there is no format {name!r}. {did_you_mean(name, formats())}")
     return formats()[name]
 
 
-def recognise(path: str | Path) -> ModuleType:
-    """The format of what lies at a path, by looking at names and a few bytes."""
-    path = _existing(path)
-    found = {name: module for name, module in formats().items() if module.recognise(path)}
-    if not found:
-        looks = "".join(f"\n  {name}: {module.LOOKS}" for name, module in sorted(formats().items()))
+def recognise(path: str | Path) -> Format:
+    """The format of the checkpoint at a path, by names and a few bytes. Raises CheckpointError for none or several."""
+    path = _check_exists(path)
+    matches = {name: format for name, format in formats().items() if format.recognise(path)}
+    if not matches:
+        descriptions = "".join(f"\n  {name}: {format.description}" for name, format in sorted(formats().items()))
         raise CheckpointError(
             f"{path}: expected a checkpoint, found none of these. Insist on a format with --from to be told what "
-            f"it lacks.{looks}"
+            f"it lacks.{descriptions}"
         )
-    if len(found) > 1:
-        names = " and ".join(sorted(found))
+    if len(matches) > 1:
+        names = " and ".join(sorted(matches))
         raise CheckpointError(Problem(f"{path}", "one checkpoint", names, "Choose one with --from."))
-    (module,) = found.values()
-    return module
+    (format,) = matches.values()
+    return format
 
 
 def open(path: str | Path, format: str | None = None) -> Reader:
     """A Reader of the checkpoint at a path; `format` insists on one instead of looking. Reads headers only.
 
-    Raises CheckpointError with every fault of the headers or every link that leads out of the folder, ConfigError for
+    Raises CheckpointError with every error in the headers or every link that leads out of the folder, ConfigError for
     an unknown format.
     """
-    module = get(format) if format else recognise(path)
-    symlinks.check_links(_existing(path))
-    return module.open(Path(path))
+    chosen = get(format) if format else recognise(path)
+    symlinks.check_links(_check_exists(path))
+    return chosen.open(Path(path))
 
 
-def _existing(path: str | Path) -> Path:
+def _check_exists(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(Problem(f"{path}", "a checkpoint", "nothing there", "Check the path."))

@@ -7,21 +7,39 @@ vectors (norms, biases), which do not decay.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import inf, isfinite
 
 from torch import Tensor
 
-from megatron_ligo.common.errors import ErrorCollector
+from megatron_ligo.checkpoint.format import FormatOptions
+from megatron_ligo.config.typed_toml import setting
 
 PARAMS = "params"
 STEP = "step"
 # What a group of Megatron-core's is known by, besides its rates.
 KNOWN_BY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 ALIKE = ("betas", "eps", "lr")
-RATES = {
-    "max_lr": "highest learning rate of the run that takes up Adam's moments (default: a Megatron source's own)",
-    "min_lr": "lowest one; Megatron-core 0.19 wants both, and takes up moments only where they are the run's own",
-}
+
+
+@dataclass(frozen=True)
+class AdamRates(FormatOptions):
+    """Options of the formats that write Megatron-core's groups of Adam."""
+
+    max_lr: int | float | None = setting(
+        None,
+        "highest learning rate of the run that takes up Adam's moments (default: a Megatron source's own)",
+        low=0,
+    )
+    min_lr: int | float | None = setting(
+        None,
+        "lowest one; Megatron-core 0.19 wants both, and takes up moments only where they are the run's own",
+        low=0,
+    )
+
+    def rates(self) -> dict[str, int | float]:
+        """The rates that were given, by name."""
+        return {name: rate for name, rate in (("max_lr", self.max_lr), ("min_lr", self.min_lr)) if rate is not None}
 
 
 def settings(groups: object) -> tuple[dict[str, object], ...]:
@@ -61,7 +79,7 @@ def lacking(groups: Sequence[Mapping[str, object]]) -> str:
 
 
 def megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, object]) -> list[dict[str, object]]:
-    """Megatron-core's groups, if nothing is lacking. rates: of RATES, what is asked for."""
+    """Megatron-core's groups, if nothing is lacking. rates: `AdamRates.rates`."""
     if _are_megatrons(groups):
         return [{**group, **rates} for group in groups]
     decay = max(group["weight_decay"] for group in groups)
@@ -89,12 +107,6 @@ def count(step: object) -> int | None:
         step = step.item()
     good = isinstance(step, int | float) and isfinite(step) and step >= 0 and step == int(step)
     return int(step) if good else None
-
-
-def check_rates(rates: Mapping[str, object], errors: ErrorCollector) -> None:
-    for name, rate in rates.items():
-        if not _is_setting(rate):
-            errors.add(name, "a learning rate", repr(rate))
 
 
 def _states(group: Mapping[str, object], name: str) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.io import iteration_folders
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import DataError, ErrorCollector
 from megatron_ligo.config.run_config import OperatorSection, RunConfig
 from megatron_ligo.data.indexed_dataset import open_indexed_files

@@ -10,8 +10,8 @@ import torch
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.inspect import describe
-from megatron_ligo.checkpoint.reader import WriteOptions
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from megatron_ligo.testing.fuzz import engine_samples
 from tests.checkpoint import hf_models

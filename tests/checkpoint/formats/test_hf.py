@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.reader import WriteOptions
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader

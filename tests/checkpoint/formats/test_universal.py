@@ -7,7 +7,7 @@ import torch
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.reader import WriteOptions
+from megatron_ligo.checkpoint.format import WriteOptions
 from tests.checkpoint import hf_models
 
 LAYER = "decoder.layers.1"

@@ -11,7 +11,8 @@ from deepspeed.checkpoint import ds_to_universal
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, WriteOptions
+from megatron_ligo.checkpoint.format import WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.checkpoint.verify import compare
 from tests.models.full import engine_cases, pretrain_cases
 from tests.tiny_models import hf_llama, hf_name, llama_dims

@@ -9,7 +9,7 @@ import torch
 from megatron_ligo.arch import get
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
+from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.full.factory import build_model as build_pretrained
@@ -61,7 +61,7 @@ def label(case) -> str:
 def made(base: Path, tied: bool, family: str) -> str:
     """The folder of a universal checkpoint."""
     model_of(pretrain_cases.sizes(tied, family)).save_pretrained(base / "hf")
-    convert(open_hf(base / "hf"), base / "universal", "universal")
+    convert(HfReader(base / "hf"), base / "universal", "universal")
     return str(base / "universal")
 
 

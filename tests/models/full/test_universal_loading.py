@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.formats.hf.format import open as open_hf
+from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from megatron_ligo.models.full import parameters, universal_loading
 from tests.models.full import pretrain_cases
@@ -23,7 +23,7 @@ ZERO = "global_step0/zero"
 def made(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("universal")
     hf_llama(DIMS).save_pretrained(base / "hf")
-    convert(open_hf(base / "hf"), base / "universal", "universal")
+    convert(HfReader(base / "hf"), base / "universal", "universal")
     return base / "universal"
 
 

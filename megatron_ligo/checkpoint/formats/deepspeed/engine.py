@@ -15,7 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo.checkpoint import model_record
-from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
+from megatron_ligo.checkpoint.format import Format, WriteOptions
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, tagged
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     LATEST,
     EngineFiles,
@@ -33,33 +34,12 @@ from megatron_ligo.checkpoint.formats.deepspeed.reader import (
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, with_padded_vocab
-from megatron_ligo.checkpoint.reader import Reader, WriteOptions
+from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.tensor_parallel import check_tp
 
 NAME = "deepspeed"
-LOOKS = f"{LATEST} (or the folder that it names) with mp_rank_00_model_states.pt and the like (DeepSpeed engine)"
-LAYOUT = True
-OPTIONS = {"tag": "name of the folder (default global_stepN)"}
-
-
-def recognise(path: Path) -> bool:
-    try:
-        tag = tagged(path, LATEST)
-    except CheckpointError:
-        return True
-    return is_engines(tag) and not is_pipelines(tag) and not (tag / "zero").is_dir()
-
-
-def open(path: Path) -> Reader:
-    tag = tagged(path, LATEST)
-    if is_pipelines(tag):
-        raise CheckpointError(Problem(f"{tag}", "the files of one module", "layers", "Say --from pipeline."))
-    saved = EngineFiles(tag)
-    errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
-    held = [_rank(saved, mp, errors) for mp in range(saved.mp)]
-    return EngineReader(NAME, path, find_root(path, tag), saved, held, errors)
 
 
 def _rank(saved: EngineFiles, mp: int, errors: ErrorCollector) -> EngineRank:
@@ -75,30 +55,54 @@ def _rank(saved: EngineFiles, mp: int, errors: ErrorCollector) -> EngineRank:
     return EngineRank(weights, shapes, set(trained), masters)
 
 
-def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """Module states of each tensor-parallel rank, side by side."""
-    errors = ErrorCollector("a DeepSpeed engine cannot hold the model so", ConfigError)
-    check_tp(source.model_config, options.tp, errors)
-    if options.pp > 1:
-        errors.add(f"pp = {options.pp}", "1", options.pp, "Of a pipeline the format is named pipeline.")
-    errors.raise_if_any()
-    model_record.write(source, out)
-    stored = fused_tensors.stored_tensors(source.arch, source.model_config, "mcore")
-    pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
-    tag = options.extra.get("tag", f"global_step{source.step}")
-    out.torch_files(
-        {
-            f"{tag}/{model_file(rank)}": {
-                "module": {name: pieces.later(item, rank) for name, item in stored.items()},
-                **counts(options.tp, source.step),
-            }
-            for rank in range(options.tp)
-        }
-    )
-    # Last: DeepSpeed takes a folder without it for none.
-    out.text(LATEST, tag)
-
-
 def counts(ranks: int, step: int) -> dict:
     """What every model-states file says of the run. No optimizer, no schedule: they would take the place of a run's."""
     return {"dp_world_size": 1, "mp_world_size": ranks, "global_steps": step, "skipped_steps": 0}
+
+
+class EngineFormat(Format):
+    name = NAME
+    description = (
+        f"{LATEST} (or the folder that it names) with mp_rank_00_model_states.pt and the like (DeepSpeed engine)"
+    )
+    has_layout = True
+    options = TagOptions
+
+    def recognise(self, path: Path) -> bool:
+        try:
+            tag = tagged(path, LATEST)
+        except CheckpointError:
+            return True
+        return is_engines(tag) and not is_pipelines(tag) and not (tag / "zero").is_dir()
+
+    def open(self, path: Path) -> Reader:
+        tag = tagged(path, LATEST)
+        if is_pipelines(tag):
+            raise CheckpointError(Problem(f"{tag}", "the files of one module", "layers", "Say --from pipeline."))
+        saved = EngineFiles(tag)
+        errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
+        held = [_rank(saved, mp, errors) for mp in range(saved.mp)]
+        return EngineReader(NAME, path, find_root(path, tag), saved, held, errors)
+
+    def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
+        """Module states of each tensor-parallel rank, side by side."""
+        errors = ErrorCollector("a DeepSpeed engine cannot hold the model so", ConfigError)
+        check_tp(source.model_config, options.tp, errors)
+        if options.pp > 1:
+            errors.add(f"pp = {options.pp}", "1", options.pp, "Of a pipeline the format is named pipeline.")
+        errors.raise_if_any()
+        model_record.write(source, output)
+        stored = fused_tensors.stored_tensors(source.arch, source.model_config, "mcore")
+        pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
+        tag = self.parse_options(options.extra).folder(source.step)
+        output.torch_files(
+            {
+                f"{tag}/{model_file(rank)}": {
+                    "module": {name: pieces.later(item, rank) for name, item in stored.items()},
+                    **counts(options.tp, source.step),
+                }
+                for rank in range(options.tp)
+            }
+        )
+        # Last: DeepSpeed takes a folder without it for none.
+        output.text(LATEST, tag)

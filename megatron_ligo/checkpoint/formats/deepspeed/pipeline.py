@@ -23,8 +23,9 @@ from megatron_ligo import arch
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.deepspeed.engine import counts
-from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, tagged
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     LATEST,
     EngineFiles,
@@ -42,17 +43,12 @@ from megatron_ligo.checkpoint.formats.deepspeed.reader import (
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, with_padded_vocab
-from megatron_ligo.checkpoint.reader import Reader, WriteOptions
+from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.tensor_parallel import check_tp
 
 NAME = "pipeline"
-LOOKS = (
-    f"{LATEST} (or the folder that it names) with layer_00-model_00-model_states.pt and the like (DeepSpeed pipeline)"
-)
-LAYOUT = True
-OPTIONS = {"tag": "name of the folder (default global_stepN)"}
 
 
 def layers_before(model_config: ModelConfig) -> int:
@@ -90,24 +86,6 @@ def _held(model_config: ModelConfig) -> dict[int, dict[str, fused_tensors.Stored
             mine = {own + name.removeprefix(whole): item for name, item in stored.items() if name.startswith(whole)}
             held.setdefault(layer, {}).update(mine)
     return {layer: names for layer, names in held.items() if names}
-
-
-def recognise(path: Path) -> bool:
-    try:
-        return is_pipelines(tagged(path, LATEST))
-    except CheckpointError:
-        return False
-
-
-def open(path: Path) -> Reader:
-    tag = tagged(path, LATEST)
-    saved = EngineFiles(tag)
-    root = find_root(path, tag)
-    model_config, _ = model_record.read(root)
-    tp = _ranks_of_layers(saved, model_config)
-    errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
-    held = [_rank(saved, rank, tp, model_config, errors) for rank in range(tp)]
-    return EngineReader(NAME, path, root, saved, held, errors)
 
 
 def _ranks_of_layers(saved: EngineFiles, model_config: ModelConfig) -> int:
@@ -150,29 +128,54 @@ def _rank(saved: EngineFiles, rank: int, tp: int, model_config: ModelConfig, err
     return EngineRank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, trained, masters)
 
 
-def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """Layers and counts; the files of the tensor-parallel ranks side by side."""
-    errors = ErrorCollector("a DeepSpeed pipeline cannot hold the model so", ConfigError)
-    check_tp(source.model_config, options.tp, errors)
-    if options.pp > source.model_config.num_layers:
-        errors.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.model_config.num_layers} layers")
-    layers = _held(source.model_config)
-    known = {item.name for names in layers.values() for item in names.values()}
-    for name in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").keys() - known:
-        errors.add(name, "a tensor of the embedding, a layer or the head", "another")
-    errors.raise_if_any()
-    model_record.write(source, out)
-    pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
-    tag = options.extra.get("tag", f"global_step{source.step}")
-    for layer, names in layers.items():
-        out.torch_files(
-            {
-                f"{tag}/{layer_file(layer, rank)}": {own: pieces.later(item, rank) for own, item in names.items()}
-                for rank in range(options.tp)
-            }
-        )
-    ranks = options.tp * options.pp
-    for rank in range(ranks):
-        out.torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})
-    # Last: DeepSpeed takes a folder without it for none.
-    out.text(LATEST, tag)
+class PipelineFormat(Format):
+    name = NAME
+    description = (
+        f"{LATEST} (or the folder that it names) with layer_00-model_00-model_states.pt and the like "
+        "(DeepSpeed pipeline)"
+    )
+    has_layout = True
+    options = TagOptions
+
+    def recognise(self, path: Path) -> bool:
+        try:
+            return is_pipelines(tagged(path, LATEST))
+        except CheckpointError:
+            return False
+
+    def open(self, path: Path) -> Reader:
+        tag = tagged(path, LATEST)
+        saved = EngineFiles(tag)
+        root = find_root(path, tag)
+        model_config, _ = model_record.read(root)
+        tp = _ranks_of_layers(saved, model_config)
+        errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
+        held = [_rank(saved, rank, tp, model_config, errors) for rank in range(tp)]
+        return EngineReader(NAME, path, root, saved, held, errors)
+
+    def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
+        """Layers and counts; the files of the tensor-parallel ranks side by side."""
+        errors = ErrorCollector("a DeepSpeed pipeline cannot hold the model so", ConfigError)
+        check_tp(source.model_config, options.tp, errors)
+        if options.pp > source.model_config.num_layers:
+            errors.add(f"pp = {options.pp}", "at most a stage a layer", f"{source.model_config.num_layers} layers")
+        layers = _held(source.model_config)
+        known = {item.name for names in layers.values() for item in names.values()}
+        for name in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").keys() - known:
+            errors.add(name, "a tensor of the embedding, a layer or the head", "another")
+        errors.raise_if_any()
+        model_record.write(source, output)
+        pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
+        tag = self.parse_options(options.extra).folder(source.step)
+        for layer, names in layers.items():
+            output.torch_files(
+                {
+                    f"{tag}/{layer_file(layer, rank)}": {own: pieces.later(item, rank) for own, item in names.items()}
+                    for rank in range(options.tp)
+                }
+            )
+        ranks = options.tp * options.pp
+        for rank in range(ranks):
+            output.torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})
+        # Last: DeepSpeed takes a folder without it for none.
+        output.text(LATEST, tag)

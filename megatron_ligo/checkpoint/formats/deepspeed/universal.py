@@ -12,6 +12,7 @@ NAME is Megatron-core's. Weights are fp32, as the format defines it; casting bf1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,17 +20,18 @@ from torch import Tensor
 
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.checkpoint import model_record
-from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import tagged
+from megatron_ligo.checkpoint.format import Format, WriteOptions
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, tagged
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import STAND_INS
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors
 
 NAME = "universal"
-LOOKS = "latest_universal, or a folder zero/ with optimizer_state.pt (DeepSpeed universal)"
 DTYPE = torch.float32
 
 LATEST = "latest_universal"
@@ -42,19 +44,6 @@ DS_VERSION = "0.19.8"
 PARAM_GROUPS = 8
 # Ours, and no `param_groups`: DeepSpeed would put those, by their order, in the place of the run's own settings.
 SETTINGS = "settings_of_source"
-OPTIONS = {
-    "tag": "name of the folder (default global_stepN)",
-    "moments": "source (default: the source's, or zeros at step 0 where it has none) or none",
-    "param_groups": f"how many groups the optimizer may have (default {PARAM_GROUPS})",
-}
-
-
-def recognise(path: Path) -> bool:
-    return (path / LATEST).is_file() or (path / "zero" / OPTIMIZER).is_file()
-
-
-def open(path: Path) -> UniversalReader:
-    return UniversalReader(path)
 
 
 class UniversalReader(Reader):
@@ -157,50 +146,6 @@ class UniversalReader(Reader):
         return tensor.reshape(shape)
 
 
-def leaves_moments(source: Reader, options: WriteOptions) -> str:
-    return "moments = none" if options.extra.get("moments") == "none" else ""
-
-
-def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """Every parameter in a folder of its own, then what DeepSpeed asks for besides."""
-    tag = options.extra.get("tag", f"global_step{source.step}")
-    moments = options.extra.get("moments", "source") != "none"
-    step = source.step if source.has_moments else 0
-    # Fresh moments belong to a fresh count: Adam corrects its bias by it.
-    count = LazyTensor((), torch.float32, lambda: torch.tensor(float(step)))
-    model_record.write(source, out)
-    for item in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").values():
-        folder = f"{tag}/zero/{item.name}"
-        out.torch(f"{folder}/{FILES[WEIGHT]}", {"param": lazy_tensor(source, item), **_cut(item)})
-        for kind in MOMENTS if moments else ():
-            made = (
-                lazy_tensor(source, item, kind)
-                if source.has_moments
-                else LazyTensor(item.shape(source.model_config), DTYPE, None)
-            )
-            out.torch(f"{folder}/{FILES[kind]}", {"param": made, **_cut(item)})
-        if moments:
-            out.torch(f"{folder}/step.pt", count)
-    groups = options.extra.get("param_groups", PARAM_GROUPS)
-    out.torch(
-        f"{tag}/zero/{OPTIMIZER}",
-        {
-            # No clip_grad, no hyperparameters: they would overwrite the run's own.
-            "ds_version": DS_VERSION,
-            "param_groups": [{} for _ in range(groups)],
-            "optimizer_state_dict": {"state": {0: {"step": count}}, "param_groups": [{}]},
-            **({SETTINGS: [dict(group) for group in source.groups]} if moments and source.has_moments else {}),
-        },
-    )
-    # What DeepSpeed's own schedulers note after so many steps; it asks for it wherever a run has a scheduler.
-    scheduler = {"last_batch_iteration": step - 1}
-    state = {"dp_world_size": 1, "mp_world_size": 1, "global_steps": step, "skipped_steps": 0}
-    for name in STATES:
-        out.torch(f"{tag}/{name}", {**state, "lr_scheduler": scheduler})
-    # Last: DeepSpeed takes a folder without it for none.
-    out.text(LATEST, tag)
-
-
 def _cut(item: fused_tensors.StoredTensor) -> dict:
     """How tensor parallelism cuts a parameter, in the words of DeepSpeed's loader."""
     found: dict[str, object] = {}
@@ -211,3 +156,69 @@ def _cut(item: fused_tensors.StoredTensor) -> dict:
     if item.vocabulary:
         found["vocab_tensor"] = True
     return found
+
+
+@dataclass(frozen=True)
+class UniversalOptions(TagOptions):
+    moments: str = setting(
+        "source",
+        "source (default: the source's, or zeros at step 0 where it has none) or none",
+        choices=("source", "none"),
+    )
+    param_groups: int = setting(PARAM_GROUPS, f"how many groups the optimizer may have (default {PARAM_GROUPS})", low=1)
+
+
+class UniversalFormat(Format):
+    name = NAME
+    description = "latest_universal, or a folder zero/ with optimizer_state.pt (DeepSpeed universal)"
+    stored_dtype = DTYPE
+    stores_moments = True
+    options = UniversalOptions
+
+    def recognise(self, path: Path) -> bool:
+        return (path / LATEST).is_file() or (path / "zero" / OPTIMIZER).is_file()
+
+    def open(self, path: Path) -> UniversalReader:
+        return UniversalReader(path)
+
+    def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
+        return "moments = none" if self.parse_options(options.extra).moments == "none" else ""
+
+    def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
+        """Every parameter in a folder of its own, then what DeepSpeed asks for besides."""
+        own = self.parse_options(options.extra)
+        tag = own.folder(source.step)
+        moments = own.moments != "none"
+        step = source.step if source.has_moments else 0
+        # Fresh moments belong to a fresh count: Adam corrects its bias by it.
+        count = LazyTensor((), torch.float32, lambda: torch.tensor(float(step)))
+        model_record.write(source, output)
+        for item in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").values():
+            folder = f"{tag}/zero/{item.name}"
+            output.torch(f"{folder}/{FILES[WEIGHT]}", {"param": lazy_tensor(source, item), **_cut(item)})
+            for kind in MOMENTS if moments else ():
+                made = (
+                    lazy_tensor(source, item, kind)
+                    if source.has_moments
+                    else LazyTensor(item.shape(source.model_config), DTYPE, None)
+                )
+                output.torch(f"{folder}/{FILES[kind]}", {"param": made, **_cut(item)})
+            if moments:
+                output.torch(f"{folder}/step.pt", count)
+        output.torch(
+            f"{tag}/zero/{OPTIMIZER}",
+            {
+                # No clip_grad, no hyperparameters: they would overwrite the run's own.
+                "ds_version": DS_VERSION,
+                "param_groups": [{} for _ in range(own.param_groups)],
+                "optimizer_state_dict": {"state": {0: {"step": count}}, "param_groups": [{}]},
+                **({SETTINGS: [dict(group) for group in source.groups]} if moments and source.has_moments else {}),
+            },
+        )
+        # What DeepSpeed's own schedulers note after so many steps; it asks for it wherever a run has a scheduler.
+        scheduler = {"last_batch_iteration": step - 1}
+        state = {"dp_world_size": 1, "mp_world_size": 1, "global_steps": step, "skipped_steps": 0}
+        for name in STATES:
+            output.torch(f"{tag}/{name}", {**state, "lr_scheduler": scheduler})
+        # Last: DeepSpeed takes a folder without it for none.
+        output.text(LATEST, tag)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -25,34 +25,25 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Heads
 from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.format import Format, FormatOptions, WriteOptions
 from megatron_ligo.checkpoint.formats.fairscale import params_json, tokenizer_model
 from megatron_ligo.checkpoint.formats.fairscale.params_json import PARAMS
 from megatron_ligo.checkpoint.io import digest, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
+from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 NAME = "fairscale"
-LOOKS = f"{PARAMS} beside consolidated.00.pth"
-LAYOUT = True
 VOCABULARY, FEATURES = "vocabulary", "features"
-OPTIONS = {"embedding": f"cut along the {VOCABULARY} (default: as Llama 3) or the {FEATURES} (as Llama 1 and 2)"}
 
 FILE = "consolidated.{:02d}.pth"
 FILES = re.compile(r"consolidated\.(\d+)\.pth")
 EMBEDDING, OUTPUT, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
 # Computed anew by whoever loads it.
 NO_WEIGHTS = ("rope.freqs",)
-
-
-def recognise(path: Path) -> bool:
-    return (path / PARAMS).is_file() and (path / FILE.format(0)).is_file()
-
-
-def open(path: Path) -> FairscaleReader:
-    return FairscaleReader(path)
 
 
 class FairscaleReader(Reader):
@@ -179,30 +170,10 @@ class FairscaleReader(Reader):
             errors.add(f"{name} ({file})", "no such tensor", "one")
 
 
-def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """Every rank's file, filled side by side, and params.json."""
-    model_config, tp = source.model_config, options.tp
-    cut = options.extra.get("embedding", VOCABULARY)
-    params_json.refuse(model_config)
-    _check_layout(model_config, options, cut)
-    stored = tp_shards.with_padded_vocab(model_config, tp)
-    out.json(PARAMS, params_json.params_of(model_config, stored.vocab_size, plain=cut == FEATURES))
-    model_record.write(source, out)
-    pieces, items = tp_shards.TpShards(source, tp, stored), _items(model_config, cut)
-    out.torch_files(
-        {
-            FILE.format(rank): {name: pieces.later(item, rank) for name, item in items.items()}
-            for rank in range(tp)
-        }
-    )  # fmt: skip
-
-
 def _check_layout(model_config: ModelConfig, options: WriteOptions, cut: str) -> None:
     errors = ErrorCollector("the format fairscale cannot be written so", ConfigError)
     if options.pp != 1:
         errors.add("pp", "1: it has no pipeline parallelism", options.pp)
-    if cut not in (VOCABULARY, FEATURES):
-        errors.add("embedding", f"{VOCABULARY} or {FEATURES}", repr(cut))
     tensor_parallel.check_tp(model_config, options.tp, errors)
     if cut == FEATURES and model_config.hidden_size % options.tp:
         errors.add(
@@ -232,3 +203,42 @@ def _load(folder: Path) -> list[dict[str, Tensor]]:
         found = ", ".join(FILE.format(number) for number in numbers) or "none"
         raise CheckpointError(Problem(f"{folder}", f"{FILE.format(0)} and so on, without a gap", found))
     return [torch_files.tensors(folder / FILE.format(number)) for number in numbers]
+
+
+@dataclass(frozen=True)
+class FairscaleOptions(FormatOptions):
+    embedding: str = setting(
+        VOCABULARY,
+        f"cut along the {VOCABULARY} (default: as Llama 3) or the {FEATURES} (as Llama 1 and 2)",
+        choices=(VOCABULARY, FEATURES),
+    )
+
+
+class FairscaleFormat(Format):
+    name = NAME
+    description = f"{PARAMS} beside consolidated.00.pth"
+    has_layout = True
+    options = FairscaleOptions
+
+    def recognise(self, path: Path) -> bool:
+        return (path / PARAMS).is_file() and (path / FILE.format(0)).is_file()
+
+    def open(self, path: Path) -> FairscaleReader:
+        return FairscaleReader(path)
+
+    def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
+        """Every rank's file, filled side by side, and params.json."""
+        model_config, tp = source.model_config, options.tp
+        cut = self.parse_options(options.extra).embedding
+        params_json.refuse(model_config)
+        _check_layout(model_config, options, cut)
+        stored = tp_shards.with_padded_vocab(model_config, tp)
+        output.json(PARAMS, params_json.params_of(model_config, stored.vocab_size, plain=cut == FEATURES))
+        model_record.write(source, output)
+        pieces, items = tp_shards.TpShards(source, tp, stored), _items(model_config, cut)
+        output.torch_files(
+            {
+                FILE.format(rank): {name: pieces.later(item, rank) for name, item in items.items()}
+                for rank in range(tp)
+            }
+        )  # fmt: skip

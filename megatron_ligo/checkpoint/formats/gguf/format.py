@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture
+from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, Header, read_header
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, scaling, shortest
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
@@ -28,7 +29,6 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
 NAME = "gguf"
-LOOKS = "a file that begins with GGUF, or a folder with one *.gguf file"
 PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -36,26 +36,6 @@ PLAIN = {
 }
 # llama.cpp stores rotary pairs as neighbours for this architecture only.
 INTERLEAVED = ("llama",)
-
-
-def recognise(path: Path) -> bool:
-    if path.is_dir():
-        files = list(path.glob("*.gguf"))
-        return len(files) == 1 and recognise(files[0])
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
-def open(path: Path) -> GgufReader:
-    if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
-            raise CheckpointError(Problem(f"{path}", "one *.gguf file", found, "Name the file itself."))
-        path = files[0]
-    return GgufReader(path)
 
 
 class GgufReader(Reader):
@@ -207,3 +187,27 @@ def _extract_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return tuple(sorted(folder.iterdir()))
+
+
+class GgufFormat(Format):
+    name = NAME
+    description = "a file that begins with GGUF, or a folder with one *.gguf file"
+    writable = False
+
+    def recognise(self, path: Path) -> bool:
+        if path.is_dir():
+            files = list(path.glob("*.gguf"))
+            return len(files) == 1 and self.recognise(files[0])
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+
+    def open(self, path: Path) -> GgufReader:
+        if path.is_dir():
+            files = sorted(path.glob("*.gguf"))
+            if len(files) != 1:
+                found = ", ".join(file.name for file in files) or "none"
+                raise CheckpointError(Problem(f"{path}", "one *.gguf file", found, "Name the file itself."))
+            path = files[0]
+        return GgufReader(path)

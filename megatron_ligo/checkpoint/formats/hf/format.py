@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.format import Format, FormatOptions, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
 from megatron_ligo.checkpoint.formats.hf.shards import INDEX, SINGLE, find_shards
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
-from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors
 
 NAME = "hf"
-LOOKS = f"config.json beside {SINGLE} or {INDEX}"
 SHARD_BYTES = 5_000_000_000
-OPTIONS = {"shard_bytes": f"largest shard (default {SHARD_BYTES})"}
-
-
-def recognise(path: Path) -> bool:
-    folder = path.parent if path.suffix == ".safetensors" else path
-    return (folder / config_json.CONFIG).is_file() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
-
-
-def open(path: Path) -> HfReader:
-    return HfReader(path.parent if path.is_file() else path)
 
 
 class HfReader(Reader):
@@ -87,31 +80,6 @@ class HfReader(Reader):
         return stored, places
 
 
-refused_elsewhere = config_json.refused_elsewhere
-
-
-def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """Shards (a tensor that is larger than one has its own), their index where there are several, the config."""
-    stored = fused_tensors.stored_tensors(source.arch, source.model_config, NAME)
-    tensors = {name: lazy_tensor(source, item) for name, item in stored.items()}
-    dtypes = [tensor.dtype for tensor in tensors.values()]
-    dtype = max(set(dtypes), key=dtypes.count)
-    out.json(config_json.CONFIG, config_json.config_of(source.model_config, source.carried, dtype))
-    shards = list(
-        _shards({name: t.nbytes for name, t in tensors.items()}, options.extra.get("shard_bytes", SHARD_BYTES))
-    )
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        out.safetensors(file, {name: tensors[name] for name in names}, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        out.json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for file in source.files:
-        out.copy(file)
-
-
 def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
     """Names in order, cut where a shard would grow beyond the limit; a tensor larger than it has its own."""
     shard, filled = [], 0
@@ -122,3 +90,45 @@ def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
         shard.append(name)
         filled += size
     yield shard
+
+
+@dataclass(frozen=True)
+class HfOptions(FormatOptions):
+    shard_bytes: int = setting(SHARD_BYTES, f"largest shard (default {SHARD_BYTES})", low=1)
+
+
+class HfFormat(Format):
+    name = NAME
+    description = f"config.json beside {SINGLE} or {INDEX}"
+    options = HfOptions
+
+    def recognise(self, path: Path) -> bool:
+        folder = path.parent if path.suffix == ".safetensors" else path
+        return (folder / config_json.CONFIG).is_file() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
+
+    def open(self, path: Path) -> HfReader:
+        return HfReader(path.parent if path.is_file() else path)
+
+    def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
+        """Shards (a tensor that is larger than one has its own), their index where there are several, the config."""
+        stored = fused_tensors.stored_tensors(source.arch, source.model_config, NAME)
+        tensors = {name: lazy_tensor(source, item) for name, item in stored.items()}
+        dtypes = [tensor.dtype for tensor in tensors.values()]
+        dtype = max(set(dtypes), key=dtypes.count)
+        output.json(config_json.CONFIG, config_json.config_of(source.model_config, source.carried, dtype))
+        shards = list(
+            _shards({name: t.nbytes for name, t in tensors.items()}, self.parse_options(options.extra).shard_bytes)
+        )
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            output.safetensors(file, {name: tensors[name] for name in names}, {"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            output.json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file in source.files:
+            output.copy(file)
+
+    def reader_warning(self, model_config: ModelConfig) -> str:
+        return config_json.refused_elsewhere(model_config)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.spec import Pack, layer_index
+from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata, writer
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA, Chunk, Entry
@@ -41,32 +42,15 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
 )
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, torch_files, tp_shards
+from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 NAME = "mcore"
-LOOKS = (
-    f"{CONFIG} beside {METADATA} (Megatron-core's torch_dist), or {iteration_folders.TRACKER} that names their folder"
-)
-OPTIONS = {
-    "vocab_divisible_by": "pads the vocabulary to a multiple of it (default 1: Megatron-core pads as it loads)",
-    **adam_groups.RATES,
-}
-write = writer.write
-leaves_moments = writer.leaves_moments
 # What is no model's.
 OTHERS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-
-
-def recognise(path: Path) -> bool:
-    folder = iteration_folders.find(path)
-    return folder is not None and (folder / CONFIG).is_file() and (folder / METADATA).is_file()
-
-
-def open(path: Path) -> McoreReader:
-    return McoreReader(path)
 
 
 @dataclass(frozen=True)
@@ -293,3 +277,26 @@ def _counts(tree: object, depth: int = 0) -> Iterator[object]:
     elif isinstance(tree, list | tuple) and depth < 6:
         for value in tree:
             yield from _counts(value, depth + 1)
+
+
+class MegatronCoreFormat(Format):
+    name = NAME
+    description = (
+        f"{CONFIG} beside {METADATA} (Megatron-core's torch_dist), "
+        f"or {iteration_folders.TRACKER} that names their folder"
+    )
+    stores_moments = True
+    options = writer.MegatronCoreOptions
+
+    def recognise(self, path: Path) -> bool:
+        folder = iteration_folders.find(path)
+        return folder is not None and (folder / CONFIG).is_file() and (folder / METADATA).is_file()
+
+    def open(self, path: Path) -> McoreReader:
+        return McoreReader(path)
+
+    def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
+        writer.write(source, output, self.parse_options(options.extra))
+
+    def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
+        return adam_groups.lacking(source.groups)

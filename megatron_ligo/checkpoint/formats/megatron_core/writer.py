@@ -26,8 +26,9 @@ from megatron_ligo.checkpoint.formats.megatron_lm import arguments
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, tp_shards
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, WriteOptions
-from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader
+from megatron_ligo.common.errors import CheckpointError, Problem
+from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors
 
 Span = tuple[str, int, int]  # file, offset, length
@@ -36,9 +37,17 @@ FORM = "mcore"
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def write(source: Reader, out: Output, options: WriteOptions) -> None:
+@dataclass(frozen=True)
+class MegatronCoreOptions(adam_groups.AdamRates):
+    vocab_divisible_by: int = setting(
+        1, "pads the vocabulary to a multiple of it (default 1: Megatron-core pads as it loads)", low=1
+    )
+
+
+def write(source: Reader, out: Output, options: MegatronCoreOptions) -> None:
     """The tensors in a file for each layer, then what names their places. Megatron-core cuts them as it loads."""
-    rows, rates = _asked(source.model_config.vocab_size, options)
+    multiple, rates = options.vocab_divisible_by, options.rates()
+    rows = -(-source.model_config.vocab_size // multiple) * multiple
     folder = iteration_folders.folder_name(0)
     model_record.write(source, out)
     written = _write_files(source, out, folder, rows)
@@ -57,22 +66,6 @@ def write(source: Reader, out: Output, options: WriteOptions) -> None:
     out.file(f"{folder}/{METADATA}", lambda path: path.write_bytes(metadata))
     out.json(f"{folder}/{CONFIG}", {**BACKEND, "common_backend": "torch", "common_backend_version": 1})
     iteration_folders.write_tracker(out, 0)
-
-
-def leaves_moments(source: Reader, options: WriteOptions) -> str:
-    return adam_groups.lacking(source.groups)
-
-
-def _asked(vocab_size: int, options: WriteOptions) -> tuple[int, dict[str, object]]:
-    """Rows of the padded vocabulary, and the learning rates that are to be stated."""
-    multiple = options.extra.get("vocab_divisible_by", 1)
-    rates = {name: options.extra[name] for name in adam_groups.RATES if name in options.extra}
-    errors = ErrorCollector(f"the format {FORM} cannot be written so", ConfigError)
-    if type(multiple) is not int or multiple < 1:
-        errors.add("vocab_divisible_by", "a positive whole number", repr(multiple))
-    adam_groups.check_rates(rates, errors)
-    errors.raise_if_any()
-    return -(-vocab_size // multiple) * multiple, rates
 
 
 def _optimizer(source: Reader, rates: dict[str, object]) -> dict[str, object]:

@@ -11,7 +11,7 @@ weights are fp32, by the numbers that Megatron-core's own layers give.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,35 +20,21 @@ from torch import Tensor
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture, Use, layer_index
 from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import EXTRA_STATE, as_made, fused_name
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer
 from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import RankFiles, is_saved, rank_file
 from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tp_shards
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output, common_dtype
-from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo, WriteOptions
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
+from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 NAME = "megatron"
-LOOKS = f"mp_rank_*/model_optim_rng.pt (Megatron-LM), or {iteration_folders.TRACKER} that names their folder"
-LAYOUT = True
 LAYERS = ("local", "te")
-OPTIONS = {
-    "vocab_divisible_by": f"pads the vocabulary to a multiple of it times tp (default {arguments.DIVISIBLE_BY})",
-    "layers": "local (default) or te: names of Megatron-core's own layers, or of Transformer Engine's",
-    **adam_groups.RATES,
-}
-
-
-def recognise(path: Path) -> bool:
-    folder = iteration_folders.find(path)
-    return folder is not None and is_saved(folder)
-
-
-def open(path: Path) -> MegatronReader:
-    return MegatronReader(path)
 
 
 class MegatronReader(Reader):
@@ -131,42 +117,6 @@ def _tied(arch: Architecture, model_config: ModelConfig) -> dict[str, str]:
     return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to and row.exists(model_config)}
 
 
-def write(source: Reader, out: Output, options: WriteOptions) -> None:
-    """Each rank's file. Those of a stage are filled side by side."""
-    model_config, tp, pp = source.model_config, options.tp, options.pp
-    layers, rows, rates = _asked(model_config, options)
-    padded = replace(model_config, vocab_size=rows)
-    folder = iteration_folders.folder_name(0)
-    model_record.write(source, out)
-    pieces = tp_shards.TpShards(source, tp, padded)
-    stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
-    bounds = _bounds(model_config.num_layers, pp)
-    copies = _tied(source.arch, model_config) if pp > 1 else {}
-    dtype = common_dtype(source, next(iter(stored.values())))
-    args = arguments.args_of(model_config, tp, pp, rows, dtype, source.step)
-    args.transformer_impl = "transformer_engine" if layers == "te" else "local"
-    if model_config.num_layers % pp:
-        args.decoder_last_pipeline_num_layers = bounds[-1] - bounds[-2]
-    for stage in range(pp):
-        held = _stage(stored, copies, bounds, stage)
-        trees = {}
-        for rank in range(tp):
-            weights = {name: pieces.later(item, rank) for name, item in held.items()}
-            tree = {
-                "args": args,
-                "checkpoint_version": arguments.CHECKPOINT_VERSION,
-                "iteration": source.step,
-                "model": _model(weights, held, layers),
-            }
-            if source.has_moments:
-                moments = {kind: {n: pieces.later(item, rank, kind) for n, item in held.items()} for kind in MOMENTS}
-                groups = adam_groups.megatron_groups(source.groups, rates)
-                tree["optimizer"] = rank_optimizer.made(weights, moments, groups, source.step)
-            trees[f"{folder}/{rank_file(rank, stage, pp)}"] = tree
-        out.torch_files(trees)
-    iteration_folders.write_tracker(out, 0)
-
-
 def _model(weights: dict[str, LazyTensor], held: dict[str, StoredTensor], layers: str) -> dict[str, LazyTensor | None]:
     """A rank's weights by the names that its layers have."""
     model: dict[str, LazyTensor | None] = {}
@@ -176,14 +126,6 @@ def _model(weights: dict[str, LazyTensor], held: dict[str, StoredTensor], layers
         if _has_extra_state(item):
             model[f"{written.removesuffix('weight')}{EXTRA_STATE}"] = None
     return model
-
-
-def leaves_moments(source: Reader, options: WriteOptions) -> str:
-    if options.extra.get("layers", LAYERS[0]) != LAYERS[0]:
-        return "its numbers are those of Megatron-core's own layers: say layers=local"
-    if {options.dtype or source.info(key).dtype for key in source.keys()} != {torch.float32}:  # noqa: SIM118 - no dict
-        return "Megatron-LM's optimizers go on from fp32 weights: say --dtype float32"
-    return rank_optimizer.leaves(source.groups)
 
 
 def _bounds(num_layers: int, pp: int) -> list[int]:
@@ -219,18 +161,9 @@ def _stage(
     return {name: held[name] for name in as_made(held)}
 
 
-def _asked(model_config: ModelConfig, options: WriteOptions) -> tuple[str, int, dict[str, object]]:
-    """Names of the layers, rows of the padded vocabulary, learning rates that are to be stated. Raises for a layout
-    that Megatron-LM has not."""
-    layers = options.extra.get("layers", LAYERS[0])
-    multiple = options.extra.get("vocab_divisible_by", arguments.DIVISIBLE_BY)
-    rates = {name: options.extra[name] for name in adam_groups.RATES if name in options.extra}
+def _check_layout(model_config: ModelConfig, options: WriteOptions) -> None:
+    """Raises ConfigError for a layout that Megatron-LM does not have."""
     errors = ErrorCollector(f"the format {NAME} cannot be written so", ConfigError)
-    adam_groups.check_rates(rates, errors)
-    if layers not in LAYERS:
-        errors.add("layers", " or ".join(LAYERS), repr(layers))
-    if type(multiple) is not int or multiple < 1:
-        errors.add("vocab_divisible_by", "a positive whole number", repr(multiple))
     tensor_parallel.check_tp(model_config, options.tp, errors)
     if options.pp > model_config.num_layers:
         errors.add(
@@ -240,5 +173,79 @@ def _asked(model_config: ModelConfig, options: WriteOptions) -> tuple[str, int, 
             "Choose a smaller pp.",
         )
     errors.raise_if_any()
-    multiple *= options.tp
-    return layers, -(-model_config.vocab_size // multiple) * multiple, rates
+
+
+@dataclass(frozen=True)
+class MegatronLmOptions(adam_groups.AdamRates):
+    vocab_divisible_by: int = setting(
+        arguments.DIVISIBLE_BY,
+        f"pads the vocabulary to a multiple of it times tp (default {arguments.DIVISIBLE_BY})",
+        low=1,
+    )
+    layers: str = setting(
+        LAYERS[0],
+        "local (default) or te: names of Megatron-core's own layers, or of Transformer Engine's",
+        choices=LAYERS,
+    )
+
+
+class MegatronLmFormat(Format):
+    name = NAME
+    description = f"mp_rank_*/model_optim_rng.pt (Megatron-LM), or {iteration_folders.TRACKER} that names their folder"
+    has_layout = True
+    stores_moments = True
+    options = MegatronLmOptions
+
+    def recognise(self, path: Path) -> bool:
+        folder = iteration_folders.find(path)
+        return folder is not None and is_saved(folder)
+
+    def open(self, path: Path) -> MegatronReader:
+        return MegatronReader(path)
+
+    def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
+        """Each rank's file. Those of a stage are filled side by side."""
+        model_config, tp, pp = source.model_config, options.tp, options.pp
+        own = self.parse_options(options.extra)
+        _check_layout(model_config, options)
+        layers, rates, multiple = own.layers, own.rates(), own.vocab_divisible_by * tp
+        rows = -(-model_config.vocab_size // multiple) * multiple
+        padded = replace(model_config, vocab_size=rows)
+        folder = iteration_folders.folder_name(0)
+        model_record.write(source, output)
+        pieces = tp_shards.TpShards(source, tp, padded)
+        stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
+        bounds = _bounds(model_config.num_layers, pp)
+        copies = _tied(source.arch, model_config) if pp > 1 else {}
+        dtype = common_dtype(source, next(iter(stored.values())))
+        args = arguments.args_of(model_config, tp, pp, rows, dtype, source.step)
+        args.transformer_impl = "transformer_engine" if layers == "te" else "local"
+        if model_config.num_layers % pp:
+            args.decoder_last_pipeline_num_layers = bounds[-1] - bounds[-2]
+        for stage in range(pp):
+            held = _stage(stored, copies, bounds, stage)
+            trees = {}
+            for rank in range(tp):
+                weights = {name: pieces.later(item, rank) for name, item in held.items()}
+                tree = {
+                    "args": args,
+                    "checkpoint_version": arguments.CHECKPOINT_VERSION,
+                    "iteration": source.step,
+                    "model": _model(weights, held, layers),
+                }
+                if source.has_moments:
+                    moments = {
+                        kind: {n: pieces.later(item, rank, kind) for n, item in held.items()} for kind in MOMENTS
+                    }
+                    groups = adam_groups.megatron_groups(source.groups, rates)
+                    tree["optimizer"] = rank_optimizer.made(weights, moments, groups, source.step)
+                trees[f"{folder}/{rank_file(rank, stage, pp)}"] = tree
+            output.torch_files(trees)
+        iteration_folders.write_tracker(output, 0)
+
+    def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
+        if self.parse_options(options.extra).layers != LAYERS[0]:
+            return "its numbers are those of Megatron-core's own layers: say layers=local"
+        if {options.dtype or source.info(key).dtype for key in source.keys()} != {torch.float32}:  # noqa: SIM118 - no dict
+            return "Megatron-LM's optimizers go on from fp32 weights: say --dtype float32"
+        return rank_optimizer.leaves(source.groups)
