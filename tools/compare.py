@@ -36,9 +36,9 @@ def main() -> None:
         comparison_page,
     )
 
-    spec = comparison_config.load(Path(args.config), args.set)
-    found = comparison.compare(spec, Path(args.output), args.only, lambda name: print(name, flush=True))
-    print(comparison_page.what(found))
+    spec = comparison_config.load_comparison(Path(args.config), args.set)
+    found = comparison.run_comparison(spec, Path(args.output), args.only, lambda name: print(name, flush=True))
+    print(comparison_page.describe_comparison(found))
     for row in (*comparison_page.arm_rows(found), *comparison_page.difference_rows(found)):
         print("  ".join(row))
     for line in found["cautions"]:

@@ -35,9 +35,9 @@ def main() -> None:
 
 def _kill(command: list[str], output: Path, kills: int, seed: int, ranks: int | None) -> None:
     # Imported here: --help need not wait for it.
-    from megatron_ligo.testing.kill_test import soak
+    from megatron_ligo.testing.kill_test import run_kill_test
 
-    done = soak(command, output, kills, seed, _tell, ranks)
+    done = run_kill_test(command, output, kills, seed, _tell, ranks)
     means = ", ".join(f"{count} x {how}" for how, count in done.kills.items())
     print(f"{sum(done.kills.values())} kills survived ({means}): {done.rounds} runs, {done.steps} steps, bit for bit")
 

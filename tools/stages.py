@@ -31,8 +31,8 @@ def main() -> None:
     from megatron_ligo.experiments import staged_growth
 
     output = Path(args.output)
-    staged_growth.run(
-        staged_growth.load(Path(args.chain), output), output, lambda text: print(f"== {text}", flush=True)
+    staged_growth.run_stages(
+        staged_growth.load_stages(Path(args.chain), output), output, lambda text: print(f"== {text}", flush=True)
     )
     print(f"{output / staged_growth.RECORD} and {output / 'report'} are written")
 

@@ -29,19 +29,19 @@ from megatron_ligo.report.run_records import PRETRAIN_RECORD, RecordedRun, read_
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RECORD, REPORT = "chain.json", "report"
-OWN = ("name", "launcher")
+STAGE_KEYS = ("name", "launcher")
 DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
-class Stage:
+class GrowthStage:
     """One model of the chain. before: the stage whose model it grows, None for the first."""
 
     name: str
     folder: Path
     launcher: tuple[str, ...]
     config: RunConfig
-    before: Stage | None
+    before: GrowthStage | None
 
     @property
     def fitted(self) -> bool:
@@ -78,7 +78,7 @@ class Stage:
         return [self.folder / name for name, _, _ in self.works()]
 
 
-def load(path: Path, output: Path) -> list[Stage]:
+def load_stages(path: Path, output: Path) -> list[GrowthStage]:
     """The stages of a file. ConfigError with the faults of all of them, before anything is run."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def load(path: Path, output: Path) -> list[Stage]:
     if not isinstance(listed, list) or not all(isinstance(own, dict) for own in listed) or not isinstance(shared, dict):
         errors.add("stages", "a table [[stages]] for each model", "none")
         errors.raise_if_any()
-    stages: list[Stage] = []
+    stages: list[GrowthStage] = []
     for number in range(1, len(listed) + 1):
         stage = _stage(listed, number, shared, stages, output, errors)
         if stage:
@@ -101,8 +101,8 @@ def load(path: Path, output: Path) -> list[Stage]:
 
 
 def _stage(
-    listed: list[dict], number: int, shared: dict, stages: list[Stage], output: Path, errors: ErrorCollector
-) -> Stage | None:
+    listed: list[dict], number: int, shared: dict, stages: list[GrowthStage], output: Path, errors: ErrorCollector
+) -> GrowthStage | None:
     own = listed[number - 1]
     before, name, launcher = (stages[-1] if stages else None), own.get("name"), own.get("launcher", [])
     where = f"stage {number} ({name})"
@@ -114,11 +114,11 @@ def _stage(
         errors.add(f"{where}: launcher", "a list of words", repr(launcher))
         return None
     folder = output / name
-    sections = _over(shared, {key: value for key, value in own.items() if key not in OWN})
+    sections = _merge_tables(shared, {key: value for key, value in own.items() if key not in STAGE_KEYS})
     if before:
         given = {"small": {"path": str(before.trained)}}
-        sections = _over(_over({"fit": {"steps": 0}}, sections), given)
-        sections = _over(sections, {"pretrain": {"start": str(folder / "grown")}})
+        sections = _merge_tables(_merge_tables({"fit": {"steps": 0}}, sections), given)
+        sections = _merge_tables(sections, {"pretrain": {"start": str(folder / "grown")}})
     try:
         config = RunConfig.from_dict(sections, where)
     except ConfigError as error:
@@ -126,47 +126,51 @@ def _stage(
         return None
     if not config.pretrain.steps:
         errors.add(f"{where}: pretrain.steps", "at least 1: every stage trains its model", 0)
-    return Stage(name, folder, tuple(launcher), config, before)
+    return GrowthStage(name, folder, tuple(launcher), config, before)
 
 
-def _over(below: Mapping, above: Mapping) -> dict:
+def _merge_tables(below: Mapping, above: Mapping) -> dict:
     """Tables within tables, those above put over those below."""
-    both = {key: _over(below[key], above[key]) for key in below.keys() & above.keys() if isinstance(above[key], dict)}
+    both = {
+        key: _merge_tables(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(above[key], dict)
+    }
     return {**below, **above, **both}
 
 
-def run(stages: Sequence[Stage], output: Path, tell: Callable[[str], None]) -> None:
+def run_stages(stages: Sequence[GrowthStage], output: Path, tell: Callable[[str], None]) -> None:
     """All that is not done yet, in order; after each stage the page and the lineage. Raises a command's fault."""
     with exclusive_access(output):
         for number, stage in enumerate(stages, 1):
-            _run(stage, tell)
-            record(stages[:number], output)
+            _run_stage(stage, tell)
+            write_lineage(stages[:number], output)
 
 
-def _run(stage: Stage, tell: Callable[[str], None]) -> None:
+def _run_stage(stage: GrowthStage, tell: Callable[[str], None]) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     config = stage.folder / "run.toml"
     write_bytes(config, _toml(stage.config.to_dict()).encode())
     for name, command, done in stage.works():
         tell(f"{stage.name}: {name}{' is done' if done else ''}")
         if not done:
-            _command([*command, "--config", str(config), "--output", str(stage.folder / name)])
+            _run_command([*command, "--config", str(config), "--output", str(stage.folder / name)])
 
 
 def _toml(sections: dict) -> str:
     """A config in TOML: JSON's plain values are TOML's, tables become dotted keys, and None is left out."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in _dotted(sections))
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in _dotted_keys(sections))
 
 
-def _dotted(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _dotted_keys(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield from _dotted_keys(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", value
 
 
-def _command(words: list[str]) -> None:
+def _run_command(words: list[str]) -> None:
     """Runs a command to its end. It is asked to end when this process ends, and its signals are passed on."""
 
     def ask_to_end_with_us() -> None:
@@ -185,15 +189,15 @@ def _command(words: list[str]) -> None:
         raise LigoError(Problem(" ".join(words), "exit code 0", code, "Its own message is above."))
 
 
-def record(stages: Sequence[Stage], output: Path) -> None:
+def write_lineage(stages: Sequence[GrowthStage], output: Path) -> None:
     """OUTPUT/chain.json and OUTPUT/report for the stages that are done."""
     runs = read_runs([folder for stage in stages for folder in stage.runs()])
-    spent, links = _spent(runs)
+    spent, links = _build_lineage(runs)
     write_report([run.folder for run in runs], output / REPORT, prior_flops=spent)
     write_json(output / RECORD, {"stages": links, "versions": library_versions()})
 
 
-def _spent(runs: list[RecordedRun]) -> tuple[dict[Path, float], list[dict]]:
+def _build_lineage(runs: list[RecordedRun]) -> tuple[dict[Path, float], list[dict]]:
     """By run's folder the FLOPs that were spent before it, and the lineage as plain data."""
     total, before, links = 0.0, {}, []
     for run in runs:

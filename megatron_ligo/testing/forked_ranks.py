@@ -18,7 +18,7 @@ PRELOAD = ("megatron_ligo.training.fit", "megatron_ligo.training.pretrain")
 Enter = Callable[[int], None]
 
 
-def preloaded(preload: Sequence[str] = PRELOAD) -> ForkServerContext:
+def preloaded_context(preload: Sequence[str] = PRELOAD) -> ForkServerContext:
     """A context whose processes have imported these modules."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
@@ -27,7 +27,7 @@ def preloaded(preload: Sequence[str] = PRELOAD) -> ForkServerContext:
 
 def warm_up() -> None:
     """Waits until ranks can be forked."""
-    first = preloaded().Process(target=os.getpid)
+    first = preloaded_context().Process(target=os.getpid)
     first.start()
     first.join()
 
@@ -38,7 +38,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class Forked:
+class ForkedRanks:
     """`world` ranks of a script, which log to LOG.{rank}.out and .err, behind what is there.
 
     enter: called on each rank before anything else. preload: modules that are imported once, before the first fork.
@@ -54,10 +54,10 @@ class Forked:
         enter: Enter | None = None,
         preload: Sequence[str] = PRELOAD,
     ):
-        context = preloaded(preload)
+        context = preloaded_context(preload)
         port = port or free_port()
         jobs = [(rank, world, port, str(script), list(arguments), str(log), enter) for rank in range(world)]
-        self.ranks = [context.Process(target=_run, args=job) for job in jobs]
+        self.ranks = [context.Process(target=_run_rank, args=job) for job in jobs]
 
     def start(self) -> None:
         for process in self.ranks:
@@ -76,7 +76,9 @@ class Forked:
         self.wait()
 
 
-def _run(rank: int, world: int, port: int, script: str, arguments: list[str], log: str, enter: Enter | None) -> None:
+def _run_rank(
+    rank: int, world: int, port: int, script: str, arguments: list[str], log: str, enter: Enter | None
+) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if enter:

@@ -20,25 +20,25 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
 from megatron_ligo.testing import forked_ranks
 
 # What a run leaves that must not depend on what befell it, besides metrics.jsonl.
-LEFT = ("operator/operator.safetensors",)
+COMPARED_FILES = ("operator/operator.safetensors",)
 LOSSES = ("operator/operator.json", "pretrain.json")
 # The ranks that are not harmed mostly end by themselves before.
 LAUNCHER_WAITS = 15.0
-HOW = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTERM to one")
+KILL_MODES = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTERM to one")
 
 
 @dataclass
-class Soak:
+class KillTestResult:
     """kills, by what was done; rounds: runs that came to their end; steps: compared, bit for bit."""
 
-    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(HOW, 0))
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KILL_MODES, 0))
     rounds: int = 0
     steps: int = 0
 
 
-def soak(
+def run_kill_test(
     command: list[str], folder: Path, kills: int, seed: int, tell: Callable[[str], None], ranks: int | None = None
-) -> Soak:
+) -> KillTestResult:
     """Runs `command --output FOLDER/whole` alone, then others that are killed so many times in all.
 
     ranks: of a script, which are forked from a process that has imported everything; else the command is started.
@@ -48,7 +48,7 @@ def soak(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(Problem(f"{folder}", "an empty folder", "files in it", "Choose another --output."))
-    start = partial(_Launched, command) if ranks is None else partial(_Ranks, command, ranks)
+    start = partial(_LaunchedCommand, command) if ranks is None else partial(_ForkedCommand, command, ranks)
     if ranks is not None:
         forked_ranks.warm_up()
     began = time.monotonic()
@@ -56,21 +56,21 @@ def soak(
     length = time.monotonic() - began
     if code:
         raise ConfigError(
-            Problem(" ".join(command), "exit code 0 when it is left alone", code, _last(folder / "whole"))
+            Problem(" ".join(command), "exit code 0 when it is left alone", code, _log_hint(folder / "whole"))
         )
-    expected = what_it_left(folder / "whole")
+    expected = run_outcome(folder / "whole")
     tell(f"left alone it takes {length:.0f} s and {len(expected['steps'])} steps")
-    done = Soak()
+    done = KillTestResult()
     while sum(done.kills.values()) < kills:
         output = folder / f"round_{done.rounds}"
-        for how, after in _moments(draw, length):
+        for how, after in _kill_schedule(draw, length):
             if sum(done.kills.values()) == kills:
                 how = None
-            if _one(start(output), output, how, after, draw):
+            if _run_once(start(output), output, how, after, draw):
                 break
             done.kills[how] += 1
             tell(f"{sum(done.kills.values())}: {how} after {after:.1f} s")
-        found = what_it_left(output)
+        found = run_outcome(output)
         if found != expected:
             differ = [name for name in expected if found.get(name) != expected[name]]
             raise CheckpointError(Problem(f"{output}", "what the undisturbed run left", f"other {', '.join(differ)}"))
@@ -80,23 +80,23 @@ def soak(
     return done
 
 
-def what_it_left(output: Path) -> dict[str, object]:
+def run_outcome(output: Path) -> dict[str, object]:
     """The steps with all but their seconds, the last losses, and the bytes of the operator."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     left: dict[str, object] = {"steps": [{key: row[key] for key in row if key != "seconds"} for row in rows]}
-    left |= {name: (output / name).read_bytes() for name in LEFT if (output / name).is_file()}
+    left |= {name: (output / name).read_bytes() for name in COMPARED_FILES if (output / name).is_file()}
     return left | {
         name: json.loads((output / name).read_text())["losses"] for name in LOSSES if (output / name).exists()
     }
 
 
-def _moments(draw: random.Random, length: float) -> Iterator[tuple[str, float]]:
+def _kill_schedule(draw: random.Random, length: float) -> Iterator[tuple[str, float]]:
     while True:
-        yield draw.choice(HOW), draw.uniform(0.0, 1.2 * length)
+        yield draw.choice(KILL_MODES), draw.uniform(0.0, 1.2 * length)
 
 
-class _Launched:
+class _LaunchedCommand:
     """A command and whatever it starts."""
 
     def __init__(self, command: list[str], output: Path):
@@ -115,13 +115,13 @@ class _Launched:
         return [first, *first.children(recursive=True)]
 
 
-class _Ranks:
+class _ForkedCommand:
     """So many ranks of a script."""
 
     def __init__(self, command: list[str], ranks: int, output: Path):
         script, *arguments = command
         arguments = [*arguments, "--output", str(output)]
-        self._ranks = forked_ranks.Forked(Path(script), arguments, output.with_suffix(".log"), ranks)
+        self._ranks = forked_ranks.ForkedRanks(Path(script), arguments, output.with_suffix(".log"), ranks)
         self._ranks.start()
 
     def ends(self, after: float | None = None) -> int | None:
@@ -142,18 +142,20 @@ class _Ranks:
         return [psutil.Process(rank.pid) for rank in self._ranks.ranks if rank.is_alive()]
 
 
-def _one(run: _Launched | _Ranks, output: Path, how: str | None, after: float, draw: random.Random) -> bool:
+def _run_once(
+    run: _LaunchedCommand | _ForkedCommand, output: Path, how: str | None, after: float, draw: random.Random
+) -> bool:
     """Does that to a run after so many seconds; True if it had ended well before."""
     code = run.ends(None if how is None else after)
     if code is None:
-        _do(run, how, draw)
+        _kill(run, how, draw)
         return False
     if code:
-        raise CheckpointError(Problem(f"{output}", "exit code 0 when it is started again", code, _last(output)))
+        raise CheckpointError(Problem(f"{output}", "exit code 0 when it is started again", code, _log_hint(output)))
     return True
 
 
-def _do(run: _Launched | _Ranks, how: str, draw: random.Random) -> None:
+def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, draw: random.Random) -> None:
     """Harms a process and those beside and below it, and waits until none is left."""
     everyone = run.everyone()
     number = signal.SIGKILL if "SIGKILL" in how else signal.SIGTERM
@@ -169,5 +171,5 @@ def _do(run: _Launched | _Ranks, how: str, draw: random.Random) -> None:
         raise CheckpointError(Problem(how, "an end of all processes within 120 s", f"{len(alive)} that live"))
 
 
-def _last(output: Path) -> str:
+def _log_hint(output: Path) -> str:
     return f"See {output.with_suffix('.log')}*."

@@ -87,7 +87,9 @@ def kill_in(process: subprocess.Popen, work: Path) -> None:
 def works(path: Path, output: Path) -> dict[str, bool]:
     """What the chain does, in order, and whether it is done."""
     return {
-        f"{stage.name}/{name}": done for stage in staged_growth.load(path, output) for name, _, done in stage.works()
+        f"{stage.name}/{name}": done
+        for stage in staged_growth.load_stages(path, output)
+        for name, _, done in stage.works()
     }
 
 
@@ -125,12 +127,12 @@ def test_faults_of_all_stages_at_once(tmp_path):
     path = tmp_path / "chain.toml"
     path.write_text('[shraed]\n[[stages]]\nname = "a"\n[stages.pretrain]\nstepz = 1\n[[stages]]\nname = "a"\n')
     with pytest.raises(ConfigError, match=r"(?s)shraed.*stepz.*stage 2|stage 2.*shraed"):
-        staged_growth.load(path, tmp_path)
+        staged_growth.load_stages(path, tmp_path)
     path.write_text("stages = 3")
     with pytest.raises(ConfigError, match=r"a table \[\[stages\]\]"):
-        staged_growth.load(path, tmp_path)
+        staged_growth.load_stages(path, tmp_path)
 
 
 def test_two_at_once(tmp_path):
     with exclusive_access(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
-        staged_growth.run([], tmp_path / "out", print)
+        staged_growth.run_stages([], tmp_path / "out", print)

@@ -8,13 +8,13 @@ import signal
 import time
 from pathlib import Path
 
-from megatron_ligo.testing.forked_ranks import Enter, Forked
+from megatron_ligo.testing.forked_ranks import Enter, ForkedRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 200.0
 
 
-class Command(Forked):
+class Command(ForkedRanks):
     """Ranks of a script, with logs of their own. A context manager: no rank outlives it."""
 
     def __init__(

@@ -10,8 +10,8 @@ from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.experiments.compare.arm_plan import Plan
-from megatron_ligo.experiments.compare.comparison_config import Arm, learned
+from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
+from megatron_ligo.experiments.compare.comparison_config import Arm, fitted_arm_of
 from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.training.fit import within_budget
@@ -20,20 +20,20 @@ from megatron_ligo.training.initial_weights import sizes
 
 def fit_flops(config: RunConfig, small: ModelConfig, lagged: bool = False) -> float:
     """Of [fit]; what patience may end sooner is counted whole."""
-    steps, step = _fit(config, small, lagged)
+    steps, step = _fit_steps(config, small, lagged)
     return steps * step
 
 
-def check(plan: Plan, arms: Iterable[Arm]) -> None:
+def check_arm_costs(plan: ComparisonPlan, arms: Iterable[Arm]) -> None:
     """ConfigError with every arm that what comes before its runs leaves nothing of. One that is begun is let be: what
     is done of it can be collected."""
     compare, errors = plan.spec.compare, ErrorCollector("what comes before an arm's runs costs too much", ConfigError)
     limits = {"budgets": max(compare.budgets)} | ({"tune_budget": compare.tune_budget} if len(compare.lrs) > 1 else {})
     small = sizes(Path(plan.spec.config.small.path))
     for arm in (arm for arm in arms if (arm.fitted or arm.full) and not plan.begun(arm)):
-        beside = arm if arm.fitted else learned(arm, plan.spec.arms)
+        beside = arm if arm.fitted else fitted_arm_of(arm, plan.spec.arms)
         try:
-            cost = _before(plan, arm, small)
+            cost = _cost_before_runs(plan, arm, small)
         except ConfigError as error:
             errors.add(f"arms.{beside.name}", "a fit of one step or more", f"{error}")
             continue
@@ -48,17 +48,17 @@ def check(plan: Plan, arms: Iterable[Arm]) -> None:
     errors.raise_if_any()
 
 
-def _before(plan: Plan, arm: Arm, small: ModelConfig) -> float:
+def _cost_before_runs(plan: ComparisonPlan, arm: Arm, small: ModelConfig) -> float:
     config, lagged = arm.config, bool(arm.lag)
     if arm.fitted:
         return fit_flops(config, small, lagged) + arm.lag * plan.step_flops
-    beside = learned(arm, plan.spec.arms)
+    beside = fitted_arm_of(arm, plan.spec.arms)
     seq = plan.large.tokens_of_sample(config.data.seq_length)
-    steps, _ = _fit(config, small, bool(beside.lag))
+    steps, _ = _fit_steps(config, small, bool(beside.lag))
     return steps * train_flops(plan.large, config.fit.global_batch_size * seq, seq)
 
 
-def _fit(config: RunConfig, small: ModelConfig, lagged: bool) -> tuple[int, float]:
+def _fit_steps(config: RunConfig, small: ModelConfig, lagged: bool) -> tuple[int, float]:
     """(steps, FLOPs of one), as max_flops pays for them. ConfigError if it pays for none."""
     fit, operator = config.fit, initial_operator(small, config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)

@@ -10,17 +10,17 @@ from pathlib import Path
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import PretrainSection, RunConfig
-from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, Spec, learned
+from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, ComparisonConfig, fitted_arm_of
 from megatron_ligo.experiments.compare.run_folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
-from megatron_ligo.experiments.compare.run_queue import Job, Jobs
+from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
 from megatron_ligo.training.initial_weights import fresh_config
 
 SMALL_SEED = 0
-Obtain = Callable[[Job], dict | None]  # a job's result; None where there is none (yet)
+GetResult = Callable[[ComparisonJob], dict | None]  # a job's result; None where there is none (yet)
 
 
 @dataclass(frozen=True)
-class Start:
+class ArmStart:
     """Where an arm begins: a folder ("": fresh weights), what that cost in FLOPs, and how many samples it has read."""
 
     folder: str
@@ -29,7 +29,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What a fit has left. spent: FLOPs, its lag's among them; steps: those that it has done, whichever is kept."""
 
     operator: Path
@@ -39,7 +39,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Trained:
+class ArmRun:
     """One run of an arm. flops: the fit (or what stands for it) included. loss: None where it diverged."""
 
     seed: int
@@ -52,10 +52,10 @@ class Trained:
     loss: float | None
 
 
-class Plan:
+class ComparisonPlan:
     """The jobs of a comparison and their order. obtain: `jobs.run` does what is missing, `jobs.result` only looks."""
 
-    def __init__(self, spec: Spec, jobs: Jobs, obtain: Obtain):
+    def __init__(self, spec: ComparisonConfig, jobs: JobQueue, obtain: GetResult):
         self.spec, self.jobs, self.obtain = spec, jobs, obtain
         self.large: ModelConfig = fresh_config(spec.config)
         self.step_flops = self._step_flops(self.large)
@@ -68,14 +68,14 @@ class Plan:
             return {"path": config.small.path, "flops": compare.source_flops, "loss": None}
         run = replace(self._run(config.pretrain, compare.source_steps), lr=compare.source_lr, seed=SMALL_SEED)
         sizes = replace(config.large, **dict.fromkeys(vars(config.large)))
-        job = Job("source", PRETRAIN, self._with_cache(replace(config, pretrain=run, large=sizes)), keep=True)
+        job = ComparisonJob("source", PRETRAIN, self._with_cache(replace(config, pretrain=run, large=sizes)), keep=True)
         found = self.obtain(job)
         if not found or "end" not in found["losses"]:
             return None
         path = last_checkpoint(self.jobs.place(job))
         return {"path": f"{path}", "flops": found["flops"], "loss": found["losses"]["end"]}
 
-    def tune(self, arm: Arm) -> dict[float, Trained]:
+    def tune(self, arm: Arm) -> dict[float, ArmRun]:
         """The tries of an arm, by their rate; none where there is one rate to choose from."""
         compare = self.spec.compare
         if len(compare.lrs) == 1:
@@ -83,7 +83,7 @@ class Plan:
         tries = {lr: self.train(arm, compare.tune_seed, compare.tune_budget, lr, tuning=True) for lr in compare.lrs}
         return {lr: found for lr, found in tries.items() if found}
 
-    def train(self, arm: Arm, seed: int, budget: float, lr: float, tuning: bool = False) -> Trained | None:
+    def train(self, arm: Arm, seed: int, budget: float, lr: float, tuning: bool = False) -> ArmRun | None:
         """One run; None where it is not there, or where its start costs more than the budget."""
         start = self.start(arm, seed, lr)
         if start is None:
@@ -98,7 +98,7 @@ class Plan:
         valid = (self.spec.compare.tune_valid if tuning else ()) or config.data.valid
         config = replace(config, pretrain=run, data=replace(config.data, valid=valid))
         found = self.obtain(
-            Job(f"{arm.name}/seed_{seed}/{'try' if tuning else 'run'}_{budget:g}_{lr:g}", PRETRAIN, config)
+            ComparisonJob(f"{arm.name}/seed_{seed}/{'try' if tuning else 'run'}_{budget:g}_{lr:g}", PRETRAIN, config)
         )
         if found is None:
             return None
@@ -106,12 +106,12 @@ class Plan:
         flops = start.spent + steps * self.step_flops
         loss = losses.get("end")
         loss = loss if loss is not None and math.isfinite(loss) else None
-        return Trained(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss)
+        return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss)
 
-    def start(self, arm: Arm, seed: int, lr: float) -> Start | None:
+    def start(self, arm: Arm, seed: int, lr: float) -> ArmStart | None:
         """Where the arm begins, made if need be."""
         if not arm.grown:
-            return Start("", 0.0, 0)
+            return ArmStart("", 0.0, 0)
         config = self._seeded(arm.config, seed)
         place = f"{arm.name}/seed_{seed}"
         operator, spent, samples = None, 0.0, 0
@@ -125,39 +125,39 @@ class Plan:
             samples = read * config.fit.global_batch_size + fitted.lag_samples
             if arm.lag:
                 place = f"{place}/of_{lr:g}"
-        job = Job(f"{place}/grown", GROW, config, operator)
+        job = ComparisonJob(f"{place}/grown", GROW, config, operator)
         if self.obtain(job) is None:
             return None
-        start = Start(f"{self.jobs.place(job) / RUN}", spent, samples)
+        start = ArmStart(f"{self.jobs.place(job) / RUN}", spent, samples)
         return self._fully_trained(arm, config, start, lr) if arm.full else start
 
-    def _fit(self, arm: Arm, config: RunConfig, place: str, lr: float) -> Fitted | None:
-        lag = self._lag(arm, config, place, lr) if arm.lag else Start("", 0.0, 0)
+    def _fit(self, arm: Arm, config: RunConfig, place: str, lr: float) -> FitResult | None:
+        lag = self._lag(arm, config, place, lr) if arm.lag else ArmStart("", 0.0, 0)
         if lag is None:
             return None
         name = f"{place}/fit_{lr:g}" if arm.lag else f"{place}/fit"
-        job = Job(name, FIT, replace(config, fit=replace(config.fit, lag=lag.folder)))
+        job = ComparisonJob(name, FIT, replace(config, fit=replace(config.fit, lag=lag.folder)))
         found = self.obtain(job)
         if not found or not found["losses"]:
             return None
         operator = self.jobs.place(job) / RUN / "operator"
-        return Fitted(operator, found["flops"] + lag.spent, found["step"], lag.samples)
+        return FitResult(operator, found["flops"] + lag.spent, found["step"], lag.samples)
 
-    def _lag(self, arm: Arm, config: RunConfig, place: str, lr: float) -> Start | None:
+    def _lag(self, arm: Arm, config: RunConfig, place: str, lr: float) -> ArmStart | None:
         """Some training of the start, on what comes after the fit's samples."""
-        job = Job(f"{place}/start", GROW, config)
+        job = ComparisonJob(f"{place}/start", GROW, config)
         if self.obtain(job) is None:
             return None
         first = config.fit.steps * config.fit.global_batch_size
         run = replace(self._run(config.pretrain, arm.lag), lr=lr, start=f"{self.jobs.place(job) / RUN}")
         run = replace(run, first_sample=first, grown_peak=1.0)
-        job = Job(f"{place}/lag_{lr:g}", PRETRAIN, replace(config, pretrain=run), keep=True)
+        job = ComparisonJob(f"{place}/lag_{lr:g}", PRETRAIN, replace(config, pretrain=run), keep=True)
         found = self.obtain(job)
         if not found or not found["losses"]:
             return None
-        return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], arm.lag * run.global_batch_size)
+        return ArmStart(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], arm.lag * run.global_batch_size)
 
-    def _fully_trained(self, arm: Arm, config: RunConfig, start: Start, lr: float) -> Start | None:
+    def _fully_trained(self, arm: Arm, config: RunConfig, start: ArmStart, lr: float) -> ArmStart | None:
         """The grown model after all its weights were trained on the batches that a fit has read, as a fit would."""
         fit, steps = config.fit, self._steps_of_fit(arm, config, lr)
         if steps is None:
@@ -165,18 +165,18 @@ class Plan:
         same = {key: getattr(fit, key) for key in ("global_batch_size", "micro_batch_size", "schedule", "warmup_steps")}
         run = replace(config.pretrain, **same, steps=steps, lr=lr, start=start.folder, grown_peak=1.0)
         place = f"{arm.name}/seed_{fit.seed}"
-        job = Job(f"{place}/full_{lr:g}", PRETRAIN, replace(config, pretrain=self._plain(run)), keep=True)
+        job = ComparisonJob(f"{place}/full_{lr:g}", PRETRAIN, replace(config, pretrain=self._plain(run)), keep=True)
         found = self.obtain(job)
         if not found or not found["losses"]:
             return None
         # The batches of a full control cost the large model's own FLOPs.
-        return Start(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], steps * fit.global_batch_size)
+        return ArmStart(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], steps * fit.global_batch_size)
 
     def _steps_of_fit(self, arm: Arm, config: RunConfig, lr: float) -> int | None:
         """Of the fit that a full control stands beside; None while one that may end early is not done."""
         if config.fit.max_flops is None and not config.fit.patience:
             return config.fit.steps
-        beside = learned(arm, self.spec.arms)
+        beside = fitted_arm_of(arm, self.spec.arms)
         fitted = self._fit(beside, config, f"{beside.name}/seed_{config.fit.seed}", lr)
         return fitted.steps if fitted else None
 
@@ -221,30 +221,30 @@ class Plan:
         return train_flops(model_config, config.pretrain.global_batch_size * seq, seq)
 
 
-def best(tries: dict[float, Trained]) -> float | None:
+def best_rate(tries: dict[float, ArmRun]) -> float | None:
     """The rate of the lowest loss; None where every try diverged."""
     ended = {lr: tried.loss for lr, tried in tries.items() if tried.loss is not None}
     return min(ended, key=ended.__getitem__) if ended else None
 
 
-def planned(compare: CompareSection, arm: Arm) -> list[tuple[int, float]]:
+def planned_runs(compare: CompareSection, arm: Arm) -> list[tuple[int, float]]:
     """(seed, budget) of each run of an arm; scratch's full budget is always one of them."""
     budgets = sorted({*compare.budgets, *(() if arm.grown else (1.0,))})
     return [(seed, budget) for seed in compare.seeds for budget in budgets]
 
 
-def run_arm(plan: Plan, arm: Arm) -> dict:
+def run_arm(plan: ComparisonPlan, arm: Arm) -> dict:
     """An arm's tries and its runs at every seed and budget: {"tries", "lr", "runs"}."""
     compare = plan.spec.compare
     tries = plan.tune(arm)
-    lr = compare.lrs[0] if len(compare.lrs) == 1 else best(tries)
+    lr = compare.lrs[0] if len(compare.lrs) == 1 else best_rate(tries)
     runs = []
     if lr is not None:
-        made = (plan.train(arm, seed, budget, lr) for seed, budget in planned(compare, arm))
+        made = (plan.train(arm, seed, budget, lr) for seed, budget in planned_runs(compare, arm))
         runs = [run for run in made if run]
     return {"tries": tries, "lr": lr, "runs": runs}
 
 
-def output_folder(folder: Path) -> Path:
+def jobs_folder(folder: Path) -> Path:
     """Where the runs are: absolute, so that a job's settings do not depend on the place it is started from."""
     return folder.resolve() / "jobs"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError
-from megatron_ligo.experiments.compare.comparison_config import Arm, Spec
+from megatron_ligo.experiments.compare.comparison_config import Arm, ComparisonConfig
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import check_factored, initial_operator
 from megatron_ligo.training.fit import check_teacher
@@ -14,7 +14,7 @@ from megatron_ligo.training.initial_weights import sizes
 from megatron_ligo.training.lag import check_decoder
 
 
-def check_arms(spec: Spec, arms: Iterable[Arm]) -> None:
+def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
     """ConfigError with every arm that cannot grow the small model into the large one, or has a start for no fit."""
     small = sizes(Path(spec.config.small.path))
     errors = ErrorCollector("the comparison cannot be done", ConfigError)

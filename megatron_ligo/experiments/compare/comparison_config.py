@@ -45,23 +45,27 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Spec:
+class ComparisonConfig:
     config: RunConfig
     compare: CompareSection
     arms: tuple[Arm, ...]  # scratch first; each learned arm is followed by its controls
 
     def to_dict(self) -> dict:
-        return {**self.config.to_dict(), "compare": asdict(self.compare), "arms": {a.name: _own(a) for a in self.arms}}
+        return {
+            **self.config.to_dict(),
+            "compare": asdict(self.compare),
+            "arms": {a.name: _arm_table(a) for a in self.arms},
+        }
 
 
-def _own(arm: Arm) -> dict:
+def _arm_table(arm: Arm) -> dict:
     """What an arm's table says."""
     table = arm.config.to_dict()
     keys = [*(["operator"] if arm.grown else []), *(["fit"] if arm.fitted or arm.full else [])]
     return {key: table[key] for key in keys} | ({"lag": arm.lag} if arm.lag else {})
 
 
-def load(path: Path, sets: Iterable[str] = ()) -> Spec:
+def load_comparison(path: Path, sets: Iterable[str] = ()) -> ComparisonConfig:
     """The comparison that a TOML file names, with `section.key=value` put over it. ConfigError with all faults."""
     errors = ErrorCollector(f"comparison {path}", ConfigError)
     table = read_toml(path)
@@ -72,7 +76,7 @@ def load(path: Path, sets: Iterable[str] = ()) -> Spec:
     config = RunConfig.from_dict(table, f"{path}")
     _check(section, config, named, errors)
     errors.raise_if_any()
-    return Spec(config, section, with_controls(config, _arms(config, named, path)))
+    return ComparisonConfig(config, section, with_controls(config, _arms(config, named, path)))
 
 
 def _check(section: CompareSection, config: RunConfig, named: object, errors: ErrorCollector) -> None:
@@ -127,32 +131,32 @@ def with_controls(config: RunConfig, arms: Iterable[Arm]) -> tuple[Arm, ...]:
         found.append(arm)
         if not arm.fitted:
             continue
-        if unfitted(arm, [*arms, *found]) is None:
+        if unfitted_control(arm, [*arms, *found]) is None:
             found.append(replace(arm, name=f"{arm.name}.{START}", fitted=False, lag=0))
-        if fully_trained(arm, found) is None:
+        if full_training_control(arm, found) is None:
             found.append(replace(arm, name=f"{arm.name}.{FULL}", fitted=False, full=True, lag=0))
     return tuple(found)
 
 
-def unfitted(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
+def unfitted_control(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
     """The arm that begins where a learned one does, and learns nothing."""
     same = (other for other in arms if other.grown and not other.fitted and not other.full)
     return next((other for other in same if other.config.operator == arm.config.operator), None)
 
 
-def fully_trained(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
+def full_training_control(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
     """The arm that trains all weights on what a learned one's fit reads."""
     same = (other for other in arms if other.full and other.config.operator == arm.config.operator)
     return next((other for other in same if other.config.fit == arm.config.fit), None)
 
 
-def learned(control: Arm, arms: Iterable[Arm]) -> Arm:
+def fitted_arm_of(control: Arm, arms: Iterable[Arm]) -> Arm:
     """The arm whose fit a full control stands beside."""
     same = (arm for arm in arms if arm.fitted and arm.config.operator == control.config.operator)
     return next(arm for arm in same if arm.config.fit == control.config.fit)
 
 
-def chosen(spec: Spec, names: Iterable[str]) -> list[Arm]:
+def select_arms(spec: ComparisonConfig, names: Iterable[str]) -> list[Arm]:
     """The arms of these names, all if none is named. ConfigError for an unknown one."""
     known = {arm.name: arm for arm in spec.arms}
     names = list(names)

@@ -52,10 +52,10 @@ linear in log FLOPs). "At least": the smallest budget that was run is below it a
 """)
 
 
-def page(results: dict, picture: bytes) -> str:
+def render_page(results: dict, picture: bytes) -> str:
     """HTML that needs no other file."""
     return PAGE.substitute(
-        what=escape(what(results)),
+        what=escape(describe_comparison(results)),
         cautions="".join(f"<li>{escape(line)}</li>" for line in results["cautions"]),
         arms=_table(arm_rows(results)),
         differences=_table(difference_rows(results)),
@@ -63,7 +63,7 @@ def page(results: dict, picture: bytes) -> str:
     )
 
 
-def what(results: dict) -> str:
+def describe_comparison(results: dict) -> str:
     compare, small, held_out = results["settings"]["compare"], results["small"], results["held_out"]
     size = results["parameters"]["large"] / 1e6
     cost = "an unknown number of FLOPs"
@@ -118,7 +118,7 @@ def _table(rows: Iterable[list[str]]) -> str:
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>"
 
 
-def picture(results: dict) -> bytes:
+def draw_curves(results: dict) -> bytes:
     """A PNG: loss against FLOPs with the source free, and with it counted where its cost is known."""
     cost = results["small"]["flops"] if results["small"] else None
     figure = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")

@@ -26,7 +26,7 @@ MODULE = "megatron_ligo.experiments.compare.single_run"
 
 
 @dataclass(frozen=True)
-class Job:
+class ComparisonJob:
     """kind: "fit", "grow" or "pretrain"; operator: what `grow` applies; keep: its checkpoints are a start."""
 
     name: str
@@ -44,7 +44,7 @@ class Job:
         }
 
 
-class Jobs:
+class JobQueue:
     """Runs jobs under a folder, one after the other. launcher: see [compare]; tell: one line for each job."""
 
     def __init__(self, folder: Path, launcher: str, tell: Callable[[str], None]):
@@ -55,10 +55,10 @@ class Jobs:
         # Everything that takes long to import is imported once.
         self.forks.set_forkserver_preload([MODULE])
 
-    def place(self, job: Job) -> Path:
+    def place(self, job: ComparisonJob) -> Path:
         return self.folder / job.name
 
-    def result(self, job: Job) -> dict | None:
+    def result(self, job: ComparisonJob) -> dict | None:
         """What the job has left; None while it is not done. ConfigError if another job is there."""
         folder = self.place(job)
         if not (folder / JOB).is_file():
@@ -71,7 +71,7 @@ class Jobs:
             raise ConfigError(Problem(f"{folder}", "a run with these settings", f"others in {JOB}", hint))
         return json.loads((folder / RESULT).read_text(encoding="utf-8")) if (folder / RESULT).is_file() else None
 
-    def run(self, job: Job) -> dict:
+    def run(self, job: ComparisonJob) -> dict:
         """The job's result, after it has been done if need be. LigoError if it fails; its log is named."""
         folder = self.place(job)
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,12 +85,12 @@ class Jobs:
             code = self._launch(folder) if self.launcher and job.kind != GROW else self._fork(folder)
             found = self.result(job)
             if code or found is None:
-                hint = f"Its last words: {_last_words(folder / LOG)}"
+                hint = f"Its last words: {_last_log_line(folder / LOG)}"
                 raise LigoError(Problem(f"{folder / LOG}", "a run that ends well", f"exit code {code}", hint))
             return found
 
     def _fork(self, folder: Path) -> int | None:
-        process = self.forks.Process(target=_child, args=(folder,))
+        process = self.forks.Process(target=_run_in_child, args=(folder,))
         process.start()
         try:
             process.join()
@@ -112,7 +112,7 @@ class Jobs:
                     process.wait()
 
 
-def _child(folder: Path) -> None:
+def _run_in_child(folder: Path) -> None:
     """In a process of its own: what the run says goes to its log."""
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -124,6 +124,6 @@ def _child(folder: Path) -> None:
     sys.exit(single_run.main(folder))
 
 
-def _last_words(log: Path) -> str:
+def _last_log_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return lines[-1] if lines else "none"

@@ -55,7 +55,7 @@ class Saving:
     reach: float  # part of scratch's FLOPs that every seed went to which did not get there
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         if not self.kinds:
             return "no runs to compare"
         few = f", {len(self.kinds)} of {self.seeds} seeds compared" if len(self.kinds) < self.seeds else ""

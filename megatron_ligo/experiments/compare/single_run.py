@@ -26,7 +26,7 @@ from megatron_ligo.training.metrics import FILE, read_metrics
 from megatron_ligo.training.pretrain import Pretrain
 
 
-def perform(folder: Path) -> None:
+def run_job(folder: Path) -> None:
     """Does the job, or goes on with it; writes its result on rank 0."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     config, run = RunConfig.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
@@ -59,7 +59,7 @@ def main(folder: Path) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("megatron_ligo").setLevel(logging.INFO)
     try:
-        perform(folder)
+        run_job(folder)
     except NumbersError as error:
         # A rate that is too high is an answer, too.
         print(error, file=sys.stderr, flush=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from megatron_ligo.experiments.compare import comparison_config
-from megatron_ligo.experiments.compare.arm_plan import Plan
-from megatron_ligo.experiments.compare.run_queue import Job, Jobs
+from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
+from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
 
 FILE = """
 small.path = "{folder}/small.json"
@@ -24,13 +24,13 @@ fit = {{lr = 1e-3}}
 """
 
 
-def made_spec(folder: Path, *sets: str) -> comparison_config.Spec:
+def made_spec(folder: Path, *sets: str) -> comparison_config.ComparisonConfig:
     sizes = {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2, "vocab_size": 37}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     config = LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"])
     config.to_json_file(folder / "small.json", use_diff=False)
     (folder / "compare.toml").write_text(FILE.format(folder=folder))
-    return comparison_config.load(folder / "compare.toml", sets)
+    return comparison_config.load_comparison(folder / "compare.toml", sets)
 
 
 class MadeUp:
@@ -40,10 +40,10 @@ class MadeUp:
     def __init__(self, folder: Path, end: Callable[[str], float | None], fits: Callable[[str], dict] | None = None):
         self.folder, self.end, self.fits, self.jobs = folder, end, fits, {}
 
-    def plan(self, spec: comparison_config.Spec) -> Plan:
-        return Plan(spec, Jobs(self.folder, "", print), self.obtain)
+    def plan(self, spec: comparison_config.ComparisonConfig) -> ComparisonPlan:
+        return ComparisonPlan(spec, JobQueue(self.folder, "", print), self.obtain)
 
-    def obtain(self, job: Job) -> dict | None:
+    def obtain(self, job: ComparisonJob) -> dict | None:
         self.jobs[job.name] = job
         if job.kind == "grow":
             return {"losses": {}, "step": 0, "flops": 0}

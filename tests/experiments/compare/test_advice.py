@@ -9,8 +9,8 @@ import pytest
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.experiments.compare.advise import advice, advise, spec_of
-from megatron_ligo.experiments.compare.arm_plan import Plan
+from megatron_ligo.experiments.compare.advise import advise, probe_comparison, rank_probes
+from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
 from megatron_ligo.experiments.compare.comparison_config import Arm
 from megatron_ligo.training.initial_weights import sizes
 from tests.experiments.compare.made_up_runs import MadeUp, made_spec
@@ -25,10 +25,10 @@ def advised(folder: Path, losses: dict[str, float | None], fit: bool = False) ->
         return losses[max((part for part in losses if name.startswith(f"{part}/")), key=len)]
 
     config: RunConfig = made_spec(folder).config
-    spec = spec_of(config, [Arm(name, config) for name in METHODS], (1e-3,), lag=100)
-    plan: Plan = MadeUp(folder, end).plan(spec)
+    spec = probe_comparison(config, [Arm(name, config) for name in METHODS], (1e-3,), lag=100)
+    plan: ComparisonPlan = MadeUp(folder, end).plan(spec)
     small: ModelConfig = sizes(Path(config.small.path))
-    return advice(plan, small, {}, fit)
+    return rank_probes(plan, small, {}, fit)
 
 
 def test_scratch_that_won_is_the_first_word(tmp_path):

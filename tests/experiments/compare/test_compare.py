@@ -12,7 +12,7 @@ from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import ParallelSection
 from megatron_ligo.experiments.compare import comparison, comparison_config
 from megatron_ligo.experiments.compare.arm_plan import SMALL_SEED
-from megatron_ligo.experiments.compare.run_queue import Job, Jobs
+from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
 from megatron_ligo.testing.forked_ranks import free_port
 from tests.training.test_pretrain import make_pair
 
@@ -62,7 +62,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(base) -> dict:
-    return comparison.compare(comparison_config.load(base / "compare.toml"), base / "out")
+    return comparison.run_comparison(comparison_config.load_comparison(base / "compare.toml"), base / "out")
 
 
 def test_every_arm_costs_the_same(results):
@@ -98,12 +98,12 @@ def test_a_learned_arm_goes_on_where_its_fit_has_ended(base, results):
 
 def test_a_launcher_gives_a_run_many_ranks(base):
     """The same job under `deepspeed` on two ranks ends with the loss of one process."""
-    config = comparison_config.load(base / "compare.toml").config
+    config = comparison_config.load_comparison(base / "compare.toml").config
     short = replace(config.pretrain, steps=2)
     cut = replace(short, parallel=ParallelSection(tp=2))
     launcher = f"deepspeed --num_gpus 2 --master_port {free_port()} --module"
     found = [
-        Jobs(base / name, how, print).run(Job("scratch", "pretrain", replace(config, pretrain=section)))
+        JobQueue(base / name, how, print).run(ComparisonJob("scratch", "pretrain", replace(config, pretrain=section)))
         for name, how, section in (("one", "", short), ("many", launcher, cut))
     ]
     assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
@@ -112,7 +112,9 @@ def test_a_launcher_gives_a_run_many_ranks(base):
 
 def test_done_once_and_refused_if_it_is_another(base, results):
     told = []
-    again = comparison.compare(comparison_config.load(base / "compare.toml"), base / "out", tell=told.append)
+    again = comparison.run_comparison(
+        comparison_config.load_comparison(base / "compare.toml"), base / "out", tell=told.append
+    )
     assert told == [] and again == results
     # As a version before fit.lag has left it.
     path = base / "out/jobs/learned/seed_1/fit/job.json"
@@ -120,16 +122,23 @@ def test_done_once_and_refused_if_it_is_another(base, results):
     assert job["config"]["fit"].pop("lag") == ""
     path.write_text(json.dumps(job))
     assert (
-        comparison.compare(comparison_config.load(base / "compare.toml"), base / "out", tell=told.append) == results
+        comparison.run_comparison(
+            comparison_config.load_comparison(base / "compare.toml"), base / "out", tell=told.append
+        )
+        == results
         and told == []
     )
     with pytest.raises(ConfigError, match="Compare with the same, or choose another"):
-        comparison.compare(comparison_config.load(base / "compare.toml", ["pretrain.weight_decay=0.3"]), base / "out")
+        comparison.run_comparison(
+            comparison_config.load_comparison(base / "compare.toml", ["pretrain.weight_decay=0.3"]), base / "out"
+        )
 
 
 def test_an_arm_with_a_lag_pays_for_it_and_shares_its_controls(base, results):
     arm = 'arms.after={operator={method="noisy_stack"}, fit={lr=1e-3}, lag=3}'
-    found = comparison.compare(comparison_config.load(base / "compare.toml", [arm]), base / "out", only=["after"])
+    found = comparison.run_comparison(
+        comparison_config.load_comparison(base / "compare.toml", [arm]), base / "out", only=["after"]
+    )
     step = found["unit_flops"] / STEPS
     fit = json.loads((base / "out/jobs/after/seed_1/fit_0.001/result.json").read_text())
     runs = found["arms"]["after"]["runs"]
@@ -156,7 +165,7 @@ def test_all_faults_of_a_file_at_once(base):
     wrong = ["compare.tune_seed=1", "compare.lrs=[1e-3, 1e-3]", "arms.scratch.x=1", "arms.a.lag=0", "fit.lag=there"]
     wrong.append("arms.b.fit.lag=there")
     with pytest.raises(ConfigError) as caught:
-        comparison_config.load(base / "compare.toml", wrong)
+        comparison_config.load_comparison(base / "compare.toml", wrong)
     named = ("none of compare.seeds", "one or more, each once", "operator = {...}", "which is always run")
     lags = "arms.a.lag: expected one step or more", " fit.lag: expected left out", "arms.b.fit.lag: expected left out"
     for part in named + lags:
@@ -167,7 +176,7 @@ def test_arms_that_cannot_be_are_told_of_before_any_is_run(base, tmp_path):
     wrong = ["arms.a={operator={method='loss'}}", "arms.b={operator={method='aki'}, fit={}}", "large.vocab_size=64"]
     wrong.append("arms.c={operator={method='stack'}, fit={distill=0.5}}")
     with pytest.raises(ConfigError) as caught:
-        comparison.compare(comparison_config.load(base / "compare.toml", wrong), tmp_path)
+        comparison.run_comparison(comparison_config.load_comparison(base / "compare.toml", wrong), tmp_path)
     named = ("operator.borrow: expected none in a fit", "fit.distill: expected 0 where the vocabulary grows")
     for part in ("(3 faults)", "arms.a: ", "arms.b: ", "arms.c: expected an operator that can be built", *named):
         assert part in str(caught.value)
@@ -178,7 +187,7 @@ def test_an_arm_is_a_table_with_a_name_for_a_folder(base, tmp_path):
     wrong = '[arms]\na = {fit = true}\nb = {operator = "lossless"}\n"" = {operator = {}}\n"../x" = {operator = {}}\n'
     (tmp_path / "wrong.toml").write_text(FILE.format(folder=base).split("[arms")[0] + wrong)
     with pytest.raises(ConfigError) as caught:
-        comparison_config.load(tmp_path / "wrong.toml", ["compare.budgets=[0.5, 0.50000001]"])
+        comparison_config.load_comparison(tmp_path / "wrong.toml", ["compare.budgets=[0.5, 0.50000001]"])
     found = ("arms.a: expected tables", "arms.b: expected tables", "found '../x'", "found ''", "to six digits")
     for part in ("(5 faults)", *found):
         assert part in str(caught.value)

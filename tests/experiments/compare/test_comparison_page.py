@@ -1,7 +1,7 @@
 """What a comparison tells of runs that are missing: which, how many, and why; with results that are made up."""
 
 from megatron_ligo.experiments.compare import comparison_page
-from megatron_ligo.experiments.compare.results import collect
+from megatron_ligo.experiments.compare.results import collect_results
 from tests.experiments.compare.made_up_runs import MadeUp, made_spec
 
 
@@ -17,7 +17,7 @@ def told(tmp_path, lost: dict[str, float | None], *sets: str) -> dict:
         return 3.0 if name.startswith("scratch") else 2.5
 
     spec = made_spec(tmp_path, *sets)
-    return collect(MadeUp(tmp_path, end).plan(spec), spec.arms)
+    return collect_results(MadeUp(tmp_path, end).plan(spec), spec.arms)
 
 
 def rows(results: dict) -> dict[str, list[str]]:
@@ -92,6 +92,6 @@ def test_what_a_fit_has_of_the_results_text_is_said(tmp_path):
 
 
 def test_the_held_out_tokens_are_told(tmp_path):
-    assert "Losses are of 5 held-out samples, 60 tokens." in comparison_page.what(
+    assert "Losses are of 5 held-out samples, 60 tokens." in comparison_page.describe_comparison(
         told(tmp_path, {}, "pretrain.eval_samples=5")
     )

@@ -38,25 +38,25 @@ def test_savings_are_paired_by_seed_and_told_as_bounds():
     scratch = {1: (1000.0, 2.0), 2: (1000.0, 2.5)}
     arm = {1: [(100.0, 3.0), (400.0, 2.0)], 2: [(100.0, 3.0), (400.0, 2.0)]}
     found = saving(arm, scratch)
-    assert found.shares == pytest.approx((0.6, 0.8)) and found.told == "70% (60% to 80%)"
+    assert found.shares == pytest.approx((0.6, 0.8)) and found.summary == "70% (60% to 80%)"
     assert saving(arm, scratch, source=200.0).shares == pytest.approx((0.4, 0.6))
-    assert saving({1: arm[1]}, scratch).told == "60% (one seed)"
-    assert saving(arm, {1: (1000.0, 3.5)}).told == "at least 90% (one seed)"
+    assert saving({1: arm[1]}, scratch).summary == "60% (one seed)"
+    assert saving(arm, {1: (1000.0, 3.5)}).summary == "at least 90% (one seed)"
     never = {1: (1000.0, 1.0), 2: (1000.0, 2.5)}
-    assert saving(arm, never).told == "not reached on 1 of 2 seeds within 0.4 of scratch's FLOPs"
-    assert saving(arm, never, source=200.0).told == "not reached on 1 of 2 seeds within 0.6 of scratch's FLOPs"
-    assert saving({}, scratch).told == "no runs to compare"
+    assert saving(arm, never).summary == "not reached on 1 of 2 seeds within 0.4 of scratch's FLOPs"
+    assert saving(arm, never, source=200.0).summary == "not reached on 1 of 2 seeds within 0.6 of scratch's FLOPs"
+    assert saving({}, scratch).summary == "no runs to compare"
 
 
 def test_seeds_and_runs_that_are_missing_are_counted():
     scratch = {1: (1000.0, 2.0), 2: (1000.0, 2.0), 3: (1000.0, 2.0)}
     whole = [(250.0, 1.9), (500.0, 1.8), (1000.0, 1.7)]
     arm = {1: whole, 2: whole, 3: whole[2:]}
-    assert saving(arm, scratch, seeds=3, budgets=3).told == "at least 50% (0% to 75%), runs missing on 1"
-    assert saving(arm, {1: scratch[1]}, seeds=3, budgets=3).told == "at least 75%, 1 of 3 seeds compared"
+    assert saving(arm, scratch, seeds=3, budgets=3).summary == "at least 50% (0% to 75%), runs missing on 1"
+    assert saving(arm, {1: scratch[1]}, seeds=3, budgets=3).summary == "at least 75%, 1 of 3 seeds compared"
     never = {1: (1000.0, 1.0), 2: (1000.0, 1.0)}
     told = "not reached on 2 of 2 seeds within 1 of scratch's FLOPs, 2 of 3 seeds compared"
-    assert saving(arm, never, seeds=3, budgets=3).told == told
+    assert saving(arm, never, seeds=3, budgets=3).summary == told
 
 
 @pytest.mark.parametrize(

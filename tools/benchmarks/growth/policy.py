@@ -46,7 +46,9 @@ def main(compared: Path, output: Path) -> None:
     found = {}
     for name, (arm, changes) in CASES.items():
         sets = [f"{key}={_told(value)}" for key, value in {**given, **changes}.items()]
-        result = comparison.compare(comparison_config.load(CONFIG, sets), output / name.replace(" ", "_"), [arm], print)
+        result = comparison.run_comparison(
+            comparison_config.load_comparison(CONFIG, sets), output / name.replace(" ", "_"), [arm], print
+        )
         runs = result["arms"][arm]["runs"]
         found[name] = {"changes": changes, "runs": [{key: one[key] for key in KEYS} for one in runs]}
         write_json(output / "policy.json", {"config": CONFIG.name, "cases": found, "versions": result["versions"]})
