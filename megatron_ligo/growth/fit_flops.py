@@ -25,10 +25,21 @@ def factors_are_cheaper(tokens: int, shape: tuple[int, int], other: int, cost: i
     return tokens * (cost + m * other) < other * cost + tokens * n * other
 
 
-def may_be_factored(row: ParamSpec, lift: LiftedMap) -> bool:
-    """Whether a row's map and weight can be applied one after the other: no map of whole heads, no part of a fused
-    weight (models/factored/factored_linears.py)."""
-    return lift.plain and row.slots["mcore"].pack is not Pack.GROUPED
+def is_factored(
+    spec: ParamSpec,
+    lift: LiftedMap,
+    tokens: int,
+    shape: tuple[int, int],
+    other: int,
+    cost: int,
+    has_fresh_rows: bool = False,
+) -> bool:
+    """True where a weight's inner map and its mixed small weight are applied one after the other: it is cheaper
+    (`factors_are_cheaper`, whose arguments follow lift), the map moves single features, the weight is no part of a
+    fused one, and no fresh rows are added between the two."""
+    if not lift.plain or spec.slots["mcore"].pack is Pack.GROUPED or has_fresh_rows:
+        return False
+    return factors_are_cheaper(tokens, shape, other, cost)
 
 
 def fit_step_flops(
@@ -100,8 +111,7 @@ def _row(operator: Operator, row: ParamSpec, tokens: int) -> int:
     large = axis_size(row.axes[inner], operator.large)
     mixing = FROZEN * 2 * operator.small.num_layers * prod(row.shape(operator.small))
     joined = operator.settings.fresh == "writers" and row.split == 0  # fresh rows join the product only
-    apart = may_be_factored(row, lift) and not joined
-    if apart and factors_are_cheaper(tokens, (spec.large, spec.small), other, use.cost):
+    if is_factored(row, lift, tokens, (spec.large, spec.small), other, use.cost, has_fresh_rows=joined):
         return mixing + use.flops(tokens) + LEARNED * 2 * tokens * spec.small * other
     # Another head size: the features of each head go through a matrix that learns nothing.
     within = 0 if lift.inner is None else FROZEN * 2 * large * lift.inner.shape[1] * other

@@ -23,7 +23,7 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.spec import ParamSpec, Use
-from megatron_ligo.growth.fit_flops import MapUse, factors_are_cheaper, may_be_factored
+from megatron_ligo.growth.fit_flops import MapUse, is_factored
 from megatron_ligo.plan import optimizer_memory, parameter_count
 from megatron_ligo.plan.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
@@ -134,11 +134,9 @@ def _is_factored(job: PlannedJob, row: ParamSpec) -> bool:
     inner = 0 if row.split == 0 else 1
     lift = operator.frame.lift(row.axes[inner])
     spec = operator.maps[lift.map]
-    if not may_be_factored(row, lift):
-        return False
     cost = MapUse(operator, lift.map, row.axes[inner].use is Use.INPUT, tp).cost
     tokens = job.micro_batches_per_build * job.micro_batch_tokens
-    return factors_are_cheaper(tokens, (spec.large // tp, spec.small), operator.small.hidden_size, cost)
+    return is_factored(row, lift, tokens, (spec.large // tp, spec.small), operator.small.hidden_size, cost)
 
 
 def _layer_matrices(job: PlannedJob) -> list[ParamSpec]:

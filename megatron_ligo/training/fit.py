@@ -97,10 +97,8 @@ class Fit:
         batches = self.data.eval_batch(
             self.fit.eval_samples, self.fit.micro_batch_size, self.mesh.dp, self.mesh.dp_rank
         )
-        self.runtime.dtype = torch.float32
-        loss = self.engine.evaluate(batches)
-        self.runtime.dtype = self.dtype
-        return loss
+        with self.module.step_state.computing_in(torch.float32):
+            return self.engine.evaluate(batches)
 
     def _steps(self, state: dict, best: BestOperator) -> None:
         def after(step: int) -> dict[str, float]:
@@ -164,7 +162,7 @@ class Fit:
         return [{"params": kinds[d], "lr_scale": ratio if d else 1.0, "weight_decay": decay} for d in (False, True)]
 
     def _after_update(self) -> None:
-        self.runtime.generation += 1
+        self.module.step_state.mark_updated()
 
     def _open_data(self) -> ShardedSampler:
         fit = self.fit

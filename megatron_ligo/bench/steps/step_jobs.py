@@ -145,12 +145,8 @@ class FitStepper(EngineStepper):
             lag=RandomWeightsReader(operator.large).read if job.lagged else None,
         )
         module = FactoredPipeline(runtime) if self.mesh.pp > 1 else FactoredModel(runtime)
-
-        def moved():
-            runtime.generation += 1
-
         groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
-        return Engine(module, self.mesh, job.run(self.mesh.dp), groups, after_update=moved)
+        return Engine(module, self.mesh, job.run(self.mesh.dp), groups, after_update=module.step_state.mark_updated)
 
     def _teacher(self):
         from megatron_ligo.models.factored.teacher import Teacher

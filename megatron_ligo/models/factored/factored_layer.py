@@ -1,25 +1,32 @@
-"""The large model in its factored form: real Megatron-core layers whose linears run on maps and mixed small weights.
+"""The layers of a factored model: Megatron-core's, with linears and norms that run on maps and mixed small weights.
 
-No grown matrix is ever built, nor its gradient (places.py). Legend: s sequence, b batch, D2 large hidden.
+No grown matrix is ever built, nor its gradient (factored_linears.py). Legend: s tokens, b batch, D2 large hidden size.
 """
 
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import ParamSpec
-from megatron_ligo.growth.linear_maps import LinearMap
+from megatron_ligo.arch.spec import ParamSpec, Use
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.models.factored.context import FactoredContext, StepCache, stale
+from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_linears import (
-    FactoredLinear,
+    ActivationTransform,
+    ColumnParallelFactors,
     FactoredModule,
-    FactoredSubmodule,
-    passed_on,
-    place_kind,
+    FactoredNorm,
+    InputTransform,
+    LayerHole,
+    NormTransform,
+    RowParallelFactors,
+    pass_through,
 )
 from megatron_ligo.models.factored.map_parameters import DepthParameters, MapParameters
+from megatron_ligo.models.factored.step_cache import StepCache
+from megatron_ligo.models.factored.step_state import StepState
 from megatron_ligo.models.mcore.layer_calls import checkpointed
 from megatron_ligo.models.mcore.layer_spec import (
     BuildOptions,
@@ -30,122 +37,135 @@ from megatron_ligo.models.mcore.layer_spec import (
     transformer_config,
 )
 
+# In pre-norm layers, the linear that alone reads each norm, by Megatron-core's names.
+NORM_READERS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+ACTIVATION_READER = "mlp.linear_fc2"
+
 
 class SharedMaps(nn.Module):
-    """The shared maps as the first layer of a stage: passes its input on, and lays the maps out for the others."""
+    """The shared maps as the first layer of each stage: publishes them to the step state and passes its input on."""
 
-    def __init__(self, runtime: FactoredContext):
+    def __init__(self, context: FactoredContext, state: StepState):
         super().__init__()
-        self.runtime = runtime
-        self.maps = runtime.shared_maps = MapParameters(runtime.operator, runtime.mesh, None, runtime.sequence_parallel)
-        self.seen = None
-        self.once = StepCache()
+        self.context = context
+        self.state = state
+        self.maps = MapParameters(context.operator, context.mesh, None, context.sequence_parallel)
+        self.cache = StepCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        runtime = self.runtime
-        if stale(self, runtime):
-            tensors = self.maps(runtime.dtype)
-            self.once.renew(tensors)
-            runtime.shared_once = self.maps.matrices(tensors)
-            # What an interrupted pass has left is stale as well.
-            runtime.mixed.clear()
-        if runtime.gradients_each:
-            runtime.shared = self.maps(runtime.dtype)
+        """Input of any shape, tokens or activations, unchanged."""
+        state, layout = self.state, self.maps.layout
+        version = state.version(self.training)
+        if self.cache.needs_rebuild(version):
+            tensors = self.maps(state.dtype)
+            self.cache.mark_built(version, tensors)
+            state.start_step(layout.matrices(tensors))
+        if self.context.gradients_each:
+            state.start_micro_batch(layout, self.maps(state.dtype))
         else:
-            runtime.shared = self.once.take(runtime.micro_batches)
+            state.start_micro_batch(layout, self.cache.take(self.context.micro_batches))
         return x
 
 
 class FactoredLayer(nn.Module):
-    """A large layer: a layer of Megatron-core's modules run on factors. Parameters: its depth maps, its own maps."""
+    """A large layer. Its parameters are its depth maps and the width maps that it has of its own."""
 
-    def __init__(self, runtime: FactoredContext, layer: int):
+    def __init__(self, context: FactoredContext, state: StepState, layer: int):
         super().__init__()
-        self.runtime = runtime
+        self.context = context
+        self.state = state
         self.layer = layer
-        self.seen = None
-        self.once = StepCache()
-        operator = runtime.operator
-        self.maps = MapParameters(operator, runtime.mesh, layer, runtime.sequence_parallel)
-        self.depth = DepthParameters(operator, layer, runtime.source.split_rows, runtime.source.whole_rows)
-        runtime.depths[layer] = self.depth
-        build = BuildOptions(runtime.dtype, runtime.mesh.tp, runtime.sequence_parallel)
+        self.cache = StepCache()
+        operator, source = context.operator, context.source
+        self.maps = MapParameters(operator, context.mesh, layer, context.sequence_parallel)
+        self.depth = DepthParameters(operator, layer, source.split_rows, source.whole_rows)
+        build = BuildOptions(context.dtype, context.mesh.tp, context.sequence_parallel)
         config = transformer_config(operator.large, build)
-        # The place after it applies it (places.py): Megatron-core's mlp passes what it is given on.
-        config.gated_linear_unit, config.activation_func = False, passed_on
-        self.block = layer_class(operator.large)(
-            config, factored_layer_spec(operator).submodules, layer_number=layer + 1
-        )
-        self.places = self._places(config)
-
-    def _places(self, config) -> list[FactoredSubmodule]:
-        rows: dict[str, list[ParamSpec]] = {}
-        for row in self.runtime.operator.arch.layer_rows(self.runtime.operator.large):
-            path = row.slots["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
-            rows.setdefault(path, []).append(row)
-        made = []
-        for path, members in rows.items():
-            kind = place_kind(members)
-            made.append(kind(self.block.get_submodule(path), members, self.layer, self.runtime, config))
-        by_module = {place.module: place for place in made}
-        if self.runtime.operator.arch.norm_first:
-            for norm, reader in self._norms():
-                by_module[norm].reader = by_module[reader]
-        by_module[self.block.mlp.linear_fc2].before = activation(self.runtime.operator.large)
-        return made
-
-    def _norms(self) -> list[tuple[FactoredModule, FactoredModule]]:
-        """Each norm with the linear that alone reads it."""
-        block = self.block
-        return [
-            (block.input_layernorm, block.self_attention.linear_qkv),
-            (block.pre_mlp_layernorm, block.mlp.linear_fc1),
-        ]
+        # The linear after it applies it: Megatron-core's mlp passes on what it is given.
+        config.gated_linear_unit, config.activation_func = False, pass_through
+        submodules = layer_spec_with_holes(operator).submodules
+        self.block = layer_class(operator.large)(config, submodules, layer_number=layer + 1)
+        modules = build_modules(context, layer, config)
+        for path, module in modules.items():
+            self.block.set_submodule(path, module)
+        self.factored_modules = list(modules.values())
+        self._tensor_counts: list[int] = []
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (s, b, D2) -> (s, b, D2), in the runtime's dtype."""
-        runtime = self.runtime
-        if stale(self, runtime):
-            self.once.renew(self._build())
-        tensors = self.once.take(runtime.micro_batches)
-        if runtime.recompute and torch.is_grad_enabled():
-            return checkpointed(self._run, h, *runtime.shared, *tensors)
-        return self._run(h, *runtime.shared, *tensors)
+        """h (s or s / tp, b, D2) -> the same shape, in the step state's dtype."""
+        state = self.state
+        version = state.version(self.training)
+        if self.cache.needs_rebuild(version):
+            self.cache.mark_built(version, self._build())
+        tensors = self.cache.take(self.context.micro_batches)
+        if self.context.recompute and torch.is_grad_enabled():
+            return checkpointed(self._run, h, *state.map_tensors, *tensors)
+        return self._run(h, *state.map_tensors, *tensors)
 
     def _build(self) -> list[Tensor]:
-        """What is built once a step: the layer's own maps, then for each place, in order, its tensors."""
-        runtime = self.runtime
-        built = self.maps(runtime.dtype)
-        maps = runtime.shared_once | self.maps.matrices(built)
-        mixed = runtime.mixed_rows(self.layer)
-        for place in self.places:
-            tensors = place.build(mixed, maps)
-            place.count = len(tensors)
-            built += tensors
-        return built
+        """The tensors that are built once a step: the layer's own maps, then each module's, in order."""
+        state = self.state
+        tensors = self.maps(state.dtype)
+        maps = state.step_maps | self.maps.layout.matrices(tensors)
+        mixed = state.mixer.take(self.layer, state.dtype)
+        self._tensor_counts = []
+        for module in self.factored_modules:
+            built = module.build(mixed, maps, state.dtype)
+            self._tensor_counts.append(len(built))
+            tensors += built
+        return tensors
 
     def _run(self, h: Tensor, *tensors: Tensor) -> Tensor:
-        shared_maps, rest = self.runtime.shared_maps, list(tensors)
-        maps: dict[str, LinearMap] = {}
-        for module in (shared_maps, self.maps):
-            count = sum(map(len, module.learned.values()))
-            maps |= module.matrices(rest[:count])
+        """The layer on the shared maps' tensors and those of `_build`, in this order."""
+        maps, rest = {}, list(tensors)
+        for layout in (self.state.map_layout, self.maps.layout):
+            maps |= layout.matrices(rest[: layout.num_tensors])
+            rest = rest[layout.num_tensors :]
+        for module, count in zip(self.factored_modules, self._tensor_counts, strict=True):
+            module.bind(rest[:count], maps)
             rest = rest[count:]
-        for place in self.places:
-            mine, rest = rest[: place.count], rest[place.count :]
-            place.module.run = place.bound(mine, maps)
-        out, _ = self.block(h, attention_mask=None, rotary_pos_emb=self.runtime.positions(h))
-        for place in self.places:
-            place.release()
+        try:
+            out, _ = self.block(h, attention_mask=None, rotary_pos_emb=self.context.rotary_positions(h))
+        finally:
+            for module in self.factored_modules:
+                module.unbind()
         return out
 
 
-def factored_layer_spec(operator: Operator):
-    """The layer spec with every module that holds a row's tensor replaced by an empty place."""
+def build_modules(context: FactoredContext, layer: int, config: TransformerConfig) -> dict[str, FactoredModule]:
+    """The modules that hold a layer's parameters, by their path in Megatron-core's layer, in the table's order.
+
+    Each linear has the norm or the activation before it as its input transform. Norms that come last (post-LN) are
+    modules of their own.
+    """
+    operator = context.operator
+    specs_by_path: dict[str, list[ParamSpec]] = {}
+    for spec in operator.arch.layer_rows(operator.large):
+        path = spec.slots["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
+        specs_by_path.setdefault(path, []).append(spec)
+    norms = {
+        path: NormTransform(context, specs, layer, config.layernorm_epsilon, config.normalization)
+        for path, specs in specs_by_path.items()
+        if any(spec.axes[0].use is Use.GAIN for spec in specs)
+    }
+    transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(activation(operator.large))}
+    if operator.arch.norm_first:
+        transforms |= {reader: norms.pop(norm) for reader, norm in NORM_READERS.items()}
+    modules: dict[str, FactoredModule] = {}
+    for path, specs in specs_by_path.items():
+        if path in norms:
+            modules[path] = FactoredNorm(norms[path])
+        elif path not in NORM_READERS.values():
+            kind = ColumnParallelFactors if specs[0].split == 0 else RowParallelFactors
+            modules[path] = kind(context, specs, layer, transforms.get(path))
+    return modules
+
+
+def layer_spec_with_holes(operator: Operator) -> ModuleSpec:
+    """The layer spec with a hole in place of every module that holds parameters."""
     spec = layer_spec(operator.large)
     attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec)
-    spec.submodules.input_layernorm = FactoredModule
-    spec.submodules.pre_mlp_layernorm = FactoredModule
-    attention.linear_qkv = attention.linear_proj = FactoredLinear
-    mlp.linear_fc1 = mlp.linear_fc2 = FactoredLinear
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LayerHole
+    attention.linear_qkv = attention.linear_proj = LayerHole
+    mlp.linear_fc1 = mlp.linear_fc2 = LayerHole
     return spec

@@ -1,229 +1,269 @@
 """The linears and norms of a Megatron-core layer, run on factors.
 
+Legend: s tokens, b batch; D1, D2 hidden size of the small and the large model; n features of an inner space (heads or
+ffn) on one TP rank.
+
 A column-parallel linear is `y = ((x C^T) [B W]^T)`, a row-parallel one `y = reduce(x [W A]^T) E^T`, with C, E the
 residual contract and expand (whole on every rank), B, A this rank's part of the head and ffn maps, W the mixed
 small weight. Communication happens in the small space. [B W] is either built (once a step, shared by all
-micro-batches) or applied factor by factor, whichever costs fewer FLOPs.
+micro-batches) or applied factor by factor, whichever costs fewer FLOPs (growth/fit_flops.py).
 
-A linear takes the norm or the activation before it along: then no result of these is kept for the backward pass, which
-computes them again, for no product is needed for that (`made_again`).
+A linear applies the norm or the activation before it itself, as its input transform: the backward pass recomputes the
+transform's result from the linear's input, which takes no matrix product, and nothing but the input is kept.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ligo.arch.spec import Pack, ParamSpec, Use
-from megatron_ligo.growth.fit_flops import factors_are_cheaper
+from megatron_ligo.arch.spec import ParamSpec, Use
+from megatron_ligo.growth.fit_flops import is_factored
 from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.growth.width_maps import apply_map
-from megatron_ligo.models.factored.context import FactoredContext, with_lag
+from megatron_ligo.models.factored.context import FactoredContext, add_lag
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.mcore.norm import normalise
 from megatron_ligo.sharding.tensor_parallel import pack
 
+Maps = dict[str, LinearMap]  # by side
+PointwiseFunction = Callable[[Tensor], Tensor]  # (s, b, any) -> (s, b, any), token by token
 
-class FactoredModule(nn.Module):
-    """A place in a Megatron-core layer: holds no parameters, is given its tensors before each forward."""
+
+class InputTransform(ABC):
+    """What a linear does to its input first."""
+
+    def build(self, mixed: dict[str, Tensor], maps: Maps, dtype: torch.dtype) -> list[Tensor]:
+        """Builds the transform's tensors, once a step."""
+        return []
+
+    @abstractmethod
+    def bind(self, tensors: list[Tensor]) -> PointwiseFunction:
+        """Returns the transform as a function on the tensors that `build` gave."""
+
+
+class ActivationTransform(InputTransform):
+    def __init__(self, function: PointwiseFunction):
+        self.function = function
+
+    def bind(self, tensors: list[Tensor]) -> PointwiseFunction:
+        return self.function
+
+
+class NormTransform(InputTransform):
+    """A norm of the residual stream, (s, b, D2) -> (s, b, D2). Its tensors are the gain and, if any, the bias (D2,)."""
+
+    def __init__(self, context: FactoredContext, specs: list[ParamSpec], layer: int, eps: float, kind: str):
+        self.context = context
+        self.specs = specs
+        self.lag = {spec.key: context.lag_shard(spec, layer) for spec in specs}
+        self.eps, self.kind = eps, kind
+
+    def build(self, mixed, maps, dtype):
+        expand = map_for_use(maps, "residual", False)
+        tensors = []
+        for spec in self.specs:
+            grow = self.context.grow_gain if spec.axes[0].use is Use.GAIN else self.context.grow_norm_bias
+            tensors.append(add_lag(grow(spec, mixed[spec.key], expand), self.lag[spec.key]))
+        return [tensor.to(dtype) for tensor in tensors]
+
+    def bind(self, tensors):
+        bias = tensors[1] if len(tensors) > 1 else None
+        return partial(normalise, weight=tensors[0], bias=bias, eps=self.eps, kind=self.kind)
+
+
+class LayerHole(nn.Module):
+    """Stands where Megatron-core builds a module that a factored one replaces; where none does, passes its input on."""
 
     def __init__(self, *_, **__):
         super().__init__()
-        self.run: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor):
-        assert self.run is not None, "a grown module runs inside its layer only"
-        return self.run(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FactoredModule(nn.Module, ABC):
+    """A module of a Megatron-core layer that runs on factors. It holds no parameters.
+
+    `build` makes its tensors once a step. `bind` lends them to the forward pass of one micro-batch, and `unbind`
+    releases them: the graph of that pass hangs on them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operands: tuple[list[Tensor], Maps] | None = None
+
+    @abstractmethod
+    def build(self, mixed: dict[str, Tensor], maps: Maps, dtype: torch.dtype) -> list[Tensor]:
+        """Builds what the forward passes of a step multiply with. mixed: this layer's mixed small weights, by key."""
+
+    def bind(self, tensors: list[Tensor], maps: Maps) -> None:
+        self._operands = tensors, maps
+
+    def unbind(self) -> None:
+        self._operands = None
+
+    def operands(self) -> tuple[list[Tensor], Maps]:
+        assert self._operands is not None, "a factored module runs inside its layer only"
+        return self._operands
+
+
+class FactoredNorm(FactoredModule):
+    """A norm that stands after a sum (post-LN), (s, b, D2) -> (s, b, D2)."""
+
+    def __init__(self, transform: NormTransform):
+        super().__init__()
+        self.transform = transform
+
+    def build(self, mixed, maps, dtype):
+        return self.transform.build(mixed, maps, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors, _ = self.operands()
+        return self.transform.bind(tensors)(x)
 
 
 class FactoredLinear(FactoredModule):
-    def forward(self, x: Tensor):
-        return super().forward(x), None
+    """A linear whose weight is grown, with its input transform. Returns (y, None), as Megatron-core's linears do."""
 
+    def __init__(
+        self, context: FactoredContext, specs: list[ParamSpec], layer: int, input_transform: InputTransform | None
+    ):
+        super().__init__()
+        self.context = context
+        self.input_transform = input_transform
+        self.fresh = {spec.key: context.fresh_rows(spec, layer) for spec in specs}
+        self.lag = {spec.key: context.lag_shard(spec, layer) for spec in specs}
+        self.weights = [spec for spec in specs if len(spec.axes) == 2]
+        self.biases = [spec for spec in specs if len(spec.axes) == 1]
+        self.num_transform_tensors = 0
 
-class FactoredSubmodule(ABC):
-    """One module of a Megatron-core layer and the rows that it stands for. count: of the tensors that it built."""
-
-    count = 0
-    before: Callable[[Tensor], Tensor] | None = None  # what a linear does to its input first
-
-    def __init__(self, module: FactoredModule, rows: list[ParamSpec], layer: int, runtime: FactoredContext, config):
-        self.module = module
-        self.fresh = {row.key: runtime.fresh_rows(row, layer) for row in rows}
-        self.added = {row.key: runtime.added(row, layer) for row in rows}
-        self.weights = [row for row in rows if len(row.axes) == 2]
-        self.vectors = [row for row in rows if len(row.axes) == 1]
-        self.runtime = runtime
-        self.config = config
-
-    @abstractmethod
-    def build(self, mixed: dict[str, Tensor], maps: dict[str, LinearMap]) -> list[Tensor]:
-        """Once a step: what its forward passes multiply with. mixed: the small weights of this layer, by row."""
+    def build(self, mixed, maps, dtype):
+        before = [] if self.input_transform is None else self.input_transform.build(mixed, maps, dtype)
+        self.num_transform_tensors = len(before)
+        return before + self.build_products(mixed, maps)
 
     @abstractmethod
-    def bound(self, built: list[Tensor], maps: dict[str, LinearMap]) -> Callable[[Tensor], Tensor]:
-        """The module's forward pass, on what was built."""
+    def build_products(self, mixed: dict[str, Tensor], maps: Maps) -> list[Tensor]:
+        """Builds the linear's own tensors."""
 
-    def release(self) -> None:
-        """Lets go of what was bound: the graph of a forward pass hangs on it."""
-        self.module.run = None
+    @abstractmethod
+    def multiply(self, x: Tensor, transform: PointwiseFunction | None, tensors: list[Tensor], maps: Maps) -> Tensor:
+        """The linear of transform(x)."""
 
-    def _read(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The first product of a linear, of its input x after what comes before."""
-        before = self.before
-        # Where whole layers are computed again, doing so twice takes more memory, not less.
-        if self.runtime.recompute or (before is None and x.is_contiguous()):
-            return product(x if before is None else before(x))
-        return checkpointed(product if before is None else lambda x: product(before(x)), x)
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        tensors, maps = self.operands()
+        count = self.num_transform_tensors
+        transform = None if self.input_transform is None else self.input_transform.bind(tensors[:count])
+        return self.multiply(x, transform, tensors[count:], maps), None
 
-    def _read_whole(self, x: Tensor) -> Tensor:
-        """The input itself, after what comes before: what the lag's training has added is as large as the model."""
-        return self._read(passed_on, x)
+    def apply_to_input(self, function: PointwiseFunction, x: Tensor, transform: PointwiseFunction | None) -> Tensor:
+        """function(transform(x)), keeping x alone for the backward pass."""
+        # Where the whole layer is recomputed, recomputing twice takes more memory, not less.
+        if self.context.recompute or (transform is None and x.is_contiguous()):
+            return function(x if transform is None else transform(x))
+        return recompute_all_but_last(function if transform is None else lambda x: function(transform(x)), x)
 
 
-class ColumnParallelFactors(FactoredSubmodule):
-    """Reads the residual stream: q, k, v; gate, up."""
+class ColumnParallelFactors(FactoredLinear):
+    """Reads the residual stream: (s or s / tp, b, D2) -> (s, b, n), fused: q, k, v; gate, up."""
 
-    def __init__(self, module: FactoredModule, rows: list[ParamSpec], layer: int, runtime: FactoredContext, config):
-        super().__init__(module, rows, layer, runtime, config)
+    def __init__(self, context, specs, layer, input_transform):
+        super().__init__(context, specs, layer, input_transform)
         self.pack = self.weights[0].slots["mcore"].pack
-        self.groups = runtime.operator.large.num_kv_heads // runtime.mesh.tp
-        parts = [self.added.pop(row.key) for row in self.weights]
-        self.more = None if runtime.lag is None else pack(parts, self.pack, self.groups)
+        self.groups = context.operator.large.num_kv_heads // context.mesh.tp
+        lags = [self.lag.pop(spec.key) for spec in self.weights]
+        self.fused_lag = None if context.lag is None else pack(lags, self.pack, self.groups)
 
-    def build(self, mixed, maps):
-        self.factored = [False] * len(self.weights)
-        if self.pack is not Pack.GROUPED:
-            self.factored = [self._factored(row, mixed, maps) for row in self.weights]
-        built = [
-            mixed[row.key] if f else self._rows(row, mixed, maps)
-            for row, f in zip(self.weights, self.factored, strict=True)
+    def build_products(self, mixed, maps):
+        self.factored = [self._is_factored(spec, mixed, maps) for spec in self.weights]
+        tensors = [
+            mixed[spec.key] if factored else self._grow_rows(spec, mixed, maps)
+            for spec, factored in zip(self.weights, self.factored, strict=True)
         ]
         if not any(self.factored):
-            built = [pack(built, self.pack, self.groups)]
-        if self.vectors:
-            grown = [with_lag(self._rows(row, mixed, maps), self.added[row.key]) for row in self.vectors]
-            built.append(pack(grown, self.pack, self.groups))
-        return built
+            tensors = [pack(tensors, self.pack, self.groups)]
+        if self.biases:
+            biases = [add_lag(self._grow_rows(spec, mixed, maps), self.lag[spec.key]) for spec in self.biases]
+            tensors.append(pack(biases, self.pack, self.groups))
+        return tensors
 
-    def _rows(self, row: ParamSpec, mixed, maps) -> Tensor:
-        matrix, lift = self.runtime.map_for(maps, row, 0)
-        grown = apply_map(mixed[row.key], 0, matrix, lift)
-        fresh = self.fresh[row.key]
+    def _grow_rows(self, spec: ParamSpec, mixed: dict[str, Tensor], maps: Maps) -> Tensor:
+        matrix, lift = self.context.map_for(maps, spec, 0)
+        grown = apply_map(mixed[spec.key], 0, matrix, lift)
+        fresh = self.fresh[spec.key]
         return grown if fresh is None else grown + fresh.to(grown)
 
-    def _factored(self, row: ParamSpec, mixed, maps) -> bool:
-        matrix, _ = self.runtime.map_for(maps, row, 0)
-        return self.fresh[row.key] is None and factors_are_cheaper(
-            self.runtime.tokens_per_step, matrix.shape, mixed[row.key].shape[1], matrix.cost
+    def _is_factored(self, spec: ParamSpec, mixed: dict[str, Tensor], maps: Maps) -> bool:
+        matrix, lift = self.context.map_for(maps, spec, 0)
+        other, has_fresh_rows = mixed[spec.key].shape[1], self.fresh[spec.key] is not None
+        return is_factored(
+            spec, lift, self.context.tokens_per_step, matrix.shape, other, matrix.cost, has_fresh_rows=has_fresh_rows
         )
 
-    def bound(self, built, maps):
+    def multiply(self, x, transform, tensors, maps):
         contract = map_for_use(maps, "residual", True)
-        bias = built[-1] if self.vectors else None
+        u = self.context.enter_tp_region(self.apply_to_input(contract.apply_transposed, x, transform))
+        if any(self.factored):
+            parts = zip(self.weights, tensors, self.factored, strict=False)
+            y = torch.cat(
+                [self._multiply_one(u, spec, tensor, factored, maps) for spec, tensor, factored in parts], dim=-1
+            )
+        else:
+            y = F.linear(u, tensors[0])
+        if self.fused_lag is not None:
+            # The lag's weight is a large one: the input itself enters the TP region.
+            whole = self.context.enter_tp_region(self.apply_to_input(pass_through, x, transform))
+            y = y + F.linear(whole, self.fused_lag.to(y.dtype))
+        return y + tensors[-1] if self.biases else y
 
-        def run(x: Tensor) -> Tensor:
-            u = self.runtime.enter_tp_region(self._read(contract.apply_transposed, x))
-            if not any(self.factored):
-                y = F.linear(u, built[0])
-            else:
-                y = torch.cat(
-                    [
-                        self._one(u, row, weight, f, maps)
-                        for row, weight, f in zip(self.weights, built, self.factored, strict=False)
-                    ],
-                    dim=-1,
-                )
-            if self.more is not None:
-                y = y + F.linear(self.runtime.enter_tp_region(self._read_whole(x)), self.more.to(y.dtype))
-            return y if bias is None else y + bias
-
-        return run
-
-    def _one(self, u: Tensor, row: ParamSpec, weight: Tensor, factored: bool, maps) -> Tensor:
-        y = F.linear(u, weight)
-        return self.runtime.map_for(maps, row, 0)[0].apply(y) if factored else y
+    def _multiply_one(self, u: Tensor, spec: ParamSpec, tensor: Tensor, factored: bool, maps: Maps) -> Tensor:
+        y = F.linear(u, tensor)
+        return self.context.map_for(maps, spec, 0)[0].apply(y) if factored else y
 
 
-class RowParallelFactors(FactoredSubmodule):
-    """Writes the residual stream: o, down."""
+class RowParallelFactors(FactoredLinear):
+    """Writes the residual stream: (s, b, n) -> (s or s / tp, b, D2): o; down."""
 
-    def build(self, mixed, maps):
-        (row,) = self.weights
-        matrix, lift = self.runtime.map_for(maps, row, 1)
-        weight = mixed[row.key]
-        tokens = self.runtime.tokens_per_step
-        self.factored = lift.plain and factors_are_cheaper(tokens, matrix.shape, weight.shape[0], matrix.cost)
-        built = [weight if self.factored else apply_map(weight, 1, matrix, lift)]
-        return built + [mixed[row.key].to(weight.dtype) for row in self.vectors]
+    def build_products(self, mixed, maps):
+        (spec,) = self.weights
+        matrix, lift = self.context.map_for(maps, spec, 1)
+        weight = mixed[spec.key]
+        tokens = self.context.tokens_per_step
+        self.factored = is_factored(spec, lift, tokens, matrix.shape, weight.shape[0], matrix.cost)
+        tensors = [weight if self.factored else apply_map(weight, 1, matrix, lift)]
+        return tensors + [mixed[spec.key].to(weight.dtype) for spec in self.biases]
 
-    def bound(self, built, maps):
-        (row,) = self.weights
-        expand = map_for_use(maps, "residual", False)
-        inner = self.runtime.map_for(maps, row, 1)[0] if self.factored else None
-        multiply = (lambda x: F.linear(x, built[0])) if inner is None else inner.apply_transposed
-        more, bias = self.added[row.key], self.added[self.vectors[0].key] if self.vectors else None
-
-        def run(x: Tensor) -> Tensor:
-            y = self._read(multiply, x)
-            z = self.runtime.leave_tp_region(y if inner is None else F.linear(y, built[0]))
-            grown = expand.apply(z if len(built) == 1 else z + built[1])
-            return grown if more is None else with_lag(grown + self._more(x, more), bias)
-
-        return run
-
-    def _more(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.runtime.leave_tp_region(F.linear(self._read_whole(x), weight.to(x.dtype)))
+    def multiply(self, x, transform, tensors, maps):
+        (spec,) = self.weights
+        if self.factored:
+            y = self.apply_to_input(self.context.map_for(maps, spec, 1)[0].apply_transposed, x, transform)
+            y = F.linear(y, tensors[0])
+        else:
+            y = self.apply_to_input(lambda x: F.linear(x, tensors[0]), x, transform)
+        z = self.context.leave_tp_region(y)
+        grown = map_for_use(maps, "residual", False).apply(z if len(tensors) == 1 else z + tensors[1])
+        lag = self.lag[spec.key]
+        if lag is None:
+            return grown
+        added = F.linear(self.apply_to_input(pass_through, x, transform), lag.to(x.dtype))
+        bias_lag = self.lag[self.biases[0].key] if self.biases else None
+        return add_lag(grown + self.context.leave_tp_region(added), bias_lag)
 
 
-class FactoredNorm(FactoredSubmodule):
-    """Scales the residual stream: the norms' gains and biases. reader: the linear that does it, if one place does."""
-
-    reader: FactoredSubmodule | None = None
-
-    def build(self, mixed, maps):
-        built = []
-        expand = map_for_use(maps, "residual", False)
-        for row in self.vectors:
-            grow = self.runtime.grow_gain if row.axes[0].use is Use.GAIN else self.runtime.grow_shift
-            built.append(with_lag(grow(row, mixed[row.key], expand), self.added[row.key]))
-        return [tensor.to(self.runtime.dtype) for tensor in built]
-
-    def bound(self, built, maps):
-        bias = built[1] if len(built) > 1 else None
-        config = self.config
-
-        def run(x: Tensor) -> Tensor:
-            return normalise(x, built[0], bias, config.layernorm_epsilon, config.normalization)
-
-        if self.reader is None:
-            return run
-        self.reader.before = run
-        return lambda x: x
-
-    def release(self):
-        super().release()
-        if self.reader is not None:
-            self.reader.before = None
-
-
-def passed_on(x: Tensor) -> Tensor:
+def pass_through(x: Tensor) -> Tensor:
+    """x of any shape, itself."""
     return x
 
 
-def checkpointed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """run(x), keeping x alone: the backward pass computes again what comes before run's last product."""
+def recompute_all_but_last(function: PointwiseFunction, x: Tensor) -> Tensor:
+    """function(x), keeping x (s, b, any) alone: the backward pass recomputes what precedes function's last product."""
     if not torch.is_grad_enabled():
-        return run(x)
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-
-
-def place_kind(rows: list[ParamSpec]) -> type[FactoredSubmodule]:
-    if any(row.axes[0].use is Use.GAIN for row in rows):
-        return FactoredNorm
-    return ColumnParallelFactors if rows[0].split == 0 else RowParallelFactors
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)

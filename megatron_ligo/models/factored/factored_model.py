@@ -1,4 +1,7 @@
-"""The grown model as DeepSpeed takes it: one module (PP = 1), or a pipeline of stages (PP > 1)."""
+"""The factored model as DeepSpeed takes it: one module (PP = 1), or a pipeline of stages (PP > 1).
+
+Legend: s tokens, b batch.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +13,44 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_ligo.models.factored.context import FactoredContext
-from megatron_ligo.models.factored.embedding_and_head import FactoredHead, input_class
+from megatron_ligo.models.factored.embedding_and_head import FactoredHead, embedding_class
 from megatron_ligo.models.factored.factored_layer import FactoredLayer, SharedMaps
 from megatron_ligo.models.factored.map_parameters import MapParameters
+from megatron_ligo.models.factored.step_state import StepState
 from megatron_ligo.models.loss import language_model_loss
 from megatron_ligo.sharding.tensor_parallel import stage_bounds
 
+TIED_MAPS = "maps"
+
 
 class FactoredModel(nn.Module):
-    """tokens, labels (b, s) int64, mask (b, s) -> mean loss; in training, with the teacher's part if there is one.
+    """tokens, labels (b, s) int64, mask (b, s) -> mean loss; in training with the teacher's divergence, if any.
 
-    A classifier is given images (b, channels, side, side) and labels (b, 1). Its parameters are the operator's.
+    A classifier takes images (b, channels, side, side) and labels (b, 1). The parameters are the operator's.
     """
 
-    def __init__(self, runtime: FactoredContext):
+    def __init__(self, context: FactoredContext):
         super().__init__()
-        self.runtime = runtime
-        self.shared = SharedMaps(runtime)
-        self.embedding = input_class(runtime.operator.arch)(runtime)
-        self.layers = nn.ModuleList(FactoredLayer(runtime, j) for j in range(runtime.operator.large.num_layers))
-        self.head = FactoredHead(runtime)
+        self.context = context
+        self.step_state = StepState(context)
+        self.shared = SharedMaps(context, self.step_state)
+        self.embedding = embedding_class(context.operator.arch)(context, self.step_state)
+        layers = range(context.operator.large.num_layers)
+        self.layers = nn.ModuleList(FactoredLayer(context, self.step_state, j) for j in layers)
+        self.head = FactoredHead(context, self.step_state)
+        self.step_state.set_layers({layer.layer: layer.depth for layer in self.layers})
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """The mean loss, a scalar."""
         logits = self.logits(tokens)
-        teacher = self.runtime.teacher if self.training else None
-        # Before the loss: Megatron-core's works on the logits in place.
-        apart = teacher.kl_divergence(logits, tokens, mask) if teacher else None
-        loss = loss_of(logits, labels, mask, self.runtime)
-        return loss if apart is None else (1 - teacher.weight) * loss + teacher.weight * apart
+        teacher = self.context.teacher if self.training else None
+        # Before the loss: Megatron-core's changes the logits in place.
+        divergence = teacher.kl_divergence(logits, tokens, mask) if teacher else None
+        loss = fit_loss(logits, labels, mask, self.context)
+        return loss if divergence is None else (1 - teacher.weight) * loss + teacher.weight * divergence
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(b, s) -> (s, b, padded vocabulary / tp)."""
+        """tokens (b, s) -> this rank's columns of the logits (s, b, padded vocabulary / tp)."""
         h = self.embedding(self.shared(tokens))
         for layer in self.layers:
             h = layer(h)
@@ -49,46 +59,51 @@ class FactoredModel(nn.Module):
     def shared_maps(self) -> MapParameters:
         return self.shared.maps
 
-    def grown_layers(self) -> list[FactoredLayer]:
+    def factored_layers(self) -> list[FactoredLayer]:
         return list(self.layers)
 
 
 class FactoredPipeline(PipelineModule):
-    """The same, cut into stages. The shared maps are one tied module, the first layer of each stage, so that
-    DeepSpeed adds up their gradients over the stages and saves them. Parameters bear the same names as those of the
-    one module."""
+    """The factored model as stages. Its parameters have the same names as those of `FactoredModel`.
 
-    def __init__(self, runtime: FactoredContext):
-        mesh = runtime.mesh
-        layers = runtime.operator.large.num_layers
-        self.cuts = stage_bounds(layers, mesh.pp)
-        self.runtime = runtime
-        specs, self.part_bounds = self._specs(layers)
+    The shared maps are one tied module, the first layer of each stage: DeepSpeed sums their gradients over the stages
+    and saves them.
+    """
+
+    def __init__(self, context: FactoredContext):
+        mesh = context.mesh
+        num_layers = context.operator.large.num_layers
+        self.bounds = stage_bounds(num_layers, mesh.pp)
+        self.context = context
+        self.step_state = StepState(context)
+        specs, self.part_bounds = self._specs(num_layers)
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
         super().__init__(specs, topology=topology, loss_fn=self._loss)
+        self.step_state.set_layers({layer.layer: layer.depth for layer in self.factored_layers()})
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
-        own = {"tied_modules.maps": "shared"} | {
+        prefixes = {f"tied_modules.{TIED_MAPS}": "shared"} | {
             index: f"layers.{layer.layer}" for index, layer in self.named_children() if isinstance(layer, FactoredLayer)
         }
         for name, parameter in super().named_parameters(*args, **kwargs):
-            prefix = next(prefix for prefix in own if name.startswith(f"{prefix}."))
-            yield own[prefix] + name.removeprefix(prefix), parameter
+            prefix = next(prefix for prefix in prefixes if name.startswith(f"{prefix}."))
+            yield prefixes[prefix] + name.removeprefix(prefix), parameter
 
-    def _specs(self, layers: int) -> tuple[list[LayerSpec], list[int]]:
-        runtime = self.runtime
-        tied = [name for name, _ in SharedMaps(runtime).named_parameters()]
+    def _specs(self, num_layers: int) -> tuple[list[LayerSpec], list[int]]:
+        """DeepSpeed's layer specs, and the indices at which the stages begin."""
+        context, state = self.context, self.step_state
+        tied = [name for name, _ in SharedMaps(context, state).named_parameters()]
         specs: list[LayerSpec] = []
-        bounds = [0]
-        for stage, (first, last) in enumerate(zip(self.cuts, self.cuts[1:], strict=False)):
-            specs.append(TiedLayerSpec("maps", SharedMaps, runtime, tied_weight_attr=tied))
+        part_bounds = [0]
+        for stage, (first, last) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
+            specs.append(TiedLayerSpec(TIED_MAPS, SharedMaps, context, state, tied_weight_attr=tied))
             if stage == 0:
-                specs.append(LayerSpec(input_class(runtime.operator.arch), runtime))
-            specs += [LayerSpec(FactoredLayer, runtime, j) for j in range(first, last)]
-            if last == layers:
-                specs.append(LayerSpec(FactoredHead, runtime))
-            bounds.append(len(specs))
-        return specs, bounds
+                specs.append(LayerSpec(embedding_class(context.operator.arch), context, state))
+            specs += [LayerSpec(FactoredLayer, context, state, j) for j in range(first, last)]
+            if last == num_layers:
+                specs.append(LayerSpec(FactoredHead, context, state))
+            part_bounds.append(len(specs))
+        return specs, part_bounds
 
     def _partition_layers(self, method: str = "explicit") -> None:
         self.parts = self.part_bounds
@@ -97,27 +112,28 @@ class FactoredPipeline(PipelineModule):
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        # DeepSpeed broadcasts the parameter itself: recorded, it would warn at each backward pass.
+        # DeepSpeed broadcasts the parameter itself: recorded by autograd, it would warn at each backward pass.
         super()._synchronize_tied_weights()
 
     def get_tied_weights_and_groups(self) -> list:
-        # Of a map that the head alone reads the other stages have no gradient: DeepSpeed would leave them out of the
-        # sum, and hang the last one.
-        found = super().get_tied_weights_and_groups()
-        for weight, _ in found:
+        # The other stages have no gradient for a map that only the head reads: DeepSpeed would leave them out of the
+        # sum, and the last stage would hang.
+        weights_and_groups = super().get_tied_weights_and_groups()
+        for weight, _ in weights_and_groups:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        return found
+        return weights_and_groups
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-        return loss_of(logits, *labels, self.runtime)
+        return fit_loss(logits, *labels, self.context)
 
     def shared_maps(self) -> MapParameters:
-        return self.tied_modules["maps"].maps
+        return self.tied_modules[TIED_MAPS].maps
 
-    def grown_layers(self) -> list[FactoredLayer]:
+    def factored_layers(self) -> list[FactoredLayer]:
         return [module for module in self.forward_funcs if isinstance(module, FactoredLayer)]
 
 
-def loss_of(logits: Tensor, labels: Tensor, mask: Tensor, runtime: FactoredContext) -> Tensor:
-    return language_model_loss(logits, labels, mask, runtime.operator.large.vocab_size, runtime.mesh.tp_rank)
+def fit_loss(logits: Tensor, labels: Tensor, mask: Tensor, context: FactoredContext) -> Tensor:
+    """Mean cross entropy, a scalar. logits (s, b, padded vocabulary / tp); labels, mask (b, s)."""
+    return language_model_loss(logits, labels, mask, context.operator.large.vocab_size, context.mesh.tp_rank)

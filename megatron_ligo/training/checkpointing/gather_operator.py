@@ -18,7 +18,7 @@ from megatron_ligo.models.factored.map_parameters import MapParameters
 def gather_operator(module: nn.Module, runtime: FactoredContext) -> dict[str, Tensor]:
     """Every tensor of the operator as it stands now (fp32, CPU) on rank 0, {} elsewhere. Collective.
 
-    module: a GrownModel or a GrownPipeline, whose parameters are fp32 and, under ZeRO 3, partitioned.
+    module: a FactoredModel or a FactoredPipeline, whose parameters are fp32 and, under ZeRO 3, partitioned.
     """
     mesh = runtime.mesh
     mine: dict[str, Tensor] = {}
@@ -38,7 +38,7 @@ def _local_tensors(module: nn.Module, runtime: FactoredContext) -> Iterator[tupl
     if runtime.mesh.first_stage:
         yield from _map_tensors(module.shared_maps())
     source = runtime.source
-    for layer in module.grown_layers():
+    for layer in module.factored_layers():
         yield from _map_tensors(layer.maps)
         for parameter, rows in ((layer.depth.split, source.split_rows), (layer.depth.whole, source.whole_rows)):
             with _gathered([parameter]):
@@ -48,9 +48,9 @@ def _local_tensors(module: nn.Module, runtime: FactoredContext) -> Iterator[tupl
 
 
 def _map_tensors(maps: MapParameters) -> Iterator[tuple[str, Tensor]]:
-    for key, name in maps.names.items():
-        with _gathered(maps.parameters_of(key)):
-            yield name, maps.stored(key).cpu().clone(memory_format=torch.contiguous_format)
+    for key, name in maps.operator_names.items():
+        with _gathered(maps.side_parameters(key)):
+            yield name, maps.operator_tensor(key).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _gathered(parameters: list[nn.Parameter]):

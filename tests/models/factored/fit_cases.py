@@ -13,7 +13,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import ParallelSection, TrainingSection
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.models.factored import context, map_parameters, small_weights
+from megatron_ligo.models.factored import context, map_parameters, small_weights, step_state
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
 from megatron_ligo.models.factored.small_weights import SmallWeights
@@ -66,7 +66,7 @@ def micro(batch, mesh, size: int) -> list[dict]:
 @contextmanager
 def unreduced():
     """Partial uses whose gradients are not summed over the tensor-parallel ranks."""
-    with without_reduction(context), without_reduction(small_weights):
+    with without_reduction(context), without_reduction(small_weights), without_reduction(step_state):
         yield
 
 
@@ -78,7 +78,7 @@ SABOTAGE = {
     None: nullcontext,
     "unreduced": unreduced,
     "maps_unreduced": lambda: without_reduction(map_parameters),
-    "gains_unreduced": lambda: without_reduction(context),
+    "gains_unreduced": lambda: without_reduction(step_state),
     "hook_on_grad": nullcontext,
     "unmarked": nullcontext,
 }
@@ -152,19 +152,16 @@ def _run(shared, run, micro_size, source_reader, sabotage):
         for parameter in module.parameters():
             parameter.__dict__.pop("tensor_model_parallel", None)
 
-    def moved():
-        shared.generation += 1
-
     groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
-    engine = Engine(module, mesh, run, groups, after_update=moved)
+    engine = Engine(module, mesh, run, groups, after_update=module.step_state.mark_updated)
     losses, norms = [], []
     for batch in batches(operator.large, run.steps):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
         losses.append(loss)
         norms.append(norm)
     values = gather_operator(module, shared)
-    shared.dtype = torch.float32
-    afterwards = engine.evaluate(micro(batches(operator.large)[0], mesh, micro_size))
+    with module.step_state.computing_in(torch.float32):
+        afterwards = engine.evaluate(micro(batches(operator.large)[0], mesh, micro_size))
     engine.engine.destroy()
     if not values:
         return None
