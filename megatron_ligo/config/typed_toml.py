@@ -1,7 +1,7 @@
-"""Typed reading of a config's tables into frozen dataclasses: the mechanism, without one word about models.
+"""Reads TOML tables into frozen dataclasses, with types and limits checked; knows nothing of models.
 
-A section is a frozen dataclass whose fields are made by `setting` (a default, one line of help, the limits of the
-value) or are sections themselves. `read` checks names, types and limits and gathers every fault.
+A section is a frozen dataclass. Its fields are sections, or settings made by `setting` with a default, one line of
+help and the limits of the value. `read_section` checks keys, types and limits, and collects every error.
 """
 
 from __future__ import annotations
@@ -17,36 +17,44 @@ from typing import Any
 
 from megatron_ligo.common.errors import ErrorCollector, did_you_mean
 
+TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "a boolean"}
+
 
 def setting(default: Any, help: str, *, choices: tuple = (), low=None, above=None, high=None, below=None) -> Any:
-    """A field of a section. `low <= value <= high`, `above < value < below`; limits hold for each entry of a list."""
+    """Declares a field of a section.
+
+    low <= value <= high and above < value < below; limits and choices apply to each entry of a list or a table.
+    """
     limits = {"choices": choices, "low": low, "above": above, "high": high, "below": below}
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 
-def is_section(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint)
+def is_section(field_type: Any) -> bool:
+    return dataclasses.is_dataclass(field_type)
 
 
 @cache
 def field_types(section: type) -> dict[str, Any]:
-    """The types of a section's fields by name, in the order in which they were declared."""
+    """Returns the resolved types of a section's fields by name, in declaration order."""
     resolved = typing.get_type_hints(section)
     return {field.name: resolved[field.name] for field in dataclasses.fields(section)}
 
 
 def iterate_settings(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(dotted key, field, type) of every setting of a section, those of its inner sections included."""
+    """Yields (dotted key, field, type) of every setting of a section and of the sections inside it."""
     for field in dataclasses.fields(section):
-        hint = field_types(section)[field.name]
-        if is_section(hint):
-            yield from iterate_settings(hint, f"{prefix}{field.name}.")
+        field_type = field_types(section)[field.name]
+        if is_section(field_type):
+            yield from iterate_settings(field_type, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}", field, hint
+            yield f"{prefix}{field.name}", field, field_type
 
 
 def read_section(section: type, table: dict, errors: ErrorCollector, prefix: str = "", root: type | None = None) -> Any:
-    """A section from a table of plain values; a faulty value is reported and its default taken in its place."""
+    """Builds a section from a table. A bad value is added to `errors` and replaced by its default.
+
+    prefix: dotted path of the section. root: the outermost section, searched for misplaced keys.
+    """
     root = root or section
     values = {}
     known = field_types(section)
@@ -68,52 +76,52 @@ def read_section(section: type, table: dict, errors: ErrorCollector, prefix: str
 
 
 def _suggest_key(root: type, name: str, known: Iterable[str]) -> str:
-    """The nearest key of the same section, or else the sections that have a key of this very name."""
-    homes = [key.rpartition(".")[0] for key, field, _ in iterate_settings(root) if field.name == name]
-    if homes:
-        return f"It is a key of {' and '.join(f'[{home}]' for home in homes)}."
+    """Returns a hint: the sections that do have this key, or the closest key of the same section."""
+    sections = [key.rpartition(".")[0] for key, field, _ in iterate_settings(root) if field.name == name]
+    if sections:
+        return f"It belongs to {' or '.join(f'[{section}]' for section in sections)}."
     return did_you_mean(name, known)
 
 
-def _read_value(where: str, value: Any, hint: Any, field: dataclasses.Field, errors: ErrorCollector) -> Any:
+def _read_value(where: str, value: Any, field_type: Any, field: dataclasses.Field, errors: ErrorCollector) -> Any:
     try:
-        fitted = coerce(value, hint)
+        coerced = coerce(value, field_type)
     except TypeError:
-        errors.add(where, describe_type(hint), _format_value(value), f"It is: {field.metadata['help']}.")
+        errors.add(where, describe_type(field_type), _format_value(value), f"Meaning: {field.metadata['help']}.")
         return field.default
     limits = field.metadata["limits"]
-    for leaf in _iterate_entries(fitted):
-        expected = _broken_limit(leaf, limits)
+    for entry in _iterate_entries(coerced):
+        expected = _describe_violated_limits(entry, limits)
         if expected:
-            do = did_you_mean(leaf, limits["choices"]) if limits["choices"] and isinstance(leaf, str) else ""
-            errors.add(where, expected, _format_value(leaf), do)
+            hint = did_you_mean(entry, limits["choices"]) if limits["choices"] and isinstance(entry, str) else ""
+            errors.add(where, expected, _format_value(entry), hint)
             return field.default
-    return fitted
+    return coerced
 
 
-def coerce(value: Any, hint: Any) -> Any:
-    """The value as the type asks: a whole number where a number is asked, a list as a tuple; TypeError otherwise."""
-    origin = typing.get_origin(hint)
+def coerce(value: Any, field_type: Any) -> Any:
+    """Converts a TOML value to a field's type (integer to float, list to tuple). TypeError if it does not fit."""
+    origin = typing.get_origin(field_type)
     if origin in (types.UnionType, typing.Union):
-        for option in typing.get_args(hint):
+        for option in typing.get_args(field_type):
             try:
                 return coerce(value, option)
             except TypeError:
                 continue
         raise TypeError
     if origin is tuple:
-        return _coerce_tuple(value, typing.get_args(hint))
+        return _coerce_tuple(value, typing.get_args(field_type))
     if origin is dict:
-        _, of_value = typing.get_args(hint)
+        _, entry_type = typing.get_args(field_type)
         if not isinstance(value, dict):
             raise TypeError
-        return {str(name): coerce(entry, of_value) for name, entry in value.items()}
-    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return {str(name): coerce(entry, entry_type) for name, entry in value.items()}
+    if field_type is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
-    if hint is str and "\0" in str(value):
-        # No name of a file, and nothing else that a key takes.
+    if field_type is str and "\0" in str(value):
+        # Invalid in a file name, and in every other value.
         raise TypeError
-    if type(value) is hint and not (hint is float and not math.isfinite(value)):
+    if type(value) is field_type and not (field_type is float and not math.isfinite(value)):
         return value
     raise TypeError
 
@@ -128,23 +136,20 @@ def _coerce_tuple(value: Any, args: tuple) -> tuple:
     return tuple(coerce(entry, arg) for entry, arg in zip(value, args, strict=True))
 
 
-def describe_type(hint: Any) -> str:
-    """The type in words, for messages and for --help."""
-    origin = typing.get_origin(hint)
-    args = typing.get_args(hint)
+def describe_type(field_type: Any) -> str:
+    """Returns a field's type in words, for error messages and --help."""
+    origin = typing.get_origin(field_type)
+    args = typing.get_args(field_type)
     if origin in (types.UnionType, typing.Union):
         # Every whole number is a number.
         hidden = {types.NoneType, *([int] if float in args else [])}
         return " or ".join(describe_type(arg) for arg in args if arg not in hidden)
     if origin is tuple:
-        return (
-            f"a list, each {describe_type(args[0])},"
-            if args[-1] is Ellipsis
-            else f"a list of {len(args)}, each {describe_type(args[0])}"
-        )
+        length = "" if args[-1] is Ellipsis else f" of {len(args)}"
+        return f"a list{length}, each entry {describe_type(args[0])}"
     if origin is dict:
-        return f"a table of {describe_type(args[1])} by name"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+        return f"a table by name, each entry {describe_type(args[1])}"
+    return TYPE_NAMES[field_type]
 
 
 def _iterate_entries(value: Any) -> Iterator[Any]:
@@ -152,8 +157,8 @@ def _iterate_entries(value: Any) -> Iterator[Any]:
     yield from (entry for entry in entries if entry is not None)
 
 
-def _broken_limit(value: Any, limits: dict) -> str | None:
-    """What the limits ask for, if the value breaks them. Text among numbers (a data prefix) has no limits."""
+def _describe_violated_limits(value: Any, limits: dict) -> str | None:
+    """Returns the limits in words if the value violates them. A string among numbers (a data prefix) has none."""
     if limits["choices"]:
         return None if value in limits["choices"] else f"one of {', '.join(map(str, limits['choices']))}"
     if isinstance(value, str | bool):
@@ -164,13 +169,13 @@ def _broken_limit(value: Any, limits: dict) -> str | None:
         ("high", "at most", lambda limit: value <= limit),
         ("below", "less than", lambda limit: value < limit),
     )
-    broken = any(limits[name] is not None and not holds(limits[name]) for name, _, holds in checks)
-    words = [f"{word} {limits[name]}" for name, word, _ in checks if limits[name] is not None]
-    return " and ".join(words) if broken else None
+    violated = any(limits[name] is not None and not is_met(limits[name]) for name, _, is_met in checks)
+    phrases = [f"{phrase} {limits[name]}" for name, phrase, _ in checks if limits[name] is not None]
+    return " and ".join(phrases) if violated else None
 
 
 def _format_value(value: Any) -> str:
-    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
     if type(value) is bool:
         return str(value).lower()
-    return f"{value!r} ({kind.get(type(value), 'a table' if isinstance(value, dict) else type(value).__name__)})"
+    type_names = {**TYPE_NAMES, list: "a list", dict: "a table"}
+    return f"{value!r} ({type_names.get(type(value), type(value).__name__)})"
