@@ -55,7 +55,7 @@ def jobs(config, world: int):
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     more = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
     fit = PlannedJob(operator.large, config.fit, world, seq, operator, config.fit.source == "whole", **more)
-    return fit, replace(fit, run=config.pretrain, operator=None, **dict.fromkeys(more, False))
+    return fit, replace(fit, training=config.pretrain, operator=None, **dict.fromkeys(more, False))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a run will take, before any machine is rented: memory by kind, FLOPs, traffic, time, layouts.
+"""Plans a run before any machine is rented: memory by kind, FLOPs, traffic, step time and valid layouts.
 
-job.py       what is planned: a fit or a pretraining of given sizes at a layout
-parameters.py  how many numbers a rank holds
-states.py    what the DeepSpeed profile says of them
-memory.py    bytes of a rank by kind
-traffic.py   bytes that a rank sends a step by kind
-schedule.py  the pipeline's bubble, simulated
-layouts.py   which layouts are refused and why, which fit into a device
-text.py      the whole as a page of text
+planned_job.py        the planned job: a fit or a pretraining run of given sizes at a layout
+parameter_count.py    parameters per rank
+optimizer_memory.py   optimizer and buffer sizes that a DeepSpeed profile implies
+memory.py             bytes per rank by kind
+traffic.py            bytes sent per rank and step by kind
+pipeline_schedule.py  simulation of the 1F1B pipeline schedule
+layout_search.py      valid layouts, the reasons that rule out others, and the layouts that fit a device
+plan_text.py          the plan as text
+scaling_table.py      the table of large growths on many devices
 """

@@ -1,25 +1,28 @@
-"""Which layouts a run can have: refused with the reason, too large for a device, or how long a step takes."""
+"""Checks and searches layouts: the problems that rule one out, its step time, and the layouts that fit a device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ligo.common.errors import ConfigError, LayoutError
+from megatron_ligo.common.errors import ConfigError, LayoutError, Problem
 from megatron_ligo.config.run_config import ParallelSection
 from megatron_ligo.plan import pipeline_schedule
 from megatron_ligo.plan.memory import estimate_peak_memory, sum_device_bytes
 from megatron_ligo.plan.planned_job import PlannedJob
 from megatron_ligo.training.initial_weights import check_layout
 
-# A forward pass again for each backward one: 4 thirds of forward and backward.
+# Recomputation repeats the forward pass, which is a third of forward and backward.
 RECOMPUTE_FACTOR = 4 / 3
 MAX_TP = 8  # tensor parallelism stays inside a node
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A layout that can be: bytes of its fullest rank, seconds of a step at a device's rate, the pipeline's bubble."""
+    """A valid layout with its cost.
+
+    memory_bytes: tensors on the device of the fullest rank. seconds: time per step. bubble: idle fraction of a step.
+    """
 
     job: PlannedJob
     memory_bytes: int
@@ -33,67 +36,72 @@ class LayoutPlan:
         return f"tp {parallel.tp} x pp {parallel.pp} x dp {job.dp}, ZeRO {parallel.zero}{sequence}"
 
 
-def find_refusal(job: PlannedJob) -> str | None:
-    """Why a layout cannot be, in a line; None if it can."""
+def find_problems(job: PlannedJob) -> tuple[str, ...]:
+    """Returns the problems that rule out a job's layout; none if it is valid."""
     parallel = job.parallel
-    if job.world % (parallel.tp * parallel.pp):
-        return f"{job.world} processes are no multiple of tp x pp = {parallel.tp * parallel.pp}"
+    if job.world_size % (parallel.tp * parallel.pp):
+        expected = f"a multiple of tp x pp = {parallel.tp * parallel.pp}"
+        return (Problem("number of processes", expected, job.world_size),)
     if parallel.pp > 1 and parallel.zero > 1:
-        return f"ZeRO {parallel.zero} with pp = {parallel.pp}: DeepSpeed's pipeline takes ZeRO 1 only"
-    passes = job.run.micro_batch_size * job.dp
-    if job.run.global_batch_size % passes:
-        return f"global_batch_size {job.run.global_batch_size} is no multiple of micro_batch_size x dp = {passes}"
+        return (Problem(f"zero with pp = {parallel.pp}", "1, the only ZeRO stage under a pipeline", parallel.zero),)
+    samples = job.training.micro_batch_size * job.dp
+    if job.training.global_batch_size % samples:
+        expected = f"a multiple of micro_batch_size x dp = {samples}"
+        return (Problem("global_batch_size", expected, job.training.global_batch_size),)
     try:
         check_layout(job.large, parallel, job.seq_length)
     except (ConfigError, LayoutError) as error:
-        return " ".join(str(error).split())
-    return None
+        return error.problems
+    return ()
 
 
 def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
-    """A layout that is not refused. Traffic is taken to hide behind the products."""
-    busy = job.step_flops() / job.world / flops_per_second * (RECOMPUTE_FACTOR if job.run.recompute else 1.0)
+    """Estimates the cost of a valid layout. Assumes that communication overlaps with compute completely."""
+    recompute = RECOMPUTE_FACTOR if job.training.recompute else 1.0
+    busy = job.step_flops() / job.world_size / flops_per_second * recompute
     layers = job.layers_per_stage()
     forward = [busy / 3 * count * job.parallel.pp / sum(layers) / job.micro_batches for count in layers]
     backward = [2 * seconds for seconds in forward]
     seconds = pipeline_schedule.simulate_step(forward, backward, job.micro_batches)
-    waiting = pipeline_schedule.compute_bubble(forward, backward, job.micro_batches, seconds)
-    return LayoutPlan(job, sum_device_bytes(estimate_peak_memory(job)), seconds, waiting)
+    bubble = pipeline_schedule.compute_bubble(forward, backward, job.micro_batches, seconds)
+    return LayoutPlan(job, sum_device_bytes(estimate_peak_memory(job)), seconds, bubble)
 
 
 def iterate_layouts(job: PlannedJob) -> Iterator[PlannedJob]:
-    """The same run on as many processes at every layout, refused ones among them."""
+    """Yields the job at every layout of its processes, invalid ones included."""
     for tp in _powers_of_two(MAX_TP):
         for pp in _powers_of_two(job.large.num_layers):
             for zero in (1, 2, 3):
-                if tp * pp <= job.world:
-                    # A profile of the user's own is for one stage.
-                    own = job.parallel.ds_config if zero == job.parallel.zero else ""
-                    parallel = ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=tp > 1, ds_config=own)
-                    yield replace(job, run=replace(job.run, parallel=parallel))
+                if tp * pp <= job.world_size:
+                    # A user's own profile is written for one ZeRO stage.
+                    profile = job.parallel.ds_config if zero == job.parallel.zero else ""
+                    parallel = ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=tp > 1, ds_config=profile)
+                    yield replace(job, training=replace(job.training, parallel=parallel))
 
 
 def find_fitting_layouts(job: PlannedJob, flops_per_second: float, device_bytes: float) -> list[LayoutPlan]:
-    """The layouts of as many processes that fit into a device, the fastest first (then those with most to spare)."""
-    fit = (
-        one
-        for one in iterate_layouts(job)
-        if find_refusal(one) is None and sum_device_bytes(estimate_peak_memory(one)) <= device_bytes
-    )
-    plans = [plan_layout(one, flops_per_second) for one in fit]
-    return sorted(plans, key=lambda found: (round(found.seconds, 3), found.memory_bytes))
+    """Returns the layouts of the job's processes that fit a device: fastest first, then smallest memory first."""
+    plans = [
+        plan_layout(candidate, flops_per_second)
+        for candidate in iterate_layouts(job)
+        if not find_problems(candidate) and sum_device_bytes(estimate_peak_memory(candidate)) <= device_bytes
+    ]
+    return sorted(plans, key=lambda plan: (round(plan.seconds, 3), plan.memory_bytes))
 
 
 def find_smallest_layout(
-    job: PlannedJob, flops_per_second: float, device_bytes: float, most: int = 4096
+    job: PlannedJob, flops_per_second: float, device_bytes: float, max_devices: int = 4096
 ) -> LayoutPlan | None:
-    """The fastest layout on the fewest devices (a power of two) that hold the run; None if `most` do not."""
-    for world in _powers_of_two(most):
-        found = find_fitting_layouts(replace(job, world=world), flops_per_second, device_bytes)
-        if found:
-            return found[0]
+    """Returns the fastest layout on the fewest devices (a power of two) that hold the job.
+
+    None if `max_devices` do not hold it.
+    """
+    for world_size in _powers_of_two(max_devices):
+        plans = find_fitting_layouts(replace(job, world_size=world_size), flops_per_second, device_bytes)
+        if plans:
+            return plans[0]
     return None
 
 
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+def _powers_of_two(limit: int) -> list[int]:
+    return [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]

@@ -1,4 +1,4 @@
-"""What a DeepSpeed profile says of a rank's memory: bytes of the optimizer's numbers, buffers, what is on the host."""
+"""Optimizer and buffer sizes that a DeepSpeed profile implies: bytes per element, bucket sizes, offloading."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ from functools import cache
 from megatron_ligo.config.run_config import ParallelSection
 from megatron_ligo.training import deepspeed_profile
 
-# Numbers, where a profile does not say it (DeepSpeed's own defaults).
+# DeepSpeed's own defaults, in elements.
 DEFAULT_BUCKET_SIZE, DEFAULT_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class OptimizerMemory:
-    """master, moment: bytes of a number of either; bucket: numbers that are reduced at once; live: gathered
-    parameters that ZeRO 3 keeps at most."""
+    """Sizes of the optimizer's state and buffers.
 
-    master: int
-    moment: int
-    bucket: int
-    live: int
-    optimizer_on_host: bool
-    weights_on_host: bool
+    master_bytes, moment_bytes: bytes per element of a master weight and of one Adam moment.
+    bucket_size: elements that are reduced at once.
+    live_parameters: the most gathered parameters that ZeRO 3 keeps.
+    """
+
+    master_bytes: int
+    moment_bytes: int
+    bucket_size: int
+    live_parameters: int
+    offloads_optimizer: bool
+    offloads_weights: bool
 
 
 @cache
 def read_optimizer_memory(parallel: ParallelSection, bf16: bool) -> OptimizerMemory:
-    """Of a layout's profile. bf16: DeepSpeed trains bf16 weights, not fp32 ones."""
-    table = deepspeed_profile.read(parallel)
-    zero, low = table["zero_optimization"], table.get("bf16", {})
+    """Reads the profile of a layout. bf16: DeepSpeed trains bf16 weights instead of fp32 ones."""
+    profile = deepspeed_profile.read(parallel)
+    zero, low_precision = profile["zero_optimization"], profile.get("bf16", {})
     return OptimizerMemory(
-        master=2 if bf16 and low.get("bf16_master_weights_and_grads") else 4,
-        moment=2 if bf16 and low.get("bf16_optimizer_states") else 4,
-        bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)),
-        live=int(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)),
-        optimizer_on_host=_is_offloaded(zero, "offload_optimizer"),
-        weights_on_host=_is_offloaded(zero, "offload_param"),
+        master_bytes=2 if bf16 and low_precision.get("bf16_master_weights_and_grads") else 4,
+        moment_bytes=2 if bf16 and low_precision.get("bf16_optimizer_states") else 4,
+        bucket_size=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)),
+        live_parameters=int(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)),
+        offloads_optimizer=_is_offloaded(zero, "offload_optimizer"),
+        offloads_weights=_is_offloaded(zero, "offload_param"),
     )
 
 

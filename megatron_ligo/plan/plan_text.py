@@ -1,4 +1,4 @@
-"""A plan as a page of text."""
+"""Formats a plan as text."""
 
 from __future__ import annotations
 
@@ -33,83 +33,89 @@ def format_count(count: float) -> str:
 
 
 def describe_models(operator: Operator) -> list[str]:
+    """Lists the parameters of both models and of the operator's maps."""
     counts = operator.num_parameters()
-    lines = [
+    width_maps = {name: count for name, count in counts.items() if not name.startswith("depth.")}
+    return [
         f"small model      {format_count(parameter_count.count_model(operator.small))} parameters",
         f"large model      {format_count(parameter_count.count_model(operator.large))} parameters",
-        f"operator         {format_count(sum(counts.values()))} learned numbers",
-    ]
-    return lines + [
-        f"  {name:24s} {format_count(count)}" for name, count in counts.items() if not name.startswith("depth.")
+        f"operator         {format_count(sum(counts.values()))} trained parameters",
+        *(f"  {name:24s} {format_count(count)}" for name, count in width_maps.items()),
     ]
 
 
 def describe_run(title: str, job: PlannedJob, flops_per_second: float, device_bytes: float) -> list[str]:
-    """One phase: what a rank holds and sends, how long it takes, the fewest devices that hold it."""
-    reason = layout_search.find_refusal(job)
-    if reason:
-        return [f"{title}: refused: {reason}"]
+    """Describes a job: memory by kind, FLOPs, time, traffic, and the fewest devices that hold it."""
+    problems = layout_search.find_problems(job)
+    if problems:
+        return [f"{title}: invalid layout: {' '.join(problems)}"]
     plan = layout_search.plan_layout(job, flops_per_second)
-    tokens = job.run.global_batch_size * job.seq_length
-    flops = job.step_flops()
-    besides = "libraries (0.4 GB on a CPU), pages of files that are read, what the allocator keeps"
-    lines = [
-        f"{title}: {plan.description}; {job.micro_batches} micro-batches of {job.micro_batch_tokens} tokens, "
-        f"{job.run.precision}" + (", recomputed" if job.run.recompute else ""),
-        f"  tensors of the fullest rank  {format_bytes(plan.memory_bytes)}"
-        + ("" if plan.memory_bytes <= device_bytes else "  TOO MUCH"),
+    flops, tokens = job.step_flops(), job.training.global_batch_size * job.seq_length
+    recompute = ", recomputation" if job.training.recompute else ""
+    too_large = "" if plan.memory_bytes <= device_bytes else "  EXCEEDS THE DEVICE"
+    smallest = layout_search.find_smallest_layout(job, flops_per_second, device_bytes)
+    return [
+        f"{title}: {plan.description}; {job.micro_batches} micro-batches of {job.micro_batch_tokens} tokens per rank, "
+        f"{job.training.precision}{recompute}",
+        f"  peak tensors of a rank       {format_bytes(plan.memory_bytes)}{too_large}",
         *(f"    {kind:26s} {format_bytes(count)}" for kind, count in estimate_peak_memory(job).items() if count),
-        f"    not counted                {besides}",
-        f"  FLOPs of a step              {format_count(flops)} ({format_count(flops / tokens)} a token)",
-        f"  a step                       {format_duration(plan.seconds)}, bubble {plan.bubble:.0%}",
-        f"  {job.run.steps} steps{'':22s} {format_duration(plan.seconds * job.run.steps)}",
-        "  a rank sends in a step",
+        "    not included               libraries (0.4 GB on a CPU), pages of mapped files, allocator cache",
+        f"  FLOPs per step               {format_count(flops)} ({format_count(flops / tokens)} per token)",
+        f"  time per step                {format_duration(plan.seconds)}, pipeline bubble {plan.bubble:.0%}",
+        f"  time for {f'{job.training.steps} steps':19s} {format_duration(plan.seconds * job.training.steps)}",
+        "  sent by a rank per step",
         *(f"    {kind:26s} {format_bytes(count)}" for kind, count in estimate_traffic(job).items() if count),
+        f"  fewest devices of {format_bytes(device_bytes):10s} {_describe_smallest(smallest)}",
     ]
-    few = layout_search.find_smallest_layout(job, flops_per_second, device_bytes)
-    found = f"{few.job.world}: {few.description}, {format_bytes(few.memory_bytes)}" if few else "more than 4096"
-    return [*lines, f"  fewest devices of {format_bytes(device_bytes)}    {found}"]
+
+
+def _describe_smallest(plan: layout_search.LayoutPlan | None) -> str:
+    if plan is None:
+        return "more than 4096"
+    return f"{plan.job.world_size}: {plan.description}, {format_bytes(plan.memory_bytes)}"
 
 
 def describe_refused_layouts(title: str, job: PlannedJob) -> list[str]:
-    """The layouts of as many processes that cannot be, with the reasons, one line a reason."""
-    reasons: dict[str, list[str]] = {}
-    for one in layout_search.iterate_layouts(job):
-        reason = layout_search.find_refusal(one)
-        if reason:
-            parallel = one.parallel
-            reasons.setdefault(reason, []).append(f"{parallel.tp}x{parallel.pp} Z{parallel.zero}")
-    return [f"{title}: refused layouts (tp x pp, ZeRO)", *(f"  {', '.join(ls)}: {r}" for r, ls in reasons.items())]
+    """Lists the invalid layouts of the job's processes, one line per reason."""
+    layouts: dict[tuple[str, ...], list[str]] = {}
+    for candidate in layout_search.iterate_layouts(job):
+        problems = layout_search.find_problems(candidate)
+        if problems:
+            parallel = candidate.parallel
+            layouts.setdefault(problems, []).append(f"{parallel.tp}x{parallel.pp} Z{parallel.zero}")
+    lines = (f"  {', '.join(names)}: {' '.join(problems)}" for problems, names in layouts.items())
+    return [f"{title}: invalid layouts (tp x pp, ZeRO)", *lines]
 
 
 def describe_growth(operator: Operator, formats: tuple[str, ...], dtype: str) -> list[str]:
-    """Applying the operator: the work, what is written, and what is held while it streams."""
+    """Describes the application of the operator: FLOPs, bytes written, memory while it streams."""
     small, large = operator.small, operator.large
-    rows = [row for row in operator.arch.rows if row.stored(large)]
-    largest = max(prod(row.shape(large)) for row in rows)
+    specs = [spec for spec in operator.arch.rows if spec.stored(large)]
+    largest = max(prod(spec.shape(large)) for spec in specs)
     written = parameter_count.count_model(large) * DTYPE_BYTES[dtype] * len(formats)
     flops = 0
-    for row in rows:
-        if len(row.axes) == 2:
-            times = large.num_layers if row.in_layer else 1
-            (n, m), (a, b) = row.shape(large), row.shape(small)
+    for spec in specs:
+        if len(spec.axes) == 2:
+            times = large.num_layers if spec.in_layer else 1
+            (n, m), (a, b) = spec.shape(large), spec.shape(small)
             flops += 2 * times * (n * a * b + n * b * m)
     return [
         "growth",
         f"  FLOPs                        at most {format_count(flops)}",
         f"  written ({', '.join(formats)})     {format_bytes(written)}",
-        f"  held while it streams        about {format_bytes(4 * 4 * largest)} "
-        "(the largest tensor, its sources, what waits)",
+        f"  memory while streaming       about {format_bytes(4 * 4 * largest)} "
+        "(the largest tensor, its sources, the write queue)",
     ]
 
 
 def describe_checkpoints(operator: Operator, large_dtype: str) -> list[str]:
+    """Lists the sizes of the checkpoints that the run writes."""
     total = parameter_count.count_model(operator.large)
     dense = sum(prod(shape) for name, shape in operator.shapes().items() if not name.startswith("gain"))
-    learned = sum(operator.num_parameters().values())
+    trained = sum(operator.num_parameters().values())
     return [
         "checkpoints",
         f"  operator                     {format_bytes(4 * dense)}",
-        f"  of the fit (to resume)       {format_bytes(16 * learned)}",
-        f"  of the pretraining           {format_bytes((12 + DTYPE_BYTES[large_dtype]) * total)}",
+        f"  fit (for resuming)           {format_bytes(16 * trained)}",
+        f"  pretraining                  {format_bytes((12 + DTYPE_BYTES[large_dtype]) * total)}",
     ]

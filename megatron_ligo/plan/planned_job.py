@@ -1,4 +1,4 @@
-"""What is planned: a fit or a pretraining of given sizes, on so many processes, at a layout."""
+"""The planned job: a fit or a pretraining run of given sizes, on a number of processes, at a layout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """operator: that of a fit; None plans a pretraining of `large`. The run's config says the batch and the layout.
+    """A fit if `operator` is given, otherwise a pretraining run of `large`. `training` sets the batch and the layout.
 
-    source_bytes: of one number of the small model's matrices (2 where they are bf16 to the bit, else 4).
-    distilled: the small model teaches, whole. lagged: what training has added stands beside the maps.
+    source_bytes: bytes per element of the small model's matrices (2 if they are exactly representable in bf16, else 4).
+    distilled: the whole small model is also held, as the teacher.
+    lagged: the weight changes of the lag's training are held beside the maps.
     """
 
     large: ModelConfig
-    run: TrainingSection
-    world: int
+    training: TrainingSection
+    world_size: int
     seq_length: int
     operator: Operator | None = None
     whole_source: bool = False
@@ -35,39 +36,38 @@ class PlannedJob:
 
     @property
     def parallel(self) -> ParallelSection:
-        return self.run.parallel
+        return self.training.parallel
 
     @property
     def dp(self) -> int:
-        return self.world // (self.parallel.tp * self.parallel.pp)
+        return self.world_size // (self.parallel.tp * self.parallel.pp)
 
     @property
     def micro_batches(self) -> int:
-        return self.run.global_batch_size // (self.run.micro_batch_size * self.dp)
+        """Micro-batches per data-parallel rank and step."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.dp)
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.run.micro_batch_size * self.seq_length
+        return self.training.micro_batch_size * self.seq_length
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of a number in activations (and in a pretraining's weights)."""
-        return DTYPE_BYTES[self.run.precision]
+        """Bytes per element of activations, and of a pretraining run's weights."""
+        return DTYPE_BYTES[self.training.precision]
 
     @property
     def micro_batches_per_build(self) -> int:
-        """Micro-batches that share what a fit builds once a step."""
+        """Micro-batches that share the tensors that a fit builds from the operator."""
         return 1 if self.parallel.zero == 3 else self.micro_batches
 
     def layers_per_stage(self) -> list[int]:
-        """Layers of each stage."""
         bounds = stage_bounds(self.large.num_layers, self.parallel.pp)
         return [last - first for first, last in itertools.pairwise(bounds)]
 
     def step_flops(self) -> int:
-        """Of one step over all ranks; recomputation and what tensor-parallel ranks do twice are not counted."""
-        tokens = self.run.global_batch_size * self.seq_length
+        """FLOPs of one step over all ranks, without recomputation and redundant tensor-parallel work."""
+        tokens = self.training.global_batch_size * self.seq_length
         if self.operator is not None:
             return fit_step_flops(self.operator, tokens, self.seq_length, self.distilled, self.lagged)
         return train_flops(self.large, tokens, self.seq_length)

@@ -1,4 +1,4 @@
-"""The table of large growths on many devices, extrapolated; its assumptions stand above it."""
+"""The table of large growths on many devices. It is extrapolated; its assumptions stand above it."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ MODEL_1B = {"num_layers": 16, "hidden_size": 2048, "ffn_size": 8192, "num_heads"
 MODEL_10B = {"num_layers": 32, "hidden_size": 5120, "ffn_size": 16384, "num_heads": 80, "num_kv_heads": 20}
 MODEL_100B = {"num_layers": 80, "hidden_size": 10240, "ffn_size": 32768, "num_heads": 160, "num_kv_heads": 40}
 GROWTHS = {"1B to 10B": (MODEL_1B, MODEL_10B), "10B to 100B": (MODEL_10B, MODEL_100B)}
+KINDS = ("fit, whole", "fit, rank", "pretraining")
 
 
 def format_scaling_table(
     flops_per_second: float,
     device_bytes: float,
     growths: Sequence[str] = tuple(GROWTHS),
-    worlds: Sequence[int] = WORLD_SIZES,
+    world_sizes: Sequence[int] = WORLD_SIZES,
 ) -> list[str]:
-    assumed = [
-        f"Assumed: {flops_per_second / 1e12:.0f} TFLOP/s sustained and {format_bytes(device_bytes)} on each device, "
-        "bf16,",
-        f"sequences of {SEQ_LENGTH}, {GLOBAL_BATCH_SIZE} of them a step, micro-batches of 1, everything recomputed, "
-        "traffic hidden behind",
-        f"the products, tensor parallelism of at most {layout_search.MAX_TP} with sequence parallelism; a fit of",
-        f"{FIT_STEPS} steps. The fastest layout that fits is shown. Extrapolated, not measured.",
+    """Formats the assumptions and one line per growth, number of devices and kind of job."""
+    assumptions = [
+        f"Assumptions: {flops_per_second / 1e12:.0f} TFLOP/s sustained and {format_bytes(device_bytes)} per device,",
+        f"bf16, sequences of {SEQ_LENGTH} tokens, {GLOBAL_BATCH_SIZE} sequences per step, micro-batches of 1, full",
+        f"recomputation, communication overlapped with compute, tensor parallelism of at most {layout_search.MAX_TP} with",
+        f"sequence parallelism, {FIT_STEPS} fit steps. Each line shows the fastest layout that fits.",
+        "Extrapolated, not measured.",
         "",
-        f"{'growth':12s} {'devices':>7s} {'what':14s} {'layout':38s} {'memory':>9s} {'bubble':>6s} "
+        f"{'growth':12s} {'devices':>7s} {'job':14s} {'layout':38s} {'memory':>9s} {'bubble':>6s} "
         f"{'step':>9s} {'fit':>9s}",
     ]
-    found = [
-        _format_row(name, world, kind, flops_per_second, device_bytes)
+    rows = [
+        _format_row(name, world_size, kind, flops_per_second, device_bytes)
         for name in growths
-        for world in worlds
+        for world_size in world_sizes
         for kind in KINDS
     ]
-    return assumed + found
+    return assumptions + rows
 
 
 @cache
@@ -62,20 +63,17 @@ def _build_job(name: str, kind: str) -> PlannedJob:
     shared = {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": 1, "precision": "bf16", "recompute": True}
     if kind == "pretraining":
         return PlannedJob(operator.large, PretrainSection(**shared), 1, SEQ_LENGTH)
-    run = FitSection(**shared, steps=FIT_STEPS)
-    return PlannedJob(operator.large, run, 1, SEQ_LENGTH, operator, source_bytes=2)
+    fit = FitSection(**shared, steps=FIT_STEPS)
+    return PlannedJob(operator.large, fit, 1, SEQ_LENGTH, operator, source_bytes=2)
 
 
-KINDS = ("fit, whole", "fit, rank", "pretraining")
-
-
-def _format_row(name: str, world: int, kind: str, flops_per_second: float, device_bytes: float) -> str:
-    job = replace(_build_job(name, kind), world=world)
+def _format_row(name: str, world_size: int, kind: str, flops_per_second: float, device_bytes: float) -> str:
+    job = replace(_build_job(name, kind), world_size=world_size)
     plans = layout_search.find_fitting_layouts(job, flops_per_second, device_bytes)
-    head = f"{name:12s} {world:7d} {kind:14s}"
+    head = f"{name:12s} {world_size:7d} {kind:14s}"
     if not plans:
         return f"{head} does not fit"
     best = plans[0]
-    whole = "" if job.operator is None else format_duration(best.seconds * FIT_STEPS)
     memory, step = format_bytes(best.memory_bytes), format_duration(best.seconds)
-    return f"{head} {best.description:38s} {memory:>9s} {best.bubble:6.0%} {step:>9s} {whole:>9s}"
+    fit = "" if job.operator is None else format_duration(best.seconds * FIT_STEPS)
+    return f"{head} {best.description:38s} {memory:>9s} {best.bubble:6.0%} {step:>9s} {fit:>9s}"

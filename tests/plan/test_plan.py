@@ -1,4 +1,4 @@
-"""The plan's parts that need no run: the schedule, refused layouts, what is held by kind, the page and the table."""
+"""Tests the parts of a plan that need no run: schedule, layouts, parameters and memory by kind, text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from megatron_ligo.growth.validation import initial_operator
 from megatron_ligo.plan import layout_search, parameter_count, pipeline_schedule, plan_text, scaling_table
 from megatron_ligo.plan.memory import estimate_peak_memory
 from megatron_ligo.plan.planned_job import PlannedJob
+from megatron_ligo.plan.traffic import estimate_traffic
+from tests.models.full.pretrain_cases import sizes
+from tests.plan.model_parameters import count_parameters
 from tests.tiny_models import hf_llama, llama_dims
 
 SMALL = llama_dims(num_layers=2, hidden_size=48, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=80)
 LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240, "num_layers": 4}
 
 
-def fit(world: int = 1, **layout) -> PlannedJob:
+def planned_fit(world_size: int = 1, **layout) -> PlannedJob:
     operator = initial_operator(SMALL, LargeSection(**LARGE), OperatorSection())
-    run = FitSection(global_batch_size=8, parallel=ParallelSection(**layout))
-    return PlannedJob(operator.large, run, world, 32, operator)
+    training = FitSection(global_batch_size=8, parallel=ParallelSection(**layout))
+    return PlannedJob(operator.large, training, world_size, 32, operator)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), list(itertools.product((1, 2, 4), (1, 2, 8))))
@@ -39,70 +42,91 @@ def test_equal_stages_have_the_known_bubble(stages, micro_batches):
     assert bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1))
 
 
-def test_sending_and_a_slow_stage_lengthen_a_step():
+def test_transfers_and_a_slow_stage_lengthen_a_step():
     even = pipeline_schedule.simulate_step([1, 1], [2, 2], 4)
     assert pipeline_schedule.simulate_step([1, 1], [2, 2], 4, sending=0.1) > even
     assert pipeline_schedule.simulate_step([1, 1.5], [2, 3], 4) > even
 
 
-REFUSED = {
-    "processes": (fit(6, tp=4), "no multiple of tp x pp = 4"),
-    "ZeRO": (fit(2, pp=2, zero=2), "takes ZeRO 1 only"),
-    "batch": (fit(3), "no multiple of micro_batch_size x dp = 3"),
-    "heads": (fit(16, tp=16), "num_kv_heads"),
-    "layers": (fit(8, pp=8), "at most a stage a layer"),
+INVALID = {
+    "processes": (planned_fit(6, tp=4), "number of processes", "6"),
+    "ZeRO": (planned_fit(2, pp=2, zero=2), "zero with pp = 2", "2"),
+    "batch": (planned_fit(3), "global_batch_size", "8"),
+    "heads": (planned_fit(16, tp=16), "tp = 16", "num_kv_heads = 8"),
+    "layers": (planned_fit(8, pp=8), "pp = 8", "4 layers"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_layout_that_cannot_be_is_refused_with_the_reason(case):
-    job, reason = REFUSED[case]
-    assert reason in layout_search.find_refusal(job)
-    assert layout_search.find_refusal(fit(2, tp=2)) is None
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_layout_is_reported_with_its_problem(case):
+    job, where, found = INVALID[case]
+    assert (where, found) in [(problem.where, problem.found) for problem in layout_search.find_problems(job)]
 
 
-def test_parameters_are_those_of_the_model_and_of_the_operator():
-    job = fit()
-    model_config = job.large
-    assert parameter_count.count_model(model_config) == sum(p.numel() for p in hf_llama(model_config).parameters())
-    stages = [replace(job, run=PretrainSection(parallel=ParallelSection(pp=2)), operator=None, world=2)] * 2
-    assert sum(
-        parameter_count.count_model_on_rank(one, stage) for stage, one in enumerate(stages)
-    ) == parameter_count.count_model(model_config)
-    assert parameter_count.count_operator_on_rank(job.operator, 1, model_config.num_layers) == sum(
-        job.operator.num_parameters().values()
-    )
+def test_a_valid_layout_has_no_problem():
+    assert layout_search.find_problems(planned_fit(2, tp=2)) == ()
 
 
-def test_sharding_leaves_less_on_a_rank():
-    def held(**layout) -> int:
-        return sum(estimate_peak_memory(fit(4, **layout)).values())
+def test_parameters_match_the_model_and_the_operator():
+    job = planned_fit()
+    large = job.large
+    assert parameter_count.count_model(large) == sum(p.numel() for p in hf_llama(large).parameters())
+    pretraining = replace(job, training=PretrainSection(parallel=ParallelSection(pp=2)), operator=None, world_size=2)
+    stages = [parameter_count.count_model_on_rank(pretraining, stage) for stage in range(2)]
+    assert sum(stages) == parameter_count.count_model(large)
+    trained = sum(job.operator.num_parameters().values())
+    assert parameter_count.count_operator_on_rank(job.operator, 1, large.num_layers) == trained
 
-    assert held(tp=2) < held()
-    assert held(pp=2) < held()
-    assert held(zero=3) < held(zero=1)
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"tp": 2}], ids=["pp2", "tp2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "vit", "deit"])
+def test_parameters_of_a_rank_match_the_real_model(pools, family, layout):
+    """Embeddings, class tokens and input norms lie on the first stage; the final norm and heads on the last."""
+    tied = family not in ("vit", "deit")
+    ranks = pools(2).run(count_parameters, family=family, tied=tied, layout=layout)
+    training = PretrainSection(parallel=ParallelSection(**layout))
+    job = PlannedJob(sizes(tied, family), training, 2, 16)
+    for stage, count in ranks:
+        assert parameter_count.count_model_on_rank(job, stage) == count
 
 
-def test_the_fewest_devices_hold_the_run_and_fewer_do_not():
-    job = fit()
-    room = 0.6 * sum(estimate_peak_memory(job).values())
-    found = layout_search.find_smallest_layout(job, 1e9, room)
-    assert found.memory_bytes <= room
-    assert not layout_search.find_fitting_layouts(replace(job, world=found.job.world // 2), 1e9, room)
+def test_sharding_lowers_the_memory_of_a_rank():
+    def total(**layout) -> int:
+        return sum(estimate_peak_memory(planned_fit(4, **layout)).values())
+
+    assert total(tp=2) < total()
+    assert total(pp=2) < total()
+    assert total(zero=3) < total(zero=1)
+
+
+def test_the_fewest_devices_hold_the_job_and_fewer_do_not():
+    job = planned_fit()
+    device_bytes = 0.6 * sum(estimate_peak_memory(job).values())
+    plan = layout_search.find_smallest_layout(job, 1e9, device_bytes)
+    assert plan.memory_bytes <= device_bytes
+    fewer = replace(job, world_size=plan.job.world_size // 2)
+    assert not layout_search.find_fitting_layouts(fewer, 1e9, device_bytes)
     assert layout_search.find_smallest_layout(job, 1e9, 1.0) is None
 
 
-def test_the_page_says_all(tmp_path):
-    job = fit(4, tp=2, pp=2)
-    page = "\n".join(
-        [
-            *plan_text.describe_models(job.operator),
-            *plan_text.describe_run("fit", job, 1e12, 1e9),
-            *plan_text.describe_refused_layouts("fit", job),
-        ]
-    )
-    for word in ("operator", "gradients", "optimizer", "source", "activations", "FLOPs of a step", "bubble", "sends"):
-        assert word in page
+def test_the_text_lists_every_kind():
+    job = planned_fit(4, tp=2, pp=2)
+    lines = plan_text.describe_run("fit", job, 1e12, 1e9)
+    kinds = {line[4:30].strip() for line in lines if line.startswith("    ")}
+    for counts in (estimate_peak_memory(job), estimate_traffic(job)):
+        assert {kind for kind, count in counts.items() if count} <= kinds
+    assert {"operator", "gradients", "optimizer", "source", "activations"} <= kinds
+    assert any(plan_text.format_count(job.step_flops()) in line for line in lines)
+    names = " ".join(plan_text.describe_models(job.operator))
+    assert all(name in names for name in job.operator.maps)
+
+
+def test_the_text_of_an_invalid_layout_has_its_problems():
+    job = planned_fit(2, pp=2, zero=2)
+    (problem,) = layout_search.find_problems(job)
+    (line,) = plan_text.describe_run("fit", job, 1e12, 1e9)
+    assert problem in line
+    assert any(problem in line for line in plan_text.describe_refused_layouts("fit", job))
 
 
 def test_the_table_of_large_growths():

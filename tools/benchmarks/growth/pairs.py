@@ -29,8 +29,8 @@ def lines() -> Iterator[str]:
         fit = PlannedJob(large, config.fit, WORLD, length, operator)
         plain = PlannedJob(large, config.pretrain, WORLD, length)
         for job in (fit, plain):
-            reason = layout_search.find_refusal(job)
-            assert reason is None, f"{path.name}: {reason}"
+            problems = layout_search.find_problems(job)
+            assert not problems, f"{path.name}: {problems}"
         step = fit.step_flops() / plain.step_flops()
         cells = [
             path.stem,
