@@ -33,8 +33,8 @@ def format_scaling_table(
     assumptions = [
         f"Assumptions: {flops_per_second / 1e12:.0f} TFLOP/s sustained and {format_bytes(device_bytes)} per device,",
         f"bf16, sequences of {SEQ_LENGTH} tokens, {GLOBAL_BATCH_SIZE} sequences per step, micro-batches of 1, full",
-        f"recomputation, communication overlapped with compute, tensor parallelism of at most {layout_search.MAX_TP} with",
-        f"sequence parallelism, {FIT_STEPS} fit steps. Each line shows the fastest layout that fits.",
+        f"recomputation, communication overlapped with compute, tensor parallelism of at most {layout_search.MAX_TP}",
+        f"with sequence parallelism, {FIT_STEPS} fit steps. Each line shows the fastest layout that fits.",
         "Extrapolated, not measured.",
         "",
         f"{'growth':12s} {'devices':>7s} {'job':14s} {'layout':38s} {'memory':>9s} {'bubble':>6s} "
