@@ -129,7 +129,7 @@ def memory_of(made: torch.nn.Module, model_config: ModelConfig) -> Memory:
 
 def model_of(model_config: ModelConfig, seed: int = 0) -> torch.nn.Module:
     """A random Hugging Face model of any sizes of any family."""
-    config = config_json.config_of(model_config, {}, torch.float32)
+    config = config_json.to_hf_config(model_config, {}, torch.float32)
     torch.manual_seed(seed)
     return _random(
         getattr(transformers, config["architectures"][0])(CONFIG_MAPPING[model_config.model_type](**config)).eval()

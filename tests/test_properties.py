@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from megatron_ligo.checkpoint.formats.hf.shards import find_shards
+from megatron_ligo.checkpoint.formats.hf.shards import open_shards
 from megatron_ligo.common.errors import CheckpointError, ConfigError, DataError, ErrorCollector
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.config.typed_toml import iterate_settings
@@ -109,7 +109,7 @@ def test_a_head_of_tensors_tells_the_truth_or_is_refused(tensors, changes, lengt
     head = json.dumps(table).encode()
     path.write_bytes(struct.pack("<Q", len(head) if length is None else length) + head + numbers)
     try:
-        shards = find_shards(path.parent)
+        shards = open_shards(path.parent)
         found = {name: shards.tensor(name) for name in shards.names()}
     except CheckpointError:
         return

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ligo import cli
 from megatron_ligo.checkpoint import formats
-from megatron_ligo.checkpoint.convert import convert, opened
+from megatron_ligo.checkpoint.convert import convert, open_source
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
 
@@ -57,7 +57,7 @@ def main() -> None:
     )
     start = time.perf_counter()
     with cli.byte_progress() as show:
-        source = opened(args.source, args.form)
+        source = open_source(args.source, args.form)
         made = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=show)
     size, seconds = sum(made.files.values()), time.perf_counter() - start
     print(

@@ -21,7 +21,7 @@ def main() -> None:
     args = made.parse_args()
     reader = formats.open(args.path, args.form)
     found = inspect.describe(reader)
-    print(json.dumps(found, indent=2) if args.json else inspect.as_text(found))
+    print(json.dumps(found, indent=2) if args.json else inspect.to_text(found))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.io.dry_run import DryRunOutput
 from megatron_ligo.checkpoint.io.journal import Journal
-from megatron_ligo.checkpoint.io.output import FileFrames, Output
-from megatron_ligo.checkpoint.manifest import MANIFEST, VERSION, Manifest, library_versions, load
+from megatron_ligo.checkpoint.io.output import FileLayoutOutput, Output
+from megatron_ligo.checkpoint.manifest import MANIFEST, VERSION, Manifest, library_versions, load_manifest
 from megatron_ligo.checkpoint.reader import MOMENTS, Reader
 from megatron_ligo.checkpoint.staging import Staging
-from megatron_ligo.checkpoint.validated_reader import ValidatedReader, bad_numbers
+from megatron_ligo.checkpoint.validated_reader import ValidatedReader, describe_non_finite
 from megatron_ligo.common.errors import (
     CheckpointError,
     ConfigError,
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes of the tensors done, of all
 
 
-def opened(path: str | Path, form: str | None = None) -> Reader:
+def open_source(path: str | Path, form: str | None = None) -> Reader:
     """The Reader of what is to be converted (form: as `formats.open`). Where the headers are faulty, the numbers of
     what is there are looked at as well: the one CheckpointError tells of NaN and Inf, too.
     """
@@ -48,7 +48,7 @@ def opened(path: str | Path, form: str | None = None) -> Reader:
             raise
         errors, rest = error.errors, error.rest
     for name, tensor in rest():
-        bad = bad_numbers(tensor)
+        bad = describe_non_finite(tensor)
         if bad:
             errors.add(name, "finite numbers", bad)
     errors.raise_if_any()
@@ -62,7 +62,7 @@ def convert(
     options: WriteOptions | None = None,
     *,
     overwrite: bool = False,
-    beside: Mapping[str, object] | None = None,
+    extra_files: Mapping[str, object] | None = None,
     progress: Progress | None = None,
     share: Share = ALONE,
 ) -> Manifest:
@@ -80,38 +80,38 @@ def convert(
             raise ConfigError(f"format {to!r} can only be read. {did_you_mean(to, formats.writers())}")
         target = Path(target).absolute()
         options = target_format.check_options(options or WriteOptions())
-        _check_places(source, target)
-        job = _job(source, to, options)
+        _check_locations(source, target)
+        job = _describe_job(source, to, options)
     if share.world > 1 and progress:
-        progress = _for_all(progress, share.world)
+        progress = _progress_of_all(progress, share.world)
     if share.rank:
-        _help(target_format, source, Staging(target, job), options, share, progress)
-        return load(target)
+        _write_share(target_format, source, Staging(target, job), options, share, progress)
+        return load_manifest(target)
     with ExitStack() as held:
         with share.agreed():
             target.parent.mkdir(parents=True, exist_ok=True)
             stage = held.enter_context(Staging(target, job))
-            done = _existing(target, stage.job, overwrite)
+            done = _find_finished(target, stage.job, overwrite)
             if not done:
-                checked = _begun(target_format, source, stage, options, share, progress)
+                checked = _prepare(target_format, source, stage, options, share, progress)
         share.gathered(not done)
         if done:
             log.info("%s is there already, from the same request: left as it is", target)
             return done
-        with _nothing_left(stage):
-            with share.agreed(), Output(stage.content, stage.journal, options.workers, share) as out:
-                target_format.write(checked, out, options)
-                for name, value in (beside or {}).items():
-                    out.json(name, value)
+        with _discard_on_refusal(stage):
+            with share.agreed(), Output(stage.content, stage.journal, options.workers, share) as output:
+                target_format.write(checked, output, options)
+                for name, value in (extra_files or {}).items():
+                    output.write_json(name, value)
             with share.agreed():
-                stage.absorb()
+                stage.absorb_journals()
                 checked.finish()
-                lost = _lost_moments(target_format, source, options)
+                lost = _dropped_moments(target_format, source, options)
                 left = [*source.unread, *([lost] if lost else [])]
-                return _finish(stage, out.written, checked, left, to, options)
+                return _finish(stage, output.written, checked, left, to, options)
 
 
-def _begun(
+def _prepare(
     target_format: Format,
     source: Reader,
     stage: Staging,
@@ -126,17 +126,17 @@ def _begun(
     warning = target_format.reader_warning(source.model_config)
     if warning:
         log.warning("%s", warning)
-    checked = _checked(target_format, source, options, stage.journal, progress)
-    with _nothing_left(stage):
-        needed = _planned(target_format, checked, options, stage.partial)
+    checked = _validated(target_format, source, options, stage.journal, progress)
+    with _discard_on_refusal(stage):
+        needed = _count_bytes(target_format, checked, options, stage.partial)
     stage.check_space(needed)
     if share.world > 1:
-        with FileFrames(stage.content) as out:
-            target_format.write(checked, out, options)
+        with FileLayoutOutput(stage.content) as output:
+            target_format.write(checked, output, options)
     return checked
 
 
-def _help(
+def _write_share(
     target_format: Format,
     source: Reader,
     stage: Staging,
@@ -153,29 +153,29 @@ def _help(
         if not stage.content.is_dir():
             hint = "Choose one that all nodes share, or use one process."
             raise CheckpointError(Problem(f"{stage.target}", "a folder that every process sees", "nothing there", hint))
-        journal = stage.journal_of(share.rank)
-        with Output(stage.content, journal, options.workers, share) as out:
-            target_format.write(_checked(target_format, source, options, journal, progress), out, options)
+        journal = stage.open_rank_journal(share.rank)
+        with Output(stage.content, journal, options.workers, share) as output:
+            target_format.write(_validated(target_format, source, options, journal, progress), output, options)
         journal.close()
     with share.agreed():
         pass
 
 
-def _checked(
+def _validated(
     target_format: Format, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
 ) -> ValidatedReader:
     return ValidatedReader(
-        source, options.dtype, _lost_moments(target_format, source, options) is None, journal, progress
+        source, options.dtype, _dropped_moments(target_format, source, options) is None, journal, progress
     )
 
 
-def _for_all(progress: Progress, world: int) -> Progress:
+def _progress_of_all(progress: Progress, world: int) -> Progress:
     """One process's progress as that of all, which have as much to do."""
     return lambda done, total: progress(min(done * world, total), total)
 
 
 @contextmanager
-def _nothing_left(stage: Staging) -> Iterator[None]:
+def _discard_on_refusal(stage: Staging) -> Iterator[None]:
     """What is refused is refused again: there is nothing to go on from. What a machine fails at may go on."""
     try:
         yield
@@ -186,14 +186,14 @@ def _nothing_left(stage: Staging) -> Iterator[None]:
         raise
 
 
-def _planned(target_format: Format, source: Reader, options: WriteOptions, place: Path) -> int:
+def _count_bytes(target_format: Format, source: Reader, options: WriteOptions, place: Path) -> int:
     """Bytes that the writer will write."""
     with tempfile.TemporaryDirectory(dir=place) as scratch, DryRunOutput(Path(scratch)) as plan:
         target_format.write(source, plan, options)
     return plan.bytes
 
 
-def _lost_moments(target_format: Format, source: Reader, options: WriteOptions) -> str | None:
+def _dropped_moments(target_format: Format, source: Reader, options: WriteOptions) -> str | None:
     """What is said of moments that stay behind; None where they go along, or there are none."""
     if not source.has_moments:
         return None
@@ -221,13 +221,13 @@ def _finish(
         left_behind=left,
         versions=library_versions(),
     )
-    with Output(stage.content) as out:
-        out.json(MANIFEST, manifest.to_json())
+    with Output(stage.content) as output:
+        output.write_json(MANIFEST, manifest.to_json())
     stage.commit([*written, MANIFEST])
     return manifest
 
 
-def _check_places(source: Reader, target: Path) -> None:
+def _check_locations(source: Reader, target: Path) -> None:
     if source.path is None:
         return
     one, other = source.path.resolve(), target.resolve()
@@ -236,7 +236,7 @@ def _check_places(source: Reader, target: Path) -> None:
         raise ConfigError(Problem(f"{target}", "a place apart from the source", found, "Choose another target."))
 
 
-def _job(source: Reader, to: str, options: WriteOptions) -> dict:
+def _describe_job(source: Reader, to: str, options: WriteOptions) -> dict:
     """What must be the same for two runs to be one conversion."""
     asked = {name: str(value) for name, value in asdict(options).items() if name != "workers"}
     fingerprint = source.fingerprint()
@@ -248,7 +248,7 @@ def _job(source: Reader, to: str, options: WriteOptions) -> dict:
     return {"version": VERSION, "source": origin, "to": to, "options": asked, "moments": MOMENTS}
 
 
-def _existing(target: Path, job: str, overwrite: bool) -> Manifest | None:
+def _find_finished(target: Path, job: str, overwrite: bool) -> Manifest | None:
     """The manifest of a target that the same request wrote; None if the place is free (or may be taken)."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
@@ -256,10 +256,10 @@ def _existing(target: Path, job: str, overwrite: bool) -> Manifest | None:
     if not target.is_dir():
         raise CheckpointError(Problem(f"{target}", "a place for a new folder", "a file", hint))
     try:
-        manifest = load(target)
+        manifest = load_manifest(target)
     except CheckpointError:
         raise CheckpointError(Problem(f"{target}", "a place for a new folder", "a folder of others", hint)) from None
-    if manifest.job == job and _sizes(target) == manifest.files:
+    if manifest.job == job and _file_sizes(target) == manifest.files:
         return manifest
     if not overwrite:
         hint = "Choose another target, or say --overwrite."
@@ -267,6 +267,6 @@ def _existing(target: Path, job: str, overwrite: bool) -> Manifest | None:
     return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _file_sizes(folder: Path) -> dict[str, int]:
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(files) if f.name != MANIFEST}

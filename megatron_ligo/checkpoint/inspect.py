@@ -31,7 +31,7 @@ def describe(reader: Reader) -> dict:
     }
 
 
-def as_text(found: dict) -> str:
+def to_text(found: dict) -> str:
     """The same for reading."""
     model_config = {name: value for name, value in found["dims"].items() if value not in (None, False, 0)}
     layout = ", ".join(f"{name} {value}" for name, value in found["layout"].items()) or "one piece"

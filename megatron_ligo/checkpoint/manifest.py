@@ -49,7 +49,7 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def load(folder: Path) -> Manifest:
+def load_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises CheckpointError if there is none, or none that can be read."""
     path = folder / MANIFEST
     try:

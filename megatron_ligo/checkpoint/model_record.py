@@ -20,27 +20,27 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
 RECORD = "dims.json"
 VERSION = 1
 # Under this key our runs keep their state in DeepSpeed's checkpoints; it says what these hold, a model or an operator.
-STATE, HOLDS = "megatron_ligo", "holds"
+RUN_STATE, RUN_STATE_CONTENT = "megatron_ligo", "holds"
 # How images are made fit for the model, their size among it.
-PICTURES = "preprocessor_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
 # Tokenizers, generation settings, chat templates, licences: what makes a folder of weights a model to use.
-BESIDE = (
+CARRIED_FILES = (
     "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-    PICTURES,
+    IMAGE_PROCESSOR,
 )  # fmt: skip
 
 
-def files_beside(folder: Path) -> tuple[Path, ...]:
+def find_carried_files(folder: Path) -> tuple[Path, ...]:
     """The files of a folder that conversions carry along."""
-    return tuple(sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}))
+    return tuple(sorted({file for pattern in CARRIED_FILES for file in folder.glob(pattern) if file.is_file()}))
 
 
-def write(source: Reader, out: Output) -> None:
+def write(source: Reader, output: Output) -> None:
     """Writes the record and copies the carried files into the output's root."""
-    out.json(RECORD, _as_json(source.model_config, source.carried))
+    output.write_json(RECORD, _to_json(source.model_config, source.carried))
     for file in source.files:
-        out.copy(file)
+        output.copy_file(file)
 
 
 def write_folder(folder: Path, model_config: ModelConfig, carried: Mapping[str, object], files: Sequence[Path]) -> None:
@@ -49,21 +49,21 @@ def write_folder(folder: Path, model_config: ModelConfig, carried: Mapping[str, 
     folder.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    write_json(folder / RECORD, _as_json(model_config, carried))
+    write_json(folder / RECORD, _to_json(model_config, carried))
 
 
-def _as_json(model_config: ModelConfig, carried: Mapping[str, object]) -> dict:
+def _to_json(model_config: ModelConfig, carried: Mapping[str, object]) -> dict:
     return {"version": VERSION, "dims": model_config.to_json(), "carried": dict(carried)}
 
 
 def find_record(folder: Path) -> tuple[ModelConfig, Mapping[str, object]] | None:
     """Sizes and carried config keys that a folder states: our record, or a Hugging Face config.json; else None."""
     if (folder / RECORD).is_file():
-        return _own(folder / RECORD)
+        return _read_record(folder / RECORD)
     path = folder / config_json.CONFIG
     if path.is_file():
-        config = config_json.load(path)
-        return config_json.dims_of(config, str(path)), config_json.carried_of(config)
+        config = config_json.load_config(path)
+        return config_json.parse_model_config(config, str(path)), config_json.parse_carried(config)
     return None
 
 
@@ -78,8 +78,8 @@ def read(folder: Path) -> tuple[ModelConfig, Mapping[str, object]]:
     return found
 
 
-def _own(path: Path) -> tuple[ModelConfig, Mapping[str, object]]:
-    data = config_json.load(path)
+def _read_record(path: Path) -> tuple[ModelConfig, Mapping[str, object]]:
+    data = config_json.load_config(path)
     try:
         if data["version"] != VERSION:
             raise CheckpointError(Problem(f"{path}", f"version {VERSION}", data["version"]))

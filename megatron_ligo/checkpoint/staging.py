@@ -31,12 +31,12 @@ class Staging:
         self.target = target
         self.partial = target.parent / f".{target.name}.partial"
         self.content = self.partial / "content"
-        self.job = digest.of_bytes(json.dumps(job, sort_keys=True).encode())
+        self.job = digest.hash_bytes(json.dumps(job, sort_keys=True).encode())
         self.resumed = False
 
     def __enter__(self) -> Staging:
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = _alone(self.partial / "lock", self.target)
+        self._lock = _lock_target(self.partial / "lock", self.target)
         self.journal = Journal()
         restore_backup(_backup(self.target), self.target)
         return self
@@ -48,44 +48,44 @@ class Staging:
         if self.journal.get("job") != self.job:
             self.journal.close()
             path.unlink()
-            for other in self._others():
+            for other in self._other_journals():
                 other.unlink()
             shutil.rmtree(self.content, ignore_errors=True)
             self.journal = Journal(path)
             self.journal.add("job", value=self.job)
-        self.absorb()
+        self.absorb_journals()
         self.resumed = len(self.journal.entries) > 1
         self.content.mkdir(exist_ok=True)
 
-    def absorb(self) -> None:
+    def absorb_journals(self) -> None:
         """Takes over what the other processes have done, which are no longer at work."""
-        for path in self._others():
+        for path in self._other_journals():
             self.journal.absorb(path)
             path.unlink()
         for scratch in self.content.glob(f"{SKELETONS}*"):
             shutil.rmtree(scratch)
 
-    def journal_of(self, rank: int) -> Journal:
+    def open_rank_journal(self, rank: int) -> Journal:
         """A new journal of another process, which knows what the first one's knew."""
         path = self.partial / f"journal.{rank}.jsonl"
         path.unlink(missing_ok=True)
         made = Journal(path)
-        made.entries |= journal.read(self.partial / "journal.jsonl")[0]
+        made.entries |= journal.read_journal(self.partial / "journal.jsonl")[0]
         return made
 
-    def _others(self) -> list[Path]:
+    def _other_journals(self) -> list[Path]:
         return sorted(self.partial.glob("journal.*.jsonl"))
 
     def __exit__(self, *_: object) -> None:
         self.journal.close()
-        if not self._worth_keeping():
+        if not self._has_progress():
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
 
-    def _worth_keeping(self) -> bool:
+    def _has_progress(self) -> bool:
         """Whether anything is whole that another run could go on from."""
-        known = [self.partial / "journal.jsonl", *self._others()]
-        return any(key != ("job",) for path in known for key in journal.read(path)[0])
+        known = [self.partial / "journal.jsonl", *self._other_journals()]
+        return any(key != ("job",) for path in known for key in journal.read_journal(path)[0])
 
     def check_space(self, needed: int) -> None:
         """Raises CheckpointError if the disk cannot take `needed` bytes (less what is there from before)."""
@@ -116,7 +116,7 @@ def _backup(target: Path) -> Path:
     return target.parent / f".{target.name}.replaced"
 
 
-def _alone(path: Path, target: Path) -> IO[str]:
+def _lock_target(path: Path, target: Path) -> IO[str]:
     file = lock(path)
     if file is None:
         found = "another process that writes it"

@@ -44,7 +44,7 @@ class ValidatedReader(Reader):
         self._sizes = {key: self._size(key) for key in source.keys()}  # noqa: SIM118 - no dict
         self.total_bytes = sum(self._sizes.values()) * len(self._kinds)
         self._done_bytes = sum(
-            self._sizes[key] for key in self._sizes for kind in self._kinds if self._known(key, kind)
+            self._sizes[key] for key in self._sizes for kind in self._kinds if self._journal_entry(key, kind)
         )
 
     @property
@@ -57,13 +57,13 @@ class ValidatedReader(Reader):
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         try:
-            return self._pass(key, kind)
+            return self._read_checked(key, kind)
         except CheckpointError:
             # Nothing will come of it: the rest is only looked at, so that one error tells all that is wrong.
-            self._raise_all()
+            self._raise_all_errors()
             raise
 
-    def _pass(self, key: str, kind: str) -> Tensor:
+    def _read_checked(self, key: str, kind: str) -> Tensor:
         tensor = self.source.read(key, kind)
         expected = self.source.info(key)
         dtype = expected.dtype if kind == WEIGHT else torch.float32
@@ -72,53 +72,53 @@ class ValidatedReader(Reader):
             raise CheckpointError(Problem(f"{key} ({kind})", f"{dtype} {expected.shape}", found))
         if kind == WEIGHT and self._dtype:
             tensor = tensor.to(self._dtype)
-        if not self._known(key, kind):
-            self._note(key, kind, tensor.contiguous())
+        if not self._journal_entry(key, kind):
+            self._record(key, kind, tensor.contiguous())
         return tensor
 
     def finish(self) -> None:
         """Every tensor has passed, and every one was good."""
         for key in self._sizes:
             for kind in self._kinds:
-                assert self._known(key, kind), f"{key} ({kind}) was never read"
-        self._raise_all()
+                assert self._journal_entry(key, kind), f"{key} ({kind}) was never read"
+        self._raise_all_errors()
 
-    def _raise_all(self) -> None:
+    def _raise_all_errors(self) -> None:
         """What was wrong with the tensors that have passed, and with those that have not."""
         errors = ErrorCollector(f"{self.path or self.format} has tensors that cannot be used", CheckpointError)
         for key in self._sizes:
             for kind in self._kinds:
                 try:
-                    if not self._known(key, kind):
-                        self._pass(key, kind)
+                    if not self._journal_entry(key, kind):
+                        self._read_checked(key, kind)
                 except CheckpointError as error:
                     errors.note(str(error))
                     continue
-                bad = self._known(key, kind)["bad"]
+                bad = self._journal_entry(key, kind)["bad"]
                 if bad:
                     errors.add(f"{key} ({kind})", "finite numbers", bad)
         errors.raise_if_any()
 
     def digests(self) -> dict[str, dict[str, dict]]:
         """By key and kind: shape, dtype, digest."""
-        return {key: {kind: self._entry(key, kind) for kind in self._kinds} for key in self._sizes}
+        return {key: {kind: self._manifest_entry(key, kind) for kind in self._kinds} for key in self._sizes}
 
-    def _entry(self, key: str, kind: str) -> dict:
-        return {name: value for name, value in self._known(key, kind).items() if name != "bad"}
+    def _manifest_entry(self, key: str, kind: str) -> dict:
+        return {name: value for name, value in self._journal_entry(key, kind).items() if name != "bad"}
 
-    def _known(self, key: str, kind: str) -> dict | None:
+    def _journal_entry(self, key: str, kind: str) -> dict | None:
         return self._journal.get("read", key, kind)
 
     def _size(self, key: str) -> int:
         info = self.source.info(key)
         return torch.Size(info.shape).numel() * (self._dtype or info.dtype).itemsize
 
-    def _note(self, key: str, kind: str, tensor: Tensor) -> None:
+    def _record(self, key: str, kind: str, tensor: Tensor) -> None:
         entry = {
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "digest": digest.of_bytes(digest.raw(tensor)),
-            "bad": bad_numbers(tensor),
+            "digest": digest.hash_bytes(digest.as_bytes(tensor)),
+            "bad": describe_non_finite(tensor),
         }
         self._journal.add("read", key, kind, value=entry)
         self._done_bytes += self._sizes[key]
@@ -126,7 +126,7 @@ class ValidatedReader(Reader):
             self._progress(self._done_bytes, self.total_bytes)
 
 
-def bad_numbers(tensor: Tensor) -> str:
+def describe_non_finite(tensor: Tensor) -> str:
     """ "" if all are finite, or how many are not."""
     if tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         return ""

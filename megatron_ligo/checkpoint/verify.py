@@ -52,18 +52,18 @@ def compare(a: Reader, b: Reader, *, values_only: bool = False) -> ComparisonRes
             report.differences.append(f"step: {a.step} and {b.step}")
     for key in (key for key in keys if key in others):
         for kind in kinds:
-            found = _difference(a.read(key, kind), b.read(key, kind), values_only)
+            found = _describe_difference(a.read(key, kind), b.read(key, kind), values_only)
             report.compared += 1
             if found:
                 report.differences.append(f"{key}{'' if kind == WEIGHT else f' ({kind})'}: {found}")
     return report
 
 
-def _difference(a: Tensor, b: Tensor, values_only: bool) -> str:
+def _describe_difference(a: Tensor, b: Tensor, values_only: bool) -> str:
     """How two tensors differ, or ""."""
     if a.shape != b.shape:
         return f"shape {tuple(a.shape)} and {tuple(b.shape)}"
-    if digest.same(a, b):
+    if digest.same_bits(a, b):
         return ""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     far = (a.to(wide) - b.to(wide)).abs()
@@ -71,18 +71,18 @@ def _difference(a: Tensor, b: Tensor, values_only: bool) -> str:
     if a.dtype != b.dtype:
         if values_only and not count:
             return ""
-        return f"dtype {_name(a)} and {_name(b)}, largest difference {largest:.3e}"
+        return f"dtype {_dtype_name(a)} and {_dtype_name(b)}, largest difference {largest:.3e}"
     return f"{count} of {a.numel()} numbers differ, largest difference {largest:.3e}" if count else "signs of zeros"
 
 
-def _name(tensor: Tensor) -> str:
+def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_manifest(reader: Reader) -> ComparisonResult:
     """Every tensor and file against the digests and sizes in the manifest beside it."""
-    root = _root(reader)
-    noted = manifest.load(root)
+    root = _folder(reader)
+    noted = manifest.load_manifest(root)
     report = ComparisonResult()
     for name, size in noted.files.items():
         found = (root / name).stat().st_size if (root / name).is_file() else None
@@ -97,8 +97,8 @@ def check_manifest(reader: Reader) -> ComparisonResult:
             report.compared += 1
             found = {
                 "shape": list(tensor.shape),
-                "dtype": _name(tensor),
-                "digest": digest.of_bytes(digest.raw(tensor)),
+                "dtype": _dtype_name(tensor),
+                "digest": digest.hash_bytes(digest.as_bytes(tensor)),
             }
             wrong = [f"{name} {found[name]}, noted {entry[name]}" for name in found if found[name] != entry[name]]
             if wrong:
@@ -107,24 +107,24 @@ def check_manifest(reader: Reader) -> ComparisonResult:
 
 
 def has_manifest(reader: Reader) -> bool:
-    return reader.path is not None and (_root(reader) / manifest.MANIFEST).is_file()
+    return reader.path is not None and (_folder(reader) / manifest.MANIFEST).is_file()
 
 
-def _root(reader: Reader) -> Path:
+def _folder(reader: Reader) -> Path:
     assert reader.path is not None, "what lies in no folder has no manifest"
     return reader.path if reader.path.is_dir() else reader.path.parent
 
 
 def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
     """Largest difference of the outputs of transformers' models on one fixed batch in fp32, and the largest output."""
-    seen = sample(a.model_config, b.model_config)
-    first, second = logits(a, seen), logits(b, seen)
+    seen = sample_inputs(a.model_config, b.model_config)
+    first, second = compute_logits(a, seen), compute_logits(b, seen)
     if first.shape != second.shape:
         raise CheckpointError(Problem("logits", f"shape {tuple(first.shape)}", tuple(second.shape)))
     return float((first - second).abs().max()), float(first.abs().max())
 
 
-def sample(a: ModelConfig, b: ModelConfig) -> Tensor:
+def sample_inputs(a: ModelConfig, b: ModelConfig) -> Tensor:
     """What both models can be shown: tokens (batch, length), or images (batch, channels, height, width) of the size of
     the larger model's."""
     generator = torch.Generator().manual_seed(SEED)
@@ -136,7 +136,7 @@ def sample(a: ModelConfig, b: ModelConfig) -> Tensor:
 
 
 @torch.no_grad()
-def logits(reader: Reader, seen: Tensor) -> Tensor:
+def compute_logits(reader: Reader, inputs: Tensor) -> Tensor:
     """What transformers' model of a checkpoint gives for tokens or images (`sample`), in fp32.
 
     (batch, length, vocab), (batch, labels), or the hidden states of a model without a head. Images of another size than
@@ -145,22 +145,22 @@ def logits(reader: Reader, seen: Tensor) -> Tensor:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = config_json.config_of(reader.model_config, reader.carried, torch.float32)
+    config = config_json.to_hf_config(reader.model_config, reader.carried, torch.float32)
     made = CONFIG_MAPPING[reader.model_config.model_type](**config)
     # transformers has other names in memory than in its files: only this way in translates them.
     transformers.utils.logging.disable_progress_bar()
     load = getattr(transformers, config["architectures"][0]).from_pretrained
-    model, told = load(None, config=made, state_dict=dict(_state(reader)), output_loading_info=True)
+    model, told = load(None, config=made, state_dict=dict(_hf_state_dict(reader)), output_loading_info=True)
     left, missing = set(told["unexpected_keys"]), set(told["missing_keys"])
     # A class may lack an optional part that is there, or have one that is not: neither changes what comes out first.
     rows = [row for row in reader.arch.rows if row.needs or row.tied_to]
     optional = {row.slots["hf"].name for row in rows}
     optional |= {reader.arch.stored_name(row.key, reader.model_config, "hf") for row in rows}
     assert left | missing <= optional, f"{type(model).__name__}: left {left}, missing {missing}"
-    other_size = reader.model_config.image_size not in (None, seen.shape[-1])
-    return model.eval()(seen, **({"interpolate_pos_encoding": True} if other_size else {}))[0]
+    other_size = reader.model_config.image_size not in (None, inputs.shape[-1])
+    return model.eval()(inputs, **({"interpolate_pos_encoding": True} if other_size else {}))[0]
 
 
-def _state(reader: Reader) -> Iterator[tuple[str, Tensor]]:
+def _hf_state_dict(reader: Reader) -> Iterator[tuple[str, Tensor]]:
     for name, item in stored_tensors(reader.arch, reader.model_config, "hf").items():
         yield name, item.whole([reader.read(key).float() for key in item.keys], reader.model_config)

@@ -40,7 +40,7 @@ class GrownReader(Reader):
         self._cached: dict[str, Tensor] = {}
         self.model_config = operator.large
         same = self.model_config.image_size == source.model_config.image_size
-        self.files = tuple(file for file in source.files if same or file.name != model_record.PICTURES)
+        self.files = tuple(file for file in source.files if same or file.name != model_record.IMAGE_PROCESSOR)
         self.carried = source.carried
         self.groups = source.groups if self.has_moments else ()
 
@@ -96,14 +96,14 @@ class GrownReader(Reader):
 
 def digest_operator(operator: Operator) -> str:
     """Digest of all of an operator's tensors."""
-    parts = [f"{name} {digest.of_bytes(digest.raw(operator.tensor(name)))}" for name in operator.shapes()]
-    return digest.of_bytes("\n".join(parts).encode())
+    parts = [f"{name} {digest.hash_bytes(digest.as_bytes(operator.tensor(name)))}" for name in operator.shapes()]
+    return digest.hash_bytes("\n".join(parts).encode())
 
 
 def digest_weights(source: Reader) -> str:
     """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
-    parts = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
-    return digest.of_bytes("\n".join(parts).encode())
+    parts = [f"{key} {digest.hash_bytes(digest.as_bytes(source.read(key)))}" for key in sorted(source.keys())]
+    return digest.hash_bytes("\n".join(parts).encode())
 
 
 def check_source(operator: Operator, source: Reader) -> None:

@@ -136,7 +136,12 @@ class Fit:
     def _resume(self) -> dict:
         """The state of the last checkpoint, which is loaded; a fresh one where there is none."""
         if self.found is None:
-            return {model_record.HOLDS: "operator", "run": self._identity(), "losses": {}, "digest": self._digest()}
+            return {
+                model_record.RUN_STATE_CONTENT: "operator",
+                "run": self._identity(),
+                "losses": {},
+                "digest": self._digest(),
+            }
         if not self.moved:
             run_checkpoints.load(self.engine, self.found)
         log.info("resumed after step %d", self.engine.steps)

@@ -109,7 +109,7 @@ def fresh_config(config: RunConfig) -> ModelConfig:
 def sizes(path: Path) -> ModelConfig:
     """The sizes that a path states; weights need not be there."""
     if path.is_file() and path.suffix == ".json":
-        return config_json.dims_of(config_json.load(path), f"{path}")
+        return config_json.parse_model_config(config_json.load_config(path), f"{path}")
     stated = model_record.find_record(path) if path.is_dir() else None
     return stated[0] if stated else _from_checkpoint(path).model_config
 

@@ -69,7 +69,12 @@ class Pretrain:
             state = self.found.state if self.moved else run_checkpoints.load(self.engine, self.found)
             log.info("resumed after step %d", self.engine.steps)
         else:
-            state = {model_record.HOLDS: "model", "losses": {}, "eval": self._held_out(), "origin": self.start.origin}
+            state = {
+                model_record.RUN_STATE_CONTENT: "model",
+                "losses": {},
+                "eval": self._held_out(),
+                "origin": self.start.origin,
+            }
             on_rank_0(self._keep_model)
             self._record(state)
             if self.config.data.valid:

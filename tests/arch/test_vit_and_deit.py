@@ -48,9 +48,9 @@ def test_there_and_back(tmp_path, family, name):
     again = getattr(transformers, name).from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         assert torch.equal(again(seen)[0], model(seen)[0])
-        assert torch.equal(verify.logits(formats.open(last), seen), model(seen)[0])
+        assert torch.equal(verify.compute_logits(formats.open(last), seen), model(seen)[0])
     assert verify.compare(source, formats.open(last)).same
-    assert "image_size=10" in inspect.as_text(inspect.describe(source))
+    assert "image_size=10" in inspect.to_text(inspect.describe(source))
 
 
 def test_labels_keep_their_names(tmp_path):
@@ -76,9 +76,9 @@ def test_refusals(tmp_path):
     with pytest.raises(CheckpointError, match="DeiTForImageClassificationWithTeacher"):
         formats.open(edited(folder, architectures=["DeiTForImageClassificationWithTeacher"]))
     for changes, word in (({"image_size": None}, "image_size"), ({"patch_size": 11}, "patch_size")):
-        stated = config_json.config_of(image_models.dims_of(), {}, torch.float32)
+        stated = config_json.to_hf_config(image_models.dims_of(), {}, torch.float32)
         with pytest.raises(CheckpointError, match=word):
-            config_json.dims_of({**stated, **changes}, "config.json")
+            config_json.parse_model_config({**stated, **changes}, "config.json")
     with pytest.raises(ConfigError, match="fairscale"):
         stored_tensors(get("vit"), image_models.dims_of(), "fairscale")
     with pytest.raises(ConfigError, match="image_size"):

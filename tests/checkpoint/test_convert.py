@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ligo.checkpoint import formats, manifest
-from megatron_ligo.checkpoint.convert import convert, opened
+from megatron_ligo.checkpoint.convert import convert, open_source
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.io import parallel_writer
 from megatron_ligo.checkpoint.reader import MOMENTS, Reader
@@ -124,7 +124,7 @@ def test_all_that_is_wrong_is_one_error(tmp_path):
     where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(CheckpointError, match="6 faults") as caught:
-        opened(folder)
+        open_source(folder)
     for line in (
         "model.norm.weight: expected one tensor of that name, found two",
         "model.layers.0.self_attn.k_proj.weight: expected a tensor of shape (20, 48), found nothing",
@@ -308,10 +308,10 @@ def test_what_a_format_does_not_take_is_refused(tmp_path):
 
 def test_more_files_beside(tmp_path):
     _, folder = hf_models.saved(tmp_path / "a")
-    made = convert(formats.open(folder), tmp_path / "b", "hf", beside={"growth.json": {"step": 3}})
+    made = convert(formats.open(folder), tmp_path / "b", "hf", extra_files={"growth.json": {"step": 3}})
     assert json.loads((tmp_path / "b" / "growth.json").read_text()) == {"step": 3}
     assert "growth.json" in made.files
-    assert manifest.load(tmp_path / "b") == made
+    assert manifest.load_manifest(tmp_path / "b") == made
 
 
 def test_progress_ends_at_the_whole(tmp_path):

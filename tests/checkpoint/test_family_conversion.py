@@ -46,7 +46,7 @@ def test_there_and_back(tmp_path, family, name, tied):
     with torch.no_grad():
         expected = model(ids)[0]
         assert torch.equal(again(ids)[0], expected)
-        assert torch.equal(verify.logits(formats.open(tmp_path / "b"), ids), expected)
+        assert torch.equal(verify.compute_logits(formats.open(tmp_path / "b"), ids), expected)
 
 
 def test_narrow_weights_stay_narrow(tmp_path):
@@ -121,7 +121,7 @@ def test_more_or_less_than_the_class_has(tmp_path, family, name):
     assert before.keys() == after.keys()
     ids = layer_norm_models.tokens()
     with torch.no_grad():
-        assert torch.equal(verify.logits(formats.open(tmp_path / "c"), ids), model(ids)[0])
+        assert torch.equal(verify.compute_logits(formats.open(tmp_path / "c"), ids), model(ids)[0])
 
 
 def test_roberta_s_padding_has_no_position(tmp_path):
@@ -132,7 +132,7 @@ def test_roberta_s_padding_has_no_position(tmp_path):
     ids = layer_norm_models.tokens(15)
     ids[:, 3:5] = 4
     with torch.no_grad():
-        assert torch.equal(verify.logits(source, ids), model(ids).logits)
+        assert torch.equal(verify.compute_logits(source, ids), model(ids).logits)
 
 
 def test_what_the_tables_cannot_express_is_refused(tmp_path):
@@ -144,7 +144,7 @@ def test_what_the_tables_cannot_express_is_refused(tmp_path):
         assert word in str(error.value)
     model_config = layer_norm_models.dims_of("gpt2", "GPT2Model", num_heads=3, num_kv_heads=3)
     with pytest.raises(CheckpointError, match="head_dim"):
-        config_json.config_of(model_config, {}, torch.float32)
+        config_json.to_hf_config(model_config, {}, torch.float32)
     with pytest.raises(ConfigError, match="fairscale"):
         stored_tensors(get("gpt2"), layer_norm_models.dims_of("gpt2", "GPT2Model"), "fairscale")
 
@@ -154,7 +154,7 @@ def test_minilm(tmp_path):
     source = formats.open(layer_norm_models.minilm())
     found = inspect.describe(source)
     assert (found["parameters"], found["dims"]["arch"]) == (22_713_216, "bert")
-    assert "pooler" in inspect.as_text(found)
+    assert "pooler" in inspect.to_text(found)
     convert(source, tmp_path / "a", "universal")
     convert(formats.open(tmp_path / "a"), tmp_path / "b", "hf")
     assert_same(source, formats.open(tmp_path / "b"))

@@ -33,7 +33,7 @@ def test_torch_files_are_whole_archives(tmp_path):
     tensors = some_tensors()
     tree = {"module": {name: later(tensor) for name, tensor in tensors.items()}, "list": [1, "a", None, (2.5, True)]}
     with Output(tmp_path) as out:
-        out.torch("deep/file.pt", tree)
+        out.write_torch("deep/file.pt", tree)
     path = tmp_path / "deep" / "file.pt"
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -48,7 +48,7 @@ def test_torch_files_are_whole_archives(tmp_path):
 
 def test_zeros_are_a_hole(tmp_path):
     with Output(tmp_path) as out:
-        out.torch("zeros.pt", {"param": LazyTensor((1000, 1000), torch.float32, None)})
+        out.write_torch("zeros.pt", {"param": LazyTensor((1000, 1000), torch.float32, None)})
     path = tmp_path / "zeros.pt"
     assert path.stat().st_blocks * 512 < 100_000 < path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -59,7 +59,7 @@ def test_zeros_are_a_hole(tmp_path):
 def test_safetensors_of_mixed_dtypes(tmp_path):
     tensors = some_tensors()
     with Output(tmp_path) as out:
-        out.safetensors(
+        out.write_safetensors(
             "model.safetensors", {name: later(tensor) for name, tensor in tensors.items()}, {"format": "pt"}
         )
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -84,7 +84,7 @@ def test_what_is_whole_is_not_made_again(tmp_path):
     for _ in range(2):
         journal = Journal(tmp_path / "journal")
         with Output(tmp_path / "content", journal) as out:
-            out.torch("file.pt", {name: noted(name, tensor) for name, tensor in tensors.items()})
+            out.write_torch("file.pt", {name: noted(name, tensor) for name, tensor in tensors.items()})
         journal.close()
     assert sorted(made) == sorted(tensors)
     before = path.read_bytes()
@@ -93,14 +93,14 @@ def test_what_is_whole_is_not_made_again(tmp_path):
         path.write_bytes(before[:at] + b"x" + before[at + 1 :])
         made.clear()
         with Output(tmp_path / "content", Journal(tmp_path / "journal")) as out:
-            out.torch("file.pt", {name: noted(name, tensor) for name, tensor in tensors.items()})
+            out.write_torch("file.pt", {name: noted(name, tensor) for name, tensor in tensors.items()})
         assert path.read_bytes() == before
         assert len(made) > 3
     made.clear()
     at = before.index(tensors["double"].numpy().tobytes())
     path.write_bytes(before[:at] + b"x" + before[at + 1 :])
     with Output(tmp_path / "content", Journal(tmp_path / "journal")) as out:
-        out.torch("file.pt", {name: noted(name, tensor) for name, tensor in tensors.items()})
+        out.write_torch("file.pt", {name: noted(name, tensor) for name, tensor in tensors.items()})
     assert made == ["double"]
     assert path.read_bytes() == before
 

@@ -45,7 +45,7 @@ def settings(tmp_path_factory) -> tuple[dict, Path]:
     np.savez(base / "drawn.npz", images=drawn()[0], labels=drawn()[1])
     counts = prepare_images(*read_npz(base / "drawn.npz"), base / "data", 0.2)
     assert sum(counts.values()) == COUNT and 20 < counts["valid"] < 60
-    (base / "config.json").write_text(json.dumps(config_json.config_of(SMALL, {}, torch.float32)))
+    (base / "config.json").write_text(json.dumps(config_json.to_hf_config(SMALL, {}, torch.float32)))
     table = RunConfig().to_dict()
     table["small"]["path"] = str(base / "config.json")
     table["data"] |= {split: [str(base / f"data/{split}.safetensors")] for split in ("train", "valid")}

@@ -78,7 +78,7 @@ def load(path: Path, head_dim: int | None = None) -> Case:
 
 
 def bert(model_config: ModelConfig) -> BertForMaskedLM:
-    config = config_json.config_of(model_config, {}, torch.float64)
+    config = config_json.to_hf_config(model_config, {}, torch.float64)
     return BertForMaskedLM(BertConfig(**config)).double().eval()
 
 

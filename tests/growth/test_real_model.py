@@ -60,7 +60,7 @@ def test_so_it_has_by_the_other_methods_and_with_other_heads(small, logits, meth
     source = grown(small, large, OperatorSection(method=method))
     state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
     config = LlamaForCausalLM.config_class.from_dict(
-        config_json.config_of(source.model_config, source.carried, torch.float32)
+        config_json.to_hf_config(source.model_config, source.carried, torch.float32)
     )
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     assert float((logits - of(model, small)).abs().max()) < 5e-4

@@ -18,8 +18,8 @@ from megatron_ligo.config.typed_toml import setting
 PARAMS = "params"
 STEP = "step"
 # What a group of Megatron-core's is known by, besides its rates.
-KNOWN_BY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
-ALIKE = ("betas", "eps", "lr")
+GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+SHARED_SETTINGS = ("betas", "eps", "lr")
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class AdamRates(FormatOptions):
         return {name: rate for name, rate in (("max_lr", self.max_lr), ("min_lr", self.min_lr)) if rate is not None}
 
 
-def settings(groups: object) -> tuple[dict[str, object], ...]:
+def read_settings(groups: object) -> tuple[dict[str, object], ...]:
     """The settings of an optimizer's groups, each once; what is no plain value, and which parameters are in it, not."""
     found: dict[str, dict[str, object]] = {}
     for group in groups if isinstance(groups, list | tuple) else ():
         if isinstance(group, Mapping):
-            values = {name: _plain(value) for name, value in group.items() if name not in (PARAMS, STEP)}
+            values = {name: _plain_value(value) for name, value in group.items() if name not in (PARAMS, STEP)}
             kept = {str(name): value for name, value in values.items() if value is not NotImplemented}
             if kept:
                 found.setdefault(repr(kept), kept)
     return tuple(found.values())
 
 
-def _plain(value: object) -> object:
+def _plain_value(value: object) -> object:
     """NotImplemented for what is no plain value."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else NotImplemented
@@ -63,14 +63,14 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float | str) else NotImplemented
 
 
-def lacking(groups: Sequence[Mapping[str, object]]) -> str:
+def explain_unsupported(groups: Sequence[Mapping[str, object]]) -> str:
     """Why Megatron-core's groups cannot be made of these; "" if they can."""
-    needed = ALIKE[:2] if _are_megatrons(groups) else (*ALIKE, "weight_decay")
-    missing = [name for name in needed if not groups or not all(_states(group, name) for group in groups)]
+    needed = SHARED_SETTINGS[:2] if _are_megatron_groups(groups) else (*SHARED_SETTINGS, "weight_decay")
+    missing = [name for name in needed if not groups or not all(_has_setting(group, name) for group in groups)]
     if missing:
         return f"the source does not state {' and '.join(missing)}, which Megatron-core takes from its checkpoint"
-    if not _are_megatrons(groups):
-        differing = [name for name in ALIKE if len({group[name] for group in groups}) > 1]
+    if not _are_megatron_groups(groups):
+        differing = [name for name in SHARED_SETTINGS if len({group[name] for group in groups}) > 1]
         if len({group["weight_decay"] for group in groups} - {0}) > 1:
             differing.append("weight_decay")
         if differing:
@@ -78,13 +78,13 @@ def lacking(groups: Sequence[Mapping[str, object]]) -> str:
     return ""
 
 
-def megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, object]) -> list[dict[str, object]]:
+def to_megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, object]) -> list[dict[str, object]]:
     """Megatron-core's groups, if nothing is lacking. rates: `AdamRates.rates`."""
-    if _are_megatrons(groups):
+    if _are_megatron_groups(groups):
         return [{**group, **rates} for group in groups]
     decay = max(group["weight_decay"] for group in groups)
     plain = min(group["weight_decay"] for group in groups)
-    made = {name: groups[0][name] for name in ALIKE} | {
+    made = {name: groups[0][name] for name in SHARED_SETTINGS} | {
         # Transformer Engine's Adam asks for it; torch's has no other way.
         "bias_correction": groups[0].get("bias_correction", True),
         "lr_mult": 1.0,
@@ -96,12 +96,12 @@ def megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, 
     return [{**made, "weight_decay": decay, "wd_mult": 1.0}, {**made, "weight_decay": plain, "wd_mult": 0.0}]
 
 
-def is_bare(group: Mapping[str, object]) -> bool:
+def is_undecayed(group: Mapping[str, object]) -> bool:
     """True for the group of Megatron-core's that does not decay: vectors."""
     return group.get("wd_mult", group.get("pre_wd_mult")) == 0
 
 
-def count(step: object) -> int | None:
+def parse_step(step: object) -> int | None:
     """A count of steps as an optimizer notes it (a number, or a tensor of one); None for anything else."""
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
@@ -109,15 +109,15 @@ def count(step: object) -> int | None:
     return int(step) if good else None
 
 
-def _states(group: Mapping[str, object], name: str) -> bool:
+def _has_setting(group: Mapping[str, object], name: str) -> bool:
     value = group.get(name)
     numbers = value if isinstance(value, tuple) else (value,)
-    return all(map(_is_setting, numbers)) and len(numbers) == (2 if name == "betas" else 1)
+    return all(map(_is_non_negative, numbers)) and len(numbers) == (2 if name == "betas" else 1)
 
 
-def _is_setting(number: object) -> bool:
+def _is_non_negative(number: object) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < inf
 
 
-def _are_megatrons(groups: Sequence[Mapping[str, object]]) -> bool:
-    return bool(groups) and all(name in group or f"pre_{name}" in group for group in groups for name in KNOWN_BY)
+def _are_megatron_groups(groups: Sequence[Mapping[str, object]]) -> bool:
+    return bool(groups) and all(name in group or f"pre_{name}" in group for group in groups for name in GROUP_IDENTITY)

@@ -12,21 +12,21 @@ from torch import Tensor
 CHUNK = 1 << 22
 
 
-def raw(tensor: Tensor) -> np.ndarray:
+def as_bytes(tensor: Tensor) -> np.ndarray:
     """A tensor's bytes in row-major order, as uint8; a view where the tensor is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal dtypes, shapes and bits: not-a-number is itself, and the zeros have signs."""
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(raw(a), raw(b))
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(as_bytes(a), as_bytes(b))
 
 
-def of_bytes(data: np.ndarray | bytes) -> str:
+def hash_bytes(data: np.ndarray | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def of_part(path: Path, offset: int, size: int) -> str | None:
+def hash_file_part(path: Path, offset: int, size: int) -> str | None:
     """Digest of `size` bytes of a file from `offset` on; None if it has fewer."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:

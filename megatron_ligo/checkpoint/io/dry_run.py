@@ -16,23 +16,23 @@ class DryRunOutput(Output):
         super().__init__(folder)
         self.bytes = 0
 
-    def safetensors(
+    def write_safetensors(
         self, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
     ) -> None:
         self._count(tensors.values())
 
-    def torch_files(self, trees: Mapping[str, object]) -> None:
+    def write_torch_files(self, trees: Mapping[str, object]) -> None:
         for tree in trees.values():
-            self._count({id(tensor): tensor for tensor in _tensors(tree)}.values())
+            self._count({id(tensor): tensor for tensor in _walk_tensors(tree)}.values())
 
-    def torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
-        self.torch_files(trees)
+    def write_torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+        self.write_torch_files(trees)
         return dict.fromkeys(trees, (0, 0))
 
-    def copy(self, source: Path, name: str | None = None) -> None:
+    def copy_file(self, source: Path, name: str | None = None) -> None:
         self.bytes += source.stat().st_size
 
-    def file(self, name: str, write: Callable[[Path], object]) -> None:
+    def write_file(self, name: str, write: Callable[[Path], object]) -> None:
         pass
 
     def _fill(self, files: Mapping[str, list[TensorSpan]]) -> None:
@@ -42,12 +42,12 @@ class DryRunOutput(Output):
         self.bytes += sum(tensor.nbytes for tensor in tensors if tensor.make is not None)
 
 
-def _tensors(tree: object) -> Iterator[LazyTensor]:
+def _walk_tensors(tree: object) -> Iterator[LazyTensor]:
     if isinstance(tree, LazyTensor):
         yield tree
     elif isinstance(tree, dict):
         for value in tree.values():
-            yield from _tensors(value)
+            yield from _walk_tensors(value)
     elif isinstance(tree, list | tuple):
         for value in tree:
-            yield from _tensors(value)
+            yield from _walk_tensors(value)

@@ -65,7 +65,9 @@ class TensorSpan:
     later: LazyTensor
 
 
-def safetensors(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorSpan]]:
+def lay_out_safetensors(
+    tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+) -> tuple[bytes, list[TensorSpan]]:
     """The header of a safetensors file and the places of its tensors, which follow it without a gap."""
     # Wide dtypes first, as the library orders them: each tensor is then aligned to its own items.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
@@ -85,25 +87,25 @@ def safetensors(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) 
     return header, places
 
 
-def torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
+def write_torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
     """Writes what torch.save writes for a tree of plain data and `LazyTensor`, but for the tensors' bytes (holes).
 
     A `LazyTensor` that the tree holds in several places has bytes once."""
     found: dict[int, tuple[str, LazyTensor, Tensor]] = {}
     # Storages that nobody touches take no memory; torch numbers them in the order in which it meets them.
-    hollow = _hollow(tree, "", found)
+    hollow = _replace_tensors(tree, "", found)
     try:
         with skip_data():
             torch.save(hollow, path)
     except RuntimeError as error:
-        raise not_written(path, error) from error
-    records = _records(path)
+        raise explain_write_failure(path, error) from error
+    records = _find_records(path)
     return [
         TensorSpan(name, *records[f"data/{number}"], later) for number, (name, later, _) in enumerate(found.values())
     ]
 
 
-def not_written(path: Path, error: RuntimeError) -> OSError:
+def explain_write_failure(path: Path, error: RuntimeError) -> OSError:
     """torch's writer fails without a reason (`iostream error`): the disk, asked for some room, gives it."""
     try:
         with path.open("wb") as file:
@@ -115,7 +117,9 @@ def not_written(path: Path, error: RuntimeError) -> OSError:
     return OSError(errno.EIO, f"{error}", f"{path}")
 
 
-def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[TensorSpan], dict[str, tuple[int, int]]]:
+def write_torch_archives(
+    path: Path, trees: Mapping[str, object]
+) -> tuple[list[TensorSpan], dict[str, tuple[int, int]]]:
     """Such skeletons, one after the other in one file; also where each begins, and its length.
 
     Where tensors are aligned in their archives, they are in the file.
@@ -125,7 +129,7 @@ def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Tensor
     places, spans, end = [], {}, 0
     with path.open("wb") as file:
         for name, tree in trees.items():
-            found = torch_skeleton(one, tree)
+            found = write_torch_skeleton(one, tree)
             start, size = -(-end // ALIGNMENT) * ALIGNMENT, one.stat().st_size
             spans[name] = (start, size)
             end = start + size
@@ -133,7 +137,7 @@ def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Tensor
                 checksums = tuple(start + checksum for checksum in place.checksums)
                 places.append(TensorSpan(f"{name}{place.name}", start + place.offset, checksums, place.later))
             with one.open("rb") as archive:
-                for begin, stop in _frame(found, size):
+                for begin, stop in _frame_ranges(found, size):
                     archive.seek(begin)
                     file.seek(start + begin)
                     file.write(archive.read(stop - begin))
@@ -142,13 +146,13 @@ def torch_archives(path: Path, trees: Mapping[str, object]) -> tuple[list[Tensor
     return places, spans
 
 
-def same_frame(path: Path, skeleton: Path, places: Sequence[TensorSpan]) -> bool:
+def has_same_frame(path: Path, skeleton: Path, places: Sequence[TensorSpan]) -> bool:
     """True where a file is its skeleton but for the tensors' bytes and their checksums."""
     end = skeleton.stat().st_size
     if path.stat().st_size != end:
         return False
     with path.open("rb") as one, skeleton.open("rb") as other:
-        for start, stop in _frame(places, end):
+        for start, stop in _frame_ranges(places, end):
             one.seek(start)
             other.seek(start)
             if one.read(stop - start) != other.read(stop - start):
@@ -156,7 +160,7 @@ def same_frame(path: Path, skeleton: Path, places: Sequence[TensorSpan]) -> bool
     return True
 
 
-def _frame(places: Sequence[TensorSpan], end: int) -> list[tuple[int, int]]:
+def _frame_ranges(places: Sequence[TensorSpan], end: int) -> list[tuple[int, int]]:
     """The stretches of a file that are not its tensors' bytes and their checksums."""
     edges = [0]
     for place in places:
@@ -167,18 +171,18 @@ def _frame(places: Sequence[TensorSpan], end: int) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _hollow(tree: object, name: str, found: dict[int, tuple[str, LazyTensor, Tensor]]) -> object:
+def _replace_tensors(tree: object, name: str, found: dict[int, tuple[str, LazyTensor, Tensor]]) -> object:
     if isinstance(tree, LazyTensor):
         *_, hollow = found.setdefault(id(tree), (name, tree, torch.empty(tree.shape, dtype=tree.dtype)))
         return hollow
     if isinstance(tree, dict):
-        return {key: _hollow(value, f"{name}/{key}", found) for key, value in tree.items()}
+        return {key: _replace_tensors(value, f"{name}/{key}", found) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_hollow(value, f"{name}/{i}", found) for i, value in enumerate(tree))
+        return type(tree)(_replace_tensors(value, f"{name}/{i}", found) for i, value in enumerate(tree))
     return tree
 
 
-def _records(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+def _find_records(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Offset of the data of each record of a zip archive, and the two offsets of its CRC-32."""
     found = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -188,15 +192,15 @@ def _records(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
             # After the data comes a descriptor: its signature (4 bytes), then the CRC-32. After none, nothing.
             checksums = (data + info.file_size + 4, entry + 16) if info.file_size else ()
             found[info.filename.partition("/")[2]] = (data, checksums)
-            entry += CENTRAL_HEADER + sum(_read(file, entry + 28, "<HHH"))
+            entry += CENTRAL_HEADER + sum(_unpack_at(file, entry + 28, "<HHH"))
     return found
 
 
 def data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     """Where the data of a record of a zip archive begin."""
-    return info.header_offset + LOCAL_HEADER + sum(_read(file, info.header_offset + 26, "<HH"))
+    return info.header_offset + LOCAL_HEADER + sum(_unpack_at(file, info.header_offset + 26, "<HH"))
 
 
-def _read(file: BinaryIO, offset: int, form: str) -> tuple[int, ...]:
+def _unpack_at(file: BinaryIO, offset: int, form: str) -> tuple[int, ...]:
     file.seek(offset)
     return struct.unpack(form, file.read(struct.calcsize(form)))

@@ -22,11 +22,11 @@ def folder_name(step: int) -> str:
     return f"iter_{step:07d}" if step else RELEASE
 
 
-def write_tracker(out: Output, step: int) -> None:
-    out.text(TRACKER, str(step) if step else RELEASE)
+def write_tracker(output: Output, step: int) -> None:
+    output.write_text(TRACKER, str(step) if step else RELEASE)
 
 
-def find(path: Path) -> Path | None:
+def find_folder(path: Path) -> Path | None:
     """The iteration's folder: the one that the tracker in `path` names, `path` itself where there is none.
 
     None where the tracker names no folder.
@@ -41,9 +41,9 @@ def find(path: Path) -> Path | None:
     return named if named.is_dir() and not named.is_symlink() else None
 
 
-def folder(path: Path) -> Path:
+def require_folder(path: Path) -> Path:
     """As `find`. Raises CheckpointError for a tracker that names no folder."""
-    found = find(path)
+    found = find_folder(path)
     if found is None:
         expected = f"a number or {RELEASE!r}, and its folder (iter_NNNNNNN or {RELEASE}) beside"
         raise CheckpointError(Problem(f"{path / TRACKER}", expected, "neither, or one without the other"))

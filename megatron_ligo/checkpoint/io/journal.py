@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 
 
-def read(path: Path) -> tuple[dict[tuple[str, ...], object], int]:
+def read_journal(path: Path) -> tuple[dict[tuple[str, ...], object], int]:
     """The whole lines of a journal, and their length in bytes; nothing of a file that is not there."""
     entries: dict[tuple[str, ...], object] = {}
     whole = 0
@@ -43,7 +43,7 @@ class Journal:
         self._lock = Lock()
         if path is None:
             return
-        self.entries, whole = read(path)
+        self.entries, whole = read_journal(path)
         self._file = path.open("r+b" if path.exists() else "w+b")
         # A line that was cut off by the end of the process is not one.
         self._file.truncate(whole)
@@ -62,7 +62,7 @@ class Journal:
 
     def absorb(self, path: Path) -> None:
         """Takes over the whole lines of another journal."""
-        for key, value in read(path)[0].items():
+        for key, value in read_journal(path)[0].items():
             self.add(*key, value=value)
 
     def close(self) -> None:

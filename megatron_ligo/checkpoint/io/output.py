@@ -2,7 +2,7 @@
 
 A writer says what a file holds; the bytes, their order on the disk, the journal and fsync are decided here. What the
 journal knows to be whole (and whose bytes are still the same) is not written again. Several processes can fill one
-folder: the first lays the files out (`FileFrames`), then each makes and writes its share of the tensors.
+folder: the first lays the files out (`FileLayoutOutput`), then each makes and writes its share of the tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.io.file_layout import (
     LazyTensor,
     TensorSpan,
-    safetensors,
-    same_frame,
-    torch_archives,
-    torch_skeleton,
+    has_same_frame,
+    lay_out_safetensors,
+    write_torch_archives,
+    write_torch_skeleton,
 )
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.parallel_writer import WORKERS, OpenFile, ParallelWriter
@@ -82,11 +82,11 @@ class Output:
         else:
             self._writer.abandon()
 
-    def safetensors(
+    def write_safetensors(
         self, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
     ) -> None:
         """A safetensors file."""
-        header, places = safetensors(tensors, metadata or {})
+        header, places = lay_out_safetensors(tensors, metadata or {})
         size = len(header) + sum(place.later.nbytes for place in places)
         path = self._path(name)
         with path.open("r+b" if path.exists() else "w+b") as file:
@@ -94,18 +94,18 @@ class Output:
             file.truncate(size)
         self._fill({name: places})
 
-    def torch(self, name: str, tree: object) -> None:
+    def write_torch(self, name: str, tree: object) -> None:
         """What torch.save writes for a tree (dict, list, tuple) of plain data with `LazyTensor` for its tensors."""
-        self.torch_files({name: tree})
+        self.write_torch_files({name: tree})
 
-    def torch_files(self, trees: Mapping[str, object]) -> None:
+    def write_torch_files(self, trees: Mapping[str, object]) -> None:
         """Several such files, filled side by side: the first tensor of each, the second of each, ..."""
         self._fill({name: self._laid_out(name, tree) for name, tree in trees.items()})
 
-    def torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+    def write_torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
         """What torch.save writes for each tree, one after the other in one file. Offset and length of each, by name."""
         aside = self._path(f"{self._skeletons}/{Path(name).name}")
-        places, spans = torch_archives(aside, trees)
+        places, spans = write_torch_archives(aside, trees)
         self._place(self._path(name), aside, places)
         self._fill({name: places})
         return spans
@@ -114,28 +114,28 @@ class Output:
         path = self._path(name)
         # The archive bears the file's name inside, so the skeleton has the same one.
         aside = self._path(f"{self._skeletons}/{path.name}")
-        places = torch_skeleton(aside, tree)
+        places = write_torch_skeleton(aside, tree)
         self._place(path, aside, places)
         return places
 
     def _place(self, path: Path, aside: Path, places: list[TensorSpan]) -> None:
         """Puts a skeleton into its place, unless one with the same frame stands there."""
-        if path.exists() and same_frame(path, aside, places):
+        if path.exists() and has_same_frame(path, aside, places):
             aside.unlink()
         else:
             aside.replace(path)
 
-    def json(self, name: str, value: object) -> None:
-        self.text(name, json.dumps(value, indent=2) + "\n")
+    def write_json(self, name: str, value: object) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
 
-    def text(self, name: str, text: str) -> None:
-        self.file(name, lambda path: path.write_text(text, encoding="utf-8"))
+    def write_text(self, name: str, text: str) -> None:
+        self.write_file(name, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def copy(self, source: Path, name: str | None = None) -> None:
+    def copy_file(self, source: Path, name: str | None = None) -> None:
         """A file carried along."""
-        self.file(name or source.name, lambda path: shutil.copyfile(source, path))
+        self.write_file(name or source.name, lambda path: shutil.copyfile(source, path))
 
-    def file(self, name: str, write: Callable[[Path], object]) -> None:
+    def write_file(self, name: str, write: Callable[[Path], object]) -> None:
         """A file that `write` makes at the path it is given (always anew: for what is small)."""
         self.written.append(name)
         if not self._first:
@@ -171,7 +171,7 @@ class Output:
         if not self._mine(place.later.nbytes):
             return
         known = self.journal.get("wrote", name, place.name)
-        if known is None or known != digest.of_part(self._path(name), place.offset, place.later.nbytes):
+        if known is None or known != digest.hash_file_part(self._path(name), place.offset, place.later.nbytes):
             file.enter()
             self._writer.put(file, place, self._noting(name, place.name))
 
@@ -185,10 +185,10 @@ class Output:
         return lambda found: self.journal.add("wrote", name, part, value=found)
 
 
-class FileFrames(Output):
+class FileLayoutOutput(Output):
     """Lays the files of tensors out for those who fill them: all but the tensors."""
 
-    def file(self, name: str, write: Callable[[Path], object]) -> None:
+    def write_file(self, name: str, write: Callable[[Path], object]) -> None:
         pass
 
     def _put(self, name: str, file: OpenFile, place: TensorSpan) -> None:

@@ -51,7 +51,7 @@ class ParallelWriter:
             self._room.wait_for(lambda: not self._waiting or self._waiting + size <= WAITING_BYTES)
             self._waiting += size
         self._raise()
-        data = _made(place)
+        data = _make(place)
         self._submit(self._put, file, place, data, done)
 
     def close(self, file: OpenFile) -> None:
@@ -161,11 +161,11 @@ class OpenFile:
             raise
 
 
-def _made(place: TensorSpan) -> np.ndarray:
+def _make(place: TensorSpan) -> np.ndarray:
     tensor = place.later.make()
     found = LazyTensor(tuple(tensor.shape), tensor.dtype, place.later.make)
     assert found == place.later, f"{place.name}: promised {place.later}, made {found}"
-    return digest.raw(tensor)
+    return digest.as_bytes(tensor)
 
 
 @cache

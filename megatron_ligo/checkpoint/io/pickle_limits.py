@@ -19,7 +19,7 @@ def check_tree(where: str, tree: object) -> None:
     todo = [(tree, False)]
     while todo:
         node, done = todo.pop()
-        inside = list(_inside(node))
+        inside = list(_children(node))
         if done:
             below = [weights[id(child)] for child in inside if id(child) in weights]
             nodes = 1 + len(inside) - len(below) + sum(nodes for nodes, _ in below)
@@ -36,7 +36,7 @@ def check_tree(where: str, tree: object) -> None:
             todo += ((child, False) for child in inside)
 
 
-def _inside(node: object) -> Iterator[object]:
+def _children(node: object) -> Iterator[object]:
     if isinstance(node, Mapping):
         yield from node.keys()
         yield from node.values()

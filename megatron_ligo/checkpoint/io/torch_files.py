@@ -35,21 +35,21 @@ def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool 
     """
     if not path.is_file():
         raise CheckpointError(Problem(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
-    with told(f"{path}"), _only(stand_ins):
-        found = _checked(path, mapped)
+    with damage_as_error(f"{path}"), _allow_only(stand_ins):
+        found = _load_checked(path, mapped)
     pickle_limits.check_tree(f"{path}", found)
     return found
 
 
-def within(path: Path, start: int, length: int, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
+def load_part(path: Path, start: int, length: int, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
     """As `load`, of what torch.save wrote into a part of a file; its tensors are copies."""
-    with told(f"{path} at {start}"), _only(stand_ins), path.open("rb") as file:
-        found = _checked(Window(file, start, length), mapped=False)
+    with damage_as_error(f"{path} at {start}"), _allow_only(stand_ins), path.open("rb") as file:
+        found = _load_checked(FileWindow(file, start, length), mapped=False)
     pickle_limits.check_tree(f"{path} at {start}", found)
     return found
 
 
-def _checked(file: Path | BinaryIO, mapped: bool) -> object:
+def _load_checked(file: Path | BinaryIO, mapped: bool) -> object:
     zipped = is_zipfile(file)
     sizes: list[int] = []
 
@@ -57,7 +57,7 @@ def _checked(file: Path | BinaryIO, mapped: bool) -> object:
         sizes.append(storage.nbytes())
         return storage
 
-    records = _records(file) if zipped else None
+    records = _record_sizes(file) if zipped else None
     if not isinstance(file, Path):
         file.seek(0)
     # The format of torch before 1.6 is no zip archive and cannot be mapped.
@@ -67,12 +67,12 @@ def _checked(file: Path | BinaryIO, mapped: bool) -> object:
     return found
 
 
-def entry(path: Path, start: int, length: int) -> Tensor:
+def map_tensor(path: Path, start: int, length: int) -> Tensor:
     """The only tensor of an archive of torch.save that lies within a file: a view of the mapped file where its bytes
     are aligned to its items, else a copy. Raises CheckpointError as `load` does.
     """
-    with told(f"{path} at {start}"), _only(()), path.open("rb") as file:
-        window = Window(file, start, length)
+    with damage_as_error(f"{path} at {start}"), _allow_only(()), path.open("rb") as file:
+        window = FileWindow(file, start, length)
         if not is_zipfile(window):
             raise BadZipFile("no archive")
         window.seek(0)
@@ -107,7 +107,7 @@ def _only_storage(window: BinaryIO) -> tuple[int, int]:
     return offset, found[0].file_size
 
 
-class Window(io.RawIOBase):
+class FileWindow(io.RawIOBase):
     """A part of an open file, as a file."""
 
     def __init__(self, file: BinaryIO, start: int, length: int):
@@ -142,7 +142,7 @@ class Window(io.RawIOBase):
 
 
 @contextmanager
-def _only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
+def _allow_only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
     """Files may name these, and nothing that another library of this process has allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -157,7 +157,7 @@ def _only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
+def damage_as_error(where: str) -> Iterator[None]:
     """What is wrong with a file of torch.save that is read inside becomes a CheckpointError."""
     try:
         yield
@@ -176,7 +176,7 @@ def told(where: str) -> Iterator[None]:
         raise CheckpointError(Problem(where, "a whole file of torch.save", found, "Fetch it again.")) from None
 
 
-def _records(file: Path | BinaryIO) -> list[int]:
+def _record_sizes(file: Path | BinaryIO) -> list[int]:
     """Sizes of the storages' records. torch maps each as it lies in the archive and believes the pickle about its size:
     packed or shorter, it would be other numbers."""
     with ZipFile(file) as archive:
@@ -187,7 +187,7 @@ def _records(file: Path | BinaryIO) -> list[int]:
     return sorted(record.file_size for record in records if record.filename.partition("/")[2].startswith("data/"))
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """A file that is a dict of named weights. Raises CheckpointError if it holds anything else."""
     state = load(path)
     if not isinstance(state, dict):

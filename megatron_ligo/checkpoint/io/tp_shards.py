@@ -21,7 +21,7 @@ from megatron_ligo.sharding import tensor_parallel
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 
-def with_padded_vocab(model_config: ModelConfig, tp: int) -> ModelConfig:
+def pad_vocab_size(model_config: ModelConfig, tp: int) -> ModelConfig:
     """The sizes as tp ranks store them: with the smallest vocabulary that they can share."""
     return replace(model_config, vocab_size=tensor_parallel.padded_vocab(model_config.vocab_size, tp))
 
@@ -35,7 +35,7 @@ class TpShards:
         self._stored = stored
         self._kept: tuple[object, list[Tensor]] = (None, [])
 
-    def later(self, item: StoredTensor, rank: int, kind: str = WEIGHT) -> LazyTensor:
+    def lazy_shard(self, item: StoredTensor, rank: int, kind: str = WEIGHT) -> LazyTensor:
         """One rank's piece, to be made when its turn comes."""
         return LazyTensor(
             item.shape(self._stored, self._tp),
@@ -78,7 +78,7 @@ def check_replicas(pieces: Sequence[Tensor], where: str, first: int = 0) -> Tens
 
     Raises CheckpointError naming the ranks that differ.
     """
-    others = [str(rank) for rank, piece in enumerate(pieces[1:], first + 1) if not digest.same(pieces[0], piece)]
+    others = [str(rank) for rank, piece in enumerate(pieces[1:], first + 1) if not digest.same_bits(pieces[0], piece)]
     if others:
         hint = "The ranks went apart in training, or files of two checkpoints are mixed."
         found = f"others on rank {', '.join(others)}"

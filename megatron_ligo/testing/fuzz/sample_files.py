@@ -123,7 +123,7 @@ def _engine(stage: int) -> Make:
 def _distributed(folder: Path, seed: int) -> None:
     """As Megatron-core leaves it from 0.19 on, with an optimizer."""
     _converted("mcore")(folder, seed)
-    torch_dist_mutators.as_an_engine_leaves_it(iteration_folders.folder(folder / MODEL))
+    torch_dist_mutators.as_an_engine_leaves_it(iteration_folders.require_folder(folder / MODEL))
 
 
 def _meta(folder: Path, seed: int) -> None:

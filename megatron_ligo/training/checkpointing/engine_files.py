@@ -8,7 +8,7 @@ import deepspeed
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from megatron_ligo.checkpoint.io import digest, torch_files
-from megatron_ligo.checkpoint.io.file_layout import not_written
+from megatron_ligo.checkpoint.io.file_layout import explain_write_failure
 from megatron_ligo.common.atomic_files import fsync_path
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.models.full.universal_loading import RECORDS
@@ -45,7 +45,7 @@ class CheckpointFiles(TorchCheckpointEngine):
             fsync_path(Path(path))
             self.written[Path(path)] = size_and_digest(Path(path))
         except RuntimeError as error:
-            self.fault = unwritable(Path(path), not_written(Path(path), error))
+            self.fault = unwritable(Path(path), explain_write_failure(Path(path), error))
         except OSError as error:
             self.fault = unwritable(Path(path), error)
 
@@ -72,4 +72,4 @@ def unwritable(path: Path, error: Exception) -> CheckpointError:
 def size_and_digest(path: Path) -> dict:
     """Size and digest of a file."""
     size = path.stat().st_size
-    return {"size": size, "digest": digest.of_part(path, 0, size)}
+    return {"size": size, "digest": digest.hash_file_part(path, 0, size)}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ligo.checkpoint.io import torch_files
-from megatron_ligo.checkpoint.model_record import STATE
+from megatron_ligo.checkpoint.model_record import RUN_STATE
 from megatron_ligo.common.atomic_files import (
     fsync_folders,
     fsync_path,
@@ -64,7 +64,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
     aside, target = folder / f".step_{step}.new", folder / f"step_{step}"
     _on_rank_0(aside, lambda: _make(aside))
     engine.files.begin()
-    engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={STATE: state}, save_latest=False)
+    engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={RUN_STATE: state}, save_latest=False)
     try:
         agree(engine.files.fault)
         known = {path: entry for part in all_gather_objects(engine.files.written) for path, entry in part.items()}

@@ -113,16 +113,16 @@ def test_more_ranks_than_kv_heads(tmp_path):
 def test_the_ffn_rule_gives_the_size():
     releases = {(4096, 11008): 256, (5120, 13824): 256, (8192, 28672): 4096, (4096, 14336): 1024, (16384, 53248): 4096}
     for hidden, ffn in [*releases, (2048, 8192), (48, 52), (7, 100003), (8, 3), (1, 1)]:
-        multiple_of, multiplier = params_json.ffn_rule(hidden, ffn)
+        multiple_of, multiplier = params_json.find_ffn_rule(hidden, ffn)
         stated = {"dim": hidden, "multiple_of": multiple_of}
         stated |= {} if multiplier is None else {"ffn_dim_multiplier": multiplier}
         assert fairscale_model.ffn_size(stated) == ffn, (hidden, ffn)
-    assert params_json.ffn_rule(8192, 28672) == (4096, 1.3)
-    assert params_json.ffn_rule(4096, 11008) == (256, None)
+    assert params_json.find_ffn_rule(8192, 28672) == (4096, 1.3)
+    assert params_json.find_ffn_rule(4096, 11008) == (256, None)
 
 
 def test_what_metas_code_would_compute_otherwise_is_refused(tmp_path):
-    llama3 = {**params_json.SCALED, "rope_theta": 500000.0}
+    llama3 = {**params_json.LLAMA31_SCALING, "rope_theta": 500000.0}
     cases = {
         "head_dim": {},
         "q_bias": {"model_type": "qwen2", **PLAIN},

@@ -76,7 +76,7 @@ def test_rope_survives_in_both_forms_of_the_config(tmp_path, kind):
     old = {key: value for key, value in written.items() if key != "rope_parameters"}
     new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
     for number, config in enumerate((written, old, new)):
-        assert config_json.dims_of(config, "config") == source.model_config
+        assert config_json.parse_model_config(config, "config") == source.model_config
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "config.json").write_text(json.dumps(config))
         read = AutoConfig.from_pretrained(tmp_path / f"{number}")

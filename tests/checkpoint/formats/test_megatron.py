@@ -10,7 +10,7 @@ import torch
 from megatron_ligo.checkpoint import formats, verify
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
-from megatron_ligo.checkpoint.inspect import as_text, describe
+from megatron_ligo.checkpoint.inspect import describe, to_text
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.testing.fuzz import engine_samples
@@ -39,7 +39,7 @@ def sources(tmp_path_factory):
 
 def expected_logits(folder):
     reader = formats.open(folder)
-    return verify.logits(reader, tokens(reader.model_config))
+    return verify.compute_logits(reader, tokens(reader.model_config))
 
 
 def assert_same_weights(reader, source) -> None:
@@ -192,7 +192,7 @@ def test_what_each_rank_saves_is_read(pools, sources, tmp_path, of, tp, pp):
         torch.save({}, file.with_name("distrib_optim.pt"))
     reader = formats.open(tmp_path / "run")
     assert (reader.has_moments, reader.step) == (False, 12)
-    assert "distributed" in as_text(describe(reader))
+    assert "distributed" in to_text(describe(reader))
     made = convert(reader, tmp_path / "hf", "hf")
     assert made.left_behind == list(reader.unread)
     assert_same_weights(formats.open(folder), source)

@@ -33,7 +33,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.reader import (
 )
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.io.tp_shards import TpShards, with_padded_vocab
+from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
@@ -93,16 +93,16 @@ class EngineFormat(Format):
         errors.raise_if_any()
         model_record.write(source, output)
         stored = fused_tensors.stored_tensors(source.arch, source.model_config, "mcore")
-        pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
+        pieces = TpShards(source, options.tp, pad_vocab_size(source.model_config, options.tp))
         tag = self.parse_options(options.extra).folder(source.step)
-        output.torch_files(
+        output.write_torch_files(
             {
                 f"{tag}/{model_file(rank)}": {
-                    "module": {name: pieces.later(item, rank) for name, item in stored.items()},
+                    "module": {name: pieces.lazy_shard(item, rank) for name, item in stored.items()},
                     **counts(options.tp, source.step),
                 }
                 for rank in range(options.tp)
             }
         )
         # Last: DeepSpeed takes a folder without it for none.
-        output.text(LATEST, tag)
+        output.write_text(LATEST, tag)

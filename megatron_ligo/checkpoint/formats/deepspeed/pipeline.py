@@ -42,7 +42,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.reader import (
 )
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
 from megatron_ligo.checkpoint.io.output import Output
-from megatron_ligo.checkpoint.io.tp_shards import TpShards, with_padded_vocab
+from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector
 from megatron_ligo.sharding import fused_tensors
@@ -165,17 +165,19 @@ class PipelineFormat(Format):
             errors.add(name, "a tensor of the embedding, a layer or the head", "another")
         errors.raise_if_any()
         model_record.write(source, output)
-        pieces = TpShards(source, options.tp, with_padded_vocab(source.model_config, options.tp))
+        pieces = TpShards(source, options.tp, pad_vocab_size(source.model_config, options.tp))
         tag = self.parse_options(options.extra).folder(source.step)
         for layer, names in layers.items():
-            output.torch_files(
+            output.write_torch_files(
                 {
-                    f"{tag}/{layer_file(layer, rank)}": {own: pieces.later(item, rank) for own, item in names.items()}
+                    f"{tag}/{layer_file(layer, rank)}": {
+                        own: pieces.lazy_shard(item, rank) for own, item in names.items()
+                    }
                     for rank in range(options.tp)
                 }
             )
         ranks = options.tp * options.pp
         for rank in range(ranks):
-            output.torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})
+            output.write_torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})
         # Last: DeepSpeed takes a folder without it for none.
-        output.text(LATEST, tag)
+        output.write_text(LATEST, tag)

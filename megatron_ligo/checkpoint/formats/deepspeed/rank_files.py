@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_ligo.checkpoint.io import torch_files
-from megatron_ligo.checkpoint.model_record import HOLDS, STATE
+from megatron_ligo.checkpoint.model_record import RUN_STATE, RUN_STATE_CONTENT
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 LATEST = "latest"
@@ -177,7 +177,7 @@ def _rank_name(mp: int, dp: int | None) -> str:
 
 
 def _refuse_operator(state: dict, tag: Path) -> None:
-    own = state.get(STATE)
-    if isinstance(own, dict) and own.get(HOLDS) == "operator":
+    own = state.get(RUN_STATE)
+    if isinstance(own, dict) and own.get(RUN_STATE_CONTENT) == "operator":
         hint = "Grow a model with it: tools/grow.py --operator OUTPUT/operator, which the fit writes at its end."
         raise CheckpointError(Problem(f"{tag}", "a checkpoint of a model", "a fit's, which holds an operator", hint))

@@ -110,7 +110,7 @@ class EngineReader(Reader):
         self.format = form
         self.path = path
         self.model_config, self.carried = model_record.read(root)
-        self.files = model_record.files_beside(root)
+        self.files = model_record.find_carried_files(root)
         self._ranks = held
         stored = self._located(errors)
         self._sizes = self._padded(stored, errors)
@@ -121,7 +121,7 @@ class EngineReader(Reader):
         self._moments = all(found and all(masters.has_moments for masters in found) for found in holders)
         self.step = self._steps(saved)
         found = [group for rank in held for masters in rank.masters for group in masters.groups]
-        self.groups = adam_groups.settings(found) if self._moments else ()
+        self.groups = adam_groups.read_settings(found) if self._moments else ()
         self.layout = {"tp": len(held), "pp": saved.mp // len(held), "dp": saved.dp, "zero": saved.zero}
         if self._sizes != self.model_config:
             self.layout["padded_vocab"] = self._sizes.vocab_size
@@ -137,7 +137,7 @@ class EngineReader(Reader):
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
         place = self._places[item.name]
-        for double in place.doubles:
+        for double in place.duplicates:
             for number, rank in enumerate(self._ranks):
                 where = f"{double} and {place.name} (rank {number}), tied"
                 tp_shards.check_replicas([rank.weights[place.name], rank.weights[double]], where)
@@ -168,14 +168,14 @@ class EngineReader(Reader):
         self._places: dict[str, StoredName] = {}
         for form in (form for form in NAMES if all(form in row.slots for row in self.arch.rows)):
             model_config = (
-                tensor_names.with_parts(self.arch, self.model_config, names)
-                if form == tensor_names.FORM
+                tensor_names.detect_optional_parts(self.arch, self.model_config, names)
+                if form == tensor_names.FORMAT
                 else self.model_config
             )
             stored = fused_tensors.stored_tensors(self.arch, model_config, form)
             places = (
-                tensor_names.places(self.arch, model_config, names)
-                if form == tensor_names.FORM
+                tensor_names.locate_tensors(self.arch, model_config, names)
+                if form == tensor_names.FORMAT
                 else self._as_named(stored)
             )
             if _count(places, names) > _count(self._places, names) or not best:
@@ -209,14 +209,14 @@ class EngineReader(Reader):
             allowed: set[str] = set()
             for item in stored:
                 place = self._places[item.name]
-                allowed |= {place.name, *place.doubles}
+                allowed |= {place.name, *place.duplicates}
                 expected = item.shape(self._sizes, tp)
                 found = rank.shapes.get(place.name)
                 if found != expected:
                     errors.add(f"{place.name} ({at})", f"shape {expected}", found or "nothing")
                 else:
                     self._check_numbers(place.name, rank, prod(expected), at, errors)
-            ignored = self.arch.ignored.get(tensor_names.FORM, ())
+            ignored = self.arch.ignored.get(tensor_names.FORMAT, ())
             for name in sorted(set(rank.shapes) - allowed):
                 if not any(fnmatch(name, pattern) for pattern in ignored):
                     errors.add(f"{name} ({at})", "no such tensor", f"shape {rank.shapes[name]}")

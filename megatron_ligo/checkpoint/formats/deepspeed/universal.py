@@ -58,13 +58,13 @@ class UniversalReader(Reader):
             raise CheckpointError(Problem(f"{self._tag}", "a folder zero/", "none"))
         root = path if model_record.find_record(path) else self._tag.parent
         self.model_config, self.carried = model_record.read(root)
-        self.files = model_record.files_beside(root)
+        self.files = model_record.find_carried_files(root)
         steps = self._global_steps()
         stored = fused_tensors.stored_tensors(self.arch, self.model_config, "mcore")
         self._tensors = self._check(stored)
         optimizer = self._optimizer() if self._moments else {}
         self.step = self._adam_steps(next(iter(stored)), optimizer, steps) if self._moments else steps
-        self.groups = adam_groups.settings(optimizer.get("param_groups")) or adam_groups.settings(
+        self.groups = adam_groups.read_settings(optimizer.get("param_groups")) or adam_groups.read_settings(
             optimizer.get(SETTINGS)
         )
         self._items = {key: item for item in stored.values() for key in item.keys}
@@ -107,7 +107,7 @@ class UniversalReader(Reader):
                 step = optimizer["optimizer_state_dict"]["state"][0]["step"]
             except (KeyError, TypeError, IndexError):
                 return otherwise
-        count = adam_groups.count(step)
+        count = adam_groups.parse_step(step)
         if count is None:
             raise CheckpointError(Problem(f"{zero}", "a count of Adam's steps", repr(step)))
         return count
@@ -195,17 +195,17 @@ class UniversalFormat(Format):
         model_record.write(source, output)
         for item in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").values():
             folder = f"{tag}/zero/{item.name}"
-            output.torch(f"{folder}/{FILES[WEIGHT]}", {"param": lazy_tensor(source, item), **_cut(item)})
+            output.write_torch(f"{folder}/{FILES[WEIGHT]}", {"param": lazy_tensor(source, item), **_cut(item)})
             for kind in MOMENTS if moments else ():
                 made = (
                     lazy_tensor(source, item, kind)
                     if source.has_moments
                     else LazyTensor(item.shape(source.model_config), DTYPE, None)
                 )
-                output.torch(f"{folder}/{FILES[kind]}", {"param": made, **_cut(item)})
+                output.write_torch(f"{folder}/{FILES[kind]}", {"param": made, **_cut(item)})
             if moments:
-                output.torch(f"{folder}/step.pt", count)
-        output.torch(
+                output.write_torch(f"{folder}/step.pt", count)
+        output.write_torch(
             f"{tag}/zero/{OPTIMIZER}",
             {
                 # No clip_grad, no hyperparameters: they would overwrite the run's own.
@@ -219,6 +219,6 @@ class UniversalFormat(Format):
         scheduler = {"last_batch_iteration": step - 1}
         state = {"dp_world_size": 1, "mp_world_size": 1, "global_steps": step, "skipped_steps": 0}
         for name in STATES:
-            output.torch(f"{tag}/{name}", {**state, "lr_scheduler": scheduler})
+            output.write_torch(f"{tag}/{name}", {**state, "lr_scheduler": scheduler})
         # Last: DeepSpeed takes a folder without it for none.
-        output.text(LATEST, tag)
+        output.write_text(LATEST, tag)

@@ -110,7 +110,7 @@ class ZeroMasters:
                 if not _is_flat(tensor) or tensor.numel() < flat.numel():
                     found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                     self._faults.add(f"{kind} of group {group} ({self._at(rank)})", f"{flat.numel()} numbers", found)
-            self._steps.add(adam_groups.count(states[group].get("step") if group in states else None))
+            self._steps.add(adam_groups.parse_step(states[group].get("step") if group in states else None))
         return {WEIGHT: masters, **moments}
 
     def _note_mapped(self, rank: int, mappings: object) -> None:

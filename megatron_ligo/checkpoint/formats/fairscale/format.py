@@ -53,20 +53,20 @@ class FairscaleReader(Reader):
 
     def __init__(self, folder: Path):
         self.path = folder
-        params = params_json.load(folder / PARAMS)
-        self._ranks = _load(folder)
+        params = params_json.load_params(folder / PARAMS)
+        self._ranks = _load_ranks(folder)
         if params["n_layers"] > len(self._ranks[0]):
             expected = f"no more than the {len(self._ranks[0])} tensors found"
             raise CheckpointError(Problem(f"{folder / PARAMS}: n_layers", expected, params["n_layers"]))
         self.layout = {"tp": len(self._ranks)}
         self._folder = tempfile.TemporaryDirectory()
-        self.files = tokenizer_model.files(folder, Path(self._folder.name))
+        self.files = tokenizer_model.collect_files(folder, Path(self._folder.name))
         found = model_record.find_record(folder)
         if found:
             self.model_config, self.carried = found
         else:
             self.model_config = self._sizes(params)
-            self.carried = tokenizer_model.token_ids(self.files)
+            self.carried = tokenizer_model.read_token_ids(self.files)
         self._check(params)
 
     def info(self, key: str) -> TensorInfo:
@@ -99,7 +99,7 @@ class FairscaleReader(Reader):
         at = 0
         for rank, piece in enumerate(rank[OUTPUT] for rank in self._ranks):
             part = embedding[at : at + len(piece)]
-            if not digest.same(part, piece[: len(part)]):
+            if not digest.same_bits(part, piece[: len(part)]):
                 where = f"{self.path}: {OUTPUT}, rank {rank}"
                 raise CheckpointError(
                     Problem(where, f"the bits of {EMBEDDING}", "others", "Is `tied` true by mistake?")
@@ -118,7 +118,7 @@ class FairscaleReader(Reader):
             vocab_size = len(first[OUTPUT]) * tp
         else:
             vocab_size = len(first[EMBEDDING]) * (tp if first[EMBEDDING].shape[1] == params["dim"] else 1)
-        return params_json.dims_of(
+        return params_json.parse_model_config(
             params, len(first[GATE]) * tp, vocab_size, OUTPUT not in first, str(self.path / PARAMS)
         )
 
@@ -126,19 +126,19 @@ class FairscaleReader(Reader):
         """Sizes that agree and can be shared by the ranks; then every piece, in every file, and nothing else."""
         tp = len(self._ranks)
         errors = ErrorCollector(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
-        params_json.check_shapes(self.model_config, errors)
+        params_json.check_parameters(self.model_config, errors)
         errors.raise_if_any()
-        params_json.check(params, self.model_config, errors)
+        params_json.check_agreement(params, self.model_config, errors)
         shared = self.model_config
         if shared.num_kv_heads < tp and tp % shared.num_kv_heads == 0:
             # Each rank has a copy of one: there is nothing to share.
             shared = replace(shared, num_kv_heads=shared.num_heads)
         tensor_parallel.check_tp(shared, tp, errors)
-        self._stored = tp_shards.with_padded_vocab(self.model_config, tp)
+        self._stored = tp_shards.pad_vocab_size(self.model_config, tp)
         if params.get("vocab_size", -1) not in (-1, self._stored.vocab_size):
             errors.add("vocab_size", f"-1 or {self._stored.vocab_size}, as in the tensors", params["vocab_size"])
         errors.raise_if_any()
-        items = _items(self.model_config, self._cut())
+        items = _stored_tensors(self.model_config, self._cut())
         if self.model_config.tied and not any(OUTPUT in rank for rank in self._ranks):
             del items[OUTPUT]
         for number, rank in enumerate(self._ranks):
@@ -182,7 +182,7 @@ def _check_layout(model_config: ModelConfig, options: WriteOptions, cut: str) ->
     errors.raise_if_any()
 
 
-def _items(model_config: ModelConfig, cut: str) -> dict[str, StoredTensor]:
+def _stored_tensors(model_config: ModelConfig, cut: str) -> dict[str, StoredTensor]:
     """What each rank's file holds: the table's tensors, the embedding as it is cut, and a tied model's output."""
     arch = architectures.get(model_config.arch)
     items = fused_tensors.stored_tensors(arch, model_config, NAME)
@@ -196,13 +196,13 @@ def _items(model_config: ModelConfig, cut: str) -> dict[str, StoredTensor]:
     return items
 
 
-def _load(folder: Path) -> list[dict[str, Tensor]]:
+def _load_ranks(folder: Path) -> list[dict[str, Tensor]]:
     """Each rank's tensors, mapped. Raises CheckpointError if a rank's file is missing or holds anything else."""
     numbers = sorted(int(found[1]) for file in folder.iterdir() if (found := FILES.fullmatch(file.name)))
     if numbers != list(range(len(numbers))) or not numbers:
         found = ", ".join(FILE.format(number) for number in numbers) or "none"
         raise CheckpointError(Problem(f"{folder}", f"{FILE.format(0)} and so on, without a gap", found))
-    return [torch_files.tensors(folder / FILE.format(number)) for number in numbers]
+    return [torch_files.load_tensors(folder / FILE.format(number)) for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -230,15 +230,15 @@ class FairscaleFormat(Format):
         """Every rank's file, filled side by side, and params.json."""
         model_config, tp = source.model_config, options.tp
         cut = self.parse_options(options.extra).embedding
-        params_json.refuse(model_config)
+        params_json.check_expressible(model_config)
         _check_layout(model_config, options, cut)
-        stored = tp_shards.with_padded_vocab(model_config, tp)
-        output.json(PARAMS, params_json.params_of(model_config, stored.vocab_size, plain=cut == FEATURES))
+        stored = tp_shards.pad_vocab_size(model_config, tp)
+        output.write_json(PARAMS, params_json.to_params_json(model_config, stored.vocab_size, plain=cut == FEATURES))
         model_record.write(source, output)
-        pieces, items = tp_shards.TpShards(source, tp, stored), _items(model_config, cut)
-        output.torch_files(
+        pieces, items = tp_shards.TpShards(source, tp, stored), _stored_tensors(model_config, cut)
+        output.write_torch_files(
             {
-                FILE.format(rank): {name: pieces.later(item, rank) for name, item in items.items()}
+                FILE.format(rank): {name: pieces.lazy_shard(item, rank) for name, item in items.items()}
                 for rank in range(tp)
             }
         )  # fmt: skip

@@ -29,7 +29,7 @@ IGNORED = ("max_batch_size",)
 # What Llama 1 and 2, whose files do not state it, turn by.
 ROPE_BASE = 10000.0
 # Meta's code has these numbers in it.
-SCALED = {
+LLAMA31_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -42,9 +42,9 @@ CONTEXTS = {(ROPE_BASE, False): 4096, (500000.0, False): 8192, (500000.0, True):
 COARSEST = 4096
 
 
-def load(path: Path) -> dict:
+def load_params(path: Path) -> dict:
     """The keys of a params.json, checked one by one."""
-    params = config_json.load(path)
+    params = config_json.load_config(path)
     errors = ErrorCollector(f"{path} describes a network that this program cannot hold", CheckpointError)
     known = (*SIZES, "norm_eps", *OPTIONAL, *IGNORED)
     for name in params:
@@ -68,7 +68,7 @@ def load(path: Path) -> dict:
     return params
 
 
-def dims_of(params: Mapping, ffn_size: int, vocab_size: int, tied: bool, where: str) -> ModelConfig:
+def parse_model_config(params: Mapping, ffn_size: int, vocab_size: int, tied: bool, where: str) -> ModelConfig:
     """The sizes of a release that nothing but its params.json and its tensors state."""
     base, scaled = float(params.get("rope_theta") or ROPE_BASE), params.get("use_scaled_rope", False)
     try:
@@ -82,17 +82,17 @@ def dims_of(params: Mapping, ffn_size: int, vocab_size: int, tied: bool, where: 
             num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
             head_dim=params["dim"] // params["n_heads"],
             vocab_size=vocab_size,
-            max_positions=params.get("max_seq_len") or _context(base, scaled, where),
+            max_positions=params.get("max_seq_len") or _context_length(base, scaled, where),
             norm_eps=float(params["norm_eps"]),
             tied=tied,
             rope_base=base,
-            rope_scaling=SCALED if scaled else None,
+            rope_scaling=LLAMA31_SCALING if scaled else None,
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _context(base: float, scaled: bool, where: str) -> int:
+def _context_length(base: float, scaled: bool, where: str) -> int:
     hint = "Put the model's Hugging Face config.json beside it, or add max_seq_len to it."
     if (base, scaled) not in CONTEXTS:
         found = f"rope_theta {base:g}, use_scaled_rope {scaled}, and no max_seq_len"
@@ -104,7 +104,7 @@ def _context(base: float, scaled: bool, where: str) -> int:
     return length
 
 
-def check(params: Mapping, model_config: ModelConfig, errors: ErrorCollector) -> None:
+def check_agreement(params: Mapping, model_config: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault for everything in which a params.json and the sizes stated beside it differ."""
     stated = {
         "dim": (params["dim"], model_config.hidden_size),
@@ -120,13 +120,13 @@ def check(params: Mapping, model_config: ModelConfig, errors: ErrorCollector) ->
             errors.add(f"{PARAMS}: {name}", f"{expected}, as the sizes beside it say", found)
 
 
-def params_of(model_config: ModelConfig, vocab_size: int, plain: bool) -> dict:
+def to_params_json(model_config: ModelConfig, vocab_size: int, plain: bool) -> dict:
     """A params.json from which Meta's code builds the network. plain: without what the code of Llama 1 and 2 refuses.
 
     Raises CheckpointError with everything that the format cannot express.
     """
-    refuse(model_config)
-    multiple_of, multiplier = ffn_rule(model_config.hidden_size, model_config.ffn_size)
+    check_expressible(model_config)
+    multiple_of, multiplier = find_ffn_rule(model_config.hidden_size, model_config.ffn_size)
     params = {
         "dim": model_config.hidden_size,
         "n_layers": model_config.num_layers,
@@ -143,18 +143,20 @@ def params_of(model_config: ModelConfig, vocab_size: int, plain: bool) -> dict:
     return params | {"rope_theta": model_config.rope_base, "use_scaled_rope": model_config.rope_scaling is not None}
 
 
-def refuse(model_config: ModelConfig) -> None:
+def check_expressible(model_config: ModelConfig) -> None:
     """Raises CheckpointError with everything about a network that Meta's Llama code would compute otherwise."""
     errors = ErrorCollector("Meta's Llama format cannot express this network", CheckpointError)
-    check_shapes(model_config, errors)
+    check_parameters(model_config, errors)
     if model_config.sliding_window is not None:
         errors.add("sliding_window", "none", model_config.sliding_window)
-    if model_config.rope_scaling is not None and dict(model_config.rope_scaling) != SCALED:
-        errors.add("rope_scaling", f"none, or {SCALED}, the one that Meta's code has", dict(model_config.rope_scaling))
+    if model_config.rope_scaling is not None and dict(model_config.rope_scaling) != LLAMA31_SCALING:
+        errors.add(
+            "rope_scaling", f"none, or {LLAMA31_SCALING}, the one that Meta's code has", dict(model_config.rope_scaling)
+        )
     errors.raise_if_any()
 
 
-def check_shapes(model_config: ModelConfig, errors: ErrorCollector) -> None:
+def check_parameters(model_config: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault for parameters that the files have no place for."""
     table = architectures.get(model_config.arch)
     missing = [row.key for row in table.rows if row.exists(model_config) and "fairscale" not in row.slots]
@@ -168,7 +170,7 @@ def check_shapes(model_config: ModelConfig, errors: ErrorCollector) -> None:
         )
 
 
-def ffn_of(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:
+def compute_ffn_size(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:
     """The ffn size that Meta's code computes."""
     size = int(2 * (4 * hidden_size) / 3)
     if multiplier is not None:
@@ -176,12 +178,12 @@ def ffn_of(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * -(-size // multiple_of)
 
 
-def ffn_rule(hidden_size: int, ffn_size: int) -> tuple[int, float | None]:
+def find_ffn_rule(hidden_size: int, ffn_size: int) -> tuple[int, float | None]:
     """multiple_of and ffn_dim_multiplier (None: none) that give an ffn size: the shortest multiplier that does."""
     coarse = [number for number in _powers_of_two() if ffn_size % number == 0]
-    for multiplier in (None, *_multipliers(hidden_size, ffn_size)):
+    for multiplier in (None, *_candidate_multipliers(hidden_size, ffn_size)):
         for multiple_of in coarse:
-            if ffn_of(hidden_size, multiple_of, multiplier) == ffn_size:
+            if compute_ffn_size(hidden_size, multiple_of, multiplier) == ffn_size:
                 return multiple_of, multiplier
     raise AssertionError(f"no rule gives an ffn of {ffn_size} at a hidden size of {hidden_size}")
 
@@ -193,7 +195,7 @@ def _powers_of_two() -> Iterator[int]:
         number //= 2
 
 
-def _multipliers(hidden_size: int, ffn_size: int) -> Iterator[float]:
+def _candidate_multipliers(hidden_size: int, ffn_size: int) -> Iterator[float]:
     plain = int(2 * (4 * hidden_size) / 3)
     for digits in range(1, 12):
         # The middle of what is rounded down to the size.

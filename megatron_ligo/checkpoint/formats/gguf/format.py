@@ -22,8 +22,8 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture
 from megatron_ligo.checkpoint.format import Format
-from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, Header, read_header
-from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, scaling, shortest
+from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, GgufHeader, read_header
+from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, parse_rope_scaling, shortest_decimal
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.sharding import fused_tensors
@@ -47,7 +47,7 @@ class GgufReader(Reader):
         self.path = path
         self._header = read_header(path)
         metadata = self._header.metadata
-        self.model_config = _dims(self._header, path)
+        self.model_config = _parse_model_config(self._header, path)
         self._data = np.memmap(path, mode="c")
         self._items = self._check()
         ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -81,7 +81,7 @@ class GgufReader(Reader):
 
     def _found(self) -> Iterator[tuple[str, Tensor]]:
         for name, block in self._header.tensors.items():
-            if block.type in PLAIN or _dequantises(block.type):
+            if block.type in PLAIN or _can_dequantise(block.type):
                 yield name, self._tensor(name)
 
     def _check(self) -> dict[str, fused_tensors.StoredTensor]:
@@ -100,19 +100,19 @@ class GgufReader(Reader):
         for name in sorted(set(found) - set(stored) - {FACTORS}):
             errors.add(name, "no such tensor", "one")
         for kind in sorted({block.type for block in found.values()} - set(PLAIN)):
-            if not _dequantises(kind):
+            if not _can_dequantise(kind):
                 errors.add(kind.name, "a type that the gguf package dequantises", "another", "Requantise the file.")
         errors.raise_if_any(self._found)
         if self._header.metadata["general.architecture"] not in INTERLEAVED:
-            stored = {name: _half_split(item) for name, item in stored.items()}
+            stored = {name: _without_interleaving(item) for name, item in stored.items()}
         return {key: item for item in stored.values() for key in item.keys}
 
 
-def _half_split(item: fused_tensors.StoredTensor) -> fused_tensors.StoredTensor:
+def _without_interleaving(item: fused_tensors.StoredTensor) -> fused_tensors.StoredTensor:
     return replace(item, slots=tuple(replace(slot, interleaved=False) for slot in item.slots))
 
 
-def _dequantises(kind: GGMLQuantizationType) -> bool:
+def _can_dequantise(kind: GGMLQuantizationType) -> bool:
     nbytes = gguf.GGML_QUANT_SIZES[kind][1]
     try:
         gguf.dequantize(np.zeros((1, nbytes), dtype=np.uint8), kind)
@@ -121,7 +121,7 @@ def _dequantises(kind: GGMLQuantizationType) -> bool:
     return True
 
 
-def _architecture(metadata: dict, path: Path) -> Architecture:
+def _find_architecture(metadata: dict, path: Path) -> Architecture:
     known = {name: arch for arch in architectures.architectures().values() if arch.gguf for name in arch.model_types}
     name = metadata.get("general.architecture")
     if name not in known:
@@ -130,9 +130,9 @@ def _architecture(metadata: dict, path: Path) -> Architecture:
     return known[name]
 
 
-def _dims(header: Header, path: Path) -> ModelConfig:
+def _parse_model_config(header: GgufHeader, path: Path) -> ModelConfig:
     metadata = header.metadata
-    arch = _architecture(metadata, path)
+    arch = _find_architecture(metadata, path)
     family = metadata["general.architecture"]
     errors = ErrorCollector(f"{path} describes a network that this program cannot hold", CheckpointError)
     _refuse_features(header, family, errors)
@@ -142,7 +142,7 @@ def _dims(header: Header, path: Path) -> ModelConfig:
             sizes[name] = metadata[f"{family}.{key}"]
     for name in ("norm_eps", "rope_base"):
         if name in sizes:
-            sizes[name] = shortest(sizes[name])
+            sizes[name] = shortest_decimal(sizes[name])
     if "vocab_size" not in sizes:
         sizes["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
     for name in ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size"):
@@ -154,7 +154,7 @@ def _dims(header: Header, path: Path) -> ModelConfig:
     if "rope_base" in arch.gguf.values():
         # What llama.cpp takes where the file is silent.
         sizes.setdefault("rope_base", 10000.0)
-        sizes["rope_scaling"] = scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], errors)
+        sizes["rope_scaling"] = parse_rope_scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], errors)
     rotary = metadata.get(f"{family}.rope.dimension_count", sizes["head_dim"])
     value = metadata.get(f"{family}.attention.value_length", sizes["head_dim"])
     for name, found in (("rope.dimension_count", rotary), ("attention.value_length", value)):
@@ -165,7 +165,7 @@ def _dims(header: Header, path: Path) -> ModelConfig:
     return ModelConfig.from_json(sizes | arch.implied.get(family, {}))
 
 
-def _refuse_features(header: Header, family: str, errors: ErrorCollector) -> None:
+def _refuse_features(header: GgufHeader, family: str, errors: ErrorCollector) -> None:
     metadata = header.metadata
     for key in ("expert_count", "attention.sliding_window"):
         if metadata.get(f"{family}.{key}"):

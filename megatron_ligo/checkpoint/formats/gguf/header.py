@@ -34,36 +34,36 @@ class TensorBlock:
 
 
 @dataclass(frozen=True)
-class Header:
+class GgufHeader:
     metadata: dict[str, object]
     tensors: dict[str, TensorBlock]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> GgufHeader:
     """Raises CheckpointError where the file is cut off, or says what cannot be."""
     if not path.is_file() or path.stat().st_size < len(MAGIC):
         raise CheckpointError(Problem(f"{path}", "a GGUF file", "an empty one, or none"))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            return _Head(data, path).read()
-        except _CutOff:
+            return _HeaderParser(data, path).read()
+        except _TruncatedHeader:
             hint = "It is cut off or damaged: fetch it again."
             raise CheckpointError(Problem(f"{path}", "a header within the file", "one that goes on", hint)) from None
         except UnicodeDecodeError as error:
             raise CheckpointError(Problem(f"{path}", "names in UTF-8", f"{error}")) from None
 
 
-class _CutOff(Exception):
+class _TruncatedHeader(Exception):
     pass
 
 
-class _Head:
+class _HeaderParser:
     """A position in the mapped file that moves forward."""
 
     def __init__(self, data: mmap.mmap, path: Path):
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
 
-    def read(self) -> Header:
+    def read(self) -> GgufHeader:
         self._expect("the magic", self._take(len(MAGIC)), (MAGIC,))
         self._expect("version", self._number("I"), VERSIONS)
         tensors, pairs = self._number("Q"), self._number("Q")
@@ -74,11 +74,11 @@ class _Head:
                 raise CheckpointError(Problem(f"{self.path}: {name}", "one value", "two"))
             metadata[name] = self._value(self._number("I"))
         infos = [self._tensor_info() for _ in range(tensors)]
-        return Header(metadata, self._placed(infos, metadata.get("general.alignment", 32)))
+        return GgufHeader(metadata, self._placed(infos, metadata.get("general.alignment", 32)))
 
     def _take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise _CutOff
+            raise _TruncatedHeader
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -98,7 +98,7 @@ class _Head:
         if kind in SCALARS:
             form = f"<{count}{SCALARS[kind]}"
             if count > self.size:
-                raise _CutOff
+                raise _TruncatedHeader
             return list(struct.unpack(form, self._take(struct.calcsize(form))))
         self._expect("a kind of values in a list", kind, (STRING,))
         return [self._string() for _ in range(count)]
@@ -120,7 +120,7 @@ class _Head:
         found: dict[str, TensorBlock] = {}
         end, before = start, "the header"
         for name, shape, number, offset in sorted(infos, key=lambda info: info[3]):
-            block = _block(name, shape, number, start + offset, errors)
+            block = _parse_block(name, shape, number, start + offset, errors)
             if block is None:
                 continue
             if name in found:
@@ -140,7 +140,9 @@ class _Head:
             raise CheckpointError(Problem(f"{self.path}: {what}", expected, found, "Is it a little-endian GGUF file?"))
 
 
-def _block(name: str, shape: tuple[int, ...], number: int, offset: int, errors: ErrorCollector) -> TensorBlock | None:
+def _parse_block(
+    name: str, shape: tuple[int, ...], number: int, offset: int, errors: ErrorCollector
+) -> TensorBlock | None:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:

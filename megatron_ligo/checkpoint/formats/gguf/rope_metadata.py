@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ligo.checkpoint.formats.gguf.header import Header
+from megatron_ligo.checkpoint.formats.gguf.header import GgufHeader
 from megatron_ligo.common.errors import ErrorCollector
 
 FACTORS = "rope_freqs.weight"
@@ -16,24 +16,26 @@ LOW, HIGH, CONTEXT = 1.0, 4.0, 8192
 CLOSE = 1e-5
 
 
-def shortest(value: float) -> float:
+def shortest_decimal(value: float) -> float:
     """The shortest decimal that is the same fp32 number: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
-def scaling(header: Header, path: Path, family: str, head_dim: int, base: float, errors: ErrorCollector) -> dict | None:
+def parse_rope_scaling(
+    header: GgufHeader, path: Path, family: str, head_dim: int, base: float, errors: ErrorCollector
+) -> dict | None:
     """The scaling part of Hugging Face's rope parameters, or None; a fault where it cannot be said so."""
     kind = header.metadata.get(f"{family}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         errors.add("rope.scaling.type", "none or linear", kind)
         return None
     if FACTORS in header.tensors:
-        return _of_table(header, path, head_dim, base, errors)
+        return _match_table(header, path, head_dim, base, errors)
     factor = header.metadata.get(f"{family}.rope.scaling.factor")
-    return {"rope_type": "linear", "factor": shortest(factor)} if kind == "linear" and factor else None
+    return {"rope_type": "linear", "factor": shortest_decimal(factor)} if kind == "linear" and factor else None
 
 
-def _of_table(header: Header, path: Path, head_dim: int, base: float, errors: ErrorCollector) -> dict | None:
+def _match_table(header: GgufHeader, path: Path, head_dim: int, base: float, errors: ErrorCollector) -> dict | None:
     block = header.tensors[FACTORS]
     hint = "Take the Hugging Face files of the model: their config states the rule."
     if block.shape != (head_dim // 2,) or block.nbytes != 2 * head_dim:
@@ -42,7 +44,7 @@ def _of_table(header: Header, path: Path, head_dim: int, base: float, errors: Er
     found = np.fromfile(path, dtype="<f4", count=head_dim // 2, offset=block.offset)
     # Files that were made by dividing frequencies are off by an ulp.
     factor = round(float(found.max()), 3)
-    expected = [_factor(base ** (-2 * i / head_dim), factor) for i in range(head_dim // 2)]
+    expected = [_llama3_factor(base ** (-2 * i / head_dim), factor) for i in range(head_dim // 2)]
     if not np.allclose(found, expected, rtol=CLOSE, atol=0):
         errors.add(FACTORS, f"the factors of Llama 3's rule with factor {factor}", "others", hint)
         return None
@@ -55,7 +57,7 @@ def _of_table(header: Header, path: Path, head_dim: int, base: float, errors: Er
     }
 
 
-def _factor(frequency: float, factor: float) -> float:
+def _llama3_factor(frequency: float, factor: float) -> float:
     """By how much Llama 3.1 slows a frequency down: short waves not at all, long ones by all, smooth between."""
     waves = CONTEXT * frequency / (2 * math.pi)
     if waves > HIGH:

@@ -25,15 +25,15 @@ NOT_CARRIED = (
 )  # fmt: skip
 # The model_types that transformers loads only where the heads divide hidden_size, whatever head_dim says.
 HEADS_DIVIDE = ("llama",)
-ROPE = ("rope_base", "rope_scaling", "rotary_fraction")
+ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in Dims that are numbers or truths.
-KINDS = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
+FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
-IMAGE = ("image_size", "patch_size", "num_channels")
+IMAGE_FIELDS = ("image_size", "patch_size", "num_channels")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def load(path: Path) -> dict:
+def load_config(path: Path) -> dict:
     """The config file of a checkpoint, as JSON says it."""
     try:
         config = read_json(path)
@@ -46,7 +46,7 @@ def load(path: Path) -> dict:
     return config
 
 
-def architecture(config: Mapping, where: str) -> Architecture:
+def find_architecture(config: Mapping, where: str) -> Architecture:
     """The architecture whose table describes a config's `model_type`."""
     known = {name: arch for arch in architectures.architectures().values() for name in arch.model_types}
     name = config.get("model_type")
@@ -56,20 +56,20 @@ def architecture(config: Mapping, where: str) -> Architecture:
     return known[name]
 
 
-def dims_of(config: Mapping, where: str) -> ModelConfig:
+def parse_model_config(config: Mapping, where: str) -> ModelConfig:
     """The sizes that a config states. Raises CheckpointError with everything that the table cannot express."""
-    arch = architecture(config, where)
+    arch = find_architecture(config, where)
     errors = ErrorCollector(f"{where} describes a network that this program cannot hold", CheckpointError)
     _refuse_features(config, arch, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
-    sizes |= _parts(config, arch) | arch.implied.get(config["model_type"], {})
+    sizes |= _optional_parts(config, arch) | arch.implied.get(config["model_type"], {})
     for key, name in arch.hf.items():
-        if name not in ROPE and name not in sizes:
-            sizes[name] = _stated(config, key, where)
+        if name not in ROPE_FIELDS and name not in sizes:
+            sizes[name] = _config_value(config, key, where)
     if "rope_base" in arch.hf.values():
-        sizes |= _rope(config, arch, where, errors)
-    _follow(sizes)
-    _check_kinds(sizes, errors)
+        sizes |= _parse_rope(config, arch, where, errors)
+    _fill_implied_sizes(sizes)
+    _check_types(sizes, errors)
     for name, known in arch.choices.items():
         if sizes[name] not in known:
             errors.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
@@ -96,7 +96,7 @@ def _refuse_features(config: Mapping, arch: Architecture, errors: ErrorCollector
         errors.add("auto_map", "none", "one", "The model's code is its own: it may compute something else.")
 
 
-def _parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
+def _optional_parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
     """The optional parts of the class that a config names."""
     classes = arch.model_types[config["model_type"]]
     named = config.get("architectures")
@@ -105,15 +105,15 @@ def _parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
     return {part: part in has for part in arch.parts(config["model_type"])}
 
 
-def _stated(config: Mapping, key: str, where: str) -> object:
+def _config_value(config: Mapping, key: str, where: str) -> object:
     """A config's value for a key, or what its family takes when the config leaves it out."""
     # Every family takes hidden_size / heads.
     if key in config or key == "head_dim":
         return config.get(key)
-    return getattr(_as_transformers_reads(config, where), key, None)
+    return getattr(_transformers_config(config, where), key, None)
 
 
-def _as_transformers_reads(config: Mapping, where: str) -> object:
+def _transformers_config(config: Mapping, where: str) -> object:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
@@ -123,7 +123,7 @@ def _as_transformers_reads(config: Mapping, where: str) -> object:
         raise CheckpointError(Problem(where, "a config that transformers takes", found)) from None
 
 
-def _rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
+def _parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
     """`rope_base`, `rope_scaling` and (of families that have one) `rotary_fraction` out of either form: today's
     rope_parameters, or keys of their own."""
     keys = {field: key for key, field in arch.hf.items()}
@@ -137,11 +137,11 @@ def _rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollecto
     partial = scaling.pop("partial_rotary_factor", config.get(keys.get("rotary_fraction", "partial_rotary_factor")))
     base = scaling.pop("rope_theta", config.get(keys["rope_base"]))
     if base is None:
-        base = _as_transformers_reads(config, where).rope_parameters["rope_theta"]
+        base = _transformers_config(config, where).rope_parameters["rope_theta"]
     own = {}
     if "rotary_fraction" in keys:
         if partial is None:
-            partial = _as_transformers_reads(config, where).rope_parameters["partial_rotary_factor"]
+            partial = _transformers_config(config, where).rope_parameters["partial_rotary_factor"]
         own = {"rotary_fraction": partial}
     elif partial not in (None, 1):
         errors.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
@@ -151,7 +151,7 @@ def _rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollecto
     return {"rope_base": base, "rope_scaling": None if plain else scaling, **own}
 
 
-def _follow(sizes: dict) -> None:
+def _fill_implied_sizes(sizes: dict) -> None:
     """What follows from other sizes where a config says nothing (or null)."""
     hidden, heads, image, patch = (sizes.get(key) for key in ("hidden_size", "num_heads", "image_size", "patch_size"))
     if all(type(size) is int and size > 0 for size in (image, patch)):
@@ -163,15 +163,15 @@ def _follow(sizes: dict) -> None:
             sizes[name] = value
 
 
-def _check_kinds(sizes: dict, errors: ErrorCollector) -> None:
+def _check_types(sizes: dict, errors: ErrorCollector) -> None:
     """JSON has any kind of value in any place."""
     for name in ("norm_eps", "rope_base", "rotary_fraction"):
         if type(sizes.get(name)) is int:
             sizes[name] = float(sizes[name])
     for field in fields(ModelConfig):
-        kind = KINDS.get(field.type)
+        kind = FIELD_TYPES.get(field.type)
         value = sizes.get(field.name, field.default)
-        lacks = value is None and "None" in field.type and not (field.name in IMAGE and field.name in sizes)
+        lacks = value is None and "None" in field.type and not (field.name in IMAGE_FIELDS and field.name in sizes)
         if kind is None or lacks or (field.name in MAY_BE_ZERO and value == 0):
             continue
         if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
@@ -185,14 +185,14 @@ def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> 
         errors.add("layer_types", f"{expected} in every layer", repr(types))
 
 
-def carried_of(config: Mapping) -> dict[str, object]:
+def parse_carried(config: Mapping) -> dict[str, object]:
     """The keys of a config that are neither sizes nor said anew by whoever writes: token ids and the like."""
-    arch = architecture(config, CONFIG)
+    arch = find_architecture(config, CONFIG)
     stated = {*arch.hf, *arch.fixed_hf, *NOT_CARRIED}
     return {key: value for key, value in config.items() if key not in stated}
 
 
-def config_of(model_config: ModelConfig, carried: Mapping[str, object], dtype: torch.dtype) -> dict:
+def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype: torch.dtype) -> dict:
     """A config.json that transformers 5 and its forerunners read to the same numbers.
 
     Raises CheckpointError where the family's config cannot say what the sizes say.
@@ -207,7 +207,7 @@ def config_of(model_config: ModelConfig, carried: Mapping[str, object], dtype: t
     name = str(dtype).removeprefix("torch.")
     config = {"architectures": [arch.class_of(model_config)], "model_type": model_config.model_type}
     if arch.task is Task.LABEL:
-        config |= {**carried, **_labels(carried, model_config.vocab_size)}
+        config |= {**carried, **_label_names(carried, model_config.vocab_size)}
     else:
         # Token ids that nobody knows are null: left out, they would be the family's.
         config |= {**dict.fromkeys(TOKEN_IDS), **carried}
@@ -226,7 +226,7 @@ def config_of(model_config: ModelConfig, carried: Mapping[str, object], dtype: t
     return config | {"dtype": name, "torch_dtype": name}
 
 
-def refused_elsewhere(model_config: ModelConfig) -> str:
+def explain_transformers_refusal(model_config: ModelConfig) -> str:
     """Why transformers would not load a config that says these sizes; "" where it would."""
     if model_config.model_type not in HEADS_DIVIDE or model_config.hidden_size % model_config.num_heads == 0:
         return ""
@@ -237,7 +237,7 @@ def refused_elsewhere(model_config: ModelConfig) -> str:
     return Problem("hf: num_heads", expected, model_config.num_heads, hint)
 
 
-def _labels(carried: Mapping[str, object], count: int) -> dict[str, dict]:
+def _label_names(carried: Mapping[str, object], count: int) -> dict[str, dict]:
     """The labels' names; those that have none are named as transformers names them."""
     stated = carried.get("id2label")
     stated = stated.items() if isinstance(stated, dict) else ()

@@ -13,7 +13,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, FormatOptions, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
-from megatron_ligo.checkpoint.formats.hf.shards import INDEX, SINGLE, find_shards
+from megatron_ligo.checkpoint.formats.hf.shards import INDEX, SINGLE, open_shards
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
@@ -31,12 +31,12 @@ class HfReader(Reader):
 
     def __init__(self, folder: Path):
         self.path = folder
-        config = config_json.load(folder / config_json.CONFIG)
-        self.model_config = config_json.dims_of(config, str(folder / config_json.CONFIG))
-        self.carried = config_json.carried_of(config)
-        self.files = model_record.files_beside(folder)
-        self._shards = find_shards(folder)
-        self.model_config = tensor_names.with_parts(self.arch, self.model_config, self._shards.names())
+        config = config_json.load_config(folder / config_json.CONFIG)
+        self.model_config = config_json.parse_model_config(config, str(folder / config_json.CONFIG))
+        self.carried = config_json.parse_carried(config)
+        self.files = model_record.find_carried_files(folder)
+        self._shards = open_shards(folder)
+        self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, self._shards.names())
         stored, self._places = self._check()
         self._items = {key: item for item in stored.values() for key in item.keys}
 
@@ -49,7 +49,7 @@ class HfReader(Reader):
         item = self._items[key]
         place = self._places[item.name]
         tensor = self._shards.tensor(place.name)
-        for double in place.doubles:
+        for double in place.duplicates:
             if not torch.equal(tensor, self._shards.tensor(double)):
                 what = "Is tie_word_embeddings true by mistake?"
                 raise CheckpointError(Problem(f"{self.path}: {double}", f"the bits of {place.name}", "others", what))
@@ -69,18 +69,18 @@ class HfReader(Reader):
             errors.add("num_layers", f"no more than the {len(found)} tensors found", self.model_config.num_layers)
             errors.raise_if_any(self._shards.weights)
         stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
-        places = tensor_names.places(self.arch, self.model_config, found)
+        places = tensor_names.locate_tensors(self.arch, self.model_config, found)
         expected = {
             name: item.shape(self.model_config)
             for item in stored.values()
-            for name in (places[item.name].name, *places[item.name].doubles)
+            for name in (places[item.name].name, *places[item.name].duplicates)
         }
         self._shards.check(expected, self.arch.ignored.get(NAME, ()), errors)
         errors.raise_if_any(self._shards.weights)
         return stored, places
 
 
-def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+def _split_shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
     """Names in order, cut where a shard would grow beyond the limit; a tensor larger than it has its own."""
     shard, filled = [], 0
     for name, size in sizes.items():
@@ -115,20 +115,22 @@ class HfFormat(Format):
         tensors = {name: lazy_tensor(source, item) for name, item in stored.items()}
         dtypes = [tensor.dtype for tensor in tensors.values()]
         dtype = max(set(dtypes), key=dtypes.count)
-        output.json(config_json.CONFIG, config_json.config_of(source.model_config, source.carried, dtype))
+        output.write_json(config_json.CONFIG, config_json.to_hf_config(source.model_config, source.carried, dtype))
         shards = list(
-            _shards({name: t.nbytes for name, t in tensors.items()}, self.parse_options(options.extra).shard_bytes)
+            _split_shards(
+                {name: t.nbytes for name, t in tensors.items()}, self.parse_options(options.extra).shard_bytes
+            )
         )
         weight_map = {}
         for number, names in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            output.safetensors(file, {name: tensors[name] for name in names}, {"format": "pt"})
+            output.write_safetensors(file, {name: tensors[name] for name in names}, {"format": "pt"})
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
-            output.json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            output.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for file in source.files:
-            output.copy(file)
+            output.copy_file(file)
 
     def reader_warning(self, model_config: ModelConfig) -> str:
-        return config_json.refused_elsewhere(model_config)
+        return config_json.explain_transformers_refusal(model_config)

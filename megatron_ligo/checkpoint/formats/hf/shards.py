@@ -21,7 +21,7 @@ SHARD = "model-*-of-*.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Shards:
+class SafetensorsShards:
     """Open files and which of them holds each tensor. `faults`: what was wrong with the files themselves."""
 
     def __init__(self, files: Sequence[Path]):
@@ -42,7 +42,7 @@ class Shards:
             self.errors.append(Problem(str(file), "a whole safetensors file", f"{error}", "Fetch it again."))
             return
         self._open[file] = opened
-        for name in _doubled(file):
+        for name in _duplicate_names(file):
             self.errors.append(Problem(f"{name} ({file.name})", "one tensor of that name", "two"))
         for name in opened.keys():  # noqa: SIM118 - no dict
             if name in self._place:
@@ -96,7 +96,7 @@ class Shards:
         self._views.clear()
 
 
-def _doubled(file: Path) -> list[str]:
+def _duplicate_names(file: Path) -> list[str]:
     """Names that a (valid) header has twice: the library takes the last and says nothing."""
     doubled = []
 
@@ -113,7 +113,7 @@ def _doubled(file: Path) -> list[str]:
     return doubled
 
 
-def find_shards(folder: Path) -> Shards:
+def open_shards(folder: Path) -> SafetensorsShards:
     """The files that hold a folder's weights, opened. Raises CheckpointError if they cannot be told."""
     single, index = folder / SINGLE, folder / INDEX
     shards = {file.name for file in folder.glob(SHARD)}
@@ -121,11 +121,11 @@ def find_shards(folder: Path) -> Shards:
         both = ", ".join(sorted({SINGLE, *shards, *([INDEX] if index.exists() else [])}))
         raise CheckpointError(Problem(f"{folder}", f"either {SINGLE} or shards with an index", both, "Remove one."))
     if single.exists():
-        _inside(folder, SINGLE)
-        return Shards([single])
+        _check_inside(folder, SINGLE)
+        return SafetensorsShards([single])
     if not index.exists():
         raise CheckpointError(Problem(f"{folder}", f"{SINGLE} or {INDEX}", ", ".join(sorted(shards)) or "neither"))
-    return _indexed(folder, _weight_map(index), shards)
+    return _open_indexed(folder, _weight_map(index), shards)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -138,12 +138,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _indexed(folder: Path, weight_map: Mapping[str, str], beside: set[str]) -> Shards:
+def _open_indexed(folder: Path, weight_map: Mapping[str, str], beside: set[str]) -> SafetensorsShards:
     names = sorted(set(weight_map.values()))
     for name in names:
-        _inside(folder, name)
+        _check_inside(folder, name)
     missing = [name for name in names if not (folder / name).is_file()]
-    shards = Shards([folder / name for name in names if name not in missing])
+    shards = SafetensorsShards([folder / name for name in names if name not in missing])
     for name in missing:
         shards.errors.append(Problem(f"{name}", f"a file, as {INDEX} says", "nothing"))
     for name in sorted(beside - set(names)):
@@ -155,7 +155,7 @@ def _indexed(folder: Path, weight_map: Mapping[str, str], beside: set[str]) -> S
     return shards
 
 
-def _inside(folder: Path, name: str) -> None:
+def _check_inside(folder: Path, name: str) -> None:
     """A name may not lead out of the folder; in a Hugging Face cache it leads to the blobs beside the snapshots."""
     plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
     if not plain or (folder / name).resolve().parent not in symlinks.allowed_roots(folder):

@@ -13,7 +13,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Architecture, layer_index
 from megatron_ligo.sharding import fused_tensors
 
-FORM = "hf"
+FORMAT = "hf"
 
 
 @dataclass(frozen=True)
@@ -21,39 +21,39 @@ class StoredName:
     """name: of the tensor in the file (today's name if it is missing); doubles: where it may stand once more."""
 
     name: str
-    doubles: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
 
 
-def with_parts(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> ModelConfig:
+def detect_optional_parts(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> ModelConfig:
     """The sizes with the optional parts of which a tensor is found. What has no tensor of its own stays as it is."""
     for part in arch.parts(model_config.model_type):
         having = replace(model_config, **{part: True})
         rows = [row for row in arch.rows if row.needs == part and row.stored(having)]
         if rows:
-            there = any(name in found for row in rows for name in _own_names(arch, having, row.key))
+            there = any(name in found for row in rows for name in _possible_names(arch, having, row.key))
             model_config = replace(model_config, **{part: there})
     return model_config
 
 
-def places(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> dict[str, StoredName]:
+def locate_tensors(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> dict[str, StoredName]:
     """Where each tensor that a model of these dims has (packing.stored) stands in a file that holds `found`."""
     located = {}
-    for item in fused_tensors.stored_tensors(arch, model_config, FORM).values():
-        own = [name for name in _own_names(arch, model_config, item.keys[0]) if name in found]
+    for item in fused_tensors.stored_tensors(arch, model_config, FORMAT).values():
+        own = [name for name in _possible_names(arch, model_config, item.keys[0]) if name in found]
         tied = [name for name in _tied_names(arch, model_config, item.keys[0]) if name in found and name not in own]
         first = own[0] if own else item.name
         located[item.name] = StoredName(first, (*own[1:], *tied))
     return located
 
 
-def _own_names(arch: Architecture, model_config: ModelConfig, key: str) -> list[str]:
+def _possible_names(arch: Architecture, model_config: ModelConfig, key: str) -> list[str]:
     """Every name under which a file may hold a key, today's first."""
-    names = [arch.stored_name(key, model_config, FORM), _format(arch.row(key).slots[FORM].name, key)]
-    base = arch.base.get(FORM, "")
+    names = [arch.stored_name(key, model_config, FORMAT), _fill_layer(arch.row(key).slots[FORMAT].name, key)]
+    base = arch.base.get(FORMAT, "")
     names += [name.removeprefix(base) for name in names] + [base + name for name in names]
     names += [
         name.removesuffix(new) + old
-        for old, new in arch.renamed.get(FORM, {}).items()
+        for old, new in arch.renamed.get(FORMAT, {}).items()
         for name in names
         if name.endswith(new)
     ]
@@ -63,9 +63,9 @@ def _own_names(arch: Architecture, model_config: ModelConfig, key: str) -> list[
 def _tied_names(arch: Architecture, model_config: ModelConfig, key: str) -> Iterator[str]:
     for row in arch.rows:
         if model_config.tied and row.exists(model_config) and row.tied_to == key:
-            yield row.slots[FORM].name
+            yield row.slots[FORMAT].name
 
 
-def _format(name: str, key: str) -> str:
+def _fill_layer(name: str, key: str) -> str:
     layer = layer_index(key)
     return name if layer is None else name.format(layer)

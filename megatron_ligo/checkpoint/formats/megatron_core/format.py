@@ -72,7 +72,7 @@ class McoreReader(Reader):
 
     def __init__(self, path: Path):
         self.path = path
-        self._folder = iteration_folders.folder(path)
+        self._folder = iteration_folders.require_folder(path)
         _check_backend(self._folder / CONFIG)
         self._contents = dcp_metadata.load(self._folder)
         common = self._common()
@@ -96,7 +96,7 @@ class McoreReader(Reader):
         path, place = self._folder / COMMON, self._contents.objects.get(COMMON_OBJECT)
         if place and not path.is_file():
             path, start, length = self._folder / place[0], *place[1:]
-            listed = torch_files.within(path, start, length, arguments.STAND_INS)
+            listed = torch_files.load_part(path, start, length, arguments.STAND_INS)
             common = listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
         else:
             common = torch_files.load(path, arguments.STAND_INS)
@@ -140,7 +140,7 @@ class McoreReader(Reader):
         return whole
 
     def _block(self, entry: Entry, chunk: Chunk, at: int | None) -> Tensor:
-        block = torch_files.entry(self._folder / chunk.file, chunk.start, chunk.length)
+        block = torch_files.map_tensor(self._folder / chunk.file, chunk.start, chunk.length)
         if (tuple(block.shape), block.dtype) != (chunk.shape, entry.dtype):
             found = f"{block.dtype} {tuple(block.shape)}"
             where = f"{self._folder / chunk.file} at {chunk.start}"
@@ -237,7 +237,7 @@ class McoreReader(Reader):
 
 
 def _check_backend(path: Path) -> None:
-    found = config_json.load(path)
+    found = config_json.load_config(path)
     if {name: found.get(name) for name in BACKEND} != BACKEND:
         hint = "Load and save it with a newer Megatron-core."
         raise CheckpointError(Problem(f"{path}", f"the backend torch_dist, version 1, {BACKEND}", found, hint))
@@ -248,7 +248,7 @@ def _step(path: Path, common: dict, moments: bool) -> int:
     step = common.get("iteration", 0)
     if moments:
         noted = list(_counts(common.get("optimizer")))
-        found = {adam_groups.count(step) for step in noted}
+        found = {adam_groups.parse_step(step) for step in noted}
         if len(found) != 1 or None in found:
             said = ", ".join(sorted(map(repr, noted))) or "none"
             raise CheckpointError(Problem(f"{path}", "one count of the optimizer's steps", said))
@@ -263,7 +263,7 @@ def _groups(optimizer: object) -> tuple[dict, ...]:
     for _ in range(2):
         if isinstance(optimizer, Mapping) and "param_groups" not in optimizer:
             optimizer = optimizer.get("optimizer")
-    return adam_groups.settings(optimizer.get("param_groups")) if isinstance(optimizer, Mapping) else ()
+    return adam_groups.read_settings(optimizer.get("param_groups")) if isinstance(optimizer, Mapping) else ()
 
 
 def _counts(tree: object, depth: int = 0) -> Iterator[object]:
@@ -289,7 +289,7 @@ class MegatronCoreFormat(Format):
     options = writer.MegatronCoreOptions
 
     def recognise(self, path: Path) -> bool:
-        folder = iteration_folders.find(path)
+        folder = iteration_folders.find_folder(path)
         return folder is not None and (folder / CONFIG).is_file() and (folder / METADATA).is_file()
 
     def open(self, path: Path) -> McoreReader:
@@ -299,4 +299,4 @@ class MegatronCoreFormat(Format):
         writer.write(source, output, self.parse_options(options.extra))
 
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
-        return adam_groups.lacking(source.groups)
+        return adam_groups.explain_unsupported(source.groups)

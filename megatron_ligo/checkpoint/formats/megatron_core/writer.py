@@ -44,15 +44,15 @@ class MegatronCoreOptions(adam_groups.AdamRates):
     )
 
 
-def write(source: Reader, out: Output, options: MegatronCoreOptions) -> None:
+def write(source: Reader, output: Output, options: MegatronCoreOptions) -> None:
     """The tensors in a file for each layer, then what names their places. Megatron-core cuts them as it loads."""
     multiple, rates = options.vocab_divisible_by, options.rates()
     rows = -(-source.model_config.vocab_size // multiple) * multiple
     folder = iteration_folders.folder_name(0)
-    model_record.write(source, out)
-    written = _write_files(source, out, folder, rows)
+    model_record.write(source, output)
+    written = _write_files(source, output, folder, rows)
     args = arguments.args_of(source.model_config, 1, 1, rows, written.common_dtype(), source.step)
-    out.torch(
+    output.write_torch(
         f"{folder}/{COMMON}",
         {
             "iteration": source.step,
@@ -63,15 +63,15 @@ def write(source: Reader, out: Output, options: MegatronCoreOptions) -> None:
         },
     )
     metadata = dcp_metadata.pickled(written.entries(), written.objects)
-    out.file(f"{folder}/{METADATA}", lambda path: path.write_bytes(metadata))
-    out.json(f"{folder}/{CONFIG}", {**BACKEND, "common_backend": "torch", "common_backend_version": 1})
-    iteration_folders.write_tracker(out, 0)
+    output.write_file(f"{folder}/{METADATA}", lambda path: path.write_bytes(metadata))
+    output.write_json(f"{folder}/{CONFIG}", {**BACKEND, "common_backend": "torch", "common_backend_version": 1})
+    iteration_folders.write_tracker(output, 0)
 
 
 def _optimizer(source: Reader, rates: dict[str, object]) -> dict[str, object]:
     """What Adam keeps besides its tensors, as an optimizer of fp32 weights has it, and (inside) as those that keep fp32
     masters have it: torch's Adam counts in its state, that of Transformer Engine in its groups."""
-    groups = adam_groups.megatron_groups(source.groups, rates)
+    groups = adam_groups.to_megatron_groups(source.groups, rates)
     count = LazyTensor((), torch.float32, lambda: torch.tensor(float(source.step)))
     return {
         "state": {"common_step": count},
@@ -114,7 +114,7 @@ class WrittenTensors:
         return (self.num_layers, *shape[1:]) if name in self.stacked else shape
 
 
-def _write_files(source: Reader, out: Output, folder: str, rows: int) -> WrittenTensors:
+def _write_files(source: Reader, output: Output, folder: str, rows: int) -> WrittenTensors:
     """Before the layers, each layer, after the layers: one file each."""
     pieces = tp_shards.TpShards(source, 1, replace(source.model_config, vocab_size=rows))
     items = fused_tensors.stored_tensors(source.arch, source.model_config, FORM).values()
@@ -126,10 +126,10 @@ def _write_files(source: Reader, out: Output, folder: str, rows: int) -> Written
             name = fused_name(item.name) if layer is None else stacked_name(fused_name(item.name), layer)
             names.append(name)
             for kind in kinds:
-                later = pieces.later(item, 0, kind)
+                later = pieces.lazy_shard(item, 0, kind)
                 trees[name if kind == WEIGHT else state_name(name, kind)] = later if layer is None else _stacked(later)
         file = f"__0_{number}.distcp"
-        spans = out.torch_archives(f"{folder}/{file}", {**trees, EXTRA_STATE: [None]})
+        spans = output.write_torch_archives(f"{folder}/{file}", {**trees, EXTRA_STATE: [None]})
         for name, later in trees.items():
             written.add(name, layer, later, (file, *spans[name]))
         full = [name for name in names if source.has_moments and trees[name].dtype == torch.float32]

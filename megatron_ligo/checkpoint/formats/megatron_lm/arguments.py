@@ -53,7 +53,7 @@ def sizes(folder: Path, args: object) -> tuple[ModelConfig, Mapping[str, object]
     roots = [folder]
     if (folder.parent / iteration_folders.TRACKER).is_file():
         roots.append(folder.parent)
-    files = tuple(file for root in roots for file in model_record.files_beside(root))
+    files = tuple(file for root in roots for file in model_record.find_carried_files(root))
     for root in roots:
         found = model_record.find_record(root)
         if found:

@@ -44,7 +44,7 @@ class MegatronReader(Reader):
 
     def __init__(self, path: Path):
         self.path = path
-        self._folder = iteration_folders.folder(path)
+        self._folder = iteration_folders.require_folder(path)
         self._saved = RankFiles(self._folder)
         self.model_config, self.carried, self.files = arguments.sizes(self._folder, self._saved.args)
         self._items: dict[str, StoredTensor] = {}
@@ -69,7 +69,7 @@ class MegatronReader(Reader):
         held = self._saved.tensors if kind == WEIGHT else self._saved.moments[kind]
         pieces = held[item.name]
         for rank, copy in enumerate(held.get(self._copies.get(item.name, ""), ())):
-            if not digest.same(pieces[rank], copy):
+            if not digest.same_bits(pieces[rank], copy):
                 where = f"{item.name} ({kind}, {self._folder}, rank {rank})"
                 hint = "The model is tied, and its stages went apart in training."
                 raise CheckpointError(Problem(where, "the bits of the last stage's copy", "others", hint))
@@ -197,7 +197,7 @@ class MegatronLmFormat(Format):
     options = MegatronLmOptions
 
     def recognise(self, path: Path) -> bool:
-        folder = iteration_folders.find(path)
+        folder = iteration_folders.find_folder(path)
         return folder is not None and is_saved(folder)
 
     def open(self, path: Path) -> MegatronReader:
@@ -226,7 +226,7 @@ class MegatronLmFormat(Format):
             held = _stage(stored, copies, bounds, stage)
             trees = {}
             for rank in range(tp):
-                weights = {name: pieces.later(item, rank) for name, item in held.items()}
+                weights = {name: pieces.lazy_shard(item, rank) for name, item in held.items()}
                 tree = {
                     "args": args,
                     "checkpoint_version": arguments.CHECKPOINT_VERSION,
@@ -235,12 +235,12 @@ class MegatronLmFormat(Format):
                 }
                 if source.has_moments:
                     moments = {
-                        kind: {n: pieces.later(item, rank, kind) for n, item in held.items()} for kind in MOMENTS
+                        kind: {n: pieces.lazy_shard(item, rank, kind) for n, item in held.items()} for kind in MOMENTS
                     }
-                    groups = adam_groups.megatron_groups(source.groups, rates)
+                    groups = adam_groups.to_megatron_groups(source.groups, rates)
                     tree["optimizer"] = rank_optimizer.made(weights, moments, groups, source.step)
                 trees[f"{folder}/{rank_file(rank, stage, pp)}"] = tree
-            output.torch_files(trees)
+            output.write_torch_files(trees)
         iteration_folders.write_tracker(output, 0)
 
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:

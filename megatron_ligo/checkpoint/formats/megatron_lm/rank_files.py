@@ -120,7 +120,7 @@ class RankFiles:
             return
         if steps:
             (self.step,) = steps
-            self.groups = adam_groups.settings([group for one in kept.values() for group in one.groups])
+            self.groups = adam_groups.read_settings([group for one in kept.values() for group in one.groups])
             self.moments = {kind: {} for kind in MOMENTS}
         for known, (stage, name) in self._places.items():
             held = [kept[tp, stage] for tp in range(self.tp)]

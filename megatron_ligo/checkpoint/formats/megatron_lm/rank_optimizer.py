@@ -95,7 +95,7 @@ def _dealt(groups: Sequence[Mapping], weights: Mapping[str, Tensor]) -> list[lis
     """The names of each group's parameters in the order of their numbers; None where that is not known."""
     dealt = [list(weights)]
     if len(groups) == 2:
-        bare = [adam_groups.is_bare(group) for group in groups]
+        bare = [adam_groups.is_undecayed(group) for group in groups]
         if sum(bare) != 1:
             return None
         dealt = [[name for name, weight in weights.items() if (weight.dim() == 1) is alone] for alone in bare]
@@ -140,7 +140,7 @@ def _is_good(tensor: object, weight: Tensor, where: str, errors: ErrorCollector)
 
 
 def _count(step: object, where: str, errors: ErrorCollector) -> int | None:
-    count = adam_groups.count(step)
+    count = adam_groups.parse_step(step)
     if count is None:
         errors.add(where, "a count of steps", "none" if step is None else repr(step))
     return count
@@ -148,11 +148,11 @@ def _count(step: object, where: str, errors: ErrorCollector) -> int | None:
 
 def leaves(groups: Sequence[Mapping[str, object]]) -> str:
     """Why Megatron-LM's optimizers cannot be made of these settings; "" if they can."""
-    why = adam_groups.lacking(groups)
+    why = adam_groups.explain_unsupported(groups)
     if why:
         return why
-    made = adam_groups.megatron_groups(groups, {})
-    if [adam_groups.is_bare(group) for group in sorted(made, key=adam_groups.is_bare)] != [False, True]:
+    made = adam_groups.to_megatron_groups(groups, {})
+    if [adam_groups.is_undecayed(group) for group in sorted(made, key=adam_groups.is_undecayed)] != [False, True]:
         return "the source's groups are not one that decays and one that does not"
     return ""
 
@@ -169,9 +169,10 @@ def made(
     model: a rank's weights, fp32, in the order of Megatron-core's own parameters; moments: by kind and name; groups: as
     adam.py makes them.
     """
-    groups = sorted(groups, key=adam_groups.is_bare)
+    groups = sorted(groups, key=adam_groups.is_undecayed)
     dealt = [
-        [name for name, later in model.items() if (len(later.shape) == 1) is adam_groups.is_bare(g)] for g in groups
+        [name for name, later in model.items() if (len(later.shape) == 1) is adam_groups.is_undecayed(g)]
+        for g in groups
     ]
     numbers = {name: number for number, name in enumerate(name for names in dealt for name in names)}
     # A count for each: torch's Adam counts in place.
