@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
-from megatron_ligo.checkpoint.formats.deepspeed.reader import param_shapes
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
+from megatron_ligo.checkpoint.formats.deepspeed.reader import read_param_shapes
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import TrainingSection
@@ -115,7 +115,7 @@ class SavedOptimizer:
         self.folder = found.folder
         errors = ErrorCollector(f"{found.folder} does not hold the fit of its layout", CheckpointError)
         held = [
-            (ZeroMasters(saved.optims[mp], shapes, where, errors), shapes)
+            (ZeroOptimizerState(saved.optim_states[mp], shapes, where, errors), shapes)
             for mp, shapes, where in _ranks(saved, errors)
         ]
         errors.raise_if_any()
@@ -145,11 +145,11 @@ class SavedOptimizer:
         for masters, groups in stages:
             for shapes in groups:
                 if name in shapes and name in masters and masters.numel(name) == prod(shapes[name]):
-                    return masters.tensor(name, kind).reshape(shapes[name])
+                    return masters.read(name, kind).reshape(shapes[name])
         raise CheckpointError(Problem(f"{self.folder}: {name}", "its numbers in ZeRO's flat tensors", "none, or some"))
 
 
 def _ranks(saved: EngineFiles, errors: ErrorCollector) -> Iterator[tuple[int, list, str]]:
-    for mp in range(saved.mp):
+    for mp in range(saved.mp_world_size):
         where = f"mp_rank_{mp:02d}"
-        yield mp, param_shapes(saved.models[mp], where, errors), where
+        yield mp, read_param_shapes(saved.model_states[mp], where, errors), where

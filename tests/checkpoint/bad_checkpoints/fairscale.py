@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.checkpoint.bad_checkpoints import Builder, edit_json, of
+from tests.checkpoint.bad_checkpoints import Builder, edit_json, register
 from tests.checkpoint.bad_checkpoints.universal import Evil
 
 FIRST, SECOND = "consolidated.00.pth", "consolidated.01.pth"
@@ -20,135 +20,135 @@ def edit(folder: Path, file: str = SECOND, **changes) -> None:
     torch.save({name: value for name, value in state.items() if value is not None}, folder / file)
 
 
-@of(fairscale)
+@register(fairscale)
 def a_tensor_is_missing_on_one_rank(folder):
     edit(folder, **{GATE: None})
     return GATE, SECOND, "nothing"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_tensor_too_many(folder):
     edit(folder, FIRST, **{"layers.9.attention.wq.weight": torch.ones(3)})
     return "layers.9.attention.wq.weight", FIRST, "no such tensor"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_tensor_of_another_shape(folder):
     edit(folder, **{GATE: torch.ones(25, 48)})
     return GATE, "(26, 48)", "(25, 48)"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_tensor_of_another_dtype(folder):
     edit(folder, **{GATE: torch.ones(26, 48, dtype=torch.float16)})
     return GATE, "torch.float16"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_tensor_of_integers(folder):
     edit(folder, **{GATE: torch.ones(26, 48, dtype=torch.int8)})
     return GATE, "torch.int8"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_sparse_tensor(folder):
     edit(folder, **{GATE: torch.eye(26, 48).to_sparse()})
     return GATE, "sparse"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_number_for_a_tensor(folder):
     edit(folder, **{GATE: 3})
     return GATE, "int"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_norm_that_differs_between_ranks(folder):
     edit(folder, **{"layers.1.ffn_norm.weight": torch.ones(48)})
     return "layers.1.norm2", "layers.1.ffn_norm.weight", "others on rank 1"
 
 
-@of(fairscale)
+@register(fairscale)
 def an_embedding_cut_in_two_ways(folder):
     edit(folder, **{"tok_embeddings.weight": torch.ones(38, 24)})
     return "tok_embeddings.weight", "(38, 24)"
 
 
-@of(fairscale)
+@register(fairscale)
 def an_output_that_is_not_the_embedding(folder):
     edit(folder, **{"output.weight": torch.ones(19, 48)})
     return "output.weight, rank 1", "tok_embeddings.weight"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_rank_is_missing(folder):
     (folder / SECOND).rename(folder / "consolidated.02.pth")
     return "consolidated.02.pth", "without a gap"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_rank_too_many(folder):
     (folder / "consolidated.02.pth").write_bytes((folder / SECOND).read_bytes())
     return "tp = 3", "num_kv_heads"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_file_cut_off(folder):
     path = folder / SECOND
     path.write_bytes(path.read_bytes()[:-300])
     return (SECOND,)
 
 
-@of(fairscale)
+@register(fairscale)
 def a_file_that_runs_code(folder):
     torch.save({"norm.weight": Evil()}, folder / SECOND)
     return SECOND, "could run code"
 
 
-@of(fairscale)
+@register(fairscale)
 def no_dict(folder):
     torch.save([torch.ones(3)], folder / SECOND)
     return SECOND, "list"
 
 
-@of(fairscale)
+@register(fairscale)
 def a_million_layers(folder):
     (folder / "dims.json").unlink()
     edit_json(folder / "params.json", n_layers=1_000_000)
     return "n_layers", "1000000"
 
 
-@of(fairscale)
+@register(fairscale)
 def params_of_another_network(folder):
     edit_json(folder / "params.json", moe={"num_experts": 8})
     return "moe", "something else"
 
 
-@of(fairscale)
+@register(fairscale)
 def params_of_no_numbers(folder):
     edit_json(folder / "params.json", dim="48", norm_eps=float("nan"), use_scaled_rope=1, vocab_size=2.5)
     return "dim", "'48'", "norm_eps", "use_scaled_rope", "vocab_size", "4 faults"
 
 
-@of(fairscale)
+@register(fairscale)
 def params_that_contradict_the_sizes(folder):
     edit_json(folder / "params.json", norm_eps=1e-6, n_kv_heads=3)
     return "norm_eps", "n_kv_heads", "as the sizes beside it say"
 
 
-@of(fairscale)
+@register(fairscale)
 def params_of_another_vocabulary(folder):
     edit_json(folder / "params.json", vocab_size=64)
     return "vocab_size", "-1 or 38", "64"
 
 
-@of(fairscale)
+@register(fairscale)
 def no_word_of_the_context(folder):
     (folder / "dims.json").unlink()
     return "max_seq_len", "config.json"
 
 
-@of(fairscale)
+@register(fairscale)
 def heads_that_do_not_divide(folder):
     edit_json(folder / "params.json", n_heads=5)
     return "n_heads = 5", "48"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.bad_checkpoints import Builder, of
+from tests.checkpoint.bad_checkpoints import Builder, register
 
 MODEL, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 single: dict[str, Builder] = {}
@@ -27,41 +27,41 @@ def put_header(path: Path, header: dict | bytes, rest: bytes, size: int | None =
     path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + rest)
 
 
-@of(single)
+@register(single)
 def cut_off(folder):
     path = folder / MODEL
     path.write_bytes(path.read_bytes()[:-1])
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def cut_off_in_the_header(folder):
     path = folder / MODEL
     path.write_bytes(path.read_bytes()[:100])
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def empty(folder):
     (folder / MODEL).write_bytes(b"")
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def longer_than_its_header_says(folder):
     with (folder / MODEL).open("ab") as file:
         file.write(b"more")
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def a_header_longer_than_the_file(folder):
     header, rest = header_of(folder / MODEL)
     put_header(folder / MODEL, header, rest, size=1 << 62)
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def a_header_that_overlaps(folder):
     header, rest = header_of(folder / MODEL)
     header["lm_head.weight"]["data_offsets"] = header["model.embed_tokens.weight"]["data_offsets"]
@@ -69,7 +69,7 @@ def a_header_that_overlaps(folder):
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def a_header_beyond_the_end(folder):
     header, rest = header_of(folder / MODEL)
     start, end = header["lm_head.weight"]["data_offsets"]
@@ -78,7 +78,7 @@ def a_header_beyond_the_end(folder):
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def a_header_with_one_name_twice(folder):
     header, rest = header_of(folder / MODEL)
     entry = json.dumps(header["lm_head.weight"])
@@ -87,7 +87,7 @@ def a_header_with_one_name_twice(folder):
     return (MODEL,)
 
 
-@of(single)
+@register(single)
 def a_link_out_of_the_folder(folder):
     path = folder / MODEL
     path.rename(folder.parent / "elsewhere.safetensors")
@@ -95,7 +95,7 @@ def a_link_out_of_the_folder(folder):
     return MODEL, "links that lead out"
 
 
-@of(single)
+@register(single)
 def one_file_and_an_index(folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": {}}))
     return MODEL, INDEX
@@ -111,20 +111,20 @@ def first_shard(folder: Path) -> Path:
     return sorted(folder.glob("model-*.safetensors"))[0]
 
 
-@of(sharded)
+@register(sharded)
 def a_shard_is_missing(folder):
     shard = first_shard(folder)
     shard.unlink()
     return shard.name, "model.embed_tokens.weight"
 
 
-@of(sharded)
+@register(sharded)
 def a_shard_that_nobody_knows(folder):
     (folder / "model-00099-of-00099.safetensors").write_bytes(first_shard(folder).read_bytes())
     return "model-00099-of-00099.safetensors", "index"
 
 
-@of(sharded)
+@register(sharded)
 def one_tensor_in_two_shards(folder):
     shards = sorted(folder.glob("model-*.safetensors"))
     state = {**load_file(shards[1]), "model.embed_tokens.weight": load_file(shards[0])["model.embed_tokens.weight"]}
@@ -132,44 +132,44 @@ def one_tensor_in_two_shards(folder):
     return "model.embed_tokens.weight", shards[0].name, shards[1].name
 
 
-@of(sharded)
+@register(sharded)
 def a_tensor_in_another_shard_than_the_index_says(folder):
     last = sorted(folder.glob("model-*.safetensors"))[-1]
     edit_index(folder, lambda places: places.update({"model.embed_tokens.weight": last.name}))
     return "model.embed_tokens.weight", last.name
 
 
-@of(sharded)
+@register(sharded)
 def an_index_out_of_the_folder(folder):
     edit_index(folder, lambda places: places.update({"lm_head.weight": "../a/model.safetensors"}))
     return "../a/model.safetensors", "leads out"
 
 
-@of(sharded)
+@register(sharded)
 def an_index_to_the_root(folder):
     edit_index(folder, lambda places: places.update({"lm_head.weight": "/etc/passwd"}))
     return "/etc/passwd", "leads out"
 
 
-@of(sharded)
+@register(sharded)
 def an_index_to_the_folder_itself(folder):
     edit_index(folder, lambda places: places.update({"lm_head.weight": "."}))
     return ("leads out",)
 
 
-@of(sharded)
+@register(sharded)
 def an_index_of_numbers(folder):
     edit_index(folder, lambda places: places.update({"lm_head.weight": 3}))
     return (INDEX,)
 
 
-@of(sharded)
+@register(sharded)
 def an_index_without_its_map(folder):
     (folder / INDEX).write_text("{}")
     return INDEX, "weight_map"
 
 
-@of(sharded)
+@register(sharded)
 def no_index(folder):
     (folder / INDEX).unlink()
     return (INDEX,)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from tests.checkpoint.bad_checkpoints import Builder, of
+from tests.checkpoint.bad_checkpoints import Builder, register
 from tests.checkpoint.bad_checkpoints.universal import Evil
 
 megatron: dict[str, Builder] = {}
-stepped: dict[str, Builder] = {}
+adam_state: dict[str, Builder] = {}
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 NORM = "decoder.final_layernorm.weight"
 WORDS = "embedding.word_embeddings.weight"
@@ -31,151 +31,151 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     torch.save(state, path)
 
 
-@of(megatron)
+@register(megatron)
 def a_rank_is_missing(folder):
     shutil.rmtree(file(folder, 0, 1).parent)
     return "mp_rank_00_001", "nothing there"
 
 
-@of(megatron)
+@register(megatron)
 def a_rank_too_many(folder):
     shutil.copytree(file(folder).parent, file(folder, 2, 0).parent)
     return "mp_rank_02_001", "nothing there"
 
 
-@of(megatron)
+@register(megatron)
 def a_stage_too_many(folder):
     for rank in (0, 1):
         shutil.copytree(file(folder, rank, 1).parent, file(folder, rank, 2).parent)
     return NORM, "one stage that holds it"
 
 
-@of(megatron)
+@register(megatron)
 def a_rank_of_no_number(folder):
     shutil.copytree(file(folder).parent, folder / "release" / "mp_rank_00_000_000")
     return "mp_rank_00_000_000", "mp_rank_TT_PPP"
 
 
-@of(megatron)
+@register(megatron)
 def a_rank_twice(folder):
     shutil.copytree(file(folder).parent, folder / "release" / "mp_rank_01")
     return "mp_rank_01", "one folder for a rank"
 
 
-@of(megatron)
+@register(megatron)
 def ten_thousand_ranks(folder):
     shutil.copytree(file(folder).parent, folder / "release" / "mp_rank_9999_99999")
     return "ranks", "as their names say"
 
 
-@of(megatron)
+@register(megatron)
 def a_file_cut_off(folder):
     path = file(folder)
     path.write_bytes(path.read_bytes()[:-300])
     return "mp_rank_01_001", "whole file of torch.save"
 
 
-@of(megatron)
+@register(megatron)
 def a_file_that_runs_code(folder):
     edit(file(folder), lambda state: state.update(args=Evil()))
     return "mp_rank_01_001", "exec", "could run code"
 
 
-@of(megatron)
+@register(megatron)
 def arguments_of_unknown_kinds(folder):
     edit(file(folder), lambda state: state.update(args=argparse.Namespace(share=Fraction(1, 3))))
     return "fractions.Fraction", "could run code"
 
 
-@of(megatron)
+@register(megatron)
 def a_file_of_no_dict(folder):
     torch.save([1, 2], file(folder))
     return "mp_rank_01_001", "checkpoint_version"
 
 
-@of(megatron)
+@register(megatron)
 def an_old_order_of_query_key_and_value(folder):
     edit(file(folder), lambda state: state.update(checkpoint_version=1.0))
     return "checkpoint_version", "1.0"
 
 
-@of(megatron)
+@register(megatron)
 def an_interleaved_pipeline(folder):
     edit(file(folder), lambda state: state.update(model0=state.pop("model")))
     return "mp_rank_01_001", "interleaved"
 
 
-@of(megatron)
+@register(megatron)
 def an_iteration_of_no_number(folder):
     edit(file(folder, 0, 0), lambda state: state.update(iteration=-3))
     return "iteration", "-3"
 
 
-@of(megatron)
+@register(megatron)
 def norms_that_differ(folder):
     edit(file(folder), lambda state: state["model"][NORM].add_(1e-3))
     return "final_norm", "rank 1"
 
 
-@of(megatron)
+@register(megatron)
 def a_copy_of_the_embedding_that_differs(folder):
     edit(file(folder, 0, 1), lambda state: state["model"]["output_layer.weight"][3].mul_(2))
     return WORDS, "rank 0", "last stage"
 
 
-@of(megatron)
+@register(megatron)
 def a_tensor_of_another_shape(folder):
     edit(file(folder), lambda state: state["model"].update({FC1: torch.ones(52, 47)}))
     return "decoder.layers.1.mlp.linear_fc1.weight", "(52, 48)", "(52, 47)"
 
 
-@of(megatron)
+@register(megatron)
 def a_tensor_of_another_dtype(folder):
     edit(file(folder), lambda state: state["model"].update({FC1: state["model"][FC1].bfloat16()}))
     return "decoder.layers.1.mlp.linear_fc1.weight", "one dtype"
 
 
-@of(megatron)
+@register(megatron)
 def a_tensor_of_integers(folder):
     for rank in (0, 1):
         edit(file(folder, rank, 1), lambda state: state["model"].update({NORM: torch.ones(48, dtype=torch.int64)}))
     return NORM, "torch.int64"
 
 
-@of(megatron)
+@register(megatron)
 def a_number_for_a_tensor(folder):
     edit(file(folder), lambda state: state["model"].update({FC1: 3.0}))
     return FC1, "float"
 
 
-@of(megatron)
+@register(megatron)
 def a_tensor_is_missing_on_a_rank(folder):
     edit(file(folder), lambda state: state["model"].pop(FC1))
     return FC1, "a tensor on every rank"
 
 
-@of(megatron)
+@register(megatron)
 def a_tensor_is_missing(folder):
     for rank in (0, 1):
         edit(file(folder, rank, 1), lambda state: state["model"].pop(FC1))
     return ("decoder.layers.1.mlp.linear_fc1.weight",)
 
 
-@of(megatron)
+@register(megatron)
 def a_tensor_too_many(folder):
     for rank in (0, 1):
         edit(file(folder, rank, 0), lambda state: state["model"].update({"decoder.router.weight": torch.ones(2, 2)}))
     return "decoder.router.weight", "no such tensor"
 
 
-@of(megatron)
+@register(megatron)
 def two_names_of_one_tensor(folder):
     name = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
     edit(file(folder), lambda state: state["model"].update({name: torch.ones(48)}))
     return "layer_norm_weight", "one tensor of that name"
 
 
-@of(megatron)
+@register(megatron)
 def layers_with_a_gap(folder):
     def renumber(state):
         state["model"] = {name.replace("layers.0.", "layers.1."): value for name, value in state["model"].items()}
@@ -185,7 +185,7 @@ def layers_with_a_gap(folder):
     return "stage 1", "layers 0 to 0"
 
 
-@of(megatron)
+@register(megatron)
 def a_vocabulary_too_small(folder):
     for rank in (0, 1):
         edit(file(folder, rank, 0), lambda state: state["model"].update({WORDS: torch.ones(8, 48)}))
@@ -193,7 +193,7 @@ def a_vocabulary_too_small(folder):
     return "vocabulary", "37", "16"
 
 
-@of(megatron)
+@register(megatron)
 def sizes_of_another_model(folder):
     (folder / "dims.json").unlink()
 
@@ -204,7 +204,7 @@ def sizes_of_another_model(folder):
     return "num_layers", "7"
 
 
-@of(megatron)
+@register(megatron)
 def sizes_of_no_model(folder):
     (folder / "dims.json").unlink()
 
@@ -216,7 +216,7 @@ def sizes_of_no_model(folder):
     return "num_experts", "rotary_base", "config.json"
 
 
-@of(megatron)
+@register(megatron)
 def sizes_that_nothing_divides(folder):
     (folder / "dims.json").unlink()
 
@@ -228,7 +228,7 @@ def sizes_that_nothing_divides(folder):
     return "args in", "the sizes of a model"
 
 
-@of(megatron)
+@register(megatron)
 def a_tracker_that_leads_elsewhere(folder):
     (folder / "release").rename(folder.parent / "elsewhere")
     (folder / "release").symlink_to("../elsewhere")
@@ -245,13 +245,13 @@ def edit_adam(path: Path, change: Callable[[dict], object]) -> None:
     edit(path, both)
 
 
-@of(stepped)
+@register(adam_state)
 def a_rank_without_its_optimizer(folder):
     edit(file(folder), lambda state: state.pop("optimizer"))
     return "moments", "all ranks', or none", "mp_rank_01_001"
 
 
-@of(stepped)
+@register(adam_state)
 def steps_of_all_kinds(folder):
     def change(adam):
         steps = ["7", float("nan"), -1.0, 1.5, None, torch.ones(2)]
@@ -264,7 +264,7 @@ def steps_of_all_kinds(folder):
     return "6 faults", "count of steps", "'7'", "nan", "-1.0", "1.5", "none", "tensor([1., 1.])"
 
 
-@of(stepped)
+@register(adam_state)
 def ranks_that_count_otherwise(folder):
     def change(adam):
         for state in adam["state"].values():
@@ -274,7 +274,7 @@ def ranks_that_count_otherwise(folder):
     return "one count of Adam's steps on all ranks", "[7, 8]"
 
 
-@of(stepped)
+@register(adam_state)
 def moments_of_other_shapes(folder):
     def change(adam):
         adam["state"][1]["exp_avg"] = torch.ones(3, 5)
@@ -286,31 +286,31 @@ def moments_of_other_shapes(folder):
     return "4 faults", "(3, 5)", "torch.bfloat16", "found str", "found none", "mp_rank_01_001"
 
 
-@of(stepped)
+@register(adam_state)
 def a_state_that_is_missing(folder):
     edit_adam(file(folder), lambda adam: adam["state"].pop(2))
     return "exp_avg of", "exp_avg_sq of", "found none"
 
 
-@of(stepped)
+@register(adam_state)
 def a_number_twice(folder):
     edit_adam(file(folder), lambda adam: adam["param_groups"][0].update(params=[0] * 5))
     return "params of the groups", "once"
 
 
-@of(stepped)
+@register(adam_state)
 def masters_too_few(folder):
     edit(file(folder), lambda state: state["optimizer"]["fp32_from_fp16_params"][0].pop())
     return "masters of group 0", "found 4"
 
 
-@of(stepped)
+@register(adam_state)
 def masters_of_another_shape(folder):
     edit(file(folder), lambda state: state["optimizer"]["fp32_from_fp16_params"][1].__setitem__(0, torch.ones(9)))
     return "masters of group 1", "(9,)"
 
 
-@of(stepped)
+@register(adam_state)
 def moments_that_differ_between_ranks(folder):
     def change(adam):
         (vectors,) = (group["params"] for group in adam["param_groups"] if not group["wd_mult"])
@@ -320,7 +320,7 @@ def moments_that_differ_between_ranks(folder):
     return "layers.1.norm1", "rank 1"
 
 
-def moments_of_nan(folder) -> tuple[str, ...]:
+def set_moments_not_finite(folder) -> tuple[str, ...]:
     def change(adam):
         adam["state"][1]["exp_avg"][0, 0] = float("nan")
         adam["state"][2]["exp_avg_sq"][0, 0] = float("inf")

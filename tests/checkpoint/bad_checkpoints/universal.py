@@ -1,4 +1,4 @@
-"""Universal checkpoints that are damaged or hostile."""
+"""Damaged or hostile universal checkpoints."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from tests.checkpoint.bad_checkpoints import Builder, edit_json, of
+from tests.checkpoint.bad_checkpoints import Builder, edit_json, problem, register
 
-MODEL, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 universal: dict[str, Builder] = {}
 
 
 class Evil:
-    """Runs when it is unpickled."""
+    """Executes code when it is unpickled."""
 
     ran = False
 
@@ -25,88 +24,88 @@ def parameter(folder: Path, name: str = "decoder.layers.0.mlp.linear_fc1.weight"
     return folder / "global_step0" / "zero" / name
 
 
-@of(universal)
-def a_parameter_is_missing(folder):
+@register(universal)
+def missing_parameter(folder):
     for file in parameter(folder).iterdir():
         file.unlink()
-    return "linear_fc1", "fp32.pt"
+    return problem(where="linear_fc1.weight/fp32.pt")
 
 
-@of(universal)
-def a_parameter_too_many(folder):
+@register(universal)
+def unexpected_parameter(folder):
     parameter(folder, "decoder.layers.9.mlp.linear_fc1.weight").mkdir()
-    return ("decoder.layers.9.mlp.linear_fc1.weight",)
+    return problem(where="decoder.layers.9.mlp.linear_fc1.weight")
 
 
-@of(universal)
-def a_parameter_of_another_shape(folder):
+@register(universal)
+def parameter_of_another_shape(folder):
     torch.save({"param": torch.ones(3, 48)}, parameter(folder) / "fp32.pt")
-    return "linear_fc1", "(104, 48)", "(3, 48)"
+    return problem(where="linear_fc1", expected="(104, 48)", found="(3, 48)")
 
 
-@of(universal)
-def a_parameter_of_integers(folder):
+@register(universal)
+def parameter_of_integers(folder):
     torch.save({"param": torch.ones(104, 48, dtype=torch.int64)}, parameter(folder) / "fp32.pt")
-    return ("linear_fc1",)
+    return problem(where="linear_fc1", expected="floating-point")
 
 
-@of(universal)
-def a_parameter_cut_off(folder):
+@register(universal)
+def truncated_parameter(folder):
     path = parameter(folder) / "fp32.pt"
     path.write_bytes(path.read_bytes()[:-300])
-    return "linear_fc1", "fp32.pt"
+    return problem(where="linear_fc1.weight/fp32.pt")
 
 
-@of(universal)
-def a_parameter_that_runs_code(folder):
+@register(universal)
+def code_in_parameter(folder):
     torch.save({"param": Evil()}, parameter(folder) / "fp32.pt")
-    return "linear_fc1", "could run code"
+    return problem(where="linear_fc1", found="exec")
 
 
-@of(universal)
-def metadata_that_runs_code(folder):
+@register(universal)
+def code_in_model_states(folder):
     torch.save(Evil(), folder / "global_step0" / "mp_rank_00_model_states.pt")
-    return "mp_rank_00_model_states.pt", "could run code"
+    return problem(where="mp_rank_00_model_states.pt", found="exec")
 
 
-@of(universal)
-def some_moments_only(folder):
+@register(universal)
+def incomplete_moments(folder):
     (parameter(folder) / "exp_avg.pt").unlink()
-    return "moments", "linear_fc1"
+    return problem(where="linear_fc1", expected="moments")
 
 
-@of(universal)
-def a_tag_out_of_the_folder(folder):
+@register(universal)
+def tag_outside_the_folder(folder):
     (folder / "latest_universal").write_text("../../a")
-    return ("latest_universal",)
+    return problem(where="latest_universal", found="../../a")
 
 
-@of(universal)
-def no_sizes(folder):
+@register(universal)
+def no_model_config(folder):
     (folder / "dims.json").unlink()
-    return ("config.json",)
+    return problem(where=f"{folder}", expected="config.json")
 
 
-@of(universal)
-def sizes_of_no_model(folder):
-    edit_json(folder / "dims.json", model_config={"arch": "llama", "hiden_size": 3})
+@register(universal)
+def config_of_no_model(folder):
+    edit_json(folder / "dims.json", dims={"arch": "llama", "hiden_size": 3})
     return "hiden_size", "hidden_size"
 
 
-@of(universal)
-def a_tag_of_no_letters(folder):
+@register(universal)
+def tag_of_unprintable_bytes(folder):
     (folder / "latest_universal").write_bytes(b"\xff\x00/")
-    return ("latest_universal",)
+    return problem(where="latest_universal")
 
 
-@of(universal)
-def steps_of_no_number(folder):
+@register(universal)
+def global_steps_that_are_a_word(folder):
     torch.save({"global_steps": "seven"}, folder / "global_step0" / "mp_rank_00_model_states.pt")
-    return "global_steps", "seven"
+    return problem(expected="global_steps", found="seven")
 
 
-@of(universal)
-def a_tag_that_leads_elsewhere(folder):
+@register(universal)
+def tag_that_is_a_link(folder):
     (folder / "global_step0").rename(folder.parent / "elsewhere")
     (folder / "global_step0").symlink_to("../elsewhere")
-    return "global_step0: expected a file or folder inside, found a link to", "lead out"
+    return problem(where="global_step0", found="link")

@@ -16,22 +16,22 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
-from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, tagged
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     LATEST,
     EngineFiles,
-    is_engines,
-    is_pipelines,
-    model_file,
+    has_layer_states,
+    has_model_states,
+    model_states_file,
 )
 from megatron_ligo.checkpoint.formats.deepspeed.reader import (
     EngineRank,
     EngineReader,
     find_root,
-    module_states,
-    param_shapes,
+    read_module_state,
+    read_param_shapes,
 )
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
@@ -43,13 +43,13 @@ NAME = "deepspeed"
 
 
 def _rank(saved: EngineFiles, mp: int, errors: ErrorCollector) -> EngineRank:
-    state, where = saved.models[mp], f"rank {mp} of {saved.mp}"
-    groups = param_shapes(state, where, errors)
-    weights = module_states(state.get("module"), where, errors)
-    if saved.sharded:
+    state, where = saved.model_states[mp], f"rank {mp} of {saved.mp_world_size}"
+    groups = read_param_shapes(state, where, errors)
+    weights = read_module_state(state.get("module"), where, errors)
+    if saved.is_zero3:
         # What ZeRO 3 leaves in the module is empty.
         weights = {}
-    masters = [ZeroMasters(saved.optims[mp], groups, where, errors)] if saved.optims[mp] else []
+    masters = [ZeroOptimizerState(saved.optim_states[mp], groups, where, errors)] if saved.optim_states[mp] else []
     trained = {name: shape for group in groups for name, shape in group.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()} | trained
     return EngineRank(weights, shapes, set(trained), masters)
@@ -70,18 +70,18 @@ class EngineFormat(Format):
 
     def recognise(self, path: Path) -> bool:
         try:
-            tag = tagged(path, LATEST)
+            tag = find_tag_folder(path, LATEST)
         except CheckpointError:
             return True
-        return is_engines(tag) and not is_pipelines(tag) and not (tag / "zero").is_dir()
+        return has_model_states(tag) and not has_layer_states(tag) and not (tag / "zero").is_dir()
 
     def open(self, path: Path) -> Reader:
-        tag = tagged(path, LATEST)
-        if is_pipelines(tag):
+        tag = find_tag_folder(path, LATEST)
+        if has_layer_states(tag):
             raise CheckpointError(Problem(f"{tag}", "the files of one module", "layers", "Say --from pipeline."))
         saved = EngineFiles(tag)
         errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
-        held = [_rank(saved, mp, errors) for mp in range(saved.mp)]
+        held = [_rank(saved, mp, errors) for mp in range(saved.mp_world_size)]
         return EngineReader(NAME, path, find_root(path, tag), saved, held, errors)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
@@ -97,7 +97,7 @@ class EngineFormat(Format):
         tag = self.parse_options(options.extra).folder(source.step)
         output.write_torch_files(
             {
-                f"{tag}/{model_file(rank)}": {
+                f"{tag}/{model_states_file(rank)}": {
                     "module": {name: pieces.lazy_shard(item, rank) for name, item in stored.items()},
                     **counts(options.tp, source.step),
                 }

@@ -1,4 +1,4 @@
-"""The folder that a small file beside it names, as DeepSpeed's `latest` and `latest_universal` do."""
+"""The tag that a file such as DeepSpeed's `latest` or `latest_universal` names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_ligo.checkpoint.format import FormatOptions
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.typed_toml import setting
 
-# Of a name, in any file system.
-LONGEST = 255
+# Longest file name of common file systems.
+MAX_NAME_LENGTH = 255
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,23 @@ class TagOptions(FormatOptions):
             errors.add("option tag", "the name of a folder", repr(self.tag))
 
     def folder(self, step: int) -> str:
-        """The tag of a checkpoint after so many steps."""
+        """Returns the tag of a checkpoint after `step` optimizer steps."""
         return f"global_step{step}" if self.tag is None else self.tag
 
 
-def _is_folder_name(tag: str) -> bool:
-    return len(tag) <= LONGEST and tag not in ("", ".", "..") and Path(tag).name == tag and tag.isprintable()
+def find_tag_folder(path: Path, latest: str) -> Path:
+    """Returns the folder named by the file `path/latest`, or `path` itself if there is no such file.
 
-
-def tagged(path: Path, latest: str) -> Path:
-    """The folder that `path/latest` names; `path` itself where there is no such file.
-
-    Raises CheckpointError if the file names no folder beside itself.
+    Raises CheckpointError if the file names no folder inside `path`.
     """
     file = path / latest
     if not file.is_file():
         return path
     tag = file.read_bytes().decode(errors="replace").strip()
     if not _is_folder_name(tag) or (path / tag).is_symlink() or not (path / tag).is_dir():
-        raise CheckpointError(Problem(f"{file}", "the name of a folder beside it", repr(tag[:LONGEST])))
+        raise CheckpointError(Problem(f"{file}", "the name of a folder next to it", repr(tag[:MAX_NAME_LENGTH])))
     return path / tag
+
+
+def _is_folder_name(tag: str) -> bool:
+    return len(tag) <= MAX_NAME_LENGTH and tag not in ("", ".", "..") and Path(tag).name == tag and tag.isprintable()

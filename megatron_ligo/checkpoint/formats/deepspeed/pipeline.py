@@ -25,22 +25,22 @@ from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.deepspeed.engine import counts
-from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, tagged
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     LATEST,
     EngineFiles,
-    is_pipelines,
-    layer_file,
-    model_file,
+    has_layer_states,
+    layer_states_file,
+    model_states_file,
 )
 from megatron_ligo.checkpoint.formats.deepspeed.reader import (
     EngineRank,
     EngineReader,
     find_root,
-    module_states,
-    param_shapes,
+    read_module_state,
+    read_param_shapes,
 )
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroMasters
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
@@ -90,19 +90,19 @@ def _held(model_config: ModelConfig) -> dict[int, dict[str, fused_tensors.Stored
 
 def _ranks_of_layers(saved: EngineFiles, model_config: ModelConfig) -> int:
     """How many tensor-parallel ranks the layers have; every layer is there on each."""
-    errors = ErrorCollector(f"{saved.tag} is no whole checkpoint of a DeepSpeed pipeline", CheckpointError)
-    tp = 1 + max((rank for _, rank in saved.layers), default=0)
+    errors = ErrorCollector(f"{saved.tag_folder} is no whole checkpoint of a DeepSpeed pipeline", CheckpointError)
+    tp = 1 + max((rank for _, rank in saved.layer_states), default=0)
     expected = _held(model_config)
-    found = {layer for layer, _ in saved.layers}
+    found = {layer for layer, _ in saved.layer_states}
     if found - expected.keys():
         means = f"numbers up to {max(expected)}: those of the ends and {model_config.num_layers} of the transformer's"
         errors.add("layers of the pipeline", means, f"number {max(found)}")
-    if saved.mp % tp:
+    if saved.mp_world_size % tp:
         hint = "Are files of two checkpoints mixed?"
-        errors.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp, hint)
+        errors.add("model-parallel ranks", f"a multiple of the layers' {tp} ranks", saved.mp_world_size, hint)
     places = ((layer, rank) for layer in expected for rank in range(tp))
-    for layer, rank in islice((place for place in places if place not in saved.layers), 20):
-        errors.add(layer_file(layer, rank), "a file", "nothing there")
+    for layer, rank in islice((place for place in places if place not in saved.layer_states), 20):
+        errors.add(layer_states_file(layer, rank), "a file", "nothing there")
     errors.raise_if_any()
     return tp
 
@@ -111,20 +111,20 @@ def _rank(saved: EngineFiles, rank: int, tp: int, model_config: ModelConfig, err
     weights: dict[str, Tensor] = {}
     names = prefixes(model_config)
     for layer in _held(model_config):
-        where = layer_file(layer, rank)
-        for name, tensor in module_states(saved.layers[layer, rank], where, errors).items():
+        where = layer_states_file(layer, rank)
+        for name, tensor in read_module_state(saved.layer_states[layer, rank], where, errors).items():
             own = next((own for own in names[layer] if name.startswith(own)), None)
             if own is None:
                 errors.add(f"{name} ({where})", f"a name that begins with {' or '.join(names[layer])}", "another")
             else:
                 weights[names[layer][own] + name.removeprefix(own)] = tensor
     masters, trained = [], set()
-    for mp in range(rank, saved.mp, tp):
+    for mp in range(rank, saved.mp_world_size, tp):
         where = f"mp_rank_{mp:02d}"
-        groups = param_shapes(saved.models[mp], where, errors)
+        groups = read_param_shapes(saved.model_states[mp], where, errors)
         trained |= {name for group in groups for name in group}
-        if saved.optims[mp]:
-            masters.append(ZeroMasters(saved.optims[mp], groups, where, errors))
+        if saved.optim_states[mp]:
+            masters.append(ZeroOptimizerState(saved.optim_states[mp], groups, where, errors))
     return EngineRank(weights, {name: tuple(tensor.shape) for name, tensor in weights.items()}, trained, masters)
 
 
@@ -139,12 +139,12 @@ class PipelineFormat(Format):
 
     def recognise(self, path: Path) -> bool:
         try:
-            return is_pipelines(tagged(path, LATEST))
+            return has_layer_states(find_tag_folder(path, LATEST))
         except CheckpointError:
             return False
 
     def open(self, path: Path) -> Reader:
-        tag = tagged(path, LATEST)
+        tag = find_tag_folder(path, LATEST)
         saved = EngineFiles(tag)
         root = find_root(path, tag)
         model_config, _ = model_record.read(root)
@@ -170,7 +170,7 @@ class PipelineFormat(Format):
         for layer, names in layers.items():
             output.write_torch_files(
                 {
-                    f"{tag}/{layer_file(layer, rank)}": {
+                    f"{tag}/{layer_states_file(layer, rank)}": {
                         own: pieces.lazy_shard(item, rank) for own, item in names.items()
                     }
                     for rank in range(options.tp)
@@ -178,6 +178,6 @@ class PipelineFormat(Format):
             )
         ranks = options.tp * options.pp
         for rank in range(ranks):
-            output.write_torch(f"{tag}/{model_file(rank)}", {"module": None, **counts(ranks, source.step)})
+            output.write_torch(f"{tag}/{model_states_file(rank)}", {"module": None, **counts(ranks, source.step)})
         # Last: DeepSpeed takes a folder without it for none.
         output.write_text(LATEST, tag)

@@ -1,4 +1,4 @@
-"""Canonical tensors out of what the ranks of a DeepSpeed engine saved: masters where there are, else module states."""
+"""Reads canonical tensors from a DeepSpeed engine's rank files: master weights where saved, else module states."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ligo.arch.mcore_names import EXTRA_STATE
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
-from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import Shapes, ZeroMasters
+from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ParamShapes, ZeroOptimizerState
 from megatron_ligo.checkpoint.formats.hf import tensor_names
 from megatron_ligo.checkpoint.formats.hf.tensor_names import StoredName
 from megatron_ligo.checkpoint.io import adam_groups, tp_shards
@@ -22,72 +23,79 @@ from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
-# Models that an engine trains bear Megatron-core's names, or transformers'.
-NAMES = ("mcore", "hf")
-EXTRA = "_extra_state"  # Megatron-core's modules save one each; none is a weight
-# Megatron pads the vocabulary to a multiple of so many rows a rank; more would be another vocabulary.
-PADDING = 128
-# How far a tied parameter's copies may be from each other, of their largest number.
-ROUNDING = 1e-3
+# Whose parameter names an engine's model may have.
+NAMING_FORMATS = ("mcore", "hf")
+# Megatron-LM pads each rank's share of the vocabulary to a multiple of this.
+VOCAB_DIVISOR = 128
+# Largest difference between the stages' copies of a tied parameter, relative to its largest absolute value.
+TIED_TOLERANCE = 1e-3
 
 
 @dataclass
 class EngineRank:
-    """What one tensor-parallel rank holds: module states by name, and its optimizers', one for each pipeline stage.
+    """State of one tensor-parallel rank over all pipeline stages.
 
-    shapes: of all parameters by name; trained: those that an optimizer holds. Module states that ZeRO 3 has emptied are
-    not in `weights`.
+    module_state: weights by name, without those that ZeRO 3 leaves empty; shapes: this rank's shape of each parameter;
+    trained: names of the optimizer's parameters; optimizer_states: one per pipeline stage, none without optimizer
+    files.
     """
 
-    weights: dict[str, Tensor]
+    module_state: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     trained: set[str] = field(default_factory=set)
-    masters: list[ZeroMasters] = field(default_factory=list)
+    optimizer_states: list[ZeroOptimizerState] = field(default_factory=list)
 
-    def holders(self, name: str) -> list[ZeroMasters]:
-        """The stages that hold masters of a parameter: several for a tied one."""
-        return [masters for masters in self.masters if name in masters]
+    def find_optimizer_states(self, name: str) -> list[ZeroOptimizerState]:
+        """Returns the states that hold a parameter: a tied one is on both its stages."""
+        return [state for state in self.optimizer_states if name in state]
 
     def dtype(self, name: str) -> torch.dtype:
-        holders = self.holders(name)
-        return holders[0].dtype(name) if holders else self.weights[name].dtype
+        states = self.find_optimizer_states(name)
+        return states[0].dtype(name) if states else self.module_state[name].dtype
 
-    def tensor(self, name: str, kind: str) -> Tensor:
-        """A tied parameter is the first stage's, as DeepSpeed has it. The stages update their own copies alike, but at
-        other places of their flat tensors, where the processor rounds differently."""
-        holders = self.holders(name)
-        if not holders:
-            return self.weights[name]
-        first, *others = (masters.tensor(name, kind) for masters in holders)
-        for other in others:
-            apart = float((other - first).abs().max())
-            if not apart <= ROUNDING * float(first.abs().max()):
+    def read(self, name: str, kind: str) -> Tensor:
+        """Reads this rank's shard of a parameter or of a moment, in its own shape and stored dtype.
+
+        A tied parameter is read from its first stage, as DeepSpeed does. Each stage updates its own copy; the copies
+        differ by rounding, as they lie at different offsets of the flat partitions. Raises CheckpointError if they
+        differ by more.
+        """
+        states = self.find_optimizer_states(name)
+        if not states:
+            return self.module_state[name]
+        first, *copies = (state.read(name, kind) for state in states)
+        for copy in copies:
+            difference = float((copy - first).abs().max())
+            if not difference <= TIED_TOLERANCE * float(first.abs().max()):
                 where = f"{name} ({kind}), tied"
-                raise CheckpointError(Problem(where, "the same numbers on both stages", f"differences of {apart:.2g}"))
+                raise CheckpointError(
+                    Problem(where, "equal copies on both stages", f"a difference of {difference:.2g}")
+                )
         return first.reshape(self.shapes[name])
 
 
-def module_states(state: object, where: str, errors: ErrorCollector) -> dict[str, Tensor]:
-    """The tensors of a module's state by name, without what Megatron-core keeps beside them."""
+def read_module_state(state: object, where: str, errors: ErrorCollector) -> dict[str, Tensor]:
+    """Returns a module's tensors by name, without Megatron-core's extra states."""
     if not isinstance(state, Mapping):
-        errors.add(where, "a module's tensors by name", type(state).__name__)
+        errors.add(where, "a module's state dict", type(state).__name__)
         return {}
-    found = {str(name): value for name, value in state.items() if not str(name).endswith(EXTRA)}
-    for name in [name for name, value in found.items() if not isinstance(value, Tensor)]:
-        errors.add(f"{name} ({where})", "a tensor", type(found.pop(name)).__name__)
-    return {name: tensor.detach() for name, tensor in found.items()}
+    values = {str(name): value for name, value in state.items() if not str(name).endswith(EXTRA_STATE)}
+    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    for name in (name for name in values if name not in tensors):
+        errors.add(f"{name} ({where})", "a tensor", type(values[name]).__name__)
+    return tensors
 
 
-def param_shapes(state: dict, where: str, errors: ErrorCollector) -> list[Shapes]:
-    """`param_shapes` of a model-states file: by group of the optimizer; [] where it has none."""
+def read_param_shapes(state: dict, where: str, errors: ErrorCollector) -> list[ParamShapes]:
+    """Returns `param_shapes` of a model-states file, one mapping per optimizer param group; [] if it has none."""
     groups = state.get("param_shapes") or []
-    good = isinstance(groups, list) and all(
+    are_shapes = isinstance(groups, list) and all(
         isinstance(group, Mapping)
         and all(isinstance(shape, tuple | list) and _is_shape(shape) for shape in group.values())
         for group in groups
     )
-    if not good:
-        errors.add(where, "param_shapes, shapes by group and name", type(groups).__name__)
+    if not are_shapes:
+        errors.add(where, "param_shapes, shapes by param group and name", type(groups).__name__)
         return []
     return [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
 
@@ -96,155 +104,185 @@ def _is_shape(shape: Sequence[object]) -> bool:
     return all(type(size) is int and size >= 0 for size in shape)
 
 
-def find_root(path: Path, tag: Path) -> Path:
-    """The folder that states the model's sizes: the one that was named, the tag's, or the one around it."""
-    return next((folder for folder in (path, tag, tag.parent) if model_record.find_record(folder)), path)
+def find_root(path: Path, tag_folder: Path) -> Path:
+    """Returns the folder with the model's config: `path`, the tag's folder or its parent, else `path`."""
+    folders = (path, tag_folder, tag_folder.parent)
+    return next((folder for folder in folders if model_record.find_record(folder)), path)
 
 
 class EngineReader(Reader):
-    """Canonical tensors out of the tensor-parallel ranks' states."""
+    """Joins the shards of all tensor-parallel ranks into canonical tensors."""
 
     def __init__(
-        self, form: str, path: Path, root: Path, saved: EngineFiles, held: list[EngineRank], errors: ErrorCollector
+        self,
+        format_name: str,
+        path: Path,
+        root: Path,
+        engine_files: EngineFiles,
+        ranks: list[EngineRank],
+        errors: ErrorCollector,
     ):
-        self.format = form
+        self.format = format_name
         self.path = path
         self.model_config, self.carried = model_record.read(root)
         self.files = model_record.find_carried_files(root)
-        self._ranks = held
-        stored = self._located(errors)
-        self._sizes = self._padded(stored, errors)
-        self._check(stored, errors)
-        errors.raise_if_any(self._found)
-        self._items = {key: item for item in stored for key in item.keys}
-        holders = [rank.holders(self._places[item.name].name) for rank in held for item in stored]
-        self._moments = all(found and all(masters.has_moments for masters in found) for found in holders)
-        self.step = self._steps(saved)
-        found = [group for rank in held for masters in rank.masters for group in masters.groups]
-        self.groups = adam_groups.read_settings(found) if self._moments else ()
-        self.layout = {"tp": len(held), "pp": saved.mp // len(held), "dp": saved.dp, "zero": saved.zero}
-        if self._sizes != self.model_config:
-            self.layout["padded_vocab"] = self._sizes.vocab_size
+        self._ranks = ranks
+        stored_tensors, self._names, self.model_config = self._match_names(errors)
+        self._padded_config = self._with_stored_vocab(stored_tensors, errors)
+        self._check(stored_tensors, errors)
+        errors.raise_if_any(self._iter_tensors)
+        self._stored_by_key = {key: stored for stored in stored_tensors for key in stored.keys}
+        states_by_tensor = [
+            rank.find_optimizer_states(self._names[stored.name].name) for rank in ranks for stored in stored_tensors
+        ]
+        self._has_moments = all(states and all(state.has_moments for state in states) for states in states_by_tensor)
+        self.step = self._read_step(engine_files)
+        param_groups = [group for rank in ranks for state in rank.optimizer_states for group in state.param_groups]
+        self.groups = adam_groups.read_settings(param_groups) if self._has_moments else ()
+        tp = len(ranks)
+        self.layout = {
+            "tp": tp,
+            "pp": engine_files.mp_world_size // tp,
+            "dp": engine_files.dp_world_size,
+            "zero": engine_files.zero_stage,
+        }
+        if self._padded_config != self.model_config:
+            self.layout["padded_vocab"] = self._padded_config.vocab_size
 
     @property
     def has_moments(self) -> bool:
-        return self._moments
+        return self._has_moments
 
     def info(self, key: str) -> TensorInfo:
-        place = self._places[self._items[key].name]
-        return TensorInfo(self.row(key).shape(self.model_config), self._ranks[0].dtype(place.name))
+        name = self._names[self._stored_by_key[key].name].name
+        return TensorInfo(self.row(key).shape(self.model_config), self._ranks[0].dtype(name))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
-        item = self._items[key]
-        place = self._places[item.name]
-        for double in place.duplicates:
+        stored = self._stored_by_key[key]
+        stored_name = self._names[stored.name]
+        for duplicate in stored_name.duplicates:
             for number, rank in enumerate(self._ranks):
-                where = f"{double} and {place.name} (rank {number}), tied"
-                tp_shards.check_replicas([rank.weights[place.name], rank.weights[double]], where)
-        self._places[item.name] = StoredName(place.name)
-        pieces = [rank.tensor(place.name, kind) for rank in self._ranks]
+                where = f"{duplicate} and {stored_name.name} (rank {number}), tied"
+                tp_shards.check_replicas([rank.module_state[stored_name.name], rank.module_state[duplicate]], where)
+        # Compared once: later reads skip it.
+        self._names[stored.name] = StoredName(stored_name.name)
+        shards = [rank.read(stored_name.name, kind) for rank in self._ranks]
         if kind != WEIGHT:
-            pieces = [piece.float() for piece in pieces]
-        return tp_shards.join_shards(item, key, pieces, self._sizes, self.model_config, kind)
+            shards = [shard.float() for shard in shards]
+        return tp_shards.join_shards(stored, key, shards, self._padded_config, self.model_config, kind)
 
-    def _found(self) -> Iterator[tuple[str, Tensor]]:
+    def _rank_name(self, number: int) -> str:
+        return f"rank {number} of {len(self._ranks)}"
+
+    def _iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every rank's tensors under a name for messages."""
         for number, rank in enumerate(self._ranks):
-            at = f"rank {number} of {len(self._ranks)}"
-            for masters in rank.masters:
-                for name in sorted(masters.names()):
-                    yield f"{name} ({at})", masters.tensor(name, WEIGHT)
-            for name, tensor in rank.weights.items():
-                if tensor.is_floating_point() and not rank.holders(name):
-                    yield f"{name} ({at})", tensor
+            for state in rank.optimizer_states:
+                for name in sorted(state.names()):
+                    yield f"{name} ({self._rank_name(number)})", state.read(name, WEIGHT)
+            for name, tensor in rank.module_state.items():
+                if tensor.is_floating_point() and not rank.find_optimizer_states(name):
+                    yield f"{name} ({self._rank_name(number)})", tensor
 
-    def _located(self, errors: ErrorCollector) -> list[fused_tensors.StoredTensor]:
-        """The tensors that there should be, and (as `_places`, by their names) where they stand: the engine's model
-        bears Megatron-core's names or transformers'."""
+    def _match_names(
+        self, errors: ErrorCollector
+    ) -> tuple[list[fused_tensors.StoredTensor], dict[str, StoredName], ModelConfig]:
+        """Picks the naming, Megatron-core's or transformers', that matches the most of the ranks' names.
+
+        Returns the expected tensors, the names that the ranks have for them, and the config that follows.
+        """
         names = set(self._ranks[0].shapes)
         if self.model_config.num_layers > len(names):
-            errors.add("num_layers", f"no more than the {len(names)} tensors found", self.model_config.num_layers)
+            errors.add("num_layers", f"at most {len(names)}, the number of tensors", self.model_config.num_layers)
             errors.raise_if_any()
-        best: list[fused_tensors.StoredTensor] = []
-        self._places: dict[str, StoredName] = {}
-        for form in (form for form in NAMES if all(form in row.slots for row in self.arch.rows)):
-            model_config = (
-                tensor_names.detect_optional_parts(self.arch, self.model_config, names)
-                if form == tensor_names.FORMAT
-                else self.model_config
-            )
-            stored = fused_tensors.stored_tensors(self.arch, model_config, form)
-            places = (
-                tensor_names.locate_tensors(self.arch, model_config, names)
-                if form == tensor_names.FORMAT
-                else self._as_named(stored)
-            )
-            if _count(places, names) > _count(self._places, names) or not best:
-                best, self._places, self.model_config = list(stored.values()), places, model_config
+        best: tuple[list[fused_tensors.StoredTensor], dict[str, StoredName], ModelConfig] | None = None
+        for naming in NAMING_FORMATS:
+            if any(naming not in row.slots for row in self.arch.rows):
+                continue
+            model_config = self.model_config
+            if naming == tensor_names.FORMAT:
+                model_config = tensor_names.detect_optional_parts(self.arch, model_config, names)
+            expected = fused_tensors.stored_tensors(self.arch, model_config, naming)
+            if naming == tensor_names.FORMAT:
+                stored_names = tensor_names.locate_tensors(self.arch, model_config, names)
+            else:
+                stored_names = self._mcore_names(expected)
+            if best is None or _count_matches(stored_names, names) > _count_matches(best[1], names):
+                best = list(expected.values()), stored_names, model_config
+        assert best is not None, f"{self.arch.name} has no names in {' or '.join(NAMING_FORMATS)}"
         return best
 
-    def _as_named(self, stored: dict[str, fused_tensors.StoredTensor]) -> dict[str, StoredName]:
-        """Megatron-core's names. What is tied may be stored beside."""
-        doubles: dict[str, list[str]] = {}
+    def _mcore_names(self, expected: dict[str, fused_tensors.StoredTensor]) -> dict[str, StoredName]:
+        """Returns Megatron-core's names. A tied parameter may be stored a second time, under its own name."""
+        duplicates: dict[str, list[str]] = {}
         for row in self.arch.rows:
-            if row.tied_to and self.model_config.tied and row.slots["mcore"].name in self._ranks[0].weights:
-                doubles.setdefault(row.tied_to, []).append(row.slots["mcore"].name)
-        return {name: StoredName(name, tuple(doubles.get(item.keys[0], ()))) for name, item in stored.items()}
+            if row.tied_to and self.model_config.tied and row.slots["mcore"].name in self._ranks[0].module_state:
+                duplicates.setdefault(row.tied_to, []).append(row.slots["mcore"].name)
+        return {name: StoredName(name, tuple(duplicates.get(stored.keys[0], ()))) for name, stored in expected.items()}
 
-    def _padded(self, stored: list[fused_tensors.StoredTensor], errors: ErrorCollector) -> ModelConfig:
-        """The sizes with the vocabulary as the ranks have it."""
-        tp, real = len(self._ranks), self.model_config.vocab_size
-        name = self._places[next(item.name for item in stored if item.vocabulary)].name
+    def _with_stored_vocab(
+        self, stored_tensors: list[fused_tensors.StoredTensor], errors: ErrorCollector
+    ) -> ModelConfig:
+        """Returns the model's config with the padded vocabulary size of the ranks' shards."""
+        tp, vocab_size = len(self._ranks), self.model_config.vocab_size
+        name = self._names[next(stored.name for stored in stored_tensors if stored.vocabulary)].name
         shape = self._ranks[0].shapes.get(name)
-        rows = shape[0] * tp if shape else real
-        if not real <= rows < real + PADDING * tp:
-            errors.add(name, f"{real} rows, and fewer than {PADDING * tp} more of padding", f"{rows} (tp {tp})")
+        rows = shape[0] * tp if shape else vocab_size
+        if not vocab_size <= rows < vocab_size + VOCAB_DIVISOR * tp:
+            expected = f"{vocab_size} rows, with fewer than {VOCAB_DIVISOR * tp} rows of padding"
+            errors.add(name, expected, f"{rows} (tp {tp})")
             return self.model_config
         return replace(self.model_config, vocab_size=rows)
 
-    def _check(self, stored: list[fused_tensors.StoredTensor], errors: ErrorCollector) -> None:
-        """Every tensor with its shape on every rank, and no other."""
+    def _check(self, stored_tensors: list[fused_tensors.StoredTensor], errors: ErrorCollector) -> None:
+        """Checks that every rank holds each tensor in its shape, and no others."""
         tp = len(self._ranks)
+        ignored = self.arch.ignored.get(tensor_names.FORMAT, ())
         for number, rank in enumerate(self._ranks):
-            at = f"rank {number} of {tp}"
-            allowed: set[str] = set()
-            for item in stored:
-                place = self._places[item.name]
-                allowed |= {place.name, *place.duplicates}
-                expected = item.shape(self._sizes, tp)
-                found = rank.shapes.get(place.name)
+            where = self._rank_name(number)
+            expected_names: set[str] = set()
+            for stored in stored_tensors:
+                stored_name = self._names[stored.name]
+                expected_names |= {stored_name.name, *stored_name.duplicates}
+                expected = stored.shape(self._padded_config, tp)
+                found = rank.shapes.get(stored_name.name)
                 if found != expected:
-                    errors.add(f"{place.name} ({at})", f"shape {expected}", found or "nothing")
+                    errors.add(f"{stored_name.name} ({where})", f"shape {expected}", found or "nothing")
                 else:
-                    self._check_numbers(place.name, rank, prod(expected), at, errors)
-            ignored = self.arch.ignored.get(tensor_names.FORMAT, ())
-            for name in sorted(set(rank.shapes) - allowed):
+                    self._check_elements(stored_name.name, rank, prod(expected), where, errors)
+            for name in sorted(set(rank.shapes) - expected_names):
                 if not any(fnmatch(name, pattern) for pattern in ignored):
-                    errors.add(f"{name} ({at})", "no such tensor", f"shape {rank.shapes[name]}")
+                    errors.add(f"{name} ({where})", "no such tensor", f"shape {rank.shapes[name]}")
 
-    def _check_numbers(self, name: str, rank: EngineRank, numel: int, at: str, errors: ErrorCollector) -> None:
-        """A tensor's numbers are there: all fragments of its masters, or else its module's tensor."""
-        holders = rank.holders(name)
-        for masters in holders:
-            if masters.numel(name) != numel:
-                hint = "A rank's file is missing, or of another checkpoint."
-                errors.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", masters.numel(name), hint)
-        if not holders and rank.masters and name in rank.trained:
-            hint = "Its masters are lost: without any optimizer file the module states would be read."
-            errors.add(f"{name} ({at})", f"{numel} numbers in ZeRO's flat tensors", "none", hint)
-        elif not holders and name not in rank.weights:
-            errors.add(f"{name} ({at})", "its numbers in ZeRO's flat tensors", "none: was it frozen?")
-        elif not holders and not rank.weights[name].is_floating_point():
-            errors.add(f"{name} ({at})", "floating-point numbers", rank.weights[name].dtype)
+    def _check_elements(self, name: str, rank: EngineRank, numel: int, where: str, errors: ErrorCollector) -> None:
+        """Checks that a parameter's master weights are complete, or else that the module state has the parameter."""
+        states = rank.find_optimizer_states(name)
+        complete = f"{numel} elements in ZeRO's flat partitions"
+        for state in states:
+            if state.numel(name) != numel:
+                hint = "A rank's file is missing or belongs to another checkpoint."
+                errors.add(f"{name} ({where})", complete, state.numel(name), hint)
+        if states:
+            return
+        if rank.optimizer_states and name in rank.trained:
+            hint = "Its master weights are lost. Without any optimizer files, the module states would be read."
+            errors.add(f"{name} ({where})", complete, "none", hint)
+        elif name not in rank.module_state:
+            errors.add(f"{name} ({where})", complete, "none", "Was the parameter frozen?")
+        elif not rank.module_state[name].is_floating_point():
+            errors.add(f"{name} ({where})", "a floating-point dtype", rank.module_state[name].dtype)
 
-    def _steps(self, saved: EngineFiles) -> int:
-        """Adam's own count where its moments are read; the engine may have begun to count anew."""
-        if not self._moments:
-            return saved.global_steps
-        found = {masters.step for rank in self._ranks for masters in rank.masters}
-        if len(found) > 1:
-            raise CheckpointError(Problem(f"{saved.tag}", "one count of Adam's steps on all ranks", sorted(found)))
-        return found.pop()
+    def _read_step(self, engine_files: EngineFiles) -> int:
+        """Returns Adam's step count where moments are read, as the engine may have restarted its own count."""
+        if not self._has_moments:
+            return engine_files.global_steps
+        steps = {state.step for rank in self._ranks for state in rank.optimizer_states}
+        if len(steps) > 1:
+            raise CheckpointError(
+                Problem(f"{engine_files.tag_folder}", "one Adam step count on all ranks", sorted(steps))
+            )
+        return steps.pop()
 
 
-def _count(places: dict[str, StoredName], names: set[str]) -> int:
-    return sum(place.name in names for place in places.values())
+def _count_matches(stored_names: dict[str, StoredName], names: set[str]) -> int:
+    return sum(stored_name.name in names for stored_name in stored_names.values())

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
-from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, tagged
+from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import STAND_INS
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
@@ -53,7 +53,7 @@ class UniversalReader(Reader):
 
     def __init__(self, path: Path):
         self.path = path
-        self._tag = tagged(path, LATEST)
+        self._tag = find_tag_folder(path, LATEST)
         if not (self._tag / "zero").is_dir():
             raise CheckpointError(Problem(f"{self._tag}", "a folder zero/", "none"))
         root = path if model_record.find_record(path) else self._tag.parent
@@ -120,7 +120,8 @@ class UniversalReader(Reader):
             try:
                 tensors[name] = self._load(item, WEIGHT)
             except CheckpointError as error:
-                errors.note(str(error))
+                for problem in error.problems:
+                    errors.note(problem)
         zero = self._tag / "zero"
         found = {folder.name for folder in zero.iterdir() if folder.is_dir()}
         for name in sorted(found - set(stored)):

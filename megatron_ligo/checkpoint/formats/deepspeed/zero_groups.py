@@ -1,8 +1,9 @@
-"""ZeRO's flat tensors: the fp32 masters and Adam's moments of one model-parallel rank, parameter by parameter.
+"""ZeRO's flat partitions: fp32 master weights and Adam moments of one model-parallel rank, addressed by parameter.
 
-Each data-parallel rank holds, for each group of the optimizer, a 1-D piece of the masters and as much of each moment.
-ZeRO 1 and 2 note the fragments of parameters in it (`param_slice_mappings`); under ZeRO 3 each rank has an equal piece
-of each parameter, in the order of `param_shapes`, the last padded. Everything stays mapped until it is asked for.
+Each data-parallel rank holds one 1-D partition of the master weights per optimizer param group, and partitions of the
+same layout for each moment. ZeRO 1 and 2 record the fragments of parameters in a partition (`param_slice_mappings`).
+ZeRO 3 gives every rank an equal share of every parameter, in the order of `param_shapes`, with padding in the last
+share. Files stay memory-mapped; only what is read is loaded.
 """
 
 from __future__ import annotations
@@ -18,54 +19,59 @@ from megatron_ligo.checkpoint.io import adam_groups
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import ErrorCollector
 
-STATE = "optimizer_state_dict"  # of the file; under ZeRO 3 also the base optimizer's, inside of it
-MASTERS, MASTERS_3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
-BASE = "base_optimizer_state"
-MAPPINGS = "param_slice_mappings"
+# Of the file; under ZeRO 3 also the base optimizer's state dict, nested in it.
+OPTIMIZER_STATE_DICT = "optimizer_state_dict"
+FP32_GROUPS, FP32_FLAT_GROUPS = "single_partition_of_fp32_groups", "fp32_flat_groups"  # ZeRO 1 and 2, ZeRO 3
+BASE_OPTIMIZER_STATE = "base_optimizer_state"
+PARAM_SLICE_MAPPINGS = "param_slice_mappings"
 
-Shapes = Mapping[str, tuple[int, ...]]
+ParamShapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class FlatFragment:
-    """Some numbers of a parameter: where they lie in a data-parallel rank's flat tensors."""
+    """A contiguous range of one parameter's elements within the flat partition of one data-parallel rank."""
 
-    rank: int
+    dp_rank: int
     group: int
     start: int
     numel: int
 
 
-class ZeroMasters:
-    """The parameters of one model-parallel rank's optimizer. step: Adam's count; None where there are no moments.
-    groups: the settings of its groups as they are found.
+class ZeroOptimizerState:
+    """Master weights and moments of one model-parallel rank, put together from all data-parallel ranks.
 
-    states: the optimizer files of its data-parallel ranks, in order; shapes: `param_shapes`, by group; where: what to
-    call the rank in `faults`.
+    step: Adam's step count, None without moments. param_groups: hyperparameters of the base optimizer's param groups,
+    of every data-parallel rank, unchecked.
+
+    states: optimizer files of the data-parallel ranks, in rank order; param_shapes: shapes by param group; where: the
+    rank's name in `errors`.
     """
 
-    def __init__(self, states: Sequence[dict], shapes: Sequence[Shapes], where: str, errors: ErrorCollector):
+    def __init__(self, states: Sequence[dict], param_shapes: Sequence[ParamShapes], where: str, errors: ErrorCollector):
         self._where = where
-        self._faults = errors
-        self._flats: list[dict[str, list[Tensor]]] = []
+        self._errors = errors
+        self._partitions: list[dict[str, list[Tensor]]] = []  # by data-parallel rank, kind and param group
         self._fragments: dict[str, list[FlatFragment]] = {}
         self._steps: set[int | None] = set()
-        self.groups: list[object] = []
-        for rank, state in enumerate(states):
-            inner = state.get(STATE)
-            inner = inner if isinstance(inner, dict) else {}
-            if MASTERS_3 in inner:
-                self._flats.append(self._read(rank, inner[MASTERS_3], inner.get(STATE)))
-                self._note_equal(rank, shapes, len(states))
+        self.param_groups: list[object] = []
+        for dp_rank, state in enumerate(states):
+            state_dict = state.get(OPTIMIZER_STATE_DICT)
+            state_dict = state_dict if isinstance(state_dict, dict) else {}
+            if FP32_FLAT_GROUPS in state_dict:
+                base_state = state_dict.get(OPTIMIZER_STATE_DICT)
+                self._partitions.append(self._read_partitions(dp_rank, state_dict[FP32_FLAT_GROUPS], base_state))
+                self._add_equal_fragments(dp_rank, param_shapes, len(states))
             else:
-                self._flats.append(self._read(rank, inner.get(MASTERS), inner.get(BASE)))
-                self._note_mapped(rank, inner.get(MAPPINGS))
-        kinds = {len(flats) for flats in self._flats}
-        if len(kinds) > 1:
-            errors.add(where, "moments on all data-parallel ranks, or on none", "some")
-        self.has_moments = kinds == {1 + len(MOMENTS)}
+                base_state = state_dict.get(BASE_OPTIMIZER_STATE)
+                self._partitions.append(self._read_partitions(dp_rank, state_dict.get(FP32_GROUPS), base_state))
+                self._add_mapped_fragments(dp_rank, state_dict.get(PARAM_SLICE_MAPPINGS))
+        num_kinds = {len(partitions) for partitions in self._partitions}
+        if len(num_kinds) > 1:
+            errors.add(where, "moments on all data-parallel ranks, or on none", "moments on some of them")
+        self.has_moments = num_kinds == {1 + len(MOMENTS)}
         if len(self._steps) > 1 or None in self._steps:
-            errors.add(where, "one count of Adam's steps for all groups", sorted(map(str, self._steps)))
+            errors.add(where, "one Adam step count for all param groups", sorted(map(str, self._steps)))
         self.step = next(iter(self._steps)) if self.has_moments else None
 
     def __contains__(self, name: str) -> bool:
@@ -75,75 +81,88 @@ class ZeroMasters:
         return set(self._fragments)
 
     def numel(self, name: str) -> int:
+        """Number of the parameter's elements that the partitions hold."""
         return sum(fragment.numel for fragment in self._fragments[name])
 
     def dtype(self, name: str) -> torch.dtype:
         first = self._fragments[name][0]
-        return self._flats[first.rank][WEIGHT][first.group].dtype
+        return self._partitions[first.dp_rank][WEIGHT][first.group].dtype
 
-    def tensor(self, name: str, kind: str) -> Tensor:
-        """All numbers of a parameter, 1-D; a view of the file where one rank holds them all."""
+    def read(self, name: str, kind: str) -> Tensor:
+        """Reads the flat (numel,) parameter, dtype as stored; a view of the file where one rank holds all of it.
+
+        kind: WEIGHT for the master weights, or one of MOMENTS.
+        """
         pieces = [
-            self._flats[fragment.rank][kind][fragment.group].detach().narrow(0, fragment.start, fragment.numel)
+            self._partitions[fragment.dp_rank][kind][fragment.group].detach().narrow(0, fragment.start, fragment.numel)
             for fragment in self._fragments[name]
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _at(self, rank: int) -> str:
-        return f"{self._where}, data-parallel rank {rank}"
+    def _rank_name(self, dp_rank: int) -> str:
+        return f"{self._where}, data-parallel rank {dp_rank}"
 
-    def _read(self, rank: int, masters: object, base: object) -> dict[str, list[Tensor]]:
-        """One rank's flat tensors by group: the masters, and both moments where all groups have them."""
+    def _read_partitions(self, dp_rank: int, masters: object, base_state: object) -> dict[str, list[Tensor]]:
+        """Returns one rank's flat partitions by kind and param group, with moments only if the rank has any."""
         if not isinstance(masters, list) or not all(map(_is_flat, masters)):
             found = "nothing" if masters is None else type(masters).__name__
-            self._faults.add(self._at(rank), f"{MASTERS} or {MASTERS_3}, flat tensors by group", found)
+            self._errors.add(
+                self._rank_name(dp_rank), f"{FP32_GROUPS} or {FP32_FLAT_GROUPS}, a list of flat tensors", found
+            )
             return {WEIGHT: []}
-        states = _base_states(base)
-        self.groups += _groups(base)
-        moments = {kind: [states.get(group, {}).get(kind) for group in range(len(masters))] for kind in MOMENTS}
-        everything = [tensor for kind in MOMENTS for tensor in moments[kind]]
-        if all(tensor is None for tensor in everything):
+        group_states = _group_states(base_state)
+        self.param_groups += _param_groups(base_state)
+        moments = {kind: [group_states.get(group, {}).get(kind) for group in range(len(masters))] for kind in MOMENTS}
+        if all(tensor is None for kind in MOMENTS for tensor in moments[kind]):
             return {WEIGHT: masters}
-        for group, flat in enumerate(masters):
+        for group, master in enumerate(masters):
             for kind in MOMENTS:
-                tensor = moments[kind][group]
-                if not _is_flat(tensor) or tensor.numel() < flat.numel():
-                    found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                    self._faults.add(f"{kind} of group {group} ({self._at(rank)})", f"{flat.numel()} numbers", found)
-            self._steps.add(adam_groups.parse_step(states[group].get("step") if group in states else None))
+                moment = moments[kind][group]
+                if not _is_flat(moment) or moment.numel() < master.numel():
+                    where = f"{kind} of group {group} ({self._rank_name(dp_rank)})"
+                    found = tuple(moment.shape) if isinstance(moment, Tensor) else type(moment).__name__
+                    self._errors.add(where, f"a flat tensor of {master.numel()} elements", found)
+            step = group_states[group].get(adam_groups.STEP) if group in group_states else None
+            self._steps.add(adam_groups.parse_step(step))
         return {WEIGHT: masters, **moments}
 
-    def _note_mapped(self, rank: int, mappings: object) -> None:
-        flats = self._flats[rank][WEIGHT]
-        good = isinstance(mappings, list) and all(isinstance(mapping, dict) for mapping in mappings)
-        if not good or len(mappings) != len(flats):
-            found = f"{len(mappings)} of them" if good else type(mappings).__name__
-            self._faults.add(self._at(rank), f"{MAPPINGS}, a dict for each of {len(flats)} groups", found)
+    def _add_mapped_fragments(self, dp_rank: int, mappings: object) -> None:
+        """Adds the fragments that ZeRO 1 and 2 record."""
+        num_groups = len(self._partitions[dp_rank][WEIGHT])
+        are_mappings = isinstance(mappings, list) and all(isinstance(mapping, dict) for mapping in mappings)
+        if not are_mappings or len(mappings) != num_groups:
+            found = f"{len(mappings)} dicts" if are_mappings else type(mappings).__name__
+            expected = f"{PARAM_SLICE_MAPPINGS}, a dict for each of {num_groups} param groups"
+            self._errors.add(self._rank_name(dp_rank), expected, found)
             return
         for group, mapping in enumerate(mappings):
             for name, address in mapping.items():
                 start, numel = getattr(address, "start", None), getattr(address, "numel", None)
-                self._note(name, FlatFragment(rank, group, start, numel))
+                self._add_fragment(name, FlatFragment(dp_rank, group, start, numel))
 
-    def _note_equal(self, rank: int, shapes: Sequence[Shapes], ranks: int) -> None:
-        flats = self._flats[rank][WEIGHT]
-        if len(flats) != len(shapes):
-            self._faults.add(self._at(rank), f"{len(shapes)} flat groups, as param_shapes has", len(flats))
+    def _add_equal_fragments(self, dp_rank: int, param_shapes: Sequence[ParamShapes], dp_size: int) -> None:
+        """Adds the fragments that follow from ZeRO 3's equal shares."""
+        num_groups = len(self._partitions[dp_rank][WEIGHT])
+        if num_groups != len(param_shapes):
+            where, expected = self._rank_name(dp_rank), f"{len(param_shapes)} flat groups, as in param_shapes"
+            self._errors.add(where, expected, num_groups)
             return
-        for group, named in enumerate(shapes):
+        for group, shapes in enumerate(param_shapes):
             start = 0
-            for name, shape in named.items():
-                whole = prod(shape)
-                size = ceil(whole / ranks)
-                self._note(name, FlatFragment(rank, group, start, max(min(size, whole - rank * size), 0)))
-                start += size
+            for name, shape in shapes.items():
+                numel = prod(shape)
+                share = ceil(numel / dp_size)
+                own_numel = max(min(share, numel - dp_rank * share), 0)
+                self._add_fragment(name, FlatFragment(dp_rank, group, start, own_numel))
+                start += share
 
-    def _note(self, name: str, fragment: FlatFragment) -> None:
-        flat = self._flats[fragment.rank][WEIGHT][fragment.group]
-        good = all(type(number) is int and number >= 0 for number in (fragment.start, fragment.numel))
-        if not good or fragment.start + fragment.numel > flat.numel():
-            found = f"{fragment.numel} from {fragment.start} on"
-            self._faults.add(f"{name} ({self._at(fragment.rank)})", f"a part of the {flat.numel()} numbers", found)
+    def _add_fragment(self, name: str, fragment: FlatFragment) -> None:
+        size = self._partitions[fragment.dp_rank][WEIGHT][fragment.group].numel()
+        are_counts = all(type(number) is int and number >= 0 for number in (fragment.start, fragment.numel))
+        if not are_counts or fragment.start + fragment.numel > size:
+            where = f"{name} ({self._rank_name(fragment.dp_rank)})"
+            found = f"{fragment.numel} elements from {fragment.start} on"
+            self._errors.add(where, f"a range within the partition's {size} elements", found)
         elif fragment.numel:
             self._fragments.setdefault(name, []).append(fragment)
 
@@ -152,22 +171,21 @@ def _is_flat(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.dim() == 1 and tensor.is_floating_point()
 
 
-def _base_states(base: object) -> dict[int, dict]:
-    """The base optimizer's state by group. Some optimizers note the count of steps beside the group's settings."""
-    if isinstance(base, list):  # DeepSpeed's elastic checkpoints
-        return {i: state for i, state in enumerate(base) if isinstance(state, dict)}
-    if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
+def _group_states(base_state: object) -> dict[int, dict]:
+    """Returns the base optimizer's state by param group. Some optimizers count steps in the group, not in the state."""
+    if isinstance(base_state, list):  # DeepSpeed's elastic checkpoints
+        return {group: state for group, state in enumerate(base_state) if isinstance(state, dict)}
+    if not isinstance(base_state, dict) or not isinstance(base_state.get("state"), dict):
         return {}
-    counts = {
-        i: {"step": group["step"]}
-        for i, group in enumerate(_groups(base))
-        if isinstance(group, dict) and "step" in group
+    steps = {
+        number: {adam_groups.STEP: group[adam_groups.STEP]}
+        for number, group in enumerate(_param_groups(base_state))
+        if isinstance(group, dict) and adam_groups.STEP in group
     }
-    states = {i: state for i, state in base["state"].items() if isinstance(state, dict)}
-    return {i: {**counts.get(i, {}), **state} for i, state in states.items()}
+    states = {number: state for number, state in base_state["state"].items() if isinstance(state, dict)}
+    return {number: {**steps.get(number, {}), **state} for number, state in states.items()}
 
 
-def _groups(base: object) -> list:
-    """The settings of the base optimizer's groups."""
-    groups = base.get("param_groups") if isinstance(base, dict) else None
-    return groups if isinstance(groups, list) else []
+def _param_groups(base_state: object) -> list:
+    param_groups = base_state.get("param_groups") if isinstance(base_state, dict) else None
+    return param_groups if isinstance(param_groups, list) else []
