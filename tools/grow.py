@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ligo import cli
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.distributed.agreement import ALONE, Share
+from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.export.handoff import grow_from_config
 
 EXAMPLE = """
@@ -32,18 +32,18 @@ def main() -> None:
     parser.add_argument("--operator", metavar="DIR", help="the folder `operator` that a fit wrote")
     args = parser.parse_args()
     config = cli.load_config(args)
-    with _all(config) as share:
+    with _all(config) as ranks:
         with cli.byte_progress() as show:
-            grow_from_config(config, args.operator and Path(args.operator), Path(args.output), show, share)
-        if share.rank == 0:
+            grow_from_config(config, args.operator and Path(args.operator), Path(args.output), show, ranks)
+        if ranks.rank == 0:
             print(f"{args.output}: {', '.join(config.handoff.formats)} and growth.json")
 
 
 @contextmanager
-def _all(config: RunConfig) -> Iterator[Share]:
-    """This process's share of the work: all of it, or under a launcher one part in so many."""
+def _all(config: RunConfig) -> Iterator[RankGroup]:
+    """Yields the ranks that share the work: this process alone, or all that the launcher started."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield ALONE
+        yield SINGLE_RANK
         return
     # One process alone must not load Megatron-core.
     from megatron_ligo.distributed import mesh
@@ -51,7 +51,7 @@ def _all(config: RunConfig) -> Iterator[Share]:
 
     with report_failures():
         mesh.init_distributed(config.handoff.timeout_minutes)
-        yield Share(cli.launcher_rank(), int(os.environ["WORLD_SIZE"]), mesh.all_gather_objects)
+        yield mesh.all_ranks()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from megatron_ligo.common.errors import (
     Problem,
     did_you_mean,
 )
-from megatron_ligo.distributed.agreement import ALONE, Share
+from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +64,17 @@ def convert(
     overwrite: bool = False,
     extra_files: Mapping[str, object] | None = None,
     progress: Progress | None = None,
-    share: Share = ALONE,
+    ranks: RankGroup = SINGLE_RANK,
 ) -> Manifest:
     """Writes a checkpoint of format `to` at `target` (a new folder) and returns its manifest.
 
     The target appears whole or not at all. A conversion that was killed is taken up where it stopped. A target that
     the same request wrote is left as it is; `overwrite` puts the new one in the place of any other that we wrote.
-    beside: more JSON files for the folder, by name. share: this process's, where all processes of a job call this
-    together, with one target on a file system that they share; the bytes are those that one writes alone.
+    beside: more JSON files for the folder, by name. ranks: the processes that call this together, with one target
+    on a file system that they share; the bytes are those that one process writes alone.
     Raises CheckpointError with every bad tensor in one error.
     """
-    with share.agreed():
+    with ranks.agree():
         target_format = formats.get(to)
         if not target_format.writable:
             raise ConfigError(f"format {to!r} can only be read. {did_you_mean(to, formats.writers())}")
@@ -82,28 +82,28 @@ def convert(
         options = target_format.check_options(options or WriteOptions())
         _check_locations(source, target)
         job = _describe_job(source, to, options)
-    if share.world > 1 and progress:
-        progress = _progress_of_all(progress, share.world)
-    if share.rank:
-        _write_share(target_format, source, Staging(target, job), options, share, progress)
+    if ranks.world_size > 1 and progress:
+        progress = _progress_of_all(progress, ranks.world_size)
+    if ranks.rank:
+        _write_share(target_format, source, Staging(target, job), options, ranks, progress)
         return load_manifest(target)
     with ExitStack() as held:
-        with share.agreed():
+        with ranks.agree():
             target.parent.mkdir(parents=True, exist_ok=True)
             stage = held.enter_context(Staging(target, job))
             done = _find_finished(target, stage.job, overwrite)
             if not done:
-                checked = _prepare(target_format, source, stage, options, share, progress)
-        share.gathered(not done)
+                checked = _prepare(target_format, source, stage, options, ranks, progress)
+        ranks.all_gather(not done)
         if done:
             log.info("%s is there already, from the same request: left as it is", target)
             return done
         with _discard_on_refusal(stage):
-            with share.agreed(), Output(stage.content, stage.journal, options.workers, share) as output:
+            with ranks.agree(), Output(stage.content, stage.journal, options.workers, ranks) as output:
                 target_format.write(checked, output, options)
                 for name, value in (extra_files or {}).items():
                     output.write_json(name, value)
-            with share.agreed():
+            with ranks.agree():
                 stage.absorb_journals()
                 checked.finish()
                 lost = _dropped_moments(target_format, source, options)
@@ -116,7 +116,7 @@ def _prepare(
     source: Reader,
     stage: Staging,
     options: WriteOptions,
-    share: Share,
+    ranks: RankGroup,
     progress: Progress | None,
 ) -> ValidatedReader:
     """What the first process does before all of them write."""
@@ -130,7 +130,7 @@ def _prepare(
     with _discard_on_refusal(stage):
         needed = _count_bytes(target_format, checked, options, stage.partial)
     stage.check_space(needed)
-    if share.world > 1:
+    if ranks.world_size > 1:
         with FileLayoutOutput(stage.content) as output:
             target_format.write(checked, output, options)
     return checked
@@ -141,23 +141,23 @@ def _write_share(
     source: Reader,
     stage: Staging,
     options: WriteOptions,
-    share: Share,
+    ranks: RankGroup,
     progress: Progress | None,
 ) -> None:
     """What the processes but the first do: their tensors, between the first one's beginning and its end."""
-    with share.agreed():
+    with ranks.agree():
         pass
-    if not share.gathered(None)[0]:
+    if not ranks.all_gather(None)[0]:
         return
-    with share.agreed():
+    with ranks.agree():
         if not stage.content.is_dir():
             hint = "Choose one that all nodes share, or use one process."
             raise CheckpointError(Problem(f"{stage.target}", "a folder that every process sees", "nothing there", hint))
-        journal = stage.open_rank_journal(share.rank)
-        with Output(stage.content, journal, options.workers, share) as output:
+        journal = stage.open_rank_journal(ranks.rank)
+        with Output(stage.content, journal, options.workers, ranks) as output:
             target_format.write(_validated(target_format, source, options, journal, progress), output, options)
         journal.close()
-    with share.agreed():
+    with ranks.agree():
         pass
 
 

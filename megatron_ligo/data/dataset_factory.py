@@ -10,9 +10,9 @@ from megatron_ligo.arch.spec import Task
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data.image_dataset import open_image_dataset
 from megatron_ligo.data.masking import build_masking
-from megatron_ligo.data.megatron_dataset import on_all_ranks
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.data.text_dataset import open_text_dataset
+from megatron_ligo.distributed.mesh import all_ranks
 
 
 def open_dataset(
@@ -23,7 +23,7 @@ def open_dataset(
     if architectures.get(model_config.arch).task is Task.LABEL:
         return open_image_dataset(data, model_config, held_out, first)
     cache = data.cache or output / "data_cache"
-    masking = on_all_ranks(lambda: build_masking(data, model_config))
+    masking = all_ranks().run_on_all(lambda: build_masking(data, model_config))
     opened = open_text_dataset(data, data.seq_length, samples, held_out, data.seed, cache, first, masking)
     opened.check_vocab(model_config.vocab_size)
     return opened

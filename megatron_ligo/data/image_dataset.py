@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import DataError, ErrorCollector
 from megatron_ligo.config.run_config import DataSection
-from megatron_ligo.data.megatron_dataset import on_all_ranks
 from megatron_ligo.data.sampler import TRAIN, VALID, Batch, ShardedSampler
+from megatron_ligo.distributed.mesh import all_ranks
 
 IMAGES, LABELS = "images", "labels"
 CACHED_PERMUTATIONS = 2
@@ -84,7 +84,9 @@ class ImageDataset(ShardedSampler):
 def open_image_dataset(data: DataSection, model_config: ModelConfig, held_out: int, first: int = 0) -> ImageDataset:
     """Opens what [data] names for a model of these sizes. Collective: any fault is raised on all ranks as one
     DataError."""
-    return on_all_ranks(lambda: ImageDataset(_open_splits(data, model_config, held_out), model_config, data, first))
+    return all_ranks().run_on_all(
+        lambda: ImageDataset(_open_splits(data, model_config, held_out), model_config, data, first)
+    )
 
 
 def _open_splits(data: DataSection, model_config: ModelConfig, held_out: int) -> dict[str, list[ImageFile]]:

@@ -11,14 +11,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import xxhash
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -29,9 +26,7 @@ from megatron_ligo.common.atomic_files import fsync_tree
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.data.indexed_dataset import IndexedFiles
 from megatron_ligo.distributed import mesh
-from megatron_ligo.distributed.agreement import ALONE, Share
 
-T = TypeVar("T")
 # Megatron-core's surplus: each part of a weighted blend is built a little longer than its share.
 BLEND_SURPLUS = 0.005
 
@@ -63,8 +58,9 @@ def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> tor
         # Megatron-core's blends ask for a rank.
         mesh.init_distributed()
     folder = cache_dir.resolve() / _cache_key(blend, seq_length, seed)
-    on_rank_0(lambda: _build_index(blend, seq_length, seed, folder))
-    on_all_ranks(lambda: _check_index(folder))
+    ranks = mesh.all_ranks()
+    ranks.run_on_rank_0(lambda: _build_index(blend, seq_length, seed, folder))
+    ranks.run_on_all(lambda: _check_index(folder))
     return _build_datasets(blend, seq_length, seed, folder)
 
 
@@ -139,16 +135,3 @@ def _build_gpt_dataset(prefix: str, samples: int | None, split: Split, config: G
     tokens = IndexedDataset(prefix)
     everything = np.arange(len(tokens), dtype=np.int32)
     return GPTDataset(tokens, prefix, everything, samples, split, config)
-
-
-def on_all_ranks(work: Callable[[], T]) -> T:
-    """Does the work on each rank; a fault of one is raised on all."""
-    share = Share(dist.get_rank(), dist.get_world_size(), mesh.all_gather_objects) if dist.is_initialized() else ALONE
-    with share.agreed():
-        return work()
-
-
-def on_rank_0(work: Callable[[], None]) -> None:
-    """Does the work on rank 0 alone; the others wait, and share its fault."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    on_all_ranks(work if first else lambda: None)

@@ -15,9 +15,10 @@ from megatron_ligo.common.errors import DataError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data.indexed_dataset import IndexedFiles, open_indexed_files
 from megatron_ligo.data.masking import Masking
-from megatron_ligo.data.megatron_dataset import Blend, on_all_ranks, on_rank_0, open_blend
+from megatron_ligo.data.megatron_dataset import Blend, open_blend
 from megatron_ligo.data.sampler import TRAIN, Batch, ShardedSampler
 from megatron_ligo.data.tokenizer import digest_tokenizer
+from megatron_ligo.distributed.mesh import all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class TextDataset(ShardedSampler):
     def check_vocab(self, vocab_size: int) -> None:
         """DataError on every rank if the data hold a token id that a model of `vocab_size` rows has no row for."""
         self._vocab_size = vocab_size
-        on_rank_0(lambda: _check_token_ids(self._pairs, vocab_size))
+        all_ranks().run_on_rank_0(lambda: _check_token_ids(self._pairs, vocab_size))
 
     def _num_samples(self, split: str) -> int:
         return len(self._dataset(split))
@@ -94,7 +95,9 @@ def open_text_dataset(
     """
     if masking is not None:
         seq_length -= len(masking.ends)
-    blends = on_all_ranks(lambda: _build_blends(data, seq_length, first + num_train_samples, num_valid_samples))
+    blends = all_ranks().run_on_all(
+        lambda: _build_blends(data, seq_length, first + num_train_samples, num_valid_samples)
+    )
     datasets = {blend.split: open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends}
     pairs = [pair for blend in blends for pair in blend.pairs]
     return TextDataset(datasets[Split.train], datasets.get(Split.valid), pairs, first, masking)

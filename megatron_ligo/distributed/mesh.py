@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
 
-from megatron_ligo.common.errors import LayoutError, LigoError, Problem
+from megatron_ligo.common.errors import LayoutError, Problem
+from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class Mesh:
     tp_dp_group: dist.ProcessGroup
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
     @property
@@ -88,9 +89,11 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
 def build_mesh(tp: int, pp: int) -> Mesh:
     """Divides the processes into tp x pp x dp; dp is what remains. Collective over all processes."""
     world = dist.get_world_size()
-    if world % (tp * pp):
-        hint = "Start that many processes, or change tp and pp."
-        agree(LayoutError(Problem("processes", f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}", world, hint)))
+    with all_ranks().agree():
+        if world % (tp * pp):
+            hint = "Start that many processes, or change tp and pp."
+            expected = f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}"
+            raise LayoutError(Problem("processes", expected, world, hint))
     if not _is_made(tp, pp):
         # gloo keeps three threads a group that wake up a hundred times a second: no group that nobody uses.
         parallel_state.destroy_model_parallel()
@@ -122,29 +125,27 @@ def _is_made(tp: int, pp: int) -> bool:
     return sizes == (tp, pp)
 
 
-def all_gather_objects(value: T) -> list[T]:
-    """Every rank's value (small, picklable), by rank, on every rank. Collective over all processes."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def all_ranks() -> RankGroup:
+    """All ranks of the job; a single rank where no process group was joined."""
+    if not dist.is_initialized():
+        return SINGLE_RANK
+    return RankGroup(dist.get_rank(), dist.get_world_size(), _all_gather_objects)
+
+
+def _all_gather_objects(value: T) -> list[T]:
+    """Returns every rank's value (small and picklable) on every rank. Collective."""
+    if dist.get_world_size() == 1:
         return [value]
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest of every rank's numbers. Collective over all processes."""
-    held = torch.tensor([value], device=device.current_device())
-    dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    return int(held)
-
-
-def agree(error: LigoError | None) -> None:
-    """All ranks raise the same error if any has one. Call it on every rank before work that cannot be undone."""
-    for rank, other in enumerate(all_gather_objects(error)):
-        if other is not None:
-            shared = type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}")
-            shared.agreed = True
-            raise shared
+    """Returns the largest of the ranks' integers. Collective."""
+    maximum = torch.tensor([value], device=device.current_device())
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return int(maximum)
 
 
 class DeepSpeedMpu:

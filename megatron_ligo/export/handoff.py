@@ -24,7 +24,7 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.distributed.agreement import ALONE, Share
+from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.export import provenance
 from megatron_ligo.export.grown_reader import GrownReader, digest_operator, digest_weights
 from megatron_ligo.growth import adam_state
@@ -47,34 +47,34 @@ def write_handoff(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    share: Share = ALONE,
+    ranks: RankGroup = SINGLE_RANK,
 ) -> dict:
     """Writes a model (`source`, mostly a `Grown`) into FOLDER in the formats `to`; returns growth.json's content.
 
     dtype: of the weights where the format leaves a choice (None: each tensor's own; the universal checkpoint is
     fp32). record: what growth.json says besides the large model's sizes and the versions (`build_growth_record` makes
-    it). share: `convert`'s. Killed and run again, it goes on; run again when done, it leaves all as it is. Each
+    it). ranks: `convert`'s. Killed and run again, it goes on; run again when done, it leaves all as it is. Each
     format appears whole or
     not at all. Raises CheckpointError with every bad tensor in one error.
     """
     folder = Path(folder)
     with ExitStack() as held:
-        with share.agreed():
-            if share.rank == 0:
+        with ranks.agree():
+            if ranks.rank == 0:
                 held.enter_context(exclusive_access(folder))
                 if not overwrite:
                     _check_same_model(folder, record)
         # The others are read from the universal checkpoint, so that each tensor is grown once.
         for name in sorted(to, key=lambda name: name != UNIVERSAL):
             options = WriteOptions(dtype=formats.get(name).stored_dtype or dtype)
-            convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, share=share)
+            convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, ranks=ranks)
             if name == UNIVERSAL:
                 source = formats.open(folder / name)
         versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
         own = {"large": source.model_config.to_json(), "formats": list(to), "versions": versions}
         made = {**record, **own}
-        with share.agreed():
-            return provenance.write(folder, made) if share.rank == 0 else made
+        with ranks.agree():
+            return provenance.write(folder, made) if ranks.rank == 0 else made
 
 
 def _check_same_model(folder: Path, record: dict) -> None:
@@ -88,7 +88,11 @@ def _check_same_model(folder: Path, record: dict) -> None:
 
 
 def grow_from_config(
-    config: RunConfig, operator: Path | None, folder: Path, progress: Progress | None = None, share: Share = ALONE
+    config: RunConfig,
+    operator: Path | None,
+    folder: Path,
+    progress: Progress | None = None,
+    ranks: RankGroup = SINGLE_RANK,
 ) -> dict:
     """What `tools/grow.py` does: the config's small model, grown by an operator's folder (None: by the initialisation
     that [operator] names), into a hand-off. Returns growth.json's content."""
@@ -96,7 +100,7 @@ def grow_from_config(
     if not small.path:
         raise ConfigError(Problem("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
     section = config.handoff
-    with share.agreed():
+    with ranks.agree():
         reader = formats.open(small.path, None if small.format == "auto" else small.format)
         if operator:
             chosen = OperatorFile(operator)
@@ -104,9 +108,9 @@ def grow_from_config(
             chosen = initial_operator(reader.model_config, config.large, config.operator)
             log.info("%s", describe(chosen.settings, chosen.small, chosen.large))
         grown = GrownReader(chosen, reader, section.moments)
-        record = build_growth_record(grown) if share.rank == 0 else {}
+        record = build_growth_record(grown) if ranks.rank == 0 else {}
     dtype = DTYPES[section.dtype]
-    return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, share=share)
+    return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, ranks=ranks)
 
 
 def build_growth_record(grown: GrownReader) -> dict:

@@ -17,10 +17,9 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import FitSection, RunConfig
 from megatron_ligo.data.dataset_factory import open_dataset
-from megatron_ligo.data.megatron_dataset import on_all_ranks, on_rank_0
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.distributed import device, mesh
-from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.methods import describe
@@ -59,18 +58,18 @@ class Fit:
         self.fit = config.fit
         self.output = output
         mesh.init_distributed(self.fit.timeout_minutes)
-        self.dtype = on_all_ranks(lambda: device.resolve_dtype(self.fit.precision))
-        self.reader, self.operator, self.lag = on_all_ranks(lambda: prepare(config))
+        self.dtype = all_ranks().run_on_all(lambda: device.resolve_dtype(self.fit.precision))
+        self.reader, self.operator, self.lag = all_ranks().run_on_all(lambda: prepare(config))
         self.step_flops = self._step_flops()
-        self.fit = on_all_ranks(lambda: within_budget(self.fit, self.step_flops))
+        self.fit = all_ranks().run_on_all(lambda: within_budget(self.fit, self.step_flops))
         self.mesh: Mesh = mesh.build_mesh(self.fit.parallel.tp, self.fit.parallel.pp)
-        self.count = on_all_ranks(lambda: micro_batches(self.fit, self.mesh))
+        self.count = all_ranks().run_on_all(lambda: micro_batches(self.fit, self.mesh))
         lock_output(output)
         self.found = run_checkpoints.newest(output / loop.FOLDER)
         self.moved = reshard.layout_changed(self.found, self.fit, self.mesh)
         torch.manual_seed(self.fit.seed)
         if self.found:
-            on_all_ranks(lambda: check_same_run(self.found.state["run"], self._identity(), output))
+            all_ranks().run_on_all(lambda: check_same_run(self.found.state["run"], self._identity(), output))
         lock_output(output, make=True)
         self.data = self._open_data()
         self.runtime = self._runtime()
@@ -124,9 +123,9 @@ class Fit:
 
     def _build(self) -> Engine:
         """The engine, with what a checkpoint of another layout holds."""
-        learned = on_all_ranks(lambda: reshard.SavedOptimizer(self.found)) if self.moved else None
+        learned = all_ranks().run_on_all(lambda: reshard.SavedOptimizer(self.found)) if self.moved else None
         if learned:
-            on_all_ranks(lambda: reshard.fill_module(self.module, learned.cut_for(self.mesh)))
+            all_ranks().run_on_all(lambda: reshard.fill_module(self.module, learned.cut_for(self.mesh)))
         engine = Engine(self.module, self.mesh, self.fit, self._groups(), after_update=self._after_update)
         if learned:
             reshard.fill_optimizer(engine.engine, learned.cut_for(self.mesh), learned.steps)
@@ -197,7 +196,7 @@ class Fit:
     def _save_operator(self, folder: Path) -> None:
         """The operator as it stands. Collective."""
         tensors = gather_operator(self.module, self.runtime)
-        on_rank_0(
+        all_ranks().run_on_rank_0(
             lambda: operator_file.write_operator(self.operator, tensors.items(), folder, {"step": self.engine.steps})
         )
 
@@ -217,7 +216,9 @@ class Fit:
             "config": self.config.to_dict(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
         }
-        on_rank_0(lambda: operator_file.write_operator(self.operator, tensors.items(), self.output / "operator", made))
+        all_ranks().run_on_rank_0(
+            lambda: operator_file.write_operator(self.operator, tensors.items(), self.output / "operator", made)
+        )
 
     def _chosen(self, best: BestOperator) -> Mapping[str, Tensor]:
         """The tensors that are written, on rank 0. Collective."""

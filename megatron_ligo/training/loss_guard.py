@@ -9,7 +9,7 @@ from statistics import median
 
 from megatron_ligo.common.errors import NumbersError, Problem
 from megatron_ligo.config.run_config import TrainingSection
-from megatron_ligo.distributed.mesh import all_gather_objects
+from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.training.engine import Batch, Engine
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class LossGuard:
             return ""
         losses, names = self.engine.look_again(batches)
         bad = [part for part, loss in zip(samples, losses, strict=False) if not math.isfinite(loss)]
-        everyone = all_gather_objects(([number for part in bad for number in part], names))
+        everyone = all_ranks().all_gather(([number for part in bad for number in part], names))
         numbers = sorted({number for numbers, _ in everyone for number in numbers})
         rows = list(dict.fromkeys(name for _, names in everyone for name in names))
         of_samples = f"; not finite the losses of training samples {_few(numbers)}" if numbers else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_ligo.common.file_lock import lock_folder
-from megatron_ligo.data.megatron_dataset import on_rank_0
+from megatron_ligo.distributed.mesh import all_ranks
 
 # Open for as long as the process lives.
 _held: dict[Path, IO[str]] = {}
@@ -15,7 +15,7 @@ _held: dict[Path, IO[str]] = {}
 def lock_output(output: Path, make: bool = False) -> None:
     """ConfigError on all ranks if another run has the folder. Where there is none it is made, or nothing done.
     Collective."""
-    on_rank_0(lambda: _lock(output.resolve(), make))
+    all_ranks().run_on_rank_0(lambda: _lock(output.resolve(), make))
 
 
 def _lock(folder: Path, make: bool) -> None:

@@ -20,10 +20,9 @@ from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.data.dataset_factory import open_dataset
-from megatron_ligo.data.megatron_dataset import on_all_ranks, on_rank_0
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.distributed import device, mesh
-from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
@@ -49,14 +48,16 @@ class Pretrain:
     def __init__(self, config: RunConfig, output: Path):
         self.config, self.settings, self.output = config, config.pretrain, output
         mesh.init_distributed(self.settings.timeout_minutes)
-        self.dtype = on_all_ranks(lambda: device.resolve_dtype(self.settings.precision))
+        self.dtype = all_ranks().run_on_all(lambda: device.resolve_dtype(self.settings.precision))
         self.mesh: Mesh = mesh.build_mesh(self.settings.parallel.tp, self.settings.parallel.pp)
-        on_all_ranks(lambda: micro_batches(self.settings, self.mesh))
+        all_ranks().run_on_all(lambda: micro_batches(self.settings, self.mesh))
         lock_output(output)
         self.found = run_checkpoints.newest(output / loop.FOLDER)
         self.resumed = self.found is not None
         self.moved = reshard.layout_changed(self.found, self.settings, self.mesh)
-        self.start = on_all_ranks(self._resumed_start if self.resumed else lambda: find_initial_weights(config))
+        self.start = all_ranks().run_on_all(
+            self._resumed_start if self.resumed else lambda: find_initial_weights(config)
+        )
         self.model_config: ModelConfig = self.start.model_config
         self.grown = self.start.grown
         lock_output(output, make=True)
@@ -75,7 +76,7 @@ class Pretrain:
                 "eval": self._held_out(),
                 "origin": self.start.origin,
             }
-            on_rank_0(self._keep_model)
+            all_ranks().run_on_rank_0(self._keep_model)
             self._record(state)
             if self.config.data.valid:
                 self._evaluate_start(state)
@@ -220,7 +221,7 @@ class Pretrain:
         return {**sizes, "pretrain": run, "data": data}
 
     def _record(self, state: dict) -> dict:
-        memory: list[int] = [0] * self.mesh.world
+        memory: list[int] = [0] * self.mesh.world_size
         dist.all_gather_object(memory, peak_memory_bytes())
         made = {
             "run": self._identity(),
@@ -234,7 +235,7 @@ class Pretrain:
             "peak_memory_bytes": memory,
             "versions": library_versions(),
         }
-        on_rank_0(lambda: self._write_record(made))
+        all_ranks().run_on_rank_0(lambda: self._write_record(made))
         return made
 
     def _write_record(self, made: dict) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ligo.common.errors import ErrorCollector, ReplicaError
-from megatron_ligo.distributed.mesh import agree
+from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.training.engine import Engine
 
 
@@ -22,7 +22,7 @@ def check_replicas(engine: Engine, step: int) -> None:
     errors = ErrorCollector(f"step {step}: ranks that must hold the same numbers do not", ReplicaError)
     for group, named in _copies(engine):
         _compare(group, named, errors)
-    agree(_raised(errors))
+    all_ranks().run_on_all(errors.raise_if_any)
 
 
 def _copies(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
@@ -68,11 +68,3 @@ def _checksum(held: Tensor) -> Tensor:
     """Sum of the bits, word by word, without a copy (int64, which wraps around)."""
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[held.element_size()]
     return held.detach().reshape(-1).view(words).sum(dtype=torch.int64)
-
-
-def _raised(errors: ErrorCollector) -> ReplicaError | None:
-    try:
-        errors.raise_if_any()
-    except ReplicaError as error:
-        return error
-    return None

@@ -18,7 +18,6 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import HandoffSection, LargeSection, OperatorSection, RunConfig
 from megatron_ligo.distributed import mesh
-from megatron_ligo.distributed.agreement import Share
 from megatron_ligo.export import handoff, provenance
 from megatron_ligo.export.grown_reader import GrownReader, digest_weights
 from megatron_ligo.growth.validation import initial_operator
@@ -148,12 +147,12 @@ def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -
         return read(key, kind)
 
     grown.read = noted
-    share = Share(dist.get_rank(), dist.get_world_size(), mesh.all_gather_objects)
+    ranks = mesh.all_ranks()
     try:
-        handoff.write_handoff(grown, folder, None, ("universal", "hf"), {}, share=share)
+        handoff.write_handoff(grown, folder, None, ("universal", "hf"), {}, ranks=ranks)
     except LigoError as error:
-        return mesh.all_gather_objects((type(error).__name__, f"{error}", error.agreed))
-    return mesh.all_gather_objects(len(made))
+        return ranks.all_gather((type(error).__name__, f"{error}", error.agreed))
+    return ranks.all_gather(len(made))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -29,7 +29,7 @@ from megatron_ligo.checkpoint.io.parallel_writer import WORKERS, OpenFile, Paral
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader
 from megatron_ligo.common.atomic_files import fsync_path
 from megatron_ligo.common.errors import CheckpointError, Problem
-from megatron_ligo.distributed.agreement import ALONE, Share
+from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 SKELETONS = ".skeletons"
@@ -62,15 +62,17 @@ class Output:
     A context manager: at its end everything is on the disk, or its error is raised.
     """
 
-    def __init__(self, folder: Path, journal: Journal | None = None, workers: int = WORKERS, share: Share = ALONE):
+    def __init__(
+        self, folder: Path, journal: Journal | None = None, workers: int = WORKERS, ranks: RankGroup = SINGLE_RANK
+    ):
         self.folder = folder
         self.journal = journal or Journal()
         self.written: list[str] = []
         self._writer = ParallelWriter(workers)
-        self._first = share.rank == 0
-        self._rank, self._dealt = share.rank, [0] * share.world
+        self._first = ranks.rank == 0
+        self._rank, self._dealt = ranks.rank, [0] * ranks.world_size
         self._made: set[Path] = set()
-        self._skeletons = SKELETONS if self._first else f"{SKELETONS}.{share.rank}"
+        self._skeletons = SKELETONS if self._first else f"{SKELETONS}.{ranks.rank}"
 
     def __enter__(self) -> Output:
         return self

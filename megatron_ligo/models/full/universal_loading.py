@@ -11,7 +11,6 @@ In a training script of your own, over any Megatron-core GPTModel whose paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from megatron_ligo.arch.spec import Pack
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector
-from megatron_ligo.distributed.mesh import agree
+from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.models.full.parameters import local_tensor, parameters
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
@@ -102,13 +101,13 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: 
     if stage3 and dist.get_world_size(tp_group) > 1:
         told = all(hasattr(parameter, DS_AUTOTP_UC_META) for parameter in engine.module.parameters())
         assert told, "prepare_for_universal comes before deepspeed.initialize"
-    agree(_fault(lambda: check_files(source.path)) if dist.get_rank() == 0 else None)
+    all_ranks().run_on_rank_0(lambda: check_files(source.path))
     # ZeRO 1 and 2 take what there is; ZeRO 3 wants moments, or else to be told that there are none.
     fresh = stage3 and not (source.has_moments and source.step)
     engine.load_checkpoint(str(source.path), load_lr_scheduler_states=False, load_module_only=fresh)
     if stage3:
         _own_steps(engine.optimizer.optimizer)
-    agree(_fault(lambda: verify_loaded(engine.module, source, tp_group)))
+    all_ranks().run_on_all(lambda: verify_loaded(engine.module, source, tp_group))
 
 
 def _own_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -116,14 +115,6 @@ def _own_steps(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-
-
-def _fault(check: Callable[[], None]) -> CheckpointError | None:
-    try:
-        check()
-    except CheckpointError as error:
-        return error
-    return None
 
 
 def check_files(folder: Path) -> None:

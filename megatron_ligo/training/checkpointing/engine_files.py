@@ -31,6 +31,11 @@ class CheckpointFiles(TorchCheckpointEngine):
         self.fault: CheckpointError | None = None
         self.written: dict[Path, dict] = {}
 
+    def raise_fault(self) -> None:
+        """Raises this rank's first fault since `begin`."""
+        if self.fault:
+            raise self.fault
+
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:
             super().makedirs(path, exist_ok=exist_ok)

@@ -26,7 +26,7 @@ def gather_operator(module: nn.Module, runtime: FactoredContext) -> dict[str, Te
     for name, tensor in _local_tensors(module, runtime):
         if mesh.dp_rank == 0:
             mine[name] = tensor
-    everything: list[dict[str, Tensor]] | None = [{}] * mesh.world if dist.get_rank() == 0 else None
+    everything: list[dict[str, Tensor]] | None = [{}] * mesh.world_size if dist.get_rank() == 0 else None
     dist.gather_object(mine, everything, dst=0)
     if everything is None:
         return {}

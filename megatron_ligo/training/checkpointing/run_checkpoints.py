@@ -29,7 +29,7 @@ from megatron_ligo.common.atomic_files import (
     write_json,
 )
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
-from megatron_ligo.distributed.mesh import agree, all_gather_objects
+from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.training.checkpointing.engine_files import ALLOWED, size_and_digest, unwritable
 from megatron_ligo.training.engine import Engine
 
@@ -60,14 +60,15 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
     CheckpointError on every rank, with the checkpoints before left as they are, if a weight is not finite or a file
     cannot be written.
     """
-    agree(_bad_weights(engine.module, step))
+    ranks = all_ranks()
+    ranks.run_on_all(lambda: _check_finite(engine.module, step))
     aside, target = folder / f".step_{step}.new", folder / f"step_{step}"
     _on_rank_0(aside, lambda: _make(aside))
     engine.files.begin()
     engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={RUN_STATE: state}, save_latest=False)
     try:
-        agree(engine.files.fault)
-        known = {path: entry for part in all_gather_objects(engine.files.written) for path, entry in part.items()}
+        ranks.run_on_all(engine.files.raise_fault)
+        known = {path: entry for part in ranks.all_gather(engine.files.written) for path, entry in part.items()}
         record = {"step": step, "state": state, "layout": engine.layout}
         _on_rank_0(aside, lambda: complete(aside, beside, known, record))
     except CheckpointError:
@@ -94,18 +95,21 @@ def newest(folder: Path) -> RunCheckpoint | None:
     _on_rank_0(folder, lambda: _tidy(folder))
     errors = ErrorCollector(f"{folder} has no checkpoint that is whole", CheckpointError)
     damaged: list[Path] = []
-    for step in reversed(all_gather_objects(steps(folder))[0]):
+    ranks = all_ranks()
+    for step in reversed(ranks.all_gather(steps(folder))[0]):
         place = folder / f"step_{step}"
-        record, fault = _examine(place)
-        found = next((error for error in all_gather_objects(fault) if error), None)
-        if found is None:
-            for other in damaged:
-                log.warning("%s: set aside as %s.damaged", other, other.name)
-            _on_rank_0(folder, lambda: _set_aside(damaged))
-            return RunCheckpoint(place, step, record["state"], record["layout"])
-        log.warning("%s", found)
-        errors.note(str(found))
-        damaged.append(place)
+        try:
+            with ranks.agree():
+                record = _read_and_check(place)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            errors.note(str(error))
+            damaged.append(place)
+            continue
+        for other in damaged:
+            log.warning("%s: set aside as %s.damaged", other, other.name)
+        _on_rank_0(folder, lambda: _set_aside(damaged))
+        return RunCheckpoint(place, step, record["state"], record["layout"])
     errors.raise_if_any()
     return None
 
@@ -175,18 +179,15 @@ def _set_aside(damaged: list[Path]) -> None:
         fsync_path(place.parent)
 
 
-def _examine(place: Path) -> tuple[dict, CheckpointError | None]:
-    """A checkpoint's record, and what is wrong with this rank's share of its files."""
-    try:
-        record = _read_record(place / RECORD)
-        errors = ErrorCollector(f"{place} is damaged", CheckpointError)
-        share = sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]
-        for name in share:
-            _check_file(place, name, record["files"][name], errors)
-        errors.raise_if_any()
-    except CheckpointError as error:
-        return {}, error
-    return record, None
+def _read_and_check(place: Path) -> dict:
+    """Reads a checkpoint's record and checks this rank's share of its files. CheckpointError if any is damaged."""
+    record = _read_record(place / RECORD)
+    errors = ErrorCollector(f"{place} is damaged", CheckpointError)
+    share = sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]
+    for name in share:
+        _check_file(place, name, record["files"][name], errors)
+    errors.raise_if_any()
+    return record
 
 
 def _read_record(path: Path) -> dict:
@@ -225,25 +226,23 @@ def _check_file(place: Path, name: str, expected: dict, errors: ErrorCollector) 
             errors.note(str(error))
 
 
-def _bad_weights(module: nn.Module, step: int) -> CheckpointError | None:
-    """This rank's weights that are not finite."""
+def _check_finite(module: nn.Module, step: int) -> None:
+    """CheckpointError if a weight of this rank is not finite."""
     bad = []
     for name, parameter in module.named_parameters():
         held = getattr(parameter, "ds_tensor", parameter)
         if not bool(torch.isfinite(held).all()):
             bad.append(name)
-    if not bad:
-        return None
-    hint = "Nothing is saved; the last checkpoint is as it was."
-    return CheckpointError(Problem(f"step {step}", "finite weights", f"NaN or Inf in {', '.join(bad[:10])}", hint))
+    if bad:
+        hint = "Nothing is saved; the last checkpoint is as it was."
+        raise CheckpointError(Problem(f"step {step}", "finite weights", f"NaN or Inf in {', '.join(bad[:10])}", hint))
 
 
 def _on_rank_0(place: Path, work: Callable[[], None]) -> None:
-    """Does work on files on rank 0 alone; all ranks share its fault."""
-    fault = None
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except OSError as error:
-            fault = unwritable(place, error)
-    agree(fault)
+    """Changes files on rank 0 alone. CheckpointError on all ranks if the disk refuses."""
+    with all_ranks().agree():
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except OSError as error:
+                raise unwritable(place, error) from error

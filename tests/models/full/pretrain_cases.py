@@ -144,7 +144,7 @@ def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tupl
     """Parameters of this rank's model, by name, with their shapes."""
     model_config, mesh = sizes(tied, family), meshes.build_mesh(tp, pp)
     model = build_model(model_config, BuildOptions(tp=tp), mesh)
-    everyone: list = [None] * mesh.world
+    everyone: list = [None] * mesh.world_size
     torch.distributed.all_gather_object(everyone, {n: tuple(p.shape) for n, p in model.named_parameters()})
     return {name: shape for held in everyone for name, shape in held.items()}
 
