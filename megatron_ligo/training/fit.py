@@ -58,18 +58,19 @@ class Fit:
         self.fit = config.fit
         self.output = output
         mesh.init_distributed(self.fit.timeout_minutes)
-        self.dtype = all_ranks().run_on_all(lambda: device.resolve_dtype(self.fit.precision))
-        self.reader, self.operator, self.lag = all_ranks().run_on_all(lambda: prepare(config))
+        self.ranks = all_ranks()
+        self.dtype = self.ranks.run_on_all(lambda: device.resolve_dtype(self.fit.precision))
+        self.reader, self.operator, self.lag = self.ranks.run_on_all(lambda: prepare(config))
         self.step_flops = self._step_flops()
-        self.fit = all_ranks().run_on_all(lambda: within_budget(self.fit, self.step_flops))
+        self.fit = self.ranks.run_on_all(lambda: within_budget(self.fit, self.step_flops))
         self.mesh: Mesh = mesh.build_mesh(self.fit.parallel.tp, self.fit.parallel.pp)
-        self.count = all_ranks().run_on_all(lambda: micro_batches(self.fit, self.mesh))
+        self.count = self.ranks.run_on_all(lambda: micro_batches(self.fit, self.mesh))
         lock_output(output)
         self.found = run_checkpoints.newest(output / loop.FOLDER)
         self.moved = reshard.layout_changed(self.found, self.fit, self.mesh)
         torch.manual_seed(self.fit.seed)
         if self.found:
-            all_ranks().run_on_all(lambda: check_same_run(self.found.state["run"], self._identity(), output))
+            self.ranks.run_on_all(lambda: check_same_run(self.found.state["run"], self._identity(), output))
         lock_output(output, make=True)
         self.data = self._open_data()
         self.runtime = self._runtime()
@@ -123,9 +124,9 @@ class Fit:
 
     def _build(self) -> Engine:
         """The engine, with what a checkpoint of another layout holds."""
-        learned = all_ranks().run_on_all(lambda: reshard.SavedOptimizer(self.found)) if self.moved else None
+        learned = self.ranks.run_on_all(lambda: reshard.SavedOptimizer(self.found)) if self.moved else None
         if learned:
-            all_ranks().run_on_all(lambda: reshard.fill_module(self.module, learned.cut_for(self.mesh)))
+            self.ranks.run_on_all(lambda: reshard.fill_module(self.module, learned.cut_for(self.mesh)))
         engine = Engine(self.module, self.mesh, self.fit, self._groups(), after_update=self._after_update)
         if learned:
             reshard.fill_optimizer(engine.engine, learned.cut_for(self.mesh), learned.steps)
@@ -196,7 +197,7 @@ class Fit:
     def _save_operator(self, folder: Path) -> None:
         """The operator as it stands. Collective."""
         tensors = gather_operator(self.module, self.runtime)
-        all_ranks().run_on_rank_0(
+        self.ranks.run_on_rank_0(
             lambda: operator_file.write_operator(self.operator, tensors.items(), folder, {"step": self.engine.steps})
         )
 
@@ -216,7 +217,7 @@ class Fit:
             "config": self.config.to_dict(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
         }
-        all_ranks().run_on_rank_0(
+        self.ranks.run_on_rank_0(
             lambda: operator_file.write_operator(self.operator, tensors.items(), self.output / "operator", made)
         )
 

@@ -48,14 +48,15 @@ class Pretrain:
     def __init__(self, config: RunConfig, output: Path):
         self.config, self.settings, self.output = config, config.pretrain, output
         mesh.init_distributed(self.settings.timeout_minutes)
-        self.dtype = all_ranks().run_on_all(lambda: device.resolve_dtype(self.settings.precision))
+        self.ranks = all_ranks()
+        self.dtype = self.ranks.run_on_all(lambda: device.resolve_dtype(self.settings.precision))
         self.mesh: Mesh = mesh.build_mesh(self.settings.parallel.tp, self.settings.parallel.pp)
-        all_ranks().run_on_all(lambda: micro_batches(self.settings, self.mesh))
+        self.ranks.run_on_all(lambda: micro_batches(self.settings, self.mesh))
         lock_output(output)
         self.found = run_checkpoints.newest(output / loop.FOLDER)
         self.resumed = self.found is not None
         self.moved = reshard.layout_changed(self.found, self.settings, self.mesh)
-        self.start = all_ranks().run_on_all(
+        self.start = self.ranks.run_on_all(
             self._resumed_start if self.resumed else lambda: find_initial_weights(config)
         )
         self.model_config: ModelConfig = self.start.model_config
@@ -76,7 +77,7 @@ class Pretrain:
                 "eval": self._held_out(),
                 "origin": self.start.origin,
             }
-            all_ranks().run_on_rank_0(self._keep_model)
+            self.ranks.run_on_rank_0(self._keep_model)
             self._record(state)
             if self.config.data.valid:
                 self._evaluate_start(state)
@@ -235,7 +236,7 @@ class Pretrain:
             "peak_memory_bytes": memory,
             "versions": library_versions(),
         }
-        all_ranks().run_on_rank_0(lambda: self._write_record(made))
+        self.ranks.run_on_rank_0(lambda: self._write_record(made))
         return made
 
     def _write_record(self, made: dict) -> None:
