@@ -33,7 +33,7 @@ def dims_of(family: str = "vit", name: str = "", **changes) -> ModelConfig:
     arch = get(family)
     parts = {
         part: part in arch.model_types[family][name or next(iter(arch.model_types[family]))]
-        for part in arch.parts(family)
+        for part in arch.optional_parts(family)
     }
     sizes = {**SIZES, **parts, "has_distillation": family == "deit", **changes}
     positions = tokens_of_image(sizes["image_size"], sizes["patch_size"], sizes["has_distillation"])

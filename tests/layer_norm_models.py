@@ -11,8 +11,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ligo.arch import architectures, get
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.sharding.fused_tensors import stored_tensors
@@ -77,7 +77,7 @@ CLASSES = [
 def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> ModelConfig:
     """The sizes of `model(family, name)`."""
     (arch,) = (arch for arch in architectures().values() if family in arch.model_types)
-    parts = {part: part in arch.model_types[family][name] for part in arch.parts(family)}
+    parts = {part: part in arch.model_types[family][name] for part in arch.optional_parts(family)}
     own = {
         "gpt2": {"activation": "gelu_new"},
         "gpt_neox": {"activation": "gelu", "parallel_residual": True, "rotary_fraction": 0.5, "rope_base": 1e4},
@@ -153,11 +153,11 @@ def state_of(
     """Canonical tensors under Hugging Face's names, each tied one under both; they may be differentiated."""
     items = stored_tensors(arch, model_config, "hf")
     state = {name: item.whole([tensors[key] for key in item.keys], model_config) for name, item in items.items()}
-    for row in arch.rows:
-        if row.exists(model_config) and row.tied_to and model_config.tied:
-            state[row.slots["hf"].name] = tensors[row.tied_to]
-        if row.exists(model_config) and row.slots["hf"].tied_name:
-            state[row.slots["hf"].name] = tensors[row.key]
+    for param in arch.params:
+        if param.exists(model_config) and param.tied_to and model_config.tied:
+            state[param.locations["hf"].name] = tensors[param.tied_to]
+        if param.exists(model_config) and param.locations["hf"].tied_name:
+            state[param.locations["hf"].name] = tensors[param.key]
     return {IN_MEMORY.get(name, name): tensor for name, tensor in state.items()}
 
 

@@ -85,7 +85,7 @@ def memory_of(model: LlamaForCausalLM, model_config: ModelConfig) -> Memory:
 
 def hf_name(arch, key: str) -> str:
     number = key.split(".")[1] if key.startswith("layers.") else ""
-    return arch.row(key).slots["hf"].name.format(number)
+    return arch.param(key).locations["hf"].name.format(number)
 
 
 def hf_from(source: Reader) -> LlamaForCausalLM:

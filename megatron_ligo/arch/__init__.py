@@ -7,8 +7,8 @@ import pkgutil
 from functools import cache
 
 from megatron_ligo.arch import families
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture
 from megatron_ligo.common.errors import ConfigError, did_you_mean
 
 __all__ = ["Architecture", "ModelConfig", "architectures", "get"]

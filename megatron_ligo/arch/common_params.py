@@ -16,7 +16,7 @@ def prefixed(prefix: str) -> Callable[[str], FormatLocation]:
 
 def grouped_qkv(slot: FormatLocation, part: int) -> FormatLocation:
     """The slot of q, k or v (part 0, 1, 2) in a matrix that holds the three head by head."""
-    return replace(slot, pack=Pack.GROUPED, part=part, of=3)
+    return replace(slot, pack=Pack.GROUPED, part=part, num_parts=3)
 
 
 def linear_params(

@@ -27,11 +27,11 @@ class SyntheticReader(Reader):
         self.dtype = dtype
 
     def info(self, key: str) -> TensorInfo:
-        return TensorInfo(self.row(key).shape(self.model_config), self.dtype)
+        return TensorInfo(self.param(key).shape(self.model_config), self.dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        return torch.randn(self.row(key).shape(self.model_config), generator=generator).to(self.dtype)
+        return torch.randn(self.param(key).shape(self.model_config), generator=generator).to(self.dtype)
 
     def fingerprint(self) -> object:
         return ["drawn", self.model_config.to_json()]

@@ -15,7 +15,7 @@ def describe(reader: Reader) -> dict:
     for key in reader.keys():  # noqa: SIM118 - no dict
         info = reader.info(key)
         dtype = str(info.dtype).removeprefix("torch.")
-        rows.append({"key": key, "shape": list(info.shape), "dtype": dtype, "split": reader.row(key).split})
+        rows.append({"key": key, "shape": list(info.shape), "dtype": dtype, "split": reader.param(key).tp_dim})
     return {
         "path": str(reader.path),
         "format": reader.format,

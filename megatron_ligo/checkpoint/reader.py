@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture, ParamSpec
+from megatron_ligo.arch.spec import ParamSpec
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, in fp32, shaped like the weight
@@ -62,8 +63,8 @@ class Reader(ABC):
         """Every stored key, in file order."""
         return self.arch.keys(self.model_config)
 
-    def row(self, key: str) -> ParamSpec:
-        return self.arch.row(key)
+    def param(self, key: str) -> ParamSpec:
+        return self.arch.param(key)
 
     def fingerprint(self) -> object | None:
         """What must be unchanged (JSON) for a conversion that was interrupted to go on; None: it starts anew."""

@@ -153,9 +153,9 @@ def compute_logits(reader: Reader, inputs: Tensor) -> Tensor:
     model, told = load(None, config=made, state_dict=dict(_hf_state_dict(reader)), output_loading_info=True)
     left, missing = set(told["unexpected_keys"]), set(told["missing_keys"])
     # A class may lack an optional part that is there, or have one that is not: neither changes what comes out first.
-    rows = [row for row in reader.arch.rows if row.needs or row.tied_to]
-    optional = {row.slots["hf"].name for row in rows}
-    optional |= {reader.arch.stored_name(row.key, reader.model_config, "hf") for row in rows}
+    params = [param for param in reader.arch.params if param.requires or param.tied_to]
+    optional = {param.locations["hf"].name for param in params}
+    optional |= {reader.arch.stored_name(param.key, reader.model_config, "hf") for param in params}
     assert left | missing <= optional, f"{type(model).__name__}: left {left}, missing {missing}"
     other_size = reader.model_config.image_size not in (None, inputs.shape[-1])
     return model.eval()(inputs, **({"interpolate_pos_encoding": True} if other_size else {}))[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Task
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data.image_dataset import open_image_dataset
 from megatron_ligo.data.masking import build_masking

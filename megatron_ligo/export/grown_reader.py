@@ -58,21 +58,21 @@ class GrownReader(Reader):
         return self.moments != "reset"
 
     def info(self, key: str) -> TensorInfo:
-        row = self.arch.row(key)
-        stored = self.source.info(row.key.format(0)).dtype
-        return TensorInfo(row.shape(self.model_config), torch.promote_types(stored, torch.float32))
+        param = self.arch.param(key)
+        stored = self.source.info(param.key.format(0)).dtype
+        return TensorInfo(param.shape(self.model_config), torch.promote_types(stored, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         if kind != WEIGHT:
             return self._dual_maps[kind].grow(key, lambda small: self.source.read(small, kind))
-        operator, row = self.operator, self.arch.row(key)
+        operator, param = self.operator, self.arch.param(key)
         rms = 0.0
         if operator.settings.fresh != "none":
             rms = random_init.root_mean_square(self.source.read(random_init.scale_reference(operator, key)))
         grown = self._grow(key, random_init.added_rows(operator, key, rms))
-        if operator.settings.borrow == "next" and row.in_layer and row.axes[0].use is Use.OUTPUT:
+        if operator.settings.borrow == "next" and param.in_layer and param.axes[0].use is Use.OUTPUT:
             # New features' rows are those of the next layer (bert2BERT's AKI).
-            own = axis_size(row.axes[0], operator.small)
+            own = axis_size(param.axes[0], operator.small)
             grown = torch.cat([grown[:own], self._grow(key, further=1)[own:]])
         more = random_init.added_block(operator, key, rms)
         return grown if more is None else grown + more

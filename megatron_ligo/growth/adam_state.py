@@ -39,7 +39,9 @@ GROW, OLD = "grow", "old"  # OLD: features that copy one that is there already b
 def new_layers(operator: Operator) -> list[int]:
     """The large layers that add nothing to the residual stream."""
     weights = [
-        operator.tensor(f"depth.{short_key(row)}") for row in operator.arch.layer_rows(operator.large) if _adds(row)
+        operator.tensor(f"depth.{short_key(param)}")
+        for param in operator.arch.layer_params(operator.large)
+        if _adds(param)
     ]
     idle = torch.stack([(weight == 0).all(dim=1) for weight in weights]).all(dim=0)
     return idle.nonzero().flatten().tolist()
@@ -80,8 +82,8 @@ def splits_groups(operator: Operator) -> bool:
     return False
 
 
-def _adds(row: ParamSpec) -> bool:
-    return writes_residual(row) and len(row.axes) == 2
+def _adds(param: ParamSpec) -> bool:
+    return writes_residual(param) and len(param.axes) == 2
 
 
 class DualMaps:
@@ -95,27 +97,27 @@ class DualMaps:
 
     def grow(self, key: str, read: Callable[[str], Tensor]) -> Tensor:
         """A large key's moment from the small ones, which `read` gives by key; fp32 or wider."""
-        operator, row, layer = self.operator, self.operator.arch.row(key), layer_index(key)
-        if row.axes[0].space == "position" and operator.large.image_size != operator.small.image_size:
-            return torch.zeros(row.shape(operator.large))
-        grown = self._mix(row, key, layer, read)
-        if row.axes[0].use is Use.GAIN and operator.copied_gains:
-            return self._gain(row, layer, grown)
-        for dim, axis in enumerate(row.axes):
+        operator, param, layer = self.operator, self.operator.arch.param(key), layer_index(key)
+        if param.axes[0].space == "position" and operator.large.image_size != operator.small.image_size:
+            return torch.zeros(param.shape(operator.large))
+        grown = self._mix(param, key, layer, read)
+        if param.axes[0].use is Use.GAIN and operator.copied_gains:
+            return self._gain(param, layer, grown)
+        for dim, axis in enumerate(param.axes):
             lift = operator.frame.lift(axis, dual=True)
             if lift is not None:
-                dual = cheapest_form(self._matrix(row, lift, axis.use, layer).to(grown))
+                dual = cheapest_form(self._matrix(param, lift, axis.use, layer).to(grown))
                 grown = apply_map(grown, dim, dual, self._within(lift))
-        if operator.settings.borrow == "next" and row.in_layer:
+        if operator.settings.borrow == "next" and param.in_layer:
             # The new features' rows are another layer's.
-            grown[row.shape(operator.small)[0] :] = 0
-        return self._with_new_rows(row, grown)
+            grown[param.shape(operator.small)[0] :] = 0
+        return self._with_new_rows(param, grown)
 
-    def _mix(self, row: ParamSpec, key: str, layer: int | None, read: Callable[[str], Tensor]) -> Tensor:
+    def _mix(self, param: ParamSpec, key: str, layer: int | None, read: Callable[[str], Tensor]) -> Tensor:
         if layer is None:
             moment = read(key)
             return moment.to(torch.promote_types(moment.dtype, torch.float32))
-        weights = self._depth(row)[layer]
+        weights = self._depth(param)[layer]
         sources = weights.nonzero().flatten().tolist()
         first = read(key_pattern(key).format(sources[0] if sources else 0))
         mixed = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
@@ -123,9 +125,9 @@ class DualMaps:
             mixed.add_(read(key_pattern(key).format(i)).to(mixed), alpha=float(weights[i]))
         return mixed
 
-    def _depth(self, row: ParamSpec) -> Tensor:
+    def _depth(self, param: ParamSpec) -> Tensor:
         """(large layers, small layers), fp64."""
-        weights = self.operator.tensor(f"depth.{short_key(row)}").double()
+        weights = self.operator.tensor(f"depth.{short_key(param)}").double()
         kept = torch.ones(len(weights), dtype=torch.bool)
         kept[self.new] = False
         dual = torch.zeros_like(weights)
@@ -134,16 +136,16 @@ class DualMaps:
         dual[dual.abs() < 1e-9] = 0
         return self._entries(dual)
 
-    def _matrix(self, row: ParamSpec, lift: LiftedMap, use: Use, layer: int | None) -> Tensor:
+    def _matrix(self, param: ParamSpec, lift: LiftedMap, use: Use, layer: int | None) -> Tensor:
         """The (large x small) dual of the matrix that an axis meets."""
         matrix = self.operator.matrix(layer)
         expand = matrix(lift, Use.OUTPUT)
         if use is Use.INPUT:
             dual = expand
-        elif not self.operator.maps[lift.map].read:
+        elif not self.operator.maps[lift.map].is_read:
             # Nobody reads the space linearly: the least-squares solution of the chain rule.
             dual = torch.linalg.pinv(expand.double()).t().to(expand)
-        elif row.feeds_head and self.operator.large.tied and self.operator.large.has_head:
+        elif param.feeds_head and self.operator.large.tied and self.operator.large.has_head:
             dual = expand
         else:
             dual = matrix(lift, Use.INPUT)
@@ -158,16 +160,16 @@ class DualMaps:
         old = first_copies(lift.inner)[:, None] if self.only_old else 1
         return replace(lift, inner=self._entries(lift.inner * old))
 
-    def _gain(self, row: ParamSpec, layer: int | None, mixed: Tensor) -> Tensor:
+    def _gain(self, param: ParamSpec, layer: int | None, mixed: Tensor) -> Tensor:
         """n_i = gain_i x_i / |x|: with gain_i = f gain_s the gradient is what reads n_i, times what wrote x_i, over f
         (as the norm scales x by 1 / f_layers)."""
         operator = self.operator
-        source, factor = operator.gain_names(row)
+        source, factor = operator.gain_names(param)
         source = operator.tensor(source)
         factor = operator.tensor(factor.replace(".final", ".layers")).double()
-        lift = operator.frame.lift(row.axes[0])
+        lift = operator.frame.lift(param.axes[0])
         wrote = operator.matrix(layer)(lift, Use.OUTPUT).double()
-        reads = self._matrix(row, lift, row.axes[0].use, layer)
+        reads = self._matrix(param, lift, param.axes[0].use, layer)
         pick = torch.arange(len(source))
         share = reads.double()[pick, source] * self._entries(wrote[pick, source] / factor)
         return mixed[source] * share.to(mixed)
@@ -175,8 +177,8 @@ class DualMaps:
     def _entries(self, matrix: Tensor) -> Tensor:
         return matrix * matrix if self.squared else matrix
 
-    def _with_new_rows(self, row: ParamSpec, grown: Tensor) -> Tensor:
-        more = row.shape(self.operator.large)[0] - grown.shape[0]
+    def _with_new_rows(self, param: ParamSpec, grown: Tensor) -> Tensor:
+        more = param.shape(self.operator.large)[0] - grown.shape[0]
         return torch.cat([grown, grown.new_zeros(more, *grown.shape[1:])]) if more else grown
 
 

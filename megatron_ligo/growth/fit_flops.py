@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from math import prod
 
+from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.flops import forward_flops
-from megatron_ligo.arch.spec import Pack, ParamSpec, Task, Use, axis_size
+from megatron_ligo.arch.spec import Pack, ParamSpec, Use, axis_size
 from megatron_ligo.growth.linear_maps import full_cost, low_rank_cost
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.width_maps import LiftedMap
@@ -37,7 +38,7 @@ def is_factored(
     """True where a weight's inner map and its mixed small weight are applied one after the other: it is cheaper
     (`factors_are_cheaper`, whose arguments follow lift), the map moves single features, the weight is no part of a
     fused one, and no fresh rows are added between the two."""
-    if not lift.plain or spec.slots["mcore"].pack is Pack.GROUPED or has_fresh_rows:
+    if not lift.plain or spec.locations["mcore"].pack is Pack.GROUPED or has_fresh_rows:
         return False
     return factors_are_cheaper(tokens, shape, other, cost)
 
@@ -48,23 +49,23 @@ def fit_step_flops(
     """FLOPs of one fit step over `tokens` tokens in sequences of `seq_length`; distilled: the small model's own pass
     is one of them; lagged: products with what training has added, as large as the model, which learns nothing."""
     small, large = operator.small, operator.large
-    matrices = [row for row in operator.arch.layer_rows(large) if len(row.axes) == 2]
+    matrices = [param for param in operator.arch.layer_params(large) if len(param.axes) == 2]
     # One crossing between the large and the small residual space for each linear module of the layer.
-    modules = {row.slots["mcore"].name: row.split == 0 for row in matrices}
+    modules = {param.locations["mcore"].name: param.tp_dim == 0 for param in matrices}
     crossings = sum(MapUse(operator, "residual", reads).flops(tokens) for reads in modules.values())
     attention = LEARNED * 2 * 2 * tokens * seq_length * large.num_heads * large.head_dim
-    per_layer = sum(_row(operator, row, tokens) for row in matrices) + crossings + attention
+    per_layer = sum(_row(operator, param, tokens) for param in matrices) + crossings + attention
     # The small embedding asks for no gradient, the small head for none of its own.
     embedding = FROZEN * 2 * tokens * MapUse(operator, "residual", False).cost
     arch = operator.arch
     told = tokens // seq_length if arch.task is Task.LABEL else tokens
-    head = MapUse(operator, arch.space(arch.row("head").axes[1], large), not large.tied).flops(told)
+    head = MapUse(operator, arch.space(arch.param("head").axes[1], large), not large.tied).flops(told)
     head += FROZEN * 2 * told * small.hidden_size * large.vocab_size
-    if "head_dense" in arch.by_key:
+    if "head_dense" in arch.params_by_key:
         # A masked-LM head's transform: into the small space and out again.
-        written = arch.space(arch.row("head_dense").axes[0], large)
+        written = arch.space(arch.param("head_dense").axes[0], large)
         head += MapUse(operator, "residual", True).flops(tokens) + MapUse(operator, written, False).flops(tokens)
-        head += FROZEN * 2 * tokens * prod(arch.row("head_dense").shape(small))
+        head += FROZEN * 2 * tokens * prod(arch.param("head_dense").shape(small))
     teacher = forward_flops(small, tokens, seq_length) if distilled else 0
     return large.num_layers * per_layer + embedding + head + teacher + (_added(operator, tokens) if lagged else 0)
 
@@ -72,8 +73,8 @@ def fit_step_flops(
 def _added(operator: Operator, tokens: int) -> int:
     """What a lag's training has added: a product for the output and one for the gradient of the input."""
     arch, large = operator.arch, operator.large
-    layer = sum(prod(row.shape(large)) for row in arch.layer_rows(large) if len(row.axes) == 2)
-    return FROZEN * 2 * tokens * (large.num_layers * layer + prod(arch.row("head").shape(large)))
+    layer = sum(prod(param.shape(large)) for param in arch.layer_params(large) if len(param.axes) == 2)
+    return FROZEN * 2 * tokens * (large.num_layers * layer + prod(arch.param("head").shape(large)))
 
 
 class MapUse:
@@ -100,18 +101,18 @@ class MapUse:
         return 2 * vectors * (LEARNED * self.learned + FROZEN * self.fixed)
 
 
-def _row(operator: Operator, row: ParamSpec, tokens: int) -> int:
+def _row(operator: Operator, param: ParamSpec, tokens: int) -> int:
     """A weight's mixing, and its product with the map of its inner axis and with the tokens."""
-    inner = 0 if row.split == 0 else 1
-    lift = operator.frame.lift(row.axes[inner])
+    inner = 0 if param.tp_dim == 0 else 1
+    lift = operator.frame.lift(param.axes[inner])
     spec = operator.maps[lift.map]
-    use = MapUse(operator, lift.map, row.axes[inner].use is Use.INPUT)
+    use = MapUse(operator, lift.map, param.axes[inner].use is Use.INPUT)
     width = lift.unit * lift.repeat
     other = operator.small.hidden_size
-    large = axis_size(row.axes[inner], operator.large)
-    mixing = FROZEN * 2 * operator.small.num_layers * prod(row.shape(operator.small))
-    joined = operator.settings.fresh == "writers" and row.split == 0  # fresh rows join the product only
-    if is_factored(row, lift, tokens, (spec.large, spec.small), other, use.cost, has_fresh_rows=joined):
+    large = axis_size(param.axes[inner], operator.large)
+    mixing = FROZEN * 2 * operator.small.num_layers * prod(param.shape(operator.small))
+    joined = operator.settings.fresh == "writers" and param.tp_dim == 0  # fresh rows join the product only
+    if is_factored(param, lift, tokens, (spec.large, spec.small), other, use.cost, has_fresh_rows=joined):
         return mixing + use.flops(tokens) + LEARNED * 2 * tokens * spec.small * other
     # Another head size: the features of each head go through a matrix that learns nothing.
     within = 0 if lift.inner is None else FROZEN * 2 * large * lift.inner.shape[1] * other

@@ -33,21 +33,21 @@ from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_
 RECENT = 6  # what one layer's rows meet in turn, so that each is made once
 
 
-def writes_residual(row: ParamSpec) -> bool:
+def writes_residual(param: ParamSpec) -> bool:
     """True for rows whose output a layer adds to the residual stream: at zero, the layer changes nothing."""
-    return row.in_layer and row.axes[0].space == "residual" and row.axes[0].use is Use.OUTPUT
+    return param.in_layer and param.axes[0].space == "residual" and param.axes[0].use is Use.OUTPUT
 
 
-def depth_role(row: ParamSpec) -> str:
+def depth_role(param: ParamSpec) -> str:
     """What a row is in its layer, as depth initialisations ask for it."""
-    if row.axes[0].use is Use.GAIN:
+    if param.axes[0].use is Use.GAIN:
         return initializers.SCALES
-    return initializers.WRITES if writes_residual(row) else initializers.INNER
+    return initializers.WRITES if writes_residual(param) else initializers.INNER
 
 
-def short_key(row: ParamSpec) -> str:
+def short_key(param: ParamSpec) -> str:
     """`layers.{}.q` -> `q`."""
-    return row.key.removeprefix("layers.{}.")
+    return param.key.removeprefix("layers.{}.")
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Operator(ABC):
 
     def has_one_a_layer(self, map_name: str) -> bool:
         """Whether each large layer has a map of its own; of spaces that reach beyond the layers there is one."""
-        return self.setting("share", map_name) == "layer" and not self.maps[map_name].outside
+        return self.setting("share", map_name) == "layer" and not self.maps[map_name].outside_layers
 
     def width_name(self, map_name: str, side: str, layer: int | None) -> str:
         """The tensor that holds a map's side for a layer (None: outside the layers)."""
@@ -83,7 +83,7 @@ class Operator(ABC):
         return f"width.{map_name}.{layer}.{side}" if own else f"width.{map_name}.{side}"
 
     def has_contract(self, map_name: str) -> bool:
-        return self.maps[map_name].read and self.setting("contract", map_name) == "free"
+        return self.maps[map_name].is_read and self.setting("contract", map_name) == "free"
 
     def rank(self, map_name: str) -> int:
         """The rank at which a map is learned on top of its start; 0 where it is learned whole."""
@@ -113,25 +113,27 @@ class Operator(ABC):
                 found[self.width_name(spec.name, "expand", layer)] = (spec.large, spec.small)
                 if self.has_contract(spec.name):
                     found[self.width_name(spec.name, "contract", layer)] = (spec.small, spec.large)
-        for row in self.arch.layer_rows(self.large):
-            found[f"depth.{short_key(row)}"] = (self.large.num_layers, self.small.num_layers)
+        for param in self.arch.layer_params(self.large):
+            found[f"depth.{short_key(param)}"] = (self.large.num_layers, self.small.num_layers)
         if self.copied_gains:
             found |= dict.fromkeys(("gain.source", "gain.layers", "gain.final"), (self.large.hidden_size,))
-            for row in self.arch.rows:
-                if row.exists(self.large) and row.axes[0].use is Use.GAIN:
-                    found |= dict.fromkeys(self.gain_names(row), row.shape(self.large))
+            for param in self.arch.params:
+                if param.exists(self.large) and param.axes[0].use is Use.GAIN:
+                    found |= dict.fromkeys(self.gain_names(param), param.shape(self.large))
         return found
 
-    def gain_names(self, row: ParamSpec) -> tuple[str, str]:
+    def gain_names(self, param: ParamSpec) -> tuple[str, str]:
         """The tensors that say whose gain a norm's features take, and what it is multiplied by."""
-        space = self.arch.space(row.axes[0], self.large)
+        space = self.arch.space(param.axes[0], self.large)
         if space != "residual":
             return f"gain.{space}.source", f"gain.{space}.factor"
-        return "gain.source", "gain.final" if row.feeds_head else "gain.layers"
+        return "gain.source", "gain.final" if param.feeds_head else "gain.layers"
 
     def norm_of(self, map_name: str) -> str:
         """The kind of norm that reads what a map moves: "rms", "layer", or "" where none does."""
-        gains = (row.axes[0] for row in self.arch.rows if row.exists(self.large) and row.axes[0].use is Use.GAIN)
+        gains = (
+            param.axes[0] for param in self.arch.params if param.exists(self.large) and param.axes[0].use is Use.GAIN
+        )
         return self.arch.norm if map_name in {self.arch.space(axis, self.large) for axis in gains} else ""
 
     def num_parameters(self) -> dict[str, int]:
@@ -163,11 +165,11 @@ class Operator(ABC):
     def grow(self, key: str, mixed: Tensor, joined: Tensor | None = None) -> Tensor:
         """The grown tensor of a large key from the depth-mixed small one, in the dtype of `mixed` (`joined`:
         `grow_row`'s)."""
-        row, layer = self.arch.row(key), layer_index(key)
-        if row.axes[0].use is Use.GAIN and self.copied_gains:
-            return self.grow_gain(row, mixed)
-        grown = grow_tensor(row, mixed, lambda lift, use: self._form(lift, use, layer, mixed), self.frame, joined)
-        return grown * self.shares(row).to(grown) if self.is_shared_out(row) else grown
+        param, layer = self.arch.param(key), layer_index(key)
+        if param.axes[0].use is Use.GAIN and self.copied_gains:
+            return self.grow_gain(param, mixed)
+        grown = grow_tensor(param, mixed, lambda lift, use: self._form(lift, use, layer, mixed), self.frame, joined)
+        return grown * self.shares(param).to(grown) if self.is_shared_out(param) else grown
 
     def _form(self, lift: LiftedMap, use: Use, layer: int | None, like: Tensor) -> LinearMap:
         """A matrix that a layer's rows meet, in its cheapest form; the last ones are kept, for looking takes long."""
@@ -184,23 +186,23 @@ class Operator(ABC):
             del self._forms[next(iter(self._forms))]
         return found
 
-    def grow_gain(self, row: ParamSpec, mixed: Tensor) -> Tensor:
+    def grow_gain(self, param: ParamSpec, mixed: Tensor) -> Tensor:
         """A norm's gain: that of the copied feature times a constant (official LiGO grows it as what it scales)."""
-        source, factor = (self.tensor(name) for name in self.gain_names(row))
+        source, factor = (self.tensor(name) for name in self.gain_names(param))
         return mixed[source] * factor.to(mixed)
 
-    def is_shared_out(self, row: ParamSpec) -> bool:
+    def is_shared_out(self, param: ParamSpec) -> bool:
         """True for the bias of a norm that a tied head reads: its copies come back as one, as the gains do."""
-        return row.axes[0].use is Use.BIAS and self.copied_gains and self.gain_names(row)[1] == "gain.final"
+        return param.axes[0].use is Use.BIAS and self.copied_gains and self.gain_names(param)[1] == "gain.final"
 
-    def shares(self, row: ParamSpec) -> Tensor:
+    def shares(self, param: ParamSpec) -> Tensor:
         """What is left to each copy of a feature of such a bias."""
         return self.tensor("gain.final") / self.tensor("gain.layers")
 
     def with_new_rows(self, key: str, table: Tensor) -> Tensor:
         """A small tensor with rows for the tokens (labels, positions) that only the large model has."""
-        row = self.arch.row(key)
-        space, size = row.axes[0].space, row.shape(self.large)[0]
+        param = self.arch.param(key)
+        space, size = param.axes[0].space, param.shape(self.large)[0]
         if space == "position" and self.large.image_size != self.small.image_size:
             return position_table.interpolate(table, self.small, self.large)
         if space not in ("vocab", "position") or table.shape[0] == size:
@@ -216,7 +218,7 @@ class Operator(ABC):
 
     def depth_name(self, key: str) -> str | None:
         """The tensor that holds a large key's depth map; None outside the layers."""
-        return None if layer_index(key) is None else f"depth.{short_key(self.arch.row(key))}"
+        return None if layer_index(key) is None else f"depth.{short_key(self.arch.param(key))}"
 
     def mix(self, key: str, read: Callable[[str], Tensor], further: int = 0) -> Tensor:
         """sum_i w[j, i] W_small[i + further] for a large key (the last layer in place of those after it), in fp32 or
@@ -260,9 +262,9 @@ class InitialOperator(Operator):
         """The tensor in fp64, before it is rounded."""
         kind, rest = name.split(".", 1)
         if kind == "depth":
-            row = self.arch.row(f"layers.{{}}.{rest}")
+            param = self.arch.param(f"layers.{{}}.{rest}")
             make = initializers.DEPTH[self.setting("depth_init", rest)]
-            return make(self.small.num_layers, self.large.num_layers, depth_role(row), self.generator(name))
+            return make(self.small.num_layers, self.large.num_layers, depth_role(param), self.generator(name))
         if kind == "gain":
             return self._gain(rest)
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]

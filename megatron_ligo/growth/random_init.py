@@ -23,17 +23,17 @@ def scale_reference(operator: Operator, key: str) -> str:
     layer = layer_index(key)
     if layer is None:
         return key
-    return operator.arch.row(key).key.format(layer * operator.small.num_layers // operator.large.num_layers)
+    return operator.arch.param(key).key.format(layer * operator.small.num_layers // operator.large.num_layers)
 
 
 def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
     """What joins a matrix between its two maps, (large out, small in), fp32; None where nothing does."""
-    row = operator.arch.row(key)
-    inner = row.in_layer and len(row.axes) == 2 and row.axes[0].use is Use.OUTPUT and not writes_residual(row)
+    param = operator.arch.param(key)
+    inner = param.in_layer and len(param.axes) == 2 and param.axes[0].use is Use.OUTPUT and not writes_residual(param)
     if operator.settings.fresh != "writers" or not inner:
         return None
-    kept = 0 if is_fresh_layer(operator, row, layer_index(key)) else kept_features(operator, row.axes[0])
-    shape = axis_size(row.axes[0], operator.large), axis_size(row.axes[1], operator.small)
+    kept = 0 if is_fresh_layer(operator, param, layer_index(key)) else kept_features(operator, param.axes[0])
+    shape = axis_size(param.axes[0], operator.large), axis_size(param.axes[1], operator.small)
     if kept == shape[0]:
         return None
     drawn = _draw(operator, key, shape, rms)
@@ -44,18 +44,18 @@ def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
 def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
     """What is added to a grown matrix (or a map of patches), zero in the small one's corner, fp32; None where nothing
     is."""
-    row = operator.arch.row(key)
-    if operator.settings.fresh != "all" or len(row.axes) < 2:
+    param = operator.arch.param(key)
+    if operator.settings.fresh != "all" or len(param.axes) < 2:
         return None
-    drawn = _draw(operator, key, row.shape(operator.large), rms)
-    if not is_fresh_layer(operator, row, layer_index(key)):
-        drawn[tuple(slice(kept_features(operator, axis)) for axis in row.axes)] = 0
+    drawn = _draw(operator, key, param.shape(operator.large), rms)
+    if not is_fresh_layer(operator, param, layer_index(key)):
+        drawn[tuple(slice(kept_features(operator, axis)) for axis in param.axes)] = 0
     return drawn
 
 
-def is_fresh_layer(operator: Operator, row: ParamSpec, layer: int | None) -> bool:
+def is_fresh_layer(operator: Operator, param: ParamSpec, layer: int | None) -> bool:
     """True where a row of a large layer holds nothing of the small model's."""
-    if layer is None or operator.setting("depth_init", short_key(row)) != "pad":
+    if layer is None or operator.setting("depth_init", short_key(param)) != "pad":
         return False
     return bool(initializers.later_copies(operator.small.num_layers, operator.large.num_layers)[layer])
 

@@ -27,7 +27,7 @@ COPIES = ("lossless", "copy", "clone", "select", "net2net", "mean")
 def large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
     """The large model's sizes before the norm's eps is corrected: the small one's where the config names none."""
     named = {name: value for name, value in vars(section).items() if value is not None}
-    if "num_kv_heads" not in architectures.get(small.arch).hf.values() and "num_heads" in named:
+    if "num_kv_heads" not in architectures.get(small.arch).hf_fields.values() and "num_heads" in named:
         # The family knows no groups.
         named.setdefault("num_kv_heads", named["num_heads"])
     if "image_size" in named:
@@ -104,8 +104,8 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     arch = architectures.get(large.arch)
     frame = SpaceMaps(small, large, value_for_space(settings.structure, "groups"))
     maps = frame.specs(arch)
-    rows = {short_key(row) for row in arch.layer_rows(large)}
-    settings.check_spaces({*maps, *rows})
+    params = {short_key(param) for param in arch.layer_params(large)}
+    settings.check_spaces({*maps, *params})
     errors = ErrorCollector("[operator] cannot be built", ConfigError)
     for name in maps:
         known = [start for start in initializers.WIDTH if start != "mean" or name in WHOLE_HEADS]
@@ -116,7 +116,7 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
             errors.add(
                 f"operator.rank ({name})", "0 with identity = 'frozen'", value_for_space(settings.rank, name), hint
             )
-    for name in sorted(rows):
+    for name in sorted(params):
         _check_name(
             errors, f"operator.depth_init ({name})", value_for_space(settings.depth_init, name), initializers.DEPTH
         )
@@ -146,10 +146,11 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
     """Where a start that is called lossless could not be: refused for depth, told for width (it is near)."""
     arch = architectures.get(large.arch)
     method = METHODS[settings.method]
-    if not arch.norm_first and large.num_layers > small.num_layers:
+    if not arch.pre_norm and large.num_layers > small.num_layers:
         promising = ("lossless", "pad") if method.lossless else ("lossless",)
         names = sorted(
-            {value_for_space(settings.depth_init, short_key(row)) for row in arch.layer_rows(large)} & set(promising)
+            {value_for_space(settings.depth_init, short_key(param)) for param in arch.layer_params(large)}
+            & set(promising)
         )
         if names:
             hint = "Take depth_init = 'interlace' or 'stack'."

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture, Axis, Heads, ParamSpec, Use, axis_size
+from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Use, axis_size
 from megatron_ligo.growth import attention_heads
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
@@ -53,9 +54,9 @@ class MapSpec:
     name: str
     small: int
     large: int
-    split: bool
-    read: bool
-    outside: bool
+    is_sharded: bool
+    is_read: bool
+    outside_layers: bool
 
 
 @dataclass(frozen=True)
@@ -110,18 +111,18 @@ class SpaceMaps:
     def specs(self, arch: Architecture) -> dict[str, MapSpec]:
         """Every width map, by name, in the order in which the table first meets them."""
         specs: dict[str, MapSpec] = {}
-        for row in arch.rows:
-            if not row.exists(self.large):
+        for param in arch.params:
+            if not param.exists(self.large):
                 continue
-            for dim, axis in enumerate(row.axes):
+            for dim, axis in enumerate(param.axes):
                 lift = self.lift(axis)
                 if lift is None:
                     continue
                 known = specs.get(lift.map)
-                read = axis.use is Use.INPUT or (known is not None and known.read)
+                read = axis.use is Use.INPUT or (known is not None and known.is_read)
                 sizes = self._entries(axis, lift, self.small), self._entries(axis, lift, self.large)
-                split = row.split == dim or (known is not None and known.split)
-                outside = not row.in_layer or (known is not None and known.outside)
+                split = param.tp_dim == dim or (known is not None and known.is_sharded)
+                outside = not param.in_layer or (known is not None and known.outside_layers)
                 specs[lift.map] = MapSpec(lift.map, *sizes, split, read, outside)
         return specs
 
@@ -153,7 +154,7 @@ def apply_map(x: Tensor, dim: int, matrix: Tensor | LinearMap, lift: LiftedMap) 
 
 
 def grow_tensor(
-    row: ParamSpec,
+    param: ParamSpec,
     mixed: Tensor,
     matrix: Callable[[LiftedMap, Use], Tensor | LinearMap],
     frame: SpaceMaps,
@@ -165,7 +166,7 @@ def grow_tensor(
     growing a shard is growing with fewer rows. joined: added to a matrix (large out, small in) between its maps.
     Norm gains (Use.SCALES) are `operator.grow_gain`'s.
     """
-    for dim, axis in enumerate(row.axes):
+    for dim, axis in enumerate(param.axes):
         lift = frame.lift(axis)
         if lift is not None:
             mixed = apply_map(mixed, dim, matrix(lift, axis.use), lift)

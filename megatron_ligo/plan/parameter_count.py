@@ -14,25 +14,25 @@ from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 def count_model(model_config: ModelConfig) -> int:
     """Counts the parameters of a whole model, as a checkpoint stores them."""
-    specs = [spec for spec in architectures.get(model_config.arch).rows if spec.stored(model_config)]
+    specs = [spec for spec in architectures.get(model_config.arch).params if spec.stored(model_config)]
     return sum(prod(spec.shape(model_config)) * (model_config.num_layers if spec.in_layer else 1) for spec in specs)
 
 
 def count_layer(model_config: ModelConfig, tp: int) -> int:
     """Counts the parameters of one layer on a tensor-parallel rank."""
-    specs = architectures.get(model_config.arch).layer_rows(model_config)
-    return sum(prod(spec.shape(model_config)) // (1 if spec.split is None else tp) for spec in specs)
+    specs = architectures.get(model_config.arch).layer_params(model_config)
+    return sum(prod(spec.shape(model_config)) // (1 if spec.is_sharded is None else tp) for spec in specs)
 
 
 def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
     """Counts the trained parameters outside the layers on a rank of the first stage, the last stage, or both."""
     total = 0
-    for spec in architectures.get(model_config.arch).rows:
+    for spec in architectures.get(model_config.arch).params:
         if spec.in_layer or not spec.exists(model_config) or not spec.reaches_loss:
             continue
         shape = list(spec.shape(model_config))
-        if spec.split is not None:
-            shape[spec.split] = padded_vocab(shape[spec.split], tp) // tp
+        if spec.is_sharded is not None:
+            shape[spec.is_sharded] = padded_vocab(shape[spec.is_sharded], tp) // tp
         is_tied = bool(spec.tied_to) and model_config.tied
         is_held = first if spec.stage is Stage.FIRST else last
         # A tied head shares the embedding's tensor; the last stage of a pipeline holds a copy of its own.
@@ -53,8 +53,8 @@ def count_operator_on_rank(operator: Operator, tp: int, layers: int) -> int:
     total = 0
     for spec in operator.maps.values():
         sides = 2 if operator.has_contract(spec.name) else 1
-        rank, parts = operator.rank(spec.name), tp if spec.split else 1
+        rank, parts = operator.rank(spec.name), tp if spec.is_sharded else 1
         one = rank * (spec.large // parts + spec.small) if rank else spec.large // parts * spec.small
         total += sides * one * (layers if operator.has_one_a_layer(spec.name) else 1)
-    depth_maps = len(operator.arch.layer_rows(operator.large))
+    depth_maps = len(operator.arch.layer_params(operator.large))
     return total + layers * depth_maps * operator.small.num_layers

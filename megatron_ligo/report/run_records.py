@@ -70,7 +70,7 @@ class RecordedRun:
         if self.model_config is None:
             return None
         arch = architectures.get(self.model_config.arch)
-        return sum(prod(arch.row(key).shape(self.model_config)) for key in arch.keys(self.model_config))
+        return sum(prod(arch.param(key).shape(self.model_config)) for key in arch.keys(self.model_config))
 
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:

@@ -29,23 +29,23 @@ def check_tp(model_config: ModelConfig, tp: int, errors: ErrorCollector, whose: 
             errors.add(f"tp = {tp}", f"a divisor of the {whose}'s {name}", f"{name} = {size}", "Choose another tp.")
 
 
-def shard(tensor: Tensor, row: ParamSpec, tp: int, rank: int) -> Tensor:
+def shard(tensor: Tensor, param: ParamSpec, tp: int, rank: int) -> Tensor:
     """Rank's part of a canonical tensor (a view where no padding is needed); the vocabulary is padded with zeros."""
-    if row.split is None or tp == 1:
+    if param.tp_dim is None or tp == 1:
         return tensor
-    if row.axes[row.split].space == "vocab":
-        tensor = pad_vocab(tensor, padded_vocab(tensor.shape[row.split], tp))
-    size = tensor.shape[row.split]
-    assert size % tp == 0, f"{row.key}: {size} over tp {tp} (check_tp comes first)"
-    return tensor.narrow(row.split, rank * (size // tp), size // tp)
+    if param.axes[param.tp_dim].space == "vocab":
+        tensor = pad_vocab(tensor, padded_vocab(tensor.shape[param.tp_dim], tp))
+    size = tensor.shape[param.tp_dim]
+    assert size % tp == 0, f"{param.key}: {size} over tp {tp} (check_tp comes first)"
+    return tensor.narrow(param.tp_dim, rank * (size // tp), size // tp)
 
 
-def unshard(shards: Sequence[Tensor], row: ParamSpec, model_config: ModelConfig) -> Tensor:
+def unshard(shards: Sequence[Tensor], param: ParamSpec, model_config: ModelConfig) -> Tensor:
     """The canonical tensor from the shards of all tensor-parallel ranks, without the vocabulary's padding."""
-    if row.split is None:
+    if param.tp_dim is None:
         return shards[0]
-    full = torch.cat(list(shards), dim=row.split) if len(shards) > 1 else shards[0]
-    return full.narrow(row.split, 0, row.shape(model_config)[row.split])
+    full = torch.cat(list(shards), dim=param.tp_dim) if len(shards) > 1 else shards[0]
+    return full.narrow(param.tp_dim, 0, param.shape(model_config)[param.tp_dim])
 
 
 def pad_vocab(tensor: Tensor, size: int) -> Tensor:

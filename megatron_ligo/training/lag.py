@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.spec import Task
+from megatron_ligo.arch.architecture import Task
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ErrorCollector

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.common.atomic_files import read_json, write_json
@@ -270,7 +270,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, trained: set[nn.Para
 def head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
     """Those of the output head, but for a weight that it shares with the embedding."""
     return {
-        parameter for parameter, item in parameters.parameters(model, model_config) if item.rows[0].needs == "has_head"
+        parameter
+        for parameter, item in parameters.parameters(model, model_config)
+        if item.params[0].requires == "has_head"
     }
 
 

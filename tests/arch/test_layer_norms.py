@@ -22,7 +22,7 @@ from tests import layer_norm_models
 def test_hugging_face(family, name, tied):
     model_config = layer_norm_models.dims_of(family, name, tied=tied)
     arch = get(model_config.arch)
-    assert arch.class_of(model_config) == name
+    assert arch.hf_class(model_config) == name
     model = layer_norm_models.model(family, name, tied=tied)
     items = stored_tensors(arch, model_config, "hf").items()
     expected = {layer_norm_models.IN_MEMORY.get(name, name): item.shape(model_config) for name, item in items}

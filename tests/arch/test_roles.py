@@ -12,9 +12,9 @@ FAMILIES = sorted(architectures.architectures())
 def test_keys_and_roles_agree(family):
     """A key outside arch/families/ is found by its role: so each role has at most one weight and one bias."""
     arch = architectures.get(family)
-    read = [param for param in arch.rows if not param.spare]
+    read = [param for param in arch.params if not param.unread]
     assert len({(param.role, param.is_bias) for param in read}) == len(read)
-    for param in arch.rows:
+    for param in arch.params:
         assert param.is_bias is param.key.endswith("_bias"), param.key
         assert ("{}" in param.key) is param.in_layer, param.key
 
@@ -22,7 +22,7 @@ def test_keys_and_roles_agree(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_follow_the_order_of_the_table(family):
     order = [Stage.FIRST, Stage.LAYER, Stage.LAST]
-    stages = [order.index(param.stage) for param in architectures.get(family).rows]
+    stages = [order.index(param.stage) for param in architectures.get(family).params]
     assert stages == sorted(stages)
 
 
@@ -41,4 +41,4 @@ def test_a_whole_tensor_may_be_used_in_parts():
     assert arch.get(Role.QUERY).tp_use is TpUse.PARTIAL
     assert arch.get(Role.ATTENTION_NORM).tp_use is TpUse.COMPLETE
     norm = arch.get(Role.ATTENTION_NORM)
-    assert ParamSpec(norm.key, norm.role, norm.axes, None, whole_but_partial=True).tp_use is TpUse.PARTIAL
+    assert ParamSpec(norm.key, norm.role, norm.axes, None, partial_tp_use=True).tp_use is TpUse.PARTIAL

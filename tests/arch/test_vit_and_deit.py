@@ -27,7 +27,7 @@ LARGER = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5)
 @pytest.mark.parametrize(("family", "name"), image_models.CLASSES)
 def test_there_and_back(tmp_path, family, name):
     model_config = image_models.dims_of(family, name)
-    assert get(family).class_of(model_config) == name
+    assert get(family).hf_class(model_config) == name
     model, folder = image_models.saved(tmp_path / "a", model_config)
     source = formats.open(folder)
     assert source.model_config == model_config

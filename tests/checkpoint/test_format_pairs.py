@@ -63,19 +63,19 @@ class Drawn(Reader):
         self.model_config = model_config
 
     def info(self, key: str) -> TensorInfo:
-        return TensorInfo(self.row(key).shape(self.model_config), torch.float32)
+        return TensorInfo(self.param(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = WEIGHT) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{key} {kind}".encode()))
-        return torch.randn(self.row(key).shape(self.model_config), generator=generator)
+        return torch.randn(self.param(key).shape(self.model_config), generator=generator)
 
 
 def sizes(model_type: str, **changes) -> ModelConfig:
     """A network of a family: every size that its config leaves free is odd somewhere."""
     (arch,) = (arch for arch in architectures().values() if model_type in arch.model_types)
-    free = set(arch.hf.values())
+    free = set(arch.hf_fields.values())
     found = {**SIZES, "arch": arch.name, "model_type": model_type, "vocab_size": VOCABULARY, "norm_eps": 1e-3}
-    found |= {"max_positions": POSITIONS} | arch.implied.get(model_type, {})
+    found |= {"max_positions": POSITIONS} | arch.implied_sizes.get(model_type, {})
     following = implied_head_sizes(SIZES["hidden_size"], SIZES["num_heads"])
     found |= {name: value for name, value in following.items() if name not in free}
     found |= dict.fromkeys(next(iter(arch.model_types[model_type].values())), True)

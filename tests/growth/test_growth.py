@@ -72,7 +72,7 @@ def test_the_pseudo_inverse_is_one():
 @pytest.mark.parametrize("structure", ["heads", "dense"])
 def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
     small, large = llama_dims(), llama_dims(num_heads=8, num_kv_heads=4)
-    axis = get("llama").row("layers.0.o").axes[1]
+    axis = get("llama").param("layers.0.o").axes[1]
     lift = SpaceMaps(small, large, structure).lift(axis)
     groups, r, d = small.num_kv_heads, small.heads_per_group, small.head_dim
     x = torch.randn(groups * r * d, 2)

@@ -69,7 +69,7 @@ def test_lossless_depth_where_norms_come_first(tied, large):
 
 def test_a_tied_head_s_norm_left_alone_is_seen(monkeypatch):
     """Negative control: its bias, too, must come back once, however often it was copied."""
-    monkeypatch.setattr(Operator, "is_shared_out", lambda self, row: False)
+    monkeypatch.setattr(Operator, "is_shared_out", lambda self, param: False)
     assert gap("gpt2", "GPT2LMHeadModel", DOUBLE, OperatorSection()) > 0.1
     assert gap("bert", "BertForMaskedLM", DOUBLE, OperatorSection()) > 0.1
 

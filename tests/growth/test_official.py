@@ -130,8 +130,8 @@ def test_on_the_fly_is_materialised(case):
     model = official_ligo.bert(grown.model_config)
     model.load_state_dict(state_of(grown))
     for key in grown.keys():  # noqa: SIM118
-        row = grown.row(key)
-        if len(row.axes) == 2 and row.axes[1].use is Use.INPUT:
+        param = grown.param(key)
+        if len(param.axes) == 2 and param.axes[1].use is Use.INPUT:
             name = grown.arch.stored_name(key, grown.model_config, "hf").removesuffix(".weight")
             module = model.get_submodule(name)
             module.forward = factored(case, key, module.bias)
@@ -141,15 +141,15 @@ def test_on_the_fly_is_materialised(case):
 
 def factored(case: official_ligo.Case, key: str, bias):
     operator = case.operator
-    row = operator.arch.row(key)
+    param = operator.arch.param(key)
     mixed = operator.mix(key, case.source.read)
-    layer = int(key.split(".")[1]) if row.in_layer else None
+    layer = int(key.split(".")[1]) if param.in_layer else None
 
     def matrix(axis) -> torch.Tensor:
         lift = operator.frame.lift(axis)
         return torch.eye(operator.large.vocab_size).double() if lift is None else operator.matrix(layer)(lift, axis.use)
 
-    out, into = (matrix(axis) for axis in row.axes)
+    out, into = (matrix(axis) for axis in param.axes)
     return lambda x: F.linear(F.linear(x @ into, mixed), out, bias)
 
 
@@ -201,7 +201,7 @@ def test_one_hot_depth_at_equal_widths_is_a_stack(case):
     )
     for key in grown.keys():  # noqa: SIM118
         layer = int(key.split(".")[1]) if key.startswith("layers.") else None
-        source = key if layer is None else grown.row(key).key.format(layer % operator.small.num_layers)
+        source = key if layer is None else grown.param(key).key.format(layer % operator.small.num_layers)
         assert torch.equal(grown.read(key), case.source.read(source))
 
 

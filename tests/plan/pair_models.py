@@ -48,7 +48,7 @@ def _changes(small: ModelConfig, less: dict) -> dict:
     if small.image_size is not None:
         kept = {name: getattr(small, name) for name in ("arch", "num_channels", "norm_eps", "activation")}
         return kept | less | {"patch_size": small.patch_size // LESS}
-    named = {"class": arch.get(small.arch).class_of(small)} if arch.get(small.arch).has_learned_positions else {}
+    named = {"class": arch.get(small.arch).hf_class(small)} if arch.get(small.arch).has_learned_positions else {}
     return asdict(replace(small, **less)) | named
 
 

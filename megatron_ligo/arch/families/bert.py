@@ -9,6 +9,7 @@ it with the embedding, so that the two spaces are then one. Where the decoder is
 bias of the head that nothing reads (`head_spare_bias`).
 """
 
+from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.common_axes import (
     FFN_INPUT,
     FFN_OUTPUT,
@@ -22,7 +23,7 @@ from megatron_ligo.arch.common_axes import (
     VOCAB_OUTPUT,
 )
 from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
-from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Role, Task, Use
+from megatron_ligo.arch.spec import Axis, FormatLocation, ParamSpec, Role, Use
 
 TOKEN_TYPE = Axis("token_type", Use.OUTPUT)
 TO_POOLED = Axis("pooled", Use.OUTPUT)
@@ -34,7 +35,7 @@ HEAD_GAIN = Axis("head", Use.GAIN)
 HEAD_SHIFT = Axis("head", Use.BIAS)
 
 
-def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
+def embedding_params(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
     hf, mcore = prefixed(f"{base}embeddings."), prefixed("embedding.")
 
@@ -56,13 +57,13 @@ def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
             None,
             types,
             "tokentype_embeddings",
-            needs="num_token_types",
+            requires="num_token_types",
         ),
         *norm_params("embed_norm", Role.EMBEDDING_NORM, hf("LayerNorm"), mcore("layer_norm")),
     )
 
 
-def layer_rows(base: str) -> tuple[ParamSpec, ...]:
+def layer_params(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
     hf, mcore = prefixed(f"{base}encoder.layer.{{}}."), prefixed("encoder.layers.{}.")
     qkv = mcore("self_attention.linear_qkv")
@@ -117,16 +118,16 @@ def layer_rows(base: str) -> tuple[ParamSpec, ...]:
     )
 
 
-def pooler_rows(base: str) -> tuple[ParamSpec, ...]:
+def pooler_params(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
     slots = FormatLocation(f"{base}pooler.dense"), FormatLocation("pooler.dense")
-    return tuple(linear_params("pooler", Role.POOLER, (TO_POOLED, RESIDUAL_INPUT), None, *slots, needs="has_pooler"))
+    return tuple(linear_params("pooler", Role.POOLER, (TO_POOLED, RESIDUAL_INPUT), None, *slots, requires="has_pooler"))
 
 
-def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[ParamSpec, ...]:
+def head_params(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[ParamSpec, ...]:
     """The masked-LM head. The arguments are Hugging Face's names: the transform's linear and norm, the decoder, and the
     bias that is the decoder's where the two are tied."""
-    has_head = {"needs": "has_head"}
+    has_head = {"requires": "has_head"}
     transform = prefixed("lm_head.")
 
     def row(key: str, role: Role, axes: tuple[Axis, ...], hf: FormatLocation, mcore: str, **more) -> ParamSpec:
@@ -174,7 +175,7 @@ def head_rows(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[Para
             FormatLocation(bias),
             "lm_head.bias",
             tied_to="head_bias",
-            spare=True,
+            unread=True,
             is_bias=True,
         ),
     )
@@ -200,7 +201,7 @@ RENAMED = {"hf": {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "Laye
 BERT = Architecture(
     name="bert",
     norm="layer",
-    norm_first=False,
+    pre_norm=False,
     task=Task.MASKED_TOKENS,
     model_types={
         "bert": {
@@ -209,11 +210,11 @@ BERT = Architecture(
             "BertModel": ("has_pooler",),
         }
     },
-    rows=(
-        *embedding_rows("bert."),
-        *layer_rows("bert."),
-        *pooler_rows("bert."),
-        *head_rows(
+    params=(
+        *embedding_params("bert."),
+        *layer_params("bert."),
+        *pooler_params("bert."),
+        *head_params(
             "cls.predictions.transform.dense",
             "cls.predictions.transform.LayerNorm",
             "cls.predictions.decoder",
@@ -226,13 +227,13 @@ BERT = Architecture(
             None,
             FormatLocation("cls.seq_relationship"),
             FormatLocation("binary_head"),
-            needs="has_order_head",
+            requires="has_order_head",
         ),
     ),
-    hf=HF,
-    fixed_hf=FIXED_HF,
+    hf_fields=HF,
+    required_hf_values=FIXED_HF,
     choices=CHOICES,
-    base={"hf": "bert."},
-    ignored=IGNORED,
-    renamed=RENAMED,
+    base_prefixes={"hf": "bert."},
+    ignored_names=IGNORED,
+    renamed_suffixes=RENAMED,
 )

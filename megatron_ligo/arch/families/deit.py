@@ -3,8 +3,8 @@
 The class that also has a head of that token (its logits are the mean of both heads') is not described.
 """
 
+from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.families import vit
-from megatron_ligo.arch.spec import Architecture, Task
 
 BASE = "deit."
 
@@ -13,14 +13,14 @@ DEIT = Architecture(
     norm="layer",
     task=Task.LABEL,
     model_types={"deit": {"DeiTForImageClassification": ("has_head",), "DeiTModel": ("has_pooler",)}},
-    rows=(*vit.embedding_rows(BASE), *vit.layer_rows(BASE), *vit.end_rows(BASE)),
-    hf=vit.HF,
-    fixed_hf=vit.FIXED_HF,
+    params=(*vit.embedding_params(BASE), *vit.layer_params(BASE), *vit.end_params(BASE)),
+    hf_fields=vit.HF,
+    required_hf_values=vit.FIXED_HF,
     choices=vit.CHOICES,
-    refused={
+    refused_classes={
         "DeiTForImageClassificationWithTeacher": "it has two heads, whose logits are averaged",
         "DeiTForMaskedImageModeling": "it has a decoder of pixels, which the table has no row for",
     },
-    implied={"deit": {"has_distillation": True}},
-    base={"hf": BASE},
+    implied_sizes={"deit": {"has_distillation": True}},
+    base_prefixes={"hf": BASE},
 )

@@ -3,6 +3,7 @@
 Hugging Face stores its linears as (in, out).
 """
 
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import (
     FFN_INPUT,
     FFN_OUTPUT,
@@ -17,7 +18,7 @@ from megatron_ligo.arch.common_axes import (
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec, Role
+from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
 
 def _top(hf: str, mcore: str) -> dict:
@@ -58,7 +59,7 @@ GPT2 = Architecture(
     name="gpt2",
     norm="layer",
     model_types={"gpt2": {"GPT2LMHeadModel": ("has_head",), "GPT2Model": ()}},
-    rows=(
+    params=(
         ParamSpec(
             "embed",
             Role.WORD_EMBEDDING,
@@ -129,11 +130,11 @@ GPT2 = Architecture(
             (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
             _top("lm_head.weight", "output_layer.weight"),
-            needs="has_head",
+            requires="has_head",
             tied_to="embed",
         ),
     ),
-    hf={
+    hf_fields={
         "n_layer": "num_layers",
         "n_embd": "hidden_size",
         "n_inner": "ffn_size",
@@ -144,13 +145,13 @@ GPT2 = Architecture(
         "activation_function": "activation",
         "tie_word_embeddings": "tied",
     },
-    fixed_hf={
+    required_hf_values={
         "add_cross_attention": False,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False,
     },
     choices={"activation": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu")},
-    base={"hf": "transformer."},
-    ignored={"hf": ("*h.*.attn.bias", "*h.*.attn.masked_bias")},
+    base_prefixes={"hf": "transformer."},
+    ignored_names={"hf": ("*h.*.attn.bias", "*h.*.attn.masked_bias")},
 )

@@ -6,6 +6,7 @@ Hugging Face stores q, k and v as one matrix, head by head, as Megatron-core doe
 
 from collections.abc import Iterator
 
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import (
     FFN_INPUT,
     FFN_OUTPUT,
@@ -18,7 +19,7 @@ from megatron_ligo.arch.common_axes import (
     VOCAB_OUTPUT,
 )
 from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
-from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Role
+from megatron_ligo.arch.spec import Axis, FormatLocation, ParamSpec, Role
 
 HF, MCORE = prefixed("gpt_neox.layers.{}."), prefixed("decoder.layers.{}.")
 
@@ -34,7 +35,7 @@ GPT_NEOX = Architecture(
     name="gpt_neox",
     norm="layer",
     model_types={"gpt_neox": {"GPTNeoXForCausalLM": ("has_head",), "GPTNeoXModel": ()}},
-    rows=(
+    params=(
         ParamSpec(
             "embed",
             Role.WORD_EMBEDDING,
@@ -87,11 +88,11 @@ GPT_NEOX = Architecture(
             (VOCAB_OUTPUT, RESIDUAL_INPUT),
             0,
             {"hf": FormatLocation("embed_out.weight"), "mcore": FormatLocation("output_layer.weight")},
-            needs="has_head",
+            requires="has_head",
             tied_to="embed",
         ),
     ),
-    hf={
+    hf_fields={
         "num_hidden_layers": "num_layers",
         "hidden_size": "hidden_size",
         "intermediate_size": "ffn_size",
@@ -106,8 +107,10 @@ GPT_NEOX = Architecture(
         "rotary_pct": "rotary_fraction",
         "rope_scaling": "rope_scaling",
     },
-    fixed_hf={"attention_bias": True},
+    required_hf_values={"attention_bias": True},
     choices={"activation": ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")},
-    base={"hf": "gpt_neox."},
-    ignored={"hf": ("*layers.*.attention.bias", "*layers.*.attention.masked_bias", "*.attention.rotary_emb.inv_freq")},
+    base_prefixes={"hf": "gpt_neox."},
+    ignored_names={
+        "hf": ("*layers.*.attention.bias", "*layers.*.attention.masked_bias", "*.attention.rotary_emb.inv_freq")
+    },
 )

@@ -3,6 +3,7 @@
 RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no biases but Qwen2's.
 """
 
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import (
     FFN_INPUT,
     FFN_OUTPUT,
@@ -15,14 +16,16 @@ from megatron_ligo.arch.common_axes import (
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.spec import Architecture, FormatLocation, Pack, ParamSpec, Role
+from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
 
-def _slots(hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, of=1, interleaved=False) -> dict:
+def _slots(
+    hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, num_parts=1, interleaved=False
+) -> dict:
     """meta: "" where Meta's Llama has no such parameter."""
     slots = {
         "hf": FormatLocation(hf),
-        "mcore": FormatLocation(mcore, pack, part, of),
+        "mcore": FormatLocation(mcore, pack, part, num_parts),
         "gguf": FormatLocation(gguf, interleaved=interleaved),
     }
     return slots | ({"fairscale": FormatLocation(meta, interleaved=interleaved)} if meta else {})
@@ -43,7 +46,7 @@ LLAMA = Architecture(
         "mistral": {"MistralForCausalLM": ()},
         "qwen2": {"Qwen2ForCausalLM": ()},
     },
-    rows=(
+    params=(
         ParamSpec(
             "embed",
             Role.WORD_EMBEDDING,
@@ -75,7 +78,7 @@ LLAMA = Architecture(
                 "attention.wq.weight",
                 pack=Pack.GROUPED,
                 part=0,
-                of=3,
+                num_parts=3,
                 interleaved=True,
             ),
         ),
@@ -91,7 +94,7 @@ LLAMA = Architecture(
                 "attention.wk.weight",
                 pack=Pack.GROUPED,
                 part=1,
-                of=3,
+                num_parts=3,
                 interleaved=True,
             ),
         ),
@@ -107,7 +110,7 @@ LLAMA = Architecture(
                 "attention.wv.weight",
                 pack=Pack.GROUPED,
                 part=2,
-                of=3,
+                num_parts=3,
             ),
         ),
         ParamSpec(
@@ -122,10 +125,10 @@ LLAMA = Architecture(
                 "",
                 pack=Pack.GROUPED,
                 part=0,
-                of=3,
+                num_parts=3,
                 interleaved=True,
             ),
-            needs="qkv_bias",
+            requires="qkv_bias",
             is_bias=True,
         ),
         ParamSpec(
@@ -140,10 +143,10 @@ LLAMA = Architecture(
                 "",
                 pack=Pack.GROUPED,
                 part=1,
-                of=3,
+                num_parts=3,
                 interleaved=True,
             ),
-            needs="qkv_bias",
+            requires="qkv_bias",
             is_bias=True,
         ),
         ParamSpec(
@@ -158,9 +161,9 @@ LLAMA = Architecture(
                 "",
                 pack=Pack.GROUPED,
                 part=2,
-                of=3,
+                num_parts=3,
             ),
-            needs="qkv_bias",
+            requires="qkv_bias",
             is_bias=True,
         ),
         ParamSpec(
@@ -194,7 +197,7 @@ LLAMA = Architecture(
                 "feed_forward.w1.weight",
                 pack=Pack.STACKED,
                 part=0,
-                of=2,
+                num_parts=2,
             ),
         ),
         ParamSpec(
@@ -209,7 +212,7 @@ LLAMA = Architecture(
                 "feed_forward.w3.weight",
                 pack=Pack.STACKED,
                 part=1,
-                of=2,
+                num_parts=2,
             ),
         ),
         ParamSpec(
@@ -236,7 +239,7 @@ LLAMA = Architecture(
             tied_to="embed",
         ),
     ),
-    hf={
+    hf_fields={
         "num_hidden_layers": "num_layers",
         "hidden_size": "hidden_size",
         "intermediate_size": "ffn_size",
@@ -251,14 +254,14 @@ LLAMA = Architecture(
         "rope_scaling": "rope_scaling",
         "sliding_window": "sliding_window",
     },
-    fixed_hf={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
-    implied={
+    required_hf_values={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
+    implied_sizes={
         "llama": {"qkv_bias": False, "sliding_window": None},
         "mistral": {"qkv_bias": False},
         "qwen2": {"qkv_bias": True, "sliding_window": None},
     },
-    ignored={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
-    gguf={
+    ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
+    gguf_fields={
         "block_count": "num_layers",
         "embedding_length": "hidden_size",
         "feed_forward_length": "ffn_size",

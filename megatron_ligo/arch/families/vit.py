@@ -5,6 +5,7 @@ width). Each token has a position, the class's the first one. The head reads the
 its vocabulary are the labels. Megatron-core has no image classifier: what it has of a decoder bears its names.
 """
 
+from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.common_axes import (
     FFN_INPUT,
     FFN_OUTPUT,
@@ -18,14 +19,14 @@ from megatron_ligo.arch.common_axes import (
     VOCAB_OUTPUT,
 )
 from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
-from megatron_ligo.arch.families.bert import pooler_rows
-from megatron_ligo.arch.spec import Architecture, Axis, FormatLocation, ParamSpec, Role, Task, Use
+from megatron_ligo.arch.families.bert import pooler_params
+from megatron_ligo.arch.spec import Axis, FormatLocation, ParamSpec, Role, Use
 
 CHANNEL = Axis("channel", Use.INPUT)
 PIXEL = Axis("pixel", Use.INPUT)
 
 
-def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
+def embedding_params(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
 
     def slots(hf: str, mcore: str, unit_dims: int = 0) -> dict:
@@ -46,7 +47,7 @@ def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
             (RESIDUAL_OUTPUT,),
             None,
             slots("distillation_token", "distillation_token", 2),
-            needs="has_distillation",
+            requires="has_distillation",
         ),
         ParamSpec(
             "positions",
@@ -58,7 +59,7 @@ def embedding_rows(base: str) -> tuple[ParamSpec, ...]:
     )
 
 
-def layer_rows(base: str) -> tuple[ParamSpec, ...]:
+def layer_params(base: str) -> tuple[ParamSpec, ...]:
     """base: the prefix of Hugging Face's names."""
     hf, mcore = prefixed(f"{base}encoder.layer.{{}}."), prefixed("decoder.layers.{}.")
     qkv, proj = mcore("self_attention.linear_qkv"), mcore("self_attention.linear_proj")
@@ -106,7 +107,7 @@ def layer_rows(base: str) -> tuple[ParamSpec, ...]:
     )
 
 
-def end_rows(base: str) -> tuple[ParamSpec, ...]:
+def end_params(base: str) -> tuple[ParamSpec, ...]:
     """The final norm, the pooler and the head. base: the prefix of Hugging Face's names."""
     head = FormatLocation("classifier"), FormatLocation("output_layer")
     return (
@@ -117,8 +118,8 @@ def end_rows(base: str) -> tuple[ParamSpec, ...]:
             FormatLocation("decoder.final_layernorm"),
             feeds_head=True,
         ),
-        *pooler_rows(base),
-        *linear_params("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, *head, needs="has_head"),
+        *pooler_params(base),
+        *linear_params("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, *head, requires="has_head"),
     )
 
 
@@ -143,11 +144,11 @@ VIT = Architecture(
     norm="layer",
     task=Task.LABEL,
     model_types={"vit": {"ViTForImageClassification": ("has_head",), "ViTModel": ("has_pooler",)}},
-    rows=(*embedding_rows("vit."), *layer_rows("vit."), *end_rows("vit.")),
-    hf=HF,
-    fixed_hf=FIXED_HF,
+    params=(*embedding_params("vit."), *layer_params("vit."), *end_params("vit.")),
+    hf_fields=HF,
+    required_hf_values=FIXED_HF,
     choices=CHOICES,
-    refused={"ViTForMaskedImageModeling": "it has a decoder of pixels, which the table has no row for"},
-    implied={"vit": {"has_distillation": False}},
-    base={"hf": "vit."},
+    refused_classes={"ViTForMaskedImageModeling": "it has a decoder of pixels, which the table has no row for"},
+    implied_sizes={"vit": {"has_distillation": False}},
+    base_prefixes={"hf": "vit."},
 )

@@ -71,7 +71,7 @@ class RandomWeightsReader(Reader):
         self._read = parameters.initial_weights(model_config, SEED)
 
     def info(self, key: str) -> TensorInfo:
-        return TensorInfo(self.row(key).shape(self.model_config), torch.float32)
+        return TensorInfo(self.param(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = "weight") -> torch.Tensor:
         return self._read(key)

@@ -52,8 +52,8 @@ class TpShards:
 
     def _part(self, item: StoredTensor, key: str, kind: str) -> Tensor:
         tensor = self._source.read(key, kind)
-        row = item.rows[item.keys.index(key)]
-        return tensor_parallel.pad_vocab(tensor, self._stored.vocab_size) if row.axes[0].space == "vocab" else tensor
+        param = item.params[item.keys.index(key)]
+        return tensor_parallel.pad_vocab(tensor, self._stored.vocab_size) if param.axes[0].space == "vocab" else tensor
 
 
 def join_shards(
@@ -63,12 +63,12 @@ def join_shards(
 
     Raises CheckpointError (naming `where`) if ranks that should hold the same do not.
     """
-    row = item.rows[item.keys.index(key)]
-    if item.split is None:
+    param = item.params[item.keys.index(key)]
+    if item.tp_dim is None:
         pieces = [check_replicas(pieces, f"{key} ({item.name}, {where})")]
     parts = [item.local_part(piece, key, stored, len(pieces)) for piece in pieces]
-    whole = tensor_parallel.unshard(parts, row, stored)
-    if row.axes[0].space == "vocab":
+    whole = tensor_parallel.unshard(parts, param, stored)
+    if param.axes[0].space == "vocab":
         whole = whole.narrow(0, 0, model_config.vocab_size)
     return whole
 

@@ -64,7 +64,7 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
 
 def count_parameters(model_config: ModelConfig) -> int:
     arch = architectures.get(model_config.arch)
-    return sum(prod(arch.row(key).shape(model_config)) for key in arch.keys(model_config))
+    return sum(prod(arch.param(key).shape(model_config)) for key in arch.keys(model_config))
 
 
 def _ended_at(run: ArmRun, budget: float) -> bool:

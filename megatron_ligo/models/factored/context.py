@@ -83,7 +83,7 @@ class FactoredContext:
         for key in self.source.outside:
             shared = tied and key == "head" and "embed" in shards
             shards[key] = (
-                shards["embed"] if shared else self.lag_shard(arch.row("embed" if tied and key == "head" else key))
+                shards["embed"] if shared else self.lag_shard(arch.param("embed" if tied and key == "head" else key))
             )
         return shards
 

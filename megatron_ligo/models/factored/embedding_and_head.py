@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import Architecture, Task
+from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.models.factored.context import FactoredContext, add_lag
 from megatron_ligo.models.factored.map_parameters import map_for_use
@@ -32,7 +32,7 @@ class FactoredEnd(nn.Module):
         """Applies the grown norm whose gain has this key to h (s or s / tp, b, D2)."""
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
-        gain, bias = arch.row(key), arch.by_key.get(f"{key}_bias")
+        gain, bias = arch.param(key), arch.params_by_key.get(f"{key}_bias")
         expand = map_for_use(maps, arch.space(gain.axes[0], large), False)
         weight = add_lag(context.grow_gain(gain, outside[key], expand), context.outside_lag.get(key))
         shift = None
@@ -106,8 +106,8 @@ class FactoredHead(FactoredEnd):
         is_classifier = arch.task is Task.LABEL
         if is_classifier and not context.sequence_parallel:
             h = h[:1]
-        h = self.apply_norm("final_norm", h, maps) if "final_norm" in arch.by_key else self._transform(h, maps)
-        space = arch.space(arch.row("head").axes[1], large)
+        h = self.apply_norm("final_norm", h, maps) if "final_norm" in arch.params_by_key else self._transform(h, maps)
+        space = arch.space(arch.param("head").axes[1], large)
         u = context.enter_tp_region(map_for_use(maps, space, not large.tied).apply_transposed(h))
         u = u[:1] if is_classifier else u
         bias = outside.get("head_bias")
@@ -124,7 +124,7 @@ class FactoredHead(FactoredEnd):
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
         weight, bias = (outside[key].to(h.dtype) for key in ("head_dense", "head_dense_bias"))
-        space = arch.space(arch.row("head_dense").axes[0], large)
+        space = arch.space(arch.param("head_dense").axes[0], large)
         small = F.linear(map_for_use(maps, "residual", True).apply_transposed(h), weight, bias)
         activation = ACTIVATIONS[arch.head_activation or large.activation]
         return self.apply_norm("head_norm", activation(map_for_use(maps, space, False).apply(small)), maps)

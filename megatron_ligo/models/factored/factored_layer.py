@@ -140,8 +140,8 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
     """
     operator = context.operator
     specs_by_path: dict[str, list[ParamSpec]] = {}
-    for spec in operator.arch.layer_rows(operator.large):
-        path = spec.slots["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
+    for spec in operator.arch.layer_params(operator.large):
+        path = spec.locations["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
         specs_by_path.setdefault(path, []).append(spec)
     norms = {
         path: NormTransform(context, specs, layer, config.layernorm_epsilon, config.normalization)
@@ -149,14 +149,14 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         if any(spec.axes[0].use is Use.GAIN for spec in specs)
     }
     transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(activation(operator.large))}
-    if operator.arch.norm_first:
+    if operator.arch.pre_norm:
         transforms |= {reader: norms.pop(norm) for reader, norm in NORM_READERS.items()}
     modules: dict[str, FactoredModule] = {}
     for path, specs in specs_by_path.items():
         if path in norms:
             modules[path] = FactoredNorm(norms[path])
         elif path not in NORM_READERS.values():
-            kind = ColumnParallelFactors if specs[0].split == 0 else RowParallelFactors
+            kind = ColumnParallelFactors if specs[0].tp_dim == 0 else RowParallelFactors
             modules[path] = kind(context, specs, layer, transforms.get(path))
     return modules
 

@@ -176,7 +176,7 @@ class ColumnParallelFactors(FactoredLinear):
 
     def __init__(self, context, specs, layer, input_transform):
         super().__init__(context, specs, layer, input_transform)
-        self.pack = self.weights[0].slots["mcore"].pack
+        self.pack = self.weights[0].locations["mcore"].pack
         self.groups = context.operator.large.num_kv_heads // context.mesh.tp
         lags = [self.lag.pop(spec.key) for spec in self.weights]
         self.fused_lag = None if context.lag is None else pack(lags, self.pack, self.groups)

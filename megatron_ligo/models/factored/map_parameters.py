@@ -80,16 +80,16 @@ class MapParameters(nn.Module):
         self.operator_names[side] = name
         self.layout.parameters[side] = []
         tensor = operator.tensor(name)
-        matrix = local_rows(tensor if kind == "expand" else tensor.t(), map_spec.split, self.mesh)
-        rank, partition_dim = operator.rank(map_spec.name), 0 if map_spec.split else None
+        matrix = local_rows(tensor if kind == "expand" else tensor.t(), map_spec.is_sharded, self.mesh)
+        rank, partition_dim = operator.rank(map_spec.name), 0 if map_spec.is_sharded else None
         if rank:
             start = matrix.clone().to(device.current_device())
             self.layout.starts[side] = RowSelection.of(start) or DenseMap(start)
             self._register(side, f"{side}_u", torch.zeros(matrix.shape[0], rank), partition_dim, False)
-            self._register(side, f"{side}_v", operator.right_factor(name, rank), None, map_spec.split)
+            self._register(side, f"{side}_v", operator.right_factor(name, rank), None, map_spec.is_sharded)
             return
         if kind == "expand" and operator.setting("identity", map_spec.name) == "frozen":
-            first = self.mesh.tp_rank * matrix.shape[0] if map_spec.split else 0
+            first = self.mesh.tp_rank * matrix.shape[0] if map_spec.is_sharded else 0
             frozen = max(0, min(map_spec.small - first, matrix.shape[0]))
             if frozen:
                 self.layout.frozen_rows[side] = frozen, first

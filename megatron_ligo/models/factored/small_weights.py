@@ -53,32 +53,32 @@ class SmallWeights:
         self.mesh = mesh
         self.group = mesh.tp_dp_group if zero == 3 else mesh.tp_group
         self.ranks = 1 if whole else dist.get_world_size(self.group)
-        rows = reader.arch.layer_rows(reader.model_config)
-        self.split_rows = [row for row in rows if row.split is not None]
-        self.whole_rows = [row for row in rows if row.split is None]
-        self.shapes = {row.key: row.shape(reader.model_config) for row in rows}
+        params = reader.arch.layer_params(reader.model_config)
+        self.split_rows = [param for param in params if param.tp_dim is not None]
+        self.whole_rows = [param for param in params if param.tp_dim is None]
+        self.shapes = {param.key: param.shape(reader.model_config) for param in params}
         self.rms: dict[str, float] = {}  # root mean square of each small tensor that is cut, by key
-        self._slices = [self._read_slices(reader, row) for row in self.split_rows]
-        self._wholes = [self._read_whole(reader, row) for row in self.whole_rows]
+        self._slices = [self._read_slices(reader, param) for param in self.split_rows]
+        self._wholes = [self._read_whole(reader, param) for param in self.whole_rows]
         self.outside: dict[str, Tensor] = {}  # by key: what this stage needs of the rows outside the layers
-        first, last = reader.arch.outside(reader.model_config)
-        for row in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
-            self.outside[row.key] = self._read_outside(reader, row)
+        first, last = reader.arch.params_outside_layers(reader.model_config)
+        for param in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
+            self.outside[param.key] = self._read_outside(reader, param)
         if mesh.last_stage and reader.model_config.tied:
             embed = self.outside.get("embed")
-            self.outside["head"] = self._read_outside(reader, reader.arch.row("embed")) if embed is None else embed
+            self.outside["head"] = self._read_outside(reader, reader.arch.param("embed")) if embed is None else embed
 
-    def _read_outside(self, reader: Reader, row: ParamSpec) -> Tensor:
+    def _read_outside(self, reader: Reader, param: ParamSpec) -> Tensor:
         """This rank's part, with rows for what only the large model has."""
-        tensor = self.operator.with_new_rows(row.key, reader.read(row.key))
-        part = tensor if row.split is None else shard(tensor, row, self.mesh.tp, self.mesh.tp_rank).clone()
+        tensor = self.operator.with_new_rows(param.key, reader.read(param.key))
+        part = tensor if param.tp_dim is None else shard(tensor, param, self.mesh.tp, self.mesh.tp_rank).clone()
         return part.float().to(device.current_device())
 
-    def _read_slices(self, reader: Reader, row: ParamSpec) -> Tensor:
-        numel = math.prod(self.shapes[row.key])
+    def _read_slices(self, reader: Reader, param: ParamSpec) -> Tensor:
+        numel = math.prod(self.shapes[param.key])
         size = -(-numel // self.ranks)
         start = 0 if self.ranks == 1 else dist.get_rank(self.group) * size
-        keys = [row.key.format(layer) for layer in range(reader.model_config.num_layers)]
+        keys = [param.key.format(layer) for layer in range(reader.model_config.num_layers)]
         stack = torch.zeros(len(keys), size, dtype=torch.float32)
         for i, key in enumerate(keys):
             tensor = reader.read(key)
@@ -89,8 +89,8 @@ class SmallWeights:
         exact = torch.equal(narrow.float(), stack)
         return (narrow if exact else stack).to(device.current_device())
 
-    def _read_whole(self, reader: Reader, row: ParamSpec) -> Tensor:
-        keys = [row.key.format(layer) for layer in range(reader.model_config.num_layers)]
+    def _read_whole(self, reader: Reader, param: ParamSpec) -> Tensor:
+        keys = [param.key.format(layer) for layer in range(reader.model_config.num_layers)]
         return torch.stack([reader.read(key).float() for key in keys]).to(device.current_device())
 
     def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
@@ -112,9 +112,9 @@ class SmallWeights:
 
     def _shaped(self, parts: list[Tensor]) -> dict[str, Tensor]:
         found = {}
-        for row, part in zip(self.split_rows, parts, strict=True):
-            shape = self.shapes[row.key]
-            found[row.key] = part.reshape(-1)[: math.prod(shape)].view(shape)
+        for param, part in zip(self.split_rows, parts, strict=True):
+            shape = self.shapes[param.key]
+            found[param.key] = part.reshape(-1)[: math.prod(shape)].view(shape)
         return found
 
     def mix_whole(self, depth: Tensor) -> list[dict[str, Tensor]]:
@@ -122,6 +122,6 @@ class SmallWeights:
 
         depth: (layers, rows, small layers).
         """
-        keys = [row.key for row in self.whole_rows]
+        keys = [param.key for param in self.whole_rows]
         mixed = [w @ stack.flatten(1) for w, stack in zip(depth.unbind(1), self._wholes, strict=True)]
         return [dict(zip(keys, parts, strict=True)) for parts in zip(*mixed, strict=True)]

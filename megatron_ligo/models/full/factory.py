@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Task
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import FullEncoder
 from megatron_ligo.models.full.gpt import FullGPT

@@ -53,9 +53,9 @@ def parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[tuple[nn
 def mark_split(model: nn.Module, model_config: ModelConfig, tp: int) -> None:
     """Says on each parameter whether tensor parallelism cuts it: gradient norms count the others on one rank only."""
     for parameter, item in parameters(model, model_config):
-        cut = tp > 1 and item.split is not None
+        cut = tp > 1 and item.tp_dim is not None
         parameter.tensor_model_parallel = cut
-        parameter.partition_dim = item.split if cut else -1
+        parameter.partition_dim = item.tp_dim if cut else -1
         parameter.partition_stride = 1
 
 
@@ -67,13 +67,13 @@ def initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
     arch = architectures.get(model_config.arch)
 
     def read(key: str) -> Tensor:
-        row = arch.row(key)
-        shape = row.shape(model_config)
-        if row.axes[0].use is Use.GAIN:
+        param = arch.param(key)
+        shape = param.shape(model_config)
+        if param.axes[0].use is Use.GAIN:
             return torch.ones(shape)
         if len(shape) == 1:
             return torch.zeros(shape)
-        std = INIT_STD / (2 * model_config.num_layers) ** 0.5 if writes_residual(row) else INIT_STD
+        std = INIT_STD / (2 * model_config.num_layers) ** 0.5 if writes_residual(param) else INIT_STD
         digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.empty(shape).normal_(0.0, std, generator=generator)

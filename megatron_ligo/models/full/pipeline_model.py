@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint.formats.deepspeed.pipeline import layers_before, prefixes
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import EmbeddingSum, HeadTransform

@@ -46,7 +46,7 @@ RECORDS = (LossScaler, DynamicLossScaler, ZeroStageEnum, SubparamShape, fragment
 def must_prepare(model_config: ModelConfig, zero: int) -> bool:
     """Whether `prepare_for_universal` is needed: with ZeRO 3, and at any stage for a vocabulary's bias, which DeepSpeed
     cannot pad."""
-    return zero == 3 or "head_bias" in architectures.get(model_config.arch).by_key
+    return zero == 3 or "head_bias" in architectures.get(model_config.arch).params_by_key
 
 
 def prepare_for_universal(model: nn.Module, model_config: ModelConfig, tp_group: dist.ProcessGroup) -> None:
@@ -64,13 +64,13 @@ def prepare_for_universal(model: nn.Module, model_config: ModelConfig, tp_group:
 def _cut(item: StoredTensor, model_config: ModelConfig, tp: int) -> dict:
     """How a tensor is cut, in the words of DeepSpeed's own tensor parallelism."""
     shape = item.shape(model_config)
-    meta = {"partition_dim": item.split, "logical_shape": shape, UNIVERSAL_CHECKPOINT_VERSION_KEY: VERSION}
-    if item.split is None:
+    meta = {"partition_dim": item.tp_dim, "logical_shape": shape, UNIVERSAL_CHECKPOINT_VERSION_KEY: VERSION}
+    if item.tp_dim is None:
         return {**meta, "replicated": True}
-    if item.vocabulary and shape[item.split] % tp:
+    if item.is_vocab_parallel and shape[item.tp_dim] % tp:
         return {**meta, "conversion": {"affine_map": _padded_map(shape, tp)}}
     if len(item.keys) > 1 and item.pack is Pack.STACKED:
-        sizes = [row.shape(model_config)[item.split] for row in item.rows]
+        sizes = [param.shape(model_config)[item.tp_dim] for param in item.params]
         return {**meta, "sub_param_sizes": sizes, "sub_param_shard_widths": [[size // tp] * tp for size in sizes]}
     return meta
 
@@ -137,7 +137,7 @@ def verify_loaded(model: nn.Module, source: Reader, tp_group: dist.ProcessGroup)
         expected = local_tensor(item, source.read, source.model_config, tp, rank).to(parameter.dtype)
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             found = parameter.detach().cpu()
-            if item.vocabulary:
+            if item.is_vocab_parallel:
                 # The rows that pad the vocabulary may hold anything.
                 rows = max(source.model_config.vocab_size - rank * expected.shape[0], 0)
                 expected, found = expected[:rows], found[:rows]

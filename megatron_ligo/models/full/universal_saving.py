@@ -44,9 +44,9 @@ def universal_info(model_config: ModelConfig, pp: int) -> dict:
     return {
         constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         constants.ORIGINAL_VOCAB_SIZE: model_config.vocab_size,
-        constants.VOCABULARY_PARAMETER_PATTERNS: of(lambda item: item.vocabulary),
-        constants.TP_REPLICATED_PARAMETER_PATTERNS: of(lambda item: item.split is None),
-        constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: of(lambda item: item.split == 1),
+        constants.VOCABULARY_PARAMETER_PATTERNS: of(lambda item: item.is_vocab_parallel),
+        constants.TP_REPLICATED_PARAMETER_PATTERNS: of(lambda item: item.tp_dim is None),
+        constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: of(lambda item: item.tp_dim == 1),
         constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: of(lambda item: item.pack is Pack.STACKED),
         constants.PIPELINE_REPLICATED_PARAMETER_PATTERNS: pipelined,
     }

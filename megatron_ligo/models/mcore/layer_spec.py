@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture, Task
 from megatron_ligo.checkpoint.formats.megatron_lm.arguments import LLAMA3_SCALING
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
@@ -43,7 +43,7 @@ class BuildOptions:
 
 # Masked-LM models have their norms last here, the others first.
 def is_built(arch: Architecture) -> bool:
-    return arch.norm_first is (arch.task is not Task.MASKED_TOKENS)
+    return arch.pre_norm is (arch.task is not Task.MASKED_TOKENS)
 
 
 def check_network(model_config: ModelConfig) -> None:
@@ -59,7 +59,7 @@ def check_network(model_config: ModelConfig) -> None:
         if not arch.is_causal:
             hint = "Pretrain it with fresh_head = true: the head that this gives it is trained alone."
         raise ConfigError(
-            Problem("fit and pretraining", "a model with an output head", arch.class_of(model_config), hint)
+            Problem("fit and pretraining", "a model with an output head", arch.hf_class(model_config), hint)
         )
 
 
@@ -91,7 +91,7 @@ def activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 
 def is_gated(model_config: ModelConfig) -> bool:
-    return "layers.{}.gate" in architectures.get(model_config.arch).by_key
+    return "layers.{}.gate" in architectures.get(model_config.arch).params_by_key
 
 
 def normalization(model_config: ModelConfig) -> str:
@@ -100,7 +100,7 @@ def normalization(model_config: ModelConfig) -> str:
 
 def transformer_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
     """mcore's config. Its pipeline size stays 1: DeepSpeed cuts the stages, and mcore would offset layer numbers."""
-    rows = architectures.get(model_config.arch).by_key
+    params = architectures.get(model_config.arch).params_by_key
     return TransformerConfig(
         num_layers=model_config.num_layers,
         hidden_size=model_config.hidden_size,
@@ -112,7 +112,7 @@ def transformer_config(model_config: ModelConfig, build: BuildOptions) -> Transf
         layernorm_epsilon=model_config.norm_eps,
         gated_linear_unit=is_gated(model_config),
         activation_func=ACTIVATIONS[model_config.activation],
-        add_bias_linear="layers.{}.o_bias" in rows,
+        add_bias_linear="layers.{}.o_bias" in params,
         add_qkv_bias=model_config.qkv_bias,
         window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
         attention_dropout=0.0,
@@ -138,7 +138,7 @@ def transformer_config(model_config: ModelConfig, build: BuildOptions) -> Transf
 def layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
     if model_config.parallel_residual:
         return ParallelResidualLayer
-    return TransformerLayer if architectures.get(model_config.arch).norm_first else PostNormLayer
+    return TransformerLayer if architectures.get(model_config.arch).pre_norm else PostNormLayer
 
 
 def layer_spec(model_config: ModelConfig) -> ModuleSpec:
@@ -147,7 +147,7 @@ def layer_spec(model_config: ModelConfig) -> ModuleSpec:
     Always the local one for norms that come last: Transformer Engine's linears have those that come first inside.
     """
     arch = architectures.get(model_config.arch)
-    if device.have_transformer_engine() and arch.norm_first:
+    if device.have_transformer_engine() and arch.pre_norm:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
     else:
         spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(model_config)))

@@ -77,11 +77,11 @@ class Small(Reader):
         self.seed = seed
 
     def info(self, key: str) -> TensorInfo:
-        return TensorInfo(self.row(key).shape(self.model_config), torch.float32)
+        return TensorInfo(self.param(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{key}".encode()).digest()[:7], "little")
-        drawn = torch.randn(self.row(key).shape(self.model_config), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(self.param(key).shape(self.model_config), generator=torch.Generator().manual_seed(seed))
         return drawn.abs() if kind == MOMENTS[1] else drawn
 
 
@@ -147,7 +147,7 @@ def _gguf(folder: Path, seed: int) -> None:
     source = Small(seed)
     for name, item in fused_tensors.stored_tensors(source.arch, DIMS, "gguf").items():
         tensor = source.read(item.keys[0])
-        if item.rows[0].slots["gguf"].interleaved:
+        if item.params[0].locations["gguf"].interleaved:
             tensor = tensor_parallel.interleave(tensor, DIMS.head_dim)
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()

@@ -78,7 +78,7 @@ def _first(parts: list[dict[str, Tensor]], name: str) -> Tensor:
 
 def _join_map(parts: list[dict[str, Tensor]], name: str, map_name: str, operator: Operator, mesh) -> Tensor:
     held = [part[name] for part in parts if name in part]
-    if not operator.maps[map_name].split:
+    if not operator.maps[map_name].is_sharded:
         return held[0]
     assert len(held) == mesh.tp, f"{name}: {len(held)} parts for tp {mesh.tp}"
     return torch.cat(held, dim=0 if name.endswith("expand") else 1)

@@ -63,7 +63,7 @@ def held(model, source, mesh, kind=WEIGHT):
             tied = model_config.tied and name == "output_layer.weight"
             item = stored["embedding.word_embeddings.weight" if tied else name]
         parts = [source.read(key, kind) for key in item.keys]
-        if item.vocabulary:
+        if item.is_vocab_parallel:
             rows = parameter.shape[0] * mesh.tp
             parts = [tensor_parallel.pad_vocab(part, rows) for part in parts]
         yield name, parameter, item.shard(parts, model_config, mesh.tp, mesh.tp_rank)

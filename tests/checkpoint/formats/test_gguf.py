@@ -105,7 +105,7 @@ def write_gguf(path: Path, model, kind: Kind, family: str = "llama", factors=Non
     state = model.state_dict()
     names = {item.keys[0]: name for name, item in stored_tensors(source.arch, source.model_config, "gguf").items()}
     for hf, item in stored_tensors(source.arch, source.model_config, "hf").items():
-        tensor, slot = state[hf], item.rows[0].slots["gguf"]
+        tensor, slot = state[hf], item.params[0].locations["gguf"]
         if slot.interleaved and family == "llama":
             tensor = tensor_parallel.interleave(tensor, config.head_dim)
         plain = Kind.F32 if tensor.dim() == 1 else kind

@@ -26,20 +26,20 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
     """Every grown weight, differentiable in `values` (the operator's tensors), by canonical key."""
     grown = {}
     for key in operator.arch.keys(operator.large):
-        row, layer = operator.arch.row(key), layer_index(key)
+        param, layer = operator.arch.param(key), layer_index(key)
         if layer is None:
             mixed = operator.with_new_rows(key, source.read(key))
         else:
             stack = torch.stack([source.read(key_pattern(key).format(i)) for i in range(operator.small.num_layers)])
-            mixed = torch.tensordot(values[f"depth.{short_key(row)}"][layer], stack, dims=1)
-        if row.axes[0].use is Use.GAIN:
-            grown[key] = _gain(operator, values, row, mixed)
+            mixed = torch.tensordot(values[f"depth.{short_key(param)}"][layer], stack, dims=1)
+        if param.axes[0].use is Use.GAIN:
+            grown[key] = _gain(operator, values, param, mixed)
         else:
             rms = random_init.root_mean_square(source.read(random_init.scale_reference(operator, key)))
             joined = random_init.added_rows(operator, key, rms)
             matrix = _matrix(operator, values, layer)
-            grown[key] = grow_tensor(row, mixed, matrix, operator.frame, joined)
-            if row.feeds_head and operator.large.tied and operator.copied_gains:
+            grown[key] = grow_tensor(param, mixed, matrix, operator.frame, joined)
+            if param.feeds_head and operator.large.tied and operator.copied_gains:
                 # A norm's bias before a tied head: its copies come back as one.
                 grown[key] = grown[key] * values["gain.final"] / values["gain.layers"]
     return grown
@@ -54,13 +54,13 @@ def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, T
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def _gain(operator, values, row, mixed):
-    space = "head" if row.key == "head_norm" and not operator.large.tied else "residual"
+def _gain(operator, values, param, mixed):
+    space = "head" if param.key == "head_norm" and not operator.large.tied else "residual"
     if not operator.copied_gains:
         return _expand(operator, values, space, None) @ mixed
     if space == "head":
         return mixed[values["gain.head.source"]] * values["gain.head.factor"]
-    return mixed[values["gain.source"]] * values["gain.final" if row.feeds_head else "gain.layers"]
+    return mixed[values["gain.source"]] * values["gain.final" if param.feeds_head else "gain.layers"]
 
 
 def _matrix(operator, values, layer):
@@ -84,7 +84,7 @@ def lag_of(operator: Operator) -> dict[str, Tensor]:
     """What a training might have added to each weight of the large model, by canonical key."""
     arch, large = operator.arch, operator.large
     drawn = torch.Generator().manual_seed(5)
-    return {key: 0.02 * torch.randn(arch.row(key).shape(large), generator=drawn) for key in arch.keys(large)}
+    return {key: 0.02 * torch.randn(arch.param(key).shape(large), generator=drawn) for key in arch.keys(large)}
 
 
 def run(

@@ -20,8 +20,8 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch
+from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Task
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.deepspeed.engine import counts

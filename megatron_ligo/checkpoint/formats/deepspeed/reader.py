@@ -155,7 +155,7 @@ class EngineReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         name = self._names[self._stored_by_key[key].name].name
-        return TensorInfo(self.row(key).shape(self.model_config), self._ranks[0].dtype(name))
+        return TensorInfo(self.param(key).shape(self.model_config), self._ranks[0].dtype(name))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         stored = self._stored_by_key[key]
@@ -197,7 +197,7 @@ class EngineReader(Reader):
             errors.raise_if_any()
         best: tuple[list[fused_tensors.StoredTensor], dict[str, StoredName], ModelConfig] | None = None
         for naming in NAMING_FORMATS:
-            if any(naming not in row.slots for row in self.arch.rows):
+            if any(naming not in param.locations for param in self.arch.params):
                 continue
             model_config = self.model_config
             if naming == tensor_names.FORMAT:
@@ -215,9 +215,13 @@ class EngineReader(Reader):
     def _mcore_names(self, expected: dict[str, fused_tensors.StoredTensor]) -> dict[str, StoredName]:
         """Returns Megatron-core's names. A tied parameter may be stored a second time, under its own name."""
         duplicates: dict[str, list[str]] = {}
-        for row in self.arch.rows:
-            if row.tied_to and self.model_config.tied and row.slots["mcore"].name in self._ranks[0].module_state:
-                duplicates.setdefault(row.tied_to, []).append(row.slots["mcore"].name)
+        for param in self.arch.params:
+            if (
+                param.tied_to
+                and self.model_config.tied
+                and param.locations["mcore"].name in self._ranks[0].module_state
+            ):
+                duplicates.setdefault(param.tied_to, []).append(param.locations["mcore"].name)
         return {name: StoredName(name, tuple(duplicates.get(stored.keys[0], ()))) for name, stored in expected.items()}
 
     def _with_stored_vocab(
@@ -225,7 +229,7 @@ class EngineReader(Reader):
     ) -> ModelConfig:
         """Returns the model's config with the padded vocabulary size of the ranks' shards."""
         tp, vocab_size = len(self._ranks), self.model_config.vocab_size
-        name = self._names[next(stored.name for stored in stored_tensors if stored.vocabulary)].name
+        name = self._names[next(stored.name for stored in stored_tensors if stored.is_vocab_parallel)].name
         shape = self._ranks[0].shapes.get(name)
         rows = shape[0] * tp if shape else vocab_size
         if not vocab_size <= rows < vocab_size + VOCAB_DIVISOR * tp:
@@ -237,7 +241,7 @@ class EngineReader(Reader):
     def _check(self, stored_tensors: list[fused_tensors.StoredTensor], errors: ErrorCollector) -> None:
         """Checks that every rank holds each tensor in its shape, and no others."""
         tp = len(self._ranks)
-        ignored = self.arch.ignored.get(tensor_names.FORMAT, ())
+        ignored = self.arch.ignored_names.get(tensor_names.FORMAT, ())
         for number, rank in enumerate(self._ranks):
             where = self._rank_name(number)
             expected_names: set[str] = set()

@@ -74,7 +74,7 @@ class UniversalReader(Reader):
         return self._moments
 
     def info(self, key: str) -> TensorInfo:
-        return TensorInfo(self.row(key).shape(self.model_config), self._tensors[self._items[key].name].dtype)
+        return TensorInfo(self.param(key).shape(self.model_config), self._tensors[self._items[key].name].dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
@@ -150,11 +150,11 @@ class UniversalReader(Reader):
 def _cut(item: fused_tensors.StoredTensor) -> dict:
     """How tensor parallelism cuts a parameter, in the words of DeepSpeed's loader."""
     found: dict[str, object] = {}
-    if item.split is not None:
-        found["cat_dim"] = item.split
+    if item.tp_dim is not None:
+        found["cat_dim"] = item.tp_dim
     if item.pack is Pack.STACKED:
         found["param_n_sub_params"] = len(item.keys)
-    if item.vocabulary:
+    if item.is_vocab_parallel:
         found["vocab_tensor"] = True
     return found
 

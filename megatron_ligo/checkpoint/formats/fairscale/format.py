@@ -70,7 +70,7 @@ class FairscaleReader(Reader):
         self._check(params)
 
     def info(self, key: str) -> TensorInfo:
-        return TensorInfo(self.row(key).shape(self.model_config), self._ranks[0][self._items[key].name].dtype)
+        return TensorInfo(self.param(key).shape(self.model_config), self._ranks[0][self._items[key].name].dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
@@ -92,7 +92,7 @@ class FairscaleReader(Reader):
 
     def _copies(self, item: StoredTensor) -> int:
         """How many ranks hold one KV head."""
-        kv = item.rows[0].axes[0].heads is Heads.KV
+        kv = item.params[0].axes[0].heads is Heads.KV
         return max(len(self._ranks) // self.model_config.num_kv_heads, 1) if kv else 1
 
     def _check_double(self, embedding: Tensor) -> None:
@@ -188,11 +188,11 @@ def _stored_tensors(model_config: ModelConfig, cut: str) -> dict[str, StoredTens
     items = fused_tensors.stored_tensors(arch, model_config, NAME)
     if cut == FEATURES:
         item = items[EMBEDDING]
-        items[EMBEDDING] = replace(item, rows=(replace(item.rows[0], split=1),))
-    for row in arch.rows:
-        if row.tied_to and model_config.tied:
-            name = row.slots[NAME].name
-            items[name] = StoredTensor(name, (row.tied_to,), (row,), (row.slots[NAME],))
+        items[EMBEDDING] = replace(item, params=(replace(item.params[0], tp_dim=1),))
+    for param in arch.params:
+        if param.tied_to and model_config.tied:
+            name = param.locations[NAME].name
+            items[name] = StoredTensor(name, (param.tied_to,), (param,), (param.locations[NAME],))
     return items
 
 

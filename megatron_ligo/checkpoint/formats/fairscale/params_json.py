@@ -159,7 +159,7 @@ def check_expressible(model_config: ModelConfig) -> None:
 def check_parameters(model_config: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault for parameters that the files have no place for."""
     table = architectures.get(model_config.arch)
-    missing = [row.key for row in table.rows if row.exists(model_config) and "fairscale" not in row.slots]
+    missing = [param.key for param in table.params if param.exists(model_config) and "fairscale" not in param.locations]
     if missing:
         errors.add(model_config.model_type, "Llama's parameters only", ", ".join(missing))
     elif model_config.head_dim * model_config.num_heads != model_config.hidden_size:

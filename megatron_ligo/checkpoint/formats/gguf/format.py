@@ -19,8 +19,8 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture
 from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, GgufHeader, read_header
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, parse_rope_scaling, shortest_decimal
@@ -64,7 +64,7 @@ class GgufReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         block = self._header.tensors[self._items[key].name]
-        return TensorInfo(self.row(key).shape(self.model_config), PLAIN.get(block.type, torch.float32))
+        return TensorInfo(self.param(key).shape(self.model_config), PLAIN.get(block.type, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
@@ -109,7 +109,7 @@ class GgufReader(Reader):
 
 
 def _without_interleaving(item: fused_tensors.StoredTensor) -> fused_tensors.StoredTensor:
-    return replace(item, slots=tuple(replace(slot, interleaved=False) for slot in item.slots))
+    return replace(item, locations=tuple(replace(slot, interleaved=False) for slot in item.locations))
 
 
 def _can_dequantise(kind: GGMLQuantizationType) -> bool:
@@ -122,7 +122,9 @@ def _can_dequantise(kind: GGMLQuantizationType) -> bool:
 
 
 def _find_architecture(metadata: dict, path: Path) -> Architecture:
-    known = {name: arch for arch in architectures.architectures().values() if arch.gguf for name in arch.model_types}
+    known = {
+        name: arch for arch in architectures.architectures().values() if arch.gguf_fields for name in arch.model_types
+    }
     name = metadata.get("general.architecture")
     if name not in known:
         hint = did_you_mean(str(name), known)
@@ -137,7 +139,7 @@ def _parse_model_config(header: GgufHeader, path: Path) -> ModelConfig:
     errors = ErrorCollector(f"{path} describes a network that this program cannot hold", CheckpointError)
     _refuse_features(header, family, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": family}
-    for key, name in arch.gguf.items():
+    for key, name in arch.gguf_fields.items():
         if f"{family}.{key}" in metadata:
             sizes[name] = metadata[f"{family}.{key}"]
     for name in ("norm_eps", "rope_base"):
@@ -151,7 +153,7 @@ def _parse_model_config(header: GgufHeader, path: Path) -> ModelConfig:
     errors.raise_if_any()
     sizes.setdefault("num_kv_heads", sizes["num_heads"])
     sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_heads"])
-    if "rope_base" in arch.gguf.values():
+    if "rope_base" in arch.gguf_fields.values():
         # What llama.cpp takes where the file is silent.
         sizes.setdefault("rope_base", 10000.0)
         sizes["rope_scaling"] = parse_rope_scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], errors)
@@ -161,8 +163,8 @@ def _parse_model_config(header: GgufHeader, path: Path) -> ModelConfig:
         if found != sizes["head_dim"]:
             errors.add(name, f"the head size, {sizes['head_dim']}", found)
     errors.raise_if_any()
-    sizes["tied"] = any(row.tied_to and row.slots[NAME].name not in header.tensors for row in arch.rows)
-    return ModelConfig.from_json(sizes | arch.implied.get(family, {}))
+    sizes["tied"] = any(param.tied_to and param.locations[NAME].name not in header.tensors for param in arch.params)
+    return ModelConfig.from_json(sizes | arch.implied_sizes.get(family, {}))
 
 
 def _refuse_features(header: GgufHeader, family: str, errors: ErrorCollector) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_of_image
-from megatron_ligo.arch.spec import Architecture, Task
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
 
@@ -62,11 +62,11 @@ def parse_model_config(config: Mapping, where: str) -> ModelConfig:
     errors = ErrorCollector(f"{where} describes a network that this program cannot hold", CheckpointError)
     _refuse_features(config, arch, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
-    sizes |= _optional_parts(config, arch) | arch.implied.get(config["model_type"], {})
-    for key, name in arch.hf.items():
+    sizes |= _optional_parts(config, arch) | arch.implied_sizes.get(config["model_type"], {})
+    for key, name in arch.hf_fields.items():
         if name not in ROPE_FIELDS and name not in sizes:
             sizes[name] = _config_value(config, key, where)
-    if "rope_base" in arch.hf.values():
+    if "rope_base" in arch.hf_fields.values():
         sizes |= _parse_rope(config, arch, where, errors)
     _fill_implied_sizes(sizes)
     _check_types(sizes, errors)
@@ -82,14 +82,14 @@ def parse_model_config(config: Mapping, where: str) -> ModelConfig:
 
 
 def _refuse_features(config: Mapping, arch: Architecture, errors: ErrorCollector) -> None:
-    for key, value in arch.fixed_hf.items():
+    for key, value in arch.required_hf_values.items():
         if key in config and config[key] != value:
             errors.add(key, repr(value), repr(config[key]))
     named = config.get("architectures")
     for name in named if isinstance(named, list) else ():
-        if str(name) in arch.refused:
+        if str(name) in arch.refused_classes:
             known = ", ".join(arch.model_types[config["model_type"]])
-            errors.add("architectures", known, f"{name}: {arch.refused[str(name)]}")
+            errors.add("architectures", known, f"{name}: {arch.refused_classes[str(name)]}")
     if config.get("quantization_config") is not None:
         errors.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
     if config.get("auto_map") is not None:
@@ -102,7 +102,7 @@ def _optional_parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
     named = config.get("architectures")
     named = [name for name in named if str(name) in classes] if isinstance(named, list) else []
     has = classes[named[0] if named else next(iter(classes))]
-    return {part: part in has for part in arch.parts(config["model_type"])}
+    return {part: part in has for part in arch.optional_parts(config["model_type"])}
 
 
 def _config_value(config: Mapping, key: str, where: str) -> object:
@@ -126,7 +126,7 @@ def _transformers_config(config: Mapping, where: str) -> object:
 def _parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
     """`rope_base`, `rope_scaling` and (of families that have one) `rotary_fraction` out of either form: today's
     rope_parameters, or keys of their own."""
-    keys = {field: key for key, field in arch.hf.items()}
+    keys = {field: key for key, field in arch.hf_fields.items()}
     parameters = config.get("rope_parameters")
     scaling = config.get("rope_scaling") if parameters is None else parameters
     scaling = {} if scaling is None else scaling
@@ -188,7 +188,7 @@ def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> 
 def parse_carried(config: Mapping) -> dict[str, object]:
     """The keys of a config that are neither sizes nor said anew by whoever writes: token ids and the like."""
     arch = find_architecture(config, CONFIG)
-    stated = {*arch.hf, *arch.fixed_hf, *NOT_CARRIED}
+    stated = {*arch.hf_fields, *arch.required_hf_values, *NOT_CARRIED}
     return {key: value for key, value in config.items() if key not in stated}
 
 
@@ -199,13 +199,13 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     """
     arch = architectures.get(model_config.arch)
     errors = ErrorCollector(f"a {model_config.model_type} config cannot express this network", CheckpointError)
-    for name, value in arch.implied.get(model_config.model_type, {}).items():
+    for name, value in arch.implied_sizes.get(model_config.model_type, {}).items():
         if getattr(model_config, name) != value:
             errors.add(name, repr(value), repr(getattr(model_config, name)), "Another model_type may.")
     arch.check(model_config, errors)
     errors.raise_if_any()
     name = str(dtype).removeprefix("torch.")
-    config = {"architectures": [arch.class_of(model_config)], "model_type": model_config.model_type}
+    config = {"architectures": [arch.hf_class(model_config)], "model_type": model_config.model_type}
     if arch.task is Task.LABEL:
         config |= {**carried, **_label_names(carried, model_config.vocab_size)}
     else:
@@ -213,15 +213,15 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
         config |= {**dict.fromkeys(TOKEN_IDS), **carried}
     # A copy: transformers writes into the scaling that it is given.
     sizes = model_config.to_json()
-    config |= {key: sizes[field] for key, field in arch.hf.items()}
-    config |= arch.fixed_hf
-    if "rope_base" in arch.hf.values():
+    config |= {key: sizes[field] for key, field in arch.hf_fields.items()}
+    config |= arch.required_hf_values
+    if "rope_base" in arch.hf_fields.values():
         config["rope_parameters"] = {
             "rope_type": "default",
             "rope_theta": model_config.rope_base,
             **(model_config.rope_scaling or {}),
         }
-        if "rotary_fraction" in arch.hf.values():
+        if "rotary_fraction" in arch.hf_fields.values():
             config["rope_parameters"]["partial_rotary_factor"] = model_config.rotary_fraction
     return config | {"dtype": name, "torch_dtype": name}
 

@@ -42,7 +42,7 @@ class HfReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         dtype = self._shards.dtype(self._places[self._items[key].name].name)
-        return TensorInfo(self.row(key).shape(self.model_config), dtype)
+        return TensorInfo(self.param(key).shape(self.model_config), dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
@@ -75,7 +75,7 @@ class HfReader(Reader):
             for item in stored.values()
             for name in (places[item.name].name, *places[item.name].duplicates)
         }
-        self._shards.check(expected, self.arch.ignored.get(NAME, ()), errors)
+        self._shards.check(expected, self.arch.ignored_names.get(NAME, ()), errors)
         errors.raise_if_any(self._shards.weights)
         return stored, places
 

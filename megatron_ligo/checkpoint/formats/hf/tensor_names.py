@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture, layer_index
+from megatron_ligo.arch.spec import layer_index
 from megatron_ligo.sharding import fused_tensors
 
 FORMAT = "hf"
@@ -26,11 +27,11 @@ class StoredName:
 
 def detect_optional_parts(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> ModelConfig:
     """The sizes with the optional parts of which a tensor is found. What has no tensor of its own stays as it is."""
-    for part in arch.parts(model_config.model_type):
+    for part in arch.optional_parts(model_config.model_type):
         having = replace(model_config, **{part: True})
-        rows = [row for row in arch.rows if row.needs == part and row.stored(having)]
-        if rows:
-            there = any(name in found for row in rows for name in _possible_names(arch, having, row.key))
+        params = [param for param in arch.params if param.requires == part and param.is_stored(having)]
+        if params:
+            there = any(name in found for param in params for name in _possible_names(arch, having, param.key))
             model_config = replace(model_config, **{part: there})
     return model_config
 
@@ -48,12 +49,12 @@ def locate_tensors(arch: Architecture, model_config: ModelConfig, found: Collect
 
 def _possible_names(arch: Architecture, model_config: ModelConfig, key: str) -> list[str]:
     """Every name under which a file may hold a key, today's first."""
-    names = [arch.stored_name(key, model_config, FORMAT), _fill_layer(arch.row(key).slots[FORMAT].name, key)]
-    base = arch.base.get(FORMAT, "")
+    names = [arch.stored_name(key, model_config, FORMAT), _fill_layer(arch.param(key).locations[FORMAT].name, key)]
+    base = arch.base_prefixes.get(FORMAT, "")
     names += [name.removeprefix(base) for name in names] + [base + name for name in names]
     names += [
         name.removesuffix(new) + old
-        for old, new in arch.renamed.get(FORMAT, {}).items()
+        for old, new in arch.renamed_suffixes.get(FORMAT, {}).items()
         for name in names
         if name.endswith(new)
     ]
@@ -61,9 +62,9 @@ def _possible_names(arch: Architecture, model_config: ModelConfig, key: str) -> 
 
 
 def _tied_names(arch: Architecture, model_config: ModelConfig, key: str) -> Iterator[str]:
-    for row in arch.rows:
-        if model_config.tied and row.exists(model_config) and row.tied_to == key:
-            yield row.slots[FORMAT].name
+    for param in arch.params:
+        if model_config.tied and param.exists(model_config) and param.tied_to == key:
+            yield param.locations[FORMAT].name
 
 
 def _fill_layer(name: str, key: str) -> str:

@@ -106,7 +106,7 @@ class McoreReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         part = self._parts[self._items[key].name][0]
-        return TensorInfo(self.row(key).shape(self.model_config), self._entry(self._weight(part)).dtype)
+        return TensorInfo(self.param(key).shape(self.model_config), self._entry(self._weight(part)).dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
@@ -198,11 +198,11 @@ class McoreReader(Reader):
         self, item: StoredTensor, part: StackedPart, count: int, rows: dict[str, int], errors: ErrorCollector
     ) -> None:
         entry = self._entry(part)
-        expected = item.shape(self.model_config) if count == 1 else item.rows[0].shape(self.model_config)
+        expected = item.shape(self.model_config) if count == 1 else item.params[0].shape(self.model_config)
         if part.layer is not None:
             expected = (self.model_config.num_layers, *expected)
         shape = entry.shape
-        if item.rows[0].axes[0].space == "vocab":
+        if item.params[0].axes[0].space == "vocab":
             rows[part.name] = shape[0] if shape else 0
             # What pads the vocabulary comes after it.
             shape = (min(rows[part.name], expected[0]), *shape[1:])

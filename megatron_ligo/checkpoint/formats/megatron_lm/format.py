@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Architecture, Use, layer_index
+from megatron_ligo.arch.spec import Use, layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import EXTRA_STATE, as_made, fused_name
@@ -62,7 +63,7 @@ class MegatronReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         tensors = self._saved.tensors[self._items[key].name]
-        return TensorInfo(self.row(key).shape(self.model_config), tensors[0].dtype)
+        return TensorInfo(self.param(key).shape(self.model_config), tensors[0].dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
@@ -85,7 +86,9 @@ class MegatronReader(Reader):
         tensor_parallel.check_tp(model_config, saved.tp, errors)
         errors.raise_if_any()
         stored = fused_tensors.stored_tensors(self.arch, model_config, "mcore")
-        rows = max((_rows(saved.tensors.get(item.name)) for item in stored.values() if item.vocabulary), default=0)
+        rows = max(
+            (_rows(saved.tensors.get(item.name)) for item in stored.values() if item.is_vocab_parallel), default=0
+        )
         if rows < model_config.vocab_size:
             errors.add("vocabulary", f"at least {model_config.vocab_size} rows", rows)
             errors.raise_if_any()
@@ -113,8 +116,10 @@ def _tied(arch: Architecture, model_config: ModelConfig) -> dict[str, str]:
     """Name of what the last stage holds -> name of the tensor of the first one that it shares."""
     if not model_config.tied:
         return {}
-    names = {row.key: row.slots["mcore"].name for row in arch.rows}
-    return {names[row.key]: names[row.tied_to] for row in arch.rows if row.tied_to and row.exists(model_config)}
+    names = {param.key: param.locations["mcore"].name for param in arch.params}
+    return {
+        names[param.key]: names[param.tied_to] for param in arch.params if param.tied_to and param.exists(model_config)
+    }
 
 
 def _model(weights: dict[str, LazyTensor], held: dict[str, StoredTensor], layers: str) -> dict[str, LazyTensor | None]:
@@ -137,7 +142,7 @@ def _bounds(num_layers: int, pp: int) -> list[int]:
 
 def _has_extra_state(item: StoredTensor) -> bool:
     """True for the weights of linears, which keep something for fp8 (here: nothing)."""
-    return len(item.rows[0].axes) == 2 and item.rows[0].axes[1].use is Use.INPUT
+    return len(item.params[0].axes) == 2 and item.params[0].axes[1].use is Use.INPUT
 
 
 def _stage(

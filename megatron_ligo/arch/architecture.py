@@ -1,0 +1,193 @@
+"""The record that a family's file holds: its parameters, and the names and values of its config in each format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from types import MappingProxyType
+
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes
+from megatron_ligo.arch.spec import Axis, ParamSpec, Role, Stage, key_pattern, layer_index
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+
+
+class Task(Enum):
+    """The training objective of a family, which decides its samples, its loss, its embeddings and its head."""
+
+    NEXT_TOKEN = "next token"
+    MASKED_TOKENS = "masked tokens"
+    LABEL = "label"  # an image's; the head's vocabulary is the set of labels
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of networks.
+
+    params: in the order of a checkpoint file: before the layers, in a layer, after the layers.
+    norm: "rms" or "layer". pre_norm: norms come before the blocks; otherwise after each residual sum (post-LN).
+    head_activation: the activation of a masked-LM head's transform ("" = the layers' activation).
+    model_types: Hugging Face `model_type` -> {class: its optional parts (fields of `ModelConfig`)}. The first class is
+        assumed if a config names none. The last one is the bare network.
+    hf_fields, gguf_fields: {config key: field of `ModelConfig`} of the two formats' headers.
+    required_hf_values: values that a Hugging Face config must have (or lack) for the table to describe the network.
+    implied_sizes: `model_type` -> {field: value} that hold whatever the config states.
+    choices: {field: values that are supported}.
+    refused_classes: {class: why the table does not describe it}.
+
+    By format: ignored_names: patterns (fnmatch) of stored names that are no weights; base_prefixes: the prefix that the
+    bare network's tensors lack; renamed_suffixes: {suffix in old files: its successor}.
+    """
+
+    name: str
+    params: tuple[ParamSpec, ...]
+    norm: str
+    model_types: Mapping[str, Mapping[str, tuple[str, ...]]]
+    hf_fields: Mapping[str, str]
+    pre_norm: bool = True
+    task: Task = Task.NEXT_TOKEN
+    head_activation: str = ""
+    required_hf_values: Mapping[str, object] = field(default_factory=dict)
+    gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    refused_classes: Mapping[str, str] = field(default_factory=dict)
+    implied_sizes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    base_prefixes: Mapping[str, str] = field(default_factory=dict)
+    renamed_suffixes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    # Properties of the family.
+
+    @property
+    def is_causal(self) -> bool:
+        """True if a token attends to itself and to earlier tokens only."""
+        return self.task is Task.NEXT_TOKEN
+
+    @property
+    def is_masked_lm(self) -> bool:
+        return self.task is Task.MASKED_TOKENS
+
+    @property
+    def reads_images(self) -> bool:
+        """True if samples are labelled images."""
+        return self.task is Task.LABEL
+
+    @property
+    def uses_rms_norm(self) -> bool:
+        return self.norm == "rms"
+
+    @property
+    def is_gated(self) -> bool:
+        """True if the feed-forward block has a gate (SwiGLU)."""
+        return self.has(Role.FFN_GATE)
+
+    @property
+    def has_linear_biases(self) -> bool:
+        """True if the output projections of attention and feed-forward have biases."""
+        return self.has(Role.ATTENTION_OUTPUT, bias=True)
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """True if positions are a table of parameters."""
+        return self.has(Role.POSITION_EMBEDDING)
+
+    @property
+    def has_rotary_positions(self) -> bool:
+        return "rope_base" in self.hf_fields.values()
+
+    # Parameters.
+
+    def find(self, role: Role, bias: bool = False) -> ParamSpec | None:
+        """Returns the weight (or bias) that has a role; None if the family has none. Unread tensors are not found."""
+        return self._params_by_role.get((role, bias))
+
+    def get(self, role: Role, bias: bool = False) -> ParamSpec:
+        """Returns the weight (or bias) that has a role. KeyError if the family has none."""
+        return self._params_by_role[role, bias]
+
+    def has(self, role: Role, bias: bool = False) -> bool:
+        """True if the table has a weight (or bias) of a role, which a model may still leave out as optional."""
+        return (role, bias) in self._params_by_role
+
+    def param(self, key: str) -> ParamSpec:
+        """Returns the parameter of a key such as `layers.3.q`, or of its pattern `layers.{}.q`."""
+        return self.params_by_key[key_pattern(key)]
+
+    @cached_property
+    def params_by_key(self) -> Mapping[str, ParamSpec]:
+        return MappingProxyType({param.key: param for param in self.params})
+
+    @cached_property
+    def _params_by_role(self) -> Mapping[tuple[Role, bool], ParamSpec]:
+        return MappingProxyType({(param.role, param.is_bias): param for param in self.params if not param.unread})
+
+    def layer_params(self, model_config: ModelConfig) -> list[ParamSpec]:
+        """Returns the parameters of each layer."""
+        return [param for param in self.params if param.in_layer and param.exists(model_config)]
+
+    def params_outside_layers(self, model_config: ModelConfig) -> tuple[list[ParamSpec], list[ParamSpec]]:
+        """Returns the stored parameters before and after the layers that the training loss depends on."""
+        params = [param for param in self.params if param.is_stored(model_config) and param.reaches_loss]
+        first, last = ([param for param in params if param.stage is stage] for stage in (Stage.FIRST, Stage.LAST))
+        return first, last
+
+    def keys(self, model_config: ModelConfig) -> Iterator[str]:
+        """Yields every stored key in file order: before the layers, layer by layer, after the layers."""
+        stored = [param for param in self.params if param.is_stored(model_config)]
+        yield from (param.key for param in stored if param.stage is Stage.FIRST)
+        for layer in range(model_config.num_layers):
+            yield from (param.key.format(layer) for param in stored if param.in_layer)
+        yield from (param.key for param in stored if param.stage is Stage.LAST)
+
+    # Spaces.
+
+    def space(self, axis: Axis, model_config: ModelConfig) -> str:
+        """Returns the space of an axis. Tied embeddings merge the spaces on both sides of the shared tensor."""
+        return self._merged_spaces.get(axis.space, axis.space) if model_config.tied else axis.space
+
+    def spaces(self, model_config: ModelConfig) -> set[str]:
+        """Returns the spaces of a model."""
+        existing = (param for param in self.params if param.exists(model_config))
+        return {self.space(axis, model_config) for param in existing for axis in param.axes}
+
+    @cached_property
+    def _merged_spaces(self) -> Mapping[str, str]:
+        tied = [(param, self.params_by_key[param.tied_to]) for param in self.params if param.tied_to]
+        pairs = [pair for own, other in tied for pair in zip(own.axes, other.axes, strict=True)]
+        return {own.space: other.space for own, other in pairs if own.space != other.space}
+
+    # Names and values of the formats.
+
+    def optional_parts(self, model_type: str) -> set[str]:
+        """Returns the fields of `ModelConfig` that tell which optional parts a model of this type has."""
+        return {part for parts in self.hf_classes(model_type).values() for part in parts}
+
+    def hf_classes(self, model_type: str) -> Mapping[str, tuple[str, ...]]:
+        """Returns the Hugging Face classes of a model type, with their optional parts. ConfigError if it is unknown."""
+        if model_type not in self.model_types:
+            raise ConfigError(Problem("model_type", f"one of {', '.join(self.model_types)}", repr(model_type)[:60]))
+        return self.model_types[model_type]
+
+    def hf_class(self, model_config: ModelConfig) -> str:
+        """Returns the Hugging Face class of a model: the first class whose parts the model has, or else the last."""
+        classes = self.hf_classes(model_config.model_type)
+        fitting = [name for name, parts in classes.items() if all(getattr(model_config, part) for part in parts)]
+        return fitting[0] if fitting else list(classes)[-1]
+
+    def stored_name(self, key: str, model_config: ModelConfig, format_name: str) -> str:
+        """Returns the name of the tensor that holds a key in a format."""
+        location = self.param(key).locations[format_name]
+        name = location.tied_name if location.tied_name and model_config.tied else location.name
+        layer = layer_index(key)
+        name = name if layer is None else name.format(layer)
+        is_bare = self.hf_class(model_config) == list(self.hf_classes(model_config.model_type))[-1]
+        return name.removeprefix(self.base_prefixes.get(format_name, "")) if is_bare else name
+
+    def check(self, model_config: ModelConfig, errors: ErrorCollector) -> None:
+        """Adds an error for each size that a config of the family cannot state and that has not its implied value."""
+        implied = implied_head_sizes(model_config.hidden_size, model_config.num_heads)
+        for name, value in implied.items():
+            if name not in self.hf_fields.values() and getattr(model_config, name) != value:
+                where = f"{name} ({self.name}, {model_config.hidden_size} features, {model_config.num_heads} heads)"
+                errors.add(where, value, getattr(model_config, name), "This family's config cannot state another.")
