@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import ParamSpec, Use
+from megatron_ligo.arch.spec import ParamSpec, TpUse, Use
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
 from megatron_ligo.distributed.mesh import Mesh
@@ -20,7 +20,7 @@ from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.width_maps import LiftedMap
 from megatron_ligo.models.factored.map_parameters import map_for_use
-from megatron_ligo.models.factored.small_weights import SmallWeights
+from megatron_ligo.models.factored.small_weights import OutsideTensors, SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
 from megatron_ligo.models.mcore.layer_spec import rotary_embedding
 from megatron_ligo.sharding.tensor_parallel import shard
@@ -59,7 +59,10 @@ class FactoredContext:
         self.rotary = rotary_embedding(self.operator.large)
         gain_names = [name for name in self.operator.shapes() if name.startswith("gain.")]
         self.gain_tensors = {name: self.operator.tensor(name).to(device.current_device()) for name in gain_names}
-        self.outside_lag = self._read_outside_lag()
+        self.outside_lag: OutsideTensors | None = None
+        if self.lag is not None:
+            arch, small = self.operator.arch, self.operator.small
+            self.outside_lag = OutsideTensors.read(arch, small, self.mesh, self.lag_shard)
 
     def rotary_positions(self, h: Tensor) -> Tensor | None:
         """Rotary angles of the whole sequences of which h (s or s / tp, b, D2) holds this rank's tokens."""
@@ -74,19 +77,6 @@ class FactoredContext:
         tensor = self.lag(spec.key if layer is None else spec.key.format(layer))
         return shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank).clone().to(device.current_device(), self.dtype)
 
-    def _read_outside_lag(self) -> dict[str, Tensor]:
-        """The lag of this stage's parameters outside the layers, by key; a tied head shares the embedding's."""
-        if self.lag is None:
-            return {}
-        arch, tied = self.operator.arch, self.operator.large.tied
-        shards: dict[str, Tensor] = {}
-        for key in self.source.outside:
-            shared = tied and key == "head" and "embed" in shards
-            shards[key] = (
-                shards["embed"] if shared else self.lag_shard(arch.param("embed" if tied and key == "head" else key))
-            )
-        return shards
-
     def enter_tp_region(self, u: Tensor) -> Tensor:
         """u (s or s / tp, b, D1) -> (s, b, D1), which each TP rank multiplies with its own rows.
 
@@ -99,6 +89,16 @@ class FactoredContext:
         """z (s, b, D1), a TP rank's summand -> the sum over TP (s, b, D1), or this rank's s / tp tokens of it."""
         leave = scatter_sequence if self.sequence_parallel else reduce_from
         return leave(z, self.mesh.tp_group)
+
+    def enter_partial_use(self, spec: ParamSpec, grown: Tensor) -> Tensor:
+        """A grown tensor (any shape) that every TP rank holds whole, for its use by each rank.
+
+        Where each rank uses a part of it, its gradient is summed over TP. Under sequence parallelism all uses of whole
+        tensors are partial: there the sum is taken over what they are grown from (LayerMixer, MapParameters).
+        """
+        if spec.tp_dim is not None or spec.tp_use is TpUse.COMPLETE or self.sequence_parallel:
+            return grown
+        return copy_to(grown, self.mesh.tp_group)
 
     def grow_gain(self, spec: ParamSpec, mixed: Tensor, expand: LinearMap) -> Tensor:
         """A norm's gain (D1,) -> (D2,), whole on every rank."""

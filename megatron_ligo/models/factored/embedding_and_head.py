@@ -5,15 +5,15 @@ Legend: s tokens, b batch; D1, D2 hidden size of the small and the large model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ligo.arch.architecture import Architecture, Task
+from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.spec import Role
 from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.models.factored.context import FactoredContext, add_lag
 from megatron_ligo.models.factored.map_parameters import map_for_use
+from megatron_ligo.models.factored.small_weights import OutsideTensors
 from megatron_ligo.models.factored.step_state import StepState
 from megatron_ligo.models.full.image_classifier import image_tokens
 from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, normalization
@@ -27,18 +27,20 @@ class FactoredEnd(nn.Module):
         super().__init__()
         self.context = context
         self.state = state
+        self.lag = context.outside_lag or OutsideTensors()
 
-    def apply_norm(self, key: str, h: Tensor, maps: dict[str, LinearMap]) -> Tensor:
-        """Applies the grown norm whose gain has this key to h (s or s / tp, b, D2)."""
+    def apply_norm(self, role: Role, h: Tensor, maps: dict[str, LinearMap]) -> Tensor:
+        """Applies the grown norm of this role to h (s or s / tp, b, D2)."""
         context = self.context
-        arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
-        gain, bias = arch.param(key), arch.params_by_key.get(f"{key}_bias")
+        arch, large, outside, lag = context.operator.arch, context.operator.large, context.source.outside, self.lag
+        gain, bias = arch.get(role), arch.find(role, bias=True)
         expand = map_for_use(maps, arch.space(gain.axes[0], large), False)
-        weight = add_lag(context.grow_gain(gain, outside[key], expand), context.outside_lag.get(key))
+        grown = context.enter_partial_use(gain, context.grow_gain(gain, outside.weights[role], expand))
+        weight = add_lag(grown, lag.weights.get(role))
         shift = None
         if bias is not None:
-            grown = context.grow_norm_bias(bias, outside[bias.key], expand)
-            shift = add_lag(grown, context.outside_lag.get(bias.key)).to(h.dtype)
+            grown = context.enter_partial_use(bias, context.grow_norm_bias(bias, outside.biases[role], expand))
+            shift = add_lag(grown, lag.biases.get(role)).to(h.dtype)
         return normalise(h, weight.to(h.dtype), shift, large.norm_eps, normalization(large))
 
 
@@ -53,22 +55,24 @@ class FactoredEmbedding(FactoredEnd):
         context = self.context
         maps = self.state.shared_maps()
         h = map_for_use(maps, "residual", False).apply(self._look_up(tokens, context.source.outside))
-        if context.outside_lag:
+        if context.outside_lag is not None:
             h = h + self._look_up(tokens, context.outside_lag)
-        return self.apply_norm("embed_norm", h, maps) if "embed_norm" in context.source.outside else h
+        has_norm = Role.EMBEDDING_NORM in context.source.outside.weights
+        return self.apply_norm(Role.EMBEDDING_NORM, h, maps) if has_norm else h
 
-    def _look_up(self, tokens: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    def _look_up(self, tokens: Tensor, tables: OutsideTensors) -> Tensor:
         """tokens (b, s) -> (s or s / tp, b, features), from tables of that many features."""
-        context, table = self.context, tables["embed"]
+        context, table = self.context, tables.weights[Role.WORD_EMBEDDING]
         first = context.mesh.tp_rank * table.shape[0]
         is_local = (tokens >= first) & (tokens < first + table.shape[0])
         rows = F.embedding((tokens - first).masked_fill(~is_local, 0), table).masked_fill(~is_local[..., None], 0.0)
         return self._add_positions(context.leave_tp_region(rows.transpose(0, 1)), tables).to(self.state.dtype)
 
-    def _add_positions(self, h: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    def _add_positions(self, h: Tensor, tables: OutsideTensors) -> Tensor:
         """Adds the rows of this rank's positions, and of the first segment, to h (s or s / tp, b, features), where
         they are learned."""
-        context, table, segments = self.context, tables.get("positions"), tables.get("token_types")
+        context, table = self.context, tables.weights.get(Role.POSITION_EMBEDDING)
+        segments = tables.weights.get(Role.TOKEN_TYPE_EMBEDDING)
         if table is None:
             return h
         first = context.operator.small.first_position
@@ -83,15 +87,17 @@ class FactoredPatchEmbedding(FactoredEnd):
     def forward(self, images: Tensor) -> Tensor:
         """images (b, channels, side, side) -> (s or s / tp, b, D2) in the step state's dtype."""
         context, outside = self.context, self.context.source.outside
-        special = outside["class_token"], outside.get("distillation_token")
-        small = image_tokens(images, outside["patch"], outside["patch_bias"], special, outside["positions"])
+        weights = outside.weights
+        special = weights[Role.CLASS_TOKEN], weights.get(Role.DISTILLATION_TOKEN)
+        patch, patch_bias = weights[Role.PATCH_EMBEDDING], outside.biases[Role.PATCH_EMBEDDING]
+        small = image_tokens(images, patch, patch_bias, special, weights[Role.POSITION_EMBEDDING])
         if context.sequence_parallel:
             small = small.chunk(context.mesh.tp)[context.mesh.tp_rank]
         return map_for_use(self.state.shared_maps(), "residual", False).apply(small.to(self.state.dtype))
 
 
 def embedding_class(arch: Architecture) -> type[FactoredEnd]:
-    return FactoredPatchEmbedding if arch.task is Task.LABEL else FactoredEmbedding
+    return FactoredPatchEmbedding if arch.reads_images else FactoredEmbedding
 
 
 class FactoredHead(FactoredEnd):
@@ -103,28 +109,28 @@ class FactoredHead(FactoredEnd):
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
         maps = self.state.shared_maps()
-        is_classifier = arch.task is Task.LABEL
+        is_classifier = arch.reads_images
         if is_classifier and not context.sequence_parallel:
             h = h[:1]
-        h = self.apply_norm("final_norm", h, maps) if "final_norm" in arch.params_by_key else self._transform(h, maps)
-        space = arch.space(arch.param("head").axes[1], large)
+        h = self.apply_norm(Role.FINAL_NORM, h, maps) if arch.has(Role.FINAL_NORM) else self._transform(h, maps)
+        space = arch.space(arch.get(Role.HEAD).axes[1], large)
         u = context.enter_tp_region(map_for_use(maps, space, not large.tied).apply_transposed(h))
         u = u[:1] if is_classifier else u
-        bias = outside.get("head_bias")
-        logits = F.linear(u, outside["head"].to(h.dtype), None if bias is None else bias.to(h.dtype))
-        lag = context.outside_lag
-        if lag:
+        bias = outside.biases.get(Role.HEAD)
+        logits = F.linear(u, outside.weights[Role.HEAD].to(h.dtype), None if bias is None else bias.to(h.dtype))
+        if context.outside_lag is not None:
             # In place: a third copy of the logits would take more memory than a layer.
-            logits += F.linear(context.enter_tp_region(h), lag["head"].to(h.dtype))
-            logits = add_lag(logits, lag.get("head_bias"))
+            logits += F.linear(context.enter_tp_region(h), self.lag.weights[Role.HEAD].to(h.dtype))
+            logits = add_lag(logits, self.lag.biases.get(Role.HEAD))
         return logits
 
     def _transform(self, h: Tensor, maps: dict[str, LinearMap]) -> Tensor:
         """A masked-LM head's transform: linear, activation and norm, (s or s / tp, b, D2) -> the same shape."""
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
-        weight, bias = (outside[key].to(h.dtype) for key in ("head_dense", "head_dense_bias"))
-        space = arch.space(arch.param("head_dense").axes[0], large)
+        role = Role.HEAD_TRANSFORM
+        weight, bias = outside.weights[role].to(h.dtype), outside.biases[role].to(h.dtype)
+        space = arch.space(arch.get(role).axes[0], large)
         small = F.linear(map_for_use(maps, "residual", True).apply_transposed(h), weight, bias)
         activation = ACTIVATIONS[arch.head_activation or large.activation]
-        return self.apply_norm("head_norm", activation(map_for_use(maps, space, False).apply(small)), maps)
+        return self.apply_norm(Role.HEAD_NORM, activation(map_for_use(maps, space, False).apply(small)), maps)

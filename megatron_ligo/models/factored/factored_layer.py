@@ -78,7 +78,7 @@ class FactoredLayer(nn.Module):
         self.cache = StepCache()
         operator, source = context.operator, context.source
         self.maps = MapParameters(operator, context.mesh, layer, context.sequence_parallel)
-        self.depth = DepthParameters(operator, layer, source.split_rows, source.whole_rows)
+        self.depth = DepthParameters(operator, layer, source.split_specs, source.whole_specs)
         build = BuildOptions(context.dtype, context.mesh.tp, context.sequence_parallel)
         config = transformer_config(operator.large, build)
         # The linear after it applies it: Megatron-core's mlp passes on what it is given.

@@ -70,7 +70,8 @@ class NormTransform(InputTransform):
         tensors = []
         for spec in self.specs:
             grow = self.context.grow_gain if spec.axes[0].use is Use.GAIN else self.context.grow_norm_bias
-            tensors.append(add_lag(grow(spec, mixed[spec.key], expand), self.lag[spec.key]))
+            grown = self.context.enter_partial_use(spec, grow(spec, mixed[spec.key], expand))
+            tensors.append(add_lag(grown, self.lag[spec.key]))
         return [tensor.to(dtype) for tensor in tensors]
 
     def bind(self, tensors):

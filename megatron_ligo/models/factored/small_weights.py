@@ -1,20 +1,26 @@
 """One stage's frozen small weights, divided among the ranks that would otherwise mix the same numbers twice.
 
 Each rank of the mix group (the tensor-parallel ranks of a stage; with ZeRO 3 its data-parallel ranks as well)
-keeps an equal slice of every row of every small layer, mixes that slice, and gathers the mixed row: one small
-layer of traffic a large layer, no redundant reads, and 1 / group of the source in memory. Where there is room and the
-traffic weighs more, each rank keeps it whole and mixes all of it.
+keeps an equal slice of every parameter of every small layer, mixes that slice, and gathers the mixed parameter: one
+small layer of traffic per large layer, no redundant reads, and 1 / group of the source in memory. Where there is room
+and the traffic costs more, each rank keeps all of it and mixes all of it.
+
+Legend: L small layers, n entries of a parameter.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ligo.arch.spec import ParamSpec
+from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import ParamSpec, Role
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, gather_partial
@@ -23,62 +29,86 @@ from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.random_init import root_mean_square
 from megatron_ligo.sharding.tensor_parallel import shard
 
-CHUNK = 1 << 18  # columns mixed at once where the source is kept in a narrower dtype than it is mixed in
+CHUNK_COLUMNS = 1 << 18  # mixed at once where the source is stored in a narrower dtype than it is mixed in
 
 
 class _Mix(torch.autograd.Function):
-    """weights @ stack in fp32: (layers, L), (L, n) -> (layers, n). The stack is frozen and may be narrower."""
+    """weights @ stack in fp32: (large layers, L), (L, n) -> (large layers, n). The stack is frozen and may be
+    narrower."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, stack: Tensor) -> Tensor:
         ctx.save_for_backward(stack)
         if stack.dtype == weights.dtype:
             return weights @ stack
-        return torch.cat([weights @ part.to(weights.dtype) for part in stack.split(CHUNK, dim=1)], dim=1)
+        chunks = stack.split(CHUNK_COLUMNS, dim=1)
+        return torch.cat([weights @ chunk.to(weights.dtype) for chunk in chunks], dim=1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (stack,) = ctx.saved_tensors
         if stack.dtype == grad.dtype:
             return grad @ stack.t(), None
-        parts = zip(stack.split(CHUNK, dim=1), grad.split(CHUNK, dim=1), strict=True)
-        return torch.stack([piece @ part.to(grad.dtype).t() for part, piece in parts]).sum(dim=0), None
+        pairs = zip(stack.split(CHUNK_COLUMNS, dim=1), grad.split(CHUNK_COLUMNS, dim=1), strict=True)
+        return torch.stack([grad_chunk @ chunk.to(grad.dtype).t() for chunk, grad_chunk in pairs]).sum(dim=0), None
+
+
+@dataclass
+class OutsideTensors:
+    """One tensor for each parameter outside the layers that a stage uses, by role. Of a tied head, the embedding's."""
+
+    weights: dict[Role, Tensor] = field(default_factory=dict)
+    biases: dict[Role, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls, arch: Architecture, model_config: ModelConfig, mesh: Mesh, read: Callable[[ParamSpec], Tensor]
+    ) -> OutsideTensors:
+        """Reads one tensor for each parameter; `read` gives one of any shape."""
+        tensors = cls()
+        first, last = arch.params_outside_layers(model_config)
+        for spec in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
+            (tensors.biases if spec.is_bias else tensors.weights)[spec.role] = read(spec)
+        if mesh.last_stage and model_config.tied:
+            embedding = tensors.weights.get(Role.WORD_EMBEDDING)
+            tensors.weights[Role.HEAD] = read(arch.get(Role.WORD_EMBEDDING)) if embedding is None else embedding
+        return tensors
 
 
 class SmallWeights:
-    """What this rank keeps of the small model. Not a module: its tensors are no parameters and never change."""
+    """This rank's part of the small model. Not a module: its tensors are no parameters and never change.
 
-    def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int, whole: bool = False):
+    split_specs, whole_specs: the layers' parameters that TP splits, and those that every rank holds whole. rms: root
+    mean square of each small tensor that is split, by key.
+    """
+
+    def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int, keep_all: bool = False):
         self.operator = operator
         self.mesh = mesh
         self.group = mesh.tp_dp_group if zero == 3 else mesh.tp_group
-        self.ranks = 1 if whole else dist.get_world_size(self.group)
-        params = reader.arch.layer_params(reader.model_config)
-        self.split_rows = [param for param in params if param.tp_dim is not None]
-        self.whole_rows = [param for param in params if param.tp_dim is None]
-        self.shapes = {param.key: param.shape(reader.model_config) for param in params}
-        self.rms: dict[str, float] = {}  # root mean square of each small tensor that is cut, by key
-        self._slices = [self._read_slices(reader, param) for param in self.split_rows]
-        self._wholes = [self._read_whole(reader, param) for param in self.whole_rows]
-        self.outside: dict[str, Tensor] = {}  # by key: what this stage needs of the rows outside the layers
-        first, last = reader.arch.params_outside_layers(reader.model_config)
-        for param in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
-            self.outside[param.key] = self._read_outside(reader, param)
-        if mesh.last_stage and reader.model_config.tied:
-            embed = self.outside.get("embed")
-            self.outside["head"] = self._read_outside(reader, reader.arch.param("embed")) if embed is None else embed
+        self.num_slices = 1 if keep_all else dist.get_world_size(self.group)
+        specs = reader.arch.layer_params(reader.model_config)
+        self.split_specs = [spec for spec in specs if spec.tp_dim is not None]
+        self.whole_specs = [spec for spec in specs if spec.tp_dim is None]
+        self.shapes = {spec.key: spec.shape(reader.model_config) for spec in specs}
+        self.rms: dict[str, float] = {}
+        self._slices = [self._read_slices(reader, spec) for spec in self.split_specs]
+        self._wholes = [self._read_whole(reader, spec) for spec in self.whole_specs]
+        self.outside = OutsideTensors.read(
+            reader.arch, reader.model_config, mesh, lambda spec: self._read_outside(reader, spec)
+        )
 
-    def _read_outside(self, reader: Reader, param: ParamSpec) -> Tensor:
-        """This rank's part, with rows for what only the large model has."""
-        tensor = self.operator.with_new_rows(param.key, reader.read(param.key))
-        part = tensor if param.tp_dim is None else shard(tensor, param, self.mesh.tp, self.mesh.tp_rank).clone()
-        return part.float().to(device.current_device())
+    def _read_outside(self, reader: Reader, spec: ParamSpec) -> Tensor:
+        """This rank's shard, fp32, with rows for the tokens and positions that only the large model has."""
+        tensor = self.operator.with_new_rows(spec.key, reader.read(spec.key))
+        local = tensor if spec.tp_dim is None else shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank).clone()
+        return local.float().to(device.current_device())
 
-    def _read_slices(self, reader: Reader, param: ParamSpec) -> Tensor:
-        numel = math.prod(self.shapes[param.key])
-        size = -(-numel // self.ranks)
-        start = 0 if self.ranks == 1 else dist.get_rank(self.group) * size
-        keys = [param.key.format(layer) for layer in range(reader.model_config.num_layers)]
+    def _read_slices(self, reader: Reader, spec: ParamSpec) -> Tensor:
+        """This rank's slice of a parameter in every layer, (L, n / slices), in bf16 where that is exact, else fp32."""
+        size = -(-math.prod(self.shapes[spec.key]) // self.num_slices)
+        start = 0 if self.num_slices == 1 else dist.get_rank(self.group) * size
+        keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
         stack = torch.zeros(len(keys), size, dtype=torch.float32)
         for i, key in enumerate(keys):
             tensor = reader.read(key)
@@ -86,42 +116,45 @@ class SmallWeights:
             piece = tensor.reshape(-1)[start : start + size]
             stack[i, : piece.numel()] = piece
         narrow = stack.to(torch.bfloat16)
-        exact = torch.equal(narrow.float(), stack)
-        return (narrow if exact else stack).to(device.current_device())
+        is_exact = torch.equal(narrow.float(), stack)
+        return (narrow if is_exact else stack).to(device.current_device())
 
-    def _read_whole(self, reader: Reader, param: ParamSpec) -> Tensor:
-        keys = [param.key.format(layer) for layer in range(reader.model_config.num_layers)]
+    def _read_whole(self, reader: Reader, spec: ParamSpec) -> Tensor:
+        """A parameter of every layer, (L, ...), fp32."""
+        keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
         return torch.stack([reader.read(key).float() for key in keys]).to(device.current_device())
 
     def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-        """The mixed small rows that tensor parallelism cuts, whole, in dtype, for each of some large layers.
+        """Mixes the parameters that TP splits: for each large layer, by key, in dtype and in the small model's shapes.
 
-        depth: (layers, rows, small layers), fp32. Every use of them is partial: their gradients are summed over the
-        mix group, each rank takes its slice.
+        depth: (large layers, split_specs, L), fp32. Every rank gets the whole of each and uses a part of it: gradients
+        are summed over the mix group, and each rank takes its slice.
         """
         depth = copy_to(depth, self.mesh.tp_group)
         weights = depth.unbind(1)
         mixed = [_Mix.apply(w, stack).to(dtype) for w, stack in zip(weights, self._slices, strict=True)]
-        if self.ranks == 1:
+        if self.num_slices == 1:
             parts = [part.unbind(0) for part in mixed]
         else:
             sizes = [part.shape[1] for part in mixed]
             gathered = gather_partial(torch.cat(mixed, dim=1), self.group)
             parts = [part.unbind(1) for part in gathered.split(sizes, dim=2)]
-        return [self._shaped([part[layer] for part in parts]) for layer in range(len(depth))]
+        return [self._reshape([part[layer] for part in parts]) for layer in range(len(depth))]
 
-    def _shaped(self, parts: list[Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for param, part in zip(self.split_rows, parts, strict=True):
-            shape = self.shapes[param.key]
-            found[param.key] = part.reshape(-1)[: math.prod(shape)].view(shape)
-        return found
+    def _reshape(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        """Flat, padded parameters (slices, n / slices) -> in their own shapes, by key."""
+        tensors = {}
+        for spec, part in zip(self.split_specs, parts, strict=True):
+            shape = self.shapes[spec.key]
+            tensors[spec.key] = part.reshape(-1)[: math.prod(shape)].view(shape)
+        return tensors
 
     def mix_whole(self, depth: Tensor) -> list[dict[str, Tensor]]:
-        """The mixed small rows that every rank uses completely (norms, biases of the residual stream), fp32.
+        """Mixes the parameters that every rank holds whole (norms, residual biases), as `mix_split`, but in fp32.
 
-        depth: (layers, rows, small layers).
+        depth: (large layers, whole_specs, L). The gradients must be complete: where a parameter's use is partial,
+        `FactoredContext.enter_partial_use` sums them.
         """
-        keys = [param.key for param in self.whole_rows]
+        keys = [spec.key for spec in self.whole_specs]
         mixed = [w @ stack.flatten(1) for w, stack in zip(depth.unbind(1), self._wholes, strict=True)]
-        return [dict(zip(keys, parts, strict=True)) for parts in zip(*mixed, strict=True)]
+        return [dict(zip(keys, tensors, strict=True)) for tensors in zip(*mixed, strict=True)]

@@ -40,7 +40,7 @@ def _local_tensors(module: nn.Module, runtime: FactoredContext) -> Iterator[tupl
     source = runtime.source
     for layer in module.factored_layers():
         yield from _map_tensors(layer.maps)
-        for parameter, rows in ((layer.depth.split, source.split_rows), (layer.depth.whole, source.whole_rows)):
+        for parameter, rows in ((layer.depth.split, source.split_specs), (layer.depth.whole, source.whole_specs)):
             with _gathered([parameter]):
                 held = parameter.detach().cpu().clone()
             for row, vector in zip(rows, held, strict=True):
