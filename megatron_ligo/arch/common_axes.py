@@ -1,4 +1,4 @@
-"""The axes that most transformers have, named once: which space each meets, and from which side."""
+"""The axes that most families have: the space of each, and the side of its map that the axis meets."""
 
 from megatron_ligo.arch.spec import Axis, Heads, Use
 
@@ -11,7 +11,7 @@ RESIDUAL_BIAS = Axis("residual", Use.BIAS)
 QUERY_OUTPUT = Axis("qk", Use.OUTPUT, Heads.Q)
 KEY_OUTPUT = Axis("qk", Use.OUTPUT, Heads.KV)
 VALUE_OUTPUT = Axis("v", Use.OUTPUT, Heads.KV)
-# The output projection sees each value head once for every query head of its group.
+# The output projection reads each value head once for every query head of its group.
 VALUE_INPUT = Axis("v", Use.INPUT, Heads.Q)
 FFN_OUTPUT = Axis("ffn", Use.OUTPUT)
 FFN_INPUT = Axis("ffn", Use.INPUT)

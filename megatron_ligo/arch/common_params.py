@@ -1,51 +1,62 @@
-"""The rows of what networks are made of: a linear, a norm, each with its bias, and where they live in a format."""
+"""Parameters of linears and norms, and the locations of a module's tensors in the formats.
+
+A module's locations lack the last part of its tensors' names, `.weight` or `.bias`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import RESIDUAL_BIAS, RESIDUAL_GAIN
 from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec, Role
 
+Locations = Mapping[str, FormatLocation]
 
-def prefixed(prefix: str) -> Callable[[str], FormatLocation]:
-    """Module's name -> the slot of a module whose full name begins with the prefix."""
-    return lambda name: FormatLocation(prefix + name)
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
 
-def grouped_qkv(slot: FormatLocation, part: int) -> FormatLocation:
-    """The slot of q, k or v (part 0, 1, 2) in a matrix that holds the three head by head."""
-    return replace(slot, pack=Pack.GROUPED, part=part, num_parts=3)
+def locations(hf: str, mcore: str) -> Locations:
+    """Returns the locations of a tensor or module from its names in Hugging Face's and Megatron-core's models."""
+    return {"hf": FormatLocation(hf), "mcore": FormatLocation(mcore)}
+
+
+def locations_below(hf_prefix: str, mcore_prefix: str) -> Callable[[str, str], Locations]:
+    """Returns `locations` for names below two prefixes."""
+    return lambda hf, mcore: locations(hf_prefix + hf, mcore_prefix + mcore)
+
+
+def grouped_qkv(module: Locations, part: int, formats: tuple[str, ...] = ("mcore",)) -> Locations:
+    """Marks q, k or v (part 0, 1 or 2) of a module that some formats fuse KV group by KV group."""
+    return {
+        name: replace(location, pack=Pack.GROUPED, part=part, num_parts=3) if name in formats else location
+        for name, location in module.items()
+    }
+
+
+def weight_of(module: Locations) -> Locations:
+    return {name: replace(location, name=f"{location.name}.weight") for name, location in module.items()}
+
+
+def bias_of(module: Locations) -> Locations:
+    return {
+        name: replace(location, name=f"{location.name}.bias", transposed=False) for name, location in module.items()
+    }
 
 
 def linear_params(
-    key: str, role: Role, axes: tuple[Axis, Axis], split: int | None, hf: FormatLocation, mcore: FormatLocation, **more
+    key: str, role: Role, axes: tuple[Axis, Axis], tp_dim: int | None, module: Locations, **fields
 ) -> Iterator[ParamSpec]:
-    """Weight and bias, which tensor parallelism cuts where it cuts the outputs. hf, mcore: slots of the module."""
-    yield ParamSpec(key, role, axes, split, _tensor(hf, mcore, "weight"), **more)
-    yield ParamSpec(
-        f"{key}_bias", role, axes[:1], 0 if split == 0 else None, _tensor(hf, mcore, "bias"), is_bias=True, **more
-    )
+    """Yields a linear's weight and bias. The bias is sharded if the outputs are. fields: others of `ParamSpec`."""
+    yield ParamSpec(key, role, axes, tp_dim, weight_of(module), **fields)
+    bias_tp_dim = 0 if tp_dim == 0 else None
+    yield ParamSpec(f"{key}_bias", role, axes[:1], bias_tp_dim, bias_of(module), is_bias=True, **fields)
 
 
 def norm_params(
-    key: str,
-    role: Role,
-    hf: FormatLocation,
-    mcore: FormatLocation,
-    axes: tuple[Axis, Axis] = (RESIDUAL_GAIN, RESIDUAL_BIAS),
-    **more,
+    key: str, role: Role, module: Locations, axes: tuple[Axis, Axis] = (RESIDUAL_GAIN, RESIDUAL_BIAS), **fields
 ) -> Iterator[ParamSpec]:
-    """A LayerNorm's gain and bias. hf, mcore: slots of the module; axes: the gain's and the bias's."""
+    """Yields a LayerNorm's gain and bias. axes: the gain's and the bias's."""
     gain_axis, bias_axis = axes
-    yield ParamSpec(key, role, (gain_axis,), None, _tensor(hf, mcore, "weight"), **more)
-    yield ParamSpec(f"{key}_bias", role, (bias_axis,), None, _tensor(hf, mcore, "bias"), is_bias=True, **more)
-
-
-def _tensor(hf: FormatLocation, mcore: FormatLocation, kind: str) -> dict[str, FormatLocation]:
-    return {"hf": _of(hf, kind), "mcore": _of(mcore, kind)}
-
-
-def _of(slot: FormatLocation, kind: str) -> FormatLocation:
-    return replace(slot, name=f"{slot.name}.{kind}", transposed=slot.transposed and kind == "weight")
+    yield ParamSpec(key, role, (gain_axis,), None, weight_of(module), **fields)
+    yield ParamSpec(f"{key}_bias", role, (bias_axis,), None, bias_of(module), is_bias=True, **fields)

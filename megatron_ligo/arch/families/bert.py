@@ -1,13 +1,16 @@
-"""BERT: an encoder whose LayerNorms stand after each sum (post-LN), with segments, an optional pooler and heads.
+"""BERT: a post-LN encoder with learned positions, token types, and an optional pooler and heads.
 
-Megatron-core's BertModel is pre-LN: its layers have a norm before each block and one at the end, ours one after each
-sum and one after the embeddings. Those three have no counterpart there and are named in its style
-(`post_self_attn_layernorm`, `post_mlp_layernorm`, `embedding.layer_norm`); the rest bears its names.
+Megatron-core's BertModel is pre-LN: its layers have a norm before each block, and the encoder has one at the end. Here
+a norm follows each residual sum, and one follows the embeddings. These three have no counterpart in Megatron-core.
+Their names are in its style (`post_self_attn_layernorm`, `post_mlp_layernorm`, `embedding.layer_norm`); all other
+modules bear its names.
 
-The masked-LM head has a transform of its own (space `head`), which reads the residual stream; a tied decoder reads
-it with the embedding, so that the two spaces are then one. Where the decoder is not tied, transformers keeps a second
-bias of the head that nothing reads (`head_spare_bias`).
+The masked-LM head's transform maps the residual space to a space of its own (`head`), which the decoder reads. A tied
+decoder reads it with the embedding, which merges the two spaces. If the decoder is not tied, transformers stores a
+second bias of the head that no forward pass reads (`head_spare_bias`).
 """
+
+from collections.abc import Iterator
 
 from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.common_axes import (
@@ -22,166 +25,102 @@ from megatron_ligo.arch.common_axes import (
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.common_params import grouped_qkv, linear_params, norm_params, prefixed
+from megatron_ligo.arch.common_params import (
+    ACTIVATIONS,
+    grouped_qkv,
+    linear_params,
+    locations,
+    locations_below,
+    norm_params,
+    weight_of,
+)
 from megatron_ligo.arch.spec import Axis, FormatLocation, ParamSpec, Role, Use
 
-TOKEN_TYPE = Axis("token_type", Use.OUTPUT)
-TO_POOLED = Axis("pooled", Use.OUTPUT)
-FROM_POOLED = Axis("pooled", Use.INPUT)
-ORDER = Axis("order", Use.OUTPUT)
-TO_HEAD = Axis("head", Use.OUTPUT)
-FROM_HEAD = Axis("head", Use.INPUT)
+TOKEN_TYPE_OUTPUT = Axis("token_type", Use.OUTPUT)
+POOLED_OUTPUT = Axis("pooled", Use.OUTPUT)
+POOLED_INPUT = Axis("pooled", Use.INPUT)
+ORDER_OUTPUT = Axis("order", Use.OUTPUT)
+HEAD_OUTPUT = Axis("head", Use.OUTPUT)
+HEAD_INPUT = Axis("head", Use.INPUT)
 HEAD_GAIN = Axis("head", Use.GAIN)
-HEAD_SHIFT = Axis("head", Use.BIAS)
+HEAD_BIAS = Axis("head", Use.BIAS)
+
+# In the functions below, `base` is the prefix of Hugging Face's names.
 
 
-def embedding_params(base: str) -> tuple[ParamSpec, ...]:
-    """base: the prefix of Hugging Face's names."""
-    hf, mcore = prefixed(f"{base}embeddings."), prefixed("embedding.")
+def embedding_params(base: str) -> Iterator[ParamSpec]:
+    module = locations_below(f"{base}embeddings.", "embedding.")
+    words = weight_of(module("word_embeddings", "word_embeddings"))
+    positions = weight_of(module("position_embeddings", "position_embeddings"))
+    types = weight_of(module("token_type_embeddings", "tokentype_embeddings"))
+    type_axes = (TOKEN_TYPE_OUTPUT, RESIDUAL_OUTPUT)
+    yield ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, words)
+    yield ParamSpec("positions", Role.POSITION_EMBEDDING, (POSITION_OUTPUT, RESIDUAL_OUTPUT), None, positions)
+    yield ParamSpec("token_types", Role.TOKEN_TYPE_EMBEDDING, type_axes, None, types, requires="num_token_types")
+    yield from norm_params("embed_norm", Role.EMBEDDING_NORM, module("LayerNorm", "layer_norm"))
 
-    def table(
-        key: str, role: Role, axes: tuple[Axis, Axis], split: int | None, own: str, others: str, **more
-    ) -> ParamSpec:
-        return ParamSpec(
-            key, role, axes, split, {"hf": hf(f"{own}.weight"), "mcore": mcore(f"{others}.weight")}, **more
-        )
 
-    words, positions, types = "word_embeddings", "position_embeddings", "token_type_embeddings"
-    return (
-        table("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, words, words),
-        table("positions", Role.POSITION_EMBEDDING, (POSITION_OUTPUT, RESIDUAL_OUTPUT), None, positions, positions),
-        table(
-            "token_types",
-            Role.TOKEN_TYPE_EMBEDDING,
-            (TOKEN_TYPE, RESIDUAL_OUTPUT),
-            None,
-            types,
-            "tokentype_embeddings",
-            requires="num_token_types",
-        ),
-        *norm_params("embed_norm", Role.EMBEDDING_NORM, hf("LayerNorm"), mcore("layer_norm")),
+def layer_params(base: str) -> Iterator[ParamSpec]:
+    module = locations_below(f"{base}encoder.layer.{{}}.", "encoder.layers.{}.")
+    query, key, value = (
+        grouped_qkv(module(f"attention.self.{name}", "self_attention.linear_qkv"), part)
+        for part, name in enumerate(("query", "key", "value"))
+    )
+    attention_output = module("attention.output.dense", "self_attention.linear_proj")
+    attention_norm = module("attention.output.LayerNorm", "post_self_attn_layernorm")
+    up, down = module("intermediate.dense", "mlp.linear_fc1"), module("output.dense", "mlp.linear_fc2")
+    ffn_norm = module("output.LayerNorm", "post_mlp_layernorm")
+    yield from linear_params("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, query)
+    yield from linear_params("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, key)
+    yield from linear_params("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, value)
+    yield from linear_params("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, attention_output)
+    yield from norm_params("layers.{}.norm1", Role.ATTENTION_NORM, attention_norm)
+    yield from linear_params("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, up)
+    yield from linear_params("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, down)
+    yield from norm_params("layers.{}.norm2", Role.FFN_NORM, ffn_norm)
+
+
+def pooler_params(base: str) -> Iterator[ParamSpec]:
+    module = locations(f"{base}pooler.dense", "pooler.dense")
+    return linear_params("pooler", Role.POOLER, (POOLED_OUTPUT, RESIDUAL_INPUT), None, module, requires="has_pooler")
+
+
+def head_params(dense: str, norm: str, decoder: str, bias: str) -> Iterator[ParamSpec]:
+    """Yields the masked-LM head. The arguments are Hugging Face's names: the transform's linear and norm, the decoder,
+    and the bias, which is the decoder's if the two are tied."""
+    transform, transform_norm = locations(dense, "lm_head.dense"), locations(norm, "lm_head.layer_norm")
+    weight = locations(f"{decoder}.weight", "output_layer.weight")
+    head_bias = {
+        "hf": FormatLocation(f"{decoder}.bias", tied_name=bias),
+        "mcore": FormatLocation("output_layer.bias"),
+    }
+    spare_bias = locations(bias, "lm_head.bias")
+    part = {"requires": "has_head"}
+    yield from linear_params("head_dense", Role.HEAD_TRANSFORM, (HEAD_OUTPUT, RESIDUAL_INPUT), None, transform, **part)
+    yield from norm_params("head_norm", Role.HEAD_NORM, transform_norm, (HEAD_GAIN, HEAD_BIAS), feeds_head=True, **part)
+    yield ParamSpec("head", Role.HEAD, (VOCAB_OUTPUT, HEAD_INPUT), 0, weight, tied_to="embed", **part)
+    yield ParamSpec("head_bias", Role.HEAD, (VOCAB_OUTPUT,), 0, head_bias, is_bias=True, **part)
+    yield ParamSpec(
+        "head_spare_bias",
+        Role.HEAD,
+        (VOCAB_OUTPUT,),
+        0,
+        spare_bias,
+        tied_to="head_bias",
+        is_bias=True,
+        unread=True,
+        **part,
     )
 
 
-def layer_params(base: str) -> tuple[ParamSpec, ...]:
-    """base: the prefix of Hugging Face's names."""
-    hf, mcore = prefixed(f"{base}encoder.layer.{{}}."), prefixed("encoder.layers.{}.")
-    qkv = mcore("self_attention.linear_qkv")
-    return (
-        *linear_params(
-            "layers.{}.q",
-            Role.QUERY,
-            (QUERY_OUTPUT, RESIDUAL_INPUT),
-            0,
-            hf("attention.self.query"),
-            grouped_qkv(qkv, 0),
-        ),
-        *linear_params(
-            "layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, hf("attention.self.key"), grouped_qkv(qkv, 1)
-        ),
-        *linear_params(
-            "layers.{}.v",
-            Role.VALUE,
-            (VALUE_OUTPUT, RESIDUAL_INPUT),
-            0,
-            hf("attention.self.value"),
-            grouped_qkv(qkv, 2),
-        ),
-        *linear_params(
-            "layers.{}.o",
-            Role.ATTENTION_OUTPUT,
-            (RESIDUAL_OUTPUT, VALUE_INPUT),
-            1,
-            hf("attention.output.dense"),
-            mcore("self_attention.linear_proj"),
-        ),
-        *norm_params(
-            "layers.{}.norm1", Role.ATTENTION_NORM, hf("attention.output.LayerNorm"), mcore("post_self_attn_layernorm")
-        ),
-        *linear_params(
-            "layers.{}.up",
-            Role.FFN_UP,
-            (FFN_OUTPUT, RESIDUAL_INPUT),
-            0,
-            hf("intermediate.dense"),
-            mcore("mlp.linear_fc1"),
-        ),
-        *linear_params(
-            "layers.{}.down",
-            Role.FFN_DOWN,
-            (RESIDUAL_OUTPUT, FFN_INPUT),
-            1,
-            hf("output.dense"),
-            mcore("mlp.linear_fc2"),
-        ),
-        *norm_params("layers.{}.norm2", Role.FFN_NORM, hf("output.LayerNorm"), mcore("post_mlp_layernorm")),
-    )
+def order_head_params() -> Iterator[ParamSpec]:
+    """Yields the next-sentence head."""
+    module = locations("cls.seq_relationship", "binary_head")
+    axes = (ORDER_OUTPUT, POOLED_INPUT)
+    return linear_params("order_head", Role.ORDER_HEAD, axes, None, module, requires="has_order_head")
 
 
-def pooler_params(base: str) -> tuple[ParamSpec, ...]:
-    """base: the prefix of Hugging Face's names."""
-    slots = FormatLocation(f"{base}pooler.dense"), FormatLocation("pooler.dense")
-    return tuple(linear_params("pooler", Role.POOLER, (TO_POOLED, RESIDUAL_INPUT), None, *slots, requires="has_pooler"))
-
-
-def head_params(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[ParamSpec, ...]:
-    """The masked-LM head. The arguments are Hugging Face's names: the transform's linear and norm, the decoder, and the
-    bias that is the decoder's where the two are tied."""
-    has_head = {"requires": "has_head"}
-    transform = prefixed("lm_head.")
-
-    def row(key: str, role: Role, axes: tuple[Axis, ...], hf: FormatLocation, mcore: str, **more) -> ParamSpec:
-        return ParamSpec(key, role, axes, 0, {"hf": hf, "mcore": FormatLocation(mcore)}, **has_head, **more)
-
-    return (
-        *linear_params(
-            "head_dense",
-            Role.HEAD_TRANSFORM,
-            (TO_HEAD, RESIDUAL_INPUT),
-            None,
-            FormatLocation(dense),
-            transform("dense"),
-            **has_head,
-        ),
-        *norm_params(
-            "head_norm",
-            Role.HEAD_NORM,
-            FormatLocation(norm_name),
-            transform("layer_norm"),
-            (HEAD_GAIN, HEAD_SHIFT),
-            feeds_head=True,
-            **has_head,
-        ),
-        row(
-            "head",
-            Role.HEAD,
-            (VOCAB_OUTPUT, FROM_HEAD),
-            FormatLocation(f"{decoder}.weight"),
-            "output_layer.weight",
-            tied_to="embed",
-        ),
-        row(
-            "head_bias",
-            Role.HEAD,
-            (VOCAB_OUTPUT,),
-            FormatLocation(f"{decoder}.bias", tied_name=bias),
-            "output_layer.bias",
-            is_bias=True,
-        ),
-        row(
-            "head_spare_bias",
-            Role.HEAD,
-            (VOCAB_OUTPUT,),
-            FormatLocation(bias),
-            "lm_head.bias",
-            tied_to="head_bias",
-            unread=True,
-            is_bias=True,
-        ),
-    )
-
-
-HF = {
+HF_FIELDS = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_size",
@@ -193,10 +132,10 @@ HF = {
     "hidden_act": "activation",
     "tie_word_embeddings": "tied",
 }
-FIXED_HF = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
-CHOICES = {"activation": ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")}
-IGNORED = {"hf": ("*embeddings.position_ids", "*embeddings.token_type_ids")}
-RENAMED = {"hf": {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}}
+REQUIRED_HF_VALUES = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+CHOICES = {"activation": ACTIVATIONS}
+IGNORED_NAMES = {"hf": ("*embeddings.position_ids", "*embeddings.token_type_ids")}
+RENAMED_SUFFIXES = {"hf": {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}}
 
 BERT = Architecture(
     name="bert",
@@ -220,20 +159,12 @@ BERT = Architecture(
             "cls.predictions.decoder",
             "cls.predictions.bias",
         ),
-        *linear_params(
-            "order_head",
-            Role.ORDER_HEAD,
-            (ORDER, FROM_POOLED),
-            None,
-            FormatLocation("cls.seq_relationship"),
-            FormatLocation("binary_head"),
-            requires="has_order_head",
-        ),
+        *order_head_params(),
     ),
-    hf_fields=HF,
-    required_hf_values=FIXED_HF,
+    hf_fields=HF_FIELDS,
+    required_hf_values=REQUIRED_HF_VALUES,
     choices=CHOICES,
     base_prefixes={"hf": "bert."},
-    ignored_names=IGNORED,
-    renamed_suffixes=RENAMED,
+    ignored_names=IGNORED_NAMES,
+    renamed_suffixes=RENAMED_SUFFIXES,
 )

@@ -1,6 +1,6 @@
-"""DeiT: ViT's network with a second token that learned from a teacher, after the class's.
+"""DeiT: ViT with a distillation token after the class token.
 
-The class that also has a head of that token (its logits are the mean of both heads') is not described.
+The class with a second head on that token, whose logits are averaged with the first one's, is not described.
 """
 
 from megatron_ligo.arch.architecture import Architecture, Task
@@ -13,13 +13,13 @@ DEIT = Architecture(
     norm="layer",
     task=Task.LABEL,
     model_types={"deit": {"DeiTForImageClassification": ("has_head",), "DeiTModel": ("has_pooler",)}},
-    params=(*vit.embedding_params(BASE), *vit.layer_params(BASE), *vit.end_params(BASE)),
-    hf_fields=vit.HF,
-    required_hf_values=vit.FIXED_HF,
+    params=(*vit.embedding_params(BASE), *vit.layer_params(BASE), *vit.last_params(BASE)),
+    hf_fields=vit.HF_FIELDS,
+    required_hf_values=vit.REQUIRED_HF_VALUES,
     choices=vit.CHOICES,
     refused_classes={
         "DeiTForImageClassificationWithTeacher": "it has two heads, whose logits are averaged",
-        "DeiTForMaskedImageModeling": "it has a decoder of pixels, which the table has no row for",
+        "DeiTForMaskedImageModeling": "it has a decoder of pixels, which the table does not describe",
     },
     implied_sizes={"deit": {"has_distillation": True}},
     base_prefixes={"hf": BASE},

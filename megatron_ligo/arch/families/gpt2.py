@@ -1,6 +1,6 @@
-"""GPT-2: LayerNorm before each block, learned positions, biases on every linear, one stored matrix for q, k and v.
+"""GPT-2: LayerNorm before each block, learned positions, biases on every linear.
 
-Hugging Face stores its linears as (in, out).
+Hugging Face stores its linears as (in, out), and q, k and v as one stacked matrix.
 """
 
 from megatron_ligo.arch.architecture import Architecture
@@ -10,129 +10,70 @@ from megatron_ligo.arch.common_axes import (
     KEY_OUTPUT,
     POSITION_OUTPUT,
     QUERY_OUTPUT,
-    RESIDUAL_BIAS,
-    RESIDUAL_GAIN,
     RESIDUAL_INPUT,
     RESIDUAL_OUTPUT,
     VALUE_INPUT,
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
+from megatron_ligo.arch.common_params import (
+    Locations,
+    bias_of,
+    linear_params,
+    locations,
+    locations_below,
+    norm_params,
+    weight_of,
+)
 from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
-
-def _top(hf: str, mcore: str) -> dict:
-    return {"hf": FormatLocation(hf), "mcore": FormatLocation(mcore)}
+HF_LAYER, MCORE_LAYER = "transformer.h.{}.", "decoder.layers.{}."
 
 
-def _final_norm(kind: str) -> dict:
-    return _top(f"transformer.ln_f.{kind}", f"decoder.final_layernorm.{kind}")
-
-
-def _layer(hf: str, mcore: str, transposed: bool = False) -> dict:
+def _linear(hf: str, mcore: str) -> Locations:
     return {
-        "hf": FormatLocation(f"transformer.h.{{}}.{hf}", transposed=transposed),
-        "mcore": FormatLocation(f"decoder.layers.{{}}.{mcore}"),
+        "hf": FormatLocation(HF_LAYER + hf, transposed=True),
+        "mcore": FormatLocation(MCORE_LAYER + mcore),
     }
 
 
-def _qkv(part: int, kind: str) -> dict:
-    hf = FormatLocation(f"transformer.h.{{}}.attn.c_attn.{kind}", Pack.STACKED, part, 3, transposed=kind == "weight")
+def _qkv(part: int) -> Locations:
     return {
-        "hf": hf,
-        "mcore": FormatLocation(f"decoder.layers.{{}}.self_attention.linear_qkv.{kind}", Pack.GROUPED, part, 3),
+        "hf": FormatLocation(f"{HF_LAYER}attn.c_attn", Pack.STACKED, part, num_parts=3, transposed=True),
+        "mcore": FormatLocation(f"{MCORE_LAYER}self_attention.linear_qkv", Pack.GROUPED, part, num_parts=3),
     }
 
 
-O, UP, DOWN = (  # noqa: E741
-    ("attn.c_proj", "self_attention.linear_proj"),
-    ("mlp.c_fc", "mlp.linear_fc1"),
-    ("mlp.c_proj", "mlp.linear_fc2"),
-)
-
-
-def _linear(names: tuple[str, str], kind: str) -> dict:
-    return _layer(*(f"{name}.{kind}" for name in names), transposed=kind == "weight")
-
+EMBEDDING = locations("transformer.wte.weight", "embedding.word_embeddings.weight")
+POSITIONS = locations("transformer.wpe.weight", "embedding.position_embeddings.weight")
+NORM = locations_below(HF_LAYER, MCORE_LAYER)
+QUERY, KEY, VALUE = (_qkv(part) for part in range(3))
+ATTENTION_OUTPUT = _linear("attn.c_proj", "self_attention.linear_proj")
+UP = _linear("mlp.c_fc", "mlp.linear_fc1")
+DOWN = _linear("mlp.c_proj", "mlp.linear_fc2")
+FINAL_NORM = locations("transformer.ln_f", "decoder.final_layernorm")
+HEAD = locations("lm_head.weight", "output_layer.weight")
 
 GPT2 = Architecture(
     name="gpt2",
     norm="layer",
     model_types={"gpt2": {"GPT2LMHeadModel": ("has_head",), "GPT2Model": ()}},
     params=(
-        ParamSpec(
-            "embed",
-            Role.WORD_EMBEDDING,
-            (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
-            0,
-            _top("transformer.wte.weight", "embedding.word_embeddings.weight"),
-        ),
-        ParamSpec(
-            "positions",
-            Role.POSITION_EMBEDDING,
-            (POSITION_OUTPUT, RESIDUAL_OUTPUT),
-            None,
-            _top("transformer.wpe.weight", "embedding.position_embeddings.weight"),
-        ),
-        ParamSpec(
-            "layers.{}.norm1",
-            Role.ATTENTION_NORM,
-            (RESIDUAL_GAIN,),
-            None,
-            _layer("ln_1.weight", "input_layernorm.weight"),
-        ),
-        ParamSpec(
-            "layers.{}.norm1_bias",
-            Role.ATTENTION_NORM,
-            (RESIDUAL_BIAS,),
-            None,
-            _layer("ln_1.bias", "input_layernorm.bias"),
-            is_bias=True,
-        ),
-        ParamSpec("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(0, "weight")),
-        ParamSpec("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, _qkv(1, "weight")),
-        ParamSpec("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, _qkv(2, "weight")),
-        ParamSpec("layers.{}.q_bias", Role.QUERY, (QUERY_OUTPUT,), 0, _qkv(0, "bias"), is_bias=True),
-        ParamSpec("layers.{}.k_bias", Role.KEY, (KEY_OUTPUT,), 0, _qkv(1, "bias"), is_bias=True),
-        ParamSpec("layers.{}.v_bias", Role.VALUE, (VALUE_OUTPUT,), 0, _qkv(2, "bias"), is_bias=True),
-        ParamSpec("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, _linear(O, "weight")),
-        ParamSpec(
-            "layers.{}.o_bias", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT,), None, _linear(O, "bias"), is_bias=True
-        ),
-        ParamSpec(
-            "layers.{}.norm2", Role.FFN_NORM, (RESIDUAL_GAIN,), None, _layer("ln_2.weight", "pre_mlp_layernorm.weight")
-        ),
-        ParamSpec(
-            "layers.{}.norm2_bias",
-            Role.FFN_NORM,
-            (RESIDUAL_BIAS,),
-            None,
-            _layer("ln_2.bias", "pre_mlp_layernorm.bias"),
-            is_bias=True,
-        ),
-        ParamSpec("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, _linear(UP, "weight")),
-        ParamSpec("layers.{}.up_bias", Role.FFN_UP, (FFN_OUTPUT,), 0, _linear(UP, "bias"), is_bias=True),
-        ParamSpec("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, _linear(DOWN, "weight")),
-        ParamSpec("layers.{}.down_bias", Role.FFN_DOWN, (RESIDUAL_OUTPUT,), None, _linear(DOWN, "bias"), is_bias=True),
-        ParamSpec("final_norm", Role.FINAL_NORM, (RESIDUAL_GAIN,), None, _final_norm("weight"), feeds_head=True),
-        ParamSpec(
-            "final_norm_bias",
-            Role.FINAL_NORM,
-            (RESIDUAL_BIAS,),
-            None,
-            _final_norm("bias"),
-            feeds_head=True,
-            is_bias=True,
-        ),
-        ParamSpec(
-            "head",
-            Role.HEAD,
-            (VOCAB_OUTPUT, RESIDUAL_INPUT),
-            0,
-            _top("lm_head.weight", "output_layer.weight"),
-            requires="has_head",
-            tied_to="embed",
-        ),
+        ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, EMBEDDING),
+        ParamSpec("positions", Role.POSITION_EMBEDDING, (POSITION_OUTPUT, RESIDUAL_OUTPUT), None, POSITIONS),
+        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, NORM("ln_1", "input_layernorm")),
+        ParamSpec("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, weight_of(QUERY)),
+        ParamSpec("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, weight_of(KEY)),
+        ParamSpec("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, weight_of(VALUE)),
+        ParamSpec("layers.{}.q_bias", Role.QUERY, (QUERY_OUTPUT,), 0, bias_of(QUERY), is_bias=True),
+        ParamSpec("layers.{}.k_bias", Role.KEY, (KEY_OUTPUT,), 0, bias_of(KEY), is_bias=True),
+        ParamSpec("layers.{}.v_bias", Role.VALUE, (VALUE_OUTPUT,), 0, bias_of(VALUE), is_bias=True),
+        *linear_params("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, ATTENTION_OUTPUT),
+        *norm_params("layers.{}.norm2", Role.FFN_NORM, NORM("ln_2", "pre_mlp_layernorm")),
+        *linear_params("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, UP),
+        *linear_params("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, DOWN),
+        *norm_params("final_norm", Role.FINAL_NORM, FINAL_NORM, feeds_head=True),
+        ParamSpec("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, HEAD, requires="has_head", tied_to="embed"),
     ),
     hf_fields={
         "n_layer": "num_layers",

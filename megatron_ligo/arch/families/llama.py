@@ -1,6 +1,6 @@
-"""Llama and the families that share its network: Llama 2/3, SmolLM2, Mistral (and Qwen2, with biases on q, k, v).
+"""Llama and the families that share its network: Llama 2/3, SmolLM2, Mistral and Qwen2 (with biases on q, k and v).
 
-RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no biases but Qwen2's.
+RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no other biases.
 """
 
 from megatron_ligo.arch.architecture import Architecture
@@ -16,27 +16,61 @@ from megatron_ligo.arch.common_axes import (
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
+from megatron_ligo.arch.common_params import Locations, bias_of, weight_of
+from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec, Role
 
 
-def _slots(
-    hf: str, mcore: str, gguf: str, meta: str, *, pack=Pack.NONE, part=0, num_parts=1, interleaved=False
-) -> dict:
-    """meta: "" where Meta's Llama has no such parameter."""
-    slots = {
+def _module(hf: str, mcore: str, gguf: str, meta: str) -> Locations:
+    return {
         "hf": FormatLocation(hf),
-        "mcore": FormatLocation(mcore, pack, part, num_parts),
-        "gguf": FormatLocation(gguf, interleaved=interleaved),
+        "mcore": FormatLocation(mcore),
+        "gguf": FormatLocation(gguf),
+        "fairscale": FormatLocation(meta),
     }
-    return slots | ({"fairscale": FormatLocation(meta, interleaved=interleaved)} if meta else {})
 
 
-def _layer(hf: str, mcore: str, gguf: str, meta: str, **packing) -> dict:
-    meta = meta and f"layers.{{}}.{meta}"
-    return _slots(f"model.layers.{{}}.{hf}", f"decoder.layers.{{}}.{mcore}", f"blk.{{}}.{gguf}", meta, **packing)
+def _layer_module(hf: str, mcore: str, gguf: str, meta: str) -> Locations:
+    return _module(f"model.layers.{{}}.{hf}", f"decoder.layers.{{}}.{mcore}", f"blk.{{}}.{gguf}", f"layers.{{}}.{meta}")
 
 
-QKV = "self_attention.linear_qkv"
+def _qkv_module(part: int, hf: str, gguf: str, meta: str, interleaved: bool) -> Locations:
+    """q, k or v (part 0, 1 or 2), which Megatron-core fuses. interleaved: of rotary pairs, in GGUF and Meta's files."""
+    return {
+        "hf": FormatLocation(f"model.layers.{{}}.self_attn.{hf}"),
+        "mcore": FormatLocation("decoder.layers.{}.self_attention.linear_qkv", Pack.GROUPED, part, num_parts=3),
+        "gguf": FormatLocation(f"blk.{{}}.{gguf}", interleaved=interleaved),
+        "fairscale": FormatLocation(f"layers.{{}}.attention.{meta}", interleaved=interleaved),
+    }
+
+
+def _ffn_module(part: int, hf: str, gguf: str, meta: str) -> Locations:
+    """Gate or up (part 0 or 1), which Megatron-core fuses."""
+    return {
+        "hf": FormatLocation(f"model.layers.{{}}.mlp.{hf}"),
+        "mcore": FormatLocation("decoder.layers.{}.mlp.linear_fc1", Pack.STACKED, part, num_parts=2),
+        "gguf": FormatLocation(f"blk.{{}}.{gguf}"),
+        "fairscale": FormatLocation(f"layers.{{}}.feed_forward.{meta}"),
+    }
+
+
+def _qkv_bias(key: str, role: Role, axis: Axis, module: Locations) -> ParamSpec:
+    """A bias of Qwen2's. Meta's Llama has none."""
+    locations = {name: location for name, location in bias_of(module).items() if name != "fairscale"}
+    return ParamSpec(key, role, (axis,), 0, locations, is_bias=True, requires="qkv_bias")
+
+
+EMBEDDING = _module("model.embed_tokens", "embedding.word_embeddings", "token_embd", "tok_embeddings")
+ATTENTION_NORM = _layer_module("input_layernorm", "input_layernorm", "attn_norm", "attention_norm")
+QUERY = _qkv_module(0, "q_proj", "attn_q", "wq", interleaved=True)
+KEY = _qkv_module(1, "k_proj", "attn_k", "wk", interleaved=True)
+VALUE = _qkv_module(2, "v_proj", "attn_v", "wv", interleaved=False)
+ATTENTION_OUTPUT = _layer_module("self_attn.o_proj", "self_attention.linear_proj", "attn_output", "attention.wo")
+FFN_NORM = _layer_module("post_attention_layernorm", "pre_mlp_layernorm", "ffn_norm", "ffn_norm")
+GATE = _ffn_module(0, "gate_proj", "ffn_gate", "w1")
+UP = _ffn_module(1, "up_proj", "ffn_up", "w3")
+DOWN = _layer_module("mlp.down_proj", "mlp.linear_fc2", "ffn_down", "feed_forward.w2")
+FINAL_NORM = _module("model.norm", "decoder.final_layernorm", "output_norm", "norm")
+HEAD = _module("lm_head", "output_layer", "output", "output")
 
 LLAMA = Architecture(
     name="llama",
@@ -47,197 +81,21 @@ LLAMA = Architecture(
         "qwen2": {"Qwen2ForCausalLM": ()},
     },
     params=(
-        ParamSpec(
-            "embed",
-            Role.WORD_EMBEDDING,
-            (VOCAB_OUTPUT, RESIDUAL_OUTPUT),
-            0,
-            _slots(
-                "model.embed_tokens.weight",
-                "embedding.word_embeddings.weight",
-                "token_embd.weight",
-                "tok_embeddings.weight",
-            ),
-        ),
-        ParamSpec(
-            "layers.{}.norm1",
-            Role.ATTENTION_NORM,
-            (RESIDUAL_GAIN,),
-            None,
-            _layer("input_layernorm.weight", "input_layernorm.weight", "attn_norm.weight", "attention_norm.weight"),
-        ),
-        ParamSpec(
-            "layers.{}.q",
-            Role.QUERY,
-            (QUERY_OUTPUT, RESIDUAL_INPUT),
-            0,
-            _layer(
-                "self_attn.q_proj.weight",
-                f"{QKV}.weight",
-                "attn_q.weight",
-                "attention.wq.weight",
-                pack=Pack.GROUPED,
-                part=0,
-                num_parts=3,
-                interleaved=True,
-            ),
-        ),
-        ParamSpec(
-            "layers.{}.k",
-            Role.KEY,
-            (KEY_OUTPUT, RESIDUAL_INPUT),
-            0,
-            _layer(
-                "self_attn.k_proj.weight",
-                f"{QKV}.weight",
-                "attn_k.weight",
-                "attention.wk.weight",
-                pack=Pack.GROUPED,
-                part=1,
-                num_parts=3,
-                interleaved=True,
-            ),
-        ),
-        ParamSpec(
-            "layers.{}.v",
-            Role.VALUE,
-            (VALUE_OUTPUT, RESIDUAL_INPUT),
-            0,
-            _layer(
-                "self_attn.v_proj.weight",
-                f"{QKV}.weight",
-                "attn_v.weight",
-                "attention.wv.weight",
-                pack=Pack.GROUPED,
-                part=2,
-                num_parts=3,
-            ),
-        ),
-        ParamSpec(
-            "layers.{}.q_bias",
-            Role.QUERY,
-            (QUERY_OUTPUT,),
-            0,
-            _layer(
-                "self_attn.q_proj.bias",
-                f"{QKV}.bias",
-                "attn_q.bias",
-                "",
-                pack=Pack.GROUPED,
-                part=0,
-                num_parts=3,
-                interleaved=True,
-            ),
-            requires="qkv_bias",
-            is_bias=True,
-        ),
-        ParamSpec(
-            "layers.{}.k_bias",
-            Role.KEY,
-            (KEY_OUTPUT,),
-            0,
-            _layer(
-                "self_attn.k_proj.bias",
-                f"{QKV}.bias",
-                "attn_k.bias",
-                "",
-                pack=Pack.GROUPED,
-                part=1,
-                num_parts=3,
-                interleaved=True,
-            ),
-            requires="qkv_bias",
-            is_bias=True,
-        ),
-        ParamSpec(
-            "layers.{}.v_bias",
-            Role.VALUE,
-            (VALUE_OUTPUT,),
-            0,
-            _layer(
-                "self_attn.v_proj.bias",
-                f"{QKV}.bias",
-                "attn_v.bias",
-                "",
-                pack=Pack.GROUPED,
-                part=2,
-                num_parts=3,
-            ),
-            requires="qkv_bias",
-            is_bias=True,
-        ),
-        ParamSpec(
-            "layers.{}.o",
-            Role.ATTENTION_OUTPUT,
-            (RESIDUAL_OUTPUT, VALUE_INPUT),
-            1,
-            _layer(
-                "self_attn.o_proj.weight",
-                "self_attention.linear_proj.weight",
-                "attn_output.weight",
-                "attention.wo.weight",
-            ),
-        ),
-        ParamSpec(
-            "layers.{}.norm2",
-            Role.FFN_NORM,
-            (RESIDUAL_GAIN,),
-            None,
-            _layer("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "ffn_norm.weight", "ffn_norm.weight"),
-        ),
-        ParamSpec(
-            "layers.{}.gate",
-            Role.FFN_GATE,
-            (FFN_OUTPUT, RESIDUAL_INPUT),
-            0,
-            _layer(
-                "mlp.gate_proj.weight",
-                "mlp.linear_fc1.weight",
-                "ffn_gate.weight",
-                "feed_forward.w1.weight",
-                pack=Pack.STACKED,
-                part=0,
-                num_parts=2,
-            ),
-        ),
-        ParamSpec(
-            "layers.{}.up",
-            Role.FFN_UP,
-            (FFN_OUTPUT, RESIDUAL_INPUT),
-            0,
-            _layer(
-                "mlp.up_proj.weight",
-                "mlp.linear_fc1.weight",
-                "ffn_up.weight",
-                "feed_forward.w3.weight",
-                pack=Pack.STACKED,
-                part=1,
-                num_parts=2,
-            ),
-        ),
-        ParamSpec(
-            "layers.{}.down",
-            Role.FFN_DOWN,
-            (RESIDUAL_OUTPUT, FFN_INPUT),
-            1,
-            _layer("mlp.down_proj.weight", "mlp.linear_fc2.weight", "ffn_down.weight", "feed_forward.w2.weight"),
-        ),
-        ParamSpec(
-            "final_norm",
-            Role.FINAL_NORM,
-            (RESIDUAL_GAIN,),
-            None,
-            _slots("model.norm.weight", "decoder.final_layernorm.weight", "output_norm.weight", "norm.weight"),
-            feeds_head=True,
-        ),
-        ParamSpec(
-            "head",
-            Role.HEAD,
-            (VOCAB_OUTPUT, RESIDUAL_INPUT),
-            0,
-            _slots("lm_head.weight", "output_layer.weight", "output.weight", "output.weight"),
-            tied_to="embed",
-        ),
+        ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, weight_of(EMBEDDING)),
+        ParamSpec("layers.{}.norm1", Role.ATTENTION_NORM, (RESIDUAL_GAIN,), None, weight_of(ATTENTION_NORM)),
+        ParamSpec("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, weight_of(QUERY)),
+        ParamSpec("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, weight_of(KEY)),
+        ParamSpec("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, weight_of(VALUE)),
+        _qkv_bias("layers.{}.q_bias", Role.QUERY, QUERY_OUTPUT, QUERY),
+        _qkv_bias("layers.{}.k_bias", Role.KEY, KEY_OUTPUT, KEY),
+        _qkv_bias("layers.{}.v_bias", Role.VALUE, VALUE_OUTPUT, VALUE),
+        ParamSpec("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, weight_of(ATTENTION_OUTPUT)),
+        ParamSpec("layers.{}.norm2", Role.FFN_NORM, (RESIDUAL_GAIN,), None, weight_of(FFN_NORM)),
+        ParamSpec("layers.{}.gate", Role.FFN_GATE, (FFN_OUTPUT, RESIDUAL_INPUT), 0, weight_of(GATE)),
+        ParamSpec("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, weight_of(UP)),
+        ParamSpec("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, weight_of(DOWN)),
+        ParamSpec("final_norm", Role.FINAL_NORM, (RESIDUAL_GAIN,), None, weight_of(FINAL_NORM), feeds_head=True),
+        ParamSpec("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, weight_of(HEAD), tied_to="embed"),
     ),
     hf_fields={
         "num_hidden_layers": "num_layers",
@@ -254,13 +112,6 @@ LLAMA = Architecture(
         "rope_scaling": "rope_scaling",
         "sliding_window": "sliding_window",
     },
-    required_hf_values={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
-    implied_sizes={
-        "llama": {"qkv_bias": False, "sliding_window": None},
-        "mistral": {"qkv_bias": False},
-        "qwen2": {"qkv_bias": True, "sliding_window": None},
-    },
-    ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
     gguf_fields={
         "block_count": "num_layers",
         "embedding_length": "hidden_size",
@@ -273,4 +124,11 @@ LLAMA = Architecture(
         "attention.layer_norm_rms_epsilon": "norm_eps",
         "rope.freq_base": "rope_base",
     },
+    required_hf_values={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
+    implied_sizes={
+        "llama": {"qkv_bias": False, "sliding_window": None},
+        "mistral": {"qkv_bias": False},
+        "qwen2": {"qkv_bias": True, "sliding_window": None},
+    },
+    ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
 )

@@ -1,4 +1,4 @@
-"""RoBERTa (and XLM-RoBERTa): BERT's network under other names; positions begin after the padding token's id."""
+"""RoBERTa and XLM-RoBERTa: BERT's network under other names. Positions begin after the padding token's id."""
 
 from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.families import bert
@@ -21,10 +21,10 @@ ROBERTA = Architecture(
         *bert.pooler_params(BASE),
         *bert.head_params("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
     ),
-    hf_fields=bert.HF | {"pad_token_id": "position_padding"},
-    required_hf_values=bert.FIXED_HF,
+    hf_fields=bert.HF_FIELDS | {"pad_token_id": "position_padding"},
+    required_hf_values=bert.REQUIRED_HF_VALUES,
     choices=bert.CHOICES,
     base_prefixes={"hf": BASE},
-    ignored_names=bert.IGNORED,
-    renamed_suffixes=bert.RENAMED,
+    ignored_names=bert.IGNORED_NAMES,
+    renamed_suffixes=bert.RENAMED_SUFFIXES,
 )
