@@ -32,10 +32,10 @@ def main() -> None:
 
     rates = tuple(args.lr) or (3e-4, 1e-3)
 
-    def tell(name: str) -> None:
+    def log_line(name: str) -> None:
         print(name, flush=True)
 
-    found = advise(config, Path(args.output), args.flops, rates, args.method, tell, args.fit)
+    found = advise(config, Path(args.output), args.flops, rates, args.method, log_line, args.fit)
     for row in [*found["ranking"], found["scratch"]]:
         print("  ".join("-" if value is None else f"{value}" for value in row.values()))
     for name, why in found["refused"].items():

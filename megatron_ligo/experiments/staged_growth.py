@@ -1,8 +1,8 @@
-"""Growth in stages: a chain of trainings, fits and growths, each a command of its own with a layout of its own.
+"""Staged growth: a chain of trainings, fits and growths. Each is a separate command with its own parallel layout.
 
-OUTPUT/NAME/{run.toml, fit, grown, pretrain}    what the commands leave; each goes on where it was interrupted
-OUTPUT/chain.json                               the lineage: sizes, methods, tokens, FLOPs and losses, run by run
-OUTPUT/report                                   one page: losses against all FLOPs since the first stage
+OUTPUT/NAME/{run.toml, fit, grown, pretrain}    the outputs of each stage's commands; an interrupted one resumes
+OUTPUT/chain.json                               lineage: sizes, methods, tokens, FLOPs and losses of every run
+OUTPUT/report                                   one page: loss against cumulative FLOPs since the first stage
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.common.atomic_files import write_bytes, write_json
@@ -30,56 +31,60 @@ from megatron_ligo.report.run_records import PRETRAIN_RECORD, RecordedRun, read_
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RECORD, REPORT = "chain.json", "report"
 STAGE_KEYS = ("name", "launcher")
-DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+PR_SET_PDEATHSIG = 1
+
+
+class StageTask(NamedTuple):
+    """One command of a stage. name: its output folder within the stage's."""
+
+    name: str
+    command: list[str]
+    is_done: bool
 
 
 @dataclass(frozen=True)
 class GrowthStage:
-    """One model of the chain. before: the stage whose model it grows, None for the first."""
+    """One model of the chain. previous: the stage whose model it grows; None for the first."""
 
     name: str
     folder: Path
     launcher: tuple[str, ...]
     config: RunConfig
-    before: GrowthStage | None
+    previous: GrowthStage | None
 
     @property
-    def fitted(self) -> bool:
-        return self.before is not None and self.config.fit.steps > 0
+    def has_fit(self) -> bool:
+        return self.previous is not None and self.config.fit.steps > 0
 
-    def works(self) -> Iterator[tuple[str, list[str], bool]]:
-        """What the stage does, in order: its folder's name, the command, whether it is done."""
-        if self.fitted:
-            yield (
-                "fit",
-                [*self._launched, str(TOOLS / "fit.py")],
-                (self.folder / "fit/operator" / OPERATOR_RECORD).is_file(),
-            )
-        if self.before:
-            learned = ["--operator", str(self.folder / "fit/operator")] if self.fitted else []
-            done = (self.folder / "grown" / provenance.RECORD_NAME).is_file()
-            yield "grown", [sys.executable, str(TOOLS / "grow.py"), *learned], done
-        yield "pretrain", [*self._launched, str(TOOLS / "pretrain.py")], self._trained()
+    def tasks(self) -> Iterator[StageTask]:
+        """Yields the stage's commands in order."""
+        if self.has_fit:
+            operator_record = self.folder / "fit/operator" / OPERATOR_RECORD
+            yield StageTask("fit", [*self._launcher, str(TOOLS / "fit.py")], operator_record.is_file())
+        if self.previous:
+            operator = ["--operator", str(self.folder / "fit/operator")] if self.has_fit else []
+            is_done = (self.folder / "grown" / provenance.RECORD_NAME).is_file()
+            yield StageTask("grown", [sys.executable, str(TOOLS / "grow.py"), *operator], is_done)
+        yield StageTask("pretrain", [*self._launcher, str(TOOLS / "pretrain.py")], self._is_pretrained())
 
     @property
-    def _launched(self) -> list[str]:
+    def _launcher(self) -> list[str]:
         return [*self.launcher] or [sys.executable]
 
-    def _trained(self) -> bool:
+    def _is_pretrained(self) -> bool:
         path = self.folder / "pretrain" / PRETRAIN_RECORD
         return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["step"] == self.config.pretrain.steps
 
     @property
-    def trained(self) -> Path:
-        """The checkpoint that it ends with."""
+    def final_checkpoint(self) -> Path:
         return self.folder / f"pretrain/checkpoints/step_{self.config.pretrain.steps}/state"
 
-    def runs(self) -> list[Path]:
-        return [self.folder / name for name, _, _ in self.works()]
+    def run_folders(self) -> list[Path]:
+        return [self.folder / task.name for task in self.tasks()]
 
 
 def load_stages(path: Path, output: Path) -> list[GrowthStage]:
-    """The stages of a file. ConfigError with the faults of all of them, before anything is run."""
+    """Reads the stages of a TOML file. Raises ConfigError with every fault of every stage, before anything runs."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -87,37 +92,37 @@ def load_stages(path: Path, output: Path) -> list[GrowthStage]:
     errors = ErrorCollector(f"chain {path}", ConfigError)
     for name in table.keys() - {"shared", "stages"}:
         errors.add(name, "[shared] or [[stages]]", "another section", did_you_mean(name, ("shared", "stages")))
-    listed, shared = table.get("stages"), table.get("shared", {})
-    if not isinstance(listed, list) or not all(isinstance(own, dict) for own in listed) or not isinstance(shared, dict):
-        errors.add("stages", "a table [[stages]] for each model", "none")
+    tables, shared = table.get("stages"), table.get("shared", {})
+    if not isinstance(tables, list) or not all(isinstance(own, dict) for own in tables) or not isinstance(shared, dict):
+        errors.add("stages", "one table [[stages]] per model", "none")
         errors.raise_if_any()
     stages: list[GrowthStage] = []
-    for number in range(1, len(listed) + 1):
-        stage = _stage(listed, number, shared, stages, output, errors)
+    for number in range(1, len(tables) + 1):
+        stage = _read_stage(tables, number, shared, stages, output, errors)
         if stage:
             stages.append(stage)
     errors.raise_if_any()
     return stages
 
 
-def _stage(
-    listed: list[dict], number: int, shared: dict, stages: list[GrowthStage], output: Path, errors: ErrorCollector
+def _read_stage(
+    tables: list[dict], number: int, shared: dict, stages: list[GrowthStage], output: Path, errors: ErrorCollector
 ) -> GrowthStage | None:
-    own = listed[number - 1]
-    before, name, launcher = (stages[-1] if stages else None), own.get("name"), own.get("launcher", [])
+    table, previous = tables[number - 1], stages[-1] if stages else None
+    name, launcher = table.get("name"), table.get("launcher", [])
     where = f"stage {number} ({name})"
-    taken = [REPORT, *(other.get("name") for other in listed[: number - 1])]
+    taken = [REPORT, *(other.get("name") for other in tables[: number - 1])]
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum() or name in taken:
-        errors.add(f"{where}: name", "a word of its own", repr(name))
+        errors.add(f"{where}: name", "a unique name of letters, digits, _ and -", repr(name))
         return None
     if not isinstance(launcher, list) or not all(isinstance(word, str) for word in launcher):
-        errors.add(f"{where}: launcher", "a list of words", repr(launcher))
+        errors.add(f"{where}: launcher", "a list of strings", repr(launcher))
         return None
     folder = output / name
-    sections = _merge_tables(shared, {key: value for key, value in own.items() if key not in STAGE_KEYS})
-    if before:
-        given = {"small": {"path": str(before.trained)}}
-        sections = _merge_tables(_merge_tables({"fit": {"steps": 0}}, sections), given)
+    sections = _merge_tables(shared, {key: value for key, value in table.items() if key not in STAGE_KEYS})
+    if previous:
+        sections = _merge_tables({"fit": {"steps": 0}}, sections)
+        sections = _merge_tables(sections, {"small": {"path": str(previous.final_checkpoint)}})
         sections = _merge_tables(sections, {"pretrain": {"start": str(folder / "grown")}})
     try:
         config = RunConfig.from_dict(sections, where)
@@ -126,39 +131,39 @@ def _stage(
         return None
     if not config.pretrain.steps:
         errors.add(f"{where}: pretrain.steps", "at least 1: every stage trains its model", 0)
-    return GrowthStage(name, folder, tuple(launcher), config, before)
+    return GrowthStage(name, folder, tuple(launcher), config, previous)
 
 
-def _merge_tables(below: Mapping, above: Mapping) -> dict:
-    """Tables within tables, those above put over those below."""
-    both = {
-        key: _merge_tables(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if isinstance(above[key], dict)
+def _merge_tables(base: Mapping, override: Mapping) -> dict:
+    """Merges nested tables; values of `override` win."""
+    merged = {
+        key: _merge_tables(base[key], override[key])
+        for key in base.keys() & override.keys()
+        if isinstance(override[key], dict)
     }
-    return {**below, **above, **both}
+    return {**base, **override, **merged}
 
 
-def run_stages(stages: Sequence[GrowthStage], output: Path, tell: Callable[[str], None]) -> None:
-    """All that is not done yet, in order; after each stage the page and the lineage. Raises a command's fault."""
+def run_stages(stages: Sequence[GrowthStage], output: Path, log_line: Callable[[str], None]) -> None:
+    """Runs every unfinished command in order; writes lineage and report after each stage. Raises a command's error."""
     with exclusive_access(output):
         for number, stage in enumerate(stages, 1):
-            _run_stage(stage, tell)
+            _run_stage(stage, log_line)
             write_lineage(stages[:number], output)
 
 
-def _run_stage(stage: GrowthStage, tell: Callable[[str], None]) -> None:
+def _run_stage(stage: GrowthStage, log_line: Callable[[str], None]) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     config = stage.folder / "run.toml"
-    write_bytes(config, _toml(stage.config.to_dict()).encode())
-    for name, command, done in stage.works():
-        tell(f"{stage.name}: {name}{' is done' if done else ''}")
-        if not done:
-            _run_command([*command, "--config", str(config), "--output", str(stage.folder / name)])
+    write_bytes(config, _to_toml(stage.config.to_dict()).encode())
+    for task in stage.tasks():
+        log_line(f"{stage.name}: {task.name}{' is done' if task.is_done else ''}")
+        if not task.is_done:
+            _run_command([*task.command, "--config", str(config), "--output", str(stage.folder / task.name)])
 
 
-def _toml(sections: dict) -> str:
-    """A config in TOML: JSON's plain values are TOML's, tables become dotted keys, and None is left out."""
+def _to_toml(sections: dict) -> str:
+    """Writes a config as TOML with dotted keys. JSON's plain values are valid TOML; None is left out."""
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in _dotted_keys(sections))
 
 
@@ -171,12 +176,12 @@ def _dotted_keys(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _run_command(words: list[str]) -> None:
-    """Runs a command to its end. It is asked to end when this process ends, and its signals are passed on."""
+    """Runs a command to its end. It receives SIGTERM when this process ends; its exit signals are passed on."""
 
-    def ask_to_end_with_us() -> None:
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
+    def terminate_with_parent() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    process = subprocess.Popen(words, preexec_fn=ask_to_end_with_us)
+    process = subprocess.Popen(words, preexec_fn=terminate_with_parent)
     try:
         code = process.wait()
     except BaseException:
@@ -184,24 +189,24 @@ def _run_command(words: list[str]) -> None:
         process.wait()
         raise
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise Stopped(code - 128, "started again, the chain goes on there.")
+        raise Stopped(code - 128, "the chain resumes here when it is started again.")
     if code:
-        raise LigoError(Problem(" ".join(words), "exit code 0", code, "Its own message is above."))
+        raise LigoError(Problem(" ".join(words), "exit code 0", code, "See its own message above."))
 
 
 def write_lineage(stages: Sequence[GrowthStage], output: Path) -> None:
-    """OUTPUT/chain.json and OUTPUT/report for the stages that are done."""
-    runs = read_runs([folder for stage in stages for folder in stage.runs()])
-    spent, links = _build_lineage(runs)
-    write_report([run.folder for run in runs], output / REPORT, prior_flops=spent)
+    """Writes OUTPUT/chain.json and OUTPUT/report for the finished stages."""
+    runs = read_runs([folder for stage in stages for folder in stage.run_folders()])
+    prior_flops, links = _build_lineage(runs)
+    write_report([run.folder for run in runs], output / REPORT, prior_flops=prior_flops)
     write_json(output / RECORD, {"stages": links, "versions": library_versions()})
 
 
 def _build_lineage(runs: list[RecordedRun]) -> tuple[dict[Path, float], list[dict]]:
-    """By run's folder the FLOPs that were spent before it, and the lineage as plain data."""
-    total, before, links = 0.0, {}, []
+    """Returns the FLOPs spent before each run, by its folder, and the lineage as plain data."""
+    total, prior_flops, links = 0.0, {}, []
     for run in runs:
-        before[run.folder] = total
+        prior_flops[run.folder] = total
         total += run.total("flops") or 0.0
         links.append(
             {
@@ -218,4 +223,4 @@ def _build_lineage(runs: list[RecordedRun]) -> tuple[dict[Path, float], list[dic
                 "operator": run.record.get("operator") if run.kind == "hand-off" else None,
             }
         )
-    return before, links
+    return prior_flops, links

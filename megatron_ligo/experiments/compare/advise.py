@@ -1,7 +1,7 @@
-"""Advice for one growth: short probes of the methods on the user's own model and text, ranked by the loss after a lag.
+"""Recommends a growth method: short probes on the user's own model and text, ranked by the loss after a lag.
 
-The loss right after growth ranks methods badly (what preserves the function learns slower, or not); the loss after some
-steps of training does better. It is still a probe: the advice says what it rests on.
+The loss right after growth ranks methods badly (a function-preserving start may learn more slowly); the loss after some
+training steps ranks them better. It remains a probe: the advice states the evidence behind it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.growth.validation import initial_operator
 
 ADVICE = "advice.json"
-# `ligo` as it begins, too: without its fit it was the best start twice (tools/benchmarks/growth/shakespeare.md).
+# Includes `ligo` unfitted: it was the best start twice (tools/benchmarks/growth/shakespeare.md).
 PROBED = tuple(name for name in METHODS if name != "random")
-FITTED = "fitted"  # after a method's name and a dot
+FITTED = "fitted"  # suffix of a method's name
 DIVERGED_NOTE = "it diverged"
-SEEDS = (1, 2)  # the second is for the two best only: it says how much a difference is worth
+SEEDS = (1, 2)  # the second is for the finalists only: it shows how much a difference is worth
 MIN_PROBE_STEPS = 10
 FINALISTS = 2
-GROWN_WELL = (2.0, 4.0)  # how many times larger, in the published gains (arXiv 2405.15319, 2605.13405)
-TOKENS_A_PARAMETER = 20  # growth gains most below (arXiv 2605.13405)
+GROWN_WELL = (2.0, 4.0)  # growth ratios of the published gains (arXiv 2405.15319, 2605.13405)
+TOKENS_PER_PARAMETER = 20  # growth gains most below this (arXiv 2605.13405)
 
 
 def advise(
@@ -43,68 +43,71 @@ def advise(
     budget: float,
     lrs: Sequence[float],
     methods: Iterable[str] = (),
-    tell: Callable[[str], None] = lambda text: None,
+    log_line: Callable[[str], None] = lambda text: None,
     fit: bool = False,
 ) -> dict:
-    """Probes the methods (none named: all that the sizes allow) within `budget` FLOPs; writes OUTPUT/advice.json.
+    """Probes the methods (default: all that the sizes allow) within `budget` FLOPs; writes OUTPUT/advice.json.
 
-    fit: the best ones are probed once more after [fit], whose FLOPs count: what a fit is worth shows after a lag, too.
-    ConfigError if the budget pays for fewer than 10 steps a probe. Started again, it goes on where it stopped.
+    fit: also probes the finalists after [fit], whose FLOPs count. Raises ConfigError if the budget pays for fewer than
+    10 steps per probe. An interrupted call resumes.
     """
     _check(budget, lrs, config)
     small = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format).model_config
     arms, refused = _arms(config, small, list(methods) or PROBED)
-    jobs = JobQueue(jobs_folder(output), "", tell)
+    jobs = JobQueue(jobs_folder(output), "", log_line)
     spec = probe_comparison(config, arms, lrs, lag=1)
     probes, step = count_probes(spec, fit), ComparisonPlan(spec, jobs, jobs.run).step_flops
     lag = int(budget // (probes * step))
     if lag < MIN_PROBE_STEPS:
-        hint = "Give more FLOPs, or name fewer --method or --lr."
+        hint = "Raise --flops, or pass fewer --method or --lr."
         needed = f"at least {MIN_PROBE_STEPS * probes * step:.3g}: {probes} probes of {MIN_PROBE_STEPS} steps"
         raise ConfigError(Problem("--flops", needed, budget, hint))
-    found = rank_probes(ComparisonPlan(probe_comparison(config, arms, lrs, lag), jobs, jobs.run), small, refused, fit)
-    write_json(output / ADVICE, found)
-    return found
+    plan = ComparisonPlan(probe_comparison(config, arms, lrs, lag), jobs, jobs.run)
+    record = rank_probes(plan, small, refused, fit)
+    write_json(output / ADVICE, record)
+    return record
 
 
 def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str], fit: bool) -> dict:
-    """What the probes of a plan say. refused: by method why it was not probed; what has diverged comes to it."""
+    """Runs and ranks a plan's probes. refused: reason by method not probed; diverged probes are added."""
     spec, lag = plan.spec, plan.spec.compare.scratch_steps
-    named = {arm.name: arm for arm in spec.arms}
-    tries = {name: [plan.train(arm, SEEDS[0], 1.0, lr) for lr in spec.compare.lrs] for name, arm in named.items()}
+    arms = {arm.name: arm for arm in spec.arms}
+    tries = {name: [plan.train(arm, SEEDS[0], 1.0, lr) for lr in spec.compare.lrs] for name, arm in arms.items()}
     probed = {name: _best_run(runs) for name, runs in tries.items()}
     finalists = [name for name in _ranked(probed) if name != SCRATCH][:FINALISTS]
     for name in finalists if fit else ():
-        arm = replace(named[name], name=f"{name}.{FITTED}", fitted=True)
+        arm = replace(arms[name], name=f"{name}.{FITTED}", fitted=True)
         try:
             cost = fit_flops(arm.config, small)
         except LigoError as error:
             refused[arm.name] = f"{error}"
             continue
         if plan.steps(1.0, cost) < 1:
-            refused[arm.name] = f"its fit alone costs more than the {lag} steps of a probe"
+            refused[arm.name] = f"its fit alone costs more than a probe of {lag} steps"
             continue
-        named[arm.name], probed[arm.name] = arm, _best_run([plan.train(arm, SEEDS[0], 1.0, probed[name].lr)])
-    last = [name for name in named if name.removesuffix(f".{FITTED}") in finalists and probed[name]]
-    again = {name: _best_run([plan.train(named[name], SEEDS[1], 1.0, probed[name].lr)]) for name in last}
+        arms[arm.name], probed[arm.name] = arm, _best_run([plan.train(arm, SEEDS[0], 1.0, probed[name].lr)])
+    last = [name for name in arms if name.removesuffix(f".{FITTED}") in finalists and probed[name]]
+    second_seed = {name: _best_run([plan.train(arms[name], SEEDS[1], 1.0, probed[name].lr)]) for name in last}
     refused |= {name: DIVERGED_NOTE for name, run in probed.items() if run is None}
-    refused |= {_with_seed(name): DIVERGED_NOTE for name, run in again.items() if run is None}
+    refused |= {_with_seed(name): DIVERGED_NOTE for name, run in second_seed.items() if run is None}
     probes = count_probes(spec, fit)
-    found = {
+    record = {
         "lag_steps": lag,
         "probes": probes,
         "flops": probes * lag * plan.step_flops,
         "parameters": {"small": count_parameters(small), "large": count_parameters(plan.large)},
         "tokens_of_sample": plan.large.tokens_of_sample(spec.config.data.seq_length),
-        "ranking": [_probe_record(name, probed[name], again.get(name)) for name in _ranked(probed) if name != SCRATCH],
+        "ranking": [
+            _probe_record(name, probed[name], second_seed.get(name)) for name in _ranked(probed) if name != SCRATCH
+        ],
         "scratch": _probe_record(SCRATCH, probed[SCRATCH], None),
         "refused": refused,
     }
-    return found | {"advice": _advice_lines(found, spec.config)}
+    return record | {"advice": _advice_lines(record, spec.config)}
 
 
 def count_probes(spec: ComparisonConfig, fit: bool) -> int:
-    """Of the probes: each arm at each rate, the finalists once more, and each one's fit on both seeds."""
+    """Counts the probes: each arm at each rate, the finalists on a second seed, and their fits on both seeds."""
     return len(spec.arms) * len(spec.compare.lrs) + FINALISTS * (3 if fit else 1)
 
 
@@ -118,12 +121,12 @@ def _check(budget: float, lrs: Sequence[float], config: RunConfig) -> None:
     if not config.data.valid:
         errors.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
     if config.fit.lag:
-        errors.add("fit.lag", "left out: probes look at the loss after a lag", config.fit.lag)
+        errors.add("fit.lag", "no value: probes measure the loss after a lag themselves", config.fit.lag)
     errors.raise_if_any()
 
 
 def _arms(config: RunConfig, small: ModelConfig, methods: Iterable[str]) -> tuple[list[Arm], dict[str, str]]:
-    """An arm for each method that can grow these sizes, and why the others cannot."""
+    """Returns an arm per method that can grow these sizes, and the reason by method that cannot."""
     arms, refused = [], {}
     for name in methods:
         section = OperatorSection(method=name)
@@ -156,61 +159,62 @@ def _with_seed(name: str) -> str:
     return f"{name}, seed {SEEDS[1]}"
 
 
-def _probe_record(name: str, run: ArmRun | None, again: ArmRun | None) -> dict:
-    second = again.loss if again else None
+def _probe_record(name: str, run: ArmRun | None, second_seed: ArmRun | None) -> dict:
+    second = second_seed.loss if second_seed else None
     if run is None:
         return {"method": name, "lr": None, "at_once": None, "after_lag": None, "other_seed": None}
     return {"method": name, "lr": run.lr, "at_once": run.begun, "after_lag": run.loss, "other_seed": second}
 
 
-def _advice_lines(found: dict, config: RunConfig) -> list[str]:
-    """Sentences, each with the figure that it rests on."""
-    ranking, scratch = found["ranking"], found["scratch"]["after_lag"]
+def _advice_lines(record: dict, config: RunConfig) -> list[str]:
+    """Returns sentences, each with the figure behind it."""
+    ranking, scratch = record["ranking"], record["scratch"]["after_lag"]
     if not ranking:
         return ["Every method diverged: try lower rates."]
-    lost = [row for row in ranking if _with_seed(row["method"]) in found["refused"]]
-    # One that diverged on a seed is taken only where nothing else is left.
-    first, *others = sorted(ranking, key=lambda row: row in lost)
-    lower = scratch is not None and scratch <= first["after_lag"]
-    said = ["Scratch was lower: do not grow (at this lag)."] if lower else []
-    said.append(
-        f"{'The best growth:' if lower else 'Take'} {_as_config(first)}, with a peak rate of {first['lr']:g}: "
-        f"{first['after_lag']:.4f} after {found['lag_steps']} steps ({first['at_once']:.4f} at once)."
+    diverged = [row for row in ranking if _with_seed(row["method"]) in record["refused"]]
+    # A method that diverged on a seed is recommended only if every other one did.
+    first, *others = sorted(ranking, key=lambda row: row in diverged)
+    scratch_wins = scratch is not None and scratch <= first["after_lag"]
+    lines = ["Scratch was lower: do not grow (at this lag)."] if scratch_wins else []
+    lines.append(
+        f"{'The best growth:' if scratch_wins else 'Use'} {_as_config(first)} with a peak learning rate of "
+        f"{first['lr']:g}: loss {first['after_lag']:.4f} after {record['lag_steps']} steps "
+        f"({first['at_once']:.4f} right after growth)."
     )
-    said += [f"On another seed {_as_config(row)} diverged at {row['lr']:g}: not to be relied on." for row in lost]
+    lines += [f"{_as_config(row)} diverged at {row['lr']:g} on another seed: unreliable." for row in diverged]
     if others:
-        said.append(_runner_up(first, others[0]))
+        lines.append(_runner_up(first, others[0]))
     if scratch is None:
-        said.append("Scratch diverged: whether growth is worth it, these probes cannot say. Try lower rates.")
+        lines.append("Scratch diverged: these probes cannot say whether growth pays. Try lower rates.")
     else:
         gap = scratch - first["after_lag"]
-        said.append(f"Scratch after the same steps: {scratch:.4f}, {gap:+.4f} against it ({UNKNOWN}).")
-    small, large = found["parameters"]["small"], found["parameters"]["large"]
+        lines.append(f"Scratch after the same steps: {scratch:.4f}, {gap:+.4f} relative to it ({UNKNOWN}).")
+    small, large = record["parameters"]["small"], record["parameters"]["large"]
     times, (low, high) = large / small, GROWN_WELL
-    where = "within" if low <= times <= high else "outside of"
-    said.append(f"{times:.1f} times the small model's parameters: {where} the 2 to 4 times of the published gains.")
+    where = "within" if low <= times <= high else "outside"
+    lines.append(f"{times:.1f} times the small model's parameters: {where} the published range of 2 to 4 times.")
     run = config.pretrain
-    tokens = run.steps * run.global_batch_size * found["tokens_of_sample"]
-    said.append(
-        f"[pretrain] plans {tokens / large:.2g} tokens a parameter. Growth gains most below {TOKENS_A_PARAMETER}; far "
-        "above, or from a small model that was hardly trained, scratch catches up. A probe cannot see that far: "
+    tokens = run.steps * run.global_batch_size * record["tokens_of_sample"]
+    lines.append(
+        f"[pretrain] plans {tokens / large:.2g} tokens per parameter. Growth gains most below {TOKENS_PER_PARAMETER}; "
+        "far above, or from a barely trained small model, scratch catches up. Probes are too short to show it: "
         "tools/compare.py can."
     )
-    return said
+    return lines
 
 
 def _as_config(row: dict) -> str:
-    """As a config has it."""
+    """Names a method as a config does."""
     name = row["method"].removesuffix(f".{FITTED}")
     return f"method = '{name}'{' with [fit]' if name != row['method'] else ''}"
 
 
 def _runner_up(first: dict, second: dict) -> str:
     gap = second["after_lag"] - first["after_lag"]
-    told = f"Next: {_as_config(second)}, {gap:+.4f}"
+    text = f"Next: {_as_config(second)}, {gap:+.4f}"
     if first["other_seed"] is None or second["other_seed"] is None:
-        return f"{told} ({UNKNOWN})."
+        return f"{text} ({UNKNOWN})."
     other = second["other_seed"] - first["other_seed"]
-    # What is told as 0.0000 is no difference.
+    # A difference that rounds to 0.0000 is none.
     same = round(gap, 4) * round(other, 4) > 0
-    return f"{told}; on another seed {other:+.4f}: {'the same order' if same else f'a {TIE}'}."
+    return f"{text}; on another seed {other:+.4f}: {'the same order' if same else f'a {TIE}'}."

@@ -1,4 +1,4 @@
-"""What an arm costs before its first step, known before any of it is run."""
+"""Computes what an arm costs before its first step, before any of it runs."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ from megatron_ligo.training.initial_weights import sizes
 
 
 def fit_flops(config: RunConfig, small: ModelConfig, lagged: bool = False) -> float:
-    """Of [fit]; what patience may end sooner is counted whole."""
+    """Returns the FLOPs of [fit]; a fit that patience may end early is counted in full."""
     steps, step = _fit_steps(config, small, lagged)
     return steps * step
 
 
 def check_arm_costs(plan: ComparisonPlan, arms: Iterable[Arm]) -> None:
-    """ConfigError with every arm that what comes before its runs leaves nothing of. One that is begun is let be: what
-    is done of it can be collected."""
-    compare, errors = plan.spec.compare, ErrorCollector("what comes before an arm's runs costs too much", ConfigError)
+    """Raises ConfigError with every arm whose preparation (fit, lag) leaves no budget for its runs.
+
+    Arms that have already begun pass: their finished runs can still be collected.
+    """
+    compare, errors = (
+        plan.spec.compare,
+        ErrorCollector("the preparation of some arms exceeds their budget", ConfigError),
+    )
     limits = {"budgets": max(compare.budgets)} | ({"tune_budget": compare.tune_budget} if len(compare.lrs) > 1 else {})
     small = sizes(Path(plan.spec.config.small.path))
     for arm in (arm for arm in arms if (arm.fitted or arm.full) and not plan.begun(arm)):
-        beside = arm if arm.fitted else fitted_arm_of(arm, plan.spec.arms)
+        owner = arm if arm.fitted else fitted_arm_of(arm, plan.spec.arms)
         try:
             cost = _cost_before_runs(plan, arm, small)
         except ConfigError as error:
-            errors.add(f"arms.{beside.name}", "a fit of one step or more", f"{error}")
+            errors.add(f"arms.{owner.name}", "a fit of at least one step", f"{error}")
             continue
         what = "the fit" if arm.fitted else f"full training on the fit's batches ({arm.name})"
-        found = f"{cost / plan.unit:.3g} of scratch's FLOPs{f', {arm.lag} steps of lag among them' * bool(arm.lag)}"
-        # Rounded up, so that what is advised is enough.
+        share = f"{cost / plan.unit:.3g} of scratch's FLOPs{f', {arm.lag} lag steps included' * bool(arm.lag)}"
+        # Rounded up, so that the suggested value is enough.
         enough = math.ceil((cost + plan.step_flops) / plan.unit * 1000) / 1000
         for key, budget in limits.items():
             if plan.steps(budget, cost) < 1:
-                hint = f"Set compare.{key} to {enough:g} or more, or arms.{beside.name}.fit.steps to fewer."
-                errors.add(f"arms.{beside.name}", f"{what} within compare.{key} = {budget:g}", found, hint)
+                hint = f"Set compare.{key} to {enough:g} or more, or lower arms.{owner.name}.fit.steps."
+                errors.add(f"arms.{owner.name}", f"{what} within compare.{key} = {budget:g}", share, hint)
     errors.raise_if_any()
 
 
@@ -52,14 +57,14 @@ def _cost_before_runs(plan: ComparisonPlan, arm: Arm, small: ModelConfig) -> flo
     config, lagged = arm.config, bool(arm.lag)
     if arm.fitted:
         return fit_flops(config, small, lagged) + arm.lag * plan.step_flops
-    beside = fitted_arm_of(arm, plan.spec.arms)
+    fitted = fitted_arm_of(arm, plan.spec.arms)
     seq = plan.large.tokens_of_sample(config.data.seq_length)
-    steps, _ = _fit_steps(config, small, bool(beside.lag))
+    steps, _ = _fit_steps(config, small, bool(fitted.lag))
     return steps * train_flops(plan.large, config.fit.global_batch_size * seq, seq)
 
 
 def _fit_steps(config: RunConfig, small: ModelConfig, lagged: bool) -> tuple[int, float]:
-    """(steps, FLOPs of one), as max_flops pays for them. ConfigError if it pays for none."""
+    """Returns (steps, FLOPs per step) within max_flops. Raises ConfigError if it pays for no step."""
     fit, operator = config.fit, initial_operator(small, config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, lagged)

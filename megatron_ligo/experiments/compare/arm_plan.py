@@ -1,4 +1,4 @@
-"""What each arm is made of: which runs, from where, for how many steps, so that every arm costs the same FLOPs."""
+"""Plans the runs of each arm: their starts and steps, so that every arm costs the same FLOPs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
 from megatron_ligo.training.initial_weights import fresh_config
 
 SMALL_SEED = 0
-GetResult = Callable[[ComparisonJob], dict | None]  # a job's result; None where there is none (yet)
+GetResult = Callable[[ComparisonJob], dict | None]  # returns a job's result; None while there is none
 
 
 @dataclass(frozen=True)
 class ArmStart:
-    """Where an arm begins: a folder ("": fresh weights), what that cost in FLOPs, and how many samples it has read."""
+    """The start of an arm's training. folder: "" for fresh weights; spent: FLOPs so far; samples: already read."""
 
     folder: str
     spent: float
@@ -30,7 +30,7 @@ class ArmStart:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit has left. spent: FLOPs, its lag's among them; steps: those that it has done, whichever is kept."""
+    """The result of a fit. spent: FLOPs, including its lag's; steps: all steps done, whichever operator is kept."""
 
     operator: Path
     spent: float
@@ -40,7 +40,7 @@ class FitResult:
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One run of an arm. flops: the fit (or what stands for it) included. loss: None where it diverged."""
+    """One run of an arm. flops: includes the fit or its replacement. loss: None if the run diverged."""
 
     seed: int
     budget: float
@@ -53,38 +53,38 @@ class ArmRun:
 
 
 class ComparisonPlan:
-    """The jobs of a comparison and their order. obtain: `jobs.run` does what is missing, `jobs.result` only looks."""
+    """The jobs of a comparison in order. get_result: `jobs.run` runs missing jobs, `jobs.result` only looks them up."""
 
-    def __init__(self, spec: ComparisonConfig, jobs: JobQueue, obtain: GetResult):
-        self.spec, self.jobs, self.obtain = spec, jobs, obtain
+    def __init__(self, spec: ComparisonConfig, jobs: JobQueue, get_result: GetResult):
+        self.spec, self.jobs, self.get_result = spec, jobs, get_result
         self.large: ModelConfig = fresh_config(spec.config)
         self.step_flops = self._step_flops(self.large)
         self.unit = spec.compare.scratch_steps * self.step_flops
 
     def source(self) -> dict | None:
-        """The small model: {"path", "flops" (None: unknown), "loss"}; None while it is not trained."""
+        """Returns the small model: {"path", "flops" (None: unknown), "loss"}; None while it is untrained."""
         compare, config = self.spec.compare, self.spec.config
         if not compare.source_steps:
             return {"path": config.small.path, "flops": compare.source_flops, "loss": None}
         run = replace(self._run(config.pretrain, compare.source_steps), lr=compare.source_lr, seed=SMALL_SEED)
         sizes = replace(config.large, **dict.fromkeys(vars(config.large)))
         job = ComparisonJob("source", PRETRAIN, self._with_cache(replace(config, pretrain=run, large=sizes)), keep=True)
-        found = self.obtain(job)
-        if not found or "end" not in found["losses"]:
+        result = self.get_result(job)
+        if not result or "end" not in result["losses"]:
             return None
-        path = last_checkpoint(self.jobs.place(job))
-        return {"path": f"{path}", "flops": found["flops"], "loss": found["losses"]["end"]}
+        path = last_checkpoint(self.jobs.folder_of(job))
+        return {"path": f"{path}", "flops": result["flops"], "loss": result["losses"]["end"]}
 
     def tune(self, arm: Arm) -> dict[float, ArmRun]:
-        """The tries of an arm, by their rate; none where there is one rate to choose from."""
+        """Runs an arm's tuning runs and returns them by rate; empty if there is a single rate."""
         compare = self.spec.compare
         if len(compare.lrs) == 1:
             return {}
         tries = {lr: self.train(arm, compare.tune_seed, compare.tune_budget, lr, tuning=True) for lr in compare.lrs}
-        return {lr: found for lr, found in tries.items() if found}
+        return {lr: run for lr, run in tries.items() if run}
 
     def train(self, arm: Arm, seed: int, budget: float, lr: float, tuning: bool = False) -> ArmRun | None:
-        """One run; None where it is not there, or where its start costs more than the budget."""
+        """Returns one run; None if it is missing or its start costs more than the budget."""
         start = self.start(arm, seed, lr)
         if start is None:
             return None
@@ -97,105 +97,111 @@ class ComparisonPlan:
         )
         valid = (self.spec.compare.tune_valid if tuning else ()) or config.data.valid
         config = replace(config, pretrain=run, data=replace(config.data, valid=valid))
-        found = self.obtain(
+        result = self.get_result(
             ComparisonJob(f"{arm.name}/seed_{seed}/{'try' if tuning else 'run'}_{budget:g}_{lr:g}", PRETRAIN, config)
         )
-        if found is None:
+        if result is None:
             return None
-        losses = found["losses"]
+        losses = result["losses"]
         flops = start.spent + steps * self.step_flops
         loss = losses.get("end")
         loss = loss if loss is not None and math.isfinite(loss) else None
         return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss)
 
     def start(self, arm: Arm, seed: int, lr: float) -> ArmStart | None:
-        """Where the arm begins, made if need be."""
+        """Returns the arm's start, producing it first if necessary."""
         if not arm.grown:
             return ArmStart("", 0.0, 0)
         config = self._seeded(arm.config, seed)
-        place = f"{arm.name}/seed_{seed}"
+        prefix = f"{arm.name}/seed_{seed}"
         operator, spent, samples = None, 0.0, 0
         if arm.fitted:
-            fitted = self._fit(arm, config, place, lr)
+            fitted = self._fit(arm, config, prefix, lr)
             if fitted is None:
                 return None
             operator, spent = fitted.operator, fitted.spent
-            # A lag has been trained on what comes after all that the fit may read.
-            read = config.fit.steps if arm.lag else fitted.steps
-            samples = read * config.fit.global_batch_size + fitted.lag_samples
+            # The lag's training reads the samples after all those that the fit may read.
+            steps_read = config.fit.steps if arm.lag else fitted.steps
+            samples = steps_read * config.fit.global_batch_size + fitted.lag_samples
             if arm.lag:
-                place = f"{place}/of_{lr:g}"
-        job = ComparisonJob(f"{place}/grown", GROW, config, operator)
-        if self.obtain(job) is None:
+                prefix = f"{prefix}/of_{lr:g}"
+        job = ComparisonJob(f"{prefix}/grown", GROW, config, operator)
+        if self.get_result(job) is None:
             return None
-        start = ArmStart(f"{self.jobs.place(job) / RUN}", spent, samples)
+        start = ArmStart(f"{self.jobs.folder_of(job) / RUN}", spent, samples)
         return self._fully_trained(arm, config, start, lr) if arm.full else start
 
-    def _fit(self, arm: Arm, config: RunConfig, place: str, lr: float) -> FitResult | None:
-        lag = self._lag(arm, config, place, lr) if arm.lag else ArmStart("", 0.0, 0)
+    def _fit(self, arm: Arm, config: RunConfig, prefix: str, lr: float) -> FitResult | None:
+        lag = self._lag(arm, config, prefix, lr) if arm.lag else ArmStart("", 0.0, 0)
         if lag is None:
             return None
-        name = f"{place}/fit_{lr:g}" if arm.lag else f"{place}/fit"
+        name = f"{prefix}/fit_{lr:g}" if arm.lag else f"{prefix}/fit"
         job = ComparisonJob(name, FIT, replace(config, fit=replace(config.fit, lag=lag.folder)))
-        found = self.obtain(job)
-        if not found or not found["losses"]:
+        result = self.get_result(job)
+        if not result or not result["losses"]:
             return None
-        operator = self.jobs.place(job) / RUN / "operator"
-        return FitResult(operator, found["flops"] + lag.spent, found["step"], lag.samples)
+        operator = self.jobs.folder_of(job) / RUN / "operator"
+        return FitResult(operator, result["flops"] + lag.spent, result["step"], lag.samples)
 
-    def _lag(self, arm: Arm, config: RunConfig, place: str, lr: float) -> ArmStart | None:
-        """Some training of the start, on what comes after the fit's samples."""
-        job = ComparisonJob(f"{place}/start", GROW, config)
-        if self.obtain(job) is None:
+    def _lag(self, arm: Arm, config: RunConfig, prefix: str, lr: float) -> ArmStart | None:
+        """Trains the start for the lag's steps on the samples after the fit's."""
+        job = ComparisonJob(f"{prefix}/start", GROW, config)
+        if self.get_result(job) is None:
             return None
         first = config.fit.steps * config.fit.global_batch_size
-        run = replace(self._run(config.pretrain, arm.lag), lr=lr, start=f"{self.jobs.place(job) / RUN}")
+        run = replace(self._run(config.pretrain, arm.lag), lr=lr, start=f"{self.jobs.folder_of(job) / RUN}")
         run = replace(run, first_sample=first, grown_peak=1.0)
-        job = ComparisonJob(f"{place}/lag_{lr:g}", PRETRAIN, replace(config, pretrain=run), keep=True)
-        found = self.obtain(job)
-        if not found or not found["losses"]:
+        job = ComparisonJob(f"{prefix}/lag_{lr:g}", PRETRAIN, replace(config, pretrain=run), keep=True)
+        result = self.get_result(job)
+        if not result or not result["losses"]:
             return None
-        return ArmStart(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], arm.lag * run.global_batch_size)
+        return ArmStart(
+            f"{last_checkpoint(self.jobs.folder_of(job))}", result["flops"], arm.lag * run.global_batch_size
+        )
 
     def _fully_trained(self, arm: Arm, config: RunConfig, start: ArmStart, lr: float) -> ArmStart | None:
-        """The grown model after all its weights were trained on the batches that a fit has read, as a fit would."""
+        """Trains all weights of the grown model on the fit's batches, with the fit's schedule."""
         fit, steps = config.fit, self._steps_of_fit(arm, config, lr)
         if steps is None:
             return None
         same = {key: getattr(fit, key) for key in ("global_batch_size", "micro_batch_size", "schedule", "warmup_steps")}
         run = replace(config.pretrain, **same, steps=steps, lr=lr, start=start.folder, grown_peak=1.0)
-        place = f"{arm.name}/seed_{fit.seed}"
-        job = ComparisonJob(f"{place}/full_{lr:g}", PRETRAIN, replace(config, pretrain=self._plain(run)), keep=True)
-        found = self.obtain(job)
-        if not found or not found["losses"]:
+        prefix = f"{arm.name}/seed_{fit.seed}"
+        job = ComparisonJob(
+            f"{prefix}/full_{lr:g}", PRETRAIN, replace(config, pretrain=self._keep_one_checkpoint(run)), keep=True
+        )
+        result = self.get_result(job)
+        if not result or not result["losses"]:
             return None
-        # The batches of a full control cost the large model's own FLOPs.
-        return ArmStart(f"{last_checkpoint(self.jobs.place(job))}", found["flops"], steps * fit.global_batch_size)
+        # Full training costs the large model's FLOPs.
+        return ArmStart(f"{last_checkpoint(self.jobs.folder_of(job))}", result["flops"], steps * fit.global_batch_size)
 
     def _steps_of_fit(self, arm: Arm, config: RunConfig, lr: float) -> int | None:
-        """Of the fit that a full control stands beside; None while one that may end early is not done."""
+        """Returns the steps of the control's fit; None while a fit that may end early is unfinished."""
         if config.fit.max_flops is None and not config.fit.patience:
             return config.fit.steps
-        beside = fitted_arm_of(arm, self.spec.arms)
-        fitted = self._fit(beside, config, f"{beside.name}/seed_{config.fit.seed}", lr)
+        fitted_arm = fitted_arm_of(arm, self.spec.arms)
+        fitted = self._fit(fitted_arm, config, f"{fitted_arm.name}/seed_{config.fit.seed}", lr)
         return fitted.steps if fitted else None
 
     def begun(self, arm: Arm) -> bool:
         return (self.jobs.folder / arm.name).exists()
 
     def steps(self, budget: float, spent: float) -> int:
-        """How many steps a budget leaves after what a start has cost."""
+        """Returns the steps that a budget leaves after the cost of the start."""
         return round((budget * self.unit - spent) / self.step_flops)
 
     def _run(self, run: PretrainSection, steps: int) -> PretrainSection:
-        return self._plain(replace(run, steps=steps, warmup_steps=round(self.spec.compare.warmup * steps)))
+        return self._keep_one_checkpoint(
+            replace(run, steps=steps, warmup_steps=round(self.spec.compare.warmup * steps))
+        )
 
     @staticmethod
-    def _plain(run: PretrainSection) -> PretrainSection:
+    def _keep_one_checkpoint(run: PretrainSection) -> PretrainSection:
         return replace(run, keep_last=1)
 
     def _seeded(self, config: RunConfig, seed: int) -> RunConfig:
-        """The run's config with one seed for everything, the small model where it is, and one cache of samples."""
+        """Returns the config with one seed for everything, the small model's path and a shared sample cache."""
         source = self.source()
         small = replace(config.small, path=source["path"]) if source else config.small
         return self._with_cache(
@@ -222,29 +228,29 @@ class ComparisonPlan:
 
 
 def best_rate(tries: dict[float, ArmRun]) -> float | None:
-    """The rate of the lowest loss; None where every try diverged."""
-    ended = {lr: tried.loss for lr, tried in tries.items() if tried.loss is not None}
+    """Returns the rate with the lowest loss; None if every tuning run diverged."""
+    ended = {lr: run.loss for lr, run in tries.items() if run.loss is not None}
     return min(ended, key=ended.__getitem__) if ended else None
 
 
 def planned_runs(compare: CompareSection, arm: Arm) -> list[tuple[int, float]]:
-    """(seed, budget) of each run of an arm; scratch's full budget is always one of them."""
+    """Returns (seed, budget) of each run of an arm; scratch always runs its full budget."""
     budgets = sorted({*compare.budgets, *(() if arm.grown else (1.0,))})
     return [(seed, budget) for seed in compare.seeds for budget in budgets]
 
 
 def run_arm(plan: ComparisonPlan, arm: Arm) -> dict:
-    """An arm's tries and its runs at every seed and budget: {"tries", "lr", "runs"}."""
+    """Runs an arm's tuning and its runs at every seed and budget: {"tries", "lr", "runs"}."""
     compare = plan.spec.compare
     tries = plan.tune(arm)
     lr = compare.lrs[0] if len(compare.lrs) == 1 else best_rate(tries)
     runs = []
     if lr is not None:
-        made = (plan.train(arm, seed, budget, lr) for seed, budget in planned_runs(compare, arm))
-        runs = [run for run in made if run]
+        planned = (plan.train(arm, seed, budget, lr) for seed, budget in planned_runs(compare, arm))
+        runs = [run for run in planned if run]
     return {"tries": tries, "lr": lr, "runs": runs}
 
 
 def jobs_folder(folder: Path) -> Path:
-    """Where the runs are: absolute, so that a job's settings do not depend on the place it is started from."""
+    """Returns the jobs' folder, absolute: a job's settings must not depend on the current directory."""
     return folder.resolve() / "jobs"

@@ -1,4 +1,4 @@
-"""What is wrong with a comparison's arms, before any of them is run: hours may lie between the first and the last."""
+"""Validates all arms of a comparison before the first one runs: hours may lie between the first and the last."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_ligo.training.lag import check_decoder
 
 
 def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
-    """ConfigError with every arm that cannot grow the small model into the large one, or has a start for no fit."""
+    """Raises ConfigError with every arm that cannot grow the small model into the large one or cannot be fitted."""
     small = sizes(Path(spec.config.small.path))
-    errors = ErrorCollector("the comparison cannot be done", ConfigError)
+    errors = ErrorCollector("invalid comparison", ConfigError)
     for arm in arms:
         if not arm.grown:
             continue
@@ -26,12 +26,14 @@ def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
             if arm.fitted:
                 _check_fit(arm, operator)
         except LigoError as error:
-            errors.add(f"arms.{arm.name}", "an operator that can be built, and fitted where there is a fit", f"{error}")
+            errors.add(
+                f"arms.{arm.name}", "a valid operator, and one that can be fitted if the arm has a fit", f"{error}"
+            )
     errors.raise_if_any()
 
 
 def _check_fit(arm: Arm, operator: Operator) -> None:
-    errors = ErrorCollector("its fit cannot be done", ConfigError)
+    errors = ErrorCollector("the fit cannot run", ConfigError)
     check_factored(operator.settings, errors)
     length = operator.large.tokens_of_sample(arm.config.data.seq_length)
     check_teacher(operator, arm.config.fit, length, errors)

@@ -1,4 +1,4 @@
-"""A whole comparison: the source, then each arm's tries and runs, then what they say."""
+"""Runs a whole comparison: the source model, then each arm's tuning and runs, then the results."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from megatron_ligo.experiments.compare.comparison_config import ComparisonConfig
 from megatron_ligo.experiments.compare.run_queue import JobQueue
 
 RESULTS, PAGE, PICTURE = "results.json", "compare.html", "compare.png"
-Log = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 def run_comparison(
-    spec: ComparisonConfig, output: Path, only: Iterable[str] = (), tell: Log = lambda text: None
+    spec: ComparisonConfig, output: Path, only: Iterable[str] = (), log_line: LogLine = lambda text: None
 ) -> dict:
-    """Runs what is not yet done of the arms named (none: all), and writes OUTPUT/results.json, compare.html and .png
-    of all that is. Started again, it goes on where it stopped."""
+    """Runs the unfinished jobs of the selected arms (default: all); writes OUTPUT/results.json, compare.html and
+    compare.png from every finished job. An interrupted comparison resumes."""
     arms = select_arms(spec, only)
-    jobs = JobQueue(jobs_folder(output), spec.compare.launcher, tell)
-    doing = ComparisonPlan(spec, jobs, jobs.run)
+    jobs = JobQueue(jobs_folder(output), spec.compare.launcher, log_line)
+    plan = ComparisonPlan(spec, jobs, jobs.run)
     check_arms(spec, arms)
-    arm_cost.check_arm_costs(doing, arms)
-    if doing.source() is None:
-        raise ConfigError(Problem("compare.source_lr", "a small model that can be trained", "a run that diverged"))
+    arm_cost.check_arm_costs(plan, arms)
+    if plan.source() is None:
+        raise ConfigError(Problem("compare.source_lr", "a rate at which the small model trains", "a run that diverged"))
     for arm in arms:
-        run_arm(doing, arm)
-    found = results.collect_results(ComparisonPlan(spec, jobs, jobs.result), spec.arms)
-    write_results(found, output)
-    return found
+        run_arm(plan, arm)
+    record = results.collect_results(ComparisonPlan(spec, jobs, jobs.result), spec.arms)
+    write_results(record, output)
+    return record
 
 
-def write_results(found: dict, output: Path) -> None:
+def write_results(record: dict, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    image = comparison_page.draw_curves(found)
+    image = comparison_page.draw_curves(record)
     write_bytes(output / PICTURE, image)
-    write_bytes(output / PAGE, comparison_page.render_page(found, image).encode())
-    write_json(output / RESULTS, found)
+    write_bytes(output / PAGE, comparison_page.render_page(record, image).encode())
+    write_json(output / RESULTS, record)

@@ -1,4 +1,4 @@
-"""A comparison's file: the sections of a run, [compare], and one [arms.NAME] for each way of starting."""
+"""Reads a comparison's TOML file: the sections of a run, [compare], and one [arms.NAME] per start."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ from megatron_ligo.config.run_config import RunConfig, apply_setting, read_toml
 from megatron_ligo.config.typed_toml import read_section, setting
 
 SCRATCH = "scratch"
-START, FULL = "start", "full"  # the controls of a learned arm, after its name and a dot
+START, FULL = "start", "full"  # suffixes of a fitted arm's two controls
 
 
 @dataclass(frozen=True)
 class CompareSection:
-    seeds: tuple[int, ...] = setting((1, 2, 3), "of the data's order, of fresh numbers and of maps", low=0)
-    scratch_steps: int = setting(1000, "steps of the scratch run; its FLOPs are the unit of every budget", low=1)
-    budgets: tuple[float, ...] = setting((0.25, 0.5, 1.0), "FLOPs of a run, fit included, in that unit", above=0.0)
-    lrs: tuple[float, ...] = setting((5e-4, 1e-3, 2e-3), "peak rates that each arm tries", above=0.0)
-    tune_budget: float = setting(0.25, "FLOPs of a try, in the same unit", above=0.0)
-    tune_seed: int = setting(0, "of the tries: none of `seeds`", low=0)
-    tune_valid: tuple[str | float, ...] = setting((), "held-out prefixes of the tries; empty: data.valid", above=0.0)
-    warmup: float = setting(0.1, "part of a run's steps that warms up", low=0.0, below=1.0)
-    source_steps: int = setting(0, "trains the small model (sizes: small.path) so long; 0: it is given", low=0)
-    source_lr: float = setting(1e-3, "peak rate of that training", above=0.0)
-    source_flops: float | None = setting(None, "what a given small model cost; left out: unknown", low=0.0)
-    launcher: str = setting("", "starts the ranks of a run: deepspeed --num_gpus 4 --module; empty: one process")
+    seeds: tuple[int, ...] = setting((1, 2, 3), "seeds of data order, random initialisation and maps", low=0)
+    scratch_steps: int = setting(1000, "steps of the scratch run; its FLOPs are the unit of all budgets", low=1)
+    budgets: tuple[float, ...] = setting((0.25, 0.5, 1.0), "FLOPs per run, fit included, in that unit", above=0.0)
+    lrs: tuple[float, ...] = setting((5e-4, 1e-3, 2e-3), "peak learning rates to tune each arm over", above=0.0)
+    tune_budget: float = setting(0.25, "FLOPs of a tuning run, in the same unit", above=0.0)
+    tune_seed: int = setting(0, "seed of the tuning runs; not one of `seeds`", low=0)
+    tune_valid: tuple[str | float, ...] = setting((), "held-out prefixes for tuning; empty: data.valid", above=0.0)
+    warmup: float = setting(0.1, "fraction of a run's steps used for warm-up", low=0.0, below=1.0)
+    source_steps: int = setting(
+        0, "steps to train the small model (sizes: small.path); 0: use small.path itself", low=0
+    )
+    source_lr: float = setting(1e-3, "peak learning rate of that training", above=0.0)
+    source_flops: float | None = setting(None, "training FLOPs of a given small model; left out: unknown", low=0.0)
+    launcher: str = setting("", "launcher of each run, e.g. deepspeed --num_gpus 4 --module; empty: one process")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of starting the large model. full: what a fit would read is trained on with all weights instead. lag: the
-    fit is on the loss after so many steps of training from its start, which count."""
+    """A way to start the large model.
+
+    full: trains all weights on the batches that the fit reads. lag: the fit minimises the loss after this many
+    training steps, whose FLOPs count.
+    """
 
     name: str
     config: RunConfig
@@ -48,7 +53,7 @@ class Arm:
 class ComparisonConfig:
     config: RunConfig
     compare: CompareSection
-    arms: tuple[Arm, ...]  # scratch first; each learned arm is followed by its controls
+    arms: tuple[Arm, ...]  # scratch first; each fitted arm is followed by its controls
 
     def to_dict(self) -> dict:
         return {
@@ -59,14 +64,14 @@ class ComparisonConfig:
 
 
 def _arm_table(arm: Arm) -> dict:
-    """What an arm's table says."""
+    """Returns an arm's table as a config states it."""
     table = arm.config.to_dict()
     keys = [*(["operator"] if arm.grown else []), *(["fit"] if arm.fitted or arm.full else [])]
     return {key: table[key] for key in keys} | ({"lag": arm.lag} if arm.lag else {})
 
 
 def load_comparison(path: Path, sets: Iterable[str] = ()) -> ComparisonConfig:
-    """The comparison that a TOML file names, with `section.key=value` put over it. ConfigError with all faults."""
+    """Reads a comparison from TOML with `section.key=value` overrides. Raises ConfigError with all faults."""
     errors = ErrorCollector(f"comparison {path}", ConfigError)
     table = read_toml(path)
     for text in sets:
@@ -83,32 +88,32 @@ def _check(section: CompareSection, config: RunConfig, named: object, errors: Er
     if section.tune_seed in section.seeds:
         errors.add("compare.tune_seed", f"none of compare.seeds {list(section.seeds)}", section.tune_seed)
     for key in ("seeds", "budgets", "lrs"):
-        found = getattr(section, key)
-        # A run's folder is named by six digits of each.
-        if not found or len({f"{value:g}" for value in found}) < len(found):
-            errors.add(f"compare.{key}", "one or more, each once (to six digits)", list(found))
+        values = getattr(section, key)
+        # Run folders are named by six digits of each value.
+        if not values or len({f"{value:g}" for value in values}) < len(values):
+            errors.add(f"compare.{key}", "one or more values that differ in six digits", list(values))
     if section.source_steps and section.source_flops is not None:
-        errors.add("compare.source_flops", "left out where the small model is trained here", section.source_flops)
+        errors.add("compare.source_flops", "no value: the small model is trained here", section.source_flops)
     if not config.data.valid:
-        errors.add("data.valid", "held-out prefixes", "none", "Losses are compared on them.")
+        errors.add("data.valid", "held-out prefixes", "none", "Losses are measured on them.")
     if config.fit.lag:
-        errors.add("fit.lag", "left out of a comparison", config.fit.lag, "Say arms.NAME.lag, a number of steps.")
+        errors.add("fit.lag", "no value in a comparison", config.fit.lag, "Set arms.NAME.lag to a number of steps.")
     if not isinstance(named, dict) or not named:
         errors.add("arms", "one or more tables [arms.NAME]", "none", 'For example: operator = {method = "lossless"}')
         return
     for name, arm in named.items():
         unknown = sorted(set(arm) - {"operator", "fit", "lag"}) if isinstance(arm, dict) else ["no table"]
         if unknown:
-            expected = "operator = {...} and, for a learned one, fit = {...} and lag, a number of steps"
+            expected = "operator = {...} and, for a fitted arm, fit = {...} and lag (steps)"
             errors.add(f"arms.{name}", expected, ", ".join(unknown))
         elif any(not isinstance(arm[key], dict) for key in ("operator", "fit") if key in arm):
             errors.add(f"arms.{name}", "tables: operator = {...}, fit = {...}", arm)
         elif isinstance(arm.get("fit"), dict) and arm["fit"].get("lag"):
-            errors.add(f"arms.{name}.fit.lag", "left out of a comparison", arm["fit"]["lag"], f"Say arms.{name}.lag.")
+            errors.add(f"arms.{name}.fit.lag", "no value in a comparison", arm["fit"]["lag"], f"Set arms.{name}.lag.")
         elif "lag" in arm and (type(arm["lag"]) is not int or arm["lag"] < 1 or "fit" not in arm):
-            errors.add(f"arms.{name}.lag", "one step or more, beside fit = {...}", arm["lag"])
+            errors.add(f"arms.{name}.lag", "at least one step, together with fit = {...}", arm["lag"])
         if name == SCRATCH or not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            expected = f"a name of letters, digits, _ and -, and not {SCRATCH}, which is always run"
+            expected = f"a name of letters, digits, _ and -, other than {SCRATCH}"
             errors.add(f"arms.{name}", expected, repr(name))
 
 
@@ -123,44 +128,47 @@ def _arms(config: RunConfig, named: dict, path: Path) -> list[Arm]:
 
 
 def with_controls(config: RunConfig, arms: Iterable[Arm]) -> tuple[Arm, ...]:
-    """Scratch, the arms, and beside each learned one its start without a fit (given the FLOPs of the fit as training),
-    and the same start with all weights trained on what the fit reads. Arms of one start, or one fit, share them."""
+    """Adds scratch and the controls of each fitted arm.
+
+    The controls: the same start without a fit, trained for the fit's FLOPs as well; and the same start with all
+    weights trained on the fit's batches. Arms with the same start or fit share controls.
+    """
     arms = list(arms)
-    found = [Arm(SCRATCH, config, grown=False)]
+    with_added = [Arm(SCRATCH, config, grown=False)]
     for arm in arms:
-        found.append(arm)
+        with_added.append(arm)
         if not arm.fitted:
             continue
-        if unfitted_control(arm, [*arms, *found]) is None:
-            found.append(replace(arm, name=f"{arm.name}.{START}", fitted=False, lag=0))
-        if full_training_control(arm, found) is None:
-            found.append(replace(arm, name=f"{arm.name}.{FULL}", fitted=False, full=True, lag=0))
-    return tuple(found)
+        if unfitted_control(arm, [*arms, *with_added]) is None:
+            with_added.append(replace(arm, name=f"{arm.name}.{START}", fitted=False, lag=0))
+        if full_training_control(arm, with_added) is None:
+            with_added.append(replace(arm, name=f"{arm.name}.{FULL}", fitted=False, full=True, lag=0))
+    return tuple(with_added)
 
 
 def unfitted_control(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
-    """The arm that begins where a learned one does, and learns nothing."""
+    """Returns the arm with a fitted arm's start and no fit."""
     same = (other for other in arms if other.grown and not other.fitted and not other.full)
     return next((other for other in same if other.config.operator == arm.config.operator), None)
 
 
 def full_training_control(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
-    """The arm that trains all weights on what a learned one's fit reads."""
+    """Returns the arm that trains all weights on a fitted arm's batches."""
     same = (other for other in arms if other.full and other.config.operator == arm.config.operator)
     return next((other for other in same if other.config.fit == arm.config.fit), None)
 
 
 def fitted_arm_of(control: Arm, arms: Iterable[Arm]) -> Arm:
-    """The arm whose fit a full control stands beside."""
+    """Returns the fitted arm of a full-training control."""
     same = (arm for arm in arms if arm.fitted and arm.config.operator == control.config.operator)
     return next(arm for arm in same if arm.config.fit == control.config.fit)
 
 
 def select_arms(spec: ComparisonConfig, names: Iterable[str]) -> list[Arm]:
-    """The arms of these names, all if none is named. ConfigError for an unknown one."""
+    """Returns the named arms, or all. Raises ConfigError for an unknown name."""
     known = {arm.name: arm for arm in spec.arms}
     names = list(names)
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise ConfigError(Problem("--only", f"some of {', '.join(known)}", ", ".join(wrong)))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(Problem("--only", f"some of {', '.join(known)}", ", ".join(unknown)))
     return [known[name] for name in names] if names else list(spec.arms)

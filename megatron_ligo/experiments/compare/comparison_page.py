@@ -1,4 +1,4 @@
-"""The page of a comparison: what it found in words, tables, and the curves."""
+"""Renders the page of a comparison: cautions, tables and curves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ img { max-width: 100%; height: auto; }
 </head>
 <body>
 <h1>Growth compared</h1>
-<p>$what</p>
+<p>$description</p>
 <ul class="warning">$cautions</ul>
 <h2>Loss at the end of each run, and FLOPs saved to the scratch run's final loss</h2>
 $arms
@@ -41,11 +41,11 @@ $differences
 <img alt="Loss against FLOPs" src="data:image/png;base64,$picture">
 <h2>How to read it</h2>
 <ul>
-<li>Each point is a run of its own, its rate brought down to its end; lines join the means of the seeds, bars span
-them.</li>
-<li>Saved: 1 - FLOPs / scratch's, at the loss that scratch ends with on the same seed, read off between two runs (loss
-linear in log FLOPs). "At least": the smallest budget that was run is below it already. Nothing is extrapolated.</li>
-<li>A tie: the interval of the mean difference holds 0.</li>
+<li>Each point is a separate run with a learning rate decayed to its end; lines join the means over seeds, bars span
+the seeds.</li>
+<li>Saved: 1 - FLOPs / scratch's FLOPs, at scratch's final loss on the same seed, interpolated between two runs (loss
+linear in log FLOPs). "At least": the smallest budget is already below that loss. Nothing is extrapolated.</li>
+<li>Tie: the interval of the mean difference contains 0.</li>
 </ul>
 </body>
 </html>
@@ -53,9 +53,9 @@ linear in log FLOPs). "At least": the smallest budget that was run is below it a
 
 
 def render_page(results: dict, picture: bytes) -> str:
-    """HTML that needs no other file."""
+    """Returns self-contained HTML."""
     return PAGE.substitute(
-        what=escape(describe_comparison(results)),
+        description=escape(describe_comparison(results)),
         cautions="".join(f"<li>{escape(line)}</li>" for line in results["cautions"]),
         arms=_table(arm_rows(results)),
         differences=_table(difference_rows(results)),
@@ -71,8 +71,8 @@ def describe_comparison(results: dict) -> str:
         cost = f"{small['flops']:.3g} FLOPs ({small['flops'] / results['unit_flops']:.2f} of the scratch run's)"
     return (
         f"A model of {size:.3g}M parameters; scratch: {compare['scratch_steps']} steps, {results['unit_flops']:.3g} "
-        f"FLOPs. Seeds {', '.join(map(str, compare['seeds']))}. The small model cost {cost}. Losses are of "
-        f"{held_out['samples']} held-out samples, {held_out['tokens']:,} tokens."
+        f"FLOPs. Seeds {', '.join(map(str, compare['seeds']))}. The small model cost {cost}. Losses are measured on "
+        f"{held_out['samples']} held-out samples ({held_out['tokens']:,} tokens)."
     )
 
 
@@ -95,14 +95,14 @@ def difference_rows(results: dict) -> list[list[str]]:
     for each in results["differences"]:
         known = each["low"] is not None
         interval = f"{each['low']:+.4f} to {each['high']:+.4f}" if known else "-"
-        told = [f"{each['budget']:g}", each["arm"], each["against"], f"{each['mean']:+.4f}", interval]
+        cells = [f"{each['budget']:g}", each["arm"], each["against"], f"{each['mean']:+.4f}", interval]
         count = f"{each['seeds']}" if each["seeds"] == seeds else f"{each['seeds']} of {seeds}"
-        rows.append([*told, count, each["verdict"]])
+        rows.append([*cells, count, each["verdict"]])
     return rows
 
 
 def _losses(runs: list[dict], seeds: int) -> str:
-    """Their mean and spread; of how many seeds, where it is not all of them."""
+    """Returns mean and spread, and the number of seeds if some are missing."""
     losses = [run["loss"] for run in runs if run["loss"] is not None]
     if not losses:
         return "diverged" if runs else "-"
@@ -119,7 +119,7 @@ def _table(rows: Iterable[list[str]]) -> str:
 
 
 def draw_curves(results: dict) -> bytes:
-    """A PNG: loss against FLOPs with the source free, and with it counted where its cost is known."""
+    """Draws a PNG: loss against FLOPs without the source's cost, and with it where it is known."""
     cost = results["small"]["flops"] if results["small"] else None
     figure = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -133,9 +133,9 @@ def draw_curves(results: dict) -> bytes:
             spread = [[m - a for m, a in zip(y, low, strict=True)], [b - m for m, b in zip(y, high, strict=True)]]
             look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
             axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.4, capsize=3, label=name, **look)
-        axes.set(xscale="log", xlabel="FLOPs, fit included", ylabel="held-out loss, nats a token")
+        axes.set(xscale="log", xlabel="FLOPs, fit included", ylabel="held-out loss, nats per token")
         _widen(axes)
-        axes.set_title(f"Loss at the end of runs, {title}")
+        axes.set_title(f"Final loss, {title}")
         axes.grid(alpha=0.25)
     panels[0].legend(fontsize=8)
     content = io.BytesIO()
@@ -144,19 +144,19 @@ def draw_curves(results: dict) -> bytes:
 
 
 def _widen(axes: Axes) -> None:
-    """Arms of one budget, whose steps differ by a rounding, must not look far apart."""
+    """Keeps arms of one budget, whose steps differ by rounding, from looking far apart."""
     low, high = axes.get_xlim()
     middle = (low * high) ** 0.5
     axes.set_xlim(min(low, middle / 2), max(high, middle * 2))
 
 
 def _curve(runs: list[dict], source: float) -> list[tuple[float, float, float, float]]:
-    """(FLOPs, mean, lowest, highest loss) for each budget."""
+    """Returns (FLOPs, mean, lowest, highest loss) per budget."""
     points = []
     for budget in sorted({run["budget"] for run in runs}):
-        made = [run for run in runs if run["budget"] == budget and run["loss"] is not None]
-        if made:
-            losses = [run["loss"] for run in made]
-            flops = sum(run["flops"] for run in made) / len(made)
+        ended = [run for run in runs if run["budget"] == budget and run["loss"] is not None]
+        if ended:
+            losses = [run["loss"] for run in ended]
+            flops = sum(run["flops"] for run in ended) / len(ended)
             points.append((flops + source, sum(losses) / len(losses), min(losses), max(losses)))
     return points

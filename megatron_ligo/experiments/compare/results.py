@@ -1,4 +1,4 @@
-"""The results of a comparison as plain data: what results.json holds, and what the page shows."""
+"""Collects the results of a comparison as plain data, for results.json and the page."""
 
 from __future__ import annotations
 
@@ -24,29 +24,31 @@ DIVERGED, NO_RUN = "diverged", "no run"
 
 
 def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
-    """Everything that is done so far, from the jobs' results."""
+    """Collects everything finished so far from the jobs' results."""
     spec, source = plan.spec, plan.source()
-    found = {arm.name: run_arm(plan, arm) for arm in arms}
-    scratch = {run.seed: (run.flops, run.loss) for run in found[SCRATCH]["runs"] if _ended_at(run, 1.0)}
+    outcomes = {arm.name: run_arm(plan, arm) for arm in arms}
+    scratch = {run.seed: (run.flops, run.loss) for run in outcomes[SCRATCH]["runs"] if _ended_at(run, 1.0)}
     cost = source["flops"] if source else None
     samples = spec.config.pretrain.eval_samples
-    missing = {arm.name: _missing(spec.compare, arm, found[arm.name]["runs"]) for arm in arms}
-    table, of = {}, (len(spec.compare.seeds), len(spec.compare.budgets))
+    missing = {arm.name: _missing(spec.compare, arm, outcomes[arm.name]["runs"]) for arm in arms}
+    table, expected = {}, (len(spec.compare.seeds), len(spec.compare.budgets))
     for arm in arms:
-        runs = found[arm.name]["runs"]
+        runs = outcomes[arm.name]["runs"]
         points = _points(runs)
-        extra = {"source_free": saving(points, scratch, 0.0, *of).summary}
-        counted = saving(points, scratch, cost or 0.0, *of).summary if arm.grown else extra["source_free"]
-        extra["source_counted"] = counted if cost is not None or not arm.grown else "unknown: the source's cost is"
+        saved = {"source_free": saving(points, scratch, 0.0, *expected).summary}
+        counted = saving(points, scratch, cost or 0.0, *expected).summary if arm.grown else saved["source_free"]
+        saved["source_counted"] = (
+            counted if cost is not None or not arm.grown else "unknown: the source's cost is unknown"
+        )
         table[arm.name] = {
             "grown": arm.grown,
             "fit": arm.fitted,
             "full": arm.full,
-            "lr": found[arm.name]["lr"],
-            "tries": {f"{lr:g}": run.loss for lr, run in found[arm.name]["tries"].items()},
+            "lr": outcomes[arm.name]["lr"],
+            "tries": {f"{lr:g}": run.loss for lr, run in outcomes[arm.name]["tries"].items()},
             "runs": [asdict(run) for run in runs],
             "missing": missing[arm.name],
-            "saved": extra,
+            "saved": saved,
         }
     return {
         "settings": spec.to_dict(),
@@ -56,8 +58,8 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
         "unit_flops": plan.unit,
         "held_out": {"samples": samples, "tokens": samples * plan.large.tokens_of_sample(spec.config.data.seq_length)},
         "arms": table,
-        "differences": _differences(plan, {name: each["runs"] for name, each in found.items()}),
-        "cautions": cautions(plan, found, missing),
+        "differences": _differences(plan, {name: arm["runs"] for name, arm in outcomes.items()}),
+        "cautions": cautions(plan, outcomes, missing),
         "versions": library_versions(),
     }
 
@@ -72,10 +74,10 @@ def _ended_at(run: ArmRun, budget: float) -> bool:
 
 
 def _missing(compare: CompareSection, arm: Arm, runs: Iterable[ArmRun]) -> list[dict]:
-    """Every run without a loss, and why: it has diverged, or there is none."""
-    made = {(run.seed, run.budget): run.loss for run in runs}
-    lost = [key for key in planned_runs(compare, arm) if made.get(key) is None]
-    return [{"seed": key[0], "budget": key[1], "why": DIVERGED if key in made else NO_RUN} for key in lost]
+    """Lists every planned run without a loss: it diverged, or does not exist."""
+    losses = {(run.seed, run.budget): run.loss for run in runs}
+    lost = [key for key in planned_runs(compare, arm) if losses.get(key) is None]
+    return [{"seed": key[0], "budget": key[1], "why": DIVERGED if key in losses else NO_RUN} for key in lost]
 
 
 def _points(runs: Iterable[ArmRun]) -> dict[int, list[tuple[float, float]]]:
@@ -87,7 +89,7 @@ def _points(runs: Iterable[ArmRun]) -> dict[int, list[tuple[float, float]]]:
 
 
 def _differences(plan: ComparisonPlan, runs: dict[str, list[ArmRun]]) -> list[dict]:
-    """Each learned arm against its controls, each grown one against scratch and against the lowest unlearned one."""
+    """Pairs each fitted arm with its controls, and each grown arm with scratch and the best unfitted arm."""
     pairs = []
     arms = plan.spec.arms
     for arm in arms:
@@ -97,88 +99,89 @@ def _differences(plan: ComparisonPlan, runs: dict[str, list[ArmRun]]) -> list[di
             ]
         if arm.grown:
             pairs.append((arm.name, SCRATCH))
-    told = []
+    differences = []
     for budget in sorted(plan.spec.compare.budgets):
-        losses = {name: {run.seed: run.loss for run in made if _ended_at(run, budget)} for name, made in runs.items()}
-        unlearned = _best_unlearned(arms, losses)
-        more = [(arm.name, unlearned) for arm in arms if arm.grown and unlearned not in (None, arm.name)]
+        losses = {
+            name: {run.seed: run.loss for run in arm_runs if _ended_at(run, budget)} for name, arm_runs in runs.items()
+        }
+        best = _best_unfitted(arms, losses)
+        more = [(arm.name, best) for arm in arms if arm.grown and best not in (None, arm.name)]
         for name, other in dict.fromkeys([*pairs, *more]):
-            found = difference(losses.get(name, {}), losses.get(other, {}))
-            if found:
-                told.append({"budget": budget, "arm": name, "against": other, **asdict(found)})
-    return told
+            gap = difference(losses.get(name, {}), losses.get(other, {}))
+            if gap:
+                differences.append({"budget": budget, "arm": name, "against": other, **asdict(gap)})
+    return differences
 
 
-def _best_unlearned(arms: Iterable[Arm], losses: dict[str, dict[int, float]]) -> str | None:
+def _best_unfitted(arms: Iterable[Arm], losses: dict[str, dict[int, float]]) -> str | None:
     names = [arm.name for arm in arms if arm.grown and not arm.fitted and not arm.full and losses.get(arm.name)]
-    # Seeds differ by more than arms do: one that lacks some is no lowest beside one that has them.
+    # Seeds differ by more than arms do: an arm with more seeds takes precedence.
     return min(names, key=lambda name: (-len(losses[name]), sum(losses[name].values())), default=None)
 
 
-def cautions(plan: ComparisonPlan, found: dict[str, dict], missing: dict[str, list[dict]]) -> list[str]:
-    """What a reader must know before he believes a figure."""
+def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str, list[dict]]) -> list[str]:
+    """Returns what a reader must know before trusting a figure."""
     compare, config = plan.spec.compare, plan.spec.config
-    said = []
+    lines = []
     if len(compare.seeds) < FEW_SEEDS:
-        said.append(f"{len(compare.seeds)} seed(s): a difference between arms may be chance.")
+        lines.append(f"{len(compare.seeds)} seed(s): differences between arms may be chance.")
     if compare.scratch_steps < FEW_STEPS or count_parameters(plan.large) < SMALL_MODEL:
         tokens = compare.scratch_steps * config.pretrain.global_batch_size
         tokens *= plan.large.tokens_of_sample(config.data.seq_length)
         size = f"{count_parameters(plan.large) / 1e6:.3g}M parameters and {tokens / 1e6:.3g}M tokens"
-        said.append(f"A small experiment ({size} for scratch): it says nothing of much larger models or budgets.")
+        lines.append(f"A small experiment ({size} for scratch): it says nothing about much larger models or budgets.")
     if len(compare.lrs) == 1:
-        said.append(f"One rate, {compare.lrs[0]:g}, for all arms: none is tuned, and one may be favoured.")
+        lines.append(f"One learning rate, {compare.lrs[0]:g}, for all arms: none is tuned, and it may favour one.")
     elif not compare.tune_valid:
-        said.append("Rates were chosen on the held-out text that the results are from (tune_valid is empty).")
-    said += _selection_notes(plan.spec.arms)
+        lines.append("Learning rates were tuned on the held-out text of the results (tune_valid is empty).")
+    lines += _selection_notes(plan.spec.arms)
     rates = compare.lrs
-    for name, each in found.items():
-        if len(rates) > 1 and each["lr"] in (min(rates), max(rates)):
-            edge = "lowest" if each["lr"] == min(rates) else "highest"
-            said.append(f"{name}: its best rate is the {edge} tried, {each['lr']:g}: a better one may lie beyond.")
-        said += _missing_runs_notes(name, missing[name], each["tries"])
+    for name, arm in outcomes.items():
+        if len(rates) > 1 and arm["lr"] in (min(rates), max(rates)):
+            edge = "lowest" if arm["lr"] == min(rates) else "highest"
+            lines.append(f"{name}: its best rate is the {edge} tried, {arm['lr']:g}: a better one may lie beyond.")
+        lines += _missing_runs_notes(name, missing[name], arm["tries"])
     if any(lost["budget"] == 1.0 for lost in missing[SCRATCH]):
-        said.append("What is saved is told of those seeds only on which scratch ended.")
-    source, whole = plan.source(), [run.loss for run in found[SCRATCH]["runs"] if _ended_at(run, 1.0)]
+        lines.append("Savings are given only for the seeds on which scratch finished.")
+    source, whole = plan.source(), [run.loss for run in outcomes[SCRATCH]["runs"] if _ended_at(run, 1.0)]
     if source and source["loss"] is not None and whole and source["loss"] <= max(whole):
-        what = f"The small model itself ended at {source['loss']:.4f}, not above scratch ({max(whole):.4f})"
-        said.append(f"{what}: what is saved is its own work as much as the growth's.")
-    said.append(
-        "All seeds grow one small model. The fit counts in every figure of its arm; the tries for a rate, the same "
-        "for each arm, in none. Many arms on few seeds: the lowest is partly the luckiest."
+        ended = f"The small model itself ended at {source['loss']:.4f}, not above scratch ({max(whole):.4f})"
+        lines.append(f"{ended}: the savings are as much its own as those of growth.")
+    lines.append(
+        "All seeds grow the same small model. Each arm's figures include its fit; none include tuning, which is the "
+        "same for all. With many arms and few seeds, the lowest arm is partly the luckiest."
     )
-    return said
+    return lines
 
 
 def _selection_notes(arms: Iterable[Arm]) -> list[str]:
-    """The arms whose fit has been helped by the text of the results."""
+    """Names the arms whose fit was selected on the text of the results."""
     fits = {arm.name: arm.config.fit for arm in arms if arm.fitted}
     names = [name for name, fit in fits.items() if fit.keep == "best" or (fit.patience and fit.eval_every)]
     if not names:
         return []
     return [
-        f"{', '.join(names)}: held-out losses choose the operator that a fit keeps, or when it ends (fit.keep, "
-        "fit.patience), on data.valid, the text that the results are from; tune_valid changes nothing in this. "
-        "Evaluations cost no FLOPs here, those that choose among them."
+        f"{', '.join(names)}: held-out losses on data.valid, the text of the results, select the fit's operator or "
+        "its end (fit.keep, fit.patience), whatever tune_valid is. Evaluations cost no FLOPs here."
     ]
 
 
 def _missing_runs_notes(name: str, missing: Iterable[dict], tries: dict[float, ArmRun]) -> list[str]:
     diverged = _describe_seeds(lost for lost in missing if lost["why"] == DIVERGED)
     absent = _describe_seeds(lost for lost in missing if lost["why"] == NO_RUN)
-    why = "not done, or what comes before it diverged or costs as much"
+    why = "not done, or its preparation diverged or costs as much"
     if tries and all(tried.loss is None for tried in tries.values()):
-        why = "every try for a rate diverged"
-    said = []
+        why = "every tuning run diverged"
+    lines = []
     if diverged:
-        said.append(f"{name}: diverged with {diverged} of scratch's FLOPs; its figures are of the runs that ended.")
+        lines.append(f"{name}: diverged with {diverged} of scratch's FLOPs; its figures cover the other runs.")
     if absent:
-        said.append(f"{name}: no run with {absent} of scratch's FLOPs ({why}).")
-    return said
+        lines.append(f"{name}: no run with {absent} of scratch's FLOPs ({why}).")
+    return lines
 
 
 def _describe_seeds(missing: Iterable[dict]) -> str:
-    """`seed 1 at 0.5 and seeds 2, 3 at 0.5, 1`; empty where there are none."""
+    """Formats missing runs as `seed 1 at 0.5 and seeds 2, 3 at 0.5, 1`; empty if there are none."""
     budgets: dict[int, list[str]] = {}
     for lost in missing:
         budgets.setdefault(lost["seed"], []).append(f"{lost['budget']:g}")

@@ -1,9 +1,9 @@
 """The folder of one run of a comparison.
 
-FOLDER/job.json      what is to be done
-FOLDER/run/          what a fit, a growth or a pretraining writes
-FOLDER/result.json   what came of it; written last
-FOLDER/log.txt       what it said
+FOLDER/job.json      the job: kind, config, operator
+FOLDER/run/          the output of the fit, growth or pretraining
+FOLDER/result.json   losses and cost; written last
+FOLDER/log.txt       stdout and stderr
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ FIT, GROW, PRETRAIN = "fit", "grow", "pretrain"
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Where a run that keeps its checkpoints has left the last one."""
-    found = [path for path in (folder / RUN / CHECKPOINTS).iterdir() if path.name.startswith("step_")]
-    return max(found, key=lambda path: int(path.name.removeprefix("step_")))
+    """Returns the last checkpoint of a run that keeps its checkpoints."""
+    checkpoints = [path for path in (folder / RUN / CHECKPOINTS).iterdir() if path.name.startswith("step_")]
+    return max(checkpoints, key=lambda path: int(path.name.removeprefix("step_")))

@@ -1,7 +1,7 @@
-"""The runs of a comparison, each in a folder of its own and done once: whoever comes later finds its result.
+"""Runs the jobs of a comparison, each once and in its own folder; later requests read its result.
 
-Several commands may work on one folder: a run that another is at is waited for. Killed and started again, a run goes
-on from its last checkpoint.
+Several commands may share one folder: a job that another command is running is waited for. A killed job resumes from
+its last checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODULE = "megatron_ligo.experiments.compare.single_run"
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """kind: "fit", "grow" or "pretrain"; operator: what `grow` applies; keep: its checkpoints are a start."""
+    """kind: "fit", "grow" or "pretrain"; operator: applied by "grow"; keep: its checkpoints start other jobs."""
 
     name: str
     kind: str
@@ -45,49 +45,49 @@ class ComparisonJob:
 
 
 class JobQueue:
-    """Runs jobs under a folder, one after the other. launcher: see [compare]; tell: one line for each job."""
+    """Runs jobs under a folder, one at a time. launcher: see [compare]; log_line: receives one line per job."""
 
-    def __init__(self, folder: Path, launcher: str, tell: Callable[[str], None]):
+    def __init__(self, folder: Path, launcher: str, log_line: Callable[[str], None]):
         self.folder = folder
         self.launcher = shlex.split(launcher)
-        self.tell = tell
+        self.log_line = log_line
         self.forks = multiprocessing.get_context("forkserver")
-        # Everything that takes long to import is imported once.
+        # The slow imports happen once.
         self.forks.set_forkserver_preload([MODULE])
 
-    def place(self, job: ComparisonJob) -> Path:
+    def folder_of(self, job: ComparisonJob) -> Path:
         return self.folder / job.name
 
     def result(self, job: ComparisonJob) -> dict | None:
-        """What the job has left; None while it is not done. ConfigError if another job is there."""
-        folder = self.place(job)
+        """Returns the job's result; None while it is unfinished. Raises ConfigError if the folder holds another job."""
+        folder = self.folder_of(job)
         if not (folder / JOB).is_file():
             return None
         then = json.loads((folder / JOB).read_text(encoding="utf-8"))
-        # A setting that came after the run was at its default.
+        # A setting newer than the run had its default value.
         then["config"] = RunConfig.from_dict(then["config"], f"{folder / JOB}").to_dict()
         if then != job.to_dict():
-            hint = "Compare with the same, or choose another --output."
-            raise ConfigError(Problem(f"{folder}", "a run with these settings", f"others in {JOB}", hint))
+            hint = "Use the same settings, or choose another --output."
+            raise ConfigError(Problem(f"{folder}", "a run with these settings", f"other settings in {JOB}", hint))
         return json.loads((folder / RESULT).read_text(encoding="utf-8")) if (folder / RESULT).is_file() else None
 
     def run(self, job: ComparisonJob) -> dict:
-        """The job's result, after it has been done if need be. LigoError if it fails; its log is named."""
-        folder = self.place(job)
+        """Returns the job's result, running it first if necessary. Raises LigoError naming the log if it fails."""
+        folder = self.folder_of(job)
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / LOCK, wait=True):
-            found = self.result(job)
-            if found:
-                return found
-            self.tell(job.name)
+            result = self.result(job)
+            if result:
+                return result
+            self.log_line(job.name)
             write_json(folder / JOB, job.to_dict())
             # Growth needs no ranks.
             code = self._launch(folder) if self.launcher and job.kind != GROW else self._fork(folder)
-            found = self.result(job)
-            if code or found is None:
-                hint = f"Its last words: {_last_log_line(folder / LOG)}"
-                raise LigoError(Problem(f"{folder / LOG}", "a run that ends well", f"exit code {code}", hint))
-            return found
+            result = self.result(job)
+            if code or result is None:
+                hint = f"Its last line: {_last_log_line(folder / LOG)}"
+                raise LigoError(Problem(f"{folder / LOG}", "a run that succeeds", f"exit code {code}", hint))
+            return result
 
     def _fork(self, folder: Path) -> int | None:
         process = self.forks.Process(target=_run_in_child, args=(folder,))
@@ -96,7 +96,7 @@ class JobQueue:
             process.join()
         finally:
             if process.is_alive():
-                # It saves, and ends.
+                # SIGTERM lets the run save.
                 process.terminate()
                 process.join()
         return process.exitcode
@@ -113,7 +113,7 @@ class JobQueue:
 
 
 def _run_in_child(folder: Path) -> None:
-    """In a process of its own: what the run says goes to its log."""
+    """Runs a job in a child process whose output goes to the job's log."""
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

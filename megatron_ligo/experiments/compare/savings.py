@@ -1,4 +1,4 @@
-"""What the losses of a comparison say: FLOPs to a loss, what is saved, and where two arms tie. Pure functions."""
+"""Statistics of a comparison: FLOPs to a loss, savings, and paired differences. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
 
-# Student's t for 95%, two-sided, by degrees of freedom; beyond them the last one stays: never too narrow.
+# Student's t, two-sided 95%, by degrees of freedom. The last value serves for more: intervals are never too narrow.
 T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
@@ -21,16 +21,16 @@ LOWER, HIGHER, TIE, UNKNOWN = "lower", "higher", "tie", "one seed: no verdict"
 
 @dataclass(frozen=True)
 class Crossing:
-    """kind REACHED: flops is interpolated; BELOW: an upper bound, the smallest budget run; NEVER: None."""
+    """flops: interpolated if REACHED; the smallest budget, an upper bound, if BELOW; None if NEVER."""
 
     kind: str
     flops: float | None
 
 
 def crossing(points: Sequence[tuple[float, float]], target: float) -> Crossing:
-    """FLOPs at which (FLOPs, loss) points, each the end of a run of its own, come down to a loss.
+    """Finds the FLOPs at which (FLOPs, loss) points, each the end of a separate run, reach a target loss.
 
-    Between two runs the loss is taken for linear in log FLOPs; beyond them nothing is claimed.
+    Interpolates linearly in log FLOPs between two runs; never extrapolates.
     """
     points = sorted(points)
     if not points:
@@ -46,13 +46,13 @@ def crossing(points: Sequence[tuple[float, float]], target: float) -> Crossing:
 
 @dataclass(frozen=True)
 class Saving:
-    """1 - FLOPs / scratch's FLOPs to scratch's own final loss. `kinds` says for each seed what its figure is."""
+    """1 - FLOPs / scratch's FLOPs, at scratch's final loss. kinds: the kind of crossing on each seed."""
 
     kinds: tuple[str, ...]
-    shares: tuple[float, ...]  # of the seeds that got there
-    seeds: int  # that there should be
-    partial: int  # of those in `kinds`: some budget's run has no loss
-    reach: float  # part of scratch's FLOPs that every seed went to which did not get there
+    shares: tuple[float, ...]  # of the seeds that reached the loss
+    seeds: int  # expected
+    partial: int  # seeds with a missing run
+    reach: float  # share of scratch's FLOPs covered by every seed that never reached the loss
 
     @property
     def summary(self) -> str:
@@ -76,17 +76,20 @@ def saving(
     seeds: int = 0,
     budgets: int = 0,
 ) -> Saving:
-    """arm: points by seed; scratch: (FLOPs, loss) at its full budget by seed; source: FLOPs that come on top; seeds,
-    budgets: how many of each there should be."""
+    """Computes an arm's saving over scratch.
+
+    arm: points by seed; scratch: (FLOPs, loss) at full budget by seed; source: FLOPs added to the arm's; seeds,
+    budgets: the expected numbers of each.
+    """
     kinds, shares, ends, partial = [], [], [], 0
     for seed, (whole, target) in scratch.items():
         if seed not in arm:
             continue
-        found = crossing(arm[seed], target)
-        kinds.append(found.kind)
+        reached = crossing(arm[seed], target)
+        kinds.append(reached.kind)
         partial += len(arm[seed]) < budgets
-        if found.flops is not None:
-            shares.append(1 - (found.flops + source) / whole)
+        if reached.flops is not None:
+            shares.append(1 - (reached.flops + source) / whole)
         else:
             ends.append((max(flops for flops, _ in arm[seed]) + source) / whole)
     return Saving(tuple(kinds), tuple(shares), seeds, partial, min(ends, default=0.0))
@@ -94,7 +97,7 @@ def saving(
 
 @dataclass(frozen=True)
 class Difference:
-    """A loss minus another of the same seed and budget. low, high: 95% of where its mean lies (None with one seed)."""
+    """Mean paired difference of losses. low, high: its 95% interval (None with one seed)."""
 
     seeds: int
     mean: float
@@ -104,7 +107,7 @@ class Difference:
 
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Paired by seed, since a seed's data come in one order; None where no seed has both."""
+    """Pairs two arms' losses by seed, which fixes the data order. Returns None if they share no seed."""
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not pairs:
         return None

@@ -1,6 +1,6 @@
-"""One run of a comparison, from its folder: FOLDER/job.json says what, FOLDER/result.json what came of it.
+"""Runs one job of a comparison: reads FOLDER/job.json, writes FOLDER/result.json.
 
-Started by itself on one process, or on many:
+Runs as one process, or on many ranks:
 
     deepspeed --num_gpus 4 --module megatron_ligo.experiments.compare.single_run FOLDER
 """
@@ -27,7 +27,7 @@ from megatron_ligo.training.pretrain import Pretrain
 
 
 def run_job(folder: Path) -> None:
-    """Does the job, or goes on with it; writes its result on rank 0."""
+    """Runs or resumes the job; rank 0 writes its result."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     config, run = RunConfig.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
     if job["kind"] == GROW:
@@ -44,24 +44,24 @@ def run_job(folder: Path) -> None:
 
 
 def _finish(folder: Path, run: Path, losses: dict, keep: bool) -> None:
-    """losses: {} for a run that has diverged, or that has none."""
+    """Writes the result. losses: {} for a run that diverged or has none."""
     if os.environ.get("RANK", "0") != "0":
         return
     rows = read_metrics(run / FILE) if (run / FILE).is_file() else []
-    spent = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
-    write_json(folder / RESULT, {"losses": losses, **spent})
+    totals = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
+    write_json(folder / RESULT, {"losses": losses, **totals})
     if not keep:
         shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
 
 
 def main(folder: Path) -> int:
-    """Exit code: 0, or as the commands have it."""
+    """Returns the exit code, as the commands do."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("megatron_ligo").setLevel(logging.INFO)
     try:
         run_job(folder)
     except NumbersError as error:
-        # A rate that is too high is an answer, too.
+        # Divergence at a high learning rate is a result, not a failure.
         print(error, file=sys.stderr, flush=True)
         _finish(folder, folder / RUN, {}, keep=False)
     except LigoError as error:

@@ -1,4 +1,4 @@
-"""A comparison whose runs are made up: what each would have left is said beforehand, and nothing is trained."""
+"""A comparison with made-up results: each job returns a prescribed result and nothing is trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ fit = {{lr = 1e-3}}
 """
 
 
-def made_spec(folder: Path, *sets: str) -> comparison_config.ComparisonConfig:
+def write_comparison(folder: Path, *sets: str) -> comparison_config.ComparisonConfig:
     sizes = {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2, "vocab_size": 37}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     config = LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"])
@@ -33,17 +33,20 @@ def made_spec(folder: Path, *sets: str) -> comparison_config.ComparisonConfig:
     return comparison_config.load_comparison(folder / "compare.toml", sets)
 
 
-class MadeUp:
-    """Gives each job a result: `end` says a pretraining's last loss by the job's name, None where it diverged, and
-    leaves a job undone by KeyError. fits: what a fit has left, by its job's name."""
+class MadeUpRuns:
+    """Gives each job a result.
+
+    end: a pretraining's last loss by job name; None if it diverged, KeyError if it is not done. fits: a fit's result by
+    job name.
+    """
 
     def __init__(self, folder: Path, end: Callable[[str], float | None], fits: Callable[[str], dict] | None = None):
         self.folder, self.end, self.fits, self.jobs = folder, end, fits, {}
 
     def plan(self, spec: comparison_config.ComparisonConfig) -> ComparisonPlan:
-        return ComparisonPlan(spec, JobQueue(self.folder, "", print), self.obtain)
+        return ComparisonPlan(spec, JobQueue(self.folder, "", print), self.get_result)
 
-    def obtain(self, job: ComparisonJob) -> dict | None:
+    def get_result(self, job: ComparisonJob) -> dict | None:
         self.jobs[job.name] = job
         if job.kind == "grow":
             return {"losses": {}, "step": 0, "flops": 0}

@@ -1,25 +1,25 @@
-"""What each arm's runs are given, by jobs that are made up: the steps of a control, and what a budget pays for."""
+"""The jobs of each arm, with made-up results: the steps of a control, and what a budget pays for."""
 
 from megatron_ligo.experiments.compare.arm_plan import run_arm
-from tests.experiments.compare.made_up_runs import MadeUp, made_spec
+from tests.experiments.compare.made_up_runs import MadeUpRuns, write_comparison
 
 EARLY = {"losses": {"end": 3.0}, "step": 1, "flops": 1.0}
 
 
 def full_control(tmp_path, *sets: str, fit: dict | None = EARLY) -> tuple[dict, dict]:
     """The control's runs, and its jobs by their name."""
-    spec = made_spec(tmp_path, *sets)
-    made = MadeUp(tmp_path, lambda name: 2.0, lambda name: fit)
+    spec = write_comparison(tmp_path, *sets)
+    made_up = MadeUpRuns(tmp_path, lambda name: 2.0, lambda name: fit)
     arm = next(arm for arm in spec.arms if arm.full)
-    return run_arm(made.plan(spec), arm), made.jobs
+    return run_arm(made_up.plan(spec), arm), made_up.jobs
 
 
 def test_a_control_trains_on_what_a_fit_that_ended_early_has_read(tmp_path):
     for early in ("arms.learned.fit.max_flops=1e6", "arms.learned.fit.patience=1"):
-        found, jobs = full_control(tmp_path, early)
+        outcome, jobs = full_control(tmp_path, early)
         assert jobs["learned.full/seed_1/full_0.001"].config.pretrain.steps == 1
         assert jobs["learned.full/seed_1/run_1_0.001"].config.pretrain.first_sample == 4
-        assert len(found["runs"]) == 9
+        assert len(outcome["runs"]) == 9
 
 
 def test_a_control_beside_a_fit_with_a_lag_has_the_fit_of_its_own_rate(tmp_path):
@@ -27,14 +27,14 @@ def test_a_control_beside_a_fit_with_a_lag_has_the_fit_of_its_own_rate(tmp_path)
     assert jobs["learned.full/seed_2/full_0.001"].config.pretrain.steps == 1 and "learned/seed_2/fit_0.001" in jobs
 
 
-def test_runs_after_a_lag_read_what_neither_it_nor_the_fit_could(tmp_path):
+def test_made_upafter_a_lag_read_what_neither_it_nor_the_fit_could(tmp_path):
     """The lag is trained before the fit is, and cannot know how soon that ends."""
-    spec = made_spec(tmp_path, "arms.learned.fit.patience=1", "arms.learned.fit.steps=4", "arms.learned.lag=3")
-    made = MadeUp(tmp_path, lambda name: 2.0, lambda name: EARLY)
-    run_arm(made.plan(spec), next(arm for arm in spec.arms if arm.fitted))
-    lag, run = (made.jobs[f"learned/seed_1/{name}_0.001"].config.pretrain for name in ("lag", "run_1"))
+    spec = write_comparison(tmp_path, "arms.learned.fit.patience=1", "arms.learned.fit.steps=4", "arms.learned.lag=3")
+    made_up = MadeUpRuns(tmp_path, lambda name: 2.0, lambda name: EARLY)
+    run_arm(made_up.plan(spec), next(arm for arm in spec.arms if arm.fitted))
+    lag, run = (made_up.jobs[f"learned/seed_1/{name}_0.001"].config.pretrain for name in ("lag", "run_1"))
     assert (lag.first_sample, lag.steps, run.first_sample) == (16, 3, 28)
-    assert made.jobs["learned/seed_1/fit_0.001"].config.fit.lag.endswith("lag_0.001/run/checkpoints/step_1")
+    assert made_up.jobs["learned/seed_1/fit_0.001"].config.fit.lag.endswith("lag_0.001/run/checkpoints/step_1")
 
 
 def test_a_control_of_a_fit_that_cannot_end_early_asks_for_none(tmp_path):
@@ -46,5 +46,5 @@ def test_a_control_of_a_fit_that_cannot_end_early_asks_for_none(tmp_path):
 
 def test_a_control_waits_for_a_fit_that_may_end_early(tmp_path):
     for left in (None, {**EARLY, "losses": {}}):
-        found, jobs = full_control(tmp_path, "arms.learned.fit.patience=1", fit=left)
-        assert not found["runs"] and not any("full_" in name for name in jobs)
+        outcome, jobs = full_control(tmp_path, "arms.learned.fit.patience=1", fit=left)
+        assert not outcome["runs"] and not any("full_" in name for name in jobs)

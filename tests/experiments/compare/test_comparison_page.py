@@ -1,12 +1,12 @@
-"""What a comparison tells of runs that are missing: which, how many, and why; with results that are made up."""
+"""How a comparison reports missing runs: which, how many and why. The results are made up."""
 
 from megatron_ligo.experiments.compare import comparison_page
 from megatron_ligo.experiments.compare.results import collect_results
-from tests.experiments.compare.made_up_runs import MadeUp, made_spec
+from tests.experiments.compare.made_up_runs import MadeUpRuns, write_comparison
 
 
-def told(tmp_path, lost: dict[str, float | None], *sets: str) -> dict:
-    """lost: runs by a part of their name, None for one that diverged, KeyError for one that is not done."""
+def collect(tmp_path, lost: dict[str, float | None], *sets: str) -> dict:
+    """lost: by part of a run's name, None if it diverged, KeyError if it is not done."""
 
     def end(name: str) -> float | None:
         for part, loss in lost.items():
@@ -16,8 +16,8 @@ def told(tmp_path, lost: dict[str, float | None], *sets: str) -> dict:
                 return loss
         return 3.0 if name.startswith("scratch") else 2.5
 
-    spec = made_spec(tmp_path, *sets)
-    return collect_results(MadeUp(tmp_path, end).plan(spec), spec.arms)
+    spec = write_comparison(tmp_path, *sets)
+    return collect_results(MadeUpRuns(tmp_path, end).plan(spec), spec.arms)
 
 
 def rows(results: dict) -> dict[str, list[str]]:
@@ -30,7 +30,7 @@ def cautions(results: dict, name: str) -> list[str]:
 
 def test_a_run_that_diverged_is_counted_and_named(tmp_path):
     lost = {"learned/seed_3/run_0.25": None, "learned/seed_3/run_0.5": None}
-    results = told(tmp_path, lost)
+    results = collect(tmp_path, lost)
     row = rows(results)["learned"]
     assert [cell.endswith(", 2 of 3 seeds") for cell in row[2:5]] == [True, True, False]
     assert row[5].endswith("runs missing on 1")
@@ -43,55 +43,57 @@ def test_a_run_that_diverged_is_counted_and_named(tmp_path):
     assert counts == {"0.25": "2 of 3", "0.5": "2 of 3", "1": "3"}
 
 
-def test_a_run_that_is_not_done_has_not_diverged(tmp_path):
-    results = told(tmp_path, {"learned/seed_2": KeyError, "learned/seed_3/run_1_": KeyError})
+def test_an_unfinished_run_is_not_reported_as_diverged(tmp_path):
+    results = collect(tmp_path, {"learned/seed_2": KeyError, "learned/seed_3/run_1_": KeyError})
     (line,) = cautions(results, "learned")
     assert "no run with seed 2 at 0.25, 0.5, 1 and seed 3 at 1 of scratch's FLOPs (not done" in line
 
 
-def test_an_arm_that_diverged_on_all_seeds_is_no_dash(tmp_path):
-    row = rows(told(tmp_path, {"learned/": None}))["learned"]
+def test_an_arm_that_diverged_on_all_seeds_says_so(tmp_path):
+    row = rows(collect(tmp_path, {"learned/": None}))["learned"]
     assert row[2:5] == ["diverged"] * 3
 
 
-def test_scratch_that_diverged_leaves_fewer_seeds_to_save_on(tmp_path):
-    results = told(tmp_path, {"scratch/seed_2/run_1_": None, "scratch/seed_3/run_1_": None}, "compare.budgets=[0.25]")
+def test_diverged_scratch_leaves_fewer_seeds_to_compare(tmp_path):
+    results = collect(
+        tmp_path, {"scratch/seed_2/run_1_": None, "scratch/seed_3/run_1_": None}, "compare.budgets=[0.25]"
+    )
     row = rows(results)
     assert row["learned"][4] == "at least 75%, 1 of 3 seeds compared" and row["scratch"][3] == "3.0000, 1 of 3 seeds"
     assert "diverged with seeds 2, 3 at 1 of" in cautions(results, "scratch")[0]
-    assert any("seeds only on which scratch ended" in line for line in results["cautions"])
+    assert any("only for the seeds on which scratch" in line for line in results["cautions"])
 
 
-def test_tries_that_all_diverged_are_the_reason_of_no_run(tmp_path):
-    results = told(tmp_path, {"learned/seed_0/try": None}, "compare.lrs=[1e-3, 2e-3]")
+def test_diverged_tuning_is_the_reason_for_missing_runs(tmp_path):
+    results = collect(tmp_path, {"learned/seed_0/try": None}, "compare.lrs=[1e-3, 2e-3]")
     (line,) = cautions(results, "learned")
-    assert "seeds 1, 2, 3 at 0.25, 0.5, 1" in line and "every try for a rate diverged" in line
+    assert "seeds 1, 2, 3 at 0.25, 0.5, 1" in line and "every tuning run diverged" in line
 
 
 def test_an_arm_that_lost_seeds_is_not_the_lowest(tmp_path):
     lost = {"stack/seed_1": None, "stack/seed_2": None, "stack/seed_3": 2.0}
-    results = told(tmp_path, lost, 'arms.stack.operator.method="stack"', 'arms.other.operator.method="lossless"')
+    results = collect(tmp_path, lost, 'arms.stack.operator.method="stack"', 'arms.other.operator.method="lossless"')
     against = {each["against"] for each in results["differences"] if each["arm"] == "other"}
     assert against == {"scratch", "learned.start"}
 
 
-def test_nothing_is_said_of_runs_that_are_all_there(tmp_path):
-    results = told(tmp_path, {})
+def test_complete_runs_need_no_caution(tmp_path):
+    results = collect(tmp_path, {})
     assert not cautions(results, "learned") and not any("seeds" in cell for cell in rows(results)["learned"])
 
 
-def test_what_a_fit_has_of_the_results_text_is_said(tmp_path):
+def test_a_fit_selected_on_the_results_text_is_reported(tmp_path):
     def helped(*sets: str) -> list[str]:
-        return [line for line in told(tmp_path, {}, *sets)["cautions"] if "Evaluations cost no FLOPs" in line]
+        return [line for line in collect(tmp_path, {}, *sets)["cautions"] if "Evaluations cost no FLOPs" in line]
 
     (line,) = helped('arms.learned.fit.keep="best"', 'compare.tune_valid=["other"]')
-    assert line.startswith("learned: ") and "data.valid" in line and "tune_valid changes nothing" in line
+    assert line.startswith("learned: ") and "data.valid" in line and "tune_valid" in line
     assert helped("arms.learned.fit.patience=2", "arms.learned.fit.eval_every=1") and not helped()
     # Without evaluations between, patience ends nothing.
     assert not helped("arms.learned.fit.patience=2")
 
 
-def test_the_held_out_tokens_are_told(tmp_path):
-    assert "Losses are of 5 held-out samples, 60 tokens." in comparison_page.describe_comparison(
-        told(tmp_path, {}, "pretrain.eval_samples=5")
+def test_the_page_states_the_held_out_tokens(tmp_path):
+    assert "5 held-out samples (60 tokens)" in comparison_page.describe_comparison(
+        collect(tmp_path, {}, "pretrain.eval_samples=5")
     )
