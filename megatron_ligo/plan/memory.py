@@ -133,7 +133,7 @@ def _teacher(job: PlannedJob) -> float:
 def _applies_factors(job: PlannedJob, spec: ParamSpec) -> bool:
     """Tells whether a rank applies a linear's map and weight one after the other, as the factored linears decide."""
     operator, tp = job.operator, job.parallel.tp
-    inner = 0 if spec.is_sharded == 0 else 1
+    inner = 0 if spec.tp_dim == 0 else 1
     lift = operator.frame.lift(spec.axes[inner])
     width_map = operator.maps[lift.map]
     shape = (width_map.large // tp, width_map.small)
@@ -148,7 +148,7 @@ def _layer_matrices(job: PlannedJob) -> list[ParamSpec]:
 
 def _product_elements(job: PlannedJob, spec: ParamSpec) -> int:
     """Counts the elements of a weight grown along its inner axis only: (large / tp, small)."""
-    inner = spec.is_sharded
+    inner = spec.tp_dim
     return spec.shape(job.large)[inner] // job.parallel.tp * spec.shape(job.operator.small)[1 - inner]
 
 

@@ -21,7 +21,7 @@ def count_model(model_config: ModelConfig) -> int:
 def count_layer(model_config: ModelConfig, tp: int) -> int:
     """Counts the parameters of one layer on a tensor-parallel rank."""
     specs = architectures.get(model_config.arch).layer_params(model_config)
-    return sum(prod(spec.shape(model_config)) // (1 if spec.is_sharded is None else tp) for spec in specs)
+    return sum(prod(spec.shape(model_config)) // (1 if spec.tp_dim is None else tp) for spec in specs)
 
 
 def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
@@ -31,8 +31,8 @@ def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: 
         if spec.in_layer or not spec.exists(model_config) or not spec.reaches_loss:
             continue
         shape = list(spec.shape(model_config))
-        if spec.is_sharded is not None:
-            shape[spec.is_sharded] = padded_vocab(shape[spec.is_sharded], tp) // tp
+        if spec.tp_dim is not None:
+            shape[spec.tp_dim] = padded_vocab(shape[spec.tp_dim], tp) // tp
         is_tied = bool(spec.tied_to) and model_config.tied
         is_held = first if spec.stage is Stage.FIRST else last
         # A tied head shares the embedding's tensor; the last stage of a pipeline holds a copy of its own.
