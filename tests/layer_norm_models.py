@@ -123,7 +123,7 @@ def memory_of(made: torch.nn.Module, model_config: ModelConfig) -> Memory:
     found = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
     return Memory(
         model_config,
-        {key: item.part(found[name], key, model_config).clone() for name, item in items for key in item.keys},
+        {key: item.extract(found[name], key, model_config).clone() for name, item in items for key in item.keys},
     )
 
 
@@ -152,7 +152,7 @@ def state_of(
 ) -> dict[str, torch.Tensor]:
     """Canonical tensors under Hugging Face's names, each tied one under both; they may be differentiated."""
     items = stored_tensors(arch, model_config, "hf")
-    state = {name: item.whole([tensors[key] for key in item.keys], model_config) for name, item in items.items()}
+    state = {name: item.assemble([tensors[key] for key in item.keys], model_config) for name, item in items.items()}
     for param in arch.params:
         if param.exists(model_config) and param.tied_to and model_config.tied:
             state[param.locations["hf"].name] = tensors[param.tied_to]

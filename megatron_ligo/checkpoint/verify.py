@@ -163,4 +163,4 @@ def compute_logits(reader: Reader, inputs: Tensor) -> Tensor:
 
 def _hf_state_dict(reader: Reader) -> Iterator[tuple[str, Tensor]]:
     for name, item in stored_tensors(reader.arch, reader.model_config, "hf").items():
-        yield name, item.whole([reader.read(key).float() for key in item.keys], reader.model_config)
+        yield name, item.assemble([reader.read(key).float() for key in item.keys], reader.model_config)

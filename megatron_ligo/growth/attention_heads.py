@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.rope import SIZE_INDEPENDENT_KINDS, scaling_kind
 from megatron_ligo.common.errors import ErrorCollector
-
-# Scalings of the rotary positions that depend on a pair's own frequency only.
-KEPT_SCALINGS = ("default", "linear", "llama3")
 
 
 def rope_base(small: ModelConfig, head_dim: int) -> float | None:
@@ -104,26 +102,13 @@ def check_room(groups: Tensor, small: ModelConfig, large: ModelConfig, errors: E
         errors.add("large.num_heads / large.num_kv_heads", expected, found, hint)
 
 
-def angles_are_fixed(small: ModelConfig) -> bool:
-    """Whether rotary angles stay as they are where the number of positions changes."""
-    scaling = dict(small.rope_scaling or {})
-    # Left out, the others take the two from the number of positions; `dynamic` always looks at it.
-    said = {"factor", "original_max_position_embeddings"} <= scaling.keys()
-    return _scaling_kind(small) in ("default", "linear") or (_scaling_kind(small) != "dynamic" and said)
-
-
-def _scaling_kind(model_config: ModelConfig) -> str:
-    scaling = dict(model_config.rope_scaling or {})
-    return scaling.get("rope_type", scaling.get("type", "default"))
-
-
 def check_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault where rotary angles cannot be kept at another head size."""
     if large.head_dim != small.head_dim and small.rotary_fraction != 1:
         hint = "Which of the new features turn would not be the same part of them: keep head_dim."
         expected = f"{small.head_dim} with rotary_fraction = {small.rotary_fraction}"
         errors.add("large.head_dim", expected, large.head_dim, hint)
-    kind = _scaling_kind(small)
-    if large.head_dim != small.head_dim and kind not in KEPT_SCALINGS:
+    kind = scaling_kind(small.rope_scaling)
+    if large.head_dim != small.head_dim and kind not in SIZE_INDEPENDENT_KINDS:
         hint = "Its angles depend on the head size: keep head_dim."
         errors.add("large.head_dim", f"{small.head_dim} with rope_scaling {kind!r}", large.head_dim, hint)

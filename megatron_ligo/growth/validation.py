@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig, tokens_of_image
+from megatron_ligo.arch.rope import angles_depend_on_length
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers
@@ -81,7 +82,7 @@ def _check_context(small: ModelConfig, large: ModelConfig, errors: ErrorCollecto
     if architectures.get(small.arch).has_learned_positions:
         if after < before:
             errors.add("large.max_positions", f"at least the small model's {before}", after, "Growth never shrinks.")
-    elif after != before and not attention_heads.angles_are_fixed(small):
+    elif after != before and angles_depend_on_length(small):
         hint = "Its angles depend on the number of positions: leave max_positions out."
         scaling = dict(small.rope_scaling)
         errors.add("large.max_positions", f"{before} with rope_scaling {scaling}", after, hint)

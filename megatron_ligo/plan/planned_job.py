@@ -10,7 +10,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import ParallelSection, TrainingSection
 from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.sharding.tensor_parallel import stage_bounds
+from megatron_ligo.sharding.pipeline_layers import stage_bounds
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 

@@ -1,6 +1,8 @@
-"""Which tensors a format stores, which rows each of them holds, and the way from one to the other.
+"""Fused tensors: which tensors a format stores, which parameters each of them holds, and how they are packed.
 
-The stored tensors of a format follow from the rows' slots: rows whose slots bear one name share a tensor.
+Parameters whose locations in a format have the same name share one stored tensor.
+
+Legend: G groups of KV heads, r query heads a group, d head size, n in features.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_ligo.arch.architecture import Architecture
@@ -17,9 +20,57 @@ from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.sharding import tensor_parallel
 
 
+def pack(parts: Sequence[Tensor], how: Pack, groups: int) -> Tensor:
+    """Packs whole tensors, or the shards of one rank, into a fused tensor. groups: KV groups in the parts.
+
+    GROUPED: (G r d, n), (G d, n), (G d, n) -> (G (r + 2) d, n), group by group. STACKED: along dim 0.
+    """
+    if how is Pack.NONE:
+        (only,) = parts
+        return only
+    if how is Pack.STACKED:
+        return torch.cat(list(parts), dim=0)
+    rest = parts[0].shape[1:]
+    grouped = [part.reshape(groups, part.shape[0] // groups, *rest) for part in parts]
+    return torch.cat(grouped, dim=1).reshape(-1, *rest)
+
+
+def unpack(fused: Tensor, index: int, how: Pack, sizes: Sequence[int], groups: int) -> Tensor:
+    """Returns one part of a fused tensor, a view if possible. Inverse of `pack`. sizes: all parts' sizes along dim 0.
+
+    GROUPED: (G (r + 2) d, n) -> (G r d, n) or (G d, n). STACKED: (sum of sizes, n) -> (sizes[index], n).
+    """
+    if how is Pack.NONE:
+        return fused
+    start = sum(sizes[:index])
+    if how is Pack.STACKED:
+        return fused.narrow(0, start, sizes[index])
+    rest = fused.shape[1:]
+    grouped = fused.reshape(groups, fused.shape[0] // groups, *rest)
+    return grouped.narrow(1, start // groups, sizes[index] // groups).reshape(-1, *rest)
+
+
+def interleave(tensor: Tensor, head_dim: int) -> Tensor:
+    """Reorders rotary pairs from half-split (i, i + d / 2) to neighbours (2i, 2i + 1), as in GGUF and Meta's files.
+
+    (heads d, ...) -> (heads d, ...).
+    """
+    rest = tensor.shape[1:]
+    return tensor.reshape(-1, 2, head_dim // 2, *rest).transpose(1, 2).reshape(-1, *rest)
+
+
+def deinterleave(tensor: Tensor, head_dim: int) -> Tensor:
+    """Reorders rotary pairs from neighbours to half-split: (heads d, ...) -> (heads d, ...). Inverts `interleave`."""
+    rest = tensor.shape[1:]
+    return tensor.reshape(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(-1, *rest)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a format: its name and the rows in it, in order (`rows[i]` and `slots[i]` belong to `keys[i]`)."""
+    """One tensor of a format. Its parts, in order, are `keys[i]`, described by `params[i]` and `locations[i]`.
+
+    Shapes are the canonical ones of the parts on one side; on the other the stored shape, which `shape` gives.
+    """
 
     name: str
     keys: tuple[str, ...]
@@ -36,88 +87,72 @@ class StoredTensor:
 
     @property
     def tp_dim(self) -> int | None:
-        """The canonical dim that tensor parallelism cuts, part by part; None where every rank holds it all."""
+        """The canonical dim that tensor parallelism shards, part by part; None = every rank holds the whole tensor."""
         return self.params[0].tp_dim
 
     @property
     def is_vocab_parallel(self) -> bool:
-        """True where the dim that is cut is the vocabulary."""
+        """True if the sharded dim is the vocabulary."""
         return self.tp_dim is not None and self.params[0].axes[self.tp_dim].space == "vocab"
 
     def shape(self, model_config: ModelConfig, tp: int = 1) -> tuple[int, ...]:
-        """Shape as the format stores it: whole (global, unpadded), or what each of tp ranks holds."""
-        shapes = [_shard_shape(param, model_config, tp) for param in self.params]
+        """Returns the stored shape: of the whole (unpadded) tensor, or of each rank's shard (padded)."""
+        shapes = [tensor_parallel.local_shape(param, model_config, tp) for param in self.params]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return (1,) * self.locations[0].unit_dims + (tuple(reversed(shape)) if self.transposed else shape)
 
-    def part(self, tensor: Tensor, key: str, model_config: ModelConfig) -> Tensor:
-        """The canonical tensor of one key out of the whole (global, unpadded) stored tensor; a view where it can be."""
-        return self.local_part(tensor, key, model_config, 1)
+    def extract(self, tensor: Tensor, key: str, model_config: ModelConfig) -> Tensor:
+        """Returns the canonical tensor of a key, (out, in), from the whole stored tensor; a view if possible."""
+        return self.extract_shard(tensor, key, model_config, 1)
 
-    def whole(self, parts: Sequence[Tensor], model_config: ModelConfig) -> Tensor:
-        """The stored tensor from the canonical tensors of `keys`, in order. The inverse of `part`."""
-        return self.shard(parts, model_config, 1, 0)
+    def assemble(self, parts: Sequence[Tensor], model_config: ModelConfig) -> Tensor:
+        """Returns the whole stored tensor from the canonical tensors of `keys`, (out, in) each. Inverts `extract`."""
+        return self.assemble_shard(parts, model_config, 1, 0)
 
-    def shard(self, parts: Sequence[Tensor], model_config: ModelConfig, tp: int, rank: int) -> Tensor:
-        """What a tensor-parallel rank stores, from the canonical (global) tensors of `keys`, in order."""
-        pieces = [tensor_parallel.shard(part, param, tp, rank) for part, param in zip(parts, self.params, strict=True)]
-        ordered = [
-            tensor_parallel.interleave(piece, model_config.head_dim) if slot.interleaved else piece
-            for piece, slot in zip(pieces, self.locations, strict=True)
-        ]
-        packed = tensor_parallel.pack(ordered, self.pack, model_config.num_kv_heads // tp)
-        return self._with_unit_dims(packed.T if self.transposed else packed)
+    def extract_shard(self, tensor: Tensor, key: str, model_config: ModelConfig, tp: int) -> Tensor:
+        """Returns a key's shard, (out / tp, in) or (out, in / tp), from the stored tensor of a rank.
 
-    def _with_unit_dims(self, tensor: Tensor) -> Tensor:
-        units = self.locations[0].unit_dims
-        return tensor.reshape(*(1,) * units, *tensor.shape) if units else tensor
-
-    def local_part(self, tensor: Tensor, key: str, model_config: ModelConfig, tp: int) -> Tensor:
-        """One key's shard out of what a rank stores; `layout.join` of all ranks' gives the canonical tensor."""
+        `tensor_parallel.unshard` of all ranks' shards is the canonical tensor.
+        """
         index = self.keys.index(key)
         tensor = tensor.reshape(tensor.shape[self.locations[0].unit_dims :])
         local = tensor.T if self.transposed else tensor
         sizes = [param.shape(model_config)[0] // (tp if param.tp_dim == 0 else 1) for param in self.params]
-        part = _cut_out(local, index, self.pack, sizes, model_config.num_kv_heads // tp)
-        return tensor_parallel.deinterleave(part, model_config.head_dim) if self.locations[index].interleaved else part
+        part = unpack(local, index, self.pack, sizes, model_config.num_kv_heads // tp)
+        return deinterleave(part, model_config.head_dim) if self.locations[index].interleaved else part
+
+    def assemble_shard(self, parts: Sequence[Tensor], model_config: ModelConfig, tp: int, rank: int) -> Tensor:
+        """Returns the stored tensor of a rank from the canonical (global) tensors of `keys`, (out, in) each."""
+        shards = [tensor_parallel.shard(part, param, tp, rank) for part, param in zip(parts, self.params, strict=True)]
+        ordered = [
+            interleave(shard, model_config.head_dim) if location.interleaved else shard
+            for shard, location in zip(shards, self.locations, strict=True)
+        ]
+        packed = pack(ordered, self.pack, model_config.num_kv_heads // tp)
+        stored = packed.T if self.transposed else packed
+        unit_dims = self.locations[0].unit_dims
+        return stored.reshape(*(1,) * unit_dims, *stored.shape) if unit_dims else stored
 
 
-def _shard_shape(param: ParamSpec, model_config: ModelConfig, tp: int) -> tuple[int, ...]:
-    shape = param.shape(model_config)
-    if param.tp_dim is None:
-        return shape
-    local = tensor_parallel.local_size(param.axes[param.tp_dim], model_config, tp)
-    return (*shape[: param.tp_dim], local, *shape[param.tp_dim + 1 :])
+def stored_tensors(arch: Architecture, model_config: ModelConfig, format_name: str) -> dict[str, StoredTensor]:
+    """Returns every tensor of a model in a format (a key of `ParamSpec.locations`), by name and in file order.
 
-
-def _cut_out(fused: Tensor, index: int, how: Pack, sizes: Sequence[int], groups: int) -> Tensor:
-    """One part of `layout.unpack` without making the others."""
-    if how is Pack.NONE:
-        return fused
-    start = sum(sizes[:index])
-    if how is Pack.STACKED:
-        return fused.narrow(0, start, sizes[index])
-    rest = fused.shape[1:]
-    grouped = fused.reshape(groups, fused.shape[0] // groups, *rest)
-    return grouped.narrow(1, start // groups, sizes[index] // groups).reshape(-1, *rest)
-
-
-def stored_tensors(arch: Architecture, model_config: ModelConfig, form: str) -> dict[str, StoredTensor]:
-    """Every tensor that a checkpoint of these dims has in a format (a key of the rows' `slots`), in file order.
-
-    ConfigError where the format has no place for this architecture.
+    ConfigError if the format has no names for this architecture.
     """
-    if any(form not in param.locations for param in arch.params if param.is_stored(model_config)):
-        raise ConfigError(Problem(form, "an architecture that it has names for", arch.name, "Choose another format."))
-    found: dict[str, list[tuple[int, str, ParamSpec, FormatLocation]]] = {}
+    if any(format_name not in param.locations for param in arch.params if param.is_stored(model_config)):
+        expected = "an architecture that it has names for"
+        raise ConfigError(Problem(format_name, expected, arch.name, "Choose another format."))
+    parts_by_name: dict[str, list[tuple[int, str, ParamSpec, FormatLocation]]] = {}
     for key in arch.keys(model_config):
         param = arch.param(key)
-        slot = param.locations[form]
-        found.setdefault(arch.stored_name(key, model_config, form), []).append((slot.part, key, param, slot))
+        location = param.locations[format_name]
+        name = arch.stored_name(key, model_config, format_name)
+        parts_by_name.setdefault(name, []).append((location.part, key, param, location))
     tensors = {}
-    for name, parts in found.items():
+    for name, parts in parts_by_name.items():
         parts.sort(key=lambda part: part[0])
-        _, keys, rows, slots = zip(*parts, strict=True)
-        assert len(parts) == slots[0].num_parts, f"{name}: the table names {len(parts)} of {slots[0].num_parts} parts"
-        tensors[name] = StoredTensor(name, keys, rows, slots)
+        _, keys, params, locations = zip(*parts, strict=True)
+        expected_parts = locations[0].num_parts
+        assert len(parts) == expected_parts, f"{name}: the table names {len(parts)} of {expected_parts} parts"
+        tensors[name] = StoredTensor(name, keys, params, locations)
     return tensors

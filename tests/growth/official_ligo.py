@@ -140,7 +140,7 @@ def _canonical(state: dict[str, Tensor], model_config: ModelConfig) -> dict[str,
     items = stored_tensors(get("bert"), model_config, "hf")
     left = set(state) - set(items) - {"bert.embeddings.position_ids"}
     assert not left, f"the table has no place for {left}"
-    return {key: item.part(state[name], key, model_config) for name, item in items.items() for key in item.keys}
+    return {key: item.extract(state[name], key, model_config) for name, item in items.items() for key in item.keys}
 
 
 def _tensors(raw: dict[str, Tensor], small: ModelConfig, large: ModelConfig) -> dict[str, Tensor]:

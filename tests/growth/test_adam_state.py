@@ -140,7 +140,7 @@ def family_gradients(source):
     # A parameter that the loss does not meet has no gradient.
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in made.named_parameters()}
     items = stored_tensors(source.arch, source.model_config, "hf").items()
-    return {key: item.part(found[name], key, source.model_config) for name, item in items for key in item.keys}
+    return {key: item.extract(found[name], key, source.model_config) for name, item in items for key in item.keys}
 
 
 WIDER = {

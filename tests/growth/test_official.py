@@ -31,7 +31,8 @@ def state_of(reader) -> dict[str, torch.Tensor]:
     """Its tensors under Hugging Face's names."""
     items = stored_tensors(reader.arch, reader.model_config, "hf")
     return {
-        name: item.whole([reader.read(key) for key in item.keys], reader.model_config) for name, item in items.items()
+        name: item.assemble([reader.read(key) for key in item.keys], reader.model_config)
+        for name, item in items.items()
     }
 
 

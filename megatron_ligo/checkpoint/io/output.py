@@ -41,7 +41,7 @@ def lazy_tensor(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> LazyT
     return LazyTensor(
         item.shape(model_config),
         common_dtype(source, item, kind),
-        lambda: item.whole([source.read(key, kind) for key in item.keys], model_config),
+        lambda: item.assemble([source.read(key, kind) for key in item.keys], model_config),
     )
 
 

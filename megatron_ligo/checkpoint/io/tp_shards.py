@@ -40,7 +40,7 @@ class TpShards:
         return LazyTensor(
             item.shape(self._stored, self._tp),
             common_dtype(self._source, item, kind),
-            lambda: item.shard(self._parts(item, kind), self._stored, self._tp, rank),
+            lambda: item.assemble_shard(self._parts(item, kind), self._stored, self._tp, rank),
         )
 
     def _parts(self, item: StoredTensor, kind: str) -> list[Tensor]:
@@ -66,7 +66,7 @@ def join_shards(
     param = item.params[item.keys.index(key)]
     if item.tp_dim is None:
         pieces = [check_replicas(pieces, f"{key} ({item.name}, {where})")]
-    parts = [item.local_part(piece, key, stored, len(pieces)) for piece in pieces]
+    parts = [item.extract_shard(piece, key, stored, len(pieces)) for piece in pieces]
     whole = tensor_parallel.unshard(parts, param, stored)
     if param.axes[0].space == "vocab":
         whole = whole.narrow(0, 0, model_config.vocab_size)

@@ -30,7 +30,7 @@ from megatron_ligo.growth.width_maps import apply_map
 from megatron_ligo.models.factored.context import FactoredContext, add_lag
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.mcore.norm import normalise
-from megatron_ligo.sharding.tensor_parallel import pack
+from megatron_ligo.sharding.fused_tensors import pack
 
 Maps = dict[str, LinearMap]  # by side
 PointwiseFunction = Callable[[Tensor], Tensor]  # (s, b, any) -> (s, b, any), token by token

@@ -18,7 +18,7 @@ from megatron_ligo.models.factored.factored_layer import FactoredLayer, SharedMa
 from megatron_ligo.models.factored.map_parameters import MapParameters
 from megatron_ligo.models.factored.step_state import StepState
 from megatron_ligo.models.loss import language_model_loss
-from megatron_ligo.sharding.tensor_parallel import stage_bounds
+from megatron_ligo.sharding.pipeline_layers import stage_bounds
 
 TIED_MAPS = "maps"
 

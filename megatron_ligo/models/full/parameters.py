@@ -28,7 +28,7 @@ INIT_STD = 0.02
 
 def local_tensor(item: StoredTensor, read: TensorReader, model_config: ModelConfig, tp: int, rank: int) -> Tensor:
     """A tensor-parallel rank's part of a model's tensor. May be a view of what `read` gave."""
-    return item.shard([read(key) for key in item.keys], model_config, tp, rank)
+    return item.assemble_shard([read(key) for key in item.keys], model_config, tp, rank)
 
 
 def fill(model: nn.Module, model_config: ModelConfig, mesh: Mesh, read: TensorReader) -> None:

@@ -19,7 +19,6 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.checkpoint.formats.deepspeed.pipeline import layers_before, prefixes
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import EmbeddingSum, HeadTransform
 from megatron_ligo.models.full.image_classifier import ClassHead, ImageEmbedding
@@ -40,7 +39,7 @@ from megatron_ligo.models.mcore.layer_spec import (
     layer_spec,
     rotary_embedding,
 )
-from megatron_ligo.sharding import tensor_parallel
+from megatron_ligo.sharding import pipeline_layers, tensor_parallel
 
 TIED = "embedding"
 TIED_WEIGHT = "word_embeddings.weight"
@@ -149,8 +148,8 @@ class FullPipeline(LossMixin, PipelineModule):
         finish_model(self, model_config, mesh)
 
     def _partition_layers(self, method: str = "explicit") -> None:
-        cuts = tensor_parallel.stage_bounds(self.model_config.num_layers, self.mesh.pp)
-        before = layers_before(self.model_config)
+        cuts = pipeline_layers.stage_bounds(self.model_config.num_layers, self.mesh.pp)
+        before = pipeline_layers.num_layers_before(self.model_config)
         self.parts = [0, *(before + cut for cut in cuts[1:-1]), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
@@ -212,5 +211,9 @@ def _specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute
 
 def _prefixes(model_config: ModelConfig) -> dict[str, str]:
     """DeepSpeed's prefix of each layer's parameters, and the one module's."""
-    names = [(layer, own, whole) for layer, held in enumerate(prefixes(model_config)) for own, whole in held.items()]
+    names = [
+        (layer, own, whole)
+        for layer, held in enumerate(pipeline_layers.layer_prefixes(model_config))
+        for own, whole in held.items()
+    ]
     return {f"tied_modules.{TIED}.": "embedding."} | {f"{layer}.{own}": whole for layer, own, whole in names}

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.checkpoint.formats.megatron_lm.arguments import LLAMA3_SCALING
+from megatron_ligo.arch.rope import LLAMA3_SCALING, scaling_kind
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
 from megatron_ligo.models.mcore.attention import FusedAttention
@@ -181,9 +181,10 @@ def rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
     if architectures.get(model_config.arch).has_learned_positions:
         return None
     scaling = dict(model_config.rope_scaling or {})
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    factor = scaling.pop("factor", None)
-    known = (kind == "default" and not scaling) or (kind == "llama3" and scaling == LLAMA3_SCALING)
+    kind = scaling_kind(scaling)
+    factor = scaling.get("factor")
+    constants = {name: value for name, value in scaling.items() if name not in ("rope_type", "type", "factor")}
+    known = (kind == "default" and not constants) or (kind == "llama3" and constants == LLAMA3_SCALING)
     if not known:
         expected = f"none, or llama3 with {LLAMA3_SCALING}"
         raise ConfigError(

@@ -26,7 +26,7 @@ from megatron_ligo.data.tokenizer import load_tokenizer
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.operator import InitialOperator
 from megatron_ligo.models.full.universal_loading import check_files
-from megatron_ligo.sharding import fused_tensors, tensor_parallel
+from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.testing.fuzz import torch_dist_mutators
 from megatron_ligo.testing.fuzz.engine_samples import add_optimizer
 from megatron_ligo.training.checkpointing import run_checkpoints
@@ -148,7 +148,7 @@ def _gguf(folder: Path, seed: int) -> None:
     for name, item in fused_tensors.stored_tensors(source.arch, DIMS, "gguf").items():
         tensor = source.read(item.keys[0])
         if item.params[0].locations["gguf"].interleaved:
-            tensor = tensor_parallel.interleave(tensor, DIMS.head_dim)
+            tensor = fused_tensors.interleave(tensor, DIMS.head_dim)
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -19,7 +19,7 @@ from megatron_ligo.checkpoint.reader import WEIGHT
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.mcore.attention import FusedAttention
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, normalization, transformer_config
-from megatron_ligo.sharding import fused_tensors, tensor_parallel
+from megatron_ligo.sharding import fused_tensors, pipeline_layers, tensor_parallel
 from tests.checkpoint.hf_models import same_bits
 from tests.tiny_models import tokens
 
@@ -53,7 +53,7 @@ def gpt(model_config, mesh, dtype=torch.float32, padded=PADDED):
 def held(model, source, mesh, kind=WEIGHT):
     """Each parameter of this rank with what it, or Adam's tensor for it, must be: (name, parameter, expected)."""
     model_config = source.model_config
-    first = tensor_parallel.stage_bounds(model_config.num_layers, mesh.pp)[mesh.pp_rank]
+    first = pipeline_layers.stage_bounds(model_config.num_layers, mesh.pp)[mesh.pp_rank]
     stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
     for name, parameter in model.named_parameters():
         if "layers." in name:
@@ -66,7 +66,7 @@ def held(model, source, mesh, kind=WEIGHT):
         if item.is_vocab_parallel:
             rows = parameter.shape[0] * mesh.tp
             parts = [tensor_parallel.pad_vocab(part, rows) for part in parts]
-        yield name, parameter, item.shard(parts, model_config, mesh.tp, mesh.tp_rank)
+        yield name, parameter, item.assemble_shard(parts, model_config, mesh.tp, mesh.tp_rank)
 
 
 def fill(model, source, mesh):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.common.errors import CheckpointError, LigoError
-from megatron_ligo.sharding import tensor_parallel
+from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.checkpoint import hf_models
 
@@ -107,7 +107,7 @@ def write_gguf(path: Path, model, kind: Kind, family: str = "llama", factors=Non
     for hf, item in stored_tensors(source.arch, source.model_config, "hf").items():
         tensor, slot = state[hf], item.params[0].locations["gguf"]
         if slot.interleaved and family == "llama":
-            tensor = tensor_parallel.interleave(tensor, config.head_dim)
+            tensor = fused_tensors.interleave(tensor, config.head_dim)
         plain = Kind.F32 if tensor.dim() == 1 else kind
         writer.add_tensor(names[item.keys[0]], gguf.quantize(tensor.float().numpy(), plain), raw_dtype=plain)
     writer.write_header_to_file()

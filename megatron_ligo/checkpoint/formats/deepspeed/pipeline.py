@@ -20,7 +20,6 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch
-from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
@@ -46,42 +45,17 @@ from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector
 from megatron_ligo.sharding import fused_tensors
+from megatron_ligo.sharding.pipeline_layers import layer_prefixes
 from megatron_ligo.sharding.tensor_parallel import check_tp
 
 NAME = "pipeline"
-
-
-def layers_before(model_config: ModelConfig) -> int:
-    """How many layers of the pipeline come before the transformer's first one."""
-    return len(_before(model_config))
-
-
-def _before(model_config: ModelConfig) -> list[dict[str, str]]:
-    family = arch.get(model_config.arch)
-    if family.task is Task.LABEL:
-        return [{"": "embedding."}]
-    words, *more = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
-    before = [{words: f"embedding.{words}"}, {own: f"embedding.{own}" for own in more}]
-    return before if family.has_learned_positions else before[:1]
-
-
-def prefixes(model_config: ModelConfig) -> list[dict[str, str]]:
-    """By layer of the pipeline: what its parameters' names begin with in the layer, and in the whole model."""
-    family = arch.get(model_config.arch)
-    masked = family.task is Task.MASKED_TOKENS
-    stack = "encoder" if masked else "decoder"
-    layers = [{"": f"{stack}.layers.{layer}."} for layer in range(model_config.num_layers)]
-    ends = [{"norm.": "decoder.final_layernorm."}, {"linear.": "output_layer."}]
-    if masked:
-        ends = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}, {"bias": "output_layer.bias"}]
-    return [*_before(model_config), *layers, *ends]
 
 
 def _held(model_config: ModelConfig) -> dict[int, dict[str, fused_tensors.StoredTensor]]:
     """By layer of the pipeline that has a file: its tensors by the names that they have there."""
     stored = fused_tensors.stored_tensors(arch.get(model_config.arch), model_config, "mcore")
     held: dict[int, dict[str, fused_tensors.StoredTensor]] = {}
-    for layer, names in enumerate(prefixes(model_config)):
+    for layer, names in enumerate(layer_prefixes(model_config)):
         for own, whole in names.items():
             mine = {own + name.removeprefix(whole): item for name, item in stored.items() if name.startswith(whole)}
             held.setdefault(layer, {}).update(mine)
@@ -109,7 +83,7 @@ def _ranks_of_layers(saved: EngineFiles, model_config: ModelConfig) -> int:
 
 def _rank(saved: EngineFiles, rank: int, tp: int, model_config: ModelConfig, errors: ErrorCollector) -> EngineRank:
     weights: dict[str, Tensor] = {}
-    names = prefixes(model_config)
+    names = layer_prefixes(model_config)
     for layer in _held(model_config):
         where = layer_states_file(layer, rank)
         for name, tensor in read_module_state(saved.layer_states[layer, rank], where, errors).items():

@@ -79,7 +79,7 @@ class UniversalReader(Reader):
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         item = self._items[key]
         tensor = self._tensors[item.name] if kind == WEIGHT else self._load(item, kind)
-        return item.part(tensor, key, self.model_config)
+        return item.extract(tensor, key, self.model_config)
 
     def _global_steps(self) -> int:
         for path in (self._tag / name for name in STATES):

@@ -69,7 +69,7 @@ class GgufReader(Reader):
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
         item = self._items[key]
-        return item.part(self._tensor(item.name), key, self.model_config)
+        return item.extract(self._tensor(item.name), key, self.model_config)
 
     def _tensor(self, name: str) -> Tensor:
         block = self._header.tensors[name]

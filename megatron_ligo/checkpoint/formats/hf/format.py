@@ -54,7 +54,7 @@ class HfReader(Reader):
                 what = "Is tie_word_embeddings true by mistake?"
                 raise CheckpointError(Problem(f"{self.path}: {double}", f"the bits of {place.name}", "others", what))
         self._places[item.name] = tensor_names.StoredName(place.name)
-        return item.part(tensor, key, self.model_config)
+        return item.extract(tensor, key, self.model_config)
 
     def close(self) -> None:
         self._shards.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.rope import LLAMA3_SCALING
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.io import iteration_folders
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
@@ -16,8 +17,6 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorColle
 # Megatron-LM's default; with it, a vocabulary is padded to a multiple of this times tp.
 DIVISIBLE_BY = 128
 CHECKPOINT_VERSION = 3.0
-# Megatron-core has no other constants for Llama 3.1's rotary scaling than these.
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class ArgumentStub:
