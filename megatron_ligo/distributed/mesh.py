@@ -1,4 +1,4 @@
-"""The process mesh: who this rank is, and its groups. The only reader of process groups in the code."""
+"""The process mesh: this rank's coordinates and groups. Only this module asks Megatron-core for process groups."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from torch.distributed import distributed_c10d
 
 from megatron_ligo.common.errors import LayoutError, Problem
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
+from megatron_ligo.distributed.parallel_dims import ParallelDims
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes, this rank's coordinates (tp fastest, then dp, then pp: Megatron's order) and its groups.
+    """The parallel axes of the job, this rank's coordinates on them, and its process groups.
 
-    mix_group holds the ranks among which a stage's source weights are divided (see models/factored/small_weights.py).
+    tp_dp_group: the tensor- and data-parallel ranks of this rank's pipeline stage.
     """
 
-    tp: int
-    pp: int
-    dp: int
+    dims: ParallelDims
     tp_rank: int
     pp_rank: int
     dp_rank: int
@@ -40,12 +39,20 @@ class Mesh:
     tp_dp_group: dist.ProcessGroup
 
     @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+    def tp(self) -> int:
+        return self.dims.tp
 
     @property
-    def rank(self) -> int:
-        return (self.pp_rank * self.dp + self.dp_rank) * self.tp + self.tp_rank
+    def pp(self) -> int:
+        return self.dims.pp
+
+    @property
+    def dp(self) -> int:
+        return self.dims.dp
+
+    @property
+    def world_size(self) -> int:
+        return self.dims.world_size
 
     @property
     def first_stage(self) -> bool:
@@ -55,15 +62,11 @@ class Mesh:
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
-    def rank_of(self, tp: int, pp: int, dp: int = 0) -> int:
-        """Global rank at a coordinate."""
-        return (pp * self.dp + dp) * self.tp + tp
-
 
 def init_distributed(timeout_minutes: float = 10.0) -> None:
-    """Joins the process group that the launcher describes (one process where there is no launcher)."""
+    """Joins the process group that the launcher describes; without a launcher, a group of one. LayoutError."""
     device.install_cpu_shims()
-    # Whoever makes a group says no time-out of its own: not Megatron-core, not DeepSpeed.
+    # Megatron-core and DeepSpeed create groups without a timeout of their own.
     timeout = timedelta(minutes=timeout_minutes)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if deepspeed.comm.is_initialized():
@@ -87,24 +90,18 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
 
 
 def build_mesh(tp: int, pp: int) -> Mesh:
-    """Divides the processes into tp x pp x dp; dp is what remains. Collective over all processes."""
-    world = dist.get_world_size()
+    """Divides the ranks into tp x pp x dp and creates their groups. Collective over all ranks; LayoutError."""
     with all_ranks().agree():
-        if world % (tp * pp):
-            hint = "Start that many processes, or change tp and pp."
-            expected = f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}"
-            raise LayoutError(Problem("processes", expected, world, hint))
-    if not _is_made(tp, pp):
-        # gloo keeps three threads a group that wake up a hundred times a second: no group that nobody uses.
+        dims = ParallelDims.divide(dist.get_world_size(), tp, pp)
+    if not _groups_exist(tp, pp):
+        # A gloo group keeps three threads that wake up a hundred times a second: create none that is not used.
         parallel_state.destroy_model_parallel()
         minutes = distributed_c10d.default_pg_timeout.total_seconds() / 60
         parallel_state.initialize_model_parallel(
             tp, pp, create_gloo_process_groups=False, distributed_timeout_minutes=minutes
         )
-    return Mesh(
-        tp=tp,
-        pp=pp,
-        dp=world // (tp * pp),
+    mesh = Mesh(
+        dims=dims,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -112,10 +109,12 @@ def build_mesh(tp: int, pp: int) -> Mesh:
         dp_group=parallel_state.get_data_parallel_group(),
         tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
     )
+    assert dims.global_rank(mesh.tp_rank, mesh.pp_rank, mesh.dp_rank) == dist.get_rank(), "rank order"
+    return mesh
 
 
-def _is_made(tp: int, pp: int) -> bool:
-    """True where Megatron's groups of that layout are there already."""
+def _groups_exist(tp: int, pp: int) -> bool:
+    """True if Megatron-core already has the groups of this layout."""
     if not parallel_state.model_parallel_is_initialized():
         return False
     sizes = (
@@ -149,7 +148,7 @@ def max_over_ranks(value: int) -> int:
 
 
 class DeepSpeedMpu:
-    """What DeepSpeed asks of Megatron when there is no pipeline (with one, its own grid answers)."""
+    """The interface that DeepSpeed expects from Megatron without a pipeline (with one, it uses its own grid)."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
