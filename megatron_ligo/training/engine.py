@@ -16,6 +16,7 @@ from megatron_ligo.common.errors import LayoutError, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.mesh import DeepSpeedMpu, Mesh
+from megatron_ligo.distributed.parallel_dims import EngineLayout
 from megatron_ligo.training import deepspeed_profile
 from megatron_ligo.training.checkpointing import engine_files
 
@@ -31,9 +32,9 @@ def micro_batches(run: TrainingSection, mesh: Mesh) -> int:
     return run.global_batch_size // per_pass
 
 
-def layout(run: TrainingSection, mesh: Mesh) -> dict[str, int]:
-    """What an engine's checkpoints depend on."""
-    return {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "zero": run.parallel.zero}
+def engine_layout(run: TrainingSection, mesh: Mesh) -> EngineLayout:
+    """Returns the layout that the checkpoints of an engine over this mesh have."""
+    return EngineLayout(mesh.dims, run.parallel.zero)
 
 
 def deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
@@ -103,8 +104,8 @@ class Engine:
         return self.engine.global_steps
 
     @property
-    def layout(self) -> dict[str, int]:
-        return layout(self.run, self.mesh)
+    def layout(self) -> EngineLayout:
+        return engine_layout(self.run, self.mesh)
 
     def begin_at(self, step: int) -> None:
         """Counts on from so many steps."""

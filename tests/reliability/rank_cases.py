@@ -133,7 +133,7 @@ def saved_at_once(settings: dict, output: str, to: str, lost: str = "") -> None:
     reshard.fill_optimizer = filled
     try:
         job = Pretrain(RunConfig.from_dict(settings), Path(output))
-        run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.found.state, 1, job.output / MODEL)
+        run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.checkpoint.state, 1, job.output / MODEL)
         job.engine.engine.destroy()
     finally:
         reshard.fill_optimizer = fill

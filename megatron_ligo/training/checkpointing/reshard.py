@@ -21,7 +21,7 @@ from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.parameters import local_tensor, parameters
 from megatron_ligo.training.checkpointing.run_checkpoints import TAG, RunCheckpoint
-from megatron_ligo.training.engine import layout
+from megatron_ligo.training.engine import engine_layout
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,9 @@ Part = Callable[[str, nn.Parameter, str], Tensor]
 
 def layout_changed(found: RunCheckpoint | None, run: TrainingSection, mesh: Mesh) -> bool:
     """Whether a checkpoint is of another layout than this run's."""
-    if found is None or found.layout == layout(run, mesh):
+    if found is None or found.layout == engine_layout(run, mesh):
         return False
-    then = ", ".join(f"{name} {size}" for name, size in found.layout.items())
-    log.info("%s is of another layout (%s): from here on numbers agree within rounding", found.folder, then)
+    log.info("%s is of another layout (%s): from here on numbers agree within rounding", found.folder, found.layout)
     return True
 
 
@@ -120,7 +119,7 @@ class SavedOptimizer:
         ]
         errors.raise_if_any()
         # Tensor-parallel ranks of the first stage come first.
-        tp = found.layout["tp"]
+        tp = found.layout.dims.tp
         self._ranks = [held[rank::tp] for rank in range(tp)]
         counts = {masters.step for masters, _ in held}
         if len(counts) > 1:

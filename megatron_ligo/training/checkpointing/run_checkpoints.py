@@ -30,6 +30,7 @@ from megatron_ligo.common.atomic_files import (
 )
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.distributed.mesh import all_ranks
+from megatron_ligo.distributed.parallel_dims import EngineLayout
 from megatron_ligo.training.checkpointing.engine_files import ALLOWED, size_and_digest, unwritable
 from megatron_ligo.training.engine import Engine
 
@@ -50,7 +51,7 @@ class RunCheckpoint:
     folder: Path
     step: int
     state: dict
-    layout: dict[str, int]
+    layout: EngineLayout
 
 
 def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, beside: Path | None = None) -> None:
@@ -69,7 +70,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
     try:
         ranks.run_on_all(engine.files.raise_fault)
         known = {path: entry for part in ranks.all_gather(engine.files.written) for path, entry in part.items()}
-        record = {"step": step, "state": state, "layout": engine.layout}
+        record = {"step": step, "state": state, "layout": engine.layout.to_json()}
         _on_rank_0(aside, lambda: complete(aside, beside, known, record))
     except CheckpointError:
         # Its room may be what others need.
@@ -109,7 +110,7 @@ def newest(folder: Path) -> RunCheckpoint | None:
         for other in damaged:
             log.warning("%s: set aside as %s.damaged", other, other.name)
         _on_rank_0(folder, lambda: _set_aside(damaged))
-        return RunCheckpoint(place, step, record["state"], record["layout"])
+        return RunCheckpoint(place, step, record["state"], EngineLayout.from_json(record["layout"]))
     errors.raise_if_any()
     return None
 
@@ -196,9 +197,9 @@ def _read_record(path: Path) -> dict:
         if record["version"] != VERSION:
             raise CheckpointError(Problem(f"{path}", f"version {VERSION}", record["version"]))
         files = {str(name): (int(entry["size"]), str(entry["digest"])) for name, entry in record["files"].items()}
-        layout = {name: int(record["layout"][name]) for name in ("tp", "pp", "dp", "zero")}
-        if not files or not isinstance(record["state"], dict) or min(layout.values()) < 1:
-            raise KeyError("files, state and layout")
+        EngineLayout.from_json(record["layout"])
+        if not files or not isinstance(record["state"], dict):
+            raise KeyError("files and state")
     except OSError as error:
         raise CheckpointError(Problem(f"{path}", "the record of a checkpoint", error.strerror)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
