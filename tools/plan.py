@@ -47,11 +47,11 @@ def main() -> None:
 
 def jobs(config, world: int):
     """The fit and the pretraining that a config describes."""
-    from megatron_ligo.growth.validation import initial_operator
+    from megatron_ligo.growth.validation import build_initial_operator
     from megatron_ligo.plan.planned_job import PlannedJob
     from megatron_ligo.training.initial_weights import sizes
 
-    operator = initial_operator(sizes(Path(config.small.path)), config.large, config.operator)
+    operator = build_initial_operator(sizes(Path(config.small.path)), config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     more = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
     fit = PlannedJob(operator.large, config.fit, world, seq, operator, config.fit.source == "whole", **more)

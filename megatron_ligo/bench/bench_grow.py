@@ -28,7 +28,7 @@ from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import build_growth_record, write_handoff
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 
 HELP = "growth: rate against dd conv=fsync of the same bytes, anonymous memory"
 KINDS = ("copies", "learned")
@@ -84,7 +84,7 @@ def _large(small: ModelConfig, times: float) -> LargeSection:
 
 def _prepare(small: ModelConfig, large: LargeSection, folder: Path) -> None:
     convert(synthetic_reader.SyntheticReader(small), folder / "source", "hf")
-    operator = initial_operator(small, large, OperatorSection())
+    operator = build_initial_operator(small, large, OperatorSection())
     for kind in KINDS:
         made = ((name, _tensor(operator, name, kind)) for name in operator.shapes())
         operator_file.write_operator(operator, made, folder / kind, {})

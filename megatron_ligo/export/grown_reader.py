@@ -68,7 +68,7 @@ class GrownReader(Reader):
         operator, param = self.operator, self.arch.param(key)
         rms = 0.0
         if operator.settings.fresh != "none":
-            rms = random_init.root_mean_square(self.source.read(random_init.scale_reference(operator, key)))
+            rms = random_init.root_mean_square(self.source.read(random_init.scale_source_key(operator, key)))
         grown = self._grow(key, random_init.added_rows(operator, key, rms))
         if operator.settings.borrow == "next" and param.in_layer and param.axes[0].use is Use.OUTPUT:
             # New features' rows are those of the next layer (bert2BERT's AKI).
@@ -78,7 +78,9 @@ class GrownReader(Reader):
         return grown if more is None else grown + more
 
     def _grow(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
-        mixed = self.operator.mix(key, self._read_cached if self._mixes_layers(key) else self.source.read, further)
+        mixed = self.operator.mix_layers(
+            key, self._read_cached if self._mixes_layers(key) else self.source.read, further
+        )
         mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
         return self.operator.grow(key, mixed, joined)
 

@@ -28,9 +28,9 @@ from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.export import provenance
 from megatron_ligo.export.grown_reader import GrownReader, digest_operator, digest_weights
 from megatron_ligo.growth import adam_state
-from megatron_ligo.growth.methods import describe
+from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator_file import OperatorFile
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ def grow_from_config(
         if operator:
             chosen = OperatorFile(operator)
         else:
-            chosen = initial_operator(reader.model_config, config.large, config.operator)
-            log.info("%s", describe(chosen.settings, chosen.small, chosen.large))
+            chosen = build_initial_operator(reader.model_config, config.large, config.operator)
+            log.info("%s", describe_method(chosen.settings, chosen.small, chosen.large))
         grown = GrownReader(chosen, reader, section.moments)
         record = build_growth_record(grown) if ranks.rank == 0 else {}
     dtype = DTYPES[section.dtype]
@@ -134,8 +134,8 @@ def build_moments_record(grown: GrownReader) -> dict | None:
     """What became of Adam's state; None where it begins anew."""
     if not grown.has_moments:
         return None
-    dense = adam_state.dense_maps(grown.operator)
-    split = adam_state.splits_groups(grown.operator)
+    dense = adam_state.find_estimated_maps(grown.operator)
+    split = adam_state.splits_kv_groups(grown.operator)
     keys = "; an estimate for k, v: copies of a KV group hold unlike query heads" if split else ""
     squares = "the dual maps squared entry by entry: "
     squares += "an estimate where maps have several entries" if dense else "exact where exp_avg is, rows have one entry"
@@ -145,5 +145,5 @@ def build_moments_record(grown: GrownReader) -> dict | None:
         "exp_avg": "the dual maps: exact where the grown model computes what the small one does" + keys,
         "exp_avg_sq": squares + keys,
         "maps_with_several_entries": dense,
-        "layers_at_zero": adam_state.new_layers(grown.operator),
+        "layers_at_zero": adam_state.find_new_layers(grown.operator),
     }

@@ -36,7 +36,7 @@ SQUARE = "exp_avg_sq"
 GROW, OLD = "grow", "old"  # OLD: features that copy one that is there already begin at zero, like new layers
 
 
-def new_layers(operator: Operator) -> list[int]:
+def find_new_layers(operator: Operator) -> list[int]:
     """The large layers that add nothing to the residual stream."""
     weights = [
         operator.tensor(f"depth.{short_key(param)}")
@@ -47,11 +47,11 @@ def new_layers(operator: Operator) -> list[int]:
     return idle.nonzero().flatten().tolist()
 
 
-def dense_maps(operator: Operator) -> list[str]:
+def find_estimated_maps(operator: Operator) -> list[str]:
     """The maps whose moments are estimates: some row of expand, or of what reads it, has several entries, or several
     layers that write something hold one small layer."""
     found = []
-    new = new_layers(operator)
+    new = find_new_layers(operator)
     for name in operator.shapes():
         if name.startswith("width"):
             entries = operator.tensor(name)
@@ -66,13 +66,13 @@ def dense_maps(operator: Operator) -> list[str]:
     return found
 
 
-def splits_groups(operator: Operator) -> bool:
+def splits_kv_groups(operator: Operator) -> bool:
     """Whether the moments of k and v are estimates: some copy of a KV group has not the same share of all of the
     group's query heads."""
-    if not operator.frame.gqa_ratio_changed:
+    if not operator.space_maps.gqa_ratio_changed:
         return False
     small, large = operator.small, operator.large
-    for layer in range(large.num_layers) if operator.has_one_a_layer("groups") else [None]:
+    for layer in range(large.num_layers) if operator.has_map_per_layer("groups") else [None]:
         matrix = operator.matrix(layer)
         dual = torch.linalg.pinv(matrix(LiftedMap("groups"), Use.OUTPUT).double()).t()
         reads = matrix(LiftedMap("heads"), Use.INPUT).double()
@@ -93,7 +93,7 @@ class DualMaps:
         self.operator = operator
         self.squared = kind == SQUARE
         self.only_old = policy == OLD
-        self.new = new_layers(operator)
+        self.new = find_new_layers(operator)
 
     def grow(self, key: str, read: Callable[[str], Tensor]) -> Tensor:
         """A large key's moment from the small ones, which `read` gives by key; fp32 or wider."""
@@ -104,7 +104,7 @@ class DualMaps:
         if param.axes[0].use is Use.GAIN and operator.copied_gains:
             return self._gain(param, layer, grown)
         for dim, axis in enumerate(param.axes):
-            lift = operator.frame.lift(axis, dual=True)
+            lift = operator.space_maps.lift(axis, dual=True)
             if lift is not None:
                 dual = cheapest_form(self._matrix(param, lift, axis.use, layer).to(grown))
                 grown = apply_map(grown, dim, dual, self._within(lift))
@@ -142,7 +142,7 @@ class DualMaps:
         expand = matrix(lift, Use.OUTPUT)
         if use is Use.INPUT:
             dual = expand
-        elif not self.operator.maps[lift.map].is_read:
+        elif not self.operator.maps[lift.map_name].is_read:
             # Nobody reads the space linearly: the least-squares solution of the chain rule.
             dual = torch.linalg.pinv(expand.double()).t().to(expand)
         elif param.feeds_head and self.operator.large.tied and self.operator.large.has_head:
@@ -150,14 +150,14 @@ class DualMaps:
         else:
             dual = matrix(lift, Use.INPUT)
         if self.only_old:
-            dual = dual * first_copies(expand)[:, None]
+            dual = dual * first_copy_mask(expand)[:, None]
         return self._entries(dual)
 
     def _within(self, lift: LiftedMap) -> LiftedMap:
         """The same for the features of a head that changes its size."""
         if lift.inner is None:
             return lift
-        old = first_copies(lift.inner)[:, None] if self.only_old else 1
+        old = first_copy_mask(lift.inner)[:, None] if self.only_old else 1
         return replace(lift, inner=self._entries(lift.inner * old))
 
     def _gain(self, param: ParamSpec, layer: int | None, mixed: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class DualMaps:
         source, factor = operator.gain_names(param)
         source = operator.tensor(source)
         factor = operator.tensor(factor.replace(".final", ".layers")).double()
-        lift = operator.frame.lift(param.axes[0])
+        lift = operator.space_maps.lift(param.axes[0])
         wrote = operator.matrix(layer)(lift, Use.OUTPUT).double()
         reads = self._matrix(param, lift, param.axes[0].use, layer)
         pick = torch.arange(len(source))
@@ -182,7 +182,7 @@ class DualMaps:
         return torch.cat([grown, grown.new_zeros(more, *grown.shape[1:])]) if more else grown
 
 
-def first_copies(expand: Tensor) -> Tensor:
+def first_copy_mask(expand: Tensor) -> Tensor:
     """True for the large features that are the first to hold most of a small one. (large,), bool."""
     size = expand.abs()
     return ((size == size.max(dim=0).values).cumsum(dim=0).cumsum(dim=0) == 1).any(dim=1)

@@ -27,7 +27,7 @@ from megatron_ligo.arch.rope import SIZE_INDEPENDENT_KINDS, scaling_kind
 from megatron_ligo.common.errors import ErrorCollector
 
 
-def rope_base(small: ModelConfig, head_dim: int) -> float | None:
+def large_rope_base(small: ModelConfig, head_dim: int) -> float | None:
     """The large model's base: each pair of the small one finds its frequency among the large one's."""
     if small.rope_base is None or head_dim % small.head_dim == 0:
         return small.rope_base
@@ -35,7 +35,7 @@ def rope_base(small: ModelConfig, head_dim: int) -> float | None:
 
 
 @cache
-def features(part: str, small: int, large: int, rotary: bool) -> Tensor:
+def head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
     """How one head's features grow, (d2, d1), fp64. part: q, k, v, or o (o reads: its transpose is a left inverse)."""
     place = _places(small, large, rotary and part in "qk")
     kept = torch.zeros(large, small, dtype=torch.float64)
@@ -52,18 +52,18 @@ def features(part: str, small: int, large: int, rotary: bool) -> Tensor:
 
 
 @cache
-def dual_features(part: str, small: int, large: int, rotary: bool) -> Tensor:
+def dual_head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
     """The same for gradients: through what reads the features, and for o, which reads, through what writes them."""
     if part in "vo":
-        return features("o" if part == "v" else "v", small, large, rotary)
-    kept = features("k", small, large, rotary)
+        return head_feature_map("o" if part == "v" else "v", small, large, rotary)
+    kept = head_feature_map("k", small, large, rotary)
     if part == "q":
         # k's new features are zero: nothing reaches those of q.
         return kept / (large / small) ** 0.5
     if rotary:
         # q's new features turn by other angles than those that they copy.
         return kept
-    return kept + (features("v", small, large, rotary) - kept) * (small / large) ** 0.5
+    return kept + (head_feature_map("v", small, large, rotary) - kept) * (small / large) ** 0.5
 
 
 def _places(small: int, large: int, rotary: bool) -> Tensor:
@@ -75,7 +75,7 @@ def _places(small: int, large: int, rotary: bool) -> Tensor:
     return torch.cat([first, first + large // 2])
 
 
-def query_sources(groups: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
+def query_head_sources(groups: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
     """The small query head that each large one copies: of the small groups that its group is made of, each in turn.
 
     groups: (G2, G1), what each large group's keys and values are made of.
@@ -92,9 +92,9 @@ def query_sources(groups: Tensor, small: ModelConfig, large: ModelConfig) -> Ten
     return torch.tensor(found)
 
 
-def check_room(groups: Tensor, small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
+def check_query_heads_fit(groups: Tensor, small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault where a query head of the small model would be nowhere."""
-    lost = sorted(set(range(small.num_heads)) - set(query_sources(groups, small, large).tolist()))
+    lost = sorted(set(range(small.num_heads)) - set(query_head_sources(groups, small, large).tolist()))
     if lost:
         expected = f"room for all {small.num_heads} query heads beside their keys and values"
         found = f"{large.num_heads} / {large.num_kv_heads}: none for query head {lost[0]}"
@@ -102,7 +102,7 @@ def check_room(groups: Tensor, small: ModelConfig, large: ModelConfig, errors: E
         errors.add("large.num_heads / large.num_kv_heads", expected, found, hint)
 
 
-def check_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
+def check_rotary_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     """Adds a fault where rotary angles cannot be kept at another head size."""
     if large.head_dim != small.head_dim and small.rotary_fraction != 1:
         hint = "Which of the new features turn would not be the same part of them: keep head_dim."

@@ -38,7 +38,7 @@ def is_factored(
     """True where a weight's inner map and its mixed small weight are applied one after the other: it is cheaper
     (`factors_are_cheaper`, whose arguments follow lift), the map moves single features, the weight is no part of a
     fused one, and no fresh rows are added between the two."""
-    if not lift.plain or spec.locations["mcore"].pack is Pack.GROUPED or has_fresh_rows:
+    if not lift.is_plain or spec.locations["mcore"].pack is Pack.GROUPED or has_fresh_rows:
         return False
     return factors_are_cheaper(tokens, shape, other, cost)
 
@@ -92,7 +92,7 @@ class MapUse:
         self.fixed = 0
         if rank:
             self.learned = low_rank_cost(large, spec.small, rank, 0)
-            self.fixed = 0 if operator.is_copies(name, side) else whole
+            self.fixed = 0 if operator.starts_as_selection(name, side) else whole
         else:
             self.learned = full_cost((spec.large - spec.small) // parts, spec.small) if frozen else whole
         self.cost = self.learned + self.fixed
@@ -104,9 +104,9 @@ class MapUse:
 def _row(operator: Operator, param: ParamSpec, tokens: int) -> int:
     """A weight's mixing, and its product with the map of its inner axis and with the tokens."""
     inner = 0 if param.tp_dim == 0 else 1
-    lift = operator.frame.lift(param.axes[inner])
-    spec = operator.maps[lift.map]
-    use = MapUse(operator, lift.map, param.axes[inner].use is Use.INPUT)
+    lift = operator.space_maps.lift(param.axes[inner])
+    spec = operator.maps[lift.map_name]
+    use = MapUse(operator, lift.map_name, param.axes[inner].use is Use.INPUT)
     width = lift.unit * lift.repeat
     other = operator.small.hidden_size
     large = axis_size(param.axes[inner], operator.large)

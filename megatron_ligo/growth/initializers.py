@@ -21,7 +21,7 @@ def one_hot(source: Tensor, small: int) -> Tensor:
     return torch.nn.functional.one_hot(source, small).double()
 
 
-def _shared_out(expand: Tensor, norm: str) -> Tensor:
+def _divide_by_root_copies(expand: Tensor, norm: str) -> Tensor:
     """Before an RMSNorm: copies divided by the square root of their number, so that expand^T expand = I.
 
     Its statistics survive any ratio then, and the left inverse is expand^T. A LayerNorm's survive whole copies only.
@@ -36,7 +36,7 @@ def copy(small: int, large: int, norm: str, generator: torch.Generator) -> Tenso
 
 def lossless(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
     """As `copy`; before an RMSNorm copies are divided by the square root of their number."""
-    return _shared_out(copy(small, large, norm, generator), norm)
+    return _divide_by_root_copies(copy(small, large, norm, generator), norm)
 
 
 def clone(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
@@ -56,7 +56,7 @@ def net2net(small: int, large: int, norm: str, generator: torch.Generator) -> Te
     if norm == "layer" and large % small == 0:
         drawn = [torch.randperm(small, generator=generator) for _ in range(large // small - 1)]
         return one_hot(torch.cat([torch.arange(small), *drawn]), small)
-    return _shared_out(select(small, large, norm, generator), norm)
+    return _divide_by_root_copies(select(small, large, norm, generator), norm)
 
 
 def pad(small: int, large: int, norm: str, generator: torch.Generator) -> Tensor:
@@ -101,7 +101,7 @@ def lossless_depth(small: int, large: int, role: str, generator: torch.Generator
     """As `interlace`, with nothing written to the residual stream by the second and later copies of a layer."""
     weights = interlace(small, large, role, generator)
     if role == WRITES:
-        weights[later_copies(small, large)] = 0
+        weights[later_copy_mask(small, large)] = 0
     return weights
 
 
@@ -110,18 +110,18 @@ def pad_depth(small: int, large: int, role: str, generator: torch.Generator) -> 
     layers."""
     weights = interlace(small, large, role, generator)
     if role != SCALES:
-        weights[later_copies(small, large)] = 0
+        weights[later_copy_mask(small, large)] = 0
     return weights
 
 
-def later_copies(small: int, large: int) -> Tensor:
+def later_copy_mask(small: int, large: int) -> Tensor:
     """True for the large layers before which `interlace` has put their source already. (large,), bool."""
     source = torch.arange(large) * small // large
     return torch.cat([torch.zeros(1, dtype=torch.bool), source[1:] == source[:-1]])
 
 
-DENSE = ("random",)  # rows with more than one entry
-WIDTH = {
+DENSE_INITS = ("random",)  # rows with more than one entry
+WIDTH_INITS = {
     "copy": copy,
     "lossless": lossless,
     "clone": clone,
@@ -131,7 +131,7 @@ WIDTH = {
     "mean": mean,
     "random": random,
 }
-DEPTH = {
+DEPTH_INITS = {
     "copy": copy_last,
     "stack": stack,
     "stack_noisy": stack_noisy,

@@ -108,7 +108,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, copies: RowSelection, transposed: bool) -> Tensor:
         ctx.copies, ctx.transposed = copies, transposed
-        return copies.gather_back(x) if transposed else copies.gather(x)
+        return copies.gather_transposed(x) if transposed else copies.gather(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -127,7 +127,7 @@ class RowSelection(LinearMap):
         self.rounds = _rounds(source, scale, small) if rounds is None else rounds
 
     @staticmethod
-    def of(matrix: Tensor) -> RowSelection | None:
+    def from_matrix(matrix: Tensor) -> RowSelection | None:
         """A matrix in this form, or None where a row of it has more than one entry."""
         # Most that have such a row have it at the end, where what is learned stands.
         if any(bool(((rows != 0).sum(dim=1) > 1).any()) for rows in (matrix[-1:], matrix)):
@@ -138,7 +138,7 @@ class RowSelection(LinearMap):
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(-1, self.source) * self.scale
 
-    def gather_back(self, x: Tensor) -> Tensor:
+    def gather_transposed(self, x: Tensor) -> Tensor:
         total = x.new_zeros(*x.shape[:-1], self.shape[1])
         for index, scale in self.rounds:
             total += x.index_select(-1, index) * scale
@@ -150,12 +150,12 @@ class RowSelection(LinearMap):
     def apply_transposed(self, x):
         return _Take.apply(x, self, True)
 
-    def take(self, x: Tensor, dim: int) -> Tensor:
+    def select(self, x: Tensor, dim: int) -> Tensor:
         """x with its dimension `dim`, of m, moved through the map."""
         return x.index_select(dim, self.source) * self.scale.reshape(-1, *[1] * (x.dim() - 1 - dim))
 
     def __matmul__(self, x):
-        return self.take(x, 0)
+        return self.select(x, 0)
 
     def to(self, like):
         rounds = [(index, scale.to(like)) for index, scale in self.rounds]
@@ -170,7 +170,7 @@ def cheapest_form(matrix: Tensor) -> LinearMap:
     if matrix.requires_grad:
         # Entries that are zero have a gradient, too.
         return DenseMap(matrix)
-    found = RowSelection.of(matrix)
+    found = RowSelection.from_matrix(matrix)
     if found is not None:
         return found
     small = matrix.shape[1]

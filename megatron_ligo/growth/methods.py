@@ -14,7 +14,7 @@ from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
 from megatron_ligo.config.run_config import OperatorSection
 
 # Whole heads move, readers have maps of their own (left inverses), nothing is noisy or fresh.
-PLAIN = {
+DEFAULT_KEYS = {
     "width_init": "lossless",
     "depth_init": "lossless",
     "noise": 0.0,
@@ -28,15 +28,15 @@ PLAIN = {
 }
 
 # Keys that leave the logits of a start as they are.
-HARMLESS = ("noise", "share", "identity")
+KEYS_THAT_KEEP_LOGITS = ("noise", "share", "identity")
 
 
 @dataclass(frozen=True)
 class Method:
     """what: one line; source: where it was published; keys: what differs from PLAIN."""
 
-    what: str
-    lossless: bool
+    summary: str
+    is_lossless: bool
     source: str
     keys: dict
 
@@ -136,21 +136,21 @@ METHODS = {
 }
 
 
-def resolve(settings: OperatorSection, large: ModelConfig) -> OperatorSection:
+def resolve_settings(settings: OperatorSection, large: ModelConfig) -> OperatorSection:
     """The settings with every key that was left out as the method has it. Raises ConfigError for an unknown one."""
     if settings.method not in METHODS:
         hint = did_you_mean(settings.method, METHODS)
         raise ConfigError(Problem("operator.method", "a named method", repr(settings.method), hint))
-    meant = _meant(settings.method, large)
+    meant = _method_settings(settings.method, large)
     return replace(settings, **{key: value for key, value in meant.items() if getattr(settings, key) is None})
 
 
-def _meant(name: str, large: ModelConfig) -> dict:
+def _method_settings(name: str, large: ModelConfig) -> dict:
     """All keys of a method, its tables without the spaces that the large model does not have."""
     known = {"default", *architectures.get(large.arch).spaces(large)}
     return {
         key: {space: start for space, start in value.items() if space in known} if isinstance(value, dict) else value
-        for key, value in {**PLAIN, **METHODS[name].keys}.items()
+        for key, value in {**DEFAULT_KEYS, **METHODS[name].keys}.items()
     }
 
 
@@ -159,19 +159,19 @@ def can_be_lossless(small: ModelConfig, large: ModelConfig) -> bool:
     return architectures.get(large.arch).norm == "rms" or large.hidden_size % small.hidden_size == 0
 
 
-def describe(settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> str:
+def describe_method(settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> str:
     """What a method is and what it means, in a few lines; the user's own keys are named as such."""
     method = METHODS[settings.method]
-    meant = _meant(settings.method, large)
-    lines = [f"method {settings.method}: {method.what} ({method.source})"]
+    meant = _method_settings(settings.method, large)
+    lines = [f"method {settings.method}: {method.summary} ({method.source})"]
     changed = []
     for field in fields(OperatorSection):
         if field.name in meant:
             value = getattr(settings, field.name)
             own = value != meant[field.name]
             lines.append(f"  {field.name} = {value!r}{'   (your own)' if own else ''}")
-            changed += [field.name] if own and field.name not in HARMLESS else []
-    if method.lossless:
+            changed += [field.name] if own and field.name not in KEYS_THAT_KEEP_LOGITS else []
+    if method.is_lossless:
         lines[0] += f"; {_promise(can_be_lossless(small, large), changed)}"
     return "\n".join(lines)
 

@@ -27,10 +27,10 @@ from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers, position_table, vocabulary
 from megatron_ligo.growth.linear_maps import LinearMap, cheapest_form
-from megatron_ligo.growth.methods import resolve
+from megatron_ligo.growth.methods import resolve_settings
 from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_tensor, left_inverse
 
-RECENT = 6  # what one layer's rows meet in turn, so that each is made once
+CACHE_SIZE = 6  # what one layer's rows meet in turn, so that each is made once
 
 
 def writes_residual(param: ParamSpec) -> bool:
@@ -59,11 +59,11 @@ class Operator(ABC):
     settings: OperatorSection
 
     def __post_init__(self) -> None:
-        self.settings = resolve(self.settings, self.large)
+        self.settings = resolve_settings(self.settings, self.large)
         self.arch = architectures.get(self.large.arch)
-        self.frame = SpaceMaps(self.small, self.large, value_for_space(self.settings.structure, "groups"))
+        self.space_maps = SpaceMaps(self.small, self.large, value_for_space(self.settings.structure, "groups"))
         self.copied_gains = value_for_space(self.settings.gain, "residual") == "copied"
-        self.maps: dict[str, MapSpec] = self.frame.specs(self.arch)
+        self.maps: dict[str, MapSpec] = self.space_maps.map_specs(self.arch)
         self._forms: dict[tuple[str, torch.dtype], LinearMap] = {}
 
     def setting(self, key: str, name: str) -> str | float:
@@ -73,13 +73,13 @@ class Operator(ABC):
     @abstractmethod
     def tensor(self, name: str) -> Tensor: ...
 
-    def has_one_a_layer(self, map_name: str) -> bool:
+    def has_map_per_layer(self, map_name: str) -> bool:
         """Whether each large layer has a map of its own; of spaces that reach beyond the layers there is one."""
         return self.setting("share", map_name) == "layer" and not self.maps[map_name].outside_layers
 
     def width_name(self, map_name: str, side: str, layer: int | None) -> str:
         """The tensor that holds a map's side for a layer (None: outside the layers)."""
-        own = self.has_one_a_layer(map_name)
+        own = self.has_map_per_layer(map_name)
         return f"width.{map_name}.{layer}.{side}" if own else f"width.{map_name}.{side}"
 
     def has_contract(self, map_name: str) -> bool:
@@ -91,10 +91,10 @@ class Operator(ABC):
         rank = self.setting("rank", map_name)
         return rank if rank < min(spec.small, spec.large) else 0
 
-    def is_copies(self, map_name: str, side: str) -> bool:
+    def starts_as_selection(self, map_name: str, side: str) -> bool:
         """Whether a side of a map starts with at most one entry for each large feature."""
         noisy = self.setting("noise", map_name) and (side == "contract" or self.setting("contract", map_name) == "tied")
-        return self.setting("width_init", map_name) not in initializers.DENSE and not noisy
+        return self.setting("width_init", map_name) not in initializers.DENSE_INITS and not noisy
 
     def right_factor(self, name: str, rank: int) -> Tensor:
         """V (rank x small) where a map is learned as start + U V and U starts at zero.
@@ -108,7 +108,7 @@ class Operator(ABC):
         """Every tensor of the operator, by name, in file order."""
         found: dict[str, tuple[int, ...]] = {}
         for spec in self.maps.values():
-            own = self.has_one_a_layer(spec.name)
+            own = self.has_map_per_layer(spec.name)
             for layer in range(self.large.num_layers) if own else [None]:
                 found[self.width_name(spec.name, "expand", layer)] = (spec.large, spec.small)
                 if self.has_contract(spec.name):
@@ -129,14 +129,14 @@ class Operator(ABC):
             return f"gain.{space}.source", f"gain.{space}.factor"
         return "gain.source", "gain.final" if param.feeds_head else "gain.layers"
 
-    def norm_of(self, map_name: str) -> str:
+    def norm_kind(self, map_name: str) -> str:
         """The kind of norm that reads what a map moves: "rms", "layer", or "" where none does."""
         gains = (
             param.axes[0] for param in self.arch.params if param.exists(self.large) and param.axes[0].use is Use.GAIN
         )
         return self.arch.norm if map_name in {self.arch.space(axis, self.large) for axis in gains} else ""
 
-    def num_parameters(self) -> dict[str, int]:
+    def count_parameters(self) -> dict[str, int]:
         """Learned numbers by tensor; frozen identity rows, the gains' constants and what the loss does not
         read do not count."""
         counts = {}
@@ -156,9 +156,9 @@ class Operator(ABC):
         """The (large x small) matrices that a layer's rows meet."""
 
         def of(lift: LiftedMap, use: Use) -> Tensor:
-            if use is Use.INPUT and self.has_contract(lift.map):
-                return self.tensor(self.width_name(lift.map, "contract", layer)).t()
-            return self.tensor(self.width_name(lift.map, "expand", layer))
+            if use is Use.INPUT and self.has_contract(lift.map_name):
+                return self.tensor(self.width_name(lift.map_name, "contract", layer)).t()
+            return self.tensor(self.width_name(lift.map_name, "expand", layer))
 
         return of
 
@@ -168,13 +168,15 @@ class Operator(ABC):
         param, layer = self.arch.param(key), layer_index(key)
         if param.axes[0].use is Use.GAIN and self.copied_gains:
             return self.grow_gain(param, mixed)
-        grown = grow_tensor(param, mixed, lambda lift, use: self._form(lift, use, layer, mixed), self.frame, joined)
-        return grown * self.shares(param).to(grown) if self.is_shared_out(param) else grown
+        grown = grow_tensor(
+            param, mixed, lambda lift, use: self._form(lift, use, layer, mixed), self.space_maps, joined
+        )
+        return grown * self.bias_shares(param).to(grown) if self.divides_bias(param) else grown
 
     def _form(self, lift: LiftedMap, use: Use, layer: int | None, like: Tensor) -> LinearMap:
         """A matrix that a layer's rows meet, in its cheapest form; the last ones are kept, for looking takes long."""
-        side = "contract" if use is Use.INPUT and self.has_contract(lift.map) else "expand"
-        key = (self.width_name(lift.map, side, layer), like.dtype)
+        side = "contract" if use is Use.INPUT and self.has_contract(lift.map_name) else "expand"
+        key = (self.width_name(lift.map_name, side, layer), like.dtype)
         found = self._forms.pop(key, None)
         if found is None:
             matrix = self.matrix(layer)(lift, use).to(like)
@@ -182,7 +184,7 @@ class Operator(ABC):
             if matrix.requires_grad:
                 return found
         self._forms[key] = found
-        if len(self._forms) > RECENT:
+        if len(self._forms) > CACHE_SIZE:
             del self._forms[next(iter(self._forms))]
         return found
 
@@ -191,26 +193,26 @@ class Operator(ABC):
         source, factor = (self.tensor(name) for name in self.gain_names(param))
         return mixed[source] * factor.to(mixed)
 
-    def is_shared_out(self, param: ParamSpec) -> bool:
+    def divides_bias(self, param: ParamSpec) -> bool:
         """True for the bias of a norm that a tied head reads: its copies come back as one, as the gains do."""
         return param.axes[0].use is Use.BIAS and self.copied_gains and self.gain_names(param)[1] == "gain.final"
 
-    def shares(self, param: ParamSpec) -> Tensor:
+    def bias_shares(self, param: ParamSpec) -> Tensor:
         """What is left to each copy of a feature of such a bias."""
         return self.tensor("gain.final") / self.tensor("gain.layers")
 
-    def with_new_rows(self, key: str, table: Tensor) -> Tensor:
+    def extend_table(self, key: str, table: Tensor) -> Tensor:
         """A small tensor with rows for the tokens (labels, positions) that only the large model has."""
         param = self.arch.param(key)
         space, size = param.axes[0].space, param.shape(self.large)[0]
         if space == "position" and self.large.image_size != self.small.image_size:
-            return position_table.interpolate(table, self.small, self.large)
+            return position_table.interpolate_positions(table, self.small, self.large)
         if space not in ("vocab", "position") or table.shape[0] == size:
             return table
         if space == "vocab":
-            return vocabulary.extend(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
+            return vocabulary.extend_vocabulary(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
         start, first = self.settings.position_init, self.small.first_position
-        return position_table.extend(table, size, first, start, self.generator(f"positions.{key}"))
+        return position_table.extend_positions(table, size, first, start, self.generator(f"positions.{key}"))
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that depend on the seed and the name only."""
@@ -220,24 +222,24 @@ class Operator(ABC):
         """The tensor that holds a large key's depth map; None outside the layers."""
         return None if layer_index(key) is None else f"depth.{short_key(self.arch.param(key))}"
 
-    def mix(self, key: str, read: Callable[[str], Tensor], further: int = 0) -> Tensor:
+    def mix_layers(self, key: str, read: Callable[[str], Tensor], layer_offset: int = 0) -> Tensor:
         """sum_i w[j, i] W_small[i + further] for a large key (the last layer in place of those after it), in fp32 or
         wider; layers at weight zero are not read."""
         layer = layer_index(key)
         if layer is None:
-            return self.with_new_rows(key, read(key))
+            return self.extend_table(key, read(key))
         pattern = key_pattern(key)
         weights = self.tensor(self.depth_name(key))[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
         last = self.small.num_layers - 1
-        first = read(pattern.format(min(sources[0] + further, last) if sources else 0))
+        first = read(pattern.format(min(sources[0] + layer_offset, last) if sources else 0))
         wide = torch.promote_types(first.dtype, torch.float32)
         if len(sources) == 1 and not weights.requires_grad and weights[sources[0]] == 1:
             return first.to(wide)
         mixed = torch.zeros_like(first, dtype=wide)
         for i in sources:
             # A gradient may be asked for the weights: no plain number.
-            mixed.addcmul_(read(pattern.format(min(i + further, last))).to(wide), weights[i].to(wide))
+            mixed.addcmul_(read(pattern.format(min(i + layer_offset, last))).to(wide), weights[i].to(wide))
         return mixed
 
 
@@ -251,19 +253,19 @@ class InitialOperator(Operator):
     def tensor(self, name: str) -> Tensor:
         found = self._recent.pop(name, None)
         if found is None:
-            exact = self.exact(name)
+            exact = self.exact_tensor(name)
             found = exact.float() if exact.is_floating_point() else exact
         self._recent[name] = found
-        if len(self._recent) > RECENT:
+        if len(self._recent) > CACHE_SIZE:
             del self._recent[next(iter(self._recent))]
         return found
 
-    def exact(self, name: str) -> Tensor:
+    def exact_tensor(self, name: str) -> Tensor:
         """The tensor in fp64, before it is rounded."""
         kind, rest = name.split(".", 1)
         if kind == "depth":
             param = self.arch.param(f"layers.{{}}.{rest}")
-            make = initializers.DEPTH[self.setting("depth_init", rest)]
+            make = initializers.DEPTH_INITS[self.setting("depth_init", rest)]
             return make(self.small.num_layers, self.large.num_layers, depth_role(param), self.generator(name))
         if kind == "gain":
             return self._gain(rest)
@@ -281,10 +283,10 @@ class InitialOperator(Operator):
         if map_name == "heads":
             # Query heads stay beside the keys and values of their group.
             groups = self._expand("groups", stem.replace("heads", "groups"))
-            return initializers.one_hot(attention_heads.query_sources(groups, self.small, self.large), spec.small)
+            return initializers.one_hot(attention_heads.query_head_sources(groups, self.small, self.large), spec.small)
         generator = self.generator(f"{stem}.expand")
-        make = initializers.WIDTH[self.setting("width_init", map_name)]
-        expand = make(spec.small, spec.large, self.norm_of(map_name), generator)
+        make = initializers.WIDTH_INITS[self.setting("width_init", map_name)]
+        expand = make(spec.small, spec.large, self.norm_kind(map_name), generator)
         noise = self.setting("noise", map_name)
         if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:
             fresh = expand[spec.small :]

@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.growth.vocabulary import around
+from megatron_ligo.growth.vocabulary import draw_around_mean
 
 
-def extend(table: Tensor, size: int, first: int, start: str, generator: torch.Generator) -> Tensor:
+def extend_positions(table: Tensor, size: int, first: int, start: str, generator: torch.Generator) -> Tensor:
     """(P, n) -> (size, n), fp32 or wider. start: one of the three above; first: the row of a sequence's first token
     (RoBERTa's table has rows before it: of those the new ones take nothing)."""
     table = table.to(torch.promote_types(table.dtype, torch.float32))
     more, used = size - table.shape[0], table[first:]
     if start == "tile":
         return torch.cat([table, used[torch.arange(more) % len(used)]])
-    return torch.cat([table, around(used, more, float(start == "random"), generator)])
+    return torch.cat([table, draw_around_mean(used, more, float(start == "random"), generator)])
 
 
-def interpolate(table: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
+def interpolate_positions(table: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
     """(positions, features) of the small image's tokens -> those of the large one's, fp32 or wider. Special tokens
     keep theirs."""
     table = table.to(torch.promote_types(table.dtype, torch.float32))

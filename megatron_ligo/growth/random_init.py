@@ -18,7 +18,7 @@ from megatron_ligo.growth import initializers
 from megatron_ligo.growth.operator import Operator, short_key, writes_residual
 
 
-def scale_reference(operator: Operator, key: str) -> str:
+def scale_source_key(operator: Operator, key: str) -> str:
     """The small model's key whose scale a large key's fresh numbers take."""
     layer = layer_index(key)
     if layer is None:
@@ -32,7 +32,7 @@ def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
     inner = param.in_layer and len(param.axes) == 2 and param.axes[0].use is Use.OUTPUT and not writes_residual(param)
     if operator.settings.fresh != "writers" or not inner:
         return None
-    kept = 0 if is_fresh_layer(operator, param, layer_index(key)) else kept_features(operator, param.axes[0])
+    kept = 0 if is_random_layer(operator, param, layer_index(key)) else num_kept_features(operator, param.axes[0])
     shape = axis_size(param.axes[0], operator.large), axis_size(param.axes[1], operator.small)
     if kept == shape[0]:
         return None
@@ -48,22 +48,22 @@ def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
     if operator.settings.fresh != "all" or len(param.axes) < 2:
         return None
     drawn = _draw(operator, key, param.shape(operator.large), rms)
-    if not is_fresh_layer(operator, param, layer_index(key)):
-        drawn[tuple(slice(kept_features(operator, axis)) for axis in param.axes)] = 0
+    if not is_random_layer(operator, param, layer_index(key)):
+        drawn[tuple(slice(num_kept_features(operator, axis)) for axis in param.axes)] = 0
     return drawn
 
 
-def is_fresh_layer(operator: Operator, param: ParamSpec, layer: int | None) -> bool:
+def is_random_layer(operator: Operator, param: ParamSpec, layer: int | None) -> bool:
     """True where a row of a large layer holds nothing of the small model's."""
     if layer is None or operator.setting("depth_init", short_key(param)) != "pad":
         return False
-    return bool(initializers.later_copies(operator.small.num_layers, operator.large.num_layers)[layer])
+    return bool(initializers.later_copy_mask(operator.small.num_layers, operator.large.num_layers)[layer])
 
 
-def kept_features(operator: Operator, axis: Axis) -> int:
+def num_kept_features(operator: Operator, axis: Axis) -> int:
     """How many of a large axis's features, from the first on, are not fresh."""
-    lift = operator.frame.lift(axis)
-    padded = lift is not None and operator.setting("width_init", lift.map) == "pad"
+    lift = operator.space_maps.lift(axis)
+    padded = lift is not None and operator.setting("width_init", lift.map_name) == "pad"
     return axis_size(axis, operator.small if padded else operator.large)
 
 

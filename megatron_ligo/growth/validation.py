@@ -12,20 +12,20 @@ from megatron_ligo.arch.rope import angles_depend_on_length
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers
-from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve
+from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
 from megatron_ligo.growth.operator import InitialOperator, short_key, variance_ratio
 from megatron_ligo.growth.width_maps import WHOLE_HEADS, MapSpec, SpaceMaps
 
 log = logging.getLogger(__name__)
 
-SIZES = (
+GROWABLE_SIZES = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "image_size",
 )  # fmt: skip
 # Starts of the KV groups that say for each which small ones it is made of.
-COPIES = ("lossless", "copy", "clone", "select", "net2net", "mean")
+GROUP_INITS = ("lossless", "copy", "clone", "select", "net2net", "mean")
 
 
-def large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
+def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
     """The large model's sizes before the norm's eps is corrected: the small one's where the config names none."""
     named = {name: value for name, value in vars(section).items() if value is not None}
     if "num_kv_heads" not in architectures.get(small.arch).hf_fields.values() and "num_heads" in named:
@@ -36,14 +36,14 @@ def large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
             raise ConfigError(Problem("large.image_size", f"none: {small.arch} reads no images", named["image_size"]))
         of_image = tokens_of_image(named["image_size"], small.patch_size, small.has_distillation)
         named.setdefault("max_positions", of_image)
-    named["rope_base"] = attention_heads.rope_base(small, named.get("head_dim", small.head_dim))
+    named["rope_base"] = attention_heads.large_rope_base(small, named.get("head_dim", small.head_dim))
     return replace(small, **named)
 
 
-def initial_operator(small: ModelConfig, section: LargeSection, settings: OperatorSection) -> InitialOperator:
+def build_initial_operator(small: ModelConfig, section: LargeSection, settings: OperatorSection) -> InitialOperator:
     """The operator where a fit starts, with the large model's eps as the residual map needs it; or all refusals."""
-    large = large_config(small, section)
-    settings = resolve(settings, large)
+    large = derive_large_config(small, section)
+    settings = resolve_settings(settings, large)
     check_sizes(small, large, value_for_space(settings.width_init, "groups") == "mean")
     check_settings(small, large, settings)
     operator = InitialOperator(small, large, settings)
@@ -58,7 +58,7 @@ def initial_operator(small: ModelConfig, section: LargeSection, settings: Operat
 def check_sizes(small: ModelConfig, large: ModelConfig, merges: bool = False) -> None:
     """merges: KV heads are to become fewer."""
     errors = ErrorCollector("the small model cannot grow into the large one", ConfigError)
-    for name in SIZES:
+    for name in GROWABLE_SIZES:
         before, after = getattr(small, name), getattr(large, name)
         if before is None or after >= before or (name == "num_kv_heads" and merges):
             continue
@@ -71,7 +71,7 @@ def check_sizes(small: ModelConfig, large: ModelConfig, merges: bool = False) ->
     if merges and small.num_kv_heads % large.num_kv_heads:
         expected = f"a divisor of the small model's {small.num_kv_heads} (operator.width_init: groups = 'mean')"
         errors.add("large.num_kv_heads", expected, large.num_kv_heads)
-    attention_heads.check_angles(small, large, errors)
+    attention_heads.check_rotary_angles(small, large, errors)
     _check_context(small, large, errors)
     architectures.get(large.arch).check(large, errors)
     errors.raise_if_any()
@@ -90,26 +90,26 @@ def _check_context(small: ModelConfig, large: ModelConfig, errors: ErrorCollecto
 
 def _check_groups(operator: InitialOperator) -> None:
     """Every query head of the small model finds a place, with each layer's map."""
-    if not operator.frame.gqa_ratio_changed:
+    if not operator.space_maps.gqa_ratio_changed:
         return
     errors = ErrorCollector("the small model cannot grow into the large one", ConfigError)
-    own = operator.has_one_a_layer("groups")
+    own = operator.has_map_per_layer("groups")
     for layer in range(operator.large.num_layers) if own else [None]:
         groups = operator.initial_expand("groups", layer)
         if not errors.lines:
-            attention_heads.check_room(groups, operator.small, operator.large, errors)
+            attention_heads.check_query_heads_fit(groups, operator.small, operator.large, errors)
     errors.raise_if_any()
 
 
 def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSection) -> None:
     arch = architectures.get(large.arch)
-    frame = SpaceMaps(small, large, value_for_space(settings.structure, "groups"))
-    maps = frame.specs(arch)
+    space_maps = SpaceMaps(small, large, value_for_space(settings.structure, "groups"))
+    maps = space_maps.map_specs(arch)
     params = {short_key(param) for param in arch.layer_params(large)}
     settings.check_spaces({*maps, *params})
     errors = ErrorCollector("[operator] cannot be built", ConfigError)
     for name in maps:
-        known = [start for start in initializers.WIDTH if start != "mean" or name in WHOLE_HEADS]
+        known = [start for start in initializers.WIDTH_INITS if start != "mean" or name in WHOLE_HEADS]
         _check_name(errors, f"operator.width_init ({name})", value_for_space(settings.width_init, name), known)
     for name in maps:
         if value_for_space(settings.rank, name) and value_for_space(settings.identity, name) == "frozen":
@@ -119,7 +119,10 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
             )
     for name in sorted(params):
         _check_name(
-            errors, f"operator.depth_init ({name})", value_for_space(settings.depth_init, name), initializers.DEPTH
+            errors,
+            f"operator.depth_init ({name})",
+            value_for_space(settings.depth_init, name),
+            initializers.DEPTH_INITS,
         )
     if value_for_space(settings.share, "residual") != "all":
         hint = "The residual stream runs through all layers: say share = {default = 'layer', residual = 'all'}."
@@ -127,8 +130,8 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     _check_frozen(errors, settings, small, large)
     _check_lossless(errors, settings, small, large)
     _check_room(errors, settings, maps)
-    if frame.gqa_ratio_changed or frame.head_dim_changed:
-        _check_heads(errors, settings, frame)
+    if space_maps.gqa_ratio_changed or space_maps.head_dim_changed:
+        _check_heads(errors, settings, space_maps)
     errors.raise_if_any()
 
 
@@ -148,7 +151,7 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
     arch = architectures.get(large.arch)
     method = METHODS[settings.method]
     if not arch.pre_norm and large.num_layers > small.num_layers:
-        promising = ("lossless", "pad") if method.lossless else ("lossless",)
+        promising = ("lossless", "pad") if method.is_lossless else ("lossless",)
         names = sorted(
             {value_for_space(settings.depth_init, short_key(param)) for param in arch.layer_params(large)}
             & set(promising)
@@ -157,31 +160,31 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
             hint = "Take depth_init = 'interlace' or 'stack'."
             found = f"{names[0]!r}: with norms after the sums (post-LN) no layer leaves what it is given as it is"
             errors.add("operator.depth_init", "a start that promises no lossless depth", found, hint)
-    if method.lossless and not can_be_lossless(small, large):
+    if method.is_lossless and not can_be_lossless(small, large):
         what = "no start is lossless: a LayerNorm's mean and variance survive whole copies only"
         log.warning("hidden_size %d to %d is no whole multiple: %s", small.hidden_size, large.hidden_size, what)
 
 
-def _check_heads(errors: ErrorCollector, settings: OperatorSection, frame: SpaceMaps) -> None:
+def _check_heads(errors: ErrorCollector, settings: OperatorSection, space_maps: SpaceMaps) -> None:
     """What another ratio of heads or another head size asks of the settings."""
-    what = "with another head size" if frame.head_dim_changed else "with another ratio of heads to KV heads"
+    what = "with another head size" if space_maps.head_dim_changed else "with another ratio of heads to KV heads"
     wanted = {
         "structure": ("heads", "Dense maps know no heads: angles and groups would be torn apart."),
         "fresh": ("none", "The small model's features are not the first ones then."),
         "borrow": ("none", "The small model's features are not the first ones then."),
     }
-    if frame.gqa_ratio_changed:
+    if space_maps.gqa_ratio_changed:
         wanted["identity"] = ("learned", "The small model's query heads are not the first ones then.")
     for key, (value, hint) in wanted.items():
         found = value_for_space(getattr(settings, key), "groups")
         if found != value:
             errors.add(f"operator.{key}", f"{value!r} {what}", repr(found), hint)
-    if not frame.gqa_ratio_changed:
+    if not space_maps.gqa_ratio_changed:
         return
     start = value_for_space(settings.width_init, "groups")
-    if start not in COPIES:
+    if start not in GROUP_INITS:
         hint = "The others have no rule for which query heads stay with which keys."
-        errors.add("operator.width_init (groups)", f"one of {', '.join(COPIES)} {what}", repr(start), hint)
+        errors.add("operator.width_init (groups)", f"one of {', '.join(GROUP_INITS)} {what}", repr(start), hint)
     if isinstance(settings.width_init, dict) and settings.width_init.get("heads", start) != start:
         found = settings.width_init["heads"]
         errors.add("operator.width_init.heads", f"{start!r} as for groups", repr(found), "Query heads follow.")

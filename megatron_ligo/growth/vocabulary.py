@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 
-def extend(table: Tensor, size: int, noise: float, generator: torch.Generator) -> Tensor:
+def extend_vocabulary(table: Tensor, size: int, noise: float, generator: torch.Generator) -> Tensor:
     """(V, ...) -> (size, ...), fp32 or wider: new rows are the mean of all rows, and `noise` times their standard
     deviation, feature by feature, drawn around it."""
     table = table.to(torch.promote_types(table.dtype, torch.float32))
-    return torch.cat([table, around(table, size - table.shape[0], noise, generator)])
+    return torch.cat([table, draw_around_mean(table, size - table.shape[0], noise, generator)])
 
 
-def around(table: Tensor, more: int, noise: float, generator: torch.Generator) -> Tensor:
+def draw_around_mean(table: Tensor, more: int, noise: float, generator: torch.Generator) -> Tensor:
     """(V, ...) -> (more, ...): such rows."""
     wide = table.double()
     mean, deviation = wide.mean(dim=0), wide.std(dim=0)

@@ -34,14 +34,14 @@ class LiftedMap:
     with `repeat` > 1, features (G, repeat, d) of which the map moves (G, d) jointly. `inner` (d2 x d1) then moves
     the features within each head, where heads change their size."""
 
-    map: str
+    map_name: str
     unit: int = 1
     repeat: int = 1
     head_dim: int = 1
     inner: Tensor | None = field(default=None, compare=False)
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """True where the map itself, as it is, moves the axis."""
         return self.unit == 1 and self.repeat == 1 and self.inner is None
 
@@ -94,7 +94,7 @@ class SpaceMaps:
         if self.head_dim_changed:
             # Values are written by KV heads and read by query heads; of the two, only what is read is o's.
             part = ("q" if of_query_heads else "k") if axis.space == "qk" else ("o" if axis.use is Use.INPUT else "v")
-            within = attention_heads.dual_features if dual else attention_heads.features
+            within = attention_heads.dual_head_feature_map if dual else attention_heads.head_feature_map
             inner = within(part, small.head_dim, self.large.head_dim, small.rope_base is not None)
         if self.gqa_ratio_changed and of_query_heads:
             return LiftedMap("heads", unit=small.head_dim, inner=inner)
@@ -108,7 +108,7 @@ class SpaceMaps:
             axis.space, repeat=self.large.heads_per_group if of_query_heads else 1, head_dim=self.large.head_dim
         )
 
-    def specs(self, arch: Architecture) -> dict[str, MapSpec]:
+    def map_specs(self, arch: Architecture) -> dict[str, MapSpec]:
         """Every width map, by name, in the order in which the table first meets them."""
         specs: dict[str, MapSpec] = {}
         for param in arch.params:
@@ -118,27 +118,27 @@ class SpaceMaps:
                 lift = self.lift(axis)
                 if lift is None:
                     continue
-                known = specs.get(lift.map)
+                known = specs.get(lift.map_name)
                 read = axis.use is Use.INPUT or (known is not None and known.is_read)
                 sizes = self._entries(axis, lift, self.small), self._entries(axis, lift, self.large)
                 split = param.tp_dim == dim or (known is not None and known.is_sharded)
                 outside = not param.in_layer or (known is not None and known.outside_layers)
-                specs[lift.map] = MapSpec(lift.map, *sizes, split, read, outside)
+                specs[lift.map_name] = MapSpec(lift.map_name, *sizes, split, read, outside)
         return specs
 
     @staticmethod
     def _entries(axis: Axis, lift: LiftedMap, model_config: ModelConfig) -> int:
-        if lift.map in WHOLE_HEADS:
-            return model_config.num_heads if lift.map == "heads" else model_config.num_kv_heads
+        if lift.map_name in WHOLE_HEADS:
+            return model_config.num_heads if lift.map_name == "heads" else model_config.num_kv_heads
         return axis_size(axis, model_config) // lift.repeat
 
 
 def apply_map(x: Tensor, dim: int, matrix: Tensor | LinearMap, lift: LiftedMap) -> Tensor:
     """x with axis `dim` moved through `matrix` (N x n), in the features' own order."""
-    if isinstance(matrix, LinearMap) and lift.plain and dim == x.dim() - 1:
+    if isinstance(matrix, LinearMap) and lift.is_plain and dim == x.dim() - 1:
         return matrix.apply(x)
     if isinstance(matrix, RowSelection) and lift.repeat == 1 and lift.inner is None:
-        return matrix.take(x.unflatten(dim, (matrix.shape[1], -1)), dim).flatten(dim, dim + 1)
+        return matrix.select(x.unflatten(dim, (matrix.shape[1], -1)), dim).flatten(dim, dim + 1)
     x = x.movedim(dim, 0)
     rest = x.shape[1:]
     if lift.repeat > 1:
@@ -157,7 +157,7 @@ def grow_tensor(
     param: ParamSpec,
     mixed: Tensor,
     matrix: Callable[[LiftedMap, Use], Tensor | LinearMap],
-    frame: SpaceMaps,
+    space_maps: SpaceMaps,
     joined: Tensor | None = None,
 ) -> Tensor:
     """A row's grown tensor from its depth-mixed small one.
@@ -167,7 +167,7 @@ def grow_tensor(
     Norm gains (Use.SCALES) are `operator.grow_gain`'s.
     """
     for dim, axis in enumerate(param.axes):
-        lift = frame.lift(axis)
+        lift = space_maps.lift(axis)
         if lift is not None:
             mixed = apply_map(mixed, dim, matrix(lift, axis.use), lift)
         if dim == 0 and joined is not None:

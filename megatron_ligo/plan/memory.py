@@ -134,10 +134,10 @@ def _applies_factors(job: PlannedJob, spec: ParamSpec) -> bool:
     """Tells whether a rank applies a linear's map and weight one after the other, as the factored linears decide."""
     operator, tp = job.operator, job.parallel.tp
     inner = 0 if spec.tp_dim == 0 else 1
-    lift = operator.frame.lift(spec.axes[inner])
-    width_map = operator.maps[lift.map]
+    lift = operator.space_maps.lift(spec.axes[inner])
+    width_map = operator.maps[lift.map_name]
     shape = (width_map.large // tp, width_map.small)
-    cost = MapUse(operator, lift.map, spec.axes[inner].use is Use.INPUT, tp).cost
+    cost = MapUse(operator, lift.map_name, spec.axes[inner].use is Use.INPUT, tp).cost
     tokens = job.micro_batches_per_build * job.micro_batch_tokens
     return is_factored(spec, lift, tokens, shape, operator.small.hidden_size, cost)
 

@@ -34,7 +34,7 @@ def format_count(count: float) -> str:
 
 def describe_models(operator: Operator) -> list[str]:
     """Lists the parameters of both models and of the operator's maps."""
-    counts = operator.num_parameters()
+    counts = operator.count_parameters()
     width_maps = {name: count for name, count in counts.items() if not name.startswith("depth.")}
     return [
         f"small model      {format_count(parameter_count.count_model(operator.small))} parameters",
@@ -112,7 +112,7 @@ def describe_checkpoints(operator: Operator, large_dtype: str) -> list[str]:
     """Lists the sizes of the checkpoints that the run writes."""
     total = parameter_count.count_model(operator.large)
     dense = sum(prod(shape) for name, shape in operator.shapes().items() if not name.startswith("gain"))
-    trained = sum(operator.num_parameters().values())
+    trained = sum(operator.count_parameters().values())
     return [
         "checkpoints",
         f"  operator                     {format_bytes(4 * dense)}",

@@ -9,7 +9,7 @@ from functools import cache
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import FitSection, LargeSection, OperatorSection, PretrainSection
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.plan import layout_search
 from megatron_ligo.plan.plan_text import format_bytes, format_duration
 from megatron_ligo.plan.planned_job import PlannedJob
@@ -54,7 +54,7 @@ def _build_operator(name: str, rank: int) -> Operator:
     small, large = GROWTHS[name]
     fixed = {"arch": "llama", "model_type": "llama", "max_positions": 8192, "norm_eps": 1e-5, "rope_base": 5e5}
     model_config = ModelConfig(**fixed, **small, head_dim=64, vocab_size=128256)
-    return initial_operator(model_config, LargeSection(**large), OperatorSection(rank=rank))
+    return build_initial_operator(model_config, LargeSection(**large), OperatorSection(rank=rank))
 
 
 @cache

@@ -19,9 +19,9 @@ from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.fit_flops import fit_step_flops
-from megatron_ligo.growth.methods import describe
+from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.growth.validation import check_factored, initial_operator
+from megatron_ligo.growth.validation import build_initial_operator, check_factored
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
 from megatron_ligo.models.factored.small_weights import SmallWeights
@@ -216,7 +216,7 @@ def prepare(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
         raise ConfigError("small.path: expected the small model's checkpoint, found nothing. Set it in [small].")
     reader = formats.open(small.path, None if small.format == "auto" else small.format)
     check_network(reader.model_config)
-    operator = initial_operator(reader.model_config, config.large, config.operator)
+    operator = build_initial_operator(reader.model_config, config.large, config.operator)
     errors = ErrorCollector("the fit cannot be done", ConfigError)
     check_factored(operator.settings, errors)
     length = operator.large.tokens_of_sample(config.data.seq_length)
@@ -224,8 +224,8 @@ def prepare(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     lag = open_lag(config.fit.lag, operator, reader, errors) if config.fit.lag else None
     errors.raise_if_any()
     check_layout(operator.large, config.fit.parallel, length)
-    counts = operator.num_parameters()
-    log.info("%s", describe(operator.settings, operator.small, operator.large))
+    counts = operator.count_parameters()
+    log.info("%s", describe_method(operator.settings, operator.small, operator.large))
     log.info("operator: %s learned numbers", f"{sum(counts.values()):,}")
     for name, count in counts.items():
         log.info("  %-28s %s", name, f"{count:,}")

@@ -18,7 +18,7 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import ParallelSection, RunConfig
 from megatron_ligo.export import provenance
-from megatron_ligo.growth.validation import large_config
+from megatron_ligo.growth.validation import derive_large_config
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.mcore.layer_spec import check_network
 from megatron_ligo.sharding.tensor_parallel import check_tp
@@ -103,7 +103,7 @@ def fresh_config(config: RunConfig) -> ModelConfig:
     if not config.small.path:
         hint = "Set pretrain.start, or small.path to a model (or a config.json) of the sizes to begin from scratch."
         raise ConfigError(Problem("pretrain", "a start", "none", hint))
-    return large_config(sizes(Path(config.small.path)), config.large)
+    return derive_large_config(sizes(Path(config.small.path)), config.large)
 
 
 def sizes(path: Path) -> ModelConfig:

@@ -16,7 +16,7 @@ from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunCo
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.growth.methods import METHODS
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import image_models, layer_norm_models
 from tests.checkpoint.hf_models import same_bits
@@ -58,7 +58,7 @@ def test_labels_keep_their_names(tmp_path):
     model.config.id2label = dict(enumerate(("cat", "dog", "emu", "fox", "gnu")))
     model.config.label2id = {name: number for number, name in model.config.id2label.items()}
     model.config.save_pretrained(folder)
-    operator = initial_operator(image_models.dims_of(), LargeSection(vocab_size=7), OperatorSection())
+    operator = build_initial_operator(image_models.dims_of(), LargeSection(vocab_size=7), OperatorSection())
     convert(GrownReader(operator, formats.open(folder)), tmp_path / "b", "hf")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "b")
     assert [config.id2label[number] for number in (0, 4, 5, 6)] == ["cat", "gnu", "LABEL_5", "LABEL_6"]
@@ -82,17 +82,17 @@ def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="fairscale"):
         stored_tensors(get("vit"), image_models.dims_of(), "fairscale")
     with pytest.raises(ConfigError, match="image_size"):
-        initial_operator(image_models.dims_of(), LargeSection(image_size=9), OperatorSection())
+        build_initial_operator(image_models.dims_of(), LargeSection(image_size=9), OperatorSection())
     with pytest.raises(ConfigError, match="reads no images"):
         gpt2 = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
-        initial_operator(gpt2, LargeSection(image_size=9), OperatorSection())
+        build_initial_operator(gpt2, LargeSection(image_size=9), OperatorSection())
 
 
 def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) -> float:
     """Largest difference of the logits in fp64, the small model looking at the large one's image."""
     small = image_models.dims_of(family)
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small).double(), small)
-    grown = GrownReader(initial_operator(small, large, settings), source)
+    grown = GrownReader(build_initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118
         assert grown.read(key).shape == grown.info(key).shape
     seen = image_models.pictures(grown.model_config).double()
@@ -105,7 +105,7 @@ def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) ->
 @pytest.mark.parametrize("family", ["vit", "deit"])
 def test_growth(family):
     assert gap(family, LARGER, OperatorSection()) < 1e-12
-    for method in (name for name, method in METHODS.items() if method.lossless):
+    for method in (name for name, method in METHODS.items() if method.is_lossless):
         assert gap(family, LARGER, OperatorSection(method=method)) < 5e-6, method
     assert gap(family, LARGER, OperatorSection(method="stack")) > 1e-2
     # Positions that are not interpolated are another model's.
@@ -119,7 +119,7 @@ def test_every_method_takes_every_row(method):
     small = image_models.dims_of("deit")
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small), small)
     large = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5, vocab_size=7, image_size=14)
-    grown = GrownReader(initial_operator(small, large, OperatorSection(method=method)), source)
+    grown = GrownReader(build_initial_operator(small, large, OperatorSection(method=method)), source)
     assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118
     assert layer_norm_models.built(grown)(image_models.pictures(grown.model_config))[0].shape == (2, 7)
     # A fresh model sees a patch with all of its features.

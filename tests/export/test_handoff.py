@@ -20,7 +20,7 @@ from megatron_ligo.config.run_config import HandoffSection, LargeSection, Operat
 from megatron_ligo.distributed import mesh
 from megatron_ligo.export import handoff, provenance
 from megatron_ligo.export.grown_reader import GrownReader, digest_weights
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from tests.tiny_models import hf_from, hf_llama, llama_dims, tokens
 
 LARGE = LargeSection(num_layers=4, hidden_size=30, ffn_size=40, num_heads=10, num_kv_heads=5)
@@ -30,7 +30,7 @@ LARGE = LargeSection(num_layers=4, hidden_size=30, ffn_size=40, num_heads=10, nu
 def grown(tmp_path):
     hf_llama(llama_dims(tied=True)).save_pretrained(tmp_path / "small")
     source = HfReader(tmp_path / "small")
-    return GrownReader(initial_operator(source.model_config, LARGE, OperatorSection()), source)
+    return GrownReader(build_initial_operator(source.model_config, LARGE, OperatorSection()), source)
 
 
 def write(grown, folder, **more):
@@ -72,7 +72,7 @@ def test_a_second_run_leaves_all_as_it_is(grown, tmp_path):
 def test_another_model_is_not_written_over_it(grown, tmp_path):
     write(grown, tmp_path / "out")
     other = GrownReader(
-        initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="copy")), grown.source
+        build_initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="copy")), grown.source
     )
     with pytest.raises(ConfigError, match="found another operator"):
         write(other, tmp_path / "out")
@@ -136,7 +136,9 @@ FAULTS = {
 def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -> list:
     """One rank's share; how many tensors each has made, or what each raises. Rank fails_on meets that fault."""
     source = HfReader(Path(small))
-    grown = GrownReader(initial_operator(source.model_config, LARGE, OperatorSection(width_init="random")), source)
+    grown = GrownReader(
+        build_initial_operator(source.model_config, LARGE, OperatorSection(width_init="random")), source
+    )
     read, made = grown.read, []
     error, at = FAULTS[fault] if fault and dist.get_rank() == fails_on else (None, 0)
 
@@ -166,7 +168,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_processes_share_the_work_and_write_the_same_bytes(grown, tmp_path, pools):
     small, whole, shared = str(grown.source.path), tmp_path / "whole", tmp_path / "shared"
     other = GrownReader(
-        initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="random")), grown.source
+        build_initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="random")), grown.source
     )
     handoff.write_handoff(other, whole, None, ("universal", "hf"), {})
     # One fails: what all have done is there for whoever goes on, however many they are.

@@ -15,7 +15,7 @@ from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import build_moments_record
 from megatron_ligo.growth.operator import InitialOperator
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import layer_norm_models
 from tests.growth.logit_gap import RAGGED
@@ -26,7 +26,7 @@ class Exact(InitialOperator):
     """The start of a fit, not rounded to fp32."""
 
     def tensor(self, name):
-        return self.exact(name)
+        return self.exact_tensor(name)
 
 
 class Norm(nn.Module):
@@ -76,7 +76,7 @@ def grown_pair(small, large, policy="grow", **keys):
     """(the grown reader with moments, the real gradients of the grown model)."""
     model = hf_llama(small).double()
     source = WithMoments(small, memory_of(model, small).tensors, gradients(model, small))
-    operator = initial_operator(small, large, OperatorSection(**keys))
+    operator = build_initial_operator(small, large, OperatorSection(**keys))
     operator = Exact(small, operator.large, operator.settings)
     grown = GrownReader(operator, source, policy)
     big = hf_from(grown)
@@ -122,7 +122,7 @@ def test_the_first_moment_is_the_grown_models_gradient(case, tied):
         zero."""
         new = layer_index(key) in layers and key.endswith((".o", ".down"))
         fresh = case == "fresh rows" and key.endswith((".o", ".down"))
-        return new or fresh or (grown.operator.frame.head_dim_changed and key.endswith(".k"))
+        return new or fresh or (grown.operator.space_maps.head_dim_changed and key.endswith(".k"))
 
     gap, gaps = worst(grown, real, unknown)
     assert gap < 1e-12, gaps
@@ -157,7 +157,7 @@ def test_families_with_layer_norm(family, name, case, tied):
     small = layer_norm_models.dims_of(family, name, tied=tied)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, tied=tied, dtype=torch.float64), small)
     source = WithMoments(small, source.tensors, family_gradients(source))
-    operator = initial_operator(small, WIDER[case], OperatorSection())
+    operator = build_initial_operator(small, WIDER[case], OperatorSection())
     grown = GrownReader(Exact(small, operator.large, operator.settings), source, "grow")
     gap, gaps = worst(grown, family_gradients(grown))
     assert gap < 1e-12, gaps
@@ -215,6 +215,6 @@ def test_new_tokens_begin_at_zero():
 
 def test_moments_that_are_not_there_cannot_grow():
     small = llama_dims()
-    operator = initial_operator(small, RAGGED, OperatorSection())
+    operator = build_initial_operator(small, RAGGED, OperatorSection())
     with pytest.raises(CheckpointError, match="expected moments"):
         GrownReader(operator, memory_of(hf_llama(small), small), "grow")

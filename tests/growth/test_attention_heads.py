@@ -9,7 +9,7 @@ from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth import attention_heads
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from tests.growth.logit_gap import logits_gap
 from tests.tiny_models import hf_llama, llama_dims, memory_of
 
@@ -41,22 +41,22 @@ def test_exact_with_biases_with_random_copies_and_with_a_map_for_each_layer():
 def test_left_alone_they_would_be_seen(monkeypatch):
     """The controls: without the base of the rotary angles, and without the scale of the scores."""
     small, large = llama_dims(), LargeSection(head_dim=6)
-    monkeypatch.setattr(attention_heads, "rope_base", lambda small, head_dim: small.rope_base)
+    monkeypatch.setattr(attention_heads, "large_rope_base", lambda small, head_dim: small.rope_base)
     assert logits_gap(small, large, OperatorSection()) > 1e-4
     monkeypatch.undo()
-    monkeypatch.setattr(attention_heads, "features", lambda part, *sizes: unscaled(part, *sizes))
+    monkeypatch.setattr(attention_heads, "head_feature_map", lambda part, *sizes: unscaled(part, *sizes))
     assert logits_gap(small, large, OperatorSection()) > 1e-3
 
 
-def unscaled(part, *sizes, features=attention_heads.features):
+def unscaled(part, *sizes, features=attention_heads.head_feature_map):
     return features(part, *sizes).clamp(max=1.0)
 
 
 def test_pairs_keep_their_frequencies():
     for small_dim, large_dim in ((4, 8), (4, 6), (64, 96), (64, 128)):
         model_config = llama_dims(head_dim=small_dim)
-        base = attention_heads.rope_base(model_config, large_dim)
-        place = attention_heads.features("k", small_dim, large_dim, True).argmax(dim=0)[: small_dim // 2]
+        base = attention_heads.large_rope_base(model_config, large_dim)
+        place = attention_heads.head_feature_map("k", small_dim, large_dim, True).argmax(dim=0)[: small_dim // 2]
         before = model_config.rope_base ** (-2 * torch.arange(small_dim // 2, dtype=torch.float64) / small_dim)
         assert torch.allclose(base ** (-2 * place.double() / large_dim), before, rtol=1e-12)
 
@@ -64,7 +64,7 @@ def test_pairs_keep_their_frequencies():
 def test_new_features_can_learn():
     """q's and v's new features are no zeros, though those of k are."""
     small = llama_dims()
-    operator = initial_operator(small, LargeSection(head_dim=8), OperatorSection())
+    operator = build_initial_operator(small, LargeSection(head_dim=8), OperatorSection())
     grown = GrownReader(operator, memory_of(hf_llama(small), small))
     for row, zeros in (("q", 0), ("v", 0), ("k", 3 * 4)):
         rows = grown.read(f"layers.0.{row}")
@@ -75,7 +75,7 @@ def test_keys_and_values_are_merged_by_their_mean():
     small = llama_dims(num_kv_heads=6, head_dim=4)
     settings = OperatorSection(width_init={"default": "lossless", "groups": "mean"})
     source = memory_of(hf_llama(small), small)
-    grown = GrownReader(initial_operator(small, LargeSection(num_kv_heads=2), settings), source)
+    grown = GrownReader(build_initial_operator(small, LargeSection(num_kv_heads=2), settings), source)
     key = source.read("layers.1.k").view(2, 3, 4, 24)
     assert torch.allclose(grown.read("layers.1.k").view(2, 4, 24), key.mean(dim=1), atol=1e-7)
     for row in ("q", "o", "up"):
@@ -104,16 +104,16 @@ REFUSED = {
 def test_refused_by_name(case):
     large, keys, word = REFUSED[case]
     with pytest.raises(ConfigError, match=word):
-        initial_operator(llama_dims(), large, OperatorSection(**keys))
+        build_initial_operator(llama_dims(), large, OperatorSection(**keys))
 
 
 def test_a_query_head_without_a_place_is_refused():
     with pytest.raises(ConfigError, match="none for query head 8"):
         large = LargeSection(hidden_size=30, num_heads=10, num_kv_heads=5)
-        initial_operator(llama_dims(num_heads=9), large, OperatorSection())
+        build_initial_operator(llama_dims(num_heads=9), large, OperatorSection())
 
 
 def test_scalings_that_depend_on_the_head_size_are_refused():
     small = llama_dims(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     with pytest.raises(ConfigError, match="rope_scaling 'yarn'"):
-        initial_operator(small, LargeSection(head_dim=8), OperatorSection())
+        build_initial_operator(small, LargeSection(head_dim=8), OperatorSection())

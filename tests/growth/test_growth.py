@@ -9,7 +9,7 @@ from megatron_ligo.arch import get
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.growth.width_maps import SpaceMaps, apply_map, left_inverse
 from tests.growth.logit_gap import RAGGED, logits_gap
 from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
@@ -28,7 +28,7 @@ def test_lossless_start_keeps_the_logits(tied, large, noise):
 def test_eps_left_alone_is_seen():
     """Negative control: without the correction of eps the ragged lossless start is off."""
     small = llama_dims()
-    operator = initial_operator(small, RAGGED, OperatorSection())
+    operator = build_initial_operator(small, RAGGED, OperatorSection())
     assert operator.large.norm_eps == pytest.approx(small.norm_eps * 24 / 32)
     model = hf_llama(small).double()
     grown = GrownReader(operator, memory_of(model, small))
@@ -45,7 +45,7 @@ def test_eps_left_alone_is_seen():
 def test_named_depths_place_the_layers_that_they_say(depth):
     small = llama_dims()
     source = memory_of(hf_llama(small), small)
-    operator = initial_operator(small, LargeSection(num_layers=5), OperatorSection(depth_init=depth))
+    operator = build_initial_operator(small, LargeSection(num_layers=5), OperatorSection(depth_init=depth))
     grown = GrownReader(operator, source)
     expected = {"stack": [0, 1, 2, 0, 1], "interlace": [0, 0, 1, 1, 2], "copy": [0, 1, 2, 2, 2]}[depth]
     for layer, origin in enumerate(expected):
@@ -58,7 +58,7 @@ def test_query_heads_stay_with_their_group():
     small = llama_dims()
     source = memory_of(hf_llama(small), small)
     section = LargeSection(num_heads=8, num_kv_heads=4)
-    grown = GrownReader(initial_operator(small, section, OperatorSection()), source)
+    grown = GrownReader(build_initial_operator(small, section, OperatorSection()), source)
     assert torch.equal(grown.read("layers.0.q")[24:], source.read("layers.0.q")[:8])
     assert torch.equal(grown.read("layers.0.k")[12:], source.read("layers.0.k")[:4])
 
@@ -89,11 +89,11 @@ def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
 def test_every_refusal_is_in_one_error():
     section = LargeSection(num_layers=2, hidden_size=16, ffn_size=20, num_heads=2, num_kv_heads=1)
     with pytest.raises(ConfigError) as error:
-        initial_operator(llama_dims(), section, OperatorSection())
+        build_initial_operator(llama_dims(), section, OperatorSection())
     for word in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads"):
         assert word in str(error.value)
 
 
 def test_unknown_initialisations_name_the_nearest():
     with pytest.raises(ConfigError, match="'lossless'"):
-        initial_operator(llama_dims(), RAGGED, OperatorSection(width_init="losless", depth_init="stak"))
+        build_initial_operator(llama_dims(), RAGGED, OperatorSection(width_init="losless", depth_init="stak"))

@@ -9,9 +9,9 @@ from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth import initializers
-from megatron_ligo.growth.methods import METHODS, describe
+from megatron_ligo.growth.methods import METHODS, describe_method
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from tests import layer_norm_models
 
 # Whole multiples of the residual stream, heads and neurons at a ragged one.
@@ -25,7 +25,7 @@ def gap(family: str, name: str, large: LargeSection, settings: OperatorSection, 
     """Largest difference of what comes out first, at outputs of size 3. Hidden states grow by the residual map."""
     small = layer_norm_models.dims_of(family, name, tied=tied)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, tied=tied, dtype=torch.float64), small)
-    grown = GrownReader(initial_operator(small, large, settings), source)
+    grown = GrownReader(build_initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118
         assert grown.read(key).dtype == torch.float64
         assert grown.read(key).shape == grown.info(key).shape
@@ -45,7 +45,7 @@ def test_lossless_at_whole_multiples(family, name, tied, noise):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if method.lossless))
+@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if method.is_lossless))
 @pytest.mark.parametrize(("family", "name"), layer_norm_models.CLASSES)
 def test_what_promises_to_be_lossless_is(family, name, method, tied):
     more = {"num_layers": 5} if family in NORMS_FIRST else {}
@@ -57,7 +57,7 @@ def test_uneven_draws_and_padded_heads_are_seen(monkeypatch):
     """Negative controls: a LayerNorm's mean and variance are lost by either."""
     padded = {"width_init": {"default": "pad", "residual": "lossless"}}
     assert gap("bert", "BertForMaskedLM", DOUBLE, OperatorSection(method="lemon", **padded), tied=False) > 0.1
-    monkeypatch.setitem(initializers.WIDTH, "net2net", initializers.select)
+    monkeypatch.setitem(initializers.WIDTH_INITS, "net2net", initializers.select)
     assert gap("gpt2", "GPT2LMHeadModel", DOUBLE, OperatorSection(method="net2net")) > 0.1
 
 
@@ -69,7 +69,7 @@ def test_lossless_depth_where_norms_come_first(tied, large):
 
 def test_a_tied_head_s_norm_left_alone_is_seen(monkeypatch):
     """Negative control: its bias, too, must come back once, however often it was copied."""
-    monkeypatch.setattr(Operator, "is_shared_out", lambda self, param: False)
+    monkeypatch.setattr(Operator, "divides_bias", lambda self, param: False)
     assert gap("gpt2", "GPT2LMHeadModel", DOUBLE, OperatorSection()) > 0.1
     assert gap("bert", "BertForMaskedLM", DOUBLE, OperatorSection()) > 0.1
 
@@ -80,8 +80,8 @@ def test_ragged_layer_norms_are_told(caplog):
     assert "whole multiple" in caplog.text
     small = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
     for section, told in ((large, "not lossless at these sizes"), (DOUBLE, "starts with the small model's logits")):
-        operator = initial_operator(small, section, OperatorSection())
-        assert told in describe(operator.settings, small, operator.large)
+        operator = build_initial_operator(small, section, OperatorSection())
+        assert told in describe_method(operator.settings, small, operator.large)
 
 
 def test_refusals():
@@ -90,15 +90,15 @@ def test_refusals():
         layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel"),
     )
     with pytest.raises(ConfigError, match="post-LN"):
-        initial_operator(bert, LargeSection(num_layers=4), OperatorSection())
+        build_initial_operator(bert, LargeSection(num_layers=4), OperatorSection())
     with pytest.raises(ConfigError, match="post-LN"):
-        initial_operator(bert, LargeSection(num_layers=4), OperatorSection(method="lemon"))
+        build_initial_operator(bert, LargeSection(num_layers=4), OperatorSection(method="lemon"))
     with pytest.raises(ConfigError, match="head_dim"):
-        initial_operator(gpt2, LargeSection(hidden_size=48), OperatorSection())
-    initial_operator(bert, LargeSection(num_layers=4), OperatorSection(depth_init="stack"))
+        build_initial_operator(gpt2, LargeSection(hidden_size=48), OperatorSection())
+    build_initial_operator(bert, LargeSection(num_layers=4), OperatorSection(depth_init="stack"))
     neox = layer_norm_models.dims_of("gpt_neox", "GPTNeoXForCausalLM")
     with pytest.raises(ConfigError, match=r"large\.head_dim: expected 4 with rotary_fraction = 0\.5, found 8"):
-        initial_operator(neox, LargeSection(hidden_size=48, head_dim=8), OperatorSection())
+        build_initial_operator(neox, LargeSection(hidden_size=48, head_dim=8), OperatorSection())
 
 
 @pytest.mark.parametrize("method", ["ligo", "aki", "direct_copy", "hypercloning_noisy"])
@@ -108,6 +108,6 @@ def test_every_method_takes_every_row(method):
     for family, name in (("bert", "BertForPreTraining"), ("gpt2", "GPT2LMHeadModel")):
         small = layer_norm_models.dims_of(family, name)
         source = layer_norm_models.memory_of(layer_norm_models.model(family, name), small)
-        grown = GrownReader(initial_operator(small, large, settings), source)
+        grown = GrownReader(build_initial_operator(small, large, settings), source)
         assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118
         assert layer_norm_models.outputs(grown, layer_norm_models.tokens()).shape[-1] == 41

@@ -33,8 +33,12 @@ FORMS = {
     "full": (lambda: DenseMap(drawn(N, M)), drawn(N, M), N * M),
     "all rows kept": (lambda: FrozenIdentityMap(drawn(N, M), 4, 0), kept(0, 4), (N - 4) * M),
     "a rank's kept rows": (lambda: FrozenIdentityMap(drawn(N, M), 2, 1), kept(1, 2), (N - 2) * M),
-    "copies": (lambda: RowSelection.of(one_entry()), one_entry(), 0),
-    "low rank on copies": (lambda: LowRankMap(RowSelection.of(one_entry()), U, V), one_entry() + U @ V, RANK * (N + M)),
+    "copies": (lambda: RowSelection.from_matrix(one_entry()), one_entry(), 0),
+    "low rank on copies": (
+        lambda: LowRankMap(RowSelection.from_matrix(one_entry()), U, V),
+        one_entry() + U @ V,
+        RANK * (N + M),
+    ),
     "low rank on full": (lambda: LowRankMap(DenseMap(drawn(N, M)), U, V), drawn(N, M) + U @ V, N * M + RANK * (N + M)),
 }
 
@@ -64,4 +68,4 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(kind):
 
 
 def test_a_dense_matrix_is_no_copies():
-    assert RowSelection.of(drawn(N, M)) is None
+    assert RowSelection.from_matrix(drawn(N, M)) is None

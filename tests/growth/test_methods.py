@@ -10,19 +10,19 @@ import torch
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.growth.methods import METHODS, describe, resolve
-from megatron_ligo.growth.validation import check_factored, initial_operator
+from megatron_ligo.growth.methods import METHODS, describe_method, resolve_settings
+from megatron_ligo.growth.validation import build_initial_operator, check_factored
 from megatron_ligo.growth.width_maps import left_inverse
 from tests.growth.logit_gap import RAGGED, logits_gap
 from tests.tiny_models import hf_llama, llama_dims, memory_of
 
-LOSSLESS = [name for name, method in METHODS.items() if method.lossless]
+LOSSLESS = [name for name, method in METHODS.items() if method.is_lossless]
 
 
 def grown(method: str, large: LargeSection = RAGGED, **keys) -> GrownReader:
     small = llama_dims()
     settings = OperatorSection(method=method, **keys)
-    return GrownReader(initial_operator(small, large, settings), memory_of(hf_llama(small), small))
+    return GrownReader(build_initial_operator(small, large, settings), memory_of(hf_llama(small), small))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -96,7 +96,11 @@ def test_direct_copy_has_the_small_model_in_its_corner():
 
 def test_the_published_operator_is_written_out():
     operator = grown("ligo").operator
-    assert (operator.frame.structure, operator.copied_gains, operator.has_contract("ffn")) == ("dense", False, False)
+    assert (operator.space_maps.structure, operator.copied_gains, operator.has_contract("ffn")) == (
+        "dense",
+        False,
+        False,
+    )
     depth = operator.tensor("depth.q")
     assert torch.allclose(depth.sum(dim=1), torch.ones(5)) and float(depth.min()) > 0
     assert not torch.equal(depth, operator.tensor("depth.k"))
@@ -104,15 +108,15 @@ def test_the_published_operator_is_written_out():
 
 
 def test_keys_are_put_over_the_method():
-    settings = resolve(
+    settings = resolve_settings(
         RunConfig.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_dims()
     )
     assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
-    assert resolve(settings, llama_dims()) == settings
-    told = describe(settings, llama_dims(), llama_dims())
+    assert resolve_settings(settings, llama_dims()) == settings
+    told = describe_method(settings, llama_dims(), llama_dims())
     assert "noise = 0.25   (your own)" in told and "depth_init = 'stack'\n" in told
     with pytest.raises(ConfigError, match="'noisy_stack'"):
-        resolve(OperatorSection(method="noisystack"), llama_dims())
+        resolve_settings(OperatorSection(method="noisystack"), llama_dims())
 
 
 OWN_KEYS = {
@@ -130,8 +134,8 @@ def test_a_start_is_called_lossless_only_where_it_is(case):
     keys, kept = OWN_KEYS[case]
     large = replace(RAGGED, hidden_size=36, num_heads=12, num_kv_heads=1 if case == "merged heads" else 6)
     settings = OperatorSection(**keys)
-    operator = initial_operator(llama_dims(), large, settings)
-    told = describe(operator.settings, operator.small, operator.large)
+    operator = build_initial_operator(llama_dims(), large, settings)
+    told = describe_method(operator.settings, operator.small, operator.large)
     assert ("starts with the small model's logits" in told) == kept
     assert ("not promised to be lossless with your own" in told) != kept
     gap = logits_gap(llama_dims(), large, settings)
@@ -146,10 +150,10 @@ def test_what_cannot_be_is_refused():
         ({"method": "net2net", "identity": "frozen"}, "no identity rows"),
     ):
         with pytest.raises(ConfigError, match=word):
-            initial_operator(llama_dims(), RAGGED, OperatorSection(**keys))
+            build_initial_operator(llama_dims(), RAGGED, OperatorSection(**keys))
     for method in METHODS:
         errors = ErrorCollector("fit", ConfigError)
-        check_factored(resolve(OperatorSection(method=method), llama_dims()), errors)
+        check_factored(resolve_settings(OperatorSection(method=method), llama_dims()), errors)
         assert bool(errors.lines) == (method in ("direct_copy", "random", "aki"))
 
 

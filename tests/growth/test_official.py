@@ -13,7 +13,7 @@ from megatron_ligo.arch.spec import Use
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.growth import official_ligo
 from tests.models.factored import fit_cases
@@ -55,7 +55,7 @@ def test_the_settings_are_the_published_ones(case):
     assert len(widths) == 2 + 4 * layers
     assert all(name.endswith("expand") for name in widths)
     assert sum(name.startswith("depth.") for name in operator.shapes()) == 16
-    frozen = operator.num_parameters()["width.residual.expand"]
+    frozen = operator.count_parameters()["width.residual.expand"]
     assert frozen == (operator.large.hidden_size - operator.small.hidden_size) * operator.small.hidden_size
 
 
@@ -143,11 +143,11 @@ def test_on_the_fly_is_materialised(case):
 def factored(case: official_ligo.Case, key: str, bias):
     operator = case.operator
     param = operator.arch.param(key)
-    mixed = operator.mix(key, case.source.read)
+    mixed = operator.mix_layers(key, case.source.read)
     layer = int(key.split(".")[1]) if param.in_layer else None
 
     def matrix(axis) -> torch.Tensor:
-        lift = operator.frame.lift(axis)
+        lift = operator.space_maps.lift(axis)
         return torch.eye(operator.large.vocab_size).double() if lift is None else operator.matrix(layer)(lift, axis.use)
 
     out, into = (matrix(axis) for axis in param.axes)
@@ -181,7 +181,7 @@ def test_growing_a_matrix_is_the_kronecker_product(case):
     """vec(B W A^T) = (A x B) vec(W), columns one below the other."""
     operator = case.operator
     out, into = operator.tensor("width.ffn.1.expand"), operator.tensor("width.residual.expand")
-    mixed = operator.mix("layers.1.up", case.source.read)
+    mixed = operator.mix_layers("layers.1.up", case.source.read)
     expected = torch.kron(into, out) @ mixed.T.reshape(-1)
     assert torch.allclose(operator.grow("layers.1.up", mixed).T.reshape(-1), expected, rtol=1e-12, atol=1e-14)
 
@@ -208,7 +208,7 @@ def test_one_hot_depth_at_equal_widths_is_a_stack(case):
 
 def test_equal_sizes_are_a_copy(case):
     small, settings = case.source.model_config, case.operator.settings
-    shapes = initial_operator(small, LargeSection(), replace(settings, depth_init="stack")).shapes()
+    shapes = build_initial_operator(small, LargeSection(), replace(settings, depth_init="stack")).shapes()
     tensors = {name: torch.eye(*shape).double() for name, shape in shapes.items()}
     grown = GrownReader(official_ligo.Given(small, small, settings, tensors), case.source)
     for key in grown.keys():  # noqa: SIM118
@@ -271,7 +271,7 @@ def test_copies_keep_the_function_only_if_readers_share_them(case, contract):
     )
     with torch.no_grad():
         before = logits(case.source, case.ids)
-        after = logits(GrownReader(initial_operator(small, large, settings), case.source), case.ids)
+        after = logits(GrownReader(build_initial_operator(small, large, settings), case.source), case.ids)
     gap = float((before - after).abs().max())
     assert gap < 1e-13 if contract == "free" else gap > 0.1
 
@@ -287,9 +287,9 @@ def test_refused_where_the_official_code_runs_on(case):
     }
     for word, large in wrong.items():
         with pytest.raises(ConfigError, match=word):
-            initial_operator(small, large, ligo)
+            build_initial_operator(small, large, ligo)
     # interlace is right at any ratio of layers, where the official one reads beyond the small model's last.
-    operator = initial_operator(small, LargeSection(num_layers=5), replace(ligo, depth_init="interlace"))
+    operator = build_initial_operator(small, LargeSection(num_layers=5), replace(ligo, depth_init="interlace"))
     assert operator.tensor("depth.q").argmax(dim=1).tolist() == [i * small.num_layers // 5 for i in range(5)]
 
 

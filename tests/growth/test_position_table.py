@@ -14,7 +14,7 @@ from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.adam_state import DualMaps
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.fit import prepare
 from tests import layer_norm_models
 from tests.growth.test_growth_families import DOUBLE
@@ -37,7 +37,7 @@ LLAMA3 = {
 def test_learned_positions(family, name, start):
     small = layer_norm_models.dims_of(family, name)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, dtype=torch.float64), small)
-    grown = GrownReader(initial_operator(small, LONGER, OperatorSection(position_init=start)), source)
+    grown = GrownReader(build_initial_operator(small, LONGER, OperatorSection(position_init=start)), source)
     short, long = (
         layer_norm_models.tokens(small.longest_sequence),
         layer_norm_models.tokens(grown.model_config.longest_sequence),
@@ -65,28 +65,28 @@ def test_rope_scaling_is_carried(tmp_path):
     small = llama_dims(rope_scaling=LLAMA3)
     source = memory_of(hf_llama(small), small)
     grown = GrownReader(
-        initial_operator(small, LargeSection(num_layers=4, max_positions=256), OperatorSection()), source
+        build_initial_operator(small, LargeSection(num_layers=4, max_positions=256), OperatorSection()), source
     )
     convert(grown, tmp_path / "out", "hf")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["max_position_embeddings"] == 256
     assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 10000.0}
     plain = replace(llama_dims(), max_positions=256)
-    assert initial_operator(llama_dims(), LargeSection(max_positions=256), OperatorSection()).large == plain
+    assert build_initial_operator(llama_dims(), LargeSection(max_positions=256), OperatorSection()).large == plain
     # A shorter one is a smaller number in the config, and no more.
-    assert initial_operator(small, LargeSection(max_positions=8), OperatorSection()).large.max_positions == 8
+    assert build_initial_operator(small, LargeSection(max_positions=8), OperatorSection()).large.max_positions == 8
     ids = tokens(small)
     assert torch.allclose(hf_from(grown)(ids).logits, hf_from(source)(ids).logits, atol=1e-5)
 
 
 def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match=r"large\.max_positions: expected at least the small model's 20, found 19"):
-        initial_operator(
+        build_initial_operator(
             layer_norm_models.dims_of("gpt2", "GPT2Model"), LargeSection(max_positions=19), OperatorSection()
         )
     for scaling in ({"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}):
         with pytest.raises(ConfigError, match="angles depend on the number of positions"):
-            initial_operator(llama_dims(rope_scaling=scaling), LargeSection(max_positions=128), OperatorSection())
+            build_initial_operator(llama_dims(rope_scaling=scaling), LargeSection(max_positions=128), OperatorSection())
     _, folder = layer_norm_models.saved(tmp_path, "gpt2", "GPT2LMHeadModel")
     run = [f"small.path={folder}", "large.max_positions=40", "data.seq_length=30"]
     prepare(RunConfig.load(None, run))

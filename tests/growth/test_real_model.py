@@ -15,7 +15,7 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from tests.tiny_models import hf_name
 
 LARGE = LargeSection(num_layers=32, hidden_size=768, ffn_size=2048, num_heads=12, num_kv_heads=4)
@@ -45,7 +45,7 @@ def of(model, small: Path) -> torch.Tensor:
 
 def grown(small: Path, large: LargeSection, settings: OperatorSection) -> GrownReader:
     source = formats.open(small / "small")
-    return GrownReader(initial_operator(source.model_config, large, settings), source)
+    return GrownReader(build_initial_operator(source.model_config, large, settings), source)
 
 
 def test_the_grown_smollm2_has_the_small_ones_logits(small, logits):

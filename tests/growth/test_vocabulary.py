@@ -10,7 +10,7 @@ import torch
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from tests.growth.logit_gap import RAGGED
 from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
 
@@ -19,7 +19,7 @@ MORE = replace(RAGGED, vocab_size=1037)
 
 def grown(small, noise=0.0, large=MORE):
     source = memory_of(hf_llama(small).double(), small)
-    return GrownReader(initial_operator(small, large, OperatorSection(vocab_noise=noise)), source)
+    return GrownReader(build_initial_operator(small, large, OperatorSection(vocab_noise=noise)), source)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_ligo import arch
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.growth.validation import large_config
+from megatron_ligo.growth.validation import derive_large_config
 from megatron_ligo.training.initial_weights import sizes
 from tests.models.factored import fit_cases
 
@@ -25,7 +25,7 @@ def reduced(path: Path) -> dict:
     """small, large and settings of a pair, as `cases.fit` takes them."""
     config = RunConfig.load(path)
     small = sizes(ROOT / config.small.path)
-    large = large_config(small, config.large)
+    large = derive_large_config(small, config.large)
     common = gcd(small.num_layers, large.num_layers)
     times = common if common < small.num_layers else common // 2
 

@@ -14,7 +14,7 @@ from megatron_ligo.config.run_config import (
     ParallelSection,
     PretrainSection,
 )
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.plan import layout_search, parameter_count, pipeline_schedule, plan_text, scaling_table
 from megatron_ligo.plan.memory import estimate_peak_memory
 from megatron_ligo.plan.planned_job import PlannedJob
@@ -28,7 +28,7 @@ LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240,
 
 
 def planned_fit(world_size: int = 1, **layout) -> PlannedJob:
-    operator = initial_operator(SMALL, LargeSection(**LARGE), OperatorSection())
+    operator = build_initial_operator(SMALL, LargeSection(**LARGE), OperatorSection())
     training = FitSection(global_batch_size=8, parallel=ParallelSection(**layout))
     return PlannedJob(operator.large, training, world_size, 32, operator)
 
@@ -74,7 +74,7 @@ def test_parameters_match_the_model_and_the_operator():
     pretraining = replace(job, training=PretrainSection(parallel=ParallelSection(pp=2)), operator=None, world_size=2)
     stages = [parameter_count.count_model_on_rank(pretraining, stage) for stage in range(2)]
     assert sum(stages) == parameter_count.count_model(large)
-    trained = sum(job.operator.num_parameters().values())
+    trained = sum(job.operator.count_parameters().values())
     assert parameter_count.count_operator_on_rank(job.operator, 1, large.num_layers) == trained
 
 

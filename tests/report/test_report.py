@@ -20,7 +20,7 @@ from megatron_ligo.export import provenance
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import build_growth_record
 from megatron_ligo.growth import operator_file
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.report import write_report
 from megatron_ligo.report.curves import held_out_curve, training_curve
 from megatron_ligo.report.report_table import HEADINGS, build_table
@@ -45,7 +45,7 @@ def steps(folder: Path, count: int, flops: float, **last: float) -> None:
 
 
 def a_fit(folder: Path, ends: float = 3.5) -> operator_file.OperatorFile:
-    operator = initial_operator(SMALL, LARGE, OperatorSection(width_init="copy", depth_init="stack"))
+    operator = build_initial_operator(SMALL, LARGE, OperatorSection(width_init="copy", depth_init="stack"))
     steps(folder, 6, STEP_FLOPS["fit"])
     record = {
         "source": {"path": "small", "format": "hf"},
@@ -97,7 +97,7 @@ def journey(tmp_path):
     """A small model's loss, a fit, its hand-off, the hand-off of an unlearned start, and a pretraining from each."""
     fitted = a_fit(tmp_path / "fit")
     a_hand_off(tmp_path / "grown", fitted)
-    a_hand_off(tmp_path / "stacked", initial_operator(SMALL, LARGE, OperatorSection(depth_init="stack")))
+    a_hand_off(tmp_path / "stacked", build_initial_operator(SMALL, LARGE, OperatorSection(depth_init="stack")))
     large = fitted.large
     a_pretraining(tmp_path / "small", None, 0)
     on_both = {"fit": 3.5, "start_on_fit_batch": 3.5000005}

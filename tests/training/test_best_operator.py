@@ -8,7 +8,7 @@ import torch
 
 from megatron_ligo.config.run_config import PretrainSection, RunConfig
 from megatron_ligo.growth.operator_file import OperatorFile
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.lr_schedule import after_growth, learning_rate
 from tests.tiny_models import hf_llama
 from tests.training.pretrain_runs import fit
@@ -47,7 +47,7 @@ def test_a_fit_that_only_harms_leaves_where_it_began_and_ends(pools, base, tmp_p
     assert (told["step"], told["steps_done"]) == (0, 2)
     assert told["losses"]["end"] == told["losses"]["start"] < told["losses"]["last"]
     config = RunConfig.from_dict(table)
-    start = initial_operator(DIMS, config.large, config.operator)
+    start = build_initial_operator(DIMS, config.large, config.operator)
     found = OperatorFile(tmp_path / "fit/operator")
     assert all(torch.equal(found.tensor(name), start.tensor(name)) for name in start.shapes())
     # Started again, it is done.

@@ -14,7 +14,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.reader import Reader, TensorInfo
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, ParallelSection, TrainingSection
 from megatron_ligo.distributed import device, mesh
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.metrics import peak_memory_bytes
 
 SEED = 1234
@@ -46,7 +46,7 @@ class StepJob:
         return ModelConfig(**{**fixed, "rope_base": 10000.0, **self.small})
 
     def operator_made(self):
-        return initial_operator(self.small_dims(), LargeSection(**self.large), OperatorSection(**self.operator))
+        return build_initial_operator(self.small_dims(), LargeSection(**self.large), OperatorSection(**self.operator))
 
     def run(self, dp: int) -> TrainingSection:
         return TrainingSection(

@@ -23,7 +23,7 @@ from megatron_ligo.experiments.compare.results import count_parameters
 from megatron_ligo.experiments.compare.run_queue import JobQueue
 from megatron_ligo.experiments.compare.savings import TIE, UNKNOWN
 from megatron_ligo.growth.methods import METHODS
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 
 ADVICE = "advice.json"
 # Includes `ligo` unfitted: it was the best start twice (tools/benchmarks/growth/shakespeare.md).
@@ -131,7 +131,7 @@ def _arms(config: RunConfig, small: ModelConfig, methods: Iterable[str]) -> tupl
     for name in methods:
         section = OperatorSection(method=name)
         try:
-            initial_operator(small, config.large, section)
+            build_initial_operator(small, config.large, section)
         except LigoError as error:
             refused[name] = f"{error}"
         else:

@@ -13,7 +13,7 @@ from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
 from megatron_ligo.experiments.compare.comparison_config import Arm, fitted_arm_of
 from megatron_ligo.growth.fit_flops import fit_step_flops
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.fit import within_budget
 from megatron_ligo.training.initial_weights import sizes
 
@@ -65,7 +65,7 @@ def _cost_before_runs(plan: ComparisonPlan, arm: Arm, small: ModelConfig) -> flo
 
 def _fit_steps(config: RunConfig, small: ModelConfig, lagged: bool) -> tuple[int, float]:
     """Returns (steps, FLOPs per step) within max_flops. Raises ConfigError if it pays for no step."""
-    fit, operator = config.fit, initial_operator(small, config.large, config.operator)
+    fit, operator = config.fit, build_initial_operator(small, config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, lagged)
     return within_budget(fit, step).steps, step

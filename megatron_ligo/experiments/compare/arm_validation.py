@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError
 from megatron_ligo.experiments.compare.comparison_config import Arm, ComparisonConfig
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.growth.validation import check_factored, initial_operator
+from megatron_ligo.growth.validation import build_initial_operator, check_factored
 from megatron_ligo.training.fit import check_teacher
 from megatron_ligo.training.initial_weights import sizes
 from megatron_ligo.training.lag import check_decoder
@@ -22,7 +22,7 @@ def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
         if not arm.grown:
             continue
         try:
-            operator = initial_operator(small, arm.config.large, arm.config.operator)
+            operator = build_initial_operator(small, arm.config.large, arm.config.operator)
             if arm.fitted:
                 _check_fit(arm, operator)
         except LigoError as error:

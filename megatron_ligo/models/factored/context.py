@@ -110,7 +110,7 @@ class FactoredContext:
     def grow_norm_bias(self, spec: ParamSpec, mixed: Tensor, expand: LinearMap) -> Tensor:
         """A norm's bias (D1,) -> (D2,), whole on every rank."""
         grown = expand.to(mixed) @ mixed
-        if self.operator.is_shared_out(spec):
+        if self.operator.divides_bias(spec):
             grown = grown * (self.gain_tensors["gain.final"] / self.gain_tensors["gain.layers"])
         return grown
 
@@ -120,7 +120,7 @@ class FactoredContext:
         if self.operator.settings.fresh == "none":
             return None
         key = spec.key.format(layer)
-        rms = self.source.rms.get(random_init.scale_reference(self.operator, key), 0.0)
+        rms = self.source.rms.get(random_init.scale_source_key(self.operator, key), 0.0)
         rows = random_init.added_rows(self.operator, key, rms)
         if rows is None:
             return None
@@ -129,8 +129,8 @@ class FactoredContext:
     def map_for(self, maps: dict[str, LinearMap], spec: ParamSpec, dim: int) -> tuple[LinearMap, LiftedMap]:
         """The (large x small) map that an axis of a parameter meets, and its lift over heads."""
         axis = spec.axes[dim]
-        lift = self.operator.frame.lift(axis)
-        return map_for_use(maps, lift.map, axis.use is Use.INPUT), lift
+        lift = self.operator.space_maps.lift(axis)
+        return map_for_use(maps, lift.map_name, axis.use is Use.INPUT), lift
 
 
 def add_lag(grown: Tensor, lag: Tensor | None) -> Tensor:

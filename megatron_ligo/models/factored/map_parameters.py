@@ -71,7 +71,7 @@ class MapParameters(nn.Module):
         self.operator_names: dict[str, str] = {}  # side -> tensor of the operator
         self.partial: set[str] = set()  # parameters that are whole on every rank and used partially
         for map_spec in operator.maps.values():
-            if map_spec.name != UNTRAINED_SPACE and operator.has_one_a_layer(map_spec.name) == (layer is not None):
+            if map_spec.name != UNTRAINED_SPACE and operator.has_map_per_layer(map_spec.name) == (layer is not None):
                 for kind in ("expand", "contract") if operator.has_contract(map_spec.name) else ("expand",):
                     self._add_side(operator, map_spec, kind, operator.width_name(map_spec.name, kind, layer))
 
@@ -84,7 +84,7 @@ class MapParameters(nn.Module):
         rank, partition_dim = operator.rank(map_spec.name), 0 if map_spec.is_sharded else None
         if rank:
             start = matrix.clone().to(device.current_device())
-            self.layout.starts[side] = RowSelection.of(start) or DenseMap(start)
+            self.layout.starts[side] = RowSelection.from_matrix(start) or DenseMap(start)
             self._register(side, f"{side}_u", torch.zeros(matrix.shape[0], rank), partition_dim, False)
             self._register(side, f"{side}_v", operator.right_factor(name, rank), None, map_spec.is_sharded)
             return

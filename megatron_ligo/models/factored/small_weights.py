@@ -100,7 +100,7 @@ class SmallWeights:
 
     def _read_outside(self, reader: Reader, spec: ParamSpec) -> Tensor:
         """This rank's shard, fp32, with rows for the tokens and positions that only the large model has."""
-        tensor = self.operator.with_new_rows(spec.key, reader.read(spec.key))
+        tensor = self.operator.extend_table(spec.key, reader.read(spec.key))
         local = tensor if spec.tp_dim is None else shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank).clone()
         return local.float().to(device.current_device())
 

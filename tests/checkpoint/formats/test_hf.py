@@ -17,7 +17,7 @@ from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from tests.checkpoint import hf_models
 from tests.tiny_models import hf_llama, llama_dims, memory_of
 
@@ -170,7 +170,7 @@ def test_what_transformers_would_refuse_is_told(tmp_path, caplog, model_type, he
     """It is written all the same: other readers take it."""
     small = llama_dims(model_type=model_type, qkv_bias=model_type == "qwen2", num_kv_heads=2)
     large = LargeSection(hidden_size=32, num_heads=heads)
-    source = GrownReader(initial_operator(small, large, OperatorSection()), memory_of(hf_llama(small), small))
+    source = GrownReader(build_initial_operator(small, large, OperatorSection()), memory_of(hf_llama(small), small))
     convert(source, tmp_path / "out", "hf")
     warned = [entry.getMessage() for entry in caplog.records if "hf: num_heads" in entry.getMessage()]
     expected = "expected a divisor of hidden_size = 32 (transformers loads no other llama), found 6. Choose num_heads"

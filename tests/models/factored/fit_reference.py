@@ -12,14 +12,14 @@ from megatron_ligo.arch.spec import Use, key_pattern, layer_index
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.growth import random_init
 from megatron_ligo.growth.operator import Operator, short_key
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.growth.width_maps import grow_tensor
 from tests import layer_norm_models
 from tests.layer_norm_models import memory_of
 
 
 def make_operator(small, large: dict, settings: dict) -> Operator:
-    return initial_operator(small, LargeSection(**large), OperatorSection(**settings))
+    return build_initial_operator(small, LargeSection(**large), OperatorSection(**settings))
 
 
 def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -28,17 +28,17 @@ def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[s
     for key in operator.arch.keys(operator.large):
         param, layer = operator.arch.param(key), layer_index(key)
         if layer is None:
-            mixed = operator.with_new_rows(key, source.read(key))
+            mixed = operator.extend_table(key, source.read(key))
         else:
             stack = torch.stack([source.read(key_pattern(key).format(i)) for i in range(operator.small.num_layers)])
             mixed = torch.tensordot(values[f"depth.{short_key(param)}"][layer], stack, dims=1)
         if param.axes[0].use is Use.GAIN:
             grown[key] = _gain(operator, values, param, mixed)
         else:
-            rms = random_init.root_mean_square(source.read(random_init.scale_reference(operator, key)))
+            rms = random_init.root_mean_square(source.read(random_init.scale_source_key(operator, key)))
             joined = random_init.added_rows(operator, key, rms)
             matrix = _matrix(operator, values, layer)
-            grown[key] = grow_tensor(param, mixed, matrix, operator.frame, joined)
+            grown[key] = grow_tensor(param, mixed, matrix, operator.space_maps, joined)
             if param.feeds_head and operator.large.tied and operator.copied_gains:
                 # A norm's bias before a tied head: its copies come back as one.
                 grown[key] = grown[key] * values["gain.final"] / values["gain.layers"]
@@ -65,9 +65,9 @@ def _gain(operator, values, param, mixed):
 
 def _matrix(operator, values, layer):
     def of(lift, use):
-        if use is Use.INPUT and operator.has_contract(lift.map):
-            return values[operator.width_name(lift.map, "contract", layer)].t()
-        return _expand(operator, values, lift.map, layer)
+        if use is Use.INPUT and operator.has_contract(lift.map_name):
+            return values[operator.width_name(lift.map_name, "contract", layer)].t()
+        return _expand(operator, values, lift.map_name, layer)
 
     return of
 

@@ -7,7 +7,7 @@ from torch import nn
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.distributed import mesh as meshes
-from megatron_ligo.growth.validation import initial_operator
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel
 from megatron_ligo.models.factored.small_weights import SmallWeights
@@ -45,7 +45,7 @@ def test_grown_to_twice_its_width_it_says_the_same(known):
     """Post-LN: at whole copies of all features, heads and neurons, and at its own depth."""
     reader, ids, expected = known
     large = LargeSection(hidden_size=768, num_heads=24, ffn_size=3072)
-    operator = initial_operator(reader.model_config, large, OperatorSection())
+    operator = build_initial_operator(reader.model_config, large, OperatorSection())
     mesh = meshes.build_mesh(1, 1)
     model = FactoredModel(FactoredContext(operator, SmallWeights(operator, reader, mesh, 1), mesh, torch.float32))
     with torch.no_grad():

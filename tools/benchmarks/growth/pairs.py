@@ -14,7 +14,7 @@ WORLD = 8
 
 def lines() -> Iterator[str]:
     from megatron_ligo.config.run_config import RunConfig
-    from megatron_ligo.growth.validation import initial_operator
+    from megatron_ligo.growth.validation import build_initial_operator
     from megatron_ligo.plan import layout_search, parameter_count
     from megatron_ligo.plan.memory import estimate_peak_memory
     from megatron_ligo.plan.plan_text import format_bytes, format_count
@@ -23,7 +23,7 @@ def lines() -> Iterator[str]:
 
     for path in sorted(FOLDER.glob("*.toml")):
         config = RunConfig.load(path)
-        operator = initial_operator(sizes(ROOT / config.small.path), config.large, config.operator)
+        operator = build_initial_operator(sizes(ROOT / config.small.path), config.large, config.operator)
         small, large = operator.small, operator.large
         length = large.tokens_of_sample(config.data.seq_length)
         fit = PlannedJob(large, config.fit, WORLD, length, operator)
@@ -35,7 +35,7 @@ def lines() -> Iterator[str]:
         cells = [
             path.stem,
             f"{format_count(parameter_count.count_model(small))} to {format_count(parameter_count.count_model(large))}",
-            format_count(sum(operator.num_parameters().values())),
+            format_count(sum(operator.count_parameters().values())),
             f"{step:.2f}",
             f"{step * config.fit.steps / config.pretrain.steps:.2%}",
             *(format_bytes(sum(estimate_peak_memory(job).values())) for job in (fit, plain)),
