@@ -120,7 +120,7 @@ def set_up_logging() -> None:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     set_up_logging()
-    signal_handling.install()
+    signal_handling.install_handlers()
     threading.excepthook = _report_thread_failure
     try:
         main()
@@ -171,7 +171,7 @@ def _report_error(text: str, agreed: bool) -> None:
 def _wait_for_rank_0() -> bool:
     """Until the launcher, which has seen another rank end, asks this one to (True), or time is over."""
     deadline = time.monotonic() + RANK_0_GRACE_SECONDS
-    with signal_handling.deferred(2 * RANK_0_GRACE_SECONDS):
+    with signal_handling.defer_signals(2 * RANK_0_GRACE_SECONDS):
         while time.monotonic() < deadline and not signal_handling.received_signal():
             time.sleep(0.1)
         return signal_handling.received_signal() is not None

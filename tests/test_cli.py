@@ -139,13 +139,13 @@ def wrapped(inner: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("error", "part"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: expected room on the disk"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: expected free space on the disk"),
         (wrapped(OSError(errno.ENOSPC, "No space left on device")), "found it full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "found it full"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: expected permission"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: expected a file or folder"),
-        (FileExistsError(errno.EEXIST, "File exists", "/a"), "/a: expected a folder, or a place for one"),
-        (OSError(errno.EIO, "Input/output error", "/a"), "/a: expected a disk that works"),
+        (FileExistsError(errno.EEXIST, "File exists", "/a"), "/a: expected a folder, or a free path for one"),
+        (OSError(errno.EIO, "Input/output error", "/a"), "/a: expected a working disk"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "--master_port"),
         (ConfigError("said"), "said"),
     ],

@@ -146,7 +146,7 @@ def test_an_index_of_data_tells_the_truth_or_is_refused(
     prefix.with_suffix(".bin").write_bytes(bytes(size))
     errors = ErrorCollector("data", DataError)
     pair = open_indexed_files(str(prefix), errors)
-    assert (pair is None) == bool(errors.lines)
+    assert (pair is None) == bool(errors.problems)
     if pair:
         item = np.dtype(pair.dtype).itemsize
         assert pair.tokens == sum(lengths) and pair.bin_bytes == size

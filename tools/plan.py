@@ -49,9 +49,9 @@ def jobs(config, world: int):
     """The fit and the pretraining that a config describes."""
     from megatron_ligo.growth.validation import build_initial_operator
     from megatron_ligo.plan.planned_job import PlannedJob
-    from megatron_ligo.training.initial_weights import sizes
+    from megatron_ligo.training.initial_weights import read_model_config
 
-    operator = build_initial_operator(sizes(Path(config.small.path)), config.large, config.operator)
+    operator = build_initial_operator(read_model_config(Path(config.small.path)), config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     more = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
     fit = PlannedJob(operator.large, config.fit, world, seq, operator, config.fit.source == "whole", **more)

@@ -130,13 +130,13 @@ class ModelConfig:
         errors = ErrorCollector("these are not the sizes of a model", ConfigError)
         for name in data:
             if name not in names:
-                errors.note(f"unknown size {name!r}. {did_you_mean(name, names)}")
+                errors.add_message(f"unknown size {name!r}. {did_you_mean(name, names)}")
         for f in fields(cls):
             if f.name not in data and f.default is f.default_factory:
-                errors.note(f"size {f.name!r} is missing")
+                errors.add_message(f"size {f.name!r} is missing")
             elif f.name in data and not any(_is(data[f.name], kind) for kind in f.type.split(" | ")):
                 errors.add(f.name, f.type, repr(data[f.name])[:60])
-        if not errors.lines and data["num_layers"] > MOST_LAYERS:
+        if not errors.problems and data["num_layers"] > MOST_LAYERS:
             errors.add("num_layers", f"at most {MOST_LAYERS}", data["num_layers"])
         errors.raise_if_any()
         return cls(**data)

@@ -44,10 +44,10 @@ def open_source(path: str | Path, form: str | None = None) -> Reader:
     try:
         return formats.open(path, form)
     except CheckpointError as error:
-        if error.errors is None or error.rest is None:
+        if error.collector is None or error.remaining_tensors is None:
             raise
-        errors, rest = error.errors, error.rest
-    for name, tensor in rest():
+        errors, remaining_tensors = error.collector, error.remaining_tensors
+    for name, tensor in remaining_tensors():
         bad = describe_non_finite(tensor)
         if bad:
             errors.add(name, "finite numbers", bad)

@@ -18,7 +18,7 @@ from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import SKELETONS
 from megatron_ligo.common.atomic_files import fsync_folders, replace_folder, restore_backup
 from megatron_ligo.common.errors import CheckpointError, MachineError, Problem
-from megatron_ligo.common.file_lock import lock
+from megatron_ligo.common.file_lock import lock_file
 
 # Room besides the tensors, at least: headers, configs, records. If a file system wants more, writing shows it.
 SPARE_BYTES = 1 << 20
@@ -117,7 +117,7 @@ def _backup(target: Path) -> Path:
 
 
 def _lock_target(path: Path, target: Path) -> IO[str]:
-    file = lock(path)
+    file = lock_file(path)
     if file is None:
         found = "another process that writes it"
         raise CheckpointError(Problem(f"{target}", "to be alone", found, "Wait for it, or end it."))

@@ -92,7 +92,7 @@ class ValidatedReader(Reader):
                     if not self._journal_entry(key, kind):
                         self._read_checked(key, kind)
                 except CheckpointError as error:
-                    errors.note(str(error))
+                    errors.add_message(str(error))
                     continue
                 bad = self._journal_entry(key, kind)["bad"]
                 if bad:

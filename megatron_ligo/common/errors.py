@@ -1,7 +1,7 @@
-"""What a user did or has that cannot work: one exception family, one form of message.
+"""Errors that the user can act on: one exception family, one form of message.
 
-`LigoError` is for faults of input (config, files, layouts, machines); our own mistakes are `assert`s.
-Commands print it without a traceback and exit with `LigoError.exit_code`.
+`LigoError` reports bad input and machine failures (config, files, layouts, disks); bugs are `assert`s. Commands print
+it without a traceback and exit with `LigoError.exit_code`.
 """
 
 from __future__ import annotations
@@ -11,66 +11,68 @@ import errno
 import signal
 from collections.abc import Callable, Iterable
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-# Of a disk, or of a server that has it.
-FAILED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.EFBIG)
-TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
+# From a local disk, or a file server.
+IO_ERRNOS = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.EFBIG)
+EXISTING_ERRNOS = (errno.EEXIST, errno.ENOTEMPTY)
+MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# Problems listed in one message.
+MAX_SHOWN = 50
 
 
 class LigoError(Exception):
-    """A fault of input. `str(error)` says where, what was expected, what was found, what to do."""
+    """An error in the input. `str(error)` states the place, what was expected and found, and a remedy."""
 
     exit_code = 2
-    # True where every rank raises it, so that one of them may speak for all.
+    # True if every rank raises the same error, so that one of them reports it for all.
     agreed = False
-    # What was collected, and what there is besides to be looked at (`ErrorCollector.raise_if_any`).
-    errors: ErrorCollector | None = None
-    rest: Callable[[], Iterable[tuple[str, object]]] | None = None
+    # Set by `ErrorCollector.raise_if_any`: the collected problems, and the tensors that can still be checked.
+    collector: ErrorCollector | None = None
+    remaining_tensors: Callable[[], Iterable[tuple[str, object]]] | None = None
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Each fault that the error reports; a `Problem` where its parts are known."""
-        return tuple(self.errors.lines) if self.errors else self.args
+        """Every problem that the error reports; a `Problem` if its fields are known."""
+        return tuple(self.collector.problems) if self.collector else self.args
 
 
 class ConfigError(LigoError):
-    """A config key or value that cannot be used."""
+    """An unusable config key or value."""
 
 
 class CheckpointError(LigoError):
-    """A checkpoint (or operator file) that is damaged, incomplete, hostile or of another model."""
+    """A checkpoint (or operator file) that is damaged, incomplete, unsafe to load or from another model."""
 
 
 class DataError(LigoError):
-    """Training data that are missing, damaged, too few, or made for another tokenizer or vocabulary."""
+    """Training data that are missing, damaged, too short, or prepared for another tokenizer or vocabulary."""
 
 
 class LayoutError(LigoError):
-    """Sizes, processes or devices that do not go together."""
+    """Incompatible sizes, processes or devices."""
 
 
 class NumbersError(LigoError):
-    """A loss or a gradient that no run should go on from. All ranks see it alike."""
+    """A loss or gradient that training must not continue from. All ranks see the same one."""
 
     agreed = True
 
 
 class ReplicaError(LigoError):
-    """Ranks that must hold the same numbers and do not: a machine's fault, or one of ours."""
+    """Replicas that differ between ranks: a hardware failure, or a bug."""
 
 
 class MachineError(LigoError):
-    """A full disk, a right or a folder that is missing, on whichever process: what is done so far stays done."""
+    """A full disk, or a missing permission or folder, on any process. Finished work is kept."""
 
 
 class LostRankError(LigoError):
-    """Another rank has ended or does not answer."""
+    """Another rank has ended or does not respond."""
 
 
 class Stopped(LigoError):
-    """A signal came, all ranks have saved and end. Exit code: 128 + its number, as a shell says it."""
+    """A signal arrived; all ranks have saved and exit. The exit code is 128 + signal number, as in a shell."""
 
     agreed = True
 
@@ -80,7 +82,7 @@ class Stopped(LigoError):
 
 
 class Problem(str):
-    """One fault in the one form: `where: expected E, found F. Hint.` Its parts stay readable as fields."""
+    """One problem as text, `where: expected E, found F. Hint.`, with its parts as fields."""
 
     where: str
     expected: str
@@ -98,71 +100,76 @@ class Problem(str):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest choice, or the list of choices."""
+    """Returns `Did you mean 'x'?` with the closest choice, or lists all choices."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
 
 
 class ErrorCollector:
-    """Collects every fault of one input so that the user sees all of them in one error."""
+    """Collects all problems of one input and reports them in one error."""
 
-    def __init__(self, title: str, error: type[LigoError] = LigoError):
+    def __init__(self, title: str, error_type: type[LigoError] = LigoError):
         self.title = title
-        self.error = error
-        self.lines: list[str] = []
+        self.error_type = error_type
+        self.problems: list[str] = []
 
     def add(self, where: str, expected: object, found: object, hint: str = "") -> None:
-        self.lines.append(Problem(where, expected, found, hint))
+        self.problems.append(Problem(where, expected, found, hint))
 
-    def note(self, line: str) -> None:
-        self.lines.append(line)
+    def add_message(self, message: str) -> None:
+        """Adds a problem that is already formatted, such as another error's text."""
+        self.problems.append(message)
 
-    def raise_if_any(self, rest: Callable[[], Iterable[tuple[str, object]]] | None = None) -> None:
-        """rest: gives the tensors that are there, with their names, to whoever asks what else is wrong with them."""
-        if not self.lines:
+    def raise_if_any(self, remaining_tensors: Callable[[], Iterable[tuple[str, object]]] | None = None) -> None:
+        """Raises one error with all problems, if there are any.
+
+        remaining_tensors: yields the readable tensors by name, for callers that also check their values.
+        """
+        if not self.problems:
             return
-        shown = self.lines[:50]
-        more = len(self.lines) - len(shown)
-        if more:
-            shown.append(f"... and {more} more of the same kind")
-        count = len(self.lines)
-        head = f"{self.title} ({count} fault{'s' if count > 1 else ''})"
-        error = self.error("\n  ".join([head, *shown]))
-        error.errors, error.rest = self, rest
+        count = len(self.problems)
+        shown = self.problems[:MAX_SHOWN]
+        if count > MAX_SHOWN:
+            shown.append(f"... and {count - MAX_SHOWN} more")
+        head = f"{self.title} ({count} problem{'s' if count > 1 else ''})"
+        error = self.error_type("\n  ".join([head, *shown]))
+        error.collector, error.remaining_tensors = self, remaining_tensors
         raise error
 
 
 def user_message(error: Exception) -> str | None:
-    """What to tell the user, or None if the error is a mistake of ours."""
+    """Returns the message for the user, or None if the error is a bug."""
     if isinstance(error, LigoError):
         return str(error)
     cause: BaseException | None = error
     while cause is not None:
-        text = _machine_fault(cause)
+        text = _describe_machine_error(cause)
         if text:
             return text
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 
-def _machine_fault(error: BaseException) -> str | None:
-    """Libraries wrap the system's errors, or only repeat their text."""
+def _describe_machine_error(error: BaseException) -> str | None:
+    """Returns a message if the operating system reports the error. Libraries may wrap it, or only repeat its text."""
     code = error.errno if isinstance(error, OSError) else None
-    # A copy names what it reads first.
+    # A failed copy names its source first.
     where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"
-    if code in FULL or "No space left on device" in str(error):
-        return f"{where}: expected room on the disk, found it full. Free some, or choose another --output."
-    if code in DENIED:
-        return f"{where}: expected permission, found: {error.strerror}. Choose another place, or change its rights."
-    if code in MISSING and error.filename is not None:
+    if code in NO_SPACE_ERRNOS or "No space left on device" in str(error):
+        return f"{where}: expected free space on the disk, found it full. Free some, or choose another --output."
+    if code in PERMISSION_ERRNOS:
+        return (
+            f"{where}: expected permission, found: {error.strerror}. Choose another folder, or change its permissions."
+        )
+    if code in MISSING_ERRNOS and error.filename is not None:
         return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
-    if code in TAKEN:
-        return f"{where}: expected a folder, or a place for one, found: {error.strerror}. Choose another --output."
-    if code in FAILED:
-        return f"{where}: expected a disk that works, found: {error.strerror}. See the machine's own log."
+    if code in EXISTING_ERRNOS:
+        return f"{where}: expected a folder, or a free path for one, found: {error.strerror}. Choose another --output."
+    if code in IO_ERRNOS:
+        return f"{where}: expected a working disk, found: {error.strerror}. See the system log."
     if code == errno.EADDRINUSE:
-        return "the launcher's port: expected a free one, found it in use. Choose another with --master_port."
+        return "the launcher's port: expected a free port, found it in use. Choose another with --master_port."
     if code == errno.EMFILE:
-        return f"{where}: expected an open file more, found this process's limit. Raise it with ulimit -n."
+        return f"{where}: expected one more open file, found the limit of this process. Raise it with ulimit -n."
     return None

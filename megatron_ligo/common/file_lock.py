@@ -1,4 +1,4 @@
-"""Files that one process has at a time, for as long as it keeps them open: one that is killed lets go of them."""
+"""Exclusive file locks. The kernel releases a lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_ligo.common.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"
-# What systems answer where a file cannot be locked.
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+LOCK_FILE = ".lock"
+# Errors of file systems without locks.
+UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def lock(path: Path, wait: bool = False) -> IO[str] | None:
-    """The file, made where there is none, open and locked; None if another process has it and we do not wait.
+def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
+    """Creates the file if needed and returns it open and locked; None if another process holds it (without `wait`).
 
-    Where its file system has no locks that is told, and the file is as good as locked.
+    On a file system without locks it warns and returns the file unlocked.
     """
-    # NFS locks nothing that is not open for writing, and no folder can be.
+    # NFS locks only files that are open for writing, so folders cannot be locked themselves.
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -33,40 +33,41 @@ def lock(path: Path, wait: bool = False) -> IO[str] | None:
         file.close()
         return None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in UNSUPPORTED_ERRNOS:
             file.close()
             raise
         log.warning("%s: its file system has no locks: nothing keeps two runs apart there", path.parent)
         return file
-    if _still_there(path, file):
+    if _is_current(path, file):
         return file
-    # Whoever had it has removed it meanwhile.
+    # The previous holder has removed the file in the meantime.
     file.close()
-    return lock(path, wait)
+    return lock_file(path, wait)
 
 
 @contextmanager
 def exclusive_access(folder: Path) -> Iterator[None]:
-    """Inside, a folder is this process's alone, made where there is none. ConfigError if it is another one's."""
+    """Creates the folder if needed and locks it. ConfigError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     file = lock_folder(folder)
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
         file.close()
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """A folder's lock, for as long as it stays open. ConfigError if another process has it."""
-    file = lock(folder / LOCK)
+    """Locks a folder until the returned file is closed. ConfigError if another process holds the lock."""
+    file = lock_file(folder / LOCK_FILE)
     if file is None:
-        hint = "Wait for its end, or choose another --output."
+        hint = "Wait until it ends, or choose another --output."
         raise ConfigError(Problem(f"{folder}", "a folder that no other run writes to", "one that does", hint))
     return file
 
 
-def _still_there(path: Path, file: IO[str]) -> bool:
+def _is_current(path: Path, file: IO[str]) -> bool:
+    """True if the path still leads to the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -19,34 +19,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # To end in where nothing was deferred.
-SECONDS = 10.0
-LAUNCHER, RUNNER = b"deepspeed.launcher.launch", b"deepspeed"
+EXIT_SECONDS = 10.0
+LAUNCHER_MODULE, RUNNER_COMMAND = b"deepspeed.launcher.launch", b"deepspeed"
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of STOPPING came. No Exception: what a library catches in general must not catch it."""
+    """A stop signal arrived. Not an Exception, so that no library catches it."""
 
     def __init__(self, signum: int):
         super().__init__(f"{signal.Signals(signum).name}")
         self.exit_code = 128 + signum
 
 
-class _State:
+class SignalState:
     grace: float | None = None  # seconds, while deferred
     received: int | None = None
 
 
-def install() -> None:
+def install_handlers() -> None:
     """Once for a process, in its main thread; processes that are forked from it later have the usual signals again."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for signum in STOPPING:
-        signal.signal(signum, _handle)
-    os.register_at_fork(after_in_child=_reset)
-    threading.Thread(target=_watch, args=(read, _ancestors()), daemon=True).start()
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, _on_signal)
+    os.register_at_fork(after_in_child=_restore_defaults)
+    threading.Thread(target=_watch_signals_and_parents, args=(read, _launcher_parents()), daemon=True).start()
 
 
 def exit_process(code: int) -> NoReturn:
@@ -66,71 +66,71 @@ def exit_process(code: int) -> NoReturn:
 
 def received_signal() -> int | None:
     """The signal that has come since `deferred` began."""
-    return _State.received
+    return SignalState.received
 
 
 @contextmanager
-def deferred(grace: float) -> Iterator[None]:
+def defer_signals(grace: float) -> Iterator[None]:
     """Inside, a signal is only noted: the work asks `received` and ends by itself, within so many seconds."""
-    before, _State.grace = _State.grace, grace
+    before, SignalState.grace = SignalState.grace, grace
     try:
         yield
     finally:
-        _State.grace = before
+        SignalState.grace = before
 
 
-def _handle(signum: int, frame: object) -> None:
-    impatient = signum == signal.SIGINT == _State.received
-    if _State.grace is None or impatient:
+def _on_signal(signum: int, frame: object) -> None:
+    impatient = signum == signal.SIGINT == SignalState.received
+    if SignalState.grace is None or impatient:
         raise Interrupted(signum)
-    _State.received = signum
+    SignalState.received = signum
 
 
-def _reset() -> None:
+def _restore_defaults() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _watch(read: int, ancestors: list[tuple[int, int]]) -> NoReturn:
+def _watch_signals_and_parents(read: int, ancestors: list[tuple[int, int]]) -> NoReturn:
     while True:
         ready, _, _ = select.select([read], [], [], 1.0)
         if ready:
             signum = os.read(read, 1)[0]
-            if signum in STOPPING:
-                _end_after(SECONDS if _State.grace is None else _State.grace, signum)
-        elif any(_parent(child) != parent for child, parent in ancestors):
+            if signum in STOP_SIGNALS:
+                _exit_after(EXIT_SECONDS if SignalState.grace is None else SignalState.grace, signum)
+        elif any(_parent_pid(child) != parent for child, parent in ancestors):
             ancestors = []
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _end_after(seconds: float, signum: int) -> NoReturn:
+def _exit_after(seconds: float, signum: int) -> NoReturn:
     time.sleep(seconds)
     name = signal.Signals(signum).name
     print(f"{name}: not done within {seconds:g} s: ended without saving.", file=sys.stderr, flush=True)
     os._exit(128 + signum)
 
 
-def _ancestors() -> list[tuple[int, int]]:
+def _launcher_parents() -> list[tuple[int, int]]:
     """(process, its parent) for each launcher above this process, which is to be there as long as it runs."""
     if "RANK" not in os.environ:
         return []
     launcher = os.getppid()
     above = [(os.getpid(), launcher)]
-    runner = _parent(launcher)
-    if LAUNCHER in _command(launcher) and runner is not None and RUNNER in _command(runner):
+    runner = _parent_pid(launcher)
+    if LAUNCHER_MODULE in _command_line(launcher) and runner is not None and RUNNER_COMMAND in _command_line(runner):
         above.append((launcher, runner))
     return above
 
 
-def _command(process: int) -> bytes:
+def _command_line(process: int) -> bytes:
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return b""
 
 
-def _parent(process: int) -> int | None:
+def _parent_pid(process: int) -> int | None:
     if process == os.getpid():
         return os.getppid()
     try:

@@ -1,4 +1,4 @@
-"""Links in a checkpoint's folder: what is read from it must lie in it."""
+"""Symbolic links in a checkpoint folder: they must not lead out of it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"
 
 
 def allowed_roots(folder: Path) -> list[Path]:
-    """Where the files of a folder may lie: in it, and in a Hugging Face cache in the blobs beside its snapshots."""
-    place = folder.resolve()
-    cached = place.parent.name == SNAPSHOTS
-    return [place, place.parent.parent / BLOBS] if cached else [place]
+    """Returns where files may lie: in the folder and, in a Hugging Face cache, in the blobs next to its snapshots."""
+    root = folder.resolve()
+    is_cached = root.parent.name == SNAPSHOTS
+    return [root, root.parent.parent / BLOBS] if is_cached else [root]
 
 
-def check_links(folder: Path) -> None:
-    """CheckpointError with every link below a folder that leads elsewhere. The folder itself may be one."""
-    allowed = allowed_roots(folder)
+def check_symlinks(folder: Path) -> None:
+    """CheckpointError with every link below the folder that leads out of it. The folder itself may be a link."""
+    roots = allowed_roots(folder)
     errors = ErrorCollector(f"{folder} has links that lead out of it; they are not followed", CheckpointError)
-    for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in (*folders, *files)):
-            if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in allowed):
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not any(_resolve_target(path).is_relative_to(root) for root in roots):
                 errors.add(f"{path.relative_to(folder)}", "a file or folder inside", f"a link to {path.readlink()}")
     errors.raise_if_any()
 
 
-def _target(link: Path) -> Path:
-    # realpath, as Path.resolve raises for a link to itself.
+def _resolve_target(link: Path) -> Path:
+    # Path.resolve raises for a link to itself; realpath does not.
     return Path(os.path.realpath(link))

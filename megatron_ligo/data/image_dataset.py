@@ -117,7 +117,7 @@ def _open_image_file(
     if not isinstance(entry, str):
         errors.add(where, "files only: images have no weights", entry)
         return None
-    before = len(errors.lines)
+    before = len(errors.problems)
     try:
         with safe_open(entry, "pt") as opened:
             names = set(opened.keys())
@@ -127,7 +127,7 @@ def _open_image_file(
                 _check_tensors(opened, entry, model_config, errors)
     except (OSError, SafetensorError) as error:
         errors.add(entry, "a safetensors file", error, "Make it with prepare_images.")
-    return ImageFile(Path(entry)) if len(errors.lines) == before else None
+    return ImageFile(Path(entry)) if len(errors.problems) == before else None
 
 
 def _check_tensors(opened: safe_open, where: str, model_config: ModelConfig, errors: ErrorCollector) -> None:

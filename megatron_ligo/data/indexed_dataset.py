@@ -63,14 +63,14 @@ def open_indexed_files(prefix: str, errors: ErrorCollector) -> IndexedFiles | No
         errors.add(str(path), "a file", "none", hint)
     if missing:
         return None
-    count = len(errors.lines)
+    count = len(errors.problems)
     found = _read_index(paths[1], paths[0].stat().st_size, errors)
     if found is None:
         return None
     dtype, documents, tokens = found
     digest = digest_file(paths[1])
     record = _read_record(Path(f"{prefix}.json"), digest, paths[0].stat().st_size, errors)
-    return IndexedFiles(prefix, dtype, documents, tokens, digest, record) if len(errors.lines) == count else None
+    return IndexedFiles(prefix, dtype, documents, tokens, digest, record) if len(errors.problems) == count else None
 
 
 def _read_index(path: Path, bin_bytes: int, errors: ErrorCollector) -> tuple[type, int, int] | None:

@@ -167,7 +167,7 @@ def _check_token_ids(pairs: list[IndexedFiles], vocab_size: int) -> None:
             log.info("%s has no record and is large: its token ids are checked as they are read.", pair.prefix)
             continue
         if largest >= vocab_size or smallest < 0:
-            errors.note(_vocab_problem(f"{pair.prefix}.bin", vocab_size, largest if smallest >= 0 else smallest))
+            errors.add_message(_vocab_problem(f"{pair.prefix}.bin", vocab_size, largest if smallest >= 0 else smallest))
     errors.raise_if_any()
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class _CopyTo(torch.autograd.Function):
+class CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -27,7 +27,7 @@ class _CopyTo(torch.autograd.Function):
         return grad, None
 
 
-class _ReduceFrom(torch.autograd.Function):
+class ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -39,7 +39,7 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
-class _GatherPartial(torch.autograd.Function):
+class GatherPartial(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -55,7 +55,7 @@ class _GatherPartial(torch.autograd.Function):
         return out.view(grad.shape[1:]), None
 
 
-class _ScatterSum(torch.autograd.Function):
+class ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -72,12 +72,12 @@ class _ScatterSum(torch.autograd.Function):
 
 def copy_to(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity; the gradient is summed over the group."""
-    return x if dist.get_world_size(group) == 1 else _CopyTo.apply(x, group)
+    return x if dist.get_world_size(group) == 1 else CopyTo.apply(x, group)
 
 
 def reduce_from(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over the group; the gradient passes unchanged."""
-    return x if dist.get_world_size(group) == 1 else _ReduceFrom.apply(x, group)
+    return x if dist.get_world_size(group) == 1 else ReduceFrom.apply(x, group)
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -88,9 +88,9 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(s, ...) on each rank -> this rank's tokens (s / ranks, ...) of their sum; the gradient is gathered."""
-    return x if dist.get_world_size(group) == 1 else _ScatterSum.apply(x, group)
+    return x if dist.get_world_size(group) == 1 else ScatterSum.apply(x, group)
 
 
 def gather_partial(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(...) on each rank -> (ranks, ...) on every rank; the gradient is summed over the ranks, each takes its part."""
-    return x.unsqueeze(0) if dist.get_world_size(group) == 1 else _GatherPartial.apply(x, group)
+    return x.unsqueeze(0) if dist.get_world_size(group) == 1 else GatherPartial.apply(x, group)

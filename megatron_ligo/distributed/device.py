@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from megatron_ligo.common.errors import ConfigError, Problem
 
 
-def on_cpu() -> bool:
+def is_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
@@ -36,18 +36,18 @@ def _import_uncompiled() -> None:
     jit.disable_jit_fuser()
 
 
-if on_cpu():
+if is_cpu():
     _import_uncompiled()
 
 
 def current_device() -> torch.device:
     """This process's device (`cpu`, or the current GPU)."""
-    return torch.device("cpu") if on_cpu() else torch.device(get_accelerator().current_device_name())
+    return torch.device("cpu") if is_cpu() else torch.device(get_accelerator().current_device_name())
 
 
-def backend() -> str:
+def communication_backend() -> str:
     """The communication backend that goes with the device: nccl, gloo, ..."""
-    return "gloo" if on_cpu() else get_accelerator().communication_backend_name()
+    return "gloo" if is_cpu() else get_accelerator().communication_backend_name()
 
 
 def resolve_dtype(precision: str) -> torch.dtype:
@@ -61,13 +61,13 @@ def resolve_dtype(precision: str) -> torch.dtype:
     )
 
 
-def have_transformer_engine() -> bool:
-    return not on_cpu() and importlib.util.find_spec("transformer_engine") is not None
+def has_transformer_engine() -> bool:
+    return not is_cpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def install_cpu_shims() -> None:
     """The CPU shims. Call once in each process before Megatron-core builds a module; does nothing on a GPU."""
-    if not on_cpu():
+    if not is_cpu():
         return
     # Megatron-core (0.16.1, 0.19.2) places parameters and loaded tensors on torch.cuda.current_device().
     torch.cuda.current_device = lambda: torch.device("cpu")

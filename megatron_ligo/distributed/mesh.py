@@ -77,7 +77,7 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
         os.environ.setdefault("MASTER_PORT", "0")
     try:
         deepspeed.init_distributed(
-            dist_backend=device.backend(),
+            dist_backend=device.communication_backend(),
             auto_mpi_discovery=False,
             timeout=timeout,
             verbose=False,

@@ -127,7 +127,7 @@ def _read_stage(
     try:
         config = RunConfig.from_dict(sections, where)
     except ConfigError as error:
-        errors.note(str(error))
+        errors.add_message(str(error))
         return None
     if not config.pretrain.steps:
         errors.add(f"{where}: pretrain.steps", "at least 1: every stage trains its model", 0)

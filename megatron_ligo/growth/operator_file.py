@@ -27,7 +27,7 @@ class OperatorFile(Operator):
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        symlinks.check_links(self.folder)
+        symlinks.check_symlinks(self.folder)
         self.record = _read_record(self.folder / RECORD)
         settings = RunConfig.from_dict({"operator": self.record["settings"]}, f"{self.folder / RECORD}").operator
         super().__init__(

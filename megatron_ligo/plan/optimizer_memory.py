@@ -32,7 +32,7 @@ class OptimizerMemory:
 @cache
 def read_optimizer_memory(parallel: ParallelSection, bf16: bool) -> OptimizerMemory:
     """Reads the profile of a layout. bf16: DeepSpeed trains bf16 weights instead of fp32 ones."""
-    profile = deepspeed_profile.read(parallel)
+    profile = deepspeed_profile.read_profile(parallel)
     zero, low_precision = profile["zero_optimization"], profile.get("bf16", {})
     return OptimizerMemory(
         master_bytes=2 if bf16 and low_precision.get("bf16_master_weights_and_grads") else 4,

@@ -15,7 +15,7 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorColle
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report.json_fields import JsonRecord, load_record
-from megatron_ligo.training.metrics import FILE as METRICS
+from megatron_ligo.training.metrics import METRICS_FILE as METRICS
 from megatron_ligo.training.metrics import read_metrics
 
 PRETRAIN_RECORD = "pretrain.json"
@@ -96,7 +96,7 @@ def _read_run(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
     if not folder.is_dir():
         errors.add(f"{folder}", "the folder of a run", "nothing" if not folder.exists() else "a file")
         return None
-    before = len(errors.lines)
+    before = len(errors.problems)
     metrics = _read_metrics(folder / METRICS, errors)
     pretrain = load_record(folder / PRETRAIN_RECORD, errors)
     if pretrain:
@@ -106,7 +106,7 @@ def _read_run(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
         return _read_fit(folder, fit, metrics, errors)
     if (folder / provenance.RECORD_NAME).is_file():
         return _read_handoff(folder, errors)
-    if not metrics and len(errors.lines) == before:
+    if not metrics and len(errors.problems) == before:
         expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD_NAME}"
         errors.add(f"{folder}", expected, "none of them", "Give the --output of fit, grow or pretrain.")
     return RecordedRun(
@@ -120,7 +120,7 @@ def _read_metrics(path: Path, errors: ErrorCollector) -> list[dict]:
     try:
         rows = read_metrics(path)
     except LigoError as error:
-        errors.note(f"{error}")
+        errors.add_message(f"{error}")
         return []
     except UnicodeDecodeError as error:
         errors.add(f"{path}", "UTF-8 text", f"{error}")
@@ -132,7 +132,7 @@ def _read_metrics(path: Path, errors: ErrorCollector) -> list[dict]:
                 errors.add(f"{line.path}", f"a number for {key}", "none")
         for key in ("loss", "eval_loss"):
             line.number(key)
-        if len(errors.lines) > 10:
+        if len(errors.problems) > 10:
             break
     return rows
 
@@ -160,7 +160,7 @@ def _read_handoff(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
     try:
         record = JsonRecord(folder / provenance.RECORD_NAME, provenance.read(folder), errors)
     except LigoError as error:
-        errors.note(f"{error}")
+        errors.add_message(f"{error}")
         return None
     losses = {"initialised": record.number("fit", "losses", "start"), "fitted": record.number("fit", "losses", "end")}
     model_config = _parse_model_config(record, "large")
@@ -263,7 +263,7 @@ def _parse_model_config(record: JsonRecord, key: str) -> ModelConfig | None:
     try:
         return None if sizes is None else ModelConfig.from_json(sizes)
     except ConfigError as error:
-        record.errors.note(f"{record.path}: {key}: {error}")
+        record.errors.add_message(f"{record.path}: {key}: {error}")
         return None
 
 

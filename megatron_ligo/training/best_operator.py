@@ -27,7 +27,7 @@ class BestOperator:
     def loss(self) -> float:
         return self.state["loss"]
 
-    def look(self, step: int, loss: float) -> None:
+    def record_evaluation(self, step: int, loss: float) -> None:
         """Takes note of an evaluation after so many steps."""
         if loss < self.loss:
             self.state.update(step=step, loss=loss, worse=0)
@@ -36,5 +36,5 @@ class BestOperator:
         elif step > self.step:
             self.state["worse"] += 1
 
-    def is_enough(self) -> bool:
+    def should_stop(self) -> bool:
         return 0 < self.fit.patience <= self.state["worse"]

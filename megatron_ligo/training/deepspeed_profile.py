@@ -8,12 +8,12 @@ from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import ParallelSection
 
-PROFILES = Path(__file__).resolve().parents[2] / "ds_configs"
+PROFILE_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
-def read(parallel: ParallelSection) -> dict:
+def read_profile(parallel: ParallelSection) -> dict:
     """The ZeRO settings of a layout; what the run's config says itself must not be said there."""
-    path = Path(parallel.ds_config) if parallel.ds_config else PROFILES / f"zero{parallel.zero}.json"
+    path = Path(parallel.ds_config) if parallel.ds_config else PROFILE_FOLDER / f"zero{parallel.zero}.json"
     try:
         table = read_json(path)
     except (OSError, ValueError) as error:

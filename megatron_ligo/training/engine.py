@@ -23,7 +23,7 @@ from megatron_ligo.training.checkpointing import engine_files
 Batch = dict[str, Tensor]  # tokens, labels: int64 (b, s); loss_mask: fp32 (b, s)
 
 
-def micro_batches(run: TrainingSection, mesh: Mesh) -> int:
+def count_micro_batches(run: TrainingSection, mesh: Mesh) -> int:
     """Micro-batches a step on each data-parallel rank."""
     per_pass = run.micro_batch_size * mesh.dp
     if run.global_batch_size % per_pass:
@@ -37,14 +37,14 @@ def engine_layout(run: TrainingSection, mesh: Mesh) -> EngineLayout:
     return EngineLayout(mesh.dims, run.parallel.zero)
 
 
-def deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
+def build_deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
     """DeepSpeed's config: the profile, and what the run's config says."""
-    table = deepspeed_profile.read(run.parallel)
+    table = deepspeed_profile.read_profile(run.parallel)
     config = {
         **table,
         "train_batch_size": run.global_batch_size,
         "train_micro_batch_size_per_gpu": run.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches(run, mesh),
+        "gradient_accumulation_steps": count_micro_batches(run, mesh),
         "gradient_clipping": run.clip,
         "bf16": {**table.get("bf16", {}), "enabled": bf16},
         "steps_per_print": 1 << 30,
@@ -57,13 +57,13 @@ def deepspeed_config(run: TrainingSection, mesh: Mesh, bf16: bool, universal: bo
     return config
 
 
-def optimizer(run: TrainingSection, groups: list[dict]) -> torch.optim.Optimizer:
+def build_optimizer(run: TrainingSection, groups: list[dict]) -> torch.optim.Optimizer:
     """AdamW or SGD over groups of {params, lr_scale, weight_decay}."""
     groups = [{**group, "lr": run.lr * group.get("lr_scale", 1.0)} for group in groups]
     if run.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=run.lr)
     # On a CPU the fused kernel takes a tenth of the time and no scratch memory of the parameters' size.
-    fused = device.on_cpu() or None
+    fused = device.is_cpu() or None
     return torch.optim.AdamW(groups, lr=run.lr, betas=tuple(run.betas), eps=run.eps, fused=fused)
 
 
@@ -87,16 +87,16 @@ class Engine:
         self.run = run
         self.after_update = after_update
         self.pipelined = isinstance(module, PipelineModule)
-        self.micro_batches = micro_batches(run, mesh)
+        self.micro_batches = count_micro_batches(run, mesh)
         self.scales = [group.get("lr_scale", 1.0) for group in groups]
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer(run, groups),
-            config=deepspeed_config(run, mesh, bf16, universal),
+            optimizer=build_optimizer(run, groups),
+            config=build_deepspeed_config(run, mesh, bf16, universal),
             mpu=None if self.pipelined else DeepSpeedMpu(mesh),
             dist_init_required=False,
         )
-        self.files = engine_files.install(self.engine)
+        self.files = engine_files.install_checkpoint_files(self.engine)
         self.refused = False
 
     @property
@@ -107,7 +107,7 @@ class Engine:
     def layout(self) -> EngineLayout:
         return engine_layout(self.run, self.mesh)
 
-    def begin_at(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """Counts on from so many steps."""
         self.engine.global_steps = step
         self.engine.global_samples = step * self.run.global_batch_size
@@ -147,7 +147,7 @@ class Engine:
             losses.append(loss.detach())
         return torch.stack(losses)
 
-    def look_again(self, batches: list[Batch]) -> tuple[list[float], list[str]]:
+    def rerun_refused_step(self, batches: list[Batch]) -> tuple[list[float], list[str]]:
         """Takes a step that was refused once more: (this rank's losses by micro-batch, parameters with bad gradients).
 
         A stage that computes no loss gives none. It is refused again, so that nothing changes.

@@ -47,12 +47,12 @@ class Fit(TrainingJob):
 
     def __init__(self, config: RunConfig, output: Path):
         super().__init__(config, config.fit, output)
-        self.reader, self.operator, self.lag = self.ranks.run_on_all(lambda: prepare(config))
+        self.reader, self.operator, self.lag = self.ranks.run_on_all(lambda: prepare_fit(config))
         self.sample_tokens = self.operator.large.tokens_of_sample(config.data.seq_length)
         self.step_tokens = self.section.global_batch_size * self.sample_tokens
         distilled, lagged = self.section.distill > 0, self.lag is not None
         self.step_flops = fit_step_flops(self.operator, self.step_tokens, self.sample_tokens, distilled, lagged)
-        self.section = self.ranks.run_on_all(lambda: within_budget(self.section, self.step_flops))
+        self.section = self.ranks.run_on_all(lambda: limit_to_budget(self.section, self.step_flops))
         self.open_output()
         torch.manual_seed(self.section.seed)
         self.identity = run_identity(config, "fit", ("small", "large", "operator"))
@@ -75,7 +75,7 @@ class Fit(TrainingJob):
         self._train(state, best)
         losses["last"] = self.evaluate()
         log.info("loss after the last step: %.6f", losses["last"])
-        best.look(self.engine.steps, losses["last"])
+        best.record_evaluation(self.engine.steps, losses["last"])
         losses["end"] = losses["last"] if self.section.keep == "last" else best.loss
         self._write_operator(losses, state["digest"], best)
 
@@ -95,13 +95,13 @@ class Fit(TrainingJob):
 
     def _train(self, state: dict, best: BestOperator) -> None:
         def evaluate_if_due(step: int) -> dict[str, float]:
-            if step == self.section.steps or not loop.due(step, self.section.eval_every):
+            if step == self.section.steps or not loop.is_due(step, self.section.eval_every):
                 return {}
             loss = self.evaluate()
-            best.look(step, loss)
+            best.record_evaluation(step, loss)
             return {"eval_loss": loss}
 
-        loop.run(
+        loop.run_steps(
             self.engine,
             self.data,
             self.section,
@@ -109,20 +109,20 @@ class Fit(TrainingJob):
             state,
             self.step_tokens,
             self.step_flops,
-            after=evaluate_if_due,
-            enough=best.is_enough,
+            after_step=evaluate_if_due,
+            should_stop=best.should_stop,
         )
 
     def _build_engine(self) -> Engine:
         """Builds the engine, with the checkpoint's tensors in it if they must be resharded."""
         saved = self.ranks.run_on_all(lambda: reshard.SavedOptimizer(self.checkpoint)) if self.layout_changed else None
         if saved:
-            self.ranks.run_on_all(lambda: reshard.fill_module(self.module, saved.cut_for(self.mesh)))
+            self.ranks.run_on_all(lambda: reshard.fill_module(self.module, saved.part_reader(self.mesh)))
         mark_updated = self.module.step_state.mark_updated
         engine = Engine(self.module, self.mesh, self.section, self._parameter_groups(), after_update=mark_updated)
         if saved:
-            reshard.fill_optimizer(engine.engine, saved.cut_for(self.mesh), saved.steps)
-            engine.begin_at(self.checkpoint.step)
+            reshard.fill_optimizer(engine.engine, saved.part_reader(self.mesh), saved.steps)
+            engine.set_step(self.checkpoint.step)
         return engine
 
     def _parameter_groups(self) -> list[dict]:
@@ -196,7 +196,7 @@ class Fit(TrainingJob):
         return {name: operator.tensor(name) for name in operator.shapes()}
 
 
-def within_budget(section: FitSection, step_flops: float) -> FitSection:
+def limit_to_budget(section: FitSection, step_flops: float) -> FitSection:
     """Limits the steps to what max_flops pays for. ConfigError if it pays for none."""
     if section.max_flops is None:
         return section
@@ -206,7 +206,7 @@ def within_budget(section: FitSection, step_flops: float) -> FitSection:
     return replace(section, steps=min(section.steps, steps))
 
 
-def prepare(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
+def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     """Opens the small model, the initial operator and, if asked for, the lag. LigoError with all that rules a fit out.
 
     Needs no process group: `plan` and the tests use it too.

@@ -57,11 +57,13 @@ class InitialWeights:
 def find_initial_weights(config: RunConfig) -> InitialWeights:
     """What the config asks for; a LigoError if there is no such thing or the layout does not fit it."""
     start = (
-        _from_checkpoint(Path(config.pretrain.start)) if config.pretrain.start else InitialWeights(fresh_config(config))
+        _from_checkpoint(Path(config.pretrain.start))
+        if config.pretrain.start
+        else InitialWeights(scratch_model_config(config))
     )
-    start = replace(start, model_config=_trained(start.model_config))
+    start = replace(start, model_config=_drop_untrained_parts(start.model_config))
     if config.pretrain.fresh_head:
-        start = _with_head(start)
+        start = _add_head(start)
     check_network(start.model_config)
     check_layout(
         start.model_config, config.pretrain.parallel, start.model_config.tokens_of_sample(config.data.seq_length)
@@ -69,7 +71,7 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
     return start
 
 
-def _with_head(start: InitialWeights) -> InitialWeights:
+def _add_head(start: InitialWeights) -> InitialWeights:
     arch = architectures.get(start.model_config.arch)
     if start.source is None or start.model_config.has_head or arch.is_causal:
         hint = "Leave it out where the start has a head."
@@ -77,7 +79,7 @@ def _with_head(start: InitialWeights) -> InitialWeights:
     return replace(start, model_config=replace(start.model_config, has_head=True), fresh_head=True)
 
 
-def _trained(model_config: ModelConfig) -> ModelConfig:
+def _drop_untrained_parts(model_config: ModelConfig) -> ModelConfig:
     """The sizes without the parts that the loss of a language model does not read."""
     parts = [part for part in UNTRAINED_PARTS if getattr(model_config, part)]
     if parts:
@@ -98,15 +100,15 @@ def _from_checkpoint(path: Path) -> InitialWeights:
     return InitialWeights(source.model_config, source, grown.get("fit"), grown=True, origin=origin)
 
 
-def fresh_config(config: RunConfig) -> ModelConfig:
+def scratch_model_config(config: RunConfig) -> ModelConfig:
     """Sizes for fresh weights: those that [small] names, with what [large] says put over them."""
     if not config.small.path:
         hint = "Set pretrain.start, or small.path to a model (or a config.json) of the sizes to begin from scratch."
         raise ConfigError(Problem("pretrain", "a start", "none", hint))
-    return derive_large_config(sizes(Path(config.small.path)), config.large)
+    return derive_large_config(read_model_config(Path(config.small.path)), config.large)
 
 
-def sizes(path: Path) -> ModelConfig:
+def read_model_config(path: Path) -> ModelConfig:
     """The sizes that a path states; weights need not be there."""
     if path.is_file() and path.suffix == ".json":
         return config_json.parse_model_config(config_json.load_config(path), f"{path}")

@@ -15,7 +15,7 @@ from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
-from megatron_ligo.training.engine import Engine, micro_batches
+from megatron_ligo.training.engine import Engine, count_micro_batches
 from megatron_ligo.training.metrics import peak_memory_bytes
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,9 @@ class TrainingJob:
         layout_changed: the checkpoint was written at another layout, so that its tensors must be resharded.
         """
         self.mesh = mesh.build_mesh(self.section.parallel.tp, self.section.parallel.pp)
-        self.micro_batches = self.ranks.run_on_all(lambda: micro_batches(self.section, self.mesh))
+        self.micro_batches = self.ranks.run_on_all(lambda: count_micro_batches(self.section, self.mesh))
         lock_output(self.output)
-        self.checkpoint = run_checkpoints.newest(self.output / loop.FOLDER)
+        self.checkpoint = run_checkpoints.find_newest(self.output / loop.CHECKPOINTS_FOLDER)
         self.layout_changed = reshard.layout_changed(self.checkpoint, self.section, self.mesh)
 
     def load_checkpoint(self) -> dict:

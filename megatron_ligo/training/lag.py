@@ -26,9 +26,9 @@ from megatron_ligo.training.checkpointing import run_checkpoints
 
 log = logging.getLogger(__name__)
 
-DO = "Give [small] and [operator] of the start that was trained."
+SAME_START_HINT = "Give [small] and [operator] of the start that was trained."
 # Of the weights' norm: no short training leads as far, so another start lies between.
-FAR = 0.5
+MAX_DISTANCE = 0.5
 
 
 class Lag:
@@ -42,7 +42,7 @@ class Lag:
         """D of a canonical key, in fp32."""
         return self.trained.read(key).float() - self.start.read(key).float()
 
-    def part(self) -> float:
+    def relative_norm(self) -> float:
         """The norm of D over that of what was trained."""
         added, whole = 0.0, 0.0
         for key in self.trained.keys():  # noqa: SIM118
@@ -51,7 +51,7 @@ class Lag:
         return (added / whole) ** 0.5
 
 
-def check_decoder(operator: Operator, errors: ErrorCollector) -> None:
+def check_is_decoder(operator: Operator, errors: ErrorCollector) -> None:
     if architectures.get(operator.large.arch).task is not Task.NEXT_TOKEN:
         errors.add("fit.lag", "a decoder", operator.large.arch, "Leave it out: fit on the loss at once.")
 
@@ -61,18 +61,18 @@ def open_lag(path: str, operator: Operator, small: Reader, errors: ErrorCollecto
 
     A checkpoint of a run of ours says which start it was trained from. Of any other the distance must do.
     """
-    before = len(errors.lines)
-    check_decoder(operator, errors)
-    if len(errors.lines) > before:
+    before = len(errors.problems)
+    check_is_decoder(operator, errors)
+    if len(errors.problems) > before:
         return None
     trained = formats.open(path)
     expected, found = operator.large.to_json(), trained.model_config.to_json()
     for name, size in expected.items():
         if found[name] != size:
             errors.add(f"fit.lag: {path}: {name}", size, found[name], "Train the start of this very fit.")
-    if len(errors.lines) > before:
+    if len(errors.problems) > before:
         return None
-    lag, origin = Lag(trained, operator, small), run_checkpoints.state_of(Path(path)).get("origin")
+    lag, origin = Lag(trained, operator, small), run_checkpoints.read_state(Path(path)).get("origin")
     if origin is None:
         _check_distance(lag, path, errors)
     else:
@@ -85,15 +85,22 @@ def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, er
     stated, ours = origin["operator"], {"digest": digest_operator(operator), "settings": settings}
     if stated["digest"] != ours["digest"] or stated["settings"] != ours["settings"]:
         differ = [name for name, value in settings.items() if stated["settings"].get(name) != value]
-        errors.add(f"fit.lag: {path}", "a training of this start", f"of another operator ({', '.join(differ)})", DO)
+        errors.add(
+            f"fit.lag: {path}",
+            "a training of this start",
+            f"of another operator ({', '.join(differ)})",
+            SAME_START_HINT,
+        )
     digest = digest_weights(small)
     if origin["source"]["digest"] != digest:
-        errors.add(f"fit.lag: {path}", f"a training of this small model, {digest}", origin["source"]["digest"], DO)
+        errors.add(
+            f"fit.lag: {path}", f"a training of this small model, {digest}", origin["source"]["digest"], SAME_START_HINT
+        )
 
 
 def _check_distance(lag: Lag, path: str, errors: ErrorCollector) -> None:
-    part = lag.part()
+    part = lag.relative_norm()
     log.warning("fit.lag: %s does not say which start it was trained from; it is %.2f of its norm away", path, part)
-    if not part <= FAR:
-        expected = f"a training of this start, at most {FAR} of the weights' norm away from it"
-        errors.add(f"fit.lag: {path}", expected, f"{part:.2f}", DO)
+    if not part <= MAX_DISTANCE:
+        expected = f"a training of this start, at most {MAX_DISTANCE} of the weights' norm away from it"
+        errors.add(f"fit.lag: {path}", expected, f"{part:.2f}", SAME_START_HINT)

@@ -1,4 +1,4 @@
-"""The steps of a run, a fit's or a pretraining's: fed, guarded, recorded, saved, and ended when a signal asks."""
+"""The training loop of fits and pretraining runs: batches, checks, metrics, checkpoints, and stops on a signal."""
 
 from __future__ import annotations
 
@@ -20,55 +20,57 @@ from megatron_ligo.training.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
 from megatron_ligo.training.metrics import Metrics
 
-FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
-def run(
+def run_steps(
     engine: Engine,
     data: ShardedSampler,
-    settings: TrainingSection,
+    section: TrainingSection,
     output: Path,
     state: dict,
     tokens: int,
     flops: float,
-    after: Callable[[int], dict[str, float]] = lambda step: {},
-    beside: Path | None = None,
-    enough: Callable[[], bool] = lambda: False,
+    after_step: Callable[[int], dict[str, float]] = lambda step: {},
+    extra_files: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """From the step at which the engine stands to the last one. Collective.
+    """Trains from the engine's current step to the last one. Collective.
 
-    state: what is saved with each checkpoint; tokens, flops: of one step, over all ranks; after: called with the
-    number of steps done, gives more values for the record; beside: a folder whose files go with each checkpoint;
-    enough: asked between steps, true if the run is to end here.
-    Raises Stopped when SIGINT or SIGTERM has come to any rank.
+    state: saved with each checkpoint. tokens, flops: per step, over all ranks. after_step: takes the number of finished
+    steps and returns more values for the metrics. extra_files: a folder whose files go into each checkpoint.
+    should_stop: ends the run early, checked between steps.
+    Raises Stopped if SIGINT or SIGTERM has reached any rank.
     """
-    first, place = engine.steps, engine.mesh
-    guard = LossGuard(engine, settings, state)
+    first_step, dims = engine.steps, engine.mesh
+    guard = LossGuard(engine, section, state)
     with (
-        signal_handling.deferred(settings.grace_seconds),
-        Metrics(output, dist.get_rank() == 0, settings.steps, first) as metrics,
+        signal_handling.defer_signals(section.grace_seconds),
+        Metrics(output, dist.get_rank() == 0, section.steps, first_step) as metrics,
     ):
-        for step in range(first, settings.steps):
-            if enough():
+        for step in range(first_step, section.steps):
+            if should_stop():
                 break
-            began = time.monotonic()
-            dealt = (step, settings.global_batch_size, settings.micro_batch_size, place.dp, place.dp_rank)
-            batches = data.train_batch(*dealt)
-            lr = learning_rate(settings, step)
+            start = time.monotonic()
+            batch = (step, section.global_batch_size, section.micro_batch_size, dims.dp, dims.dp_rank)
+            batches = data.train_batch(*batch)
+            lr = learning_rate(section, step)
             engine.set_lr(lr)
             loss, norm = engine.train_step(batches)
-            seconds = time.monotonic() - began
-            guard.look(step, loss, batches, data.train_sample_ranges(*dealt))
-            metrics.log(step + 1, loss, lr, tokens, flops, seconds, norm, **after(step + 1))
-            done, last = step + 1, step + 1 == settings.steps or enough()
-            if due(done, settings.check_replicas_every):
+            seconds = time.monotonic() - start
+            guard.check_step(step, loss, batches, data.train_sample_ranges(*batch))
+            done = step + 1
+            metrics.log(done, loss, lr, tokens, flops, seconds, norm, **after_step(done))
+            is_last = done == section.steps or should_stop()
+            if is_due(done, section.check_replicas_every):
                 replica_check.check_replicas(engine, done)
             signum = mesh.max_over_ranks(signal_handling.received_signal() or 0)
-            if last or signum or due(done, settings.save_every):
-                run_checkpoints.save(engine, output / FOLDER, done, state, settings.keep_last, beside)
-            if signum and not last:
-                raise Stopped(signum, f"saved after step {done} of {settings.steps}. Started again, it goes on there.")
+            if is_last or signum or is_due(done, section.save_every):
+                run_checkpoints.save(engine, output / CHECKPOINTS_FOLDER, done, state, section.keep_last, extra_files)
+            if signum and not is_last:
+                raise Stopped(signum, f"saved after step {done} of {section.steps}. Start it again to resume there.")
 
 
-def due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
+    """True every `every` steps; never if `every` is 0."""
     return bool(every) and step % every == 0

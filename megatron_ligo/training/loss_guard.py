@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 # A loss is held against the median of so many before it.
 WINDOW = 20
 # More bad steps than this in a row are no accident of the data.
-IN_A_ROW = 10
-SHOWN = 8
+MAX_CONSECUTIVE = 10
+MAX_LISTED = 8
 
 
 class LossGuard:
@@ -29,7 +29,7 @@ class LossGuard:
         self.skipped: list[int] = state.setdefault("skipped", [])
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
-    def look(self, step: int, loss: float, batches: list[Batch], samples: list[range]) -> None:
+    def check_step(self, step: int, loss: float, batches: list[Batch], samples: list[range]) -> None:
         """After step `step` (from 0) over `batches`, which hold those samples. NumbersError if the run is to stop.
 
         Collective; the loss is the same on all ranks.
@@ -52,22 +52,24 @@ class LossGuard:
         log.warning("%s", text)
 
     def _check_row(self, last: int) -> None:
-        if self.skipped[-IN_A_ROW:] == list(range(last - IN_A_ROW + 1, last + 1)):
-            raise NumbersError(f"{IN_A_ROW} steps in a row were not finite: more than the data can be the reason.")
+        if self.skipped[-MAX_CONSECUTIVE:] == list(range(last - MAX_CONSECUTIVE + 1, last + 1)):
+            raise NumbersError(
+                f"{MAX_CONSECUTIVE} steps in a row were not finite: more than the data can be the reason."
+            )
 
     def _origin(self, batches: list[Batch], samples: list[range]) -> str:
         """The samples and the parameters that it comes from: the step is taken again, and looked at."""
         if not self.engine.refused:
             return ""
-        losses, names = self.engine.look_again(batches)
+        losses, names = self.engine.rerun_refused_step(batches)
         bad = [part for part, loss in zip(samples, losses, strict=False) if not math.isfinite(loss)]
         everyone = all_ranks().all_gather(([number for part in bad for number in part], names))
         numbers = sorted({number for numbers, _ in everyone for number in numbers})
         rows = list(dict.fromkeys(name for _, names in everyone for name in names))
-        of_samples = f"; not finite the losses of training samples {_few(numbers)}" if numbers else ""
-        return f"{of_samples}; not finite the gradients of {_few(rows)}"
+        of_samples = f"; not finite the losses of training samples {_format_items(numbers)}" if numbers else ""
+        return f"{of_samples}; not finite the gradients of {_format_items(rows)}"
 
 
-def _few(items: list) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(map(str, items[:SHOWN])) + more
+def _format_items(items: list) -> str:
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(map(str, items[:MAX_LISTED])) + more

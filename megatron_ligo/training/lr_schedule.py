@@ -21,7 +21,7 @@ def learning_rate(run: TrainingSection, step: int) -> float:
     return run.min_lr + (run.lr - run.min_lr) * share
 
 
-def after_growth(run: PretrainSection) -> PretrainSection:
+def schedule_after_growth(run: PretrainSection) -> PretrainSection:
     """A run's settings from a grown start: warmed up anew, to a part of the rate that a scratch run takes.
 
     On small models any part from a third to nine tenths of scratch's best peak ended within 0.003 of the best; at the

@@ -20,10 +20,10 @@ from megatron_ligo.distributed import device
 
 log = logging.getLogger(__name__)
 
-FILE = "metrics.jsonl"
-KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
+METRICS_FILE = "metrics.jsonl"
+METRICS_KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
 # The time left is judged by this many of the last steps.
-RECENT = 20
+RECENT_STEPS = 20
 
 
 class Metrics:
@@ -42,11 +42,11 @@ class Metrics:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        last = _cut(folder / FILE, done_steps)
+        last = _truncate_rows(folder / METRICS_FILE, done_steps)
         self._totals.update({key: last[key] for key in self._totals if key in last})
-        self._file = (folder / FILE).open("a", encoding="utf-8")
-        self._events = _Events(folder / "tensorboard", done_steps)
-        self._line = _Line(total_steps, done_steps)
+        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._events = TensorBoardEvents(folder / "tensorboard", done_steps)
+        self._line = ProgressLine(total_steps, done_steps)
 
     def log(
         self,
@@ -103,12 +103,12 @@ def read_metrics(path: str | Path) -> list[dict]:
             # What follows the last line's end is empty, or the part of a line that was being written.
             if number == len(lines):
                 break
-            what = Problem(f"{path}, line {number}", f"a JSON object with {', '.join(KEYS)}", repr(line[:60]))
+            what = Problem(f"{path}, line {number}", f"a JSON object with {', '.join(METRICS_KEYS)}", repr(line[:60]))
             raise CheckpointError(what) from None
     return rows
 
 
-def _cut(path: Path, done_steps: int) -> dict:
+def _truncate_rows(path: Path, done_steps: int) -> dict:
     """Leaves only the lines of steps 1 to done_steps in the file; gives the last of them."""
     if not path.is_file():
         return {}
@@ -117,7 +117,7 @@ def _cut(path: Path, done_steps: int) -> dict:
     return rows[-1] if rows else {}
 
 
-class _Events:
+class TensorBoardEvents:
     """TensorBoard's events. A disk that takes no more of them is told once: the other file has it all."""
 
     def __init__(self, folder: Path, done_steps: int):
@@ -142,12 +142,12 @@ class _Events:
         self.writer = None
 
 
-class _Line:
+class ProgressLine:
     """step/total, loss, learning rate, tokens a second, time left: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, total: int, done: int):
         self.total = total
-        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
         console = Console()
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -173,7 +173,7 @@ class _Line:
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held: on its device, or resident where the device is the CPU."""
-    if not device.on_cpu():
+    if not device.is_cpu():
         return int(device.get_accelerator().max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

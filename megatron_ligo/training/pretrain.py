@@ -28,13 +28,13 @@ from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.initial_weights import InitialWeights, check_layout, find_initial_weights
 from megatron_ligo.training.job import TrainingJob, check_same_run, lock_output, run_identity
-from megatron_ligo.training.lr_schedule import after_growth
+from megatron_ligo.training.lr_schedule import schedule_after_growth
 
 log = logging.getLogger(__name__)
 
-RECORD = "pretrain.json"
+PRETRAIN_RECORD = "pretrain.json"
 # The model's config and its tokenizer, copied into every checkpoint of the run.
-MODEL = "model"
+MODEL_FOLDER = "model"
 
 
 class Pretrain(TrainingJob):
@@ -120,20 +120,27 @@ class Pretrain(TrainingJob):
     def _train(self, state: dict) -> None:
         section, length = self.section, self.model_config.tokens_of_sample(self.config.data.seq_length)
         if self.grown:
-            section = after_growth(section)
+            section = schedule_after_growth(section)
             message = "from a grown model: peak rate %.3g = lr x grown_peak, %d steps of warm-up"
             log.info(message, section.lr, section.warmup_steps)
         tokens = section.global_batch_size * length
         flops = train_flops(self.model_config, tokens, length)
 
-        def after(step: int) -> dict[str, float]:
-            return self._evaluate_if_due(step, state)
-
-        loop.run(self.engine, self.data, section, self.output, state, tokens, flops, after, self.output / MODEL)
+        loop.run_steps(
+            self.engine,
+            self.data,
+            section,
+            self.output,
+            state,
+            tokens,
+            flops,
+            after_step=lambda step: self._evaluate_if_due(step, state),
+            extra_files=self.output / MODEL_FOLDER,
+        )
 
     def _evaluate_if_due(self, step: int, state: dict) -> dict[str, float]:
         is_last = step == self.section.steps
-        if not self.config.data.valid or not (is_last or loop.due(step, self.section.eval_every)):
+        if not self.config.data.valid or not (is_last or loop.is_due(step, self.section.eval_every)):
             return {}
         metrics = self._measure(self.section.eval_samples)
         if is_last:
@@ -156,18 +163,19 @@ class Pretrain(TrainingJob):
             parameters.fill(model, self.model_config, self.mesh, read)
         if start.universal and universal_loading.must_prepare(self.model_config, section.parallel.zero):
             universal_loading.prepare_for_universal(model, self.model_config, self.mesh.tp_group)
-        trained = head_parameters(model, self.model_config) if section.fresh_head else None
-        groups = parameter_groups(model, section.weight_decay, trained)
+        trained = find_head_parameters(model, self.model_config) if section.fresh_head else None
+        groups = build_parameter_groups(model, section.weight_decay, trained)
         bf16 = self.dtype is torch.bfloat16
         engine = Engine(model, self.mesh, section, groups, bf16, universal=start.universal)
         if start.universal:
             universal_loading.load_universal(engine.engine, start.source, self.mesh.tp_group)
             # The run's own steps begin at 0; Adam's step count continues from the checkpoint.
-            engine.begin_at(0)
+            engine.set_step(0)
         elif fills_weights and (bf16 or self.layout_changed):
             steps = start.source.step if self.layout_changed and start.source.has_moments else None
-            reshard.fill_optimizer(engine.engine, reshard.model_part(model, self.model_config, read, self.mesh), steps)
-            engine.begin_at(self.checkpoint.step if self.layout_changed else 0)
+            read_part = reshard.model_part_reader(model, self.model_config, read, self.mesh)
+            reshard.fill_optimizer(engine.engine, read_part, steps)
+            engine.set_step(self.checkpoint.step if self.layout_changed else 0)
         # Releases the source's memory-mapped files.
         self.start = replace(start, source=None)
         return engine
@@ -189,7 +197,7 @@ class Pretrain(TrainingJob):
 
         The start that the run once had is not read again.
         """
-        record = _read_record(self.output / RECORD)
+        record = _read_record(self.output / PRETRAIN_RECORD)
         check_same_run(record["run"], self.identity, self.output)
         model_config = ModelConfig.from_json(record["dims"])
         check_layout(model_config, self.section.parallel, model_config.tokens_of_sample(self.config.data.seq_length))
@@ -215,34 +223,38 @@ class Pretrain(TrainingJob):
 
     def _write_json(self, record: dict) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        write_json(self.output / RECORD, record)
+        write_json(self.output / PRETRAIN_RECORD, record)
 
     def _write_model_folder(self) -> None:
-        source = self.start.source
-        model_record.write_folder(
-            self.output / MODEL, self.model_config, source.carried if source else {}, source.files if source else ()
-        )
+        folder, source = self.output / MODEL_FOLDER, self.start.source
+        carried, files = (source.carried, source.files) if source else ({}, ())
+        model_record.write_folder(folder, self.model_config, carried, files)
 
 
 def _format_metrics(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.6f}" for name, value in metrics.items())
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, trained: set[nn.Parameter] | None = None) -> list[dict]:
-    """Matrices with weight decay; norms and biases without. trained: those that are; the others stay as they are."""
-    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (False, True): []}
+def build_parameter_groups(
+    model: nn.Module, weight_decay: float, trained: set[nn.Parameter] | None = None
+) -> list[dict]:
+    """Returns the optimizer's groups: matrices with weight decay, norms and biases without.
+
+    trained: the parameters to update (None: all). The others get a learning rate of 0.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (False, True): []}
     for parameter in model.parameters():
-        kind = parameter.dim() > 1, trained is None or parameter in trained
-        kinds.setdefault(kind, []).append(parameter)
+        key = parameter.dim() > 1, trained is None or parameter in trained
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": held, "weight_decay": weight_decay if matrix else 0.0, "lr_scale": 1.0 if moves else 0.0}
-        for (matrix, moves), held in kinds.items()
-        if held
+        {"params": group, "weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": 1.0 if is_trained else 0.0}
+        for (is_matrix, is_trained), group in groups.items()
+        if group
     ]
 
 
-def head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
-    """Those of the output head, but for a weight that it shares with the embedding."""
+def find_head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
+    """Returns the parameters of the output head, without a weight that is tied to the embedding."""
     return {
         parameter
         for parameter, item in parameters.parameters(model, model_config)
@@ -252,12 +264,11 @@ def head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Param
 
 def _read_record(path: Path) -> dict:
     try:
-        then = read_json(path)
-        return {"run": then["run"], "dims": then["dims"], "grown": then["grown"]}
+        record = read_json(path)
+        return {"run": record["run"], "dims": record["dims"], "grown": record["grown"]}
     except FileNotFoundError:
         found = "nothing"
     except (ValueError, KeyError, TypeError) as error:
         found = f"{error!r}"
-    raise CheckpointError(
-        Problem(f"{path}", "the record of the run that is resumed", found, "Choose another --output.")
-    )
+    hint = "Choose another --output."
+    raise CheckpointError(Problem(f"{path}", "the record of the run that is resumed", found, hint))

@@ -12,7 +12,7 @@ from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import PretrainSection, RunConfig, SmallSection
 from megatron_ligo.distributed import mesh
 from megatron_ligo.sharding.fused_tensors import stored_tensors
-from megatron_ligo.training.fit import prepare
+from megatron_ligo.training.fit import prepare_fit
 from megatron_ligo.training.initial_weights import find_initial_weights
 from tests import layer_norm_models
 
@@ -98,6 +98,6 @@ def test_bert_bears_megatron_core_s_names_where_there_are_any():
 def test_fit_and_pretraining_refuse_what_they_do_not_build(tmp_path, family, name, wanted):
     _, folder = layer_norm_models.saved(tmp_path, family, name)
     with pytest.raises(ConfigError, match=wanted):
-        prepare(RunConfig(small=SmallSection(path=str(folder))))
+        prepare_fit(RunConfig(small=SmallSection(path=str(folder))))
     with pytest.raises(ConfigError, match=wanted):
         find_initial_weights(RunConfig(pretrain=PretrainSection(start=str(folder))))

@@ -99,7 +99,7 @@ def test_every_bad_number_is_told_and_nothing_is_left(tmp_path):
     state["lm_head.weight"][0, :2] = float("inf")
     state["model.embed_tokens.weight"][1, 1] = 1e30
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="2 faults") as caught:
+    with pytest.raises(CheckpointError, match="2 problems") as caught:
         convert(formats.open(folder), tmp_path / "b", "universal")
     assert "final_norm" in str(caught.value)
     assert "2 Inf" in str(caught.value)
@@ -123,7 +123,7 @@ def test_all_that_is_wrong_is_one_error(tmp_path):
         save_file(part, folder / name, {"format": "pt"})
     where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(CheckpointError, match="6 faults") as caught:
+    with pytest.raises(CheckpointError, match="6 problems") as caught:
         open_source(folder)
     for line in (
         "model.norm.weight: expected one tensor of that name, found two",

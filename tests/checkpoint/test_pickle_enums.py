@@ -13,7 +13,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.rank_files import STAND_INS
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.common.errors import CheckpointError
-from megatron_ligo.training.checkpointing.engine_files import ALLOWED
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED_GLOBALS
 from tests.checkpoint import hf_models
 
 
@@ -27,7 +27,7 @@ def test_an_engine_s_stage(by_name, tmp_path):
     torch.save({"stage": ZeroStageEnum.gradients, "tensor": torch.ones(2)}, tmp_path / "file.pt")
     assert b"getattr" in (tmp_path / "file.pt").read_bytes()
     assert torch_files.load(tmp_path / "file.pt", STAND_INS)["stage"] == 2
-    assert torch_files.load(tmp_path / "file.pt", ALLOWED)["stage"] is ZeroStageEnum.gradients
+    assert torch_files.load(tmp_path / "file.pt", ALLOWED_GLOBALS)["stage"] is ZeroStageEnum.gradients
 
 
 def test_torch_s_metadata(by_name, tmp_path):
@@ -51,7 +51,7 @@ class Gets:
     "arguments",
     [(ZeroStageEnum, "__class__"), (torch.Size, "__mro__"), (ZeroStageEnum, "no_stage"), ("text", "format")],
 )
-@pytest.mark.parametrize("allowed", [STAND_INS, ALLOWED, ()], ids=["stand-ins", "records", "nothing"])
+@pytest.mark.parametrize("allowed", [STAND_INS, ALLOWED_GLOBALS, ()], ids=["stand-ins", "records", "nothing"])
 def test_nothing_else(tmp_path, arguments, allowed):
     torch.save({"stage": Gets(*arguments)}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError):

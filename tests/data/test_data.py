@@ -165,7 +165,7 @@ def test_what_cannot_be_dealt_is_refused(pairs, tmp_path):
 
 def test_all_missing_files_in_one_error(pairs, tmp_path):
     text = fails(tmp_path, "no/such", pairs["b"] + ".bin", valid=("nor/this",), num_valid=1)
-    assert "6 faults" in text and "without .bin or .idx" in text and "this.idx" in text
+    assert "6 problems" in text and "without .bin or .idx" in text and "this.idx" in text
     assert "data.train" in fails(tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_too_little_text(pairs, tmp_path):
 def test_token_ids_the_model_does_not_have(pairs, tmp_path):
     data = opened(pairs, tmp_path)
     data.check_vocab(50)
-    with pytest.raises(DataError, match=r"2 faults[\s\S]*token ids from 0 to 48, as the model has, found 49"):
+    with pytest.raises(DataError, match=r"2 problems[\s\S]*token ids from 0 to 48, as the model has, found 49"):
         data.check_vocab(49)
 
 

@@ -79,7 +79,7 @@ def test_a_prepared_pair_and_its_record_agree(corpus, hf_folder, tmp_path):
     for name, record in splits.items():
         errors = ErrorCollector(name)
         pair = open_indexed_files(str(tmp_path / "out" / name), errors)
-        assert not errors.lines and pair.record == record
+        assert not errors.problems and pair.record == record
         assert (pair.dtype, pair.tokens, pair.documents) == (np.uint16, record["tokens"], record["documents"])
         assert pair.token_range()[1] == record["max_token"] < record["vocab_size"] == 600
         assert record["tokenizer"] == digest_tokenizer(hf_folder) == digest_tokenizer(tmp_path / "out" / "tokenizer")
@@ -184,13 +184,13 @@ def test_all_faulty_lines_of_a_jsonl(tmp_path):
     path.write_text('{"text": "good"}\n{"text": 3}\n{"tekst": "x"}\nnonsense\n["text"]\n')
     with pytest.raises(DataError) as caught:
         list(DocumentSource((path,)))
-    assert "4 faults" in str(caught.value) and "line 2: expected text under 'text', found int" in str(caught.value)
+    assert "4 problems" in str(caught.value) and "line 2: expected text under 'text', found int" in str(caught.value)
 
 
 def test_all_wrong_paths(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="3 faults"):
+    with pytest.raises(DataError, match="3 problems"):
         find_text_files([str(tmp_path / "a.pdf"), str(tmp_path / "empty"), "no/such"])
 
 

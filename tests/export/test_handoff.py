@@ -176,7 +176,7 @@ def test_processes_share_the_work_and_write_the_same_bytes(grown, tmp_path, pool
         pools(2).run(grow_together, small=small, folder=str(shared), fault="a mistake")
     assert not (shared / "universal").exists()
     # What a machine fails at leaves what is whole; a fault of the input leaves nothing; all say the same.
-    full = "rank 1: x: expected room on the disk, found it full. Free some, or choose another --output."
+    full = "rank 1: x: expected free space on the disk, found it full. Free some, or choose another --output."
     kept = ("a full disk", ("MachineError", full, True), [".universal.partial"])
     refused = ("a fault", ("CheckpointError", "rank 1: a: expected b, found c.", True), [])
     for fault, told, left in (refused, kept):

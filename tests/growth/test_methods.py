@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused():
     for method in METHODS:
         errors = ErrorCollector("fit", ConfigError)
         check_factored(resolve_settings(OperatorSection(method=method), llama_dims()), errors)
-        assert bool(errors.lines) == (method in ("direct_copy", "random", "aki"))
+        assert bool(errors.problems) == (method in ("direct_copy", "random", "aki"))
 
 
 def test_every_start_of_copies_has_its_left_inverse():

@@ -15,7 +15,7 @@ from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunCo
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.adam_state import DualMaps
 from megatron_ligo.growth.validation import build_initial_operator
-from megatron_ligo.training.fit import prepare
+from megatron_ligo.training.fit import prepare_fit
 from tests import layer_norm_models
 from tests.growth.test_growth_families import DOUBLE
 from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
@@ -89,6 +89,6 @@ def test_refusals(tmp_path):
             build_initial_operator(llama_dims(rope_scaling=scaling), LargeSection(max_positions=128), OperatorSection())
     _, folder = layer_norm_models.saved(tmp_path, "gpt2", "GPT2LMHeadModel")
     run = [f"small.path={folder}", "large.max_positions=40", "data.seq_length=30"]
-    prepare(RunConfig.load(None, run))
+    prepare_fit(RunConfig.load(None, run))
     with pytest.raises(ConfigError, match="The teacher has 20 positions"):
-        prepare(RunConfig.load(None, [*run, "fit.distill=0.5"]))
+        prepare_fit(RunConfig.load(None, [*run, "fit.distill=0.5"]))

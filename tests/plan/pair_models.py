@@ -13,7 +13,7 @@ from megatron_ligo import arch
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.growth.validation import derive_large_config
-from megatron_ligo.training.initial_weights import sizes
+from megatron_ligo.training.initial_weights import read_model_config
 from tests.models.factored import fit_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ LESS, STEPS, LR = 16, 1, 0.02
 def reduced(path: Path) -> dict:
     """small, large and settings of a pair, as `cases.fit` takes them."""
     config = RunConfig.load(path)
-    small = sizes(ROOT / config.small.path)
+    small = read_model_config(ROOT / config.small.path)
     large = derive_large_config(small, config.large)
     common = gcd(small.num_layers, large.num_layers)
     times = common if common < small.num_layers else common // 2

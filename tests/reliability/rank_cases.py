@@ -18,7 +18,7 @@ from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.fit import Fit
-from megatron_ligo.training.pretrain import MODEL, Pretrain
+from megatron_ligo.training.pretrain import MODEL_FOLDER, Pretrain
 from tests.training.pretrain_runs import Killed, pretrain
 
 
@@ -79,7 +79,7 @@ def disk_lost_after(settings: dict, output: str, command: list[str], at: int) ->
 
 def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dict | str:
     """A run in which the loss of one training sample is not finite; without `look`, nobody asks which it was."""
-    deal, again = TextDataset.train_batch, Engine.look_again
+    deal, again = TextDataset.train_batch, Engine.rerun_refused_step
 
     def dealt(self, *where):
         batches = deal(self, *where)
@@ -90,11 +90,11 @@ def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dic
 
     TextDataset.train_batch = dealt
     if not look:
-        Engine.look_again = lambda self, batches: ([], [])
+        Engine.rerun_refused_step = lambda self, batches: ([], [])
     try:
         return logged(settings, output)
     finally:
-        TextDataset.train_batch, Engine.look_again = deal, again
+        TextDataset.train_batch, Engine.rerun_refused_step = deal, again
 
 
 def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
@@ -133,7 +133,7 @@ def saved_at_once(settings: dict, output: str, to: str, lost: str = "") -> None:
     reshard.fill_optimizer = filled
     try:
         job = Pretrain(RunConfig.from_dict(settings), Path(output))
-        run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.checkpoint.state, 1, job.output / MODEL)
+        run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.checkpoint.state, 1, job.output / MODEL_FOLDER)
         job.engine.engine.destroy()
     finally:
         reshard.fill_optimizer = fill

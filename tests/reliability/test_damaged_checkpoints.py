@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ligo.training.checkpointing.engine_files import size_and_digest
+from megatron_ligo.training.checkpointing.engine_files import describe_file
 from tests.reliability import rank_cases
 from tests.reliability.commands import ROOT
 from tests.training.pretrain_runs import pretrain
@@ -103,7 +103,7 @@ def hostile(place: Path) -> str:
     path = next(place.rglob("mp_rank_00_model_states.pt"))
     torch.save({"module": Evil(place.parent.parent / "it_ran")}, path)
     record = json.loads((place / "record.json").read_text())
-    record["files"][str(path.relative_to(place))] = size_and_digest(path)
+    record["files"][str(path.relative_to(place))] = describe_file(path)
     (place / "record.json").write_text(json.dumps(record))
     return "could run code"
 
@@ -125,7 +125,7 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(pools, half_way):
     told = [one_bit(output / "checkpoints/step_2"), cut_short(output / "checkpoints/step_4")]
     for _ in range(2):
         found = pools(2).run(pretrain, settings=table, output=str(output))
-        assert "has no checkpoint that is whole (2 faults)" in found
+        assert "has no checkpoint that is whole (2 problems)" in found
         assert all(name in found for name in told)
 
 
@@ -182,4 +182,4 @@ def test_events_that_find_no_room_are_one_message(small_disk):
     script.write_text(EVENTS.format(output=small_disk / "run"))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "expected room on the disk, found it full" in done.stderr
+    assert "expected free space on the disk, found it full" in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.common.file_lock import LOCK
+from megatron_ligo.common.file_lock import LOCK_FILE
 from tests.reliability.commands import PATIENCE, Run
 from tests.reliability.test_kills import ended
 
@@ -60,7 +60,7 @@ def test_a_disk_that_stands_still_is_waited_for_until_the_time_is_over(config, w
     again. Shorter: nothing but time is lost."""
     output = disk.place / "run"
     with Run("fit", config, output, LAYOUT, "fit.timeout_minutes=0.08") as run:
-        appears(output / LOCK)
+        appears(output / LOCK_FILE)
         disk.freeze()
         run.ranks[1].join(60)
         disk.thaw()

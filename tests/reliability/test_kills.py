@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_ligo.checkpoint.io import torch_files
-from megatron_ligo.training.checkpointing.engine_files import ALLOWED
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED_GLOBALS
 from tests.reliability.commands import Run
 from tests.reliability.conftest import SAVE_EVERY, STEPS
 
@@ -34,7 +34,7 @@ def rows(output: Path) -> list[dict]:
 def losses(output: Path, tool: str) -> tuple:
     """Everything that a run leaves and that must not depend on what befell it."""
     last = max((output / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step_")))
-    files = {path.name: content(torch_files.load(path, ALLOWED)) for path in sorted(last.rglob("*.pt"))}
+    files = {path.name: content(torch_files.load(path, ALLOWED_GLOBALS)) for path in sorted(last.rglob("*.pt"))}
     if tool == "fit":
         record = json.loads((output / "operator/operator.json").read_text())
         return files, record["losses"], (output / "operator/operator.safetensors").read_bytes()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.common.file_lock import LOCK
+from megatron_ligo.common.file_lock import LOCK_FILE
 from tests.reliability.commands import Run
 
 
@@ -50,7 +50,7 @@ def test_one_message_and_exit_code_2_on_every_rank(base, config, tmp_path, fault
     assert time.monotonic() - began < 30
     # Nothing that looks like a run, or like a part of one.
     left = {path.name for path in output.rglob("*") if path.is_file()} if output.exists() else set()
-    assert left <= {LOCK}, left
+    assert left <= {LOCK_FILE}, left
 
 
 def test_a_folder_that_another_run_writes_to(config, tmp_path):

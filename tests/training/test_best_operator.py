@@ -9,7 +9,7 @@ import torch
 from megatron_ligo.config.run_config import PretrainSection, RunConfig
 from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import build_initial_operator
-from megatron_ligo.training.lr_schedule import after_growth, learning_rate
+from megatron_ligo.training.lr_schedule import learning_rate, schedule_after_growth
 from tests.tiny_models import hf_llama
 from tests.training.pretrain_runs import fit
 from tests.training.test_pretrain import BATCH, DIMS, SEQ, make_pair
@@ -82,7 +82,7 @@ def test_no_more_flops_than_allowed(pools, base, tmp_path):
 
 def test_the_rate_after_growth():
     run = PretrainSection(steps=100, lr=1e-3, min_lr=8e-4, warmup_steps=10)
-    grown = after_growth(run)
+    grown = schedule_after_growth(run)
     assert (grown.lr, grown.min_lr, grown.warmup_steps) == (5e-4, 5e-4, 10)
-    shorter = after_growth(PretrainSection(steps=100, lr=1e-3, grown_peak=0.8, grown_warmup_steps=2))
+    shorter = schedule_after_growth(PretrainSection(steps=100, lr=1e-3, grown_peak=0.8, grown_warmup_steps=2))
     assert learning_rate(shorter, 1) == pytest.approx(8e-4) and learning_rate(shorter, 0) == pytest.approx(4e-4)

@@ -11,7 +11,7 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.export import handoff
-from megatron_ligo.training.fit import prepare
+from megatron_ligo.training.fit import prepare_fit
 from megatron_ligo.training.job import check_same_run
 from tests import layer_norm_models
 from tests.tiny_models import hf_llama, llama_dims
@@ -64,7 +64,7 @@ def test_it_begins_where_the_training_has_ended_and_hands_over_the_start(pools, 
 
 def test_a_training_of_another_start_is_refused(trained, tmp_path):
     table, checkpoint, _ = trained
-    prepare(RunConfig.from_dict(table))
+    prepare_fit(RunConfig.from_dict(table))
     for changes, named in [
         # Layers in another order differ in no tensor outside of them, nor in the first.
         ({"depth_init": "stack"}, "of another operator (depth_init)"),
@@ -74,17 +74,17 @@ def test_a_training_of_another_start_is_refused(trained, tmp_path):
         other = deepcopy(table)
         other["operator"] |= changes
         with pytest.raises(ConfigError) as caught:
-            prepare(RunConfig.from_dict(other))
+            prepare_fit(RunConfig.from_dict(other))
         assert f"fit.lag: {checkpoint}: expected a training of this start, found {named}" in str(caught.value)
     other = deepcopy(table)
     hf_llama(SMALL, seed=3).save_pretrained(tmp_path / "other")
     other["small"]["path"] = str(tmp_path / "other")
     with pytest.raises(ConfigError, match="a training of this small model"):
-        prepare(RunConfig.from_dict(other))
+        prepare_fit(RunConfig.from_dict(other))
     other = deepcopy(table)
     other["large"] |= {"num_layers": 6, "ffn_size": 60}
     with pytest.raises(ConfigError) as caught:
-        prepare(RunConfig.from_dict(other))
+        prepare_fit(RunConfig.from_dict(other))
     assert f"fit.lag: {checkpoint}: num_layers: expected 6, found 5" in str(caught.value)
     assert "ffn_size: expected 60, found 44" in str(caught.value)
 
@@ -94,10 +94,10 @@ def test_a_checkpoint_that_does_not_tell_is_judged_by_its_distance(trained, tmp_
     convert(formats.open(checkpoint), tmp_path / "hf", "hf")
     other = deepcopy(table)
     other["fit"]["lag"] = str(tmp_path / "hf")
-    prepare(RunConfig.from_dict(other))
+    prepare_fit(RunConfig.from_dict(other))
     other["operator"] |= {"depth_init": "stack"}
     with pytest.raises(ConfigError, match=r"at most 0\.5 of the weights' norm away from it, found \d\.\d\d"):
-        prepare(RunConfig.from_dict(other))
+        prepare_fit(RunConfig.from_dict(other))
 
 
 def test_a_run_from_before_there_was_a_lag_is_the_same_run(tmp_path):
@@ -115,4 +115,4 @@ def test_only_decoders_have_one(tmp_path):
     _, folder = layer_norm_models.saved(tmp_path, "bert", "BertForMaskedLM")
     table = [f"small.path={folder}", "operator.depth_init=stack", "data.seq_length=12", "fit.lag=anywhere"]
     with pytest.raises(ConfigError, match=r"fit\.lag: expected a decoder, found bert"):
-        prepare(RunConfig.load(None, table))
+        prepare_fit(RunConfig.load(None, table))

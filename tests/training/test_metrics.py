@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ligo.common.errors import CheckpointError
-from megatron_ligo.training.metrics import KEYS, Metrics, peak_memory_bytes, read_metrics
+from megatron_ligo.training.metrics import METRICS_KEYS, Metrics, peak_memory_bytes, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def rows(folder: Path) -> list[dict]:
 def test_a_line_a_step(tmp_path, capsys):
     run(tmp_path, 1, 3)
     found = rows(tmp_path)
-    assert [tuple(row) for row in found] == [KEYS] * 3
+    assert [tuple(row) for row in found] == [METRICS_KEYS] * 3
     assert found[2] == {
         "step": 3, "loss": 4.7, "lr": 1e-3, "tokens": 300, "flops": 3e6, "seconds": 1.5, "grad_norm": 0.1
     }  # fmt: skip

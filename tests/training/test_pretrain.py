@@ -71,13 +71,13 @@ def settings(base: Path, start: str = "handoff", **changes) -> dict:
 
 def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
     """(loss on the held-out batch, losses of the steps) of transformers' model under plain PyTorch."""
-    from megatron_ligo.training.lr_schedule import after_growth, learning_rate
-    from megatron_ligo.training.pretrain import parameter_groups
+    from megatron_ligo.training.lr_schedule import learning_rate, schedule_after_growth
+    from megatron_ligo.training.pretrain import build_parameter_groups
 
     run = RunConfig.from_dict(settings(base)).pretrain
-    run = after_growth(run) if grown else run
+    run = schedule_after_growth(run) if grown else run
     model = hf_llama(DIMS)
-    groups = parameter_groups(model, run.weight_decay)
+    groups = build_parameter_groups(model, run.weight_decay)
     stepper = torch.optim.AdamW(groups, lr=run.lr, betas=tuple(run.betas), eps=run.eps)
 
     def loss_of(batch):

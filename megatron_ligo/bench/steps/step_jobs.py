@@ -167,14 +167,14 @@ class PretrainStepper(EngineStepper):
         from megatron_ligo.models.full.factory import build_model
         from megatron_ligo.models.mcore.layer_spec import BuildOptions
         from megatron_ligo.training.engine import Engine
-        from megatron_ligo.training.pretrain import parameter_groups
+        from megatron_ligo.training.pretrain import build_parameter_groups
 
         job, model_config = self.job, self.job.operator_made().large
         build = BuildOptions(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))
         model = build_model(model_config, build, self.mesh, job.recompute)
         parameters.fill(model, model_config, self.mesh, parameters.initial_weights(model_config, SEED))
         bf16 = self.dtype is torch.bfloat16
-        return Engine(model, self.mesh, job.run(self.mesh.dp), parameter_groups(model, 0.1), bf16)
+        return Engine(model, self.mesh, job.run(self.mesh.dp), build_parameter_groups(model, 0.1), bf16)
 
 
 class GroupTraffic:

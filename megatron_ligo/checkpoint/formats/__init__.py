@@ -68,7 +68,7 @@ def open(path: str | Path, format: str | None = None) -> Reader:
     an unknown format.
     """
     chosen = get(format) if format else recognise(path)
-    symlinks.check_links(_check_exists(path))
+    symlinks.check_symlinks(_check_exists(path))
     return chosen.open(Path(path))
 
 

@@ -14,8 +14,8 @@ from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
 from megatron_ligo.experiments.compare.comparison_config import Arm, fitted_arm_of
 from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.validation import build_initial_operator
-from megatron_ligo.training.fit import within_budget
-from megatron_ligo.training.initial_weights import sizes
+from megatron_ligo.training.fit import limit_to_budget
+from megatron_ligo.training.initial_weights import read_model_config
 
 
 def fit_flops(config: RunConfig, small: ModelConfig, lagged: bool = False) -> float:
@@ -34,7 +34,7 @@ def check_arm_costs(plan: ComparisonPlan, arms: Iterable[Arm]) -> None:
         ErrorCollector("the preparation of some arms exceeds their budget", ConfigError),
     )
     limits = {"budgets": max(compare.budgets)} | ({"tune_budget": compare.tune_budget} if len(compare.lrs) > 1 else {})
-    small = sizes(Path(plan.spec.config.small.path))
+    small = read_model_config(Path(plan.spec.config.small.path))
     for arm in (arm for arm in arms if (arm.fitted or arm.full) and not plan.begun(arm)):
         owner = arm if arm.fitted else fitted_arm_of(arm, plan.spec.arms)
         try:
@@ -68,4 +68,4 @@ def _fit_steps(config: RunConfig, small: ModelConfig, lagged: bool) -> tuple[int
     fit, operator = config.fit, build_initial_operator(small, config.large, config.operator)
     seq = operator.large.tokens_of_sample(config.data.seq_length)
     step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, lagged)
-    return within_budget(fit, step).steps, step
+    return limit_to_budget(fit, step).steps, step

@@ -13,7 +13,7 @@ from megatron_ligo.config.run_config import PretrainSection, RunConfig
 from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, ComparisonConfig, fitted_arm_of
 from megatron_ligo.experiments.compare.run_folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
-from megatron_ligo.training.initial_weights import fresh_config
+from megatron_ligo.training.initial_weights import scratch_model_config
 
 SMALL_SEED = 0
 GetResult = Callable[[ComparisonJob], dict | None]  # returns a job's result; None while there is none
@@ -57,7 +57,7 @@ class ComparisonPlan:
 
     def __init__(self, spec: ComparisonConfig, jobs: JobQueue, get_result: GetResult):
         self.spec, self.jobs, self.get_result = spec, jobs, get_result
-        self.large: ModelConfig = fresh_config(spec.config)
+        self.large: ModelConfig = scratch_model_config(spec.config)
         self.step_flops = self._step_flops(self.large)
         self.unit = spec.compare.scratch_steps * self.step_flops
 

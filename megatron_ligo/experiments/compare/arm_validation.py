@@ -10,13 +10,13 @@ from megatron_ligo.experiments.compare.comparison_config import Arm, ComparisonC
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import build_initial_operator, check_factored
 from megatron_ligo.training.fit import check_teacher
-from megatron_ligo.training.initial_weights import sizes
-from megatron_ligo.training.lag import check_decoder
+from megatron_ligo.training.initial_weights import read_model_config
+from megatron_ligo.training.lag import check_is_decoder
 
 
 def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
     """Raises ConfigError with every arm that cannot grow the small model into the large one or cannot be fitted."""
-    small = sizes(Path(spec.config.small.path))
+    small = read_model_config(Path(spec.config.small.path))
     errors = ErrorCollector("invalid comparison", ConfigError)
     for arm in arms:
         if not arm.grown:
@@ -38,5 +38,5 @@ def _check_fit(arm: Arm, operator: Operator) -> None:
     length = operator.large.tokens_of_sample(arm.config.data.seq_length)
     check_teacher(operator, arm.config.fit, length, errors)
     if arm.lag:
-        check_decoder(operator, errors)
+        check_is_decoder(operator, errors)
     errors.raise_if_any()

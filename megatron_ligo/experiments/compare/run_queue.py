@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import ConfigError, LigoError, Problem
-from megatron_ligo.common.file_lock import lock
+from megatron_ligo.common.file_lock import lock_file
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.run_folder import GROW, JOB, LOCK, LOG, RESULT
 
@@ -75,7 +75,7 @@ class JobQueue:
         """Returns the job's result, running it first if necessary. Raises LigoError naming the log if it fails."""
         folder = self.folder_of(job)
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / LOCK, wait=True):
+        with lock_file(folder / LOCK, wait=True):
             result = self.result(job)
             if result:
                 return result
@@ -120,7 +120,7 @@ def _run_in_child(folder: Path) -> None:
     from megatron_ligo.common import signal_handling
     from megatron_ligo.experiments.compare import single_run
 
-    signal_handling.install()
+    signal_handling.install_handlers()
     sys.exit(single_run.main(folder))
 
 

@@ -22,7 +22,7 @@ from megatron_ligo.distributed.rank_failures import report_failures
 from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.training.fit import Fit
-from megatron_ligo.training.metrics import FILE, read_metrics
+from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 from megatron_ligo.training.pretrain import Pretrain
 
 
@@ -47,7 +47,7 @@ def _finish(folder: Path, run: Path, losses: dict, keep: bool) -> None:
     """Writes the result. losses: {} for a run that diverged or has none."""
     if os.environ.get("RANK", "0") != "0":
         return
-    rows = read_metrics(run / FILE) if (run / FILE).is_file() else []
+    rows = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
     totals = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
     write_json(folder / RESULT, {"losses": losses, **totals})
     if not keep:

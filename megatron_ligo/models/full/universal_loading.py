@@ -125,7 +125,7 @@ def check_files(folder: Path) -> None:
         try:
             torch_files.load(path, allowed)
         except CheckpointError as error:
-            errors.note(str(error))
+            errors.add_message(str(error))
     errors.raise_if_any()
 
 

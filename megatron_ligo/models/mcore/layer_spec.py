@@ -126,7 +126,7 @@ def transformer_config(model_config: ModelConfig, build: BuildOptions) -> Transf
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        use_cpu_initialization=device.on_cpu(),
+        use_cpu_initialization=device.is_cpu(),
         params_dtype=build.dtype,
         pipeline_dtype=build.dtype,
         bf16=build.dtype is torch.bfloat16,
@@ -147,7 +147,7 @@ def layer_spec(model_config: ModelConfig) -> ModuleSpec:
     Always the local one for norms that come last: Transformer Engine's linears have those that come first inside.
     """
     arch = architectures.get(model_config.arch)
-    if device.have_transformer_engine() and arch.pre_norm:
+    if device.has_transformer_engine() and arch.pre_norm:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
     else:
         spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(model_config)))
@@ -168,7 +168,7 @@ def mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
 
 def final_norm_spec() -> type:
     """What builds the norm after the last layer."""
-    if device.have_transformer_engine():
+    if device.has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
@@ -197,5 +197,5 @@ def rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
         rotary_base=model_config.rope_base,
         rope_scaling=kind == "llama3",
         rope_scaling_factor=factor or 1.0,
-        use_cpu_initialization=device.on_cpu(),
+        use_cpu_initialization=device.is_cpu(),
     )

@@ -63,7 +63,7 @@ class Sample:
 
     name: str
     make: Make
-    look: Look
+    check_step: Look
 
 
 class Small(Reader):
@@ -159,15 +159,15 @@ def _gguf(folder: Path, seed: int) -> None:
 def _run(folder: Path, seed: int) -> None:
     """A checkpoint as a run leaves it."""
     place = folder / "checkpoints/step_7"
-    convert(Small(seed), place, "deepspeed", WriteOptions(extra={"tag": run_checkpoints.TAG}))
+    convert(Small(seed), place, "deepspeed", WriteOptions(extra={"tag": run_checkpoints.ENGINE_TAG}))
     record = {"step": 7, "state": {"losses": {}}, "layout": {"tp": 1, "pp": 1, "dp": 1, "zero": 1}}
-    run_checkpoints.complete(place, None, {}, record)
+    run_checkpoints.write_record(place, None, {}, record)
 
 
 def run(folder: Path) -> object:
     """What a run goes on from: the newest checkpoint's state, and the content of its files."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    found = run_checkpoints.newest(folder / "checkpoints")
+    found = run_checkpoints.find_newest(folder / "checkpoints")
     assert found is not None
     names = sorted(path for path in found.folder.rglob("*.pt"))
     return found.step, found.state, [hashlib.sha256(path.read_bytes()).hexdigest() for path in names]

@@ -13,7 +13,7 @@ from megatron_ligo.common.atomic_files import fsync_path
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.models.full.universal_loading import RECORDS
 
-ALLOWED = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
+ALLOWED_GLOBALS = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
 
 
 class CheckpointFiles(TorchCheckpointEngine):
@@ -40,7 +40,7 @@ class CheckpointFiles(TorchCheckpointEngine):
         try:
             super().makedirs(path, exist_ok=exist_ok)
         except OSError as error:
-            self.fault = self.fault or unwritable(Path(path), error)
+            self.fault = self.fault or write_failure(Path(path), error)
 
     def save(self, state_dict: object, path: str) -> None:
         if self.fault:
@@ -48,18 +48,18 @@ class CheckpointFiles(TorchCheckpointEngine):
         try:
             super().save(state_dict, path)
             fsync_path(Path(path))
-            self.written[Path(path)] = size_and_digest(Path(path))
+            self.written[Path(path)] = describe_file(Path(path))
         except RuntimeError as error:
-            self.fault = unwritable(Path(path), explain_write_failure(Path(path), error))
+            self.fault = write_failure(Path(path), explain_write_failure(Path(path), error))
         except OSError as error:
-            self.fault = unwritable(Path(path), error)
+            self.fault = write_failure(Path(path), error)
 
     def load(self, path: str, map_location: object = None) -> object:
         # Not mapped: the file may be removed while its tensors are used.
-        return torch_files.load(Path(path), ALLOWED, mapped=False)
+        return torch_files.load(Path(path), ALLOWED_GLOBALS, mapped=False)
 
 
-def install(engine: deepspeed.DeepSpeedEngine) -> CheckpointFiles:
+def install_checkpoint_files(engine: deepspeed.DeepSpeedEngine) -> CheckpointFiles:
     """Gives the engine these hands. Its copies of scripts that unpickle freely are not written either."""
     files = CheckpointFiles(engine._config)
     engine.checkpoint_engine = files
@@ -67,14 +67,14 @@ def install(engine: deepspeed.DeepSpeedEngine) -> CheckpointFiles:
     return files
 
 
-def unwritable(path: Path, error: Exception) -> CheckpointError:
+def write_failure(path: Path, error: Exception) -> CheckpointError:
     # torch's own words end with a trace of its C++.
     found = str(error).splitlines()[0] if str(error) else type(error).__name__
     hint = "Free some room or mend its rights; started again, the run goes on from its last checkpoint."
     return CheckpointError(Problem(f"{path}", "room and leave to write a checkpoint", found, hint))
 
 
-def size_and_digest(path: Path) -> dict:
+def describe_file(path: Path) -> dict:
     """Size and digest of a file."""
     size = path.stat().st_size
     return {"size": size, "digest": digest.hash_file_part(path, 0, size)}

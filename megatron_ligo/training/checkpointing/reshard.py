@@ -20,13 +20,13 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.parameters import local_tensor, parameters
-from megatron_ligo.training.checkpointing.run_checkpoints import TAG, RunCheckpoint
+from megatron_ligo.training.checkpointing.run_checkpoints import ENGINE_TAG, RunCheckpoint
 from megatron_ligo.training.engine import engine_layout
 
 log = logging.getLogger(__name__)
 
 # A parameter, by its name, and what of it (WEIGHT or a moment) -> this tensor-parallel rank's part.
-Part = Callable[[str, nn.Parameter, str], Tensor]
+PartReader = Callable[[str, nn.Parameter, str], Tensor]
 
 
 def layout_changed(found: RunCheckpoint | None, run: TrainingSection, mesh: Mesh) -> bool:
@@ -48,14 +48,14 @@ class FlatSlice:
 
 
 @torch.no_grad()
-def fill_module(module: nn.Module, part: Part) -> None:
+def fill_module(module: nn.Module, part: PartReader) -> None:
     """Sets the weights of a module that is not yet in an engine."""
     for name, parameter in module.named_parameters():
         parameter.copy_(part(name, parameter, WEIGHT))
 
 
 @torch.no_grad()
-def fill_optimizer(engine: DeepSpeedEngine, part: Part, steps: int | None = None) -> None:
+def fill_optimizer(engine: DeepSpeedEngine, part: PartReader, steps: int | None = None) -> None:
     """Sets the fp32 masters of an engine that has made no step, whose module has these weights already.
 
     steps: Adam's count; its moments are set too. None: there are none.
@@ -63,24 +63,24 @@ def fill_optimizer(engine: DeepSpeedEngine, part: Part, steps: int | None = None
     optimizer, kinds = engine.optimizer, (WEIGHT,)
     if steps is not None:
         kinds = (WEIGHT, *MOMENTS)
-        for flat in _flats(optimizer):
+        for flat in _flat_masters(optimizer):
             zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
             optimizer.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
     for name, parameter in engine.module.named_parameters():
-        place = _place(optimizer, parameter)
+        place = _find_slice(optimizer, parameter)
         for kind in kinds if place else ():
             flat = place.flat if kind == WEIGHT else optimizer.optimizer.state[place.flat][kind]
             numbers = part(name, parameter, kind).reshape(-1)[place.first : place.first + place.numel]
             flat.narrow(0, place.start, place.numel).copy_(numbers)
 
 
-def _flats(optimizer: object) -> list[Tensor]:
+def _flat_masters(optimizer: object) -> list[Tensor]:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
         return optimizer.fp32_partitioned_groups_flat
     return [flat for group in optimizer.optimizer.param_groups for flat in group["params"]]
 
 
-def _place(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
+def _find_slice(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
     """None where this rank has none of the parameter's numbers."""
     if hasattr(parameter, "ds_id"):
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -95,7 +95,9 @@ def _place(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
     return FlatSlice(flat, held.start, whole.start, held.numel)
 
 
-def model_part(model: nn.Module, model_config: ModelConfig, read: Callable[..., Tensor], mesh: Mesh) -> Part:
+def model_part_reader(
+    model: nn.Module, model_config: ModelConfig, read: Callable[..., Tensor], mesh: Mesh
+) -> PartReader:
     """Cuts a model's canonical tensors. read: a Reader's, or of weights only."""
     items = {id(parameter): item for parameter, item in parameters(model, model_config)}
 
@@ -110,7 +112,7 @@ class SavedOptimizer:
     """The parameters of a fit's checkpoint, whole. steps: Adam's count, None where there are no moments."""
 
     def __init__(self, found: RunCheckpoint):
-        saved = EngineFiles(found.folder / TAG, operator=True)
+        saved = EngineFiles(found.folder / ENGINE_TAG, operator=True)
         self.folder = found.folder
         errors = ErrorCollector(f"{found.folder} does not hold the fit of its layout", CheckpointError)
         held = [
@@ -126,7 +128,7 @@ class SavedOptimizer:
             raise CheckpointError(Problem(f"{found.folder}", "one count of Adam's steps on all ranks", counts))
         self.steps = counts.pop()
 
-    def cut_for(self, mesh: Mesh) -> Part:
+    def part_reader(self, mesh: Mesh) -> PartReader:
         def part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
             dim = getattr(parameter, "partition_dim", -1)
             pieces = [self._piece(stages, name, kind) for stages in (self._ranks if dim >= 0 else self._ranks[:1])]

@@ -31,17 +31,17 @@ from megatron_ligo.common.atomic_files import (
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.distributed.parallel_dims import EngineLayout
-from megatron_ligo.training.checkpointing.engine_files import ALLOWED, size_and_digest, unwritable
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED_GLOBALS, describe_file, write_failure
 from megatron_ligo.training.engine import Engine
 
 log = logging.getLogger(__name__)
 
-TAG = "state"
+ENGINE_TAG = "state"
 RECORD = "record.json"
-VERSION = 2
+RECORD_VERSION = 2
 STEP = re.compile(r"step_(\d+)")
 # What a killed run may leave behind: a checkpoint not yet committed, and one that a newer was to replace.
-NEW, OLD = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
+UNFINISHED, BACKUP = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
     aside, target = folder / f".step_{step}.new", folder / f"step_{step}"
     _on_rank_0(aside, lambda: _make(aside))
     engine.files.begin()
-    engine.engine.save_checkpoint(str(aside), tag=TAG, client_state={RUN_STATE: state}, save_latest=False)
+    engine.engine.save_checkpoint(str(aside), tag=ENGINE_TAG, client_state={RUN_STATE: state}, save_latest=False)
     try:
         ranks.run_on_all(engine.files.raise_fault)
         known = {path: entry for part in ranks.all_gather(engine.files.written) for path, entry in part.items()}
         record = {"step": step, "state": state, "layout": engine.layout.to_json()}
-        _on_rank_0(aside, lambda: complete(aside, beside, known, record))
+        _on_rank_0(aside, lambda: write_record(aside, beside, known, record))
     except CheckpointError:
         # Its room may be what others need.
         _on_rank_0(aside, lambda: shutil.rmtree(aside, ignore_errors=True))
@@ -80,7 +80,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, b
     _on_rank_0(folder, lambda: _retain(folder, step, keep_last))
 
 
-def steps(folder: Path) -> list[int]:
+def list_steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, oldest first."""
     if not folder.is_dir():
         return []
@@ -88,7 +88,7 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def newest(folder: Path) -> RunCheckpoint | None:
+def find_newest(folder: Path) -> RunCheckpoint | None:
     """The newest whole checkpoint; None where none was ever made. Damaged ones are told, and set aside. Collective.
 
     CheckpointError if there are checkpoints and all are damaged.
@@ -97,14 +97,14 @@ def newest(folder: Path) -> RunCheckpoint | None:
     errors = ErrorCollector(f"{folder} has no checkpoint that is whole", CheckpointError)
     damaged: list[Path] = []
     ranks = all_ranks()
-    for step in reversed(ranks.all_gather(steps(folder))[0]):
+    for step in reversed(ranks.all_gather(list_steps(folder))[0]):
         place = folder / f"step_{step}"
         try:
             with ranks.agree():
                 record = _read_and_check(place)
         except CheckpointError as error:
             log.warning("%s", error)
-            errors.note(str(error))
+            errors.add_message(str(error))
             damaged.append(place)
             continue
         for other in damaged:
@@ -115,7 +115,7 @@ def newest(folder: Path) -> RunCheckpoint | None:
     return None
 
 
-def state_of(folder: Path) -> dict:
+def read_state(folder: Path) -> dict:
     """The state that was saved with a checkpoint, STEP's folder; empty where it is none of a run of ours."""
     path = folder / RECORD
     if not path.is_file():
@@ -128,7 +128,7 @@ def state_of(folder: Path) -> dict:
 
 def load(engine: Engine, found: RunCheckpoint) -> dict:
     """Takes up a checkpoint of the engine's own layout; returns its `state`. Collective."""
-    path, _ = engine.engine.load_checkpoint(str(found.folder), tag=TAG)
+    path, _ = engine.engine.load_checkpoint(str(found.folder), tag=ENGINE_TAG)
     if path is None:
         raise CheckpointError(Problem(f"{found.folder}", "a DeepSpeed checkpoint", "nothing to load"))
     engine.after_update()
@@ -142,33 +142,33 @@ def _make(aside: Path) -> None:
     aside.mkdir()
 
 
-def complete(aside: Path, beside: Path | None, known: dict[Path, dict], record: dict) -> None:
+def write_record(aside: Path, beside: Path | None, known: dict[Path, dict], record: dict) -> None:
     """All that rank 0 puts beside the ranks' files, at last the digests of them all. known: those that ranks have."""
-    (aside / "latest").write_text(TAG)
+    (aside / "latest").write_text(ENGINE_TAG)
     if beside:
         shutil.copytree(beside, aside, dirs_exist_ok=True)
     files = {}
     for path in sorted(path for path in aside.rglob("*") if path.is_file()):
-        files[str(path.relative_to(aside))] = known.get(path) or size_and_digest(path)
+        files[str(path.relative_to(aside))] = known.get(path) or describe_file(path)
         if path not in known:
             fsync_path(path)
     missing = [str(path) for path in known if not path.is_file()]
     assert not missing, f"written and not there: {missing}"
-    write_json(aside / RECORD, {"version": VERSION, **record, "files": files})
+    write_json(aside / RECORD, {"version": RECORD_VERSION, **record, "files": files})
     fsync_folders(aside)
 
 
 def _retain(folder: Path, step: int, keep_last: int) -> None:
     """The one of this step is whole; of the others only older ones go."""
-    for old in [other for other in steps(folder) if other < step][: -(keep_last - 1) or None]:
+    for old in [other for other in list_steps(folder) if other < step][: -(keep_last - 1) or None]:
         shutil.rmtree(folder / f"step_{old}")
 
 
 def _tidy(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
-        if NEW.fullmatch(path.name):
+        if UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path)
-        elif match := OLD.fullmatch(path.name):
+        elif match := BACKUP.fullmatch(path.name):
             restore_backup(path, folder / match[1])
 
 
@@ -194,8 +194,8 @@ def _read_and_check(place: Path) -> dict:
 def _read_record(path: Path) -> dict:
     try:
         record = read_json(path)
-        if record["version"] != VERSION:
-            raise CheckpointError(Problem(f"{path}", f"version {VERSION}", record["version"]))
+        if record["version"] != RECORD_VERSION:
+            raise CheckpointError(Problem(f"{path}", f"version {RECORD_VERSION}", record["version"]))
         files = {str(name): (int(entry["size"]), str(entry["digest"])) for name, entry in record["files"].items()}
         EngineLayout.from_json(record["layout"])
         if not files or not isinstance(record["state"], dict):
@@ -214,7 +214,7 @@ def _check_file(place: Path, name: str, expected: dict, errors: ErrorCollector) 
         errors.add(f"{path}", "a file", "something else")
         return
     try:
-        found = size_and_digest(path)
+        found = describe_file(path)
     except OSError as error:
         errors.add(f"{path}", f"{expected['size']} bytes", error.strerror)
         return
@@ -222,9 +222,9 @@ def _check_file(place: Path, name: str, expected: dict, errors: ErrorCollector) 
         errors.add(f"{path}", f"{expected['size']} bytes, digest {expected['digest']}", f"{found}")
     elif path.suffix == ".pt":
         try:
-            torch_files.load(path, ALLOWED)
+            torch_files.load(path, ALLOWED_GLOBALS)
         except CheckpointError as error:
-            errors.note(str(error))
+            errors.add_message(str(error))
 
 
 def _check_finite(module: nn.Module, step: int) -> None:
@@ -246,4 +246,4 @@ def _on_rank_0(place: Path, work: Callable[[], None]) -> None:
             try:
                 work()
             except OSError as error:
-                raise unwritable(place, error) from error
+                raise write_failure(place, error) from error

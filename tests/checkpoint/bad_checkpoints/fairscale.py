@@ -127,7 +127,7 @@ def params_of_another_network(folder):
 @register(fairscale)
 def params_of_no_numbers(folder):
     edit_json(folder / "params.json", dim="48", norm_eps=float("nan"), use_scaled_rope=1, vocab_size=2.5)
-    return "dim", "'48'", "norm_eps", "use_scaled_rope", "vocab_size", "4 faults"
+    return "dim", "'48'", "norm_eps", "use_scaled_rope", "vocab_size", "4 problems"
 
 
 @register(fairscale)

@@ -26,7 +26,7 @@ def missing_tensors(folder):
         del state["model.layers.0.self_attn.q_proj.weight"], state["model.norm.weight"]
 
     edit_tensors(folder, change)
-    return "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "2 faults"
+    return "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "2 problems"
 
 
 @register(hf)
@@ -34,7 +34,7 @@ def unexpected_tensors(folder):
     edit_tensors(
         folder, lambda state: state.update({"model.layers.0.extra": torch.ones(1), "score.weight": torch.ones(1)})
     )
-    return "model.layers.0.extra", "score.weight", "2 faults"
+    return "model.layers.0.extra", "score.weight", "2 problems"
 
 
 @register(hf)
@@ -52,13 +52,13 @@ def integer_tensors(folder):
 @register(hf)
 def more_layers_in_the_config(folder):
     edit_json(folder / CONFIG, num_hidden_layers=3)
-    return "model.layers.2.mlp.up_proj.weight", "9 faults"
+    return "model.layers.2.mlp.up_proj.weight", "9 problems"
 
 
 @register(hf)
 def fewer_layers_in_the_config(folder):
     edit_json(folder / CONFIG, num_hidden_layers=1)
-    return "model.layers.1.mlp.up_proj.weight", "9 faults"
+    return "model.layers.1.mlp.up_proj.weight", "9 problems"
 
 
 @register(hf)

@@ -337,7 +337,7 @@ def moments_of_another_shape(folder):
         found = entry(folder, name)
         (chunk,) = found.chunks
         describe(folder, name, replace(found, shape=(47,), chunks=(replace(chunk, shape=(47,)),)))
-    return "2 faults", f"exp_avg.{NORM}", f"fp32_param.{NORM}", "(47,)"
+    return "2 problems", f"exp_avg.{NORM}", f"fp32_param.{NORM}", "(47,)"
 
 
 @register(adam_state)

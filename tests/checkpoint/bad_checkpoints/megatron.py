@@ -261,7 +261,7 @@ def steps_of_all_kinds(folder):
             group.pop("step")
 
     edit_adam(file(folder), change)
-    return "6 faults", "count of steps", "'7'", "nan", "-1.0", "1.5", "none", "tensor([1., 1.])"
+    return "6 problems", "count of steps", "'7'", "nan", "-1.0", "1.5", "none", "tensor([1., 1.])"
 
 
 @register(adam_state)
@@ -283,7 +283,7 @@ def moments_of_other_shapes(folder):
         adam["state"][4].pop("exp_avg")
 
     edit_adam(file(folder), change)
-    return "4 faults", "(3, 5)", "torch.bfloat16", "found str", "found none", "mp_rank_01_001"
+    return "4 problems", "(3, 5)", "torch.bfloat16", "found str", "found none", "mp_rank_01_001"
 
 
 @register(adam_state)
@@ -326,4 +326,4 @@ def set_moments_not_finite(folder) -> tuple[str, ...]:
         adam["state"][2]["exp_avg_sq"][0, 0] = float("inf")
 
     edit_adam(file(folder), change)
-    return "2 faults", "(exp_avg): expected finite numbers, found 1 NaN", "(exp_avg_sq)", "1 Inf"
+    return "2 problems", "(exp_avg): expected finite numbers, found 1 NaN", "(exp_avg_sq)", "1 Inf"

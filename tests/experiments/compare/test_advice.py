@@ -13,7 +13,7 @@ from megatron_ligo.experiments.compare.advise import advise, probe_comparison, r
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
 from megatron_ligo.experiments.compare.comparison_config import Arm
 from megatron_ligo.experiments.compare.savings import UNKNOWN
-from megatron_ligo.training.initial_weights import sizes
+from megatron_ligo.training.initial_weights import read_model_config
 from tests.experiments.compare.made_up_runs import MadeUpRuns, write_comparison
 
 METHODS = ("lossless", "noisy_stack")
@@ -28,7 +28,7 @@ def advise_on(folder: Path, losses: dict[str, float | None], fit: bool = False) 
     config: RunConfig = write_comparison(folder).config
     spec = probe_comparison(config, [Arm(name, config) for name in METHODS], (1e-3,), lag=100)
     plan: ComparisonPlan = MadeUpRuns(folder, end).plan(spec)
-    small: ModelConfig = sizes(Path(config.small.path))
+    small: ModelConfig = read_model_config(Path(config.small.path))
     return rank_probes(plan, small, {}, fit)
 
 

@@ -10,7 +10,7 @@ from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.advise import FINALISTS, advise
-from megatron_ligo.training.initial_weights import fresh_config
+from megatron_ligo.training.initial_weights import scratch_model_config
 from tests.tiny_models import hf_llama
 from tests.training.test_pretrain import DIMS, SEQ, make_pair
 
@@ -32,7 +32,7 @@ def config(tmp_path_factory) -> RunConfig:
 
 
 def test_ranked_within_the_budget(config, tmp_path):
-    step = train_flops(fresh_config(config), BATCH * SEQ, SEQ)
+    step = train_flops(scratch_model_config(config), BATCH * SEQ, SEQ)
     budget = 6.5 * LAG * step  # scratch and two methods, two rates each
     methods = ["lossless", "stack", "lemon"]  # a pad has no room where heads change their ratio
     with pytest.raises(ConfigError, match="probes of 10 steps"):
@@ -53,7 +53,7 @@ def test_ranked_within_the_budget(config, tmp_path):
 
 def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
     """At the same FLOPs as its start, the fit's among them; one that costs more than a probe is named."""
-    step = train_flops(fresh_config(config), BATCH * SEQ, SEQ)
+    step = train_flops(scratch_model_config(config), BATCH * SEQ, SEQ)
     probes = 2 + 3 * FINALISTS  # scratch and a method at one rate, and the finalists' further ones
     short = replace(
         config, fit=replace(config.fit, steps=2, global_batch_size=BATCH, micro_batch_size=BATCH, eval_samples=4)

@@ -8,7 +8,7 @@ import pytest
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.experiments.compare import arm_cost, comparison
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
-from megatron_ligo.training.initial_weights import sizes
+from megatron_ligo.training.initial_weights import read_model_config
 from tests.experiments.compare.made_up_runs import MadeUpRuns, write_comparison
 
 RATES, LONG = "compare.lrs=[1e-3, 2e-3]", "arms.learned.fit.steps=40"
@@ -20,7 +20,7 @@ def planned(folder: Path, *sets: str) -> ComparisonPlan:
 
 def share_of_fit(plan: ComparisonPlan, lagged: bool = False) -> float:
     config = next(arm for arm in plan.spec.arms if arm.fitted).config
-    return arm_cost.fit_flops(config, sizes(Path(config.small.path)), lagged) / plan.unit
+    return arm_cost.fit_flops(config, read_model_config(Path(config.small.path)), lagged) / plan.unit
 
 
 def refusals(plan: ComparisonPlan) -> list[Problem]:

@@ -19,7 +19,7 @@ from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.pretrain import parameter_groups
+from megatron_ligo.training.pretrain import build_parameter_groups
 from tests.models.full.pretrain_cases import BATCH, CLIP, DECAY, LR, micro
 from tests.tiny_models import hf_llama, tokens
 
@@ -47,7 +47,9 @@ class Job:
             clip=CLIP,
             parallel=ParallelSection(tp=self.mesh.tp, pp=self.mesh.pp, zero=zero),
         )
-        self.engine = Engine(model, self.mesh, run, parameter_groups(model, DECAY), bf16, universal=source is not None)
+        self.engine = Engine(
+            model, self.mesh, run, build_parameter_groups(model, DECAY), bf16, universal=source is not None
+        )
         if source is not None:
             universal_loading.load_universal(self.engine.engine, source, self.mesh.tp_group)
 

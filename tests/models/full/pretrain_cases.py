@@ -20,7 +20,7 @@ from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.loss import language_model_loss
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, layer_spec, transformer_config
 from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.pretrain import parameter_groups
+from megatron_ligo.training.pretrain import build_parameter_groups
 from tests import image_models
 from tests.layer_norm_models import dims_of, model_of
 from tests.tiny_models import llama_dims, tokens
@@ -85,7 +85,7 @@ def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> li
     if optimizer == "sgd":
         stepper = torch.optim.SGD(model.parameters(), lr=LR["sgd"])
     else:
-        stepper = torch.optim.AdamW(parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
+        stepper = torch.optim.AdamW(build_parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
     found = []
     for step in range(STEPS):
         seen, told = seen_and_told(model_config, step)
@@ -130,7 +130,7 @@ def train(
         clip=CLIP,
         parallel=ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=sequence_parallel),
     )
-    engine = Engine(model, mesh, run, parameter_groups(model, decay), bf16, universal=folder is not None)
+    engine = Engine(model, mesh, run, build_parameter_groups(model, decay), bf16, universal=folder is not None)
     if folder:
         universal_loading.load_universal(engine.engine, formats.open(Path(folder)), mesh.tp_group)
     evaluated = engine.evaluate(micro(model_config, 0, mesh, micro_size))

@@ -49,7 +49,7 @@ def test_what_deepspeed_loads_scrambled_is_refused(pools, folder):
         del state["cat_dim"]
         torch.save(state, path)
     found = pools(2).run(pretrain_cases.load_into_a_users_model, folder=str(folder), zero=1, prepare=False)
-    assert "what was loaded is not what it holds (2 faults)" in found
+    assert "what was loaded is not what it holds (2 problems)" in found
     assert "decoder.layers.1.mlp.linear_fc2.weight: expected the tensor of the file" in found
 
 
@@ -62,7 +62,7 @@ def test_no_file_is_executed(pools, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"param": torch.ones(3), "more": Hostile()}, folder / ZERO / "decoder.final_layernorm.weight/exp_avg.pt")
     (folder / ZERO / "odd.pt").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(CheckpointError, match=r"not safe to load \(2 faults\)") as caught:
+    with pytest.raises(CheckpointError, match=r"not safe to load \(2 problems\)") as caught:
         universal_loading.check_files(folder)
     assert "exp_avg.pt" in str(caught.value)
     assert not (tmp_path / "executed").exists()

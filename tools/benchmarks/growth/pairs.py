@@ -19,11 +19,11 @@ def lines() -> Iterator[str]:
     from megatron_ligo.plan.memory import estimate_peak_memory
     from megatron_ligo.plan.plan_text import format_bytes, format_count
     from megatron_ligo.plan.planned_job import PlannedJob
-    from megatron_ligo.training.initial_weights import sizes
+    from megatron_ligo.training.initial_weights import read_model_config
 
     for path in sorted(FOLDER.glob("*.toml")):
         config = RunConfig.load(path)
-        operator = build_initial_operator(sizes(ROOT / config.small.path), config.large, config.operator)
+        operator = build_initial_operator(read_model_config(ROOT / config.small.path), config.large, config.operator)
         small, large = operator.small, operator.large
         length = large.tokens_of_sample(config.data.seq_length)
         fit = PlannedJob(large, config.fit, WORLD, length, operator)

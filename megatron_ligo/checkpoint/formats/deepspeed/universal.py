@@ -121,7 +121,7 @@ class UniversalReader(Reader):
                 tensors[name] = self._load(item, WEIGHT)
             except CheckpointError as error:
                 for problem in error.problems:
-                    errors.note(problem)
+                    errors.add_message(problem)
         zero = self._tag / "zero"
         found = {folder.name for folder in zero.iterdir() if folder.is_dir()}
         for name in sorted(found - set(stored)):

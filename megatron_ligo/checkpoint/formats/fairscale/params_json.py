@@ -49,7 +49,9 @@ def load_params(path: Path) -> dict:
     known = (*SIZES, "norm_eps", *OPTIONAL, *IGNORED)
     for name in params:
         if name not in known:
-            errors.note(f"unknown key {name!r}: the network may compute something else. {did_you_mean(name, known)}")
+            errors.add_message(
+                f"unknown key {name!r}: the network may compute something else. {did_you_mean(name, known)}"
+            )
     for name in (*SIZES, "n_kv_heads", "max_seq_len"):
         value = params.get(name)
         if (value is not None or name in SIZES) and (type(value) is not int or value < 1):

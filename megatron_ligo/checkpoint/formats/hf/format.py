@@ -63,7 +63,7 @@ class HfReader(Reader):
         """Every expected tensor with its shape and dtype, and nothing else. Tied heads may be stored beside."""
         found = self._shards.names()
         errors = ErrorCollector(f"{self.path} does not hold the model of its config.json", CheckpointError)
-        errors.lines += self._shards.errors
+        errors.problems += self._shards.errors
         if self.model_config.num_layers > len(found):
             # A lying config must not make us list a million layers.
             errors.add("num_layers", f"no more than the {len(found)} tensors found", self.model_config.num_layers)

@@ -116,7 +116,7 @@ class RankFiles:
         steps = {one.step for one in kept.values() if one.moments} - {None}
         if len(steps) > 1:
             errors.add("step", "one count of Adam's steps on all ranks", sorted(steps))
-        if self.left or errors.lines:
+        if self.left or errors.problems:
             return
         if steps:
             (self.step,) = steps
