@@ -129,7 +129,7 @@ class FormatLocation:
 
     name: str
     pack: Pack = Pack.NONE
-    relative_norm: int = 0
+    part: int = 0
     num_parts: int = 1
     transposed: bool = False
     interleaved: bool = False

@@ -63,7 +63,7 @@ class Sample:
 
     name: str
     make: Make
-    check_step: Look
+    look: Look
 
 
 class Small(Reader):

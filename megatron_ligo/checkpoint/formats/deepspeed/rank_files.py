@@ -155,7 +155,7 @@ class EngineFiles:
             state = torch_files.load(path, STAND_INS)
         except CheckpointError as error:
             for problem in error.problems:
-                self._errors.note(problem)
+                self._errors.add_message(problem)
             return {}
         if not isinstance(state, dict):
             self._errors.add(path.name, "a dict", type(state).__name__)
