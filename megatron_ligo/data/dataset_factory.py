@@ -1,4 +1,4 @@
-"""What a model is trained on: images with labels, or text, masked where its family is trained to tell masked tokens."""
+"""Opens the data set that a model is trained on: labelled images, or text that is masked for masked-LM models."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from megatron_ligo.distributed.mesh import all_ranks
 
 
 def open_dataset(
-    data: DataSection, model_config: ModelConfig, samples: int, held_out: int, output: Path, first: int = 0
+    section: DataSection,
+    model_config: ModelConfig,
+    num_train: int,
+    num_valid: int,
+    output: Path,
+    first_sample: int = 0,
 ) -> ShardedSampler:
-    """What [data] names, for a run of so many training samples from sample `first` on. Collective: every rank calls it
-    alike. output: the run's folder."""
+    """Opens the data of a run that reads `num_train` training samples from `first_sample` on. Collective.
+
+    output: the run's folder; sample indices are cached below it unless data.cache is set.
+    """
     if architectures.get(model_config.arch).task is Task.LABEL:
-        return open_image_dataset(data, model_config, held_out, first)
-    cache = data.cache or output / "data_cache"
-    masking = all_ranks().run_on_all(lambda: build_masking(data, model_config))
-    opened = open_text_dataset(data, data.seq_length, samples, held_out, data.seed, cache, first, masking)
-    opened.check_vocab(model_config.vocab_size)
-    return opened
+        return open_image_dataset(section, model_config, num_valid, first_sample)
+    cache = section.cache or output / "data_cache"
+    masking = all_ranks().run_on_all(lambda: build_masking(section, model_config))
+    dataset = open_text_dataset(
+        section, section.seq_length, num_train, num_valid, section.seed, cache, first_sample, masking
+    )
+    dataset.check_vocab(model_config.vocab_size)
+    return dataset

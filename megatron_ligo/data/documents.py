@@ -1,4 +1,4 @@
-"""Documents out of files, folders, and Python's own standard library; in an order that depends on nothing else."""
+"""Text documents from files, folders and Python's standard library, in a deterministic order."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import xxhash
 from megatron_ligo.common.errors import DataError, ErrorCollector, Problem
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-# Folders of the standard library that are no part of it, or only test it.
+# Folders below the standard library that are not part of it, or hold its tests.
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """Documents that can be read again and again. max_bytes: the first document past it is not read; 0: all.
+    """A re-iterable sequence of documents.
 
-    files: what the user named (.txt, .md and .py are one document each, a .jsonl one for each line, under json_key).
-    python_docs: the standard library's sources with the documentation in them, and the built-in modules' own.
+    files: a .txt, .md or .py file is one document; each line of a .jsonl file is one, under `json_key`.
+    python_docs: adds the standard library's sources and the docstrings of its built-in modules.
+    max_bytes: stops before the document that exceeds this size; 0: no limit.
     """
 
     files: tuple[Path, ...]
@@ -33,10 +34,10 @@ class DocumentSource:
     max_bytes: int = 0
 
     def __iter__(self) -> Iterator[str]:
-        read = 0
+        total = 0
         for text in self._read_all():
-            read += len(text.encode())
-            if self.max_bytes and read > self.max_bytes:
+            total += len(text.encode())
+            if self.max_bytes and total > self.max_bytes:
                 return
             yield text
 
@@ -50,47 +51,47 @@ class DocumentSource:
             yield from _read_builtin_docs()
 
     def total_bytes(self) -> int:
-        """About how many bytes there are to read, for a progress bar."""
+        """Estimates the bytes to read, for a progress bar."""
         paths = [*self.files, *(_list_standard_library() if self.python_docs else [])]
         total = sum(path.stat().st_size for path in paths)
         return min(total, self.max_bytes) if self.max_bytes else total
 
     def fingerprint(self) -> list:
-        """What the documents are made from, to tell whether they changed: names, sizes, times; Python's version."""
+        """Returns what identifies the documents without reading them: paths, sizes, times and Python's version."""
         files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in self.files]
         return [files, sys.version if self.python_docs else "", self.json_key, self.max_bytes]
 
 
 def find_text_files(paths: Sequence[str]) -> tuple[Path, ...]:
-    """The files that are named or lie in the folders that are named, sorted within a folder."""
+    """Lists the text files at `paths`; a folder is searched recursively and sorted. DataError with every bad path."""
     errors = ErrorCollector("texts", DataError)
-    found: list[Path] = []
+    files: list[Path] = []
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-            if not inside:
-                errors.add(name, f"a folder with files {', '.join(SUFFIXES)}", "none of them")
-            found += inside
+            children = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            if not children:
+                errors.add(name, f"a folder with {', '.join(SUFFIXES)} files", "none")
+            files += children
         elif not path.is_file():
             errors.add(name, "a file or a folder", "neither", "Check the path.")
         elif path.suffix not in SUFFIXES:
             errors.add(name, f"one of {', '.join(SUFFIXES)}", path.suffix or "no suffix")
         else:
-            found.append(path)
+            files.append(path)
     errors.raise_if_any()
-    return tuple(found)
+    return tuple(files)
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(Problem(str(path), "UTF-8 text", error, "Convert it, or leave it out.")) from None
+        raise DataError(Problem(str(path), "UTF-8 text", error, "Convert or remove the file.")) from None
 
 
 def _read_jsonl(path: Path, key: str) -> Iterator[str]:
-    """A document a line; every faulty line is in the error that ends the file."""
+    """Yields one document per line. At the end of the file, raises DataError with every invalid line."""
     errors = ErrorCollector(f"{path}", DataError)
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -99,18 +100,19 @@ def _read_jsonl(path: Path, key: str) -> Iterator[str]:
             try:
                 text = json.loads(line)[key]
             except (ValueError, KeyError, TypeError) as error:
-                text = f"{type(error).__name__}: {error}"
-                errors.add(f"line {number}", f"an object with text under {key!r}", text)
+                errors.add(
+                    f"line {number}", f"an object with a string under {key!r}", f"{type(error).__name__}: {error}"
+                )
                 continue
             if isinstance(text, str):
                 yield text
             else:
-                errors.add(f"line {number}", f"text under {key!r}", type(text).__name__)
+                errors.add(f"line {number}", f"a string under {key!r}", type(text).__name__)
     errors.raise_if_any()
 
 
 def _list_standard_library() -> list[Path]:
-    """Its sources, tests left out, in the order of their names' digests: a part of them is a fair sample."""
+    """Lists the standard library's sources without its tests, ordered by a hash: any prefix is a fair sample."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [
         path.relative_to(root).as_posix()
@@ -121,15 +123,15 @@ def _list_standard_library() -> list[Path]:
 
 
 def _read_builtin_docs() -> Iterator[str]:
-    """One document for each public module that is compiled into the interpreter."""
+    """Yields the docstrings of each public module that is compiled into the interpreter, one document per module."""
     for name in sorted(sys.builtin_module_names):
         if name.startswith("_"):
             continue
         module = __import__(name)
-        parts = [f"{name}\n\n{module.__doc__ or ''}"]
-        for member in sorted(set(dir(module)) - {"__doc__"}):
-            thing = getattr(module, member)
-            # A plain value's documentation is its type's.
-            if (callable(thing) or isinstance(thing, type)) and isinstance(thing.__doc__, str):
-                parts.append(f"{name}.{member}\n\n{thing.__doc__}")
-        yield "\n\n".join(parts)
+        docstrings = [f"{name}\n\n{module.__doc__ or ''}"]
+        for member_name in sorted(set(dir(module)) - {"__doc__"}):
+            member = getattr(module, member_name)
+            # A plain value only has the docstring of its type.
+            if (callable(member) or isinstance(member, type)) and isinstance(member.__doc__, str):
+                docstrings.append(f"{name}.{member_name}\n\n{member.__doc__}")
+        yield "\n\n".join(docstrings)

@@ -1,7 +1,7 @@
-"""Megatron-core's indexed datasets (PREFIX.bin, PREFIX.idx) as files: are they whole, and what do they hold?
+"""Megatron-core's indexed datasets (PREFIX.bin, PREFIX.idx) as files: validates a pair and reads its counts.
 
-Beside a pair that `prepare_data` made lies PREFIX.json, its record: the largest token id, the tokenizer's digest.
-A pair without a record works too.
+A pair made by tools/prepare_data.py has a record, PREFIX.json, with its largest token id and its tokenizer's digest.
+The record is optional.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_ligo.common.errors import ErrorCollector
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-# Megatron-core's codes of the integer types; it has two codes of real numbers, which are no tokens.
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, document boundaries
+# Megatron-core's codes of the integer types. Its two floating-point codes are not valid for tokens.
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
 @dataclass(frozen=True)
 class IndexedFiles:
-    """A whole .bin/.idx pair. `record` is PREFIX.json's table, or None where there is no such file."""
+    """A validated .bin/.idx pair. record: the content of PREFIX.json, or None without that file."""
 
     prefix: str
     dtype: type
@@ -39,13 +39,13 @@ class IndexedFiles:
         return self.tokens * np.dtype(self.dtype).itemsize
 
     def token_range(self) -> tuple[int, int]:
-        """(smallest, largest) token id; reads the whole .bin."""
+        """Returns the smallest and largest token id; reads the whole .bin file."""
         tokens = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r")
         return int(tokens.min()), int(tokens.max())
 
 
 def digest_file(path: str | Path) -> str:
-    """xxh3-64 of a file's bytes, in hex."""
+    """Returns the xxh3-64 (hex) of a file's content."""
     hasher = xxhash.xxh3_64()
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 24):
@@ -54,64 +54,70 @@ def digest_file(path: str | Path) -> str:
 
 
 def open_indexed_files(prefix: str, errors: ErrorCollector) -> IndexedFiles | None:
-    """The pair at a prefix; faults are added and None returned if it is missing or not whole."""
+    """Validates the pair at a prefix. If it is missing or inconsistent, adds errors and returns None."""
     prefix = str(Path(prefix).resolve())
-    paths = [Path(f"{prefix}.{kind}") for kind in ("bin", "idx")]
-    missing = [path for path in paths if not path.is_file()]
+    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    missing = [path for path in (bin_path, idx_path) if not path.is_file()]
     for path in missing:
         hint = "Give the prefix without .bin or .idx." if path.stem.endswith((".bin", ".idx")) else "Check the prefix."
         errors.add(str(path), "a file", "none", hint)
     if missing:
         return None
-    count = len(errors.problems)
-    found = _read_index(paths[1], paths[0].stat().st_size, errors)
-    if found is None:
+    error_count = len(errors.problems)
+    index = _read_index(idx_path, bin_path.stat().st_size, errors)
+    if index is None:
         return None
-    dtype, documents, tokens = found
-    digest = digest_file(paths[1])
-    record = _read_record(Path(f"{prefix}.json"), digest, paths[0].stat().st_size, errors)
-    return IndexedFiles(prefix, dtype, documents, tokens, digest, record) if len(errors.problems) == count else None
+    dtype, documents, tokens = index
+    digest = digest_file(idx_path)
+    record = _read_record(Path(f"{prefix}.json"), digest, bin_path.stat().st_size, errors)
+    if len(errors.problems) > error_count:
+        return None
+    return IndexedFiles(prefix, dtype, documents, tokens, digest, record)
 
 
 def _read_index(path: Path, bin_bytes: int, errors: ErrorCollector) -> tuple[type, int, int] | None:
-    """(token type, documents, tokens) of an .idx file that agrees with its .bin's size."""
+    """Returns (token type, documents, tokens) of an .idx file that is consistent with its .bin's size."""
     size = path.stat().st_size
     if size < HEADER.size:
-        errors.add(str(path), f"at least {HEADER.size} bytes", size, "The file is cut: copy or make it again.")
+        errors.add(str(path), f"at least {HEADER.size} bytes", size, "The file is truncated: copy or prepare it again.")
         return None
     with path.open("rb") as stream:
         magic, version, code, sequences, boundaries = HEADER.unpack(stream.read(HEADER.size))
     if magic != MAGIC or version != VERSION:
-        errors.add(str(path), "a Megatron-core index, version 1", f"{magic!r}, version {version}")
+        errors.add(str(path), f"a Megatron-core index, version {VERSION}", f"{magic!r}, version {version}")
         return None
     if code not in TOKEN_TYPES:
-        errors.add(str(path), f"a whole-number token type, one of {sorted(TOKEN_TYPES)}", f"code {code}")
+        errors.add(str(path), f"the code of an integer token type, one of {sorted(TOKEN_TYPES)}", f"code {code}")
         return None
-    expected = HEADER.size + 12 * sequences + 8 * boundaries
-    if size not in (expected, expected + sequences):
-        what = f"{expected} bytes for {sequences} sequences and {boundaries} document ends"
-        errors.add(str(path), what, size, "The file is cut or damaged: copy or make it again.")
+    expected_size = HEADER.size + 12 * sequences + 8 * boundaries
+    if size not in (expected_size, expected_size + sequences):  # an optional byte per sequence: its mode
+        expected = f"{expected_size} bytes for {sequences} sequences and {boundaries} document boundaries"
+        errors.add(str(path), expected, size, "The file is truncated or damaged: copy or prepare it again.")
         return None
-    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size, shape=expected - HEADER.size)
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size, shape=expected_size - HEADER.size)
     lengths, pointers, ends = _split_columns(raw, sequences)
     dtype = TOKEN_TYPES[code]
-    problem = _find_inconsistency(lengths, pointers, ends, np.dtype(dtype).itemsize, bin_bytes)
-    if problem:
-        errors.add(f"{path.with_suffix('.bin')}", *problem, "One of the two files is cut, damaged or of another pair.")
+    inconsistency = _find_inconsistency(lengths, pointers, ends, np.dtype(dtype).itemsize, bin_bytes)
+    if inconsistency:
+        hint = "One of the two files is truncated, damaged or from another pair."
+        errors.add(f"{path.with_suffix('.bin')}", *inconsistency, hint)
         return None
     return dtype, boundaries - 1, int(lengths.sum(dtype=np.int64))
 
 
 def _split_columns(raw: np.ndarray, sequences: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Splits the index into sequence lengths (int32), byte offsets in the .bin and document ends (int64)."""
     lengths = raw[: 4 * sequences].view(np.int32)
-    # The offsets lie at any byte: a copy aligns them.
+    # The offsets may be unaligned: a copy aligns them.
     pointers = np.frombuffer(raw[4 * sequences : 12 * sequences].tobytes(), dtype=np.int64)
     ends = np.frombuffer(raw[12 * sequences :].tobytes(), dtype=np.int64)
     return lengths, pointers, ends
 
 
-def _find_inconsistency(lengths, pointers, ends, itemsize: int, bin_bytes: int) -> tuple[object, object] | None:
-    """(expected, found) of the first thing in which the index contradicts itself or its .bin, or None."""
+def _find_inconsistency(
+    lengths: np.ndarray, pointers: np.ndarray, ends: np.ndarray, itemsize: int, bin_bytes: int
+) -> tuple[object, object] | None:
+    """Returns (expected, found) of the first contradiction within the index or with its .bin, or None."""
     sequences = len(lengths)
     if sequences == 0:
         return "at least one sequence in the index", "none"
@@ -119,12 +125,12 @@ def _find_inconsistency(lengths, pointers, ends, itemsize: int, bin_bytes: int) 
         return "no negative length in the index", int(lengths.min())
     total = int(lengths.sum(dtype=np.int64)) * itemsize
     if total != bin_bytes:
-        return f"{total} bytes by its index", bin_bytes
-    # Compared as they are: sums and differences of such numbers may not fit.
-    beyond = pointers > bin_bytes - lengths.astype(np.int64) * itemsize
-    if pointers.min() < 0 or beyond.any():
-        found = int(pointers[beyond.argmax()] if beyond.any() else pointers.min())
-        return f"sequences within its {bin_bytes} bytes", f"one from byte {found} on"
+        return f"{total} bytes according to its index", bin_bytes
+    # The offsets are arbitrary: their sum with a length may overflow, this difference may not.
+    out_of_range = pointers > bin_bytes - lengths.astype(np.int64) * itemsize
+    if pointers.min() < 0 or out_of_range.any():
+        offset = int(pointers[out_of_range.argmax()] if out_of_range.any() else pointers.min())
+        return f"sequences within its {bin_bytes} bytes", f"one at byte {offset}"
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != sequences or (ends[1:] < ends[:-1]).any():
         return f"document ends that rise from 0 to {sequences}", f"{ends[:3].tolist()} ... {ends[-1:].tolist()}"
     return None
@@ -133,14 +139,15 @@ def _find_inconsistency(lengths, pointers, ends, itemsize: int, bin_bytes: int) 
 def _read_record(path: Path, idx_digest: str, bin_bytes: int, errors: ErrorCollector) -> dict | None:
     if not path.is_file():
         return None
-    hint = "Prepare the data again, or remove this file if the pair was made otherwise."
+    hint = "Prepare the data again, or remove this file if the pair has another origin."
     try:
         record = read_json(path)
-        ours = (record["idx_digest"], record["bin_bytes"], int(record["max_token"]), str(record["tokenizer"]))
+        values = (record["idx_digest"], record["bin_bytes"], int(record["max_token"]), str(record["tokenizer"]))
     except (ValueError, KeyError, TypeError) as error:
         errors.add(str(path), "the record of a prepared pair", f"{type(error).__name__}: {error}", hint)
         return None
-    if ours[:2] != (idx_digest, bin_bytes):
-        errors.add(str(path), f"the record of this pair (.idx digest {idx_digest}, .bin {bin_bytes} bytes)", ours, hint)
+    if values[:2] != (idx_digest, bin_bytes):
+        expected = f"the record of this pair (.idx digest {idx_digest}, .bin {bin_bytes} bytes)"
+        errors.add(str(path), expected, values, hint)
         return None
     return record

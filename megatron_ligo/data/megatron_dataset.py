@@ -1,8 +1,7 @@
-"""The samples of a blend of indexed datasets, through Megatron-core's own `GPTDataset` and `BlendedDataset`.
+"""Samples of a blend of indexed datasets, read through Megatron-core's `GPTDataset` and `BlendedDataset`.
 
-The order is the one that Megatron-core's builder gives (a test holds the two together). The builder itself is not
-used: its barriers hang the other ranks when rank 0 fails, and a run that is killed while it writes leaves indices
-that look whole.
+The sample order is that of Megatron-core's own builder, which a test verifies. The builder itself is not used: its
+barriers hang the other ranks when rank 0 fails, and a run killed while writing leaves partial indices that look whole.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.data.indexed_dataset import IndexedFiles
 from megatron_ligo.distributed import mesh
 
-# Megatron-core's surplus: each part of a weighted blend is built a little longer than its share.
+# Megatron-core builds each dataset of a weighted blend longer than its share by this factor.
 BLEND_SURPLUS = 0.005
 
 
 class PlaceholderTokenizer:
-    """Megatron-core asks its config for a tokenizer; without resets at documents' ends it takes nothing from it."""
+    """Required by Megatron-core's config; unused, because positions and masks are not reset at document ends."""
 
     eod = None
     vocab_size = None
@@ -41,7 +40,7 @@ class PlaceholderTokenizer:
 
 @dataclass(frozen=True)
 class Blend:
-    """One split's sources. weights None: each is read once, in proportion to its length."""
+    """The sources of one split. weights: their shares of the samples; None: each is read once, in full."""
 
     split: Split
     pairs: tuple[IndexedFiles, ...]
@@ -54,8 +53,9 @@ class Blend:
 
 
 def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> torch.utils.data.Dataset:
+    """Opens a blend; rank 0 builds its sample indices under `cache_dir` first, unless they exist. Collective."""
     if len(blend.pairs) > 1:
-        # Megatron-core's blends ask for a rank.
+        # BlendedDataset asks torch.distributed for its rank.
         mesh.init_distributed()
     folder = cache_dir.resolve() / _cache_key(blend, seq_length, seed)
     ranks = mesh.all_ranks()
@@ -65,45 +65,48 @@ def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> tor
 
 
 def _cache_key(blend: Blend, seq_length: int, seed: int) -> str:
-    """Names what the indices depend on, the contents of the .idx files included."""
+    """Returns a digest of everything the indices depend on, including the content of the .idx files."""
     sources = [[pair.prefix, pair.idx_digest] for pair in blend.pairs]
     key = [blend.name, sources, blend.weights, blend.samples, seq_length, seed]
     return xxhash.xxh3_64(json.dumps(key).encode()).hexdigest()
 
 
 def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None:
-    """Builds the indices aside and renames them, so that a folder of that name is whole."""
+    """Builds the indices in a temporary folder and renames it: a folder of the final name is complete."""
     if folder.is_dir():
         return
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _build_datasets(blend, seq_length, seed, aside)
-        fsync_tree(aside)
-        aside.rename(folder)
+        _build_datasets(blend, seq_length, seed, temporary)
+        fsync_tree(temporary)
+        temporary.rename(folder)
     except OSError as error:
         if folder.is_dir():  # another run was faster
             return
-        hint = "Free some room, or choose another data.cache."
-        raise DataError(Problem(str(folder), "a folder to keep the sample indices in", error, hint)) from error
+        hint = "Free disk space, or choose another data.cache."
+        raise DataError(Problem(str(folder), "a writable folder for sample indices", error, hint)) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_index(folder: Path) -> None:
-    """Megatron-core would run a program that stands in place of an array; each node may have a folder of its own."""
+    """Raises DataError unless this rank sees the indices, and they are arrays.
+
+    Megatron-core loads them with pickle allowed: a manipulated file would run code.
+    """
     if not folder.is_dir():
-        hint = "Choose a data.cache that all nodes share."
-        raise DataError(Problem(str(folder), "the folder that rank 0 has built", "nothing there", hint))
+        hint = "Choose a data.cache on a file system that all nodes share."
+        raise DataError(Problem(str(folder), "the folder that rank 0 built", "no such folder", hint))
     for path in folder.glob("*.npy"):
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise DataError(Problem(str(path), "a whole array", error, f"Remove the folder {folder}.")) from error
+            raise DataError(Problem(str(path), "a complete array", error, f"Remove the folder {folder}.")) from error
 
 
 def _build_datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> torch.utils.data.Dataset:
-    """Builds the indices into the folder, or takes those that are there."""
+    """Opens the datasets with the indices in `folder`, which Megatron-core builds if they are missing."""
     prefixes = [pair.prefix for pair in blend.pairs]
     per_split: list = [None] * len(Split)
     per_split[blend.split.value] = (prefixes, blend.weights)
@@ -133,5 +136,5 @@ def _build_datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> t
 
 def _build_gpt_dataset(prefix: str, samples: int | None, split: Split, config: GPTDatasetConfig) -> GPTDataset:
     tokens = IndexedDataset(prefix)
-    everything = np.arange(len(tokens), dtype=np.int32)
-    return GPTDataset(tokens, prefix, everything, samples, split, config)
+    all_documents = np.arange(len(tokens), dtype=np.int32)
+    return GPTDataset(tokens, prefix, all_documents, samples, split, config)

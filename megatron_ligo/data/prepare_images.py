@@ -1,6 +1,6 @@
-"""Images and labels to the files that training reads (pictures.py), the same bytes every time.
+"""Writes labelled images as the files that `image_dataset` reads; the same input gives the same bytes.
 
-Images are held out by the digest of their pixels, so that equal ones fall on one side.
+Images are held out by a hash of their pixels, so that equal images fall into the same split.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIGITS_FILE = Path("sklearn", "datasets", "data", "digits.csv.gz")
 
 
 def read_npz(path: Path) -> LabelledImages:
-    """An .npz with `images`, uint8 (n, side, side) or (n, channels, side, side), and `labels`, whole numbers (n,)."""
+    """Reads an .npz with `images`, uint8 (n, [channels,] side, side), and `labels`, integers (n,)."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[IMAGES], arrays[LABELS]
@@ -36,15 +36,15 @@ def read_npz(path: Path) -> LabelledImages:
         expected = "uint8, n x side x side or n x channels x side x side"
         raise DataError(Problem(f"{path}: {IMAGES}", expected, f"{images.dtype}, {images.shape}"))
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        expected = f"whole numbers, one for each of {len(images)} images"
+        expected = f"integers, one per image ({len(images)})"
         raise DataError(Problem(f"{path}: {LABELS}", expected, f"{labels.dtype}, {labels.shape}"))
     return images, labels.astype(np.int64)
 
 
 def read_digits(folder: Path) -> LabelledImages:
-    """scikit-learn's 1797 handwritten digits (8 x 8, one channel) from a folder into which its package was unpacked.
+    """Reads scikit-learn's 1797 handwritten digits (8 x 8, one channel) from a folder with its unpacked package.
 
-    It need not be installed, and had better not be: transformers would load all of it at each start.
+    Better not installed: transformers imports an installed scikit-learn at every start.
     """
     try:
         table = np.loadtxt(folder / DIGITS_FILE, delimiter=",", ndmin=2)
@@ -53,26 +53,33 @@ def read_digits(folder: Path) -> LabelledImages:
         raise DataError(Problem(f"{folder / DIGITS_FILE}", "scikit-learn's digits", error, hint)) from None
     if table.shape[1] != 65 or table.min() < 0 or table.max() > 16:
         found = f"{table.shape[1]}, {table.min()} to {table.max()}"
-        raise DataError(Problem(f"{folder / DIGITS_FILE}", "lines of 64 numbers from 0 to 16 and a label", found))
+        raise DataError(Problem(f"{folder / DIGITS_FILE}", "rows of 64 numbers from 0 to 16 and a label", found))
     images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
     return images.reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
 
 
 def prepare_images(images: np.ndarray, labels: np.ndarray, output: Path, valid_fraction: float) -> dict[str, int]:
-    """Writes OUTPUT/train.safetensors and OUTPUT/valid.safetensors; gives the counts. Written aside and renamed; files
-    that are there must be the same."""
-    drawn = np.array([xxhash.xxh3_64_intdigest(image.tobytes()) / 2**64 for image in images])
-    chosen = {VALID: drawn < valid_fraction, TRAIN: drawn >= valid_fraction}
-    made = {}
-    for split, mine in chosen.items():
-        if not mine.any():
-            raise DataError(Problem(f"{split} images", "at least one", f"none of {len(images)}", "Take more."))
-        tensors = {IMAGES: torch.from_numpy(images[mine]), LABELS: torch.from_numpy(labels[mine])}
-        made[output / f"{split}.safetensors"] = save({name: held.contiguous() for name, held in tensors.items()})
+    """Writes OUTPUT/train.safetensors and OUTPUT/valid.safetensors; returns the number of images in each.
+
+    Existing files must have the same content. Raises DataError otherwise, and for an empty split.
+    """
+    hashes = np.array([xxhash.xxh3_64_intdigest(image.tobytes()) / 2**64 for image in images])
+    selected = {VALID: hashes < valid_fraction, TRAIN: hashes >= valid_fraction}
+    contents = {}
+    for split, is_selected in selected.items():
+        if not is_selected.any():
+            found = f"none of {len(images)}"
+            raise DataError(Problem(f"{split} images", "at least one", found, "Provide more images."))
+        tensors = {
+            IMAGES: torch.from_numpy(images[is_selected]).contiguous(),
+            LABELS: torch.from_numpy(labels[is_selected]).contiguous(),
+        }
+        contents[output / f"{split}.safetensors"] = save(tensors)
     with exclusive_access(output):
-        for place, content in made.items():
-            if place.exists() and place.read_bytes() != content:
-                raise DataError(Problem(f"{place}", "the same images, or none", "others", "Choose another --output."))
-        for place, content in made.items():
-            write_bytes(place, content)
-    return {split: int(mine.sum()) for split, mine in chosen.items()}
+        for path, content in contents.items():
+            if path.exists() and path.read_bytes() != content:
+                hint = "Choose another --output."
+                raise DataError(Problem(f"{path}", "no file, or one with the same images", "other images", hint))
+        for path, content in contents.items():
+            write_bytes(path, content)
+    return {split: int(is_selected.sum()) for split, is_selected in selected.items()}

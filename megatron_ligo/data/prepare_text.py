@@ -1,4 +1,4 @@
-"""Text to tokens: a tokenizer, many processes, and Megatron-core's indexed datasets, the same bytes every time."""
+"""Tokenizes text in parallel into Megatron-core's indexed datasets; the same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -32,14 +32,18 @@ log = logging.getLogger(__name__)
 
 RECORD_NAME = "prepared.json"
 STAGING_NAME = ".preparing"
-# sentencepiece learns from this much of the training text.
+# sentencepiece is trained on this much of the training split.
 TOKENIZER_TRAINING_BYTES = 16 << 20
 CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """What is prepared. Either the path of a tokenizer, or the size of one to be trained (train_vocab)."""
+    """What to prepare.
+
+    tokenizer: path of an existing tokenizer. train_vocab: size of a new one to train, if `tokenizer` is empty.
+    valid_fraction: share of the documents to hold out.
+    """
 
     texts: DocumentSource
     tokenizer: str = ""
@@ -48,61 +52,61 @@ class TextRecipe:
     valid_fraction: float = 0.05
 
     def fingerprint(self) -> list:
-        """All that the result depends on, in plain values."""
+        """Returns everything that the result depends on, as JSON values."""
         tokenizer = digest_tokenizer(self.tokenizer) if self.tokenizer else ""
         return [self.texts.fingerprint(), tokenizer, self.train_vocab, self.eod, self.valid_fraction]
 
 
 def prepare_text(recipe: TextRecipe, output: Path, workers: int) -> dict:
-    """Writes OUTPUT/train and valid (.bin, .idx, .json) and OUTPUT/tokenizer; gives the counts of both splits.
+    """Writes OUTPUT/train and OUTPUT/valid (.bin, .idx, .json) and OUTPUT/tokenizer; returns both splits' records.
 
-    Documents are held out by the digest of their text, so that equal ones fall on one side. Written aside and
-    renamed, OUTPUT/prepared.json last; if that is there and was made from the same, nothing is done again.
+    Documents are held out by a hash of their text, so that equal documents fall into the same split. Files are built
+    in a staging folder and renamed, OUTPUT/prepared.json last. If it exists with the same fingerprint, nothing is done.
     """
     fingerprint = json.loads(json.dumps(recipe.fingerprint()))
-    aside = output / STAGING_NAME
+    staging = output / STAGING_NAME
     with exclusive_access(output):
-        if (aside / RECORD_NAME).is_file():
-            # Whole; the run was killed while it renamed.
-            _publish(aside, output)
-        done = _read_earlier_result(output, fingerprint)
-        if done:
-            return done
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        if (staging / RECORD_NAME).is_file():
+            # A complete result, whose run was killed while publishing it.
+            _publish(staging, output)
+        earlier = _read_earlier_result(output, fingerprint)
+        if earlier:
+            return earlier
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         try:
-            tokenizer = _prepare_tokenizer(recipe, aside / "tokenizer")
-            splits = _write_splits(recipe, tokenizer, aside, workers)
-            fsync_tree(aside)
-            write_json(aside / RECORD_NAME, {"fingerprint": fingerprint, "splits": splits})
+            tokenizer = _prepare_tokenizer(recipe, staging / "tokenizer")
+            splits = _write_splits(recipe, tokenizer, staging, workers)
+            fsync_tree(staging)
+            write_json(staging / RECORD_NAME, {"fingerprint": fingerprint, "splits": splits})
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
             raise
-        _publish(aside, output)
+        _publish(staging, output)
     return splits
 
 
 def _read_earlier_result(output: Path, fingerprint: list) -> dict | None:
-    """The counts of an earlier run of the same recipe; DataError if something else is in the way."""
-    mark = output / RECORD_NAME
-    if mark.is_file():
+    """Returns the records of an earlier run of the same recipe. DataError if other data are in the folder."""
+    path = output / RECORD_NAME
+    if path.is_file():
         try:
-            record = read_json(mark)
-            then, splits = record["fingerprint"], record["splits"]
+            record = read_json(path)
+            earlier_fingerprint, splits = record["fingerprint"], record["splits"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(Problem(f"{mark}", "the record of prepared data", f"{error!r}")) from None
-        if then == fingerprint:
-            log.info("%s is already there, made from the same texts and tokenizer.", output)
+            raise DataError(Problem(f"{path}", "the record of prepared data", f"{error!r}")) from None
+        if earlier_fingerprint == fingerprint:
+            log.info("%s is up to date: it was prepared from the same texts and tokenizer.", output)
             return splits
     present = sorted(path.name for path in output.glob("*") if path.stem in ("train", "valid", "tokenizer", "prepared"))
     if present:
         hint = "Choose another --output, or remove them."
-        raise DataError(Problem(str(output), "no data, or data of the same texts and tokenizer", present, hint))
+        raise DataError(Problem(str(output), "no data, or data from the same texts and tokenizer", present, hint))
     return None
 
 
 def _prepare_tokenizer(recipe: TextRecipe, folder: Path) -> Tokenizer:
-    """The tokenizer, its files copied or trained into the folder."""
+    """Copies or trains the tokenizer into a new folder and loads it."""
     folder.mkdir()
     if not recipe.train_vocab:
         tokenizer = load_tokenizer(recipe.tokenizer, recipe.eod)
@@ -114,12 +118,13 @@ def _prepare_tokenizer(recipe: TextRecipe, folder: Path) -> Tokenizer:
 
 
 def _sample_training_texts(recipe: TextRecipe) -> Iterator[str]:
-    read = 0
+    """Yields the first documents of the training split, about TOKENIZER_TRAINING_BYTES of them."""
+    total = 0
     for text in recipe.texts:
         if not _is_held_out(text, recipe.valid_fraction):
             yield text
-            read += len(text.encode())
-        if read > TOKENIZER_TRAINING_BYTES:
+            total += len(text.encode())
+        if total > TOKENIZER_TRAINING_BYTES:
             return
 
 
@@ -127,45 +132,45 @@ def _is_held_out(text: str, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
 
 
-def _write_splits(recipe: TextRecipe, tokenizer: Tokenizer, aside: Path, workers: int) -> dict:
+def _write_splits(recipe: TextRecipe, tokenizer: Tokenizer, staging: Path, workers: int) -> dict:
     names = ("train", "valid") if recipe.valid_fraction else ("train",)
-    writers = {name: SplitWriter(aside / name, tokenizer) for name in names}
+    writers = {name: SplitWriter(staging / name, tokenizer) for name in names}
     console = Console(stderr=True)
     columns = (TextColumn("tokens"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=recipe.texts.total_bytes())
-        for texts, encoded in _encode_chunks(recipe, tokenizer, aside / "tokenizer", workers):
-            for text, ids in zip(texts, encoded, strict=True):
+        for texts, encoded_texts in _encode_chunks(recipe, tokenizer, staging / "tokenizer", workers):
+            for text, ids in zip(texts, encoded_texts, strict=True):
                 name = "valid" if _is_held_out(text, recipe.valid_fraction) else "train"
                 writers[name].add(text, ids)
                 bar.advance(task, len(text.encode()))
     for name, writer in writers.items():
         if not writer.documents:
-            hint = "Give more text, or set --valid-fraction."
+            hint = "Provide more text, or set --valid-fraction."
             raise DataError(Problem(f"the {name} split", "at least one document", "none", hint))
     return {name: writer.finish() for name, writer in writers.items()}
 
 
 def _encode_chunks(recipe: TextRecipe, tokenizer: Tokenizer, folder: Path, workers: int) -> Iterator[tuple[list, list]]:
-    """(texts, their token ids) chunk by chunk, in order, with a few chunks a worker on their way."""
+    """Yields (texts, their token ids) per chunk, in order. A few chunks per worker are in flight."""
     if workers <= 1:
         for texts in _split_into_chunks(recipe.texts):
             yield texts, [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
         return
-    # Not forked: this process has threads.
+    # Spawned, because this process has threads and must not be forked.
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_init_worker, initargs=(str(folder), recipe.eod)
     )
     chunks = _split_into_chunks(recipe.texts)
     try:
-        waiting = deque((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 4 * workers))
-        while waiting:
-            texts, future = waiting.popleft()
+        pending = deque((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 4 * workers))
+        while pending:
+            texts, future = pending.popleft()
             yield texts, future.result()
-            waiting.extend((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 1))
+            pending.extend((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 1))
     except BrokenProcessPool as error:
-        hint = "It may have run out of memory: take fewer --workers."
-        raise DataError(Problem("a worker", "token ids", "its sudden end", hint)) from error
+        hint = "It may have run out of memory: use fewer --workers."
+        raise DataError(Problem("a tokenizer worker", "token ids", "an abrupt exit", hint)) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -184,9 +189,9 @@ def _split_into_chunks(texts: DocumentSource) -> Iterator[list[str]]:
 
 def _init_worker(folder: str, eod: str) -> None:
     global _worker_tokenizer
-    # An interrupt reaches every process of the terminal; the first one ends the others.
+    # An interrupt reaches every process of the terminal; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Threads of the library in each of the workers would only fight.
+    # The library's threads would oversubscribe the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = load_tokenizer(folder, eod)
 
@@ -196,21 +201,21 @@ def _encode_chunk(texts: list[str]) -> list[np.ndarray]:
 
 
 class SplitWriter:
-    """One split: documents with their end tokens into PREFIX.bin and .idx, and the record PREFIX.json."""
+    """Writes one split: documents, each with its end token, to PREFIX.bin and .idx, and the record PREFIX.json."""
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer):
-        # Heavy to import, and the workers do not need it.
+        # Slow to import, and not needed by the workers.
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self.prefix = prefix
         self.tokenizer = tokenizer
         self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
         self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self.dtype)
-        self.documents = self.tokens = self.text_bytes = self.max_token = self.empty = 0
+        self.documents = self.tokens = self.text_bytes = self.max_token = self.empty_documents = 0
 
     def add(self, text: str, ids: np.ndarray) -> None:
         if not ids.size:
-            self.empty += 1
+            self.empty_documents += 1
             return
         ids = np.append(ids, np.int32(self.tokenizer.eod))
         self.max_token = max(self.max_token, int(ids.max()))
@@ -223,7 +228,7 @@ class SplitWriter:
         self.builder.finalize(f"{self.prefix}.idx")
         record = {
             "documents": self.documents,
-            "empty_documents_left_out": self.empty,
+            "empty_documents_left_out": self.empty_documents,
             "tokens": self.tokens,
             "text_bytes": self.text_bytes,
             "max_token": self.max_token,
@@ -238,8 +243,8 @@ class SplitWriter:
         return record
 
 
-def _publish(aside: Path, output: Path) -> None:
-    """Renames all that is in a whole folder, the mark last."""
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == RECORD_NAME):
+def _publish(staging: Path, output: Path) -> None:
+    """Moves everything from a complete staging folder to the output, the record last."""
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == RECORD_NAME):
         path.rename(output / path.name)
-    aside.rmdir()
+    staging.rmdir()

@@ -1,4 +1,4 @@
-"""Which samples a rank reads at a step: that depends on the step and the layout alone, whatever the samples are.
+"""Assigns samples to data-parallel ranks, as a function of the step and the layout alone.
 
 Legend: b samples of a micro-batch, s tokens of a sample.
 """
@@ -17,57 +17,64 @@ TRAIN, VALID = "train", "valid"
 
 
 class ShardedSampler(ABC):
-    """Training and held-out samples, dealt to the data-parallel ranks. first: where step 0 begins."""
+    """Training and held-out samples, sharded over the data-parallel ranks.
 
-    def __init__(self, first: int = 0):
-        self._first = first
+    first_sample: the training sample that step 0 begins with.
+    """
+
+    def __init__(self, first_sample: int = 0):
+        self._first_sample = first_sample
 
     @abstractmethod
     def _num_samples(self, split: str) -> int:
-        """How many samples there are."""
+        """Returns the number of samples of a split."""
 
     @abstractmethod
-    def _read_micro_batch(self, split: str, numbers: range) -> Batch: ...
+    def _read_micro_batch(self, split: str, indices: range) -> Batch: ...
 
     def train_batch(
         self, step: int, global_batch_size: int, micro_batch_size: int, dp: int, dp_rank: int
     ) -> list[Batch]:
-        """A rank's micro-batches of global step `step` (from 0): G samples from `first` + step*G on, dealt in turn.
+        """Reads this rank's micro-batches of a step; micro-batches are dealt to the ranks round-robin.
 
-        Each is `tokens`, `labels` int64 [b, s] and `loss_mask` float32 [b, s]; labels are the tokens that follow, or
-        those that were masked. Of images, `tokens` are the pixels, float32 [b, channels, side, side], and s is 1.
+        Returns `tokens`, `labels`: int64 [b, s] and `loss_mask`: float32 [b, s] for each. Labels are the next tokens,
+        or the tokens before masking. For images, `tokens` is float32 [b, channels, side, side] and s is 1.
+        Raises LayoutError if the batch does not divide evenly, DataError if the split is too short.
         """
-        first = self._first + step * global_batch_size
-        return self._read_local_batches(TRAIN, first, global_batch_size, micro_batch_size, dp, dp_rank)
+        start = self._first_sample + step * global_batch_size
+        return self._read_local_batches(TRAIN, start, global_batch_size, micro_batch_size, dp, dp_rank)
 
     def train_sample_ranges(
         self, step: int, global_batch_size: int, micro_batch_size: int, dp: int, dp_rank: int
     ) -> list[range]:
-        """The numbers of the samples in each of the micro-batches that `batch` gives."""
-        first = self._first + step * global_batch_size
-        return _list_micro_batches(first, global_batch_size, micro_batch_size, dp, dp_rank)
+        """Returns the sample indices of each micro-batch that `train_batch` reads."""
+        start = self._first_sample + step * global_batch_size
+        return _list_micro_batches(start, global_batch_size, micro_batch_size, dp, dp_rank)
 
     def eval_batch(self, num_samples: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
-        """A rank's micro-batches of the first `num_samples` held-out samples, in `batch`'s form."""
+        """Reads this rank's micro-batches of the first `num_samples` held-out samples, shaped as in `train_batch`."""
         return self._read_local_batches(VALID, 0, num_samples, micro_batch_size, dp, dp_rank)
 
     def eval_digest(self, num_samples: int) -> str:
-        """xxh3-64 (hex) of the tokens and labels of the first held-out samples: the same for every layout."""
+        """Returns the xxh3-64 (hex) of the tokens and labels of the first held-out samples; equal in every layout."""
         (batch,) = self.eval_batch(num_samples, num_samples, 1, 0)
         return xxhash.xxh3_64(b"".join(batch[name].numpy().tobytes() for name in ("tokens", "labels"))).hexdigest()
 
-    def _read_local_batches(self, split: str, first: int, size: int, micro: int, dp: int, dp_rank: int) -> list[Batch]:
-        if size % (micro * dp):
-            what = f"{split} batch of {size} samples"
+    def _read_local_batches(
+        self, split: str, start: int, size: int, micro_batch_size: int, dp: int, dp_rank: int
+    ) -> list[Batch]:
+        if size % (micro_batch_size * dp):
+            expected = f"a multiple of micro_batch_size x dp = {micro_batch_size} x {dp}"
             hint = "Change the batch size, micro_batch_size or the number of processes."
-            raise LayoutError(Problem(what, f"a multiple of micro_batch_size x dp = {micro} x {dp}", size, hint))
-        if first + size > self._num_samples(split):
-            hint = "Open the data for that many."
-            raise DataError(Problem(f"{split} samples", f"at least {first + size}", self._num_samples(split), hint))
-        return [
-            self._read_micro_batch(split, numbers) for numbers in _list_micro_batches(first, size, micro, dp, dp_rank)
-        ]
+            raise LayoutError(Problem(f"{split} batch", expected, size, hint))
+        if start + size > self._num_samples(split):
+            hint = "Open the dataset with enough samples."
+            raise DataError(Problem(f"{split} samples", f"at least {start + size}", self._num_samples(split), hint))
+        micro_batches = _list_micro_batches(start, size, micro_batch_size, dp, dp_rank)
+        return [self._read_micro_batch(split, indices) for indices in micro_batches]
 
 
-def _list_micro_batches(first: int, size: int, micro: int, dp: int, dp_rank: int) -> list[range]:
-    return [range(start, start + micro) for start in range(first + dp_rank * micro, first + size, micro * dp)]
+def _list_micro_batches(start: int, size: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[range]:
+    """Returns the sample indices of each micro-batch of a rank, for a global batch of `size` samples from `start`."""
+    firsts = range(start + dp_rank * micro_batch_size, start + size, micro_batch_size * dp)
+    return [range(first, first + micro_batch_size) for first in firsts]

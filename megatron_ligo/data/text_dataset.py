@@ -1,4 +1,4 @@
-"""Token batches from Megatron-core's datasets: what a step reads depends on the step alone, not on the layout.
+"""Token batches from Megatron-core's datasets. A step's samples depend on the step alone, not on the layout.
 
 Legend: b sequences of a micro-batch, s tokens of a sequence.
 """
@@ -22,14 +22,14 @@ from megatron_ligo.distributed.mesh import all_ranks
 
 log = logging.getLogger(__name__)
 
-# A pair without a record is read once to find its largest token id, up to this size; past it each batch is checked.
+# A pair without a record is scanned for its largest token id up to this size; above it, each batch is checked.
 SCAN_BYTES = 4 << 30
 
 
 class TextDataset(ShardedSampler):
     """Training and held-out samples of `seq_length` tokens; `open_text_dataset` builds it.
 
-    first: the sample that step 0 begins with. masking: set for a masked-LM model.
+    masking: for a masked-LM model; None: labels are the next tokens.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class TextDataset(ShardedSampler):
         train: torch.utils.data.Dataset,
         valid: torch.utils.data.Dataset | None,
         pairs: list[IndexedFiles],
-        first: int = 0,
+        first_sample: int = 0,
         masking: Masking | None = None,
     ):
-        super().__init__(first)
+        super().__init__(first_sample)
         self._masking = masking
         self._train = train
         self._valid = valid
@@ -48,7 +48,7 @@ class TextDataset(ShardedSampler):
         self._vocab_size: int | None = None
 
     def check_vocab(self, vocab_size: int) -> None:
-        """DataError on every rank if the data hold a token id that a model of `vocab_size` rows has no row for."""
+        """Raises DataError on every rank if the data contain a token id that the model's vocabulary does not have."""
         self._vocab_size = vocab_size
         all_ranks().run_on_rank_0(lambda: _check_token_ids(self._pairs, vocab_size))
 
@@ -62,90 +62,88 @@ class TextDataset(ShardedSampler):
             raise DataError(Problem("data.valid", "prefixes of held-out data", "none", "Set it to evaluate."))
         return self._valid
 
-    def _read_micro_batch(self, name: str, indices: range) -> Batch:
-        dataset = self._dataset(name)
+    def _read_micro_batch(self, split: str, indices: range) -> Batch:
+        dataset = self._dataset(split)
         samples = [dataset[index] for index in indices]
         if self._masking is not None:
-            numbered = zip(samples, indices, strict=True)
-            samples = [self._masking.mask_sample(sample["tokens"], name, index) for sample, index in numbered]
-        batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")}
+            pairs = zip(samples, indices, strict=True)
+            samples = [self._masking.mask_sample(sample["tokens"], split, index) for sample, index in pairs]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
         if self._vocab_size is not None:
             largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
             if largest >= self._vocab_size:
-                where = f"{name} samples {indices.start} to {indices.stop - 1}"
+                where = f"{split} samples {indices.start} to {indices.stop - 1}"
                 raise DataError(_vocab_problem(where, self._vocab_size, largest))
         return batch
 
 
 def open_text_dataset(
-    data: DataSection,
+    section: DataSection,
     seq_length: int,
-    num_train_samples: int,
-    num_valid_samples: int,
+    num_train: int,
+    num_valid: int,
     seed: int,
     cache_dir: str | Path,
-    first: int = 0,
+    first_sample: int = 0,
     masking: Masking | None = None,
 ) -> TextDataset:
-    """Opens what [data] names for a run that reads so many samples from sample `first` on. Collective: every rank
-    calls it alike.
+    """Opens the data of a run that reads `num_train` training samples from `first_sample` on. Collective.
 
-    The sample indices are built once, by rank 0, under `cache_dir`, which all nodes must see. A corpus that is
-    shorter than asked is repeated, and the log says so. Any fault is raised on all ranks as one DataError.
+    Rank 0 builds the sample indices once, under `cache_dir`, which all nodes must see. A corpus that is too short is
+    repeated, and the log says so. Any problem raises one DataError on all ranks.
     """
     if masking is not None:
         seq_length -= len(masking.ends)
-    blends = all_ranks().run_on_all(
-        lambda: _build_blends(data, seq_length, first + num_train_samples, num_valid_samples)
-    )
+    blends = all_ranks().run_on_all(lambda: _build_blends(section, seq_length, first_sample + num_train, num_valid))
     datasets = {blend.split: open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends}
     pairs = [pair for blend in blends for pair in blend.pairs]
-    return TextDataset(datasets[Split.train], datasets.get(Split.valid), pairs, first, masking)
+    return TextDataset(datasets[Split.train], datasets.get(Split.valid), pairs, first_sample, masking)
 
 
-def _build_blends(data: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:
+def _build_blends(section: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:
     errors = ErrorCollector("data", DataError)
     blends = []
-    for split, listed, samples in ((Split.train, data.train, num_train), (Split.valid, data.valid, num_valid)):
-        if listed:
-            blends.append(_build_blend(split, listed, samples, seq_length, errors))
+    for split, entries, samples in ((Split.train, section.train, num_train), (Split.valid, section.valid, num_valid)):
+        if entries:
+            blends.append(_build_blend(split, entries, samples, seq_length, errors))
         elif split is Split.train or samples:
-            errors.add(f"data.{split.name}", "prefixes of .bin/.idx pairs", "none", "Make them with prepare_data.")
-    _check_tokenizer(data.tokenizer, [pair for blend in blends for pair in blend.pairs], errors)
+            hint = "Create them with tools/prepare_data.py."
+            errors.add(f"data.{split.name}", "prefixes of .bin/.idx pairs", "none", hint)
+    _check_tokenizer(section.tokenizer, [pair for blend in blends for pair in blend.pairs], errors)
     errors.raise_if_any()
     return blends
 
 
-def _build_blend(split: Split, listed: tuple, samples: int, seq_length: int, errors: ErrorCollector) -> Blend:
-    """Weights and prefixes apart, each pair opened and long enough."""
-    weights = tuple(entry for entry in listed if not isinstance(entry, str)) or None
-    found = [open_indexed_files(entry, errors) for entry in listed if isinstance(entry, str)]
-    pairs = tuple(pair for pair in found if pair is not None)
+def _build_blend(split: Split, entries: tuple, samples: int, seq_length: int, errors: ErrorCollector) -> Blend:
+    """Separates weights from prefixes and opens each pair; adds errors for pairs that are unusable or too short."""
+    weights = tuple(entry for entry in entries if not isinstance(entry, str)) or None
+    opened = [open_indexed_files(entry, errors) for entry in entries if isinstance(entry, str)]
+    pairs = tuple(pair for pair in opened if pair is not None)
     for pair in pairs:
         if pair.tokens <= seq_length:
             errors.add(f"{pair.prefix}.bin", f"more than seq_length = {seq_length} tokens", pair.tokens)
     blend = Blend(split, pairs, weights, max(samples, 1))
-    if len(found) == len(pairs):
+    if len(opened) == len(pairs):
         _check_length(blend, seq_length, errors)
     return blend
 
 
 def _check_length(blend: Blend, seq_length: int, errors: ErrorCollector) -> None:
+    """Adds an error if an unweighted blend is too short; logs how often anything else is repeated."""
     tokens = sum(pair.tokens for pair in blend.pairs)
-    asked = blend.samples * seq_length + 1
+    required = blend.samples * seq_length + 1
     if len(blend.pairs) > 1 and blend.weights is None:
-        have = sum((pair.tokens - 1) // seq_length for pair in blend.pairs)
-        if have < blend.samples:
-            hint = "Give each prefix a weight: then they are repeated as needed."
-            errors.add(f"data.{blend.name}", f"{blend.samples} samples of {seq_length} tokens", have, hint)
-    elif asked > tokens:
-        log.info(
-            "%s: %d tokens are asked of %d: they are repeated %.1f times.", blend.name, asked, tokens, asked / tokens
-        )
+        available = sum((pair.tokens - 1) // seq_length for pair in blend.pairs)
+        if available < blend.samples:
+            hint = "Give each prefix a weight: weighted data repeat as needed."
+            errors.add(f"data.{blend.name}", f"{blend.samples} samples of {seq_length} tokens", available, hint)
+    elif required > tokens:
+        message = "%s: the run needs %d tokens and the data have %d: they are repeated %.1f times."
+        log.info(message, blend.name, required, tokens, required / tokens)
 
 
 def _check_tokenizer(folder: str, pairs: list[IndexedFiles], errors: ErrorCollector) -> None:
-    """All records name one tokenizer, and it is the one in the folder if a folder is given."""
+    """Adds an error for each record whose tokenizer is not the folder's, or without a folder, the first record's."""
     expected = digest_tokenizer(folder) if folder else None
     for pair in pairs:
         if pair.record is None:
@@ -164,13 +162,13 @@ def _check_token_ids(pairs: list[IndexedFiles], vocab_size: int) -> None:
         elif pair.bin_bytes <= SCAN_BYTES:
             smallest, largest = pair.token_range()
         else:
-            log.info("%s has no record and is large: its token ids are checked as they are read.", pair.prefix)
+            log.info("%s has no record and is large: token ids are checked in each batch.", pair.prefix)
             continue
         if largest >= vocab_size or smallest < 0:
             errors.add_message(_vocab_problem(f"{pair.prefix}.bin", vocab_size, largest if smallest >= 0 else smallest))
     errors.raise_if_any()
 
 
-def _vocab_problem(where: str, vocab_size: int, found: int) -> str:
-    hint = "The data were made with a tokenizer of another model."
-    return Problem(where, f"token ids from 0 to {vocab_size - 1}, as the model has", found, hint)
+def _vocab_problem(where: str, vocab_size: int, token: int) -> Problem:
+    hint = "The data were prepared with the tokenizer of another model."
+    return Problem(where, f"token ids from 0 to {vocab_size - 1} (the model's)", token, hint)

@@ -1,4 +1,4 @@
-"""Tokenizers of a folder: Hugging Face's tokenizer.json, or sentencepiece's tokenizer.model. Neither runs code."""
+"""Loads tokenizers: Hugging Face's tokenizer.json, or sentencepiece's tokenizer.model. Neither executes code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megatron_ligo.common.errors import DataError, Problem
 
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
-# Datasets have int32.
+# Datasets store token ids as int32.
 MAX_VOCAB_SIZE = 1 << 31
-# Tokens that end a document, in the order in which they are looked for. A chat model's eos token ends a turn:
-# what its pretraining used comes first.
+# Names of the end-of-document token, in order of preference. A chat model's eos token ends a turn: the token that
+# pretraining used comes first.
 PRETRAINING_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>")
 FALLBACK_EOD_NAMES = ("</s>", "<eos>", "[SEP]")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode(text) gives token ids without special ones; eod is the id that ends a document."""
+    """A loaded tokenizer. encode: text to token ids, without special tokens. eod: id that ends a document."""
 
     encode: Callable[[str], list[int]]
     vocab_size: int
@@ -34,7 +34,7 @@ class Tokenizer:
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer's own file: `path` itself, or in the folder `path`."""
+    """Returns the tokenizer's file: `path` itself, or the one in the folder `path`. DataError if there is none."""
     path = Path(path)
     candidates = [path] if path.is_file() else [path / HF_FILE, path / SENTENCEPIECE_FILE]
     for candidate in candidates:
@@ -44,26 +44,26 @@ def find_tokenizer_file(path: str | Path) -> Path:
 
 
 def digest_tokenizer(path: str | Path) -> str:
-    """xxh3-64 (hex) of the tokenizer's own file."""
+    """Returns the xxh3-64 (hex) of the tokenizer's file."""
     return xxhash.xxh3_64(find_tokenizer_file(path).read_bytes()).hexdigest()
 
 
 def load_tokenizer(path: str | Path, eod: str = "") -> Tokenizer:
-    """The tokenizer of a folder or file. eod: the token that ends a document; empty: the folder's own."""
+    """Loads the tokenizer of a folder or file. eod: the end-of-document token; empty: the tokenizer's own."""
     file = find_tokenizer_file(path)
     return _load_sentencepiece(file, eod) if file.suffix == ".model" else _load_hf(file, eod)
 
 
 def read_special_tokens(path: str | Path) -> dict[str, int]:
-    """The ids of the special tokens of a Hugging Face tokenizer, by name; sentencepiece knows of none."""
+    """Returns the ids of a Hugging Face tokenizer's special tokens by name; none for sentencepiece."""
     file = find_tokenizer_file(path)
     if file.suffix == ".model":
         return {}
-    added = _HfReader(file).get_added_tokens_decoder()
-    return {token.content: number for number, token in added.items() if token.special}
+    added = _open_hf_tokenizer(file).get_added_tokens_decoder()
+    return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
-def _HfReader(file: Path):
+def _open_hf_tokenizer(file: Path):
     import tokenizers
 
     try:
@@ -73,38 +73,38 @@ def _HfReader(file: Path):
 
 
 def _load_hf(file: Path, eod: str) -> Tokenizer:
-    inner = _HfReader(file)
+    inner = _open_hf_tokenizer(file)
     inner.no_truncation()
     inner.no_padding()
     names = [eod] if eod else [*PRETRAINING_EOD_NAMES, *_read_eos_names(file.parent), *FALLBACK_EOD_NAMES]
-    end = next((inner.token_to_id(name) for name in names if inner.token_to_id(name) is not None), None)
-    if end is None:
-        raise DataError(Problem(str(file), "a token that ends a document", f"none of {names}", "Name it with --eod."))
-    # Ids may have holes: the vocabulary reaches to the largest.
+    eod_id = next((inner.token_to_id(name) for name in names if inner.token_to_id(name) is not None), None)
+    if eod_id is None:
+        raise DataError(Problem(str(file), "an end-of-document token", f"none of {names}", "Name it with --eod."))
+    # Ids may have gaps: the size follows from the largest id.
     vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
     if vocab_size > MAX_VOCAB_SIZE:
-        raise DataError(Problem(str(file), f"no token's number above {MAX_VOCAB_SIZE - 1}", vocab_size - 1))
-    files = tuple(path for path in sorted(file.parent.glob("*token*.json")) if path != file)
+        raise DataError(Problem(str(file), f"token ids up to {MAX_VOCAB_SIZE - 1}", vocab_size - 1))
+    companions = tuple(path for path in sorted(file.parent.glob("*token*.json")) if path != file)
     return Tokenizer(
         lambda text: inner.encode(text, add_special_tokens=False).ids,
         vocab_size,
-        end,
+        eod_id,
         digest_tokenizer(file),
-        (file, *files),
+        (file, *companions),
     )
 
 
 def _read_eos_names(folder: Path) -> list[str]:
-    """The end token that tokenizer_config.json names, if it does."""
+    """Returns the eos token of tokenizer_config.json as a list; empty if the file or the key is missing."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return []
     try:
-        named = read_json(path).get("eos_token")
+        token = read_json(path).get("eos_token")
     except (ValueError, AttributeError) as error:
-        raise DataError(Problem(str(path), "a table in JSON", error)) from error
-    named = named.get("content") if isinstance(named, dict) else named
-    return [named] if isinstance(named, str) else []
+        raise DataError(Problem(str(path), "a JSON object", error)) from error
+    name = token.get("content") if isinstance(token, dict) else token
+    return [name] if isinstance(name, str) else []
 
 
 def _load_sentencepiece(file: Path, eod: str) -> Tokenizer:
@@ -114,22 +114,22 @@ def _load_sentencepiece(file: Path, eod: str) -> Tokenizer:
         inner = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
         raise DataError(Problem(str(file), "a sentencepiece model", error)) from error
-    end = inner.piece_to_id(eod) if eod else inner.eos_id()
-    if end < 0 or end == inner.unk_id():
-        raise DataError(Problem(str(file), "a token that ends a document", eod or "none", "Name it with --eod."))
-    return Tokenizer(inner.encode, inner.vocab_size(), end, digest_tokenizer(file), (file,))
+    eod_id = inner.piece_to_id(eod) if eod else inner.eos_id()
+    if eod_id < 0 or eod_id == inner.unk_id():
+        raise DataError(Problem(str(file), "an end-of-document token", eod or "none", "Name it with --eod."))
+    return Tokenizer(inner.encode, inner.vocab_size(), eod_id, digest_tokenizer(file), (file,))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains a byte-pair sentencepiece model on the texts; the same texts give the same file."""
+    """Trains a sentencepiece BPE model into a folder; the same texts give the same file."""
     import sentencepiece
 
-    # Into memory: its own writing is silent where the disk is full, and puts the folder's name into the file.
-    made = BytesIO()
+    # In memory: sentencepiece ignores a full disk, and stores the output path in the file.
+    model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_split_lines(texts),
-            model_writer=made,
+            model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
@@ -139,17 +139,19 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             user_defined_symbols=["\n"],
-            # Indentation: 3.6 bytes a token on Python's sources with them, 2.1 without.
+            # Indentation tokens: 3.6 bytes per token on Python sources, 2.1 without.
             allow_whitespace_only_pieces=True,
-            # Its default leaves out longer lines without a word.
+            # The default silently skips longer lines.
             max_sentence_length=1 << 30,
             num_threads=1,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        hint = "Choose another vocabulary size, or give more text."
-        raise DataError(Problem("--train-sentencepiece", "a vocabulary that the texts fill", error, hint)) from error
-    (folder / SENTENCEPIECE_FILE).write_bytes(made.getvalue())
+        hint = "Choose another vocabulary size, or provide more text."
+        raise DataError(
+            Problem("--train-sentencepiece", "a vocabulary size that fits the text", error, hint)
+        ) from error
+    (folder / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
 
 
 def _split_lines(texts: Iterable[str]) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Masked-LM samples, and a BERT's journey over them: fit, hand-off, pretraining, resumption."""
+"""Masked-LM samples, and a BERT trained on them end to end: fit, hand-off, pretraining, resumption."""
 
 from __future__ import annotations
 
@@ -27,48 +27,48 @@ BERT = layer_norm_models.dims_of("bert", "BertForMaskedLM", vocab_size=50)
 SECTION = DataSection(mask_token=MASK, ends=(FIRST, LAST), special_tokens=(0,), seq_length=S)
 
 
-def test_eight_of_ten_are_masked_one_is_another_one_is_itself():
+def test_predicted_tokens_are_80_percent_mask_10_percent_random_10_percent_unchanged():
     masking = build_masking(SECTION, BERT)
     text = torch.arange(1000) % 50
     counts = torch.zeros(3)
-    for number in range(50):
-        made = masking.mask_sample(text, "train", number)
-        tokens, labels, told = made["tokens"], made["labels"], made["loss_mask"] > 0
+    for index in range(50):
+        sample = masking.mask_sample(text, "train", index)
+        tokens, labels, predicted = sample["tokens"], sample["labels"], sample["loss_mask"] > 0
         assert torch.equal(labels, torch.tensor([FIRST, *text.tolist(), LAST]))
-        assert int(told.sum()) == round(0.15 * 1002)
-        assert made["loss_mask"].sum() == pytest.approx(1.0)
-        assert torch.equal(tokens[~told], labels[~told])
-        assert not set(labels[told].tolist()) & {0, MASK, FIRST, LAST}
-        hidden, itself = tokens[told] == MASK, tokens[told] == labels[told]
-        others = tokens[told][~hidden & ~itself]
-        assert not set(others.tolist()) & {0, MASK, FIRST, LAST}
-        counts += torch.tensor([hidden.sum(), others.numel(), itself.sum()])
-    # One in 46 of the others is the token itself.
+        assert int(predicted.sum()) == round(0.15 * 1002)
+        assert sample["loss_mask"].sum() == pytest.approx(1.0)
+        assert torch.equal(tokens[~predicted], labels[~predicted])
+        assert not set(labels[predicted].tolist()) & {0, MASK, FIRST, LAST}
+        masked, unchanged = tokens[predicted] == MASK, tokens[predicted] == labels[predicted]
+        replaced = tokens[predicted][~masked & ~unchanged]
+        assert not set(replaced.tolist()) & {0, MASK, FIRST, LAST}
+        counts += torch.tensor([masked.sum(), replaced.numel(), unchanged.sum()])
+    # One in 46 random tokens is the original one.
     expected = torch.tensor([0.8, 0.1 * 45 / 46, 0.1 + 0.1 / 46])
     assert torch.allclose(counts / counts.sum(), expected, atol=0.012)
 
 
-def test_what_is_drawn_depends_on_the_seed_and_the_sample_alone(pairs, tmp_path):  # noqa: F811
-    def opened(seed=1, cache="cache"):
+def test_masking_depends_on_the_seed_and_the_sample_alone(pairs, tmp_path):  # noqa: F811
+    def open_masked(seed=1, cache="cache"):
         section = replace(SECTION, train=(pairs["a"],), valid=(pairs["valid"],), seed=seed)
         masking = build_masking(section, BERT)
         return open_text_dataset(section, S, 400, 16, section.seed, tmp_path / cache, masking=masking)
 
-    (whole,) = opened().train_batch(3, 8, 8, 1, 0)
+    (whole,) = open_masked().train_batch(3, 8, 8, 1, 0)
     assert whole["tokens"].shape == (8, S)
     for micro, dp in ((2, 1), (1, 2), (2, 4)):
-        ranks = [opened(cache="other").train_batch(3, 8, micro, dp, rank) for rank in range(dp)]
+        ranks = [open_masked(cache="other").train_batch(3, 8, micro, dp, rank) for rank in range(dp)]
         for name in ("tokens", "labels", "loss_mask"):
             dealt = torch.cat([ranks[rank][a][name] for a in range(len(ranks[0])) for rank in range(dp)])
             assert torch.equal(dealt, whole[name]), (name, micro, dp)
-    assert not torch.equal(opened(seed=2).train_batch(3, 8, 8, 1, 0)[0]["tokens"], whole["tokens"])
-    # The same text is masked in another way when it comes round again.
+    assert not torch.equal(open_masked(seed=2).train_batch(3, 8, 8, 1, 0)[0]["tokens"], whole["tokens"])
+    # The same text is masked differently when it repeats.
     masking, text = build_masking(SECTION, BERT), torch.arange(1, 40)
-    first, again = (masking.mask_sample(text, "train", number)["loss_mask"] for number in (0, 400))
+    first, again = (masking.mask_sample(text, "train", index)["loss_mask"] for index in (0, 400))
     assert not torch.equal(first, again)
 
 
-def test_a_tokenizer_names_its_own_tokens():
+def test_special_tokens_are_read_from_the_tokenizer():
     masking = build_masking(
         DataSection(tokenizer=str(layer_norm_models.minilm())), formats.open(layer_norm_models.minilm()).model_config
     )
@@ -76,22 +76,26 @@ def test_a_tokenizer_names_its_own_tokens():
     assert masking.special == {0, 100, 101, 102, 103}
 
 
-def test_refusals():
+def test_unusable_settings_and_samples_are_refused():
     causal = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
     assert build_masking(DataSection(), causal) is None
-    with pytest.raises(ConfigError, match=r"data\.mask_token"):
+    with pytest.raises(ConfigError) as error:
         build_masking(DataSection(), BERT)
-    with pytest.raises(ConfigError, match=r"(?s)data\.ends.*special token.*data\.seq_length"):
+    assert [problem.where for problem in error.value.problems] == ["data.mask_token"]
+    with pytest.raises(ConfigError) as error:
         build_masking(DataSection(mask_token=50, ends=(1,), seq_length=1), BERT)
+    assert [problem.where for problem in error.value.problems] == ["data.ends", "special token", "data.seq_length"]
     masking = build_masking(DataSection(mask_token=MASK), layer_norm_models.dims_of("roberta", "RobertaForMaskedLM"))
-    with pytest.raises(DataError, match=r"valid sample 7: expected no padding, found token 2"):
+    with pytest.raises(DataError) as error:
         masking.mask_sample(torch.tensor([9, 2, 9]), "valid", 7)
-    with pytest.raises(DataError, match="special tokens only"):
+    assert error.value.problems[0].where == "valid sample 7" and error.value.problems[0].found == "token 2"
+    with pytest.raises(DataError) as error:
         masking.mask_sample(torch.tensor([MASK, MASK]), "train", 0)
+    assert error.value.problems[0].where == "train sample 0"
 
 
-def test_the_journey_of_a_bert(pools, tmp_path):
-    """With a pooler and a next-sentence head, which grow and are then left behind."""
+def test_a_bert_is_fitted_grown_pretrained_and_resumed(pools, tmp_path):
+    """The source has a pooler and a next-sentence head: they grow, and pretraining drops them."""
     for seed, name in enumerate(("train", "valid")):
         make_pair(tmp_path / name, seed)
     sizes = {"hidden_size": 32, "num_attention_heads": 8}
@@ -122,8 +126,8 @@ def test_the_journey_of_a_bert(pools, tmp_path):
     assert (trained.model_config.has_head, trained.model_config.has_pooler) == (True, False)
 
 
-def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
-    """As sentence encoders are published: the fit's loss needs a head, and nothing else may move for it."""
+def test_a_headless_encoder_gets_a_trained_head(pools, tmp_path):
+    """Sentence encoders are published without the head that a fit's loss needs: only the new head is trained."""
     for seed, name in enumerate(("train", "valid")):
         make_pair(tmp_path / name, seed)
     layer_norm_models.saved(tmp_path / "small", "bert", "BertModel")
@@ -135,8 +139,8 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
     refused = pools(2).run(pretrain, settings=table, output=str(tmp_path / "refused"))
     assert "fresh_head = true" in refused
     table["pretrain"]["fresh_head"] = True
-    found = pools(2).run(pretrain, settings=table, output=str(tmp_path / "headed"))
-    assert found["losses"]["end"] < found["losses"]["start"]
+    headed = pools(2).run(pretrain, settings=table, output=str(tmp_path / "headed"))
+    assert headed["losses"]["end"] < headed["losses"]["start"]
     before, after = formats.open(tmp_path / "small"), formats.open(tmp_path / "headed" / "checkpoints/step_4/state")
     assert after.model_config == replace(before.model_config, has_head=True, has_pooler=False)
     for key in after.keys():  # noqa: SIM118
@@ -146,9 +150,9 @@ def test_an_encoder_without_a_head_is_given_one(pools, tmp_path):
 
 
 @pytest.mark.long
-def test_the_real_minilm_is_headed_fitted_and_grown(pools, tmp_path):
-    """A masked-LM head is trained on the published encoder, and gives the fit of one of twice its width its loss."""
-    texts = DocumentSource(find_text_files([str(ROOT / "megatron_ligo" / "formats")]))
+def test_the_real_minilm_gets_a_head_and_is_fitted_and_grown(pools, tmp_path):
+    """A masked-LM head is trained on the published encoder; a fit to twice its width uses its loss."""
+    texts = DocumentSource(find_text_files([str(ROOT / "megatron_ligo" / "checkpoint" / "formats")]))
     prepare_text(TextRecipe(texts, str(layer_norm_models.minilm()), valid_fraction=0.3), tmp_path / "data", workers=1)
     table = RunConfig().to_dict()
     table["data"] |= {name: [str(tmp_path / "data" / name)] for name in ("train", "valid")} | {"seq_length": 32}
