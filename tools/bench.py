@@ -16,9 +16,9 @@ python tools/bench.py convert --gb 4 --output runs/bench_convert.json
 def parser() -> cli.CommandParser:
     made = cli.build_parser(__doc__, EXAMPLE)
     chosen = made.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for name, module in bench.load_measurements().items():
+    for name, module in bench.load_benchmarks().items():
         one = chosen.add_parser(name, help=module.HELP, description=module.__doc__)
-        module.arguments(one)
+        module.add_arguments(one)
         one.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
         one.add_argument("--folder", type=Path, metavar="DIR", help="a disk to work on (default: the current folder's)")
     return made
@@ -26,15 +26,15 @@ def parser() -> cli.CommandParser:
 
 def main() -> None:
     args = parser().parse_args()
-    module = bench.load_measurements()[args.what]
+    module = bench.load_benchmarks()[args.what]
     place = args.folder or Path()
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".bench.", dir=place) as folder:
-        found = module.measure(args, Path(folder))
-    print(module.as_text(found))
+        results = module.measure(args, Path(folder))
+    print(module.format_text(results))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, found)
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The measurements that the README quotes, as ratios in one run: one module each, found by looking into this folder.
+"""The benchmarks that the README quotes. Each measures ratios within one run.
 
-A measurement is one module with
-    HELP: str                                  one line on what is measured
-    arguments(parser) -> None                  adds its own options
-    measure(args, folder: Path) -> dict        JSON; works in `folder`, which is removed afterwards
-    as_text(found: dict) -> str                the same for reading
-Its file is bench_NAME.py; NAME is the subcommand of tools/bench.py.
+A benchmark is a module bench_NAME.py of this folder, found by scanning it; NAME is the subcommand of tools/bench.py:
+    HELP: str                                  what it measures, in one line
+    add_arguments(parser) -> None              adds its options
+    measure(args, folder: Path) -> dict        results as JSON; works in `folder`, which is removed afterwards
+    format_text(results: dict) -> str          the results for reading
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import pkgutil
 from functools import cache
 from types import ModuleType
 
-__all__ = ["load_measurements"]
+__all__ = ["load_benchmarks"]
 
 PREFIX = "bench_"
 
 
 @cache
-def load_measurements() -> dict[str, ModuleType]:
-    """Every measurement by name."""
-    names = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(PREFIX)]
+def load_benchmarks() -> dict[str, ModuleType]:
+    """Imports every benchmark module and returns them by name."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name.startswith(PREFIX)]
     return {name.removeprefix(PREFIX): importlib.import_module(f"{__name__}.{name}") for name in names}

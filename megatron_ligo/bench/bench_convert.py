@@ -1,7 +1,7 @@
-"""Conversions of a synthetic Llama against `cp` + `sync` of the same bytes, and their anonymous memory.
+"""Benchmarks conversions of a synthetic Llama against `cp` + `sync` of the same bytes, and their anonymous memory.
 
-The rate of a path is the source's bytes over the seconds until all is fsynced, digests included; its ratio is to the
-rate of `cp` + `sync` in the same repeat. Beside them the libraries' own tools, on a smaller model (peers.py).
+The rate of a conversion is the source's bytes over the seconds until everything is fsynced, digests included. Its ratio
+is to the rate of `cp` + `sync` in the same repeat. The libraries' own tools run on a smaller model (library_tools.py).
 """
 
 from __future__ import annotations
@@ -22,92 +22,97 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
 
-HELP = "conversion: rates against cp + sync, anonymous memory, the libraries' own tools beside"
+HELP = "conversion: rates against cp + sync, anonymous memory, and the libraries' own tools"
 GB = 1e9
 SHARD_BYTES = {"source": 1_500_000_000, "target": 1_000_000_000}
-# What each path should reach, as a part of the rate of cp + sync.
+# Target rates, as fractions of the rate of cp + sync.
 GOALS = {"hf": 0.5, "universal": 1 / 3, "mcore": 1 / 3}
-# What memory may be used above the start: so many of the largest tensors, and so many bytes.
-LARGEST, MORE = 2, 300_000_000
+# Memory limit above the start: this many of the largest tensors plus this many bytes.
+MAX_LARGEST_TENSORS, MAX_OVERHEAD_BYTES = 2, 300_000_000
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gb", type=float, default=4.0, help="size of the model in fp32 (default 4)")
-    parser.add_argument("--peer-gb", type=float, default=0.5, help="the same for the libraries' tools (0.5; 0: none)")
-    parser.add_argument("--repeats", type=int, default=3, help="how often each is measured (default 3)")
-    parser.add_argument("--workers", type=int, default=2, help="as in tools/convert.py (default 2)")
-    parser.add_argument("--to", nargs="*", metavar="FORMAT", help="these targets only (default: every one)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gb", type=float, default=4.0, help="model size in fp32 (default: 4)")
+    parser.add_argument(
+        "--peer-gb", type=float, default=0.5, help="the same for the libraries' tools (default: 0.5; 0: skip)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement (default: 3)")
+    parser.add_argument("--workers", type=int, default=2, help="as in tools/convert.py (default: 2)")
+    parser.add_argument("--to", nargs="*", metavar="FORMAT", help="target formats (default: all)")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """Every path, repeat by repeat, in turn with cp: what else the machine does meets them alike."""
+    """Measures conversions and cp in turn, repeat by repeat, so that other load affects them alike."""
     model_config = synthetic_reader.synthetic_llama_config(args.gb * GB)
     source = folder / "source"
-    timing.run_in_new_process(_write, source, args.gb)
-    size = _size(source)
+    timing.run_in_new_process(_write_source, source, args.gb)
+    size = _folder_bytes(source)
     targets = args.to or formats.writers()
-    floor: list[float] = []
+    copy_seconds: list[float] = []
     runs: dict[str, list[dict]] = {to: [] for to in targets}
     for _ in range(args.repeats):
-        floor.append(_copied(source, folder / "copy"))
+        copy_seconds.append(_time_copy(source, folder / "copy"))
         for to in targets:
-            runs[to].append(_fresh(folder / "target", partial(_converted, source, to, args.workers)))
+            job = partial(_convert_in_new_process, source, to, args.workers)
+            runs[to].append(_run_and_remove(folder / "target", job))
     reader = formats.open(source)
     largest = max(torch.Size(reader.info(key).shape).numel() * 4 for key in reader.keys())  # noqa: SIM118 - no dict
-    found = {
+    results = {
         "what": "convert",
         "model": {"bytes": size, "largest_tensor": largest, "dims": model_config.to_json()},
         "workers": args.workers,
         "cp_sync": {
-            "seconds": floor,
-            "bytes_per_second": timing.summarise_repeats([size / seconds for seconds in floor]),
+            "seconds": copy_seconds,
+            "bytes_per_second": timing.summarise_repeats([size / seconds for seconds in copy_seconds]),
         },
-        "paths": {to: _summary(runs[to], floor, size, largest, GOALS.get(to)) for to in targets},
+        "paths": {to: _summarise(runs[to], copy_seconds, size, largest, GOALS.get(to)) for to in targets},
         "machine": timing.describe_machine(),
     }
     shutil.rmtree(source)
     if args.peer_gb:
-        found["peers"] = _peers(args, folder)
-    return found
+        results["peers"] = _measure_library_tools(args, folder)
+    return results
 
 
-def _summary(runs: list[dict], floor: list[float], size: int, largest: int, goal: float | None) -> dict:
-    ratios = [least / run["seconds"] for least, run in zip(floor, runs, strict=True)]
+def _summarise(runs: list[dict], copy_seconds: list[float], size: int, largest: int, goal: float | None) -> dict:
+    limit = MAX_LARGEST_TENSORS * largest + MAX_OVERHEAD_BYTES
+    ratios = [copy / run["seconds"] for copy, run in zip(copy_seconds, runs, strict=True)]
     return {
         "seconds": [run["seconds"] for run in runs],
         "bytes_per_second": timing.summarise_repeats([size / run["seconds"] for run in runs]),
         "ratio": timing.summarise_repeats(ratios),
         "goal": goal,
-        "anonymous": {"peak": max(run["anonymous"] for run in runs), "limit": LARGEST * largest + MORE},
+        "anonymous": {"peak": max(run["anonymous"] for run in runs), "limit": limit},
     }
 
 
-def _peers(args: argparse.Namespace, folder: Path) -> dict:
-    """Each library's own tool against cp + sync of what it wrote."""
+def _measure_library_tools(args: argparse.Namespace, folder: Path) -> dict:
+    """Measures each library's own tool against cp + sync of its output."""
     source = folder / "source"
-    timing.run_in_new_process(_write, source, args.peer_gb)
-    found = {}
+    timing.run_in_new_process(_write_source, source, args.peer_gb)
+    results = {}
     for name, tool in library_tools.TOOLS.items():
-        runs = [_fresh(folder / "peer", partial(_beside, tool, source)) for _ in range(args.repeats)]
+        runs = [_run_and_remove(folder / "peer", partial(_run_library_tool, tool, source)) for _ in range(args.repeats)]
         for part in (part for part in runs[0] if part != "cp_sync"):
             seconds = [run[part] for run in runs]
             ratios = [run["cp_sync"] / run[part] for run in runs]
-            found[f"{name}: {part}"] = {"seconds": seconds, "ratio": timing.summarise_repeats(ratios)}
-    return found
+            results[f"{name}: {part}"] = {"seconds": seconds, "ratio": timing.summarise_repeats(ratios)}
+    return results
 
 
-def _beside(tool: library_tools.LibraryTool, source: Path, work: Path) -> dict[str, float]:
+def _run_library_tool(tool: library_tools.LibraryTool, source: Path, work: Path) -> dict[str, float]:
     work.mkdir()
-    seconds = timing.run_in_new_process(tool, source, work, work / "made")
-    return {**seconds, "cp_sync": _copied(work / "made", work / "copy")}
+    target = work / "made"
+    seconds = timing.run_in_new_process(tool, source, work, target)
+    return {**seconds, "cp_sync": _time_copy(target, work / "copy")}
 
 
-def _write(folder: Path, gb: float) -> None:
+def _write_source(folder: Path, gb: float) -> None:
     options = WriteOptions(extra={"shard_bytes": SHARD_BYTES["source"]})
     convert(synthetic_reader.SyntheticReader(synthetic_reader.synthetic_llama_config(gb * GB)), folder, "hf", options)
 
 
-def _converted(source: Path, to: str, workers: int, target: Path) -> dict:
+def _convert_in_new_process(source: Path, to: str, workers: int, target: Path) -> dict:
     return timing.run_in_new_process(_convert, source, to, workers, target)
 
 
@@ -122,9 +127,9 @@ def _convert(source: Path, to: str, workers: int, target: Path) -> dict:
     return {"seconds": seconds, "anonymous": memory.peak}
 
 
-def _copied(source: Path, target: Path) -> float:
-    """Seconds of `cp` and `sync`."""
-    return _fresh(target, partial(_copy, source))
+def _time_copy(source: Path, target: Path) -> float:
+    """Returns the seconds of `cp` and `sync`."""
+    return _run_and_remove(target, partial(_copy, source))
 
 
 def _copy(source: Path, target: Path) -> float:
@@ -134,8 +139,8 @@ def _copy(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
-def _fresh(target: Path, job: Callable[[Path], object]):
-    """Does a job with nothing waiting to be written, and removes what it has made."""
+def _run_and_remove(target: Path, job: Callable[[Path], object]):
+    """Syncs pending writes, runs a job on `target` and removes its output."""
     os.sync()
     try:
         return job(target)
@@ -143,25 +148,27 @@ def _fresh(target: Path, job: Callable[[Path], object]):
         shutil.rmtree(target, ignore_errors=True)
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def as_text(found: dict) -> str:
+def format_text(results: dict) -> str:
+    size, cores, workers = results["model"]["bytes"] / GB, results["machine"]["cores"], results["workers"]
+    copy = timing.format_spread(_to_megabytes(results["cp_sync"]["bytes_per_second"]), ".0f")
     lines = [
-        f"{found['model']['bytes'] / GB:.2f} GB in fp32, {found['machine']['cores']} cores, {found['workers']} workers",
-        f"{'cp + sync':<28} {timing.format_spread(_mega(found['cp_sync']['bytes_per_second']), '.0f')} MB/s",
+        f"{size:.2f} GB in fp32, {cores} cores, {workers} workers",
+        f"{'cp + sync':<28} {copy} MB/s",
         "",
-        f"{'path':<28} {'of cp + sync':<24} {'goal':<6} anonymous memory (limit)",
+        f"{'conversion':<28} {'of cp + sync':<24} {'goal':<6} anonymous memory (limit)",
     ]
-    for to, path in found["paths"].items():
+    for to, path in results["paths"].items():
         goal = f"{path['goal']:.2f}" if path["goal"] else "-"
         memory = f"{path['anonymous']['peak'] / 1e6:.0f} MB ({path['anonymous']['limit'] / 1e6:.0f} MB)"
         lines.append(f"{'hf -> ' + to:<28} {timing.format_spread(path['ratio']):<24} {goal:<6} {memory}")
-    for name, peer in found.get("peers", {}).items():
+    for name, peer in results.get("peers", {}).items():
         lines.append(f"{name:<28} {timing.format_spread(peer['ratio'])}")
     return "\n".join(lines)
 
 
-def _mega(found: dict[str, float]) -> dict[str, float]:
-    return {name: value / 1e6 for name, value in found.items()}
+def _to_megabytes(summary: dict[str, float]) -> dict[str, float]:
+    return {name: value / 1e6 for name, value in summary.items()}

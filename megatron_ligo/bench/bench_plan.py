@@ -1,4 +1,4 @@
-"""The memory that `tools/plan.py` tells, against what real ranks take: tensors at the peak of two steps, on the CPU."""
+"""Benchmarks the memory estimate of `tools/plan.py`: tensors of real ranks at the peak of two steps, on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-HELP = "peak memory of fits and pretrainings at many layouts, planned over measured"
+HELP = "plan: peak memory of fits and pretraining runs at many layouts, planned over measured"
 GOAL = 0.15
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +24,7 @@ WIDE = {
 }
 BF16_STATES = {"ds_config": f"{ROOT / 'launch_scripts' / 'grow_1b.json'}"}
 OFFLOAD = {"zero": 3, "ds_config": f"{ROOT / 'ds_configs' / 'zero3_offload.json'}"}
-# What is run, on how many processes, the sizes, and the rest of the job (bench/steps/step_jobs.py).
+# Kind of job, number of processes, sizes, and further fields of the job (StepJob).
 CASES = {
     "pretraining": ("plain", 1, NARROW, {"tokens": 1024, "sequences": 2}),
     "pretraining, recomputed": ("plain", 1, WIDE, {"tokens": 1024, "sequences": 4, "recompute": True}),
@@ -48,27 +48,27 @@ CASES = {
 }
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    known = ", ".join(f'"{case}"' for case in CASES)
-    parser.add_argument("--case", action="append", choices=CASES, metavar="CASE", help=f"one of {known} (default: all)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(f'"{case}"' for case in CASES)
+    parser.add_argument("--case", action="append", choices=CASES, metavar="CASE", help=f"one of {names} (default: all)")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     from megatron_ligo.bench.steps.memory_peak import PeakMemoryProbe
     from megatron_ligo.bench.steps.rank_pool import RankProcesses
 
-    found = {}
+    results = {}
     for case in args.case or CASES:
-        kind, world, sizes, more = CASES[case]
-        ranks = RankProcesses(world, PeakMemoryProbe, kind=kind, job={**sizes, **more})
-        found[case] = compare_by_stage(ranks.call("found"))
+        kind, world_size, sizes, options = CASES[case]
+        ranks = RankProcesses(world_size, PeakMemoryProbe, kind=kind, job={**sizes, **options})
+        results[case] = compare_by_stage(ranks.call("measure"))
         ranks.close()
-        log.info("%s: %s", case, found[case])
-    return {"what": "plan", "goal": GOAL, "cases": found}
+        log.info("%s: %s", case, results[case])
+    return {"what": "plan", "goal": GOAL, "cases": results}
 
 
 def compare_by_stage(ranks: list[dict]) -> list[dict]:
-    """By stage: the ratio of the plan to the rank that took most, its bytes, and those planned by kind."""
+    """Compares the fullest rank of each stage: planned over measured bytes, measured bytes, planned bytes by kind."""
     stages = []
     for stage in sorted({rank["stage"] for rank in ranks}):
         top = max((rank for rank in ranks if rank["stage"] == stage), key=lambda rank: rank["measured"])
@@ -77,9 +77,9 @@ def compare_by_stage(ranks: list[dict]) -> list[dict]:
     return stages
 
 
-def as_text(found: dict) -> str:
-    lines = [f"planned / measured peak of a rank's tensors (goal: within {found['goal']:.0%})"]
-    for case, stages in found["cases"].items():
-        told = ", ".join(f"{one['ratio']:.2f} of {one['measured'] / 2**20:.0f} MiB" for one in stages)
-        lines.append(f"  {case:26s} {told}")
+def format_text(results: dict) -> str:
+    lines = [f"planned / measured peak of a rank's tensors (goal: within {results['goal']:.0%})"]
+    for case, stages in results["cases"].items():
+        ratios = ", ".join(f"{stage['ratio']:.2f} of {stage['measured'] / 2**20:.0f} MiB" for stage in stages)
+        lines.append(f"  {case:26s} {ratios}")
     return "\n".join(lines)

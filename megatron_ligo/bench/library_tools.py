@@ -1,6 +1,6 @@
-"""What the libraries' own tools take for the same model: Megatron-core's save and load, DeepSpeed's ds_to_universal.
+"""Times the libraries' own tools on the same model: Megatron-core's save and load, DeepSpeed's ds_to_universal.
 
-Each runs in a process of its own, holds the model in memory as it does by nature, and leaves its result in `made`.
+Each runs in a new process, holds the whole model in memory by design, and leaves its result in `target`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint import formats
 
-LibraryTool = Callable[[Path, Path, Path], dict[str, float]]  # source, folder to work in, result -> seconds by part
+LibraryTool = Callable[[Path, Path, Path], dict[str, float]]  # source, work folder, target -> seconds by part
 
 
-def run_megatron_core(source: Path, work: Path, made: Path) -> dict[str, float]:
-    """dist_checkpointing of one rank's GPTModel that holds the source's weights."""
+def run_megatron_core(source: Path, work: Path, target: Path) -> dict[str, float]:
+    """Saves and loads one rank's GPTModel that holds the source's weights through dist_checkpointing."""
     from megatron.core import dist_checkpointing
 
     from megatron_ligo.distributed import mesh as meshes
@@ -31,15 +31,15 @@ def run_megatron_core(source: Path, work: Path, made: Path) -> dict[str, float]:
     reader, mesh = formats.open(source), meshes.build_mesh(1, 1)
     model = FullGPT(reader.model_config, BuildOptions(), mesh)
     parameters.fill(model, reader.model_config, mesh, reader.read)
-    made.mkdir()
+    target.mkdir()
     return {
-        "save": _time_until_synced(lambda: dist_checkpointing.save(model.sharded_state_dict(), str(made))),
-        "load": _time_until_synced(lambda: dist_checkpointing.load(model.sharded_state_dict(), str(made))),
+        "save": _time_until_synced(lambda: dist_checkpointing.save(model.sharded_state_dict(), str(target))),
+        "load": _time_until_synced(lambda: dist_checkpointing.load(model.sharded_state_dict(), str(target))),
     }
 
 
-def run_ds_to_universal(source: Path, work: Path, made: Path) -> dict[str, float]:
-    """ds_to_universal of what a ZeRO 1 engine saved after a step: fp32 weights and both moments."""
+def run_ds_to_universal(source: Path, work: Path, target: Path) -> dict[str, float]:
+    """Converts a ZeRO 1 checkpoint saved after one step (fp32 weights and both moments) with ds_to_universal."""
     import deepspeed
     import torch
     from deepspeed.checkpoint import ds_to_universal
@@ -51,7 +51,7 @@ def run_ds_to_universal(source: Path, work: Path, made: Path) -> dict[str, float
     model = torch.nn.Module()
     for key in reader.keys():  # noqa: SIM118 - no dict
         model.register_parameter(key.replace(".", "_"), torch.nn.Parameter(reader.read(key).clone()))
-    # Any loss that reaches all of them does.
+    # Any loss that depends on every parameter will do.
     model.forward = lambda: sum(parameter.sum() for parameter in model.parameters())
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -64,15 +64,15 @@ def run_ds_to_universal(source: Path, work: Path, made: Path) -> dict[str, float
     engine.save_checkpoint(work, tag="step", client_state={"universal_checkpoint_info": {}, "iteration": 1})
     args = argparse.Namespace(
         input_folder=str(work / "step"),
-        output_folder=str(made / "step"),
+        output_folder=str(target / "step"),
         num_extract_workers=2,
         num_merge_workers=2,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=False,
     )
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         return {"ds_to_universal": _time_until_synced(lambda: ds_to_universal.main(args))}
 
 
@@ -80,7 +80,7 @@ TOOLS: dict[str, LibraryTool] = {"Megatron-core": run_megatron_core, "DeepSpeed"
 
 
 def _time_until_synced(job: Callable[[], object]) -> float:
-    """Seconds until all is on the disk."""
+    """Returns the seconds until a job's output is on disk."""
     start = time.perf_counter()
     job()
     os.sync()

@@ -1,4 +1,4 @@
-"""A synthetic Llama of any size whose tensors are computed when asked for, as a grown model's are."""
+"""A synthetic Llama of any size whose tensors are computed on demand, like those of a grown model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 
 HEAD_DIM = 64
 VOCAB_SIZE = 32_000
-# At least so many layers, so that no tensor is a large part of the model.
+# Enough layers that no tensor is a large part of the model.
 MIN_LAYERS = 8
 
 
 class SyntheticReader(Reader):
-    """Normal numbers, the same for the same key."""
+    """Reads tensors of normal numbers, seeded by the key."""
 
     format = "drawn"
     path = None
@@ -30,6 +30,7 @@ class SyntheticReader(Reader):
         return TensorInfo(self.param(key).shape(self.model_config), self.dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        """Returns the whole tensor of a canonical key, in its global shape."""
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         return torch.randn(self.param(key).shape(self.model_config), generator=generator).to(self.dtype)
 
@@ -38,7 +39,7 @@ class SyntheticReader(Reader):
 
 
 def synthetic_llama_config(nbytes: float) -> ModelConfig:
-    """Sizes of about so many bytes in fp32, in the proportions of real models: GQA, head size 64, ffn 2.75 x hidden."""
+    """Returns sizes of about `nbytes` in fp32 in realistic proportions: GQA, head size 64, ffn 2.75 x hidden."""
     hidden, vocab = 2048, VOCAB_SIZE
     while hidden > 4 * HEAD_DIM and _count_layers(nbytes, hidden, vocab) < MIN_LAYERS:
         hidden, vocab = hidden // 2, vocab // 2
@@ -59,6 +60,6 @@ def synthetic_llama_config(nbytes: float) -> ModelConfig:
 
 
 def _count_layers(nbytes: float, hidden: int, vocab: int) -> float:
-    """How many layers make up the rest: q and o, k and v, gate, up and down, beside the two embeddings."""
+    """Returns the layers (q, k, v, o, gate, up, down) that fill `nbytes` beside the embedding and the head."""
     layer = hidden * hidden * (2 + 1 + 3 * 11 / 4)
     return (nbytes / 4 - 2 * vocab * hidden) / layer

@@ -1,4 +1,4 @@
-"""Repeats with their spread, each in a process of its own, and the anonymous memory of a piece of work."""
+"""Repeats with their spread, runs in a new process, and peak anonymous memory."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ SAMPLE_SECONDS = 0.002
 
 
 def run_in_new_process(function: Callable, *arguments: object) -> object:
-    """What a function of a module gives in a new process: nothing of earlier work is in its memory."""
+    """Calls a module-level function in a new process, whose memory holds nothing of earlier work."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=warnings.simplefilter, initargs=("ignore",)) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def summarise_repeats(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most of some repeats."""
+    """Returns the median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def format_spread(found: dict[str, float], form: str = ".2f") -> str:
-    """`0.52 (0.48 to 0.55)`, or one number where there was one repeat."""
-    median, least, most = (format(found[name], form) for name in ("median", "min", "max"))
-    return median if least == most else f"{median} ({least} to {most})"
+def format_spread(summary: dict[str, float], form: str = ".2f") -> str:
+    """Formats a summary as `0.52 (0.48 to 0.55)`, or as one number if all repeats agree."""
+    median, low, high = (format(summary[name], form) for name in ("median", "min", "max"))
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 @dataclass
 class AnonymousMemoryPeak:
-    """Bytes of anonymous memory above the start: the most that was seen."""
+    """Peak of the process's anonymous memory above its level at the start, in bytes."""
 
     peak: int = 0
 
 
 @contextmanager
 def track_anonymous_memory() -> Iterator[AnonymousMemoryPeak]:
-    """Samples this process's memory that belongs to no file while the body runs."""
+    """Samples the process's anonymous memory (not backed by a file) while the body runs."""
     memory, start, ended = AnonymousMemoryPeak(), _read_anonymous_bytes(), threading.Event()
 
-    def watch() -> None:
+    def sample() -> None:
         while not ended.wait(SAMPLE_SECONDS):
             memory.peak = max(memory.peak, _read_anonymous_bytes() - start)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=sample)
     thread.start()
     try:
         yield memory
@@ -66,9 +66,9 @@ def _read_anonymous_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("the kernel tells no RssAnon")
+    raise AssertionError("the kernel does not report RssAnon")
 
 
 def describe_machine() -> dict[str, object]:
-    """What a figure depends on besides the code."""
+    """Returns the properties of the machine and the environment that results depend on."""
     return {"cores": os.cpu_count(), "python": platform.python_version(), "versions": library_versions()}

@@ -1,4 +1,4 @@
-"""The report: what fits, hand-offs and pretraining runs have recorded, as one table, one page and one picture."""
+"""The report on fits, hand-offs and pretraining runs: one table, one page, one picture."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def write_report(
 ) -> None:
     """Prints the table of the runs in `folders` and writes OUTPUT/report.html and OUTPUT/report.png.
 
-    before: FLOPs spent before each run, where they are known better than from the hand-offs' own fits.
+    prior_flops: FLOPs spent before each run, if known more precisely than from the fits of the hand-offs.
 
-    Raises CheckpointError with every folder that is no run and every record that is damaged, before it writes.
+    Raises CheckpointError with every folder that holds no run and every damaged record, before it writes.
     """
     runs = read_runs(folders)
     if prior_flops is not None:
         runs = [replace(run, prior_flops=prior_flops[run.folder]) for run in runs]
-    told = report_table.build_table(runs)
+    table = report_table.build_table(runs)
     output.mkdir(parents=True, exist_ok=True)
-    write_bytes(output / "report.png", curves.draw_png(runs, told))
-    write_bytes(output / "report.html", report_page.render_page(told, curves.draw_png(runs)).encode())
-    report_table.print_table(told, console or Console())
+    write_bytes(output / "report.png", curves.draw_png(runs, table))
+    write_bytes(output / "report.html", report_page.render_page(table, curves.draw_png(runs)).encode())
+    report_table.print_table(table, console or Console())

@@ -1,4 +1,4 @@
-"""A JSON record read field by field: what is missing is None, what is of another kind is a fault of the file."""
+"""A JSON record read field by field. A missing field is None; a field of the wrong type is an error of the file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megatron_ligo.common.errors import ErrorCollector
 
 
 class JsonRecord:
-    """The fields of one record. Every fault goes to `faults`; the caller raises them."""
+    """The fields of one record. Errors are added to `errors`; the caller raises them."""
 
-    def __init__(self, path: Path, table: Any, errors: ErrorCollector):
+    def __init__(self, path: Path, fields: Any, errors: ErrorCollector):
         self.path = path
         self.errors = errors
-        if not isinstance(table, dict):
-            errors.add(f"{path}", "a JSON object", type(table).__name__)
-        self.all = table if isinstance(table, dict) else {}
+        if not isinstance(fields, dict):
+            errors.add(f"{path}", "a JSON object", type(fields).__name__)
+        self.fields = fields if isinstance(fields, dict) else {}
 
     def number(self, *keys: str) -> float | None:
         return self._get(keys, (int, float), "a number")
@@ -29,14 +29,14 @@ class JsonRecord:
         return self._get(keys, dict, "a table")
 
     def numbers(self, *keys: str) -> list[float] | None:
-        found = self._get(keys, list, "a list of numbers")
-        if found is not None and not all(_is_instance(entry, (int, float)) for entry in found):
-            self.errors.add(f"{self.path}: {'.'.join(keys)}", "a list of numbers", repr(found)[:60])
+        entries = self._get(keys, list, "a list of numbers")
+        if entries is not None and not all(_is_instance(entry, (int, float)) for entry in entries):
+            self.errors.add(f"{self.path}: {'.'.join(keys)}", "a list of numbers", repr(entries)[:60])
             return None
-        return found
+        return entries
 
-    def _get(self, keys: tuple[str, ...], kinds, expected: str) -> Any:
-        value: Any = self.all
+    def _get(self, keys: tuple[str, ...], types, expected: str) -> Any:
+        value: Any = self.fields
         for depth, key in enumerate(keys):
             if not isinstance(value, dict):
                 self.errors.add(f"{self.path}: {'.'.join(keys[:depth])}", "a table", repr(value)[:60])
@@ -44,22 +44,22 @@ class JsonRecord:
             value = value.get(key)
             if value is None:
                 return None
-        if not _is_instance(value, kinds):
+        if not _is_instance(value, types):
             self.errors.add(f"{self.path}: {'.'.join(keys)}", expected, repr(value)[:60])
             return None
         return value
 
 
-def _is_instance(value: Any, kinds) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
+def _is_instance(value: Any, types) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def load_record(path: Path, errors: ErrorCollector) -> JsonRecord | None:
-    """The record in a file; None where there is no such file. A file that is no JSON object is a fault."""
+    """Loads a record; None if the file does not exist. A file that is no JSON object is an error."""
     if not path.is_file():
         return None
     try:
         return JsonRecord(path, json.loads(path.read_text(encoding="utf-8")), errors)
     except (ValueError, RecursionError) as error:
-        errors.add(f"{path}", "JSON", f"a fault in it: {error}")
+        errors.add(f"{path}", "JSON", f"invalid JSON ({error})")
         return None

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its picture inside."""
+"""The page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ $bodies
 </table></div>
 <h2>Curves</h2>
 <img alt="Loss against step and against FLOPs" src="data:image/png;base64,$picture">
-<h2>How to read it</h2>
+<h2>Notes</h2>
 <ul>
 $notes
 </ul>
@@ -46,22 +46,22 @@ $notes
 """)
 
 
-def render_page(told: ReportTable, picture: bytes) -> str:
-    """HTML with the table, `picture` (PNG) and the notes; needs no other file."""
+def render_page(table: ReportTable, picture: bytes) -> str:
+    """Renders the table, `picture` (PNG, embedded) and the notes as HTML."""
     return PAGE.substitute(
-        warning=escape(told.warning),
+        warning=escape(table.warning),
         head="".join(_render_cell("th", heading, heading) for heading in HEADINGS),
-        bodies="\n".join(_render_bodies(told)),
+        bodies="\n".join(_render_bodies(table)),
         picture=base64.b64encode(picture).decode("ascii"),
-        notes="\n".join(f"<li>{escape(note)}</li>" for note in told.notes),
+        notes="\n".join(f"<li>{escape(note)}</li>" for note in table.notes),
     )
 
 
-def _render_bodies(told: ReportTable) -> list[str]:
-    """A table body for each set of held-out samples."""
-    rows = iter(told.rows)
+def _render_bodies(table: ReportTable) -> list[str]:
+    """Renders one table body per evaluation set."""
+    rows = iter(table.rows)
     bodies = []
-    for size in told.groups:
+    for size in table.groups:
         lines = "\n".join(_render_row(next(rows)) for _ in range(size))
         bodies.append(f"<tbody>\n{lines}\n</tbody>")
     return bodies

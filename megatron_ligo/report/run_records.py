@@ -1,4 +1,4 @@
-"""What each folder has recorded, brought into one form: fits, hand-offs, pretraining runs."""
+"""Reads the records of fits, hand-offs and pretraining runs into one form."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from megatron_ligo.training.metrics import METRICS_FILE as METRICS
 from megatron_ligo.training.metrics import read_metrics
 
 PRETRAIN_RECORD = "pretrain.json"
-# What growth.json does not repeat of the operator's own record.
+# Keys of the operator's record that growth.json does not repeat.
 OPERATOR_ONLY_KEYS = ("small", "large", "settings")
+
+# Notes on a run.
+UNFINISHED = "it has not finished: its record is not written yet"
+FIT_NOT_GIVEN = "its fit's folder is not among the given folders: the FLOPs of the fit are not included"
+REUSES_FIT_SAMPLES = "it trains on samples that its fit has read (same data and order): compare held-out losses only"
+FIT_ON_OTHER_SAMPLES = "its fit was evaluated on other samples: its row omits the fit's losses"
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What losses were measured on: held-out samples of so many tokens, by the digest of their tokens and labels."""
+    """The held-out samples that losses were measured on, identified by the digest of their tokens and labels."""
 
     samples: int
     digest: str
@@ -34,12 +40,13 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One folder. None stands for what was not recorded.
+    """One run's folder. None stands for values that were not recorded.
 
-    losses: nats a token on `eval`: "initialised" and "fitted" (the large model after its named initialisation, after
-    the fit), "step 0" and "end" (of a pretraining). metrics: the rows of metrics.jsonl, whose tokens, flops and
-    seconds are totals. spent: FLOPs of the fit that a pretraining's start comes from (0: none).
-    hand_over: on the fit's own batch, (loss at the end of the fit, loss at step 0).
+    losses: nats per token on `evaluation_set`, by key: "initialised" and "fitted" (the large model after its named
+    initialisation, and after the fit), "step 0" and "end" (of a pretraining run). metrics: the rows of metrics.jsonl,
+    whose tokens, flops and seconds are totals. peak_memory: bytes of the fullest rank. prior_flops: FLOPs of the fit
+    behind a pretraining run's start (0: none). handoff_losses: on the fit's own batch, (loss at the end of the fit,
+    loss at step 0).
     """
 
     name: str
@@ -50,7 +57,7 @@ class RecordedRun:
     evaluation_set: EvaluationSet | None = None
     losses: dict[str, float] = field(default_factory=dict)
     metrics: list[dict] = field(default_factory=list)
-    memory: float | None = None
+    peak_memory: float | None = None
     layout: dict | None = None
     precision: str | None = None
     prior_flops: float | None = 0
@@ -74,22 +81,25 @@ class RecordedRun:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
-    """The runs in the order given. Raises CheckpointError with all faults of all folders."""
+    """Reads the runs in the given order. Raises CheckpointError with every error of every folder."""
     errors = ErrorCollector("report", CheckpointError)
     paths = [Path(folder).resolve() for folder in folders]
     for path in {path for path in paths if paths.count(path) > 1}:
-        errors.add(f"{path}", "each folder once", f"it {paths.count(path)} times")
-    found = [_read_run(path, errors) for path in paths]
+        errors.add(f"{path}", "each folder once", f"{paths.count(path)} times")
+    runs = [run for run in (_read_run(path, errors) for path in paths) if run is not None]
     errors.raise_if_any()
-    named = [run for run in found if run is not None]
-    names = [run.name for run in named]
-    # Folders of one name are told apart by the folder above.
-    runs = [
-        replace(run, name=f"{run.folder.parent.name}/{run.name}") if names.count(run.name) > 1 else run for run in named
-    ]
+    runs = _make_names_unique(runs)
     linked = [_link_to_handoff(run, runs, errors) if run.kind == "pretraining" else run for run in runs]
     errors.raise_if_any()
     return linked
+
+
+def _make_names_unique(runs: list[RecordedRun]) -> list[RecordedRun]:
+    """Prepends the parent folder to names that occur more than once."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.folder.parent.name}/{run.name}") if names.count(run.name) > 1 else run for run in runs
+    ]
 
 
 def _read_run(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
@@ -108,10 +118,8 @@ def _read_run(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
         return _read_handoff(folder, errors)
     if not metrics and len(errors.problems) == before:
         expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD_NAME}"
-        errors.add(f"{folder}", expected, "none of them", "Give the --output of fit, grow or pretrain.")
-    return RecordedRun(
-        folder.name, folder, "unfinished", metrics=metrics, prior_flops=None, notes=("it has left no record yet",)
-    )
+        errors.add(f"{folder}", expected, "none of these", "Give the --output folder of fit, grow or pretrain.")
+    return RecordedRun(folder.name, folder, "unfinished", metrics=metrics, prior_flops=None, notes=(UNFINISHED,))
 
 
 def _read_metrics(path: Path, errors: ErrorCollector) -> list[dict]:
@@ -129,7 +137,7 @@ def _read_metrics(path: Path, errors: ErrorCollector) -> list[dict]:
         line = JsonRecord(Path(f"{path}, line {number}"), row, errors)
         for key in ("step", "flops", "seconds", "tokens"):
             if line.number(key) is None and not (key in row and row[key] is not None):
-                errors.add(f"{line.path}", f"a number for {key}", "none")
+                errors.add(f"{line.path}: {key}", "a number", "none")
         for key in ("loss", "eval_loss"):
             line.number(key)
         if len(errors.problems) > 10:
@@ -149,10 +157,10 @@ def _read_fit(folder: Path, record: JsonRecord, metrics: list[dict], errors: Err
         evaluation_set=_parse_evaluation_set(record, model_config, record.number("config", "data", "seq_length")),
         losses=_drop_missing(losses),
         metrics=metrics,
-        memory=_peak_memory(record),
+        peak_memory=_peak_memory(record),
         layout=record.table("layout"),
         precision=record.text("config", "fit", "precision"),
-        record=record.all,
+        record=record.fields,
     )
 
 
@@ -174,7 +182,7 @@ def _read_handoff(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
             record, model_config, record.number("fit", "config", "data", "seq_length"), "fit"
         ),
         losses=_drop_missing(losses),
-        record=record.all,
+        record=record.fields,
     )
 
 
@@ -192,68 +200,79 @@ def _read_pretraining(folder: Path, record: JsonRecord, metrics: list[dict], err
         evaluation_set=_parse_evaluation_set(record, model_config, record.number("run", "data", "seq_length")),
         losses=_drop_missing(losses),
         metrics=metrics,
-        memory=_peak_memory(record),
+        peak_memory=_peak_memory(record),
         layout=record.table("layout"),
         precision=record.text("run", "pretrain", "precision"),
         handoff_losses=None if fitted is None or again is None else (fitted, again),
-        record=record.all,
+        record=record.fields,
     )
 
 
 def _link_to_handoff(run: RecordedRun, runs: Sequence[RecordedRun], errors: ErrorCollector) -> RecordedRun:
-    """A pretraining with what its hand-off says: losses of the fit on the same samples, FLOPs spent before."""
+    """Adds to a pretraining run its hand-off's name, the fit's losses on the same samples, and the fit's FLOPs."""
     start = JsonRecord(run.folder / PRETRAIN_RECORD, run.record, errors).text("run", "pretrain", "start")
     if not start:
         return run
-    given = next((r for r in runs if r.kind == "hand-off" and r.folder == Path(start).resolve()), None)
-    # A path of another machine or working folder is still told by its name.
-    given = given or next((r for r in runs if r.kind == "hand-off" and r.name == Path(start).name), None)
-    if given is None and (Path(start) / provenance.RECORD_NAME).is_file():
-        given = _read_handoff(Path(start).resolve(), errors)
-    if given is None:
+    handoff = _find_handoff(Path(start), runs, errors)
+    if handoff is None:
         if Path(start).exists() and run.handoff_losses is None:
             return run
-        return replace(run, prior_flops=None, notes=(f"its start {start} is not among the folders given",))
-    fit = given.record.get("fit")
-    begun = f"{given.name} ({given.initialised_by})"
+        return replace(run, prior_flops=None, notes=(f"its start {start} is not among the given folders",))
+    initialised_by = f"{handoff.name} ({handoff.initialised_by})"
+    fit = handoff.record.get("fit")
     if not fit:
-        # Nothing was learned between the initialisation and step 0: one loss.
-        same = {"initialised": run.losses["step 0"]} if "step 0" in run.losses else {}
-        return replace(run, initialised_by=begun, losses={**run.losses, **same})
-    source = next((r for r in runs if r.kind == "fit" and _is_same_fit(r.record, fit)), None)
-    notes: tuple[str, ...] = () if source else ("the folder of its fit was not given: the fit's FLOPs are left out",)
+        # Nothing was learned between the initialisation and step 0: they share one loss.
+        initialised = {"initialised": run.losses["step 0"]} if "step 0" in run.losses else {}
+        return replace(run, initialised_by=initialised_by, losses={**run.losses, **initialised})
+    source = next((other for other in runs if other.kind == "fit" and _is_same_fit(other.record, fit)), None)
+    notes: tuple[str, ...] = ()
+    if source is None:
+        notes += (FIT_NOT_GIVEN,)
     if _data_order(run.record.get("run")) == _data_order(fit.get("config")) and _first_sample(run) < _samples_read(fit):
-        notes += ("it trains on samples that its fit has read (same data and order): judge it by held-out ones",)
-    losses = (
-        {**given.losses, **run.losses}
-        if given.evaluation_set and given.evaluation_set == run.evaluation_set
-        else run.losses
-    )
-    if losses is run.losses and given.losses:
-        notes += ("its fit was evaluated on other samples: those losses are left out of its row",)
-    spent = source.total("flops") if source else None
-    return replace(run, initialised_by=begun, losses=losses, prior_flops=spent, notes=notes)
+        notes += (REUSES_FIT_SAMPLES,)
+    losses = run.losses
+    if handoff.evaluation_set and handoff.evaluation_set == run.evaluation_set:
+        losses = {**handoff.losses, **run.losses}
+    elif handoff.losses:
+        notes += (FIT_ON_OTHER_SAMPLES,)
+    prior_flops = source.total("flops") if source else None
+    return replace(run, initialised_by=initialised_by, losses=losses, prior_flops=prior_flops, notes=notes)
+
+
+def _find_handoff(start: Path, runs: Sequence[RecordedRun], errors: ErrorCollector) -> RecordedRun | None:
+    """Finds the hand-off at a path: among the runs by its path, then by its name, then on disk.
+
+    The name identifies a hand-off whose path was recorded on another machine or in another working folder.
+    """
+    handoffs = [run for run in runs if run.kind == "hand-off"]
+    for handoff in handoffs:
+        if handoff.folder == start.resolve():
+            return handoff
+    for handoff in handoffs:
+        if handoff.name == start.name:
+            return handoff
+    return _read_handoff(start.resolve(), errors) if (start / provenance.RECORD_NAME).is_file() else None
 
 
 def _data_order(config: dict | None) -> dict | None:
-    """What decides which training samples come first."""
+    """Returns the settings that determine the order of training samples."""
     data = (config or {}).get("data")
     return {key: data.get(key) for key in ("train", "seq_length", "seed")} if data else None
 
 
 def _first_sample(pretraining: RecordedRun) -> float:
-    """The training sample that a pretraining begins with."""
+    """Returns the index of the first training sample of a pretraining run."""
     return ((pretraining.record.get("run") or {}).get("pretrain") or {}).get("first_sample", 0)
 
 
 def _samples_read(fit: dict) -> float:
-    """Training samples that a fit has read."""
+    """Returns the number of training samples that a fit has read."""
     settings = fit["config"].get("fit") or {}
     return fit.get("step", math.inf) * settings.get("global_batch_size", math.inf)
 
 
 def _is_same_fit(operator: dict, fit: dict) -> bool:
-    """Whether a hand-off's fit is that of an operator's record. As text: a loss that is no number equals itself."""
+    """Tells whether a hand-off's fit is that of an operator's record. Compares text, in which NaN equals itself."""
     own = {key: value for key, value in operator.items() if key not in OPERATOR_ONLY_KEYS}
     return json.dumps(own, sort_keys=True) == json.dumps(fit, sort_keys=True)
 
@@ -291,7 +310,7 @@ def _drop_missing(losses: dict[str, float | None]) -> dict[str, float]:
 
 
 def _describe_initialisation(settings: dict | None) -> str | None:
-    """width / depth, and the noise, as the config words them; a table by space is named by its default."""
+    """Formats width / depth initialisation and noise in the config's words. A table by space shows its default."""
     if not settings:
         return None
     width, depth, noise = (_describe_setting(settings.get(key)) for key in ("width_init", "depth_init", "noise"))

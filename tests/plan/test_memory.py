@@ -1,4 +1,4 @@
-"""What a rank's tensors take at most, as the plan says it and as it is measured, for many layouts and sizes."""
+"""Holds the planned peak of a rank's tensors against real ranks, for many layouts and sizes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from megatron_ligo.bench import bench_plan
 from megatron_ligo.bench.steps.memory_peak import PeakMemoryProbe
 
 
-def peaks(kind: str, job: dict) -> list[dict]:
-    """Of every rank."""
+def measure_ranks(kind: str, job: dict) -> list[dict]:
+    """Returns the measurement of every rank."""
     ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, PeakMemoryProbe(kind, job).found())
+    dist.all_gather_object(ranks, PeakMemoryProbe(kind, job).measure())
     return ranks
 
 
-# Those that only join what others have apart wait for --long.
+# These only combine what other cases cover separately; they run with --long.
 LONG = ("pretraining", "pretraining, bf16", "fit, micro-batches", "fit, recomputed", "fit, rank 32")
-EACH = [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in bench_plan.CASES]
+CASES = [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in bench_plan.CASES]
 
 
-@pytest.mark.parametrize("case", EACH)
+@pytest.mark.parametrize("case", CASES)
 def test_memory_is_as_planned_within_15_percent(pools, case):
-    kind, world, sizes, more = bench_plan.CASES[case]
-    ranks = pools(world).run(peaks, kind=kind, job={**sizes, **more})
+    kind, world_size, sizes, options = bench_plan.CASES[case]
+    ranks = pools(world_size).run(measure_ranks, kind=kind, job={**sizes, **options})
     for stage in bench_plan.compare_by_stage(ranks):
         assert stage["ratio"] == pytest.approx(1.0, abs=bench_plan.GOAL), stage
     assert all(rank["parameters"] == rank["counted"] for rank in ranks)

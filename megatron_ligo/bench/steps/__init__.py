@@ -1,1 +1,1 @@
-"""Steps of fits and of pretraining on real ranks, for the measurements that take them in turn."""
+"""Steps of fits and pretraining runs on real ranks, driven by the benchmarks."""

@@ -1,4 +1,4 @@
-"""A fit and a pretraining of given sizes on random weights and tokens, stepped by command, with what each step took."""
+"""Fits and pretraining runs of given sizes on random weights and tokens, driven step by step and measured."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SEED = 1234
 
 @dataclass
 class StepJob:
-    """What is run: sizes, layout, tokens. micro_batches is what one data-parallel rank runs in a step."""
+    """The job of a benchmark: sizes, layout, tokens. micro_batches: per data-parallel rank and step."""
 
     small: dict
     large: dict
     tokens: int = 512
-    sequences: int = 1  # in a micro-batch of so many tokens
+    sequences: int = 1  # per micro-batch of `tokens` tokens
     micro_batches: int = 1
     operator: dict = field(default_factory=dict)
     parallel: dict = field(default_factory=dict)
@@ -41,14 +41,14 @@ class StepJob:
     def seq_length(self) -> int:
         return self.tokens // self.sequences
 
-    def small_dims(self) -> ModelConfig:
+    def small_config(self) -> ModelConfig:
         fixed = {"arch": "llama", "model_type": "llama", "max_positions": 8192, "norm_eps": 1e-5, "tied": True}
         return ModelConfig(**{**fixed, "rope_base": 10000.0, **self.small})
 
-    def operator_made(self):
-        return build_initial_operator(self.small_dims(), LargeSection(**self.large), OperatorSection(**self.operator))
+    def build_operator(self):
+        return build_initial_operator(self.small_config(), LargeSection(**self.large), OperatorSection(**self.operator))
 
-    def run(self, dp: int) -> TrainingSection:
+    def build_training(self, dp: int) -> TrainingSection:
         return TrainingSection(
             global_batch_size=self.sequences * self.micro_batches * dp,
             micro_batch_size=self.sequences,
@@ -60,7 +60,7 @@ class StepJob:
 
 
 class RandomWeightsReader(Reader):
-    """A model with weights as they are drawn for pretraining."""
+    """Reads freshly initialised weights, as pretraining from scratch starts with."""
 
     format, path = "drawn", None
 
@@ -78,7 +78,7 @@ class RandomWeightsReader(Reader):
 
 
 class EngineStepper(ABC):
-    """One rank's engine and its batches."""
+    """One rank's engine, stepped on random batches."""
 
     def __init__(self, job: StepJob):
         self.baseline = _resident_bytes()
@@ -93,31 +93,31 @@ class EngineStepper(ABC):
 
     @abstractmethod
     def build(self):
-        """The engine of what is measured."""
+        """Builds the engine to measure."""
 
     def step(self) -> dict[str, float]:
-        """Seconds, processor seconds and tensor-parallel traffic of one step, and the loss."""
+        """Takes one step. Returns its wall-clock and processor seconds, tensor-parallel bytes sent, and loss."""
         job = self.job
         generator = torch.Generator().manual_seed(SEED + self.mesh.dp_rank)
         shape = (job.micro_batches, job.sequences, job.seq_length + 1)
-        ids = torch.randint(0, job.small_dims().vocab_size, shape, generator=generator)
+        ids = torch.randint(0, job.small_config().vocab_size, shape, generator=generator)
         batches = [{"tokens": part[:, :-1], "labels": part[:, 1:].contiguous()} for part in ids]
         for batch in batches:
             batch["loss_mask"] = torch.ones(job.sequences, job.seq_length)
         dist.barrier()
         self.traffic.start(self.mesh.tp_group)
-        began, used = time.monotonic(), time.process_time()
+        wall_start, cpu_start = time.monotonic(), time.process_time()
         loss, _ = self.engine.train_step(batches)
         dist.barrier()
         return {
-            "seconds": time.monotonic() - began,
-            "cpu": time.process_time() - used,
+            "seconds": time.monotonic() - wall_start,
+            "cpu": time.process_time() - cpu_start,
             "tp_bytes": self.traffic.stop(),
             "loss": loss,
         }
 
     def memory(self) -> dict[str, int]:
-        """The peak, and what the process held before it built anything."""
+        """Returns the peak and the baseline before the engine was built, in bytes, and the number of parameters."""
         return {"peak": peak_memory_bytes(), "baseline": self.baseline, "parameters": self.parameters}
 
 
@@ -128,32 +128,34 @@ class FitStepper(EngineStepper):
         from megatron_ligo.models.factored.small_weights import SmallWeights
         from megatron_ligo.training.engine import Engine
 
-        job, operator = self.job, self.job.operator_made()
+        job, operator = self.job, self.job.build_operator()
         zero = job.parallel.get("zero", 1)
-        shared_by = 1 if zero == 3 else job.micro_batches
-        runtime = FactoredContext(
+        micro_batches_per_build = 1 if zero == 3 else job.micro_batches
+        context = FactoredContext(
             operator,
             SmallWeights(operator, RandomWeightsReader(operator.small), self.mesh, zero, job.whole_source),
             self.mesh,
             self.dtype,
-            micro_batches=shared_by,
-            tokens_per_step=shared_by * job.tokens,
+            micro_batches=micro_batches_per_build,
+            tokens_per_step=micro_batches_per_build * job.tokens,
             recompute=job.recompute,
             sequence_parallel=job.parallel.get("sequence_parallel", False),
             gradients_each=zero == 2,
             teacher=self._teacher() if job.distill else None,
             lag=RandomWeightsReader(operator.large).read if job.lagged else None,
         )
-        module = FactoredPipeline(runtime) if self.mesh.pp > 1 else FactoredModel(runtime)
+        module = FactoredPipeline(context) if self.mesh.pp > 1 else FactoredModel(context)
         groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
-        return Engine(module, self.mesh, job.run(self.mesh.dp), groups, after_update=module.step_state.mark_updated)
+        return Engine(
+            module, self.mesh, job.build_training(self.mesh.dp), groups, after_update=module.step_state.mark_updated
+        )
 
     def _teacher(self):
         from megatron_ligo.models.factored.teacher import Teacher
 
         job = self.job
         return Teacher(
-            RandomWeightsReader(job.small_dims()),
+            RandomWeightsReader(job.small_config()),
             self.mesh,
             self.dtype,
             job.distill,
@@ -169,33 +171,33 @@ class PretrainStepper(EngineStepper):
         from megatron_ligo.training.engine import Engine
         from megatron_ligo.training.pretrain import build_parameter_groups
 
-        job, model_config = self.job, self.job.operator_made().large
+        job, model_config = self.job, self.job.build_operator().large
         build = BuildOptions(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))
         model = build_model(model_config, build, self.mesh, job.recompute)
         parameters.fill(model, model_config, self.mesh, parameters.initial_weights(model_config, SEED))
         bf16 = self.dtype is torch.bfloat16
-        return Engine(model, self.mesh, job.run(self.mesh.dp), build_parameter_groups(model, 0.1), bf16)
+        return Engine(model, self.mesh, job.build_training(self.mesh.dp), build_parameter_groups(model, 0.1), bf16)
 
 
 class GroupTraffic:
-    """Bytes that this rank sends over a group, as a ring sends them."""
+    """Counts the bytes that this rank sends over a group under ring collectives. Wraps torch.distributed."""
 
     def __init__(self) -> None:
         self.group, self.bytes = None, 0.0
-        dist.all_reduce = self._counted(dist.all_reduce, "tensor", 2.0)
-        dist.all_gather_into_tensor = self._counted(dist.all_gather_into_tensor, "output_tensor", 1.0)
-        dist.reduce_scatter_tensor = self._counted(dist.reduce_scatter_tensor, "input", 1.0)
+        dist.all_reduce = self._wrap(dist.all_reduce, "tensor", 2.0)
+        dist.all_gather_into_tensor = self._wrap(dist.all_gather_into_tensor, "output_tensor", 1.0)
+        dist.reduce_scatter_tensor = self._wrap(dist.reduce_scatter_tensor, "input", 1.0)
 
-    def _counted(self, call, whole: str, passes: float):
-        place = {"tensor": 0, "output_tensor": 0, "input": 1}[whole]
+    def _wrap(self, collective, argument: str, passes: float):
+        position = {"tensor": 0, "output_tensor": 0, "input": 1}[argument]
 
         def counted(*args, **kwargs):
             group = kwargs.get("group")
             if self.group is not None and group is self.group:
-                tensor = kwargs[whole] if whole in kwargs else args[place]
+                tensor = kwargs[argument] if argument in kwargs else args[position]
                 ranks = dist.get_world_size(group)
                 self.bytes += passes * (ranks - 1) / ranks * tensor.numel() * tensor.element_size()
-            return call(*args, **kwargs)
+            return collective(*args, **kwargs)
 
         return counted
 
