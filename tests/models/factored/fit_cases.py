@@ -22,7 +22,8 @@ from megatron_ligo.training.engine import Engine
 from tests import image_models
 from tests.growth import official_ligo
 from tests.layer_norm_models import dims_of, memory_of, model_of
-from tests.models.factored.fit_reference import lag_of, make_operator, materialise
+from tests.models.factored.fit_reference import lag_of, make_operator
+from tests.models.factored.reference_growth import materialise
 from tests.tiny_models import llama_dims, tokens
 
 SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}

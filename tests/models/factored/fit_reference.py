@@ -1,6 +1,6 @@
-"""The fit in one process of plain torch: the reference that every sharded run is held against.
+"""The fit in one process of plain torch: the reference for every sharded run.
 
-Independent of model/: a Hugging Face model runs on weights that are materialised from the operator's tensors.
+Independent of models/: a Hugging Face model runs on weights that reference_growth.py makes of the operator's tensors.
 """
 
 from __future__ import annotations
@@ -8,41 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import Use, key_pattern, layer_index
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
-from megatron_ligo.growth import random_init
-from megatron_ligo.growth.operator import Operator, short_key
+from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import build_initial_operator
-from megatron_ligo.growth.width_maps import grow_tensor
 from tests import layer_norm_models
 from tests.layer_norm_models import memory_of
+from tests.models.factored.reference_growth import materialise
 
 
 def make_operator(small, large: dict, settings: dict) -> Operator:
     return build_initial_operator(small, LargeSection(**large), OperatorSection(**settings))
-
-
-def materialise(operator: Operator, source, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every grown weight, differentiable in `values` (the operator's tensors), by canonical key."""
-    grown = {}
-    for key in operator.arch.keys(operator.large):
-        param, layer = operator.arch.param(key), layer_index(key)
-        if layer is None:
-            mixed = operator.extend_table(key, source.read(key))
-        else:
-            stack = torch.stack([source.read(key_pattern(key).format(i)) for i in range(operator.small.num_layers)])
-            mixed = torch.tensordot(values[f"depth.{short_key(param)}"][layer], stack, dims=1)
-        if param.axes[0].use is Use.GAIN:
-            grown[key] = _gain(operator, values, param, mixed)
-        else:
-            rms = random_init.root_mean_square(source.read(random_init.scale_source_key(operator, key)))
-            joined = random_init.added_rows(operator, key, rms)
-            matrix = _matrix(operator, values, layer)
-            grown[key] = grow_tensor(param, mixed, matrix, operator.space_maps, joined)
-            if param.feeds_head and operator.large.tied and operator.copied_gains:
-                # A norm's bias before a tied head: its copies come back as one.
-                grown[key] = grown[key] * values["gain.final"] / values["gain.layers"]
-    return grown
 
 
 def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -52,32 +27,6 @@ def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, T
     state = layer_norm_models.in_memory(model, layer_norm_models.state_of(operator.arch, operator.large, grown))
     logits = torch.func.functional_call(model, state, (tokens,)).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-
-
-def _gain(operator, values, param, mixed):
-    space = "head" if param.key == "head_norm" and not operator.large.tied else "residual"
-    if not operator.copied_gains:
-        return _expand(operator, values, space, None) @ mixed
-    if space == "head":
-        return mixed[values["gain.head.source"]] * values["gain.head.factor"]
-    return mixed[values["gain.source"]] * values["gain.final" if param.feeds_head else "gain.layers"]
-
-
-def _matrix(operator, values, layer):
-    def of(lift, use):
-        if use is Use.INPUT and operator.has_contract(lift.map_name):
-            return values[operator.width_name(lift.map_name, "contract", layer)].t()
-        return _expand(operator, values, lift.map_name, layer)
-
-    return of
-
-
-def _expand(operator, values, map_name, layer):
-    expand = values[operator.width_name(map_name, "expand", layer)]
-    if operator.setting("identity", map_name) == "frozen":
-        kept = operator.maps[map_name].small
-        expand = torch.cat([torch.eye(kept), expand[kept:]])
-    return expand
 
 
 def lag_of(operator: Operator) -> dict[str, Tensor]:

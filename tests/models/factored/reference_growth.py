@@ -1,0 +1,190 @@
+"""Growth written out in plain torch: the reference for the factored fit. Uses none of growth/'s arithmetic.
+
+W_large = B (sum_i w_i W_i) A^T (LiGO, arXiv 2303.00980, equation 6), with B and A^T written out as full (large x small)
+matrices. Of an operator it takes the tensors by name, the settings and the two models' sizes.
+
+Legend: G KV groups, r query heads a group, d head size; 1 small, 2 large.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Use, key_pattern, layer_index
+from megatron_ligo.common.seeding import seeded_generator
+from megatron_ligo.config.run_config import value_for_space
+from megatron_ligo.growth.operator import Operator
+
+# Spaces that keep their features.
+FIXED_SPACES = ("vocab", "position", "token_type", "order", "channel", "pixel")
+Values = dict[str, Tensor]  # the operator's tensors, by name
+
+
+def materialise(operator: Operator, source, values: Values) -> dict[str, Tensor]:
+    """Every grown weight by canonical key, differentiable in `values`."""
+    return {key: grow(operator, source, values, key) for key in operator.arch.keys(operator.large)}
+
+
+def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
+    """One grown weight, in the large model's shape."""
+    spec, layer = operator.arch.param(key), layer_index(key)
+    mixed = mixed_layers(operator, source, values, spec, layer)
+    if spec.axes[0].use is Use.GAIN:
+        return grown_gain(operator, values, spec, mixed)
+    fresh = fresh_rows(operator, source, spec, layer)
+    for dim, axis in enumerate(spec.axes):
+        matrix = feature_matrix(operator, values, axis, layer)
+        if matrix is not None:
+            mixed = torch.tensordot(matrix, mixed, dims=([1], [dim])).movedim(0, dim)
+        if dim == 0 and fresh is not None:
+            mixed = mixed + fresh
+    if spec.feeds_head and operator.large.tied and value_for_space(operator.settings.gain, "residual") == "copied":
+        # A norm's bias before a tied head: the copies of a feature come back as one.
+        mixed = mixed * values["gain.final"] / values["gain.layers"]
+    return mixed
+
+
+def mixed_layers(operator: Operator, source, values: Values, spec: ParamSpec, layer: int | None) -> Tensor:
+    """The depth-mixed small weight; outside the layers, the small weight with its new rows."""
+    if layer is None:
+        return with_new_rows(operator, spec, source.read(spec.key))
+    stack = torch.stack([source.read(spec.key.format(i)) for i in range(operator.small.num_layers)])
+    return torch.einsum("l,l...->...", values[f"depth.{short_name(spec)}"][layer], stack)
+
+
+def with_new_rows(operator: Operator, spec: ParamSpec, table: Tensor) -> Tensor:
+    """Rows for the tokens, labels and positions that only the large model has."""
+    small, large, settings = operator.small, operator.large, operator.settings
+    count = spec.shape(large)[0] - table.shape[0]
+    if spec.role is Role.POSITION_EMBEDDING and small.image_size != large.image_size:
+        return interpolated_positions(operator, table)
+    if count == 0 or spec.axes[0].space not in ("vocab", "position"):
+        return table
+    if spec.axes[0].space == "vocab":
+        generator = seeded_generator(settings.seed, f"tokens.{spec.key}")
+        return torch.cat([table, rows_around_mean(table, count, settings.vocab_noise, generator)])
+    used = table[small.first_position :]
+    if settings.position_init == "tile":
+        return torch.cat([table, used[torch.arange(count) % len(used)]])
+    generator = seeded_generator(settings.seed, f"positions.{spec.key}")
+    return torch.cat([table, rows_around_mean(used, count, float(settings.position_init == "random"), generator)])
+
+
+def rows_around_mean(table: Tensor, count: int, noise: float, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(count, *table.shape[1:], generator=generator, dtype=torch.float64)
+    return (table.double().mean(0) + noise * table.double().std(0) * drawn).to(table)
+
+
+def interpolated_positions(operator: Operator, table: Tensor) -> Tensor:
+    """Bicubic over the patches, as transformers' ViT does it; special tokens keep their rows."""
+    small, large = operator.small, operator.large
+    side, size = small.image_size // small.patch_size, large.image_size // large.patch_size
+    special = len(table) - side * side
+    patches = table[special:].reshape(side, side, -1).permute(2, 0, 1)[None]
+    grid = F.interpolate(patches, size=(size, size), mode="bicubic", align_corners=False)[0]
+    return torch.cat([table[:special], grid.permute(1, 2, 0).flatten(0, 1)])
+
+
+def grown_gain(operator: Operator, values: Values, spec: ParamSpec, mixed: Tensor) -> Tensor:
+    """A norm's gain: the copied feature's times a constant, or (official LiGO) grown as a vector."""
+    space = "head" if spec.role is Role.HEAD_NORM and not operator.large.tied else "residual"
+    if value_for_space(operator.settings.gain, "residual") != "copied":
+        return width_map(operator, values, space, None, False) @ mixed
+    if space == "head":
+        return mixed[values["gain.head.source"]] * values["gain.head.factor"]
+    return mixed[values["gain.source"]] * values["gain.final" if spec.feeds_head else "gain.layers"]
+
+
+def width_map(operator: Operator, values: Values, name: str, layer: int | None, is_input: bool) -> Tensor:
+    """A width map (large x small) as the fit learns it: contract's transpose where the map has one, else expand."""
+    stem = f"width.{name}.{layer}" if f"width.{name}.{layer}.expand" in values else f"width.{name}"
+    if is_input and f"{stem}.contract" in values:
+        return values[f"{stem}.contract"].t()
+    expand = values[f"{stem}.expand"]
+    if value_for_space(operator.settings.identity, name) == "frozen":
+        size = expand.shape[1]
+        expand = torch.cat([torch.eye(size), expand[size:]])
+    return expand
+
+
+def feature_matrix(operator: Operator, values: Values, axis: Axis, layer: int | None) -> Tensor | None:
+    """The full (large features x small features) matrix of an axis; None where the space keeps its features."""
+    small, large = operator.small, operator.large
+    if axis.space in FIXED_SPACES:
+        return None
+    is_input, is_query = axis.use is Use.INPUT, axis.heads is Heads.Q
+    if axis.heads is Heads.NONE:
+        return width_map(operator, values, operator.arch.space(axis, large), layer, is_input)
+    ratio1, ratio2 = (config.num_heads // config.num_kv_heads for config in (small, large))
+    if value_for_space(operator.settings.structure, "groups") == "dense":
+        name = axis.space if axis.space != "qk" else "q" if is_query else "k"
+        matrix = width_map(operator, values, name, layer, is_input)
+        if not is_query or axis.space == "qk":
+            return matrix
+        # o reads every query head of a group through the group's values.
+        groups = matrix.view(large.num_kv_heads, large.head_dim, small.num_kv_heads, small.head_dim)
+        lifted = torch.einsum("gdhe,rs->grdhse", groups, torch.eye(ratio2))
+        return lifted.reshape(large.num_heads * large.head_dim, -1)
+    if is_query and ratio1 != ratio2:
+        heads = width_map(operator, values, "heads", layer, is_input)
+    else:
+        heads = width_map(operator, values, "groups", layer, is_input)
+        heads = kronecker(heads, torch.eye(ratio1)) if is_query else heads
+    if axis.space == "qk":
+        part = "q" if is_query else "k"
+    else:
+        part = "o" if is_input else "v"
+    within = torch.eye(small.head_dim)
+    if small.head_dim != large.head_dim:
+        within = head_features(part, small.head_dim, large.head_dim, small.rope_base is not None).float()
+    return kronecker(heads, within)
+
+
+def kronecker(outer: Tensor, inner: Tensor) -> Tensor:
+    """(a, b), (c, d) -> (a c, b d)."""
+    return torch.einsum("ab,cd->acbd", outer, inner).reshape(len(outer) * len(inner), -1)
+
+
+def head_features(part: str, small: int, large: int, has_rope: bool) -> Tensor:
+    """(d2 x d1): old features keep their rotary pairs, new ones of q, v and o copy them, new ones of k are zero."""
+    places = list(range(small))
+    if has_rope and part in "qk":
+        step = large // small if large % small == 0 else 1
+        places = [half * large // 2 + pair * step for half in (0, 1) for pair in range(small // 2)]
+    kept, copies = torch.zeros(large, small).double(), torch.zeros(large, small).double()
+    for feature, place in enumerate(places):
+        kept[place, feature] = 1
+    for i, place in enumerate(sorted(set(range(large)) - set(places))):
+        copies[place, i % small] = 1
+    if part == "k":
+        return kept
+    if part == "q":
+        # Scores are divided by the square root of the head size.
+        return kept * (large / small) ** 0.5 + copies
+    return kept + copies if part == "v" else (kept + copies) / (kept + copies).sum(dim=0)
+
+
+def fresh_rows(operator: Operator, source, spec: ParamSpec, layer: int | None) -> Tensor | None:
+    """Fresh rows (large out, small in) of new heads, neurons and layers, as large as the small model's own."""
+    writes_stream = spec.axes[0].space == "residual"
+    if operator.settings.fresh != "writers" or layer is None or len(spec.axes) != 2 or writes_stream:
+        return None
+    small, large, settings = operator.small, operator.large, operator.settings
+    shape = spec.shape(large)[0], spec.shape(small)[1]
+    sources = [j * small.num_layers // large.num_layers for j in range(large.num_layers)]
+    name = "groups" if spec.axes[0].heads is not Heads.NONE else spec.axes[0].space
+    kept = spec.shape(small if value_for_space(settings.width_init, name) == "pad" else large)[0]
+    is_padded = value_for_space(settings.depth_init, short_name(spec)) == "pad"
+    if is_padded and layer > 0 and sources[layer] == sources[layer - 1]:
+        kept = 0
+    reference = source.read(spec.key.format(sources[layer]))
+    drawn = torch.empty(shape).normal_(generator=seeded_generator(settings.seed, f"fresh.{spec.key.format(layer)}"))
+    drawn = drawn * float(reference.double().square().mean().sqrt())
+    return torch.cat([torch.zeros(kept, shape[1]), drawn[kept:]])
+
+
+def short_name(spec: ParamSpec) -> str:
+    """`layers.{}.q` -> `q`."""
+    return key_pattern(spec.key).split(".", 2)[2]
