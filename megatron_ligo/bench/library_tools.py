@@ -30,7 +30,7 @@ def run_megatron_core(source: Path, work: Path, target: Path) -> dict[str, float
     meshes.init_distributed()
     reader, mesh = formats.open(source), meshes.build_mesh(1, 1)
     model = FullGPT(reader.model_config, BuildOptions(), mesh)
-    parameters.fill(model, reader.model_config, mesh, reader.read)
+    parameters.fill_parameters(model, reader.model_config, mesh, reader.read)
     target.mkdir()
     return {
         "save": _time_until_synced(lambda: dist_checkpointing.save(model.sharded_state_dict(), str(target))),

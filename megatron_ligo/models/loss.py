@@ -15,7 +15,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 
 
-def language_model_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
+def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
     """Mean cross entropy over the tokens whose mask is 1.
 
     logits: (s, b, padded vocabulary / tp), this rank's columns. labels, mask: (b, s). Columns that only pad the
@@ -33,7 +33,7 @@ def language_model_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size
     return (per_token * weights).sum() / weights.sum()
 
 
-def accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
+def compute_accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
     """The part of the labels whose mask is 1 that have the largest logit; of equal ones the first counts.
 
     logits: (s, b, padded vocabulary / tp), this rank's columns. labels, mask: (b, s).
@@ -58,17 +58,17 @@ class LossMixin:
 
     model_config: ModelConfig
     mesh: Mesh
-    counts_hits = False
+    measures_accuracy = False
 
     def measure(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        if self.counts_hits:
-            return accuracy(logits, labels, mask, self.model_config.vocab_size, self.mesh)
-        return language_model_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh.tp_rank)
+        if self.measures_accuracy:
+            return compute_accuracy(logits, labels, mask, self.model_config.vocab_size, self.mesh)
+        return compute_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh.tp_rank)
 
     @contextmanager
-    def counting_hits(self) -> Iterator[None]:
-        self.counts_hits = True
+    def measuring_accuracy(self) -> Iterator[None]:
+        self.measures_accuracy = True
         try:
             yield
         finally:
-            self.counts_hits = False
+            self.measures_accuracy = False

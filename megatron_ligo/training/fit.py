@@ -26,7 +26,7 @@ from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
-from megatron_ligo.models.mcore.layer_spec import check_network
+from megatron_ligo.models.mcore.layer_spec import check_supported
 from megatron_ligo.sharding.tensor_parallel import check_tp
 from megatron_ligo.training import loop
 from megatron_ligo.training.best_operator import BestOperator
@@ -215,7 +215,7 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     if not small.path:
         raise ConfigError("small.path: expected the small model's checkpoint, found nothing. Set it in [small].")
     reader = formats.open(small.path, None if small.format == "auto" else small.format)
-    check_network(reader.model_config)
+    check_supported(reader.model_config)
     operator = build_initial_operator(reader.model_config, config.large, config.operator)
     errors = ErrorCollector("the fit cannot be done", ConfigError)
     check_factored(operator.settings, errors)

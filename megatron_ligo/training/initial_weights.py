@@ -20,7 +20,7 @@ from megatron_ligo.config.run_config import ParallelSection, RunConfig
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.validation import derive_large_config
 from megatron_ligo.models.full import parameters
-from megatron_ligo.models.mcore.layer_spec import check_network
+from megatron_ligo.models.mcore.layer_spec import check_supported
 from megatron_ligo.sharding.tensor_parallel import check_tp
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class InitialWeights:
 
     def read(self, seed: int) -> Callable[..., Tensor]:
         """Its tensors by key (and kind), weights that it lacks drawn from the seed."""
-        drawn = parameters.initial_weights(self.model_config, seed)
+        drawn = parameters.build_initial_weights(self.model_config, seed)
         held = set() if self.source is None else set(self.source.keys())
         return lambda key, *kind: self.source.read(key, *kind) if key in held else drawn(key)
 
@@ -64,7 +64,7 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
     start = replace(start, model_config=_drop_untrained_parts(start.model_config))
     if config.pretrain.fresh_head:
         start = _add_head(start)
-    check_network(start.model_config)
+    check_supported(start.model_config)
     check_layout(
         start.model_config, config.pretrain.parallel, start.model_config.tokens_of_sample(config.data.seq_length)
     )

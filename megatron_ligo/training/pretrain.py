@@ -87,7 +87,7 @@ class Pretrain(TrainingJob):
         """Returns the loss on the first held-out samples and, for a classifier, the accuracy."""
         metrics = {"loss": self.evaluate(samples)}
         if architectures.get(self.model_config.arch).task is Task.LABEL:
-            with self.engine.module.counting_hits():
+            with self.engine.module.measuring_accuracy():
                 metrics["accuracy"] = self.evaluate(samples)
         return metrics
 
@@ -160,8 +160,8 @@ class Pretrain(TrainingJob):
         read = start.read(section.seed)
         fills_weights = not start.universal and (not self.checkpoint or self.layout_changed)
         if fills_weights:
-            parameters.fill(model, self.model_config, self.mesh, read)
-        if start.universal and universal_loading.must_prepare(self.model_config, section.parallel.zero):
+            parameters.fill_parameters(model, self.model_config, self.mesh, read)
+        if start.universal and universal_loading.needs_preparation(self.model_config, section.parallel.zero):
             universal_loading.prepare_for_universal(model, self.model_config, self.mesh.tp_group)
         trained = find_head_parameters(model, self.model_config) if section.fresh_head else None
         groups = build_parameter_groups(model, section.weight_decay, trained)
@@ -257,7 +257,7 @@ def find_head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.
     """Returns the parameters of the output head, without a weight that is tied to the embedding."""
     return {
         parameter
-        for parameter, item in parameters.parameters(model, model_config)
+        for parameter, item in parameters.iterate_parameters(model, model_config)
         if item.params[0].requires == "has_head"
     }
 

@@ -18,7 +18,7 @@ from megatron_ligo.data.image_dataset import open_image_dataset
 from megatron_ligo.data.prepare_images import DIGITS_FILE, prepare_images, read_digits, read_npz
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.export import handoff, provenance
-from megatron_ligo.models.loss import accuracy
+from megatron_ligo.models.loss import compute_accuracy
 from megatron_ligo.report.run_records import read_runs
 from tests import image_models, layer_norm_models
 from tests.training.pretrain_runs import fit, pretrain
@@ -166,5 +166,7 @@ def test_accuracy_counts_unmasked_samples():
         [[[1.0, 3.0, 9.0], [4.0, 4.0, 0.0], [0.0, 1.0, 0.0]]]
     )  # (1, 3, 3); the last column is padding
     labels, mask = torch.tensor([[1], [0], [0]]), torch.ones(3, 1)
-    assert accuracy(logits, labels, mask, 2, meshes.build_mesh(1, 1)) == pytest.approx(2 / 3)
-    assert accuracy(logits, labels, torch.tensor([[1.0], [0], [1]]), 2, meshes.build_mesh(1, 1)) == pytest.approx(1 / 2)
+    assert compute_accuracy(logits, labels, mask, 2, meshes.build_mesh(1, 1)) == pytest.approx(2 / 3)
+    assert compute_accuracy(
+        logits, labels, torch.tensor([[1.0], [0], [1]]), 2, meshes.build_mesh(1, 1)
+    ) == pytest.approx(1 / 2)

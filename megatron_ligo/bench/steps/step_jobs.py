@@ -68,7 +68,7 @@ class RandomWeightsReader(Reader):
         from megatron_ligo.models.full import parameters
 
         self.model_config = model_config
-        self._read = parameters.initial_weights(model_config, SEED)
+        self._read = parameters.build_initial_weights(model_config, SEED)
 
     def info(self, key: str) -> TensorInfo:
         return TensorInfo(self.param(key).shape(self.model_config), torch.float32)
@@ -174,7 +174,7 @@ class PretrainStepper(EngineStepper):
         job, model_config = self.job, self.job.build_operator().large
         build = BuildOptions(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))
         model = build_model(model_config, build, self.mesh, job.recompute)
-        parameters.fill(model, model_config, self.mesh, parameters.initial_weights(model_config, SEED))
+        parameters.fill_parameters(model, model_config, self.mesh, parameters.build_initial_weights(model_config, SEED))
         bf16 = self.dtype is torch.bfloat16
         return Engine(model, self.mesh, job.build_training(self.mesh.dp), build_parameter_groups(model, 0.1), bf16)
 

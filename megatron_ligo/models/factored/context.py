@@ -22,7 +22,7 @@ from megatron_ligo.growth.width_maps import LiftedMap
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.factored.small_weights import OutsideTensors, SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
-from megatron_ligo.models.mcore.layer_spec import rotary_embedding
+from megatron_ligo.models.mcore.layer_spec import build_rotary_embedding
 from megatron_ligo.sharding.tensor_parallel import shard
 
 
@@ -56,7 +56,7 @@ class FactoredContext:
     lag: Callable[[str], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.rotary = rotary_embedding(self.operator.large)
+        self.rotary = build_rotary_embedding(self.operator.large)
         gain_names = [name for name in self.operator.shapes() if name.startswith("gain.")]
         self.gain_tensors = {name: self.operator.tensor(name).to(device.current_device()) for name in gain_names}
         self.outside_lag: OutsideTensors | None = None

@@ -15,8 +15,8 @@ from megatron_ligo.models.factored.context import FactoredContext, add_lag
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.factored.small_weights import OutsideTensors
 from megatron_ligo.models.factored.step_state import StepState
-from megatron_ligo.models.full.image_classifier import image_tokens
-from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, normalization
+from megatron_ligo.models.full.image_classifier import embed_image
+from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, get_normalization
 from megatron_ligo.models.mcore.norm import normalise
 
 
@@ -41,7 +41,7 @@ class FactoredEnd(nn.Module):
         if bias is not None:
             grown = context.enter_partial_use(bias, context.grow_norm_bias(bias, outside.biases[role], expand))
             shift = add_lag(grown, lag.biases.get(role)).to(h.dtype)
-        return normalise(h, weight.to(h.dtype), shift, large.norm_eps, normalization(large))
+        return normalise(h, weight.to(h.dtype), shift, large.norm_eps, get_normalization(large))
 
 
 class FactoredEmbedding(FactoredEnd):
@@ -90,7 +90,7 @@ class FactoredPatchEmbedding(FactoredEnd):
         weights = outside.weights
         special = weights[Role.CLASS_TOKEN], weights.get(Role.DISTILLATION_TOKEN)
         patch, patch_bias = weights[Role.PATCH_EMBEDDING], outside.biases[Role.PATCH_EMBEDDING]
-        small = image_tokens(images, patch, patch_bias, special, weights[Role.POSITION_EMBEDDING])
+        small = embed_image(images, patch, patch_bias, special, weights[Role.POSITION_EMBEDDING])
         if context.sequence_parallel:
             small = small.chunk(context.mesh.tp)[context.mesh.tp_rank]
         return map_for_use(self.state.shared_maps(), "residual", False).apply(small.to(self.state.dtype))

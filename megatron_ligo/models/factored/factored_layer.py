@@ -30,11 +30,11 @@ from megatron_ligo.models.factored.step_state import StepState
 from megatron_ligo.models.mcore.layer_calls import checkpointed
 from megatron_ligo.models.mcore.layer_spec import (
     BuildOptions,
-    activation,
-    layer_class,
-    layer_spec,
-    mlp_submodules,
-    transformer_config,
+    build_layer_spec,
+    build_transformer_config,
+    get_ffn_activation,
+    get_layer_class,
+    get_mlp_submodules,
 )
 
 # In pre-norm layers, the linear that alone reads each norm, by Megatron-core's names.
@@ -80,11 +80,11 @@ class FactoredLayer(nn.Module):
         self.maps = MapParameters(operator, context.mesh, layer, context.sequence_parallel)
         self.depth = DepthParameters(operator, layer, source.split_specs, source.whole_specs)
         build = BuildOptions(context.dtype, context.mesh.tp, context.sequence_parallel)
-        config = transformer_config(operator.large, build)
+        config = build_transformer_config(operator.large, build)
         # The linear after it applies it: Megatron-core's mlp passes on what it is given.
         config.gated_linear_unit, config.activation_func = False, pass_through
-        submodules = layer_spec_with_holes(operator).submodules
-        self.block = layer_class(operator.large)(config, submodules, layer_number=layer + 1)
+        submodules = build_layer_spec_with_holes(operator).submodules
+        self.block = get_layer_class(operator.large)(config, submodules, layer_number=layer + 1)
         modules = build_modules(context, layer, config)
         for path, module in modules.items():
             self.block.set_submodule(path, module)
@@ -148,7 +148,7 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         for path, specs in specs_by_path.items()
         if any(spec.axes[0].use is Use.GAIN for spec in specs)
     }
-    transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(activation(operator.large))}
+    transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(get_ffn_activation(operator.large))}
     if operator.arch.pre_norm:
         transforms |= {reader: norms.pop(norm) for reader, norm in NORM_READERS.items()}
     modules: dict[str, FactoredModule] = {}
@@ -161,10 +161,10 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
     return modules
 
 
-def layer_spec_with_holes(operator: Operator) -> ModuleSpec:
+def build_layer_spec_with_holes(operator: Operator) -> ModuleSpec:
     """The layer spec with a hole in place of every module that holds parameters."""
-    spec = layer_spec(operator.large)
-    attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec)
+    spec = build_layer_spec(operator.large)
+    attention, mlp = spec.submodules.self_attention.submodules, get_mlp_submodules(spec)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LayerHole
     attention.linear_qkv = attention.linear_proj = LayerHole
     mlp.linear_fc1 = mlp.linear_fc2 = LayerHole

@@ -17,7 +17,7 @@ from megatron_ligo.models.factored.embedding_and_head import FactoredHead, embed
 from megatron_ligo.models.factored.factored_layer import FactoredLayer, SharedMaps
 from megatron_ligo.models.factored.map_parameters import MapParameters
 from megatron_ligo.models.factored.step_state import StepState
-from megatron_ligo.models.loss import language_model_loss
+from megatron_ligo.models.loss import compute_loss
 from megatron_ligo.sharding.pipeline_layers import stage_bounds
 
 TIED_MAPS = "maps"
@@ -136,4 +136,4 @@ class FactoredPipeline(PipelineModule):
 
 def fit_loss(logits: Tensor, labels: Tensor, mask: Tensor, context: FactoredContext) -> Tensor:
     """Mean cross entropy, a scalar. logits (s, b, padded vocabulary / tp); labels, mask (b, s)."""
-    return language_model_loss(logits, labels, mask, context.operator.large.vocab_size, context.mesh.tp_rank)
+    return compute_loss(logits, labels, mask, context.operator.large.vocab_size, context.mesh.tp_rank)

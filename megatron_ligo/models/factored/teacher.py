@@ -21,7 +21,7 @@ class Teacher:
     def __init__(self, reader: Reader, mesh: Mesh, dtype: torch.dtype, weight: float, sequence_parallel: bool):
         self.mesh, self.weight, self.vocab_size = mesh, weight, reader.model_config.vocab_size
         self.model = build_model(reader.model_config, BuildOptions(dtype, mesh.tp, sequence_parallel), mesh)
-        parameters.fill(self.model, reader.model_config, mesh, reader.read)
+        parameters.fill_parameters(self.model, reader.model_config, mesh, reader.read)
         self.model.to(device.current_device()).requires_grad_(False).eval()
 
     def kl_divergence(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -31,12 +31,12 @@ class Teacher:
         """
         with torch.no_grad():
             target = self.model.logits(tokens)
-        per_token = divergence(target, logits, self.mesh, self.vocab_size)
+        per_token = compute_token_divergence(target, logits, self.mesh, self.vocab_size)
         shown = mask.t().to(per_token.dtype)
         return (per_token * shown).sum() / shown.sum()
 
 
-def divergence(target: Tensor, logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
+def compute_token_divergence(target: Tensor, logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
     """KL(softmax(target) || softmax(logits)) of each token, over a vocabulary cut over the tensor-parallel ranks.
 
     Both (..., padded vocabulary / tp), this rank's columns; columns that only pad the vocabulary are shut out.
@@ -44,13 +44,13 @@ def divergence(target: Tensor, logits: Tensor, mesh: Mesh, vocab_size: int) -> T
     columns = logits.shape[-1]
     own = max(0, min(columns, vocab_size - mesh.tp_rank * columns))
     target, logits = target[..., :own].float(), logits[..., :own].float()
-    wanted = target - _log_sum(target, mesh)[..., None]
+    wanted = target - log_sum_exp(target, mesh)[..., None]
     # Each rank uses the sum for its own columns.
-    found = logits - copy_to(_log_sum(logits, mesh), mesh.tp_group)[..., None]
+    found = logits - copy_to(log_sum_exp(logits, mesh), mesh.tp_group)[..., None]
     return reduce_from((wanted.exp() * (wanted - found)).sum(dim=-1), mesh.tp_group)
 
 
-def _log_sum(logits: Tensor, mesh: Mesh) -> Tensor:
+def log_sum_exp(logits: Tensor, mesh: Mesh) -> Tensor:
     """log of the sum of exponentials over all ranks' columns."""
     lowest = torch.full_like(logits[..., :1], -torch.inf)
     top = torch.cat([logits.detach(), lowest], dim=-1).max(dim=-1).values

@@ -14,13 +14,13 @@ from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.single_module import SingleModule
 from megatron_ligo.models.mcore.layer_calls import (
     add_positions,
+    build_output_linear,
+    build_uninitialised_config,
+    build_word_embedding,
     embed_tokens,
-    output_linear,
     run_layer,
-    uninitialised_config,
-    word_embedding,
 )
-from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, BuildOptions, layer_class, layer_spec
+from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, BuildOptions, build_layer_spec, get_layer_class
 from megatron_ligo.models.mcore.norm import Norm
 from megatron_ligo.sharding import tensor_parallel
 
@@ -32,12 +32,14 @@ class EmbeddingSum(nn.Module):
         super().__init__()
         self.start = model_config.first_position
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
-        self.position_embeddings = _table(model_config.max_positions, model_config, build)
+        self.position_embeddings = build_position_table(model_config.max_positions, model_config, build)
         self.tokentype_embeddings = (
-            _table(model_config.num_token_types, model_config, build) if model_config.num_token_types else None
+            build_position_table(model_config.num_token_types, model_config, build)
+            if model_config.num_token_types
+            else None
         )
         self.layer_norm = Norm(
-            uninitialised_config(model_config, build), model_config.hidden_size, model_config.norm_eps
+            build_uninitialised_config(model_config, build), model_config.hidden_size, model_config.norm_eps
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ class EmbeddingSum(nn.Module):
         return self.layer_norm(h)
 
 
-def _table(rows: int, model_config: ModelConfig, build: BuildOptions) -> nn.Embedding:
+def build_position_table(rows: int, model_config: ModelConfig, build: BuildOptions) -> nn.Embedding:
     table = nn.Embedding(rows, model_config.hidden_size, dtype=build.dtype)
     table.weight.sequence_parallel = build.sequence_parallel
     return table
@@ -58,7 +60,7 @@ class EncoderEmbedding(EmbeddingSum):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__(model_config, build, mesh)
-        self.word_embeddings = word_embedding(model_config, build, mesh)
+        self.word_embeddings = build_word_embedding(model_config, build, mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(embed_tokens(self.word_embeddings, tokens))
@@ -78,7 +80,7 @@ class HeadTransform(nn.Module):
         for parameter in self.dense.parameters():
             parameter.sequence_parallel = build.sequence_parallel
         self.layer_norm = Norm(
-            uninitialised_config(model_config, build), model_config.hidden_size, model_config.norm_eps
+            build_uninitialised_config(model_config, build), model_config.hidden_size, model_config.norm_eps
         )
         self.bias = None
         if not model_config.tied:
@@ -96,8 +98,8 @@ class Encoder(nn.Module):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()
-        config, make = uninitialised_config(model_config, build), layer_class(model_config)
-        submodules = [layer_spec(model_config).submodules for _ in range(model_config.num_layers)]
+        config, make = build_uninitialised_config(model_config, build), get_layer_class(model_config)
+        submodules = [build_layer_spec(model_config).submodules for _ in range(model_config.num_layers)]
         self.layers = nn.ModuleList(make(config, each, layer_number=i + 1) for i, each in enumerate(submodules))
 
     def forward(self, h: Tensor, recompute: bool) -> Tensor:
@@ -114,8 +116,10 @@ class FullEncoder(SingleModule):
         self.embedding = EncoderEmbedding(model_config, build, mesh)
         self.encoder = Encoder(model_config, build)
         self.lm_head = HeadTransform(model_config, build, mesh)
-        self.output_layer = output_linear(model_config, build, mesh, holds_weight=not model_config.tied, bias=True)
-        self.complete(model_config, mesh, recompute)
+        self.output_layer = build_output_linear(
+            model_config, build, mesh, holds_weight=not model_config.tied, bias=True
+        )
+        self.finish_init(model_config, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""

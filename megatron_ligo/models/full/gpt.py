@@ -10,8 +10,13 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.single_module import SingleModule
-from megatron_ligo.models.mcore.layer_calls import add_positions, embed_tokens, run_layer, uninitialised_config
-from megatron_ligo.models.mcore.layer_spec import BuildOptions, final_norm_spec, layer_spec, rotary_embedding
+from megatron_ligo.models.mcore.layer_calls import add_positions, build_uninitialised_config, embed_tokens, run_layer
+from megatron_ligo.models.mcore.layer_spec import (
+    BuildOptions,
+    build_layer_spec,
+    build_rotary_embedding,
+    get_final_norm_class,
+)
 from megatron_ligo.sharding import tensor_parallel
 
 
@@ -21,9 +26,10 @@ class FullGPT(SingleModule, GPTModel):
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
         learned = architectures.get(model_config.arch).has_learned_positions
         super().__init__(
-            config=uninitialised_config(model_config, build),
+            config=build_uninitialised_config(model_config, build),
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(model_config)] * model_config.num_layers, layer_norm=final_norm_spec()
+                layer_specs=[build_layer_spec(model_config)] * model_config.num_layers,
+                layer_norm=get_final_norm_class(),
             ),
             vocab_size=tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),
             max_sequence_length=model_config.max_positions,
@@ -36,8 +42,8 @@ class FullGPT(SingleModule, GPTModel):
             self.embedding.word_embeddings.reduce_scatter_embeddings = build.sequence_parallel
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
-        self.rotary_pos_emb = rotary_embedding(model_config)
-        self.complete(model_config, mesh, recompute)
+        self.rotary_pos_emb = build_rotary_embedding(model_config)
+        self.finish_init(model_config, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""

@@ -17,11 +17,11 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import Encoder
 from megatron_ligo.models.full.single_module import SingleModule
-from megatron_ligo.models.mcore.layer_calls import output_linear, uninitialised_config
-from megatron_ligo.models.mcore.layer_spec import BuildOptions, final_norm_spec
+from megatron_ligo.models.mcore.layer_calls import build_output_linear, build_uninitialised_config
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, get_final_norm_class
 
 
-def image_tokens(
+def embed_image(
     images: Tensor, weight: Tensor, bias: Tensor, special: Sequence[Tensor | None], positions: Tensor
 ) -> Tensor:
     """images (b, channels, side, side) -> (s, b, features): the special tokens and each patch's, positions added.
@@ -51,11 +51,11 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patch, special = self.patch_embeddings, (self.class_token, self.distillation_token)
-        h = image_tokens(images, patch.weight, patch.bias, special, self.position_embeddings.weight)
+        h = embed_image(images, patch.weight, patch.bias, special, self.position_embeddings.weight)
         return h.chunk(self.ranks)[self.rank].contiguous()
 
 
-def read_class(head: ColumnParallelLinear, h: Tensor) -> Tensor:
+def classify_first_token(head: ColumnParallelLinear, h: Tensor) -> Tensor:
     """h (s, b, hidden), or this rank's tokens of it -> this rank's logits (1, b, padded labels / tp), of the class's
     token."""
     # Under sequence parallelism one rank has the token: the linear brings all of them together.
@@ -67,10 +67,10 @@ class ClassHead(nn.Module):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.linear = output_linear(model_config, build, mesh, holds_weight=True, bias=True)
+        self.linear = build_output_linear(model_config, build, mesh, holds_weight=True, bias=True)
 
     def forward(self, h: Tensor) -> Tensor:
-        return read_class(self.linear, h)
+        return classify_first_token(self.linear, h)
 
 
 class Decoder(Encoder):
@@ -78,9 +78,9 @@ class Decoder(Encoder):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__(model_config, build)
-        config = uninitialised_config(model_config, build)
+        config = build_uninitialised_config(model_config, build)
         self.final_layernorm = build_module(
-            final_norm_spec(), config=config, hidden_size=model_config.hidden_size, eps=model_config.norm_eps
+            get_final_norm_class(), config=config, hidden_size=model_config.hidden_size, eps=model_config.norm_eps
         )
 
     def forward(self, h: Tensor, recompute: bool) -> Tensor:
@@ -94,9 +94,9 @@ class FullImageClassifier(SingleModule):
         super().__init__()
         self.embedding = ImageEmbedding(model_config, build, mesh)
         self.decoder = Decoder(model_config, build)
-        self.output_layer = output_linear(model_config, build, mesh, holds_weight=True, bias=True)
-        self.complete(model_config, mesh, recompute)
+        self.output_layer = build_output_linear(model_config, build, mesh, holds_weight=True, bias=True)
+        self.finish_init(model_config, mesh, recompute)
 
     def logits(self, images: Tensor) -> Tensor:
         """images -> this rank's columns of the padded labels, (1, b, padded / tp)."""
-        return read_class(self.output_layer, self.decoder(self.embedding(images), self.recompute))
+        return classify_first_token(self.output_layer, self.decoder(self.embedding(images), self.recompute))

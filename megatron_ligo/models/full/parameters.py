@@ -26,19 +26,19 @@ TensorReader = Callable[[str], Tensor]  # canonical key -> canonical tensor
 INIT_STD = 0.02
 
 
-def local_tensor(item: StoredTensor, read: TensorReader, model_config: ModelConfig, tp: int, rank: int) -> Tensor:
+def read_local_tensor(item: StoredTensor, read: TensorReader, model_config: ModelConfig, tp: int, rank: int) -> Tensor:
     """A tensor-parallel rank's part of a model's tensor. May be a view of what `read` gave."""
     return item.assemble_shard([read(key) for key in item.keys], model_config, tp, rank)
 
 
-def fill(model: nn.Module, model_config: ModelConfig, mesh: Mesh, read: TensorReader) -> None:
+def fill_parameters(model: nn.Module, model_config: ModelConfig, mesh: Mesh, read: TensorReader) -> None:
     """Sets every parameter of this rank's model (not yet in an engine) from canonical tensors, cast to its dtype."""
-    for parameter, item in parameters(model, model_config):
+    for parameter, item in iterate_parameters(model, model_config):
         with torch.no_grad():
-            parameter.copy_(local_tensor(item, read, model_config, mesh.tp, mesh.tp_rank))
+            parameter.copy_(read_local_tensor(item, read, model_config, mesh.tp, mesh.tp_rank))
 
 
-def parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[tuple[nn.Parameter, StoredTensor]]:
+def iterate_parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[tuple[nn.Parameter, StoredTensor]]:
     """Each parameter of a model with what it holds. ConfigError for a model whose names are not Megatron-core's."""
     stored = fused_tensors.stored_tensors(architectures.get(model_config.arch), model_config, "mcore")
     errors = ErrorCollector(f"the model is not made of {model_config.arch}'s parameters", ConfigError)
@@ -50,16 +50,16 @@ def parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[tuple[nn
     errors.raise_if_any()
 
 
-def mark_split(model: nn.Module, model_config: ModelConfig, tp: int) -> None:
+def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, tp: int) -> None:
     """Says on each parameter whether tensor parallelism cuts it: gradient norms count the others on one rank only."""
-    for parameter, item in parameters(model, model_config):
+    for parameter, item in iterate_parameters(model, model_config):
         cut = tp > 1 and item.tp_dim is not None
         parameter.tensor_model_parallel = cut
         parameter.partition_dim = item.tp_dim if cut else -1
         parameter.partition_stride = 1
 
 
-def initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
+def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
     """Fresh weights as Megatron draws them, the same at any layout: each tensor has a seed of its own, in fp32.
 
     Gains 1, biases 0, matrices N(0, 0.02); those that write to the residual stream N(0, 0.02 / sqrt(2 layers)).

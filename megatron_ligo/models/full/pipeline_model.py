@@ -26,18 +26,18 @@ from megatron_ligo.models.full.single_module import finish_model
 from megatron_ligo.models.loss import LossMixin
 from megatron_ligo.models.mcore.layer_calls import (
     add_positions,
+    build_output_linear,
+    build_uninitialised_config,
+    build_word_embedding,
     embed_tokens,
-    output_linear,
     run_layer,
-    uninitialised_config,
-    word_embedding,
 )
 from megatron_ligo.models.mcore.layer_spec import (
     BuildOptions,
-    final_norm_spec,
-    layer_class,
-    layer_spec,
-    rotary_embedding,
+    build_layer_spec,
+    build_rotary_embedding,
+    get_final_norm_class,
+    get_layer_class,
 )
 from megatron_ligo.sharding import pipeline_layers, tensor_parallel
 
@@ -50,9 +50,9 @@ class PipelineEmbedding(nn.Module):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.word_embeddings = word_embedding(model_config, build, mesh)
+        self.word_embeddings = build_word_embedding(model_config, build, mesh)
         if model_config.tied:
-            self.head = output_linear(model_config, build, mesh, holds_weight=False)
+            self.head = build_output_linear(model_config, build, mesh, holds_weight=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return embed_tokens(self.word_embeddings, tokens)
@@ -78,9 +78,9 @@ class PipelineLayer:
     """h (s, b, hidden) -> h: a layer that brings its own rotary positions."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, layer: int, recompute: bool):
-        config = uninitialised_config(model_config, build)
-        super().__init__(config, layer_spec(model_config).submodules, layer_number=layer + 1)
-        self.rotary_pos_emb = rotary_embedding(model_config)
+        config = build_uninitialised_config(model_config, build)
+        super().__init__(config, build_layer_spec(model_config).submodules, layer_number=layer + 1)
+        self.rotary_pos_emb = build_rotary_embedding(model_config)
         self.recompute = recompute
         self.tokens_per_row = build.tp if build.sequence_parallel else 1
 
@@ -92,7 +92,7 @@ class PipelineLayer:
 
 
 @cache
-def stage_layer(layer: type[TransformerLayer]) -> type:
+def get_pipeline_layer_class(layer: type[TransformerLayer]) -> type:
     """A layer's class as a layer of the pipeline."""
     return type(f"Stage{layer.__name__}", (PipelineLayer, layer), {})
 
@@ -100,9 +100,9 @@ def stage_layer(layer: type[TransformerLayer]) -> type:
 class FinalNorm(nn.Module):
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()
-        config = uninitialised_config(model_config, build)
+        config = build_uninitialised_config(model_config, build)
         self.norm = build_module(
-            final_norm_spec(), config=config, hidden_size=model_config.hidden_size, eps=model_config.norm_eps
+            get_final_norm_class(), config=config, hidden_size=model_config.hidden_size, eps=model_config.norm_eps
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class OutputHead(nn.Module):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.linear = output_linear(model_config, build, mesh, holds_weight=True)
+        self.linear = build_output_linear(model_config, build, mesh, holds_weight=True)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.linear(h)[0]
@@ -142,9 +142,9 @@ class FullPipeline(LossMixin, PipelineModule):
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
         self.model_config = model_config
         self.mesh = mesh
-        self.prefixes = _prefixes(model_config)
+        self.prefixes = build_name_prefixes(model_config)
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
-        super().__init__(_specs(model_config, build, mesh, recompute), topology=topology, loss_fn=self._loss)
+        super().__init__(build_layer_specs(model_config, build, mesh, recompute), topology=topology, loss_fn=self._loss)
         finish_model(self, model_config, mesh)
 
     def _partition_layers(self, method: str = "explicit") -> None:
@@ -174,9 +174,9 @@ class FullPipeline(LossMixin, PipelineModule):
         return self.measure(logits, *labels)
 
 
-def _specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
+def build_layer_specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool) -> list[LayerSpec]:
     arch = architectures.get(model_config.arch)
-    layer = stage_layer(layer_class(model_config))
+    layer = get_pipeline_layer_class(get_layer_class(model_config))
     layers = [LayerSpec(layer, model_config, build, number, recompute) for number in range(model_config.num_layers)]
     if arch.task is Task.LABEL:
         ends = [LayerSpec(FinalNorm, model_config, build), LayerSpec(ClassHead, model_config, build, mesh)]
@@ -209,7 +209,7 @@ def _specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute
     return [first, *layers, last, *bias]
 
 
-def _prefixes(model_config: ModelConfig) -> dict[str, str]:
+def build_name_prefixes(model_config: ModelConfig) -> dict[str, str]:
     """DeepSpeed's prefix of each layer's parameters, and the one module's."""
     names = [
         (layer, own, whole)

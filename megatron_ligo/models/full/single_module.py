@@ -18,7 +18,7 @@ from megatron_ligo.models.mcore.layer_calls import reduce_norm_gradients
 
 def finish_model(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
     """The last step of a constructor: how each parameter is cut, whose gradients are summed, what checkpoints hold."""
-    parameters.mark_split(model, model_config, mesh.tp)
+    parameters.mark_tensor_parallel(model, model_config, mesh.tp)
     reduce_norm_gradients(model.parameters(), mesh.tp_group)
     prepare_saving(model, model_config, mesh)
 
@@ -32,7 +32,7 @@ class SingleModule(LossMixin, nn.Module, ABC):
 
     recompute: bool
 
-    def complete(self, model_config: ModelConfig, mesh: Mesh, recompute: bool) -> None:
+    def finish_init(self, model_config: ModelConfig, mesh: Mesh, recompute: bool) -> None:
         assert mesh.pp == 1, "stages.py is for pipelines"
         self.model_config = model_config
         self.mesh = mesh

@@ -13,7 +13,7 @@ from megatron_ligo.arch.spec import Pack
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.sharding import fused_tensors
 
-EXTRA = "_extra_state"
+EXTRA_STATE = "_extra_state"
 
 
 def prepare_saving(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
@@ -22,17 +22,17 @@ def prepare_saving(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> N
     Megatron-core's modules keep an empty `_extra_state` each, which they do without when they load, and which the
     converter takes for a weight.
     """
-    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, universal_info(model_config, mesh.pp))
+    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, build_universal_info(model_config, mesh.pp))
     for module in model.modules():
-        module.register_state_dict_post_hook(_drop_empty)
+        module.register_state_dict_post_hook(drop_empty_extra_state)
 
 
-def _drop_empty(module: nn.Module, state: dict, prefix: str, metadata: object) -> None:
-    for name in [name for name, value in state.items() if name == prefix + EXTRA and value is None]:
+def drop_empty_extra_state(module: nn.Module, state: dict, prefix: str, metadata: object) -> None:
+    for name in [name for name, value in state.items() if name == prefix + EXTRA_STATE and value is None]:
         del state[name]
 
 
-def universal_info(model_config: ModelConfig, pp: int) -> dict:
+def build_universal_info(model_config: ModelConfig, pp: int) -> dict:
     """By patterns of their names, what the ranks hold of each parameter, in the words of DeepSpeed's converter."""
     stored = fused_tensors.stored_tensors(architectures.get(model_config.arch), model_config, "mcore")
     patterns = {name: re.sub(r"layers\\\.\d+", r"layers\.\\d+", re.escape(name)) + "$" for name in stored}

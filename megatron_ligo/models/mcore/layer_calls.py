@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.models.mcore.layer_spec import BuildOptions, transformer_config
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
 from megatron_ligo.sharding import tensor_parallel
 
 # From Python 3.12 on torch 2.13's exception that ends a second run early stays alive, and with it all that its frames
@@ -22,9 +22,9 @@ from megatron_ligo.sharding import tensor_parallel
 EARLY_STOP = sys.version_info < (3, 12)
 
 
-def uninitialised_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
+def build_uninitialised_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
     """mcore's config for layers whose weights are filled or loaded afterwards: drawing them twice takes long."""
-    config = transformer_config(model_config, build)
+    config = build_transformer_config(model_config, build)
     config.perform_initialization = False
     return config
 
@@ -45,8 +45,8 @@ def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int, start: int = 0) 
     return h + table(torch.arange(first, first + h.shape[0], device=h.device))[:, None]
 
 
-def word_embedding(model_config: ModelConfig, build: BuildOptions, mesh: Mesh) -> VocabParallelEmbedding:
-    config = uninitialised_config(model_config, build)
+def build_word_embedding(model_config: ModelConfig, build: BuildOptions, mesh: Mesh) -> VocabParallelEmbedding:
+    config = build_uninitialised_config(model_config, build)
     return VocabParallelEmbedding(
         tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),
         model_config.hidden_size,
@@ -57,11 +57,11 @@ def word_embedding(model_config: ModelConfig, build: BuildOptions, mesh: Mesh) -
     )
 
 
-def output_linear(
+def build_output_linear(
     model_config: ModelConfig, build: BuildOptions, mesh: Mesh, holds_weight: bool, bias: bool = False
 ) -> ColumnParallelLinear:
     """What gives this rank's columns of the logits, with a weight of its own or with the embedding's."""
-    config = uninitialised_config(model_config, build)
+    config = build_uninitialised_config(model_config, build)
     return ColumnParallelLinear(
         model_config.hidden_size,
         tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),

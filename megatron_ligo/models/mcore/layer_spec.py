@@ -42,16 +42,16 @@ class BuildOptions:
 
 
 # Masked-LM models have their norms last here, the others first.
-def is_built(arch: Architecture) -> bool:
+def is_supported(arch: Architecture) -> bool:
     return arch.pre_norm is (arch.task is not Task.MASKED_TOKENS)
 
 
-def check_network(model_config: ModelConfig) -> None:
+def check_supported(model_config: ModelConfig) -> None:
     """ConfigError for a network that is not built here."""
     arch = architectures.get(model_config.arch)
-    if not is_built(arch):
+    if not is_supported(arch):
         known = architectures.architectures().values()
-        built = ", ".join(sorted(other.name for other in known if is_built(other)))
+        built = ", ".join(sorted(other.name for other in known if is_supported(other)))
         hint = "It can be converted and grown."
         raise ConfigError(Problem("fit and pretraining", f"one of {built}", model_config.arch, hint))
     if not model_config.has_head:
@@ -77,7 +77,7 @@ ACTIVATIONS = {
 }
 
 
-def activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
+def get_ffn_activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
     """What a layer's second mlp linear is given, of what its first one gives: (..., ffn), or (..., gate and up)."""
     function = ACTIVATIONS[model_config.activation]
     if not is_gated(model_config):
@@ -94,11 +94,11 @@ def is_gated(model_config: ModelConfig) -> bool:
     return "layers.{}.gate" in architectures.get(model_config.arch).params_by_key
 
 
-def normalization(model_config: ModelConfig) -> str:
+def get_normalization(model_config: ModelConfig) -> str:
     return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(model_config.arch).norm]
 
 
-def transformer_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
+def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
     """mcore's config. Its pipeline size stays 1: DeepSpeed cuts the stages, and mcore would offset layer numbers."""
     params = architectures.get(model_config.arch).params_by_key
     return TransformerConfig(
@@ -108,7 +108,7 @@ def transformer_config(model_config: ModelConfig, build: BuildOptions) -> Transf
         num_attention_heads=model_config.num_heads,
         num_query_groups=model_config.num_kv_heads,
         kv_channels=model_config.head_dim,
-        normalization=normalization(model_config),
+        normalization=get_normalization(model_config),
         layernorm_epsilon=model_config.norm_eps,
         gated_linear_unit=is_gated(model_config),
         activation_func=ACTIVATIONS[model_config.activation],
@@ -135,13 +135,13 @@ def transformer_config(model_config: ModelConfig, build: BuildOptions) -> Transf
     )
 
 
-def layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
+def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
     if model_config.parallel_residual:
         return ParallelResidualLayer
     return TransformerLayer if architectures.get(model_config.arch).pre_norm else PostNormLayer
 
 
-def layer_spec(model_config: ModelConfig) -> ModuleSpec:
+def build_layer_spec(model_config: ModelConfig) -> ModuleSpec:
     """Transformer Engine's layer where it is installed, else mcore's local one with fused attention and our norm.
 
     Always the local one for norms that come last: Transformer Engine's linears have those that come first inside.
@@ -150,23 +150,23 @@ def layer_spec(model_config: ModelConfig) -> ModuleSpec:
     if device.has_transformer_engine() and arch.pre_norm:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
     else:
-        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(model_config)))
+        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=get_normalization(model_config)))
         spec.submodules.input_layernorm = Norm
         spec.submodules.pre_mlp_layernorm = Norm
         spec.submodules.self_attention.submodules.core_attention = FusedAttention
-    spec.module = layer_class(model_config)
+    spec.module = get_layer_class(model_config)
     if not arch.is_causal:
         spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     return spec
 
 
-def mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
+def get_mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
     """The linears of a layer's mlp, which Megatron-core 0.16 keeps in a spec and 0.19 in a partial call."""
     mlp = spec.submodules.mlp
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
 
-def final_norm_spec() -> type:
+def get_final_norm_class() -> type:
     """What builds the norm after the last layer."""
     if device.has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
@@ -175,7 +175,7 @@ def final_norm_spec() -> type:
     return Norm
 
 
-def rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
+def build_rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
     """The rotary positions, if there are any; of the scalings, Llama 3's (the only one mcore has) with its published
     constants."""
     if architectures.get(model_config.arch).has_learned_positions:

@@ -25,7 +25,7 @@ from megatron_ligo.data.indexed_dataset import open_indexed_files
 from megatron_ligo.data.tokenizer import load_tokenizer
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.operator import InitialOperator
-from megatron_ligo.models.full.universal_loading import check_files
+from megatron_ligo.models.full.universal_loading import check_files_are_safe
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.testing.fuzz import torch_dist_mutators
 from megatron_ligo.testing.fuzz.engine_samples import add_optimizer
@@ -99,7 +99,7 @@ def checkpoint(folder: Path) -> dict:
     reader = formats.open(place)
     if reader.format == "universal":
         # DeepSpeed reads files of it that our reader has no use for.
-        check_files(place)
+        check_files_are_safe(place)
     kinds = (WEIGHT, *MOMENTS) if reader.has_moments else (WEIGHT,)
     found = {key: digest(*(reader.read(key, kind) for kind in kinds)) for key in reader.keys()}  # noqa: SIM118
     return {"dims": reader.model_config.to_json(), "step": reader.step, "tensors": found}

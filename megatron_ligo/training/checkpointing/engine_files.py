@@ -11,9 +11,9 @@ from megatron_ligo.checkpoint.io import digest, torch_files
 from megatron_ligo.checkpoint.io.file_layout import explain_write_failure
 from megatron_ligo.common.atomic_files import fsync_path
 from megatron_ligo.common.errors import CheckpointError, Problem
-from megatron_ligo.models.full.universal_loading import RECORDS
+from megatron_ligo.models.full.universal_loading import ALLOWED_RECORDS
 
-ALLOWED_GLOBALS = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in RECORDS]
+ALLOWED_GLOBALS = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in ALLOWED_RECORDS]
 
 
 class CheckpointFiles(TorchCheckpointEngine):

@@ -19,7 +19,7 @@ from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.models.full.parameters import local_tensor, parameters
+from megatron_ligo.models.full.parameters import iterate_parameters, read_local_tensor
 from megatron_ligo.training.checkpointing.run_checkpoints import ENGINE_TAG, RunCheckpoint
 from megatron_ligo.training.engine import engine_layout
 
@@ -99,11 +99,11 @@ def model_part_reader(
     model: nn.Module, model_config: ModelConfig, read: Callable[..., Tensor], mesh: Mesh
 ) -> PartReader:
     """Cuts a model's canonical tensors. read: a Reader's, or of weights only."""
-    items = {id(parameter): item for parameter, item in parameters(model, model_config)}
+    items = {id(parameter): item for parameter, item in iterate_parameters(model, model_config)}
 
     def part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
         chosen = read if kind == WEIGHT else lambda key: read(key, kind)
-        return local_tensor(items[id(parameter)], chosen, model_config, mesh.tp, mesh.tp_rank)
+        return read_local_tensor(items[id(parameter)], chosen, model_config, mesh.tp, mesh.tp_rank)
 
     return part
 

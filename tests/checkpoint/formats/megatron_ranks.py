@@ -18,7 +18,7 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import WEIGHT
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.mcore.attention import FusedAttention
-from megatron_ligo.models.mcore.layer_spec import BuildOptions, normalization, transformer_config
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config, get_normalization
 from megatron_ligo.sharding import fused_tensors, pipeline_layers, tensor_parallel
 from tests.checkpoint.hf_models import same_bits
 from tests.tiny_models import tokens
@@ -30,9 +30,9 @@ def gpt(model_config, mesh, dtype=torch.float32, padded=PADDED):
     """This rank's part of a model of Megatron-core's own local layers; only the attention is one that runs here."""
     # Megatron-core lets tied embeddings of several stages agree on a GPU.
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor
-    config = transformer_config(model_config, BuildOptions(tp=mesh.tp, dtype=dtype))
+    config = build_transformer_config(model_config, BuildOptions(tp=mesh.tp, dtype=dtype))
     config.pipeline_model_parallel_size = mesh.pp
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization(model_config)))
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=get_normalization(model_config)))
     spec.submodules.self_attention.submodules.core_attention = FusedAttention
     model = GPTModel(
         config=config,

@@ -35,7 +35,7 @@ def test_hidden_states_are_those_of_transformers(known):
             "encoder": Encoder(reader.model_config, BuildOptions()),
         }
     )
-    parameters.fill(body, reader.model_config, mesh, reader.read)
+    parameters.fill_parameters(body, reader.model_config, mesh, reader.read)
     with torch.no_grad():
         found = body["encoder"](body["embedding"](ids), recompute=False).transpose(0, 1)
     assert torch.allclose(found, expected, atol=2e-5)

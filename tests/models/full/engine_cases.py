@@ -37,7 +37,9 @@ class Job:
         model = build_model(model_config, build, self.mesh)
         zero = layout.get("zero", 1)
         if source is None:
-            parameters.fill(model, model_config, self.mesh, parameters.initial_weights(model_config, seed))
+            parameters.fill_parameters(
+                model, model_config, self.mesh, parameters.build_initial_weights(model_config, seed)
+            )
         elif zero == 3:
             universal_loading.prepare_for_universal(model, model_config, self.mesh.tp_group)
         run = PretrainSection(

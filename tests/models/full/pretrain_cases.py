@@ -17,8 +17,8 @@ from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.distributed.mesh import DeepSpeedMpu
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
-from megatron_ligo.models.loss import language_model_loss
-from megatron_ligo.models.mcore.layer_spec import BuildOptions, layer_spec, transformer_config
+from megatron_ligo.models.loss import compute_loss
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec, build_transformer_config
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import build_parameter_groups
 from tests import image_models
@@ -118,8 +118,8 @@ def train(
     build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel)
     model = build_model(model_config, build, mesh, recompute)
     if folder is None:
-        parameters.fill(model, model_config, mesh, parameters.initial_weights(model_config, seed))
-    elif universal_loading.must_prepare(model_config, zero):
+        parameters.fill_parameters(model, model_config, mesh, parameters.build_initial_weights(model_config, seed))
+    elif universal_loading.needs_preparation(model_config, zero):
         universal_loading.prepare_for_universal(model, model_config, mesh.tp_group)
     decay = decay_of(optimizer, family)
     run = PretrainSection(
@@ -154,8 +154,8 @@ def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> flo
     source = formats.open(Path(folder))
     model_config, mesh = source.model_config, meshes.build_mesh(2, 1)
     model = GPTModel(
-        config=transformer_config(model_config, BuildOptions(tp=2)),
-        transformer_layer_spec=layer_spec(model_config),
+        config=build_transformer_config(model_config, BuildOptions(tp=2)),
+        transformer_layer_spec=build_layer_spec(model_config),
         vocab_size=model_config.vocab_size + 1,
         max_sequence_length=model_config.max_positions,
         share_embeddings_and_output_weights=model_config.tied,
@@ -184,7 +184,7 @@ def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> flo
         with torch.no_grad():
             logits = engine(ids, None, None).transpose(0, 1)
             mask = torch.ones(ids.shape)
-            return float(language_model_loss(logits, ids, mask, model_config.vocab_size, mesh.tp_rank))
+            return float(compute_loss(logits, ids, mask, model_config.vocab_size, mesh.tp_rank))
     except LigoError as error:
         return f"{type(error).__name__}: {error}"
     finally:

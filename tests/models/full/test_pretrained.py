@@ -86,7 +86,7 @@ def assert_logits(model_config):
     mesh = meshes.build_mesh(1, 1)
     hf = model_of(model_config)
     model = build_pretrained(model_config, BuildOptions(), mesh)
-    parameters.fill(model, model_config, mesh, memory_of(hf, model_config).read)
+    parameters.fill_parameters(model, model_config, mesh, memory_of(hf, model_config).read)
     seen, _ = pretrain_cases.seen_and_told(model_config, 0)
     with torch.no_grad():
         expected = hf(seen).logits
@@ -161,13 +161,13 @@ def test_fresh_weights_do_not_depend_on_the_layout(pools):
 
 def test_fresh_weights_are_drawn_as_megatron_draws_them():
     model_config = pretrain_cases.sizes(False)
-    read = parameters.initial_weights(model_config, 3)
+    read = parameters.build_initial_weights(model_config, 3)
     assert torch.equal(read("final_norm"), torch.ones(model_config.hidden_size))
     assert read("embed").std() == pytest.approx(0.02, rel=0.1)
     assert read("layers.2.down").std() == pytest.approx(0.02 / (2 * model_config.num_layers) ** 0.5, rel=0.1)
-    assert torch.equal(read("layers.1.q"), parameters.initial_weights(model_config, 3)("layers.1.q"))
+    assert torch.equal(read("layers.1.q"), parameters.build_initial_weights(model_config, 3)("layers.1.q"))
     assert not torch.equal(read("layers.1.q"), read("layers.2.q"))
-    assert not torch.equal(read("layers.1.q"), parameters.initial_weights(model_config, 4)("layers.1.q"))
+    assert not torch.equal(read("layers.1.q"), parameters.build_initial_weights(model_config, 4)("layers.1.q"))
 
 
 NAMED = [(False, "llama"), (True, "llama"), (True, "gpt2"), (True, "bert"), (False, "deit")]
@@ -188,7 +188,7 @@ def test_recompute_gives_the_same_gradients():
     gradients = []
     for recompute in (False, True):
         model = FullGPT(model_config, BuildOptions(), mesh, recompute)
-        parameters.fill(model, model_config, mesh, parameters.initial_weights(model_config, 0))
+        parameters.fill_parameters(model, model_config, mesh, parameters.build_initial_weights(model_config, 0))
         model(ids[:, :-1], ids[:, 1:], torch.ones(ids[:, 1:].shape)).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -63,7 +63,7 @@ def test_no_file_is_executed(pools, folder, tmp_path, monkeypatch):
     torch.save({"param": torch.ones(3), "more": Hostile()}, folder / ZERO / "decoder.final_layernorm.weight/exp_avg.pt")
     (folder / ZERO / "odd.pt").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(CheckpointError, match=r"not safe to load \(2 problems\)") as caught:
-        universal_loading.check_files(folder)
+        universal_loading.check_files_are_safe(folder)
     assert "exp_avg.pt" in str(caught.value)
     assert not (tmp_path / "executed").exists()
     (folder / ZERO / "odd.pt").unlink()
@@ -74,5 +74,5 @@ def test_no_file_is_executed(pools, folder, tmp_path, monkeypatch):
 
 def test_a_model_of_other_names_is_told(made):
     with pytest.raises(ConfigError, match="not made of llama's parameters") as caught:
-        list(parameters.parameters(torch.nn.Linear(2, 2), DIMS))
+        list(parameters.iterate_parameters(torch.nn.Linear(2, 2), DIMS))
     assert "bias" in str(caught.value)
