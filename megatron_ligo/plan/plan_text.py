@@ -90,7 +90,7 @@ def describe_refused_layouts(title: str, job: PlannedJob) -> list[str]:
 def describe_growth(operator: Operator, formats: tuple[str, ...], dtype: str) -> list[str]:
     """Describes the application of the operator: FLOPs, bytes written, memory while it streams."""
     small, large = operator.small, operator.large
-    specs = [spec for spec in operator.arch.params if spec.stored(large)]
+    specs = [spec for spec in operator.arch.params if spec.is_stored(large)]
     largest = max(prod(spec.shape(large)) for spec in specs)
     written = parameter_count.count_model(large) * DTYPE_BYTES[dtype] * len(formats)
     flops = 0
