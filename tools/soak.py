@@ -16,15 +16,15 @@ python tools/soak.py --mutations 1000 --output runs/mutated
 
 
 def main() -> None:
-    made = cli.build_parser(__doc__, EXAMPLE, output="new folder for runs and logs, or for what did harm")
-    made.add_argument("--kills", type=int, metavar="N", help="so many of COMMAND, which must end as if left alone")
-    made.add_argument(
+    parser = cli.build_parser(__doc__, EXAMPLE, output="new folder for runs and logs, or for what did harm")
+    parser.add_argument("--kills", type=int, metavar="N", help="so many of COMMAND, which must end as if left alone")
+    parser.add_argument(
         "--ranks", type=int, metavar="N", help="of COMMAND, a script, forked from one process: they start in seconds"
     )
-    made.add_argument("--mutations", type=int, metavar="N", help="so many changes of files of all kinds")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
-    made.add_argument("command", nargs="*", metavar="COMMAND", help="of a fit or a pretraining, without --output")
-    args = made.parse_args()
+    parser.add_argument("--mutations", type=int, metavar="N", help="so many changes of files of all kinds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="of a fit or a pretraining, without --output")
+    args = parser.parse_args()
     if (args.kills is None) == (args.mutations is None) or bool(args.command) != (args.kills is not None):
         raise ConfigError("soak: expected --kills with a COMMAND, or --mutations without one.")
     if args.kills is not None:
@@ -34,25 +34,26 @@ def main() -> None:
 
 
 def _kill(command: list[str], output: Path, kills: int, seed: int, ranks: int | None) -> None:
-    # Imported here: --help need not wait for it.
+    # Imported here to keep --help fast.
     from megatron_ligo.testing.kill_test import run_kill_test
 
-    done = run_kill_test(command, output, kills, seed, _tell, ranks)
-    means = ", ".join(f"{count} x {how}" for how, count in done.kills.items())
-    print(f"{sum(done.kills.values())} kills survived ({means}): {done.rounds} runs, {done.steps} steps, bit for bit")
+    result = run_kill_test(command, output, kills, seed, _log_line, ranks)
+    kills_by_mode = ", ".join(f"{count} x {how}" for how, count in result.kills.items())
+    kills = sum(result.kills.values())
+    print(f"{kills} kills survived ({kills_by_mode}): {result.rounds} runs, {result.steps} steps, bit for bit")
 
 
 def _mutate(output: Path, count: int, seed: int) -> None:
-    from megatron_ligo.testing.fuzz.trials import mutate
+    from megatron_ligo.testing.fuzz.trials import run_fuzz
 
-    tally = mutate(output, count, seed, _tell)
-    for name, each in sorted(tally.by_sample.items()):
+    report = run_fuzz(output, count, seed, _log_line)
+    for name, each in sorted(report.by_sample.items()):
         print(f"{each:6} x {name}")
-    ends = ", ".join(f"{each} x {how}" for how, each in tally.outcomes.most_common())
-    print(f"{tally.tried} changes tried, none did harm: {ends}")
+    ends = ", ".join(f"{each} x {how}" for how, each in report.outcomes.most_common())
+    print(f"{report.count} mutations tried, none did harm: {ends}")
 
 
-def _tell(text: str) -> None:
+def _log_line(text: str) -> None:
     print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Ranks of a script over TCP, forked from a process that has imported everything: they start in seconds."""
+"""Runs a script on several ranks over TCP, forked from a preloaded process so that they start in seconds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Enter = Callable[[int], None]
 
 
 def preloaded_context(preload: Sequence[str] = PRELOAD) -> ForkServerContext:
-    """A context whose processes have imported these modules."""
+    """Returns a forkserver context whose processes have imported these modules."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     return context
 
 
 def warm_up() -> None:
-    """Waits until ranks can be forked."""
+    """Starts the forkserver and waits until ranks can be forked."""
     first = preloaded_context().Process(target=os.getpid)
     first.start()
     first.join()
@@ -39,9 +39,9 @@ def free_port() -> int:
 
 
 class ForkedRanks:
-    """`world` ranks of a script, which log to LOG.{rank}.out and .err, behind what is there.
+    """`world` ranks of a script; each appends to LOG.{rank}.out and .err.
 
-    enter: called on each rank before anything else. preload: modules that are imported once, before the first fork.
+    enter: called on each rank before anything else. preload: modules imported once, before the first fork.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ForkedRanks:
             process.start()
 
     def wait(self, seconds: float | None = None) -> list[int | None]:
-        """The ranks' exit codes (negative: the signal that killed it; None: it still runs after so many seconds)."""
+        """Returns exit codes by rank: negative for a killing signal, None if still running after `seconds`."""
         deadline = None if seconds is None else time.monotonic() + seconds
         for process in self.ranks:
             process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))

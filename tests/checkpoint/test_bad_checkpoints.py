@@ -83,7 +83,7 @@ def with_adam_state(tmp_path_factory):
     root = tmp_path_factory.mktemp("with_adam_state")
     _, whole = hf_models.saved(root / "whole", tied=True)
     convert(formats.open(whole), root / "engine", "deepspeed", WriteOptions(tp=2))
-    engine_samples.add_optimizer(root / "engine" / deepspeed.TAG, 1)
+    engine_samples.write_engine_files(root / "engine" / deepspeed.TAG, 1)
     for format_name, options in (("mcore", WriteOptions()), ("megatron", WriteOptions(tp=2, pp=2))):
         assert convert(formats.open(root / "engine"), root / format_name, format_name, options).left_behind == []
         assert formats.open(root / format_name).has_moments
@@ -141,7 +141,7 @@ def test_deepspeed(tmp_path, zero_stage, builder):
     _, whole = hf_models.saved(tmp_path / "whole")
     folder = tmp_path / "a"
     convert(formats.open(whole), folder, "deepspeed", WriteOptions(tp=2))
-    engine_samples.add_optimizer(folder / deepspeed.TAG, zero_stage)
+    engine_samples.write_engine_files(folder / deepspeed.TAG, zero_stage)
     formats.open(folder)
     assert_refused(folder, "deepspeed", builder(folder))
     assert not universal.Evil.ran

@@ -1,4 +1,4 @@
-"""A short run of `tools/soak.py --mutations`, and proof that it sees what it looks for."""
+"""A short run of `tools/soak.py --mutations`, and proof that it detects each kind of harm."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.testing.fuzz import mutators, trials
 from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
 
-TRIED = 128
+COUNT = 128
 HARM = {
-    "run": "ran a program of the file",
+    "run": "executed code from the file",
     "wait": "hung",
     "fill": "took too much memory",
-    "fall": "an error of ours",
+    "fall": "an internal error",
     "die": "died: -9",
-    "other": "read as something else, without a word",
+    "other": "silently misread",
 }
 
 
-def test_no_change_does_harm(forks, tmp_path):
-    # In a process of its own: other tests leave a process group behind in this one.
+def test_no_mutation_does_harm(forks, tmp_path):
+    # In a fresh process: other tests leave a process group behind in this one.
     with ProcessPoolExecutor(1, mp_context=forks) as pool:
-        tally = pool.submit(trials.mutate, tmp_path, TRIED, 0, print).result()
-    assert tally.tried == TRIED and not tally.errors
-    assert set(tally.by_sample) == {sample.name for sample in SAMPLES}
-    assert tally.outcomes[trials.REFUSED] > TRIED / 2
+        report = pool.submit(trials.run_fuzz, tmp_path, COUNT, 0, print).result()
+    assert report.count == COUNT and not report.errors
+    assert set(report.by_sample) == {sample.name for sample in SAMPLES}
+    assert report.outcomes[trials.REFUSED] > COUNT / 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "other"]
 
 
-def believing(folder: Path) -> str:
-    """Does what it reads."""
+def read_and_obey(folder: Path) -> str:
+    """Does what the file says."""
     word = (folder / "file").read_text()
     if word == "run":
         (folder.parent / mutators.MARK).mkdir()
@@ -51,14 +51,15 @@ def believing(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("word", HARM)
-def test_what_does_harm_is_seen(tmp_path, monkeypatch, word):
-    def change(draw: object, folder: Path) -> str:
+def test_each_kind_of_harm_is_detected(tmp_path, monkeypatch, word):
+    def write_word(draw: object, folder: Path) -> str:
         (folder / "file").write_text(word)
         return word
 
-    monkeypatch.setattr(trials, "CHANGES", [mutators.Change("a word", change)])
-    monkeypatch.setattr(trials, "SECONDS", 3.0)
-    sample = Sample("words", lambda folder, seed: (folder / "file").write_text(f"good {seed}") and None, believing)
-    with pytest.raises(CheckpointError, match=HARM[word]):
-        trials.mutate(tmp_path, 1, 0, print, [sample])
+    monkeypatch.setattr(trials, "MUTATIONS", [mutators.Mutation("a word", write_word)])
+    monkeypatch.setattr(trials, "TIMEOUT_SECONDS", 3.0)
+    sample = Sample("words", lambda folder, seed: (folder / "file").write_text(f"good {seed}") and None, read_and_obey)
+    with pytest.raises(CheckpointError) as raised:
+        trials.run_fuzz(tmp_path, 1, 0, print, [sample])
+    assert HARM[word] in str(raised.value)
     assert (tmp_path / "tried_0_0/content/file").read_text() == word

@@ -1,1 +1,1 @@
-"""Good files, changed at random and read again: each is refused with a message, or reads as what it says."""
+"""Mutation fuzzing: valid files are corrupted at random and read; each must be refused or read as it now stands."""

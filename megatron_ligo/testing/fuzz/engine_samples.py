@@ -1,4 +1,4 @@
-"""An engine's files without an engine: ZeRO's optimizer states beside module states, with DeepSpeed's own classes."""
+"""Writes a DeepSpeed engine's checkpoint files without an engine: ZeRO optimizer states in DeepSpeed's own classes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from deepspeed.utils.tensor_fragment import fragment_address
 DP = 2
 STEPS = 7
 SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "amsgrad": False}
-DECAYS = (0.0, 0.1)
+WEIGHT_DECAYS = (0.0, 0.1)
 
 
-def moments(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def adam_moments(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"exp_avg": weight * 0.125, "exp_avg_sq": weight * weight}
 
 
-def add_optimizer(tag: Path, stage: int) -> None:
-    """Makes of the module states of a folder (mp_rank_XX) what an engine of DP 2 saves; masters are fp32."""
+def write_engine_files(tag: Path, stage: int) -> None:
+    """Turns a folder's module states (mp_rank_XX) into a checkpoint of an engine at DP 2 with fp32 masters."""
     for path in sorted(tag.glob("mp_rank_*_model_states.pt")):
         state = torch.load(path, weights_only=True)
         tensors = {name: tensor.float().contiguous() for name, tensor in state["module"].items()}
@@ -38,16 +38,21 @@ def add_optimizer(tag: Path, stage: int) -> None:
         else:
             torch.save(state, path)
         for rank in range(DP):
-            parts = [(_equal if stage == 3 else _cut)([tensors[name] for name in group], rank) for group in groups]
+            parts = [
+                (_padded_partition if stage == 3 else _flat_partition)([tensors[name] for name in group], rank)
+                for group in groups
+            ]
             file = path.name.replace("model_states", "optim_states")
-            torch.save({"optimizer_state_dict": _state(stage, groups, parts)}, tag / f"zero_pp_rank_{rank}_{file}")
+            torch.save(
+                {"optimizer_state_dict": _optimizer_state(stage, groups, parts)}, tag / f"zero_pp_rank_{rank}_{file}"
+            )
 
 
-def _state(stage: int, groups: list[list[str]], parts: list[tuple]) -> dict:
+def _optimizer_state(stage: int, groups: list[list[str]], parts: list[tuple]) -> dict:
     flats = [flat for flat, _ in parts]
     base = {
-        "state": {i: {"step": torch.tensor(float(STEPS)), **moments(flat)} for i, flat in enumerate(flats)},
-        "param_groups": [{**SETTINGS, "weight_decay": decay, "params": [i]} for i, decay in enumerate(DECAYS)],
+        "state": {i: {"step": torch.tensor(float(STEPS)), **adam_moments(flat)} for i, flat in enumerate(flats)},
+        "param_groups": [{**SETTINGS, "weight_decay": decay, "params": [i]} for i, decay in enumerate(WEIGHT_DECAYS)],
     }
     common = {"zero_stage": ZeroStageEnum(stage), "partition_count": DP}
     if stage == 3:
@@ -66,8 +71,8 @@ def _state(stage: int, groups: list[list[str]], parts: list[tuple]) -> dict:
     }
 
 
-def _cut(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, list]:
-    """ZeRO 1 and 2: everything end to end, cut into equal parts, the last without its padding."""
+def _flat_partition(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, list]:
+    """ZeRO 1 and 2: flattens all tensors and splits them equally; the last partition drops its padding."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     size = -(-flat.numel() // DP)
     low, high = rank * size, min((rank + 1) * size, flat.numel())
@@ -79,8 +84,8 @@ def _cut(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, list]:
     return flat[low:high].clone(), addresses
 
 
-def _equal(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, None]:
-    """ZeRO 3: an equal part of each, the last padded."""
+def _padded_partition(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, None]:
+    """ZeRO 3: splits each tensor equally; the last part is padded."""
     parts = []
     for tensor in tensors:
         size = -(-tensor.numel() // DP)

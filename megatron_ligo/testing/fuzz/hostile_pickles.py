@@ -1,4 +1,4 @@
-"""Pickles that do something when they are loaded: in every way that a pickle has to call."""
+"""Pickles that run code when loaded, one for each way in which a pickle can call a function."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import struct
 from pathlib import Path
 
 
-def programs(mark: Path) -> dict[str, bytes]:
-    """Pickles that leave a folder `mark` behind if they are run, one for each way that a pickle has to call."""
+def hostile_pickles(mark: Path) -> dict[str, bytes]:
+    """Returns pickles that create the folder `mark` if they run, by the opcode or import they use."""
     text = str(mark).encode()
     head, argument = b"\x80\x02", b"X" + struct.pack("<I", len(text)) + text
-    nested = pickle.dumps({"a": [_Calls(str(mark))]}, protocol=4)
+    nested = pickle.dumps({"a": [_CallsOnLoad(str(mark))]}, protocol=4)
     return {
         "GLOBAL, REDUCE": head + b"cos\nmkdir\n" + argument + b"\x85R.",
         "posix": head + b"cposix\nmkdir\n" + argument + b"\x85R.",
@@ -21,10 +21,10 @@ def programs(mark: Path) -> dict[str, bytes]:
         "OBJ": head + b"(cos\nmkdir\n" + argument + b"o.",
         "NEWOBJ": head + b"cpathlib\nPath\n" + argument + b"\x85\x81.",
         "BUILD": head + b"ctorch.nn\nModule\n)\x81}X\x01\x00\x00\x00acos\nmkdir\nsb.",
-        "eval": head + b"cbuiltins\neval\nX" + _code(mark) + b"\x85R.",
+        "eval": head + b"cbuiltins\neval\nX" + _python_code(mark) + b"\x85R.",
         "getattr": head + b"cbuiltins\ngetattr\ncos\n__dict__\nX\x05\x00\x00\x00mkdir\x86R" + argument + b"\x85R.",
         "torch": head + b"ctorch.serialization\nload\n" + argument + b"\x85R.",
-        "numpy": head + b"cnumpy.testing._private.utils\nrunstring\nX" + _code(mark) + b"}\x86R.",
+        "numpy": head + b"cnumpy.testing._private.utils\nrunstring\nX" + _python_code(mark) + b"}\x86R.",
         "deepspeed": head + b"cdeepspeed.runtime.utils\nos\n.",
         "EXT": head + b"\x82\x01.",
         "PERSID": b"P" + text + b"\n.",
@@ -36,12 +36,12 @@ def programs(mark: Path) -> dict[str, bytes]:
     }
 
 
-def _code(mark: Path) -> bytes:
+def _python_code(mark: Path) -> bytes:
     text = f"__import__('os').mkdir({str(mark)!r})".encode()
     return struct.pack("<I", len(text)) + text
 
 
-class _Calls:
+class _CallsOnLoad:
     def __init__(self, mark: str):
         self.mark = mark
 

@@ -1,8 +1,8 @@
-"""Ways to spoil a folder of good files. Each takes a Random and the folder, and says what it did. Beside the folder
-stands `outside`, a good one of the same kind that holds other numbers.
+"""Mutations of a folder of valid files. Each takes a Random and the folder and returns a description, or None if it
+found nothing to mutate. Beside the folder stands `outside`, a valid folder of the same kind with other numbers.
 
-None: it found nothing to change. A change is `silent` where the files stay whole and say something else, as who edits a
-number in a config does: then they may be read. Every other one must be refused, or must change nothing that is read.
+A mutation is `silent` if the files may stay valid with other content, e.g. an edited number in a config: these may be
+read. Any other mutation must be refused or must leave what is read unchanged.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from pathlib import Path
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA
 from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
 from megatron_ligo.testing.fuzz import torch_dist_mutators
-from megatron_ligo.testing.fuzz.hostile_pickles import programs
+from megatron_ligo.testing.fuzz.hostile_pickles import hostile_pickles
 
-Work = Callable[[random.Random, Path], str | None]
+Mutate = Callable[[random.Random, Path], str | None]
 
-# Numbers and names that readers stumble over.
-HOSTILE = (
+# Values that readers tend to mishandle.
+HOSTILE_VALUES = (
     None, True, -1, 0, 1, 2**31, 2**63, 2**64 + 1, 10**400, -0.0, 1e308, float("nan"), float("inf"), "", "\0", "..",
     "../../outside", "/etc/passwd", "model\n", "\udcff", "9" * 5000, [], {}, [[]], {"": 0}, [1, "a", None],
 )  # fmt: skip
-LENGTHS = (0, 1, 7, 2**31 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
-# Heads of files, where their structure lies.
-HEAD = 2048
+HOSTILE_LENGTHS = (0, 1, 7, 2**31 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
+# The bytes at the start of a file that describe its structure.
+HEADER_BYTES = 2048
 MARK, OUTSIDE = "it_ran", "outside"
-# What is read from a checkpoint's folder, in which no link may lead out of it.
-LINKED = (".safetensors", ".pt", ".pth", ".distcp")
+# Tensor files: no link may lead out of a checkpoint's folder.
+TENSOR_SUFFIXES = (".safetensors", ".pt", ".pth", ".distcp")
 
 
 @dataclass(frozen=True)
-class Change:
+class Mutation:
     name: str
-    work: Work
+    apply: Mutate
     silent: bool = False
 
 
@@ -49,33 +49,33 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _pick(draw: random.Random, folder: Path, *endings: str) -> Path | None:
-    found = [path for path in _files(folder) if not endings or path.name.endswith(endings)]
-    return draw.choice(found) if found else None
+    paths = [path for path in _files(folder) if not endings or path.name.endswith(endings)]
+    return draw.choice(paths) if paths else None
 
 
-def cut_short(draw: random.Random, folder: Path) -> str | None:
+def truncate(draw: random.Random, folder: Path) -> str | None:
     path = _pick(draw, folder)
     size = path.stat().st_size
-    kept = draw.choice((0, 1, size // 2, max(size - 1, 0), draw.randrange(size + 1)))
-    os.truncate(path, kept)
-    return f"{path.name} cut to {kept} of {size} bytes"
+    size_left = draw.choice((0, 1, size // 2, max(size - 1, 0), draw.randrange(size + 1)))
+    os.truncate(path, size_left)
+    return f"{path.name} truncated to {size_left} of {size} bytes"
 
 
-def made_longer(draw: random.Random, folder: Path) -> str | None:
+def append_bytes(draw: random.Random, folder: Path) -> str | None:
     path = _pick(draw, folder)
     with path.open("ab") as file:
         file.write(draw.randbytes(draw.choice((1, 7, 4096))))
-    return f"{path.name} has bytes added"
+    return f"{path.name} has extra bytes"
 
 
-def missing(draw: random.Random, folder: Path) -> str | None:
+def delete_file(draw: random.Random, folder: Path) -> str | None:
     path = _pick(draw, folder)
     path.unlink()
-    return f"{path.name} is gone"
+    return f"{path.name} is deleted"
 
 
-def no_file(draw: random.Random, folder: Path) -> str | None:
-    """Something else stands where a file should."""
+def replace_with_non_file(draw: random.Random, folder: Path) -> str | None:
+    """Replaces a file with something that is none."""
     path = _pick(draw, folder)
     path.unlink()
     kind = draw.choice(("a folder", "a pipe", "a link to nothing", "a link to itself", "a link to /dev/zero"))
@@ -88,8 +88,8 @@ def no_file(draw: random.Random, folder: Path) -> str | None:
     return f"{path.name} is {kind}"
 
 
-def exchanged(draw: random.Random, folder: Path) -> str | None:
-    """Two files of one kind change places."""
+def swap_files(draw: random.Random, folder: Path) -> str | None:
+    """Swaps two files of one kind."""
     one = _pick(draw, folder)
     others = [path for path in _files(folder) if path.suffix == one.suffix and path != one]
     if not others:
@@ -101,49 +101,49 @@ def exchanged(draw: random.Random, folder: Path) -> str | None:
     one.rename(aside)
     other.rename(one)
     aside.rename(other)
-    return f"{one.name} and {other.relative_to(folder)} changed places"
+    return f"{one.name} and {other.relative_to(folder)} are swapped"
 
 
-def noise(draw: random.Random, folder: Path) -> str | None:
-    """Some bytes in the head of a file."""
+def flip_header_bytes(draw: random.Random, folder: Path) -> str | None:
+    """Changes bytes of a file's header."""
     path = _pick(draw, folder)
     content = bytearray(path.read_bytes())
     if not content:
         return None
     for _ in range(draw.choice((1, 1, 2, 16))):
-        content[draw.randrange(min(len(content), HEAD))] = draw.randrange(256)
+        content[draw.randrange(min(len(content), HEADER_BYTES))] = draw.randrange(256)
     path.write_bytes(content)
-    return f"{path.name} has other bytes in its head"
+    return f"{path.name} has changed header bytes"
 
 
-def noise_at_the_end(draw: random.Random, folder: Path) -> str | None:
-    """Where zip archives keep their directory."""
+def flip_trailer_bytes(draw: random.Random, folder: Path) -> str | None:
+    """Changes bytes at the end of a file, where zip archives keep their directory."""
     path = _pick(draw, folder, ".pt", ".pth", ".zip")
     if path is None:
         return None
     content = bytearray(path.read_bytes())
     for _ in range(draw.choice((1, 2, 8))):
-        content[-1 - draw.randrange(min(len(content), HEAD))] = draw.randrange(256)
+        content[-1 - draw.randrange(min(len(content), HEADER_BYTES))] = draw.randrange(256)
     path.write_bytes(content)
-    return f"{path.name} has other bytes in its directory"
+    return f"{path.name} has changed directory bytes"
 
 
-def lying_length(draw: random.Random, folder: Path) -> str | None:
-    """An 8-byte number in a head says more than there is."""
+def corrupt_length(draw: random.Random, folder: Path) -> str | None:
+    """Overwrites an 8-byte length in a header."""
     path = _pick(draw, folder, ".safetensors", ".gguf", ".idx", ".pt", ".pth", ".distcp", ".model")
     if path is None:
         return None
     content = bytearray(path.read_bytes())
     if len(content) < 9:
         return None
-    at = draw.choice((0, 8, 16, draw.randrange(min(len(content) - 8, HEAD))))
-    struct.pack_into("<Q", content, min(at, len(content) - 8), draw.choice(LENGTHS))
+    at = draw.choice((0, 8, 16, draw.randrange(min(len(content) - 8, HEADER_BYTES))))
+    struct.pack_into("<Q", content, min(at, len(content) - 8), draw.choice(HOSTILE_LENGTHS))
     path.write_bytes(content)
-    return f"{path.name} has another length at byte {at}"
+    return f"{path.name} has a changed length at byte {at}"
 
 
-def _tables(path: Path) -> tuple[object, Callable[[object], bytes]] | None:
-    """The JSON of a file (of a safetensors file's head), and how to put another in its place."""
+def _load_json(path: Path) -> tuple[object, Callable[[object], bytes]] | None:
+    """Returns a file's JSON (of a safetensors file: its header), and a function that rebuilds the file."""
     content = path.read_bytes()
     try:
         if path.suffix == ".safetensors":
@@ -155,61 +155,63 @@ def _tables(path: Path) -> tuple[object, Callable[[object], bytes]] | None:
         return None
 
 
-def edited(draw: random.Random, folder: Path) -> str | None:
-    """One place in a JSON file, or in a safetensors file's head, has another value, or is gone, or is there twice."""
+def edit_json(draw: random.Random, folder: Path) -> str | None:
+    """Changes, deletes or renames one entry of a JSON file or a safetensors header."""
     path = _pick(draw, folder, ".json", ".safetensors")
-    found = path and _tables(path)
-    if not found:
+    loaded = path and _load_json(path)
+    if not loaded:
         return None
-    table, put = found
-    places = list(_places(table))
-    if not places:
+    table, rebuild = loaded
+    slots = list(_slots_of(table))
+    if not slots:
         return None
-    holder, key = draw.choice(places)
+    holder, key = draw.choice(slots)
     how = draw.choice(("value", "value", "value", "gone", "renamed", "deep"))
     if how == "gone":
         del holder[key]
     elif how == "renamed" and isinstance(holder, dict):
-        holder[str(draw.choice(HOSTILE))] = holder.pop(key)
+        holder[str(draw.choice(HOSTILE_VALUES))] = holder.pop(key)
     elif how == "deep":
         text = json.dumps(table).encode("utf-8", "surrogatepass")
-        path.write_bytes(put(b"[" * 20_000 + text))
-        return f"{path.name} is nested without end"
+        path.write_bytes(rebuild(b"[" * 20_000 + text))
+        return f"{path.name} is nested too deeply"
     else:
-        holder[key] = draw.choice(HOSTILE)
-    path.write_bytes(put(json.dumps(table).encode()))
+        holder[key] = draw.choice(HOSTILE_VALUES)
+    path.write_bytes(rebuild(json.dumps(table).encode()))
     return f"{path.name}: {key!r} {how}"
 
 
-def _places(table: object):
+def _slots_of(table: object):
     items = table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ()
     for key, value in items:
         yield table, key
-        yield from _places(value)
+        yield from _slots_of(value)
 
 
-def led_out(draw: random.Random, folder: Path) -> str | None:
-    """A name that leads out of the folder, to a whole file that stands there and holds other numbers."""
+def point_outside(draw: random.Random, folder: Path) -> str | None:
+    """Points a name or link to a valid file outside the folder."""
     outside = folder.parent / OUTSIDE
-    path = _pick(draw, folder, "index.json", "latest", "latest_universal", "record.json", TRACKER, METADATA, *LINKED)
+    path = _pick(
+        draw, folder, "index.json", "latest", "latest_universal", "record.json", TRACKER, METADATA, *TENSOR_SUFFIXES
+    )
     if path is None:
         return None
-    place = outside / path.parent.relative_to(folder)
-    name = draw.choice((f"{os.path.relpath(place, path.parent)}/", f"{place}/"))
-    if path.name.endswith(LINKED):
+    target = outside / path.parent.relative_to(folder)
+    name = draw.choice((f"{os.path.relpath(target, path.parent)}/", f"{target}/"))
+    if path.name.endswith(TENSOR_SUFFIXES):
         path.unlink()
         path.symlink_to(name + path.name)
     elif path.name == METADATA:
-        torch_dist_mutators.led_out(draw, path, name)
+        torch_dist_mutators.point_chunks_outside(draw, path, name)
     elif path.suffix == ".json":
-        _list_elsewhere(draw, path, place / path.name, name)
+        _list_outside_file(draw, path, target / path.name, name)
     else:
         path.write_text(name + path.read_text())
-    return f"{path.name} leads to {name}"
+    return f"{path.name} points to {name}"
 
 
-def _list_elsewhere(draw: random.Random, path: Path, other: Path, name: str) -> None:
-    """One of the files that a JSON file lists is the one outside, with all that is said of it there."""
+def _list_outside_file(draw: random.Random, path: Path, other: Path, name: str) -> None:
+    """Lists a file outside the folder in a JSON file, with its own digest and size."""
     table = json.loads(path.read_text())
     names = table.get("weight_map") or table["files"]
     key = draw.choice(sorted(names))
@@ -221,34 +223,34 @@ def _list_elsewhere(draw: random.Random, path: Path, other: Path, name: str) -> 
     path.write_text(json.dumps(table))
 
 
-def hostile_pickle(draw: random.Random, folder: Path) -> str | None:
-    """A file that holds a pickle runs a program when it is read freely: as the archive's, bare, or before its own."""
+def inject_pickle(draw: random.Random, folder: Path) -> str | None:
+    """Injects a hostile pickle: as the file, as an archive's pickle, or in front of it."""
     path = _pick(draw, folder, ".pt", ".pth", ".metadata", ".distcp")
     if path is None:
         return None
-    name, program = draw.choice(sorted(programs(folder.parent / MARK).items()))
+    name, program = draw.choice(sorted(hostile_pickles(folder.parent / MARK).items()))
     if not zipfile.is_zipfile(path) or draw.random() < 0.3:
         path.write_bytes(program)
-        return f"{path.name} is a pickle that calls ({name})"
-    made = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w") as new:
+        return f"{path.name} is a hostile pickle ({name})"
+    archive = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(archive, "w") as new:
         for info in old.infolist():
             content = old.read(info)
             if info.filename.endswith("data.pkl"):
                 content = program if draw.random() < 0.5 else program[:-1] + b"0" + content
             new.writestr(info, content)
-    path.write_bytes(made.getvalue())
-    return f"{path.name} holds a pickle that calls ({name})"
+    path.write_bytes(archive.getvalue())
+    return f"{path.name} holds a hostile pickle ({name})"
 
 
-def rewritten_archive(draw: random.Random, folder: Path) -> str | None:
-    """A torch archive whose records are packed, doubled, gone, or named so as to lie elsewhere."""
+def rewrite_archive(draw: random.Random, folder: Path) -> str | None:
+    """Rewrites a torch archive with one record compressed, missing, shortened, oversized or named outside."""
     path = _pick(draw, folder, ".pt", ".pth")
     if path is None or not zipfile.is_zipfile(path):
         return None
     how = draw.choice(("packed", "gone", "led out", "bomb", "shorter"))
-    made = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w") as new:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(archive, "w") as new:
         records = old.infolist()
         chosen = draw.choice(records)
         for info in records:
@@ -263,27 +265,27 @@ def rewritten_archive(draw: random.Random, folder: Path) -> str | None:
                 new.writestr("../" * 6 + info.filename, content)
             elif how == "bomb":
                 new.writestr(info.filename, bytes(1 << 26), zipfile.ZIP_DEFLATED)
-    path.write_bytes(made.getvalue())
+    path.write_bytes(archive.getvalue())
     return f"{path.name}: {chosen.filename} {how}"
 
 
-def edited_chunks(draw: random.Random, folder: Path) -> str | None:
-    """What a distributed checkpoint says of its tensors and their places has another value, or is gone."""
+def edit_chunk_metadata(draw: random.Random, folder: Path) -> str | None:
+    """Edits the metadata of a distributed checkpoint's tensors and chunks."""
     path = _pick(draw, folder, METADATA)
-    return path and torch_dist_mutators.edited(draw, path, HOSTILE, LENGTHS)
+    return path and torch_dist_mutators.edit_metadata(draw, path, HOSTILE_VALUES, HOSTILE_LENGTHS)
 
 
-def hostile_chunk(draw: random.Random, folder: Path) -> str | None:
-    """One of the archives in a distributed checkpoint's files is a program."""
+def inject_chunk(draw: random.Random, folder: Path) -> str | None:
+    """Replaces one chunk's archive in a distributed checkpoint with a hostile pickle."""
     path = _pick(draw, folder, METADATA)
     if path is None:
         return None
-    name, program = draw.choice(sorted(programs(folder.parent / MARK).items()))
-    return f"{torch_dist_mutators.hostile(draw, path, program)} calls ({name})"
+    name, program = draw.choice(sorted(hostile_pickles(folder.parent / MARK).items()))
+    return f"{torch_dist_mutators.inject_archive(draw, path, program)} is a hostile pickle ({name})"
 
 
-def edited_text(draw: random.Random, folder: Path) -> str | None:
-    """A line of a TOML file or a tag is gone, doubled, or says something else."""
+def edit_text(draw: random.Random, folder: Path) -> str | None:
+    """Deletes, doubles or changes a line of a TOML file or a tag."""
     path = _pick(draw, folder, ".toml", "latest", "latest_universal")
     if path is None:
         return None
@@ -294,28 +296,28 @@ def edited_text(draw: random.Random, folder: Path) -> str | None:
     lines[at : at + 1] = {
         "gone": [],
         "twice": [lines[at]] * 2,
-        "value": [f"{name}= {json.dumps(draw.choice(HOSTILE))}"],
+        "value": [f"{name}= {json.dumps(draw.choice(HOSTILE_VALUES))}"],
         "noise": [lines[at] + draw.randbytes(4).decode("latin-1")],
     }[how]
     path.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
     return f"{path.name}: line {at + 1} {how}"
 
 
-CHANGES = (
-    Change("cut short", cut_short),
-    Change("made longer", made_longer),
-    Change("missing", missing),
-    Change("no file", no_file),
-    Change("changed places", exchanged, silent=True),
-    Change("noise", noise, silent=True),
-    Change("noise at the end", noise_at_the_end, silent=True),
-    Change("lying length", lying_length, silent=True),
-    Change("edited table", edited, silent=True),
-    Change("edited table", edited, silent=True),
-    Change("led out", led_out),
-    Change("hostile pickle", hostile_pickle),
-    Change("archive", rewritten_archive),
-    Change("edited chunks", edited_chunks, silent=True),
-    Change("hostile chunk", hostile_chunk),
-    Change("edited text", edited_text, silent=True),
+MUTATIONS = (
+    Mutation("truncated", truncate),
+    Mutation("extra bytes", append_bytes),
+    Mutation("deleted", delete_file),
+    Mutation("not a file", replace_with_non_file),
+    Mutation("are swapped", swap_files, silent=True),
+    Mutation("header bytes", flip_header_bytes, silent=True),
+    Mutation("trailer bytes", flip_trailer_bytes, silent=True),
+    Mutation("wrong length", corrupt_length, silent=True),
+    Mutation("edited JSON", edit_json, silent=True),
+    Mutation("edited JSON", edit_json, silent=True),
+    Mutation("points outside", point_outside),
+    Mutation("hostile pickle", inject_pickle),
+    Mutation("rewritten archive", rewrite_archive),
+    Mutation("edited chunk metadata", edit_chunk_metadata, silent=True),
+    Mutation("hostile chunk", inject_chunk),
+    Mutation("edited text", edit_text, silent=True),
 )

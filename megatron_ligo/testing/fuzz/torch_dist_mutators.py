@@ -1,4 +1,4 @@
-"""Megatron-core's distributed checkpoints: one as its newest release leaves it, and ways to spoil what they say."""
+"""Samples and mutations of Megatron-core's distributed checkpoints (torch_dist)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import COMMON, COMMON_OBJECT
-from megatron_ligo.testing.fuzz.engine_samples import STEPS, moments
+from megatron_ligo.testing.fuzz.engine_samples import STEPS, adam_moments
 
 OPTIMIZER = "__1_0.distcp"
 
 
-def as_an_engine_leaves_it(folder: Path) -> None:
-    """Adds Adam's moments to weights alone; what is no tensor becomes an object of the checkpoint."""
+def add_optimizer_state(folder: Path) -> None:
+    """Adds Adam's moments to a checkpoint of weights, and stores the common state as Megatron-core 0.19 does."""
     from torch.distributed.checkpoint import metadata as records
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-    data = _metadata(folder / METADATA)
+    data = _load_metadata(folder / METADATA)
     content = bytearray()
 
     def add(name: str, offset: torch.Size | None, value: object) -> None:
@@ -33,7 +33,7 @@ def as_an_engine_leaves_it(folder: Path) -> None:
         described = data.state_dict_metadata[index.fqn]
         if isinstance(described, records.BytesStorageMetadata):
             continue
-        for state, value in moments(_tensor(folder, place).float()).items():
+        for state, value in adam_moments(_read_tensor(folder, place).float()).items():
             name = f"optimizer.state.{state}.{index.fqn}"
             properties = records.TensorProperties(dtype=torch.float32)
             data.state_dict_metadata[name] = records.TensorStorageMetadata(properties, described.size, described.chunks)
@@ -46,9 +46,9 @@ def as_an_engine_leaves_it(folder: Path) -> None:
     (folder / METADATA).write_bytes(pickle.dumps(data))
 
 
-def edited(draw: random.Random, path: Path, values: tuple, numbers: tuple) -> str | None:
-    """One thing that the metadata say is another of these, or is what they say elsewhere, or is gone."""
-    data = _metadata(path)
+def edit_metadata(draw: random.Random, path: Path, values: tuple, numbers: tuple) -> str | None:
+    """Changes, moves or deletes one entry of the metadata."""
+    data = _load_metadata(path)
     index = draw.choice(sorted(data.storage_data, key=str))
     place, described = data.storage_data[index], data.state_dict_metadata[index.fqn]
     other = draw.choice(sorted(data.storage_data.values(), key=str))
@@ -64,14 +64,14 @@ def edited(draw: random.Random, path: Path, values: tuple, numbers: tuple) -> st
     elif how == "name":
         data.state_dict_metadata[draw.choice((None, 7, "", "../x"))] = data.state_dict_metadata.pop(index.fqn)
     elif hasattr(described, "chunks"):
-        _redescribe(draw, described, how, values, numbers)
+        _edit_tensor_metadata(draw, described, how, values, numbers)
     else:
         return None
     path.write_bytes(pickle.dumps(data))
     return f"{path.name}: {index.fqn} {how}"
 
 
-def _redescribe(draw: random.Random, described: object, how: str, values: tuple, numbers: tuple) -> None:
+def _edit_tensor_metadata(draw: random.Random, described: object, how: str, values: tuple, numbers: tuple) -> None:
     if how == "dtype":
         described.properties.dtype = draw.choice((torch.int64, torch.bfloat16, torch.complex64, "float32", None))
     elif how == "size":
@@ -85,9 +85,9 @@ def _redescribe(draw: random.Random, described: object, how: str, values: tuple,
         setattr(chunk, name, draw.choice((sizes, tuple(sizes), *values)))
 
 
-def led_out(draw: random.Random, path: Path, prefix: str) -> None:
-    """Chunks lie in a file elsewhere, as they lie in the one here."""
-    data = _metadata(path)
+def point_chunks_outside(draw: random.Random, path: Path, prefix: str) -> None:
+    """Points the chunks of one file to a file outside the folder."""
+    data = _load_metadata(path)
     chosen = draw.choice(sorted({place.relative_path for place in data.storage_data.values()}))
     for place in data.storage_data.values():
         if place.relative_path == chosen:
@@ -95,9 +95,9 @@ def led_out(draw: random.Random, path: Path, prefix: str) -> None:
     path.write_bytes(pickle.dumps(data))
 
 
-def hostile(draw: random.Random, path: Path, program: bytes) -> str:
-    """The place of a chunk is that of an archive whose pickle is a program."""
-    data = _metadata(path)
+def inject_archive(draw: random.Random, path: Path, program: bytes) -> str:
+    """Points a chunk to an appended archive with a hostile pickle."""
+    data = _load_metadata(path)
     index = draw.choice(sorted(data.storage_data, key=str))
     place = data.storage_data[index]
     archive = io.BytesIO()
@@ -113,18 +113,18 @@ def hostile(draw: random.Random, path: Path, program: bytes) -> str:
     return f"the archive of {index.fqn}"
 
 
-def _metadata(path: Path):
-    # One that we have written.
+def _load_metadata(path: Path):
+    # Safe: this module wrote the file.
     return pickle.loads(path.read_bytes())
 
 
 def _archive(value: object) -> bytes:
-    made = io.BytesIO()
-    torch.save(value, made)
-    return made.getvalue()
+    archive = io.BytesIO()
+    torch.save(value, archive)
+    return archive.getvalue()
 
 
-def _tensor(folder: Path, place) -> torch.Tensor:
+def _read_tensor(folder: Path, place) -> torch.Tensor:
     with (folder / place.relative_path).open("rb") as file:
         file.seek(place.offset)
         return torch.load(io.BytesIO(file.read(place.length)), weights_only=True)

@@ -1,4 +1,4 @@
-"""Many changes, each tried in a process of its own: with a limit to its memory and its time, and watched."""
+"""Runs mutations: each is read in its own process, with limits on memory and time."""
 
 from __future__ import annotations
 
@@ -17,97 +17,98 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ligo.common.errors import CheckpointError, user_message
-from megatron_ligo.testing.fuzz.mutators import CHANGES, MARK, OUTSIDE, Change
+from megatron_ligo.testing.fuzz.mutators import MARK, MUTATIONS, OUTSIDE, Mutation
 from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
 
-SECONDS = 60.0
-# More than a reader of a few kilobytes may ever want, on top of what the process has.
-BYTES = 1 << 30
-REFUSED, SAME, OTHER = "refused", "nothing changed", "other content, as it says"
+TIMEOUT_SECONDS = 60.0
+# The most that a reader of a few kilobytes may allocate on top of the process.
+EXTRA_BYTES = 1 << 30
+REFUSED, UNCHANGED, OTHER = "refused", "read unchanged", "read as edited"
 
 
 @dataclass
-class Tally:
-    """outcomes: how many changes ended how; by_sample: by what was changed."""
+class FuzzReport:
+    """outcomes: number of mutations by outcome; by_sample: by the sample mutated."""
 
     outcomes: Counter = field(default_factory=Counter)
     by_sample: Counter = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
 
     @property
-    def tried(self) -> int:
+    def count(self) -> int:
         return self.outcomes.total()
 
 
-def mutate(
-    folder: Path, count: int, seed: int, tell: Callable[[str], None], samples: Iterable[Sample] = SAMPLES
-) -> Tally:
-    """Tries so many changes. CheckpointError at the end if any did harm; what did is left in `folder`."""
-    tally, number = Tally(), 0
+def run_fuzz(
+    folder: Path, count: int, seed: int, log_line: Callable[[str], None], samples: Iterable[Sample] = SAMPLES
+) -> FuzzReport:
+    """Tries `count` mutations. Raises CheckpointError at the end if any did harm; those stay in `folder`."""
+    report, number = FuzzReport(), 0
     samples = list(samples)
-    expected = {sample.name: _made(sample, folder) for sample in samples}
-    while tally.tried < count:
+    expected = {sample.name: _write_samples(sample, folder) for sample in samples}
+    while report.count < count:
         sample = samples[number % len(samples)]
-        outcome, story = _one(sample, folder, f"{seed}:{number}", expected[sample.name])
+        outcome, story = _try_mutation(sample, folder, f"{seed}:{number}", expected[sample.name])
         number += 1
         if outcome is None:
             continue
-        tally.outcomes[outcome] += 1
-        tally.by_sample[sample.name] += 1
-        if outcome not in (REFUSED, SAME, OTHER):
-            tally.errors.append(f"{seed}:{number - 1} {sample.name}, {story}: {outcome}")
-            tell(tally.errors[-1])
-    if tally.errors:
-        lines = "\n  ".join(tally.errors)
-        raise CheckpointError(f"{len(tally.errors)} of {tally.tried} changes did harm\n  {lines}")
-    return tally
+        report.outcomes[outcome] += 1
+        report.by_sample[sample.name] += 1
+        if outcome not in (REFUSED, UNCHANGED, OTHER):
+            report.errors.append(f"{seed}:{number - 1} {sample.name}, {story}: {outcome}")
+            log_line(report.errors[-1])
+    if report.errors:
+        lines = "\n  ".join(report.errors)
+        raise CheckpointError(f"{len(report.errors)} of {report.count} mutations did harm\n  {lines}")
+    return report
 
 
-def _made(sample: Sample, folder: Path) -> str:
-    """A good one, and another with other numbers. What is read of the good one."""
-    found = []
+def _write_samples(sample: Sample, folder: Path) -> str:
+    """Writes a valid sample and one with other numbers. Returns what is read from the first."""
+    outcomes = []
     for number, name in enumerate(("good", "other")):
-        place = folder / name / sample.name
-        place.mkdir(parents=True)
-        sample.make(place, number)
-        found.append(_tried(sample, place))
-    assert [kind for kind, _ in found] == [SAME, SAME] and found[0] != found[1], f"{sample.name}: {found}"
-    return found[0][1]
+        content = folder / name / sample.name
+        content.mkdir(parents=True)
+        sample.write(content, number)
+        outcomes.append(_read_in_child(sample, content))
+    unchanged = [kind for kind, _ in outcomes] == [UNCHANGED, UNCHANGED]
+    assert unchanged and outcomes[0] != outcomes[1], f"{sample.name}: {outcomes}"
+    return outcomes[0][1]
 
 
-def _one(sample: Sample, folder: Path, seed: str, expected: str) -> tuple[str | None, str]:
-    """What came of one change (None: it changed nothing), and what it was."""
+def _try_mutation(sample: Sample, folder: Path, seed: str, expected: str) -> tuple[str | None, str]:
+    """Returns the outcome of one mutation (None: it found nothing to mutate) and its description."""
     draw = random.Random(seed)
-    change: Change = draw.choice(CHANGES)
-    place = folder / f"tried_{seed.replace(':', '_')}"
-    content = place / "content"
+    mutation: Mutation = draw.choice(MUTATIONS)
+    trial = folder / f"tried_{seed.replace(':', '_')}"
+    content = trial / "content"
     shutil.copytree(folder / "good" / sample.name, content)
-    shutil.copytree(folder / "other" / sample.name, place / OUTSIDE)
-    story = change.work(draw, content)
+    shutil.copytree(folder / "other" / sample.name, trial / OUTSIDE)
+    story = mutation.apply(draw, content)
     if story is None:
-        shutil.rmtree(place)
+        shutil.rmtree(trial)
         return None, ""
-    kind, found = _tried(sample, content)
-    if (place / MARK).exists():
-        kind = f"ran a program of the file ({kind})"
-    elif kind == SAME and found != expected:
-        kind = OTHER if change.silent or sample.name == "config" else "read as something else, without a word"
-    elif kind not in (SAME, REFUSED):
-        kind = f"{kind}: {found}"
-    if kind in (SAME, REFUSED, OTHER):
-        shutil.rmtree(place)
-    return kind, f"{change.name} ({story})"
+    outcome, detail = _read_in_child(sample, content)
+    if (trial / MARK).exists():
+        outcome = f"executed code from the file ({outcome})"
+    elif outcome == UNCHANGED and detail != expected:
+        outcome = OTHER if mutation.silent or sample.name == "config" else "silently misread"
+    elif outcome not in (UNCHANGED, REFUSED):
+        outcome = f"{outcome}: {detail}"
+    if outcome in (UNCHANGED, REFUSED, OTHER):
+        shutil.rmtree(trial)
+    return outcome, f"{mutation.name} ({story})"
 
 
-def _tried(sample: Sample, content: Path) -> tuple[str, str]:
-    """(SAME, what was read), (REFUSED, why) or (another end, its last words), out of a process of its own."""
+def _read_in_child(sample: Sample, content: Path) -> tuple[str, str]:
+    """Reads in a child process. Returns (UNCHANGED, content), (REFUSED, reason) or (failure, detail)."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        _child(sample, content, write)
+        _child_main(sample, content, write)
     os.close(write)
-    answer, late, deadline = b"", False, time.monotonic() + SECONDS
+    answer, late, deadline = b"", False, time.monotonic() + TIMEOUT_SECONDS
     while not late:
         if select.select([read], [], [], max(0.0, deadline - time.monotonic()))[0]:
             part = os.read(read, 1 << 16)
@@ -124,21 +125,21 @@ def _tried(sample: Sample, content: Path) -> tuple[str, str]:
     return ("hung" if late else "died"), f"{status}"
 
 
-def _child(sample: Sample, content: Path, answer: int) -> None:
+def _child_main(sample: Sample, content: Path, answer: int) -> None:
     kind, text = "died", ""
     try:
         quiet = os.open(os.devnull, os.O_WRONLY)
         for number in (1, 2):
             os.dup2(quiet, number)
-        limit = _held() + BYTES
+        limit = _address_space_bytes() + EXTRA_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        kind, text = SAME, repr(sample.look(content))
+        kind, text = UNCHANGED, repr(sample.read(content))
     except MemoryError:
         kind, text = "took too much memory", traceback.format_exc()
     except BaseException as error:
-        told = user_message(error)
-        kind, text = (REFUSED, told) if told else ("an error of ours", traceback.format_exc())
+        reason = user_message(error)
+        kind, text = (REFUSED, reason) if reason else ("an internal error", traceback.format_exc())
     try:
         with os.fdopen(answer, "wb") as pipe:
             pipe.write(json.dumps([kind, text]).encode())
@@ -146,6 +147,6 @@ def _child(sample: Sample, content: Path, answer: int) -> None:
         os._exit(0)
 
 
-def _held() -> int:
-    """Bytes of address space that this process has."""
+def _address_space_bytes() -> int:
+    """Returns the bytes of this process's address space."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")

@@ -147,7 +147,7 @@ def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
     rates = {"max_lr": megatron_optimizers.LR, "min_lr": megatron_optimizers.MIN_LR}
     for name in ("tied", "biased", "gpt2"):
         convert(formats.open(sources[name]), tmp_path / name / "engine", "deepspeed", WriteOptions(tp=2))
-        engine_samples.add_optimizer(tmp_path / name / "engine" / "global_step0", 1)
+        engine_samples.write_engine_files(tmp_path / name / "engine" / "global_step0", 1)
     # A universal checkpoint states the settings for whoever is not DeepSpeed.
     convert(formats.open(tmp_path / "biased" / "engine"), tmp_path / "universal", "universal")
     for name, stored in (("tied", "tied/engine"), ("biased", "universal")):
