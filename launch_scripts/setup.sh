@@ -1,5 +1,5 @@
-# Makes the environment (.venv, or $VENV) from the pinned requirements; sourced by the other scripts.
-# PYTHON chooses the interpreter (default python3.11). With "dev" as argument, the tools for tests come too.
+# Creates the environment (.venv, or $VENV) from the pinned requirements; sourced by the other scripts.
+# PYTHON selects the interpreter (default: python3.11). The argument "dev" also installs the test tools.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3.11}
@@ -7,7 +7,7 @@ files="requirements.txt requirements-models.txt pyproject.toml"
 [ "${1:-}" = dev ] && files="$files requirements-dev.txt"
 stamp="$VENV/.made-from-$(cat $files | sha256sum | cut -c1-16)"
 if [ ! -e "$stamp" ]; then
-    echo "making $VENV with $PYTHON"
+    echo "creating $VENV with $PYTHON"
     "$PYTHON" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --upgrade pip setuptools wheel
     "$VENV/bin/python" -m pip install --quiet -r requirements.txt
@@ -18,5 +18,5 @@ if [ ! -e "$stamp" ]; then
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
-# Without a GPU DeepSpeed is told so; with one it finds it.
+# DeepSpeed detects a GPU; its absence must be stated.
 python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lint, format and tests, in an environment of its own. PYTHON=python3.12 chooses the newer stack.
-# Arguments go to pytest: `bash launch_scripts/test.sh tests/growth`; `--long` adds layouts that differ by little.
-# Two tests at a time (or $WORKERS): what one waits for, the other uses.
+# Runs lint, format check and tests in their own environment. PYTHON=python3.12 selects the newer stack.
+# Arguments are passed to pytest: `bash launch_scripts/test.sh tests/growth`; `--long` adds similar layouts.
+# Runs two tests at a time (or $WORKERS): one uses the cores while the other waits.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
 ruff check .
