@@ -1,12 +1,12 @@
-"""The forms in which a width map is held, and its products in each. A map is (large x small): n x m, rank r.
+"""Representations of a width map, and its products in each of them.
 
-    Full      every entry
-    Kept      [I; C]: rows that copy small features and take no product, above learned ones
-    Copies    one scaled small feature a row (or none): where a fit starts, mostly
-    LowRank   start + U V, the start fixed
+    DenseMap             every entry
+    FrozenIdentityMap    [I; C]: rows that copy small features and take no product, above learned rows
+    RowSelection         one scaled small feature a row, or none: most starts of a fit
+    LowRankMap           start + U V, with the start fixed
 
-`push` takes (..., m) to (..., n), `pull` (..., n) to (..., m) by the transpose, `@` a matrix (m, k) or vector (m,) to
-(n, k) or (n,). `cost` is the multiplications that one vector takes, either way.
+Legend: n large features, m small features, r rank, k columns. A map is (n, m). `apply` maps (..., m) to (..., n),
+`apply_transposed` maps (..., n) to (..., m), and `@` maps a matrix (m, k) or a vector (m,) to (n, k) or (n,).
 """
 
 from __future__ import annotations
@@ -19,37 +19,45 @@ from torch import Tensor
 
 
 def full_cost(n: int, m: int) -> int:
+    """Returns the multiplications of a dense map with one vector."""
     return n * m
 
 
 def low_rank_cost(n: int, m: int, rank: int, start: int) -> int:
-    """start: the cost of what U V is added to."""
+    """Returns the multiplications of start + U V with one vector. start: those of the start."""
     return start + rank * (n + m)
 
 
 class LinearMap(ABC):
+    """A width map (n, m). cost: the multiplications of the map, or of its transpose, with one vector."""
+
     shape: tuple[int, int]
     cost: int
 
     @abstractmethod
-    def apply(self, x: Tensor) -> Tensor: ...
+    def apply(self, x: Tensor) -> Tensor:
+        """(..., m) -> (..., n)."""
 
     @abstractmethod
-    def apply_transposed(self, x: Tensor) -> Tensor: ...
+    def apply_transposed(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
 
     @abstractmethod
-    def __matmul__(self, x: Tensor) -> Tensor: ...
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """(m, k) -> (n, k), or (m,) -> (n,)."""
 
     @abstractmethod
     def to(self, like: Tensor) -> LinearMap:
-        """The same in another tensor's dtype."""
+        """Returns the map in the dtype of another tensor."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Every entry (n, m)."""
+        """Returns every entry, (n, m)."""
 
 
 class DenseMap(LinearMap):
+    """Every entry of a map, (n, m)."""
+
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
         self.shape = tuple(tensor.shape)
@@ -72,132 +80,127 @@ class DenseMap(LinearMap):
 
 
 class FrozenIdentityMap(LinearMap):
-    """tensor (n, m): its first `kept` rows are not looked at, but are the identity's, from column `first` on."""
+    """[I; C], (n, m): row i < num_copied copies feature first + i, and the entries stored for it are never read."""
 
-    def __init__(self, tensor: Tensor, kept: int, first: int):
-        self.whole = tensor
-        self.kept, self.first = kept, first
-        self.tensor = tensor[kept:]
+    def __init__(self, tensor: Tensor, num_copied: int, first: int):
+        self.stored = tensor
+        self.num_copied, self.first = num_copied, first
+        self.learned = tensor[num_copied:]
         self.shape = tuple(tensor.shape)
-        self.cost = full_cost(self.shape[0] - kept, self.shape[1])
+        self.cost = full_cost(self.shape[0] - num_copied, self.shape[1])
 
-    def _copied(self, x: Tensor, dim: int) -> Tensor:
-        return x.narrow(dim, self.first, self.kept)
+    def _copy(self, x: Tensor, dim: int) -> Tensor:
+        return x.narrow(dim, self.first, self.num_copied)
 
     def apply(self, x):
-        return torch.cat([self._copied(x, -1), F.linear(x, self.tensor)], dim=-1)
+        return torch.cat([self._copy(x, -1), F.linear(x, self.learned)], dim=-1)
 
     def apply_transposed(self, x):
-        after = self.shape[1] - self.first - self.kept
-        return F.pad(x[..., : self.kept], (self.first, after)) + x[..., self.kept :] @ self.tensor
+        num_after = self.shape[1] - self.first - self.num_copied
+        copied = F.pad(x[..., : self.num_copied], (self.first, num_after))
+        return copied + x[..., self.num_copied :] @ self.learned
 
     def __matmul__(self, x):
-        return torch.cat([self._copied(x, 0), self.tensor @ x])
+        return torch.cat([self._copy(x, 0), self.learned @ x])
 
     def to(self, like):
-        return FrozenIdentityMap(self.whole.to(like), self.kept, self.first)
+        return FrozenIdentityMap(self.stored.to(like), self.num_copied, self.first)
 
     def dense(self):
-        identity = torch.eye(self.shape[1], dtype=self.tensor.dtype, device=self.tensor.device)
-        return torch.cat([self._copied(identity, 0), self.tensor])
+        identity = torch.eye(self.shape[1], dtype=self.learned.dtype, device=self.learned.device)
+        return torch.cat([self._copy(identity, 0), self.learned])
 
 
-class _Take(torch.autograd.Function):
-    """x[..., source] * scale and its transpose, as gathers both ways: adding into scattered places is slow."""
+class _SelectRows(torch.autograd.Function):
+    """A selection or its transpose, with gathers in both passes: adding to scattered indices is slow."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, copies: RowSelection, transposed: bool) -> Tensor:
-        ctx.copies, ctx.transposed = copies, transposed
-        return copies.gather_transposed(x) if transposed else copies.gather(x)
+    def forward(ctx, x: Tensor, selection: RowSelection, transposed: bool) -> Tensor:
+        ctx.selection, ctx.transposed = selection, transposed
+        return selection.gather_transposed(x) if transposed else selection.gather(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Take.apply(grad, ctx.copies, not ctx.transposed), None, None
+        return _SelectRows.apply(grad, ctx.selection, not ctx.transposed), None, None
 
 
 class RowSelection(LinearMap):
-    """Row i is scale[i] times small feature source[i]; a row without a feature has scale 0. Never learned."""
+    """Row i is scale[i] times small feature source[i]. A row without a feature has scale 0. Never learned."""
 
     cost = 0
 
-    def __init__(self, source: Tensor, scale: Tensor, small: int, rounds: list[tuple[Tensor, Tensor]] | None = None):
+    def __init__(self, source: Tensor, scale: Tensor, small: int, copies: list[tuple[Tensor, Tensor]] | None = None):
+        """source: (n,), int64; scale: (n,); small: m; copies: of `_index_copies`, if they are known."""
         self.source = source
         self.scale = scale
         self.shape = (len(source), small)
-        self.rounds = _rounds(source, scale, small) if rounds is None else rounds
+        self.copies = _index_copies(source, scale, small) if copies is None else copies
 
     @staticmethod
     def from_matrix(matrix: Tensor) -> RowSelection | None:
-        """A matrix in this form, or None where a row of it has more than one entry."""
-        # Most that have such a row have it at the end, where what is learned stands.
+        """Returns the selection that a matrix (n, m) is; None if some row has several entries."""
+        # Learned rows come last, so the last row answers for most matrices that are no selection.
         if any(bool(((rows != 0).sum(dim=1) > 1).any()) for rows in (matrix[-1:], matrix)):
             return None
         source = matrix.abs().argmax(dim=1)
         return RowSelection(source, matrix.gather(1, source[:, None]).squeeze(1), matrix.shape[1])
 
     def gather(self, x: Tensor) -> Tensor:
+        """(..., m) -> (..., n). `apply` is faster to differentiate."""
         return x.index_select(-1, self.source) * self.scale
 
     def gather_transposed(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., m). `apply_transposed` is faster to differentiate."""
         total = x.new_zeros(*x.shape[:-1], self.shape[1])
-        for index, scale in self.rounds:
+        for index, scale in self.copies:
             total += x.index_select(-1, index) * scale
         return total
 
     def apply(self, x):
-        return _Take.apply(x, self, False)
+        return _SelectRows.apply(x, self, False)
 
     def apply_transposed(self, x):
-        return _Take.apply(x, self, True)
+        return _SelectRows.apply(x, self, True)
 
     def select(self, x: Tensor, dim: int) -> Tensor:
-        """x with its dimension `dim`, of m, moved through the map."""
+        """Maps dim `dim` of a tensor: (..., m, ...) -> (..., n, ...)."""
         return x.index_select(dim, self.source) * self.scale.reshape(-1, *[1] * (x.dim() - 1 - dim))
 
     def __matmul__(self, x):
         return self.select(x, 0)
 
     def to(self, like):
-        rounds = [(index, scale.to(like)) for index, scale in self.rounds]
-        return RowSelection(self.source, self.scale.to(like), self.shape[1], rounds)
+        copies = [(index, scale.to(like)) for index, scale in self.copies]
+        return RowSelection(self.source, self.scale.to(like), self.shape[1], copies)
 
     def dense(self):
         return self.scale.new_zeros(self.shape).scatter_(1, self.source[:, None], self.scale[:, None])
 
 
-def cheapest_form(matrix: Tensor) -> LinearMap:
-    """The cheapest form of a map (n, m) as it is stored. Products in any of them are the same numbers."""
-    if matrix.requires_grad:
-        # Entries that are zero have a gradient, too.
-        return DenseMap(matrix)
-    found = RowSelection.from_matrix(matrix)
-    if found is not None:
-        return found
-    small = matrix.shape[1]
-    if matrix.shape[0] > small and torch.equal(matrix[:small], torch.eye(small).to(matrix)):
-        return FrozenIdentityMap(matrix, small, 0)
-    return DenseMap(matrix)
+def _index_copies(source: Tensor, scale: Tensor, small: int) -> list[tuple[Tensor, Tensor]]:
+    """Returns, for k = 0, 1, ..., the row of the k-th copy of each small feature, (m,), and its scale, (m,).
 
-
-def _rounds(source: Tensor, scale: Tensor, small: int) -> list[tuple[Tensor, Tensor]]:
-    """The k-th copy of each small feature and its scale (0 where there is none), for k = 0, 1, ..."""
+    The scale is 0 for features with fewer copies.
+    """
     order = torch.argsort(source, stable=True)
     order = order[scale[order] != 0]
     features = source[order]
     first = torch.searchsorted(features, torch.arange(small, device=source.device))
-    nth = torch.arange(len(order), device=source.device) - first[features]
-    rounds = []
-    for k in range(int(nth.max()) + 1 if len(nth) else 0):
-        rows = order[nth == k]
+    copy_number = torch.arange(len(order), device=source.device) - first[features]
+    copies = []
+    for k in range(int(copy_number.max()) + 1 if len(copy_number) else 0):
+        rows = order[copy_number == k]
         index = torch.zeros(small, dtype=torch.int64, device=source.device)
         weight = torch.zeros(small, dtype=scale.dtype, device=source.device)
         index[source[rows]] = rows
         weight[source[rows]] = scale[rows]
-        rounds.append((index, weight))
-    return rounds
+        copies.append((index, weight))
+    return copies
 
 
 class LowRankMap(LinearMap):
+    """start + U V: start (n, m), u (n, r), v (r, m)."""
+
     def __init__(self, start: LinearMap, u: Tensor, v: Tensor):
         self.start, self.u, self.v = start, u, v
         self.shape = start.shape
@@ -207,9 +210,9 @@ class LowRankMap(LinearMap):
         return self.start.apply(x) + F.linear(F.linear(x, self.v), self.u)
 
     def apply_transposed(self, x):
-        # In this order: where x is made again for the backward pass, what follows its last use is not.
-        low = (x @ self.u) @ self.v
-        return low + self.start.apply_transposed(x)
+        # U V first: recomputation for the backward pass skips what follows the last saved tensor.
+        low_rank = (x @ self.u) @ self.v
+        return low_rank + self.start.apply_transposed(x)
 
     def __matmul__(self, x):
         return self.start @ x + self.u @ (self.v @ x)
@@ -219,3 +222,17 @@ class LowRankMap(LinearMap):
 
     def dense(self):
         return self.start.dense() + self.u @ self.v
+
+
+def cheapest_form(matrix: Tensor) -> LinearMap:
+    """Returns the cheapest representation of a matrix (n, m). Products are the same numbers in all of them."""
+    if matrix.requires_grad:
+        # Zero entries have gradients, too.
+        return DenseMap(matrix)
+    selection = RowSelection.from_matrix(matrix)
+    if selection is not None:
+        return selection
+    small = matrix.shape[1]
+    if matrix.shape[0] > small and torch.equal(matrix[:small], torch.eye(small).to(matrix)):
+        return FrozenIdentityMap(matrix, small, 0)
+    return DenseMap(matrix)

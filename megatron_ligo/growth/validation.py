@@ -12,8 +12,9 @@ from megatron_ligo.arch.rope import angles_depend_on_length
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers
+from megatron_ligo.growth.initial_operator import InitialOperator, variance_ratio
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
-from megatron_ligo.growth.operator import InitialOperator, short_key, variance_ratio
+from megatron_ligo.growth.operator import short_key
 from megatron_ligo.growth.width_maps import WHOLE_HEADS, MapSpec, SpaceMaps
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,10 @@
-"""The width maps: which map an axis meets, how it is lifted over heads, and how it is applied.
+"""Width maps: which map an axis meets, how the map is lifted over heads, and how it is applied.
 
 Legend: n features of an axis, N of the large one; G groups of KV heads, r query heads a group, d head size.
-A map is always given as (large x small): `expand` itself, or the transpose of `contract`.
+A map is always given as (large, small): `expand` itself, or the transpose of `contract`.
 
-Paper (LiGO, eq. 6): W_large = B (sum_i w_i W_i) A^T. B is `expand` on the side that writes a space, A^T is
-`contract` on the side that reads it.
+LiGO, equation 6: W_large = B (sum_i w_i W_i) A^T. B is the `expand` of the space that the weight writes, A^T is the
+`contract` of the space that it reads.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Use, axis_size
 from megatron_ligo.growth import attention_heads
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
-# Spaces whose features are names: they keep their meaning.
+# Spaces whose features have a meaning of their own, which no map may mix.
 UNGROWN = ("vocab", "position", "token_type", "order", "channel", "pixel")
 WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 
 
 @dataclass(frozen=True)
 class LiftedMap:
-    """How a map of `small` entries moves an axis: entries of `unit` consecutive features (H x I_unit), or,
-    with `repeat` > 1, features (G, repeat, d) of which the map moves (G, d) jointly. `inner` (d2 x d1) then moves
-    the features within each head, where heads change their size."""
+    """How a map moves an axis.
+
+    unit: each entry moves so many consecutive features: H ⊗ I_unit.
+    repeat, head_dim: with repeat > 1 the features are (G, repeat, d), and the map moves (G, d) jointly.
+    inner: (d2, d1), the map of the features within each head if the head size changes.
+    """
 
     map_name: str
     unit: int = 1
@@ -42,14 +45,17 @@ class LiftedMap:
 
     @property
     def is_plain(self) -> bool:
-        """True where the map itself, as it is, moves the axis."""
+        """True if the map moves the axis feature by feature."""
         return self.unit == 1 and self.repeat == 1 and self.inner is None
 
 
 @dataclass(frozen=True)
 class MapSpec:
-    """One width map: its sizes, whether tensor parallelism cuts its large side, whether anyone reads the space,
-    whether a row outside the layers meets it."""
+    """One width map.
+
+    small, large: its sizes. is_sharded: tensor parallelism shards its large side. is_read: some parameter reads the
+    space. outside_layers: some parameter outside the layers meets the map.
+    """
 
     name: str
     small: int
@@ -61,10 +67,11 @@ class MapSpec:
 
 @dataclass(frozen=True)
 class SpaceMaps:
-    """Both models' sizes and how their heads move: from these it follows which map an axis meets.
+    """Which map each axis meets, given both models and how their heads move.
 
-    structure "heads": the map `groups` moves whole KV groups with their query heads; where the number of query heads a
-    group changes, `groups` moves keys and values, and `heads` the query heads. "dense": maps of single features.
+    structure: "heads" or "dense". With "heads" the map `groups` moves whole KV groups with their query heads. If the
+    number of query heads a group changes, `groups` moves keys and values, and `heads` moves the query heads. With
+    "dense", maps move single features.
     """
 
     small: ModelConfig
@@ -80,36 +87,37 @@ class SpaceMaps:
         return self.small.head_dim != self.large.head_dim
 
     def lift(self, axis: Axis, dual: bool = False) -> LiftedMap | None:
-        """The map that an axis meets and its lift; None where the space does not grow. dual: for gradients."""
+        """Returns the map that an axis meets, lifted; None if the space does not grow. dual: for gradients."""
         if axis.space in UNGROWN:
             return None
         if axis.heads is Heads.NONE:
             return LiftedMap(architectures.get(self.large.arch).space(axis, self.large))
-        return self._whole_heads(axis, dual) if self.structure == "heads" else self._dense_heads(axis)
+        return self._lift_whole_heads(axis, dual) if self.structure == "heads" else self._lift_dense_heads(axis)
 
-    def _whole_heads(self, axis: Axis, dual: bool) -> LiftedMap:
-        small = self.small
-        of_query_heads = axis.heads is Heads.Q
+    def _lift_whole_heads(self, axis: Axis, dual: bool) -> LiftedMap:
+        small, has_query_heads = self.small, axis.heads is Heads.Q
         inner = None
         if self.head_dim_changed:
-            # Values are written by KV heads and read by query heads; of the two, only what is read is o's.
-            part = ("q" if of_query_heads else "k") if axis.space == "qk" else ("o" if axis.use is Use.INPUT else "v")
-            within = attention_heads.dual_head_feature_map if dual else attention_heads.head_feature_map
-            inner = within(part, small.head_dim, self.large.head_dim, small.rope_base is not None)
-        if self.gqa_ratio_changed and of_query_heads:
+            if axis.space == "qk":
+                part = "q" if has_query_heads else "k"
+            else:
+                part = "o" if axis.use is Use.INPUT else "v"
+            feature_map = attention_heads.dual_head_feature_map if dual else attention_heads.head_feature_map
+            inner = feature_map(part, small.head_dim, self.large.head_dim, small.rope_base is not None)
+        if self.gqa_ratio_changed and has_query_heads:
             return LiftedMap("heads", unit=small.head_dim, inner=inner)
-        return LiftedMap("groups", unit=small.head_dim * (small.heads_per_group if of_query_heads else 1), inner=inner)
+        heads_per_entry = small.heads_per_group if has_query_heads else 1
+        return LiftedMap("groups", unit=small.head_dim * heads_per_entry, inner=inner)
 
-    def _dense_heads(self, axis: Axis) -> LiftedMap:
-        of_query_heads = axis.heads is Heads.Q
+    def _lift_dense_heads(self, axis: Axis) -> LiftedMap:
+        has_query_heads = axis.heads is Heads.Q
         if axis.space == "qk":
-            return LiftedMap("q" if of_query_heads else "k")
-        return LiftedMap(
-            axis.space, repeat=self.large.heads_per_group if of_query_heads else 1, head_dim=self.large.head_dim
-        )
+            return LiftedMap("q" if has_query_heads else "k")
+        repeat = self.large.heads_per_group if has_query_heads else 1
+        return LiftedMap(axis.space, repeat=repeat, head_dim=self.large.head_dim)
 
     def map_specs(self, arch: Architecture) -> dict[str, MapSpec]:
-        """Every width map, by name, in the order in which the table first meets them."""
+        """Returns every width map, by name, in the order in which the table's parameters first meet them."""
         specs: dict[str, MapSpec] = {}
         for param in arch.params:
             if not param.exists(self.large):
@@ -119,22 +127,25 @@ class SpaceMaps:
                 if lift is None:
                     continue
                 known = specs.get(lift.map_name)
-                read = axis.use is Use.INPUT or (known is not None and known.is_read)
-                sizes = self._entries(axis, lift, self.small), self._entries(axis, lift, self.large)
-                split = param.tp_dim == dim or (known is not None and known.is_sharded)
-                outside = not param.in_layer or (known is not None and known.outside_layers)
-                specs[lift.map_name] = MapSpec(lift.map_name, *sizes, split, read, outside)
+                specs[lift.map_name] = MapSpec(
+                    lift.map_name,
+                    self._num_entries(axis, lift, self.small),
+                    self._num_entries(axis, lift, self.large),
+                    is_sharded=param.tp_dim == dim or (known is not None and known.is_sharded),
+                    is_read=axis.use is Use.INPUT or (known is not None and known.is_read),
+                    outside_layers=not param.in_layer or (known is not None and known.outside_layers),
+                )
         return specs
 
     @staticmethod
-    def _entries(axis: Axis, lift: LiftedMap, model_config: ModelConfig) -> int:
+    def _num_entries(axis: Axis, lift: LiftedMap, model_config: ModelConfig) -> int:
         if lift.map_name in WHOLE_HEADS:
             return model_config.num_heads if lift.map_name == "heads" else model_config.num_kv_heads
         return axis_size(axis, model_config) // lift.repeat
 
 
 def apply_map(x: Tensor, dim: int, matrix: Tensor | LinearMap, lift: LiftedMap) -> Tensor:
-    """x with axis `dim` moved through `matrix` (N x n), in the features' own order."""
+    """Maps one dim of a tensor through `matrix`, lifted: (..., n, ...) -> (..., N, ...)."""
     if isinstance(matrix, LinearMap) and lift.is_plain and dim == x.dim() - 1:
         return matrix.apply(x)
     if isinstance(matrix, RowSelection) and lift.repeat == 1 and lift.inner is None:
@@ -158,28 +169,29 @@ def grow_tensor(
     mixed: Tensor,
     matrix: Callable[[LiftedMap, Use], Tensor | LinearMap],
     space_maps: SpaceMaps,
-    joined: Tensor | None = None,
+    added_rows: Tensor | None = None,
 ) -> Tensor:
-    """A row's grown tensor from its depth-mixed small one.
+    """Grows a parameter from its depth-mixed small tensor: (out small, in small) -> (out large, in large).
 
-    matrix(lift, use) gives the (large x small) matrix of a map for that use (all its rows, or one rank's):
-    growing a shard is growing with fewer rows. joined: added to a matrix (large out, small in) between its maps.
-    Norm gains (Use.SCALES) are `operator.grow_gain`'s.
+    matrix(lift, use): the (large, small) matrix of a map for that use. Fewer rows of it, those of one rank, give the
+    same rows of the grown tensor: growing a shard equals the shard of the growth.
+    added_rows: (out large, in small), added between the two maps.
+    Copied gains of norms (Use.GAIN) grow by `Operator.grow_gain` instead.
     """
     for dim, axis in enumerate(param.axes):
         lift = space_maps.lift(axis)
         if lift is not None:
             mixed = apply_map(mixed, dim, matrix(lift, axis.use), lift)
-        if dim == 0 and joined is not None:
-            mixed = mixed + joined
+        if dim == 0 and added_rows is not None:
+            mixed = mixed + added_rows
     return mixed
 
 
 def left_inverse(expand: Tensor) -> Tensor:
-    """The pseudo-inverse (small x large) of a map whose rows have at most one entry, exactly; of any map by SVD.
+    """Returns the pseudo-inverse of a map: (large, small) -> (small, large).
 
-    One-entry maps are everywhere (copies), and their pseudo-inverse needs no factorisation: each small
-    feature is the average of its copies weighted by their scales.
+    It is exact for maps whose rows have at most one entry (all copies): each small feature is the mean of its copies,
+    weighted by their scales. Other maps are inverted by SVD.
     """
     if bool(((expand != 0).sum(dim=1) <= 1).all()):
         weight = (expand * expand).sum(dim=0)

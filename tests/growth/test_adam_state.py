@@ -14,7 +14,7 @@ from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import build_moments_record
-from megatron_ligo.growth.operator import InitialOperator
+from megatron_ligo.growth.initial_operator import InitialOperator
 from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import layer_norm_models

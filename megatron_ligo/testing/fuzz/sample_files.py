@@ -24,7 +24,7 @@ from megatron_ligo.config.run_config import OperatorSection, RunConfig
 from megatron_ligo.data.indexed_dataset import open_indexed_files
 from megatron_ligo.data.tokenizer import load_tokenizer
 from megatron_ligo.growth import operator_file
-from megatron_ligo.growth.operator import InitialOperator
+from megatron_ligo.growth.initial_operator import InitialOperator
 from megatron_ligo.models.full.universal_loading import check_files_are_safe
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.testing.fuzz import torch_dist_mutators

@@ -1,0 +1,94 @@
+"""The operator at the start of a fit, computed from its settings and their seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ligo.growth import attention_heads, initializers
+from megatron_ligo.growth.operator import CACHE_SIZE, Operator, depth_role
+from megatron_ligo.growth.width_maps import left_inverse
+
+
+class InitialOperator(Operator):
+    """The operator at the start of a fit, computed from the settings and their seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._cached_tensors: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._cached_tensors.pop(name, None)
+        if tensor is None:
+            exact = self.exact_tensor(name)
+            tensor = exact.float() if exact.is_floating_point() else exact
+        self._cached_tensors[name] = tensor
+        if len(self._cached_tensors) > CACHE_SIZE:
+            del self._cached_tensors[next(iter(self._cached_tensors))]
+        return tensor
+
+    def exact_tensor(self, name: str) -> Tensor:
+        """Returns a tensor of the operator in fp64, before rounding. Shapes: see the module's text."""
+        kind, rest = name.split(".", 1)
+        if kind == "depth":
+            param = self.arch.param(f"layers.{{}}.{rest}")
+            initialise = initializers.DEPTH_INITS[self.setting("depth_init", rest)]
+            return initialise(self.small.num_layers, self.large.num_layers, depth_role(param), self.generator(name))
+        if kind == "gain":
+            return self._initial_gain(rest)
+        map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]
+        expand = self._initial_expand(map_name, name)
+        return expand if side == "expand" else self._initial_contract(map_name, name, expand)
+
+    def initial_expand(self, map_name: str, layer: int | None = None) -> Tensor:
+        """Returns the expand of a map that all layers share, or of a layer's own map, (large, small), fp64."""
+        return self._initial_expand(map_name, self.width_name(map_name, "expand", layer))
+
+    def _initial_expand(self, map_name: str, name: str) -> Tensor:
+        spec = self.maps[map_name]
+        stem = name.rsplit(".", 1)[0]
+        if map_name == "heads":
+            # Query heads follow the keys and values of their group.
+            groups = self._initial_expand("groups", stem.replace("heads", "groups"))
+            return initializers.one_hot(attention_heads.query_head_sources(groups, self.small, self.large), spec.small)
+        generator = self.generator(f"{stem}.expand")
+        initialise = initializers.WIDTH_INITS[self.setting("width_init", map_name)]
+        expand = initialise(spec.small, spec.large, self.norm_kind(map_name), generator)
+        noise = self.setting("noise", map_name)
+        if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:
+            new_rows = expand[spec.small :]
+            scale = noise * new_rows.abs().mean()
+            new_rows += scale * torch.randn(new_rows.shape, generator=generator, dtype=torch.float64)
+        return expand
+
+    def _initial_contract(self, map_name: str, name: str, expand: Tensor) -> Tensor:
+        """Returns a left inverse of expand, (small, large), fp64. noise @ expand = 0, so noise leaves it an inverse."""
+        contract = left_inverse(expand)
+        noise = self.setting("noise", map_name)
+        if noise:
+            drawn = torch.randn(contract.shape, generator=self.generator(name), dtype=torch.float64)
+            invisible = drawn - (drawn @ expand) @ contract
+            contract = contract + noise * contract.std() * invisible
+        return contract
+
+    def _initial_gain(self, rest: str) -> Tensor:
+        space, _, kind = rest.rpartition(".")
+        expand = self.initial_expand(space or "residual")
+        largest, source = expand.abs().max(dim=1)
+        # An empty feature has no source. Any gain will do.
+        source = torch.where(largest > 0, source, torch.arange(len(source)) % expand.shape[1])
+        if kind == "source":
+            return source
+        gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
+        if kind == "final" and self.large.tied and self.large.has_head:
+            # A tied head reads with expand^T, which adds up the copies of each feature.
+            gain /= (expand * expand).sum(dim=0)[source]
+        return gain
+
+
+def variance_ratio(expand: Tensor) -> float:
+    """Returns the mean square of the grown residual stream over that of the small one: c D1 / D2.
+
+    expand: (D2, D1). c: from expand^T expand = c I, or its mean if that is no multiple of I.
+    """
+    return float((expand * expand).sum() / expand.shape[0])
