@@ -119,7 +119,7 @@ class FullEncoder(SingleModule):
         self.output_layer = build_output_linear(
             model_config, build, mesh, holds_weight=not model_config.tied, bias=True
         )
-        self.finish_init(model_config, mesh, recompute)
+        self.finish_construction(model_config, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""

@@ -43,7 +43,7 @@ class FullGPT(SingleModule, GPTModel):
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
         self.rotary_pos_emb = build_rotary_embedding(model_config)
-        self.finish_init(model_config, mesh, recompute)
+        self.finish_construction(model_config, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""

@@ -95,7 +95,7 @@ class FullImageClassifier(SingleModule):
         self.embedding = ImageEmbedding(model_config, build, mesh)
         self.decoder = Decoder(model_config, build)
         self.output_layer = build_output_linear(model_config, build, mesh, holds_weight=True, bias=True)
-        self.finish_init(model_config, mesh, recompute)
+        self.finish_construction(model_config, mesh, recompute)
 
     def logits(self, images: Tensor) -> Tensor:
         """images -> this rank's columns of the padded labels, (1, b, padded / tp)."""

@@ -32,7 +32,7 @@ class SingleModule(LossMixin, nn.Module, ABC):
 
     recompute: bool
 
-    def finish_init(self, model_config: ModelConfig, mesh: Mesh, recompute: bool) -> None:
+    def finish_construction(self, model_config: ModelConfig, mesh: Mesh, recompute: bool) -> None:
         assert mesh.pp == 1, "stages.py is for pipelines"
         self.model_config = model_config
         self.mesh = mesh
