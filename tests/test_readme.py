@@ -1,4 +1,4 @@
-"""The README's own commands, word for word, on tiny sizes: real launcher, real files, from text to the report."""
+"""Runs the README's commands verbatim on tiny sizes, from text to the report, with the real launcher and real files."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ TINY = {
 }
 
 
-def blocks(kind: str) -> list[str]:
+def find_blocks(language: str) -> list[str]:
+    """Returns the README's fenced code blocks of a language."""
     text = (ROOT / "README.md").read_text()
-    found = re.findall(rf"^ *```{kind}\n(.*?)^ *```", text, flags=re.M | re.S)
-    return ["\n".join(line.strip() for line in block.splitlines()) + "\n" for block in found]
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```", text, flags=re.M | re.S)
+    return ["\n".join(line.strip() for line in block.splitlines()) + "\n" for block in blocks]
 
 
-def inline(start: str) -> str:
-    """A command of the README's text that begins so."""
+def find_inline(start: str) -> str:
+    """Returns the README's inline command that begins with `start`."""
     return re.search(rf"`({re.escape(start)}[^`]*)`", (ROOT / "README.md").read_text())[1]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder as a user has it: the tools, a small model with its tokenizer, some text, the README's run.toml."""
+def workspace(tmp_path_factory) -> Path:
+    """A user's folder: the tools, a small model with its tokenizer, some text, the README's run.toml."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "corpus").mkdir()
@@ -61,7 +62,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "models" / "small" / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
     )
-    (config,) = (block for block in blocks("toml") if "[large]" in block)
+    (config,) = (block for block in find_blocks("toml") if "[large]" in block)
     for large, tiny in TINY.items():
         assert large in config, f"the README's run.toml no longer says {large!r}"
         config = config.replace(large, tiny)
@@ -69,45 +70,45 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command: str, place: Path, code: int = 0) -> str:
+def run(command: str, workspace: Path, code: int = 0) -> str:
     words = shlex.split(command)
     if words[0] == "deepspeed":
         words[1:1] = ["--master_port", str(29000 + os.getpid() % 900)]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout + done.stderr
+    completed = subprocess.run(words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=400)
+    assert completed.returncode == code, f"{command}\n{completed.stdout[-3000:]}\n{completed.stderr[-6000:]}"
+    return completed.stdout + completed.stderr
 
 
-def test_the_journey_of_the_readme(place):
-    assert "llama" in run(inline("python tools/inspect_checkpoint.py"), place)
-    run(inline("python tools/prepare_data.py"), place)
-    (commands,) = (block for block in blocks("bash") if "tools/fit.py" in block)
+def test_the_commands_of_the_readme(workspace):
+    assert "llama" in run(find_inline("python tools/inspect_checkpoint.py"), workspace)
+    run(find_inline("python tools/prepare_data.py"), workspace)
+    (commands,) = (block for block in find_blocks("bash") if "tools/fit.py" in block)
     fit, grow, pretrain, report = commands.strip().splitlines()
-    run(fit, place)
-    run(grow, place)
-    told = run(pretrain, place)
-    run(report, place)
+    run(fit, workspace)
+    run(grow, workspace)
+    output = run(pretrain, workspace)
+    run(report, workspace)
 
-    record = json.loads((place / "runs/fit/operator/operator.json").read_text())
+    record = json.loads((workspace / "runs/fit/operator/operator.json").read_text())
     assert record["layout"] == {"tp": 2, "pp": 2, "dp": 1, "zero": 1}
-    losses = json.loads((place / "runs/pretrain/pretrain.json").read_text())["losses"]
-    assert losses["start_on_fit_batch"] == pytest.approx(record["losses"]["end"], rel=1e-5), told
-    assert (place / "runs/report/report.html").stat().st_size > 10_000
-    assert (place / "runs/report/report.png").is_file()
+    losses = json.loads((workspace / "runs/pretrain/pretrain.json").read_text())["losses"]
+    assert losses["start_on_fit_batch"] == pytest.approx(record["losses"]["end"], rel=1e-5), output
+    assert (workspace / "runs/report/report.html").stat().st_size > 10_000
+    assert (workspace / "runs/report/report.png").is_file()
 
-    run("python tools/verify.py runs/grown/hf runs/grown/universal", place)
-    run("python tools/convert.py runs/grown/universal runs/back --to hf", place)
-    run("python tools/verify.py runs/back runs/grown/hf", place)
-    # Started again, a finished fit finds itself finished; with other settings it refuses, on every rank.
-    assert "resumed after step 4" in run(fit, place)
-    assert "fit.seed" in run(f"{fit} --set fit.seed=7", place, code=2)
+    run("python tools/verify.py runs/grown/hf runs/grown/universal", workspace)
+    run("python tools/convert.py runs/grown/universal runs/back --to hf", workspace)
+    run("python tools/verify.py runs/back runs/grown/hf", workspace)
+    # A finished fit reports that it is finished. With other settings it refuses, on every rank.
+    assert "resumed after step 4" in run(fit, workspace)
+    assert "fit.seed" in run(f"{fit} --set fit.seed=7", workspace, code=2)
 
 
-def test_the_commands_explain_themselves(place):
+def test_every_command_has_help_with_an_example(workspace):
     tools = sorted((ROOT / "tools").glob("*.py"))
     with ThreadPoolExecutor(2) as pool:
-        told = list(pool.map(lambda tool: run(f"python tools/{tool.name} --help", place), tools))
+        helps = list(pool.map(lambda tool: run(f"python tools/{tool.name} --help", workspace), tools))
     assert len(tools) > 10
-    for tool, text in zip(tools, told, strict=True):
+    for tool, text in zip(tools, helps, strict=True):
         assert "example" in text, tool
