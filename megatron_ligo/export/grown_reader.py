@@ -1,6 +1,6 @@
 """Growth as a Reader: a large checkpoint whose tensors are computed, one at a time, from a small one.
 
-Whatever writes a checkpoint (convert.py, any format) writes a grown one, and nothing holds it whole.
+Every format's writer can write it, and the large model is never held whole.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from megatron_ligo.growth.operator import Operator
 
 
 class GrownReader(Reader):
-    """operator applied to source; fp32 (fp64 where the source is fp64).
+    """An operator applied to a small checkpoint. Tensors are fp32, or fp64 where the source is fp64.
 
-    moments: "reset" (none), "grow" or "old" (growth/adam_state.py); the source must have some then.
+    moments: policy for Adam's state: "reset" drops it, "grow" and "old" grow it (growth/adam_state.py) and need a
+    source that has it.
     """
 
     format = "grown"
@@ -30,8 +31,10 @@ class GrownReader(Reader):
     def __init__(self, operator: Operator, source: Reader, moments: str = "reset"):
         check_source(operator, source)
         if moments != "reset" and not source.has_moments:
-            hint = "Say handoff.moments = 'reset', or give a checkpoint with Adam's state."
-            raise CheckpointError(Problem(f"{source.path}", f"moments ({moments})", "none", hint))
+            hint = "Set handoff.moments = 'reset', or use a checkpoint with Adam's state."
+            raise CheckpointError(
+                Problem(f"{source.path}", f"Adam's moments (handoff.moments = {moments!r})", "none", hint)
+            )
         self.moments = moments
         self.step = source.step if self.has_moments else 0
         self._dual_maps = {kind: DualMaps(operator, kind, moments) for kind in MOMENTS if self.has_moments}
@@ -39,8 +42,8 @@ class GrownReader(Reader):
         self.source = source
         self._cached: dict[str, Tensor] = {}
         self.model_config = operator.large
-        same = self.model_config.image_size == source.model_config.image_size
-        self.files = tuple(file for file in source.files if same or file.name != model_record.IMAGE_PROCESSOR)
+        same_images = self.model_config.image_size == source.model_config.image_size
+        self.files = tuple(file for file in source.files if same_images or file.name != model_record.IMAGE_PROCESSOR)
         self.carried = source.carried
         self.groups = source.groups if self.has_moments else ()
 
@@ -48,10 +51,10 @@ class GrownReader(Reader):
         source = self.source.fingerprint()
         if source is None:
             return None
-        # Fresh numbers come from the settings, not from the operator's tensors.
+        # Random weights depend on the settings (the seed), not on the operator's tensors.
         settings = {name: str(value) for name, value in vars(self.operator.settings).items()}
-        made_by = {"operator": digest_operator(self.operator), "settings": settings, "moments": self.moments}
-        return {**made_by, "source": source}
+        growth = {"operator": digest_operator(self.operator), "settings": settings, "moments": self.moments}
+        return {**growth, "source": source}
 
     @property
     def has_moments(self) -> bool:
@@ -59,60 +62,71 @@ class GrownReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         param = self.arch.param(key)
-        stored = self.source.info(param.key.format(0)).dtype
-        return TensorInfo(param.shape(self.model_config), torch.promote_types(stored, torch.float32))
+        source_dtype = self.source.info(param.key.format(0)).dtype
+        return TensorInfo(param.shape(self.model_config), torch.promote_types(source_dtype, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
+        """Computes a large tensor in its canonical shape: a weight, or one of Adam's moments."""
         if kind != WEIGHT:
-            return self._dual_maps[kind].grow(key, lambda small: self.source.read(small, kind))
-        operator, param = self.operator, self.arch.param(key)
-        rms = 0.0
-        if operator.settings.fresh != "none":
-            rms = random_init.root_mean_square(self.source.read(random_init.scale_source_key(operator, key)))
-        grown = self._grow(key, random_init.added_rows(operator, key, rms))
-        if operator.settings.borrow == "next" and param.in_layer and param.axes[0].use is Use.OUTPUT:
-            # New features' rows are those of the next layer (bert2BERT's AKI).
-            own = axis_size(param.axes[0], operator.small)
-            grown = torch.cat([grown[:own], self._grow(key, further=1)[own:]])
-        more = random_init.added_block(operator, key, rms)
-        return grown if more is None else grown + more
+            return self._dual_maps[kind].grow(key, lambda small_key: self.source.read(small_key, kind))
+        rms = self._random_scale(key)
+        grown = self._grow(key, random_rows=random_init.added_rows(self.operator, key, rms))
+        if self._borrows_from_next_layer(key):
+            num_old = axis_size(self.arch.param(key).axes[0], self.operator.small)
+            grown = torch.cat([grown[:num_old], self._grow(key, layer_offset=1)[num_old:]])
+        random_block = random_init.added_block(self.operator, key, rms)
+        return grown if random_block is None else grown + random_block
 
-    def _grow(self, key: str, joined: Tensor | None = None, further: int = 0) -> Tensor:
-        mixed = self.operator.mix_layers(
-            key, self._read_cached if self._mixes_layers(key) else self.source.read, further
-        )
+    def _random_scale(self, key: str) -> float:
+        """Returns the root mean square of a tensor's random weights: that of the small tensor they extend."""
+        if self.operator.settings.fresh == "none":
+            return 0.0
+        return random_init.root_mean_square(self.source.read(random_init.scale_source_key(self.operator, key)))
+
+    def _borrows_from_next_layer(self, key: str) -> bool:
+        """True where new output features copy the next small layer's (AKI of bert2BERT, arXiv 2110.07143)."""
+        param = self.arch.param(key)
+        return self.operator.settings.borrow == "next" and param.in_layer and param.axes[0].use is Use.OUTPUT
+
+    def _grow(self, key: str, random_rows: Tensor | None = None, layer_offset: int = 0) -> Tensor:
+        """Mixes the small layers' tensors and applies the width maps. Returns the large shape, fp32 or wider.
+
+        random_rows: (large out, small in), added between the two maps. layer_offset: shifts the small layers.
+        """
+        read_small = self._read_cached if self._mixes_layers(key) else self.source.read
+        mixed = self.operator.mix_layers(key, read_small, layer_offset)
         mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-        return self.operator.grow(key, mixed, joined)
+        return self.operator.grow(key, mixed, random_rows)
 
     def _mixes_layers(self, key: str) -> bool:
-        """Whether each large layer takes from several small ones."""
+        """True where each large layer combines several small ones."""
         name = self.operator.depth_name(key)
         return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
 
     def _read_cached(self, key: str) -> Tensor:
-        """A small tensor that every large layer asks for; mostly a view of a mapped file."""
+        """Reads a small tensor that every large layer needs; it mostly is a view of a mapped file."""
         if key not in self._cached:
             self._cached[key] = self.source.read(key)
         return self._cached[key]
 
 
 def digest_operator(operator: Operator) -> str:
-    """Digest of all of an operator's tensors."""
-    parts = [f"{name} {digest.hash_bytes(digest.as_bytes(operator.tensor(name)))}" for name in operator.shapes()]
-    return digest.hash_bytes("\n".join(parts).encode())
+    """Returns a digest of all tensors of an operator."""
+    lines = [f"{name} {digest.of_bytes(digest.raw(operator.tensor(name)))}" for name in operator.shapes()]
+    return digest.of_bytes("\n".join(lines).encode())
 
 
 def digest_weights(source: Reader) -> str:
-    """Digest of all of a checkpoint's canonical tensors, the same in any format that stores the same numbers."""
-    parts = [f"{key} {digest.hash_bytes(digest.as_bytes(source.read(key)))}" for key in sorted(source.keys())]
-    return digest.hash_bytes("\n".join(parts).encode())
+    """Returns a digest of all canonical weights; equal in every format that stores the same values."""
+    lines = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
+    return digest.of_bytes("\n".join(lines).encode())
 
 
 def check_source(operator: Operator, source: Reader) -> None:
-    """The source must be of the sizes that the operator was made for."""
+    """Raises CheckpointError unless the source has the sizes of the operator's small model."""
     errors = ErrorCollector(f"the operator was made for another small model than {source.path}", CheckpointError)
-    found = source.model_config.to_json()
+    sizes = source.model_config.to_json()
     for name, expected in operator.small.to_json().items():
-        if found[name] != expected:
-            errors.add(name, expected, found[name])
+        if sizes[name] != expected:
+            errors.add(name, expected, sizes[name])
     errors.raise_if_any()

@@ -1,8 +1,8 @@
-"""The hand-off: a grown model as DeepSpeed takes it at any layout, as transformers takes it, and where it comes from.
+"""The hand-off: a grown model for pretraining at any layout, for transformers, and the record of its origin.
 
 FOLDER/universal/     DeepSpeed universal checkpoint at iteration 0
 FOLDER/hf/            Hugging Face safetensors, config and tokenizer
-FOLDER/growth.json    source, sizes, operator, fit, versions; written last: a folder without it is not whole
+FOLDER/growth.json    source, sizes, operator, fit, versions; written last: a folder without it is incomplete
 """
 
 from __future__ import annotations
@@ -42,80 +42,81 @@ def write_handoff(
     source: Reader,
     folder: str | Path,
     dtype: torch.dtype | None,
-    to: Sequence[str],
+    format_names: Sequence[str],
     record: dict,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
     ranks: RankGroup = SINGLE_RANK,
 ) -> dict:
-    """Writes a model (`source`, mostly a `Grown`) into FOLDER in the formats `to`; returns growth.json's content.
+    """Writes a model, usually a `GrownReader`, into a folder in several formats; returns the content of growth.json.
 
-    dtype: of the weights where the format leaves a choice (None: each tensor's own; the universal checkpoint is
-    fp32). record: what growth.json says besides the large model's sizes and the versions (`build_growth_record` makes
-    it). ranks: `convert`'s. Killed and run again, it goes on; run again when done, it leaves all as it is. Each
-    format appears whole or
-    not at all. Raises CheckpointError with every bad tensor in one error.
+    dtype: of the weights, in formats that store any dtype; None: each tensor's own. record: the content of growth.json
+    but for the large model's sizes, the formats and the versions (`build_growth_record`). overwrite, progress, ranks:
+    as in `convert`. An interrupted call resumes, a repeated one changes nothing, and each format appears whole or not
+    at all. Raises CheckpointError with every bad tensor, ConfigError if the folder holds another model.
     """
     folder = Path(folder)
-    with ExitStack() as held:
+    with ExitStack() as locks:
         with ranks.agree():
             if ranks.rank == 0:
-                held.enter_context(exclusive_access(folder))
+                locks.enter_context(exclusive_access(folder))
                 if not overwrite:
                     _check_same_model(folder, record)
-        # The others are read from the universal checkpoint, so that each tensor is grown once.
-        for name in sorted(to, key=lambda name: name != UNIVERSAL):
+        # The universal checkpoint comes first; the others are converted from it, so that each tensor is grown once.
+        for name in sorted(format_names, key=lambda name: name != UNIVERSAL):
             options = WriteOptions(dtype=formats.get(name).stored_dtype or dtype)
             convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, ranks=ranks)
             if name == UNIVERSAL:
                 source = formats.open(folder / name)
         versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
-        own = {"large": source.model_config.to_json(), "formats": list(to), "versions": versions}
-        made = {**record, **own}
+        large = {"large": source.model_config.to_json(), "formats": list(format_names), "versions": versions}
+        complete_record = {**record, **large}
         with ranks.agree():
-            return provenance.write(folder, made) if ranks.rank == 0 else made
+            return provenance.write(folder, complete_record) if ranks.rank == 0 else complete_record
 
 
 def _check_same_model(folder: Path, record: dict) -> None:
-    """A hand-off's formats hold one model: more of them may join those that are there, of no other model."""
-    found = provenance.read(folder)
-    ours = json.loads(json.dumps(record))
-    differ = [name for name in ours if found is not None and found.get(name) != ours[name]]
-    if differ:
-        hint = "Choose another --output, or remove it."
-        raise ConfigError(Problem(f"{folder}", "no hand-off, or one of the same", f"another {', '.join(differ)}", hint))
+    """Raises ConfigError if the folder holds a hand-off of another model; formats of the same model may be added."""
+    existing = provenance.read(folder)
+    new = json.loads(json.dumps(record))
+    differences = [key for key in new if existing is not None and existing.get(key) != new[key]]
+    if differences:
+        found = f"one with another {', '.join(differences)}"
+        hint = "Choose another --output, or remove the folder."
+        raise ConfigError(Problem(f"{folder}", "no hand-off, or one of the same model", found, hint))
 
 
 def grow_from_config(
     config: RunConfig,
-    operator: Path | None,
+    operator_folder: Path | None,
     folder: Path,
     progress: Progress | None = None,
     ranks: RankGroup = SINGLE_RANK,
 ) -> dict:
-    """What `tools/grow.py` does: the config's small model, grown by an operator's folder (None: by the initialisation
-    that [operator] names), into a hand-off. Returns growth.json's content."""
+    """Grows the config's small model into a hand-off; returns the content of growth.json.
+
+    operator_folder: a fitted operator; None: the initialisation that [operator] describes.
+    """
     small = config.small
     if not small.path:
-        raise ConfigError(Problem("small.path", "the small model's checkpoint", "nothing", "Set it in [small]."))
+        raise ConfigError(Problem("small.path", "a checkpoint of the small model", "none", "Set it in [small]."))
     section = config.handoff
     with ranks.agree():
         reader = formats.open(small.path, None if small.format == "auto" else small.format)
-        if operator:
-            chosen = OperatorFile(operator)
+        if operator_folder:
+            operator = OperatorFile(operator_folder)
         else:
-            chosen = build_initial_operator(reader.model_config, config.large, config.operator)
-            log.info("%s", describe_method(chosen.settings, chosen.small, chosen.large))
-        grown = GrownReader(chosen, reader, section.moments)
+            operator = build_initial_operator(reader.model_config, config.large, config.operator)
+            log.info("%s", describe_method(operator.settings, operator.small, operator.large))
+        grown = GrownReader(operator, reader, section.moments)
         record = build_growth_record(grown) if ranks.rank == 0 else {}
     dtype = DTYPES[section.dtype]
     return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, ranks=ranks)
 
 
 def build_growth_record(grown: GrownReader) -> dict:
-    """Where a grown model comes from: the source and its digest, the operator's settings and digest, and (where it
-    was learned) the fit's own record: config, losses, layout, digest of the evaluation batch."""
+    """Returns the origin of a grown model: source, operator, moments and, if it was fitted, the record of the fit."""
     operator, source = grown.operator, grown.source
     fit = None
     if isinstance(operator, OperatorFile):
@@ -131,19 +132,22 @@ def build_growth_record(grown: GrownReader) -> dict:
 
 
 def build_moments_record(grown: GrownReader) -> dict | None:
-    """What became of Adam's state; None where it begins anew."""
+    """Returns how Adam's state was grown and how exact that is; None if it was reset."""
     if not grown.has_moments:
         return None
-    dense = adam_state.find_estimated_maps(grown.operator)
-    split = adam_state.splits_kv_groups(grown.operator)
-    keys = "; an estimate for k, v: copies of a KV group hold unlike query heads" if split else ""
+    # The texts below are the content of growth.json.
+    estimated = adam_state.find_estimated_maps(grown.operator)
+    splits_groups = adam_state.splits_kv_groups(grown.operator)
+    keys = "; an estimate for k, v: copies of a KV group hold unlike query heads" if splits_groups else ""
     squares = "the dual maps squared entry by entry: "
-    squares += "an estimate where maps have several entries" if dense else "exact where exp_avg is, rows have one entry"
+    squares += (
+        "an estimate where maps have several entries" if estimated else "exact where exp_avg is, rows have one entry"
+    )
     return {
         "policy": grown.moments,
         "step": grown.step,
         "exp_avg": "the dual maps: exact where the grown model computes what the small one does" + keys,
         "exp_avg_sq": squares + keys,
-        "maps_with_several_entries": dense,
+        "maps_with_several_entries": estimated,
         "layers_at_zero": adam_state.find_new_layers(grown.operator),
     }

@@ -1,4 +1,4 @@
-"""growth.json: where a grown model comes from. Written last into a hand-off, which is not whole without it."""
+"""growth.json: where a grown model comes from. It is written last: a hand-off without it is incomplete."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from megatron_ligo.common.errors import CheckpointError, Problem
 
 RECORD_NAME = "growth.json"
 VERSION = 1
-# What says which start a grown model is: the small model's digest; the operator's, and its settings.
+# The entries that identify a grown start: the small model's digest, and the operator's digest and settings.
 ORIGIN_KEYS = {"source", "operator"}
 
 
 def read(folder: Path) -> dict | None:
-    """The record of a hand-off; None where the folder is none. Raises CheckpointError if it cannot be read."""
+    """Reads a hand-off's record; None without one. Raises CheckpointError if it is invalid."""
     path = folder / RECORD_NAME
     if not path.is_file():
         return None
     try:
         record = read_json(path)
-        found = record["version"]
+        version = record["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(Problem(f"{path}", "a record of ours", f"{error!r}")) from None
-    if found != VERSION:
-        raise CheckpointError(Problem(f"{path}", f"version {VERSION}", found))
+        raise CheckpointError(Problem(f"{path}", "the record of a hand-off", f"{error!r}")) from None
+    if version != VERSION:
+        raise CheckpointError(Problem(f"{path}", f"version {VERSION}", version))
     return record
 
 
 def write(folder: Path, record: dict) -> dict:
-    """Writes the record with its version; returns what was written."""
-    whole = {**record, "version": VERSION}
-    write_json(folder / RECORD_NAME, whole)
-    return whole
+    """Writes a record with its version; returns it as written."""
+    versioned = {**record, "version": VERSION}
+    write_json(folder / RECORD_NAME, versioned)
+    return versioned
