@@ -112,14 +112,14 @@ class GrownReader(Reader):
 
 def digest_operator(operator: Operator) -> str:
     """Returns a digest of all tensors of an operator."""
-    lines = [f"{name} {digest.of_bytes(digest.raw(operator.tensor(name)))}" for name in operator.shapes()]
-    return digest.of_bytes("\n".join(lines).encode())
+    lines = [f"{name} {digest.hash_bytes(digest.as_bytes(operator.tensor(name)))}" for name in operator.shapes()]
+    return digest.hash_bytes("\n".join(lines).encode())
 
 
 def digest_weights(source: Reader) -> str:
     """Returns a digest of all canonical weights; equal in every format that stores the same values."""
-    lines = [f"{key} {digest.of_bytes(digest.raw(source.read(key)))}" for key in sorted(source.keys())]
-    return digest.of_bytes("\n".join(lines).encode())
+    lines = [f"{key} {digest.hash_bytes(digest.as_bytes(source.read(key)))}" for key in sorted(source.keys())]
+    return digest.hash_bytes("\n".join(lines).encode())
 
 
 def check_source(operator: Operator, source: Reader) -> None:

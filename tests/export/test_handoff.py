@@ -1,4 +1,4 @@
-"""The hand-off's folder: one model in each format, its record, and a second run."""
+"""The hand-off: one model in several formats, its record, repeated and shared runs."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.checkpoint.reader import WEIGHT
-from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError
+from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError, Problem, user_message
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import HandoffSection, LargeSection, OperatorSection, RunConfig
 from megatron_ligo.distributed import mesh
@@ -33,9 +33,9 @@ def grown(tmp_path):
     return GrownReader(build_initial_operator(source.model_config, LARGE, OperatorSection()), source)
 
 
-def write(grown, folder, **more):
+def write(grown, folder, **options):
     section = HandoffSection()
-    return handoff.write_handoff(grown, folder, None, section.formats, handoff.build_growth_record(grown), **more)
+    return handoff.write_handoff(grown, folder, None, section.formats, handoff.build_growth_record(grown), **options)
 
 
 def test_both_formats_hold_the_grown_model(grown, tmp_path):
@@ -51,7 +51,7 @@ def test_both_formats_hold_the_grown_model(grown, tmp_path):
     assert torch.allclose(loaded(ids).logits, hf_from(grown)(ids).logits, atol=2e-6)
 
 
-def test_record_says_where_it_comes_from(grown, tmp_path):
+def test_the_record_identifies_the_source_and_the_operator(grown, tmp_path):
     record = write(grown, tmp_path / "out")
     assert record["small"] == grown.source.model_config.to_json()
     assert record["large"] == grown.model_config.to_json()
@@ -62,129 +62,137 @@ def test_record_says_where_it_comes_from(grown, tmp_path):
     assert str(tmp_path) not in json.dumps(record)
 
 
-def test_a_second_run_leaves_all_as_it_is(grown, tmp_path):
+def test_a_second_run_changes_nothing(grown, tmp_path):
     write(grown, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pt")}
     write(grown, tmp_path / "out")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pt")}
 
 
-def test_another_model_is_not_written_over_it(grown, tmp_path):
+def test_another_model_does_not_overwrite_a_hand_off(grown, tmp_path):
     write(grown, tmp_path / "out")
     other = GrownReader(
         build_initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="copy")), grown.source
     )
-    with pytest.raises(ConfigError, match="found another operator"):
+    with pytest.raises(ConfigError) as error:
         write(other, tmp_path / "out")
-    with exclusive_access(tmp_path / "out"), pytest.raises(ConfigError, match="a folder that no other run writes to"):
+    assert error.value.problems[0].where == str(tmp_path / "out") and "operator" in error.value.problems[0].found
+    with exclusive_access(tmp_path / "out"), pytest.raises(ConfigError) as error:
         write(grown, tmp_path / "out")
+    assert error.value.problems[0].where == str(tmp_path / "out") and "operator" not in error.value.problems[0].found
     write(other, tmp_path / "out", overwrite=True)
     reader = formats.open(tmp_path / "out/hf")
     assert torch.equal(reader.read("embed"), other.read("embed"))
 
 
-def test_from_a_config(grown, tmp_path):
+def test_growth_from_a_config(grown, tmp_path):
     sets = [f"small.path={grown.source.path}", "handoff.dtype=bf16"]
     sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
     handoff.grow_from_config(RunConfig.load(None, sets), None, tmp_path / "out")
-    half, whole = (formats.open(tmp_path / "out" / name).read("layers.0.q") for name in ("hf", "universal"))
-    assert half.dtype == torch.bfloat16
-    assert torch.equal(whole, grown.read("layers.0.q"))
-    assert torch.equal(half, whole.bfloat16())
-    with pytest.raises(ConfigError, match=r"small\.path"):
+    bf16, fp32 = (formats.open(tmp_path / "out" / name).read("layers.0.q") for name in ("hf", "universal"))
+    assert bf16.dtype == torch.bfloat16
+    assert torch.equal(fp32, grown.read("layers.0.q"))
+    assert torch.equal(bf16, fp32.bfloat16())
+    with pytest.raises(ConfigError) as error:
         handoff.grow_from_config(RunConfig(), None, tmp_path / "none")
+    assert error.value.problems[0].where == "small.path"
 
 
 def test_moments_grow_into_the_hand_off(grown, tmp_path):
-    """From a universal checkpoint that has them; what became of them is in the record."""
+    """Adam's moments of a universal checkpoint are grown, and the record says how."""
     convert(grown.source, tmp_path / "trained", "universal")
     for file in (tmp_path / "trained").rglob("exp_avg*.pt"):
-        held = torch.load(file)
-        torch.save({**held, "param": torch.rand(held["param"].shape)}, file)
+        content = torch.load(file)
+        torch.save({**content, "param": torch.rand(content["param"].shape)}, file)
     sets = [f"small.path={tmp_path / 'trained'}", "handoff.moments=grow", "handoff.formats=['universal']"]
     sets += [f"large.{name}={value}" for name, value in vars(LARGE).items() if value]
     record = handoff.grow_from_config(RunConfig.load(None, sets), None, tmp_path / "out")
     assert record["moments"]["policy"] == "grow" and record["moments"]["layers_at_zero"] == [1]
     assert "exact" in record["moments"]["exp_avg_sq"] and not record["moments"]["maps_with_several_entries"]
     reader = formats.open(tmp_path / "out/universal")
-    again = GrownReader(grown.operator, formats.open(tmp_path / "trained"), "grow")
+    expected = GrownReader(grown.operator, formats.open(tmp_path / "trained"), "grow")
     for key in ("embed", "layers.0.down", "layers.2.k", "layers.1.up", "final_norm"):
         for kind in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(reader.read(key, kind), again.read(key, kind))
+            assert torch.equal(reader.read(key, kind), expected.read(key, kind))
     assert bool(reader.read("layers.0.down", "exp_avg").any()) and not reader.read("layers.1.down", "exp_avg").any()
-    with pytest.raises(CheckpointError, match="expected moments"):
-        sets[0] = f"small.path={grown.source.path}"
+    sets[0] = f"small.path={grown.source.path}"
+    with pytest.raises(CheckpointError) as error:
         handoff.grow_from_config(RunConfig.load(None, sets), None, tmp_path / "none")
+    assert error.value.problems[0].where == str(grown.source.path) and "moments" in error.value.problems[0].expected
 
 
-def test_a_record_that_cannot_be_read_is_refused(tmp_path):
+def test_an_invalid_record_is_refused(tmp_path):
     assert provenance.read(tmp_path) is None
     for text in ("{", "[]", '{"version": 99}'):
         (tmp_path / "growth.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"growth\.json"):
+        with pytest.raises(CheckpointError) as error:
             provenance.read(tmp_path)
+        assert error.value.problems[0].where == str(tmp_path / "growth.json")
 
 
-# And with which of its tensors a rank meets it.
+# The errors that a rank meets, and at which of its tensors.
 FAULTS = {
-    "a mistake": (RuntimeError("as asked for"), 2),
-    "a fault": (CheckpointError("a: expected b, found c."), 2),
-    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "x"), 12),
+    "bug": (RuntimeError("injected"), 2),
+    "bad input": (CheckpointError(Problem("a", "b", "c")), 2),
+    "full disk": (OSError(errno.ENOSPC, "No space left on device", "x"), 12),
 }
 
 
-def grow_together(small: str, folder: str, fault: str = "", fails_on: int = 1) -> list:
-    """One rank's share; how many tensors each has made, or what each raises. Rank fails_on meets that fault."""
+def grow_together(small: str, folder: str, fault: str = "", failing_rank: int = 1) -> list:
+    """Grows as one of several ranks. Returns, for each rank, the number of tensors it computed or the error it raised.
+
+    fault: the error that `failing_rank` meets.
+    """
     source = HfReader(Path(small))
     grown = GrownReader(
         build_initial_operator(source.model_config, LARGE, OperatorSection(width_init="random")), source
     )
-    read, made = grown.read, []
-    error, at = FAULTS[fault] if fault and dist.get_rank() == fails_on else (None, 0)
+    read, keys_read = grown.read, []
+    fault_error, fault_at = FAULTS[fault] if fault and dist.get_rank() == failing_rank else (None, 0)
 
-    def noted(key, kind=WEIGHT):
-        made.append(key)
-        if len(made) == at:
-            raise error
+    def recorded_read(key, kind=WEIGHT):
+        keys_read.append(key)
+        if len(keys_read) == fault_at:
+            raise fault_error
         return read(key, kind)
 
-    grown.read = noted
+    grown.read = recorded_read
     ranks = mesh.all_ranks()
     try:
         handoff.write_handoff(grown, folder, None, ("universal", "hf"), {}, ranks=ranks)
     except LigoError as error:
         return ranks.all_gather((type(error).__name__, f"{error}", error.agreed))
-    return ranks.all_gather(len(made))
+    return ranks.all_gather(len(keys_read))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """All bytes, but for what manifests say of where a conversion came from and when."""
-    found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+def read_contents(folder: Path) -> dict[str, bytes]:
+    """All bytes, without the manifests' entries for the conversion's source and job."""
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for name in ("hf/manifest.json", "universal/manifest.json"):
-        found[name] = {**json.loads(found[name]), "job": None, "source": None}
-    return found
+        contents[name] = {**json.loads(contents[name]), "job": None, "source": None}
+    return contents
 
 
-def test_processes_share_the_work_and_write_the_same_bytes(grown, tmp_path, pools):
-    small, whole, shared = str(grown.source.path), tmp_path / "whole", tmp_path / "shared"
-    other = GrownReader(
-        build_initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="random")), grown.source
-    )
-    handoff.write_handoff(other, whole, None, ("universal", "hf"), {})
-    # One fails: what all have done is there for whoever goes on, however many they are.
-    with pytest.raises(RuntimeError, match="as asked for"):
-        pools(2).run(grow_together, small=small, folder=str(shared), fault="a mistake")
+def test_ranks_share_the_work_and_write_the_same_bytes(grown, tmp_path, pools):
+    small, single, shared = str(grown.source.path), tmp_path / "single", tmp_path / "shared"
+    random_operator = build_initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="random"))
+    handoff.write_handoff(GrownReader(random_operator, grown.source), single, None, ("universal", "hf"), {})
+    # A bug on one rank: finished tensors stay for the next run, with any number of ranks.
+    with pytest.raises(RuntimeError, match="injected"):
+        pools(2).run(grow_together, small=small, folder=str(shared), fault="bug")
     assert not (shared / "universal").exists()
-    # What a machine fails at leaves what is whole; a fault of the input leaves nothing; all say the same.
-    full = "rank 1: x: expected free space on the disk, found it full. Free some, or choose another --output."
-    kept = ("a full disk", ("MachineError", full, True), [".universal.partial"])
-    refused = ("a fault", ("CheckpointError", "rank 1: a: expected b, found c.", True), [])
-    for fault, told, left in (refused, kept):
-        assert pools(2).run(grow_together, small=small, folder=str(shared), fault=fault) == [told, told]
-        assert [path.name for path in shared.iterdir()] == left
-    made = pools(4).run(grow_together, small=small, folder=str(shared))
-    keys = len(list(grown.keys()))
-    assert min(made) > 0 and max(made) < keys / 2 and sum(made) < keys
-    assert contents(shared) == contents(whole)
+    # Bad input leaves nothing, a machine's failure keeps the finished tensors, and all ranks raise the same error.
+    for fault, error_type, remaining in (
+        ("bad input", "CheckpointError", []),
+        ("full disk", "MachineError", [".universal.partial"]),
+    ):
+        message = f"rank 1: {user_message(FAULTS[fault][0])}"
+        errors = pools(2).run(grow_together, small=small, folder=str(shared), fault=fault)
+        assert errors == [(error_type, message, True)] * 2
+        assert [path.name for path in shared.iterdir()] == remaining
+    counts = pools(4).run(grow_together, small=small, folder=str(shared))
+    num_keys = len(list(grown.keys()))
+    assert min(counts) > 0 and max(counts) < num_keys / 2 and sum(counts) < num_keys
+    assert read_contents(shared) == read_contents(single)
     assert sorted(path.name for path in shared.iterdir()) == ["growth.json", "hf", "universal"]
     assert not [path for path in shared.rglob("*") if path.is_dir() and not any(path.iterdir())]
