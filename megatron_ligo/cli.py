@@ -1,7 +1,7 @@
-"""What every command shares: its options and --help, its log, and how faults become messages and exit codes.
+"""Shared by all commands: argument parsing and --help, logging, error reporting and exit codes.
 
-Exit codes: 0 success, 2 a fault of input or of the machine (one message, no traceback), 130 and 143 an end by SIGINT
-and SIGTERM (a run under way has saved first), 1 our own mistake (with its traceback).
+Exit codes: 0 success; 1 a bug, with its traceback; 2 an error of the input or the machine, with one message and no
+traceback; 130 and 143 SIGINT and SIGTERM, after a training run has saved.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megatron_ligo.common.errors import LigoError, user_message
 from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
 
-# A launcher ends all processes at the first that fails: the others give rank 0 this long to say why.
+# The launcher kills all ranks when the first one fails: other ranks give rank 0 this long to report the error.
 RANK_0_GRACE_SECONDS = 5.0
 
 
 class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """As argparse does it, but said once and not by every process."""
+        """Exits with usage and message, printed by rank 0 alone."""
         if launcher_rank() == 0:
             super().error(message)
         _wait_for_rank_0()
@@ -41,54 +41,69 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def launcher_rank() -> int:
-    """This process's number under a launcher; 0 without one."""
+    """Returns this process's rank under a launcher; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def build_parser(
-    description: str, example: str, sections: Sequence[str] = (), output: str = "", own: Mapping[str, type] = {}
+    description: str,
+    example: str,
+    sections: Sequence[str] = (),
+    output: str = "",
+    extra_sections: Mapping[str, type] = {},
 ) -> CommandParser:
-    """A command's parser: its own help, an example, and with `sections` the options --config and --set.
+    """Builds a command's parser: its description, an example, and with `sections` the options --config and --set.
 
-    output: what is written there, if the command writes a folder (then --output DIR is required). own: sections that
-    only this command's file has.
+    output: help of the required option --output DIR, for a command that writes a folder. extra_sections: config
+    sections of this command alone; --help lists their keys first.
     """
-    plain = argparse.RawDescriptionHelpFormatter
-    made = CommandParser(description=description, epilog=_format_epilog(example, sections, own), formatter_class=plain)
+    parser = CommandParser(
+        description=description,
+        epilog=_format_epilog(example, sections, extra_sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     if sections:
-        made.add_argument("--config", metavar="RUN.toml", help="settings of the run (TOML)")
-        made.add_argument(
-            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="put over the file; repeatable"
+        parser.add_argument("--config", metavar="RUN.toml", help="config file of the run (TOML); its keys are below")
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            help="override one key of the config file; repeatable",
         )
     if output:
-        made.add_argument("--output", required=True, metavar="DIR", help=output)
-    # The launcher appends it; the environment says the same.
-    made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return made
+        parser.add_argument("--output", required=True, metavar="DIR", help=output)
+    # The launcher appends it. Ignored: the environment has the same value.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
 
 
 def load_config(args: argparse.Namespace) -> RunConfig:
-    """The config that --config and --set describe."""
+    """Loads the config from --config and --set."""
     return RunConfig.load(args.config, args.set)
 
 
-def _format_epilog(example: str, sections: Sequence[str], own: Mapping[str, type]) -> str:
+def _format_epilog(example: str, sections: Sequence[str], extra_sections: Mapping[str, type]) -> str:
+    """Formats the example and every config key with its default, meaning and type."""
     lines = ["example:", *(f"  {line}" for line in example.strip().splitlines())]
-    known = typed_toml.field_types(RunConfig)
-    for name, section in {**own, **{name: known[name] for name in sections}}.items():
+    run_sections = typed_toml.field_types(RunConfig)
+    listed = {**extra_sections, **{name: run_sections[name] for name in sections}}
+    if listed:
+        lines += ["", "config keys (KEY = DEFAULT; set them in the file or with --set SECTION.KEY=VALUE):"]
+    for name, section in listed.items():
         lines += ["", f"[{name}]"]
-        for key, field, hint in typed_toml.iterate_settings(section):
+        for key, field, field_type in typed_toml.iterate_settings(section):
             lines.append(f"  {key} = {_format_default(field.default)}")
             choices = field.metadata["limits"]["choices"]
-            kind = " | ".join(map(str, choices)) if choices else typed_toml.describe_type(hint)
-            lines.append(f"      {field.metadata['help']} ({kind})")
-    # argparse formats the epilog with %.
+            values = " | ".join(map(str, choices)) if choices else typed_toml.describe_type(field_type)
+            lines.append(f"      {field.metadata['help']} ({values})")
+    # argparse %-formats the epilog.
     return "\n".join(lines).replace("%", "%%")
 
 
 def _format_default(value: object) -> str:
     if value is None:
-        return "(left out)"
+        return "(unset)"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -98,7 +113,7 @@ def _format_default(value: object) -> str:
 
 @contextmanager
 def byte_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on rank 0's terminal; gives the function that is told (bytes done, bytes in all)."""
+    """Shows a progress bar on rank 0's terminal; yields its update function (bytes done, bytes in total)."""
     hidden = launcher_rank() != 0 or not sys.stderr.isatty()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
@@ -107,9 +122,9 @@ def byte_progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def set_up_logging() -> None:
-    """Plain lines on stderr, from rank 0; warnings and worse from the libraries."""
+    """Logs plain lines to stderr: the package's from rank 0 (its errors from any rank), the libraries' warnings."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    # Megatron-core says so four times over in each process; nothing here asks for either.
+    # Megatron-core repeats these in every process; neither package is used here.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="Apex is not installed")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
@@ -131,45 +146,51 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_stdout_closed():
             _exit_on_broken_pipe()
-        text = user_message(error)
-        if text is None:
+        message = user_message(error)
+        if message is None:
             raise
-        _report_error(text, agreed=isinstance(error, LigoError) and error.agreed)
+        _report_error(message, agreed=isinstance(error, LigoError) and error.agreed)
         signal_handling.exit_process(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
     signal_handling.exit_process(0)
 
 
-def _report_thread_failure(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer, which meets a full disk first: whoever uses it hears of it as well."""
-    if failed.exc_value is None or user_message(failed.exc_value) is None:
-        threading.__excepthook__(failed)
+def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """Prints a thread's traceback, except for errors of the machine.
+
+    TensorBoard's writer thread meets a full disk first; the thread that uses it then raises the same error.
+    """
+    if failure.exc_value is None or user_message(failure.exc_value) is None:
+        threading.__excepthook__(failure)
 
 
 def _is_stdout_closed() -> bool:
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), select.POLLOUT)
-    return any(event & select.POLLERR for _, event in watch.poll(0))
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _exit_on_broken_pipe() -> NoReturn:
-    """Whoever reads our output has enough of it (`| head`): no fault of anybody's, and nothing to tell."""
-    # What is still in the buffer would be written at the end, and fail again.
+    """Exits silently, as a shell expects when the reader of a pipe has closed it (`| head`)."""
+    # The buffered rest would be flushed at exit and fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
 
 
-def _report_error(text: str, agreed: bool) -> None:
-    """Rank 0 speaks. Another rank does if rank 0 had time to and the run goes on: then its fault is its own."""
+def _report_error(message: str, agreed: bool) -> None:
+    """Prints an error once. Rank 0 always does; another rank does if the error is its own.
+
+    That is the case if the ranks did not agree on it and the launcher does not end this rank in the meantime.
+    """
     if launcher_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         return
-    asked = _wait_for_rank_0()
-    if not agreed and not asked:
-        print(f"rank {launcher_rank()}: {text}", file=sys.stderr, flush=True)
+    terminated = _wait_for_rank_0()
+    if not agreed and not terminated:
+        print(f"rank {launcher_rank()}: {message}", file=sys.stderr, flush=True)
 
 
 def _wait_for_rank_0() -> bool:
-    """Until the launcher, which has seen another rank end, asks this one to (True), or time is over."""
+    """Waits for the launcher's signal, which follows the exit of another rank. Returns False on timeout."""
     deadline = time.monotonic() + RANK_0_GRACE_SECONDS
     with signal_handling.defer_signals(2 * RANK_0_GRACE_SECONDS):
         while time.monotonic() < deadline and not signal_handling.received_signal():

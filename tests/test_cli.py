@@ -15,8 +15,8 @@ from megatron_ligo.common.errors import ConfigError, user_message
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def command(tmp_path: Path, body: str) -> Path:
-    """A command's script: `body` is the inside of its main()."""
+def write_script(tmp_path: Path, body: str) -> Path:
+    """Writes a command whose main() has the given body."""
     script = tmp_path / "command.py"
     head = (
         "import logging, time\nfrom megatron_ligo import cli\nfrom megatron_ligo.common import errors\n\ndef main():\n"
@@ -35,72 +35,81 @@ def start(script: Path, *args: str, **env: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits for a process; returns its exit code, stdout and stderr."""
     out, err = process.communicate(timeout=200)
     return process.returncode, out, err
 
 
-def test_a_user_fault_is_one_message_and_code_2(tmp_path):
-    script = command(tmp_path, "raise errors.ConfigError('a: expected b, found c. Do d.')")
+def test_a_user_error_is_one_message_and_exit_code_2(tmp_path):
+    script = write_script(tmp_path, "raise errors.ConfigError('a: expected b, found c. Do d.')")
     assert finish(start(script)) == (2, "", "a: expected b, found c. Do d.\n")
 
 
-def test_our_mistake_keeps_its_traceback(tmp_path):
-    code, _, err = finish(start(command(tmp_path, "assert False, 'ours'")))
-    assert code == 1 and "Traceback" in err and "ours" in err
+def test_a_bug_keeps_its_traceback(tmp_path):
+    code, _, err = finish(start(write_script(tmp_path, "assert False, 'a bug'")))
+    assert code == 1 and "Traceback" in err and "a bug" in err
 
 
-def test_success_and_the_log(tmp_path):
+def test_success_and_logging(tmp_path):
     body = "logging.getLogger('megatron_ligo.x').info('plain'); logging.getLogger('other').info('noise'); print('done')"
-    script = command(tmp_path, body)
+    script = write_script(tmp_path, body)
     assert finish(start(script)) == (0, "done\n", "plain\n")
     assert finish(start(script, RANK="1")) == (0, "done\n", "")
 
 
-def test_an_interrupt_is_130(tmp_path):
-    process = start(command(tmp_path, "print('ready', flush=True); time.sleep(60)"))
+def test_an_interrupt_exits_with_130(tmp_path):
+    process = start(write_script(tmp_path, "print('ready', flush=True); time.sleep(60)"))
     assert process.stdout.readline() == "ready\n"
     process.send_signal(2)
     code, _, err = finish(process)
     assert code == 130 and err == "SIGINT: ended.\n"
 
 
-def test_only_rank_0_speaks_of_a_common_fault(tmp_path):
+def test_only_rank_0_reports_an_agreed_error(tmp_path):
     body = "error = errors.ConfigError('wrong'); error.agreed = True; raise error"
-    ranks = [start(command(tmp_path, body), RANK=str(rank)) for rank in range(2)]
+    ranks = [start(write_script(tmp_path, body), RANK=str(rank)) for rank in range(2)]
     assert [finish(process) for process in ranks] == [(2, "", "wrong\n"), (2, "", "")]
 
 
-def test_a_fault_of_one_rank_alone_is_not_silent(tmp_path):
-    begin = time.monotonic()
-    assert finish(start(command(tmp_path, "raise errors.LayoutError('wrong')"), RANK="3")) == (2, "", "rank 3: wrong\n")
-    assert time.monotonic() - begin < 30
+def test_a_rank_reports_an_error_of_its_own(tmp_path):
+    start_time = time.monotonic()
+    assert finish(start(write_script(tmp_path, "raise errors.LayoutError('wrong')"), RANK="3")) == (
+        2,
+        "",
+        "rank 3: wrong\n",
+    )
+    assert time.monotonic() - start_time < 30
 
 
-HEARD = "time.sleep(60)"
-# A mutex that is locked twice: a library's call that no handler of Python's interrupts.
-UNHEARD = "mutex = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]"
+INTERRUPTIBLE = "time.sleep(60)"
+# A mutex that is locked twice: a C call that no Python signal handler interrupts.
+UNINTERRUPTIBLE = (
+    "mutex = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]"
+)
 
 
-@pytest.mark.parametrize(("work", "told"), [(HEARD, "SIGTERM: ended."), (UNHEARD, "SIGTERM: not done within 0.5 s")])
-def test_sigterm_is_143(tmp_path, work, told):
+@pytest.mark.parametrize(
+    ("work", "message"), [(INTERRUPTIBLE, "SIGTERM: ended."), (UNINTERRUPTIBLE, "SIGTERM: not done within 0.5 s")]
+)
+def test_sigterm_exits_with_143(tmp_path, work, message):
     body = (
-        "import ctypes; from megatron_ligo.common import signal_handling; signal_handling.SECONDS = 0.5; "
+        "import ctypes; from megatron_ligo.common import signal_handling; signal_handling.EXIT_SECONDS = 0.5; "
         f"print('ready', flush=True); {work}"
     )
-    process = start(command(tmp_path, body))
+    process = start(write_script(tmp_path, body))
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     process.terminate()
     code, _, err = finish(process)
-    assert code == 143 and err.startswith(told) and err.count("\n") == 1
+    assert code == 143 and err.startswith(message) and err.count("\n") == 1
 
 
-def test_children_have_the_usual_signals(tmp_path):
-    """One that is forked, and asked to end, does; its parent does not."""
+def test_forked_children_have_default_signal_handlers(tmp_path):
+    """A terminated child ends, and its parent does not."""
     body = """
         import multiprocessing
         from megatron_ligo.common import signal_handling
-        signal_handling.SECONDS = 0.5
+        signal_handling.EXIT_SECONDS = 0.5
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
         time.sleep(0.5)
@@ -109,74 +118,71 @@ def test_children_have_the_usual_signals(tmp_path):
         time.sleep(2)
         print(child.exitcode)
     """
-    assert finish(start(command(tmp_path, body))) == (0, "-15\n", "")
+    assert finish(start(write_script(tmp_path, body))) == (0, "-15\n", "")
 
 
-def test_a_reader_that_has_enough_is_no_fault(tmp_path):
-    process = start(command(tmp_path, "for number in range(100_000): print(number)"))
+def test_a_closed_pipe_is_no_error(tmp_path):
+    process = start(write_script(tmp_path, "for number in range(100_000): print(number)"))
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 141 and err == ""
 
 
-def test_a_full_disk_is_said(tmp_path):
-    """/dev/full answers every write as a full disk does."""
-    code, _, err = finish(start(command(tmp_path, "open('/dev/full', 'w').write('x' * 100000)")))
-    assert code == 2 and "found it full" in err and "Traceback" not in err
+def test_a_full_disk_is_reported(tmp_path):
+    """/dev/full fails every write with ENOSPC."""
+    code, _, err = finish(start(write_script(tmp_path, "open('/dev/full', 'w').write('x' * 100000)")))
+    assert code == 2 and "full" in err and "Traceback" not in err
 
 
-def wrapped(inner: Exception) -> Exception:
+def wrap(inner: Exception) -> Exception:
+    """Raises an error from another, as libraries do."""
     try:
         try:
             raise inner
         except Exception as error:
-            raise RuntimeError("a library's own words") from error
+            raise RuntimeError("a library's own message") from error
     except RuntimeError as outer:
         return outer
 
 
 @pytest.mark.parametrize(
-    ("error", "part"),
+    ("error", "where", "part"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: expected free space on the disk"),
-        (wrapped(OSError(errno.ENOSPC, "No space left on device")), "found it full"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "found it full"),
-        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: expected permission"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: expected a file or folder"),
-        (FileExistsError(errno.EEXIST, "File exists", "/a"), "/a: expected a folder, or a free path for one"),
-        (OSError(errno.EIO, "Input/output error", "/a"), "/a: expected a working disk"),
-        (OSError(errno.EADDRINUSE, "Address already in use"), "--master_port"),
-        (ConfigError("said"), "said"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: ", "full"),
+        (wrap(OSError(errno.ENOSPC, "No space left on device")), "writing: ", "full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "writing: ", "full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: ", "Permission denied"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: ", "No such file or directory"),
+        (FileExistsError(errno.EEXIST, "File exists", "/a"), "/a: ", "File exists"),
+        (OSError(errno.EIO, "Input/output error", "/a"), "/a: ", "Input/output error"),
+        (OSError(errno.EADDRINUSE, "Address already in use"), "the launcher's port: ", "--master_port"),
+        (ConfigError("a message"), "a message", ""),
     ],
 )
-def test_faults_in_words(error, part):
-    assert part in user_message(error)
+def test_messages_of_user_and_machine_errors(error, where, part):
+    message = user_message(error)
+    assert message.startswith(where) and part in message
 
 
-def test_mistakes_of_ours_are_not_faults():
+def test_bugs_have_no_message():
     assert user_message(KeyError("x")) is None and user_message(OSError("x")) is None
 
 
-def test_help_names_the_keys(capsys):
+def test_help_lists_the_config_keys(capsys):
     parser = cli.build_parser(
-        "Learns 100% of it.", "deepspeed tools/fit.py --config run.toml", ("fit",), output="the run"
+        "Fits 100% of it.", "deepspeed tools/fit.py --config run.toml", ("fit",), output="the run"
     )
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
-    for part in (
-        "tools/fit.py --config run.toml",
-        "[fit]",
-        "parallel.tp = 1",
-        "betas = [0.9, 0.95]",
-        "depth_lr = 0.0001",
-    ):
+    for part in ("100%", "tools/fit.py --config run.toml", "[fit]", "parallel.tp = 1", "betas = [0.9, 0.95]"):
         assert part in text
+    assert "depth_lr = 0.0001" in text and "max_flops = (unset)" in text
     assert "adamw | sgd" in text and "[pretrain]" not in text and "--output" in text
 
 
-def test_options(tmp_path):
+def test_config_options(tmp_path):
     parser = cli.build_parser("d", "e", ("fit",), output="the run")
     args = parser.parse_args(
         ["--set", "fit.steps=3", "--output", "x", "--set=fit.lr=0.5", "--local_rank=2", "--config", str(tmp_path / "r")]
@@ -187,8 +193,8 @@ def test_options(tmp_path):
     assert vars(cli.build_parser("d", "e").parse_args(["--local_rank=0"])) == {"local_rank": 0}
 
 
-def test_wrong_options_are_said_once(tmp_path):
-    script = command(tmp_path, "cli.build_parser('d', 'e').parse_args()")
+def test_unknown_options_are_reported_once(tmp_path):
+    script = write_script(tmp_path, "cli.build_parser('d', 'e').parse_args()")
     ranks = [start(script, "--nonsense", RANK=str(rank)) for rank in range(2)]
     (code0, _, err0), (code1, _, err1) = map(finish, ranks)
     assert (code0, code1, err1) == (2, 2, "") and "--nonsense" in err0
@@ -196,8 +202,8 @@ def test_wrong_options_are_said_once(tmp_path):
 
 def test_logging_is_quiet_on_other_ranks(monkeypatch):
     logger = logging.getLogger("megatron_ligo")
-    level = logger.level
+    level_before = logger.level
     monkeypatch.setenv("RANK", "1")
     cli.set_up_logging()
     assert logger.level == logging.ERROR
-    logger.setLevel(level)
+    logger.setLevel(level_before)

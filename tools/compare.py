@@ -23,7 +23,7 @@ def main() -> None:
         EXAMPLE,
         sections=("small", "large", "operator", "fit", "handoff", "pretrain", "data"),
         output="folder of all runs and of the results",
-        own={"compare": CompareSection},
+        extra_sections={"compare": CompareSection},
     )
     made.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm only; repeatable")
     args = made.parse_args()
