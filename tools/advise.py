@@ -1,4 +1,4 @@
-"""Which method, which rate: short probes on your own small model and text, within a budget of FLOPs."""
+"""Recommends a growth method and a learning rate from short probes, within a FLOP budget."""
 
 from __future__ import annotations
 
@@ -13,34 +13,46 @@ python tools/advise.py --config run.toml --flops 5e14 --method lossless --method
 
 
 def main() -> None:
-    made = cli.build_parser(
-        "Grows the small model by each method that its sizes allow, trains each for as many steps as --flops leaves\n"
-        "to it, and ranks them by the held-out loss after that lag (at step 0 it misleads). The same rates for each,\n"
-        "the two best with another seed, scratch beside them. Started again, it goes on where it stopped.",
+    parser = cli.build_parser(
+        "Recommends a growth method and a learning rate for your small model and your data.\n\n"
+        "Grows the small model by each method that its sizes allow, trains each result for an equal share of --flops\n"
+        "and ranks them by held-out loss; the loss right after growth misleads. Every method gets the same rates, the\n"
+        "two best a second seed, and training from scratch is the baseline. An interrupted call resumes.",
         EXAMPLE,
         sections=("small", "large", "fit", "pretrain", "data"),
         output="folder for the probes and advice.json",
     )
-    made.add_argument("--flops", type=float, required=True, metavar="N", help="of all probes together")
-    made.add_argument("--method", action="append", default=[], metavar="NAME", help="probe this one only; repeatable")
-    made.add_argument("--fit", action="store_true", help="probe the two best after [fit] as well, its FLOPs counted")
-    made.add_argument("--lr", type=float, action="append", default=[], metavar="RATE", help="default: 3e-4 and 1e-3")
-    args = made.parse_args()
+    parser.add_argument("--flops", type=float, required=True, metavar="N", help="FLOP budget of all probes together")
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="NAME", help="probe only this method; repeatable"
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="also probe the two best after a fit ([fit]); its FLOPs count"
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        action="append",
+        default=[],
+        metavar="RATE",
+        help="peak learning rate; repeatable (default: 3e-4 and 1e-3)",
+    )
+    args = parser.parse_args()
     config = cli.load_config(args)
 
-    from megatron_ligo.experiments.compare.advise import advise  # after the arguments: --help must not load torch
+    from megatron_ligo.experiments.compare.advise import advise  # imported late: --help must not load torch
 
     rates = tuple(args.lr) or (3e-4, 1e-3)
 
-    def log_line(name: str) -> None:
-        print(name, flush=True)
+    def log_line(text: str) -> None:
+        print(text, flush=True)
 
-    found = advise(config, Path(args.output), args.flops, rates, args.method, log_line, args.fit)
-    for row in [*found["ranking"], found["scratch"]]:
+    advice = advise(config, Path(args.output), args.flops, rates, args.method, log_line, args.fit)
+    for row in [*advice["ranking"], advice["scratch"]]:
         print("  ".join("-" if value is None else f"{value}" for value in row.values()))
-    for name, why in found["refused"].items():
-        print(f"{name}: {why}")
-    print("\n".join(found["advice"]))
+    for method, reason in advice["refused"].items():
+        print(f"{method}: {reason}")
+    print("\n".join(advice["advice"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measurements that the README quotes, each as ratios in one run."""
+"""Benchmarks behind the figures in the README; each compares its subjects within one run."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ python tools/bench.py convert --gb 4 --output runs/bench_convert.json
 """
 
 
-def parser() -> cli.CommandParser:
-    made = cli.build_parser(__doc__, EXAMPLE)
-    chosen = made.add_subparsers(dest="what", metavar="WHAT", required=True)
+def build_parser() -> cli.CommandParser:
+    parser = cli.build_parser(__doc__, EXAMPLE)
+    subparsers = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     for name, module in bench.load_benchmarks().items():
-        one = chosen.add_parser(name, help=module.HELP, description=module.__doc__)
-        module.add_arguments(one)
-        one.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
-        one.add_argument("--folder", type=Path, metavar="DIR", help="a disk to work on (default: the current folder's)")
-    return made
+        subparser = subparsers.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
+        subparser.add_argument(
+            "--folder", type=Path, metavar="DIR", help="work in this folder, on its disk (default: the current folder)"
+        )
+    return parser
 
 
 def main() -> None:
-    args = parser().parse_args()
-    module = bench.load_benchmarks()[args.what]
-    place = args.folder or Path()
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bench.", dir=place) as folder:
+    args = build_parser().parse_args()
+    module = bench.load_benchmarks()[args.benchmark]
+    work_folder = args.folder or Path()
+    work_folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".bench.", dir=work_folder) as folder:
         results = module.measure(args, Path(folder))
     print(module.format_text(results))
     if args.output:

@@ -1,4 +1,4 @@
-"""Compares ways of starting a large model at equal FLOPs: `tools/compare.py --config c.toml --output runs/c`."""
+"""Compares starts of a large model at equal FLOPs."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ python tools/compare.py --config compare.toml --only scratch --only learned --ou
 
 
 def main() -> None:
-    made = cli.build_parser(
-        "Trains a large model from scratch and from each [arms.NAME], every arm at the same FLOPs, rates and seeds;\n"
-        "a learned arm beside its start without a fit and beside full training on the fit's batches. An arm has\n"
-        "operator = {...} and, where it is learned, fit = {...}; lag = STEPS fits on the loss after so many. Writes\n"
-        "results.json, compare.html and compare.png. Started again it goes on; several may work on one folder.",
+    parser = cli.build_parser(
+        "Compares starts of a large model at equal FLOPs.\n\n"
+        "Trains the model from scratch and from each [arms.NAME] of the config file, with the same FLOPs, learning\n"
+        "rates and seeds. An arm has operator = {...} and, if it is fitted, fit = {...}; lag = STEPS minimises the\n"
+        "loss after that many training steps. A fitted arm is also compared to its start without a fit, and to\n"
+        "training all weights on the fit's batches. Writes results.json, compare.html and compare.png. An interrupted\n"
+        "call resumes, and several calls may share one output folder.",
         EXAMPLE,
         sections=("small", "large", "operator", "fit", "handoff", "pretrain", "data"),
-        output="folder of all runs and of the results",
+        output="folder for all runs and the results",
         extra_sections={"compare": CompareSection},
     )
-    made.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm only; repeatable")
-    args = made.parse_args()
+    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; repeatable")
+    args = parser.parse_args()
     if not args.config:
-        raise ConfigError(Problem("--config", "a comparison's file", "none", "It names the [arms.*]; see the example."))
+        raise ConfigError(Problem("--config", "a config file with [arms.NAME] sections", "none", "See the example."))
 
-    from megatron_ligo.experiments.compare import (  # after the arguments: --help must not load torch
+    from megatron_ligo.experiments.compare import (  # imported late: --help must not load torch
         comparison,
         comparison_config,
         comparison_page,
     )
 
-    spec = comparison_config.load_comparison(Path(args.config), args.set)
-    found = comparison.run_comparison(spec, Path(args.output), args.only, lambda name: print(name, flush=True))
-    print(comparison_page.describe_comparison(found))
-    for row in (*comparison_page.arm_rows(found), *comparison_page.difference_rows(found)):
+    config = comparison_config.load_comparison(Path(args.config), args.set)
+    results = comparison.run_comparison(config, Path(args.output), args.only, lambda text: print(text, flush=True))
+    print(comparison_page.describe_comparison(results))
+    for row in (*comparison_page.arm_rows(results), *comparison_page.difference_rows(results)):
         print("  ".join(row))
-    for line in found["cautions"]:
+    for line in results["cautions"]:
         print(f"- {line}")
 
 

@@ -1,4 +1,7 @@
-"""Any format to any other, tensor by tensor: all or nothing, digested, taken up again after an interrupt."""
+"""Converts a checkpoint of any format to another, one tensor at a time.
+
+The target appears whole or not at all, with a digest of each file in manifest.json. An interrupted call resumes.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,24 @@ python tools/convert.py models/small models/small_bf16 --to hf --dtype bfloat16 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def parser() -> cli.CommandParser:
-    made = cli.build_parser(f"{__doc__}\n\n{_options()}", EXAMPLE)
-    made.add_argument("source", metavar="SRC", help="a checkpoint of any format")
-    made.add_argument("target", metavar="DST", help="a new folder")
-    made.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(formats.writers())}")
-    made.add_argument("--from", dest="form", metavar="FORMAT", help="insist on a format of SRC")
-    made.add_argument("--dtype", metavar="DTYPE", help=f"cast to {', '.join(DTYPES)} (default: as they are)")
-    made.add_argument("--tp", type=int, default=1, help="tensor parallelism of DST, where its format has one")
-    made.add_argument("--pp", type=int, default=1, help="pipeline parallelism of DST, where its format has one")
-    made.add_argument("--workers", type=int, default=2, metavar="N", help="threads that hash and write (default 2)")
-    made.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="one of DST's format's own")
-    made.add_argument("--overwrite", action="store_true", help="put DST in the place of another conversion")
-    return made
+def build_parser() -> cli.CommandParser:
+    parser = cli.build_parser(f"{__doc__}\n{_list_format_options()}", EXAMPLE)
+    parser.add_argument("source", metavar="SRC", help="checkpoint of any format")
+    parser.add_argument("target", metavar="DST", help="new folder")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"target format: {', '.join(formats.writers())}")
+    parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of SRC (default: detected)")
+    parser.add_argument("--dtype", metavar="DTYPE", help=f"cast to {', '.join(DTYPES)} (default: no cast)")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of DST, if its format is sharded")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of DST, if its format is sharded")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that hash and write (default: 2)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the target format (listed above)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing conversion at DST")
+    return parser
 
 
-def _options() -> str:
+def _list_format_options() -> str:
     lines = ["options of the formats (--option NAME=VALUE):"]
     for name in formats.writers():
         for field in fields(formats.get(name).options):
@@ -46,26 +51,24 @@ def _options() -> str:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     if args.dtype is not None and args.dtype not in DTYPES:
-        raise ConfigError(f"there is no dtype {args.dtype!r}. {did_you_mean(args.dtype, DTYPES)}")
-    # Its own threads write; torch's would only wait for each other, spinning.
+        raise ConfigError(Problem("--dtype", "a dtype", repr(args.dtype), did_you_mean(args.dtype, DTYPES)))
+    # The writer has its own threads; torch's would spin.
     torch.set_num_threads(1)
     dtype = DTYPES[args.dtype] if args.dtype else None
     options = WriteOptions(
-        dtype=dtype, tp=args.tp, pp=args.pp, workers=args.workers, extra=dict(map(_option, args.option))
+        dtype=dtype, tp=args.tp, pp=args.pp, workers=args.workers, extra=dict(map(_parse_option, args.option))
     )
-    start = time.perf_counter()
-    with cli.byte_progress() as show:
+    start_time = time.perf_counter()
+    with cli.byte_progress() as update_progress:
         source = open_source(args.source, args.form)
-        made = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=show)
-    size, seconds = sum(made.files.values()), time.perf_counter() - start
-    print(
-        f"{args.target}: {made.format}, {len(made.tensors)} tensors, {size:,} bytes in {seconds:.1f} s, manifest.json"
-    )
+        manifest = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=update_progress)
+    size, seconds = sum(manifest.files.values()), time.perf_counter() - start_time
+    print(f"{args.target}: {manifest.format}, {len(manifest.tensors)} tensors, {size:,} bytes in {seconds:.1f} s")
 
 
-def _option(text: str) -> tuple[str, object]:
+def _parse_option(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(Problem("--option", "NAME=VALUE", repr(text)))

@@ -1,4 +1,4 @@
-"""Learns a growth operator: `deepspeed --num_gpus 4 tools/fit.py --config run.toml --output runs/fit`."""
+"""Fits a growth operator."""
 
 from pathlib import Path
 
@@ -9,17 +9,18 @@ EXAMPLE = "deepspeed --num_gpus 4 tools/fit.py --config run.toml --output runs/f
 
 def main() -> None:
     parser = cli.build_parser(
-        "Learns the linear maps from a small model's weights to a large one's on the training loss (LiGO).\n"
-        "Runs under the deepspeed launcher at any tp x pp x dp, or as one plain process. Started again, it resumes.",
+        "Fits a growth operator: learns the linear maps from a small model's weights to a large one's by minimising\n"
+        "the large model's training loss (LiGO, arXiv 2303.00980). Runs under the deepspeed launcher at any tp x pp x\n"
+        "dp, or as one plain process. An interrupted run resumes from its last checkpoint.",
         EXAMPLE,
         sections=("small", "large", "operator", "fit", "data"),
-        output="checkpoints, metrics and, at the end, the folder `operator`",
+        output="folder for checkpoints, metrics and, at the end, operator/",
     )
     args = parser.parse_args()
     config = cli.load_config(args)
 
     from megatron_ligo.distributed.rank_failures import (
-        report_failures,  # after the arguments: --help must not load torch
+        report_failures,  # imported late: --help must not load torch
     )
     from megatron_ligo.training.fit import Fit
 

@@ -1,4 +1,4 @@
-"""Applies an operator, learned or a named initialisation, to a checkpoint: tensor by tensor, never holding it whole."""
+"""Grows a checkpoint by a fitted operator or a named initialisation, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ deepspeed --num_gpus 4 tools/grow.py --config run.toml --operator runs/fit/opera
 
 def main() -> None:
     parser = cli.build_parser(
-        "Grows the small model into a hand-off: DeepSpeed's universal checkpoint at iteration 0 (any tp, pp, dp and\n"
-        "ZeRO stage), the Hugging Face folder, and growth.json. Without --operator, by the initialisation that\n"
-        "[operator] names. Under the deepspeed launcher the processes share the work, on one file system: the bytes\n"
-        "are the same. Interrupted and started again, it goes on where it stopped.",
+        "Grows the small model into a hand-off: a DeepSpeed universal checkpoint at iteration 0 (for any tp, pp, dp\n"
+        "and ZeRO stage), a Hugging Face folder, and growth.json with their origin.\n\n"
+        "Without --operator, grows by the initialisation that [operator] describes. Under the deepspeed launcher the\n"
+        "processes share the work, with --output on a shared file system, and write the same bytes as one process.\n"
+        "An interrupted call resumes.",
         EXAMPLE,
         sections=("small", "large", "operator", "handoff"),
-        output="the hand-off: universal/, hf/, growth.json",
+        output="folder for the hand-off: universal/, hf/ and growth.json",
     )
-    parser.add_argument("--operator", metavar="DIR", help="the folder `operator` that a fit wrote")
+    parser.add_argument("--operator", metavar="DIR", help="operator/ folder of a fit")
     args = parser.parse_args()
     config = cli.load_config(args)
-    with _all(config) as ranks:
-        with cli.byte_progress() as show:
-            grow_from_config(config, args.operator and Path(args.operator), Path(args.output), show, ranks)
+    with _join_ranks(config) as ranks:
+        with cli.byte_progress() as update_progress:
+            grow_from_config(config, args.operator and Path(args.operator), Path(args.output), update_progress, ranks)
         if ranks.rank == 0:
-            print(f"{args.output}: {', '.join(config.handoff.formats)} and growth.json")
+            print(f"{args.output}: wrote {', '.join(config.handoff.formats)} and growth.json")
 
 
 @contextmanager
-def _all(config: RunConfig) -> Iterator[RankGroup]:
+def _join_ranks(config: RunConfig) -> Iterator[RankGroup]:
     """Yields the ranks that share the work: this process alone, or all that the launcher started."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield SINGLE_RANK
         return
-    # One process alone must not load Megatron-core.
+    # A single process works without Megatron-core.
     from megatron_ligo.distributed import mesh
     from megatron_ligo.distributed.rank_failures import report_failures
 

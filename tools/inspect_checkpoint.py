@@ -1,4 +1,4 @@
-"""What a checkpoint is: format, architecture, sizes, layout, step, and each tensor with its shape and dtype."""
+"""Describes a checkpoint: format, architecture, sizes, layout, step, and the shape and dtype of each tensor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ python tools/inspect_checkpoint.py runs/grown/universal --json
 
 
 def main() -> None:
-    made = cli.build_parser(__doc__, EXAMPLE)
-    made.add_argument("path", metavar="PATH", help="a checkpoint of any format")
-    made.add_argument("--from", dest="form", metavar="FORMAT", help="insist on a format")
-    made.add_argument("--json", action="store_true", help="as JSON")
-    args = made.parse_args()
+    parser = cli.build_parser(__doc__, EXAMPLE)
+    parser.add_argument("path", metavar="PATH", help="checkpoint of any format")
+    parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of the checkpoint (default: detected)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
     reader = formats.open(args.path, args.form)
-    found = inspect.describe(reader)
-    print(json.dumps(found, indent=2) if args.json else inspect.to_text(found))
+    description = inspect.describe(reader)
+    print(json.dumps(description, indent=2) if args.json else inspect.to_text(description))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text to Megatron-core's indexed datasets (.bin/.idx), with a tokenizer of the small model's or a new one."""
+"""Tokenizes text into Megatron-core's indexed datasets (.bin/.idx), with an existing or a new tokenizer."""
 
 from __future__ import annotations
 
@@ -14,30 +14,41 @@ python tools/prepare_data.py texts/ more.jsonl --train-sentencepiece 8000 --outp
 """
 
 
-def parser() -> cli.CommandParser:
-    made = cli.build_parser(__doc__, EXAMPLE, output="folder for train and valid (.bin, .idx, .json) and tokenizer/")
-    add = made.add_argument
-    add("inputs", nargs="*", metavar="TEXT", help="files or folders: .txt, .md, .py (a document each), .jsonl (a line)")
-    add("--python-docs", action="store_true", help="Python's own sources and documentation strings (on every machine)")
-    add("--tokenizer", default="", metavar="PATH", help="folder with tokenizer.json or tokenizer.model, or such a file")
-    add("--train-sentencepiece", type=int, default=0, metavar="SIZE", help="train a tokenizer with so many tokens")
-    add("--eod", default="", metavar="TOKEN", help="the token that ends a document (default: the tokenizer's own)")
-    add("--valid-fraction", type=float, default=0.05, help="part of the documents that is held out (default: 0.05)")
-    add("--max-bytes", type=int, default=0, metavar="N", help="read no more text than this (default: all)")
-    add("--json-key", default="text", help="where a .jsonl line has its text (default: text)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    return made
+def build_parser() -> cli.CommandParser:
+    parser = cli.build_parser(__doc__, EXAMPLE, output="folder for train and valid (.bin, .idx, .json) and tokenizer/")
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="*",
+        metavar="TEXT",
+        help="files or folders: .txt, .md, .py (one document), .jsonl (one per line)",
+    )
+    add("--python-docs", action="store_true", help="add the sources and docstrings of Python's standard library")
+    add("--tokenizer", default="", metavar="PATH", help="tokenizer.json or tokenizer.model, or a folder with one")
+    add(
+        "--train-sentencepiece",
+        type=int,
+        default=0,
+        metavar="SIZE",
+        help="train a sentencepiece tokenizer of this size",
+    )
+    add("--eod", default="", metavar="TOKEN", help="end-of-document token (default: the tokenizer's own)")
+    add("--valid-fraction", type=float, default=0.05, help="fraction of documents to hold out (default: 0.05)")
+    add("--max-bytes", type=int, default=0, metavar="N", help="limit on the text to read (default: none)")
+    add("--json-key", default="text", help="key of the text in a .jsonl line (default: text)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    return parser
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     if not args.inputs and not args.python_docs:
         raise ConfigError(Problem("inputs", "files, folders or --python-docs", "none"))
     if bool(args.tokenizer) == bool(args.train_sentencepiece):
-        raise ConfigError(Problem("tokenizer", "one of --tokenizer and --train-sentencepiece", "none or both"))
+        raise ConfigError(Problem("tokenizer", "exactly one of --tokenizer and --train-sentencepiece", "none or both"))
     if not 0 <= args.valid_fraction < 1:
         raise ConfigError(Problem("--valid-fraction", "at least 0 and less than 1", args.valid_fraction))
-    # Imported here: each worker process runs this file's head again.
+    # Imported late, because each worker process imports this file again.
     from megatron_ligo.data.documents import DocumentSource, find_text_files
     from megatron_ligo.data.prepare_text import TextRecipe, prepare_text
 
@@ -45,10 +56,10 @@ def main() -> None:
     recipe = TextRecipe(texts, args.tokenizer, args.train_sentencepiece, args.eod, args.valid_fraction)
     splits = prepare_text(recipe, Path(args.output), args.workers)
     for name, record in splits.items():
-        per_token = record["text_bytes"] / record["tokens"]
+        bytes_per_token = record["text_bytes"] / record["tokens"]
         print(
             f"{args.output}/{name}: {record['documents']} documents, {record['tokens']} tokens, "
-            f"{per_token:.2f} bytes per token"
+            f"{bytes_per_token:.2f} bytes per token"
         )
 
 

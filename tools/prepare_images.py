@@ -1,4 +1,4 @@
-"""Images with labels to the files that training reads: train.safetensors and valid.safetensors."""
+"""Converts labelled images to the files that training reads: train.safetensors and valid.safetensors."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ pip install --no-deps --target packages scikit-learn; python tools/prepare_image
 """
 
 
-def parser() -> cli.CommandParser:
-    made = cli.build_parser(__doc__, EXAMPLE, output="folder for train.safetensors and valid.safetensors")
-    add = made.add_argument
-    add("input", nargs="?", metavar="NPZ", help="images, uint8 (n, [channels,] side, side), and labels, integers (n,)")
-    add("--digits", default="", metavar="FOLDER", help="scikit-learn's 1797 handwritten digits, unpacked there")
-    add("--valid-fraction", type=float, default=0.2, help="part of the images that is held out (default: 0.2)")
-    return made
+def build_parser() -> cli.CommandParser:
+    parser = cli.build_parser(__doc__, EXAMPLE, output="folder for train.safetensors and valid.safetensors")
+    add = parser.add_argument
+    add("input", nargs="?", metavar="NPZ", help="images: uint8 (n, [channels,] side, side); labels: integers (n,)")
+    add(
+        "--digits",
+        default="",
+        metavar="FOLDER",
+        help="use the 1797 digits of the scikit-learn package unpacked in this folder",
+    )
+    add("--valid-fraction", type=float, default=0.2, help="fraction of images to hold out (default: 0.2)")
+    return parser
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     if bool(args.input) == bool(args.digits):
-        raise ConfigError(Problem("input", "one of a file and --digits", "none or both"))
+        raise ConfigError(Problem("input", "exactly one of NPZ and --digits", "none or both"))
     if not 0 < args.valid_fraction < 1:
         raise ConfigError(Problem("--valid-fraction", "more than 0 and less than 1", args.valid_fraction))
     from megatron_ligo.data.prepare_images import prepare_images, read_digits, read_npz

@@ -1,4 +1,4 @@
-"""Pretrains a model: `deepspeed --num_gpus 4 tools/pretrain.py --config run.toml --output runs/pretrain`."""
+"""Pretrains a model."""
 
 from pathlib import Path
 
@@ -12,18 +12,18 @@ python tools/pretrain.py --config run.toml --set pretrain.start=small-model --se
 
 def main() -> None:
     parser = cli.build_parser(
-        "Pretrains from a hand-off, from a checkpoint of any format, or from scratch (the sizes that [small] and\n"
-        "[large] name), at any tp x pp x dp under the deepspeed launcher, or as one plain process. Started again, it\n"
-        "resumes. With pretrain.steps = 0 it only evaluates.",
+        "Pretrains a model from a hand-off, from a checkpoint of any format, or from scratch (at the sizes of [small]\n"
+        "and [large]). Runs under the deepspeed launcher at any tp x pp x dp, or as one plain process. An interrupted\n"
+        "run resumes from its last checkpoint. pretrain.steps = 0 only evaluates.",
         EXAMPLE,
         sections=("small", "large", "pretrain", "data"),
-        output="checkpoints, metrics and the record pretrain.json",
+        output="folder for checkpoints, metrics and the record pretrain.json",
     )
     args = parser.parse_args()
     config = cli.load_config(args)
 
     from megatron_ligo.distributed.rank_failures import (
-        report_failures,  # after the arguments: --help must not load torch
+        report_failures,  # imported late: --help must not load torch
     )
     from megatron_ligo.training.pretrain import Pretrain
 

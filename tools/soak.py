@@ -1,11 +1,11 @@
-"""A long trial: a run that is killed again and again, or files that are changed at random and read."""
+"""Soak tests: kills and resumes a run many times, or reads files with random damage."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.common.errors import ConfigError, Problem
 
 EXAMPLE = """
 python tools/soak.py --kills 200 --output runs/soak -- deepspeed --num_gpus 2 tools/fit.py --config run.toml
@@ -16,41 +16,44 @@ python tools/soak.py --mutations 1000 --output runs/mutated
 
 
 def main() -> None:
-    parser = cli.build_parser(__doc__, EXAMPLE, output="new folder for runs and logs, or for what did harm")
-    parser.add_argument("--kills", type=int, metavar="N", help="so many of COMMAND, which must end as if left alone")
+    parser = cli.build_parser(__doc__, EXAMPLE, output="new folder for runs and logs, or for harmful mutations")
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="of COMMAND, a script, forked from one process: they start in seconds"
+        "--kills", type=int, metavar="N", help="kill COMMAND this often; its results must equal an undisturbed run's"
     )
-    parser.add_argument("--mutations", type=int, metavar="N", help="so many changes of files of all kinds")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="of a fit or a pretraining, without --output")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="fork this many ranks of COMMAND, a script: they start within seconds"
+    )
+    parser.add_argument("--mutations", type=int, metavar="N", help="read this many randomly damaged files of all kinds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="a fit or a pretraining, without --output")
     args = parser.parse_args()
     if (args.kills is None) == (args.mutations is None) or bool(args.command) != (args.kills is not None):
-        raise ConfigError("soak: expected --kills with a COMMAND, or --mutations without one.")
+        expected = "--kills with a COMMAND, or --mutations without one"
+        raise ConfigError(Problem("soak", expected, "neither, both, or the wrong one with a COMMAND"))
     if args.kills is not None:
-        _kill(args.command, Path(args.output), args.kills, args.seed, args.ranks)
+        _run_kills(args.command, Path(args.output), args.kills, args.seed, args.ranks)
     else:
-        _mutate(Path(args.output), args.mutations, args.seed)
+        _run_mutations(Path(args.output), args.mutations, args.seed)
 
 
-def _kill(command: list[str], output: Path, kills: int, seed: int, ranks: int | None) -> None:
-    # Imported here to keep --help fast.
+def _run_kills(command: list[str], output: Path, kills: int, seed: int, ranks: int | None) -> None:
+    # Imported late, to keep --help fast.
     from megatron_ligo.testing.kill_test import run_kill_test
 
     result = run_kill_test(command, output, kills, seed, _log_line, ranks)
-    kills_by_mode = ", ".join(f"{count} x {how}" for how, count in result.kills.items())
-    kills = sum(result.kills.values())
-    print(f"{kills} kills survived ({kills_by_mode}): {result.rounds} runs, {result.steps} steps, bit for bit")
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in result.kills.items())
+    total = sum(result.kills.values())
+    print(f"{total} kills survived ({kinds}): {result.rounds} runs and {result.steps} steps, bit-identical")
 
 
-def _mutate(output: Path, count: int, seed: int) -> None:
+def _run_mutations(output: Path, count: int, seed: int) -> None:
     from megatron_ligo.testing.fuzz.trials import run_fuzz
 
     report = run_fuzz(output, count, seed, _log_line)
-    for name, each in sorted(report.by_sample.items()):
-        print(f"{each:6} x {name}")
-    ends = ", ".join(f"{each} x {how}" for how, each in report.outcomes.most_common())
-    print(f"{report.count} mutations tried, none did harm: {ends}")
+    for sample, number in sorted(report.by_sample.items()):
+        print(f"{number:6} x {sample}")
+    outcomes = ", ".join(f"{number} x {outcome}" for outcome, number in report.outcomes.most_common())
+    print(f"{report.count} mutations tried, none harmful: {outcomes}")
 
 
 def _log_line(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Are two checkpoints the same, bit for bit? One alone is held against its manifest. Exits with 1 if they differ."""
+"""Compares two checkpoints of any formats bit by bit, or one to its manifest. Exits with 1 if they differ."""
 
 from __future__ import annotations
 
@@ -14,48 +14,54 @@ python tools/verify.py models/small models/small_ds --values
 python tools/verify.py model.gguf models/small --logits
 python tools/verify.py models/small
 """
-SHOWN = 50
-# Between two kernels for attention; 0 is usual for the same weights.
+MAX_LISTED = 50
+# Covers different attention kernels; equal weights usually give a difference of 0.
 TOLERANCE = 5e-4
 
 
-def parser() -> cli.CommandParser:
-    made = cli.build_parser(__doc__, EXAMPLE)
-    made.add_argument("a", metavar="A", help="a checkpoint of any format")
-    made.add_argument("b", metavar="B", nargs="?", help="another (left out: A against its manifest)")
-    made.add_argument("--from", dest="form", metavar="FORMAT", help="insist on a format of A")
-    made.add_argument("--values", action="store_true", help="another dtype is no difference if the numbers are equal")
-    made.add_argument("--logits", action="store_true", help="compare what transformers computes on a fixed batch, too")
-    made.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"of the logits (default {TOLERANCE:g})")
-    return made
+def build_parser() -> cli.CommandParser:
+    parser = cli.build_parser(__doc__, EXAMPLE)
+    parser.add_argument("a", metavar="A", help="checkpoint of any format")
+    parser.add_argument("b", metavar="B", nargs="?", help="another checkpoint (default: A's manifest)")
+    parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of A (default: detected)")
+    parser.add_argument("--values", action="store_true", help="ignore dtypes: compare the values alone")
+    parser.add_argument(
+        "--logits", action="store_true", help="also compare logits on a fixed batch, computed by transformers"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help=f"largest logit difference (default: {TOLERANCE:g})"
+    )
+    return parser
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     a = formats.open(args.a, args.form)
-    good = [_show(f"{args.a} and its manifest", check_manifest(a))] if args.b is None or has_manifest(a) else []
+    results = (
+        [_print_result(f"{args.a} and its manifest", check_manifest(a))] if args.b is None or has_manifest(a) else []
+    )
     if args.b is not None:
         b = formats.open(args.b)
         if has_manifest(b):
-            good.append(_show(f"{args.b} and its manifest", check_manifest(b)))
-        good.append(_show(f"{args.a} and {args.b}", compare(a, b, values_only=args.values)))
+            results.append(_print_result(f"{args.b} and its manifest", check_manifest(b)))
+        results.append(_print_result(f"{args.a} and {args.b}", compare(a, b, values_only=args.values)))
         if args.logits:
-            far, scale = compare_logits(a, b)
-            print(f"logits: largest difference {far:.3e} at a scale of {scale:.3g}")
-            good.append(far <= args.tolerance)
+            difference, scale = compare_logits(a, b)
+            print(f"logits: largest difference {difference:.3e} at a scale of {scale:.3g}")
+            results.append(difference <= args.tolerance)
     elif args.logits:
         raise ConfigError(Problem("--logits", "two checkpoints", "one"))
-    sys.exit(0 if all(good) else 1)
+    sys.exit(0 if all(results) else 1)
 
 
-def _show(what: str, report: ComparisonResult) -> bool:
-    verdict = "equal" if report.same else f"{len(report.differences)} differences"
-    print(f"{what}: {report.compared} tensors compared, {verdict}")
-    for line in report.differences[:SHOWN]:
+def _print_result(subject: str, result: ComparisonResult) -> bool:
+    verdict = "equal" if result.same else f"{len(result.differences)} differences"
+    print(f"{subject}: {result.compared} tensors compared, {verdict}")
+    for line in result.differences[:MAX_LISTED]:
         print(f"  {line}")
-    if len(report.differences) > SHOWN:
-        print(f"  ... and {len(report.differences) - SHOWN} more")
-    return report.same
+    if len(result.differences) > MAX_LISTED:
+        print(f"  ... and {len(result.differences) - MAX_LISTED} more")
+    return result.same
 
 
 if __name__ == "__main__":
