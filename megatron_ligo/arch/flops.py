@@ -1,4 +1,5 @@
-"""FLOPs of training a model, counted from its shapes: multiplications and additions apart, 2 m n k for a product."""
+"""FLOPs of training a model, counted from its shapes. Multiplications and additions count separately: a product of
+(m, k) and (k, n) takes 2 m n k."""
 
 from __future__ import annotations
 
@@ -9,28 +10,31 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import ParamSpec, Role, Use
 
-# The backward pass has two products for each of the forward pass's: one for the input, one for the weight.
+# The backward pass takes two products for each one of the forward pass: the gradients of input and weight.
 FORWARD_AND_BACKWARD = 3
 
 
 def forward_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:
-    """One forward pass over `tokens` tokens in sequences of `seq_length`: linears, attention (whole squares, as
-    kernels without a mask do) and head; norms, activations and look-ups are left out."""
+    """Returns the FLOPs of a forward pass over `tokens` tokens in sequences of `seq_length`.
+
+    Linears, attention (of all pairs, masked or not) and head count; norms, activations and look-ups do not.
+    """
     arch = architectures.get(model_config.arch)
     total = 0
     for param in arch.params:
-        read = len(param.axes) > 1 and any(axis.use is Use.INPUT for axis in param.axes)
-        if read and param.exists(model_config) and param.reaches_loss:
-            layers = model_config.num_layers if param.in_layer else 1
-            total += (
-                2 * prod(param.shape(model_config)) * layers * _vectors(arch, param, model_config, tokens, seq_length)
-            )
+        is_linear = len(param.axes) > 1 and any(axis.use is Use.INPUT for axis in param.axes)
+        if is_linear and param.exists(model_config) and param.reaches_loss:
+            num_layers = model_config.num_layers if param.in_layer else 1
+            num_vectors = _count_vectors(arch, param, model_config, tokens, seq_length)
+            total += 2 * prod(param.shape(model_config)) * num_layers * num_vectors
     attention = 2 * 2 * seq_length * model_config.num_heads * model_config.head_dim
     return total + tokens * model_config.num_layers * attention
 
 
-def _vectors(arch: Architecture, param: ParamSpec, model_config: ModelConfig, tokens: int, seq_length: int) -> int:
-    """How many vectors a row multiplies: one a token; outside the layers of a classifier one a patch, or an image."""
+def _count_vectors(
+    arch: Architecture, param: ParamSpec, model_config: ModelConfig, tokens: int, seq_length: int
+) -> int:
+    """Counts the vectors that a weight multiplies: one a token, or one a patch (or image) in a classifier's ends."""
     if not arch.reads_images or param.in_layer:
         return tokens
     images = tokens // seq_length
@@ -38,5 +42,5 @@ def _vectors(arch: Architecture, param: ParamSpec, model_config: ModelConfig, to
 
 
 def train_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:
-    """Forward and backward over `tokens` tokens; recomputation is a layout's cost and is not counted."""
+    """Returns the FLOPs of a forward and a backward pass. Recomputation is a layout's cost and does not count."""
     return FORWARD_AND_BACKWARD * forward_flops(model_config, tokens, seq_length)

@@ -1,4 +1,4 @@
-"""The operator's file: `operator.safetensors` (its tensors, global, fp32) and `operator.json` (what they are for)."""
+"""An operator's files: `operator.safetensors` (its tensors, global, fp32) and `operator.json` (sizes, settings)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERSION = 1
 
 
 class OperatorFile(Operator):
-    """An operator read from its folder, one tensor at a time (memory-mapped)."""
+    """An operator that is read from its folder, one tensor at a time (memory-mapped)."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -34,45 +34,47 @@ class OperatorFile(Operator):
             ModelConfig.from_json(self.record["small"]), ModelConfig.from_json(self.record["large"]), settings
         )
         self._file = _open(self.folder / TENSORS)
-        self._check()
+        self._check_tensors()
 
     def tensor(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
 
-    def _check(self) -> None:
+    def _check_tensors(self) -> None:
         errors = ErrorCollector(f"operator {self.folder}", CheckpointError)
-        found = set(self._file.keys())
+        stored = set(self._file.keys())
         for name, shape in self.shapes().items():
-            if name not in found:
+            if name not in stored:
                 errors.add(name, f"a tensor of shape {shape}", "nothing")
                 continue
-            part = self._file.get_slice(name)
+            header = self._file.get_slice(name)
             dtype = "I64" if name.startswith("gain.") and name.endswith(".source") else "F32"
-            if tuple(part.get_shape()) != shape or part.get_dtype() != dtype:
-                errors.add(name, f"{dtype} of shape {shape}", f"{part.get_dtype()} of shape {tuple(part.get_shape())}")
-        for name in sorted(found - set(self.shapes())):
+            if tuple(header.get_shape()) != shape or header.get_dtype() != dtype:
+                found = f"{header.get_dtype()} of shape {tuple(header.get_shape())}"
+                errors.add(name, f"{dtype} of shape {shape}", found)
+        for name in sorted(stored - set(self.shapes())):
             errors.add(name, "no such tensor for these sizes and settings", "one")
         errors.raise_if_any()
 
 
 def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Path, record: dict) -> None:
-    """Writes the operator's folder; each file appears whole or not at all, the record last.
+    """Writes an operator's folder. Each file appears whole or not at all, the record last.
 
-    record: what the caller knows besides (source digest, step, losses), under keys of its own.
+    tensors: all of `operator.shapes()`, contiguous or not. record: further keys of the record (source digest, step,
+    losses). CheckpointError if a tensor has NaN or Inf.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = {name: tensor.contiguous() for name, tensor in tensors}
-    assert set(held) == set(operator.shapes()), "the operator's tensors are not the ones that its sizes ask for"
-    bad = [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors}
+    assert set(contiguous) == set(operator.shapes()), "the tensors are not those that the operator's sizes imply"
+    bad = [name for name, tensor in contiguous.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(Problem(f"operator {folder}", "finite numbers", f"NaN or Inf in {', '.join(bad)}"))
-    aside = folder / f".{TENSORS}.new"
-    aside.touch()
-    rights = aside.stat().st_mode
-    # Puts a file of its own there, which nobody else may read.
-    save_file(held, aside)
-    aside.chmod(rights)
-    publish_file(aside, folder / TENSORS)
+    staged = folder / f".{TENSORS}.new"
+    staged.touch()
+    mode = staged.stat().st_mode
+    # save_file replaces the file by one that only its owner may read.
+    save_file(contiguous, staged)
+    staged.chmod(mode)
+    publish_file(staged, folder / TENSORS)
     own = {
         "version": VERSION,
         "small": operator.small.to_json(),
@@ -86,10 +88,10 @@ def _read_record(path: Path) -> dict:
     try:
         record = read_json(path)
     except FileNotFoundError:
-        hint = "Give the folder that a fit wrote."
+        hint = "Name the folder that a fit wrote."
         raise CheckpointError(Problem(f"{path}", "an operator's record", "nothing", hint)) from None
     except ValueError as error:
-        raise CheckpointError(Problem(f"{path}", "JSON", f"a fault in it: {error}")) from None
+        raise CheckpointError(Problem(f"{path}", "JSON", f"an error: {error}")) from None
     missing = {"version", "small", "large", "settings"} - set(record if isinstance(record, dict) else ())
     if missing:
         raise CheckpointError(Problem(f"{path}", f"the keys {', '.join(sorted(missing))}", "none of them"))

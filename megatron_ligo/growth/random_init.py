@@ -1,11 +1,12 @@
-"""Fresh numbers where the small model has none: drawn from the seed and the key alone, the same at any layout.
+"""Random numbers where the small model has none: drawn from the seed and the key alone, the same at any layout.
 
-They stand where a map or a depth map is `pad`, in matrices only (a fresh bias is zero), and have the root mean
-square of the small model's row that they join: of the layer that the large one is, or is beside.
+They fill what a width map or a depth map that starts as `pad` leaves empty, in matrices only (a new bias is zero).
+Their root mean square is that of the small weight of the same key, in the layer that the large layer copies or
+follows.
 
-    fresh = "writers"   rows of new heads, neurons and layers, (large out, small in): they join a row between its two
-                        maps, so that they read the residual stream as the small model does. What reads them is zero.
-    fresh = "all"       whatever block of the large matrix is not the small one's, readers included
+    fresh = "writers"   rows of new heads, neurons and layers, (large out, small in): they are added between a weight's
+                        two maps, so they read the residual stream as the small model does. What reads them is zero.
+    fresh = "all"       every entry of the large matrix outside the small one's block, readers included
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron_ligo.growth.operator import Operator, short_key, writes_residual
 
 
 def scale_source_key(operator: Operator, key: str) -> str:
-    """The small model's key whose scale a large key's fresh numbers take."""
+    """Returns the small model's key whose scale the random numbers of a large key take."""
     layer = layer_index(key)
     if layer is None:
         return key
@@ -27,23 +28,31 @@ def scale_source_key(operator: Operator, key: str) -> str:
 
 
 def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
-    """What joins a matrix between its two maps, (large out, small in), fp32; None where nothing does."""
+    """Returns what is added between the two maps of a matrix, (large out, small in), fp32; None if nothing is.
+
+    rms: root mean square of the numbers.
+    """
     param = operator.arch.param(key)
-    inner = param.in_layer and len(param.axes) == 2 and param.axes[0].use is Use.OUTPUT and not writes_residual(param)
-    if operator.settings.fresh != "writers" or not inner:
+    writes_inside_layer = (
+        param.in_layer and len(param.axes) == 2 and param.axes[0].use is Use.OUTPUT and not writes_residual(param)
+    )
+    if operator.settings.fresh != "writers" or not writes_inside_layer:
         return None
-    kept = 0 if is_random_layer(operator, param, layer_index(key)) else num_kept_features(operator, param.axes[0])
+    is_random = is_random_layer(operator, param, layer_index(key))
+    num_kept = 0 if is_random else num_kept_features(operator, param.axes[0])
     shape = axis_size(param.axes[0], operator.large), axis_size(param.axes[1], operator.small)
-    if kept == shape[0]:
+    if num_kept == shape[0]:
         return None
     drawn = _draw(operator, key, shape, rms)
-    drawn[:kept] = 0
+    drawn[:num_kept] = 0
     return drawn
 
 
 def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
-    """What is added to a grown matrix (or a map of patches), zero in the small one's corner, fp32; None where nothing
-    is."""
+    """Returns what is added to a grown weight, in its shape, fp32; None if nothing is.
+
+    It is zero in the block that holds the small weight. rms: root mean square of the numbers.
+    """
     param = operator.arch.param(key)
     if operator.settings.fresh != "all" or len(param.axes) < 2:
         return None
@@ -54,20 +63,21 @@ def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
 
 
 def is_random_layer(operator: Operator, param: ParamSpec, layer: int | None) -> bool:
-    """True where a row of a large layer holds nothing of the small model's."""
+    """True if a parameter of a large layer takes nothing from the small model."""
     if layer is None or operator.setting("depth_init", short_key(param)) != "pad":
         return False
     return bool(initializers.later_copy_mask(operator.small.num_layers, operator.large.num_layers)[layer])
 
 
 def num_kept_features(operator: Operator, axis: Axis) -> int:
-    """How many of a large axis's features, from the first on, are not fresh."""
+    """Returns how many of a large axis's features, from the first on, are grown and not random."""
     lift = operator.space_maps.lift(axis)
-    padded = lift is not None and operator.setting("width_init", lift.map_name) == "pad"
-    return axis_size(axis, operator.small if padded else operator.large)
+    is_padded = lift is not None and operator.setting("width_init", lift.map_name) == "pad"
+    return axis_size(axis, operator.small if is_padded else operator.large)
 
 
 def root_mean_square(tensor: Tensor) -> float:
+    """Returns the root mean square of a tensor of any shape, computed in fp64."""
     return float(tensor.double().square().mean().sqrt())
 
 

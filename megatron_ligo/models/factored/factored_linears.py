@@ -203,9 +203,9 @@ class ColumnParallelFactors(FactoredLinear):
 
     def _is_factored(self, spec: ParamSpec, mixed: dict[str, Tensor], maps: Maps) -> bool:
         matrix, lift = self.context.map_for(maps, spec, 0)
-        other, has_fresh_rows = mixed[spec.key].shape[1], self.fresh[spec.key] is not None
+        other, has_random_rows = mixed[spec.key].shape[1], self.fresh[spec.key] is not None
         return is_factored(
-            spec, lift, self.context.tokens_per_step, matrix.shape, other, matrix.cost, has_fresh_rows=has_fresh_rows
+            spec, lift, self.context.tokens_per_step, matrix.shape, other, matrix.cost, has_random_rows=has_random_rows
         )
 
     def multiply(self, x, transform, tensors, maps):
