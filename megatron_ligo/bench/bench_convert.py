@@ -102,7 +102,7 @@ def _measure_library_tools(args: argparse.Namespace, folder: Path) -> dict:
 
 def _run_library_tool(tool: library_tools.LibraryTool, source: Path, work: Path) -> dict[str, float]:
     work.mkdir()
-    target = work / "made"
+    target = work / "output"
     seconds = timing.run_in_new_process(tool, source, work, target)
     return {**seconds, "cp_sync": _time_copy(target, work / "copy")}
 

@@ -52,21 +52,21 @@ def sum_device_bytes(kinds: dict[str, int]) -> int:
 
 def estimate_stage_memory(job: PlannedJob, stage: int) -> dict[str, int]:
     """Returns the bytes by kind of a rank of a stage. Offloaded kinds end with ON_HOST_SUFFIX."""
-    kinds = _trained_state(job, stage)
+    kinds = _estimate_trained_state(job, stage)
     if job.operator is not None:
-        kinds |= _small_model(job, stage)
+        kinds |= _estimate_small_model(job, stage)
     if job.distilled:
-        kinds["teacher"] = _teacher(job)
+        kinds["teacher"] = _estimate_teacher(job)
     if job.lagged:
         kinds["lag"] = job.element_bytes * parameter_count.count_model_on_rank(job, stage)
-    kinds["activations"] = _activations(job, stage)
+    kinds["activations"] = _estimate_activations(job, stage)
     # The optimizer allocates its buffers after the activations are freed.
     kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
     return {kind: round(count) for kind, count in kinds.items()}
 
 
-def _trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
-    """Counts weights, gradients and optimizer state of the trained parameters, and buffers of their update."""
+def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
+    """Estimates weights, gradients and optimizer state of the trained parameters, and the buffers of their update."""
     zero, dp = job.parallel.zero, job.dp
     if job.operator is None:
         count, width, name = parameter_count.count_model_on_rank(job, stage), job.element_bytes, "weights"
@@ -100,8 +100,8 @@ def _copies_gradients(job: PlannedJob, is_mixed_precision: bool) -> bool:
     return is_mixed_precision or job.parallel.zero > 1 or job.parallel.pp > 1
 
 
-def _small_model(job: PlannedJob, stage: int) -> dict[str, float]:
-    """Counts the small model's shard and the tensors of a step derived from it: mixed weights, products, gradients."""
+def _estimate_small_model(job: PlannedJob, stage: int) -> dict[str, float]:
+    """Estimates the small model's shard and a step's tensors derived from it: mixed weights, products, gradients."""
     operator, tp = job.operator, job.parallel.tp
     small, layers = operator.small, job.layers_per_stage()[stage]
     ranks = 1 if job.whole_source else tp * job.dp if job.parallel.zero == 3 else tp
@@ -111,18 +111,18 @@ def _small_model(job: PlannedJob, stage: int) -> dict[str, float]:
     tables = (first or (last and small.tied)) + (last and not small.tied)
     maps = parameter_count.count_operator_on_rank(operator, tp, layers)
     if job.micro_batches_per_build > 1:
-        sums = 4 * (layers * _linear_input_elements(job) + maps)
+        sums = 4 * (layers * _count_linear_weights(job) + maps)
     else:
         sums = 4 * 2 * min(layers, MIXED_LAYERS_AT_ONCE) * layer
     return {
         "source": small.num_layers * layer * job.source_bytes / ranks + 4 * table * tables,
-        "mixed": job.element_bytes * (layers * (layer + _layer_product_elements(job))),
+        "mixed": job.element_bytes * (layers * (layer + _count_layer_products(job))),
         "gradient sums": sums,
     }
 
 
-def _teacher(job: PlannedJob) -> float:
-    """Counts the small model as a teacher, and what the loss on its distribution takes besides the logits."""
+def _estimate_teacher(job: PlannedJob) -> float:
+    """Estimates the small model as a teacher, and the buffers of the distillation loss besides the logits."""
     small, tp = job.operator.small, job.parallel.tp
     outside = parameter_count.count_outside_layers(small, tp, True, True)
     elements = small.num_layers * parameter_count.count_layer(small, tp) + outside
@@ -142,35 +142,35 @@ def _applies_factors(job: PlannedJob, spec: ParamSpec) -> bool:
     return is_factored(spec, lift, tokens, shape, operator.small.hidden_size, cost)
 
 
-def _layer_matrices(job: PlannedJob) -> list[ParamSpec]:
+def _list_layer_matrices(job: PlannedJob) -> list[ParamSpec]:
     return [spec for spec in job.operator.arch.layer_params(job.large) if len(spec.axes) == 2]
 
 
-def _product_elements(job: PlannedJob, spec: ParamSpec) -> int:
+def _count_product(job: PlannedJob, spec: ParamSpec) -> int:
     """Counts the elements of a weight grown along its inner axis only: (large / tp, small)."""
     inner = spec.tp_dim
     return spec.shape(job.large)[inner] // job.parallel.tp * spec.shape(job.operator.small)[1 - inner]
 
 
-def _layer_product_elements(job: PlannedJob) -> int:
+def _count_layer_products(job: PlannedJob) -> int:
     """Counts the elements of a layer's materialised products."""
-    return sum(_product_elements(job, spec) for spec in _layer_matrices(job) if not _applies_factors(job, spec))
+    return sum(_count_product(job, spec) for spec in _list_layer_matrices(job) if not _applies_factors(job, spec))
 
 
-def _linear_input_elements(job: PlannedJob) -> int:
+def _count_linear_weights(job: PlannedJob) -> int:
     """Counts the elements that a layer's linears receive as weights: products, or mixed small weights if factored."""
     small = job.operator.small
     return sum(
-        prod(spec.shape(small)) if _applies_factors(job, spec) else _product_elements(job, spec)
-        for spec in _layer_matrices(job)
+        prod(spec.shape(small)) if _applies_factors(job, spec) else _count_product(job, spec)
+        for spec in _list_layer_matrices(job)
     )
 
 
-def _activations(job: PlannedJob, stage: int) -> float:
+def _estimate_activations(job: PlannedJob, stage: int) -> float:
     layers = job.layers_per_stage()[stage]
     parallel, last = job.parallel, stage == job.parallel.pp - 1
     in_flight = min(job.micro_batches, parallel.pp - stage)
-    whole = _layer_activation_elements(job) * job.element_bytes * job.micro_batch_tokens
+    whole = _count_layer_activations(job) * job.element_bytes * job.micro_batch_tokens
     vocab = padded_vocab(job.large.vocab_size, parallel.tp) // parallel.tp
     copies = LOGIT_COPIES + (PIPELINE_LOGIT_COPIES if parallel.pp > 1 else 0)
     low_precision = job.element_bytes if job.element_bytes < 4 else 0
@@ -183,7 +183,7 @@ def _activations(job: PlannedJob, stage: int) -> float:
     return layers * whole * in_flight + logits
 
 
-def _ffn_activations(job: PlannedJob) -> tuple[int, int]:
+def _count_ffn_activations(job: PlannedJob) -> tuple[int, int]:
     """Returns the outputs of the ffn's first linear and those of its activation, in ffn sizes.
 
     Megatron-core adds a constant to the up projection and keeps the activated gate, that sum and their product. A fit
@@ -194,12 +194,12 @@ def _ffn_activations(job: PlannedJob) -> tuple[int, int]:
     return 1, 1
 
 
-def _layer_activation_elements(job: PlannedJob) -> float:
+def _count_layer_activations(job: PlannedJob) -> float:
     """Counts the elements per token that a layer keeps for its backward pass."""
     large, tp = job.large, job.parallel.tp
     stream_parts = tp if job.parallel.sequence_parallel else 1
     heads = (4 * large.num_heads + 3 * large.num_kv_heads) * large.head_dim
-    linear_outputs, activated = _ffn_activations(job)
+    linear_outputs, activated = _count_ffn_activations(job)
     elements = 4 * large.hidden_size / stream_parts + (heads + (linear_outputs + activated) * large.ffn_size) / tp
     if job.operator is None:
         return elements
@@ -207,5 +207,5 @@ def _layer_activation_elements(job: PlannedJob) -> float:
         copied = large.num_heads * large.head_dim
         elements -= 2 * large.hidden_size / stream_parts + (copied + activated * large.ffn_size) / tp
     small = job.operator.small
-    factored = sum(_applies_factors(job, spec) for spec in _layer_matrices(job))
+    factored = sum(_applies_factors(job, spec) for spec in _list_layer_matrices(job))
     return elements + 4 * small.hidden_size + factored * small.ffn_size

@@ -54,7 +54,7 @@ def count_operator_on_rank(operator: Operator, tp: int, layers: int) -> int:
     for spec in operator.maps.values():
         sides = 2 if operator.has_contract(spec.name) else 1
         rank, parts = operator.rank(spec.name), tp if spec.is_sharded else 1
-        one = rank * (spec.large // parts + spec.small) if rank else spec.large // parts * spec.small
-        total += sides * one * (layers if operator.has_map_per_layer(spec.name) else 1)
+        elements = rank * (spec.large // parts + spec.small) if rank else spec.large // parts * spec.small
+        total += sides * elements * (layers if operator.has_map_per_layer(spec.name) else 1)
     depth_maps = len(operator.arch.layer_params(operator.large))
     return total + layers * depth_maps * operator.small.num_layers

@@ -15,8 +15,7 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorColle
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report.json_fields import JsonRecord, load_record
-from megatron_ligo.training.metrics import METRICS_FILE as METRICS
-from megatron_ligo.training.metrics import read_metrics
+from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 
 PRETRAIN_RECORD = "pretrain.json"
 # Keys of the operator's record that growth.json does not repeat.
@@ -107,7 +106,7 @@ def _read_run(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
         errors.add(f"{folder}", "the folder of a run", "nothing" if not folder.exists() else "a file")
         return None
     before = len(errors.problems)
-    metrics = _read_metrics(folder / METRICS, errors)
+    metrics = _read_metrics(folder / METRICS_FILE, errors)
     pretrain = load_record(folder / PRETRAIN_RECORD, errors)
     if pretrain:
         return _read_pretraining(folder, pretrain, metrics, errors)
@@ -117,7 +116,7 @@ def _read_run(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
     if (folder / provenance.RECORD_NAME).is_file():
         return _read_handoff(folder, errors)
     if not metrics and len(errors.problems) == before:
-        expected = f"{METRICS}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD_NAME}"
+        expected = f"{METRICS_FILE}, {PRETRAIN_RECORD}, operator/{OPERATOR_RECORD} or {provenance.RECORD_NAME}"
         errors.add(f"{folder}", expected, "none of these", "Give the --output folder of fit, grow or pretrain.")
     return RecordedRun(folder.name, folder, "unfinished", metrics=metrics, prior_flops=None, notes=(UNFINISHED,))
 
@@ -157,7 +156,7 @@ def _read_fit(folder: Path, record: JsonRecord, metrics: list[dict], errors: Err
         evaluation_set=_parse_evaluation_set(record, model_config, record.number("config", "data", "seq_length")),
         losses=_drop_missing(losses),
         metrics=metrics,
-        peak_memory=_peak_memory(record),
+        peak_memory=_read_peak_memory(record),
         layout=record.table("layout"),
         precision=record.text("config", "fit", "precision"),
         record=record.fields,
@@ -200,7 +199,7 @@ def _read_pretraining(folder: Path, record: JsonRecord, metrics: list[dict], err
         evaluation_set=_parse_evaluation_set(record, model_config, record.number("run", "data", "seq_length")),
         losses=_drop_missing(losses),
         metrics=metrics,
-        peak_memory=_peak_memory(record),
+        peak_memory=_read_peak_memory(record),
         layout=record.table("layout"),
         precision=record.text("run", "pretrain", "precision"),
         handoff_losses=None if fitted is None or again is None else (fitted, again),
@@ -301,7 +300,7 @@ def _parse_evaluation_set(
     )
 
 
-def _peak_memory(record: JsonRecord) -> float | None:
+def _read_peak_memory(record: JsonRecord) -> float | None:
     return max(record.numbers("peak_memory_bytes") or [], default=None)
 
 
@@ -315,8 +314,8 @@ def _describe_initialisation(settings: dict | None) -> str | None:
         return None
     width, depth, noise = (_describe_setting(settings.get(key)) for key in ("width_init", "depth_init", "noise"))
     name = f"{width}" if width == depth else f"{width} / {depth}"
-    more = [f"{key} {settings[key]}" for key in ("fresh", "borrow") if settings.get(key) not in (None, "none")]
-    return ", ".join([name, *([f"noise {noise}"] if noise else []), *more])
+    options = [f"{key} {settings[key]}" for key in ("fresh", "borrow") if settings.get(key) not in (None, "none")]
+    return ", ".join([name, *([f"noise {noise}"] if noise else []), *options])
 
 
 def _describe_setting(value: object) -> object:
