@@ -101,7 +101,7 @@ def _check_groups(operator: InitialOperator) -> None:
     errors = ErrorCollector(CANNOT_GROW, ConfigError)
     for layer in range(operator.large.num_layers) if operator.has_map_per_layer("groups") else [None]:
         groups = operator.initial_expand("groups", layer)
-        if not errors.lines:
+        if not errors.problems:
             attention_heads.check_query_heads_fit(groups, operator.small, operator.large, errors)
     errors.raise_if_any()
 
