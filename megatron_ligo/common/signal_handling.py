@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: an end at once, or, where work goes on that has better moments to stop, at the next of them.
+"""SIGINT and SIGTERM: exit at once, or, during work that saves its state, at the next point where it can stop.
 
-A process that sits in a library's call runs no Python handler. So a thread learns of each signal from the descriptor
-that the interpreter writes to at once, and ends the process itself when the time is over. It also watches the launcher:
-DeepSpeed's passes no signal on when it is killed, and its ranks would go on alone.
+Python runs no signal handler while a library call blocks. So a thread reads each signal from the interpreter's wake-up
+descriptor and ends the process itself when the grace period is over. The thread also watches the launcher: DeepSpeed's
+passes no signal on when it is killed, and its ranks would keep running.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# To end in where nothing was deferred.
+# The time to exit in if signals are not deferred.
 EXIT_SECONDS = 10.0
 LAUNCHER_MODULE, RUNNER_COMMAND = b"deepspeed.launcher.launch", b"deepspeed"
 
@@ -34,26 +34,26 @@ class Interrupted(KeyboardInterrupt):
 
 
 class SignalState:
-    grace: float | None = None  # seconds, while deferred
+    grace_seconds: float | None = None  # set while signals are deferred
     received: int | None = None
 
 
 def install_handlers() -> None:
-    """Once for a process, in its main thread; processes that are forked from it later have the usual signals again."""
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    """Installs the handlers; call once per process, in its main thread. Forked processes get the defaults back."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for signum in STOP_SIGNALS:
         signal.signal(signum, _on_signal)
     os.register_at_fork(after_in_child=_restore_defaults)
-    threading.Thread(target=_watch_signals_and_parents, args=(read, _launcher_parents()), daemon=True).start()
+    threading.Thread(target=_watch_signals_and_parents, args=(read_end, _launcher_parents()), daemon=True).start()
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends the process; one that has met other ranks without taking the interpreter down.
+    """Ends the process; with a process group, without finalizing the interpreter.
 
-    A thread of gloo's that lets go of its last tensor while the interpreter ends calls std::terminate (torch 2.13):
-    a run that was done would now and then exit with SIGABRT.
+    A gloo thread that frees its last tensor during finalization calls std::terminate (torch 2.13), so that a finished
+    run would sometimes exit with SIGABRT.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
@@ -65,23 +65,26 @@ def exit_process(code: int) -> NoReturn:
 
 
 def received_signal() -> int | None:
-    """The signal that has come since `deferred` began."""
+    """Returns the signal that arrived while signals were deferred."""
     return SignalState.received
 
 
 @contextmanager
-def defer_signals(grace: float) -> Iterator[None]:
-    """Inside, a signal is only noted: the work asks `received` and ends by itself, within so many seconds."""
-    before, SignalState.grace = SignalState.grace, grace
+def defer_signals(grace_seconds: float) -> Iterator[None]:
+    """Only records signals: the work inside polls `received_signal` and must end within the grace period.
+
+    A second SIGINT still interrupts at once.
+    """
+    previous, SignalState.grace_seconds = SignalState.grace_seconds, grace_seconds
     try:
         yield
     finally:
-        SignalState.grace = before
+        SignalState.grace_seconds = previous
 
 
 def _on_signal(signum: int, frame: object) -> None:
-    impatient = signum == signal.SIGINT == SignalState.received
-    if SignalState.grace is None or impatient:
+    is_second_interrupt = signum == signal.SIGINT == SignalState.received
+    if SignalState.grace_seconds is None or is_second_interrupt:
         raise Interrupted(signum)
     SignalState.received = signum
 
@@ -92,15 +95,16 @@ def _restore_defaults() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _watch_signals_and_parents(read: int, ancestors: list[tuple[int, int]]) -> NoReturn:
+def _watch_signals_and_parents(read_end: int, parents: list[tuple[int, int]]) -> NoReturn:
     while True:
-        ready, _, _ = select.select([read], [], [], 1.0)
+        ready, _, _ = select.select([read_end], [], [], 1.0)
         if ready:
-            signum = os.read(read, 1)[0]
+            signum = os.read(read_end, 1)[0]
             if signum in STOP_SIGNALS:
-                _exit_after(EXIT_SECONDS if SignalState.grace is None else SignalState.grace, signum)
-        elif any(_parent_pid(child) != parent for child, parent in ancestors):
-            ancestors = []
+                grace_seconds = SignalState.grace_seconds
+                _exit_after(EXIT_SECONDS if grace_seconds is None else grace_seconds, signum)
+        elif any(_parent_pid(child) != parent for child, parent in parents):
+            parents = []
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -112,29 +116,29 @@ def _exit_after(seconds: float, signum: int) -> NoReturn:
 
 
 def _launcher_parents() -> list[tuple[int, int]]:
-    """(process, its parent) for each launcher above this process, which is to be there as long as it runs."""
+    """Returns (process, parent) for this process and its launcher; if a pair changes, the launcher is gone."""
     if "RANK" not in os.environ:
         return []
     launcher = os.getppid()
-    above = [(os.getpid(), launcher)]
+    parents = [(os.getpid(), launcher)]
     runner = _parent_pid(launcher)
     if LAUNCHER_MODULE in _command_line(launcher) and runner is not None and RUNNER_COMMAND in _command_line(runner):
-        above.append((launcher, runner))
-    return above
+        parents.append((launcher, runner))
+    return parents
 
 
-def _command_line(process: int) -> bytes:
+def _command_line(pid: int) -> bytes:
     try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
 
 
-def _parent_pid(process: int) -> int | None:
-    if process == os.getpid():
+def _parent_pid(pid: int) -> int | None:
+    if pid == os.getpid():
         return os.getppid()
     try:
-        # The second field is a name, in parentheses, which may hold anything.
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        # The second field is the process name in parentheses, which may hold any character.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return None

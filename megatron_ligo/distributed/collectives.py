@@ -1,9 +1,11 @@
-"""Communication with a gradient. A map's gradient is reduced per USE of the map, never per parameter.
+"""Collectives with a gradient. The gradient of a shared map is reduced per USE of the map, not per parameter.
 
-A use is *partial* where each tensor-parallel rank sees only its rows of the result, and *complete* where
-every rank computes the same thing. Only partial uses go through `copy_to`. (Under sequence parallelism every use is
-partial: each rank sees its own tokens.) (A hook on the finished .grad
-multiplies the complete part by tp: 11% wrong after ten steps, with replicas in perfect agreement.)
+A use is *partial* if each tensor-parallel rank computes only its rows of the result, and *complete* if every rank
+computes all of it. Only partial uses go through `copy_to`. Under sequence parallelism every use is partial: each rank
+sees only its own tokens. A hook on the finished `.grad` would multiply the complete part by tp: 11% wrong after ten
+steps, with replicas in perfect agreement.
+
+Shapes: s tokens of the sequence, `...` any trailing dims; `ranks` is the size of the group. Any floating dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # A copy: the incoming gradient may be shared with other users, and may not be contiguous.
+        # A copy: other users may share the incoming gradient, and it may not be contiguous.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -71,26 +73,31 @@ class ScatterSum(torch.autograd.Function):
 
 
 def copy_to(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Identity; the gradient is summed over the group."""
+    """Returns x (...) unchanged; its gradient is summed over the group."""
     return x if dist.get_world_size(group) == 1 else CopyTo.apply(x, group)
 
 
 def reduce_from(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the group; the gradient passes unchanged."""
+    """Returns the sum of x (...) over the group; the gradient passes unchanged."""
     return x if dist.get_world_size(group) == 1 else ReduceFrom.apply(x, group)
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(s / ranks, ...) on each rank -> (s, ...) on every rank, for uses that are partial: the gradient is summed
-    over the ranks, each takes its tokens."""
+    """Gathers (s / ranks, ...) of each rank into (s, ...), for partial uses.
+
+    The gradient is summed over the ranks, and each rank keeps the part of its tokens.
+    """
     return gather_partial(x, group).flatten(0, 1)
 
 
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(s, ...) on each rank -> this rank's tokens (s / ranks, ...) of their sum; the gradient is gathered."""
+    """Sums (s, ...) over the ranks and returns this rank's tokens (s / ranks, ...); the gradient is gathered."""
     return x if dist.get_world_size(group) == 1 else ScatterSum.apply(x, group)
 
 
 def gather_partial(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(...) on each rank -> (ranks, ...) on every rank; the gradient is summed over the ranks, each takes its part."""
+    """Gathers (...) of each rank into (ranks, ...), for partial uses.
+
+    The gradient is summed over the ranks, and each rank keeps its own part.
+    """
     return x.unsqueeze(0) if dist.get_world_size(group) == 1 else GatherPartial.apply(x, group)

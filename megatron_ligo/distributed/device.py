@@ -1,7 +1,7 @@
-"""The device, its backend and its precisions, through DeepSpeed's accelerator; and every shim for CPU.
+"""The device, its communication backend and its dtypes, through DeepSpeed's accelerator; and every shim for the CPU.
 
-Nothing else in the code asks what machine it runs on. Megatron-core 0.16 to 0.19 calls CUDA in a few
-places whatever the device is; `prepare()` answers those calls where there is no CUDA device.
+No other module asks which device it runs on. Megatron-core 0.16 to 0.19 makes a few CUDA calls on every device;
+`install_cpu_shims` answers them on a CPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ def is_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-def _import_uncompiled() -> None:
-    """On a CPU, without compiled functions, which nothing calls there: Megatron-core (0.16.1, 0.19.2) and DeepSpeed's
-    Muon (0.19.8) call torch.compile as they are imported, and that loads inductor, a third of the time that a process
-    takes to start."""
+def _import_without_compiler() -> None:
+    """Imports Megatron-core and DeepSpeed's Muon with torch.compile disabled, on a CPU.
+
+    Both call torch.compile at import time (0.16.1, 0.19.2; 0.19.8). That loads inductor, a third of the time in which
+    a process starts, for functions that a CPU run never calls.
+    """
     compiler = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda compiled: compiled)
     try:
@@ -37,28 +39,27 @@ def _import_uncompiled() -> None:
 
 
 if is_cpu():
-    _import_uncompiled()
+    _import_without_compiler()
 
 
 def current_device() -> torch.device:
-    """This process's device (`cpu`, or the current GPU)."""
+    """Returns this process's device: `cpu`, or the current GPU."""
     return torch.device("cpu") if is_cpu() else torch.device(get_accelerator().current_device_name())
 
 
 def communication_backend() -> str:
-    """The communication backend that goes with the device: nccl, gloo, ..."""
+    """Returns the communication backend of the device: nccl, gloo, ..."""
     return "gloo" if is_cpu() else get_accelerator().communication_backend_name()
 
 
 def resolve_dtype(precision: str) -> torch.dtype:
-    """fp32 or bf16 as a torch dtype; a precision that the device cannot compute in is refused."""
+    """Returns the torch dtype of fp32 or bf16. ConfigError if the device cannot compute in it."""
     if precision == "fp32":
         return torch.float32
     if precision == "bf16" and get_accelerator().is_bf16_supported():
         return torch.bfloat16
-    raise ConfigError(
-        Problem("precision", "fp32, or bf16 where the device has it", precision, "Set precision = 'fp32'.")
-    )
+    expected = "fp32, or bf16 if the device supports it"
+    raise ConfigError(Problem("precision", expected, precision, "Set precision = 'fp32'."))
 
 
 def has_transformer_engine() -> bool:
@@ -66,12 +67,12 @@ def has_transformer_engine() -> bool:
 
 
 def install_cpu_shims() -> None:
-    """The CPU shims. Call once in each process before Megatron-core builds a module; does nothing on a GPU."""
+    """Installs the CPU shims. Call once per process, before Megatron-core builds a module; does nothing on a GPU."""
     if not is_cpu():
         return
     # Megatron-core (0.16.1, 0.19.2) places parameters and loaded tensors on torch.cuda.current_device().
     torch.cuda.current_device = lambda: torch.device("cpu")
-    # dist_checkpointing (0.16.1) waits for the device before it writes.
+    # dist_checkpointing (0.16.1) synchronizes the device before it writes.
     torch.cuda.synchronize = lambda device=None: None
     # DeepSpeed (0.19.8) compiles an extension at its first init_distributed, under a lock that a killed process
     # leaves behind and that hangs every later run. Only inference uses it. (The package shadows the module's name.)

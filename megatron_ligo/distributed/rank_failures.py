@@ -1,4 +1,7 @@
-"""What ranks tell each other when one of them fails: why, through the store at which they met."""
+"""Last words: a rank that fails leaves its reason in the rendezvous store, where the ranks that lose it look it up.
+
+Errors that all ranks can still share go through `agreement`; this is for ranks that no longer answer a collective.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ import torch.distributed as dist
 from megatron_ligo.common import signal_handling
 from megatron_ligo.common.errors import LigoError, LostRankError, Stopped
 
-# How long a rank that has lost another waits for the last words of the rest.
+# How long a rank that has lost another waits for last words.
 STORE_SECONDS = 4.0
 STORE_PREFIX = "megatron_ligo/last_words/"
-# What gloo, nccl and the store say when another rank is not there, or not in time.
+# Error texts of gloo, nccl and the store for a rank that is gone, or late.
 LOST_MESSAGES = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
     "Application timeout caused pair closure", "remote process exited",
@@ -31,14 +34,17 @@ T = TypeVar("T")
 
 @contextmanager
 def report_failures() -> Iterator[None]:
-    """Around a job of all ranks: who fails says so to the others; who loses another says which one, and why."""
+    """Wraps a job of all ranks: a failing rank leaves its reason, and a rank that loses another reports which and why.
+
+    Raises LostRankError in place of the communication error.
+    """
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
         if not dist.is_initialized() or (isinstance(error, LigoError) and error.agreed):
-            # They have not met, or they all know.
+            # There is no other rank, or every rank raises the same error.
             raise
         kind = _classify_loss(error)
         with signal_handling.defer_signals(STORE_SECONDS * 3):
@@ -49,7 +55,7 @@ def report_failures() -> Iterator[None]:
 
 
 def _classify_loss(error: Exception) -> str | None:
-    """How another rank was lost, where that is what an error tells."""
+    """Returns how another rank was lost, or None if the error is of another kind."""
     if not isinstance(error, LOST_ERRORS):
         return None
     text = str(error)
@@ -70,15 +76,15 @@ def _store() -> dist.Store:
 
 
 def _explain_loss(kind: str) -> str:
-    """Which ranks failed, by their own last words; where none said any, which ones are silent."""
+    """Names the ranks that failed, with their last words; if there are none, the ranks that are silent."""
     _publish_last_words("")
     words = _run_with_timeout(2 * STORE_SECONDS, _collect_last_words)
     if words is None:
         why = "If it has said nothing itself, it was killed, or the network to its node is gone."
         return f"rank 0 {kind}: without it the ranks cannot meet. {why} {RESTART_HINT}"
-    told = [f"rank {rank}: {text}" for rank, text in words.items() if text]
-    if told:
-        return "another rank has failed.\n  " + "\n  ".join(told)
+    failures = [f"rank {rank}: {text}" for rank, text in words.items() if text]
+    if failures:
+        return "another rank has failed.\n  " + "\n  ".join(failures)
     silent = sorted(set(range(dist.get_world_size())) - set(words))
     if not silent:
         return f"a rank {kind}, and all are there now: the network between them was interrupted."
@@ -89,22 +95,22 @@ def _explain_loss(kind: str) -> str:
 
 
 def _run_with_timeout(seconds: float, job: Callable[[], T]) -> T | None:
-    """What a job gives; None where it takes longer: the store's client waits for ever once the network is gone."""
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(job()), daemon=True)
+    """Returns the job's result, or None if it takes longer: without a network the store's client waits for ever."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(job()), daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else None
+    return results[0] if results else None
 
 
 def _collect_last_words() -> dict[int, str] | None:
-    """Last words by rank, waited for; None if the store is gone with rank 0."""
+    """Waits for the last words of all ranks and returns them by rank; None if the store is gone with rank 0."""
     words: dict[int, str] = {}
     deadline = time.monotonic() + STORE_SECONDS
-    everyone = range(dist.get_world_size())
+    ranks = range(dist.get_world_size())
     try:
-        while time.monotonic() < deadline and len(words) < len(everyone) and not any(words.values()):
-            for rank in everyone:
+        while time.monotonic() < deadline and len(words) < len(ranks) and not any(words.values()):
+            for rank in ranks:
                 if rank not in words and _store().check([f"{STORE_PREFIX}{rank}"]):
                     words[rank] = _store().get(f"{STORE_PREFIX}{rank}").decode()
             time.sleep(0.05)
