@@ -1,4 +1,4 @@
-"""The best that a fit has come to so far, by its held-out loss: what is kept, and when it is time to stop."""
+"""The best operator of a fit so far, by held-out loss: what is kept, and when the fit stops early."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megatron_ligo.config.run_config import FitSection
 
 
 class BestOperator:
-    """Goes with the run's state, so that a resumed run knows it too; every rank sees the same losses.
+    """Tracks the lowest held-out loss in the run's state, so that a resumed run continues with it.
 
-    A fit that never gets below where it began leaves the step at 0, the initialisation. save: writes the operator as it
-    stands into a folder (collective); the best one is there until a better one takes its place.
+    Step 0 is the initialisation; a fit that never improves on it stays there. save: writes the current operator into
+    a folder (collective). Every rank sees the same losses.
     """
 
-    def __init__(self, fit: FitSection, folder: Path, state: dict, save: Callable[[Path], None]):
-        self.fit, self.folder, self.save = fit, folder, save
+    def __init__(self, section: FitSection, folder: Path, state: dict, save: Callable[[Path], None]):
+        self.section, self.folder, self.save = section, folder, save
         self.state = state.setdefault("best", {"step": 0, "loss": state["losses"]["start"], "worse": 0})
 
     @property
@@ -28,13 +28,14 @@ class BestOperator:
         return self.state["loss"]
 
     def record_evaluation(self, step: int, loss: float) -> None:
-        """Takes note of an evaluation after so many steps."""
+        """Records the held-out loss after `step` steps and saves the operator if it is the best."""
         if loss < self.loss:
             self.state.update(step=step, loss=loss, worse=0)
-            if self.fit.keep == "best":
+            if self.section.keep == "best":
                 self.save(self.folder)
         elif step > self.step:
             self.state["worse"] += 1
 
     def should_stop(self) -> bool:
-        return 0 < self.fit.patience <= self.state["worse"]
+        """True after `patience` evaluations without improvement."""
+        return 0 < self.section.patience <= self.state["worse"]

@@ -1,4 +1,4 @@
-"""Looks at each step's numbers: what is not finite never reaches the weights, and the run says where it came from."""
+"""Checks the loss and the gradients of every step: a step that is not finite is not applied, and its cause is named."""
 
 from __future__ import annotations
 
@@ -9,65 +9,70 @@ from statistics import median
 
 from megatron_ligo.common.errors import NumbersError, Problem
 from megatron_ligo.config.run_config import TrainingSection
+from megatron_ligo.data.sampler import Batch
 from megatron_ligo.distributed.mesh import all_ranks
-from megatron_ligo.training.engine import Batch, Engine
+from megatron_ligo.training.engine import Engine
 
 log = logging.getLogger(__name__)
 
-# A loss is held against the median of so many before it.
+# A loss is compared with the median of this many losses before it.
 WINDOW = 20
-# More bad steps than this in a row are no accident of the data.
+# More consecutive bad steps than this do not come from the data.
 MAX_CONSECUTIVE = 10
 MAX_LISTED = 8
 
 
 class LossGuard:
-    """Stops at a bad step, or counts it and goes on, as the run's settings say. state["skipped"]: steps not applied."""
+    """Stops at a bad step, or counts it and continues, as the section says. state["skipped"]: steps not applied."""
 
-    def __init__(self, engine: Engine, run: TrainingSection, state: dict):
-        self.engine, self.run = engine, run
+    def __init__(self, engine: Engine, section: TrainingSection, state: dict):
+        self.engine, self.section = engine, section
         self.skipped: list[int] = state.setdefault("skipped", [])
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
     def check_step(self, step: int, loss: float, batches: list[Batch], samples: list[range]) -> None:
-        """After step `step` (from 0) over `batches`, which hold those samples. NumbersError if the run is to stop.
+        """Checks step `step` (from 0). NumbersError if the run must stop.
 
-        Collective; the loss is the same on all ranks.
+        loss: the same on all ranks. samples: the sample numbers of each of this rank's micro-batches. Collective.
         """
         where = f"step {step + 1}"
-        if self.engine.refused or not math.isfinite(loss):
+        if self.engine.step_refused or not math.isfinite(loss):
             self.skipped.append(step + 1)
-            found = f"loss {loss}{self._origin(batches, samples)}"
-            self._tell(Problem(where, "a finite loss and finite gradients", found))
-            self._check_row(step + 1)
+            found = f"loss {loss}{self._describe_cause(batches, samples)}"
+            self._report(Problem(where, "a finite loss and finite gradients", found))
+            self._check_consecutive(step + 1)
             return
-        if len(self.losses) == WINDOW and self.run.spike and loss > self.run.spike * median(self.losses):
-            self._tell(Problem(where, f"a loss like those before, {median(self.losses):.4g}", f"{loss:.4g}"))
+        spike = self.section.spike
+        if len(self.losses) == WINDOW and spike and loss > spike * median(self.losses):
+            self._report(Problem(where, f"a loss near those before, {median(self.losses):.4g}", f"{loss:.4g}"))
         self.losses.append(loss)
 
-    def _tell(self, text: str) -> None:
-        if self.run.bad_numbers == "stop":
-            hint = "Nothing of it is saved. Look at the data, lower lr, or set bad_numbers = 'skip'."
-            raise NumbersError(f"{text} {hint}")
-        log.warning("%s", text)
+    def _report(self, problem: Problem) -> None:
+        if self.section.bad_numbers == "stop":
+            hint = "Nothing of this step is saved. Check the data, lower lr, or set bad_numbers = 'skip'."
+            raise NumbersError(f"{problem} {hint}")
+        log.warning("%s", problem)
 
-    def _check_row(self, last: int) -> None:
+    def _check_consecutive(self, last: int) -> None:
         if self.skipped[-MAX_CONSECUTIVE:] == list(range(last - MAX_CONSECUTIVE + 1, last + 1)):
-            raise NumbersError(
-                f"{MAX_CONSECUTIVE} steps in a row were not finite: more than the data can be the reason."
-            )
+            raise NumbersError(f"{MAX_CONSECUTIVE} steps in a row were not finite: the data cannot be the only cause.")
 
-    def _origin(self, batches: list[Batch], samples: list[range]) -> str:
-        """The samples and the parameters that it comes from: the step is taken again, and looked at."""
-        if not self.engine.refused:
+    def _describe_cause(self, batches: list[Batch], samples: list[range]) -> str:
+        """Reruns a refused step and names the samples and the parameters that are not finite. Collective."""
+        if not self.engine.step_refused:
             return ""
         losses, names = self.engine.rerun_refused_step(batches)
-        bad = [part for part, loss in zip(samples, losses, strict=False) if not math.isfinite(loss)]
-        everyone = all_ranks().all_gather(([number for part in bad for number in part], names))
-        numbers = sorted({number for numbers, _ in everyone for number in numbers})
-        rows = list(dict.fromkeys(name for _, names in everyone for name in names))
-        of_samples = f"; not finite the losses of training samples {_format_items(numbers)}" if numbers else ""
-        return f"{of_samples}; not finite the gradients of {_format_items(rows)}"
+        bad_samples = [
+            number
+            for numbers, loss in zip(samples, losses, strict=False)
+            if not math.isfinite(loss)
+            for number in numbers
+        ]
+        gathered = all_ranks().all_gather((bad_samples, names))
+        numbers = sorted({number for rank_numbers, _ in gathered for number in rank_numbers})
+        parameters = list(dict.fromkeys(name for _, rank_names in gathered for name in rank_names))
+        loss_text = f"; losses of training samples {_format_items(numbers)} are not finite" if numbers else ""
+        return f"{loss_text}; gradients of {_format_items(parameters)} are not finite"
 
 
 def _format_items(items: list) -> str:

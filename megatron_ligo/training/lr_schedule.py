@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run goes on as if nothing had been."""
+"""The learning rate as a function of the step alone, so that a resumed run has the same one."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from dataclasses import replace
 from megatron_ligo.config.run_config import PretrainSection, TrainingSection
 
 
-def learning_rate(run: TrainingSection, step: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up that reaches lr at its last step, then the schedule, which
-    reaches min_lr at the run's last step."""
-    if step < run.warmup_steps:
-        return run.lr * (step + 1) / run.warmup_steps
-    if run.schedule == "constant":
-        return run.lr
-    left = max(run.steps - 1 - run.warmup_steps, 1)
-    done = min((step - run.warmup_steps) / left, 1.0)
-    share = 1.0 - done if run.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return run.min_lr + (run.lr - run.min_lr) * share
+def learning_rate(section: TrainingSection, step: int) -> float:
+    """Returns the rate of step `step` (from 0).
 
-
-def schedule_after_growth(run: PretrainSection) -> PretrainSection:
-    """A run's settings from a grown start: warmed up anew, to a part of the rate that a scratch run takes.
-
-    On small models any part from a third to nine tenths of scratch's best peak ended within 0.003 of the best; at the
-    whole of it the grown model lost what it had. A warm-up of 50 of 800 steps and none at all ended alike.
+    A linear warm-up reaches lr at its last step; the schedule then reaches min_lr at the run's last step.
     """
-    peak = run.lr * run.grown_peak
-    warmup = run.warmup_steps if run.grown_warmup_steps is None else run.grown_warmup_steps
-    return replace(run, lr=peak, min_lr=min(run.min_lr, peak), warmup_steps=warmup)
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / section.warmup_steps
+    if section.schedule == "constant":
+        return section.lr
+    schedule_steps = max(section.steps - 1 - section.warmup_steps, 1)
+    progress = min((step - section.warmup_steps) / schedule_steps, 1.0)
+    scale = 1.0 - progress if section.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return section.min_lr + (section.lr - section.min_lr) * scale
+
+
+def schedule_after_growth(section: PretrainSection) -> PretrainSection:
+    """Returns the section for a grown start: its own warm-up, and a fraction of the peak rate of a scratch run.
+
+    On small models, any fraction from a third to nine tenths of the best scratch peak ended within 0.003 of the best;
+    at the full peak the grown model lost its advantage. A warm-up of 50 of 800 steps and none ended alike.
+    """
+    peak = section.lr * section.grown_peak
+    warmup = section.warmup_steps if section.grown_warmup_steps is None else section.grown_warmup_steps
+    return replace(section, lr=peak, min_lr=min(section.min_lr, peak), warmup_steps=warmup)

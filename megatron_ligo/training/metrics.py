@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events, and a progress line."""
+"""The metrics of a run: metrics.jsonl, TensorBoard events and a progress line."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 METRICS_KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
-# The time left is judged by this many of the last steps.
+# The remaining time is estimated from this many of the last steps.
 RECENT_STEPS = 20
 
 
 class Metrics:
-    """One JSON object a step in OUTPUT/metrics.jsonl, events in OUTPUT/tensorboard, a line on the terminal.
+    """Writes one JSON object per step to OUTPUT/metrics.jsonl, TensorBoard events, and a line to the terminal.
 
-    `tokens`, `flops` and `seconds` in the file are totals of the run so far (all ranks' tokens and FLOPs; seconds of
-    steps, without what a restart lost), so that any two columns make a curve. Steps count from 1. Does nothing where
-    not `enabled` (ranks other than 0). Use it as a context manager, or `close` it.
+    In the file, `tokens`, `flops` and `seconds` are totals of the run so far (tokens and FLOPs of all ranks; seconds of
+    steps, without what a restart lost), so that any two columns make a curve. Steps count from 1. Does nothing unless
+    `enabled`, which is set on rank 0 only. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, output_dir: str | Path, enabled: bool, total_steps: int, done_steps: int = 0):
-        """done_steps: the step of the checkpoint that is resumed; later lines in the file are cut off."""
+        """done_steps: the step of the resumed checkpoint; later lines of the file are removed."""
         self.enabled = enabled
         self._totals = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if not enabled:
@@ -59,13 +59,13 @@ class Metrics:
         grad_norm: float,
         **extra: float,
     ) -> None:
-        """Records one step. tokens, flops, seconds: this step's own; extra: more values, such as eval_loss."""
+        """Records one step. tokens, flops, seconds: of this step alone. extra: more values, such as eval_loss."""
         if not self.enabled:
             return
         for key, amount in (("tokens", tokens), ("flops", flops), ("seconds", seconds)):
             self._totals[key] += amount
         row = {"step": step, "loss": loss, "lr": lr, **self._totals, "grad_norm": grad_norm, **extra}
-        # JSON has no word for a number that is none.
+        # JSON has no NaN or Inf.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
@@ -91,7 +91,7 @@ class Metrics:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """Reads the rows of a metrics.jsonl, without a last line that was cut short. CheckpointError if others are bad."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
@@ -100,16 +100,18 @@ def read_metrics(path: str | Path) -> list[dict]:
             row = json.loads(line)
             rows.append({"step": row["step"], **row})
         except (ValueError, KeyError, TypeError):
-            # What follows the last line's end is empty, or the part of a line that was being written.
+            # After the last newline comes nothing, or a line whose write was interrupted.
             if number == len(lines):
                 break
-            what = Problem(f"{path}, line {number}", f"a JSON object with {', '.join(METRICS_KEYS)}", repr(line[:60]))
-            raise CheckpointError(what) from None
+            problem = Problem(
+                f"{path}, line {number}", f"a JSON object with {', '.join(METRICS_KEYS)}", repr(line[:60])
+            )
+            raise CheckpointError(problem) from None
     return rows
 
 
 def _truncate_rows(path: Path, done_steps: int) -> dict:
-    """Leaves only the lines of steps 1 to done_steps in the file; gives the last of them."""
+    """Keeps only the rows of steps 1 to done_steps in the file; returns the last of them, or {}."""
     if not path.is_file():
         return {}
     rows = [row for row in read_metrics(path) if 1 <= row["step"] <= done_steps]
@@ -118,7 +120,7 @@ def _truncate_rows(path: Path, done_steps: int) -> dict:
 
 
 class TensorBoardEvents:
-    """TensorBoard's events. A disk that takes no more of them is told once: the other file has it all."""
+    """TensorBoard events. A full disk is reported once; metrics.jsonl has all values."""
 
     def __init__(self, folder: Path, done_steps: int):
         self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=done_steps + 1)
@@ -128,22 +130,22 @@ class TensorBoardEvents:
             for key, value in values.items() if self.writer else ():
                 self.writer.add_scalar(key, value, step)
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
 
     def close(self) -> None:
         try:
             if self.writer:
                 self.writer.close()
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
 
-    def _give_up(self, error: OSError) -> None:
-        log.warning("no more events for TensorBoard: %s", error)
+    def _disable(self, error: OSError) -> None:
+        log.warning("TensorBoard events are off from here: %s", error)
         self.writer = None
 
 
 class ProgressLine:
-    """step/total, loss, learning rate, tokens a second, time left: a bar on a terminal, plain lines elsewhere."""
+    """Step, loss, learning rate, tokens per second and time left: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, total: int, done: int):
         self.total = total
@@ -172,7 +174,7 @@ class ProgressLine:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held: on its device, or resident where the device is the CPU."""
+    """Returns the peak memory of this process: on its GPU, or resident memory on a CPU."""
     if not device.is_cpu():
         return int(device.get_accelerator().max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():

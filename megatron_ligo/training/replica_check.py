@@ -1,4 +1,4 @@
-"""Are the copies of a parameter that several ranks hold still the same, bit for bit? One number a parameter says so."""
+"""Checks that the replicas of every parameter are bitwise equal, by one checksum per parameter."""
 
 from __future__ import annotations
 
@@ -14,57 +14,59 @@ from megatron_ligo.training.engine import Engine
 
 
 def check_replicas(engine: Engine, step: int) -> None:
-    """ReplicaError on all ranks, naming parameters and ranks, if copies of a parameter differ. Collective.
+    """ReplicaError on all ranks, naming parameters and ranks, if replicas of a parameter differ. Collective.
 
-    Data-parallel ranks hold copies of everything (but under ZeRO 3, of nothing), tensor-parallel ranks of what is not
-    cut, pipeline stages of what is tied.
+    Data-parallel ranks hold replicas of every parameter (under ZeRO 3, of none), tensor-parallel ranks of the
+    parameters that are not sharded, and pipeline stages of the tied ones.
     """
     errors = ErrorCollector(f"step {step}: ranks that must hold the same numbers do not", ReplicaError)
-    for group, named in _copies(engine):
-        _compare(group, named, errors)
+    for group, replicas in _replicas_by_group(engine):
+        _compare(group, replicas, errors)
     all_ranks().run_on_all(errors.raise_if_any)
 
 
-def _copies(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
+def _replicas_by_group(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
+    """Yields each group of ranks with the local tensors of which its ranks hold replicas, by name."""
     mesh, module = engine.mesh, engine.module
-    whole = {name: held for name, held in module.named_parameters() if not hasattr(held, "ds_id")}
+    parameters = dict(module.named_parameters())
     if mesh.dp > 1:
-        yield mesh.dp_group, whole
+        yield mesh.dp_group, {name: tensor for name, tensor in parameters.items() if not hasattr(tensor, "ds_id")}
     if mesh.tp > 1:
-        uncut = {name: held for name, held in module.named_parameters() if not _cut(held)}
-        yield mesh.tp_group, {name: getattr(held, "ds_tensor", held) for name, held in uncut.items()}
+        unsharded = {name: tensor for name, tensor in parameters.items() if not _is_tp_sharded(tensor)}
+        yield mesh.tp_group, {name: getattr(tensor, "ds_tensor", tensor) for name, tensor in unsharded.items()}
     if mesh.pp > 1:
         for key, tied in module.tied_comms.items():
-            weights = {f"{key}.{name}": _of(tied["module"], name) for name in tied["weight_attr"]}
+            weights = {f"{key}.{name}": _get_nested(tied["module"], name) for name in tied["weight_attr"]}
             yield tied["group"], weights
 
 
-def _cut(parameter: Tensor) -> bool:
+def _is_tp_sharded(parameter: Tensor) -> bool:
     return getattr(parameter, "tensor_model_parallel", False)
 
 
-def _of(module: nn.Module, name: str) -> Tensor:
+def _get_nested(module: nn.Module, name: str) -> Tensor:
     for part in name.split("."):
         module = getattr(module, part)
     return module
 
 
-def _compare(group: dist.ProcessGroup, named: dict[str, Tensor], errors: ErrorCollector) -> None:
-    if not named or dist.get_rank() not in dist.get_process_group_ranks(group):
+def _compare(group: dist.ProcessGroup, replicas: dict[str, Tensor], errors: ErrorCollector) -> None:
+    if not replicas or dist.get_rank() not in dist.get_process_group_ranks(group):
         return
-    own = torch.stack([_checksum(held) for held in named.values()])
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
+    local = torch.stack([_checksum(tensor) for tensor in replicas.values()])
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, local, group=group)
     ranks = dist.get_process_group_ranks(group)
-    for index, name in enumerate(named):
-        sums = [int(part[index]) for part in parts]
-        usual = max(sums, key=sums.count)
-        odd = [rank for rank, found in zip(ranks, sums, strict=True) if found != usual]
-        if odd:
-            errors.add(name, f"one content on ranks {ranks}", f"another on {odd}", "Start again from the checkpoint.")
+    for index, name in enumerate(replicas):
+        checksums = [int(checksum[index]) for checksum in gathered]
+        majority = max(checksums, key=checksums.count)
+        odd_ranks = [rank for rank, checksum in zip(ranks, checksums, strict=True) if checksum != majority]
+        if odd_ranks:
+            hint = "Start again from the checkpoint."
+            errors.add(name, f"equal replicas on ranks {ranks}", f"others on {odd_ranks}", hint)
 
 
-def _checksum(held: Tensor) -> Tensor:
-    """Sum of the bits, word by word, without a copy (int64, which wraps around)."""
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[held.element_size()]
-    return held.detach().reshape(-1).view(words).sum(dtype=torch.int64)
+def _checksum(tensor: Tensor) -> Tensor:
+    """Sums the words of the tensor's bits without a copy; returns a scalar int64, which wraps around."""
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().reshape(-1).view(word).sum(dtype=torch.int64)

@@ -68,5 +68,5 @@ def test_copies_that_differ_in_one_bit_are_named(pools, base, tmp_path, case):  
     found = pools(world).run(rank_cases.desynchronised, settings=table, output=str(tmp_path), at=3, kind=kind)
     assert isinstance(found, str), "nothing was seen"
     assert "step 3: ranks that must hold the same numbers do not" in found
-    assert kind in found and f"one content on ranks {ranks}" in found
+    assert kind in found and f"equal replicas on ranks {ranks}" in found
     assert not (tmp_path / "checkpoints/step_4").exists()
