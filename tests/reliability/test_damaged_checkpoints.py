@@ -125,7 +125,7 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(pools, half_way):
     told = [one_bit(output / "checkpoints/step_2"), cut_short(output / "checkpoints/step_4")]
     for _ in range(2):
         found = pools(2).run(pretrain, settings=table, output=str(output))
-        assert "has no checkpoint that is whole (2 problems)" in found
+        assert "has no complete checkpoint (2 problems)" in found
         assert all(name in found for name in told)
 
 
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(pools, base, whole, small_d
     size = sum(map(len, before.values()))
     (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_bsize - size // 2))
     found = pools(2).run(pretrain, settings=table, output=str(output))
-    assert isinstance(found, str) and "expected room and leave to write a checkpoint" in found
+    assert isinstance(found, str) and "expected space and permission to write a checkpoint" in found
     assert "No space left on device" in found
     assert snapshot(output / "checkpoints/step_2") == before
     assert names(output / "checkpoints") == ["step_2"]

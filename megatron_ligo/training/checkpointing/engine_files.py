@@ -1,4 +1,4 @@
-"""DeepSpeed's hands on the disk: what it writes is synced and digested, what it reads is never executed."""
+"""DeepSpeed's file access: everything it writes is fsynced and digested, and nothing it reads is executed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ALLOWED_GLOBALS = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in 
 
 
 class CheckpointFiles(TorchCheckpointEngine):
-    """Takes the place of an engine's `checkpoint_engine`.
+    """Replaces an engine's `checkpoint_engine`.
 
-    A rank that cannot write says so in `fault` and goes on: an exception would leave the others in DeepSpeed's
-    barriers. written: size and digest of each file of this rank since `begin`.
+    A rank that cannot write records its first error and continues: an exception would leave the other ranks in
+    DeepSpeed's barriers. written: size and digest of each file that this rank has written since `begin`.
     """
 
     def __init__(self, config: object):
@@ -28,53 +28,59 @@ class CheckpointFiles(TorchCheckpointEngine):
         self.begin()
 
     def begin(self) -> None:
-        self.fault: CheckpointError | None = None
+        self.error: CheckpointError | None = None
         self.written: dict[Path, dict] = {}
 
-    def raise_fault(self) -> None:
-        """Raises this rank's first fault since `begin`."""
-        if self.fault:
-            raise self.fault
+    def raise_error(self) -> None:
+        """Raises this rank's first error since `begin`."""
+        if self.error:
+            raise self.error
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:
             super().makedirs(path, exist_ok=exist_ok)
         except OSError as error:
-            self.fault = self.fault or write_failure(Path(path), error)
+            self.error = self.error or write_failure(Path(path), error)
 
     def save(self, state_dict: object, path: str) -> None:
-        if self.fault:
+        if self.error:
             return
         try:
             super().save(state_dict, path)
             fsync_path(Path(path))
             self.written[Path(path)] = describe_file(Path(path))
         except RuntimeError as error:
-            self.fault = write_failure(Path(path), explain_write_failure(Path(path), error))
+            self.error = write_failure(Path(path), explain_write_failure(Path(path), error))
         except OSError as error:
-            self.fault = write_failure(Path(path), error)
+            self.error = write_failure(Path(path), error)
 
     def load(self, path: str, map_location: object = None) -> object:
-        # Not mapped: the file may be removed while its tensors are used.
+        # Not memory-mapped: the file may be removed while its tensors are in use.
         return torch_files.load(Path(path), ALLOWED_GLOBALS, mapped=False)
 
 
 def install_checkpoint_files(engine: deepspeed.DeepSpeedEngine) -> CheckpointFiles:
-    """Gives the engine these hands. Its copies of scripts that unpickle freely are not written either."""
+    """Routes the engine's checkpoint files through `CheckpointFiles`; also keeps it from copying its recovery script,
+    which unpickles without limits."""
     files = CheckpointFiles(engine._config)
     engine.checkpoint_engine = files
-    engine._copy_recovery_script = lambda folder: None
+    engine._copy_recovery_script = _copy_nothing
     return files
 
 
+def _copy_nothing(folder: str) -> None:
+    pass
+
+
 def write_failure(path: Path, error: Exception) -> CheckpointError:
-    # torch's own words end with a trace of its C++.
+    """Returns the error of a rank that cannot write a checkpoint's file."""
+    # Only the first line: torch appends a C++ stack trace.
     found = str(error).splitlines()[0] if str(error) else type(error).__name__
-    hint = "Free some room or mend its rights; started again, the run goes on from its last checkpoint."
-    return CheckpointError(Problem(f"{path}", "room and leave to write a checkpoint", found, hint))
+    hint = "Free some space or fix its permissions; started again, the run goes on from its last checkpoint."
+    return CheckpointError(Problem(f"{path}", "space and permission to write a checkpoint", found, hint))
 
 
 def describe_file(path: Path) -> dict:
-    """Size and digest of a file."""
+    """Returns the size and the digest of a file, as a checkpoint's record states them."""
     size = path.stat().st_size
     return {"size": size, "digest": digest.hash_file_part(path, 0, size)}

@@ -1,9 +1,9 @@
-"""A run taken up at another layout: its masters and moments, whole, are cut anew and laid into ZeRO's flat tensors."""
+"""Resumption at another layout: the saved masters and moments are joined, sharded anew and written into ZeRO's tensors."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -25,21 +25,23 @@ from megatron_ligo.training.engine import engine_layout
 
 log = logging.getLogger(__name__)
 
-# A parameter, by its name, and what of it (WEIGHT or a moment) -> this tensor-parallel rank's part.
+# Takes a parameter's name, the parameter and a kind (WEIGHT or a moment); returns this TP rank's shard of it.
 PartReader = Callable[[str, nn.Parameter, str], Tensor]
 
 
-def layout_changed(found: RunCheckpoint | None, run: TrainingSection, mesh: Mesh) -> bool:
-    """Whether a checkpoint is of another layout than this run's."""
-    if found is None or found.layout == engine_layout(run, mesh):
+def layout_changed(checkpoint: RunCheckpoint | None, section: TrainingSection, mesh: Mesh) -> bool:
+    """True if there is a checkpoint and it was written at another layout; says so in the log."""
+    if checkpoint is None or checkpoint.layout == engine_layout(section, mesh):
         return False
-    log.info("%s is of another layout (%s): from here on numbers agree within rounding", found.folder, found.layout)
+    message = "%s is of another layout (%s): from here on numbers agree within rounding"
+    log.info(message, checkpoint.folder, checkpoint.layout)
     return True
 
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """Where a rank's numbers of a parameter lie: `numel` of them, from `first` on in it, from `start` on in `flat`."""
+    """The `numel` elements of a parameter that this rank holds: from element `first` of the parameter on, stored in
+    `flat` (1-D) from element `start` on."""
 
     flat: Tensor
     start: int
@@ -48,17 +50,17 @@ class FlatSlice:
 
 
 @torch.no_grad()
-def fill_module(module: nn.Module, part: PartReader) -> None:
+def fill_module(module: nn.Module, read_part: PartReader) -> None:
     """Sets the weights of a module that is not yet in an engine."""
     for name, parameter in module.named_parameters():
-        parameter.copy_(part(name, parameter, WEIGHT))
+        parameter.copy_(read_part(name, parameter, WEIGHT))
 
 
 @torch.no_grad()
-def fill_optimizer(engine: DeepSpeedEngine, part: PartReader, steps: int | None = None) -> None:
-    """Sets the fp32 masters of an engine that has made no step, whose module has these weights already.
+def fill_optimizer(engine: DeepSpeedEngine, read_part: PartReader, steps: int | None = None) -> None:
+    """Sets the fp32 masters of an engine that has taken no step and whose module already has these weights.
 
-    steps: Adam's count; its moments are set too. None: there are none.
+    steps: Adam's step count; its moments are set too. None: there are no moments.
     """
     optimizer, kinds = engine.optimizer, (WEIGHT,)
     if steps is not None:
@@ -67,11 +69,11 @@ def fill_optimizer(engine: DeepSpeedEngine, part: PartReader, steps: int | None 
             zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
             optimizer.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
     for name, parameter in engine.module.named_parameters():
-        place = _find_slice(optimizer, parameter)
-        for kind in kinds if place else ():
-            flat = place.flat if kind == WEIGHT else optimizer.optimizer.state[place.flat][kind]
-            numbers = part(name, parameter, kind).reshape(-1)[place.first : place.first + place.numel]
-            flat.narrow(0, place.start, place.numel).copy_(numbers)
+        part = _find_slice(optimizer, parameter)
+        for kind in kinds if part else ():
+            flat = part.flat if kind == WEIGHT else optimizer.optimizer.state[part.flat][kind]
+            values = read_part(name, parameter, kind).reshape(-1)[part.first : part.first + part.numel]
+            flat.narrow(0, part.start, part.numel).copy_(values)
 
 
 def _flat_masters(optimizer: object) -> list[Tensor]:
@@ -81,7 +83,7 @@ def _flat_masters(optimizer: object) -> list[Tensor]:
 
 
 def _find_slice(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
-    """None where this rank has none of the parameter's numbers."""
+    """Returns where this rank holds elements of the parameter, or None if it holds none."""
     if hasattr(parameter, "ds_id"):
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         first = size * optimizer._get_param_partition_rank(parameter)
@@ -91,66 +93,69 @@ def _find_slice(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
     if mapping is None:
         return None
     (flat,) = optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
-    held, whole = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-    return FlatSlice(flat, held.start, whole.start, held.numel)
+    fragment = mapping.get_hp_fragment_address()
+    return FlatSlice(flat, fragment.start, mapping.lp_fragment_address.start, fragment.numel)
 
 
 def model_part_reader(
     model: nn.Module, model_config: ModelConfig, read: Callable[..., Tensor], mesh: Mesh
 ) -> PartReader:
-    """Cuts a model's canonical tensors. read: a Reader's, or of weights only."""
+    """Returns a reader of shards of a model's canonical tensors. read: a Reader's `read`, or one for weights only."""
     items = {id(parameter): item for parameter, item in iterate_parameters(model, model_config)}
 
-    def part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
-        chosen = read if kind == WEIGHT else lambda key: read(key, kind)
-        return read_local_tensor(items[id(parameter)], chosen, model_config, mesh.tp, mesh.tp_rank)
+    def read_part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
+        read_kind = read if kind == WEIGHT else lambda key: read(key, kind)
+        return read_local_tensor(items[id(parameter)], read_kind, model_config, mesh.tp, mesh.tp_rank)
 
-    return part
+    return read_part
 
 
 class SavedOptimizer:
-    """The parameters of a fit's checkpoint, whole. steps: Adam's count, None where there are no moments."""
+    """The parameters and moments in a fit's checkpoint, joined over its ranks.
 
-    def __init__(self, found: RunCheckpoint):
-        saved = EngineFiles(found.folder / ENGINE_TAG, operator=True)
-        self.folder = found.folder
-        errors = ErrorCollector(f"{found.folder} does not hold the fit of its layout", CheckpointError)
-        held = [
-            (ZeroOptimizerState(saved.optim_states[mp], shapes, where, errors), shapes)
-            for mp, shapes, where in _ranks(saved, errors)
-        ]
+    steps: Adam's step count, None if there are no moments.
+    """
+
+    def __init__(self, checkpoint: RunCheckpoint):
+        self.folder = checkpoint.folder
+        files = EngineFiles(self.folder / ENGINE_TAG, operator=True)
+        errors = ErrorCollector(f"{self.folder} does not hold the fit of its layout", CheckpointError)
+        states = []
+        for mp_rank in range(files.mp_world_size):
+            where = f"mp_rank_{mp_rank:02d}"
+            shapes = read_param_shapes(files.model_states[mp_rank], where, errors)
+            states.append((ZeroOptimizerState(files.optim_states[mp_rank], shapes, where, errors), shapes))
         errors.raise_if_any()
-        # Tensor-parallel ranks of the first stage come first.
-        tp = found.layout.dims.tp
-        self._ranks = [held[rank::tp] for rank in range(tp)]
-        counts = {masters.step for masters, _ in held}
+        # A model-parallel rank is pp_rank x tp + tp_rank: the stages of a TP rank lie tp apart.
+        tp = checkpoint.layout.dims.tp
+        self._stages_by_tp_rank = [states[tp_rank::tp] for tp_rank in range(tp)]
+        counts = {state.step for state, _ in states}
         if len(counts) > 1:
-            raise CheckpointError(Problem(f"{found.folder}", "one count of Adam's steps on all ranks", counts))
+            raise CheckpointError(Problem(f"{self.folder}", "one count of Adam's steps on all ranks", counts))
         self.steps = counts.pop()
 
     def part_reader(self, mesh: Mesh) -> PartReader:
-        def part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Returns a reader of this rank's shards at the layout of `mesh`."""
+
+        def read_part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:
             dim = getattr(parameter, "partition_dim", -1)
-            pieces = [self._piece(stages, name, kind) for stages in (self._ranks if dim >= 0 else self._ranks[:1])]
-            whole = torch.cat(pieces, dim) if dim >= 0 else pieces[0]
-            cut = whole.chunk(mesh.tp, dim)[mesh.tp_rank] if dim >= 0 else whole
+            tp_ranks = self._stages_by_tp_rank if dim >= 0 else self._stages_by_tp_rank[:1]
+            pieces = [self._read_piece(stages, name, kind) for stages in tp_ranks]
+            joined = torch.cat(pieces, dim) if dim >= 0 else pieces[0]
+            part = joined.chunk(mesh.tp, dim)[mesh.tp_rank] if dim >= 0 else joined
             expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            if cut.shape != expected:
-                raise CheckpointError(Problem(f"{self.folder}: {name}", f"shape {expected}", tuple(cut.shape)))
-            return cut
+            if part.shape != expected:
+                raise CheckpointError(Problem(f"{self.folder}: {name}", f"shape {expected}", tuple(part.shape)))
+            return part
 
-        return part
+        return read_part
 
-    def _piece(self, stages: list, name: str, kind: str) -> Tensor:
-        """A tensor-parallel rank's part; what is tied is the first stage's."""
-        for masters, groups in stages:
+    def _read_piece(self, stages: list, name: str, kind: str) -> Tensor:
+        """Reads a tensor-parallel rank's piece; a tied parameter is read from the first stage that has it."""
+        for state, groups in stages:
             for shapes in groups:
-                if name in shapes and name in masters and masters.numel(name) == prod(shapes[name]):
-                    return masters.read(name, kind).reshape(shapes[name])
-        raise CheckpointError(Problem(f"{self.folder}: {name}", "its numbers in ZeRO's flat tensors", "none, or some"))
-
-
-def _ranks(saved: EngineFiles, errors: ErrorCollector) -> Iterator[tuple[int, list, str]]:
-    for mp in range(saved.mp_world_size):
-        where = f"mp_rank_{mp:02d}"
-        yield mp, read_param_shapes(saved.model_states[mp], where, errors), where
+                if name in shapes and name in state and state.numel(name) == prod(shapes[name]):
+                    return state.read(name, kind).reshape(shapes[name])
+        raise CheckpointError(
+            Problem(f"{self.folder}: {name}", "all of its elements in ZeRO's tensors", "none, or some")
+        )

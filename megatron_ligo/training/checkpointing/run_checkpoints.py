@@ -1,8 +1,8 @@
-"""A run's own checkpoints: written aside, synced, committed by one rename; the newest whole one is found without help.
+"""A run's own checkpoints: written under a temporary name, fsynced, and published by one rename.
 
 FOLDER/step_N/state/        DeepSpeed's files
-FOLDER/step_N/record.json   the run's own state, and size and digest of every file: without it the folder is not whole
-FOLDER/step_N.damaged/      what was found damaged, out of the way
+FOLDER/step_N/record.json   the run's state, with size and digest of every file; a folder without it is incomplete
+FOLDER/step_N.damaged/      a damaged checkpoint that was moved aside
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ ENGINE_TAG = "state"
 RECORD = "record.json"
 RECORD_VERSION = 2
 STEP = re.compile(r"step_(\d+)")
-# What a killed run may leave behind: a checkpoint not yet committed, and one that a newer was to replace.
+# What a killed run may leave: an unpublished checkpoint, and the backup of one that was being replaced.
 UNFINISHED, BACKUP = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
 
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """A whole checkpoint, its files checked, the state that was saved with it, and the layout that wrote it."""
+    """A complete checkpoint whose files were verified: the run's state, and the layout that wrote it."""
 
     folder: Path
     step: int
@@ -54,69 +54,68 @@ class RunCheckpoint:
     layout: EngineLayout
 
 
-def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, beside: Path | None = None) -> None:
-    """Saves weights, optimizer and `state` (plain numbers and text) as FOLDER/step_N. Collective.
+def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, extra_files: Path | None = None) -> None:
+    """Saves weights, optimizer and `state` (JSON values) as FOLDER/step_N. Collective.
 
-    beside: a folder whose files belong to each checkpoint (the model's sizes, its tokenizer).
-    CheckpointError on every rank, with the checkpoints before left as they are, if a weight is not finite or a file
-    cannot be written.
+    extra_files: a folder whose files go into the checkpoint (the model's config, its tokenizer). CheckpointError on
+    every rank if a weight is not finite or a file cannot be written; the previous checkpoints stay as they are.
     """
     ranks = all_ranks()
     ranks.run_on_all(lambda: _check_finite(engine.module, step))
-    aside, target = folder / f".step_{step}.new", folder / f"step_{step}"
-    _on_rank_0(aside, lambda: _make(aside))
+    temporary, target = folder / f".step_{step}.new", folder / f"step_{step}"
+    _change_files(temporary, lambda: _create_empty(temporary))
     engine.files.begin()
-    engine.engine.save_checkpoint(str(aside), tag=ENGINE_TAG, client_state={RUN_STATE: state}, save_latest=False)
+    engine.engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, client_state={RUN_STATE: state}, save_latest=False)
     try:
-        ranks.run_on_all(engine.files.raise_fault)
-        known = {path: entry for part in ranks.all_gather(engine.files.written) for path, entry in part.items()}
+        ranks.run_on_all(engine.files.raise_error)
+        written = {path: entry for part in ranks.all_gather(engine.files.written) for path, entry in part.items()}
         record = {"step": step, "state": state, "layout": engine.layout.to_json()}
-        _on_rank_0(aside, lambda: write_record(aside, beside, known, record))
+        _change_files(temporary, lambda: write_record(temporary, extra_files, written, record))
     except CheckpointError:
-        # Its room may be what others need.
-        _on_rank_0(aside, lambda: shutil.rmtree(aside, ignore_errors=True))
+        # Frees the space for other writers.
+        _change_files(temporary, lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
-    _on_rank_0(target, lambda: replace_folder(aside, target, folder / f".step_{step}.old"))
-    _on_rank_0(folder, lambda: _retain(folder, step, keep_last))
+    _change_files(target, lambda: replace_folder(temporary, target, folder / f".step_{step}.old"))
+    _change_files(folder, lambda: _delete_old(folder, step, keep_last))
 
 
 def list_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, oldest first."""
+    """Returns the steps that have a checkpoint, oldest first."""
     if not folder.is_dir():
         return []
-    found = (STEP.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (STEP.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def find_newest(folder: Path) -> RunCheckpoint | None:
-    """The newest whole checkpoint; None where none was ever made. Damaged ones are told, and set aside. Collective.
+    """Returns the newest complete checkpoint, or None if there is no checkpoint. Collective.
 
-    CheckpointError if there are checkpoints and all are damaged.
+    Damaged ones are reported and moved aside. CheckpointError if all of them are damaged.
     """
-    _on_rank_0(folder, lambda: _tidy(folder))
-    errors = ErrorCollector(f"{folder} has no checkpoint that is whole", CheckpointError)
+    _change_files(folder, lambda: _clean_up(folder))
+    errors = ErrorCollector(f"{folder} has no complete checkpoint", CheckpointError)
     damaged: list[Path] = []
     ranks = all_ranks()
     for step in reversed(ranks.all_gather(list_steps(folder))[0]):
-        place = folder / f"step_{step}"
+        checkpoint = folder / f"step_{step}"
         try:
             with ranks.agree():
-                record = _read_and_check(place)
+                record = _read_verified(checkpoint)
         except CheckpointError as error:
             log.warning("%s", error)
             errors.add_message(str(error))
-            damaged.append(place)
+            damaged.append(checkpoint)
             continue
-        for other in damaged:
-            log.warning("%s: set aside as %s.damaged", other, other.name)
-        _on_rank_0(folder, lambda: _set_aside(damaged))
-        return RunCheckpoint(place, step, record["state"], EngineLayout.from_json(record["layout"]))
+        for path in damaged:
+            log.warning("%s: moved to %s.damaged", path, path.name)
+        _change_files(folder, lambda: _move_aside(damaged))
+        return RunCheckpoint(checkpoint, step, record["state"], EngineLayout.from_json(record["layout"]))
     errors.raise_if_any()
     return None
 
 
 def read_state(folder: Path) -> dict:
-    """The state that was saved with a checkpoint, STEP's folder; empty where it is none of a run of ours."""
+    """Reads the state saved in one checkpoint's folder; {} if it is not a checkpoint of a run. CheckpointError."""
     path = folder / RECORD
     if not path.is_file():
         return {}
@@ -126,45 +125,49 @@ def read_state(folder: Path) -> dict:
         raise CheckpointError(Problem(f"{path}", "a checkpoint's record", f"{error!r}")) from None
 
 
-def load(engine: Engine, found: RunCheckpoint) -> dict:
-    """Takes up a checkpoint of the engine's own layout; returns its `state`. Collective."""
-    path, _ = engine.engine.load_checkpoint(str(found.folder), tag=ENGINE_TAG)
+def load(engine: Engine, checkpoint: RunCheckpoint) -> dict:
+    """Loads a checkpoint of the engine's own layout and returns its state. Collective."""
+    path, _ = engine.engine.load_checkpoint(str(checkpoint.folder), tag=ENGINE_TAG)
     if path is None:
-        raise CheckpointError(Problem(f"{found.folder}", "a DeepSpeed checkpoint", "nothing to load"))
+        raise CheckpointError(Problem(f"{checkpoint.folder}", "a DeepSpeed checkpoint", "nothing to load"))
     engine.after_update()
-    return found.state
+    return checkpoint.state
 
 
-def _make(aside: Path) -> None:
-    # The folder above is not made: a run whose --output has vanished must not go on somewhere else.
-    aside.parent.mkdir(exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+def _create_empty(folder: Path) -> None:
+    # Not OUTPUT itself: a run whose --output has vanished must not continue in a new one.
+    folder.parent.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
-def write_record(aside: Path, beside: Path | None, known: dict[Path, dict], record: dict) -> None:
-    """All that rank 0 puts beside the ranks' files, at last the digests of them all. known: those that ranks have."""
-    (aside / "latest").write_text(ENGINE_TAG)
-    if beside:
-        shutil.copytree(beside, aside, dirs_exist_ok=True)
+def write_record(folder: Path, extra_files: Path | None, written: dict[Path, dict], record: dict) -> None:
+    """Completes a checkpoint on rank 0: extra files, then the record with the digests of all files.
+
+    written: size and digest of the files that the ranks have written and fsynced.
+    """
+    (folder / "latest").write_text(ENGINE_TAG)
+    if extra_files:
+        shutil.copytree(extra_files, folder, dirs_exist_ok=True)
     files = {}
-    for path in sorted(path for path in aside.rglob("*") if path.is_file()):
-        files[str(path.relative_to(aside))] = known.get(path) or describe_file(path)
-        if path not in known:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[str(path.relative_to(folder))] = written.get(path) or describe_file(path)
+        if path not in written:
             fsync_path(path)
-    missing = [str(path) for path in known if not path.is_file()]
-    assert not missing, f"written and not there: {missing}"
-    write_json(aside / RECORD, {"version": RECORD_VERSION, **record, "files": files})
-    fsync_folders(aside)
+    missing = [str(path) for path in written if not path.is_file()]
+    assert not missing, f"written, but missing: {missing}"
+    write_json(folder / RECORD, {"version": RECORD_VERSION, **record, "files": files})
+    fsync_folders(folder)
 
 
-def _retain(folder: Path, step: int, keep_last: int) -> None:
-    """The one of this step is whole; of the others only older ones go."""
+def _delete_old(folder: Path, step: int, keep_last: int) -> None:
+    """Deletes all but the last checkpoints before `step`; later ones, of an earlier run, stay."""
     for old in [other for other in list_steps(folder) if other < step][: -(keep_last - 1) or None]:
         shutil.rmtree(folder / f"step_{old}")
 
 
-def _tidy(folder: Path) -> None:
+def _clean_up(folder: Path) -> None:
+    """Removes or restores what a killed run has left."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path)
@@ -172,21 +175,20 @@ def _tidy(folder: Path) -> None:
             restore_backup(path, folder / match[1])
 
 
-def _set_aside(damaged: list[Path]) -> None:
-    for place in damaged:
-        away = place.with_name(f"{place.name}.damaged")
-        shutil.rmtree(away, ignore_errors=True)
-        place.rename(away)
-        fsync_path(place.parent)
+def _move_aside(damaged: list[Path]) -> None:
+    for path in damaged:
+        target = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+        fsync_path(path.parent)
 
 
-def _read_and_check(place: Path) -> dict:
-    """Reads a checkpoint's record and checks this rank's share of its files. CheckpointError if any is damaged."""
-    record = _read_record(place / RECORD)
-    errors = ErrorCollector(f"{place} is damaged", CheckpointError)
-    share = sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]
-    for name in share:
-        _check_file(place, name, record["files"][name], errors)
+def _read_verified(checkpoint: Path) -> dict:
+    """Reads a checkpoint's record and verifies this rank's share of its files. CheckpointError if any is damaged."""
+    record = _read_record(checkpoint / RECORD)
+    errors = ErrorCollector(f"{checkpoint} is damaged", CheckpointError)
+    for name in sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]:
+        _verify_file(checkpoint / name, record["files"][name], errors)
     errors.raise_if_any()
     return record
 
@@ -207,10 +209,9 @@ def _read_record(path: Path) -> dict:
     return record
 
 
-def _check_file(place: Path, name: str, expected: dict, errors: ErrorCollector) -> None:
-    path = place / name
+def _verify_file(path: Path, expected: dict, errors: ErrorCollector) -> None:
     if path.exists() and not path.is_file():
-        # To read a pipe is to wait.
+        # Reading a pipe would block.
         errors.add(f"{path}", "a file", "something else")
         return
     try:
@@ -229,21 +230,22 @@ def _check_file(place: Path, name: str, expected: dict, errors: ErrorCollector) 
 
 def _check_finite(module: nn.Module, step: int) -> None:
     """CheckpointError if a weight of this rank is not finite."""
-    bad = []
-    for name, parameter in module.named_parameters():
-        held = getattr(parameter, "ds_tensor", parameter)
-        if not bool(torch.isfinite(held).all()):
-            bad.append(name)
-    if bad:
-        hint = "Nothing is saved; the last checkpoint is as it was."
-        raise CheckpointError(Problem(f"step {step}", "finite weights", f"NaN or Inf in {', '.join(bad[:10])}", hint))
+    bad_names = [
+        name
+        for name, parameter in module.named_parameters()
+        if not bool(torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all())
+    ]
+    if bad_names:
+        found = f"NaN or Inf in {', '.join(bad_names[:10])}"
+        hint = "Nothing is saved; the last checkpoint is unchanged."
+        raise CheckpointError(Problem(f"step {step}", "finite weights", found, hint))
 
 
-def _on_rank_0(place: Path, work: Callable[[], None]) -> None:
-    """Changes files on rank 0 alone. CheckpointError on all ranks if the disk refuses."""
+def _change_files(path: Path, work: Callable[[], None]) -> None:
+    """Changes files on rank 0 alone. CheckpointError on all ranks if the file system refuses. Collective."""
     with all_ranks().agree():
         if dist.get_rank() == 0:
             try:
                 work()
             except OSError as error:
-                raise write_failure(place, error) from error
+                raise write_failure(path, error) from error
