@@ -1,4 +1,4 @@
-"""Where a pretraining begins: a hand-off, a checkpoint of any format, or fresh weights of given sizes."""
+"""The start of a pretraining run: a hand-off, a checkpoint of any format, or fresh weights."""
 
 from __future__ import annotations
 
@@ -30,98 +30,97 @@ UNIVERSAL = "universal"
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """source None: fresh weights. fit: the record of the fit that a hand-off comes from, None for any other start.
-    grown: whether it is a hand-off. origin: what that says of its small model and its operator. fresh_head: the source
-    has no output head, and the model a fresh one.
+    """The weights that a pretraining run starts from.
+
+    source: where they are read from, None for fresh weights. fit_record: the record of the fit behind a hand-off.
+    grown: the source is a hand-off. origin: the small model and operator that the hand-off names. fresh_head: the
+    source has no output head, and the model gets a fresh one.
     """
 
     model_config: ModelConfig
     source: Reader | None = None
-    fit: dict | None = None
+    fit_record: dict | None = None
     grown: bool = False
     origin: dict | None = None
     fresh_head: bool = False
 
     @property
     def universal(self) -> bool:
-        """True where DeepSpeed itself loads the weights."""
+        """True if DeepSpeed itself loads the weights."""
         return self.source is not None and self.source.format == UNIVERSAL and not self.fresh_head
 
-    def read(self, seed: int) -> Callable[..., Tensor]:
-        """Its tensors by key (and kind), weights that it lacks drawn from the seed."""
-        drawn = parameters.build_initial_weights(self.model_config, seed)
-        held = set() if self.source is None else set(self.source.keys())
-        return lambda key, *kind: self.source.read(key, *kind) if key in held else drawn(key)
+    def reader(self, seed: int) -> Callable[..., Tensor]:
+        """Returns a function from a canonical key (and kind) to its tensor; missing weights are drawn from the seed."""
+        draw = parameters.build_initial_weights(self.model_config, seed)
+        stored_keys = set() if self.source is None else set(self.source.keys())
+        return lambda key, *kind: self.source.read(key, *kind) if key in stored_keys else draw(key)
 
 
 def find_initial_weights(config: RunConfig) -> InitialWeights:
-    """What the config asks for; a LigoError if there is no such thing or the layout does not fit it."""
-    start = (
-        _from_checkpoint(Path(config.pretrain.start))
-        if config.pretrain.start
-        else InitialWeights(scratch_model_config(config))
-    )
+    """Opens the start that the config names. LigoError if there is none, or if the layout does not fit it."""
+    section = config.pretrain
+    start = _open_start(Path(section.start)) if section.start else InitialWeights(scratch_model_config(config))
     start = replace(start, model_config=_drop_untrained_parts(start.model_config))
-    if config.pretrain.fresh_head:
+    if section.fresh_head:
         start = _add_head(start)
     check_supported(start.model_config)
-    check_layout(
-        start.model_config, config.pretrain.parallel, start.model_config.tokens_of_sample(config.data.seq_length)
-    )
+    check_layout(start.model_config, section.parallel, start.model_config.tokens_of_sample(config.data.seq_length))
     return start
 
 
 def _add_head(start: InitialWeights) -> InitialWeights:
     arch = architectures.get(start.model_config.arch)
     if start.source is None or start.model_config.has_head or arch.is_causal:
-        hint = "Leave it out where the start has a head."
+        hint = "Leave it out if the start has a head."
         raise ConfigError(Problem("pretrain.fresh_head", "an encoder without a head as the start", "another", hint))
     return replace(start, model_config=replace(start.model_config, has_head=True), fresh_head=True)
 
 
 def _drop_untrained_parts(model_config: ModelConfig) -> ModelConfig:
-    """The sizes without the parts that the loss of a language model does not read."""
+    """Returns the config without the parts that masked-LM training does not reach."""
     parts = [part for part in UNTRAINED_PARTS if getattr(model_config, part)]
     if parts:
-        log.info("left out, for masked-LM training does not reach them: %s", ", ".join(parts))
+        log.info("left out, because masked-LM training does not reach them: %s", ", ".join(parts))
     return replace(model_config, **dict.fromkeys(parts, False))
 
 
-def _from_checkpoint(path: Path) -> InitialWeights:
-    grown = provenance.read(path)
-    if grown is None:
+def _open_start(path: Path) -> InitialWeights:
+    """Opens a hand-off, or a checkpoint of any format."""
+    record = provenance.read(path)
+    if record is None:
         if (path / UNIVERSAL).is_dir():
-            hint = "Let its writer finish, or give the folder inside."
-            raise CheckpointError(Problem(f"{path}", f"a whole hand-off, with {provenance.RECORD_NAME}", "none", hint))
+            expected = f"a complete hand-off, with {provenance.RECORD_NAME}"
+            raise CheckpointError(Problem(f"{path}", expected, "none", "Let its writer finish, or give the subfolder."))
         source = formats.open(path)
         return InitialWeights(source.model_config, source)
-    source = formats.open(path / (UNIVERSAL if UNIVERSAL in grown["formats"] else "hf"))
-    origin = {key: grown[key] for key in provenance.ORIGIN_KEYS} if grown.keys() >= provenance.ORIGIN_KEYS else None
-    return InitialWeights(source.model_config, source, grown.get("fit"), grown=True, origin=origin)
+    source = formats.open(path / (UNIVERSAL if UNIVERSAL in record["formats"] else "hf"))
+    has_origin = record.keys() >= provenance.ORIGIN_KEYS
+    origin = {key: record[key] for key in provenance.ORIGIN_KEYS} if has_origin else None
+    return InitialWeights(source.model_config, source, record.get("fit"), grown=True, origin=origin)
 
 
 def scratch_model_config(config: RunConfig) -> ModelConfig:
-    """Sizes for fresh weights: those that [small] names, with what [large] says put over them."""
+    """Returns the model to train from scratch: the one that [small] names, with the sizes of [large]."""
     if not config.small.path:
-        hint = "Set pretrain.start, or small.path to a model (or a config.json) of the sizes to begin from scratch."
+        hint = "Set pretrain.start, or set small.path to a model (or a config.json) to train from scratch."
         raise ConfigError(Problem("pretrain", "a start", "none", hint))
     return derive_large_config(read_model_config(Path(config.small.path)), config.large)
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The sizes that a path states; weights need not be there."""
+    """Reads the model config that a path states: a config.json, a run's model folder, or a checkpoint."""
     if path.is_file() and path.suffix == ".json":
         return config_json.parse_model_config(config_json.load_config(path), f"{path}")
-    stated = model_record.find_record(path) if path.is_dir() else None
-    return stated[0] if stated else _from_checkpoint(path).model_config
+    record = model_record.find_record(path) if path.is_dir() else None
+    return record[0] if record else _open_start(path).model_config
 
 
 def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_length: int) -> None:
-    """ConfigError with everything in which a layout does not fit the model and the data."""
+    """ConfigError with everything in the layout that does not fit the model and the data."""
     errors = ErrorCollector("the layout does not fit the model", ConfigError)
     check_tp(model_config, parallel.tp, errors)
     if parallel.pp > model_config.num_layers:
-        errors.add(f"pp = {parallel.pp}", "at most a stage a layer", f"{model_config.num_layers} layers")
+        errors.add(f"pp = {parallel.pp}", "at most one stage per layer", f"{model_config.num_layers} layers")
     if parallel.sequence_parallel and seq_length % parallel.tp:
         where = "data.seq_length" if model_config.image_size is None else "tokens of an image"
         errors.add(where, f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)

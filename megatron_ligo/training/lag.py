@@ -1,10 +1,10 @@
-"""The lag of a fit: what some training has added to the grown start, held still while the maps move.
+"""The lag of a fit: the change that a training run has made to the grown start, held fixed while the maps move.
 
-The loss at once says little of the loss that training will reach from a start. With `fit.lag` the model that is fitted
-is grown(maps) + D, where D = trained - start: the loss is that of the start after the training that led from `start` to
-`trained`. D is taken to stay what it is while the start moves a little, which is first-order MAML (arXiv 1703.03400,
-1803.02999) with one training for all steps of the fit. What is written is the operator alone: training begins again
-from its start.
+The loss of a start says little about the loss that training will reach from it. With `fit.lag` the fitted model is
+grown(maps) + D, where D = trained - start: its loss is that of the start after the training that led from `start` to
+`trained`. D is assumed constant while the start moves a little, which is first-order MAML (arXiv 1703.03400,
+1803.02999) with one training run for all steps of the fit. Only the operator is written: training begins again from
+its start.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.architecture import Task
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ErrorCollector
@@ -27,39 +26,40 @@ from megatron_ligo.training.checkpointing import run_checkpoints
 log = logging.getLogger(__name__)
 
 SAME_START_HINT = "Give [small] and [operator] of the start that was trained."
-# Of the weights' norm: no short training leads as far, so another start lies between.
+# Relative to the norm of the weights. No short training moves them that far: the start must be another one.
 MAX_DISTANCE = 0.5
 
 
 class Lag:
-    """D, read one tensor at a time. trained: a checkpoint of the large model; small: what `operator` grows."""
+    """Reads D one tensor at a time. trained: a checkpoint of the large model; small: the model `operator` grows."""
 
     def __init__(self, trained: Reader, operator: Operator, small: Reader):
         self.trained = trained
         self.start = GrownReader(operator, small)
 
     def __call__(self, key: str) -> Tensor:
-        """D of a canonical key, in fp32."""
+        """Returns D of a canonical key: fp32, in the shape of the large model's tensor."""
         return self.trained.read(key).float() - self.start.read(key).float()
 
     def relative_norm(self) -> float:
-        """The norm of D over that of what was trained."""
-        added, whole = 0.0, 0.0
+        """Returns the norm of D relative to the norm of the trained weights."""
+        change, total = 0.0, 0.0
         for key in self.trained.keys():  # noqa: SIM118
-            added += float(self(key).norm()) ** 2
-            whole += float(self.trained.read(key).float().norm()) ** 2
-        return (added / whole) ** 0.5
+            change += float(self(key).norm()) ** 2
+            total += float(self.trained.read(key).float().norm()) ** 2
+        return (change / total) ** 0.5
 
 
 def check_is_decoder(operator: Operator, errors: ErrorCollector) -> None:
-    if architectures.get(operator.large.arch).task is not Task.NEXT_TOKEN:
+    """Adds an error if the model is not a decoder."""
+    if not architectures.get(operator.large.arch).is_causal:
         errors.add("fit.lag", "a decoder", operator.large.arch, "Leave it out: fit on the loss at once.")
 
 
 def open_lag(path: str, operator: Operator, small: Reader, errors: ErrorCollector) -> Lag | None:
-    """The lag that a checkpoint ends; None, with faults, where it is no training of this start.
+    """Opens the lag that ends at a checkpoint; None, with errors, if it was not trained from this start.
 
-    A checkpoint of a run of ours says which start it was trained from. Of any other the distance must do.
+    A run's own checkpoint names the start it was trained from. For any other, the distance from the start decides.
     """
     before = len(errors.problems)
     check_is_decoder(operator, errors)
@@ -69,7 +69,7 @@ def open_lag(path: str, operator: Operator, small: Reader, errors: ErrorCollecto
     expected, found = operator.large.to_json(), trained.model_config.to_json()
     for name, size in expected.items():
         if found[name] != size:
-            errors.add(f"fit.lag: {path}: {name}", size, found[name], "Train the start of this very fit.")
+            errors.add(f"fit.lag: {path}: {name}", size, found[name], "Train the start of this fit.")
     if len(errors.problems) > before:
         return None
     lag, origin = Lag(trained, operator, small), run_checkpoints.read_state(Path(path)).get("origin")
@@ -82,13 +82,13 @@ def open_lag(path: str, operator: Operator, small: Reader, errors: ErrorCollecto
 
 def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, errors: ErrorCollector) -> None:
     settings = json.loads(json.dumps(vars(operator.settings)))
-    stated, ours = origin["operator"], {"digest": digest_operator(operator), "settings": settings}
-    if stated["digest"] != ours["digest"] or stated["settings"] != ours["settings"]:
-        differ = [name for name, value in settings.items() if stated["settings"].get(name) != value]
+    stated = origin["operator"]
+    if stated["digest"] != digest_operator(operator) or stated["settings"] != settings:
+        differing = [name for name, value in settings.items() if stated["settings"].get(name) != value]
         errors.add(
             f"fit.lag: {path}",
             "a training of this start",
-            f"of another operator ({', '.join(differ)})",
+            f"of another operator ({', '.join(differing)})",
             SAME_START_HINT,
         )
     digest = digest_weights(small)
@@ -99,8 +99,8 @@ def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, er
 
 
 def _check_distance(lag: Lag, path: str, errors: ErrorCollector) -> None:
-    part = lag.relative_norm()
-    log.warning("fit.lag: %s does not say which start it was trained from; it is %.2f of its norm away", path, part)
-    if not part <= MAX_DISTANCE:
+    distance = lag.relative_norm()
+    log.warning("fit.lag: %s does not say which start it was trained from; it is %.2f of its norm away", path, distance)
+    if not distance <= MAX_DISTANCE:
         expected = f"a training of this start, at most {MAX_DISTANCE} of the weights' norm away from it"
-        errors.add(f"fit.lag: {path}", expected, f"{part:.2f}", SAME_START_HINT)
+        errors.add(f"fit.lag: {path}", expected, f"{distance:.2f}", SAME_START_HINT)

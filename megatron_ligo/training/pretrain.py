@@ -98,8 +98,8 @@ class Pretrain(TrainingJob):
         log.info("at step 0: %s", _format_metrics(metrics))
         if "accuracy" in metrics:
             state["accuracy"] = {"start": metrics["accuracy"]}
-        if self.start.fit is not None:
-            self._compare_with_fit(self.start.fit, state["losses"])
+        if self.start.fit_record is not None:
+            self._compare_with_fit(self.start.fit_record, state["losses"])
 
     def _compare_with_fit(self, fit: dict, losses: dict[str, float]) -> None:
         if fit.get("lagged"):
@@ -157,7 +157,7 @@ class Pretrain(TrainingJob):
         # Replicas that are not filled from the table must still agree.
         torch.manual_seed(section.seed)
         model = build_model(self.model_config, build, self.mesh, section.recompute)
-        read = start.read(section.seed)
+        read = start.reader(section.seed)
         fills_weights = not start.universal and (not self.checkpoint or self.layout_changed)
         if fills_weights:
             parameters.fill_parameters(model, self.model_config, self.mesh, read)
@@ -184,7 +184,7 @@ class Pretrain(TrainingJob):
         data, section = self.config.data, self.section
         held_out = 0
         if data.valid:
-            fit_samples = self.start.fit["eval"]["samples"] if self.start.fit else 0
+            fit_samples = self.start.fit_record["eval"]["samples"] if self.start.fit_record else 0
             held_out = max(section.eval_samples, fit_samples)
         elif not section.steps:
             hint = "Without steps the run only evaluates: set data.valid."

@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(pools, half_way, 
     resumed = pools(2).run(rank_cases.logged, settings=table, output=str(output))
     assert resumed["taken"] == STEPS - 2
     assert losses_of(resumed) == losses_of(whole) and resumed["losses"] == whole["losses"]
-    assert told in resumed["log"] and "set aside as step_4.damaged" in resumed["log"]
+    assert told in resumed["log"] and "moved to step_4.damaged" in resumed["log"]
     assert names(output / "checkpoints") == ["step_4", "step_4.damaged", "step_6"]
     assert not (output / "it_ran").exists()
 

@@ -1,4 +1,4 @@
-"""Resumption at another layout: the saved masters and moments are joined, sharded anew and written into ZeRO's tensors."""
+"""Resumption at another layout: saved masters and moments are joined, sharded anew and written into ZeRO's state."""
 
 from __future__ import annotations
 
