@@ -1,6 +1,6 @@
-"""From any Reader to any format: one tensor at a time, digested beside the copy, all or nothing.
+"""Converts any Reader to any writable format: one tensor at a time, with a digest of each, all or nothing.
 
-A grown model is converted in the same way: its Reader computes what others read.
+A grown model is converted the same way: its Reader computes what others read from files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_ligo.checkpoint import formats
@@ -34,25 +34,27 @@ from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # bytes of the tensors done, of all
+Progress = Callable[[int, int], None]  # bytes of the tensors done, bytes of all tensors
 
 
-def open_source(path: str | Path, form: str | None = None) -> Reader:
-    """The Reader of what is to be converted (form: as `formats.open`). Where the headers are faulty, the numbers of
-    what is there are looked at as well: the one CheckpointError tells of NaN and Inf, too.
+def open_source(path: str | Path, format: str | None = None) -> Reader:
+    """Opens a checkpoint to convert; `format` as in `formats.open`.
+
+    Where its headers are faulty, the tensors that can be read are checked too: the CheckpointError also lists NaN and
+    Inf.
     """
     try:
-        return formats.open(path, form)
+        return formats.open(path, format)
     except CheckpointError as error:
         if error.collector is None or error.remaining_tensors is None:
             raise
         errors, remaining_tensors = error.collector, error.remaining_tensors
     for name, tensor in remaining_tensors():
-        bad = describe_non_finite(tensor)
-        if bad:
-            errors.add(name, "finite numbers", bad)
+        non_finite = describe_non_finite(tensor)
+        if non_finite:
+            errors.add(name, "finite numbers", non_finite)
     errors.raise_if_any()
-    raise AssertionError("faults do not vanish")
+    raise AssertionError("errors do not vanish")
 
 
 def convert(
@@ -68,115 +70,149 @@ def convert(
 ) -> Manifest:
     """Writes a checkpoint of format `to` at `target` (a new folder) and returns its manifest.
 
-    The target appears whole or not at all. A conversion that was killed is taken up where it stopped. A target that
-    the same request wrote is left as it is; `overwrite` puts the new one in the place of any other that we wrote.
-    beside: more JSON files for the folder, by name. ranks: the processes that call this together, with one target
-    on a file system that they share; the bytes are those that one process writes alone.
-    Raises CheckpointError with every bad tensor in one error.
+    The target appears whole or not at all. A conversion that was killed resumes where it stopped. A target that the
+    same request wrote is left as it is; `overwrite` replaces any other conversion there.
+    extra_files: more JSON files for the folder, by name. ranks: the processes that call this together, with
+    one target on a shared file system; the bytes are those that one process alone writes.
+    Raises CheckpointError with every bad tensor in one error, ConfigError for what the format does not take.
     """
     with ranks.agree():
         target_format = formats.get(to)
         if not target_format.writable:
-            raise ConfigError(f"format {to!r} can only be read. {did_you_mean(to, formats.writers())}")
+            hint = did_you_mean(to, formats.writers())
+            raise ConfigError(Problem(f"format {to!r}", "one that can be written", "one that can only be read", hint))
         target = Path(target).absolute()
         options = target_format.check_options(options or WriteOptions())
         _check_locations(source, target)
         job = _describe_job(source, to, options)
     if ranks.world_size > 1 and progress:
-        progress = _progress_of_all(progress, ranks.world_size)
+        progress = _extrapolate(progress, ranks.world_size)
+    conversion = _Conversion(source, target_format, options, ranks, progress)
     if ranks.rank:
-        _write_share(target_format, source, Staging(target, job), options, ranks, progress)
+        conversion.assist(Staging(target, job))
         return load_manifest(target)
-    with ExitStack() as held:
-        with ranks.agree():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stage = held.enter_context(Staging(target, job))
-            done = _find_finished(target, stage.job, overwrite)
-            if not done:
-                checked = _prepare(target_format, source, stage, options, ranks, progress)
-        ranks.all_gather(not done)
-        if done:
-            log.info("%s is there already, from the same request: left as it is", target)
-            return done
-        with _discard_on_refusal(stage):
-            with ranks.agree(), Output(stage.content, stage.journal, options.workers, ranks) as output:
-                target_format.write(checked, output, options)
-                for name, value in (extra_files or {}).items():
-                    output.write_json(name, value)
+    return conversion.lead(Staging(target, job), overwrite, extra_files or {})
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """One request, and the processes that share the work."""
+
+    source: Reader
+    format: Format
+    options: WriteOptions
+    ranks: RankGroup
+    progress: Progress | None
+
+    def lead(self, stage: Staging, overwrite: bool, extra_files: Mapping[str, object]) -> Manifest:
+        """Runs on the first process: lays the files out, writes its share, commits what all have written."""
+        ranks = self.ranks
+        with ExitStack() as resources:
             with ranks.agree():
-                stage.absorb_journals()
-                checked.finish()
-                lost = _dropped_moments(target_format, source, options)
-                left = [*source.unread, *([lost] if lost else [])]
-                return _finish(stage, output.written, checked, left, to, options)
+                stage.target.parent.mkdir(parents=True, exist_ok=True)
+                resources.enter_context(stage)
+                finished = _find_finished(stage.target, stage.job, overwrite)
+                if not finished:
+                    reader = self._prepare(stage)
+            ranks.all_gather(not finished)
+            if finished:
+                log.info("%s is already there, written by the same request: left as it is", stage.target)
+                return finished
+            with _discard_on_refusal(stage):
+                with ranks.agree(), Output(stage.content, stage.journal, self.options.workers, ranks) as output:
+                    self.format.write(reader, output, self.options)
+                    for name, value in extra_files.items():
+                        output.write_json(name, value)
+                with ranks.agree():
+                    stage.absorb_journals()
+                    reader.finish()
+                    return self._commit(stage, reader, output.written)
+
+    def assist(self, stage: Staging) -> None:
+        """Runs on every other process: writes its share between the first one's preparation and its commit."""
+        ranks = self.ranks
+        with ranks.agree():
+            pass
+        if not ranks.all_gather(None)[0]:
+            return
+        with ranks.agree():
+            if not stage.content.is_dir():
+                hint = "Choose one that all nodes share, or use one process."
+                raise CheckpointError(
+                    Problem(f"{stage.target}", "a folder that every process sees", "nothing there", hint)
+                )
+            journal = stage.open_rank_journal(ranks.rank)
+            with Output(stage.content, journal, self.options.workers, ranks) as output:
+                self.format.write(self._validated(journal), output, self.options)
+            journal.close()
+        with ranks.agree():
+            pass
+
+    def dropped_moments(self) -> str | None:
+        """A manifest's line about moments that the format does not take; None if it takes them or there are none."""
+        if not self.source.has_moments:
+            return None
+        if not self.format.stores_moments:
+            return "optimizer state"
+        why = self.format.unsupported_moments(self.source, self.options)
+        return f"optimizer state ({why})" if why else None
+
+    def _validated(self, journal: Journal) -> ValidatedReader:
+        with_moments = self.dropped_moments() is None
+        return ValidatedReader(self.source, self.options.dtype, with_moments, journal, self.progress)
+
+    def _prepare(self, stage: Staging) -> ValidatedReader:
+        """Counts the bytes to write, checks that they fit, and lays the files out where several processes fill them."""
+        stage.begin()
+        if stage.resumed:
+            log.info("resuming the interrupted conversion to %s", stage.target)
+        warning = self.format.reader_warning(self.source.model_config)
+        if warning:
+            log.warning("%s", warning)
+        reader = self._validated(stage.journal)
+        with (
+            _discard_on_refusal(stage),
+            tempfile.TemporaryDirectory(dir=stage.partial) as scratch,
+            DryRunOutput(Path(scratch)) as dry_run,
+        ):
+            self.format.write(reader, dry_run, self.options)
+        stage.check_space(dry_run.bytes)
+        if self.ranks.world_size > 1:
+            with FileLayoutOutput(stage.content) as layout:
+                self.format.write(reader, layout, self.options)
+        return reader
+
+    def _commit(self, stage: Staging, reader: ValidatedReader, written: list[str]) -> Manifest:
+        source, options, dropped = self.source, self.options, self.dropped_moments()
+        left_behind = [*source.unread, *([dropped] if dropped else [])]
+        if left_behind:
+            log.info("left behind: %s", "; ".join(left_behind))
+        manifest = Manifest(
+            format=self.format.name,
+            dims=source.model_config,
+            step=source.step,
+            layout={"tp": options.tp, "pp": options.pp},
+            job=stage.job,
+            source={"format": source.format, "path": str(source.path) if source.path else None},
+            tensors=reader.digests(),
+            files={name: (stage.content / name).stat().st_size for name in sorted(written)},
+            left_behind=left_behind,
+            versions=library_versions(),
+        )
+        with Output(stage.content) as output:
+            output.write_json(MANIFEST, manifest.to_json())
+        stage.commit([*written, MANIFEST])
+        return manifest
 
 
-def _prepare(
-    target_format: Format,
-    source: Reader,
-    stage: Staging,
-    options: WriteOptions,
-    ranks: RankGroup,
-    progress: Progress | None,
-) -> ValidatedReader:
-    """What the first process does before all of them write."""
-    stage.begin()
-    if stage.resumed:
-        log.info("going on with the conversion to %s that was interrupted", stage.target)
-    warning = target_format.reader_warning(source.model_config)
-    if warning:
-        log.warning("%s", warning)
-    checked = _validated(target_format, source, options, stage.journal, progress)
-    with _discard_on_refusal(stage):
-        needed = _count_bytes(target_format, checked, options, stage.partial)
-    stage.check_space(needed)
-    if ranks.world_size > 1:
-        with FileLayoutOutput(stage.content) as output:
-            target_format.write(checked, output, options)
-    return checked
-
-
-def _write_share(
-    target_format: Format,
-    source: Reader,
-    stage: Staging,
-    options: WriteOptions,
-    ranks: RankGroup,
-    progress: Progress | None,
-) -> None:
-    """What the processes but the first do: their tensors, between the first one's beginning and its end."""
-    with ranks.agree():
-        pass
-    if not ranks.all_gather(None)[0]:
-        return
-    with ranks.agree():
-        if not stage.content.is_dir():
-            hint = "Choose one that all nodes share, or use one process."
-            raise CheckpointError(Problem(f"{stage.target}", "a folder that every process sees", "nothing there", hint))
-        journal = stage.open_rank_journal(ranks.rank)
-        with Output(stage.content, journal, options.workers, ranks) as output:
-            target_format.write(_validated(target_format, source, options, journal, progress), output, options)
-        journal.close()
-    with ranks.agree():
-        pass
-
-
-def _validated(
-    target_format: Format, source: Reader, options: WriteOptions, journal: Journal, progress: Progress | None
-) -> ValidatedReader:
-    return ValidatedReader(
-        source, options.dtype, _dropped_moments(target_format, source, options) is None, journal, progress
-    )
-
-
-def _progress_of_all(progress: Progress, world: int) -> Progress:
-    """One process's progress as that of all, which have as much to do."""
+def _extrapolate(progress: Progress, world: int) -> Progress:
+    """Reports one process's progress as that of all: their shares are equal."""
     return lambda done, total: progress(min(done * world, total), total)
 
 
 @contextmanager
 def _discard_on_refusal(stage: Staging) -> Iterator[None]:
-    """What is refused is refused again: there is nothing to go on from. What a machine fails at may go on."""
+    """Discards the stage if the input is refused: a second run would be refused too. A machine's failure keeps it."""
     try:
         yield
     except MachineError:
@@ -186,84 +222,46 @@ def _discard_on_refusal(stage: Staging) -> Iterator[None]:
         raise
 
 
-def _count_bytes(target_format: Format, source: Reader, options: WriteOptions, place: Path) -> int:
-    """Bytes that the writer will write."""
-    with tempfile.TemporaryDirectory(dir=place) as scratch, DryRunOutput(Path(scratch)) as plan:
-        target_format.write(source, plan, options)
-    return plan.bytes
-
-
-def _dropped_moments(target_format: Format, source: Reader, options: WriteOptions) -> str | None:
-    """What is said of moments that stay behind; None where they go along, or there are none."""
-    if not source.has_moments:
-        return None
-    if not target_format.stores_moments:
-        return "optimizer state"
-    why = target_format.unsupported_moments(source, options)
-    return f"optimizer state ({why})" if why else None
-
-
-def _finish(
-    stage: Staging, written: list[str], checked: ValidatedReader, left: list[str], to: str, options: WriteOptions
-) -> Manifest:
-    source = checked.source
-    if left:
-        log.info("left behind: %s", "; ".join(left))
-    manifest = Manifest(
-        format=to,
-        dims=source.model_config,
-        step=source.step,
-        layout={"tp": options.tp, "pp": options.pp},
-        job=stage.job,
-        source={"format": source.format, "path": str(source.path) if source.path else None},
-        tensors=checked.digests(),
-        files={name: (stage.content / name).stat().st_size for name in sorted(written)},
-        left_behind=left,
-        versions=library_versions(),
-    )
-    with Output(stage.content) as output:
-        output.write_json(MANIFEST, manifest.to_json())
-    stage.commit([*written, MANIFEST])
-    return manifest
-
-
 def _check_locations(source: Reader, target: Path) -> None:
     if source.path is None:
         return
-    one, other = source.path.resolve(), target.resolve()
-    if one == other or one in other.parents or (other in one.parents and other.is_dir()):
-        found = "one inside the other" if one != other else "the same"
-        raise ConfigError(Problem(f"{target}", "a place apart from the source", found, "Choose another target."))
+    origin, destination = source.path.resolve(), target.resolve()
+    inside = origin in destination.parents or (destination in origin.parents and destination.is_dir())
+    if origin == destination or inside:
+        found = "one inside the other" if inside else "the source itself"
+        raise ConfigError(Problem(f"{target}", "a path outside of the source", found, "Choose another target."))
 
 
 def _describe_job(source: Reader, to: str, options: WriteOptions) -> dict:
-    """What must be the same for two runs to be one conversion."""
-    asked = {name: str(value) for name, value in asdict(options).items() if name != "workers"}
+    """Everything (JSON) that must be equal for two runs to be the same conversion."""
+    stated_options = {name: str(value) for name, value in asdict(options).items() if name != "workers"}
     fingerprint = source.fingerprint()
     if fingerprint is None:
-        # Nothing tells us that a second run reads the same: it never goes on from the first.
+        # Nothing proves that a second run reads the same tensors: it must not resume the first.
         fingerprint = uuid.uuid4().hex
     path = str(source.path.resolve()) if source.path else None
     origin = {"format": source.format, "path": path, "fingerprint": fingerprint, "dims": source.model_config.to_json()}
-    return {"version": VERSION, "source": origin, "to": to, "options": asked, "moments": MOMENTS}
+    return {"version": VERSION, "source": origin, "to": to, "options": stated_options, "moments": MOMENTS}
 
 
 def _find_finished(target: Path, job: str, overwrite: bool) -> Manifest | None:
-    """The manifest of a target that the same request wrote; None if the place is free (or may be taken)."""
+    """The manifest of a target that the same request wrote; None if the path is free or may be overwritten."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
-    hint = "Choose another target, or remove it."
+    expected, hint = "a path for a new folder", "Choose another target, or remove it."
     if not target.is_dir():
-        raise CheckpointError(Problem(f"{target}", "a place for a new folder", "a file", hint))
+        raise CheckpointError(Problem(f"{target}", expected, "a file", hint))
     try:
         manifest = load_manifest(target)
     except CheckpointError:
-        raise CheckpointError(Problem(f"{target}", "a place for a new folder", "a folder of others", hint)) from None
+        raise CheckpointError(
+            Problem(f"{target}", expected, "a folder that this program did not write", hint)
+        ) from None
     if manifest.job == job and _file_sizes(target) == manifest.files:
         return manifest
     if not overwrite:
-        hint = "Choose another target, or say --overwrite."
-        raise CheckpointError(Problem(f"{target}", "a place for a new folder", "another conversion", hint))
+        hint = "Choose another target, or pass --overwrite."
+        raise CheckpointError(Problem(f"{target}", expected, "another conversion", hint))
     return None
 
 

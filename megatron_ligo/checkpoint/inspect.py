@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers only."""
+"""Summarises a checkpoint from its headers: format, sizes, layout, and every tensor's shape and dtype."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from megatron_ligo.checkpoint.reader import Reader
 
 
 def describe(reader: Reader) -> dict:
-    """Plain data (JSON): format, sizes, layout, step, and for each key its shape, dtype, and the dim that
-    tensor parallelism cuts (None: none).
+    """Summarises a checkpoint as plain data (JSON): format, sizes, layout, step, and for each key its shape, dtype and
+    the dim that tensor parallelism cuts (None: none).
     """
     rows = []
     for key in reader.keys():  # noqa: SIM118 - no dict
@@ -31,20 +31,20 @@ def describe(reader: Reader) -> dict:
     }
 
 
-def to_text(found: dict) -> str:
-    """The same for reading."""
-    model_config = {name: value for name, value in found["dims"].items() if value not in (None, False, 0)}
-    layout = ", ".join(f"{name} {value}" for name, value in found["layout"].items()) or "one piece"
-    state = f"step {found['step']}, {'with' if found['moments'] else 'without'} optimizer state"
+def to_text(summary: dict) -> str:
+    """Formats the summary that `describe` makes as text."""
+    sizes = {name: value for name, value in summary["dims"].items() if value not in (None, False, 0)}
+    layout = ", ".join(f"{name} {value}" for name, value in summary["layout"].items()) or "one piece"
+    state = f"step {summary['step']}, {'with' if summary['moments'] else 'without'} optimizer state"
     lines = [
-        f"{found['path']}: {found['format']}, {layout}, {state}",
-        f"{found['parameters']:,} parameters, {found['bytes']:,} bytes",
-        "  ".join(f"{name}={value}" for name, value in model_config.items()),
-        *(f"not read: {what}" for what in found["unread"]),
+        f"{summary['path']}: {summary['format']}, {layout}, {state}",
+        f"{summary['parameters']:,} parameters, {summary['bytes']:,} bytes",
+        "  ".join(f"{name}={value}" for name, value in sizes.items()),
+        *(f"not read: {unread}" for unread in summary["unread"]),
         "",
     ]
-    width = max(len(row["key"]) for row in found["rows"])
-    for row in found["rows"]:
+    width = max(len(row["key"]) for row in summary["rows"])
+    for row in summary["rows"]:
         shape = " x ".join(map(str, row["shape"]))
         cut = "" if row["split"] is None else f"cut along {row['split']}"
         lines.append(f"{row['key']:<{width}}  {row['dtype']:<9} {shape:<16} {cut}".rstrip())

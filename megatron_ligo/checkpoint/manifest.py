@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint folder that we wrote holds, with a digest of every canonical tensor."""
+"""manifest.json: the contents of a checkpoint folder that this program wrote, with a digest of every tensor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LIBRARIES = ("torch", "safetensors", "gguf", "xxhash", "deepspeed", "megatron-co
 
 @dataclass(frozen=True)
 class Manifest:
-    """tensors: canonical key -> {kind: {shape, dtype, digest}}, kind "weight" or one of Adam's moments; the digest
-    (xxh3, 128 bits) is of the canonical bytes in row-major order. files: name -> bytes. job: digest of the request.
-    left_behind: what the source has and the format does not carry.
+    """tensors: canonical key -> {kind: {shape, dtype, digest}}, where kind is "weight" or one of Adam's moments and the
+    digest (xxh3, 128 bits) covers the canonical bytes in row-major order. files: name -> bytes. job: digest of the
+    request. left_behind: what the source has and the format does not store.
     """
 
     format: str
@@ -39,18 +39,18 @@ class Manifest:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that had a hand in it, as installed."""
-    found = {}
+    """Returns the installed versions of the libraries that read or write checkpoints."""
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises CheckpointError if there is none, or none that can be read."""
+    """Reads a folder's manifest. Raises CheckpointError if it is missing or unreadable."""
     path = folder / MANIFEST
     try:
         data = read_json(path)
@@ -58,10 +58,10 @@ def load_manifest(folder: Path) -> Manifest:
         manifest = Manifest(dims=dims, **data)
     except FileNotFoundError:
         raise CheckpointError(
-            Problem(f"{path}", "a manifest", "nothing there", "Only what we wrote has one.")
+            Problem(f"{path}", "a manifest", "nothing there", "Only folders that this program wrote have one.")
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(Problem(f"{path}", "a manifest of ours", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{path}", "a manifest that this program wrote", f"{error!r}")) from None
     if manifest.version != VERSION:
         raise CheckpointError(Problem(f"{path}", f"version {VERSION}", manifest.version))
     return manifest

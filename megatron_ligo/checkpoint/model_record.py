@@ -1,7 +1,7 @@
-"""What a checkpoint whose format has no config needs beside it: dims.json, and the tokenizer's files.
+"""dims.json and the tokenizer's files: what a checkpoint needs beside it where its format has no config.
 
-Every writer but Hugging Face's calls `write`; its reader calls `read` and `files_beside`. A run that trains keeps a
-folder of them (`keep`) and puts it beside each of its checkpoints.
+Every writer but Hugging Face's calls `write`; the readers call `read` and `find_carried_files`. A training run keeps a
+folder of these files (`write_folder`) and puts them beside each of its checkpoints.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
 
 RECORD = "dims.json"
 VERSION = 1
-# Under this key our runs keep their state in DeepSpeed's checkpoints; it says what these hold, a model or an operator.
+# The key of our runs' own state in DeepSpeed's checkpoints, and its entry that says whether they hold a model or an
+# operator.
 RUN_STATE, RUN_STATE_CONTENT = "megatron_ligo", "holds"
-# How images are made fit for the model, their size among it.
+# How images are preprocessed, with their size.
 IMAGE_PROCESSOR = "preprocessor_config.json"
-# Tokenizers, generation settings, chat templates, licences: what makes a folder of weights a model to use.
+# Tokenizer, generation settings, chat template, licence: conversions copy them unchanged.
 CARRIED_FILES = (
     "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -32,19 +33,19 @@ CARRIED_FILES = (
 
 
 def find_carried_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that conversions carry along."""
+    """Returns the files of a folder that conversions copy unchanged."""
     return tuple(sorted({file for pattern in CARRIED_FILES for file in folder.glob(pattern) if file.is_file()}))
 
 
 def write(source: Reader, output: Output) -> None:
-    """Writes the record and copies the carried files into the output's root."""
+    """Writes dims.json and copies the carried files into the output's root."""
     output.write_json(RECORD, _to_json(source.model_config, source.carried))
     for file in source.files:
         output.copy_file(file)
 
 
 def write_folder(folder: Path, model_config: ModelConfig, carried: Mapping[str, object], files: Sequence[Path]) -> None:
-    """The same into a folder of its own, in the place of what was there."""
+    """Writes the same files into a folder of their own, replacing it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in files:
@@ -57,7 +58,7 @@ def _to_json(model_config: ModelConfig, carried: Mapping[str, object]) -> dict:
 
 
 def find_record(folder: Path) -> tuple[ModelConfig, Mapping[str, object]] | None:
-    """Sizes and carried config keys that a folder states: our record, or a Hugging Face config.json; else None."""
+    """Returns the sizes and carried config keys of a folder with dims.json or a Hugging Face config.json, else None."""
     if (folder / RECORD).is_file():
         return _read_record(folder / RECORD)
     path = folder / config_json.CONFIG
@@ -68,14 +69,14 @@ def find_record(folder: Path) -> tuple[ModelConfig, Mapping[str, object]] | None
 
 
 def read(folder: Path) -> tuple[ModelConfig, Mapping[str, object]]:
-    """As `find`, where nothing else can state the sizes. Raises CheckpointError if neither file is there."""
-    found = find_record(folder)
-    if found is None:
+    """Like `find_record`, but raises CheckpointError if neither file is there."""
+    record = find_record(folder)
+    if record is None:
         hint = "Put the model's Hugging Face config.json there."
         raise CheckpointError(
             Problem(f"{folder}", f"{RECORD} or {config_json.CONFIG} with the model's sizes", "none", hint)
         )
-    return found
+    return record
 
 
 def _read_record(path: Path) -> tuple[ModelConfig, Mapping[str, object]]:
@@ -85,6 +86,6 @@ def _read_record(path: Path) -> tuple[ModelConfig, Mapping[str, object]]:
             raise CheckpointError(Problem(f"{path}", f"version {VERSION}", data["version"]))
         return ModelConfig.from_json(data["dims"]), dict(data["carried"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(Problem(f"{path}", "a record that we wrote", f"{error!r}")) from None
+        raise CheckpointError(Problem(f"{path}", "a record that this program wrote", f"{error!r}")) from None
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None

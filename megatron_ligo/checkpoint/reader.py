@@ -21,27 +21,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, in fp32, shaped like the weig
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Canonical shape and stored dtype of one tensor."""
+    """The canonical shape and the stored dtype of one tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Reader(ABC):
-    """A checkpoint as a table of canonical tensors, read one at a time.
+    """A table of canonical tensors (unfused, untransposed, unpadded, global), read one at a time.
 
-    Growth is a Reader too: what it reads is computed from another Reader and an operator.
+    A grown model is a Reader too: it computes its tensors from another Reader and an operator.
     """
 
     format: str
     path: Path | None
     model_config: ModelConfig
-    step: int = 0  # optimizer steps taken, 0 where unknown
-    layout: dict = {}  # tp, pp, ... as stored; {} for formats without
-    files: tuple[Path, ...] = ()  # tokenizer and the like, carried along by name
-    unread: tuple[str, ...] = ()  # what the files hold besides, in words, and a Reader does not give
-    groups: tuple[Mapping[str, object], ...] = ()  # settings of the optimizer's groups as stored (adam.py)
-    carried: Mapping[str, object] = {}  # Hugging Face config keys that are no sizes (token ids, ...), verbatim
+    step: int = 0  # optimizer steps taken; 0 where unknown
+    layout: dict = {}  # tp, pp, ... as stored; {} where the format has none
+    files: tuple[Path, ...] = ()  # tokenizer and the like, which conversions copy
+    unread: tuple[str, ...] = ()  # contents of the files that the Reader does not give, in words
+    groups: tuple[Mapping[str, object], ...] = ()  # the optimizer's group settings (adam_groups.py)
+    carried: Mapping[str, object] = {}  # Hugging Face config keys that are not sizes (token ids, ...)
 
     @property
     def arch(self) -> Architecture:
@@ -53,27 +53,30 @@ class Reader(ABC):
 
     @abstractmethod
     def info(self, key: str) -> TensorInfo:
-        """Shape and dtype of the weight of a key, without reading it."""
+        """Returns the shape and dtype of a weight without reading it."""
 
     @abstractmethod
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
-        """The canonical tensor of a key (kind: "weight" or one of MOMENTS). CPU; may be a view of a mapped file."""
+        """Returns the canonical tensor of a key, on the CPU, of the shape that `info` gives; may view a mapped file.
+
+        kind: "weight" (in its stored dtype), or one of MOMENTS (fp32, where `has_moments`).
+        """
 
     def keys(self) -> Iterator[str]:
-        """Every stored key, in file order."""
+        """Yields every stored key, in file order."""
         return self.arch.keys(self.model_config)
 
     def param(self, key: str) -> ParamSpec:
         return self.arch.param(key)
 
     def fingerprint(self) -> object | None:
-        """What must be unchanged (JSON) for a conversion that was interrupted to go on; None: it starts anew."""
+        """Returns what must be unchanged (JSON) for an interrupted conversion to resume; None if it must start over."""
         if self.path is None:
             return None
-        found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        stats = [(file, file.stat()) for file in found if file.is_file()]
+        files = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        stats = [(file, file.stat()) for file in files if file.is_file()]
         root = self.path if self.path.is_dir() else self.path.parent
         return [[str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
     def close(self) -> None:  # noqa: B027 - most readers hold nothing open
-        pass
+        """Closes the files that the Reader holds open."""

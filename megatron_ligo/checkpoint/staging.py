@@ -1,8 +1,8 @@
-"""A target folder that appears whole or not at all: built beside its place, fsynced, renamed into it.
+"""Builds a target folder that appears whole or not at all: staged beside it, fsynced, then renamed.
 
-Beside `target` stands `.target.partial/` while work goes on: `content/` (what will be the target), `journal.jsonl`
-(what of it is whole) and `lock`. A run that is killed leaves it; the next run of the same job goes on from it.
-Where several processes build it, each but the first has a journal of its own, `journal.N.jsonl`.
+`.target.partial/` holds the work in progress: `content/` (the future target), `journal.jsonl` (which of its tensors
+are complete) and `lock`. A killed run leaves it behind, and the next run of the same job resumes from it. Where several
+processes build the target, each but the first has a journal of its own, `journal.N.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from megatron_ligo.common.atomic_files import fsync_folders, replace_folder, res
 from megatron_ligo.common.errors import CheckpointError, MachineError, Problem
 from megatron_ligo.common.file_lock import lock_file
 
-# Room besides the tensors, at least: headers, configs, records. If a file system wants more, writing shows it.
+# Headers, configs and records need at least this much besides the tensors. A file system may need more.
 SPARE_BYTES = 1 << 20
 
 
 class Staging:
-    """The place where one job builds one target. A context manager, which locks it; `begin` starts, `commit` ends."""
+    """The staging folder of one job and target, locked inside its context.
+
+    `begin` starts or resumes the job, `commit` publishes the target.
+    """
 
     def __init__(self, target: Path, job: object):
         self.target = target
@@ -42,7 +45,7 @@ class Staging:
         return self
 
     def begin(self) -> None:
-        """Goes on from what an earlier run of the same job left, or from nothing."""
+        """Resumes what an earlier run of the same job left, or starts from an empty folder."""
         path = self.partial / "journal.jsonl"
         self.journal = Journal(path)
         if self.journal.get("job") != self.job:
@@ -58,7 +61,7 @@ class Staging:
         self.content.mkdir(exist_ok=True)
 
     def absorb_journals(self) -> None:
-        """Takes over what the other processes have done, which are no longer at work."""
+        """Merges the journals of the other processes, which have finished, and removes their scratch files."""
         for path in self._other_journals():
             self.journal.absorb(path)
             path.unlink()
@@ -66,12 +69,12 @@ class Staging:
             shutil.rmtree(scratch)
 
     def open_rank_journal(self, rank: int) -> Journal:
-        """A new journal of another process, which knows what the first one's knew."""
+        """Creates another process's journal, with the entries of the first one's."""
         path = self.partial / f"journal.{rank}.jsonl"
         path.unlink(missing_ok=True)
-        made = Journal(path)
-        made.entries |= journal.read_journal(self.partial / "journal.jsonl")[0]
-        return made
+        rank_journal = Journal(path)
+        rank_journal.entries |= journal.read_journal(self.partial / "journal.jsonl")[0]
+        return rank_journal
 
     def _other_journals(self) -> list[Path]:
         return sorted(self.partial.glob("journal.*.jsonl"))
@@ -83,28 +86,28 @@ class Staging:
         self._lock.close()
 
     def _has_progress(self) -> bool:
-        """Whether anything is whole that another run could go on from."""
-        known = [self.partial / "journal.jsonl", *self._other_journals()]
-        return any(key != ("job",) for path in known for key in journal.read_journal(path)[0])
+        """True if any tensor is complete, so that another run can resume."""
+        journals = [self.partial / "journal.jsonl", *self._other_journals()]
+        return any(key != ("job",) for path in journals for key in journal.read_journal(path)[0])
 
     def check_space(self, needed: int) -> None:
-        """Raises CheckpointError if the disk cannot take `needed` bytes (less what is there from before)."""
-        there = sum(file.stat().st_blocks * 512 for file in self.content.rglob("*") if file.is_file())
-        needed = max(needed - there, 0) + SPARE_BYTES
+        """Raises MachineError if the disk lacks room for `needed` bytes, less what an earlier run has written."""
+        present = sum(file.stat().st_blocks * 512 for file in self.content.rglob("*") if file.is_file())
+        needed = max(needed - present, 0) + SPARE_BYTES
         free = shutil.disk_usage(self.partial).free
         if needed > free:
-            hint = "Free some, or choose a target on another disk."
+            hint = "Free some space, or choose a target on another disk."
             raise MachineError(Problem(f"{self.target}", f"{needed:,} bytes free on its disk", f"{free:,}", hint))
 
     def discard(self) -> None:
-        """Takes everything back: there is nothing to go on from."""
+        """Removes the staging folder: no run can resume from it."""
         self.journal.close()
         shutil.rmtree(self.partial)
 
     def commit(self, names: Iterable[str]) -> None:
-        """Renames the content, of which `names` are the (fsynced) files, into the place of whatever was there."""
-        kept = {self.content / name for name in names}
-        for file in [file for file in self.content.rglob("*") if file.is_file() and file not in kept]:
+        """Renames the content to the target, replacing it. names: its files, which are fsynced; others are removed."""
+        complete = {self.content / name for name in names}
+        for file in [file for file in self.content.rglob("*") if file.is_file() and file not in complete]:
             file.unlink()
         fsync_folders(self.content)
         replace_folder(self.content, self.target, _backup(self.target))
@@ -112,13 +115,13 @@ class Staging:
 
 
 def _backup(target: Path) -> Path:
-    """Where the previous target stays while `commit` replaces it."""
+    """Returns where the previous target stays while `commit` replaces it."""
     return target.parent / f".{target.name}.replaced"
 
 
 def _lock_target(path: Path, target: Path) -> IO[str]:
     file = lock_file(path)
     if file is None:
-        found = "another process that writes it"
-        raise CheckpointError(Problem(f"{target}", "to be alone", found, "Wait for it, or end it."))
+        hint = "Wait for it, or end it."
+        raise CheckpointError(Problem(f"{target}", "one process that writes it", "another one at work", hint))
     return file

@@ -1,4 +1,4 @@
-"""A Reader that looks at what passes through it: shape, dtype, NaN and Inf, and a digest of every tensor."""
+"""A Reader that validates every tensor it passes on: shape, dtype, NaN and Inf. Records a digest of each."""
 
 from __future__ import annotations
 
@@ -14,31 +14,27 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 
 class ValidatedReader(Reader):
-    """Passes a source's tensors on, cast to `dtype` (None: as they are). Moments pass only if `moments`.
+    """Passes on a source's tensors, weights cast to `dtype` (None: as stored), moments only if `with_moments`.
 
-    What it found goes into the journal, so that a run that goes on need not read again. `finish` raises
-    CheckpointError with everything that was wrong, and so does `read` for what cannot be read.
+    Findings go into the journal, so that a resumed run need not read a tensor again. `finish` raises CheckpointError
+    with every error of every tensor; `read` does so as soon as one tensor cannot be read.
     """
 
     def __init__(
         self,
         source: Reader,
         dtype: torch.dtype | None,
-        moments: bool,
+        with_moments: bool,
         journal: Journal,
         progress: Callable[[int, int], None] | None = None,
     ):
         self.source = source
-        self.format, self.path, self.model_config, self.step = (
-            source.format,
-            source.path,
-            source.model_config,
-            source.step,
-        )
+        self.format, self.path = source.format, source.path
+        self.model_config, self.step = source.model_config, source.step
         self.layout, self.files, self.carried = source.layout, source.files, source.carried
         self.groups = source.groups
         self._dtype = dtype
-        self._kinds = (WEIGHT, *MOMENTS) if moments and source.has_moments else (WEIGHT,)
+        self._kinds = (WEIGHT, *MOMENTS) if with_moments and source.has_moments else (WEIGHT,)
         self._journal = journal
         self._progress = progress
         self._sizes = {key: self._size(key) for key in source.keys()}  # noqa: SIM118 - no dict
@@ -59,7 +55,7 @@ class ValidatedReader(Reader):
         try:
             return self._read_checked(key, kind)
         except CheckpointError:
-            # Nothing will come of it: the rest is only looked at, so that one error tells all that is wrong.
+            # The conversion has failed: the remaining tensors are read only to report every error at once.
             self._raise_all_errors()
             raise
 
@@ -77,14 +73,14 @@ class ValidatedReader(Reader):
         return tensor
 
     def finish(self) -> None:
-        """Every tensor has passed, and every one was good."""
+        """Checks that every tensor was read. Raises CheckpointError with all that are invalid."""
         for key in self._sizes:
             for kind in self._kinds:
                 assert self._journal_entry(key, kind), f"{key} ({kind}) was never read"
         self._raise_all_errors()
 
     def _raise_all_errors(self) -> None:
-        """What was wrong with the tensors that have passed, and with those that have not."""
+        """Raises CheckpointError with the errors of all tensors, reading those that were not read yet."""
         errors = ErrorCollector(f"{self.path or self.format} has tensors that cannot be used", CheckpointError)
         for key in self._sizes:
             for kind in self._kinds:
@@ -92,15 +88,15 @@ class ValidatedReader(Reader):
                     if not self._journal_entry(key, kind):
                         self._read_checked(key, kind)
                 except CheckpointError as error:
-                    errors.add_message(str(error))
+                    errors.problems.extend(error.problems)
                     continue
-                bad = self._journal_entry(key, kind)["bad"]
-                if bad:
-                    errors.add(f"{key} ({kind})", "finite numbers", bad)
+                non_finite = self._journal_entry(key, kind)["bad"]
+                if non_finite:
+                    errors.add(f"{key} ({kind})", "finite numbers", non_finite)
         errors.raise_if_any()
 
     def digests(self) -> dict[str, dict[str, dict]]:
-        """By key and kind: shape, dtype, digest."""
+        """Returns shape, dtype and digest by key and kind, as the manifest lists them."""
         return {key: {kind: self._manifest_entry(key, kind) for kind in self._kinds} for key in self._sizes}
 
     def _manifest_entry(self, key: str, kind: str) -> dict:
@@ -127,7 +123,7 @@ class ValidatedReader(Reader):
 
 
 def describe_non_finite(tensor: Tensor) -> str:
-    """ "" if all are finite, or how many are not."""
+    """Counts the NaN and Inf of a tensor of any shape, in words; "" if all its numbers are finite."""
     if tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         return ""
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())

@@ -91,7 +91,7 @@ def test_a_manifest_finds_what_changed(pair):
     report = verify.check_manifest(formats.open(folder))
     assert len(report.differences) == 2
     assert "layers.0.down (weight): digest" in "".join(report.differences)
-    assert "latest_universal: 12 bytes noted, 13" in report.differences
+    assert "latest_universal: 12 bytes recorded, 13" in report.differences
 
 
 def test_description(pair):
@@ -113,7 +113,7 @@ class Done:
 def run(monkeypatch, capsys):
     """A command as its script runs it, but in this process: importing torch anew takes seconds."""
     # In a process that has met other ranks, a command's end would be the tests', with exit code 0.
-    monkeypatch.setattr(signal_handling, "end", sys.exit)
+    monkeypatch.setattr(signal_handling, "exit_process", sys.exit)
 
     def command(tool: str, *arguments: object) -> Done:
         spec = spec_from_file_location(f"tool_{tool}", ROOT / "tools" / f"{tool}.py")

@@ -40,7 +40,9 @@ def writers() -> list[str]:
 def get(name: str) -> Format:
     """The format of that name. Raises ConfigError if there is none."""
     if name not in formats():
-        raise ConfigError(f"there is no format {name!r}. {did_you_mean(name, formats())}")
+        raise ConfigError(
+            Problem(f"format {name!r}", "a known format", "none of that name", did_you_mean(name, formats()))
+        )
     return formats()[name]
 
 

@@ -80,7 +80,7 @@ def check_replicas(pieces: Sequence[Tensor], where: str, first: int = 0) -> Tens
     """
     others = [str(rank) for rank, piece in enumerate(pieces[1:], first + 1) if not digest.same_bits(pieces[0], piece)]
     if others:
-        hint = "The ranks went apart in training, or files of two checkpoints are mixed."
-        found = f"others on rank {', '.join(others)}"
+        hint = "The ranks diverged in training, or files of two checkpoints are mixed."
+        found = f"other bits on rank {', '.join(others)}"
         raise CheckpointError(Problem(where, f"the bits of rank {first}", found, hint))
     return pieces[0]

@@ -65,7 +65,7 @@ def a_number_for_a_tensor(folder):
 @register(fairscale)
 def a_norm_that_differs_between_ranks(folder):
     edit(folder, **{"layers.1.ffn_norm.weight": torch.ones(48)})
-    return "layers.1.norm2", "layers.1.ffn_norm.weight", "others on rank 1"
+    return "layers.1.norm2", "layers.1.ffn_norm.weight", "other bits on rank 1"
 
 
 @register(fairscale)

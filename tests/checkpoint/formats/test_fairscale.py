@@ -104,7 +104,7 @@ def test_more_ranks_than_kv_heads(tmp_path):
     hf_models.assert_same(formats.open(tmp_path / "meta"), formats.open(folder))
     state["layers.1.attention.wk.weight"][3, 3] += 1
     torch.save(state, tmp_path / "meta" / "consolidated.01.pth")
-    with pytest.raises(LigoError, match=r"layers\.1\.k .*others on rank 1"):
+    with pytest.raises(LigoError, match=r"layers\.1\.k .*other bits on rank 1"):
         formats.open(tmp_path / "meta").read("layers.1.k")
     with pytest.raises(LigoError, match="num_kv_heads"):
         convert(formats.open(folder), tmp_path / "other", "fairscale", WriteOptions(tp=2))
