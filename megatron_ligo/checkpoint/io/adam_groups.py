@@ -1,7 +1,7 @@
-"""What Adam keeps besides tensors: the settings of its groups, out of any checkpoint and as Megatron-core wants them.
+"""Adam's parameter-group settings, read from any checkpoint and written as Megatron-core reads them.
 
-Megatron-core's optimizer takes its groups whole from the checkpoint, betas and eps with them. It has two: matrices, and
-vectors (norms, biases), which do not decay.
+Megatron-core's optimizer takes its groups with betas and eps from the checkpoint. It has two: matrices, and vectors
+(norms, biases), which have no weight decay.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from megatron_ligo.config.typed_toml import setting
 
 PARAMS = "params"
 STEP = "step"
-# What a group of Megatron-core's is known by, besides its rates.
+# The settings that identify a Megatron-core group, besides its rates.
 GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 SHARED_SETTINGS = ("betas", "eps", "lr")
 
 
 @dataclass(frozen=True)
 class AdamRates(FormatOptions):
-    """Options of the formats that write Megatron-core's groups of Adam."""
+    """Options of the formats that write Megatron-core's Adam groups."""
 
     max_lr: int | float | None = setting(
         None,
-        "highest learning rate of the run that takes up Adam's moments (default: a Megatron source's own)",
+        "highest learning rate of the run that loads Adam's moments (default: a Megatron source's own)",
         low=0,
     )
     min_lr: int | float | None = setting(
         None,
-        "lowest one; Megatron-core 0.19 wants both, and takes up moments only where they are the run's own",
+        "lowest one; Megatron-core 0.19 requires both, and loads moments only if they are the run's own",
         low=0,
     )
 
     def rates(self) -> dict[str, int | float]:
-        """The rates that were given, by name."""
+        """Returns the rates that were given, by name."""
         return {name: rate for name, rate in (("max_lr", self.max_lr), ("min_lr", self.min_lr)) if rate is not None}
 
 
 def read_settings(groups: object) -> tuple[dict[str, object], ...]:
-    """The settings of an optimizer's groups, each once; what is no plain value, and which parameters are in it, not."""
-    found: dict[str, dict[str, object]] = {}
+    """Returns the distinct settings of an optimizer's groups: plain values only, without steps and parameters."""
+    distinct: dict[str, dict[str, object]] = {}
     for group in groups if isinstance(groups, list | tuple) else ():
         if isinstance(group, Mapping):
             values = {name: _plain_value(value) for name, value in group.items() if name not in (PARAMS, STEP)}
-            kept = {str(name): value for name, value in values.items() if value is not NotImplemented}
-            if kept:
-                found.setdefault(repr(kept), kept)
-    return tuple(found.values())
+            plain = {str(name): value for name, value in values.items() if value is not NotImplemented}
+            if plain:
+                distinct.setdefault(repr(plain), plain)
+    return tuple(distinct.values())
 
 
 def _plain_value(value: object) -> object:
-    """NotImplemented for what is no plain value."""
+    """Returns a number, string, bool, None or tuple of numbers; NotImplemented for any other value."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else NotImplemented
     if isinstance(value, list | tuple):
@@ -64,9 +64,9 @@ def _plain_value(value: object) -> object:
 
 
 def explain_unsupported(groups: Sequence[Mapping[str, object]]) -> str:
-    """Why Megatron-core's groups cannot be made of these; "" if they can."""
-    needed = SHARED_SETTINGS[:2] if _are_megatron_groups(groups) else (*SHARED_SETTINGS, "weight_decay")
-    missing = [name for name in needed if not groups or not all(_has_setting(group, name) for group in groups)]
+    """Explains why Megatron-core's groups cannot be derived from these; "" if they can."""
+    required = SHARED_SETTINGS[:2] if _are_megatron_groups(groups) else (*SHARED_SETTINGS, "weight_decay")
+    missing = [name for name in required if not groups or not all(_has_setting(group, name) for group in groups)]
     if missing:
         return f"the source does not state {' and '.join(missing)}, which Megatron-core takes from its checkpoint"
     if not _are_megatron_groups(groups):
@@ -79,13 +79,13 @@ def explain_unsupported(groups: Sequence[Mapping[str, object]]) -> str:
 
 
 def to_megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, object]) -> list[dict[str, object]]:
-    """Megatron-core's groups, if nothing is lacking. rates: `AdamRates.rates`."""
+    """Returns Megatron-core's groups, where `explain_unsupported` has no objection. rates: `AdamRates.rates`."""
     if _are_megatron_groups(groups):
         return [{**group, **rates} for group in groups]
     decay = max(group["weight_decay"] for group in groups)
-    plain = min(group["weight_decay"] for group in groups)
-    made = {name: groups[0][name] for name in SHARED_SETTINGS} | {
-        # Transformer Engine's Adam asks for it; torch's has no other way.
+    undecayed = min(group["weight_decay"] for group in groups)
+    shared = {name: groups[0][name] for name in SHARED_SETTINGS} | {
+        # Required by Transformer Engine's Adam; torch's always corrects.
         "bias_correction": groups[0].get("bias_correction", True),
         "lr_mult": 1.0,
         "is_expert_parallel": False,
@@ -93,20 +93,20 @@ def to_megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[st
         "default_config": True,
         **rates,
     }
-    return [{**made, "weight_decay": decay, "wd_mult": 1.0}, {**made, "weight_decay": plain, "wd_mult": 0.0}]
+    return [{**shared, "weight_decay": decay, "wd_mult": 1.0}, {**shared, "weight_decay": undecayed, "wd_mult": 0.0}]
 
 
 def is_undecayed(group: Mapping[str, object]) -> bool:
-    """True for the group of Megatron-core's that does not decay: vectors."""
+    """True for Megatron-core's group of vectors, which has no weight decay."""
     return group.get("wd_mult", group.get("pre_wd_mult")) == 0
 
 
 def parse_step(step: object) -> int | None:
-    """A count of steps as an optimizer notes it (a number, or a tensor of one); None for anything else."""
+    """Parses an optimizer's step count: a number, or a tensor with one element. None for anything else."""
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
-    good = isinstance(step, int | float) and isfinite(step) and step >= 0 and step == int(step)
-    return int(step) if good else None
+    is_count = isinstance(step, int | float) and isfinite(step) and step >= 0 and step == int(step)
+    return int(step) if is_count else None
 
 
 def _has_setting(group: Mapping[str, object], name: str) -> bool:

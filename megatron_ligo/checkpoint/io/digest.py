@@ -1,4 +1,4 @@
-"""Fast digests (xxh3, 128 bits) of tensors and files: they find damage, they are no defence against an attacker."""
+"""Fast digests (xxh3, 128 bits) of tensors and files. They detect damage, not an attacker."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CHUNK = 1 << 22
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes in row-major order, as uint8; a view where the tensor is contiguous."""
+    """Returns the bytes of a tensor of any shape in row-major order, (nbytes,) uint8; a view if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal dtypes, shapes and bits: not-a-number is itself, and the zeros have signs."""
+    """True if two tensors have equal dtype, shape and bits: NaN equals itself, 0.0 differs from -0.0."""
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(as_bytes(a), as_bytes(b))
 
 
@@ -27,7 +27,7 @@ def hash_bytes(data: np.ndarray | bytes) -> str:
 
 
 def hash_file_part(path: Path, offset: int, size: int) -> str | None:
-    """Digest of `size` bytes of a file from `offset` on; None if it has fewer."""
+    """Returns the digest of `size` bytes of a file from `offset`; None if it has fewer."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         file.seek(offset)

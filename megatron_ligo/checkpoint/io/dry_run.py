@@ -1,4 +1,4 @@
-"""A writer's run without writing: how many bytes its files will take. Also the first to say what it refuses."""
+"""A writer's dry run: counts the bytes of its files and raises what the writer refuses, before anything is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from megatron_ligo.checkpoint.io.output import Output
 
 
 class DryRunOutput(Output):
-    """Counts tensors (zeros that stay holes are none) and copied files. Makes no tensor; `folder` is for scratch."""
+    """Counts the bytes of tensors (without zeros that stay holes) and copied files. Computes no tensor.
+
+    folder: for scratch files.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -36,7 +39,7 @@ class DryRunOutput(Output):
         pass
 
     def _fill(self, files: Mapping[str, list[TensorSpan]]) -> None:
-        self._count(place.later for places in files.values() for place in places)
+        self._count(span.tensor for spans in files.values() for span in spans)
 
     def _count(self, tensors: Iterable[LazyTensor]) -> None:
         self.bytes += sum(tensor.nbytes for tensor in tensors if tensor.make is not None)

@@ -1,4 +1,4 @@
-"""Where the bytes of each tensor lie in a file of tensors: the file is laid out first and filled tensor by tensor."""
+"""Lays out files of tensors (safetensors or torch.save archives) before they are filled: where each tensor lies."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SAFETENSORS_DTYPES = {
 
 # Sizes of the fixed parts of a zip archive's headers.
 LOCAL_HEADER, CENTRAL_HEADER, CHECKSUM = 30, 46, 4
-# torch.save aligns the tensors' bytes to so many.
+# torch.save aligns tensors to this many bytes.
 ALIGNMENT = 64
-# More than a skeleton takes.
+# Larger than any skeleton.
 PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when its turn to be written comes. `make` gives this shape and dtype, on the CPU.
+    """A tensor that is computed only when it is written. `make` returns it in this shape and dtype, on the CPU.
 
-    Without `make` it is zeros, which are never made: their place in the file stays a hole.
+    Without `make` it is all zeros, which are neither computed nor written: their bytes in the file stay a hole.
     """
 
     shape: tuple[int, ...]
@@ -57,43 +57,44 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where a tensor's bytes lie in a file. checksums: offsets at which a zip archive notes their CRC-32."""
+    """A tensor's bytes in a file. checksums: offsets of their CRC-32 in a zip archive's headers."""
 
     name: str
     offset: int
     checksums: tuple[int, ...]
-    later: LazyTensor
+    tensor: LazyTensor
 
 
 def lay_out_safetensors(
     tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[TensorSpan]]:
-    """The header of a safetensors file and the places of its tensors, which follow it without a gap."""
-    # Wide dtypes first, as the library orders them: each tensor is then aligned to its own items.
+    """Returns the header of a safetensors file and the spans of its tensors, which follow it without a gap."""
+    # Wide dtypes first, as the library orders them: this aligns each tensor to its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = [], 0
-    for name, later in ordered:
-        start, end = end, end + later.nbytes
+    for name, lazy in ordered:
+        start, end = end, end + lazy.nbytes
         offsets.append(start)
-        dtype = SAFETENSORS_DTYPES[later.dtype]
-        table[name] = {"dtype": dtype, "shape": list(later.shape), "data_offsets": [start, end]}
+        dtype = SAFETENSORS_DTYPES[lazy.dtype]
+        table[name] = {"dtype": dtype, "shape": list(lazy.shape), "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    places = [
-        TensorSpan(name, len(header) + start, (), later) for (name, later), start in zip(ordered, offsets, strict=True)
+    spans = [
+        TensorSpan(name, len(header) + start, (), lazy) for (name, lazy), start in zip(ordered, offsets, strict=True)
     ]
-    return header, places
+    return header, spans
 
 
 def write_torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
-    """Writes what torch.save writes for a tree of plain data and `LazyTensor`, but for the tensors' bytes (holes).
+    """Writes what torch.save writes for a tree of plain data and `LazyTensor`s, with holes for the tensors' bytes.
 
-    A `LazyTensor` that the tree holds in several places has bytes once."""
-    found: dict[int, tuple[str, LazyTensor, Tensor]] = {}
-    # Storages that nobody touches take no memory; torch numbers them in the order in which it meets them.
-    hollow = _replace_tensors(tree, "", found)
+    A `LazyTensor` that occurs several times in the tree is stored once.
+    """
+    tensors: dict[int, tuple[str, LazyTensor, Tensor]] = {}
+    # Untouched storages take no memory; torch numbers them in the order in which it meets them.
+    hollow = _replace_tensors(tree, "", tensors)
     try:
         with skip_data():
             torch.save(hollow, path)
@@ -101,103 +102,104 @@ def write_torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
         raise explain_write_failure(path, error) from error
     records = _find_records(path)
     return [
-        TensorSpan(name, *records[f"data/{number}"], later) for number, (name, later, _) in enumerate(found.values())
+        TensorSpan(name, *records[f"data/{number}"], lazy) for number, (name, lazy, _) in enumerate(tensors.values())
     ]
 
 
 def explain_write_failure(path: Path, error: RuntimeError) -> OSError:
-    """torch's writer fails without a reason (`iostream error`): the disk, asked for some room, gives it."""
+    """Finds the reason that torch's writer does not state (`iostream error`), by writing some bytes to the path."""
     try:
         with path.open("wb") as file:
             file.write(bytes(PROBE_BYTES))
             file.flush()
             fsync_descriptor(file.fileno())
-    except OSError as found:
-        return found if found.filename else OSError(found.errno, found.strerror, f"{path}")
+    except OSError as cause:
+        return cause if cause.filename else OSError(cause.errno, cause.strerror, f"{path}")
     return OSError(errno.EIO, f"{error}", f"{path}")
 
 
 def write_torch_archives(
     path: Path, trees: Mapping[str, object]
 ) -> tuple[list[TensorSpan], dict[str, tuple[int, int]]]:
-    """Such skeletons, one after the other in one file; also where each begins, and its length.
+    """Writes skeletons one after the other into one file. Returns tensor spans, and each archive's offset and length.
 
-    Where tensors are aligned in their archives, they are in the file.
+    Archives begin at multiples of `ALIGNMENT`, so that their tensors stay aligned in the file.
     """
-    # What torch.save calls an archive whose file has no name.
-    one = path.with_name("archive")
-    places, spans, end = [], {}, 0
+    # The name that torch.save gives to an archive without a file name.
+    skeleton = path.with_name("archive")
+    spans, archives, end = [], {}, 0
     with path.open("wb") as file:
         for name, tree in trees.items():
-            found = write_torch_skeleton(one, tree)
-            start, size = -(-end // ALIGNMENT) * ALIGNMENT, one.stat().st_size
-            spans[name] = (start, size)
+            skeleton_spans = write_torch_skeleton(skeleton, tree)
+            start, size = -(-end // ALIGNMENT) * ALIGNMENT, skeleton.stat().st_size
+            archives[name] = (start, size)
             end = start + size
-            for place in found:
-                checksums = tuple(start + checksum for checksum in place.checksums)
-                places.append(TensorSpan(f"{name}{place.name}", start + place.offset, checksums, place.later))
-            with one.open("rb") as archive:
-                for begin, stop in _frame_ranges(found, size):
+            for span in skeleton_spans:
+                checksums = tuple(start + checksum for checksum in span.checksums)
+                spans.append(TensorSpan(f"{name}{span.name}", start + span.offset, checksums, span.tensor))
+            with skeleton.open("rb") as archive:
+                for begin, stop in _frame_ranges(skeleton_spans, size):
                     archive.seek(begin)
                     file.seek(start + begin)
                     file.write(archive.read(stop - begin))
         file.truncate(end)
-    one.unlink(missing_ok=True)
-    return places, spans
+    skeleton.unlink(missing_ok=True)
+    return spans, archives
 
 
-def has_same_frame(path: Path, skeleton: Path, places: Sequence[TensorSpan]) -> bool:
-    """True where a file is its skeleton but for the tensors' bytes and their checksums."""
+def has_same_frame(path: Path, skeleton: Path, spans: Sequence[TensorSpan]) -> bool:
+    """True if a file equals a skeleton everywhere but in its tensors' bytes and their checksums."""
     end = skeleton.stat().st_size
     if path.stat().st_size != end:
         return False
-    with path.open("rb") as one, skeleton.open("rb") as other:
-        for start, stop in _frame_ranges(places, end):
-            one.seek(start)
-            other.seek(start)
-            if one.read(stop - start) != other.read(stop - start):
+    with path.open("rb") as file, skeleton.open("rb") as expected:
+        for start, stop in _frame_ranges(spans, end):
+            file.seek(start)
+            expected.seek(start)
+            if file.read(stop - start) != expected.read(stop - start):
                 return False
     return True
 
 
-def _frame_ranges(places: Sequence[TensorSpan], end: int) -> list[tuple[int, int]]:
-    """The stretches of a file that are not its tensors' bytes and their checksums."""
+def _frame_ranges(spans: Sequence[TensorSpan], end: int) -> list[tuple[int, int]]:
+    """Returns the byte ranges of a file outside of its tensors and their checksums."""
     edges = [0]
-    for place in places:
-        edges += [place.offset, place.offset + place.later.nbytes]
-        for checksum in place.checksums:
+    for span in spans:
+        edges += [span.offset, span.offset + span.tensor.nbytes]
+        for checksum in span.checksums:
             edges += [checksum, checksum + CHECKSUM]
     edges = [*sorted(edges), end]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _replace_tensors(tree: object, name: str, found: dict[int, tuple[str, LazyTensor, Tensor]]) -> object:
+def _replace_tensors(tree: object, name: str, tensors: dict[int, tuple[str, LazyTensor, Tensor]]) -> object:
+    """Returns the tree with an uninitialised tensor for each `LazyTensor`, and collects these in `tensors` by id."""
     if isinstance(tree, LazyTensor):
-        *_, hollow = found.setdefault(id(tree), (name, tree, torch.empty(tree.shape, dtype=tree.dtype)))
+        *_, hollow = tensors.setdefault(id(tree), (name, tree, torch.empty(tree.shape, dtype=tree.dtype)))
         return hollow
     if isinstance(tree, dict):
-        return {key: _replace_tensors(value, f"{name}/{key}", found) for key, value in tree.items()}
+        return {key: _replace_tensors(value, f"{name}/{key}", tensors) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_replace_tensors(value, f"{name}/{i}", found) for i, value in enumerate(tree))
+        return type(tree)(_replace_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(tree))
     return tree
 
 
 def _find_records(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Offset of the data of each record of a zip archive, and the two offsets of its CRC-32."""
-    found = {}
+    """Returns the data offset of each record of a zip archive, and the two offsets of its CRC-32."""
+    records = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entry = archive.start_dir
         for info in archive.infolist():
             data = data_offset(file, info)
-            # After the data comes a descriptor: its signature (4 bytes), then the CRC-32. After none, nothing.
+            # A descriptor follows the data: its signature (4 bytes), then the CRC-32. Empty records have none.
             checksums = (data + info.file_size + 4, entry + 16) if info.file_size else ()
-            found[info.filename.partition("/")[2]] = (data, checksums)
+            records[info.filename.partition("/")[2]] = (data, checksums)
             entry += CENTRAL_HEADER + sum(_unpack_at(file, entry + 28, "<HHH"))
-    return found
+    return records
 
 
 def data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where the data of a record of a zip archive begin."""
+    """Returns the offset of a record's data in a zip archive."""
     return info.header_offset + LOCAL_HEADER + sum(_unpack_at(file, info.header_offset + 26, "<HH"))
 
 

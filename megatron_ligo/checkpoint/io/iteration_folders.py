@@ -1,7 +1,7 @@
-"""A run's folder as Megatron-LM keeps it: one folder for each iteration that was saved, and a file that names the last.
+"""Megatron-LM's folder of a run: one folder for each saved iteration, and a tracker file that names the latest.
 
 DIR/latest_checkpointed_iteration.txt     the number, or "release"
-DIR/iter_0000100/                         or release/: weights to start from, no iteration's
+DIR/iter_0000100/                         or release/: weights to start from
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from megatron_ligo.common.errors import CheckpointError, Problem
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-# More digits than any run has steps.
+# More digits than any step count has.
 DIGITS = 18
 
 
 def folder_name(step: int) -> str:
-    """Where weights after so many steps lie; Megatron-LM takes iteration 0 for a mistake."""
+    """Returns the folder of the weights after `step` steps. Megatron-LM refuses iteration 0, so that is a release."""
     return f"iter_{step:07d}" if step else RELEASE
 
 
@@ -27,9 +27,9 @@ def write_tracker(output: Output, step: int) -> None:
 
 
 def find_folder(path: Path) -> Path | None:
-    """The iteration's folder: the one that the tracker in `path` names, `path` itself where there is none.
+    """Returns the folder that the tracker in `path` names, `path` itself if it has no tracker.
 
-    None where the tracker names no folder.
+    None if the tracker names no folder.
     """
     if not (path / TRACKER).is_file():
         return path
@@ -42,9 +42,9 @@ def find_folder(path: Path) -> Path | None:
 
 
 def require_folder(path: Path) -> Path:
-    """As `find`. Raises CheckpointError for a tracker that names no folder."""
-    found = find_folder(path)
-    if found is None:
+    """Like `find_folder`, but raises CheckpointError for a tracker that names no folder."""
+    folder = find_folder(path)
+    if folder is None:
         expected = f"a number or {RELEASE!r}, and its folder (iter_NNNNNNN or {RELEASE}) beside"
         raise CheckpointError(Problem(f"{path / TRACKER}", expected, "neither, or one without the other"))
-    return found
+    return folder

@@ -1,6 +1,6 @@
-"""What an interrupted conversion had done: one JSON line for each thing that is whole.
+"""The journal of a conversion: one JSON line for each tensor that was read or written completely.
 
-Lines are not fsynced one by one: whoever goes on compares the digest in the line with the bytes on the disk.
+Lines are not fsynced one by one: a resumed run compares the digest in a line with the bytes on the disk.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from threading import Lock
 
 
 def read_journal(path: Path) -> tuple[dict[tuple[str, ...], object], int]:
-    """The whole lines of a journal, and their length in bytes; nothing of a file that is not there."""
+    """Reads the complete lines of a journal, and their length in bytes; nothing from a missing file."""
     entries: dict[tuple[str, ...], object] = {}
-    whole = 0
+    complete_bytes = 0
     if not path.exists():
-        return entries, whole
+        return entries, complete_bytes
     with path.open("rb") as file:
         for line in file:
             try:
@@ -27,14 +27,14 @@ def read_journal(path: Path) -> tuple[dict[tuple[str, ...], object], int]:
             if not line.endswith(b"\n"):
                 break
             entries[key] = value
-            whole += len(line)
-    return entries, whole
+            complete_bytes += len(line)
+    return entries, complete_bytes
 
 
 class Journal:
-    """A dict of JSON values that survives the process; without a path, one that does not.
+    """A dict of JSON values that survives the process if it has a path.
 
-    A key is a few words: ("read", key, kind), ("wrote", file, part). Safe to use from several threads.
+    Keys are tuples of strings: ("read", key, kind), ("wrote", file, tensor). Thread-safe.
     """
 
     def __init__(self, path: Path | None = None):
@@ -43,11 +43,11 @@ class Journal:
         self._lock = Lock()
         if path is None:
             return
-        self.entries, whole = read_journal(path)
+        self.entries, complete_bytes = read_journal(path)
         self._file = path.open("r+b" if path.exists() else "w+b")
-        # A line that was cut off by the end of the process is not one.
-        self._file.truncate(whole)
-        self._file.seek(whole)
+        # Drops a line that the end of the process cut off.
+        self._file.truncate(complete_bytes)
+        self._file.seek(complete_bytes)
 
     def get(self, *key: str) -> object | None:
         return self.entries.get(key)
@@ -61,13 +61,13 @@ class Journal:
                 self._file.flush()
 
     def absorb(self, path: Path) -> None:
-        """Takes over the whole lines of another journal."""
+        """Merges the complete lines of another journal."""
         for key, value in read_journal(path)[0].items():
             self.add(*key, value=value)
 
     def close(self) -> None:
         if self._file:
-            # On a full disk its last line is lost: that work will be done again.
+            # A full disk loses the last line: that work is done again.
             with suppress(OSError):
                 self._file.close()
             self._file = None

@@ -1,8 +1,8 @@
-"""Where a format's writer puts its files: tensors one at a time, each noted in a journal when it is whole.
+"""The folder that a format's writer fills: tensors one at a time, each recorded in a journal once it is complete.
 
-A writer says what a file holds; the bytes, their order on the disk, the journal and fsync are decided here. What the
-journal knows to be whole (and whose bytes are still the same) is not written again. Several processes can fill one
-folder: the first lays the files out (`FileLayoutOutput`), then each makes and writes its share of the tensors.
+A writer names files and their contents; bytes, their order on the disk, journal and fsync are decided here. A tensor
+that the journal lists, and whose bytes still have the listed digest, is not written again. Several processes can fill
+one folder: the first lays the files out (`FileLayoutOutput`), then each writes its share of the tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SKELETONS = ".skeletons"
 
 
 def lazy_tensor(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> LazyTensor:
-    """A whole (global, unpadded) stored tensor, to be made from its canonical parts."""
+    """A whole (global, unpadded) stored tensor of the shape `item.shape`, computed from its canonical parts."""
     model_config = source.model_config
     return LazyTensor(
         item.shape(model_config),
@@ -46,20 +46,20 @@ def lazy_tensor(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> LazyT
 
 
 def common_dtype(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> torch.dtype:
-    """The dtype of a stored tensor: that of its parts, which must be one."""
+    """Returns the dtype of a stored tensor. Raises CheckpointError if its parts differ in dtype."""
     if kind != WEIGHT:
         return torch.float32
-    found = {source.info(key).dtype for key in item.keys}
-    if len(found) > 1:
-        names = ", ".join(sorted(map(str, found)))
+    dtypes = {source.info(key).dtype for key in item.keys}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(map(str, dtypes)))
         raise CheckpointError(Problem(item.name, "parts of one dtype", names, "Choose one with --dtype."))
-    return found.pop()
+    return dtypes.pop()
 
 
 class Output:
-    """A folder under construction. Names of files are relative to it, with `/`.
+    """A folder under construction. File names are relative to it, with `/`.
 
-    A context manager: at its end everything is on the disk, or its error is raised.
+    A context manager: when it ends, everything is on the disk, or the first error is raised.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class Output:
         self.folder = folder
         self.journal = journal or Journal()
         self.written: list[str] = []
-        self._writer = ParallelWriter(workers)
-        self._first = ranks.rank == 0
-        self._rank, self._dealt = ranks.rank, [0] * ranks.world_size
-        self._made: set[Path] = set()
-        self._skeletons = SKELETONS if self._first else f"{SKELETONS}.{ranks.rank}"
+        self._writer = ParallelWriter(self.journal, workers)
+        self._rank, self._is_first = ranks.rank, ranks.rank == 0
+        self._assigned_bytes = [0] * ranks.world_size
+        self._created_folders: set[Path] = set()
+        self._skeletons = SKELETONS if self._is_first else f"{SKELETONS}.{ranks.rank}"
 
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
             self._writer.finish()
             shutil.rmtree(self.folder / self._skeletons, ignore_errors=True)
         else:
@@ -87,45 +87,45 @@ class Output:
     def write_safetensors(
         self, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """A safetensors file."""
-        header, places = lay_out_safetensors(tensors, metadata or {})
-        size = len(header) + sum(place.later.nbytes for place in places)
+        """Writes a safetensors file."""
+        header, spans = lay_out_safetensors(tensors, metadata or {})
+        size = len(header) + sum(span.tensor.nbytes for span in spans)
         path = self._path(name)
         with path.open("r+b" if path.exists() else "w+b") as file:
             file.write(header)
             file.truncate(size)
-        self._fill({name: places})
+        self._fill({name: spans})
 
     def write_torch(self, name: str, tree: object) -> None:
-        """What torch.save writes for a tree (dict, list, tuple) of plain data with `LazyTensor` for its tensors."""
+        """Writes what torch.save writes for a tree (dict, list, tuple) of plain data and `LazyTensor`s."""
         self.write_torch_files({name: tree})
 
     def write_torch_files(self, trees: Mapping[str, object]) -> None:
-        """Several such files, filled side by side: the first tensor of each, the second of each, ..."""
-        self._fill({name: self._laid_out(name, tree) for name, tree in trees.items()})
+        """Writes several such files side by side: the first tensor of each, the second of each, ..."""
+        self._fill({name: self._lay_out_torch(name, tree) for name, tree in trees.items()})
 
     def write_torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
-        """What torch.save writes for each tree, one after the other in one file. Offset and length of each, by name."""
-        aside = self._path(f"{self._skeletons}/{Path(name).name}")
-        places, spans = write_torch_archives(aside, trees)
-        self._place(self._path(name), aside, places)
-        self._fill({name: places})
+        """Writes one torch.save archive for each tree into one file. Returns each one's offset and length."""
+        skeleton = self._path(f"{self._skeletons}/{Path(name).name}")
+        spans, archives = write_torch_archives(skeleton, trees)
+        self._install(self._path(name), skeleton, spans)
+        self._fill({name: spans})
+        return archives
+
+    def _lay_out_torch(self, name: str, tree: object) -> list[TensorSpan]:
+        path = self._path(name)
+        # An archive contains its file's name, so its skeleton has the same name.
+        skeleton = self._path(f"{self._skeletons}/{path.name}")
+        spans = write_torch_skeleton(skeleton, tree)
+        self._install(path, skeleton, spans)
         return spans
 
-    def _laid_out(self, name: str, tree: object) -> list[TensorSpan]:
-        path = self._path(name)
-        # The archive bears the file's name inside, so the skeleton has the same one.
-        aside = self._path(f"{self._skeletons}/{path.name}")
-        places = write_torch_skeleton(aside, tree)
-        self._place(path, aside, places)
-        return places
-
-    def _place(self, path: Path, aside: Path, places: list[TensorSpan]) -> None:
-        """Puts a skeleton into its place, unless one with the same frame stands there."""
-        if path.exists() and has_same_frame(path, aside, places):
-            aside.unlink()
+    def _install(self, path: Path, skeleton: Path, spans: list[TensorSpan]) -> None:
+        """Moves a skeleton to its path, unless a file with the same frame is there from an earlier run."""
+        if path.exists() and has_same_frame(path, skeleton, spans):
+            skeleton.unlink()
         else:
-            aside.replace(path)
+            skeleton.replace(path)
 
     def write_json(self, name: str, value: object) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
@@ -134,13 +134,13 @@ class Output:
         self.write_file(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def copy_file(self, source: Path, name: str | None = None) -> None:
-        """A file carried along."""
+        """Copies a file unchanged."""
         self.write_file(name or source.name, lambda path: shutil.copyfile(source, path))
 
     def write_file(self, name: str, write: Callable[[Path], object]) -> None:
-        """A file that `write` makes at the path it is given (always anew: for what is small)."""
+        """Has `write` create a small file at the path it is given; the file is written anew in every run."""
         self.written.append(name)
-        if not self._first:
+        if not self._is_first:
             return
         path = self._path(name)
         write(path)
@@ -148,50 +148,46 @@ class Output:
 
     def _path(self, name: str) -> Path:
         path = self.folder / name
-        if path.parent not in self._made:
+        if path.parent not in self._created_folders:
             assert path.resolve().is_relative_to(self.folder.resolve()), f"{name} is outside of the folder"
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._made.add(path.parent)
+            self._created_folders.add(path.parent)
         assert path.name != "..", f"{name} is outside of the folder"
         return path
 
     def _fill(self, files: Mapping[str, list[TensorSpan]]) -> None:
-        opened = {name: OpenFile(self._path(name)) for name in files}
+        opened = {name: OpenFile(name, self._path(name)) for name in files}
         for row in zip_longest(*files.values()):
-            for name, place in zip(files, row, strict=True):
-                if place is not None:
-                    self._put(name, opened[name], place)
+            for file, span in zip(opened.values(), row, strict=True):
+                if span is not None:
+                    self._write_span(file, span)
         for name, file in opened.items():
             self._writer.close(file)
             self.written.append(name)
 
-    def _put(self, name: str, file: OpenFile, place: TensorSpan) -> None:
-        if place.later.make is None:
-            if self._first:
-                file.leave_zeros(place)
-            return
-        if not self._mine(place.later.nbytes):
-            return
-        known = self.journal.get("wrote", name, place.name)
-        if known is None or known != digest.hash_file_part(self._path(name), place.offset, place.later.nbytes):
-            file.enter()
-            self._writer.put(file, place, self._noting(name, place.name))
+    def _write_span(self, file: OpenFile, span: TensorSpan) -> None:
+        nbytes = span.tensor.nbytes
+        if span.tensor.make is None:
+            if self._is_first:
+                file.leave_zeros(span)
+        elif self._is_assigned(nbytes):
+            recorded = self.journal.get("wrote", file.name, span.name)
+            if recorded is None or recorded != digest.hash_file_part(file.path, span.offset, nbytes):
+                file.enter()
+                self._writer.put(file, span)
 
-    def _mine(self, nbytes: int) -> bool:
-        """Each tensor goes to the process that has had the fewest bytes: all of them count alike."""
-        taker = self._dealt.index(min(self._dealt))
-        self._dealt[taker] += nbytes
-        return taker == self._rank
-
-    def _noting(self, name: str, part: str) -> Callable[[str], None]:
-        return lambda found: self.journal.add("wrote", name, part, value=found)
+    def _is_assigned(self, nbytes: int) -> bool:
+        """Assigns the next tensor to the process with the fewest bytes so far: all processes count alike."""
+        rank = self._assigned_bytes.index(min(self._assigned_bytes))
+        self._assigned_bytes[rank] += nbytes
+        return rank == self._rank
 
 
 class FileLayoutOutput(Output):
-    """Lays the files of tensors out for those who fill them: all but the tensors."""
+    """Lays out the files of tensors for the processes that fill them: everything but the tensors' bytes."""
 
     def write_file(self, name: str, write: Callable[[Path], object]) -> None:
         pass
 
-    def _put(self, name: str, file: OpenFile, place: TensorSpan) -> None:
+    def _write_span(self, file: OpenFile, span: TensorSpan) -> None:
         pass

@@ -1,6 +1,6 @@
-"""Tensors onto the disk by a few threads, while the next ones are being made; fsynced as they go.
+"""Writes tensors to the disk in a few threads while the next ones are computed, and fsyncs them as it goes.
 
-Hashing, copying and fsync leave Python's lock alone, so threads suffice. What waits to be written is bounded.
+Hashing, copying and fsync release Python's lock, so threads suffice. The bytes that wait to be written are bounded.
 """
 
 from __future__ import annotations
@@ -19,61 +19,63 @@ import numpy as np
 import xxhash
 
 from megatron_ligo.checkpoint.io import digest
-from megatron_ligo.checkpoint.io.file_layout import LazyTensor, TensorSpan
+from megatron_ligo.checkpoint.io.file_layout import TensorSpan
+from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.common.atomic_files import fsync_descriptor
 
 WORKERS = 2
-# What may wait in memory; a tensor that is larger waits alone.
+# Bytes that may wait in memory; a larger tensor waits alone.
 WAITING_BYTES = 128 << 20
-# So much of a file is put on the disk at a time, beside the writing: one fsync at its end would stand still.
+# A file is flushed after this many bytes, beside the writing: one fsync at its end would stall.
 SYNC_BYTES = 256 << 20
-# Small enough to be hashed and copied while in the processor's cache; writes of many MB also took up to eight times
-# as long where the kernel looks for as large pieces of memory for them.
+# Small enough to be hashed and copied within the processor's cache. Writes of many MB took up to eight times as long
+# where the kernel allocates memory of that size for them.
 CHUNK = 1 << 19
 ZEROS = 1 << 22
 
-Done = Callable[[str], None]  # takes the digest of the bytes written
-
 
 class ParallelWriter:
-    """Takes tensors from one thread and writes them in others. `finish` waits for all and raises what went wrong."""
+    """Takes tensors from one thread, writes them in others and records each digest in a journal.
 
-    def __init__(self, workers: int = WORKERS):
+    `finish` waits for all writes and raises their first error.
+    """
+
+    def __init__(self, journal: Journal, workers: int = WORKERS):
+        self._journal = journal
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="write")
         self._room = Condition()
         self._waiting = 0
         self._jobs: list[Future] = []
 
-    def put(self, file: OpenFile, place: TensorSpan, done: Done) -> None:
-        """Makes a tensor (here) and has its bytes written. `done` is called in another thread, before the fsync."""
-        size = place.later.nbytes
+    def put(self, file: OpenFile, span: TensorSpan) -> None:
+        """Computes a tensor in this thread and queues its bytes. It is recorded once written, before the fsync."""
+        size = span.tensor.nbytes
         with self._room:
             self._room.wait_for(lambda: not self._waiting or self._waiting + size <= WAITING_BYTES)
             self._waiting += size
-        self._raise()
-        data = _make(place)
-        self._submit(self._put, file, place, data, done)
+        self._raise_failures()
+        self._submit(self._write_span, file, span, _compute_bytes(span))
 
     def close(self, file: OpenFile) -> None:
-        """No more comes for a file: it is fsynced once all is written."""
+        """Ends a file: it is fsynced and closed once all its tensors are written."""
         if file.leave():
             self._submit(file.close)
 
     def finish(self) -> None:
         """Waits until everything is on the disk."""
         self._pool.shutdown(wait=True)
-        self._raise()
+        self._raise_failures()
 
     def abandon(self) -> None:
-        """Drops what waits; what is being written ends."""
+        """Drops the queued tensors and waits for those being written."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _put(self, file: OpenFile, place: TensorSpan, data: np.ndarray, done: Done) -> None:
+    def _write_span(self, file: OpenFile, span: TensorSpan, data: np.ndarray) -> None:
         try:
-            done(file.write(place, data))
+            self._journal.add("wrote", file.name, span.name, value=file.write(span, data))
         finally:
             with self._room:
-                self._waiting -= place.later.nbytes
+                self._waiting -= span.tensor.nbytes
                 self._room.notify()
         if file.leave():
             file.close()
@@ -81,18 +83,18 @@ class ParallelWriter:
     def _submit(self, job: Callable, *arguments: object) -> None:
         self._jobs.append(self._pool.submit(job, *arguments))
 
-    def _raise(self) -> None:
-        ended = [job for job in self._jobs if job.done()]
-        self._jobs = [job for job in self._jobs if not job.done()]
-        for job in ended:
+    def _raise_failures(self) -> None:
+        finished = [job for job in self._jobs if job.done()]
+        self._jobs = [job for job in self._jobs if job not in finished]
+        for job in finished:
             job.result()
 
 
 class OpenFile:
-    """A file that several threads write into at their places."""
+    """A file that several threads write into, each at its own offset. Its last user closes it."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, name: str, path: Path):
+        self.name, self.path = name, path
         self._descriptor = os.open(path, os.O_RDWR)
         self._lock = Lock()
         self._users = 1
@@ -103,68 +105,69 @@ class OpenFile:
             self._users += 1
 
     def leave(self) -> bool:
-        """True for the last one, who closes."""
+        """Ends one use. True if it was the last, whose owner closes the file."""
         with self._lock:
             self._users -= 1
             return self._users == 0
 
-    def write(self, place: TensorSpan, data: np.ndarray) -> str:
-        """Returns the digest of the bytes."""
-        found, crc = xxhash.xxh3_128(), 0
+    def write(self, span: TensorSpan, data: np.ndarray) -> str:
+        """Writes a tensor's bytes and checksums. Returns the digest of the bytes."""
+        digest_state, crc = xxhash.xxh3_128(), 0
         for start in range(0, len(data), CHUNK):
             chunk = data[start : start + CHUNK]
-            found.update(chunk)
-            crc = zlib.crc32(chunk, crc) if place.checksums else 0
-            self._write(chunk, place.offset + start)
-        self._note(place, crc)
+            digest_state.update(chunk)
+            crc = zlib.crc32(chunk, crc) if span.checksums else 0
+            self._write(chunk, span.offset + start)
+        self._write_checksums(span, crc)
         with self._lock:
             self._unsynced += len(data)
-            sync = self._unsynced >= SYNC_BYTES
-            if sync:
+            needs_sync = self._unsynced >= SYNC_BYTES
+            if needs_sync:
                 self._unsynced = 0
-        if sync:
-            with self._named():
+        if needs_sync:
+            with self._name_in_errors():
                 os.fdatasync(self._descriptor)
-        return found.hexdigest()
+        return digest_state.hexdigest()
 
-    def leave_zeros(self, place: TensorSpan) -> None:
-        """The place stays a hole; only an archive's checksum is written."""
-        if place.checksums:
-            self._note(place, _crc_of_zeros(place.later.nbytes))
+    def leave_zeros(self, span: TensorSpan) -> None:
+        """Leaves the span a hole; only an archive's checksums are written."""
+        if span.checksums:
+            self._write_checksums(span, _crc_of_zeros(span.tensor.nbytes))
 
     def close(self) -> None:
         try:
-            with self._named():
+            with self._name_in_errors():
                 fsync_descriptor(self._descriptor)
         finally:
             os.close(self._descriptor)
 
-    def _note(self, place: TensorSpan, crc: int) -> None:
-        for offset in place.checksums:
+    def _write_checksums(self, span: TensorSpan, crc: int) -> None:
+        for offset in span.checksums:
             self._write(struct.pack("<I", crc), offset)
 
     def _write(self, data: bytes | np.ndarray, offset: int) -> None:
-        rest = memoryview(data)
-        with self._named():
-            while rest:
-                # A disk that is nearly full takes a part, and says why only at the next call.
-                written = os.pwrite(self._descriptor, rest, offset)
-                rest, offset = rest[written:], offset + written
+        remaining = memoryview(data)
+        with self._name_in_errors():
+            while remaining:
+                # A nearly full disk takes a part, and reports the error only at the next call.
+                written = os.pwrite(self._descriptor, remaining, offset)
+                remaining, offset = remaining[written:], offset + written
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """A fault of the disk's says in which file."""
+    def _name_in_errors(self) -> Iterator[None]:
+        """Adds the file's path to an error of the disk."""
         try:
             yield
         except OSError as error:
-            error.filename = f"{self._path}"
+            error.filename = f"{self.path}"
             raise
 
 
-def _make(place: TensorSpan) -> np.ndarray:
-    tensor = place.later.make()
-    found = LazyTensor(tuple(tensor.shape), tensor.dtype, place.later.make)
-    assert found == place.later, f"{place.name}: promised {place.later}, made {found}"
+def _compute_bytes(span: TensorSpan) -> np.ndarray:
+    lazy = span.tensor
+    tensor = lazy.make()
+    expected, actual = (lazy.shape, lazy.dtype), (tuple(tensor.shape), tensor.dtype)
+    assert actual == expected, f"{span.name}: expected {expected}, computed {actual}"
     return digest.as_bytes(tensor)
 
 

@@ -1,7 +1,7 @@
-"""Members of enumerations in pickles.
+"""Reads enum members from pickles.
 
-The first releases of Python 3.11 (Debian 12 has 3.11.2) write `getattr(class, name)` where others write `class(value)`.
-Nothing else may use that name.
+The first releases of Python 3.11 (Debian 12 has 3.11.2) pickle them as `getattr(class, name)`, others as
+`class(value)`. Pickles may use getattr for nothing else.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ GETATTR = ("builtins", "getattr")
 
 
 def enum_stand_ins(kinds: Iterable[object]) -> Callable[[object, object], object]:
-    """What takes the place of `getattr`, for members of these classes: of an enumeration its member, of a stand-in what
-    it makes of a member's name."""
-    known = [kind for kind in kinds if isinstance(kind, type)]
+    """Returns a replacement of `getattr` that looks up members of these classes only.
+
+    For an enum it returns the member, for a stand-in class the stand-in called with the member's name.
+    """
+    allowed = [kind for kind in kinds if isinstance(kind, type)]
 
     def member(kind: object, name: object) -> object:
-        if not any(kind is one for one in known) or type(name) is not str:
-            raise pickle.UnpicklingError("WeightsUnpickler error: getattr of what is no enumeration")
+        if not any(kind is one for one in allowed) or type(name) is not str:
+            raise pickle.UnpicklingError("WeightsUnpickler error: getattr of something other than an enum")
         return kind[name] if issubclass(kind, Enum) else kind(name)
 
     return member

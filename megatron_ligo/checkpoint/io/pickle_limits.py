@@ -1,4 +1,4 @@
-"""What was unpickled, weighed before anything walks it: a few bytes can nest to more than any memory holds."""
+"""Limits the size of unpickled trees before anything walks them: a few bytes can expand beyond any memory."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ from collections.abc import Iterator, Mapping
 
 from megatron_ligo.common.errors import CheckpointError, Problem
 
-# Far above what a checkpoint needs besides its tensors, and far below what hurts to walk or to show.
+# Far above what a checkpoint needs besides its tensors, and far below what is slow to walk or print.
 MOST_NODES = 1 << 23
 MOST_DEPTH = 64
 
 
 def check_tree(where: str, tree: object) -> None:
-    """CheckpointError for containers that hold themselves, lie too deep, or come to too many where shared ones count
-    each time that they are met."""
-    weights: dict[int, tuple[int, int]] = {}  # id -> nodes, depth
-    open_: set[int] = set()
-    todo = [(tree, False)]
-    while todo:
-        node, done = todo.pop()
-        inside = list(_children(node))
-        if done:
-            below = [weights[id(child)] for child in inside if id(child) in weights]
-            nodes = 1 + len(inside) - len(below) + sum(nodes for nodes, _ in below)
+    """Raises CheckpointError for containers that contain themselves, nest too deeply, or are too many.
+
+    A shared container counts once for each reference to it.
+    """
+    counted: dict[int, tuple[int, int]] = {}  # id -> nodes, depth
+    open_ids: set[int] = set()
+    stack = [(tree, False)]
+    while stack:
+        node, visited = stack.pop()
+        children = list(_children(node))
+        if visited:
+            below = [counted[id(child)] for child in children if id(child) in counted]
+            nodes = 1 + len(children) - len(below) + sum(nodes for nodes, _ in below)
             depth = 1 + max((depth for _, depth in below), default=0)
-            open_.discard(id(node))
-            weights[id(node)] = nodes, depth
+            open_ids.discard(id(node))
+            counted[id(node)] = nodes, depth
             if nodes > MOST_NODES or depth > MOST_DEPTH:
                 _refuse(where, f"{MOST_DEPTH} levels and {MOST_NODES} values at most", f"{depth} and {nodes}")
-        elif id(node) in open_:
+        elif id(node) in open_ids:
             _refuse(where, "containers that do not hold themselves", type(node).__name__)
-        elif inside and id(node) not in weights:
-            open_.add(id(node))
-            todo.append((node, True))
-            todo += ((child, False) for child in inside)
+        elif children and id(node) not in counted:
+            open_ids.add(id(node))
+            stack.append((node, True))
+            stack += ((child, False) for child in children)
 
 
 def _children(node: object) -> Iterator[object]:
@@ -48,4 +50,4 @@ def _children(node: object) -> Iterator[object]:
 
 
 def _refuse(where: str, expected: str, found: str) -> None:
-    raise CheckpointError(Problem(where, expected, found, "It is not read: it is no checkpoint's."))
+    raise CheckpointError(Problem(where, expected, found, "No checkpoint holds such values; the file is not read."))

@@ -1,4 +1,4 @@
-"""Files of torch.save, mapped and never executed: tensors, plain values and what the caller allows by name."""
+"""Reads torch.save files mapped and without running code: tensors, plain values, and classes that the caller allows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_ligo.checkpoint.io import pickle_enums, pickle_limits
 from megatron_ligo.checkpoint.io.file_layout import data_offset
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
-# What torch raises for files that are not whole, or not its own.
+# The exceptions that torch raises for files that are damaged or not its own.
 DAMAGE = (
     BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError,
     AssertionError, struct.error,
@@ -28,32 +28,32 @@ DAMAGE = (
 
 
 def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool = True) -> object:
-    """What torch.save wrote, on the CPU, its tensors views of the mapped file unless it is not to be `mapped`.
+    """Reads what torch.save wrote, on the CPU; with `mapped`, tensors are views of the mapped file.
 
-    stand_ins: (object, "module.name") for classes that the file may name; give inert ones instead of the real.
-    Raises CheckpointError for a damaged file, and for one that names anything else.
+    stand_ins: (object, "module.name") for classes that the file may name; inert objects take their place.
+    Raises CheckpointError for a damaged file, and for one that names any other class.
     """
     if not path.is_file():
         raise CheckpointError(Problem(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
     with damage_as_error(f"{path}"), _allow_only(stand_ins):
-        found = _load_checked(path, mapped)
-    pickle_limits.check_tree(f"{path}", found)
-    return found
+        tree = _load_checked(path, mapped)
+    pickle_limits.check_tree(f"{path}", tree)
+    return tree
 
 
 def load_part(path: Path, start: int, length: int, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
-    """As `load`, of what torch.save wrote into a part of a file; its tensors are copies."""
+    """Like `load`, for an archive within a file; its tensors are copies."""
     with damage_as_error(f"{path} at {start}"), _allow_only(stand_ins), path.open("rb") as file:
-        found = _load_checked(FileWindow(file, start, length), mapped=False)
-    pickle_limits.check_tree(f"{path} at {start}", found)
-    return found
+        tree = _load_checked(FileWindow(file, start, length), mapped=False)
+    pickle_limits.check_tree(f"{path} at {start}", tree)
+    return tree
 
 
 def _load_checked(file: Path | BinaryIO, mapped: bool) -> object:
     zipped = is_zipfile(file)
     sizes: list[int] = []
 
-    def noted(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    def record_size(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
         sizes.append(storage.nbytes())
         return storage
 
@@ -61,29 +61,31 @@ def _load_checked(file: Path | BinaryIO, mapped: bool) -> object:
     if not isinstance(file, Path):
         file.seek(0)
     # The format of torch before 1.6 is no zip archive and cannot be mapped.
-    found = torch.load(file, map_location=noted, weights_only=True, mmap=mapped and zipped)
+    tree = torch.load(file, map_location=record_size, weights_only=True, mmap=mapped and zipped)
     if zipped and sorted(sizes) != records:
         raise BadZipFile("storages of other sizes than their records")
-    return found
+    return tree
 
 
 def map_tensor(path: Path, start: int, length: int) -> Tensor:
-    """The only tensor of an archive of torch.save that lies within a file: a view of the mapped file where its bytes
-    are aligned to its items, else a copy. Raises CheckpointError as `load` does.
+    """Reads the single tensor of a torch.save archive within a file, in its stored shape and dtype.
+
+    Returns a view of the mapped file if its bytes are aligned to its items, else a copy. Raises CheckpointError as
+    `load` does.
     """
     with damage_as_error(f"{path} at {start}"), _allow_only(()), path.open("rb") as file:
         window = FileWindow(file, start, length)
         if not is_zipfile(window):
             raise BadZipFile("no archive")
         window.seek(0)
-        # On "meta" no bytes are read, and no memory is taken for what an archive says that it holds.
+        # On "meta" no bytes are read and no memory is allocated, whatever size an archive claims.
         frame = torch.load(window, map_location="meta", weights_only=True)
         if not isinstance(frame, Tensor) or frame.layout is not torch.strided:
             raise ValueError("no tensor")
         offset, size = _only_storage(window)
         if size != frame.untyped_storage().nbytes():
             raise ValueError(f"{size} bytes for a tensor of {frame.untyped_storage().nbytes()}")
-        # A private map: nothing that is done to the tensor reaches the file.
+        # A private map: changes to the tensor do not reach the file.
         data = np.memmap(file, np.uint8, "c", start + offset, (size,)) if size else np.empty(0, np.uint8)
         if data.ctypes.data % frame.dtype.itemsize:
             data = np.array(data)
@@ -92,23 +94,24 @@ def map_tensor(path: Path, start: int, length: int) -> Tensor:
 
 
 def _only_storage(window: BinaryIO) -> tuple[int, int]:
-    """Offset and size of the data of an archive with one storage."""
+    """Returns offset and size of the data of an archive with one storage. Raises ValueError for any other archive."""
     with ZipFile(window) as archive:
         infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        found = [info for name, info in infos.items() if name.startswith("data/")]
+        storages = [info for name, info in infos.items() if name.startswith("data/")]
         order = infos.get("byteorder")
         plain = all(info.compress_type == ZIP_STORED for info in infos.values())
-        ours = not order or (plain and archive.read(order) == sys.byteorder.encode())
-    if len(found) != 1 or not plain or not ours:
+        native = not order or (plain and archive.read(order) == sys.byteorder.encode())
+    if len(storages) != 1 or not plain or not native:
         raise ValueError("not one storage, stored plainly in this machine's byte order")
-    offset = data_offset(window, found[0])
-    if found[0].file_size != found[0].compress_size or offset + found[0].file_size > window.length:
+    offset = data_offset(window, storages[0])
+    size = storages[0].file_size
+    if size != storages[0].compress_size or offset + size > window.length:
         raise ValueError("a storage that does not lie within its archive")
-    return offset, found[0].file_size
+    return offset, size
 
 
 class FileWindow(io.RawIOBase):
-    """A part of an open file, as a file."""
+    """A part of an open file as a read-only file."""
 
     def __init__(self, file: BinaryIO, start: int, length: int):
         self._file = file
@@ -143,7 +146,7 @@ class FileWindow(io.RawIOBase):
 
 @contextmanager
 def _allow_only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
-    """Files may name these, and nothing that another library of this process has allowed."""
+    """Lets files name these classes, and none that another library of this process has allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     if stand_ins:
@@ -158,27 +161,30 @@ def _allow_only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
 
 @contextmanager
 def damage_as_error(where: str) -> Iterator[None]:
-    """What is wrong with a file of torch.save that is read inside becomes a CheckpointError."""
+    """Turns the errors of reading a damaged or hostile torch.save file into CheckpointError."""
     try:
         yield
     except FileNotFoundError:
         raise CheckpointError(Problem(where, "a file", "nothing there")) from None
     except pickle.UnpicklingError as error:
-        # torch's own advice is left out: it is to trust the file.
-        found = str(error).split("Check the documentation")[0].split("Please use")[0]
-        found = " ".join(found.rpartition("WeightsUnpickler error:")[2].split())
-        hint = "It is not loaded: loading it could run code."
-        raise CheckpointError(Problem(where, "tensors and plain values", found, hint)) from None
+        # Without torch's own advice, which is to trust the file.
+        reason = str(error).split("Check the documentation")[0].split("Please use")[0]
+        reason = " ".join(reason.rpartition("WeightsUnpickler error:")[2].split())
+        hint = "Loading it could run code."
+        raise CheckpointError(Problem(where, "tensors and plain values", reason, hint)) from None
     except DAMAGE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise CheckpointError(Problem(where, "a whole file of torch.save", found, "Fetch it again.")) from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise CheckpointError(Problem(where, "a whole file of torch.save", reason, "Download it again.")) from None
 
 
 def _record_sizes(file: Path | BinaryIO) -> list[int]:
-    """Sizes of the storages' records. torch maps each as it lies in the archive and believes the pickle about its size:
-    packed or shorter, it would be other numbers."""
+    """Returns the sizes of the storages' records.
+
+    torch maps each record as it lies in the archive and trusts the pickle about its size: a compressed or shorter
+    record would read as other numbers.
+    """
     with ZipFile(file) as archive:
         records = archive.infolist()
     names = [record.filename for record in records]
@@ -188,11 +194,11 @@ def _record_sizes(file: Path | BinaryIO) -> list[int]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A file that is a dict of named weights. Raises CheckpointError if it holds anything else."""
+    """Reads a dict of dense floating-point tensors by name. Raises CheckpointError if the file holds anything else."""
     state = load(path)
     if not isinstance(state, dict):
         raise CheckpointError(Problem(f"{path}", "tensors by name", type(state).__name__))
-    errors = ErrorCollector(f"{path} holds what is no weight", CheckpointError)
+    errors = ErrorCollector(f"{path} holds values that are not weights", CheckpointError)
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             errors.add(repr(name), "a tensor by its name", type(value).__name__)

@@ -1,7 +1,7 @@
-"""Stored tensors that lie in pieces, one with each tensor-parallel rank: cut for writing, joined for reading.
+"""Splits stored tensors into one shard for each tensor-parallel rank, and joins them again.
 
-The files of all ranks are filled side by side (`Output.torch_files`), so that a tensor is made once for all of them.
-`stored` sizes are the model's with the vocabulary as the files have it: padded to a multiple of tp, or further.
+The files of all ranks are filled side by side (`Output.write_torch_files`), so that each tensor is read once for all of
+them. `stored` configs have the vocabulary as the files hold it: padded to a multiple of tp, or further.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 
 def pad_vocab_size(model_config: ModelConfig, tp: int) -> ModelConfig:
-    """The sizes as tp ranks store them: with the smallest vocabulary that they can share."""
+    """Returns the config as tp ranks store it: with the smallest padded vocabulary that tp divides."""
     return replace(model_config, vocab_size=tensor_parallel.padded_vocab(model_config.vocab_size, tp))
 
 
 class TpShards:
-    """What ranks store of a source's tensors. The parts of the tensor that was asked for last are kept."""
+    """The shards of a source's tensors. Caches the canonical parts of the last tensor, which all ranks share."""
 
     def __init__(self, source: Reader, tp: int, stored: ModelConfig):
         self._source = source
         self._tp = tp
         self._stored = stored
-        self._kept: tuple[object, list[Tensor]] = (None, [])
+        self._cache: tuple[object, list[Tensor]] = (None, [])
 
     def lazy_shard(self, item: StoredTensor, rank: int, kind: str = WEIGHT) -> LazyTensor:
-        """One rank's piece, to be made when its turn comes."""
+        """One rank's shard of a stored tensor, of the shape `item.shape(stored, tp)`, read when it is written."""
         return LazyTensor(
             item.shape(self._stored, self._tp),
             common_dtype(self._source, item, kind),
@@ -44,11 +44,11 @@ class TpShards:
         )
 
     def _parts(self, item: StoredTensor, kind: str) -> list[Tensor]:
-        wanted = (item.name, kind)
-        if self._kept[0] != wanted:
-            self._kept = (None, [])
-            self._kept = (wanted, [self._part(item, key, kind) for key in item.keys])
-        return self._kept[1]
+        requested = (item.name, kind)
+        if self._cache[0] != requested:
+            self._cache = (None, [])
+            self._cache = (requested, [self._part(item, key, kind) for key in item.keys])
+        return self._cache[1]
 
     def _part(self, item: StoredTensor, key: str, kind: str) -> Tensor:
         tensor = self._source.read(key, kind)
@@ -59,9 +59,9 @@ class TpShards:
 def join_shards(
     item: StoredTensor, key: str, pieces: Sequence[Tensor], stored: ModelConfig, model_config: ModelConfig, where: str
 ) -> Tensor:
-    """The canonical tensor of a key from what every rank stores; a view where there is one rank and nothing to turn.
+    """Joins the canonical (global, unpadded) tensor of a key from every rank's shard of a stored tensor.
 
-    Raises CheckpointError (naming `where`) if ranks that should hold the same do not.
+    A view where there is one rank and nothing to transpose. Raises CheckpointError (naming `where`) if replicas differ.
     """
     param = item.params[item.keys.index(key)]
     if item.tp_dim is None:
@@ -74,7 +74,7 @@ def join_shards(
 
 
 def check_replicas(pieces: Sequence[Tensor], where: str, first: int = 0) -> Tensor:
-    """One of several tensors, of rank `first` and those after it, that must have the same bits.
+    """Returns the first of several tensors of one shape, which must have equal bits; `first` is its rank.
 
     Raises CheckpointError naming the ranks that differ.
     """
