@@ -1,6 +1,6 @@
-"""Hugging Face config.json to Dims and back, driven by the architecture's literal.
+"""Hugging Face config.json to ModelConfig and back, driven by the architecture's table.
 
-A key that a config leaves out has the value that transformers gives its family: only then is transformers asked.
+A key that a config leaves out has the default of its family in transformers; only then is transformers imported.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
 
 CONFIG = "config.json"
-# Said anew by whoever writes, or (the last two) refused where it says something.
+# Written anew by every writer, or (the last two) refused unless null.
 NOT_CARRIED = (
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "rope_parameters",
     "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "n_ctx", "quantization_config", "auto_map",
 )  # fmt: skip
-# The model_types that transformers loads only where the heads divide hidden_size, whatever head_dim says.
+# The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
 HEADS_DIVIDE = ("llama",)
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
-# The annotations in Dims that are numbers or truths.
+# The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
 IMAGE_FIELDS = ("image_size", "patch_size", "num_channels")
@@ -34,20 +34,20 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_config(path: Path) -> dict:
-    """The config file of a checkpoint, as JSON says it."""
+    """Reads a JSON object from a checkpoint's config file. Raises CheckpointError for anything else."""
     try:
         config = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(Problem(f"{path}", "the checkpoint's config", "nothing there")) from None
     except ValueError as error:
-        raise CheckpointError(Problem(f"{path}", "JSON", f"a fault in it: {error}")) from None
+        raise CheckpointError(Problem(f"{path}", "valid JSON", f"{error}")) from None
     if not isinstance(config, dict):
         raise CheckpointError(Problem(f"{path}", "a JSON object", type(config).__name__))
     return config
 
 
 def find_architecture(config: Mapping, where: str) -> Architecture:
-    """The architecture whose table describes a config's `model_type`."""
+    """Returns the architecture whose table describes a config's `model_type`."""
     known = {name: arch for arch in architectures.architectures().values() for name in arch.model_types}
     name = config.get("model_type")
     if name not in known:
@@ -57,9 +57,9 @@ def find_architecture(config: Mapping, where: str) -> Architecture:
 
 
 def parse_model_config(config: Mapping, where: str) -> ModelConfig:
-    """The sizes that a config states. Raises CheckpointError with everything that the table cannot express."""
+    """Parses the sizes in a config. Raises CheckpointError with everything that the table cannot express."""
     arch = find_architecture(config, where)
-    errors = ErrorCollector(f"{where} describes a network that this program cannot hold", CheckpointError)
+    errors = ErrorCollector(f"{where} describes a model that this program does not support", CheckpointError)
     _refuse_features(config, arch, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
     sizes |= _optional_parts(config, arch) | arch.implied_sizes.get(config["model_type"], {})
@@ -91,23 +91,23 @@ def _refuse_features(config: Mapping, arch: Architecture, errors: ErrorCollector
             known = ", ".join(arch.model_types[config["model_type"]])
             errors.add("architectures", known, f"{name}: {arch.refused_classes[str(name)]}")
     if config.get("quantization_config") is not None:
-        errors.add("quantization_config", "none", "one", "Convert the weights to plain ones first.")
+        errors.add("quantization_config", "none", "one", "Dequantise the weights first.")
     if config.get("auto_map") is not None:
-        errors.add("auto_map", "none", "one", "The model's code is its own: it may compute something else.")
+        errors.add("auto_map", "none", "one", "The model brings its own code, which may compute something else.")
 
 
 def _optional_parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
-    """The optional parts of the class that a config names."""
+    """Returns which optional parts the model class named in a config has."""
     classes = arch.model_types[config["model_type"]]
     named = config.get("architectures")
     named = [name for name in named if str(name) in classes] if isinstance(named, list) else []
-    has = classes[named[0] if named else next(iter(classes))]
-    return {part: part in has for part in arch.optional_parts(config["model_type"])}
+    class_parts = classes[named[0] if named else next(iter(classes))]
+    return {part: part in class_parts for part in arch.optional_parts(config["model_type"])}
 
 
 def _config_value(config: Mapping, key: str, where: str) -> object:
-    """A config's value for a key, or what its family takes when the config leaves it out."""
-    # Every family takes hidden_size / heads.
+    """Returns a config's value for a key, or its family's default if the config leaves it out."""
+    # Every family defaults to hidden_size / num_heads.
     if key in config or key == "head_dim":
         return config.get(key)
     return getattr(_transformers_config(config, where), key, None)
@@ -119,13 +119,15 @@ def _transformers_config(config: Mapping, where: str) -> object:
     try:
         return CONFIG_MAPPING[config["model_type"]](**config)
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise CheckpointError(Problem(where, "a config that transformers takes", found)) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(Problem(where, "a config that transformers accepts", reason)) from None
 
 
 def _parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
-    """`rope_base`, `rope_scaling` and (of families that have one) `rotary_fraction` out of either form: today's
-    rope_parameters, or keys of their own."""
+    """Parses `rope_base`, `rope_scaling` and (in families that have one) `rotary_fraction`.
+
+    Reads either form: today's rope_parameters, or separate keys.
+    """
     keys = {field: key for key, field in arch.hf_fields.items()}
     parameters = config.get("rope_parameters")
     scaling = config.get("rope_scaling") if parameters is None else parameters
@@ -138,21 +140,21 @@ def _parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCo
     base = scaling.pop("rope_theta", config.get(keys["rope_base"]))
     if base is None:
         base = _transformers_config(config, where).rope_parameters["rope_theta"]
-    own = {}
+    fraction = {}
     if "rotary_fraction" in keys:
         if partial is None:
             partial = _transformers_config(config, where).rope_parameters["partial_rotary_factor"]
-        own = {"rotary_fraction": partial}
+        fraction = {"rotary_fraction": partial}
     elif partial not in (None, 1):
-        errors.add("partial_rotary_factor", "1 (all of a head turns)", repr(partial))
+        errors.add("partial_rotary_factor", "1 (rotary positions on the whole head)", repr(partial))
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
-    plain = scaling.get("rope_type", "default") == "default"
-    return {"rope_base": base, "rope_scaling": None if plain else scaling, **own}
+    unscaled = scaling.get("rope_type", "default") == "default"
+    return {"rope_base": base, "rope_scaling": None if unscaled else scaling, **fraction}
 
 
 def _fill_implied_sizes(sizes: dict) -> None:
-    """What follows from other sizes where a config says nothing (or null)."""
+    """Fills in sizes that follow from others where a config leaves them out (or null)."""
     hidden, heads, image, patch = (sizes.get(key) for key in ("hidden_size", "num_heads", "image_size", "patch_size"))
     if all(type(size) is int and size > 0 for size in (image, patch)):
         sizes["max_positions"] = tokens_of_image(image, patch, sizes["has_distillation"])
@@ -164,18 +166,22 @@ def _fill_implied_sizes(sizes: dict) -> None:
 
 
 def _check_types(sizes: dict, errors: ErrorCollector) -> None:
-    """JSON has any kind of value in any place."""
+    """Adds an error for each value of a wrong type or range: JSON may hold any value under any key."""
     for name in ("norm_eps", "rope_base", "rotary_fraction"):
         if type(sizes.get(name)) is int:
             sizes[name] = float(sizes[name])
     for field in fields(ModelConfig):
-        kind = FIELD_TYPES.get(field.type)
+        expected_type = FIELD_TYPES.get(field.type)
         value = sizes.get(field.name, field.default)
-        lacks = value is None and "None" in field.type and not (field.name in IMAGE_FIELDS and field.name in sizes)
-        if kind is None or lacks or (field.name in MAY_BE_ZERO and value == 0):
+        is_absent = value is None and "None" in field.type and not (field.name in IMAGE_FIELDS and field.name in sizes)
+        if expected_type is None or is_absent or (field.name in MAY_BE_ZERO and value == 0):
             continue
-        if type(value) is not kind or (kind is not bool and not 0 < value < float("inf")):
-            errors.add(field.name, "true or false" if kind is bool else f"a positive {kind.__name__}", repr(value))
+        if type(value) is not expected_type or (expected_type is not bool and not 0 < value < float("inf")):
+            errors.add(
+                field.name,
+                "true or false" if expected_type is bool else f"a positive {expected_type.__name__}",
+                repr(value),
+            )
 
 
 def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> None:
@@ -186,22 +192,22 @@ def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> 
 
 
 def parse_carried(config: Mapping) -> dict[str, object]:
-    """The keys of a config that are neither sizes nor said anew by whoever writes: token ids and the like."""
+    """Returns the keys of a config that conversions copy unchanged: token ids and the like."""
     arch = find_architecture(config, CONFIG)
     stated = {*arch.hf_fields, *arch.required_hf_values, *NOT_CARRIED}
     return {key: value for key, value in config.items() if key not in stated}
 
 
 def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype: torch.dtype) -> dict:
-    """A config.json that transformers 5 and its forerunners read to the same numbers.
+    """Builds a config.json from which transformers 5 and earlier versions compute the same numbers.
 
-    Raises CheckpointError where the family's config cannot say what the sizes say.
+    Raises CheckpointError if the family's config cannot express the sizes.
     """
     arch = architectures.get(model_config.arch)
-    errors = ErrorCollector(f"a {model_config.model_type} config cannot express this network", CheckpointError)
+    errors = ErrorCollector(f"a {model_config.model_type} config cannot express this model", CheckpointError)
     for name, value in arch.implied_sizes.get(model_config.model_type, {}).items():
         if getattr(model_config, name) != value:
-            errors.add(name, repr(value), repr(getattr(model_config, name)), "Another model_type may.")
+            errors.add(name, repr(value), repr(getattr(model_config, name)), "Another model_type may express it.")
     arch.check(model_config, errors)
     errors.raise_if_any()
     name = str(dtype).removeprefix("torch.")
@@ -209,9 +215,9 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     if arch.task is Task.LABEL:
         config |= {**carried, **_label_names(carried, model_config.vocab_size)}
     else:
-        # Token ids that nobody knows are null: left out, they would be the family's.
+        # Unknown token ids are written as null: left out, they would be the family's defaults.
         config |= {**dict.fromkeys(TOKEN_IDS), **carried}
-    # A copy: transformers writes into the scaling that it is given.
+    # A copy: transformers modifies the scaling that it is given.
     sizes = model_config.to_json()
     config |= {key: sizes[field] for key, field in arch.hf_fields.items()}
     config |= arch.required_hf_values
@@ -227,7 +233,7 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
 
 
 def explain_transformers_refusal(model_config: ModelConfig) -> str:
-    """Why transformers would not load a config that says these sizes; "" where it would."""
+    """Explains why transformers refuses a config of these sizes; "" if it loads it."""
     if model_config.model_type not in HEADS_DIVIDE or model_config.hidden_size % model_config.num_heads == 0:
         return ""
     expected = (
@@ -238,7 +244,7 @@ def explain_transformers_refusal(model_config: ModelConfig) -> str:
 
 
 def _label_names(carried: Mapping[str, object], count: int) -> dict[str, dict]:
-    """The labels' names; those that have none are named as transformers names them."""
+    """Returns the names of the labels; unnamed ones get transformers' default names."""
     stated = carried.get("id2label")
     stated = stated.items() if isinstance(stated, dict) else ()
     known = {int(number): name for number, name in stated if str(number).isdecimal()}

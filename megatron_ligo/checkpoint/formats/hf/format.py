@@ -25,7 +25,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 class HfReader(Reader):
-    """Canonical tensors as views of mapped files."""
+    """Reads canonical tensors as views of mapped files."""
 
     format = NAME
 
@@ -37,51 +37,53 @@ class HfReader(Reader):
         self.files = model_record.find_carried_files(folder)
         self._shards = open_shards(folder)
         self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, self._shards.names())
-        stored, self._places = self._check()
+        stored, self._stored_names = self._check()
         self._items = {key: item for item in stored.values() for key in item.keys}
 
     def info(self, key: str) -> TensorInfo:
-        dtype = self._shards.dtype(self._places[self._items[key].name].name)
+        dtype = self._shards.dtype(self._stored_names[self._items[key].name].name)
         return TensorInfo(self.param(key).shape(self.model_config), dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
         item = self._items[key]
-        place = self._places[item.name]
-        tensor = self._shards.tensor(place.name)
-        for double in place.duplicates:
-            if not torch.equal(tensor, self._shards.tensor(double)):
-                what = "Is tie_word_embeddings true by mistake?"
-                raise CheckpointError(Problem(f"{self.path}: {double}", f"the bits of {place.name}", "others", what))
-        self._places[item.name] = tensor_names.StoredName(place.name)
+        stored = self._stored_names[item.name]
+        tensor = self._shards.tensor(stored.name)
+        for duplicate in stored.duplicates:
+            if not torch.equal(tensor, self._shards.tensor(duplicate)):
+                hint = "Is tie_word_embeddings true by mistake?"
+                where = f"{self.path}: {duplicate}"
+                raise CheckpointError(Problem(where, f"the bits of {stored.name}", "other bits", hint))
+        # Compared once.
+        self._stored_names[item.name] = tensor_names.StoredName(stored.name)
         return item.extract(tensor, key, self.model_config)
 
     def close(self) -> None:
         self._shards.close()
 
     def _check(self) -> tuple[dict[str, fused_tensors.StoredTensor], dict[str, tensor_names.StoredName]]:
-        """Every expected tensor with its shape and dtype, and nothing else. Tied heads may be stored beside."""
+        """Checks that every expected tensor has its shape and dtype. Allows no others but copies of tied ones."""
         found = self._shards.names()
         errors = ErrorCollector(f"{self.path} does not hold the model of its config.json", CheckpointError)
         errors.problems += self._shards.errors
         if self.model_config.num_layers > len(found):
-            # A lying config must not make us list a million layers.
+            # Bounds the work that a false num_layers can cause.
             errors.add("num_layers", f"no more than the {len(found)} tensors found", self.model_config.num_layers)
             errors.raise_if_any(self._shards.weights)
         stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
-        places = tensor_names.locate_tensors(self.arch, self.model_config, found)
+        locations = tensor_names.locate_tensors(self.arch, self.model_config, found)
         expected = {
             name: item.shape(self.model_config)
             for item in stored.values()
-            for name in (places[item.name].name, *places[item.name].duplicates)
+            for name in (locations[item.name].name, *locations[item.name].duplicates)
         }
         self._shards.check(expected, self.arch.ignored_names.get(NAME, ()), errors)
         errors.raise_if_any(self._shards.weights)
-        return stored, places
+        return stored, locations
 
 
 def _split_shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in order, cut where a shard would grow beyond the limit; a tensor larger than it has its own."""
+    """Splits names, in order, into shards of at most `limit` bytes; a larger tensor has a shard of its own."""
     shard, filled = [], 0
     for name, size in sizes.items():
         if shard and filled + size > limit:
@@ -110,7 +112,7 @@ class HfFormat(Format):
         return HfReader(path.parent if path.is_file() else path)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
-        """Shards (a tensor that is larger than one has its own), their index where there are several, the config."""
+        """Writes the config, the shards, and their index if there are several."""
         stored = fused_tensors.stored_tensors(source.arch, source.model_config, NAME)
         tensors = {name: lazy_tensor(source, item) for name, item in stored.items()}
         dtypes = [tensor.dtype for tensor in tensors.values()]

@@ -22,11 +22,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class SafetensorsShards:
-    """Open files and which of them holds each tensor. `faults`: what was wrong with the files themselves."""
+    """Open files, and the file of each tensor. errors: problems of the files themselves."""
 
     def __init__(self, files: Sequence[Path]):
         self.errors: list[str] = []
-        self._place: dict[str, Path] = {}
+        self._files: dict[str, Path] = {}
         self._open = {}
         self._views: dict[str, Tensor] = {}
         for file in files:
@@ -39,57 +39,58 @@ class SafetensorsShards:
         try:
             opened = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            self.errors.append(Problem(str(file), "a whole safetensors file", f"{error}", "Fetch it again."))
+            self.errors.append(Problem(str(file), "a whole safetensors file", f"{error}", "Download it again."))
             return
         self._open[file] = opened
         for name in _duplicate_names(file):
             self.errors.append(Problem(f"{name} ({file.name})", "one tensor of that name", "two"))
         for name in opened.keys():  # noqa: SIM118 - no dict
-            if name in self._place:
-                both = f"{self._place[name].name} and {file.name}"
+            if name in self._files:
+                both = f"{self._files[name].name} and {file.name}"
                 self.errors.append(Problem(name, "one tensor of that name", f"two, in {both}"))
-            self._place[name] = file
+            self._files[name] = file
 
     def names(self) -> set[str]:
-        return set(self._place)
+        return set(self._files)
 
     def file(self, name: str) -> Path:
-        return self._place[name]
+        return self._files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open[self._place[name]].get_slice(name).get_shape())
+        return tuple(self._open[self._files[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """None for integers, booleans and the 8-bit kinds: no weights."""
+        """Returns a tensor's dtype; None for integers, booleans and 8-bit types, which are not weights."""
         return DTYPES.get(self._stored_dtype(name))
 
     def _stored_dtype(self, name: str) -> str:
-        return self._open[self._place[name]].get_slice(name).get_dtype()
+        return self._open[self._files[name]].get_slice(name).get_dtype()
 
     def tensor(self, name: str) -> Tensor:
-        # Depth maps read each layer's tensors once for every large layer; new views took a tenth of a growth.
+        """Returns a tensor in its stored shape and dtype, as a view of the mapped file."""
+        # Depth maps read each layer's tensors once for every large layer; new views took a tenth of the time.
         if name not in self._views:
-            self._views[name] = self._open[self._place[name]].get_tensor(name)
+            self._views[name] = self._open[self._files[name]].get_tensor(name)
         return self._views[name]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of floating-point numbers with its name."""
-        return ((name, self.tensor(name)) for name in sorted(self._place) if self.dtype(name) is not None)
+        """Yields the name and tensor of each floating-point tensor, in its stored shape."""
+        return ((name, self.tensor(name)) for name in sorted(self._files) if self.dtype(name) is not None)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str], errors: ErrorCollector) -> None:
-        """Adds a fault for each missing, misshaped, mistyped and unexpected tensor."""
+        """Adds an error for each missing or unexpected tensor, and each one of a wrong shape or dtype."""
         for name, shape in expected.items():
-            if name not in self._place:
+            if name not in self._files:
                 errors.add(name, f"a tensor of shape {shape}", "nothing")
                 continue
-            where = f"{name} ({self._place[name].name})"
+            where = f"{name} ({self._files[name].name})"
             if self.shape(name) != shape:
                 errors.add(where, f"shape {shape}", self.shape(name))
             if self.dtype(name) is None:
                 errors.add(where, f"one of {', '.join(DTYPES)}", self._stored_dtype(name))
         for name in sorted(self.names() - set(expected)):
             if not any(fnmatchcase(name, pattern) for pattern in ignored):
-                errors.add(f"{name} ({self._place[name].name})", "no such tensor", "one")
+                errors.add(f"{name} ({self._files[name].name})", "no such tensor", "one")
 
     def close(self) -> None:
         self._open.clear()
@@ -97,24 +98,24 @@ class SafetensorsShards:
 
 
 def _duplicate_names(file: Path) -> list[str]:
-    """Names that a (valid) header has twice: the library takes the last and says nothing."""
-    doubled = []
+    """Returns names that occur twice in a valid header: the library silently takes the last."""
+    duplicates = []
 
-    def look(pairs: list[tuple[str, object]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def collect(pairs: list[tuple[str, object]]) -> dict:
+        table = dict(pairs)
+        if len(table) < len(pairs):
             names = [name for name, _ in pairs]
-            doubled.extend(sorted({name for name in names if names.count(name) > 1}))
-        return found
+            duplicates.extend(sorted({name for name in names if names.count(name) > 1}))
+        return table
 
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
-        parse_json(opened.read(size), look)
-    return doubled
+        parse_json(opened.read(size), collect)
+    return duplicates
 
 
 def open_shards(folder: Path) -> SafetensorsShards:
-    """The files that hold a folder's weights, opened. Raises CheckpointError if they cannot be told."""
+    """Opens the files of a folder's weights. Raises CheckpointError if it is unclear which these are."""
     single, index = folder / SINGLE, folder / INDEX
     shards = {file.name for file in folder.glob(SHARD)}
     if single.exists() and (index.exists() or shards):
@@ -130,34 +131,33 @@ def open_shards(folder: Path) -> SafetensorsShards:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = read_json(index)["weight_map"]
+        weight_map = read_json(index)["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(Problem(f"{index}", "an index with a weight_map", f"{error!r}")) from None
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(Problem(f"{index}", "names of tensors with names of files", "something else"))
-    return found
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(Problem(f"{index}: weight_map", "file names by tensor name", "other values"))
+    return weight_map
 
 
-def _open_indexed(folder: Path, weight_map: Mapping[str, str], beside: set[str]) -> SafetensorsShards:
+def _open_indexed(folder: Path, weight_map: Mapping[str, str], present: set[str]) -> SafetensorsShards:
     names = sorted(set(weight_map.values()))
     for name in names:
         _check_inside(folder, name)
     missing = [name for name in names if not (folder / name).is_file()]
     shards = SafetensorsShards([folder / name for name in names if name not in missing])
     for name in missing:
-        shards.errors.append(Problem(f"{name}", f"a file, as {INDEX} says", "nothing"))
-    for name in sorted(beside - set(names)):
-        shards.errors.append(Problem(f"{name}", f"no shard that {INDEX} does not know", "one"))
+        shards.errors.append(Problem(f"{name}", f"a file, which {INDEX} lists", "nothing"))
+    for name in sorted(present - set(names)):
+        shards.errors.append(Problem(f"{name}", f"only shards that {INDEX} lists", "another one"))
     for name, file in weight_map.items():
         if name in shards.names() and shards.file(name).name != file:
-            found = f"it in {shards.file(name).name}"
-            shards.errors.append(Problem(name, f"the tensor in {file}, as {INDEX} says", found))
+            shards.errors.append(Problem(name, f"a tensor in {file}, which {INDEX} lists", shards.file(name).name))
     return shards
 
 
 def _check_inside(folder: Path, name: str) -> None:
-    """A name may not lead out of the folder; in a Hugging Face cache it leads to the blobs beside the snapshots."""
+    """Refuses a file outside of the folder, or in a Hugging Face cache outside of the blobs beside the snapshots."""
     plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
     if not plain or (folder / name).resolve().parent not in symlinks.allowed_roots(folder):
-        hint = "It leads out of the folder; it is not followed."
+        hint = "The link leads out of the folder and is not followed."
         raise CheckpointError(Problem(f"{folder}: {name!r}", "a file of this folder", "another place", hint))

@@ -1,7 +1,7 @@
-"""Under which names a Hugging Face file holds what the table names: with or without the base's prefix, or old endings.
+"""Finds a table's tensors in Hugging Face files: with or without the base model's prefix, or under older names.
 
-Which optional parts a model has is told by the tensors, not by the class that its config names: files often hold more
-than that class, or less.
+The tensors, not the class named in the config, decide which optional parts a model has: files often hold more parts
+than that class, or fewer.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ class StoredName:
 
 
 def detect_optional_parts(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> ModelConfig:
-    """The sizes with the optional parts of which a tensor is found. What has no tensor of its own stays as it is."""
+    """Returns the config with the optional parts that have tensors in the file; parts without tensors stay unchanged"""
     for part in arch.optional_parts(model_config.model_type):
-        having = replace(model_config, **{part: True})
-        params = [param for param in arch.params if param.requires == part and param.is_stored(having)]
+        with_part = replace(model_config, **{part: True})
+        params = [param for param in arch.params if param.requires == part and param.is_stored(with_part)]
         if params:
-            there = any(name in found for param in params for name in _possible_names(arch, having, param.key))
-            model_config = replace(model_config, **{part: there})
+            is_present = any(name in found for param in params for name in _possible_names(arch, with_part, param.key))
+            model_config = replace(model_config, **{part: is_present})
     return model_config
 
 
 def locate_tensors(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> dict[str, StoredName]:
-    """Where each tensor that a model of these dims has (packing.stored) stands in a file that holds `found`."""
+    """Finds each stored tensor of a model in a file that holds the names `found`."""
     located = {}
     for item in fused_tensors.stored_tensors(arch, model_config, FORMAT).values():
-        own = [name for name in _possible_names(arch, model_config, item.keys[0]) if name in found]
-        tied = [name for name in _tied_names(arch, model_config, item.keys[0]) if name in found and name not in own]
-        first = own[0] if own else item.name
-        located[item.name] = StoredName(first, (*own[1:], *tied))
+        own_names = [name for name in _possible_names(arch, model_config, item.keys[0]) if name in found]
+        tied_names = [
+            name for name in _tied_names(arch, model_config, item.keys[0]) if name in found and name not in own_names
+        ]
+        first = own_names[0] if own_names else item.name
+        located[item.name] = StoredName(first, (*own_names[1:], *tied_names))
     return located
 
 
 def _possible_names(arch: Architecture, model_config: ModelConfig, key: str) -> list[str]:
-    """Every name under which a file may hold a key, today's first."""
+    """Returns every name that a file may use for a key, today's first."""
     names = [arch.stored_name(key, model_config, FORMAT), _fill_layer(arch.param(key).locations[FORMAT].name, key)]
     base = arch.base_prefixes.get(FORMAT, "")
     names += [name.removeprefix(base) for name in names] + [base + name for name in names]
