@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.checkpoint.bad_checkpoints import Builder, edit_json, register
+from tests.checkpoint.bad_checkpoints import Builder, edit_json, exactly, problem, register
 from tests.checkpoint.bad_checkpoints.universal import Evil
 
 FIRST, SECOND = "consolidated.00.pth", "consolidated.01.pth"
@@ -15,7 +15,7 @@ fairscale: dict[str, Builder] = {}
 
 
 def edit(folder: Path, file: str = SECOND, **changes) -> None:
-    """Tensors put in, or (None) taken out."""
+    """Replaces or adds tensors; None removes one."""
     state = torch.load(folder / file) | changes
     torch.save({name: value for name, value in state.items() if value is not None}, folder / file)
 
@@ -23,132 +23,137 @@ def edit(folder: Path, file: str = SECOND, **changes) -> None:
 @register(fairscale)
 def a_tensor_is_missing_on_one_rank(folder):
     edit(folder, **{GATE: None})
-    return GATE, SECOND, "nothing"
+    return problem(f"{GATE} ({SECOND})", found="nothing")
 
 
 @register(fairscale)
 def a_tensor_too_many(folder):
     edit(folder, FIRST, **{"layers.9.attention.wq.weight": torch.ones(3)})
-    return "layers.9.attention.wq.weight", FIRST, "no such tensor"
+    return problem(f"layers.9.attention.wq.weight ({FIRST})", "no such tensor")
 
 
 @register(fairscale)
 def a_tensor_of_another_shape(folder):
     edit(folder, **{GATE: torch.ones(25, 48)})
-    return GATE, "(26, 48)", "(25, 48)"
+    return problem(GATE, "(26, 48)", "(25, 48)")
 
 
 @register(fairscale)
 def a_tensor_of_another_dtype(folder):
     edit(folder, **{GATE: torch.ones(26, 48, dtype=torch.float16)})
-    return GATE, "torch.float16"
+    return problem(GATE, found="torch.float16")
 
 
 @register(fairscale)
 def a_tensor_of_integers(folder):
     edit(folder, **{GATE: torch.ones(26, 48, dtype=torch.int8)})
-    return GATE, "torch.int8"
+    return problem(GATE, found="torch.int8")
 
 
 @register(fairscale)
 def a_sparse_tensor(folder):
     edit(folder, **{GATE: torch.eye(26, 48).to_sparse()})
-    return GATE, "sparse"
+    return problem(GATE, found="sparse")
 
 
 @register(fairscale)
 def a_number_for_a_tensor(folder):
     edit(folder, **{GATE: 3})
-    return GATE, "int"
+    return problem(GATE, found="int")
 
 
 @register(fairscale)
 def a_norm_that_differs_between_ranks(folder):
     edit(folder, **{"layers.1.ffn_norm.weight": torch.ones(48)})
-    return "layers.1.norm2", "layers.1.ffn_norm.weight", "other bits on rank 1"
+    return problem("layers.1.ffn_norm.weight", found="rank 1")
 
 
 @register(fairscale)
 def an_embedding_cut_in_two_ways(folder):
     edit(folder, **{"tok_embeddings.weight": torch.ones(38, 24)})
-    return "tok_embeddings.weight", "(38, 24)"
+    return problem("tok_embeddings.weight", found="(38, 24)")
 
 
 @register(fairscale)
 def an_output_that_is_not_the_embedding(folder):
     edit(folder, **{"output.weight": torch.ones(19, 48)})
-    return "output.weight, rank 1", "tok_embeddings.weight"
+    return problem("output.weight, rank 1", "tok_embeddings.weight")
 
 
 @register(fairscale)
 def a_rank_is_missing(folder):
     (folder / SECOND).rename(folder / "consolidated.02.pth")
-    return "consolidated.02.pth", "without a gap"
+    return problem(expected=FIRST, found="consolidated.02.pth")
 
 
 @register(fairscale)
 def a_rank_too_many(folder):
     (folder / "consolidated.02.pth").write_bytes((folder / SECOND).read_bytes())
-    return "tp = 3", "num_kv_heads"
+    return problem("tp = 3", "num_kv_heads")
 
 
 @register(fairscale)
 def a_file_cut_off(folder):
     path = folder / SECOND
     path.write_bytes(path.read_bytes()[:-300])
-    return (SECOND,)
+    return problem(SECOND)
 
 
 @register(fairscale)
 def a_file_that_runs_code(folder):
     torch.save({"norm.weight": Evil()}, folder / SECOND)
-    return SECOND, "could run code"
+    return problem(SECOND, "tensors and plain values", "Evil")
 
 
 @register(fairscale)
 def no_dict(folder):
     torch.save([torch.ones(3)], folder / SECOND)
-    return SECOND, "list"
+    return problem(SECOND, found="list")
 
 
 @register(fairscale)
 def a_million_layers(folder):
     (folder / "dims.json").unlink()
     edit_json(folder / "params.json", n_layers=1_000_000)
-    return "n_layers", "1000000"
+    return problem("n_layers", found="1000000")
 
 
 @register(fairscale)
 def params_of_another_network(folder):
     edit_json(folder / "params.json", moe={"num_experts": 8})
-    return "moe", "something else"
+    return ("'moe'",)
 
 
 @register(fairscale)
 def params_of_no_numbers(folder):
     edit_json(folder / "params.json", dim="48", norm_eps=float("nan"), use_scaled_rope=1, vocab_size=2.5)
-    return "dim", "'48'", "norm_eps", "use_scaled_rope", "vocab_size", "4 problems"
+    return exactly(
+        problem("dim", found="'48'"),
+        problem("norm_eps", found="nan"),
+        problem("use_scaled_rope"),
+        problem("vocab_size"),
+    )
 
 
 @register(fairscale)
 def params_that_contradict_the_sizes(folder):
     edit_json(folder / "params.json", norm_eps=1e-6, n_kv_heads=3)
-    return "norm_eps", "n_kv_heads", "as the sizes beside it say"
+    return problem("params.json: norm_eps", found="1e-06") + problem("params.json: n_kv_heads", found="3")
 
 
 @register(fairscale)
 def params_of_another_vocabulary(folder):
     edit_json(folder / "params.json", vocab_size=64)
-    return "vocab_size", "-1 or 38", "64"
+    return problem("vocab_size", "-1 or 38", "64")
 
 
 @register(fairscale)
-def no_word_of_the_context(folder):
+def unknown_context_length(folder):
     (folder / "dims.json").unlink()
-    return "max_seq_len", "config.json"
+    return problem("params.json", found="max_seq_len")
 
 
 @register(fairscale)
 def heads_that_do_not_divide(folder):
     edit_json(folder / "params.json", n_heads=5)
-    return "n_heads = 5", "48"
+    return problem("dim", "n_heads = 5", "48")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.bad_checkpoints import Builder, register
+from tests.checkpoint.bad_checkpoints import Builder, problem, register
 
 MODEL, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 single: dict[str, Builder] = {}
@@ -31,34 +31,34 @@ def put_header(path: Path, header: dict | bytes, rest: bytes, size: int | None =
 def cut_off(folder):
     path = folder / MODEL
     path.write_bytes(path.read_bytes()[:-1])
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
 def cut_off_in_the_header(folder):
     path = folder / MODEL
     path.write_bytes(path.read_bytes()[:100])
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
 def empty(folder):
     (folder / MODEL).write_bytes(b"")
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
 def longer_than_its_header_says(folder):
     with (folder / MODEL).open("ab") as file:
         file.write(b"more")
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
 def a_header_longer_than_the_file(folder):
     header, rest = header_of(folder / MODEL)
     put_header(folder / MODEL, header, rest, size=1 << 62)
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
@@ -66,7 +66,7 @@ def a_header_that_overlaps(folder):
     header, rest = header_of(folder / MODEL)
     header["lm_head.weight"]["data_offsets"] = header["model.embed_tokens.weight"]["data_offsets"]
     put_header(folder / MODEL, header, rest)
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
@@ -75,7 +75,7 @@ def a_header_beyond_the_end(folder):
     start, end = header["lm_head.weight"]["data_offsets"]
     header["lm_head.weight"]["data_offsets"] = [start + len(rest), end + len(rest)]
     put_header(folder / MODEL, header, rest)
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
@@ -84,7 +84,7 @@ def a_header_with_one_name_twice(folder):
     entry = json.dumps(header["lm_head.weight"])
     text = json.dumps(header)[:-1] + f', "lm_head.weight": {entry}' + "}"
     put_header(folder / MODEL, text.encode(), rest)
-    return (MODEL,)
+    return problem(MODEL)
 
 
 @register(single)
@@ -92,13 +92,13 @@ def a_link_out_of_the_folder(folder):
     path = folder / MODEL
     path.rename(folder.parent / "elsewhere.safetensors")
     path.symlink_to("../elsewhere.safetensors")
-    return MODEL, "links that lead out"
+    return problem(MODEL, found="elsewhere.safetensors")
 
 
 @register(single)
 def one_file_and_an_index(folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": {}}))
-    return MODEL, INDEX
+    return problem(found=f"{MODEL}, {INDEX}")
 
 
 def edit_index(folder: Path, change: Callable[[dict], object]) -> None:
@@ -115,13 +115,13 @@ def first_shard(folder: Path) -> Path:
 def a_shard_is_missing(folder):
     shard = first_shard(folder)
     shard.unlink()
-    return shard.name, "model.embed_tokens.weight"
+    return problem(shard.name, INDEX) + problem("model.embed_tokens.weight")
 
 
 @register(sharded)
-def a_shard_that_nobody_knows(folder):
+def a_shard_that_the_index_does_not_list(folder):
     (folder / "model-00099-of-00099.safetensors").write_bytes(first_shard(folder).read_bytes())
-    return "model-00099-of-00099.safetensors", "index"
+    return problem("model-00099-of-00099.safetensors", INDEX)
 
 
 @register(sharded)
@@ -129,47 +129,47 @@ def one_tensor_in_two_shards(folder):
     shards = sorted(folder.glob("model-*.safetensors"))
     state = {**load_file(shards[1]), "model.embed_tokens.weight": load_file(shards[0])["model.embed_tokens.weight"]}
     save_file(state, shards[1], {"format": "pt"})
-    return "model.embed_tokens.weight", shards[0].name, shards[1].name
+    return problem("model.embed_tokens.weight", found=f"{shards[0].name} and {shards[1].name}")
 
 
 @register(sharded)
 def a_tensor_in_another_shard_than_the_index_says(folder):
     last = sorted(folder.glob("model-*.safetensors"))[-1]
-    edit_index(folder, lambda places: places.update({"model.embed_tokens.weight": last.name}))
-    return "model.embed_tokens.weight", last.name
+    edit_index(folder, lambda weight_map: weight_map.update({"model.embed_tokens.weight": last.name}))
+    return problem("model.embed_tokens.weight", last.name)
 
 
 @register(sharded)
 def an_index_out_of_the_folder(folder):
-    edit_index(folder, lambda places: places.update({"lm_head.weight": "../a/model.safetensors"}))
-    return "../a/model.safetensors", "leads out"
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "../a/model.safetensors"}))
+    return problem("../a/model.safetensors")
 
 
 @register(sharded)
 def an_index_to_the_root(folder):
-    edit_index(folder, lambda places: places.update({"lm_head.weight": "/etc/passwd"}))
-    return "/etc/passwd", "leads out"
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "/etc/passwd"}))
+    return problem("/etc/passwd")
 
 
 @register(sharded)
 def an_index_to_the_folder_itself(folder):
-    edit_index(folder, lambda places: places.update({"lm_head.weight": "."}))
-    return ("leads out",)
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "."}))
+    return problem(": '.'")
 
 
 @register(sharded)
 def an_index_of_numbers(folder):
-    edit_index(folder, lambda places: places.update({"lm_head.weight": 3}))
-    return (INDEX,)
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": 3}))
+    return problem(INDEX)
 
 
 @register(sharded)
 def an_index_without_its_map(folder):
     (folder / INDEX).write_text("{}")
-    return INDEX, "weight_map"
+    return problem(INDEX, "weight_map")
 
 
 @register(sharded)
 def no_index(folder):
     (folder / INDEX).unlink()
-    return (INDEX,)
+    return problem(expected=INDEX)

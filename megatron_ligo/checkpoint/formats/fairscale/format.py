@@ -1,14 +1,15 @@
-"""Meta's Llama releases: one file of tensors for each rank of fairscale's model parallelism, MP in all.
+"""Meta's Llama releases: one file of tensors for each of the MP ranks of fairscale's model parallelism.
 
     consolidated.00.pth, .01.pth, ...   a flat dict each; linears cut by column or row, norms on every rank
-    params.json                         sizes (fairscale_params.py)
-    tokenizer.model                     carried along, from the folder above where this one has none
-    dims.json, manifest.json            ours, or a Hugging Face config.json: what params.json cannot say
+    params.json                         sizes (params_json.py)
+    tokenizer.model                     copied, from the folder above if this one has none
+    dims.json, manifest.json            ours, or a Hugging Face config.json: for sizes that params.json lacks
 
 The embedding is cut along its features by Llama 1 and 2 (ParallelEmbedding) and along the vocabulary by Llama 3
-(VocabParallelEmbedding). Rotary pairs are neighbours in wq and wk. There is no tying: `output` of a tied model is
-written as a copy of the embedding (its code has a parameter for it), and held against it when read. A vocabulary that
-MP does not divide is padded with zero rows. With fewer KV heads than ranks, each rank has a copy of one (read only).
+(VocabParallelEmbedding). Rotary pairs are interleaved in wq and wk. Tied models have no tied tensors here:
+`output` is written as a copy of the embedding, since Meta's code has a parameter for it, and compared with it when
+read. A vocabulary that MP does not divide is padded with zero rows. With fewer KV heads than ranks, each rank has a
+copy of one head (read only).
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ VOCABULARY, FEATURES = "vocabulary", "features"
 FILE = "consolidated.{:02d}.pth"
 FILES = re.compile(r"consolidated\.(\d+)\.pth")
 EMBEDDING, OUTPUT, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
-# Computed anew by whoever loads it.
+# Recomputed by every loader.
 NO_WEIGHTS = ("rope.freqs",)
 
 
 class FairscaleReader(Reader):
-    """Canonical tensors joined from the ranks' pieces, which are mapped."""
+    """Reads canonical tensors, joined from the ranks' mapped shards."""
 
     format = NAME
 
@@ -61,9 +62,9 @@ class FairscaleReader(Reader):
         self.layout = {"tp": len(self._ranks)}
         self._folder = tempfile.TemporaryDirectory()
         self.files = tokenizer_model.collect_files(folder, Path(self._folder.name))
-        found = model_record.find_record(folder)
-        if found:
-            self.model_config, self.carried = found
+        record = model_record.find_record(folder)
+        if record:
+            self.model_config, self.carried = record
         else:
             self.model_config = self._sizes(params)
             self.carried = tokenizer_model.read_token_ids(self.files)
@@ -82,32 +83,33 @@ class FairscaleReader(Reader):
             pieces = [tp_shards.check_replicas(pieces[at : at + copies], where, at) for at in starts]
         whole = tp_shards.join_shards(item, key, pieces, self._stored, self.model_config, str(self.path))
         if item.name == EMBEDDING and self.model_config.tied and OUTPUT in self._ranks[0]:
-            self._check_double(whole)
+            self._check_output(whole)
         return whole
 
-    def _found(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for number, rank in enumerate(self._ranks):
             for name, tensor in rank.items():
                 yield f"{name} ({FILE.format(number)})", tensor
 
     def _copies(self, item: StoredTensor) -> int:
-        """How many ranks hold one KV head."""
+        """Returns how many ranks hold a copy of one KV head."""
         kv = item.params[0].axes[0].heads is Heads.KV
         return max(len(self._ranks) // self.model_config.num_kv_heads, 1) if kv else 1
 
-    def _check_double(self, embedding: Tensor) -> None:
+    def _check_output(self, embedding: Tensor) -> None:
+        """Compares a tied model's output with its embedding (vocab, hidden)."""
         at = 0
         for rank, piece in enumerate(rank[OUTPUT] for rank in self._ranks):
             part = embedding[at : at + len(piece)]
             if not digest.same_bits(part, piece[: len(part)]):
                 where = f"{self.path}: {OUTPUT}, rank {rank}"
                 raise CheckpointError(
-                    Problem(where, f"the bits of {EMBEDDING}", "others", "Is `tied` true by mistake?")
+                    Problem(where, f"the bits of {EMBEDDING}", "other bits", "Is `tied` true by mistake?")
                 )
             at += len(piece)
 
     def _sizes(self, params: Mapping) -> ModelConfig:
-        """From params.json, and what it lacks from the tensors."""
+        """Returns the sizes in params.json, and those that it lacks from the tensors' shapes."""
         errors = ErrorCollector(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
         first, tp = self._ranks[0], len(self._ranks)
         for name in (EMBEDDING, GATE, *([OUTPUT] if OUTPUT in first else [])):
@@ -123,7 +125,7 @@ class FairscaleReader(Reader):
         )
 
     def _check(self, params: Mapping) -> None:
-        """Sizes that agree and can be shared by the ranks; then every piece, in every file, and nothing else."""
+        """Checks that sizes agree, that the ranks can share them, and that each file has its tensors and no others."""
         tp = len(self._ranks)
         errors = ErrorCollector(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
         params_json.check_parameters(self.model_config, errors)
@@ -131,7 +133,7 @@ class FairscaleReader(Reader):
         params_json.check_agreement(params, self.model_config, errors)
         shared = self.model_config
         if shared.num_kv_heads < tp and tp % shared.num_kv_heads == 0:
-            # Each rank has a copy of one: there is nothing to share.
+            # Each rank has a copy of one KV head: they are not split.
             shared = replace(shared, num_kv_heads=shared.num_heads)
         tensor_parallel.check_tp(shared, tp, errors)
         self._stored = tp_shards.pad_vocab_size(self.model_config, tp)
@@ -143,7 +145,7 @@ class FairscaleReader(Reader):
             del items[OUTPUT]
         for number, rank in enumerate(self._ranks):
             self._check_rank(FILE.format(number), rank, items, errors)
-        errors.raise_if_any(self._found)
+        errors.raise_if_any(self._tensors)
         self._items: dict[str, StoredTensor] = {}
         for item in items.values():
             for key in item.keys:
@@ -173,7 +175,7 @@ class FairscaleReader(Reader):
 def _check_layout(model_config: ModelConfig, options: WriteOptions, cut: str) -> None:
     errors = ErrorCollector("the format fairscale cannot be written so", ConfigError)
     if options.pp != 1:
-        errors.add("pp", "1: it has no pipeline parallelism", options.pp)
+        errors.add("pp", "1: the format has no pipeline parallelism", options.pp)
     tensor_parallel.check_tp(model_config, options.tp, errors)
     if cut == FEATURES and model_config.hidden_size % options.tp:
         errors.add(
@@ -183,7 +185,7 @@ def _check_layout(model_config: ModelConfig, options: WriteOptions, cut: str) ->
 
 
 def _stored_tensors(model_config: ModelConfig, cut: str) -> dict[str, StoredTensor]:
-    """What each rank's file holds: the table's tensors, the embedding as it is cut, and a tied model's output."""
+    """Returns the tensors of a rank's file: the table's, the embedding cut along `cut`, and a tied model's output."""
     arch = architectures.get(model_config.arch)
     items = fused_tensors.stored_tensors(arch, model_config, NAME)
     if cut == FEATURES:
@@ -197,11 +199,11 @@ def _stored_tensors(model_config: ModelConfig, cut: str) -> dict[str, StoredTens
 
 
 def _load_ranks(folder: Path) -> list[dict[str, Tensor]]:
-    """Each rank's tensors, mapped. Raises CheckpointError if a rank's file is missing or holds anything else."""
-    numbers = sorted(int(found[1]) for file in folder.iterdir() if (found := FILES.fullmatch(file.name)))
+    """Maps each rank's tensors. Raises CheckpointError if a rank's file is missing or holds anything else."""
+    numbers = sorted(int(match[1]) for file in folder.iterdir() if (match := FILES.fullmatch(file.name)))
     if numbers != list(range(len(numbers))) or not numbers:
         found = ", ".join(FILE.format(number) for number in numbers) or "none"
-        raise CheckpointError(Problem(f"{folder}", f"{FILE.format(0)} and so on, without a gap", found))
+        raise CheckpointError(Problem(f"{folder}", f"{FILE.format(0)}, {FILE.format(1)}, ... without a gap", found))
     return [torch_files.load_tensors(folder / FILE.format(number)) for number in numbers]
 
 
@@ -227,7 +229,7 @@ class FairscaleFormat(Format):
         return FairscaleReader(path)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
-        """Every rank's file, filled side by side, and params.json."""
+        """Writes params.json and every rank's file, side by side."""
         model_config, tp = source.model_config, options.tp
         cut = self.parse_options(options.extra).embedding
         params_json.check_expressible(model_config)

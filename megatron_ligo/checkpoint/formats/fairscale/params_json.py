@@ -1,9 +1,9 @@
-"""params.json of Meta's Llama releases: the sizes that it states, and one that Meta's own code builds a model from.
+"""Reads params.json of Meta's Llama releases, and writes one from which Meta's code builds the same model.
 
-    dim, n_layers, n_heads, n_kv_heads, vocab_size (-1: ask the tokenizer), multiple_of, ffn_dim_multiplier, norm_eps,
+    dim, n_layers, n_heads, n_kv_heads, vocab_size (-1: the tokenizer's), multiple_of, ffn_dim_multiplier, norm_eps,
     rope_theta, use_scaled_rope
 
-The ffn size is not among them: Meta's code computes it from the others. Nor is the length of the context.
+It states neither the ffn size, which Meta's code computes from the others, nor the context length.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SIZES = ("dim", "n_layers", "n_heads")
 OPTIONAL = (
     "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "max_seq_len",
 )  # fmt: skip
-# Changes nothing in the network.
+# Without effect on the model.
 IGNORED = ("max_batch_size",)
-# What Llama 1 and 2, whose files do not state it, turn by.
+# The rope base of Llama 1 and 2, whose files do not state it.
 ROPE_BASE = 10000.0
-# Meta's code has these numbers in it.
+# Constants in Meta's code.
 LLAMA31_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -36,21 +36,21 @@ LLAMA31_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Tokens of context that Meta trained for, by rope_theta and use_scaled_rope: Llama 2, Llama 3, Llama 3.1 to 3.3.
+# Context length by rope_theta and use_scaled_rope: Llama 2, Llama 3, Llama 3.1 to 3.3.
 CONTEXTS = {(ROPE_BASE, False): 4096, (500000.0, False): 8192, (500000.0, True): 131072}
-# The largest multiple_of in a release.
+# The largest multiple_of in any release.
 COARSEST = 4096
 
 
 def load_params(path: Path) -> dict:
-    """The keys of a params.json, checked one by one."""
+    """Reads a params.json and checks every key. Raises CheckpointError with all problems."""
     params = config_json.load_config(path)
-    errors = ErrorCollector(f"{path} describes a network that this program cannot hold", CheckpointError)
+    errors = ErrorCollector(f"{path} describes a model that this program does not support", CheckpointError)
     known = (*SIZES, "norm_eps", *OPTIONAL, *IGNORED)
     for name in params:
         if name not in known:
             errors.add_message(
-                f"unknown key {name!r}: the network may compute something else. {did_you_mean(name, known)}"
+                f"unknown key {name!r}: the model may compute something else. {did_you_mean(name, known)}"
             )
     for name in (*SIZES, "n_kv_heads", "max_seq_len"):
         value = params.get(name)
@@ -71,7 +71,7 @@ def load_params(path: Path) -> dict:
 
 
 def parse_model_config(params: Mapping, ffn_size: int, vocab_size: int, tied: bool, where: str) -> ModelConfig:
-    """The sizes of a release that nothing but its params.json and its tensors state."""
+    """Returns the sizes of a release that has only params.json and tensors."""
     base, scaled = float(params.get("rope_theta") or ROPE_BASE), params.get("use_scaled_rope", False)
     try:
         return ModelConfig(
@@ -95,19 +95,19 @@ def parse_model_config(params: Mapping, ffn_size: int, vocab_size: int, tied: bo
 
 
 def _context_length(base: float, scaled: bool, where: str) -> int:
-    hint = "Put the model's Hugging Face config.json beside it, or add max_seq_len to it."
+    hint = "Put the model's Hugging Face config.json beside it, or add max_seq_len."
     if (base, scaled) not in CONTEXTS:
-        found = f"rope_theta {base:g}, use_scaled_rope {scaled}, and no max_seq_len"
-        raise CheckpointError(Problem(where, "what says how long the context is", found, hint))
+        stated = f"rope_theta {base:g}, use_scaled_rope {scaled}, no max_seq_len"
+        raise CheckpointError(Problem(where, "the context length", stated, hint))
     length = CONTEXTS[base, scaled]
-    log.warning("%s does not say how long the context is: taken as %d, as Meta trained for. %s", where, length, hint)
+    log.warning("%s does not state the context length: assuming %d, which Meta trained with. %s", where, length, hint)
     if scaled:
-        log.warning("%s: rotary positions scaled by 8, as Meta's code does (Llama 3.2's config.json says 32)", where)
+        log.warning("%s: rotary positions are scaled by 8, as in Meta's code (Llama 3.2's config.json says 32)", where)
     return length
 
 
 def check_agreement(params: Mapping, model_config: ModelConfig, errors: ErrorCollector) -> None:
-    """Adds a fault for everything in which a params.json and the sizes stated beside it differ."""
+    """Adds an error for each size in which a params.json and dims.json or config.json beside it differ."""
     stated = {
         "dim": (params["dim"], model_config.hidden_size),
         "n_layers": (params["n_layers"], model_config.num_layers),
@@ -117,13 +117,13 @@ def check_agreement(params: Mapping, model_config: ModelConfig, errors: ErrorCol
         "rope_theta": (params.get("rope_theta") or ROPE_BASE, model_config.rope_base),
         "use_scaled_rope": (params.get("use_scaled_rope", False), model_config.rope_scaling is not None),
     }
-    for name, (found, expected) in stated.items():
-        if found != expected:
-            errors.add(f"{PARAMS}: {name}", f"{expected}, as the sizes beside it say", found)
+    for name, (value, expected) in stated.items():
+        if value != expected:
+            errors.add(f"{PARAMS}: {name}", f"{expected}, as the sizes beside it say", value)
 
 
 def to_params_json(model_config: ModelConfig, vocab_size: int, plain: bool) -> dict:
-    """A params.json from which Meta's code builds the network. plain: without what the code of Llama 1 and 2 refuses.
+    """Builds a params.json from which Meta's code builds the model. plain: without keys that Llama 1 and 2's refuses.
 
     Raises CheckpointError with everything that the format cannot express.
     """
@@ -146,20 +146,18 @@ def to_params_json(model_config: ModelConfig, vocab_size: int, plain: bool) -> d
 
 
 def check_expressible(model_config: ModelConfig) -> None:
-    """Raises CheckpointError with everything about a network that Meta's Llama code would compute otherwise."""
-    errors = ErrorCollector("Meta's Llama format cannot express this network", CheckpointError)
+    """Raises CheckpointError with everything about a model that Meta's Llama code would compute differently."""
+    errors = ErrorCollector("Meta's Llama format cannot express this model", CheckpointError)
     check_parameters(model_config, errors)
     if model_config.sliding_window is not None:
         errors.add("sliding_window", "none", model_config.sliding_window)
     if model_config.rope_scaling is not None and dict(model_config.rope_scaling) != LLAMA31_SCALING:
-        errors.add(
-            "rope_scaling", f"none, or {LLAMA31_SCALING}, the one that Meta's code has", dict(model_config.rope_scaling)
-        )
+        errors.add("rope_scaling", f"none, or {LLAMA31_SCALING} as in Meta's code", dict(model_config.rope_scaling))
     errors.raise_if_any()
 
 
 def check_parameters(model_config: ModelConfig, errors: ErrorCollector) -> None:
-    """Adds a fault for parameters that the files have no place for."""
+    """Adds an error for parameters that the format has no tensors for."""
     table = architectures.get(model_config.arch)
     missing = [param.key for param in table.params if param.exists(model_config) and "fairscale" not in param.locations]
     if missing:
@@ -173,7 +171,7 @@ def check_parameters(model_config: ModelConfig, errors: ErrorCollector) -> None:
 
 
 def compute_ffn_size(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:
-    """The ffn size that Meta's code computes."""
+    """Returns the ffn size that Meta's code computes."""
     size = int(2 * (4 * hidden_size) / 3)
     if multiplier is not None:
         size = int(multiplier * size)
@@ -181,10 +179,10 @@ def compute_ffn_size(hidden_size: int, multiple_of: int, multiplier: float | Non
 
 
 def find_ffn_rule(hidden_size: int, ffn_size: int) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier (None: none) that give an ffn size: the shortest multiplier that does."""
-    coarse = [number for number in _powers_of_two() if ffn_size % number == 0]
+    """Finds a multiple_of and the shortest ffn_dim_multiplier (None: none) that give an ffn size."""
+    multiples = [number for number in _powers_of_two() if ffn_size % number == 0]
     for multiplier in (None, *_candidate_multipliers(hidden_size, ffn_size)):
-        for multiple_of in coarse:
+        for multiple_of in multiples:
             if compute_ffn_size(hidden_size, multiple_of, multiplier) == ffn_size:
                 return multiple_of, multiplier
     raise AssertionError(f"no rule gives an ffn of {ffn_size} at a hidden size of {hidden_size}")
@@ -200,6 +198,6 @@ def _powers_of_two() -> Iterator[int]:
 def _candidate_multipliers(hidden_size: int, ffn_size: int) -> Iterator[float]:
     plain = int(2 * (4 * hidden_size) / 3)
     for digits in range(1, 12):
-        # The middle of what is rounded down to the size.
+        # The middle of the range that rounds down to the size.
         yield round((ffn_size + 0.5) / plain, digits)
     yield (ffn_size + 0.5) / plain

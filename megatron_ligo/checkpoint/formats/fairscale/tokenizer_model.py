@@ -1,4 +1,4 @@
-"""The tokenizer.model of Meta's releases: a sentencepiece model (Llama 1 and 2), or a table of byte pairs (Llama 3)."""
+"""tokenizer.model of Meta's releases: a sentencepiece model (Llama 1 and 2) or a table of byte pairs (Llama 3)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from pathlib import Path
 from megatron_ligo.checkpoint import model_record
 
 MODEL, CONFIG = "tokenizer.model", "tokenizer_config.json"
-# Without this, transformers takes a sentencepiece model for one that puts no space before the first word.
+# Without these, transformers puts no space before the first word of a sentencepiece model.
 SETTINGS = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
 
 
-def collect_files(folder: Path, aside: Path) -> tuple[Path, ...]:
-    """What conversions carry along: what lies beside the weights, the tokenizer of the folder above (Llama 1 and 2
-    come with one for all sizes) if there is none, and, made in `aside`, what transformers asks for with sentencepiece.
+def collect_files(folder: Path, scratch: Path) -> tuple[Path, ...]:
+    """Returns the files that conversions copy: those beside the weights, and the tokenizer of the folder above if there
+    is none (Llama 1 and 2 share one for all sizes). Writes the settings that transformers needs with sentencepiece into
+    `scratch`.
     """
-    found = list(model_record.find_carried_files(folder))
+    carried = list(model_record.find_carried_files(folder))
     above = folder.absolute().parent / MODEL
     if not (folder / MODEL).is_file() and above.is_file():
-        found.append(above)
-    names = {file.name: file for file in found}
+        carried.append(above)
+    names = {file.name: file for file in carried}
     if MODEL in names and CONFIG not in names and _load_sentencepiece(names[MODEL]):
-        (aside / CONFIG).write_text(json.dumps(SETTINGS, indent=2) + "\n", encoding="utf-8")
-        found.append(aside / CONFIG)
-    return tuple(found)
+        (scratch / CONFIG).write_text(json.dumps(SETTINGS, indent=2) + "\n", encoding="utf-8")
+        carried.append(scratch / CONFIG)
+    return tuple(carried)
 
 
 def read_token_ids(files: tuple[Path, ...]) -> dict[str, int]:
-    """What a sentencepiece model among the files says of the special tokens, as Hugging Face configs call them."""
+    """Returns the special token ids of a sentencepiece model among the files, under Hugging Face's names."""
     model = next((_load_sentencepiece(file) for file in files if file.name == MODEL), None)
     if model is None:
         return {}
@@ -37,7 +38,7 @@ def read_token_ids(files: tuple[Path, ...]) -> dict[str, int]:
 
 
 def _load_sentencepiece(file: Path):
-    """The sentencepiece model in a file, or None."""
+    """Loads a sentencepiece model; None if the file is none."""
     from sentencepiece import SentencePieceProcessor
 
     try:

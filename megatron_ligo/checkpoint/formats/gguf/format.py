@@ -1,6 +1,6 @@
-"""GGUF files (llama.cpp's): plain and quantised tensors, with the tokenizer inside. Read only.
+"""GGUF files (llama.cpp): plain and quantised tensors and the tokenizer. Read only.
 
-Quantised tensors are read as fp32, as the gguf package dequantises them; F16 and BF16 stay what they are.
+Quantised tensors are read as fp32, dequantised by the gguf package; F16 and BF16 keep their dtype.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PLAIN = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-# llama.cpp stores rotary pairs as neighbours for this architecture only.
+# llama.cpp interleaves rotary pairs for this architecture only.
 INTERLEAVED = ("llama",)
 
 
 class GgufReader(Reader):
-    """Canonical tensors dequantised one at a time."""
+    """Reads canonical tensors, dequantised one at a time."""
 
     format = NAME
 
@@ -51,12 +51,12 @@ class GgufReader(Reader):
         self._data = np.memmap(path, mode="c")
         self._items = self._check()
         ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-        found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
-        self.carried = {name: value for name, value in found.items() if value is not None}
+        token_ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
+        self.carried = {name: value for name, value in token_ids.items() if value is not None}
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """The tokenizer inside as Hugging Face files, in a folder that lives as long as the reader."""
+        """The tokenizer as Hugging Face files, in a temporary folder that lives as long as the reader."""
         if "tokenizer.ggml.tokens" not in self._header.metadata:
             return ()
         self._folder = tempfile.TemporaryDirectory()
@@ -79,30 +79,30 @@ class GgufReader(Reader):
         rows = data.reshape(*block.shape[:-1], -1)
         return torch.from_numpy(gguf.dequantize(rows, block.type))
 
-    def _found(self) -> Iterator[tuple[str, Tensor]]:
+    def _readable_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, block in self._header.tensors.items():
             if block.type in PLAIN or _can_dequantise(block.type):
                 yield name, self._tensor(name)
 
     def _check(self) -> dict[str, fused_tensors.StoredTensor]:
-        """Every expected tensor with its shape, in a type that can be dequantised, and nothing else."""
+        """Checks that every expected tensor has its shape and a readable type, and that there are no others."""
         errors = ErrorCollector(f"{self.path} does not hold the model of its header", CheckpointError)
-        found = self._header.tensors
-        if self.model_config.num_layers > len(found):
-            errors.add("block_count", f"no more than the {len(found)} tensors found", self.model_config.num_layers)
+        blocks = self._header.tensors
+        if self.model_config.num_layers > len(blocks):
+            errors.add("block_count", f"no more than the {len(blocks)} tensors found", self.model_config.num_layers)
             errors.raise_if_any()
         stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
         for name, item in stored.items():
-            if name not in found:
+            if name not in blocks:
                 errors.add(name, f"a tensor of shape {item.shape(self.model_config)}", "nothing")
-            elif found[name].shape != item.shape(self.model_config):
-                errors.add(name, f"shape {item.shape(self.model_config)}", found[name].shape)
-        for name in sorted(set(found) - set(stored) - {FACTORS}):
+            elif blocks[name].shape != item.shape(self.model_config):
+                errors.add(name, f"shape {item.shape(self.model_config)}", blocks[name].shape)
+        for name in sorted(set(blocks) - set(stored) - {FACTORS}):
             errors.add(name, "no such tensor", "one")
-        for kind in sorted({block.type for block in found.values()} - set(PLAIN)):
+        for kind in sorted({block.type for block in blocks.values()} - set(PLAIN)):
             if not _can_dequantise(kind):
                 errors.add(kind.name, "a type that the gguf package dequantises", "another", "Requantise the file.")
-        errors.raise_if_any(self._found)
+        errors.raise_if_any(self._readable_tensors)
         if self._header.metadata["general.architecture"] not in INTERLEAVED:
             stored = {name: _without_interleaving(item) for name, item in stored.items()}
         return {key: item for item in stored.values() for key in item.keys}
@@ -128,7 +128,7 @@ def _find_architecture(metadata: dict, path: Path) -> Architecture:
     name = metadata.get("general.architecture")
     if name not in known:
         hint = did_you_mean(str(name), known)
-        raise CheckpointError(Problem(f"{path}: general.architecture", "a known one", repr(name), hint))
+        raise CheckpointError(Problem(f"{path}: general.architecture", "a known architecture", repr(name), hint))
     return known[name]
 
 
@@ -136,7 +136,7 @@ def _parse_model_config(header: GgufHeader, path: Path) -> ModelConfig:
     metadata = header.metadata
     arch = _find_architecture(metadata, path)
     family = metadata["general.architecture"]
-    errors = ErrorCollector(f"{path} describes a network that this program cannot hold", CheckpointError)
+    errors = ErrorCollector(f"{path} describes a model that this program does not support", CheckpointError)
     _refuse_features(header, family, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": family}
     for key, name in arch.gguf_fields.items():
@@ -154,14 +154,14 @@ def _parse_model_config(header: GgufHeader, path: Path) -> ModelConfig:
     sizes.setdefault("num_kv_heads", sizes["num_heads"])
     sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_heads"])
     if "rope_base" in arch.gguf_fields.values():
-        # What llama.cpp takes where the file is silent.
+        # llama.cpp's default.
         sizes.setdefault("rope_base", 10000.0)
         sizes["rope_scaling"] = parse_rope_scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], errors)
     rotary = metadata.get(f"{family}.rope.dimension_count", sizes["head_dim"])
     value = metadata.get(f"{family}.attention.value_length", sizes["head_dim"])
-    for name, found in (("rope.dimension_count", rotary), ("attention.value_length", value)):
-        if found != sizes["head_dim"]:
-            errors.add(name, f"the head size, {sizes['head_dim']}", found)
+    for name, size in (("rope.dimension_count", rotary), ("attention.value_length", value)):
+        if size != sizes["head_dim"]:
+            errors.add(name, f"the head size, {sizes['head_dim']}", size)
     errors.raise_if_any()
     sizes["tied"] = any(param.tied_to and param.locations[NAME].name not in header.tensors for param in arch.params)
     return ModelConfig.from_json(sizes | arch.implied_sizes.get(family, {}))
@@ -177,11 +177,11 @@ def _refuse_features(header: GgufHeader, family: str, errors: ErrorCollector) ->
 
 
 def _extract_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
-    """transformers reads the vocabulary, merges, special tokens and chat template, and writes its own files."""
+    """Has transformers read the vocabulary, merges, special tokens and chat template, and write its own files."""
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast.from_pretrained(str(path.parent.absolute()), gguf_file=path.name).save_pretrained(folder)
-    # The class that transformers 4 knows too, without what says only where it was read.
+    # The class that transformers 4 knows too, without the keys about where the tokenizer was read.
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only", "backend"):

@@ -1,7 +1,7 @@
-"""The head of a GGUF file: its metadata and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata and where each tensor lies.
 
-Read here and not through the gguf package, whose reader takes seconds for a vocabulary and goes round for ever on a
-header that promises more values than the file has bytes. Nothing is believed beyond the end of the file.
+The gguf package's reader is not used: it takes seconds for a vocabulary, and loops forever on a header that declares
+more values than the file has bytes. Here no count is trusted beyond the end of the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class TensorBlock:
-    """A stored tensor. shape: as torch has it (GGUF lists it the other way round); offset: from the file's start."""
+    """A stored tensor. shape: in torch's order (GGUF reverses it); offset: from the file's start, in bytes."""
 
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -40,15 +40,17 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Raises CheckpointError where the file is cut off, or says what cannot be."""
+    """Reads a file's header. Raises CheckpointError if it is truncated or contradicts itself."""
     if not path.is_file() or path.stat().st_size < len(MAGIC):
-        raise CheckpointError(Problem(f"{path}", "a GGUF file", "an empty one, or none"))
+        raise CheckpointError(Problem(f"{path}", "a GGUF file", "an empty file, or none"))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _HeaderParser(data, path).read()
         except _TruncatedHeader:
-            hint = "It is cut off or damaged: fetch it again."
-            raise CheckpointError(Problem(f"{path}", "a header within the file", "one that goes on", hint)) from None
+            hint = "It is truncated or damaged: download it again."
+            raise CheckpointError(
+                Problem(f"{path}", "a header that ends within the file", "a longer one", hint)
+            ) from None
         except UnicodeDecodeError as error:
             raise CheckpointError(Problem(f"{path}", "names in UTF-8", f"{error}")) from None
 
@@ -58,7 +60,7 @@ class _TruncatedHeader(Exception):
 
 
 class _HeaderParser:
-    """A position in the mapped file that moves forward."""
+    """Parses a mapped file from its start; `at` is the current offset."""
 
     def __init__(self, data: mmap.mmap, path: Path):
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
@@ -74,7 +76,7 @@ class _HeaderParser:
                 raise CheckpointError(Problem(f"{self.path}: {name}", "one value", "two"))
             metadata[name] = self._value(self._number("I"))
         infos = [self._tensor_info() for _ in range(tensors)]
-        return GgufHeader(metadata, self._placed(infos, metadata.get("general.alignment", 32)))
+        return GgufHeader(metadata, self._locate_tensors(infos, metadata.get("general.alignment", 32)))
 
     def _take(self, count: int) -> bytes:
         if count > self.size - self.at:
@@ -93,51 +95,55 @@ class _HeaderParser:
             return self._number(SCALARS[kind])
         if kind == STRING:
             return self._string()
-        self._expect("a kind of value", kind, (ARRAY,))
+        self._expect("type of a value", kind, (ARRAY,))
         kind, count = self._number("I"), self._number("Q")
         if kind in SCALARS:
             form = f"<{count}{SCALARS[kind]}"
             if count > self.size:
                 raise _TruncatedHeader
             return list(struct.unpack(form, self._take(struct.calcsize(form))))
-        self._expect("a kind of values in a list", kind, (STRING,))
+        self._expect("type of a list's values", kind, (STRING,))
         return [self._string() for _ in range(count)]
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, model_config = self._string(), self._number("I")
-        if model_config > MAX_DIMS:
-            raise CheckpointError(Problem(f"{self.path}: {name}", f"at most {MAX_DIMS} dims", model_config))
-        shape = tuple(reversed([self._number("Q") for _ in range(model_config)]))
+        name, dims = self._string(), self._number("I")
+        if dims > MAX_DIMS:
+            raise CheckpointError(Problem(f"{self.path}: {name}", f"at most {MAX_DIMS} dims", dims))
+        shape = tuple(reversed([self._number("Q") for _ in range(dims)]))
         return name, shape, self._number("I"), self._number("Q")
 
-    def _placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object) -> dict[str, TensorBlock]:
-        """The tensors with their places in the file, which must be theirs alone."""
-        errors = ErrorCollector(f"{self.path}: the header lies about its tensors", CheckpointError)
+    def _locate_tensors(
+        self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: object
+    ) -> dict[str, TensorBlock]:
+        """Returns each tensor's block in the file. Raises CheckpointError if blocks overlap or exceed the file."""
+        errors = ErrorCollector(
+            f"{self.path}: the header describes tensors that the file does not hold", CheckpointError
+        )
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             errors.add("general.alignment", "a power of two", alignment)
             errors.raise_if_any()
         start = -(-self.at // alignment) * alignment
-        found: dict[str, TensorBlock] = {}
-        end, before = start, "the header"
+        blocks: dict[str, TensorBlock] = {}
+        end, previous = start, "the header"
         for name, shape, number, offset in sorted(infos, key=lambda info: info[3]):
             block = _parse_block(name, shape, number, start + offset, errors)
             if block is None:
                 continue
-            if name in found:
+            if name in blocks:
                 errors.add(name, "one tensor of that name", "two")
             if block.offset < end:
-                errors.add(name, f"bytes of its own, after {before}", "an overlap")
-            end, before = block.offset + block.nbytes, name
+                errors.add(name, f"bytes of its own, after {previous}", "an overlap")
+            end, previous = block.offset + block.nbytes, name
             if end > self.size:
-                errors.add(name, f"its end within the file's {self.size} bytes", end, "The file is cut off.")
-            found[name] = block
+                errors.add(name, f"an end within the file's {self.size} bytes", end, "The file is truncated.")
+            blocks[name] = block
         errors.raise_if_any()
-        return found
+        return blocks
 
-    def _expect(self, what: str, found: object, choices: tuple) -> None:
-        if found not in choices:
+    def _expect(self, field: str, value: object, choices: tuple) -> None:
+        if value not in choices:
             expected = " or ".join(map(str, choices))
-            raise CheckpointError(Problem(f"{self.path}: {what}", expected, found, "Is it a little-endian GGUF file?"))
+            raise CheckpointError(Problem(f"{self.path}: {field}", expected, value, "Is it a little-endian GGUF file?"))
 
 
 def _parse_block(
@@ -146,7 +152,7 @@ def _parse_block(
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        errors.add(name, "a type of tensor that the gguf package knows", number)
+        errors.add(name, "a tensor type that the gguf package knows", number)
         return None
     items, nbytes = GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % items:
