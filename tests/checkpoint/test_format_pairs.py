@@ -1,7 +1,7 @@
-"""Every pair of formats and every layout, there and back to the bit, for every architecture that both can carry.
+"""Bit-exact round trips for every pair of formats, every layout and every architecture that both formats support.
 
-What is written is found by looking into the folders of formats and architectures: a new one joins by itself. What a
-format refuses is said here, so that one refusal more is a decision.
+Formats and architectures come from their registries: a new one is tested without an edit here. What a format does not
+support is listed here, so that one refusal more is a decision.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from megatron_ligo.common.errors import LigoError
 from tests.checkpoint import hf_models
 from tests.checkpoint.write_watch import untouched
 
-# No power of two divides what tensor parallelism does not cut; five layers, so that stages differ.
+# Sizes that tensor parallelism does not split are odd multiples; five layers make unequal stages.
 SIZES = {"num_layers": 5, "hidden_size": 48, "ffn_size": 52, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 VOCABULARY, POSITIONS, STEP = 37, 30, 7
 IMAGE = {"image_size": 10, "patch_size": 3, "num_channels": 2}
-# Every layout of which the sizes allow a rank; those without LAYOUT have the first only.
+# Every layout that the sizes allow; formats without a layout have the first only.
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (4, 4))
-# What a format cannot say. Of the others every one is carried.
-REFUSED: dict[str, Callable[[ModelConfig], bool]] = {
+# The models that a format cannot express; it must accept all others.
+UNSUPPORTED: dict[str, Callable[[ModelConfig], bool]] = {
     "fairscale": lambda model_config: (
         model_config.arch != "llama"
         or model_config.qkv_bias
@@ -44,11 +44,11 @@ REFUSED: dict[str, Callable[[ModelConfig], bool]] = {
     ),
     "pipeline": lambda model_config: model_config.has_pooler or model_config.has_order_head,
 }
-# Whose moments a format stores: Megatron-core's asks for the settings of their optimizer, and universal keeps none.
-CARRIED = {"mcore": ("memory", "mcore"), "universal": ("memory", "mcore", "universal")}
+# The formats whose moments a format stores: Megatron-core needs optimizer settings, which universal does not keep.
+MOMENTS_STORED_FROM = {"mcore": ("memory", "mcore"), "universal": ("memory", "mcore", "universal")}
 
 
-class Drawn(Reader):
+class RandomReader(Reader):
     """Random canonical tensors, with moments."""
 
     format = "memory"
@@ -71,7 +71,7 @@ class Drawn(Reader):
 
 
 def sizes(model_type: str, **changes) -> ModelConfig:
-    """A network of a family: every size that its config leaves free is odd somewhere."""
+    """Returns a small model of a family, with unusual values for every size that its config leaves free."""
     (arch,) = (arch for arch in architectures().values() if model_type in arch.model_types)
     free = set(arch.hf_fields.values())
     found = {**SIZES, "arch": arch.name, "model_type": model_type, "vocab_size": VOCABULARY, "norm_eps": 1e-3}
@@ -98,140 +98,142 @@ MODELS = {
 
 
 def source(model: str) -> Reader:
-    return Drawn(MODELS[model])
+    return RandomReader(MODELS[model])
 
 
-def refused(form: str, model: str) -> bool:
-    return form in REFUSED and REFUSED[form](MODELS[model])
+def is_refused(format_name: str, model: str) -> bool:
+    return format_name in UNSUPPORTED and UNSUPPORTED[format_name](MODELS[model])
 
 
-def carriers(model: str) -> list[str]:
-    return [form for form in formats.writers() if not refused(form, model)]
+def supporting_formats(model: str) -> list[str]:
+    return [format_name for format_name in formats.writers() if not is_refused(format_name, model)]
 
 
 def pairs(model: str) -> Iterable[tuple[str, str]]:
-    """All of them for the first family of each network; for what differs from it, each format and the next one."""
-    forms = carriers(model)
+    """All pairs for the first family of each architecture; for the others, each format with the next one."""
+    format_names = supporting_formats(model)
     if model == next(iter(architectures()[MODELS[model].arch].model_types)):
-        return itertools.product(forms, repeat=2)
-    return zip(forms, [*forms[1:], forms[0]], strict=True)
+        return itertools.product(format_names, repeat=2)
+    return zip(format_names, [*format_names[1:], format_names[0]], strict=True)
 
 
-def carries_moments(form: str, source: str = "memory") -> bool:
-    return source in CARRIED.get(form, ())
+def stores_moments(format_name: str, source: str = "memory") -> bool:
+    return source in MOMENTS_STORED_FROM.get(format_name, ())
 
 
-def assert_equal(found: Reader, model: str, moments: bool) -> None:
+def assert_equals_source(reader: Reader, model: str, moments: bool) -> None:
     expected = source(model)
-    assert found.model_config == expected.model_config
-    assert list(found.keys()) == list(expected.keys())
+    assert reader.model_config == expected.model_config
+    assert list(reader.keys()) == list(expected.keys())
     if moments:
-        assert (found.has_moments, found.step) == (True, STEP)
+        assert (reader.has_moments, reader.step) == (True, STEP)
     for key, kind in itertools.product(expected.keys(), (WEIGHT, *MOMENTS) if moments else (WEIGHT,)):
-        assert hf_models.same_bits(found.read(key, kind), expected.read(key, kind)), (key, kind)
+        assert hf_models.same_bits(reader.read(key, kind), expected.read(key, kind)), (key, kind)
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    """In memory where the machine has such a disk: how long fsync takes is not the question here."""
+def workspace() -> Iterator[Path]:
+    """A folder in memory where the machine has one: the speed of fsync does not matter here."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
-def layouts(place) -> Callable[[str], list[tuple[int, int]]]:
-    """The layouts that a format obeys. One without pipelines says so."""
+def layouts(workspace) -> Callable[[str], list[tuple[int, int]]]:
+    """Returns the layouts that a format supports. One without pipelines must name pp in its error."""
 
     @cache
-    def of(form: str) -> list[tuple[int, int]]:
-        if not formats.get(form).has_layout:
+    def supported(format_name: str) -> list[tuple[int, int]]:
+        if not formats.get(format_name).has_layout:
             return [(1, 1)]
         try:
-            convert(source("llama"), place / "pipeline" / form, form, WriteOptions(pp=2))
+            convert(source("llama"), workspace / "pipeline" / format_name, format_name, WriteOptions(pp=2))
         except LigoError as error:
             assert "pp" in str(error)
             return [layout for layout in LAYOUTS if layout[1] == 1]
         return list(LAYOUTS)
 
-    return of
+    return supported
 
 
 @pytest.fixture(scope="module")
-def written(place) -> Callable[[str, str, tuple[int, int]], Reader]:
-    """A model as a format has it at a layout, written once."""
+def write_once(workspace) -> Callable[[str, str, tuple[int, int]], Reader]:
+    """Returns a reader of a model in a format and layout, which is written once."""
 
     @cache
-    def reader(model: str, form: str, layout: tuple[int, int]) -> Reader:
-        target = place / f"{model} {form} {layout}"
-        convert(source(model), target, form, WriteOptions(tp=layout[0], pp=layout[1]))
+    def reader(model: str, format_name: str, layout: tuple[int, int]) -> Reader:
+        target = workspace / f"{model} {format_name} {layout}"
+        convert(source(model), target, format_name, WriteOptions(tp=layout[0], pp=layout[1]))
         return formats.open(target)
 
     return reader
 
 
-def test_each_layout_of_each_format(written, layouts):
-    for form in carriers("llama"):
-        for tp, pp in layouts(form):
-            reader = written("llama", form, (tp, pp))
-            assert_equal(reader, "llama", carries_moments(form))
-            if formats.get(form).has_layout:
+def test_each_layout_of_each_format(write_once, layouts):
+    for format_name in supporting_formats("llama"):
+        for tp, pp in layouts(format_name):
+            reader = write_once("llama", format_name, (tp, pp))
+            assert_equals_source(reader, "llama", stores_moments(format_name))
+            if formats.get(format_name).has_layout:
                 assert (reader.layout["tp"], reader.layout.get("pp", 1)) == (tp, pp)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_pairs(model, written, layouts, place):
-    """Ordered pairs, each at one pair of layouts, other ones each time."""
+def test_pairs(model, write_once, layouts, workspace):
+    """Ordered pairs; each uses another pair of layouts."""
     for number, (first, second) in enumerate(pairs(model)):
         one, other = layouts(first), layouts(second)
-        reader = written(model, first, one[number % len(one)])
+        reader = write_once(model, first, one[number % len(one)])
         tp, pp = other[(number // 2) % len(other)]
-        target = place / f"{model} {first} {second}"
+        target = workspace / f"{model} {first} {second}"
         convert(reader, target, second, WriteOptions(tp=tp, pp=pp))
-        assert_equal(formats.open(target), model, carries_moments(first) and carries_moments(second, first))
+        assert_equals_source(formats.open(target), model, stores_moments(first) and stores_moments(second, first))
 
 
 @pytest.mark.parametrize("form", formats.writers())
-def test_narrow_dtypes_stay_what_they_are(form, written, place):
-    fixed = formats.get(form).stored_dtype
-    convert(source("llama"), place / f"narrow {form}", form, WriteOptions(dtype=fixed or torch.bfloat16))
-    found = formats.open(place / f"narrow {form}")
-    for key in found.keys():  # noqa: SIM118 - no dict
-        assert hf_models.same_bits(found.read(key), source("llama").read(key).to(fixed or torch.bfloat16)), key
+def test_narrow_dtypes_are_kept(format_name, write_once, workspace):
+    fixed = formats.get(format_name).stored_dtype
+    convert(
+        source("llama"), workspace / f"narrow {format_name}", format_name, WriteOptions(dtype=fixed or torch.bfloat16)
+    )
+    reader = formats.open(workspace / f"narrow {format_name}")
+    for key in reader.keys():  # noqa: SIM118 - no dict
+        assert hf_models.same_bits(reader.read(key), source("llama").read(key).to(fixed or torch.bfloat16)), key
 
 
-def test_what_a_format_cannot_say_is_refused(place):
-    for form, model in itertools.product(formats.writers(), MODELS):
-        if refused(form, model):
+def test_unsupported_models_are_refused(workspace):
+    for format_name, model in itertools.product(formats.writers(), MODELS):
+        if is_refused(format_name, model):
             with pytest.raises(LigoError):
-                convert(source(model), place / "refused", form)
+                convert(source(model), workspace / "refused", format_name)
 
 
 @pytest.mark.parametrize("form", formats.writers())
-def test_a_source_is_never_opened_for_writing(form, written, layouts, place):
-    reader = written("llama", form, layouts(form)[-1])
+def test_a_source_is_never_opened_for_writing(format_name, write_once, layouts, workspace):
+    reader = write_once("llama", format_name, layouts(format_name)[-1])
     with pytest.raises(AssertionError, match="written into"), untouched(reader.path):
         next(path for path in reader.path.rglob("*") if path.is_file()).open("r+b").close()
     with untouched(reader.path):
-        convert(formats.open(reader.path), place / f"untouched {form}", form)
+        convert(formats.open(reader.path), workspace / f"untouched {format_name}", format_name)
         describe(formats.open(reader.path))
 
 
 @pytest.mark.parametrize("form", formats.writers())
-def test_each_format_is_described_and_verified(form, written, layouts, place):
-    reader = written("llama", form, layouts(form)[-1])
-    found = describe(reader)
-    assert json.loads(json.dumps(found)) == found
-    assert (found["format"], len(found["rows"])) == (form, 5 * 9 + 3)
+def test_each_format_is_described_and_verified(format_name, write_once, layouts, workspace):
+    reader = write_once("llama", format_name, layouts(format_name)[-1])
+    summary = describe(reader)
+    assert json.loads(json.dumps(summary)) == summary
+    assert (summary["format"], len(summary["rows"])) == (format_name, 5 * 9 + 3)
     assert verify.check_manifest(reader).same
     assert verify.compare(reader, source("llama")).same
     assert verify.compare_logits(reader, source("llama"))[0] == 0
-    damaged = place / f"damaged {form}"
+    damaged = workspace / f"damaged {format_name}"
     shutil.copytree(reader.path, damaged)
-    wanted = reader.read("layers.2.o").numpy().tobytes()[:8]
-    (file,) = [path for path in damaged.rglob("*") if path.is_file() and wanted in path.read_bytes()]
+    first_bytes = reader.read("layers.2.o").numpy().tobytes()[:8]
+    (file,) = [path for path in damaged.rglob("*") if path.is_file() and first_bytes in path.read_bytes()]
     data = file.read_bytes()
-    at = data.index(wanted)
+    at = data.index(first_bytes)
     file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     (line,) = verify.check_manifest(formats.open(damaged)).differences
     assert line.startswith("layers.2.o (weight): digest")

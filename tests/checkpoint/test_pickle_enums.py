@@ -1,4 +1,4 @@
-"""Members of enumerations as Python 3.11.2 pickles them are read, on every Python; `getattr` of others is not."""
+"""Enum members that Python 3.11.2 pickled as `getattr` are read on every Python; any other `getattr` is refused."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def by_name(monkeypatch):
         monkeypatch.setattr(kind, "__reduce_ex__", lambda member, _: (getattr, (type(member), member._name_)))
 
 
-def test_an_engine_s_stage(by_name, tmp_path):
+def test_zero_stage_of_an_engine(by_name, tmp_path):
     torch.save({"stage": ZeroStageEnum.gradients, "tensor": torch.ones(2)}, tmp_path / "file.pt")
     assert b"getattr" in (tmp_path / "file.pt").read_bytes()
     assert torch_files.load(tmp_path / "file.pt", STAND_INS)["stage"] == 2
     assert torch_files.load(tmp_path / "file.pt", ALLOWED_GLOBALS)["stage"] is ZeroStageEnum.gradients
 
 
-def test_torch_s_metadata(by_name, tmp_path):
+def test_memory_format_in_torchs_metadata(by_name, tmp_path):
     _, folder = hf_models.saved(tmp_path / "hf")
     convert(formats.open(folder), tmp_path / "mcore", "mcore")
     (path,) = (tmp_path / "mcore").rglob(dcp_metadata.METADATA)
     assert b"getattr" in path.read_bytes()
-    source, made = formats.open(folder), formats.open(tmp_path / "mcore")
-    assert torch.equal(made.read("layers.0.q"), source.read("layers.0.q"))
+    source, converted = formats.open(folder), formats.open(tmp_path / "mcore")
+    assert torch.equal(converted.read("layers.0.q"), source.read("layers.0.q"))
 
 
-class Gets:
+class PickledGetattr:
     def __init__(self, *arguments: object):
         self.arguments = arguments
 
@@ -52,7 +52,7 @@ class Gets:
     [(ZeroStageEnum, "__class__"), (torch.Size, "__mro__"), (ZeroStageEnum, "no_stage"), ("text", "format")],
 )
 @pytest.mark.parametrize("allowed", [STAND_INS, ALLOWED_GLOBALS, ()], ids=["stand-ins", "records", "nothing"])
-def test_nothing_else(tmp_path, arguments, allowed):
-    torch.save({"stage": Gets(*arguments)}, tmp_path / "file.pt")
+def test_any_other_getattr_is_refused(tmp_path, arguments, allowed):
+    torch.save({"stage": PickledGetattr(*arguments)}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError):
         torch_files.load(tmp_path / "file.pt", allowed)
