@@ -100,13 +100,14 @@ def test_bert_as_it_was_first_published(tmp_path):
         assert torch.equal(found.prediction_logits, expected.prediction_logits)
         assert torch.equal(found.seq_relationship_logits, expected.seq_relationship_logits)
     damaged = edit(folder, lambda state: state | {"cls.predictions.decoder.bias": torch.zeros(37)})
-    with pytest.raises(CheckpointError, match=r"decoder\.bias"):
+    with pytest.raises(CheckpointError) as error:
         formats.open(damaged).read("head_bias")
+    assert error.value.problems[0].where == f"{damaged}: cls.predictions.decoder.bias"
 
 
 @pytest.mark.parametrize(("family", "name"), [("bert", "BertModel"), ("roberta", "RobertaForMaskedLM")])
-def test_more_or_less_than_the_class_has(tmp_path, family, name):
-    """An encoder whose pooler was thrown away; a masked-LM model that still has one."""
+def test_parts_that_differ_from_the_named_class(tmp_path, family, name):
+    """An encoder without its pooler, and a masked-LM model that still has one."""
     model, folder = layer_norm_models.saved(tmp_path / "a", family, name)
     pooler = {f"{family}.pooler.dense.weight": torch.randn(24, 24), f"{family}.pooler.dense.bias": torch.randn(24)}
 
@@ -135,26 +136,31 @@ def test_roberta_s_padding_has_no_position(tmp_path):
         assert torch.equal(verify.compute_logits(source, ids), model(ids).logits)
 
 
-def test_what_the_tables_cannot_express_is_refused(tmp_path):
+def test_unsupported_configs_are_refused(tmp_path):
     _, folder = layer_norm_models.saved(tmp_path / "a", "bert", "BertModel")
     edit(folder, lambda state: state, hidden_act="mish", is_decoder=True, position_embedding_type="relative_key")
     with pytest.raises(CheckpointError) as error:
         formats.open(folder)
-    for word in ("activation", "is_decoder", "position_embedding_type"):
-        assert word in str(error.value)
+    assert {problem.where for problem in error.value.problems} >= {
+        "activation",
+        "is_decoder",
+        "position_embedding_type",
+    }
     model_config = layer_norm_models.dims_of("gpt2", "GPT2Model", num_heads=3, num_kv_heads=3)
-    with pytest.raises(CheckpointError, match="head_dim"):
+    with pytest.raises(CheckpointError) as error:
         config_json.to_hf_config(model_config, {}, torch.float32)
-    with pytest.raises(ConfigError, match="fairscale"):
+    assert "head_dim" in {problem.where for problem in error.value.problems}
+    with pytest.raises(ConfigError) as error:
         stored_tensors(get("gpt2"), layer_norm_models.dims_of("gpt2", "GPT2Model"), "fairscale")
+    assert error.value.problems[0].where == "fairscale"
 
 
 def test_minilm(tmp_path):
-    """The real encoder there and back: every bit, the tokenizer's files, and what transformers computes."""
+    """The real encoder there and back: every bit, the tokenizer's files, and transformers' outputs."""
     source = formats.open(layer_norm_models.minilm())
-    found = inspect.describe(source)
-    assert (found["parameters"], found["dims"]["arch"]) == (22_713_216, "bert")
-    assert "pooler" in inspect.to_text(found)
+    summary = inspect.describe(source)
+    assert (summary["parameters"], summary["dims"]["arch"]) == (22_713_216, "bert")
+    assert "pooler" in inspect.to_text(summary)
     convert(source, tmp_path / "a", "universal")
     convert(formats.open(tmp_path / "a"), tmp_path / "b", "hf")
     assert_same(source, formats.open(tmp_path / "b"))

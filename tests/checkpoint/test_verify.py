@@ -1,4 +1,4 @@
-"""Comparisons: what is equal, what differs and by how much; manifests; logits; and the three commands."""
+"""Comparison of checkpoints: differences and their size, manifests, logits, and the three commands."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def edit(folder, name, change):
 
 def test_equal_across_formats(pair):
     a, b = map(formats.open, pair)
-    report = verify.compare(a, b)
-    assert report.same
-    assert report.compared == 21
+    result = verify.compare(a, b)
+    assert result.same
+    assert result.compared == 21
     assert verify.compare_logits(a, b)[0] == 0.0
 
 
-def test_one_number_in_one_tensor(pair):
+def test_one_different_number_in_one_tensor(pair):
     edit(pair[0], "model.layers.1.self_attn.v_proj.weight", lambda tensor: tensor[3, 4].add_(0.5))
-    report = verify.compare(*map(formats.open, pair))
-    (line,) = report.differences
+    result = verify.compare(*map(formats.open, pair))
+    (line,) = result.differences
     assert line.startswith("layers.1.v: 1 of 960 numbers differ, largest difference 5.000e-01")
     assert verify.compare_logits(*map(formats.open, pair))[0] > 1e-3
 
 
-def test_the_sign_of_zero_and_not_a_number_are_bits_too(tmp_path):
+def test_signs_of_zeros_and_nan_are_compared_as_bits(tmp_path):
     _, first = hf_models.saved(tmp_path / "a")
     _, second = hf_models.saved(tmp_path / "b")
     for folder, zero in ((first, 0.0), (second, -0.0)):
@@ -64,7 +64,7 @@ def test_the_sign_of_zero_and_not_a_number_are_bits_too(tmp_path):
     assert len(verify.compare(formats.open(first), formats.open(second)).differences) == 1
 
 
-def test_another_dtype(tmp_path):
+def test_different_dtypes(tmp_path):
     _, folder = hf_models.saved(tmp_path / "a", dtype=torch.bfloat16)
     convert(formats.open(folder), tmp_path / "b", "hf", WriteOptions(dtype=torch.float32))
     a, b = formats.open(folder), formats.open(tmp_path / "b")
@@ -72,7 +72,7 @@ def test_another_dtype(tmp_path):
     assert verify.compare(a, b, values_only=True).same
 
 
-def test_another_model(pair, tmp_path):
+def test_different_models(pair, tmp_path):
     _, other = hf_models.saved(tmp_path / "c", num_hidden_layers=3, rms_norm_eps=1e-4)
     differences = verify.compare(formats.open(pair[0]), formats.open(other)).differences
     assert "num_layers: 2 and 3" in differences
@@ -80,7 +80,7 @@ def test_another_model(pair, tmp_path):
     assert "layers.2.q: only in the second" in differences
 
 
-def test_a_manifest_finds_what_changed(pair):
+def test_a_manifest_detects_changes(pair):
     _, folder = pair
     assert verify.check_manifest(formats.open(folder)).same
     path = folder / "global_step0" / "zero" / "decoder.layers.0.mlp.linear_fc2.weight" / "fp32.pt"
@@ -88,22 +88,22 @@ def test_a_manifest_finds_what_changed(pair):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     (folder / "latest_universal").write_text("global_step0\n")
-    report = verify.check_manifest(formats.open(folder))
-    assert len(report.differences) == 2
-    assert "layers.0.down (weight): digest" in "".join(report.differences)
-    assert "latest_universal: 12 bytes recorded, 13" in report.differences
+    result = verify.check_manifest(formats.open(folder))
+    assert len(result.differences) == 2
+    assert "layers.0.down (weight): digest" in "".join(result.differences)
+    assert "latest_universal: 12 bytes recorded, 13" in result.differences
 
 
 def test_description(pair):
-    found = describe(formats.open(pair[1]))
-    assert json.loads(json.dumps(found)) == found
-    assert (found["format"], found["step"], found["moments"]) == ("universal", 0, True)
-    rows = {row["key"]: row for row in found["rows"]}
+    summary = describe(formats.open(pair[1]))
+    assert json.loads(json.dumps(summary)) == summary
+    assert (summary["format"], summary["step"], summary["moments"]) == ("universal", 0, True)
+    rows = {row["key"]: row for row in summary["rows"]}
     assert rows["layers.0.o"] == {"key": "layers.0.o", "shape": [48, 60], "dtype": "float32", "split": 1}
 
 
 @dataclass
-class Done:
+class CommandResult:
     code: int
     out: str
     err: str
@@ -111,19 +111,19 @@ class Done:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """A command as its script runs it, but in this process: importing torch anew takes seconds."""
-    # In a process that has met other ranks, a command's end would be the tests', with exit code 0.
+    """Runs a command as its script does, but in this process: importing torch anew takes seconds."""
+    # A process that had a process group would end here, with exit code 0.
     monkeypatch.setattr(signal_handling, "exit_process", sys.exit)
 
-    def command(tool: str, *arguments: object) -> Done:
+    def command(tool: str, *arguments: object) -> CommandResult:
         spec = spec_from_file_location(f"tool_{tool}", ROOT / "tools" / f"{tool}.py")
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as system_exit:
             cli.run_command(module.main)
-        return Done(ended.value.code or 0, *capsys.readouterr())
+        return CommandResult(system_exit.value.code or 0, *capsys.readouterr())
 
     return command
 
@@ -131,20 +131,20 @@ def run(monkeypatch, capsys):
 def test_commands_from_gguf_to_universal(run, tmp_path):
     write_gguf(tmp_path / "model.gguf", quantisable(tmp_path / "hf"), Kind.Q8_0)
     (tmp_path / "hf" / "config.json").unlink()
-    looked = run("inspect_checkpoint", tmp_path / "model.gguf", "--json")
-    assert looked.code == 0, looked.err
-    assert json.loads(looked.out)["dims"]["hidden_size"] == 96
+    inspected = run("inspect_checkpoint", tmp_path / "model.gguf", "--json")
+    assert inspected.code == 0, inspected.err
+    assert json.loads(inspected.out)["dims"]["hidden_size"] == 96
     assert "layers.1.gate" in run("inspect_checkpoint", tmp_path / "model.gguf").out
-    made = run("convert", tmp_path / "model.gguf", tmp_path / "b", "--to", "universal")
-    assert made.code == 0, made.err
-    assert "21 tensors" in made.out
+    converted = run("convert", tmp_path / "model.gguf", tmp_path / "b", "--to", "universal")
+    assert converted.code == 0, converted.err
+    assert "21 tensors" in converted.out
     same = run("verify", tmp_path / "model.gguf", tmp_path / "b", "--logits")
     assert same.code == 0, same.err
     assert "logits: largest difference 0.000e+00" in same.out
     assert run("verify", tmp_path / "b").code == 0
 
 
-def test_commands_exit_with_2_on_faults_and_1_on_differences(run, pair, tmp_path):
+def test_commands_exit_with_2_on_errors_and_1_on_differences(run, pair, tmp_path):
     a, b = pair
     edit(a, "model.norm.weight", lambda tensor: tensor[0].add_(1))
     differ = run("verify", a, b)
@@ -158,15 +158,15 @@ def test_commands_exit_with_2_on_faults_and_1_on_differences(run, pair, tmp_path
         "--overwrite": run("convert", a, b, "--to", "hf"),
         "two checkpoints": run("verify", b, "--logits"),
     }
-    for words, done in errors.items():
-        assert done.code == 2, done.err
-        assert words in done.err
-        assert "Traceback" not in done.err
+    for words, result in errors.items():
+        assert result.code == 2, result.err
+        assert words in result.err
+        assert "Traceback" not in result.err
     for tool in ("inspect_checkpoint", "convert", "verify"):
         assert "example:" in run(tool, "--help").out
 
 
-def test_a_real_model_is_looked_at_without_reading_it():
+def test_a_real_model_is_described_without_reading_it():
     file = hf_models.smollm2()
     start = time.perf_counter()
     describe(formats.open(file))

@@ -30,21 +30,21 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> tuple[Path, Path]:
-    """The real file, and the Hugging Face folder that we make of it."""
+    """The real file, and the Hugging Face folder converted from it."""
     file = hf_models.smollm2()
     folder = tmp_path_factory.mktemp("real") / "hf"
     convert(formats.open(file), folder, "hf")
     return file, folder
 
 
-def test_real_tensors_and_logits_are_those_of_transformers(real):
+def test_real_tensors_and_logits_equal_transformers(real):
     file, folder = real
     theirs = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
     ours = AutoModelForCausalLM.from_pretrained(folder).eval()
-    expected, found = theirs.state_dict(), ours.state_dict()
-    assert expected.keys() == found.keys()
+    expected, converted = theirs.state_dict(), ours.state_dict()
+    assert expected.keys() == converted.keys()
     for name in expected:
-        assert hf_models.same_bits(expected[name], found[name]), name
+        assert hf_models.same_bits(expected[name], converted[name]), name
     ids = hf_models.tokens(49152)
     with torch.no_grad():
         assert torch.equal(theirs(ids).logits, ours(ids).logits)
@@ -79,7 +79,7 @@ def test_real_tokenizer_gives_the_same_ids(real):
 
 
 def write_gguf(path: Path, model, kind: Kind, family: str = "llama", factors=None, value_length=0, **changes) -> None:
-    """A model as llama.cpp stores it: rotary pairs as neighbours (llama only), norms in fp32."""
+    """Writes a model as llama.cpp stores it: rotary pairs interleaved (llama only), norms in fp32."""
     config = model.config
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_hidden_layers)
@@ -117,7 +117,7 @@ def write_gguf(path: Path, model, kind: Kind, family: str = "llama", factors=Non
 
 
 def quantisable(folder: Path, model_type: str = "llama", **changes):
-    """Rows of whole blocks of 32."""
+    """Saves a model whose rows are complete quantisation blocks of 32."""
     sizes = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "num_attention_heads": 3}
     model, _ = hf_models.saved(folder, model_type, **{**sizes, "num_key_value_heads": 1, **changes})
     model.name_or_path = str(folder)
@@ -138,11 +138,11 @@ def test_each_type_of_tensor(tmp_path, kind, tied):
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     expected = theirs.state_dict()
     for name, item in stored_tensors(reader.arch, reader.model_config, "hf").items():
-        found = reader.read(item.keys[0])
-        assert found.dtype == reader.info(item.keys[0]).dtype
-        assert torch.equal(found.float(), expected[name]), name
+        tensor = reader.read(item.keys[0])
+        assert tensor.dtype == reader.info(item.keys[0]).dtype
+        assert torch.equal(tensor.float(), expected[name]), name
         if kind is Kind.F32:
-            assert torch.equal(found, model.state_dict()[name]), name
+            assert torch.equal(tensor, model.state_dict()[name]), name
 
 
 def test_qwen2_keeps_the_rotary_order(tmp_path):
@@ -157,7 +157,7 @@ def test_linear_rope_scaling(tmp_path):
     hf_models.assert_same(formats.open(tmp_path / "model.gguf"), formats.open(tmp_path / "hf"))
 
 
-def test_the_table_of_llama_3_is_recognised_by_its_numbers(tmp_path):
+def test_llama3_scaling_is_recognised_by_its_table(tmp_path):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 8192
     model = quantisable(tmp_path / "hf", rope_scaling=rope, rope_theta=500000.0, max_position_embeddings=16384)
@@ -168,40 +168,42 @@ def test_the_table_of_llama_3_is_recognised_by_its_numbers(tmp_path):
     hf_models.assert_same(formats.open(tmp_path / "model.gguf"), formats.open(tmp_path / "hf"))
     factors[-3] *= 1.01
     write_gguf(tmp_path / "model.gguf", model, Kind.F32, factors=factors)
-    with pytest.raises(CheckpointError, match="rope_freqs"):
+    with pytest.raises(CheckpointError) as error:
         formats.open(tmp_path / "model.gguf")
+    assert [problem.where for problem in error.value.problems] == ["rope_freqs.weight"]
 
 
 @pytest.mark.parametrize("name", ["expert_count", "attention.sliding_window", "attention.value_length"])
-def test_features_that_cannot_be_held(tmp_path, name):
+def test_unsupported_features_are_refused(tmp_path, name):
     model = quantisable(tmp_path / "hf")
     value = {} if name.endswith("value_length") else {name: 8}
     write_gguf(tmp_path / "model.gguf", model, Kind.F32, value_length=16 if not value else 32, **value)
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(CheckpointError) as error:
         formats.open(tmp_path / "model.gguf")
+    assert [problem.where for problem in error.value.problems] == [name]
 
 
-def test_nothing_is_believed_beyond_the_file(tmp_path):
+def test_truncated_files_are_refused(tmp_path):
     model = quantisable(tmp_path / "hf")
     path = tmp_path / "model.gguf"
     write_gguf(path, model, Kind.Q8_0)
-    whole = path.read_bytes()
-    # Wherever it ends (but for the padding after the last tensor): one error, at once.
-    for size in np.linspace(0, len(whole) - 33, 60, dtype=int):
-        path.write_bytes(whole[:size])
+    complete = path.read_bytes()
+    # At any length that cuts more than the padding after the last tensor: one error, at once.
+    for size in np.linspace(0, len(complete) - 33, 60, dtype=int):
+        path.write_bytes(complete[:size])
         with pytest.raises(CheckpointError):
             formats.open(path, "gguf")
 
 
-def test_a_damaged_header_is_a_fault_or_harmless(tmp_path):
+def test_a_damaged_header_is_refused_or_harmless(tmp_path):
     model = quantisable(tmp_path / "hf")
     path = tmp_path / "model.gguf"
     write_gguf(path, model, Kind.Q8_0)
-    whole = bytearray(path.read_bytes())
+    complete = bytearray(path.read_bytes())
     generator = np.random.default_rng(0)
-    for place, value in zip(generator.integers(0, 2500, 400), generator.integers(0, 256, 400), strict=True):
-        damaged = bytearray(whole)
-        damaged[place : place + 4] = bytes([value] * 4)
+    for offset, value in zip(generator.integers(0, 2500, 400), generator.integers(0, 256, 400), strict=True):
+        damaged = bytearray(complete)
+        damaged[offset : offset + 4] = bytes([value] * 4)
         path.write_bytes(damaged)
         try:
             reader = formats.open(path, "gguf")
