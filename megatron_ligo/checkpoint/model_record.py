@@ -15,7 +15,7 @@ from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.atomic_files import write_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 RECORD = "dims.json"
 VERSION = 1
@@ -88,4 +88,7 @@ def _read_record(path: Path) -> tuple[ModelConfig, Mapping[str, object]]:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(Problem(f"{path}", "a record that this program wrote", f"{error!r}")) from None
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        errors = ErrorCollector(f"{path} does not state the sizes of a model", CheckpointError)
+        errors.problems.extend(error.problems)
+    errors.raise_if_any()
+    raise AssertionError("a refused config states its problems")

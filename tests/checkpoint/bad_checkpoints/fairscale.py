@@ -102,7 +102,7 @@ def a_file_cut_off(folder):
 @register(fairscale)
 def a_file_that_runs_code(folder):
     torch.save({"norm.weight": Evil()}, folder / SECOND)
-    return problem(SECOND, "tensors and plain values", "Evil")
+    return problem(SECOND, "tensors and plain values", "exec")
 
 
 @register(fairscale)

@@ -91,7 +91,10 @@ def parse_model_config(params: Mapping, ffn_size: int, vocab_size: int, tied: bo
             rope_scaling=LLAMA31_SCALING if scaled else None,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        errors = ErrorCollector(f"{where} does not state the sizes of a model", CheckpointError)
+        errors.problems.extend(error.problems)
+    errors.raise_if_any()
+    raise AssertionError("a refused config states its problems")
 
 
 def _context_length(base: float, scaled: bool, where: str) -> int:

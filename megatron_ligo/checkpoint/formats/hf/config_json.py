@@ -78,7 +78,9 @@ def parse_model_config(config: Mapping, where: str) -> ModelConfig:
     try:
         return ModelConfig.from_json(sizes)
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        errors.problems.extend(error.problems)
+    errors.raise_if_any()
+    raise AssertionError("a refused config states its problems")
 
 
 def _refuse_features(config: Mapping, arch: Architecture, errors: ErrorCollector) -> None:

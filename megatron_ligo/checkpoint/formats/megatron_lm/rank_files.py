@@ -169,7 +169,7 @@ class RankFiles:
         try:
             state = torch_files.load(path, arguments.STAND_INS)
         except CheckpointError as error:
-            self._faults.note(str(error))
+            self._faults.problems.extend(error.problems)
             return {}
         version = state.get("checkpoint_version", 0) if isinstance(state, dict) else None
         if version is None or not isinstance(version, int | float) or version < FIRST_VERSION:
