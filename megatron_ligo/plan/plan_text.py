@@ -55,7 +55,7 @@ def describe_run(title: str, job: PlannedJob, flops_per_second: float, device_by
     too_large = "" if plan.memory_bytes <= device_bytes else "  EXCEEDS THE DEVICE"
     smallest = layout_search.find_smallest_layout(job, flops_per_second, device_bytes)
     return [
-        f"{title}: {plan.description}; {job.micro_batches} micro-batches of {job.micro_batch_tokens} tokens per rank, "
+        f"{title}: {plan.description}; micro-batches per rank: {job.micro_batches} of {job.micro_batch_tokens} tokens, "
         f"{job.training.precision}{recompute}",
         f"  peak tensors of a rank       {format_bytes(plan.memory_bytes)}{too_large}",
         *(f"    {kind:26s} {format_bytes(count)}" for kind, count in estimate_peak_memory(job).items() if count),
@@ -99,10 +99,11 @@ def describe_growth(operator: Operator, formats: tuple[str, ...], dtype: str) ->
             times = large.num_layers if spec.in_layer else 1
             (n, m), (a, b) = spec.shape(large), spec.shape(small)
             flops += 2 * times * (n * a * b + n * b * m)
+    written_label = f"written ({', '.join(formats)})"
     return [
         "growth",
         f"  FLOPs                        at most {format_count(flops)}",
-        f"  written ({', '.join(formats)})     {format_bytes(written)}",
+        f"  {written_label:28s} {format_bytes(written)}",
         f"  memory while streaming       about {format_bytes(4 * 4 * largest)} "
         "(the largest tensor, its sources, the write queue)",
     ]
