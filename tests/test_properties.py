@@ -1,4 +1,4 @@
-"""Whatever stands in a config, in a safetensors file's head or in an index of data: it is read whole, or refused."""
+"""Property tests: any config, safetensors header or dataset index is either read correctly or refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.config.typed_toml import iterate_settings
 from megatron_ligo.data.indexed_dataset import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_indexed_files
 
-few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+property_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 KEYS = [key for key, _, _ in iterate_settings(RunConfig)]
 NUMBERS = st.integers() | st.sampled_from([-1, 0, 1, 2**31, 2**63 - 1, 2**64, 10**400]) | st.floats()
 VALUES = st.recursive(
@@ -28,7 +28,8 @@ VALUES = st.recursive(
 )
 
 
-def nested(flat: dict[str, object]) -> dict:
+def nest(flat: dict[str, object]) -> dict:
+    """Turns dotted keys into nested tables."""
     table: dict = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
@@ -39,22 +40,22 @@ def nested(flat: dict[str, object]) -> dict:
     return table
 
 
-@few
+@property_settings
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
 @example({"fit.lr": 10**400})
 @example({"data.train": [10**400, "a"]})
-def test_values_are_a_config_or_one_error(flat):
+def test_any_values_give_a_config_or_one_error(flat):
     try:
-        config = RunConfig.from_dict(nested(flat))
+        config = RunConfig.from_dict(nest(flat))
     except ConfigError as error:
-        assert "expected" in str(error)
+        assert all(problem.where and problem.expected for problem in error.problems)
         return
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@few
+@property_settings
 @given(st.dictionaries(st.text(max_size=9) | st.sampled_from(["fit", "data", "operator"]), VALUES, max_size=3))
-def test_tables_are_a_config_or_one_error(table):
+def test_any_tables_give_a_config_or_one_error(table):
     try:
         config = RunConfig.from_dict(table)
     except ConfigError:
@@ -62,14 +63,14 @@ def test_tables_are_a_config_or_one_error(table):
     assert RunConfig.from_dict(config.to_dict()) == config
 
 
-@few
+@property_settings
 @given(st.text(max_size=60) | st.binary(max_size=60), st.sampled_from(KEYS), st.text(max_size=20))
-def test_text_is_a_config_or_one_error(tmp_path_factory, content, key, value):
+def test_any_text_gives_a_config_or_one_error(tmp_path_factory, content, key, value):
     path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    for arguments in ((path,), (None, [f"{key}={value}"]), (None, [value])):
+    for args in ((path,), (None, [f"{key}={value}"]), (None, [value])):
         try:
-            RunConfig.load(*arguments)
+            RunConfig.load(*args)
         except ConfigError as error:
             assert str(error)
 
@@ -87,7 +88,7 @@ ENTRY = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def tensors(tmp_path_factory) -> tuple[Path, dict, bytes]:
-    """A folder with model.safetensors, the table in its head, and the numbers behind."""
+    """The path of a safetensors file, its header and its data."""
     path = tmp_path_factory.mktemp("tensors") / "model.safetensors"
     save_file(TENSORS, path)
     content = path.read_bytes()
@@ -95,52 +96,52 @@ def tensors(tmp_path_factory) -> tuple[Path, dict, bytes]:
     return path, json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
-@few
+@property_settings
 @given(
     st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), ENTRY | VALUES, max_size=2),
     st.none() | st.integers(0, 2**64 - 1),
 )
-def test_a_head_of_tensors_tells_the_truth_or_is_refused(tensors, changes, length):
-    """What is read lies in the file, and has the dtype and the shape that the head says."""
-    path, table, numbers = tensors
+def test_a_safetensors_header_is_correct_or_refused(tensors, changes, length):
+    """Tensors that are read lie within the file and have the header's shape."""
+    path, header, data = tensors
     for name, change in changes.items():
-        old = table.get(name)
-        table = table | {name: old | change if isinstance(old, dict) and isinstance(change, dict) else change}
-    head = json.dumps(table).encode()
-    path.write_bytes(struct.pack("<Q", len(head) if length is None else length) + head + numbers)
+        old = header.get(name)
+        header = header | {name: old | change if isinstance(old, dict) and isinstance(change, dict) else change}
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
     try:
         shards = open_shards(path.parent)
-        found = {name: shards.tensor(name) for name in shards.names()}
+        values = {name: shards.tensor(name) for name in shards.names()}
     except CheckpointError:
         return
     if not shards.errors:
-        for name, tensor in found.items():
-            start, end = table[name]["data_offsets"]
-            assert list(tensor.shape) == table[name]["shape"]
-            assert tensor.numpy().tobytes() == numbers[start:end]
+        for name, tensor in values.items():
+            start, end = header[name]["data_offsets"]
+            assert list(tensor.shape) == header[name]["shape"]
+            assert tensor.numpy().tobytes() == data[start:end]
 
 
-SMALL = st.integers(-2, 9)
-WIDE = SMALL | st.sampled_from([2**31 - 1, 2**62, 2**63 - 1])
+NARROW = st.integers(-2, 9)
+WIDE = NARROW | st.sampled_from([2**31 - 1, 2**62, 2**63 - 1])
 
 
-@few
+@property_settings
 @given(
     st.sampled_from([*TOKEN_TYPES, 0, 6, 255]),
     st.integers(0, 4) | st.integers(0, 2**64 - 1),
     st.integers(0, 4) | st.integers(0, 2**64 - 1),
-    st.lists(st.tuples(SMALL, WIDE), max_size=4),
+    st.lists(st.tuples(NARROW, WIDE), max_size=4),
     st.lists(WIDE, max_size=4),
     st.integers(0, 40),
 )
 @example(1, 0, 0, [], [], 0)
 @example(1, 2, 2, [(4, 0), (4, 2**63 - 1)], [0, 2], 8)
-def test_an_index_of_data_tells_the_truth_or_is_refused(
-    tmp_path_factory, code, sequences, boundaries, places, ends, size
+def test_a_dataset_index_is_correct_or_refused(
+    tmp_path_factory, code, sequences, boundaries, sequence_entries, ends, size
 ):
-    """Every sequence of a pair that is taken lies in its .bin."""
+    """Every sequence of an accepted pair lies within its .bin file."""
     prefix = tmp_path_factory.getbasetemp() / "pair"
-    lengths, pointers = [length for length, _ in places], [pointer for _, pointer in places]
+    lengths, pointers = [length for length, _ in sequence_entries], [pointer for _, pointer in sequence_entries]
     body = np.array(lengths, np.int32).tobytes() + np.array(pointers + ends, np.int64).tobytes()
     prefix.with_suffix(".idx").write_bytes(HEADER.pack(MAGIC, VERSION, code, sequences, boundaries) + body)
     prefix.with_suffix(".bin").write_bytes(bytes(size))
@@ -148,6 +149,6 @@ def test_an_index_of_data_tells_the_truth_or_is_refused(
     pair = open_indexed_files(str(prefix), errors)
     assert (pair is None) == bool(errors.problems)
     if pair:
-        item = np.dtype(pair.dtype).itemsize
+        itemsize = np.dtype(pair.dtype).itemsize
         assert pair.tokens == sum(lengths) and pair.bin_bytes == size
-        assert all(0 <= pointer <= pointer + length * item <= size for length, pointer in places)
+        assert all(0 <= pointer <= pointer + length * itemsize <= size for length, pointer in sequence_entries)

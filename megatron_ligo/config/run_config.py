@@ -228,7 +228,7 @@ class RunConfig:
     def load(cls, path: str | Path | None, sets: Iterable[str] = ()) -> RunConfig:
         """Reads a TOML file (None: the defaults) and applies `section.key=value` overrides in order.
 
-        Raises ConfigError with every fault.
+        Raises ConfigError with every problem.
         """
         title = f"config {path}" if path else "config"
         errors = ErrorCollector(title, ConfigError)

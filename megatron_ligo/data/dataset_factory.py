@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import DataSection
 from megatron_ligo.data.image_dataset import open_image_dataset
@@ -27,7 +26,7 @@ def open_dataset(
 
     output: the run's folder; sample indices are cached below it unless data.cache is set.
     """
-    if architectures.get(model_config.arch).task is Task.LABEL:
+    if architectures.get(model_config.arch).reads_images:
         return open_image_dataset(section, model_config, num_valid, first_sample)
     cache = section.cache or output / "data_cache"
     masking = all_ranks().run_on_all(lambda: build_masking(section, model_config))
