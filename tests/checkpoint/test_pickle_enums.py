@@ -33,7 +33,7 @@ def test_zero_stage_of_an_engine(by_name, tmp_path):
 def test_memory_format_in_torchs_metadata(by_name, tmp_path):
     _, folder = hf_models.saved(tmp_path / "hf")
     convert(formats.open(folder), tmp_path / "mcore", "mcore")
-    (path,) = (tmp_path / "mcore").rglob(dcp_metadata.METADATA)
+    (path,) = (tmp_path / "mcore").rglob(dcp_metadata.METADATA_FILE)
     assert b"getattr" in path.read_bytes()
     source, converted = formats.open(folder), formats.open(tmp_path / "mcore")
     assert torch.equal(converted.read("layers.0.q"), source.read("layers.0.q"))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA
+from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE
 from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
 from megatron_ligo.testing.fuzz import torch_dist_mutators
 from megatron_ligo.testing.fuzz.hostile_pickles import hostile_pickles
@@ -192,7 +192,7 @@ def point_outside(draw: random.Random, folder: Path) -> str | None:
     """Points a name or link to a valid file outside the folder."""
     outside = folder.parent / OUTSIDE
     path = _pick(
-        draw, folder, "index.json", "latest", "latest_universal", "record.json", TRACKER, METADATA, *TENSOR_SUFFIXES
+        draw, folder, "index.json", "latest", "latest_universal", "record.json", TRACKER, METADATA_FILE, *TENSOR_SUFFIXES
     )
     if path is None:
         return None
@@ -201,7 +201,7 @@ def point_outside(draw: random.Random, folder: Path) -> str | None:
     if path.name.endswith(TENSOR_SUFFIXES):
         path.unlink()
         path.symlink_to(name + path.name)
-    elif path.name == METADATA:
+    elif path.name == METADATA_FILE:
         torch_dist_mutators.point_chunks_outside(draw, path, name)
     elif path.suffix == ".json":
         _list_outside_file(draw, path, target / path.name, name)
@@ -271,13 +271,13 @@ def rewrite_archive(draw: random.Random, folder: Path) -> str | None:
 
 def edit_chunk_metadata(draw: random.Random, folder: Path) -> str | None:
     """Edits the metadata of a distributed checkpoint's tensors and chunks."""
-    path = _pick(draw, folder, METADATA)
+    path = _pick(draw, folder, METADATA_FILE)
     return path and torch_dist_mutators.edit_metadata(draw, path, HOSTILE_VALUES, HOSTILE_LENGTHS)
 
 
 def inject_chunk(draw: random.Random, folder: Path) -> str | None:
     """Replaces one chunk's archive in a distributed checkpoint with a hostile pickle."""
-    path = _pick(draw, folder, METADATA)
+    path = _pick(draw, folder, METADATA_FILE)
     if path is None:
         return None
     name, program = draw.choice(sorted(hostile_pickles(folder.parent / MARK).items()))

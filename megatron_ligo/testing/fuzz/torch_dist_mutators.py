@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA
-from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import COMMON, COMMON_OBJECT
+from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE
+from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import COMMON_FILE, COMMON_OBJECT
 from megatron_ligo.testing.fuzz.engine_samples import STEPS, adam_moments
 
 OPTIMIZER = "__1_0.distcp"
@@ -21,7 +21,7 @@ def add_optimizer_state(folder: Path) -> None:
     from torch.distributed.checkpoint import metadata as records
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-    data = _load_metadata(folder / METADATA)
+    data = _load_metadata(folder / METADATA_FILE)
     content = bytearray()
 
     def add(name: str, offset: torch.Size | None, value: object) -> None:
@@ -38,12 +38,12 @@ def add_optimizer_state(folder: Path) -> None:
             properties = records.TensorProperties(dtype=torch.float32)
             data.state_dict_metadata[name] = records.TensorStorageMetadata(properties, described.size, described.chunks)
             add(name, index.offset, value)
-    common = torch.load(folder / COMMON, weights_only=False)
+    common = torch.load(folder / COMMON_FILE, weights_only=False)
     add(COMMON_OBJECT, None, [{**common, "optimizer": {"param_groups": [{"step": STEPS}]}}])
     data.state_dict_metadata[COMMON_OBJECT] = records.BytesStorageMetadata()
-    (folder / COMMON).unlink()
+    (folder / COMMON_FILE).unlink()
     (folder / OPTIMIZER).write_bytes(content)
-    (folder / METADATA).write_bytes(pickle.dumps(data))
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(data))
 
 
 def edit_metadata(draw: random.Random, path: Path, values: tuple, numbers: tuple) -> str | None:

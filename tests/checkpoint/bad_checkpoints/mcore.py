@@ -26,16 +26,16 @@ def inside(folder: Path) -> Path:
 
 
 def entry(folder: Path, name: str):
-    return dcp_metadata.load(inside(folder)).tensors[name]
+    return dcp_metadata.read_metadata(inside(folder)).tensors[name]
 
 
-def describe(folder: Path, name: str, found: dcp_metadata.Entry | None) -> None:
+def describe(folder: Path, name: str, found: dcp_metadata.ChunkedTensor | None) -> None:
     """Writes the metadata with another entry of a name, or without it."""
-    tensors = dict(dcp_metadata.load(inside(folder)).tensors)
+    tensors = dict(dcp_metadata.read_metadata(inside(folder)).tensors)
     tensors.pop(name, None)
     if found:
         tensors[name] = found
-    (inside(folder) / ".metadata").write_bytes(dcp_metadata.pickled(tensors, {}))
+    (inside(folder) / ".metadata").write_bytes(dcp_metadata.pickle_metadata(tensors, {}))
 
 
 def put(folder: Path, name: str, value: object) -> None:
@@ -45,7 +45,7 @@ def put(folder: Path, name: str, value: object) -> None:
     torch.save(value, written)
     first, *rest = found.chunks
     path = inside(folder) / first.file
-    chunk = replace(first, start=path.stat().st_size, length=len(written.getvalue()))
+    chunk = replace(first, file_offset=path.stat().st_size, file_length=len(written.getvalue()))
     path.write_bytes(path.read_bytes() + written.getvalue())
     describe(folder, name, replace(found, chunks=(chunk, *rest)))
 
@@ -342,5 +342,5 @@ def moments_of_another_shape(folder):
 
 @register(adam_state)
 def moments_that_are_no_archive(folder):
-    first_chunk(folder, f"optimizer.state.exp_avg_sq.{NORM}", start=1)
+    first_chunk(folder, f"optimizer.state.exp_avg_sq.{NORM}", file_offset=1)
     return ("distcp at 1",)

@@ -1,6 +1,7 @@
-"""The `.metadata` of torch.distributed.checkpoint: which tensors there are, and where in which file each chunk lies.
+"""The `.metadata` file of torch.distributed.checkpoint: every tensor's shape, dtype and chunks, and their place on disk.
 
-It is a plain pickle. Only the names that such a file needs are known here, and what they stand for does nothing.
+The file is a plain pickle. The unpickler here knows only the classes that such a file needs, and replaces them by
+stubs that execute nothing.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megatron_ligo.checkpoint.io import pickle_enums, pickle_limits
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
-METADATA = ".metadata"
+METADATA_FILE = ".metadata"
 VERSION = "1.0.0"
+MAX_SIZE = 1 << 62
 
 
 class PickleStub:
-    """Stands in for whatever is named: keeps what it is given."""
+    """Stands in for a pickled class: keeps the constructor's arguments and the state."""
 
     def __init__(self, *arguments: object):
         self.arguments = arguments
@@ -32,211 +35,224 @@ class PickleStub:
         self.state = state
 
 
-def _inert(name: str) -> type[PickleStub]:
+def _make_stub(name: str) -> type[PickleStub]:
     return type(name, (PickleStub,), {})
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
-_NAMES = {
+_STUB_NAMES = {
     f"{_CHECKPOINT}.metadata": (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
         "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
     ),
     f"{_CHECKPOINT}.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    # What each rank had planned to write, which Megatron-core keeps to compare its next plan with.
+    # The save plan of each rank, which Megatron-core caches for its next save.
     f"{_CHECKPOINT}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
 }  # fmt: skip
-_KNOWN: dict[tuple[str, str], object] = {
-    (module, name): _inert(name) for module, names in _NAMES.items() for name in names
+_ALLOWED_GLOBALS: dict[tuple[str, str], object] = {
+    (module, name): _make_stub(name) for module, names in _STUB_NAMES.items() for name in names
 }
-_KNOWN[pickle_enums.GETATTR] = pickle_enums.enum_stand_ins(list(_KNOWN.values()))
-_KNOWN["torch", "Size"] = tuple
-_KNOWN["torch.serialization", "_get_layout"] = _inert("Layout")
-_DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if type(found) is torch.dtype}
-# What unpickling raises for bytes that are no such pickle.
+_ALLOWED_GLOBALS[pickle_enums.GETATTR] = pickle_enums.enum_stand_ins(list(_ALLOWED_GLOBALS.values()))
+_ALLOWED_GLOBALS["torch", "Size"] = tuple
+_ALLOWED_GLOBALS["torch.serialization", "_get_layout"] = _make_stub("Layout")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if type(dtype) is torch.dtype}
+# Exceptions that unpickling raises for damaged bytes.
 _DAMAGE = (
     pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError,
     OverflowError, RecursionError, ImportError, AssertionError, struct.error,
 )  # fmt: skip
 
 
-class _Refused(Exception):
+class _RefusedGlobal(Exception):
     pass
 
 
-# The one in C makes room at once for as many objects as a pickle of a few bytes says that it will number.
+# The C unpickler allocates its memo up front, at whatever size a few bytes of the pickle claim.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        if (module, name) not in _KNOWN:
-            raise _Refused(f"{module}.{name}")
-        return _KNOWN[module, name]
+        if (module, name) not in _ALLOWED_GLOBALS:
+            raise _RefusedGlobal(f"{module}.{name}")
+        return _ALLOWED_GLOBALS[module, name]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A block of a tensor, and where its archive lies."""
+class FileSpan(NamedTuple):
+    """A byte range of a file, which holds one archive of torch.save."""
 
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
     file: str
-    start: int
+    offset: int
     length: int
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor: global shape, and the chunks that tile it without a gap, in order of their offsets."""
+class TensorChunk:
+    """A block of a tensor: its offset and shape in the tensor, and the byte range of its archive."""
 
+    offset: tuple[int, ...]
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
+    file: str
+    file_offset: int
+    file_length: int
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a folder holds: tensors, and what are none (file, offset and length of what torch.save wrote)."""
+class ChunkedTensor:
+    """A tensor's global shape, and the chunks that tile it without gaps, sorted by offset."""
 
-    tensors: Mapping[str, Entry]
-    objects: Mapping[str, tuple[str, int, int]]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[TensorChunk, ...]
 
 
-def load(folder: Path) -> Contents:
-    """Reads and checks the metadata; every file is there and as long as it must be. CheckpointError with all faults."""
-    path = folder / METADATA
-    data = _unpickled(path)
+@dataclass(frozen=True)
+class DcpContents:
+    """Contents of a checkpoint folder by name: tensors, and objects that torch.save wrote."""
+
+    tensors: Mapping[str, ChunkedTensor]
+    objects: Mapping[str, FileSpan]
+
+
+def read_metadata(folder: Path) -> DcpContents:
+    """Reads the metadata and checks it against the files. Raises CheckpointError with all errors."""
+    path = folder / METADATA_FILE
+    metadata = _unpickle(path)
     try:
-        described, places = data.state["state_dict_metadata"], data.state["storage_data"]
-        spans = {_place(index): _span(info) for index, info in places.items()}
-        errors = ErrorCollector(f"{path} does not describe tensors in files beside it", CheckpointError)
+        entries, storage = metadata.state["state_dict_metadata"], metadata.state["storage_data"]
+        spans = {_parse_index(index): _parse_span(info) for index, info in storage.items()}
+        errors = ErrorCollector(f"{path} does not describe tensors in files next to it", CheckpointError)
         _check_files(folder, spans, errors)
         tensors, objects = {}, {}
-        for name, found in described.items():
-            if type(name) is not str or type(found).__name__ not in ("TensorStorageMetadata", "BytesStorageMetadata"):
-                raise ValueError(f"{name!r} is a {type(found).__name__}")
-            if type(found).__name__ == "BytesStorageMetadata":
+        for name, entry in entries.items():
+            kind = type(entry).__name__
+            if type(name) is not str or kind not in ("TensorStorageMetadata", "BytesStorageMetadata"):
+                raise ValueError(f"{name!r} is a {kind}")
+            if kind == "BytesStorageMetadata":
                 if (name, None) in spans:
                     objects[name] = spans[name, None]
                 else:
-                    errors.add(name, "a place in a file", "none")
+                    errors.add(name, "a byte range in a file", "none")
                 continue
-            entry = _entry(name, found, spans, errors)
-            if entry:
-                tensors[name] = entry
+            tensor = _parse_tensor(name, entry, spans, errors)
+            if tensor:
+                tensors[name] = tensor
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"
         raise CheckpointError(Problem(f"{path}", "the metadata of a distributed checkpoint", found)) from None
     errors.raise_if_any()
-    return Contents(tensors, objects)
+    return DcpContents(tensors, objects)
 
 
-def pickled(tensors: Mapping[str, Entry], objects: Mapping[str, tuple[str, int, int]]) -> bytes:
-    """The metadata of tensors and of objects (file, offset and length of what torch.save wrote of them)."""
-    from torch.distributed.checkpoint import metadata as records
+def pickle_metadata(tensors: Mapping[str, ChunkedTensor], objects: Mapping[str, FileSpan]) -> bytes:
+    """Returns the bytes of a `.metadata` file with torch's own classes."""
+    from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-    described, places = {}, {}
-    for name, entry in tensors.items():
+    entries, storage = {}, {}
+    for name, tensor in tensors.items():
         blocks = [
-            records.ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape)) for chunk in entry.chunks
+            dcp.ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape)) for chunk in tensor.chunks
         ]
-        properties = records.TensorProperties(dtype=entry.dtype)
-        described[name] = records.TensorStorageMetadata(properties, torch.Size(entry.shape), blocks)
-        for chunk in entry.chunks:
-            places[records.MetadataIndex(name, chunk.offset)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
+        properties = dcp.TensorProperties(dtype=tensor.dtype)
+        entries[name] = dcp.TensorStorageMetadata(properties, torch.Size(tensor.shape), blocks)
+        for chunk in tensor.chunks:
+            storage_info = _StorageInfo(chunk.file, chunk.file_offset, chunk.file_length)
+            storage[dcp.MetadataIndex(name, chunk.offset)] = storage_info
     for name, span in objects.items():
-        described[name] = records.BytesStorageMetadata()
-        places[records.MetadataIndex(name)] = _StorageInfo(*span)
-    return pickle.dumps(records.Metadata(described, storage_data=places, version=VERSION))
+        entries[name] = dcp.BytesStorageMetadata()
+        storage[dcp.MetadataIndex(name)] = _StorageInfo(*span)
+    return pickle.dumps(dcp.Metadata(entries, storage_data=storage, version=VERSION))
 
 
-def _unpickled(path: Path) -> PickleStub:
+def _unpickle(path: Path) -> PickleStub:
     try:
         with path.open("rb") as file:
-            data = _Unpickler(file).load()
+            metadata = _Unpickler(file).load()
     except FileNotFoundError:
         raise CheckpointError(Problem(f"{path}", "a file", "nothing there")) from None
-    except _Refused as error:
-        hint = "It is not loaded: loading it could run code."
-        raise CheckpointError(Problem(f"{path}", "torch's records of chunks", f"{error}", hint)) from None
+    except _RefusedGlobal as error:
+        hint = "The file is not loaded, as loading it could run code."
+        raise CheckpointError(Problem(f"{path}", "classes of torch.distributed.checkpoint", f"{error}", hint)) from None
     except _DAMAGE as error:
         found = f"{type(error).__name__}: {error}"
-        raise CheckpointError(Problem(f"{path}", "a whole pickle", found, "Fetch it again.")) from None
-    pickle_limits.check_tree(f"{path}", data)
-    if type(data).__name__ != "Metadata":
-        raise CheckpointError(Problem(f"{path}", "torch's Metadata", type(data).__name__))
-    return data
+        raise CheckpointError(Problem(f"{path}", "a complete pickle", found, "Fetch it again.")) from None
+    pickle_limits.check_tree(f"{path}", metadata)
+    if type(metadata).__name__ != "Metadata":
+        raise CheckpointError(Problem(f"{path}", "torch's Metadata", type(metadata).__name__))
+    return metadata
 
 
-def _place(index: PickleStub) -> tuple[str, tuple[int, ...] | None]:
+def _parse_index(index: PickleStub) -> tuple[str, tuple[int, ...] | None]:
+    """Returns the name and the chunk's offset (None for an object)."""
     offset = index.state.get("offset")
-    return index.state["fqn"], None if offset is None else _sizes(offset)
+    return index.state["fqn"], None if offset is None else _parse_sizes(offset)
 
 
-def _span(info: PickleStub) -> tuple[str, int, int]:
-    file, start, length = (info.state[name] for name in ("relative_path", "offset", "length"))
+def _parse_span(info: PickleStub) -> FileSpan:
+    file, offset, length = (info.state[name] for name in ("relative_path", "offset", "length"))
     if info.state.get("transform_descriptors"):
-        raise ValueError(f"{file}: its bytes are transformed, {info.state['transform_descriptors']}")
+        raise ValueError(f"{file}: its bytes are transformed by {info.state['transform_descriptors']}")
     if type(file) is not str or Path(file).name != file or file in (".", ".."):
-        raise ValueError(f"{file!r} is no name of a file beside it")
-    return (file, *_sizes((start, length)))
+        raise ValueError(f"{file!r} is not the name of a file in the folder")
+    return FileSpan(file, *_parse_sizes((offset, length)))
 
 
-def _sizes(found: object) -> tuple[int, ...]:
-    if not isinstance(found, tuple | list) or not all(type(size) is int and 0 <= size < 1 << 62 for size in found):
-        raise ValueError(f"{found!r} are no sizes")
-    return tuple(found)
+def _parse_sizes(sizes: object) -> tuple[int, ...]:
+    if not isinstance(sizes, tuple | list) or not all(type(size) is int and 0 <= size < MAX_SIZE for size in sizes):
+        raise ValueError(f"{sizes!r} are not sizes")
+    return tuple(sizes)
 
 
-def _check_files(folder: Path, spans: Mapping, errors: ErrorCollector) -> None:
-    """Every file is there, and as long as the last chunk in it says."""
+def _check_files(folder: Path, spans: Mapping[tuple, FileSpan], errors: ErrorCollector) -> None:
+    """Checks that every file exists and covers its byte ranges, and that no file is unused."""
     ends: dict[str, int] = {}
-    for file, start, length in spans.values():
-        ends[file] = max(ends.get(file, 0), start + length)
+    for span in spans.values():
+        ends[span.file] = max(ends.get(span.file, 0), span.offset + span.length)
     for file, end in sorted(ends.items()):
         path = folder / file
         size = path.stat().st_size if path.is_file() else None
         if size is None:
             errors.add(file, "a file", "nothing there", "Fetch it again.")
         elif size < end:
-            errors.add(file, f"at least {end} bytes", size, "It is cut off: fetch it again.")
+            errors.add(file, f"at least {end} bytes", size, "The file is truncated. Fetch it again.")
     for path in sorted(folder.glob("*.distcp")):
         if path.name not in ends:
-            errors.add(path.name, "only files that the metadata name", "one more", "Is it another checkpoint's?")
+            errors.add(path.name, "only files that the metadata names", "another", "Is it another checkpoint's?")
 
 
-def _entry(name: str, found: PickleStub, spans: Mapping, errors: ErrorCollector) -> Entry | None:
-    shape, dtype = _sizes(found.state["size"]), found.state["properties"].state[0]
+def _parse_tensor(name: str, entry: PickleStub, spans: Mapping, errors: ErrorCollector) -> ChunkedTensor | None:
+    shape, dtype = _parse_sizes(entry.state["size"]), entry.state["properties"].state[0]
     if type(dtype) is not torch.dtype:
-        raise ValueError(f"{name}: {dtype!r} is no dtype")
-    blocks = [(_sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])) for chunk in found.state["chunks"]]
+        raise ValueError(f"{name}: {dtype!r} is not a dtype")
+    blocks = [
+        (_parse_sizes(chunk.state["offsets"]), _parse_sizes(chunk.state["sizes"])) for chunk in entry.state["chunks"]
+    ]
     missing = [offset for offset, _ in blocks if (name, offset) not in spans]
     if missing:
-        errors.add(name, f"{len(blocks)} chunks in its files", f"{len(missing)} that are in none")
+        errors.add(name, f"{len(blocks)} chunks in its files", f"{len(missing)} chunks without a file")
         return None
-    if not _tiles(shape, blocks):
-        errors.add(name, f"chunks that make up {shape}", f"{len(blocks)} that overlap, leave gaps or reach beyond")
+    if not _is_grid(shape, blocks):
+        errors.add(name, f"chunks that tile {shape}", f"{len(blocks)} that overlap, leave gaps or reach beyond it")
         return None
-    chunks = [Chunk(offset, size, *spans[name, offset]) for offset, size in sorted(blocks)]
-    return Entry(shape, dtype, tuple(chunks))
+    chunks = [TensorChunk(offset, size, *spans[name, offset]) for offset, size in sorted(blocks)]
+    return ChunkedTensor(shape, dtype, tuple(chunks))
 
 
-def _tiles(shape: tuple[int, ...], blocks: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """True where blocks are the cells of a grid over a shape, each once."""
+def _is_grid(shape: tuple[int, ...], blocks: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether blocks (offset, size) are the cells of a grid over a shape, each exactly once."""
     if any(len(offset) != len(shape) or len(size) != len(shape) for offset, size in blocks):
         return False
-    cells, number = dict(blocks), 1
-    widths = []
+    cells, num_cells = dict(blocks), 1
+    widths = []  # by dim: start of a cell -> its size
     for dim, size in enumerate(shape):
         edges = [*sorted({offset[dim] for offset in cells}), size]
         if edges[0] != 0:
             return False
         widths.append({start: stop - start for start, stop in pairwise(edges)})
-        number *= len(widths[-1])
-    whole = all(
+        num_cells *= len(widths[-1])
+    sizes_match = all(
         tuple(size) == tuple(width[start] for width, start in zip(widths, offset, strict=True))
         for offset, size in cells.items()
     )
-    return whole and number == len(cells) == len(blocks)
+    return sizes_match and num_cells == len(cells) == len(blocks)

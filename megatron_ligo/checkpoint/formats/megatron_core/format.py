@@ -29,7 +29,7 @@ from megatron_ligo.arch.spec import Pack, layer_index
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata, writer
-from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA, Chunk, Entry
+from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE, ChunkedTensor, TensorChunk
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
     BACKEND,
     COMMON,
@@ -74,7 +74,7 @@ class McoreReader(Reader):
         self.path = path
         self._folder = iteration_folders.require_folder(path)
         _check_backend(self._folder / CONFIG)
-        self._contents = dcp_metadata.load(self._folder)
+        self._contents = dcp_metadata.read_metadata(self._folder)
         common = self._common()
         self.model_config, self.carried, self.files = arguments.sizes(self._folder, common.get("args"))
         self._items: dict[str, StoredTensor] = {}
@@ -120,7 +120,7 @@ class McoreReader(Reader):
         """Where the weight is most exact."""
         return part.of(self._master) if self._master else part
 
-    def _entry(self, part: StackedPart) -> Entry:
+    def _entry(self, part: StackedPart) -> ChunkedTensor:
         return self._contents.tensors[part.name]
 
     def _tensor(self, part: StackedPart) -> Tensor:
@@ -139,11 +139,11 @@ class McoreReader(Reader):
             target.copy_(self._block(entry, chunk, at))
         return whole
 
-    def _block(self, entry: Entry, chunk: Chunk, at: int | None) -> Tensor:
-        block = torch_files.map_tensor(self._folder / chunk.file, chunk.start, chunk.length)
+    def _block(self, entry: ChunkedTensor, chunk: TensorChunk, at: int | None) -> Tensor:
+        block = torch_files.map_tensor(self._folder / chunk.file, chunk.file_offset, chunk.file_length)
         if (tuple(block.shape), block.dtype) != (chunk.shape, entry.dtype):
             found = f"{block.dtype} {tuple(block.shape)}"
-            where = f"{self._folder / chunk.file} at {chunk.start}"
+            where = f"{self._folder / chunk.file} at {chunk.file_offset}"
             raise CheckpointError(Problem(where, f"{entry.dtype} {chunk.shape}", found))
         return block if at is None else block[at - chunk.offset[0]]
 
@@ -282,7 +282,7 @@ def _counts(tree: object, depth: int = 0) -> Iterator[object]:
 class MegatronCoreFormat(Format):
     name = NAME
     description = (
-        f"{CONFIG} beside {METADATA} (Megatron-core's torch_dist), "
+        f"{CONFIG} beside {METADATA_FILE} (Megatron-core's torch_dist), "
         f"or {iteration_folders.TRACKER} that names their folder"
     )
     stores_moments = True
@@ -290,7 +290,7 @@ class MegatronCoreFormat(Format):
 
     def recognise(self, path: Path) -> bool:
         folder = iteration_folders.find_folder(path)
-        return folder is not None and (folder / CONFIG).is_file() and (folder / METADATA).is_file()
+        return folder is not None and (folder / CONFIG).is_file() and (folder / METADATA_FILE).is_file()
 
     def open(self, path: Path) -> McoreReader:
         return McoreReader(path)

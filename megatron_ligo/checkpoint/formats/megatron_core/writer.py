@@ -11,7 +11,7 @@ import torch
 from megatron_ligo.arch.spec import layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata
-from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA, Chunk, Entry
+from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE, ChunkedTensor, TensorChunk
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
     BACKEND,
     COMMON,
@@ -62,8 +62,8 @@ def write(source: Reader, output: Output, options: MegatronCoreOptions) -> None:
             **({"optimizer": _optimizer(source, rates)} if source.has_moments else {}),
         },
     )
-    metadata = dcp_metadata.pickled(written.entries(), written.objects)
-    output.write_file(f"{folder}/{METADATA}", lambda path: path.write_bytes(metadata))
+    metadata = dcp_metadata.pickle_metadata(written.entries(), written.objects)
+    output.write_file(f"{folder}/{METADATA_FILE}", lambda path: path.write_bytes(metadata))
     output.write_json(f"{folder}/{CONFIG}", {**BACKEND, "common_backend": "torch", "common_backend_version": 1})
     iteration_folders.write_tracker(output, 0)
 
@@ -86,7 +86,7 @@ class WrittenTensors:
     """What lies where: a tensor's chunks by its name, and what is no tensor."""
 
     num_layers: int
-    chunks: dict[str, list[Chunk]] = field(default_factory=dict)
+    chunks: dict[str, list[TensorChunk]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
     objects: dict[str, Span] = field(default_factory=dict)
@@ -97,12 +97,14 @@ class WrittenTensors:
             raise CheckpointError(Problem(name, "one dtype in all layers", found, "Choose one with --dtype."))
         rest = (0,) * len(later.shape)
         offset = rest if layer is None else (layer, *rest[1:])
-        self.chunks.setdefault(name, []).append(Chunk(offset, later.shape, *span))
+        self.chunks.setdefault(name, []).append(TensorChunk(offset, later.shape, *span))
         if layer is not None:
             self.stacked.add(name)
 
-    def entries(self) -> dict[str, Entry]:
-        return {name: Entry(self._shape(name), self.dtypes[name], tuple(self.chunks[name])) for name in self.chunks}
+    def entries(self) -> dict[str, ChunkedTensor]:
+        return {
+            name: ChunkedTensor(self._shape(name), self.dtypes[name], tuple(self.chunks[name])) for name in self.chunks
+        }
 
     def common_dtype(self) -> torch.dtype:
         """That of most tensors."""

@@ -243,7 +243,7 @@ class MegatronLmFormat(Format):
                         kind: {n: pieces.lazy_shard(item, rank, kind) for n, item in held.items()} for kind in MOMENTS
                     }
                     groups = adam_groups.to_megatron_groups(source.groups, rates)
-                    tree["optimizer"] = rank_optimizer.made(weights, moments, groups, source.step)
+                    tree["optimizer"] = rank_optimizer.build_rank_optimizer(weights, moments, groups, source.step)
                 trees[f"{folder}/{rank_file(rank, stage, pp)}"] = tree
             output.write_torch_files(trees)
         iteration_folders.write_tracker(output, 0)
@@ -253,4 +253,4 @@ class MegatronLmFormat(Format):
             return "its numbers are those of Megatron-core's own layers: say layers=local"
         if {options.dtype or source.info(key).dtype for key in source.keys()} != {torch.float32}:  # noqa: SIM118 - no dict
             return "Megatron-LM's optimizers go on from fp32 weights: say --dtype float32"
-        return rank_optimizer.leaves(source.groups)
+        return rank_optimizer.explain_unsupported(source.groups)

@@ -105,10 +105,10 @@ class RankFiles:
             self.left = BUFFERS
             return
         kept = {
-            rank: rank_optimizer.read(self._optimizers[rank], model, rank_file(*rank, self.pp), errors)
+            rank: rank_optimizer.read_rank_optimizer(self._optimizers[rank], model, rank_file(*rank, self.pp), errors)
             for rank, model in self._models.items()
         }
-        self.left = next((rank.left for rank in kept.values() if rank.left), "")
+        self.left = next((state.unsupported for state in kept.values() if state.unsupported), "")
         for what in () if self.left else ("masters", "moments"):
             without = [rank_file(*rank, self.pp) for rank, one in kept.items() if not getattr(one, what)]
             if 0 < len(without) < len(kept):
@@ -120,7 +120,7 @@ class RankFiles:
             return
         if steps:
             (self.step,) = steps
-            self.groups = adam_groups.read_settings([group for one in kept.values() for group in one.groups])
+            self.groups = adam_groups.read_settings([group for one in kept.values() for group in one.param_groups])
             self.moments = {kind: {} for kind in MOMENTS}
         for known, (stage, name) in self._places.items():
             held = [kept[tp, stage] for tp in range(self.tp)]
