@@ -1,4 +1,4 @@
-"""Distributed checkpoints of Megatron-core's that are damaged or hostile."""
+"""Damaged or hostile distributed checkpoints of Megatron-core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata
-from tests.checkpoint.bad_checkpoints import Builder, edit_json, register
+from tests.checkpoint.bad_checkpoints import Builder, edit_json, exactly, problem, register
 from tests.checkpoint.bad_checkpoints.universal import Evil
 
 mcore: dict[str, Builder] = {}
@@ -21,67 +21,67 @@ FC2 = "decoder.layers.mlp.linear_fc2.weight"
 NORM = "decoder.final_layernorm.weight"
 
 
-def inside(folder: Path) -> Path:
+def iteration_folder(folder: Path) -> Path:
     return folder / "release"
 
 
-def entry(folder: Path, name: str):
-    return dcp_metadata.read_metadata(inside(folder)).tensors[name]
+def read_tensor(folder: Path, name: str) -> dcp_metadata.ChunkedTensor:
+    return dcp_metadata.read_metadata(iteration_folder(folder)).tensors[name]
 
 
-def describe(folder: Path, name: str, found: dcp_metadata.ChunkedTensor | None) -> None:
-    """Writes the metadata with another entry of a name, or without it."""
-    tensors = dict(dcp_metadata.read_metadata(inside(folder)).tensors)
+def set_tensor(folder: Path, name: str, tensor: dcp_metadata.ChunkedTensor | None) -> None:
+    """Rewrites the metadata with another entry for a tensor, or without one."""
+    tensors = dict(dcp_metadata.read_metadata(iteration_folder(folder)).tensors)
     tensors.pop(name, None)
-    if found:
-        tensors[name] = found
-    (inside(folder) / ".metadata").write_bytes(dcp_metadata.pickle_metadata(tensors, {}))
+    if tensor:
+        tensors[name] = tensor
+    (iteration_folder(folder) / ".metadata").write_bytes(dcp_metadata.pickle_metadata(tensors, {}))
 
 
-def put(folder: Path, name: str, value: object) -> None:
-    """Another archive for the first chunk of a tensor."""
-    found = entry(folder, name)
-    written = io.BytesIO()
-    torch.save(value, written)
-    first, *rest = found.chunks
-    path = inside(folder) / first.file
-    chunk = replace(first, file_offset=path.stat().st_size, file_length=len(written.getvalue()))
-    path.write_bytes(path.read_bytes() + written.getvalue())
-    describe(folder, name, replace(found, chunks=(chunk, *rest)))
+def replace_first_archive(folder: Path, name: str, value: object) -> None:
+    """Saves another value as the archive of a tensor's first chunk."""
+    tensor = read_tensor(folder, name)
+    archive = io.BytesIO()
+    torch.save(value, archive)
+    first, *rest = tensor.chunks
+    path = iteration_folder(folder) / first.file
+    chunk = replace(first, file_offset=path.stat().st_size, file_length=len(archive.getvalue()))
+    path.write_bytes(path.read_bytes() + archive.getvalue())
+    set_tensor(folder, name, replace(tensor, chunks=(chunk, *rest)))
 
 
-def first_chunk(folder: Path, name: str, **changes) -> None:
-    found = entry(folder, name)
-    first, *rest = found.chunks
-    describe(folder, name, replace(found, chunks=(replace(first, **changes), *rest)))
+def edit_first_chunk(folder: Path, name: str, **changes) -> None:
+    tensor = read_tensor(folder, name)
+    first, *rest = tensor.chunks
+    set_tensor(folder, name, replace(tensor, chunks=(replace(first, **changes), *rest)))
 
 
 @register(mcore)
 def no_metadata(folder):
-    (inside(folder) / ".metadata").unlink()
-    return ".metadata", "nothing there"
+    (iteration_folder(folder) / ".metadata").unlink()
+    return problem(where=".metadata")
 
 
 @register(mcore)
-def metadata_that_runs_code(folder):
-    (inside(folder) / ".metadata").write_bytes(pickle.dumps(Evil()))
-    return "builtins.exec", "could run code"
+def code_in_metadata(folder):
+    (iteration_folder(folder) / ".metadata").write_bytes(pickle.dumps(Evil()))
+    return problem(where=".metadata", found="builtins.exec")
 
 
 @register(mcore)
 def metadata_that_names_a_function(folder):
-    (inside(folder) / ".metadata").write_bytes(pickle.dumps({"a": os.system}))
-    return "system", "could run code"
+    (iteration_folder(folder) / ".metadata").write_bytes(pickle.dumps({"a": os.system}))
+    return problem(where=".metadata", found="system")
 
 
 @register(mcore)
-def metadata_that_numbers_two_thousand_million_objects(folder):
-    (inside(folder) / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
-    return "Metadata", "NoneType"
+def metadata_with_a_memo_of_two_billion(folder):
+    (iteration_folder(folder) / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
+    return problem(where=".metadata", expected="Metadata", found="NoneType")
 
 
 def nested(levels: int) -> list:
-    """2^levels values in a few bytes."""
+    """Returns 2^levels values that pickle to a few bytes."""
     tree = []
     for _ in range(levels):
         tree = [tree, tree]
@@ -89,258 +89,261 @@ def nested(levels: int) -> list:
 
 
 @register(mcore)
-def metadata_that_nest_beyond_any_memory(folder):
-    (inside(folder) / ".metadata").write_bytes(pickle.dumps(nested(40)))
-    return ".metadata", "values at most"
+def metadata_that_expands_exponentially(folder):
+    (iteration_folder(folder) / ".metadata").write_bytes(pickle.dumps(nested(40)))
+    return problem(where=".metadata", expected="values at most")
 
 
 @register(mcore)
-def common_state_that_nests_beyond_any_memory(folder):
-    torch.save({"iteration": nested(40)}, inside(folder) / "common.pt")
-    return "common.pt", "values at most"
+def common_state_that_expands_exponentially(folder):
+    torch.save({"iteration": nested(40)}, iteration_folder(folder) / "common.pt")
+    return problem(where="common.pt", expected="values at most")
 
 
 @register(mcore)
-def common_state_that_holds_itself(folder):
+def recursive_common_state(folder):
     tree: dict = {"iteration": 1}
     tree["args"] = [tree]
-    torch.save(tree, inside(folder) / "common.pt")
-    return "common.pt", "do not hold themselves"
+    torch.save(tree, iteration_folder(folder) / "common.pt")
+    return problem(where="common.pt", expected="themselves")
 
 
 @register(mcore)
-def metadata_of_other_things(folder):
-    (inside(folder) / ".metadata").write_bytes(pickle.dumps({"a": torch.float32}))
-    return "Metadata", "dict"
+def metadata_that_is_a_dict(folder):
+    (iteration_folder(folder) / ".metadata").write_bytes(pickle.dumps({"a": torch.float32}))
+    return problem(where=".metadata", expected="Metadata", found="dict")
 
 
 @register(mcore)
-def metadata_cut_off(folder):
-    path = inside(folder) / ".metadata"
+def truncated_metadata(folder):
+    path = iteration_folder(folder) / ".metadata"
     path.write_bytes(path.read_bytes()[:-100])
-    return ".metadata", "whole pickle"
+    return problem(where=".metadata", expected="pickle")
 
 
 @register(mcore)
-def metadata_of_noise(folder):
-    (inside(folder) / ".metadata").write_bytes(bytes(range(256)))
-    return ".metadata", "whole pickle"
+def random_bytes_as_metadata(folder):
+    (iteration_folder(folder) / ".metadata").write_bytes(bytes(range(256)))
+    return problem(where=".metadata", expected="pickle")
 
 
 @register(mcore)
-def metadata_with_nothing_in_it(folder):
+def metadata_of_wrong_types(folder):
     from torch.distributed.checkpoint.metadata import Metadata
 
-    (inside(folder) / ".metadata").write_bytes(pickle.dumps(Metadata([], storage_data=7)))
-    return (".metadata",)
+    (iteration_folder(folder) / ".metadata").write_bytes(pickle.dumps(Metadata([], storage_data=7)))
+    return problem(where=".metadata")
 
 
 @register(mcore)
-def a_file_is_missing(folder):
-    (inside(folder) / "__0_1.distcp").unlink()
-    return "__0_1.distcp", "nothing there"
+def missing_file(folder):
+    (iteration_folder(folder) / "__0_1.distcp").unlink()
+    return problem(where="__0_1.distcp", expected="file")
 
 
 @register(mcore)
-def a_file_cut_off(folder):
-    path = inside(folder) / "__0_1.distcp"
+def truncated_file(folder):
+    path = iteration_folder(folder) / "__0_1.distcp"
     path.write_bytes(path.read_bytes()[:-10])
-    return "__0_1.distcp", "cut off"
+    return problem(where="__0_1.distcp", expected="bytes")
 
 
 @register(mcore)
-def a_file_too_many(folder):
-    (inside(folder) / "__1_0.distcp").write_bytes(b"")
-    return ("__1_0.distcp",)
+def unexpected_file(folder):
+    (iteration_folder(folder) / "__1_0.distcp").write_bytes(b"")
+    return problem(where="__1_0.distcp")
 
 
 @register(mcore)
-def a_file_out_of_the_folder(folder):
-    first_chunk(folder, FC2, file="../dims.json")
-    return ("../dims.json",)
+def file_outside_the_folder(folder):
+    edit_first_chunk(folder, FC2, file="../dims.json")
+    return problem(where=".metadata", found="../dims.json")
 
 
 @register(mcore)
-def a_file_of_noise(folder):
-    path = inside(folder) / "__0_1.distcp"
+def file_of_zeros(folder):
+    path = iteration_folder(folder) / "__0_1.distcp"
     path.write_bytes(bytes(path.stat().st_size))
-    return "__0_1.distcp", "whole file of torch.save"
+    return problem(where="__0_1.distcp", expected="torch.save")
 
 
 @register(mcore)
-def a_chunk_that_runs_code(folder):
-    put(folder, FC2, Evil())
-    return "__0_1.distcp", "could run code"
+def code_in_chunk(folder):
+    replace_first_archive(folder, FC2, Evil())
+    return problem(where="__0_1.distcp", found="exec")
 
 
 @register(mcore)
-def a_chunk_of_another_shape(folder):
-    put(folder, FC2, torch.ones(1, 52, 48))
-    return "__0_1.distcp", "(1, 48, 52)", "(1, 52, 48)"
+def chunk_of_another_shape(folder):
+    replace_first_archive(folder, FC2, torch.ones(1, 52, 48))
+    return problem(where="__0_1.distcp", expected="(1, 48, 52)", found="(1, 52, 48)")
 
 
 @register(mcore)
-def a_chunk_of_another_dtype(folder):
-    put(folder, FC2, torch.ones(1, 48, 52, dtype=torch.bfloat16))
-    return "torch.float32", "torch.bfloat16"
+def chunk_of_another_dtype(folder):
+    replace_first_archive(folder, FC2, torch.ones(1, 48, 52, dtype=torch.bfloat16))
+    return problem(where="__0_1.distcp", expected="torch.float32", found="torch.bfloat16")
 
 
 @register(mcore)
-def a_chunk_that_is_two(folder):
-    put(folder, FC2, [torch.ones(1, 48, 52), torch.ones(3)])
-    return ("__0_1.distcp",)
+def chunk_of_two_tensors(folder):
+    replace_first_archive(folder, FC2, [torch.ones(1, 48, 52), torch.ones(3)])
+    return problem(where="__0_1.distcp")
 
 
 @register(mcore)
-def a_chunk_that_reaches_out_of_its_storage(folder):
-    good = torch.ones(48 * 52)
-    put(folder, FC2, good.as_strided((1, 24, 52), (1, 52, 1)))
-    return ("(1, 24, 52)",)
+def chunk_of_a_strided_view(folder):
+    tensor = torch.ones(48 * 52)
+    replace_first_archive(folder, FC2, tensor.as_strided((1, 24, 52), (1, 52, 1)))
+    return problem(where="__0_1.distcp", found="(1, 24, 52)")
 
 
 @register(mcore)
-def chunks_at_one_place(folder):
-    found = entry(folder, FC2)
-    first, second = found.chunks
-    describe(folder, FC2, replace(found, chunks=(first, replace(second, offset=first.offset))))
-    return FC2, "overlap"
+def overlapping_chunks(folder):
+    tensor = read_tensor(folder, FC2)
+    first, second = tensor.chunks
+    set_tensor(folder, FC2, replace(tensor, chunks=(first, replace(second, offset=first.offset))))
+    return problem(where=FC2, expected="(2, 48, 52)", found="2 that overlap")
 
 
 @register(mcore)
-def a_chunk_too_few(folder):
-    found = entry(folder, FC2)
-    describe(folder, FC2, replace(found, chunks=found.chunks[1:]))
-    return FC2, "gaps"
+def missing_chunk(folder):
+    tensor = read_tensor(folder, FC2)
+    set_tensor(folder, FC2, replace(tensor, chunks=tensor.chunks[1:]))
+    return problem(where=FC2, expected="(2, 48, 52)", found="1 that")
 
 
 @register(mcore)
-def a_chunk_beyond_the_tensor(folder):
-    first_chunk(folder, FC2, shape=(1 << 40, 48, 52))
-    return FC2, "reach beyond"
+def chunk_beyond_the_tensor(folder):
+    edit_first_chunk(folder, FC2, shape=(1 << 40, 48, 52))
+    return problem(where=FC2, expected="(2, 48, 52)", found="beyond")
 
 
 @register(mcore)
-def a_tensor_of_another_shape(folder):
-    found = entry(folder, NORM)
-    (chunk,) = found.chunks
-    describe(folder, NORM, replace(found, shape=(47,), chunks=(replace(chunk, shape=(47,)),)))
-    return NORM, "(48,)", "(47,)"
+def tensor_of_another_shape(folder):
+    tensor = read_tensor(folder, NORM)
+    (chunk,) = tensor.chunks
+    set_tensor(folder, NORM, replace(tensor, shape=(47,), chunks=(replace(chunk, shape=(47,)),)))
+    return problem(where=NORM, expected="(48,)", found="(47,)")
 
 
 @register(mcore)
-def a_tensor_of_integers(folder):
-    describe(folder, NORM, replace(entry(folder, NORM), dtype=torch.int32))
-    return NORM, "torch.int32"
+def tensor_of_integers(folder):
+    set_tensor(folder, NORM, replace(read_tensor(folder, NORM), dtype=torch.int32))
+    return problem(where=NORM, found="torch.int32")
 
 
 @register(mcore)
-def a_tensor_is_missing(folder):
-    describe(folder, FC2, None)
-    return "decoder.layers.1.mlp.linear_fc2.weight", "none"
+def missing_tensor(folder):
+    set_tensor(folder, FC2, None)
+    return problem(where="decoder.layers.1.mlp.linear_fc2.weight", found="none")
 
 
 @register(mcore)
-def a_tensor_too_many(folder):
-    describe(folder, "decoder.layers.mlp.router.weight", entry(folder, FC2))
-    return ("router",)
+def unexpected_tensor(folder):
+    set_tensor(folder, "decoder.layers.mlp.router.weight", read_tensor(folder, FC2))
+    return problem(where="decoder.layers.mlp.router.weight")
 
 
 @register(mcore)
-def a_vocabulary_too_small(folder):
+def vocabulary_too_small(folder):
     name = "embedding.word_embeddings.weight"
-    found = entry(folder, name)
-    (chunk,) = found.chunks
-    describe(folder, name, replace(found, shape=(30, 48), chunks=(replace(chunk, shape=(30, 48)),)))
-    return name, "(37, 48)", "(30, 48)"
+    tensor = read_tensor(folder, name)
+    (chunk,) = tensor.chunks
+    set_tensor(folder, name, replace(tensor, shape=(30, 48), chunks=(replace(chunk, shape=(30, 48)),)))
+    return problem(where=name, expected="(37, 48)", found="(30, 48)")
 
 
 @register(mcore)
 def another_backend(folder):
-    edit_json(inside(folder) / "metadata.json", sharded_backend="zarr")
-    return "zarr", "torch_dist"
+    edit_json(iteration_folder(folder) / "metadata.json", sharded_backend="zarr")
+    return problem(where="metadata.json", expected="torch_dist", found="zarr")
 
 
 @register(mcore)
-def a_common_file_that_runs_code(folder):
-    torch.save({"iteration": Evil()}, inside(folder) / "common.pt")
-    return "common.pt", "could run code"
+def code_in_common_state(folder):
+    torch.save({"iteration": Evil()}, iteration_folder(folder) / "common.pt")
+    return problem(where="common.pt", found="exec")
 
 
 @register(mcore)
-def an_iteration_of_no_number(folder):
-    torch.save({"iteration": "seven"}, inside(folder) / "common.pt")
-    return "iteration", "seven"
+def iteration_that_is_a_word(folder):
+    torch.save({"iteration": "seven"}, iteration_folder(folder) / "common.pt")
+    return problem(where="common.pt", expected="iteration", found="seven")
 
 
 @register(mcore)
-def no_sizes(folder):
+def no_model_config(folder):
     (folder / "dims.json").unlink()
-    torch.save({"iteration": 1}, inside(folder) / "common.pt")
-    return ("config.json",)
+    torch.save({"iteration": 1}, iteration_folder(folder) / "common.pt")
+    return problem(where="release", expected="config.json")
 
 
 @register(mcore)
 def a_million_layers(folder):
-    model_config = json.loads((folder / "dims.json").read_text())["dims"]
-    edit_json(folder / "dims.json", dims={**model_config, "num_layers": 1_000_000})
-    return "num_layers", "1000000"
+    dims = json.loads((folder / "dims.json").read_text())["dims"]
+    edit_json(folder / "dims.json", dims={**dims, "num_layers": 1_000_000})
+    return ("num_layers", "1000000")
 
 
 @register(mcore)
-def a_tracker_out_of_the_folder(folder):
+def tracker_outside_the_folder(folder):
     (folder / "latest_checkpointed_iteration.txt").write_text("../elsewhere")
-    return ("latest_checkpointed_iteration.txt",)
+    return problem(where="latest_checkpointed_iteration.txt")
 
 
 @register(mcore)
-def a_tracker_of_what_is_not_there(folder):
+def tracker_to_a_missing_folder(folder):
     (folder / "latest_checkpointed_iteration.txt").write_text("100")
-    return ("latest_checkpointed_iteration.txt",)
+    return problem(where="latest_checkpointed_iteration.txt")
 
 
 @register(mcore)
-def a_family_that_is_none(folder):
-    model_config = json.loads((folder / "dims.json").read_text())["dims"]
-    edit_json(folder / "dims.json", dims={**model_config, "model_type": "9" * 500})
-    return "model_type", "llama"
+def unknown_model_type(folder):
+    dims = json.loads((folder / "dims.json").read_text())["dims"]
+    edit_json(folder / "dims.json", dims={**dims, "model_type": "9" * 500})
+    return ("model_type", "llama")
 
 
-def _count(folder: Path, step: object) -> None:
-    path = inside(folder) / "common.pt"
+def _set_step_count(folder: Path, step: object) -> None:
+    path = iteration_folder(folder) / "common.pt"
     state = torch.load(path, weights_only=False)
     state["optimizer"]["state"]["common_step"] = step
     torch.save(state, path)
 
 
 @register(adam_state)
-def a_count_of_letters(folder):
-    _count(folder, "7")
-    return "one count of the optimizer's steps", "'7'"
+def step_count_of_letters(folder):
+    _set_step_count(folder, "7")
+    return problem(where="common.pt", expected="step count", found="'7'")
 
 
 @register(adam_state)
-def a_count_of_nan(folder):
-    _count(folder, torch.tensor(float("nan")))
-    return "one count of the optimizer's steps", "nan"
+def step_count_of_nan(folder):
+    _set_step_count(folder, torch.tensor(float("nan")))
+    return problem(where="common.pt", expected="step count", found="nan")
 
 
 @register(adam_state)
-def a_count_of_two(folder):
-    _count(folder, torch.ones(2))
-    return "one count of the optimizer's steps", "tensor([1., 1.])"
+def two_step_counts(folder):
+    _set_step_count(folder, torch.ones(2))
+    return problem(where="common.pt", expected="step count", found="tensor([1., 1.])")
 
 
 @register(adam_state)
 def moments_of_another_shape(folder):
     for kind in ("exp_avg", "fp32_param"):
         name = f"optimizer.state.{kind}.{NORM}"
-        found = entry(folder, name)
-        (chunk,) = found.chunks
-        describe(folder, name, replace(found, shape=(47,), chunks=(replace(chunk, shape=(47,)),)))
-    return "2 problems", f"exp_avg.{NORM}", f"fp32_param.{NORM}", "(47,)"
+        tensor = read_tensor(folder, name)
+        (chunk,) = tensor.chunks
+        set_tensor(folder, name, replace(tensor, shape=(47,), chunks=(replace(chunk, shape=(47,)),)))
+    return exactly(
+        problem(where=f"exp_avg.{NORM}", expected="(48,)", found="(47,)"),
+        problem(where=f"fp32_param.{NORM}", expected="(48,)", found="(47,)"),
+    )
 
 
 @register(adam_state)
-def moments_that_are_no_archive(folder):
-    first_chunk(folder, f"optimizer.state.exp_avg_sq.{NORM}", file_offset=1)
-    return ("distcp at 1",)
+def moments_that_are_not_an_archive(folder):
+    edit_first_chunk(folder, f"optimizer.state.exp_avg_sq.{NORM}", file_offset=1)
+    return problem(where="distcp at 1")

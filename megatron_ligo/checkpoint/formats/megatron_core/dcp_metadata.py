@@ -1,4 +1,4 @@
-"""The `.metadata` file of torch.distributed.checkpoint: every tensor's shape, dtype and chunks, and their place on disk.
+"""The `.metadata` file of torch.distributed.checkpoint: each tensor's shape, dtype and chunks, and their place on disk.
 
 The file is a plain pickle. The unpickler here knows only the classes that such a file needs, and replaces them by
 stubs that execute nothing.

@@ -76,7 +76,7 @@ class McoreReader(Reader):
         _check_backend(self._folder / CONFIG)
         self._contents = dcp_metadata.read_metadata(self._folder)
         common = self._common()
-        self.model_config, self.carried, self.files = arguments.sizes(self._folder, common.get("args"))
+        self.model_config, self.carried, self.files = arguments.read_model_config(self._folder, common.get("args"))
         self._items: dict[str, StoredTensor] = {}
         self._parts: dict[str, tuple[StackedPart, ...]] = {}
         self._rows = self._check()

@@ -51,7 +51,7 @@ def write(source: Reader, output: Output, options: MegatronCoreOptions) -> None:
     folder = iteration_folders.folder_name(0)
     model_record.write(source, output)
     written = _write_files(source, output, folder, rows)
-    args = arguments.args_of(source.model_config, 1, 1, rows, written.common_dtype(), source.step)
+    args = arguments.to_megatron_args(source.model_config, 1, 1, rows, written.common_dtype(), source.step)
     output.write_torch(
         f"{folder}/{COMMON}",
         {

@@ -1,4 +1,4 @@
-"""The arguments of a run as Megatron-LM keeps them in its checkpoints: the model's sizes out of them, and into them."""
+"""Converts between a model's config and the run arguments that Megatron-LM saves in its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.io import iteration_folders
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
-# Megatron-LM's default; with it, a vocabulary is padded to a multiple of this times tp.
-DIVISIBLE_BY = 128
+# Megatron-LM's default of --make-vocab-size-divisible-by. It pads the vocabulary to a multiple of this times tp.
+VOCAB_DIVISOR = 128
 CHECKPOINT_VERSION = 3.0
 
 
 class ArgumentStub:
-    """Stands in for what a checkpoint of Megatron-LM keeps besides tensors: holds its attributes, does nothing."""
+    """Stands in for the pickled objects of a Megatron-LM checkpoint: keeps the state and executes nothing."""
 
     def __init__(self, *_: object, **__: object):
         pass
@@ -30,7 +30,7 @@ class ArgumentStub:
             self.__dict__.update(state)
 
 
-_NAMES = (
+_STUB_NAMES = (
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals",
     "_io.BytesIO", "builtins.bytes",
     "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType", "numpy._core.multiarray._reconstruct",
@@ -40,87 +40,92 @@ _NAMES = (
     "megatron.core.rerun_state_machine.RerunDiagnostic", "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
 )  # fmt: skip
-# Neither Megatron nor numpy builds any of them. (A class of its own for each: torch tells them apart by it.)
-STAND_INS = tuple((type(name.rpartition(".")[2], (ArgumentStub,), {}), name) for name in _NAMES)
+# One class per name, as torch keys its allowed globals by class.
+STAND_INS = tuple((type(name.rpartition(".")[2], (ArgumentStub,), {}), name) for name in _STUB_NAMES)
 
 
-def sizes(folder: Path, args: object) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:
-    """Sizes, carried config keys and files to carry along of an iteration's folder.
+def read_model_config(folder: Path, args: object) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:
+    """Returns the config, the carried Hugging Face config keys and the carried files of an iteration's folder.
 
-    They stand beside the weights (or beside the tracker, one step up); else the run's arguments state the sizes.
+    The config is read from a record in the folder, or next to the tracker one level up; else from `args`, the saved
+    run arguments. Raises CheckpointError if none of them describes a model.
     """
     roots = [folder]
     if (folder.parent / iteration_folders.TRACKER).is_file():
         roots.append(folder.parent)
     files = tuple(file for root in roots for file in model_record.find_carried_files(root))
     for root in roots:
-        found = model_record.find_record(root)
-        if found:
-            return (*found, files)
+        record = model_record.find_record(root)
+        if record:
+            return (*record, files)
     if not isinstance(args, ArgumentStub):
         model_record.read(folder)
-    return dims_of(vars(args), f"args in {folder}"), {}, files
+    return parse_model_config(vars(args), f"args in {folder}"), {}, files
 
 
-def dims_of(args: Mapping[str, object], where: str) -> ModelConfig:
-    """The sizes that Megatron-LM's arguments state. CheckpointError for a network that we have no table of."""
-    title = f"{where} describe no Llama: put the model's Hugging Face config.json beside the weights"
+def parse_model_config(args: Mapping[str, object], where: str) -> ModelConfig:
+    """Returns the config that Megatron-LM's arguments describe. Raises CheckpointError unless it is a Llama's."""
+    title = f"{where} do not describe a Llama: put the model's Hugging Face config.json next to the weights"
     errors = ErrorCollector(title, CheckpointError)
-    for name, value in _FIXED.items():
+    for name, value in _FIXED_ARGS.items():
         if args.get(name, value) != value:
             errors.add(name, value, repr(args[name]))
-    missing = [name for name in _NEEDED if args.get(name) is None]
+    missing = [name for name in _REQUIRED_ARGS if args.get(name) is None]
     for name in missing:
         errors.add(name, "a value", "none")
     if args.get("position_embedding_type", "rope") != "rope" and not args.get("use_rotary_position_embeddings"):
         errors.add("position_embedding_type", "rope", repr(args["position_embedding_type"]))
     errors.raise_if_any()
-    grouped = bool(args.get("group_query_attention"))
+    has_query_groups = bool(args.get("group_query_attention"))
     window = args.get("window_size")
-    biased = bool(args.get("add_qkv_bias"))
-    padded = args["padded_vocab_size"]
-    vocab = args.get("vocab_size")
+    has_qkv_bias = bool(args.get("add_qkv_bias"))
+    padded_vocab_size = args["padded_vocab_size"]
+    vocab_size = args.get("vocab_size")
+    has_vocab_size = isinstance(vocab_size, int) and vocab_size > 0
     try:
         return ModelConfig(
             arch="llama",
-            model_type="qwen2" if biased else "mistral" if window else "llama",
+            model_type="qwen2" if has_qkv_bias else "mistral" if window else "llama",
             num_layers=args["num_layers"],
             hidden_size=args["hidden_size"],
             ffn_size=args["ffn_hidden_size"],
             num_heads=args["num_attention_heads"],
-            num_kv_heads=args["num_query_groups"] if grouped else args["num_attention_heads"],
+            num_kv_heads=args["num_query_groups"] if has_query_groups else args["num_attention_heads"],
             head_dim=args.get("kv_channels") or args["hidden_size"] // args["num_attention_heads"],
-            vocab_size=vocab if isinstance(vocab, int) and 0 < vocab <= padded else padded,
+            vocab_size=vocab_size if has_vocab_size and vocab_size <= padded_vocab_size else padded_vocab_size,
             max_positions=args["max_position_embeddings"],
             norm_eps=args["norm_epsilon"],
             tied=not args["untie_embeddings_and_output_weights"],
-            qkv_bias=biased,
+            qkv_bias=has_qkv_bias,
             rope_base=float(args["rotary_base"]),
-            rope_scaling=_rope_scaling(args),
+            rope_scaling=_parse_rope_scaling(args),
             sliding_window=window[0] + 1 if window else None,
         )
     except (TypeError, ValueError, LookupError, ArithmeticError, ConfigError) as error:
-        raise CheckpointError(Problem(where, "the sizes of a model", f"{error}")) from None
+        raise CheckpointError(Problem(where, "a valid model config", f"{error}")) from None
 
 
-def args_of(model_config: ModelConfig, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int) -> Namespace:
-    """What Megatron-LM compares with a run's own arguments, or takes over (--use-checkpoint-args)."""
+def to_megatron_args(
+    model_config: ModelConfig, tp: int, pp: int, padded_vocab_size: int, dtype: torch.dtype, step: int
+) -> Namespace:
+    """Returns the arguments that Megatron-LM compares with a run's own, or adopts under --use-checkpoint-args."""
+    common = _common_args(model_config, tp, pp, padded_vocab_size, dtype, step)
     if model_config.arch != "llama":
-        return Namespace(**_layout(model_config, tp, pp, padded, dtype, step))
+        return Namespace(**common)
     scaling = dict(model_config.rope_scaling or {})
     return Namespace(
-        **_layout(model_config, tp, pp, padded, dtype, step),
-        **_FIXED,
+        **common,
+        **_FIXED_ARGS,
         position_embedding_type="rope",
         use_rotary_position_embeddings=False,
-        rotary_base=_whole(model_config.rope_base),
+        rotary_base=_to_int_if_whole(model_config.rope_base),
         use_rope_scaling=bool(scaling),
         rope_scaling_factor=scaling.get("factor", 8.0),
         window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
     )
 
 
-_FIXED = {
+_FIXED_ARGS = {
     "normalization": "RMSNorm",
     "swiglu": True,
     "add_bias_linear": False,
@@ -133,16 +138,17 @@ _FIXED = {
     "mtp_num_layers": None,
     "multi_latent_attention": False,
 }
-_NEEDED = (
+_REQUIRED_ARGS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size",
     "max_position_embeddings", "norm_epsilon", "untie_embeddings_and_output_weights", "rotary_base",
     "normalization", "swiglu", "add_bias_linear",
 )  # fmt: skip
 
 
-def _layout(
-    model_config: ModelConfig, tp: int, pp: int, padded: int, dtype: torch.dtype, step: int
+def _common_args(
+    model_config: ModelConfig, tp: int, pp: int, padded_vocab_size: int, dtype: torch.dtype, step: int
 ) -> dict[str, object]:
+    """Returns the arguments that every architecture has."""
     return {
         "num_layers": model_config.num_layers,
         "hidden_size": model_config.hidden_size,
@@ -152,8 +158,8 @@ def _layout(
         "num_query_groups": model_config.num_kv_heads,
         "kv_channels": model_config.head_dim,
         "vocab_size": model_config.vocab_size,
-        "padded_vocab_size": padded,
-        "make_vocab_size_divisible_by": max(padded // tp, 1),
+        "padded_vocab_size": padded_vocab_size,
+        "make_vocab_size_divisible_by": max(padded_vocab_size // tp, 1),
         "max_position_embeddings": model_config.max_positions,
         "seq_length": model_config.max_positions,
         "norm_epsilon": model_config.norm_eps,
@@ -172,12 +178,12 @@ def _layout(
     }
 
 
-def _rope_scaling(args: Mapping[str, object]) -> dict | None:
+def _parse_rope_scaling(args: Mapping[str, object]) -> dict | None:
     if not args.get("use_rope_scaling"):
         return None
     return {"rope_type": "llama3", "factor": args.get("rope_scaling_factor", 8.0), **LLAMA3_SCALING}
 
 
-def _whole(number: float | None) -> float | int | None:
-    """Megatron-LM's rotary base is a whole number."""
+def _to_int_if_whole(number: float | None) -> float | int | None:
+    """Megatron-LM's rotary base is an int."""
     return int(number) if number is not None and number == int(number) else number

@@ -1,4 +1,7 @@
-"""The files of a Megatron-LM checkpoint by rank: all there, mapped, nothing executed, their names made today's."""
+"""The per-rank files of a Megatron-LM checkpoint: checked for completeness, memory-mapped, with today's tensor names.
+
+No code of a file is executed: stand-ins replace the pickled classes.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,27 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import local_name
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer
+from megatron_ligo.arch.mcore_names import to_local_name
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments
+from megatron_ligo.checkpoint.formats.megatron_lm.rank_optimizer import RankOptimizerState, read_rank_optimizer
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.reader import MOMENTS
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector
 
-FILE = "model_optim_rng.pt"
-# Where the optimizer had files of its own.
-OLD_FILE = "model_rng.pt"
-OPTIMIZERS = ("distrib_optim.pt", "optim.pt")
-BUFFERS = "a distributed one's, whose buffers name no parameters: save it with --ckpt-format torch_dist"
-FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,4})(?:_(?P<pp>\d{3,5}))?")
-LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
-# Before, query, key and value lay in another order.
-FIRST_VERSION = 2.0
-# More ranks than this beyond the files that are there are a lie, not a loss.
-LOST = 1000
-IGNORED = ("*_extra_state", "*inv_freq")
-# Names of the years before Megatron-core, and today's. In this order.
+MODEL_FILE = "model_optim_rng.pt"
+# The model's file where the optimizer has a file of its own.
+MODEL_FILE_WITHOUT_OPTIMIZER = "model_rng.pt"
+DISTRIBUTED_OPTIMIZER_FILES = ("distrib_optim.pt", "optim.pt")
+DISTRIBUTED_OPTIMIZER = "distributed, with buffers that name no parameters: save it with --ckpt-format torch_dist"
+RANK_FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,4})(?:_(?P<pp>\d{3,5}))?")
+LAYER_NAME = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
+# Older versions order query, key and value differently.
+MIN_CHECKPOINT_VERSION = 2.0
+# The folders' names may claim at most this many ranks more than there are files; a larger number is corrupt.
+MAX_MISSING_RANKS = 1000
+IGNORED_NAMES = ("*_extra_state", "*inv_freq")
+MAX_NESTING = 4
+# Names from before Megatron-core -> today's. The order matters.
 OLD_NAMES = {
     "language_model.embedding.": "embedding.",
     "language_model.encoder.": "decoder.",
@@ -45,188 +50,213 @@ OLD_NAMES = {
     ".final_norm.": ".final_layernorm.",
 }
 
-
-def rank_file(tp: int, pp: int, stages: int) -> str:
-    """Where a rank's file lies in an iteration's folder."""
-    return f"mp_rank_{tp:02d}{f'_{pp:03d}' if stages > 1 else ''}/{FILE}"
+Rank = tuple[int, int]  # tensor-parallel rank, pipeline stage
 
 
-def is_saved(folder: Path) -> bool:
-    """True where a folder holds such files."""
-    return folder.is_dir() and any(FOLDER.fullmatch(path.name) and _file(path) for path in folder.iterdir())
+def rank_file(tp_rank: int, stage: int, pp: int) -> str:
+    """Returns the path of a rank's file within the iteration's folder."""
+    return f"mp_rank_{tp_rank:02d}{f'_{stage:03d}' if pp > 1 else ''}/{MODEL_FILE}"
 
 
-def _file(folder: Path) -> Path | None:
-    return next((folder / name for name in (FILE, OLD_FILE) if (folder / name).is_file()), None)
+def has_rank_files(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        RANK_FOLDER.fullmatch(path.name) and _find_model_file(path) for path in folder.iterdir()
+    )
+
+
+def _find_model_file(folder: Path) -> Path | None:
+    paths = (folder / name for name in (MODEL_FILE, MODEL_FILE_WITHOUT_OPTIMIZER))
+    return next((path for path in paths if path.is_file()), None)
 
 
 class RankFiles:
-    """An iteration's folder, its files loaded (mapped).
+    """All rank files of an iteration's folder, loaded (memory-mapped). Raises CheckpointError with all errors.
 
-    tensors: global name -> what each tensor-parallel rank stores. args: the run's arguments (None: none kept).
-    `take_optimizers` adds moments (by kind, as tensors; {} where there are none), the optimizer's count of steps, the
-    settings of its groups, and left: why its state is not read.
-    Raises CheckpointError with all faults of the files themselves.
+    tensors: global name -> shards of the tensor-parallel ranks; args: arguments of the run, None if not saved; step:
+    the iteration. `read_optimizers` sets moments (by kind, shaped as `tensors`; {} if there are none), the optimizer's
+    step count as `step`, groups (settings of its param groups) and unread_optimizer: why its state is not read.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._faults = ErrorCollector(f"{folder} is no whole checkpoint of Megatron-LM", CheckpointError)
-        files = self._find()
-        self.tp, self.pp = (max((rank[i] for rank in files), default=-1) + 1 for i in (0, 1))
-        if self.tp * self.pp > len(files) + LOST:
-            self._faults.add("ranks", f"{self.tp} x {self.pp} files, as their names say", f"{len(files)} files")
-            self._faults.raise_if_any()
-        for rank in ((tp, pp) for pp in range(self.pp) for tp in range(self.tp)):
-            if rank not in files:
-                self._faults.add(rank_file(*rank, self.pp), "a file", "nothing there", "Fetch it again.")
-        self._faults.raise_if_any()
-        states = {rank: self._load(path) for rank, path in sorted(files.items())}
-        self._faults.raise_if_any()
+        self._errors = ErrorCollector(f"{folder} is not a complete checkpoint of Megatron-LM", CheckpointError)
+        paths = self._find_files()
+        self.tp, self.pp = (max((rank[i] for rank in paths), default=-1) + 1 for i in (0, 1))
+        if self.tp * self.pp > len(paths) + MAX_MISSING_RANKS:
+            self._errors.add("ranks", f"{self.tp} x {self.pp} files, as the folders' names say", f"{len(paths)} files")
+            self._errors.raise_if_any()
+        for rank in ((tp_rank, stage) for stage in range(self.pp) for tp_rank in range(self.tp)):
+            if rank not in paths:
+                self._errors.add(self._rank_file(rank), "a file", "nothing there", "Fetch it again.")
+        self._errors.raise_if_any()
+        states = {rank: self._load(path) for rank, path in sorted(paths.items())}
+        self._errors.raise_if_any()
         first = states[0, 0]
         self.args, self.step = first.get("args"), first.get("iteration", 0)
         if type(self.step) is not int or self.step < 0:
-            self._faults.add("iteration", "a count", repr(self.step))
+            self._errors.add("iteration", "a non-negative integer", repr(self.step))
         self.num_layers = 0
         self.tensors: dict[str, list[Tensor]] = {}
         self.moments: dict[str, dict[str, list[Tensor]]] = {}
         self.groups: tuple[Mapping[str, object], ...] = ()
-        self.left = ""
+        self.unread_optimizer = ""
         self._optimizers = {rank: state.get("optimizer") for rank, state in states.items()}
-        self._models = {rank: self._model(state, rank_file(*rank, self.pp)) for rank, state in states.items()}
-        self._places: dict[str, tuple[int, str]] = {}
+        self._modules = {rank: self._read_module(state, self._rank_file(rank)) for rank, state in states.items()}
+        # Global name -> stage, and the name in the stage's files.
+        self._stage_names: dict[str, tuple[int, str]] = {}
         for stage in range(self.pp):
-            self._add([self._models[tp, stage] for tp in range(self.tp)], stage)
-        self._faults.raise_if_any()
+            self._add_stage([self._modules[tp_rank, stage] for tp_rank in range(self.tp)], stage)
+        self._errors.raise_if_any()
 
-    def take_optimizers(self, errors: ErrorCollector) -> None:
-        """Masters take the place of the weights, the moments come beside them: all ranks' or none."""
-        if any(any(self.folder.glob(f"mp_rank_*/{name}")) for name in OPTIMIZERS):
-            self.left = BUFFERS
+    def read_optimizers(self, errors: ErrorCollector) -> None:
+        """Reads moments, and master weights in place of the weights, from all ranks or from none."""
+        if any(any(self.folder.glob(f"mp_rank_*/{name}")) for name in DISTRIBUTED_OPTIMIZER_FILES):
+            self.unread_optimizer = DISTRIBUTED_OPTIMIZER
             return
-        kept = {
-            rank: rank_optimizer.read_rank_optimizer(self._optimizers[rank], model, rank_file(*rank, self.pp), errors)
-            for rank, model in self._models.items()
+        states = {
+            rank: read_rank_optimizer(self._optimizers[rank], module, self._rank_file(rank), errors)
+            for rank, module in self._modules.items()
         }
-        self.left = next((state.unsupported for state in kept.values() if state.unsupported), "")
-        for what in () if self.left else ("masters", "moments"):
-            without = [rank_file(*rank, self.pp) for rank, one in kept.items() if not getattr(one, what)]
-            if 0 < len(without) < len(kept):
-                errors.add(what, "all ranks', or none", f"none in {', '.join(without)}")
-        steps = {one.step for one in kept.values() if one.moments} - {None}
+        self.unread_optimizer = next((state.unsupported for state in states.values() if state.unsupported), "")
+        if not self.unread_optimizer:
+            _check_on_all_ranks(
+                "masters", {self._rank_file(rank): bool(state.masters) for rank, state in states.items()}, errors
+            )
+            _check_on_all_ranks(
+                "moments", {self._rank_file(rank): bool(state.moments) for rank, state in states.items()}, errors
+            )
+        steps = {state.step for state in states.values() if state.moments} - {None}
         if len(steps) > 1:
-            errors.add("step", "one count of Adam's steps on all ranks", sorted(steps))
-        if self.left or errors.problems:
+            errors.add("step", "one Adam step count on all ranks", sorted(steps))
+        if self.unread_optimizer or errors.lines:
             return
         if steps:
             (self.step,) = steps
-            self.groups = adam_groups.read_settings([group for one in kept.values() for group in one.param_groups])
+            param_groups = [group for state in states.values() for group in state.param_groups]
+            self.groups = adam_groups.read_settings(param_groups)
             self.moments = {kind: {} for kind in MOMENTS}
-        for known, (stage, name) in self._places.items():
-            held = [kept[tp, stage] for tp in range(self.tp)]
-            pieces = zip(held, self.tensors[known], strict=True)
-            self.tensors[known] = [one.masters.get(name, weight) for one, weight in pieces]
-            for kind, moments in self.moments.items():
-                moments[known] = [one.moments[kind][name] for one in held]
+        for global_name, (stage, name) in self._stage_names.items():
+            self._use_optimizer_state(global_name, name, [states[tp_rank, stage] for tp_rank in range(self.tp)])
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What each rank stores of floating-point numbers, with its name."""
-        for name, held in self.tensors.items():
-            for rank, tensor in enumerate(held):
-                if tensor.is_floating_point():
-                    yield f"{name} (rank {rank})", tensor
+    def _use_optimizer_state(self, global_name: str, name: str, states: list[RankOptimizerState]) -> None:
+        weights = zip(states, self.tensors[global_name], strict=True)
+        self.tensors[global_name] = [state.masters.get(name, weight) for state, weight in weights]
+        for kind, moments in self.moments.items():
+            moments[global_name] = [state.moments[kind][name] for state in states]
 
-    def check(self, name: str, shape: tuple[int, ...], errors: ErrorCollector) -> None:
-        """Adds a fault if a tensor is missing, or has another shape or dtype on any rank."""
+    def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every rank's floating-point tensors under a name for messages."""
+        for name, shards in self.tensors.items():
+            for rank, shard in enumerate(shards):
+                if shard.is_floating_point():
+                    yield f"{name} (rank {rank})", shard
+
+    def check_tensor(self, name: str, shape: tuple[int, ...], errors: ErrorCollector) -> None:
+        """Adds an error if a tensor is missing, or has another shape or dtype on any rank. shape: of a shard."""
         if name not in self.tensors:
             errors.add(name, "a tensor", "none")
             return
-        first = self.tensors[name][0].dtype
-        for rank, tensor in enumerate(self.tensors[name]):
-            if tuple(tensor.shape) != shape:
-                errors.add(f"{name} (rank {rank})", f"shape {shape}", tuple(tensor.shape))
-            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or tensor.dtype != first:
-                errors.add(f"{name} (rank {rank})", "floating-point numbers of one dtype", tensor.dtype)
+        dtype = self.tensors[name][0].dtype
+        for rank, shard in enumerate(self.tensors[name]):
+            if tuple(shard.shape) != shape:
+                errors.add(f"{name} (rank {rank})", f"shape {shape}", tuple(shard.shape))
+            if not shard.is_floating_point() or shard.dtype.itemsize == 1 or shard.dtype != dtype:
+                errors.add(f"{name} (rank {rank})", "one floating-point dtype on all ranks", shard.dtype)
 
-    def _find(self) -> dict[tuple[int, int], Path]:
-        found: dict[tuple[int, int], Path] = {}
-        names = {}
+    def _rank_file(self, rank: Rank) -> str:
+        return rank_file(*rank, self.pp)
+
+    def _find_files(self) -> dict[Rank, Path]:
+        paths: dict[Rank, Path] = {}
+        folder_names = {}
         for folder in sorted(path for path in self.folder.iterdir() if path.name.startswith("mp_rank_")):
-            match, file = FOLDER.fullmatch(folder.name), _file(folder)
-            if not match or not file:
-                self._faults.add(folder.name, f"mp_rank_TT or mp_rank_TT_PPP with {FILE}", "neither")
+            match, path = RANK_FOLDER.fullmatch(folder.name), _find_model_file(folder)
+            if not match or not path:
+                self._errors.add(folder.name, f"mp_rank_TT or mp_rank_TT_PPP with {MODEL_FILE}", "neither")
                 continue
             rank = (int(match["tp"]), int(match["pp"] or 0))
-            if rank in found:
-                self._faults.add(folder.name, "one folder for a rank", f"{names[rank]} too")
-            found[rank], names[rank] = file, folder.name
-        if not found:
-            self._faults.add(f"mp_rank_00/{FILE}", "a file", "nothing there")
-        return found
+            if rank in paths:
+                self._errors.add(folder.name, "one folder per rank", f"{folder_names[rank]} as well")
+            paths[rank], folder_names[rank] = path, folder.name
+        if not paths:
+            self._errors.add(f"mp_rank_00/{MODEL_FILE}", "a file", "nothing there")
+        return paths
 
     def _load(self, path: Path) -> dict:
         where = str(path.relative_to(self.folder))
         try:
             state = torch_files.load(path, arguments.STAND_INS)
         except CheckpointError as error:
-            self._faults.problems.extend(error.problems)
+            for problem in error.problems:
+                self._errors.note(problem)
             return {}
         version = state.get("checkpoint_version", 0) if isinstance(state, dict) else None
-        if version is None or not isinstance(version, int | float) or version < FIRST_VERSION:
+        if version is None or not isinstance(version, int | float) or version < MIN_CHECKPOINT_VERSION:
             hint = "Load and save it with a newer Megatron-LM."
-            self._faults.add(where, f"checkpoint_version of {FIRST_VERSION} or later", repr(version), hint)
+            expected = f"checkpoint_version of {MIN_CHECKPOINT_VERSION} or later"
+            self._errors.add(where, expected, repr(version), hint)
         elif not isinstance(state.get("model"), dict):
-            found = "model0: an interleaved pipeline's" if "model0" in state else type(state.get("model")).__name__
-            self._faults.add(where, "model, a dict of tensors", found, "Save it without --num-layers-per-virtual-*.")
+            is_interleaved = "model0" in state
+            found = "model0: an interleaved pipeline's" if is_interleaved else type(state.get("model")).__name__
+            hint = "Save it without --num-layers-per-virtual-pipeline-stage."
+            self._errors.add(where, "model, a dict of tensors", found, hint)
         return state if isinstance(state, dict) else {}
 
-    def _model(self, state: dict, where: str) -> dict[str, Tensor]:
-        found = {}
-        flat = dict(_flat(state["model"]))
-        old = any(name.startswith(tuple(OLD_NAMES)) for name in flat)
-        for name, value in flat.items():
-            if any(fnmatchcase(name, pattern) for pattern in IGNORED):
+    def _read_module(self, state: dict, where: str) -> dict[str, Tensor]:
+        """Returns the module's tensors by today's names, under Megatron-core's local layer spec."""
+        module = {}
+        values = dict(_flatten(state["model"]))
+        has_old_names = any(name.startswith(tuple(OLD_NAMES)) for name in values)
+        for name, value in values.items():
+            if any(fnmatchcase(name, pattern) for pattern in IGNORED_NAMES):
                 continue
             if not isinstance(value, Tensor):
-                self._faults.add(f"{name} ({where})", "a tensor", type(value).__name__)
+                self._errors.add(f"{name} ({where})", "a tensor", type(value).__name__)
                 continue
-            known = local_name(_todays(name) if old else name)
-            if known in found:
-                self._faults.add(f"{name} ({where})", "one tensor of that name", "two")
-            found[known] = value
-        return found
+            local_name = to_local_name(_modernize_name(name) if has_old_names else name)
+            if local_name in module:
+                self._errors.add(f"{name} ({where})", "one tensor of that name", "two")
+            module[local_name] = value
+        return module
 
-    def _add(self, models: list[dict[str, Tensor]], stage: int) -> None:
-        """The tensors of a stage, with its layers numbered after those of the stages before."""
-        names = {name: None for model in models for name in model}
-        layers = {int(match[2]) for match in map(LAYER.fullmatch, names) if match}
+    def _add_stage(self, modules: list[dict[str, Tensor]], stage: int) -> None:
+        """Adds the tensors of a stage. Its layers are numbered after those of the stages before."""
+        names = {name: None for module in modules for name in module}
+        layers = {int(match[2]) for match in map(LAYER_NAME.fullmatch, names) if match}
         if layers != set(range(len(layers))):
-            self._faults.add(f"stage {stage}", f"layers 0 to {len(layers) - 1}", sorted(layers))
+            self._errors.add(f"stage {stage}", f"layers 0 to {len(layers) - 1}", sorted(layers))
         for name in names:
-            held = [model.get(name) for model in models]
-            missing = [rank for rank, tensor in enumerate(held) if tensor is None]
+            shards = [module.get(name) for module in modules]
+            missing = [rank for rank, shard in enumerate(shards) if shard is None]
             if missing:
-                self._faults.add(f"{name} (stage {stage})", "a tensor on every rank", f"none on {missing}")
+                self._errors.add(f"{name} (stage {stage})", "a tensor on every rank", f"none on {missing}")
                 continue
-            match = LAYER.fullmatch(name)
-            known = f"{match[1]}{int(match[2]) + self.num_layers}{match[3]}" if match else name
-            if known in self.tensors:
-                self._faults.add(f"{name} (stage {stage})", "one stage that holds it", "two")
-            self.tensors[known] = held
-            self._places[known] = (stage, name)
+            match = LAYER_NAME.fullmatch(name)
+            global_name = f"{match[1]}{int(match[2]) + self.num_layers}{match[3]}" if match else name
+            if global_name in self.tensors:
+                self._errors.add(f"{name} (stage {stage})", "one stage that holds it", "two")
+            self.tensors[global_name] = shards
+            self._stage_names[global_name] = (stage, name)
         self.num_layers += len(layers)
 
 
-def _flat(tree: Mapping, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
-    """Names joined by dots. Old files nest dicts, a few deep."""
+def _check_on_all_ranks(kind: str, has_kind: Mapping[str, bool], errors: ErrorCollector) -> None:
+    """Adds an error if some ranks' files have a kind of optimizer state and others do not."""
+    without = [file for file, has in has_kind.items() if not has]
+    if 0 < len(without) < len(has_kind):
+        errors.add(kind, "on all ranks, or on none", f"none in {', '.join(without)}")
+
+
+def _flatten(tree: Mapping, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
+    """Yields the values of nested dicts, which old files have, under dotted names."""
     for name, value in tree.items():
-        if isinstance(value, Mapping) and depth < 4:
-            yield from _flat(value, f"{prefix}{name}.", depth + 1)
+        if isinstance(value, Mapping) and depth < MAX_NESTING:
+            yield from _flatten(value, f"{prefix}{name}.", depth + 1)
         else:
             yield f"{prefix}{name}", value
 
 
-def _todays(name: str) -> str:
+def _modernize_name(name: str) -> str:
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)
     return name
