@@ -91,13 +91,13 @@ def nested(levels: int) -> list:
 @register(mcore)
 def metadata_that_expands_exponentially(folder):
     (iteration_folder(folder) / ".metadata").write_bytes(pickle.dumps(nested(40)))
-    return problem(where=".metadata", expected="values at most")
+    return problem(where=".metadata", expected="8388608")
 
 
 @register(mcore)
 def common_state_that_expands_exponentially(folder):
     torch.save({"iteration": nested(40)}, iteration_folder(folder) / "common.pt")
-    return problem(where="common.pt", expected="values at most")
+    return problem(where="common.pt", expected="8388608")
 
 
 @register(mcore)
@@ -105,7 +105,7 @@ def recursive_common_state(folder):
     tree: dict = {"iteration": 1}
     tree["args"] = [tree]
     torch.save(tree, iteration_folder(folder) / "common.pt")
-    return problem(where="common.pt", expected="themselves")
+    return problem(where="common.pt", found="dict")
 
 
 @register(mcore)

@@ -60,7 +60,7 @@ def malformed_rank_folder(folder):
 @register(megatron)
 def two_folders_of_one_rank(folder):
     shutil.copytree(rank_file(folder).parent, folder / "release" / "mp_rank_01")
-    return problem(where="mp_rank_01", found="mp_rank_01_000")
+    return problem(where="mp_rank_01_000", found="mp_rank_01 ")
 
 
 @register(megatron)

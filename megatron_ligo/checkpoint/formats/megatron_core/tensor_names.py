@@ -1,28 +1,20 @@
-"""Names in Megatron-core's checkpoints beside those in the table, which are those of its local layers."""
+"""File and tensor names of Megatron-core's distributed checkpoints."""
 
 from __future__ import annotations
 
-from megatron_ligo.arch.mcore_names import EXTRA_STATE
-from megatron_ligo.arch.mcore_names import sort_by_construction as as_made
-from megatron_ligo.arch.mcore_names import to_fused_name as fused_name
-from megatron_ligo.arch.mcore_names import to_local_name as local_name
-
-__all__ = ["EXTRA_STATE", "as_made", "fused_name", "local_name"]
-
-# A distributed checkpoint's files beside those of torch.distributed.checkpoint, and the kind that it is.
-CONFIG, COMMON = "metadata.json", "common.pt"
-# Where there is no such file (from Megatron-core 0.19 on), an object of the checkpoint holds the same, in a list.
+CONFIG_FILE, COMMON_FILE = "metadata.json", "common.pt"
+# From Megatron-core 0.19 on, this object, a list of one, replaces the common file.
 COMMON_OBJECT = "common_state/shard_0_1"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-# Under these a distributed optimizer and any other one keep the weights in fp32.
-MASTERS = ("param", "fp32_param")
+# Optimizer states that hold fp32 master weights: of a distributed optimizer, and of any other.
+MASTER_STATES = ("param", "fp32_param")
 
 
 def stacked_name(name: str, layer: int) -> str:
-    """The name of the tensor in which all layers' tensors are stacked."""
+    """Returns the name of the tensor in which all layers' tensors are stacked."""
     return name.replace(f".layers.{layer}.", ".layers.", 1)
 
 
-def state_name(name: str, kind: str) -> str:
-    """The name of the optimizer's tensor of a kind for a weight."""
-    return f"optimizer.state.{kind}.{name}"
+def optimizer_state_name(name: str, state: str) -> str:
+    """Returns the name of a parameter's tensor of an optimizer state (such as exp_avg)."""
+    return f"optimizer.state.{state}.{name}"
