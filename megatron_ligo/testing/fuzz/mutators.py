@@ -192,7 +192,15 @@ def point_outside(draw: random.Random, folder: Path) -> str | None:
     """Points a name or link to a valid file outside the folder."""
     outside = folder.parent / OUTSIDE
     path = _pick(
-        draw, folder, "index.json", "latest", "latest_universal", "record.json", TRACKER, METADATA_FILE, *TENSOR_SUFFIXES
+        draw,
+        folder,
+        "index.json",
+        "latest",
+        "latest_universal",
+        "record.json",
+        TRACKER,
+        METADATA_FILE,
+        *TENSOR_SUFFIXES,
     )
     if path is None:
         return None

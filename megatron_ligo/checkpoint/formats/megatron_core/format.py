@@ -265,7 +265,7 @@ class McoreReader(Reader):
 
 
 def _check_backend(path: Path) -> None:
-    config = config_json.load(path)
+    config = config_json.load_config(path)
     if {name: config.get(name) for name in BACKEND} != BACKEND:
         hint = "Load and save it with a newer Megatron-core."
         raise CheckpointError(Problem(f"{path}", f"the backend torch_dist, version 1, {BACKEND}", config, hint))

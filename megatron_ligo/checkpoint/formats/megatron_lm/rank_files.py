@@ -128,7 +128,7 @@ class RankFiles:
         steps = {state.step for state in states.values() if state.moments} - {None}
         if len(steps) > 1:
             errors.add("step", "one Adam step count on all ranks", sorted(steps))
-        if self.unread_optimizer or errors.lines:
+        if self.unread_optimizer or errors.problems:
             return
         if steps:
             (self.step,) = steps
@@ -188,7 +188,7 @@ class RankFiles:
             state = torch_files.load(path, arguments.STAND_INS)
         except CheckpointError as error:
             for problem in error.problems:
-                self._errors.note(problem)
+                self._errors.add_message(problem)
             return {}
         version = state.get("checkpoint_version", 0) if isinstance(state, dict) else None
         if version is None or not isinstance(version, int | float) or version < MIN_CHECKPOINT_VERSION:
