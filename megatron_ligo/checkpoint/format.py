@@ -92,7 +92,7 @@ class Format(ABC):
         if options.tp < 1 or options.pp < 1:
             errors.add("layout", "positive tp and pp", layout)
         elif (options.tp, options.pp) != (1, 1) and not self.has_layout:
-            hint = "Whoever loads the checkpoint chooses the layout."
+            hint = "The layout is chosen when the checkpoint is loaded."
             errors.add("layout", "none: it has no tensor or pipeline parallelism", layout, hint)
         if options.workers < 1:
             errors.add("workers", "a positive number", options.workers)

@@ -76,7 +76,7 @@ def test_gpt2_as_it_was_first_published(tmp_path):
 
 
 def test_bert_as_it_was_first_published(tmp_path):
-    """gamma and beta, positions as a buffer, the decoder beside its embedding, more heads than its class has."""
+    """gamma and beta, positions as a buffer, a stored tied decoder, and a head that the named class lacks."""
     model, folder = layer_norm_models.saved(tmp_path / "a", "bert", "BertForPreTraining")
 
     def old(state):

@@ -194,7 +194,10 @@ def _record_sizes(file: Path | BinaryIO) -> list[int]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a dict of dense floating-point tensors by name. Raises CheckpointError if the file holds anything else."""
+    """Reads a dict of dense floating-point tensors by name, in their stored shapes.
+
+    Raises CheckpointError if the file holds anything else.
+    """
     state = load(path)
     if not isinstance(state, dict):
         raise CheckpointError(Problem(f"{path}", "tensors by name", type(state).__name__))

@@ -59,7 +59,7 @@ class TpShards:
 def join_shards(
     item: StoredTensor, key: str, pieces: Sequence[Tensor], stored: ModelConfig, model_config: ModelConfig, where: str
 ) -> Tensor:
-    """Joins the canonical (global, unpadded) tensor of a key from every rank's shard of a stored tensor.
+    """Joins the canonical tensor of a key, of its global unpadded shape, from every rank's shard of a stored tensor.
 
     A view where there is one rank and nothing to transpose. Raises CheckpointError (naming `where`) if replicas differ.
     """

@@ -1,4 +1,4 @@
-"""A Llama of fairscale's own parallel layers, as Meta's releases lay theirs out; cases for the ranks of `pools`."""
+"""A Llama of fairscale's own parallel layers, saved as in Meta's releases; cases for the ranks of `pools`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
 
 def turned(heads: Tensor, turns: Tensor) -> Tensor:
-    """Neighbours are the two parts of a complex number."""
+    """Rotates pairs of neighbouring features as complex numbers."""
     pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * turns).flatten(-2)
 
@@ -108,7 +108,7 @@ class Llama(nn.Module):
 
 
 def ranks(cut: str, params: dict) -> tuple[Llama, int]:
-    """The model and this rank's number, all ranks being one model-parallel group."""
+    """Builds the model in one model-parallel group of all ranks. Returns it and this rank."""
     if not initialize.model_parallel_is_initialized():
         initialize.initialize_model_parallel(torch.distributed.get_world_size())
     return Llama(params, cut), initialize.get_model_parallel_rank()
@@ -116,7 +116,7 @@ def ranks(cut: str, params: dict) -> tuple[Llama, int]:
 
 @torch.no_grad()
 def save(folder: str, cut: str, params: dict) -> list:
-    """A random model saved by its ranks as Meta saves; what it computes."""
+    """Saves a random model rank by rank as Meta does, and returns its outputs."""
     torch.manual_seed(0)
     model, rank = ranks(cut, {**params, "vocab_size": VOCABULARY})
     torch.manual_seed(rank)
@@ -136,7 +136,7 @@ def save(folder: str, cut: str, params: dict) -> list:
 
 @torch.no_grad()
 def load(folder: str, cut: str) -> list:
-    """What the layers compute with the weights that lie there, each rank having loaded its own file."""
+    """Has each rank load its own file, and returns the logits that the layers compute."""
     params = json.loads((Path(folder) / "params.json").read_text())
     model, rank = ranks(cut, params)
     model.load_state_dict(torch.load(Path(folder) / f"consolidated.{rank:02d}.pth", weights_only=True, mmap=True))

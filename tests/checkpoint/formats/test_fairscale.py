@@ -1,4 +1,4 @@
-"""Meta's Llama files: what real fairscale layers save is read, and what is written they load; sizes; tokenizers."""
+"""Meta's Llama files, read from and loaded by real fairscale layers; sizes; tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError
 from tests.checkpoint import hf_models
 from tests.checkpoint.formats import fairscale_model
 
-# Of the sizes that Meta's code can hold (head_dim = hidden / heads), and that 2 ranks can share.
+# head_dim = hidden / heads, as Meta's code requires; 2 ranks can share these sizes.
 PLAIN = {"head_dim": 8}
 
 
@@ -32,7 +32,7 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     ("cut", "params", "context"),
     [("features", fairscale_model.LLAMA_2, 4096), ("vocabulary", fairscale_model.LLAMA_3, 8192)],
 )
-def test_what_fairscale_layers_save(tmp_path, pools, cut, params, context):
+def test_files_saved_by_fairscale_layers(tmp_path, pools, cut, params, context):
     folder = tmp_path / "meta"
     folder.mkdir()
     expected = torch.tensor(pools(2).run(fairscale_model.save, folder=str(folder), cut=cut, params=params))
@@ -141,7 +141,7 @@ def test_models_that_metas_code_computes_differently_are_refused(tmp_path):
     convert(formats.open(folder), tmp_path / "meta", "fairscale")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["use_scaled_rope"] is True
     hf_models.assert_same(formats.open(tmp_path / "meta"), formats.open(folder))
-    # What a config.json beside it says of the rope is taken: Llama 3.2's is scaled by more than Meta's code says.
+    # A config.json beside params.json decides the rope scaling: Llama 3.2's factor is larger than in Meta's code.
     _, other = hf_models.saved(tmp_path / "3.2", rope_parameters={**llama3, "factor": 32.0}, **PLAIN)
     (tmp_path / "meta" / "dims.json").write_text("{}")
     with pytest.raises(CheckpointError) as error:

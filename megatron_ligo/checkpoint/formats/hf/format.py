@@ -63,15 +63,15 @@ class HfReader(Reader):
 
     def _check(self) -> tuple[dict[str, fused_tensors.StoredTensor], dict[str, tensor_names.StoredName]]:
         """Checks that every expected tensor has its shape and dtype. Allows no others but copies of tied ones."""
-        found = self._shards.names()
+        names = self._shards.names()
         errors = ErrorCollector(f"{self.path} does not hold the model of its config.json", CheckpointError)
         errors.problems += self._shards.errors
-        if self.model_config.num_layers > len(found):
+        if self.model_config.num_layers > len(names):
             # Bounds the work that a false num_layers can cause.
-            errors.add("num_layers", f"no more than the {len(found)} tensors found", self.model_config.num_layers)
+            errors.add("num_layers", f"no more than the {len(names)} tensors found", self.model_config.num_layers)
             errors.raise_if_any(self._shards.weights)
         stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
-        locations = tensor_names.locate_tensors(self.arch, self.model_config, found)
+        locations = tensor_names.locate_tensors(self.arch, self.model_config, names)
         expected = {
             name: item.shape(self.model_config)
             for item in stored.values()

@@ -25,24 +25,24 @@ class StoredName:
     duplicates: tuple[str, ...] = ()
 
 
-def detect_optional_parts(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> ModelConfig:
+def detect_optional_parts(arch: Architecture, model_config: ModelConfig, names: Collection[str]) -> ModelConfig:
     """Returns the config with the optional parts that have tensors in the file; parts without tensors stay unchanged"""
     for part in arch.optional_parts(model_config.model_type):
         with_part = replace(model_config, **{part: True})
         params = [param for param in arch.params if param.requires == part and param.is_stored(with_part)]
         if params:
-            is_present = any(name in found for param in params for name in _possible_names(arch, with_part, param.key))
+            is_present = any(name in names for param in params for name in _possible_names(arch, with_part, param.key))
             model_config = replace(model_config, **{part: is_present})
     return model_config
 
 
-def locate_tensors(arch: Architecture, model_config: ModelConfig, found: Collection[str]) -> dict[str, StoredName]:
-    """Finds each stored tensor of a model in a file that holds the names `found`."""
+def locate_tensors(arch: Architecture, model_config: ModelConfig, names: Collection[str]) -> dict[str, StoredName]:
+    """Finds each stored tensor of a model in a file with tensors of these `names`."""
     located = {}
     for item in fused_tensors.stored_tensors(arch, model_config, FORMAT).values():
-        own_names = [name for name in _possible_names(arch, model_config, item.keys[0]) if name in found]
+        own_names = [name for name in _possible_names(arch, model_config, item.keys[0]) if name in names]
         tied_names = [
-            name for name in _tied_names(arch, model_config, item.keys[0]) if name in found and name not in own_names
+            name for name in _tied_names(arch, model_config, item.keys[0]) if name in names and name not in own_names
         ]
         first = own_names[0] if own_names else item.name
         located[item.name] = StoredName(first, (*own_names[1:], *tied_names))
