@@ -83,37 +83,54 @@ def test_keys_and_values_are_merged_by_their_mean():
 
 
 REFUSED = {
-    "fewer": (LargeSection(num_kv_heads=2), {}, "groups = 'mean'"),
-    "smaller": (LargeSection(head_dim=2), {}, "at least the small model's 4"),
-    "no divisor": (LargeSection(num_kv_heads=2), {"width_init": {"default": "copy", "groups": "mean"}}, "a divisor"),
-    "dense": (LargeSection(head_dim=8), {"method": "ligo"}, "torn apart"),
-    "fresh": (LargeSection(num_kv_heads=6), {"method": "lemon"}, "not the first ones"),
-    "frozen": (LargeSection(num_kv_heads=6), {"identity": "frozen", "width_init": "copy"}, "not the first ones"),
-    "no rule": (LargeSection(num_kv_heads=6), {"width_init": {"default": "copy", "groups": "random"}}, "no rule"),
-    "apart": (LargeSection(num_kv_heads=6), {"share": {"default": "all", "heads": "layer"}}, "follow their groups"),
-    "heads apart": (
+    "fewer": (LargeSection(num_kv_heads=2), {}, "large.num_kv_heads"),
+    "smaller": (LargeSection(head_dim=2), {}, "large.head_dim"),
+    "no divisor": (
+        LargeSection(num_kv_heads=2),
+        {"width_init": {"default": "copy", "groups": "mean"}},
+        "large.num_kv_heads",
+    ),
+    "dense": (LargeSection(head_dim=8), {"method": "ligo"}, "operator.structure"),
+    "fresh": (LargeSection(num_kv_heads=6), {"method": "lemon"}, "operator.fresh"),
+    "frozen": (LargeSection(num_kv_heads=6), {"identity": "frozen", "width_init": "copy"}, "operator.identity"),
+    "no rule": (
+        LargeSection(num_kv_heads=6),
+        {"width_init": {"default": "copy", "groups": "random"}},
+        "operator.width_init (groups)",
+    ),
+    "shares differ": (
+        LargeSection(num_kv_heads=6),
+        {"share": {"default": "all", "heads": "layer"}},
+        "operator.share (heads)",
+    ),
+    "starts differ": (
         LargeSection(num_kv_heads=6),
         {"width_init": {"default": "copy", "heads": "select"}},
-        "Query heads follow",
+        "operator.width_init.heads",
     ),
-    "mean of others": (LargeSection(), {"width_init": {"default": "copy", "ffn": "mean"}}, r"width_init \(ffn\)"),
+    "mean of others": (LargeSection(), {"width_init": {"default": "copy", "ffn": "mean"}}, "operator.width_init (ffn)"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_by_name(case):
-    large, keys, word = REFUSED[case]
-    with pytest.raises(ConfigError, match=word):
+    large, keys, where = REFUSED[case]
+    with pytest.raises(ConfigError) as error:
         build_initial_operator(llama_dims(), large, OperatorSection(**keys))
+    assert where in [problem.where for problem in error.value.problems]
 
 
 def test_a_query_head_without_a_place_is_refused():
-    with pytest.raises(ConfigError, match="none for query head 8"):
-        large = LargeSection(hidden_size=30, num_heads=10, num_kv_heads=5)
+    large = LargeSection(hidden_size=30, num_heads=10, num_kv_heads=5)
+    with pytest.raises(ConfigError) as error:
         build_initial_operator(llama_dims(num_heads=9), large, OperatorSection())
+    (problem,) = error.value.problems
+    assert problem.where == "large.num_heads / large.num_kv_heads" and problem.found.endswith("query head 8")
 
 
 def test_scalings_that_depend_on_the_head_size_are_refused():
     small = llama_dims(rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    with pytest.raises(ConfigError, match="rope_scaling 'yarn'"):
+    with pytest.raises(ConfigError) as error:
         build_initial_operator(small, LargeSection(head_dim=8), OperatorSection())
+    (problem,) = error.value.problems
+    assert problem.where == "large.head_dim" and "'yarn'" in problem.expected

@@ -28,12 +28,12 @@ def grown(method: str, large: LargeSection = RAGGED, **keys) -> GrownReader:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("large", [RAGGED, replace(RAGGED, hidden_size=48, num_heads=12, num_kv_heads=6)])
 @pytest.mark.parametrize("method", LOSSLESS)
-def test_what_promises_to_be_lossless_is(method, large, tied):
+def test_methods_called_lossless_are(method, large, tied):
     assert logits_gap(llama_dims(tied=tied), large, OperatorSection(method=method)) < 5e-6
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(LOSSLESS)))
-def test_no_method_promises_less_than_it_keeps(method):
+def test_other_methods_are_not_lossless(method):
     """The control: a gap is seen where none is promised."""
     assert logits_gap(llama_dims(), RAGGED, OperatorSection(method=method)) > 1e-3
 
@@ -107,21 +107,22 @@ def test_the_published_operator_is_written_out():
     assert "width.ffn.4.expand" in operator.shapes()
 
 
-def test_keys_are_put_over_the_method():
+def test_user_keys_take_precedence_over_the_method():
     settings = resolve_settings(
         RunConfig.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_dims()
     )
     assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
     assert resolve_settings(settings, llama_dims()) == settings
-    told = describe_method(settings, llama_dims(), llama_dims())
-    assert "noise = 0.25   (your own)" in told and "depth_init = 'stack'\n" in told
-    with pytest.raises(ConfigError, match="'noisy_stack'"):
+    text = describe_method(settings, llama_dims(), llama_dims())
+    assert "noise = 0.25   (your own)" in text and "depth_init = 'stack'\n" in text
+    with pytest.raises(ConfigError) as error:
         resolve_settings(OperatorSection(method="noisystack"), llama_dims())
+    assert "'noisy_stack'" in str(error.value)
 
 
 OWN_KEYS = {
     "none": ({}, True),
-    "said again": ({"depth_init": "lossless"}, True),
+    "restated": ({"depth_init": "lossless"}, True),
     "harmless ones": ({"noise": 0.5, "share": {"default": "layer", "residual": "all"}, "rank": 2}, True),
     "depth": ({"depth_init": "stack"}, False),
     "readers": ({"method": "hypercloning", "contract": "tied"}, False),
@@ -130,27 +131,28 @@ OWN_KEYS = {
 
 
 @pytest.mark.parametrize("case", OWN_KEYS)
-def test_a_start_is_called_lossless_only_where_it_is(case):
-    keys, kept = OWN_KEYS[case]
+def test_only_lossless_starts_are_called_lossless(case):
+    keys, is_lossless = OWN_KEYS[case]
     large = replace(RAGGED, hidden_size=36, num_heads=12, num_kv_heads=1 if case == "merged heads" else 6)
     settings = OperatorSection(**keys)
     operator = build_initial_operator(llama_dims(), large, settings)
-    told = describe_method(operator.settings, operator.small, operator.large)
-    assert ("starts with the small model's logits" in told) == kept
-    assert ("not promised to be lossless with your own" in told) != kept
+    text = describe_method(operator.settings, operator.small, operator.large)
+    assert ("starts with the small model's logits" in text) == is_lossless
+    assert ("not guaranteed to be lossless" in text) != is_lossless
     gap = logits_gap(llama_dims(), large, settings)
-    assert gap < 5e-6 if kept else gap > 1e-3
+    assert gap < 5e-6 if is_lossless else gap > 1e-3
 
 
-def test_what_cannot_be_is_refused():
-    for keys, word in (
-        ({"method": "lossless", "width_init": "pad"}, "never learn"),
-        ({"method": "lemon", "width_init": "pad"}, "residual"),
-        ({"method": "lemon", "noise": 0.5}, "read at once"),
-        ({"method": "net2net", "identity": "frozen"}, "no identity rows"),
+def test_contradicting_settings_are_refused():
+    for keys, where in (
+        ({"method": "lossless", "width_init": "pad"}, "operator.width_init (ffn) = 'pad'"),
+        ({"method": "lemon", "width_init": "pad"}, "operator.width_init (residual) = 'pad'"),
+        ({"method": "lemon", "noise": 0.5}, "operator.noise (ffn)"),
+        ({"method": "net2net", "identity": "frozen"}, "operator.identity (residual)"),
     ):
-        with pytest.raises(ConfigError, match=word):
+        with pytest.raises(ConfigError) as error:
             build_initial_operator(llama_dims(), RAGGED, OperatorSection(**keys))
+        assert where in [problem.where for problem in error.value.problems]
     for method in METHODS:
         errors = ErrorCollector("fit", ConfigError)
         check_factored(resolve_settings(OperatorSection(method=method), llama_dims()), errors)
