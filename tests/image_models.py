@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.arch import architectures, get
-from megatron_ligo.arch.model_config import ModelConfig, tokens_of_image
+from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
 from tests.layer_norm_models import model_of
 
 CLASSES = [(family, name) for family in ("vit", "deit") for name in architectures()[family].model_types[family]]
@@ -28,7 +28,7 @@ SIZES = {
 }
 
 
-def dims_of(family: str = "vit", name: str = "", **changes) -> ModelConfig:
+def image_config(family: str = "vit", name: str = "", **changes) -> ModelConfig:
     """name: the class, or that of a classifier."""
     arch = get(family)
     parts = {
@@ -36,7 +36,7 @@ def dims_of(family: str = "vit", name: str = "", **changes) -> ModelConfig:
         for part in arch.optional_parts(family)
     }
     sizes = {**SIZES, **parts, "has_distillation": family == "deit", **changes}
-    positions = tokens_of_image(sizes["image_size"], sizes["patch_size"], sizes["has_distillation"])
+    positions = tokens_per_image(sizes["image_size"], sizes["patch_size"], sizes["has_distillation"])
     return ModelConfig(arch=family, model_type=family, max_positions=positions, **sizes)
 
 

@@ -74,7 +74,7 @@ CLASSES = [
 ]
 
 
-def dims_of(family: str, name: str, *, tied: bool = True, **changes) -> ModelConfig:
+def config_of(family: str, name: str, *, tied: bool = True, **changes) -> ModelConfig:
     """The sizes of `model(family, name)`."""
     (arch,) = (arch for arch in architectures().values() if family in arch.model_types)
     parts = {part: part in arch.model_types[family][name] for part in arch.optional_parts(family)}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.tiny_models import hf_llama, llama_dims
+from tests.tiny_models import hf_llama, llama_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -56,7 +56,7 @@ def workspace(tmp_path_factory) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=301, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
     tokenizer.train([str(path) for path in sources[:5]], trainer)
-    small = llama_dims(vocab_size=301, num_heads=6, num_kv_heads=3, tied=True)
+    small = llama_config(vocab_size=301, num_heads=6, num_kv_heads=3, tied=True)
     hf_llama(small).save_pretrained(folder / "models" / "small")
     tokenizer.save(str(folder / "models" / "small" / "tokenizer.json"))
     (folder / "models" / "small" / "tokenizer_config.json").write_text(

@@ -10,7 +10,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.reader import Reader, TensorInfo
 
 
-def llama_dims(**changes) -> ModelConfig:
+def llama_config(**changes) -> ModelConfig:
     """Odd sizes on purpose: a head size that is no hidden / heads, a vocabulary that no power of two divides."""
     sizes = {
         "arch": "llama",

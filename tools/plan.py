@@ -70,7 +70,7 @@ def plan_jobs(config: RunConfig, world_size: int) -> tuple[PlannedJob, PlannedJo
     from megatron_ligo.training.initial_weights import read_model_config
 
     operator = build_initial_operator(read_model_config(Path(config.small.path)), config.large, config.operator)
-    seq_length = operator.large.tokens_of_sample(config.data.seq_length)
+    seq_length = operator.large.tokens_per_sample(config.data.seq_length)
     fit_only = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
     fit = PlannedJob(
         operator.large, config.fit, world_size, seq_length, operator, config.fit.source == "whole", **fit_only

@@ -38,7 +38,7 @@ def _count_vectors(
     if not arch.reads_images or param.in_layer:
         return tokens
     images = tokens // seq_length
-    return images if param.role is Role.HEAD else images * model_config.patches_a_side**2
+    return images if param.role is Role.HEAD else images * model_config.patches_per_side**2
 
 
 def train_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:

@@ -9,7 +9,7 @@ from sys import float_info
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 
 # A record that says more is damaged: nobody begins to list them.
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -83,28 +83,28 @@ class ModelConfig:
             return
         if not self.patch_size or not self.num_channels:
             errors.add("patch_size, num_channels", "positive integers", f"{self.patch_size}, {self.num_channels}")
-        elif self.patches_a_side < 1:
+        elif self.patches_per_side < 1:
             errors.add("patch_size", f"at most image_size = {self.image_size}", self.patch_size)
-        elif self.max_positions != self.tokens_of_image:
-            errors.add("max_positions", f"{self.tokens_of_image}, a row for each token", self.max_positions)
+        elif self.max_positions != self.tokens_per_image:
+            errors.add("max_positions", f"{self.tokens_per_image}, a row for each token", self.max_positions)
 
     @property
-    def patches_a_side(self) -> int:
+    def patches_per_side(self) -> int:
         """Of an image; pixels beyond the last whole patch are not seen."""
         return self.image_size // self.patch_size
 
     @property
-    def special_tokens(self) -> int:
+    def num_special_tokens(self) -> int:
         """How many tokens come before an image's patches: the class's, and DeiT's second one."""
         return 1 + self.has_distillation
 
     @property
-    def tokens_of_image(self) -> int:
-        return tokens_of_image(self.image_size, self.patch_size, self.has_distillation)
+    def tokens_per_image(self) -> int:
+        return tokens_per_image(self.image_size, self.patch_size, self.has_distillation)
 
-    def tokens_of_sample(self, seq_length: int) -> int:
+    def tokens_per_sample(self, seq_length: int) -> int:
         """How many tokens a sample has: as many as a sequence is long, or an image's."""
-        return seq_length if self.image_size is None else self.tokens_of_image
+        return seq_length if self.image_size is None else self.tokens_per_image
 
     @property
     def heads_per_group(self) -> int:
@@ -116,7 +116,7 @@ class ModelConfig:
         return 0 if self.position_padding is None else self.position_padding + 1
 
     @property
-    def longest_sequence(self) -> int:
+    def max_sequence_length(self) -> int:
         """Tokens that have a position."""
         return self.max_positions - self.first_position
 
@@ -134,15 +134,15 @@ class ModelConfig:
         for f in fields(cls):
             if f.name not in data and f.default is f.default_factory:
                 errors.add_message(f"size {f.name!r} is missing")
-            elif f.name in data and not any(_is(data[f.name], kind) for kind in f.type.split(" | ")):
+            elif f.name in data and not any(_has_json_type(data[f.name], kind) for kind in f.type.split(" | ")):
                 errors.add(f.name, f.type, repr(data[f.name])[:60])
-        if not errors.problems and data["num_layers"] > MOST_LAYERS:
-            errors.add("num_layers", f"at most {MOST_LAYERS}", data["num_layers"])
+        if not errors.problems and data["num_layers"] > MAX_LAYERS:
+            errors.add("num_layers", f"at most {MAX_LAYERS}", data["num_layers"])
         errors.raise_if_any()
         return cls(**data)
 
 
-def _is(value: object, kind: str) -> bool:
+def _has_json_type(value: object, kind: str) -> bool:
     """Whether a value of JSON is of the kind that a field's annotation names."""
     if isinstance(value, bool):
         return kind == "bool"
@@ -151,7 +151,7 @@ def _is(value: object, kind: str) -> bool:
     return isinstance(value, {"str": str, "int": int, "bool": bool, "Mapping": Mapping, "None": type(None)}[kind])
 
 
-def tokens_of_image(image_size: int, patch_size: int, has_distillation: bool) -> int:
+def tokens_per_image(image_size: int, patch_size: int, has_distillation: bool) -> int:
     """The special ones and a token for each patch."""
     return 1 + has_distillation + (image_size // patch_size) ** 2
 

@@ -134,7 +134,7 @@ def sample_inputs(a: ModelConfig, b: ModelConfig) -> Tensor:
     if a.image_size is not None and b.image_size is not None:
         side = max(a.image_size, b.image_size)
         return torch.randn(BATCH, a.num_channels, side, side, generator=generator)
-    length = min(LENGTH, a.longest_sequence, b.longest_sequence)
+    length = min(LENGTH, a.max_sequence_length, b.max_sequence_length)
     return torch.randint(0, min(a.vocab_size, b.vocab_size), (BATCH, length), generator=generator)
 
 

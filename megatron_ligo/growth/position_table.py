@@ -40,8 +40,8 @@ def interpolate_positions(table: Tensor, small: ModelConfig, large: ModelConfig)
     Special tokens keep their positions.
     """
     table = table.to(torch.promote_types(table.dtype, torch.float32))
-    special, patches = table.split([small.special_tokens, len(table) - small.special_tokens])
-    small_side, large_side = small.patches_a_side, large.patches_a_side
+    special, patches = table.split([small.num_special_tokens, len(table) - small.num_special_tokens])
+    small_side, large_side = small.patches_per_side, large.patches_per_side
     grid = patches.reshape(1, small_side, small_side, -1).permute(0, 3, 1, 2)
     grown = F.interpolate(grid, size=(large_side, large_side), mode="bicubic", align_corners=False)
     return torch.cat([special, grown.permute(0, 2, 3, 1).reshape(large_side * large_side, -1)])

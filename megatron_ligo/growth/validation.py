@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import ModelConfig, tokens_of_image
+from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
 from megatron_ligo.arch.rope import angles_depend_on_length
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
@@ -37,7 +37,7 @@ def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfi
     if "image_size" in sizes:
         if small.image_size is None:
             raise ConfigError(Problem("large.image_size", f"none: {small.arch} reads no images", sizes["image_size"]))
-        num_tokens = tokens_of_image(sizes["image_size"], small.patch_size, small.has_distillation)
+        num_tokens = tokens_per_image(sizes["image_size"], small.patch_size, small.has_distillation)
         sizes.setdefault("max_positions", num_tokens)
     sizes["rope_base"] = attention_heads.large_rope_base(small, sizes.get("head_dim", small.head_dim))
     return replace(small, **sizes)

@@ -296,7 +296,7 @@ def _parse_evaluation_set(
     return EvaluationSet(
         int(samples),
         digest,
-        int(seq_length) if model_config is None else model_config.tokens_of_sample(int(seq_length)),
+        int(seq_length) if model_config is None else model_config.tokens_per_sample(int(seq_length)),
     )
 
 

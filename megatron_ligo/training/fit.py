@@ -48,7 +48,7 @@ class Fit(TrainingJob):
     def __init__(self, config: RunConfig, output: Path):
         super().__init__(config, config.fit, output)
         self.reader, self.operator, self.lag = self.ranks.run_on_all(lambda: prepare_fit(config))
-        self.sample_tokens = self.operator.large.tokens_of_sample(config.data.seq_length)
+        self.sample_tokens = self.operator.large.tokens_per_sample(config.data.seq_length)
         self.step_tokens = self.section.global_batch_size * self.sample_tokens
         distilled, lagged = self.section.distill > 0, self.lag is not None
         self.step_flops = fit_step_flops(self.operator, self.step_tokens, self.sample_tokens, distilled, lagged)
@@ -219,7 +219,7 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     operator = build_initial_operator(reader.model_config, config.large, config.operator)
     errors = ErrorCollector("the fit cannot be done", ConfigError)
     check_factored(operator.settings, errors)
-    length = operator.large.tokens_of_sample(config.data.seq_length)
+    length = operator.large.tokens_per_sample(config.data.seq_length)
     check_teacher(operator, config.fit, length, errors)
     lag = open_lag(config.fit.lag, operator, reader, errors) if config.fit.lag else None
     errors.raise_if_any()
@@ -246,7 +246,7 @@ def check_teacher(operator: Operator, section: FitSection, seq_length: int, erro
     if operator.large.image_size != operator.small.image_size:
         errors.add("fit.distill", "0 if the image grows", distill, "The teacher takes smaller images.")
         return
-    longest = operator.small.longest_sequence
+    longest = operator.small.max_sequence_length
     if operator.arch.has_learned_positions and seq_length > longest:
         hint = f"The teacher has {longest} positions: fit on sequences of that length, then pretrain on longer ones."
         errors.add("fit.distill", f"0 with data.seq_length = {seq_length}", distill, hint)

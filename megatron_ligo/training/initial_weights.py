@@ -64,7 +64,7 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
     if section.fresh_head:
         start = _add_head(start)
     check_supported(start.model_config)
-    check_layout(start.model_config, section.parallel, start.model_config.tokens_of_sample(config.data.seq_length))
+    check_layout(start.model_config, section.parallel, start.model_config.tokens_per_sample(config.data.seq_length))
     return start
 
 
@@ -124,6 +124,6 @@ def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_lengt
     if parallel.sequence_parallel and seq_length % parallel.tp:
         where = "data.seq_length" if model_config.image_size is None else "tokens of an image"
         errors.add(where, f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
-    if seq_length > model_config.longest_sequence:
-        errors.add("data.seq_length", f"at most the model's {model_config.longest_sequence} positions", seq_length)
+    if seq_length > model_config.max_sequence_length:
+        errors.add("data.seq_length", f"at most the model's {model_config.max_sequence_length} positions", seq_length)
     errors.raise_if_any()

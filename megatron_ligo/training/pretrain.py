@@ -118,7 +118,7 @@ class Pretrain(TrainingJob):
         log.info("on the fit's batch: %.6f; at the end of the fit: %.6f; difference %+.1e", start, losses["fit"], gap)
 
     def _train(self, state: dict) -> None:
-        section, length = self.section, self.model_config.tokens_of_sample(self.config.data.seq_length)
+        section, length = self.section, self.model_config.tokens_per_sample(self.config.data.seq_length)
         if self.grown:
             section = schedule_after_growth(section)
             message = "from a grown model: peak rate %.3g = lr x grown_peak, %d steps of warm-up"
@@ -200,7 +200,7 @@ class Pretrain(TrainingJob):
         record = _read_record(self.output / PRETRAIN_RECORD)
         check_same_run(record["run"], self.identity, self.output)
         model_config = ModelConfig.from_json(record["dims"])
-        check_layout(model_config, self.section.parallel, model_config.tokens_of_sample(self.config.data.seq_length))
+        check_layout(model_config, self.section.parallel, model_config.tokens_per_sample(self.config.data.seq_length))
         source = formats.open(self.checkpoint.folder) if self.layout_changed else None
         return InitialWeights(model_config, source, grown=record["grown"])
 

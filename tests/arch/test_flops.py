@@ -13,7 +13,7 @@ from megatron_ligo.models.factored.small_weights import SmallWeights
 from tests import image_models
 from tests.layer_norm_models import model_of
 from tests.models.factored.fit_reference import lag_of, make_operator
-from tests.tiny_models import hf_llama, llama_dims, memory_of, tokens
+from tests.tiny_models import hf_llama, llama_config, memory_of, tokens
 
 CASES = [
     {},
@@ -24,7 +24,7 @@ CASES = [
 
 @pytest.mark.parametrize("changes", CASES)
 def test_counts_as_torch_does(changes):
-    model_config = llama_dims(**changes)
+    model_config = llama_config(**changes)
     model = hf_llama(model_config)
     ids = tokens(model_config, batch=3, length=32)
     # PyTorch does not count the products inside its fused kernel on a CPU.
@@ -40,17 +40,17 @@ def test_counts_as_torch_does(changes):
 
 def test_a_classifier_counts_as_torch_does():
     """Its embedding is a product for each patch, its head one for each image."""
-    model_config = image_models.dims_of("deit", image_size=18)
+    model_config = image_models.image_config("deit", image_size=18)
     model = model_of(model_config)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as forward:
         model(image_models.pictures(model_config, batch=3))
-    tokens_seen = 3 * model_config.tokens_of_image
-    assert forward_flops(model_config, tokens_seen, model_config.tokens_of_image) == forward.get_total_flops()
+    tokens_seen = 3 * model_config.tokens_per_image
+    assert forward_flops(model_config, tokens_seen, model_config.tokens_per_image) == forward.get_total_flops()
 
 
 def test_scales_with_tokens_and_sequence():
-    model_config = llama_dims()
+    model_config = llama_config()
     assert train_flops(model_config, 2048, 64) == 2 * train_flops(model_config, 1024, 64)
     assert train_flops(model_config, 1024, 128) > train_flops(model_config, 1024, 64)
 
@@ -61,7 +61,7 @@ LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240,
 
 def fit_flops(settings: dict, samples: int, lagged: bool = False, more: dict | None = None) -> dict[str, int]:
     """A fit step's FLOPs by our count and by torch's, which leaves out the fused attention."""
-    small, length = llama_dims(**SMALL), 32
+    small, length = llama_config(**SMALL), 32
     operator = make_operator(small, {**LARGE, **(more or {})}, settings)
     mesh = meshes.build_mesh(1, 1)
     reader = memory_of(hf_llama(small), small)

@@ -20,7 +20,7 @@ from tests import layer_norm_models
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("family", "name"), layer_norm_models.CLASSES)
 def test_hugging_face(family, name, tied):
-    model_config = layer_norm_models.dims_of(family, name, tied=tied)
+    model_config = layer_norm_models.config_of(family, name, tied=tied)
     arch = get(model_config.arch)
     assert arch.hf_class(model_config) == name
     model = layer_norm_models.model(family, name, tied=tied)
@@ -36,7 +36,7 @@ def test_hugging_face(family, name, tied):
 @pytest.mark.parametrize("tied", [False, True])
 def test_megatron_core(tied):
     """GPT-2 in Megatron-core's own words."""
-    model_config = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel", tied=tied)
+    model_config = layer_norm_models.config_of("gpt2", "GPT2LMHeadModel", tied=tied)
     mesh.init_distributed()
     mesh.build_mesh(1, 1)
     config = TransformerConfig(
@@ -64,7 +64,7 @@ def test_megatron_core(tied):
 
 def test_bert_bears_megatron_core_s_names_where_there_are_any():
     """Its BertModel is pre-LN: the norms of a layer, the embeddings' and the last one differ, and nothing else."""
-    model_config = layer_norm_models.dims_of("bert", "BertForPreTraining")
+    model_config = layer_norm_models.config_of("bert", "BertForPreTraining")
     mesh.init_distributed()
     mesh.build_mesh(1, 1)
     config = TransformerConfig(

@@ -9,7 +9,7 @@ from megatron_ligo.distributed import mesh
 from megatron_ligo.models.full.gpt import FullGPT
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.sharding.fused_tensors import stored_tensors
-from tests.tiny_models import llama_dims
+from tests.tiny_models import llama_config
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
@@ -22,7 +22,7 @@ FAMILIES = [
 
 def dims_of(family: dict):
     """Every size another, so that a transposed or mixed-up axis shows."""
-    return llama_dims(**family)
+    return llama_config(**family)
 
 
 def hf_model(model_config) -> torch.nn.Module:
@@ -53,7 +53,7 @@ def expected(model_config, form: str) -> dict[str, tuple[int, ...]]:
 
 
 def test_the_sizes_tell_the_axes_apart():
-    model_config = llama_dims()
+    model_config = llama_config()
     sizes = [
         model_config.vocab_size,
         model_config.hidden_size,
@@ -94,6 +94,6 @@ def test_megatron_core(family):
 def test_a_wrong_table_would_show(family):
     """The negative control: the sizes of another model give other shapes."""
     model_config = dims_of(family)
-    other = llama_dims(**family, num_kv_heads=6)
+    other = llama_config(**family, num_kv_heads=6)
     assert expected(model_config, "hf") != expected(other, "hf")
     assert expected(model_config, "mcore") != expected(other, "mcore")

@@ -26,7 +26,7 @@ LARGER = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5)
 
 @pytest.mark.parametrize(("family", "name"), image_models.CLASSES)
 def test_there_and_back(tmp_path, family, name):
-    model_config = image_models.dims_of(family, name)
+    model_config = image_models.image_config(family, name)
     assert get(family).hf_class(model_config) == name
     model, folder = image_models.saved(tmp_path / "a", model_config)
     source = formats.open(folder)
@@ -54,11 +54,11 @@ def test_there_and_back(tmp_path, family, name):
 
 
 def test_labels_keep_their_names(tmp_path):
-    model, folder = image_models.saved(tmp_path / "a", image_models.dims_of())
+    model, folder = image_models.saved(tmp_path / "a", image_models.image_config())
     model.config.id2label = dict(enumerate(("cat", "dog", "emu", "fox", "gnu")))
     model.config.label2id = {name: number for number, name in model.config.id2label.items()}
     model.config.save_pretrained(folder)
-    operator = build_initial_operator(image_models.dims_of(), LargeSection(vocab_size=7), OperatorSection())
+    operator = build_initial_operator(image_models.image_config(), LargeSection(vocab_size=7), OperatorSection())
     convert(GrownReader(operator, formats.open(folder)), tmp_path / "b", "hf")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "b")
     assert [config.id2label[number] for number in (0, 4, 5, 6)] == ["cat", "gnu", "LABEL_5", "LABEL_6"]
@@ -72,17 +72,17 @@ def edited(folder, **changes):
 
 
 def test_refusals(tmp_path):
-    _, folder = image_models.saved(tmp_path / "a", image_models.dims_of("deit"))
+    _, folder = image_models.saved(tmp_path / "a", image_models.image_config("deit"))
     with pytest.raises(CheckpointError, match="DeiTForImageClassificationWithTeacher"):
         formats.open(edited(folder, architectures=["DeiTForImageClassificationWithTeacher"]))
     for changes, word in (({"image_size": None}, "image_size"), ({"patch_size": 11}, "patch_size")):
-        stated = config_json.to_hf_config(image_models.dims_of(), {}, torch.float32)
+        stated = config_json.to_hf_config(image_models.image_config(), {}, torch.float32)
         with pytest.raises(CheckpointError, match=word):
             config_json.parse_model_config({**stated, **changes}, "config.json")
     with pytest.raises(ConfigError, match="fairscale"):
-        stored_tensors(get("vit"), image_models.dims_of(), "fairscale")
-    gpt2 = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
-    for small in (image_models.dims_of(), gpt2):
+        stored_tensors(get("vit"), image_models.image_config(), "fairscale")
+    gpt2 = layer_norm_models.config_of("gpt2", "GPT2LMHeadModel")
+    for small in (image_models.image_config(), gpt2):
         with pytest.raises(ConfigError) as error:
             build_initial_operator(small, LargeSection(image_size=9), OperatorSection())
         assert "large.image_size" in str(error.value)
@@ -90,7 +90,7 @@ def test_refusals(tmp_path):
 
 def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) -> float:
     """Largest difference of the logits in fp64, the small model looking at the large one's image."""
-    small = image_models.dims_of(family)
+    small = image_models.image_config(family)
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small).double(), small)
     grown = GrownReader(build_initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118
@@ -116,7 +116,7 @@ def test_growth(family):
 
 @pytest.mark.parametrize("method", ["ligo", "random"])
 def test_every_method_takes_every_row(method):
-    small = image_models.dims_of("deit")
+    small = image_models.image_config("deit")
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small), small)
     large = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5, vocab_size=7, image_size=14)
     grown = GrownReader(build_initial_operator(small, large, OperatorSection(method=method)), source)
@@ -128,7 +128,7 @@ def test_every_method_takes_every_row(method):
 
 def test_the_hand_off(tmp_path):
     """tools/grow.py's way: the grown model as transformers takes it, equal to the small one on a larger image."""
-    model_config = image_models.dims_of("deit")
+    model_config = image_models.image_config("deit")
     model, folder = image_models.saved(tmp_path / "small", model_config)
     table = {"small": {"path": str(folder)}, "large": {"hidden_size": 48, "num_heads": 12, "image_size": 13}}
     (folder / "preprocessor_config.json").write_text('{"size": {"height": 10, "width": 10}}')

@@ -34,7 +34,7 @@ def edit(folder, change, **config):
 def test_there_and_back(tmp_path, family, name, tied):
     model, folder = layer_norm_models.saved(tmp_path / "a", family, name, tied=tied)
     source = formats.open(folder)
-    assert source.model_config == layer_norm_models.dims_of(family, name, tied=tied)
+    assert source.model_config == layer_norm_models.config_of(family, name, tied=tied)
     convert(source, tmp_path / "b", "universal")
     convert(formats.open(tmp_path / "b"), tmp_path / "c", "hf")
     assert_same(source, formats.open(tmp_path / "c"))
@@ -129,7 +129,7 @@ def test_roberta_s_padding_has_no_position(tmp_path):
     """Tokens of the padding's id are not counted: that is a size of the model, and it goes along."""
     model, folder = layer_norm_models.saved(tmp_path / "a", "roberta", "RobertaForMaskedLM", pad_token_id=4)
     source = formats.open(folder)
-    assert (source.model_config.position_padding, source.model_config.longest_sequence) == (4, 15)
+    assert (source.model_config.position_padding, source.model_config.max_sequence_length) == (4, 15)
     ids = layer_norm_models.tokens(15)
     ids[:, 3:5] = 4
     with torch.no_grad():
@@ -146,12 +146,12 @@ def test_unsupported_configs_are_refused(tmp_path):
         "is_decoder",
         "position_embedding_type",
     }
-    model_config = layer_norm_models.dims_of("gpt2", "GPT2Model", num_heads=3, num_kv_heads=3)
+    model_config = layer_norm_models.config_of("gpt2", "GPT2Model", num_heads=3, num_kv_heads=3)
     with pytest.raises(CheckpointError) as error:
         config_json.to_hf_config(model_config, {}, torch.float32)
     assert "head_dim" in {problem.where for problem in error.value.problems}
     with pytest.raises(ConfigError) as error:
-        stored_tensors(get("gpt2"), layer_norm_models.dims_of("gpt2", "GPT2Model"), "fairscale")
+        stored_tensors(get("gpt2"), layer_norm_models.config_of("gpt2", "GPT2Model"), "fairscale")
     assert error.value.problems[0].where == "fairscale"
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megatron_ligo.arch import architectures
-from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_of_image
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
 from megatron_ligo.checkpoint import formats, verify
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
@@ -86,7 +86,7 @@ def sizes(model_type: str, **changes) -> ModelConfig:
     if arch.choices:
         found |= {name: choices[0] for name, choices in arch.choices.items()}
     if "image_size" in free:
-        found |= IMAGE | {"max_positions": tokens_of_image(10, 3, found.get("has_distillation", False))}
+        found |= IMAGE | {"max_positions": tokens_per_image(10, 3, found.get("has_distillation", False))}
     return ModelConfig(**{**found, **changes})
 
 

@@ -24,7 +24,7 @@ from tests import image_models, layer_norm_models
 from tests.training.pretrain_runs import fit, pretrain
 
 # Ten tokens, divisible by two ranks; five labels, not divisible by two ranks.
-SMALL = image_models.dims_of(image_size=9, num_channels=1, num_heads=4, num_kv_heads=4, head_dim=6, norm_eps=1e-5)
+SMALL = image_models.image_config(image_size=9, num_channels=1, num_heads=4, num_kv_heads=4, head_dim=6, norm_eps=1e-5)
 COUNT = 200
 
 
@@ -85,7 +85,7 @@ def test_a_vit_is_pretrained_fitted_grown_and_pretrained_further(pools, settings
     assert grown["losses"]["start_on_fit_batch"] == pytest.approx(fitted["end"], rel=1e-5)
     assert grown["losses"]["end"] < grown["losses"]["start"]
     runs = read_runs([base / "large", base / "fit"])
-    assert [run.evaluation_set.seq_length for run in runs] == [SMALL.tokens_of_image] * 2
+    assert [run.evaluation_set.seq_length for run in runs] == [SMALL.tokens_per_image] * 2
 
 
 def evaluate_with_transformers(source, table) -> tuple[float, float]:

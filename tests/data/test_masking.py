@@ -23,7 +23,7 @@ from tests.training.test_pretrain import losses_of, make_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 MASK, FIRST, LAST = 4, 5, 6
-BERT = layer_norm_models.dims_of("bert", "BertForMaskedLM", vocab_size=50)
+BERT = layer_norm_models.config_of("bert", "BertForMaskedLM", vocab_size=50)
 SECTION = DataSection(mask_token=MASK, ends=(FIRST, LAST), special_tokens=(0,), seq_length=S)
 
 
@@ -77,7 +77,7 @@ def test_special_tokens_are_read_from_the_tokenizer():
 
 
 def test_unusable_settings_and_samples_are_refused():
-    causal = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
+    causal = layer_norm_models.config_of("gpt2", "GPT2LMHeadModel")
     assert build_masking(DataSection(), causal) is None
     with pytest.raises(ConfigError) as error:
         build_masking(DataSection(), BERT)
@@ -85,7 +85,7 @@ def test_unusable_settings_and_samples_are_refused():
     with pytest.raises(ConfigError) as error:
         build_masking(DataSection(mask_token=50, ends=(1,), seq_length=1), BERT)
     assert [problem.where for problem in error.value.problems] == ["data.ends", "special token", "data.seq_length"]
-    masking = build_masking(DataSection(mask_token=MASK), layer_norm_models.dims_of("roberta", "RobertaForMaskedLM"))
+    masking = build_masking(DataSection(mask_token=MASK), layer_norm_models.config_of("roberta", "RobertaForMaskedLM"))
     with pytest.raises(DataError) as error:
         masking.mask_sample(torch.tensor([9, 2, 9]), "valid", 7)
     assert error.value.problems[0].where == "valid sample 7" and error.value.problems[0].found == "token 2"

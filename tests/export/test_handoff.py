@@ -21,14 +21,14 @@ from megatron_ligo.distributed import mesh
 from megatron_ligo.export import handoff, provenance
 from megatron_ligo.export.grown_reader import GrownReader, digest_weights
 from megatron_ligo.growth.validation import build_initial_operator
-from tests.tiny_models import hf_from, hf_llama, llama_dims, tokens
+from tests.tiny_models import hf_from, hf_llama, llama_config, tokens
 
 LARGE = LargeSection(num_layers=4, hidden_size=30, ffn_size=40, num_heads=10, num_kv_heads=5)
 
 
 @pytest.fixture
 def grown(tmp_path):
-    hf_llama(llama_dims(tied=True)).save_pretrained(tmp_path / "small")
+    hf_llama(llama_config(tied=True)).save_pretrained(tmp_path / "small")
     source = HfReader(tmp_path / "small")
     return GrownReader(build_initial_operator(source.model_config, LARGE, OperatorSection()), source)
 

@@ -19,7 +19,7 @@ from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import layer_norm_models
 from tests.growth.logit_gap import RAGGED
-from tests.tiny_models import Memory, hf_from, hf_llama, hf_name, llama_dims, memory_of, tokens
+from tests.tiny_models import Memory, hf_from, hf_llama, hf_name, llama_config, memory_of, tokens
 
 
 class Exact(InitialOperator):
@@ -114,7 +114,7 @@ ESTIMATES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_moment_is_the_grown_models_gradient(case, tied):
     large, keys = CASES[case]
-    grown, real = grown_pair(llama_dims(tied=tied), large, **keys)
+    grown, real = grown_pair(llama_config(tied=tied), large, **keys)
     layers = {1, 3} if large.num_layers == 5 else set()
 
     def unknown(key):
@@ -154,7 +154,7 @@ WIDER = {
 @pytest.mark.parametrize("case", WIDER)
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForMaskedLM")])
 def test_families_with_layer_norm(family, name, case, tied):
-    small = layer_norm_models.dims_of(family, name, tied=tied)
+    small = layer_norm_models.config_of(family, name, tied=tied)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, tied=tied, dtype=torch.float64), small)
     source = WithMoments(small, source.tensors, family_gradients(source))
     operator = build_initial_operator(small, WIDER[case], OperatorSection())
@@ -167,7 +167,7 @@ def test_families_with_layer_norm(family, name, case, tied):
 def test_what_is_an_estimate_is_called_one(case):
     """And is one: it is off, where all that is not named is exact."""
     large, keys, rows = ESTIMATES[case]
-    grown, real = grown_pair(llama_dims(), large, **keys)
+    grown, real = grown_pair(llama_config(), large, **keys)
     record = build_moments_record(grown)
     gap, gaps = worst(grown, real, lambda key: not key.endswith(rows or ""))
     assert gap > 1e-3, gaps
@@ -184,7 +184,7 @@ def test_what_is_an_estimate_is_called_one(case):
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_exact_is_called_so(case):
     large, keys = CASES[case]
-    grown, _ = grown_pair(llama_dims(), large, **keys)
+    grown, _ = grown_pair(llama_config(), large, **keys)
     record = build_moments_record(grown)
     assert "exact" in record["exp_avg_sq"] and not record["maps_with_several_entries"]
     assert not any("estimate" in record[kind] for kind in MOMENTS)
@@ -192,7 +192,7 @@ def test_what_is_exact_is_called_so(case):
 
 def test_the_forward_maps_would_be_wrong():
     """The control: gradients that grow as weights do are off."""
-    grown, real = grown_pair(llama_dims(), CASES["cloned"][0], method="hypercloning")
+    grown, real = grown_pair(llama_config(), CASES["cloned"][0], method="hypercloning")
     forward = GrownReader(grown.operator, Memory(grown.operator.small, grown.source.gradients)).read("embed")
     assert torch.allclose(forward, 2 * real["embed"], atol=1e-12) and bool(real["embed"].any())
 
@@ -200,21 +200,21 @@ def test_the_forward_maps_would_be_wrong():
 @pytest.mark.parametrize("case", CASES)
 def test_the_second_moment_is_the_square_where_rows_have_one_entry(case):
     large, keys = CASES[case]
-    grown, _ = grown_pair(llama_dims(), large, **keys)
+    grown, _ = grown_pair(llama_config(), large, **keys)
     for key in grown.arch.keys(grown.model_config):
         first, second = (grown.read(key, kind) for kind in MOMENTS)
         assert torch.allclose(second, first.square(), rtol=1e-12, atol=0), key
 
 
 def test_new_tokens_begin_at_zero():
-    grown, _ = grown_pair(llama_dims(), LargeSection(vocab_size=41))
+    grown, _ = grown_pair(llama_config(), LargeSection(vocab_size=41))
     for key in ("embed", "head"):
         moment = grown.read(key, "exp_avg")
         assert torch.equal(moment[:37], grown.source.gradients[key]) and not moment[37:].any()
 
 
 def test_moments_that_are_not_there_cannot_grow():
-    small = llama_dims()
+    small = llama_config()
     operator = build_initial_operator(small, RAGGED, OperatorSection())
     with pytest.raises(CheckpointError, match="expected moments"):
         GrownReader(operator, memory_of(hf_llama(small), small), "grow")

@@ -11,7 +11,7 @@ from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth import attention_heads
 from megatron_ligo.growth.validation import build_initial_operator
 from tests.growth.logit_gap import logits_gap
-from tests.tiny_models import hf_llama, llama_dims, memory_of
+from tests.tiny_models import hf_llama, llama_config, memory_of
 
 # The small model has 6 query heads on 3 KV heads, of 4 features.
 EXACT = {
@@ -27,12 +27,12 @@ EXACT = {
 
 @pytest.mark.parametrize("case", EXACT)
 def test_exact(case):
-    small = llama_dims(tied="wider" in case)
+    small = llama_config(tied="wider" in case)
     assert logits_gap(small, EXACT[case], OperatorSection(noise=0.5)) < 5e-6
 
 
 def test_exact_with_biases_with_random_copies_and_with_a_map_for_each_layer():
-    small = llama_dims(model_type="qwen2", qkv_bias=True)
+    small = llama_config(model_type="qwen2", qkv_bias=True)
     large = LargeSection(hidden_size=48, num_heads=24, num_kv_heads=4, head_dim=6, num_layers=4)
     for keys in ({}, {"method": "net2net"}, {"share": {"default": "layer", "residual": "all"}}):
         assert logits_gap(small, large, OperatorSection(**keys)) < 5e-6, keys
@@ -40,7 +40,7 @@ def test_exact_with_biases_with_random_copies_and_with_a_map_for_each_layer():
 
 def test_left_alone_they_would_be_seen(monkeypatch):
     """The controls: without the base of the rotary angles, and without the scale of the scores."""
-    small, large = llama_dims(), LargeSection(head_dim=6)
+    small, large = llama_config(), LargeSection(head_dim=6)
     monkeypatch.setattr(attention_heads, "large_rope_base", lambda small, head_dim: small.rope_base)
     assert logits_gap(small, large, OperatorSection()) > 1e-4
     monkeypatch.undo()
@@ -54,7 +54,7 @@ def unscaled(part, *sizes, features=attention_heads.head_feature_map):
 
 def test_pairs_keep_their_frequencies():
     for small_dim, large_dim in ((4, 8), (4, 6), (64, 96), (64, 128)):
-        model_config = llama_dims(head_dim=small_dim)
+        model_config = llama_config(head_dim=small_dim)
         base = attention_heads.large_rope_base(model_config, large_dim)
         place = attention_heads.head_feature_map("k", small_dim, large_dim, True).argmax(dim=0)[: small_dim // 2]
         before = model_config.rope_base ** (-2 * torch.arange(small_dim // 2, dtype=torch.float64) / small_dim)
@@ -63,7 +63,7 @@ def test_pairs_keep_their_frequencies():
 
 def test_new_features_can_learn():
     """q's and v's new features are no zeros, though those of k are."""
-    small = llama_dims()
+    small = llama_config()
     operator = build_initial_operator(small, LargeSection(head_dim=8), OperatorSection())
     grown = GrownReader(operator, memory_of(hf_llama(small), small))
     for row, zeros in (("q", 0), ("v", 0), ("k", 3 * 4)):
@@ -72,7 +72,7 @@ def test_new_features_can_learn():
 
 
 def test_keys_and_values_are_merged_by_their_mean():
-    small = llama_dims(num_kv_heads=6, head_dim=4)
+    small = llama_config(num_kv_heads=6, head_dim=4)
     settings = OperatorSection(width_init={"default": "lossless", "groups": "mean"})
     source = memory_of(hf_llama(small), small)
     grown = GrownReader(build_initial_operator(small, LargeSection(num_kv_heads=2), settings), source)
@@ -116,20 +116,20 @@ REFUSED = {
 def test_refused_by_name(case):
     large, keys, where = REFUSED[case]
     with pytest.raises(ConfigError) as error:
-        build_initial_operator(llama_dims(), large, OperatorSection(**keys))
+        build_initial_operator(llama_config(), large, OperatorSection(**keys))
     assert where in [problem.where for problem in error.value.problems]
 
 
 def test_a_query_head_without_a_place_is_refused():
     large = LargeSection(hidden_size=30, num_heads=10, num_kv_heads=5)
     with pytest.raises(ConfigError) as error:
-        build_initial_operator(llama_dims(num_heads=9), large, OperatorSection())
+        build_initial_operator(llama_config(num_heads=9), large, OperatorSection())
     (problem,) = error.value.problems
     assert problem.where == "large.num_heads / large.num_kv_heads" and problem.found.endswith("query head 8")
 
 
 def test_scalings_that_depend_on_the_head_size_are_refused():
-    small = llama_dims(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    small = llama_config(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     with pytest.raises(ConfigError) as error:
         build_initial_operator(small, LargeSection(head_dim=8), OperatorSection())
     (problem,) = error.value.problems

@@ -12,7 +12,7 @@ from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.growth.width_maps import SpaceMaps, apply_map, left_inverse
 from tests.growth.logit_gap import RAGGED, logits_gap
-from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
+from tests.tiny_models import hf_from, hf_llama, llama_config, memory_of, tokens
 
 DOUBLE = LargeSection(num_layers=6, hidden_size=48, ffn_size=56, num_heads=12, num_kv_heads=6)
 
@@ -22,12 +22,12 @@ DOUBLE = LargeSection(num_layers=6, hidden_size=48, ffn_size=56, num_heads=12, n
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_lossless_start_keeps_the_logits(tied, large, noise):
     settings = OperatorSection(noise=noise)
-    assert logits_gap(llama_dims(tied=tied), large, settings) < 5e-6  # fp32 norms, at logits of size 5
+    assert logits_gap(llama_config(tied=tied), large, settings) < 5e-6  # fp32 norms, at logits of size 5
 
 
 def test_eps_left_alone_is_seen():
     """Negative control: without the correction of eps the ragged lossless start is off."""
-    small = llama_dims()
+    small = llama_config()
     operator = build_initial_operator(small, RAGGED, OperatorSection())
     assert operator.large.norm_eps == pytest.approx(small.norm_eps * 24 / 32)
     model = hf_llama(small).double()
@@ -43,7 +43,7 @@ def test_eps_left_alone_is_seen():
 
 @pytest.mark.parametrize("depth", ["stack", "interlace", "copy"])
 def test_named_depths_place_the_layers_that_they_say(depth):
-    small = llama_dims()
+    small = llama_config()
     source = memory_of(hf_llama(small), small)
     operator = build_initial_operator(small, LargeSection(num_layers=5), OperatorSection(depth_init=depth))
     grown = GrownReader(operator, source)
@@ -55,7 +55,7 @@ def test_named_depths_place_the_layers_that_they_say(depth):
 
 def test_query_heads_stay_with_their_group():
     """New KV group 3 copies group 0 with both its query heads, rotary pairs whole."""
-    small = llama_dims()
+    small = llama_config()
     source = memory_of(hf_llama(small), small)
     section = LargeSection(num_heads=8, num_kv_heads=4)
     grown = GrownReader(build_initial_operator(small, section, OperatorSection()), source)
@@ -71,7 +71,7 @@ def test_the_pseudo_inverse_is_one():
 
 @pytest.mark.parametrize("structure", ["heads", "dense"])
 def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
-    small, large = llama_dims(), llama_dims(num_heads=8, num_kv_heads=4)
+    small, large = llama_config(), llama_config(num_heads=8, num_kv_heads=4)
     axis = get("llama").param("layers.0.o").axes[1]
     lift = SpaceMaps(small, large, structure).lift(axis)
     groups, r, d = small.num_kv_heads, small.heads_per_group, small.head_dim
@@ -89,13 +89,13 @@ def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
 def test_every_refusal_is_in_one_error():
     section = LargeSection(num_layers=2, hidden_size=16, ffn_size=20, num_heads=2, num_kv_heads=1)
     with pytest.raises(ConfigError) as error:
-        build_initial_operator(llama_dims(), section, OperatorSection())
+        build_initial_operator(llama_config(), section, OperatorSection())
     refused = {problem.where for problem in error.value.problems}
     assert refused >= {f"large.{name}" for name in vars(section) if getattr(section, name) is not None}
 
 
 def test_unknown_initialisations_name_the_nearest():
     with pytest.raises(ConfigError) as error:
-        build_initial_operator(llama_dims(), RAGGED, OperatorSection(width_init="losless", depth_init="stak"))
+        build_initial_operator(llama_config(), RAGGED, OperatorSection(width_init="losless", depth_init="stak"))
     hints = {problem.found: problem.hint for problem in error.value.problems}
     assert "'lossless'" in hints["'losless'"] and "'stack'" in hints["'stak'"]

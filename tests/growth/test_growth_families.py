@@ -23,7 +23,7 @@ NORMS_FIRST = ("gpt2", "gpt_neox")
 
 def gap(family: str, name: str, large: LargeSection, settings: OperatorSection, *, tied: bool = True) -> float:
     """Largest difference of what comes out first, at outputs of size 3. Hidden states grow by the residual map."""
-    small = layer_norm_models.dims_of(family, name, tied=tied)
+    small = layer_norm_models.config_of(family, name, tied=tied)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, tied=tied, dtype=torch.float64), small)
     grown = GrownReader(build_initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118
@@ -78,7 +78,7 @@ def test_ragged_layer_norms_are_reported(caplog):
     large = LargeSection(hidden_size=32, num_heads=8)
     assert gap("gpt2", "GPT2LMHeadModel", large, OperatorSection()) > 1e-2
     assert "whole multiple" in caplog.text
-    small = layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel")
+    small = layer_norm_models.config_of("gpt2", "GPT2LMHeadModel")
     for section, text in ((large, "not lossless at these sizes"), (DOUBLE, "starts with the small model's logits")):
         operator = build_initial_operator(small, section, OperatorSection())
         assert text in describe_method(operator.settings, small, operator.large)
@@ -86,8 +86,8 @@ def test_ragged_layer_norms_are_reported(caplog):
 
 def test_refusals():
     bert, gpt2 = (
-        layer_norm_models.dims_of("bert", "BertForMaskedLM"),
-        layer_norm_models.dims_of("gpt2", "GPT2LMHeadModel"),
+        layer_norm_models.config_of("bert", "BertForMaskedLM"),
+        layer_norm_models.config_of("gpt2", "GPT2LMHeadModel"),
     )
     for settings in (OperatorSection(), OperatorSection(method="lemon")):
         with pytest.raises(ConfigError) as error:
@@ -97,7 +97,7 @@ def test_refusals():
         build_initial_operator(gpt2, LargeSection(hidden_size=48), OperatorSection())
     assert "head_dim" in error.value.problems[0].where
     build_initial_operator(bert, LargeSection(num_layers=4), OperatorSection(depth_init="stack"))
-    neox = layer_norm_models.dims_of("gpt_neox", "GPTNeoXForCausalLM")
+    neox = layer_norm_models.config_of("gpt_neox", "GPTNeoXForCausalLM")
     with pytest.raises(ConfigError) as error:
         build_initial_operator(neox, LargeSection(hidden_size=48, head_dim=8), OperatorSection())
     (problem,) = error.value.problems
@@ -109,7 +109,7 @@ def test_every_method_takes_every_row(method):
     settings = OperatorSection(method=method, depth_init="stack")
     large = LargeSection(hidden_size=48, num_heads=12, num_layers=5, vocab_size=41)
     for family, name in (("bert", "BertForPreTraining"), ("gpt2", "GPT2LMHeadModel")):
-        small = layer_norm_models.dims_of(family, name)
+        small = layer_norm_models.config_of(family, name)
         source = layer_norm_models.memory_of(layer_norm_models.model(family, name), small)
         grown = GrownReader(build_initial_operator(small, large, settings), source)
         assert all(grown.read(key).isfinite().all() for key in grown.keys())  # noqa: SIM118

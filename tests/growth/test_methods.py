@@ -14,13 +14,13 @@ from megatron_ligo.growth.methods import METHODS, describe_method, resolve_setti
 from megatron_ligo.growth.validation import build_initial_operator, check_factored
 from megatron_ligo.growth.width_maps import left_inverse
 from tests.growth.logit_gap import RAGGED, logits_gap
-from tests.tiny_models import hf_llama, llama_dims, memory_of
+from tests.tiny_models import hf_llama, llama_config, memory_of
 
 LOSSLESS = [name for name, method in METHODS.items() if method.is_lossless]
 
 
 def grown(method: str, large: LargeSection = RAGGED, **keys) -> GrownReader:
-    small = llama_dims()
+    small = llama_config()
     settings = OperatorSection(method=method, **keys)
     return GrownReader(build_initial_operator(small, large, settings), memory_of(hf_llama(small), small))
 
@@ -29,19 +29,19 @@ def grown(method: str, large: LargeSection = RAGGED, **keys) -> GrownReader:
 @pytest.mark.parametrize("large", [RAGGED, replace(RAGGED, hidden_size=48, num_heads=12, num_kv_heads=6)])
 @pytest.mark.parametrize("method", LOSSLESS)
 def test_methods_called_lossless_are(method, large, tied):
-    assert logits_gap(llama_dims(tied=tied), large, OperatorSection(method=method)) < 5e-6
+    assert logits_gap(llama_config(tied=tied), large, OperatorSection(method=method)) < 5e-6
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(LOSSLESS)))
 def test_other_methods_are_not_lossless(method):
     """The control: a gap is seen where none is promised."""
-    assert logits_gap(llama_dims(), RAGGED, OperatorSection(method=method)) > 1e-3
+    assert logits_gap(llama_config(), RAGGED, OperatorSection(method=method)) > 1e-3
 
 
 def test_the_best_free_start_is_exact_but_for_its_layers():
     deeper = OperatorSection(method="noisy_stack")
     wider = replace(RAGGED, num_layers=None)
-    assert logits_gap(llama_dims(tied=True), wider, deeper) < 5e-6
+    assert logits_gap(llama_config(tied=True), wider, deeper) < 5e-6
     # ... and its copies are no copies to training: they are read differently.
     down = grown("noisy_stack").read("layers.0.down")
     assert float((down[:, 28:] - down[:, :16]).abs().mean()) > 0.3 * float(down.abs().mean())
@@ -49,7 +49,7 @@ def test_the_best_free_start_is_exact_but_for_its_layers():
 
 def test_hypercloning_is_the_published_one_at_whole_multiples():
     double = LargeSection(hidden_size=48, ffn_size=56, num_heads=12, num_kv_heads=6)
-    big, small = grown("hypercloning", double), memory_of(hf_llama(llama_dims()), llama_dims())
+    big, small = grown("hypercloning", double), memory_of(hf_llama(llama_config()), llama_config())
     for key in ("layers.0.up", "layers.2.k", "layers.1.o", "layers.1.down", "layers.0.q"):
         assert torch.allclose(big.read(key), small.read(key).repeat(2, 2) / 2), key
     assert torch.equal(big.read("embed"), small.read("embed").repeat(1, 2))
@@ -71,7 +71,7 @@ def test_aki_takes_new_rows_from_the_next_layer():
 
 
 def test_fresh_rows_are_fresh_and_read_by_nobody():
-    big, small = grown("lemon"), memory_of(hf_llama(llama_dims()), llama_dims())
+    big, small = grown("lemon"), memory_of(hf_llama(llama_config()), llama_config())
     origins = [0, 0, 1, 1, 2]
     for layer, origin in enumerate(origins):
         new_layer = layer in (1, 3)
@@ -85,7 +85,7 @@ def test_fresh_rows_are_fresh_and_read_by_nobody():
 
 
 def test_direct_copy_has_the_small_model_in_its_corner():
-    big, small = grown("direct_copy"), memory_of(hf_llama(llama_dims()), llama_dims())
+    big, small = grown("direct_copy"), memory_of(hf_llama(llama_config()), llama_config())
     for key, origin in (("layers.4.down", "layers.1.down"), ("layers.0.k", "layers.0.k"), ("embed", "embed")):
         before, after = small.read(origin), big.read(key)
         assert torch.equal(after[: before.shape[0], : before.shape[1]], before)
@@ -109,14 +109,14 @@ def test_the_published_operator_is_written_out():
 
 def test_user_keys_take_precedence_over_the_method():
     settings = resolve_settings(
-        RunConfig.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_dims()
+        RunConfig.load(None, ["operator.method=noisy_stack", "operator.noise=0.25"]).operator, llama_config()
     )
     assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
-    assert resolve_settings(settings, llama_dims()) == settings
-    text = describe_method(settings, llama_dims(), llama_dims())
+    assert resolve_settings(settings, llama_config()) == settings
+    text = describe_method(settings, llama_config(), llama_config())
     assert "noise = 0.25   (your own)" in text and "depth_init = 'stack'\n" in text
     with pytest.raises(ConfigError) as error:
-        resolve_settings(OperatorSection(method="noisystack"), llama_dims())
+        resolve_settings(OperatorSection(method="noisystack"), llama_config())
     assert "'noisy_stack'" in str(error.value)
 
 
@@ -135,11 +135,11 @@ def test_only_lossless_starts_are_called_lossless(case):
     keys, is_lossless = OWN_KEYS[case]
     large = replace(RAGGED, hidden_size=36, num_heads=12, num_kv_heads=1 if case == "merged heads" else 6)
     settings = OperatorSection(**keys)
-    operator = build_initial_operator(llama_dims(), large, settings)
+    operator = build_initial_operator(llama_config(), large, settings)
     text = describe_method(operator.settings, operator.small, operator.large)
     assert ("starts with the small model's logits" in text) == is_lossless
     assert ("not guaranteed to be lossless" in text) != is_lossless
-    gap = logits_gap(llama_dims(), large, settings)
+    gap = logits_gap(llama_config(), large, settings)
     assert gap < 5e-6 if is_lossless else gap > 1e-3
 
 
@@ -151,11 +151,11 @@ def test_contradicting_settings_are_refused():
         ({"method": "net2net", "identity": "frozen"}, "operator.identity (residual)"),
     ):
         with pytest.raises(ConfigError) as error:
-            build_initial_operator(llama_dims(), RAGGED, OperatorSection(**keys))
+            build_initial_operator(llama_config(), RAGGED, OperatorSection(**keys))
         assert where in [problem.where for problem in error.value.problems]
     for method in METHODS:
         errors = ErrorCollector("fit", ConfigError)
-        check_factored(resolve_settings(OperatorSection(method=method), llama_dims()), errors)
+        check_factored(resolve_settings(OperatorSection(method=method), llama_config()), errors)
         assert bool(errors.problems) == (method in ("direct_copy", "random", "aki"))
 
 

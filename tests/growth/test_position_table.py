@@ -18,7 +18,7 @@ from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.fit import prepare_fit
 from tests import layer_norm_models
 from tests.growth.test_growth_families import DOUBLE
-from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
+from tests.tiny_models import hf_from, hf_llama, llama_config, memory_of, tokens
 
 LONGER = replace(DOUBLE, max_positions=47)
 LLAMA3 = {
@@ -35,12 +35,12 @@ LLAMA3 = {
     ("family", "name"), [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForPreTraining"), ("roberta", "RobertaForMaskedLM")]
 )
 def test_learned_positions(family, name, start):
-    small = layer_norm_models.dims_of(family, name)
+    small = layer_norm_models.config_of(family, name)
     source = layer_norm_models.memory_of(layer_norm_models.model(family, name, dtype=torch.float64), small)
     grown = GrownReader(build_initial_operator(small, LONGER, OperatorSection(position_init=start)), source)
     short, long = (
-        layer_norm_models.tokens(small.longest_sequence),
-        layer_norm_models.tokens(grown.model_config.longest_sequence),
+        layer_norm_models.tokens(small.max_sequence_length),
+        layer_norm_models.tokens(grown.model_config.max_sequence_length),
     )
     before, after = layer_norm_models.outputs(source, short), layer_norm_models.outputs(grown, short)
     assert float((before - after).abs().max()) < 1e-12
@@ -62,7 +62,7 @@ def test_learned_positions(family, name, start):
 
 
 def test_rope_scaling_is_carried(tmp_path):
-    small = llama_dims(rope_scaling=LLAMA3)
+    small = llama_config(rope_scaling=LLAMA3)
     source = memory_of(hf_llama(small), small)
     grown = GrownReader(
         build_initial_operator(small, LargeSection(num_layers=4, max_positions=256), OperatorSection()), source
@@ -71,8 +71,8 @@ def test_rope_scaling_is_carried(tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["max_position_embeddings"] == 256
     assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 10000.0}
-    plain = replace(llama_dims(), max_positions=256)
-    assert build_initial_operator(llama_dims(), LargeSection(max_positions=256), OperatorSection()).large == plain
+    plain = replace(llama_config(), max_positions=256)
+    assert build_initial_operator(llama_config(), LargeSection(max_positions=256), OperatorSection()).large == plain
     # A shorter one is a smaller number in the config, and no more.
     assert build_initial_operator(small, LargeSection(max_positions=8), OperatorSection()).large.max_positions == 8
     ids = tokens(small)
@@ -80,13 +80,13 @@ def test_rope_scaling_is_carried(tmp_path):
 
 
 def test_refusals(tmp_path):
-    gpt2 = layer_norm_models.dims_of("gpt2", "GPT2Model")
+    gpt2 = layer_norm_models.config_of("gpt2", "GPT2Model")
     with pytest.raises(ConfigError) as error:
         build_initial_operator(gpt2, LargeSection(max_positions=19), OperatorSection())
     (problem,) = error.value.problems
     assert (problem.where, problem.found) == ("large.max_positions", "19") and "20" in problem.expected
     for scaling in ({"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}):
-        small = llama_dims(rope_scaling=scaling)
+        small = llama_config(rope_scaling=scaling)
         with pytest.raises(ConfigError) as error:
             build_initial_operator(small, LargeSection(max_positions=128), OperatorSection())
         (problem,) = error.value.problems

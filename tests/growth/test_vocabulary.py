@@ -12,7 +12,7 @@ from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import build_initial_operator
 from tests.growth.logit_gap import RAGGED
-from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
+from tests.tiny_models import hf_from, hf_llama, llama_config, memory_of, tokens
 
 MORE = replace(RAGGED, vocab_size=1037)
 
@@ -24,7 +24,7 @@ def grown(small, noise=0.0, large=MORE):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_old_tokens_keep_their_logits_and_new_ones_have_their_mean(tied):
-    small = llama_dims(tied=tied)
+    small = llama_config(tied=tied)
     ids = tokens(small)
     with torch.no_grad():
         before, after = hf_llama(small).double()(ids).logits, hf_from(grown(small))(ids).logits
@@ -34,7 +34,7 @@ def test_old_tokens_keep_their_logits_and_new_ones_have_their_mean(tied):
 
 
 def test_noise_is_relative_to_the_tokens_spread():
-    small = llama_dims()
+    small = llama_config()
     for key in ("embed", "head"):
         table = grown(small, noise=0.5, large=LargeSection(vocab_size=1037)).read(key)
         spread = table[37:].std(dim=0) / table[:37].std(dim=0)
@@ -46,6 +46,6 @@ def test_noise_is_relative_to_the_tokens_spread():
 
 def test_a_smaller_vocabulary_is_refused():
     with pytest.raises(ConfigError) as error:
-        grown(llama_dims(), large=LargeSection(vocab_size=36))
+        grown(llama_config(), large=LargeSection(vocab_size=36))
     (problem,) = error.value.problems
     assert (problem.where, problem.found) == ("large.vocab_size", "36") and "37" in problem.expected

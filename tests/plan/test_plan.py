@@ -21,9 +21,9 @@ from megatron_ligo.plan.planned_job import PlannedJob
 from megatron_ligo.plan.traffic import estimate_traffic
 from tests.models.full.pretrain_cases import sizes
 from tests.plan.model_parameters import count_parameters
-from tests.tiny_models import hf_llama, llama_dims
+from tests.tiny_models import hf_llama, llama_config
 
-SMALL = llama_dims(num_layers=2, hidden_size=48, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=80)
+SMALL = llama_config(num_layers=2, hidden_size=48, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=80)
 LARGE = {"hidden_size": 96, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 240, "num_layers": 4}
 
 

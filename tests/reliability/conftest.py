@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.reliability.commands import Run
-from tests.tiny_models import hf_llama, llama_dims
+from tests.tiny_models import hf_llama, llama_config
 from tests.training.test_pretrain import make_pair
 
-SMALL = llama_dims(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
+SMALL = llama_config(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
 STEPS, SAVE_EVERY = 16, 4
 CONFIG = """
 [small]

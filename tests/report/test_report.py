@@ -26,10 +26,10 @@ from megatron_ligo.report.curves import held_out_curve, training_curve
 from megatron_ligo.report.report_table import HEADINGS, ReportTable, build_table
 from megatron_ligo.report.run_records import FIT_NOT_GIVEN, FIT_ON_OTHER_SAMPLES, REUSES_FIT_SAMPLES, read_runs
 from megatron_ligo.training.metrics import Metrics
-from tests.tiny_models import hf_llama, llama_dims, memory_of
+from tests.tiny_models import hf_llama, llama_config, memory_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = llama_dims()
+SMALL = llama_config()
 LARGE = LargeSection(num_layers=5, hidden_size=32, ffn_size=48, num_heads=8, num_kv_heads=4)
 LAYOUT = {"tp": 2, "pp": 1, "dp": 2, "zero": 3}
 EVAL = {"samples": 8, "digest": "0123456789abcdef"}

@@ -6,11 +6,11 @@ import pytest
 
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.export import handoff, provenance
-from tests.tiny_models import hf_llama, llama_dims
+from tests.tiny_models import hf_llama, llama_config
 from tests.training.pretrain_runs import fit, pretrain
 from tests.training.test_pretrain import make_pair
 
-SMALL = llama_dims(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
+SMALL = llama_config(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
 LARGE = {"num_layers": 5, "hidden_size": 34, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 44}
 LAYOUTS = [(1, {}), (2, {"pp": 2}), (4, {"tp": 4}), (4, {"tp": 2, "zero": 3}), (4, {"pp": 4}), (4, {"zero": 2})]
 

@@ -14,11 +14,11 @@ from megatron_ligo.export import handoff
 from megatron_ligo.training.fit import prepare_fit
 from megatron_ligo.training.job import check_same_run
 from tests import layer_norm_models
-from tests.tiny_models import hf_llama, llama_dims
+from tests.tiny_models import hf_llama, llama_config
 from tests.training.pretrain_runs import fit, pretrain
 from tests.training.test_pretrain import BATCH, SEQ, make_pair
 
-SMALL = llama_dims(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
+SMALL = llama_config(tied=True, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, ffn_size=28)
 LARGE = {"num_layers": 5, "hidden_size": 34, "num_heads": 16, "num_kv_heads": 8, "ffn_size": 44}
 LAYOUT = {"tp": 2, "pp": 2}
 

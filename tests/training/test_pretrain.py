@@ -18,11 +18,11 @@ from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.config.run_config import DataSection, RunConfig
 from megatron_ligo.data.text_dataset import open_text_dataset
 from megatron_ligo.export import provenance
-from tests.tiny_models import hf_llama, llama_dims
+from tests.tiny_models import hf_llama, llama_config
 from tests.training.pretrain_runs import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
-DIMS = llama_dims(tied=True, num_heads=8, num_kv_heads=4, num_layers=4)
+DIMS = llama_config(tied=True, num_heads=8, num_kv_heads=4, num_layers=4)
 SEQ, STEPS, BATCH = 12, 6, 8
 FIT_LOSS = 3.5
 

@@ -96,7 +96,7 @@ def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str
         "probes": probes,
         "flops": probes * lag * plan.step_flops,
         "parameters": {"small": count_parameters(small), "large": count_parameters(plan.large)},
-        "tokens_of_sample": plan.large.tokens_of_sample(spec.config.data.seq_length),
+        "tokens_of_sample": plan.large.tokens_per_sample(spec.config.data.seq_length),
         "ranking": [
             _probe_record(name, probed[name], second_seed.get(name)) for name in _ranked(probed) if name != SCRATCH
         ],

@@ -58,7 +58,7 @@ def _cost_before_runs(plan: ComparisonPlan, arm: Arm, small: ModelConfig) -> flo
     if arm.fitted:
         return fit_flops(config, small, lagged) + arm.lag * plan.step_flops
     fitted = fitted_arm_of(arm, plan.spec.arms)
-    seq = plan.large.tokens_of_sample(config.data.seq_length)
+    seq = plan.large.tokens_per_sample(config.data.seq_length)
     steps, _ = _fit_steps(config, small, bool(fitted.lag))
     return steps * train_flops(plan.large, config.fit.global_batch_size * seq, seq)
 
@@ -66,6 +66,6 @@ def _cost_before_runs(plan: ComparisonPlan, arm: Arm, small: ModelConfig) -> flo
 def _fit_steps(config: RunConfig, small: ModelConfig, lagged: bool) -> tuple[int, float]:
     """Returns (steps, FLOPs per step) within max_flops. Raises ConfigError if it pays for no step."""
     fit, operator = config.fit, build_initial_operator(small, config.large, config.operator)
-    seq = operator.large.tokens_of_sample(config.data.seq_length)
+    seq = operator.large.tokens_per_sample(config.data.seq_length)
     step = fit_step_flops(operator, fit.global_batch_size * seq, seq, fit.distill > 0, lagged)
     return limit_to_budget(fit, step).steps, step

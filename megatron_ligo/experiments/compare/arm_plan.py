@@ -223,7 +223,7 @@ class ComparisonPlan:
 
     def _step_flops(self, model_config: ModelConfig) -> int:
         config = self.spec.config
-        seq = model_config.tokens_of_sample(config.data.seq_length)
+        seq = model_config.tokens_per_sample(config.data.seq_length)
         return train_flops(model_config, config.pretrain.global_batch_size * seq, seq)
 
 

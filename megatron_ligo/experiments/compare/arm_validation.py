@@ -35,7 +35,7 @@ def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
 def _check_fit(arm: Arm, operator: Operator) -> None:
     errors = ErrorCollector("the fit cannot run", ConfigError)
     check_factored(operator.settings, errors)
-    length = operator.large.tokens_of_sample(arm.config.data.seq_length)
+    length = operator.large.tokens_per_sample(arm.config.data.seq_length)
     check_teacher(operator, arm.config.fit, length, errors)
     if arm.lag:
         check_is_decoder(operator, errors)

@@ -56,7 +56,7 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
         "parameters": {"large": count_parameters(plan.large)},
         "large": plan.large.to_json(),
         "unit_flops": plan.unit,
-        "held_out": {"samples": samples, "tokens": samples * plan.large.tokens_of_sample(spec.config.data.seq_length)},
+        "held_out": {"samples": samples, "tokens": samples * plan.large.tokens_per_sample(spec.config.data.seq_length)},
         "arms": table,
         "differences": _differences(plan, {name: arm["runs"] for name, arm in outcomes.items()}),
         "cautions": cautions(plan, outcomes, missing),
@@ -127,7 +127,7 @@ def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str,
         lines.append(f"{len(compare.seeds)} seed(s): differences between arms may be chance.")
     if compare.scratch_steps < FEW_STEPS or count_parameters(plan.large) < SMALL_MODEL:
         tokens = compare.scratch_steps * config.pretrain.global_batch_size
-        tokens *= plan.large.tokens_of_sample(config.data.seq_length)
+        tokens *= plan.large.tokens_per_sample(config.data.seq_length)
         size = f"{count_parameters(plan.large) / 1e6:.3g}M parameters and {tokens / 1e6:.3g}M tokens"
         lines.append(f"A small experiment ({size} for scratch): it says nothing about much larger models or budgets.")
     if len(compare.lrs) == 1:

@@ -19,7 +19,7 @@ from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import build_initial_operator
 from tests.checkpoint import hf_models
-from tests.tiny_models import hf_llama, llama_dims, memory_of
+from tests.tiny_models import hf_llama, llama_config, memory_of
 
 SCALED = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
@@ -171,7 +171,7 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path):
 @pytest.mark.parametrize(("model_type", "heads", "warns"), [("llama", 6, 1), ("llama", 8, 0), ("qwen2", 6, 0)])
 def test_sizes_that_transformers_refuses_are_written_with_a_warning(tmp_path, caplog, model_type, heads, warns):
     """Other readers load them."""
-    small = llama_dims(model_type=model_type, qkv_bias=model_type == "qwen2", num_kv_heads=2)
+    small = llama_config(model_type=model_type, qkv_bias=model_type == "qwen2", num_kv_heads=2)
     large = LargeSection(hidden_size=32, num_heads=heads)
     source = GrownReader(build_initial_operator(small, large, OperatorSection()), memory_of(hf_llama(small), small))
     convert(source, tmp_path / "out", "hf")

@@ -21,10 +21,10 @@ from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine
 from tests import image_models
 from tests.growth import official_ligo
-from tests.layer_norm_models import dims_of, memory_of, model_of
+from tests.layer_norm_models import config_of, memory_of, model_of
 from tests.models.factored.fit_reference import lag_of, make_operator
 from tests.models.factored.reference_growth import materialise
-from tests.tiny_models import llama_dims, tokens
+from tests.tiny_models import llama_config, tokens
 
 SMALL = {"num_kv_heads": 4, "num_heads": 8, "head_dim": 4, "hidden_size": 24, "ffn_size": 28, "num_layers": 2}
 LARGE = {"num_layers": 5, "hidden_size": 32, "ffn_size": 48, "num_heads": 16, "num_kv_heads": 8}
@@ -35,10 +35,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def small_dims(changes: dict) -> ModelConfig:
     """A small Llama, or a small model of the family that the changes name."""
     if changes.get("arch", "llama") == "llama":
-        return llama_dims(**{**SMALL, **changes})
+        return llama_config(**{**SMALL, **changes})
     if changes["arch"] in ("vit", "deit"):
-        return image_models.dims_of(changes["arch"], **{**SMALL, **{k: v for k, v in changes.items() if k != "arch"}})
-    return dims_of(changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}})
+        return image_models.image_config(
+            changes["arch"], **{**SMALL, **{k: v for k, v in changes.items() if k != "arch"}}
+        )
+    return config_of(
+        changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}}
+    )
 
 
 def batches(model_config, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:

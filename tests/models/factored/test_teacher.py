@@ -10,7 +10,7 @@ from megatron_ligo.models.factored.factored_model import FactoredModel
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
 from tests.models.factored.fit_reference import make_operator
-from tests.tiny_models import hf_from, hf_llama, llama_dims, memory_of, tokens
+from tests.tiny_models import hf_from, hf_llama, llama_config, memory_of, tokens
 
 WEIGHT = 0.4
 LARGE = {"hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "num_layers": 4}
@@ -18,7 +18,7 @@ LARGE = {"hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "num_layers": 4}
 
 def taught(tp: int) -> dict[str, float]:
     """The blended loss, the loss of an evaluation, and the norm of the residual map's gradient."""
-    small = llama_dims(num_heads=4, num_kv_heads=2)
+    small = llama_config(num_heads=4, num_kv_heads=2)
     operator = make_operator(small, LARGE, {"method": "noisy_stack"})
     mesh, reader = meshes.build_mesh(tp, 1), memory_of(hf_llama(small), small)
     teacher = Teacher(reader, mesh, torch.float32, WEIGHT, sequence_parallel=False)

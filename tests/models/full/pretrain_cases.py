@@ -22,8 +22,8 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.pretrain import build_parameter_groups
 from tests import image_models
-from tests.layer_norm_models import dims_of, model_of
-from tests.tiny_models import llama_dims, tokens
+from tests.layer_norm_models import config_of, model_of
+from tests.tiny_models import llama_config, tokens
 
 # A vocabulary of 37 is padded at any tp but 1.
 SIZES = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 5}
@@ -37,7 +37,7 @@ def sizes(tied: bool, family: str = "llama") -> ModelConfig:
         # Labels are padded at tp 2; tokens are not: 10 and 6 of them.
         side = {"vit": 10, "deit": 7}[family]
         own = {"num_kv_heads": 8, "hidden_size": 32, "vocab_size": 7, "image_size": side}
-        return image_models.dims_of(family, **SIZES | own)
+        return image_models.image_config(family, **SIZES | own)
     if family != "llama":
         names = {
             "gpt2": "GPT2LMHeadModel",
@@ -45,8 +45,8 @@ def sizes(tied: bool, family: str = "llama") -> ModelConfig:
             "bert": "BertForMaskedLM",
             "roberta": "RobertaForMaskedLM",
         }
-        return dims_of(family, names[family], tied=tied, **SIZES | {"num_kv_heads": 8, "hidden_size": 32})
-    return llama_dims(tied=tied, **SIZES)
+        return config_of(family, names[family], tied=tied, **SIZES | {"num_kv_heads": 8, "hidden_size": 32})
+    return llama_config(tied=tied, **SIZES)
 
 
 def decay_of(optimizer: str, family: str) -> float:

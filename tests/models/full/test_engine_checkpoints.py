@@ -15,7 +15,7 @@ from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.checkpoint.verify import compare
 from tests.models.full import engine_cases, pretrain_cases
-from tests.tiny_models import hf_llama, hf_name, llama_dims
+from tests.tiny_models import hf_llama, hf_name, llama_config
 
 # world; what is trained; the layout that saves, and others that go on from it
 RESUMED = [
@@ -32,7 +32,7 @@ RESUMED = [
 
 
 def dims_of(bf16: bool = False, **changes):
-    return llama_dims(**{**pretrain_cases.SIZES, **changes})
+    return llama_config(**{**pretrain_cases.SIZES, **changes})
 
 
 @pytest.mark.parametrize("world, kind, layouts", RESUMED, ids=str)

@@ -25,7 +25,7 @@ def format_rows() -> Iterator[str]:
         config = RunConfig.load(path)
         operator = build_initial_operator(read_model_config(ROOT / config.small.path), config.large, config.operator)
         small, large = operator.small, operator.large
-        seq_length = large.tokens_of_sample(config.data.seq_length)
+        seq_length = large.tokens_per_sample(config.data.seq_length)
         fit = PlannedJob(large, config.fit, WORLD_SIZE, seq_length, operator)
         pretraining = PlannedJob(large, config.pretrain, WORLD_SIZE, seq_length)
         for job in (fit, pretraining):

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture, Task
-from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_of_image
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
 
@@ -159,7 +159,7 @@ def _fill_implied_sizes(sizes: dict) -> None:
     """Fills in sizes that follow from others where a config leaves them out (or null)."""
     hidden, heads, image, patch = (sizes.get(key) for key in ("hidden_size", "num_heads", "image_size", "patch_size"))
     if all(type(size) is int and size > 0 for size in (image, patch)):
-        sizes["max_positions"] = tokens_of_image(image, patch, sizes["has_distillation"])
+        sizes["max_positions"] = tokens_per_image(image, patch, sizes["has_distillation"])
     if not all(type(size) is int and size > 0 for size in (hidden, heads)):
         return
     for name, value in implied_head_sizes(hidden, heads).items():
