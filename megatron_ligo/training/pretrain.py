@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats, model_record
@@ -86,7 +85,7 @@ class Pretrain(TrainingJob):
     def _measure(self, samples: int) -> dict[str, float]:
         """Returns the loss on the first held-out samples and, for a classifier, the accuracy."""
         metrics = {"loss": self.evaluate(samples)}
-        if architectures.get(self.model_config.arch).task is Task.LABEL:
+        if architectures.get(self.model_config.arch).reads_images:
             with self.engine.module.measuring_accuracy():
                 metrics["accuracy"] = self.evaluate(samples)
         return metrics
