@@ -1,4 +1,4 @@
-"""What the ranks run: whole pretraining runs over prepared data."""
+"""Whole fits and pretraining runs, as functions that a pool of ranks can run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Killed(Exception):
 
 
 def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict | str:
-    """The run's record with its losses; killed after so many of its own steps if asked. A LigoError as text."""
+    """Returns the record and metrics of a run, or its LigoError as text. die_after: steps after which it is killed."""
     count = 0
     step = Engine.train_step
 
-    def dying(self, batches):
+    def step_or_die(self, batches):
         nonlocal count
         if count == die_after:
             raise Killed
         count += 1
         return step(self, batches)
 
-    Engine.train_step = dying
+    Engine.train_step = step_or_die
     job = None
     try:
         job = Pretrain(RunConfig.from_dict(settings), Path(output))
@@ -40,7 +40,7 @@ def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict 
     finally:
         Engine.train_step = step
         if job:
-            # Else its hooks hold it, and with it all process groups.
+            # Its hooks would keep the engine and all process groups alive.
             job.engine.engine.destroy()
     file = Path(output) / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

@@ -1,4 +1,4 @@
-"""A fit keeps the best that it came to, ends when it gets no better, and costs no more than it may."""
+"""A fit keeps its best operator, stops early without improvement, and stays within its FLOP budget."""
 
 import json
 from pathlib import Path
@@ -36,46 +36,46 @@ def settings(base: Path, **changes) -> dict:
     return table
 
 
-def record(output: Path) -> dict:
+def read_record(output: Path) -> dict:
     return json.loads((output / "operator/operator.json").read_text())
 
 
-def test_a_fit_that_only_harms_leaves_where_it_began_and_ends(pools, base, tmp_path):
+def test_a_fit_that_only_gets_worse_stops_and_writes_its_start(pools, base, tmp_path):
     table = settings(base, lr=0.3, depth_lr=0.3, patience=2, schedule="constant", clip=0.0, spike=0.0)
     pools(1).run(fit, settings=table, output=str(tmp_path / "fit"))
-    told = record(tmp_path / "fit")
-    assert (told["step"], told["steps_done"]) == (0, 2)
-    assert told["losses"]["end"] == told["losses"]["start"] < told["losses"]["last"]
+    record = read_record(tmp_path / "fit")
+    assert (record["step"], record["steps_done"]) == (0, 2)
+    assert record["losses"]["end"] == record["losses"]["start"] < record["losses"]["last"]
     config = RunConfig.from_dict(table)
     start = build_initial_operator(DIMS, config.large, config.operator)
-    found = OperatorFile(tmp_path / "fit/operator")
-    assert all(torch.equal(found.tensor(name), start.tensor(name)) for name in start.shapes())
-    # Started again, it is done.
+    operator = OperatorFile(tmp_path / "fit/operator")
+    assert all(torch.equal(operator.tensor(name), start.tensor(name)) for name in start.shapes())
+    # A finished fit does nothing when it is started again.
     pools(1).run(fit, settings=table, output=str(tmp_path / "fit"))
-    assert record(tmp_path / "fit")["losses"] == told["losses"]
+    assert read_record(tmp_path / "fit")["losses"] == record["losses"]
 
 
-def test_the_best_of_the_way_is_written_at_any_layout(pools, base, tmp_path):
-    """A rate that is good first and bad later: what is kept is the operator of the lowest evaluation."""
+def test_the_best_evaluation_is_written_at_any_layout(pools, base, tmp_path):
+    """The learning rate helps at first and harms later: the operator with the lowest held-out loss is kept."""
     table = settings(base, lr=3e-2, depth_lr=1e-2, schedule="constant", clip=0.0, spike=0.0)
     table["fit"]["parallel"]["tp"] = 2
     pools(2).run(fit, settings=table, output=str(tmp_path / "fit"))
-    told = record(tmp_path / "fit")
+    record = read_record(tmp_path / "fit")
     rows = [json.loads(line) for line in (tmp_path / "fit/metrics.jsonl").read_text().splitlines()]
-    ways = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
-    ways |= {0: told["losses"]["start"], 6: told["losses"]["last"]}
-    assert told["losses"]["end"] == min(ways.values()) == ways[told["step"]]
+    eval_losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    eval_losses |= {0: record["losses"]["start"], 6: record["losses"]["last"]}
+    assert record["losses"]["end"] == min(eval_losses.values()) == eval_losses[record["step"]]
     table["fit"]["keep"] = "last"
     pools(2).run(fit, settings=table, output=str(tmp_path / "last"))
-    assert record(tmp_path / "last")["step"] == 6
-    assert record(tmp_path / "last")["losses"]["end"] == pytest.approx(told["losses"]["last"], rel=1e-6)
+    assert read_record(tmp_path / "last")["step"] == 6
+    assert read_record(tmp_path / "last")["losses"]["end"] == pytest.approx(record["losses"]["last"], rel=1e-6)
 
 
-def test_no_more_flops_than_allowed(pools, base, tmp_path):
+def test_a_fit_stays_within_its_flop_budget(pools, base, tmp_path):
     pools(1).run(fit, settings=settings(base, steps=1), output=str(tmp_path / "one"))
     one = json.loads((tmp_path / "one/metrics.jsonl").read_text())["flops"]
     pools(1).run(fit, settings=settings(base, max_flops=2.9 * one), output=str(tmp_path / "two"))
-    assert record(tmp_path / "two")["steps_done"] == 2
+    assert read_record(tmp_path / "two")["steps_done"] == 2
     with pytest.raises(RuntimeError, match=r"fit.max_flops: expected at least one step"):
         pools(1).run(fit, settings=settings(base, max_flops=0.9 * one), output=str(tmp_path / "none"))
 

@@ -1,4 +1,4 @@
-"""The last loss of a fit is the first of the pretraining, whatever the two layouts: ragged sizes, tied embeddings."""
+"""The last loss of a fit is the first loss of pretraining at every pair of layouts: ragged sizes, tied embeddings."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ LAYOUTS = [(1, {}), (2, {"pp": 2}), (4, {"tp": 4}), (4, {"tp": 2, "zero": 3}), (
 
 @pytest.fixture(scope="module")
 def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
-    """A run's settings, and the hand-off of a model that a fit at TP 2 x PP 2 has moved."""
+    """A run's settings, and the hand-off of a model fitted at TP 2 x PP 2."""
     base = tmp_path_factory.mktemp("journey")
     for seed, name in enumerate(("train", "valid")):
         make_pair(base / name, seed)
@@ -39,9 +39,9 @@ def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
 def test_the_first_loss_is_the_last_of_the_fit(pools, grown, tmp_path, world, layout):
     table, folder = grown
     table["pretrain"]["parallel"] = {**RunConfig().to_dict()["pretrain"]["parallel"], **layout}
-    found = pools(world).run(pretrain, settings=table, output=str(tmp_path))["losses"]
+    losses = pools(world).run(pretrain, settings=table, output=str(tmp_path))["losses"]
     fitted = provenance.read(folder)["fit"]["losses"]
-    assert found["fit"] == fitted["end"]
-    assert found["start_on_fit_batch"] == pytest.approx(fitted["end"], rel=1e-5)
-    # The fit has done something, or there would be nothing to hand over.
+    assert losses["fit"] == fitted["end"]
+    assert losses["start_on_fit_batch"] == pytest.approx(fitted["end"], rel=1e-5)
+    # The fit must have changed the loss for this to mean anything.
     assert abs(fitted["end"] - fitted["start"]) > 1e-2

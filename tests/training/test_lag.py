@@ -1,4 +1,4 @@
-"""A fit on the loss after a lag: it begins where the training that it is given has ended, and refuses another's."""
+"""A fit with a lag starts at the loss at which the given training ended, and refuses training from another start."""
 
 import json
 from copy import deepcopy
@@ -25,7 +25,7 @@ LAYOUT = {"tp": 2, "pp": 2}
 
 @pytest.fixture(scope="module")
 def trained(pools, tmp_path_factory) -> tuple[dict, Path, float]:
-    """A run's settings, its start after three steps of pretraining on two ranks, and the loss there."""
+    """Settings, a checkpoint of the start after three steps of pretraining on two ranks, and its loss."""
     base = tmp_path_factory.mktemp("lag")
     for seed, name in enumerate(("train", "valid")):
         make_pair(base / name, seed)
@@ -46,27 +46,27 @@ def trained(pools, tmp_path_factory) -> tuple[dict, Path, float]:
     return table, checkpoint, losses["end"]
 
 
-def test_it_begins_where_the_training_has_ended_and_hands_over_the_start(pools, trained, tmp_path):
+def test_a_fit_starts_at_the_loss_after_the_lag_and_hands_off_the_start(pools, trained, tmp_path):
     table, _, end = trained
     table = deepcopy(table)
     table["fit"]["parallel"] |= LAYOUT
     pools(4).run(fit, settings=table, output=str(tmp_path / "fit"))
-    told = json.loads((tmp_path / "fit/operator/operator.json").read_text())
-    assert told["losses"]["start"] == pytest.approx(end, rel=1e-5)
-    assert told["losses"]["end"] < told["losses"]["start"]
+    record = json.loads((tmp_path / "fit/operator/operator.json").read_text())
+    assert record["losses"]["start"] == pytest.approx(end, rel=1e-5)
+    assert record["losses"]["end"] < record["losses"]["start"]
     grown = handoff.grow_from_config(RunConfig.from_dict(table), tmp_path / "fit/operator", tmp_path / "grown")
     assert grown["fit"]["lagged"]
     table["pretrain"] |= {"start": str(tmp_path / "grown"), "steps": 0}
-    losses = pools(2).run(pretrain, settings=table, output=str(tmp_path / "begun"))["losses"]
-    # The fit's losses are none of this start's: they are not set beside it.
-    assert set(losses) == {"start"} and abs(losses["start"] - told["losses"]["end"]) > 1e-3
+    losses = pools(2).run(pretrain, settings=table, output=str(tmp_path / "evaluated"))["losses"]
+    # The fit's losses are not those of this start, so the run does not compare them.
+    assert set(losses) == {"start"} and abs(losses["start"] - record["losses"]["end"]) > 1e-3
 
 
 def test_a_training_of_another_start_is_refused(trained, tmp_path):
     table, checkpoint, _ = trained
     prepare_fit(RunConfig.from_dict(table))
     for changes, named in [
-        # Layers in another order differ in no tensor outside of them, nor in the first.
+        # Another order of the layers changes no tensor outside the layers, and not the first layer.
         ({"depth_init": "stack"}, "of another operator (depth_init)"),
         ({"noise": 0.5}, "of another operator (noise)"),
         ({"seed": 7}, "of another operator (seed)"),
@@ -89,7 +89,7 @@ def test_a_training_of_another_start_is_refused(trained, tmp_path):
     assert "ffn_size: expected 60, found 44" in str(caught.value)
 
 
-def test_a_checkpoint_that_does_not_tell_is_judged_by_its_distance(trained, tmp_path):
+def test_a_checkpoint_without_an_origin_is_judged_by_its_distance(trained, tmp_path):
     table, checkpoint, _ = trained
     convert(formats.open(checkpoint), tmp_path / "hf", "hf")
     other = deepcopy(table)
@@ -100,18 +100,18 @@ def test_a_checkpoint_that_does_not_tell_is_judged_by_its_distance(trained, tmp_
         prepare_fit(RunConfig.from_dict(other))
 
 
-def test_a_run_from_before_there_was_a_lag_is_the_same_run(tmp_path):
+def test_a_setting_newer_than_the_run_has_its_default(tmp_path):
     table = RunConfig().to_dict()
-    now = {"fit": table["fit"]}
-    then = {"fit": {key: value for key, value in table["fit"].items() if key != "lag"}}
-    check_same_run(then, now, tmp_path)
+    current = {"fit": table["fit"]}
+    saved = {"fit": {key: value for key, value in table["fit"].items() if key != "lag"}}
+    check_same_run(saved, current, tmp_path)
     with pytest.raises(ConfigError, match=r"fit\.lag: expected , found there"):
-        check_same_run(then, {"fit": table["fit"] | {"lag": "there"}}, tmp_path)
+        check_same_run(saved, {"fit": table["fit"] | {"lag": "there"}}, tmp_path)
     with pytest.raises(ConfigError, match=r"fit\.distill: expected 0\.0, found 0\.5"):
-        check_same_run(then, {"fit": table["fit"] | {"distill": 0.5}}, tmp_path)
+        check_same_run(saved, {"fit": table["fit"] | {"distill": 0.5}}, tmp_path)
 
 
-def test_only_decoders_have_one(tmp_path):
+def test_only_decoders_can_have_a_lag(tmp_path):
     _, folder = layer_norm_models.saved(tmp_path, "bert", "BertForMaskedLM")
     table = [f"small.path={folder}", "operator.depth_init=stack", "data.seq_length=12", "fit.lag=anywhere"]
     with pytest.raises(ConfigError, match=r"fit\.lag: expected a decoder, found bert"):

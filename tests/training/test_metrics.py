@@ -27,18 +27,18 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_line_a_step(tmp_path, capsys):
+def test_one_line_per_step(tmp_path, capsys):
     run(tmp_path, 1, 3)
-    found = rows(tmp_path)
-    assert [tuple(row) for row in found] == [METRICS_KEYS] * 3
-    assert found[2] == {
+    logged = rows(tmp_path)
+    assert [tuple(row) for row in logged] == [METRICS_KEYS] * 3
+    assert logged[2] == {
         "step": 3, "loss": 4.7, "lr": 1e-3, "tokens": 300, "flops": 3e6, "seconds": 1.5, "grad_norm": 0.1
     }  # fmt: skip
     out = capsys.readouterr().out.splitlines()
     assert out[1] == "step 2/10  loss 4.8000  lr 1.00e-03  200 tokens/s  left 0:00:04"
 
 
-def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path):
+def test_a_line_is_written_as_soon_as_it_is_logged(tmp_path):
     metrics = Metrics(tmp_path, True, 10)
     metrics.log(1, 5.0, 1e-3, 100, 1e6, 0.5, 0.1, eval_loss=4.0)
     assert rows(tmp_path)[0]["eval_loss"] == 4.0
@@ -46,13 +46,13 @@ def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path):
     metrics.close()
 
 
-def test_nothing_where_it_is_not_enabled(tmp_path, capsys):
+def test_disabled_metrics_write_nothing(tmp_path, capsys):
     with Metrics(tmp_path / "x", False, 10) as metrics:
         metrics.log(1, 5.0, 1e-3, 100, 1e6, 0.5, 0.1)
     assert not (tmp_path / "x").exists() and capsys.readouterr().out == ""
 
 
-def test_a_resumed_run_leaves_the_file_of_one_that_was_not_killed(tmp_path):
+def test_a_resumed_run_writes_the_same_file_as_an_uninterrupted_one(tmp_path):
     run(tmp_path / "whole", 1, 8)
     run(tmp_path / "killed", 1, 6)
     path = tmp_path / "killed" / "metrics.jsonl"
@@ -63,7 +63,7 @@ def test_a_resumed_run_leaves_the_file_of_one_that_was_not_killed(tmp_path):
     assert {entry.name for entry in path.parent.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
-def test_a_run_from_the_start_leaves_old_lines_out(tmp_path):
+def test_a_run_from_the_start_drops_old_lines(tmp_path):
     run(tmp_path, 1, 6)
     run(tmp_path, 1, 2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2] and rows(tmp_path)[0]["tokens"] == 100

@@ -1,4 +1,4 @@
-"""Pretraining runs from their config: starts, the loss that is handed over, resumption, refusals, the command."""
+"""Pretraining runs from their config: starts, the loss after a hand-off, resumption, refusals, the command."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def make_pair(prefix: Path, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """Data, a small checkpoint, and a hand-off whose fit says it ended at FIT_LOSS."""
+    """Data, a small checkpoint, and a hand-off whose record states FIT_LOSS as the fit's last loss."""
     folder = tmp_path_factory.mktemp("pretrain")
     for seed, name in enumerate(("train", "valid")):
         make_pair(folder / name, seed)
@@ -70,7 +70,7 @@ def settings(base: Path, start: str = "handoff", **changes) -> dict:
 
 
 def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
-    """(loss on the held-out batch, losses of the steps) of transformers' model under plain PyTorch."""
+    """Trains the transformers model in plain PyTorch; returns the first held-out loss and the loss of each step."""
     from megatron_ligo.training.lr_schedule import learning_rate, schedule_after_growth
     from megatron_ligo.training.pretrain import build_parameter_groups
 
@@ -78,7 +78,7 @@ def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
     run = schedule_after_growth(run) if grown else run
     model = hf_llama(DIMS)
     groups = build_parameter_groups(model, run.weight_decay)
-    stepper = torch.optim.AdamW(groups, lr=run.lr, betas=tuple(run.betas), eps=run.eps)
+    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=tuple(run.betas), eps=run.eps)
 
     def loss_of(batch):
         return F.cross_entropy(model(batch["tokens"]).logits.flatten(0, 1), batch["labels"].flatten())
@@ -88,13 +88,13 @@ def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
         evaluated = float(loss_of(opened.eval_batch(BATCH, BATCH, 1, 0)[0]))
     losses = []
     for step in range(STEPS):
-        for group in stepper.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(run, step)
         loss = loss_of(opened.train_batch(step, BATCH, BATCH, 1, 0)[0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-        stepper.step()
-        stepper.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return evaluated, losses
 
@@ -108,7 +108,7 @@ def losses_of(record: dict) -> list[float]:
     [(1, {}), (4, {"tp": 2, "pp": 2}), (4, {"tp": 2, "zero": 3}), (2, {"micro_batch_size": 2}), (2, {"pp": 2})],
     ids=str,
 )
-def test_from_a_hand_off_as_plain_pytorch(pools, base, tmp_path, world, layout):
+def test_training_from_a_hand_off_equals_plain_pytorch(pools, base, tmp_path, world, layout):
     evaluated, losses = reference(base)
     record = pools(world).run(pretrain, settings=settings(base, **layout), output=str(tmp_path))
     assert record["losses"]["start"] == pytest.approx(evaluated, rel=1e-6)
@@ -128,7 +128,7 @@ KILLED = [(1, {}), (2, {"pp": 2}), (4, {"tp": 2, "pp": 2}), (4, {"tp": 2, "zero"
     [*(("fp32", *each) for each in [*KILLED, (2, {"zero": 2})]), *(("bf16", *each) for each in KILLED)],
     ids=str,
 )
-def test_a_run_that_is_killed_goes_on_exactly(pools, base, tmp_path, precision, world, layout):
+def test_a_killed_run_resumes_exactly(pools, base, tmp_path, precision, world, layout):
     table = settings(base, precision=precision, **layout)
     whole = pools(world).run(pretrain, settings=table, output=str(tmp_path / "whole"))
     killed = pools(world).run(pretrain, settings=table, output=str(tmp_path / "killed"), die_after=5)
@@ -159,7 +159,7 @@ def test_from_scratch_and_from_another_format(pools, base, tmp_path):
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_bf16_masters_keep_what_an_fp32_checkpoint_holds(pools, base, tmp_path, zero):
+def test_bf16_masters_hold_the_fp32_checkpoint(pools, base, tmp_path, zero):
     by_deepspeed, filled = [
         pools(2).run(
             pretrain,
@@ -172,46 +172,46 @@ def test_bf16_masters_keep_what_an_fp32_checkpoint_holds(pools, base, tmp_path, 
 
 
 def test_masters_and_moments_in_bf16_take_a_step(pools, base, tmp_path):
-    """The profile with which a model that is too large for fp32 states takes its step."""
+    """The profile for models that are too large for fp32 optimizer states trains."""
     profile = str(ROOT / "launch_scripts" / "grow_1b.json")
     run = settings(base, steps=2, pp=4, precision="bf16", ds_config=profile, save_every=0)
-    found = pools(4).run(pretrain, settings=run, output=str(tmp_path / "low"))
+    bf16 = pools(4).run(pretrain, settings=run, output=str(tmp_path / "low"))
     plain = pools(4).run(pretrain, settings=settings(base, steps=2, pp=4, save_every=0), output=str(tmp_path / "fp32"))
-    assert losses_of(found) == pytest.approx(losses_of(plain), rel=2e-2)
-    assert losses_of(found) != losses_of(plain)
+    assert losses_of(bf16) == pytest.approx(losses_of(plain), rel=2e-2)
+    assert losses_of(bf16) != losses_of(plain)
 
 
-def test_without_steps_it_only_evaluates(pools, base, tmp_path):
+def test_a_run_without_steps_only_evaluates(pools, base, tmp_path):
     record = pools(2).run(pretrain, settings=settings(base, "hf", steps=0, tp=2), output=str(tmp_path))
     assert record["losses"] == {"start": pytest.approx(reference(base)[0], rel=1e-6)}
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_faults_before_anything_is_built(pools, base, tmp_path):
+def test_bad_settings_are_refused_before_anything_is_built(pools, base, tmp_path):
     unfinished = tmp_path / "unfinished"
     (unfinished / "universal").mkdir(parents=True)
     for change, expected in [
         (settings(base, tp=3), "multiple of tp x pp"),
         (settings(base, "nowhere"), "nowhere: expected a checkpoint"),
-        (settings(base, start=""), "pretrain.start, or small.path"),
-        (settings(base, start=str(unfinished)), "expected a whole hand-off"),
+        (settings(base, start=""), "Set pretrain.start, or set small.path"),
+        (settings(base, start=str(unfinished)), "expected a complete hand-off"),
         (settings(base, global_batch_size=9), "global_batch_size: expected a multiple"),
         (changed(settings(base), {}, data={"seq_length": 65}), "at most the model's 64 positions"),
         (changed(settings(base, steps=0), {}, data={"valid": []}), "data.valid: expected held-out data"),
     ]:
-        found = pools(2).run(pretrain, settings=change, output=str(tmp_path / "out"))
-        assert isinstance(found, str), expected
-        assert expected in found
+        error = pools(2).run(pretrain, settings=change, output=str(tmp_path / "out"))
+        assert isinstance(error, str), expected
+        assert expected in error
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_a_run_is_resumed_with_its_own_settings_only(pools, base, tmp_path):
+def test_a_run_resumes_only_with_its_own_settings(pools, base, tmp_path):
     pools(1).run(pretrain, settings=settings(base, steps=2), output=str(tmp_path))
-    found = pools(1).run(pretrain, settings=settings(base, steps=2, lr=0.5), output=str(tmp_path))
-    assert "pretrain.lr: expected 0.01, found 0.5" in found
+    error = pools(1).run(pretrain, settings=settings(base, steps=2, lr=0.5), output=str(tmp_path))
+    assert "pretrain.lr: expected 0.01, found 0.5" in error
     (tmp_path / "pretrain.json").write_text("{")
-    found = pools(1).run(pretrain, settings=settings(base, steps=2), output=str(tmp_path))
-    assert "expected the record of the run that is resumed" in found
+    error = pools(1).run(pretrain, settings=settings(base, steps=2), output=str(tmp_path))
+    assert "expected the record of the run that is resumed" in error
 
 
 def changed(table: dict, layout: dict, **sections) -> dict:
@@ -230,7 +230,7 @@ def test_the_command_under_the_launcher(base, tmp_path):
     )
     arguments = ["tools/pretrain.py", "--config", str(config), "--output", str(tmp_path / "out")]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29871"]
-    # The launcher and the ranks must find this Python first.
+    # The launcher and the ranks must use this Python.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=env, timeout=240, capture_output=True, text=True)
