@@ -13,9 +13,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from megatron_ligo.checkpoint import formats
 
 LibraryTool = Callable[[Path, Path, Path], dict[str, float]]  # source, work folder, target -> seconds by part
+
+
+class ParameterSum(torch.nn.Module):
+    """A module whose loss depends on every parameter: their sum."""
+
+    def forward(self) -> torch.Tensor:
+        """Returns a scalar."""
+        return sum(parameter.sum() for parameter in self.parameters())
 
 
 def run_megatron_core(source: Path, work: Path, target: Path) -> dict[str, float]:
@@ -41,18 +51,15 @@ def run_megatron_core(source: Path, work: Path, target: Path) -> dict[str, float
 def run_ds_to_universal(source: Path, work: Path, target: Path) -> dict[str, float]:
     """Converts a ZeRO 1 checkpoint saved after one step (fp32 weights and both moments) with ds_to_universal."""
     import deepspeed
-    import torch
     from deepspeed.checkpoint import ds_to_universal
 
     from megatron_ligo.distributed import mesh as meshes
 
     meshes.init_distributed()
     reader = formats.open(source)
-    model = torch.nn.Module()
+    model = ParameterSum()
     for key in reader.keys():  # noqa: SIM118 - no dict
         model.register_parameter(key.replace(".", "_"), torch.nn.Parameter(reader.read(key).clone()))
-    # Any loss that depends on every parameter will do.
-    model.forward = lambda: sum(parameter.sum() for parameter in model.parameters())
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), fused=True),

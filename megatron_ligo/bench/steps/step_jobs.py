@@ -41,12 +41,14 @@ class StepJob:
     def seq_length(self) -> int:
         return self.tokens // self.sequences
 
-    def small_config(self) -> ModelConfig:
+    def build_small_config(self) -> ModelConfig:
         fixed = {"arch": "llama", "model_type": "llama", "max_positions": 8192, "norm_eps": 1e-5, "tied": True}
         return ModelConfig(**{**fixed, "rope_base": 10000.0, **self.small})
 
     def build_operator(self):
-        return build_initial_operator(self.small_config(), LargeSection(**self.large), OperatorSection(**self.operator))
+        return build_initial_operator(
+            self.build_small_config(), LargeSection(**self.large), OperatorSection(**self.operator)
+        )
 
     def build_training(self, dp: int) -> TrainingSection:
         return TrainingSection(
@@ -74,6 +76,7 @@ class RandomWeightsReader(Reader):
         return TensorInfo(self.param(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = "weight") -> torch.Tensor:
+        """Returns the whole fp32 tensor of a canonical key, in its global shape."""
         return self._read(key)
 
 
@@ -100,7 +103,7 @@ class EngineStepper(ABC):
         job = self.job
         generator = torch.Generator().manual_seed(SEED + self.mesh.dp_rank)
         shape = (job.micro_batches, job.sequences, job.seq_length + 1)
-        ids = torch.randint(0, job.small_config().vocab_size, shape, generator=generator)
+        ids = torch.randint(0, job.build_small_config().vocab_size, shape, generator=generator)
         batches = [{"tokens": part[:, :-1], "labels": part[:, 1:].contiguous()} for part in ids]
         for batch in batches:
             batch["loss_mask"] = torch.ones(job.sequences, job.seq_length)
@@ -155,7 +158,7 @@ class FitStepper(EngineStepper):
 
         job = self.job
         return Teacher(
-            RandomWeightsReader(job.small_config()),
+            RandomWeightsReader(job.build_small_config()),
             self.mesh,
             self.dtype,
             job.distill,
