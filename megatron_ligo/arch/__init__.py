@@ -1,4 +1,4 @@
-"""What each family of networks is made of: one file a family, found by looking into families/."""
+"""The families of networks. Each is one file of data in families/, found by its file name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ __all__ = ["Architecture", "ModelConfig", "architectures", "get"]
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every architecture by name: each module of families/ holds one in upper case (`llama.LLAMA`)."""
+    """Returns every architecture by name. Each module of families/ holds one, in upper case (`llama.LLAMA`)."""
     names = [m.name for m in pkgutil.iter_modules(families.__path__)]
     return {name: getattr(importlib.import_module(f"{families.__name__}.{name}"), name.upper()) for name in names}
 
 
 def get(name: str) -> Architecture:
+    """Returns an architecture by name. ConfigError if there is none."""
     known = architectures()
     if name not in known:
         raise ConfigError(f"there is no architecture {name!r}. {did_you_mean(name, known)}")

@@ -1,4 +1,4 @@
-"""The sizes of one network, in one immutable record that every part of the code shares."""
+"""The sizes of one model: one immutable record that all rooms share."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from sys import float_info
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 
-# A record that says more is damaged: nobody begins to list them.
+# A record with more layers is damaged. The limit keeps its keys from being listed.
 MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and the few constants that change the numbers. `arch` names the table (arch/NAME.py).
+    """Sizes of a model, and the few constants that change its numbers.
 
+    arch: name of the family's table (arch/families/NAME.py).
     model_type: the Hugging Face family that the config is written for ("llama", "mistral", ...).
-    activation: the feed-forward block's, as Hugging Face calls it.
-    rope_scaling: the scaling part of the Hugging Face rope parameters, verbatim, or None.
-    rotary_fraction: the part of a head's features, from the first on, that rotary positions turn.
-    parallel_residual: attention and feed-forward read the residual stream side by side, and not in turn.
-    sliding_window: attention reaches back that many tokens; None = all.
-    position_padding: tokens of this id are not counted, and the others' positions begin at it + 1 (RoBERTa);
-        None = positions are counted from 0. max_positions is the number of rows of the table of positions.
-    vocab_size: what the output head tells apart: tokens, or the labels of an image.
-    image_size, patch_size: pixels of a side of the (square) image and of each of its patches; num_channels: colours of
-        a pixel; None = the model reads no images. has_distillation: a second token beside the class's (DeiT).
-    has_head, has_pooler, has_order_head: optional parts (output head, pooler, next-sentence head) that are there.
+    vocab_size: number of classes of the output head: tokens, or labels of an image.
+    max_positions: number of rows of the position table; the context length of rotary positions.
+    tied: the output head shares the word embedding's weight.
+    rope_scaling: the scaling part of Hugging Face's rope parameters, verbatim; None = none.
+    rotary_fraction: fraction of a head's features, from the first on, that rotary positions rotate.
+    parallel_residual: attention and feed-forward both read the layer's input.
+    sliding_window: number of tokens that attention reaches back; None = all.
+    activation: the feed-forward block's activation, under Hugging Face's name.
+    position_padding: the padding token's id if positions skip padding and begin at the id + 1 (RoBERTa); None =
+        positions count from 0.
+    has_head, has_pooler, has_order_head: optional parts that exist (output head, pooler, next-sentence head).
+    image_size, patch_size: pixels per side of the (square) image and of its patches; None = the model reads no images.
+    num_channels: colour channels of a pixel.
+    has_distillation: a distillation token follows the class token (DeiT).
     """
 
     arch: str
@@ -60,7 +64,7 @@ class ModelConfig:
     has_distillation: bool = False
 
     def __post_init__(self) -> None:
-        errors = ErrorCollector("the sizes of the model do not go together", ConfigError)
+        errors = ErrorCollector("the sizes of the model do not fit together", ConfigError)
         for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -69,10 +73,10 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             errors.add("num_heads", f"a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads)
         if self.rope_base is not None:
-            turned = int(self.head_dim * self.rotary_fraction)
-            if not 0 < turned <= self.head_dim or turned % 2:
+            num_rotated = int(self.head_dim * self.rotary_fraction)
+            if not 0 < num_rotated <= self.head_dim or num_rotated % 2:
                 found = self.head_dim if self.rotary_fraction == 1 else f"{self.rotary_fraction} of {self.head_dim}"
-                errors.add("head_dim", "an even number (rotary positions turn pairs)", found)
+                errors.add("head_dim", "an even number (rotary positions rotate pairs)", found)
         if not self.norm_eps > 0:
             errors.add("norm_eps", "a positive number", self.norm_eps)
         self._check_image(errors)
@@ -90,12 +94,12 @@ class ModelConfig:
 
     @property
     def patches_per_side(self) -> int:
-        """Of an image; pixels beyond the last whole patch are not seen."""
+        """Patches along a side of an image. Pixels beyond the last whole patch are not read."""
         return self.image_size // self.patch_size
 
     @property
     def num_special_tokens(self) -> int:
-        """How many tokens come before an image's patches: the class's, and DeiT's second one."""
+        """Tokens before an image's patches: the class token, and DeiT's distillation token."""
         return 1 + self.has_distillation
 
     @property
@@ -103,7 +107,7 @@ class ModelConfig:
         return tokens_per_image(self.image_size, self.patch_size, self.has_distillation)
 
     def tokens_per_sample(self, seq_length: int) -> int:
-        """How many tokens a sample has: as many as a sequence is long, or an image's."""
+        """Returns the number of tokens of a sample: of a sequence, or of an image."""
         return seq_length if self.image_size is None else self.tokens_per_image
 
     @property
@@ -112,20 +116,21 @@ class ModelConfig:
 
     @property
     def first_position(self) -> int:
-        """The row of a sequence's first token in the table of positions."""
+        """Row of a sequence's first token in the position table."""
         return 0 if self.position_padding is None else self.position_padding + 1
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens that have a position."""
+        """Number of tokens that have a position."""
         return self.max_positions - self.first_position
 
     def to_json(self) -> dict:
-        """A plain dict; `ModelConfig.from_json` reads it back."""
+        """Returns a plain dict, which `ModelConfig.from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping) -> ModelConfig:
+        """Reads what `to_json` returns. ConfigError with every unknown, missing or mistyped size."""
         names = {f.name for f in fields(cls)}
         errors = ErrorCollector("these are not the sizes of a model", ConfigError)
         for name in data:
@@ -143,7 +148,7 @@ class ModelConfig:
 
 
 def _has_json_type(value: object, kind: str) -> bool:
-    """Whether a value of JSON is of the kind that a field's annotation names."""
+    """True if a JSON value has the type of a field's annotation. kind: one type of the annotation."""
     if isinstance(value, bool):
         return kind == "bool"
     if kind == "float":
@@ -152,10 +157,10 @@ def _has_json_type(value: object, kind: str) -> bool:
 
 
 def tokens_per_image(image_size: int, patch_size: int, has_distillation: bool) -> int:
-    """The special ones and a token for each patch."""
+    """Returns the number of special tokens and patches."""
     return 1 + has_distillation + (image_size // patch_size) ** 2
 
 
 def implied_head_sizes(hidden_size: int, num_heads: int) -> dict[str, int]:
-    """What every family takes where nothing else is said."""
+    """Returns the sizes that every family assumes if its config states no others."""
     return {"head_dim": hidden_size // num_heads, "num_kv_heads": num_heads, "ffn_size": 4 * hidden_size}

@@ -222,6 +222,10 @@ def axis_size(axis: Axis, model_config: ModelConfig) -> int:
     return getattr(model_config, _SIZE_FIELD_BY_SPACE[axis.space])
 
 
+# What the keys of all layers' parameters begin with.
+LAYER_PREFIX = "layers.{}."
+
+
 def key_pattern(key: str) -> str:
     """`layers.3.q` -> `layers.{}.q`. Keys outside the layers are returned unchanged."""
     head, _, rest = key.partition(".")

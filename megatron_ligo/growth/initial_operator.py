@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_ligo.arch.spec import LAYER_PREFIX
 from megatron_ligo.growth import attention_heads, initializers
 from megatron_ligo.growth.operator import CACHE_SIZE, Operator, depth_role
 from megatron_ligo.growth.width_maps import left_inverse
@@ -31,7 +32,7 @@ class InitialOperator(Operator):
         """Returns a tensor of the operator in fp64, before rounding. Shapes: see the module's text."""
         kind, rest = name.split(".", 1)
         if kind == "depth":
-            param = self.arch.param(f"layers.{{}}.{rest}")
+            param = self.arch.param(LAYER_PREFIX + rest)
             initialise = initializers.DEPTH_INITS[self.setting("depth_init", rest)]
             return initialise(self.small.num_layers, self.large.num_layers, depth_role(param), self.generator(name))
         if kind == "gain":

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import UNTRAINED_SPACE, ParamSpec, Use, key_pattern, layer_index
+from megatron_ligo.arch.spec import LAYER_PREFIX, UNTRAINED_SPACE, ParamSpec, Use, key_pattern, layer_index
 from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import OperatorSection, value_for_space
 from megatron_ligo.growth import initializers, position_table, vocabulary
@@ -50,7 +50,7 @@ def depth_role(param: ParamSpec) -> str:
 
 def short_key(param: ParamSpec) -> str:
     """`layers.{}.q` -> `q`."""
-    return param.key.removeprefix("layers.{}.")
+    return param.key.removeprefix(LAYER_PREFIX)
 
 
 @dataclass

@@ -213,8 +213,10 @@ def test_new_tokens_begin_at_zero():
         assert torch.equal(moment[:37], grown.source.gradients[key]) and not moment[37:].any()
 
 
-def test_moments_that_are_not_there_cannot_grow():
+def test_missing_moments_cannot_grow():
     small = llama_config()
     operator = build_initial_operator(small, RAGGED, OperatorSection())
-    with pytest.raises(CheckpointError, match="expected moments"):
+    with pytest.raises(CheckpointError) as error:
         GrownReader(operator, memory_of(hf_llama(small), small), "grow")
+    (problem,) = error.value.problems
+    assert "handoff.moments = 'grow'" in problem.expected
