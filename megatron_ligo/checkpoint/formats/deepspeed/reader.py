@@ -21,6 +21,7 @@ from megatron_ligo.checkpoint.formats.hf.tensor_names import StoredName
 from megatron_ligo.checkpoint.io import adam_groups, tp_shards
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.distributed.parallel_dims import EngineLayout, ParallelDims
 from megatron_ligo.sharding import fused_tensors
 
 # Whose parameter names an engine's model may have.
@@ -140,12 +141,8 @@ class EngineReader(Reader):
         param_groups = [group for rank in ranks for state in rank.optimizer_states for group in state.param_groups]
         self.groups = adam_groups.read_settings(param_groups) if self._has_moments else ()
         tp = len(ranks)
-        self.layout = {
-            "tp": tp,
-            "pp": engine_files.mp_world_size // tp,
-            "dp": engine_files.dp_world_size,
-            "zero": engine_files.zero_stage,
-        }
+        dims = ParallelDims(tp, engine_files.mp_world_size // tp, engine_files.dp_world_size)
+        self.layout = EngineLayout(dims, engine_files.zero_stage).to_json()
         if self._padded_config != self.model_config:
             self.layout["padded_vocab"] = self._padded_config.vocab_size
 
