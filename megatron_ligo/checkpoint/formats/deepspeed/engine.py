@@ -1,13 +1,13 @@
-"""DeepSpeed engine checkpoints: a file of module states for each tensor-parallel rank, and ZeRO's optimizer states.
+"""DeepSpeed engine checkpoints: module states of each tensor-parallel rank, and ZeRO's optimizer states.
 
     DIR/latest                                                 the tag
     DIR/TAG/mp_rank_TT_model_states.pt
-    DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_TT_optim_states.pt   read: any ZeRO stage, fp32, bf16 and fp16
-    DIR/dims.json or config.json                               the model's sizes; DeepSpeed does not look at them
+    DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_TT_optim_states.pt   read only: any ZeRO stage, fp32, bf16 and fp16
+    DIR/dims.json or config.json                               the model's config, which DeepSpeed does not read
 
-Names are Megatron-core's; a model of transformers in an engine is read by its own. Written are module states, which an
-engine of that tensor parallelism loads with `load_checkpoint(DIR, load_module_only=True)` at ZeRO 0, 1 and 2 (ZeRO 3
-asks for files of its own layout: give it a universal checkpoint).
+Parameters have Megatron-core's names, or transformers' where the engine trained such a model (read only). Written are
+module states, which an engine at the same tensor parallelism and ZeRO 0, 1 or 2 loads with
+`load_checkpoint(DIR, load_module_only=True)`. ZeRO 3 needs files of its own layout: use a universal checkpoint.
 """
 
 from __future__ import annotations
@@ -42,22 +42,23 @@ from megatron_ligo.sharding.tensor_parallel import check_tp
 NAME = "deepspeed"
 
 
-def _rank(saved: EngineFiles, mp: int, errors: ErrorCollector) -> EngineRank:
-    state, where = saved.model_states[mp], f"rank {mp} of {saved.mp_world_size}"
-    groups = read_param_shapes(state, where, errors)
-    weights = read_module_state(state.get("module"), where, errors)
-    if saved.is_zero3:
-        # What ZeRO 3 leaves in the module is empty.
-        weights = {}
-    masters = [ZeroOptimizerState(saved.optim_states[mp], groups, where, errors)] if saved.optim_states[mp] else []
-    trained = {name: shape for group in groups for name, shape in group.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()} | trained
-    return EngineRank(weights, shapes, set(trained), masters)
+def build_run_counters(num_ranks: int, step: int) -> dict:
+    """Returns the counters of a model-states file. Optimizer and scheduler are left out, as a run keeps its own."""
+    return {"dp_world_size": 1, "mp_world_size": num_ranks, "global_steps": step, "skipped_steps": 0}
 
 
-def counts(ranks: int, step: int) -> dict:
-    """What every model-states file says of the run. No optimizer, no schedule: they would take the place of a run's."""
-    return {"dp_world_size": 1, "mp_world_size": ranks, "global_steps": step, "skipped_steps": 0}
+def _read_rank(files: EngineFiles, mp_rank: int, errors: ErrorCollector) -> EngineRank:
+    state, where = files.model_states[mp_rank], f"rank {mp_rank} of {files.mp_world_size}"
+    param_shapes = read_param_shapes(state, where, errors)
+    module_state = read_module_state(state.get("module"), where, errors)
+    if files.is_zero3:
+        # ZeRO 3 leaves empty tensors in the module.
+        module_state = {}
+    optim_states = files.optim_states[mp_rank]
+    optimizer_states = [ZeroOptimizerState(optim_states, param_shapes, where, errors)] if optim_states else []
+    trained = {name: shape for shapes in param_shapes for name, shape in shapes.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in module_state.items()} | trained
+    return EngineRank(module_state, shapes, set(trained), optimizer_states)
 
 
 class EngineFormat(Format):
@@ -70,39 +71,41 @@ class EngineFormat(Format):
 
     def recognise(self, path: Path) -> bool:
         try:
-            tag = find_tag_folder(path, LATEST)
+            tag_folder = find_tag_folder(path, LATEST)
         except CheckpointError:
             return True
-        return has_model_states(tag) and not has_layer_states(tag) and not (tag / "zero").is_dir()
+        is_universal = (tag_folder / "zero").is_dir()
+        return has_model_states(tag_folder) and not has_layer_states(tag_folder) and not is_universal
 
     def open(self, path: Path) -> Reader:
-        tag = find_tag_folder(path, LATEST)
-        if has_layer_states(tag):
-            raise CheckpointError(Problem(f"{tag}", "the files of one module", "layers", "Say --from pipeline."))
-        saved = EngineFiles(tag)
-        errors = ErrorCollector(f"{tag} does not hold the model of its sizes", CheckpointError)
-        held = [_rank(saved, mp, errors) for mp in range(saved.mp_world_size)]
-        return EngineReader(NAME, path, find_root(path, tag), saved, held, errors)
+        tag_folder = find_tag_folder(path, LATEST)
+        if has_layer_states(tag_folder):
+            hint = "Say --from pipeline."
+            raise CheckpointError(Problem(f"{tag_folder}", "module states", "layers of a pipeline", hint))
+        files = EngineFiles(tag_folder)
+        errors = ErrorCollector(f"{tag_folder} does not hold the model of its config", CheckpointError)
+        ranks = [_read_rank(files, mp_rank, errors) for mp_rank in range(files.mp_world_size)]
+        return EngineReader(NAME, path, find_root(path, tag_folder), files, ranks, errors)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
-        """Module states of each tensor-parallel rank, side by side."""
-        errors = ErrorCollector("a DeepSpeed engine cannot hold the model so", ConfigError)
+        """Writes the module states of all tensor-parallel ranks, tensor by tensor, side by side."""
+        errors = ErrorCollector("a DeepSpeed engine cannot hold the model at this layout", ConfigError)
         check_tp(source.model_config, options.tp, errors)
         if options.pp > 1:
-            errors.add(f"pp = {options.pp}", "1", options.pp, "Of a pipeline the format is named pipeline.")
+            errors.add(f"pp = {options.pp}", "1", options.pp, "For a pipeline, choose the format pipeline.")
         errors.raise_if_any()
         model_record.write(source, output)
-        stored = fused_tensors.stored_tensors(source.arch, source.model_config, "mcore")
-        pieces = TpShards(source, options.tp, pad_vocab_size(source.model_config, options.tp))
+        stored_tensors = fused_tensors.stored_tensors(source.arch, source.model_config, "mcore")
+        shards = TpShards(source, options.tp, pad_vocab_size(source.model_config, options.tp))
         tag = self.parse_options(options.extra).folder(source.step)
         output.write_torch_files(
             {
                 f"{tag}/{model_states_file(rank)}": {
-                    "module": {name: pieces.lazy_shard(item, rank) for name, item in stored.items()},
-                    **counts(options.tp, source.step),
+                    "module": {name: shards.lazy_shard(stored, rank) for name, stored in stored_tensors.items()},
+                    **build_run_counters(options.tp, source.step),
                 }
                 for rank in range(options.tp)
             }
         )
-        # Last: DeepSpeed takes a folder without it for none.
+        # Written last: without it, DeepSpeed sees no checkpoint.
         output.write_text(LATEST, tag)

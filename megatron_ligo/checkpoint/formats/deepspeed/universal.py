@@ -1,13 +1,13 @@
-"""DeepSpeed's universal checkpoint: each parameter whole in a folder of its own name, for any layout and ZeRO stage.
+"""DeepSpeed's universal checkpoint: a folder per parameter with the global tensor, for any layout and ZeRO stage.
 
     DIR/latest_universal                      the tag
     DIR/TAG/mp_rank_00_model_states.pt        metadata for ZeRO 1 and 2 (and zero_pp_rank_0_... for ZeRO 3)
     DIR/TAG/zero/optimizer_state.pt
     DIR/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
-    DIR/dims.json, manifest.json              ours; DeepSpeed does not look at them
+    DIR/dims.json, manifest.json              ours, which DeepSpeed does not read
 
-The settings of Adam's groups are noted where DeepSpeed does not look, so that a run keeps its own.
-NAME is Megatron-core's. Weights are fp32, as the format defines it; casting bf16 up is exact.
+NAME is Megatron-core's. Weights are fp32, as the format requires; the cast from bf16 is exact. The settings of Adam's
+param groups are stored under a key that DeepSpeed does not read, so that a run keeps its own.
 """
 
 from __future__ import annotations
@@ -38,125 +38,133 @@ LATEST = "latest_universal"
 OPTIMIZER = "optimizer_state.pt"
 STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
-# The version whose loader this was tried with; it is noted in the file, not asked for.
+# The version whose loader was tested. DeepSpeed does not check it.
 DS_VERSION = "0.19.8"
-# DeepSpeed pairs these with the optimizer's groups and leaves those unloaded that have no partner.
+# DeepSpeed zips these with the optimizer's param groups, and skips groups beyond them.
 PARAM_GROUPS = 8
-# Ours, and no `param_groups`: DeepSpeed would put those, by their order, in the place of the run's own settings.
+# Not `param_groups`: DeepSpeed would replace the run's own settings by those.
 SETTINGS = "settings_of_source"
 
 
 class UniversalReader(Reader):
-    """Canonical tensors out of the parameters' folders, each mapped."""
+    """Reads canonical tensors from the parameters' folders, memory-mapped."""
 
     format = NAME
 
     def __init__(self, path: Path):
         self.path = path
-        self._tag = find_tag_folder(path, LATEST)
-        if not (self._tag / "zero").is_dir():
-            raise CheckpointError(Problem(f"{self._tag}", "a folder zero/", "none"))
-        root = path if model_record.find_record(path) else self._tag.parent
+        self._tag_folder = find_tag_folder(path, LATEST)
+        self._zero_folder = self._tag_folder / "zero"
+        if not self._zero_folder.is_dir():
+            raise CheckpointError(Problem(f"{self._tag_folder}", "a folder zero/", "none"))
+        root = path if model_record.find_record(path) else self._tag_folder.parent
         self.model_config, self.carried = model_record.read(root)
         self.files = model_record.find_carried_files(root)
-        steps = self._global_steps()
-        stored = fused_tensors.stored_tensors(self.arch, self.model_config, "mcore")
-        self._tensors = self._check(stored)
-        optimizer = self._optimizer() if self._moments else {}
-        self.step = self._adam_steps(next(iter(stored)), optimizer, steps) if self._moments else steps
+        global_steps = self._read_global_steps()
+        stored_tensors = fused_tensors.stored_tensors(self.arch, self.model_config, "mcore")
+        self._has_moments = False
+        self._weights = self._check(stored_tensors)
+        optimizer = self._load_optimizer() if self._has_moments else {}
+        first_name = next(iter(stored_tensors))
+        self.step = self._read_adam_step(first_name, optimizer, global_steps) if self._has_moments else global_steps
         self.groups = adam_groups.read_settings(optimizer.get("param_groups")) or adam_groups.read_settings(
             optimizer.get(SETTINGS)
         )
-        self._items = {key: item for item in stored.values() for key in item.keys}
+        self._stored_by_key = {key: stored for stored in stored_tensors.values() for key in stored.keys}
 
     @property
     def has_moments(self) -> bool:
-        return self._moments
+        return self._has_moments
 
     def info(self, key: str) -> TensorInfo:
-        return TensorInfo(self.param(key).shape(self.model_config), self._tensors[self._items[key].name].dtype)
+        weight = self._weights[self._stored_by_key[key].name]
+        return TensorInfo(self.param(key).shape(self.model_config), weight.dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
-        item = self._items[key]
-        tensor = self._tensors[item.name] if kind == WEIGHT else self._load(item, kind)
-        return item.extract(tensor, key, self.model_config)
+        stored = self._stored_by_key[key]
+        tensor = self._weights[stored.name] if kind == WEIGHT else self._load(stored, kind)
+        return stored.extract(tensor, key, self.model_config)
 
-    def _global_steps(self) -> int:
-        for path in (self._tag / name for name in STATES):
+    def _read_global_steps(self) -> int:
+        for path in (self._tag_folder / name for name in STATES):
             if path.is_file():
                 state = torch_files.load(path)
                 step = state.get("global_steps") if isinstance(state, dict) else None
                 if type(step) is not int or step < 0:
-                    raise CheckpointError(Problem(f"{path}", "global_steps, a count", repr(step)))
+                    raise CheckpointError(Problem(f"{path}", "global_steps, a non-negative integer", repr(step)))
                 return step
-        raise CheckpointError(Problem(f"{self._tag}", " or ".join(STATES), "neither"))
+        raise CheckpointError(Problem(f"{self._tag_folder}", " or ".join(STATES), "neither"))
 
-    def _optimizer(self) -> dict:
-        """What belongs to no parameter."""
-        path = self._tag / "zero" / OPTIMIZER
-        found = torch_files.load(path, STAND_INS) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
+    def _load_optimizer(self) -> dict:
+        """Loads the optimizer state that belongs to no parameter; {} if there is none."""
+        path = self._zero_folder / OPTIMIZER
+        state = torch_files.load(path, STAND_INS) if path.is_file() else {}
+        return state if isinstance(state, dict) else {}
 
-    def _adam_steps(self, name: str, optimizer: dict, otherwise: int) -> int:
-        """Adam's own count, not the engine's: beside a parameter, or (from ZeRO 3) for all of them."""
-        zero = self._tag / "zero"
-        if (zero / name / "step.pt").is_file():
-            step = torch_files.load(zero / name / "step.pt")
+    def _read_adam_step(self, name: str, optimizer: dict, default: int) -> int:
+        """Returns Adam's own step count: stored with each parameter, or (from ZeRO 3) in the optimizer state."""
+        path = self._zero_folder / name / "step.pt"
+        if path.is_file():
+            value = torch_files.load(path)
         else:
             try:
-                step = optimizer["optimizer_state_dict"]["state"][0]["step"]
+                value = optimizer["optimizer_state_dict"]["state"][0]["step"]
             except (KeyError, TypeError, IndexError):
-                return otherwise
-        count = adam_groups.parse_step(step)
-        if count is None:
-            raise CheckpointError(Problem(f"{zero}", "a count of Adam's steps", repr(step)))
-        return count
+                return default
+        step = adam_groups.parse_step(value)
+        if step is None:
+            raise CheckpointError(Problem(f"{self._zero_folder}", "Adam's step count", repr(value)))
+        return step
 
-    def _check(self, stored: dict[str, fused_tensors.StoredTensor]) -> dict[str, Tensor]:
-        """Every parameter's folder with a tensor of its shape, all or no moments, and no other folder."""
-        errors = ErrorCollector(f"{self._tag} does not hold the model of its sizes", CheckpointError)
-        tensors = {}
-        for name, item in stored.items():
+    def _check(self, stored_tensors: dict[str, fused_tensors.StoredTensor]) -> dict[str, Tensor]:
+        """Returns all weights, and sets whether there are moments.
+
+        Raises CheckpointError unless every parameter has a folder with tensors of its shape, and moments are complete.
+        """
+        errors = ErrorCollector(f"{self._tag_folder} does not hold the model of its config", CheckpointError)
+        weights = {}
+        for name, stored in stored_tensors.items():
             try:
-                tensors[name] = self._load(item, WEIGHT)
+                weights[name] = self._load(stored, WEIGHT)
             except CheckpointError as error:
-                for problem in error.problems:
-                    errors.add_message(problem)
-        zero = self._tag / "zero"
-        found = {folder.name for folder in zero.iterdir() if folder.is_dir()}
-        for name in sorted(found - set(stored)):
+                errors.problems.extend(error.problems)
+        folders = {folder.name for folder in self._zero_folder.iterdir() if folder.is_dir()}
+        for name in sorted(folders - set(stored_tensors)):
             errors.add(name, "no such parameter", "a folder")
-        moments = {name: [(zero / name / FILES[kind]).is_file() for kind in MOMENTS] for name in stored}
-        self._moments = all(all(there) for there in moments.values())
-        if not self._moments:
-            for name in (name for name, there in moments.items() if any(there)):
-                errors.add(name, "both moments for all parameters, or none", "some")
-        errors.raise_if_any(tensors.items)
-        return tensors
+        moment_files = {
+            name: [(self._zero_folder / name / FILES[kind]).is_file() for kind in MOMENTS] for name in stored_tensors
+        }
+        self._has_moments = all(all(exist) for exist in moment_files.values())
+        if not self._has_moments:
+            for name in (name for name, exist in moment_files.items() if any(exist)):
+                errors.add(name, "both moments of all parameters, or none", "some of them")
+        errors.raise_if_any(weights.items)
+        return weights
 
-    def _load(self, item: fused_tensors.StoredTensor, kind: str) -> Tensor:
-        path = self._tag / "zero" / item.name / FILES[kind]
+    def _load(self, stored: fused_tensors.StoredTensor, kind: str) -> Tensor:
+        """Loads a parameter's weight or moment in the stored (global) shape."""
+        path = self._zero_folder / stored.name / FILES[kind]
         state = torch_files.load(path)
         tensor = state.get("param") if isinstance(state, dict) else state
-        shape = item.shape(self.model_config)
+        shape = stored.shape(self.model_config)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise CheckpointError(Problem(f"{path}", "a tensor of floating-point numbers", type(tensor).__name__))
-        # What DeepSpeed makes of ZeRO 3 is flat.
+            raise CheckpointError(Problem(f"{path}", "a floating-point tensor", type(tensor).__name__))
+        # DeepSpeed's converter writes flat tensors for ZeRO 3.
         if tensor.shape != shape and not (tensor.dim() == 1 and tensor.numel() == torch.Size(shape).numel()):
             raise CheckpointError(Problem(f"{path}", f"shape {shape}", tuple(tensor.shape)))
         return tensor.reshape(shape)
 
 
-def _cut(item: fused_tensors.StoredTensor) -> dict:
-    """How tensor parallelism cuts a parameter, in the words of DeepSpeed's loader."""
-    found: dict[str, object] = {}
-    if item.tp_dim is not None:
-        found["cat_dim"] = item.tp_dim
-    if item.pack is Pack.STACKED:
-        found["param_n_sub_params"] = len(item.keys)
-    if item.is_vocab_parallel:
-        found["vocab_tensor"] = True
-    return found
+def _sharding_metadata(stored: fused_tensors.StoredTensor) -> dict:
+    """Returns how DeepSpeed's loader shards a parameter over tensor-parallel ranks, under its own keys."""
+    metadata: dict[str, object] = {}
+    if stored.tp_dim is not None:
+        metadata["cat_dim"] = stored.tp_dim
+    if stored.pack is Pack.STACKED:
+        metadata["param_n_sub_params"] = len(stored.keys)
+    if stored.is_vocab_parallel:
+        metadata["vocab_tensor"] = True
+    return metadata
 
 
 @dataclass(frozen=True)
@@ -186,40 +194,41 @@ class UniversalFormat(Format):
         return "moments = none" if self.parse_options(options.extra).moments == "none" else ""
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
-        """Every parameter in a folder of its own, then what DeepSpeed asks for besides."""
-        own = self.parse_options(options.extra)
-        tag = own.folder(source.step)
-        moments = own.moments != "none"
+        """Writes a folder per parameter, then the state files that DeepSpeed's loader requires."""
+        format_options = self.parse_options(options.extra)
+        tag = format_options.folder(source.step)
+        with_moments = format_options.moments != "none"
+        # Zero moments go with step 0, as Adam corrects their bias by the step.
         step = source.step if source.has_moments else 0
-        # Fresh moments belong to a fresh count: Adam corrects its bias by it.
-        count = LazyTensor((), torch.float32, lambda: torch.tensor(float(step)))
+        step_tensor = LazyTensor((), torch.float32, lambda: torch.tensor(float(step)))
         model_record.write(source, output)
-        for item in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").values():
-            folder = f"{tag}/zero/{item.name}"
-            output.write_torch(f"{folder}/{FILES[WEIGHT]}", {"param": lazy_tensor(source, item), **_cut(item)})
-            for kind in MOMENTS if moments else ():
-                made = (
-                    lazy_tensor(source, item, kind)
+        for stored in fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").values():
+            folder = f"{tag}/zero/{stored.name}"
+            metadata = _sharding_metadata(stored)
+            output.write_torch(f"{folder}/{FILES[WEIGHT]}", {"param": lazy_tensor(source, stored), **metadata})
+            for kind in MOMENTS if with_moments else ():
+                moment = (
+                    lazy_tensor(source, stored, kind)
                     if source.has_moments
-                    else LazyTensor(item.shape(source.model_config), DTYPE, None)
+                    else LazyTensor(stored.shape(source.model_config), DTYPE, None)
                 )
-                output.write_torch(f"{folder}/{FILES[kind]}", {"param": made, **_cut(item)})
-            if moments:
-                output.write_torch(f"{folder}/step.pt", count)
+                output.write_torch(f"{folder}/{FILES[kind]}", {"param": moment, **metadata})
+            if with_moments:
+                output.write_torch(f"{folder}/step.pt", step_tensor)
         output.write_torch(
             f"{tag}/zero/{OPTIMIZER}",
             {
-                # No clip_grad, no hyperparameters: they would overwrite the run's own.
+                # Without clip_grad and hyperparameters, which would overwrite the run's own.
                 "ds_version": DS_VERSION,
-                "param_groups": [{} for _ in range(own.param_groups)],
-                "optimizer_state_dict": {"state": {0: {"step": count}}, "param_groups": [{}]},
-                **({SETTINGS: [dict(group) for group in source.groups]} if moments and source.has_moments else {}),
+                "param_groups": [{} for _ in range(format_options.param_groups)],
+                "optimizer_state_dict": {"state": {0: {"step": step_tensor}}, "param_groups": [{}]},
+                **({SETTINGS: [dict(group) for group in source.groups]} if with_moments and source.has_moments else {}),
             },
         )
-        # What DeepSpeed's own schedulers note after so many steps; it asks for it wherever a run has a scheduler.
+        # The state of DeepSpeed's schedulers after these steps. Its loader requires it if a run has a scheduler.
         scheduler = {"last_batch_iteration": step - 1}
         state = {"dp_world_size": 1, "mp_world_size": 1, "global_steps": step, "skipped_steps": 0}
         for name in STATES:
             output.write_torch(f"{tag}/{name}", {**state, "lr_scheduler": scheduler})
-        # Last: DeepSpeed takes a folder without it for none.
+        # Written last: without it, DeepSpeed sees no checkpoint.
         output.write_text(LATEST, tag)
