@@ -18,19 +18,19 @@ from tests.checkpoint import hf_models
 
 
 @pytest.fixture
-def by_name(monkeypatch):
-    for kind in (ZeroStageEnum, _MEM_FORMAT_ENCODING):
-        monkeypatch.setattr(kind, "__reduce_ex__", lambda member, _: (getattr, (type(member), member._name_)))
+def pickle_enums_by_name(monkeypatch):
+    for enum in (ZeroStageEnum, _MEM_FORMAT_ENCODING):
+        monkeypatch.setattr(enum, "__reduce_ex__", lambda member, _: (getattr, (type(member), member._name_)))
 
 
-def test_zero_stage_of_an_engine(by_name, tmp_path):
+def test_zero_stage_of_an_engine(pickle_enums_by_name, tmp_path):
     torch.save({"stage": ZeroStageEnum.gradients, "tensor": torch.ones(2)}, tmp_path / "file.pt")
     assert b"getattr" in (tmp_path / "file.pt").read_bytes()
     assert torch_files.load(tmp_path / "file.pt", STAND_INS)["stage"] == 2
     assert torch_files.load(tmp_path / "file.pt", ALLOWED_GLOBALS)["stage"] is ZeroStageEnum.gradients
 
 
-def test_memory_format_in_torchs_metadata(by_name, tmp_path):
+def test_memory_format_in_torchs_metadata(pickle_enums_by_name, tmp_path):
     _, folder = hf_models.saved(tmp_path / "hf")
     convert(formats.open(folder), tmp_path / "mcore", "mcore")
     (path,) = (tmp_path / "mcore").rglob(dcp_metadata.METADATA_FILE)

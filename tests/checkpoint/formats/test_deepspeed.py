@@ -1,4 +1,4 @@
-"""DeepSpeed's engine and pipeline checkpoints as files; test_engine_checkpoints.py has real engines."""
+"""DeepSpeed's engine and pipeline checkpoints as files. test_engine_checkpoints.py has real engines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUTS = [("deepspeed", 1, 1), ("deepspeed", 2, 1), ("deepspeed", 4, 1), ("pipe
 
 @pytest.mark.parametrize("model_type, tied", CASES)
 @pytest.mark.parametrize("to, tp, pp", LAYOUTS)
-def test_there_and_back_at_any_layout(tmp_path, to, tp, pp, model_type, tied):
+def test_round_trip_at_any_layout(tmp_path, to, tp, pp, model_type, tied):
     dtype = torch.bfloat16 if tp == 4 else torch.float32
     _, folder = hf_models.saved(tmp_path / "a", model_type, tied=tied, dtype=dtype, **SIZES)
     source = formats.open(folder)
@@ -32,12 +32,12 @@ def test_there_and_back_at_any_layout(tmp_path, to, tp, pp, model_type, tied):
     reader = formats.open(tmp_path / "b")
     assert (reader.format, reader.layout["tp"], reader.layout["pp"]) == (to, tp, pp)
     hf_models.assert_same(source, reader)
-    # From one layout straight to another.
+    # From one layout to another.
     convert(reader, tmp_path / "c", "pipeline", WriteOptions(tp=2, pp=3))
     hf_models.assert_same(source, formats.open(tmp_path / "c"))
 
 
-def test_the_tag_alone_is_a_checkpoint_and_any_tag_can_be_chosen(tmp_path):
+def test_tag_folder_is_read_and_any_tag_can_be_chosen(tmp_path):
     _, folder = hf_models.saved(tmp_path / "a")
     for to in ("deepspeed", "pipeline"):
         convert(formats.open(folder), tmp_path / to, to, WriteOptions(extra={"tag": "first"}))
@@ -48,43 +48,45 @@ def test_the_tag_alone_is_a_checkpoint_and_any_tag_can_be_chosen(tmp_path):
             hf_models.assert_same(formats.open(folder), reader)
 
 
-def test_a_config_of_transformers_gives_the_sizes(tmp_path):
+def test_hugging_face_config_replaces_the_record(tmp_path):
     _, folder = hf_models.saved(tmp_path / "a")
     convert(formats.open(folder), tmp_path / "b", "deepspeed")
     (tmp_path / "b" / "dims.json").unlink()
-    with pytest.raises(CheckpointError, match=r"dims.json or config.json"):
+    with pytest.raises(CheckpointError) as error:
         formats.open(tmp_path / "b", "deepspeed")
+    assert "dims.json or config.json" in error.value.problems[0].expected
     (folder / "config.json").rename(tmp_path / "b" / "config.json")
     assert formats.open(tmp_path / "b").model_config.model_type == "llama"
 
 
-def test_layouts_that_cannot_be(tmp_path):
+def test_unsupported_layouts(tmp_path):
     _, folder = hf_models.saved(tmp_path / "a")
     source = formats.open(folder)
     cases = [
-        ("deepspeed", {"tp": 4}, "num_kv_heads"),
-        ("deepspeed", {"pp": 2}, "named pipeline"),
-        ("pipeline", {"pp": 3}, "a stage a layer"),
+        ("deepspeed", {"tp": 4}, "tp = 4", "num_kv_heads = 2"),
+        ("deepspeed", {"pp": 2}, "pp = 2", "2"),
+        ("pipeline", {"pp": 3}, "pp = 3", "2 layers"),
     ]
-    for to, layout, words in cases:
-        with pytest.raises(ConfigError, match=words):
+    for to, layout, where, found in cases:
+        with pytest.raises(ConfigError) as error:
             convert(source, tmp_path / "b", to, WriteOptions(**layout))
+        assert (where, found) in [(problem.where, problem.found) for problem in error.value.problems]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.fixture(params=[1, 3])
 def engine(request, tmp_path):
-    """The model in bf16, and what an engine at TP 2, DP 2 and some ZeRO stage would save of it."""
+    """A bf16 model, and the checkpoint of an engine at TP 2, DP 2 and ZeRO 1 or 3 with it."""
     _, folder = hf_models.saved(tmp_path / "a", dtype=torch.bfloat16)
     convert(formats.open(folder), tmp_path / "b", "deepspeed", WriteOptions(tp=2))
     engine_samples.write_engine_files(tmp_path / "b" / "global_step0", request.param)
     return formats.open(folder), tmp_path / "b"
 
 
-def test_masters_and_moments_out_of_flat_tensors(engine):
+def test_masters_and_moments_from_flat_partitions(engine):
     source, folder = engine
     reader = formats.open(folder)
-    # Adam's own count, whatever the engine's.
+    # Adam's own step count, not the engine's.
     assert (reader.step, reader.has_moments) == (engine_samples.STEPS, True)
     for key in source.keys():  # noqa: SIM118 - no dict
         weight = source.read(key).float()
@@ -94,8 +96,8 @@ def test_masters_and_moments_out_of_flat_tensors(engine):
 
 
 @pytest.mark.parametrize("engine", [1], indirect=True)
-def test_no_deepspeed_is_needed(engine, tmp_path):
-    """Optimizer states name DeepSpeed's classes; they are read where it is not installed."""
+def test_reading_does_not_need_deepspeed(engine, tmp_path):
+    """Optimizer states name DeepSpeed's classes, and are read without it."""
     _, folder = engine
     code = f"""
 import sys
@@ -104,25 +106,26 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 convert(formats.open({str(folder)!r}), {str(tmp_path / "c")!r}, "hf")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
     assert formats.open(tmp_path / "c").info("embed").dtype == torch.float32
 
 
-def test_without_optimizer_files_the_module_states_remain(engine):
+def test_module_states_are_read_without_optimizer_files(engine):
     source, folder = engine
     for path in folder.rglob("*optim_states.pt"):
         path.unlink()
     if (folder / "global_step0" / "mp_rank_00_model_states.pt").exists():
         hf_models.assert_same(source, formats.open(folder))
     else:
-        with pytest.raises(CheckpointError, match="optimizer states"):
+        with pytest.raises(CheckpointError) as error:
             formats.open(folder)
+        assert [problem.where for problem in error.value.problems] == ["optimizer states"]
 
 
-def test_inspect_says_what_it_is(engine):
+def test_inspect_reports_layout_and_step(engine):
     _, folder = engine
-    found = describe(formats.open(folder))
-    assert found["layout"]["tp"] == found["layout"]["dp"] == 2
-    assert found["layout"]["padded_vocab"] == 38
-    assert (found["step"], found["moments"]) == (engine_samples.STEPS, True)
+    description = describe(formats.open(folder))
+    assert description["layout"]["tp"] == description["layout"]["dp"] == 2
+    assert description["layout"]["padded_vocab"] == 38
+    assert (description["step"], description["moments"]) == (engine_samples.STEPS, True)

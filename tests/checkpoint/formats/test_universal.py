@@ -1,4 +1,4 @@
-"""DeepSpeed universal checkpoints as files; test_pretrained.py has real engines."""
+"""DeepSpeed universal checkpoints as files. test_pretrained.py loads them into real engines."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ LAYER = "decoder.layers.1"
 
 
 @pytest.fixture
-def made(tmp_path):
+def model_and_checkpoint(tmp_path):
     model, folder = hf_models.saved(tmp_path / "a", dtype=torch.bfloat16)
     convert(formats.open(folder), tmp_path / "b", "universal")
     return model, tmp_path / "b"
 
 
-def parameter(folder, name, file="fp32.pt"):
+def load_parameter(folder, name, file="fp32.pt"):
     return torch.load(folder / "global_step0" / "zero" / name / file, weights_only=True)
 
 
-def test_each_parameter_says_how_tensor_parallelism_cuts_it(made):
-    model, folder = made
+def test_each_parameter_states_how_it_is_sharded(model_and_checkpoint):
+    model, folder = model_and_checkpoint
     state = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    own = {
+    metadata = {
         "embedding.word_embeddings.weight": {"cat_dim": 0, "vocab_tensor": True},
         f"{LAYER}.input_layernorm.weight": {},
         f"{LAYER}.self_attention.linear_qkv.weight": {"cat_dim": 0},
@@ -37,29 +37,29 @@ def test_each_parameter_says_how_tensor_parallelism_cuts_it(made):
         "decoder.final_layernorm.weight": {},
         "output_layer.weight": {"cat_dim": 0, "vocab_tensor": True},
     }
-    for name, expected in own.items():
-        found = parameter(folder, name)
-        tensor = found.pop("param")
-        assert found == expected, name
+    for name, expected in metadata.items():
+        saved = load_parameter(folder, name)
+        tensor = saved.pop("param")
+        assert saved == expected, name
         assert tensor.dtype == torch.float32
         for moment in ("exp_avg.pt", "exp_avg_sq.pt"):
-            zeros = parameter(folder, name, moment)
+            zeros = load_parameter(folder, name, moment)
             assert torch.equal(zeros.pop("param"), torch.zeros_like(tensor))
             assert zeros == expected
-        assert parameter(folder, name, "step.pt") == 0
+        assert load_parameter(folder, name, "step.pt") == 0
     q, k, v = (state[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
     groups = [torch.cat([q[g * 30 : g * 30 + 30], k[g * 10 : g * 10 + 10], v[g * 10 : g * 10 + 10]]) for g in (0, 1)]
-    assert torch.equal(parameter(folder, f"{LAYER}.self_attention.linear_qkv.weight")["param"], torch.cat(groups))
+    assert torch.equal(load_parameter(folder, f"{LAYER}.self_attention.linear_qkv.weight")["param"], torch.cat(groups))
 
 
-def test_what_deepspeed_takes_over_is_left_to_the_run(made):
-    _, folder = made
-    found = torch.load(folder / "global_step0" / "zero" / "optimizer_state.pt", weights_only=True)
-    assert found["param_groups"] == [{}] * 8
-    assert "clip_grad" not in found
+def test_settings_that_deepspeed_would_overwrite_are_left_out(model_and_checkpoint):
+    _, folder = model_and_checkpoint
+    state = torch.load(folder / "global_step0" / "zero" / "optimizer_state.pt", weights_only=True)
+    assert state["param_groups"] == [{}] * 8
+    assert "clip_grad" not in state
 
 
-def test_options(tmp_path):
+def test_write_options(tmp_path):
     _, folder = hf_models.saved(tmp_path / "a")
     extra = {"tag": "start", "moments": "none", "param_groups": 2}
     convert(formats.open(folder), tmp_path / "b", "universal", WriteOptions(extra=extra))
@@ -69,11 +69,11 @@ def test_options(tmp_path):
     hf_models.assert_same(formats.open(tmp_path / "b"), formats.open(folder))
 
 
-def test_the_tag_alone_and_flat_tensors_are_read(tmp_path):
+def test_tag_folder_with_flat_tensors_is_read(tmp_path):
     _, folder = hf_models.saved(tmp_path / "a")
     convert(formats.open(folder), tmp_path / "b", "universal")
     tag = tmp_path / "b" / "global_step0"
-    # What DeepSpeed's converter makes of ZeRO 3.
+    # DeepSpeed's converter writes flat tensors for ZeRO 3.
     for path in tag.glob("zero/*/fp32.pt"):
         torch.save(torch.load(path)["param"].flatten(), path)
     hf_models.assert_same(formats.open(tag), formats.open(folder))
