@@ -1,5 +1,7 @@
-"""The loss over a vocabulary (tokens, or an image's labels) that is cut over the tensor-parallel ranks. Fit and
-pretraining share it."""
+"""Loss and accuracy over a vocabulary (tokens, or an image's labels) that is split over the TP ranks.
+
+Fit and pretraining share them. Legend: s tokens, b batch.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from megatron_ligo.distributed.mesh import Mesh
 
 
 def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
-    """Mean cross entropy over the tokens whose mask is 1.
+    """Returns the mean cross entropy (a scalar, fp32) over the tokens whose mask is 1.
 
-    logits: (s, b, padded vocabulary / tp), this rank's columns. labels, mask: (b, s). Columns that only pad the
-    vocabulary are shut out, so that the loss does not depend on tp.
+    logits: (s, b, padded vocabulary / tp), this rank's columns. labels (int64), mask: (b, s). Columns that only pad the
+    vocabulary are left out, so the loss does not depend on tp.
     """
     columns = logits.shape[-1]
     padding = (tp_rank + 1) * columns - vocab_size
@@ -34,33 +36,35 @@ def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, 
 
 
 def compute_accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
-    """The part of the labels whose mask is 1 that have the largest logit; of equal ones the first counts.
+    """Returns the fraction (a scalar, fp32) of the labels with mask 1 that have the largest logit; ties go to the
+    first column.
 
-    logits: (s, b, padded vocabulary / tp), this rank's columns. labels, mask: (b, s).
+    logits: (s, b, padded vocabulary / tp), this rank's columns. labels (int64), mask: (b, s).
     """
     first = mesh.tp_rank * logits.shape[-1]
     own = logits.float()[..., : max(1, vocab_size - first)]
-    best, place = own.max(dim=-1)
+    best, column = own.max(dim=-1)
     if first >= vocab_size:
         best = torch.full_like(best, -torch.inf)
-    every = [torch.empty_like(best) for _ in range(mesh.tp)]
-    dist.all_gather(every, best.contiguous(), group=mesh.tp_group)
-    places = [torch.empty_like(place) for _ in range(mesh.tp)]
-    dist.all_gather(places, (place + first).contiguous(), group=mesh.tp_group)
-    winner = torch.stack(every).max(dim=0).indices
-    told = torch.stack(places).gather(0, winner[None])[0]
+    best_by_rank = [torch.empty_like(best) for _ in range(mesh.tp)]
+    dist.all_gather(best_by_rank, best.contiguous(), group=mesh.tp_group)
+    column_by_rank = [torch.empty_like(column) for _ in range(mesh.tp)]
+    dist.all_gather(column_by_rank, (column + first).contiguous(), group=mesh.tp_group)
+    winner = torch.stack(best_by_rank).max(dim=0).indices
+    predicted = torch.stack(column_by_rank).gather(0, winner[None])[0]
     weights = mask.t().to(logits.device, torch.float32)
-    return ((told == labels.t()) * weights).sum() / weights.sum()
+    return ((predicted == labels.t()) * weights).sum() / weights.sum()
 
 
 class LossMixin:
-    """A model that gives its loss, or while its hits are counted its accuracy in the loss's place."""
+    """Gives a model's loss, or within `measuring_accuracy` its accuracy in place of the loss."""
 
     model_config: ModelConfig
     mesh: Mesh
     measures_accuracy = False
 
     def measure(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Returns a scalar from logits (s, b, padded vocabulary / tp), labels and mask (b, s)."""
         if self.measures_accuracy:
             return compute_accuracy(logits, labels, mask, self.model_config.vocab_size, self.mesh)
         return compute_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh.tp_rank)

@@ -1,4 +1,7 @@
-"""The small model as a teacher of the grown one: the fit's loss is drawn to its distribution over the next token."""
+"""The small model as the grown model's teacher: distillation on the next token's distribution.
+
+Legend: s tokens, b batch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions
 
 
 class Teacher:
-    """weight: part of the divergence in the loss. No module: its weights are none of the fit's parameters."""
+    """The frozen small model. weight: the divergence's share of the loss. Not a module: it adds no parameters."""
 
     def __init__(self, reader: Reader, mesh: Mesh, dtype: torch.dtype, weight: float, sequence_parallel: bool):
         self.mesh, self.weight, self.vocab_size = mesh, weight, reader.model_config.vocab_size
@@ -25,33 +28,34 @@ class Teacher:
         self.model.to(device.current_device()).requires_grad_(False).eval()
 
     def kl_divergence(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """KL(teacher || student), its mean over the tokens whose mask is 1.
+        """Returns KL(teacher || student), a scalar: its mean over the tokens whose mask is 1.
 
         logits: the student's, (s, b, padded vocabulary / tp). tokens, mask: (b, s).
         """
         with torch.no_grad():
             target = self.model.logits(tokens)
         per_token = compute_token_divergence(target, logits, self.mesh, self.vocab_size)
-        shown = mask.t().to(per_token.dtype)
-        return (per_token * shown).sum() / shown.sum()
+        weights = mask.t().to(per_token.dtype)
+        return (per_token * weights).sum() / weights.sum()
 
 
 def compute_token_divergence(target: Tensor, logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
-    """KL(softmax(target) || softmax(logits)) of each token, over a vocabulary cut over the tensor-parallel ranks.
+    """Returns KL(softmax(target) || softmax(logits)) of each token, fp32, over a vocabulary that is split over TP.
 
-    Both (..., padded vocabulary / tp), this rank's columns; columns that only pad the vocabulary are shut out.
+    Both (..., padded vocabulary / tp), this rank's columns -> (...). Columns that pad the vocabulary are left out.
     """
     columns = logits.shape[-1]
     own = max(0, min(columns, vocab_size - mesh.tp_rank * columns))
     target, logits = target[..., :own].float(), logits[..., :own].float()
-    wanted = target - log_sum_exp(target, mesh)[..., None]
-    # Each rank uses the sum for its own columns.
-    found = logits - copy_to(log_sum_exp(logits, mesh), mesh.tp_group)[..., None]
-    return reduce_from((wanted.exp() * (wanted - found)).sum(dim=-1), mesh.tp_group)
+    teacher_log_probs = target - log_sum_exp(target, mesh)[..., None]
+    # Each rank uses the sum for its own columns: a partial use.
+    log_probs = logits - copy_to(log_sum_exp(logits, mesh), mesh.tp_group)[..., None]
+    divergence = (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(dim=-1)
+    return reduce_from(divergence, mesh.tp_group)
 
 
 def log_sum_exp(logits: Tensor, mesh: Mesh) -> Tensor:
-    """log of the sum of exponentials over all ranks' columns."""
+    """Returns the log of the sum of exponentials of logits (..., columns) over all ranks' columns, (...)."""
     lowest = torch.full_like(logits[..., :1], -torch.inf)
     top = torch.cat([logits.detach(), lowest], dim=-1).max(dim=-1).values
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=mesh.tp_group)

@@ -1,6 +1,7 @@
-"""The masked-LM encoder to pretrain as one module (PP = 1), and what its ends are made of in a pipeline as well.
+"""The masked-LM encoder to pretrain as one module (PP = 1), and its embedding and head, which a pipeline uses too.
 
-All tokens are of the first segment, as packed text is. Legend: s sequence, b batch.
+All tokens belong to the first segment, as in packed text.
+Legend: s tokens (s / tp under sequence parallelism), b batch.
 """
 
 from __future__ import annotations
@@ -26,17 +27,15 @@ from megatron_ligo.sharding import tensor_parallel
 
 
 class EmbeddingSum(nn.Module):
-    """h (s, b, hidden), the words' rows -> h with those of positions and of the first segment added, and normalised."""
+    """Adds position and token-type embeddings to h (s, b, hidden), then applies LayerNorm."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
         self.start = model_config.first_position
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
-        self.position_embeddings = build_position_table(model_config.max_positions, model_config, build)
+        self.position_embeddings = build_table(model_config.max_positions, model_config, build)
         self.tokentype_embeddings = (
-            build_position_table(model_config.num_token_types, model_config, build)
-            if model_config.num_token_types
-            else None
+            build_table(model_config.num_token_types, model_config, build) if model_config.num_token_types else None
         )
         self.layer_norm = Norm(
             build_uninitialised_config(model_config, build), model_config.hidden_size, model_config.norm_eps
@@ -49,14 +48,14 @@ class EmbeddingSum(nn.Module):
         return self.layer_norm(h)
 
 
-def build_position_table(rows: int, model_config: ModelConfig, build: BuildOptions) -> nn.Embedding:
-    table = nn.Embedding(rows, model_config.hidden_size, dtype=build.dtype)
+def build_table(num_rows: int, model_config: ModelConfig, build: BuildOptions) -> nn.Embedding:
+    table = nn.Embedding(num_rows, model_config.hidden_size, dtype=build.dtype)
     table.weight.sequence_parallel = build.sequence_parallel
     return table
 
 
 class EncoderEmbedding(EmbeddingSum):
-    """tokens (b, s) -> h (s, b, hidden), what the first layer is given."""
+    """tokens (b, s) -> h (s, b, hidden), the first layer's input."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__(model_config, build, mesh)
@@ -67,10 +66,9 @@ class EncoderEmbedding(EmbeddingSum):
 
 
 class HeadTransform(nn.Module):
-    """h (s, b, hidden) -> what the decoder of the masked-LM head reads: a linear, the activation, a norm.
+    """The transform of the masked-LM head, (s, b, hidden) -> (s, b, hidden): linear, activation and norm.
 
-    Every tensor-parallel rank holds it whole. A decoder that is not tied comes with a bias that nothing reads: it is
-    kept as it is.
+    Every TP rank holds it whole. An untied head comes with a second bias that nothing reads; it is kept unchanged.
     """
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
@@ -88,19 +86,19 @@ class HeadTransform(nn.Module):
             self.bias = nn.Parameter(torch.zeros(columns, dtype=build.dtype))
 
     def forward(self, h: Tensor) -> Tensor:
-        read = self.layer_norm(self.activation(self.dense(h)))
-        # ZeRO 2 asks a gradient of every parameter.
-        return read if self.bias is None else read + 0.0 * self.bias.sum()
+        out = self.layer_norm(self.activation(self.dense(h)))
+        # ZeRO 2 requires a gradient of every parameter.
+        return out if self.bias is None else out + 0.0 * self.bias.sum()
 
 
 class Encoder(nn.Module):
-    """The layers, under the name that they have in Megatron-core's BERT."""
+    """The layers, (s, b, hidden) -> (s, b, hidden), under their name in Megatron-core's BERT."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()
-        config, make = build_uninitialised_config(model_config, build), get_layer_class(model_config)
+        config, layer_class = build_uninitialised_config(model_config, build), get_layer_class(model_config)
         submodules = [build_layer_spec(model_config).submodules for _ in range(model_config.num_layers)]
-        self.layers = nn.ModuleList(make(config, each, layer_number=i + 1) for i, each in enumerate(submodules))
+        self.layers = nn.ModuleList(layer_class(config, each, layer_number=i + 1) for i, each in enumerate(submodules))
 
     def forward(self, h: Tensor, recompute: bool) -> Tensor:
         for layer in self.layers:

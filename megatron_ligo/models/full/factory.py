@@ -1,4 +1,4 @@
-"""The model to pretrain, whatever its family and the number of stages."""
+"""Builds the model to pretrain, of any family and any number of stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODULES = {Task.NEXT_TOKEN: FullGPT, Task.MASKED_TOKENS: FullEncoder, Task.LABEL
 
 
 def build_model(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False) -> nn.Module:
-    """Megatron-core's modules with weights that are to be filled or loaded."""
+    """Builds the model of Megatron-core's modules. Its weights must be filled or loaded afterwards."""
     if mesh.pp > 1:
         return FullPipeline(model_config, build, mesh, recompute)
     return MODULES[architectures.get(model_config.arch).task](model_config, build, mesh, recompute)

@@ -1,6 +1,6 @@
-"""The image classifier to pretrain as one module (PP = 1), and what its ends are made of in a pipeline as well.
+"""The image classifier to pretrain as one module (PP = 1), and its embedding and head, which a pipeline uses too.
 
-Legend: s tokens of an image (special ones first, then its patches), b batch.
+Legend: s tokens of an image (special tokens first, then patches), b batch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions, get_final_norm_c
 def embed_image(
     images: Tensor, weight: Tensor, bias: Tensor, special: Sequence[Tensor | None], positions: Tensor
 ) -> Tensor:
-    """images (b, channels, side, side) -> (s, b, features): the special tokens and each patch's, positions added.
+    """Embeds images (b, channels, side, side) -> (s, b, features): special tokens and patches, plus positions.
 
     weight: (features, channels, patch, patch); special: (features,) each, or None; positions: (s, features).
     """
     patches = F.conv2d(images.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).permute(2, 0, 1)
-    before = [token.expand(1, patches.shape[1], -1) for token in special if token is not None]
-    return torch.cat([*before, patches]) + positions[:, None]
+    special_tokens = [token.expand(1, patches.shape[1], -1) for token in special if token is not None]
+    return torch.cat([*special_tokens, patches]) + positions[:, None]
 
 
 class ImageEmbedding(nn.Module):
@@ -56,14 +56,13 @@ class ImageEmbedding(nn.Module):
 
 
 def classify_first_token(head: ColumnParallelLinear, h: Tensor) -> Tensor:
-    """h (s, b, hidden), or this rank's tokens of it -> this rank's logits (1, b, padded labels / tp), of the class's
-    token."""
-    # Under sequence parallelism one rank has the token: the linear brings all of them together.
+    """h (s or s / tp, b, hidden) -> this rank's columns of the class token's logits, (1, b, padded labels / tp)."""
+    # Under sequence parallelism one rank has the token: the linear gathers all tokens.
     return head(h if head.sequence_parallel else h[:1])[0][:1]
 
 
 class ClassHead(nn.Module):
-    """`read_class` as a layer of a pipeline."""
+    """`classify_first_token` as a pipeline layer."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
@@ -74,7 +73,7 @@ class ClassHead(nn.Module):
 
 
 class Decoder(Encoder):
-    """The layers and the final norm, under the names that they have in Megatron-core's decoders."""
+    """The layers and the final norm, (s, b, hidden) -> (s, b, hidden), under Megatron-core's names of a decoder."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__(model_config, build)
@@ -98,5 +97,5 @@ class FullImageClassifier(SingleModule):
         self.finish_construction(model_config, mesh, recompute)
 
     def logits(self, images: Tensor) -> Tensor:
-        """images -> this rank's columns of the padded labels, (1, b, padded / tp)."""
+        """images (b, channels, side, side) -> this rank's columns of the logits, (1, b, padded labels / tp)."""
         return classify_first_token(self.output_layer, self.decoder(self.embedding(images), self.recompute))

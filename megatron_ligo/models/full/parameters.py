@@ -1,7 +1,7 @@
-"""The parameters of a Megatron-core model: which rows each holds, one rank's part of it, and fresh values.
+"""The parameters of a Megatron-core model: what each holds, one rank's shard of it, and fresh values.
 
-The names are those of Megatron-core's own (local) layers, at every layout and with every layer spec: a checkpoint
-that is keyed by them fits any of our models.
+The names are those of Megatron-core's local layers, in every layout and with every layer spec, so a checkpoint with
+these names fits all models here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INIT_STD = 0.02
 
 
 def read_local_tensor(item: StoredTensor, read: TensorReader, model_config: ModelConfig, tp: int, rank: int) -> Tensor:
-    """A tensor-parallel rank's part of a model's tensor. May be a view of what `read` gave."""
+    """Reads a TP rank's shard of a stored tensor, in its local shape. May be a view of what `read` returned."""
     return item.assemble_shard([read(key) for key in item.keys], model_config, tp, rank)
 
 
@@ -39,9 +39,9 @@ def fill_parameters(model: nn.Module, model_config: ModelConfig, mesh: Mesh, rea
 
 
 def iterate_parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[tuple[nn.Parameter, StoredTensor]]:
-    """Each parameter of a model with what it holds. ConfigError for a model whose names are not Megatron-core's."""
+    """Yields each parameter with the stored tensor that it holds. ConfigError if a name is not Megatron-core's."""
     stored = fused_tensors.stored_tensors(architectures.get(model_config.arch), model_config, "mcore")
-    errors = ErrorCollector(f"the model is not made of {model_config.arch}'s parameters", ConfigError)
+    errors = ErrorCollector(f"the model has parameters that {model_config.arch} lacks", ConfigError)
     for name, parameter in model.named_parameters():
         if name in stored:
             yield parameter, stored[name]
@@ -51,7 +51,7 @@ def iterate_parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[
 
 
 def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, tp: int) -> None:
-    """Says on each parameter whether tensor parallelism cuts it: gradient norms count the others on one rank only."""
+    """Marks the parameters that TP shards: gradient norms count the others on one rank only."""
     for parameter, item in iterate_parameters(model, model_config):
         cut = tp > 1 and item.tp_dim is not None
         parameter.tensor_model_parallel = cut
@@ -60,9 +60,10 @@ def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, tp: int) -
 
 
 def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
-    """Fresh weights as Megatron draws them, the same at any layout: each tensor has a seed of its own, in fp32.
+    """Returns a reader of fresh fp32 weights, distributed as Megatron's. Each tensor has its own seed, so they are the
+    same in every layout.
 
-    Gains 1, biases 0, matrices N(0, 0.02); those that write to the residual stream N(0, 0.02 / sqrt(2 layers)).
+    Gains are 1, biases 0, matrices N(0, 0.02), those that write the residual stream N(0, 0.02 / sqrt(2 layers)).
     """
     arch = architectures.get(model_config.arch)
 

@@ -1,6 +1,7 @@
 """The model to pretrain as a pipeline (PP > 1): DeepSpeed's PipelineModule over Megatron-core's modules.
 
-Its parameters bear the same names as those of the one module (gpt.py), so that one checkpoint fits both.
+Its parameters have the same names as those of the single modules (gpt.py, ...), so one checkpoint fits both.
+Legend: s tokens (s / tp under sequence parallelism), b batch.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TIED_WEIGHT = "word_embeddings.weight"
 
 
 class PipelineEmbedding(nn.Module):
-    """tokens (b, s) -> h (s, b, hidden). Tied, the last stage holds a second one and reads with its weight."""
+    """tokens (b, s) -> h (s, b, hidden). With tied embeddings the last stage holds a copy, as the head's weight."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
@@ -58,11 +59,12 @@ class PipelineEmbedding(nn.Module):
         return embed_tokens(self.word_embeddings, tokens)
 
     def logits(self, h: Tensor) -> Tensor:
+        """h (s, b, hidden) -> this rank's columns of the logits (s, b, padded vocabulary / tp)."""
         return self.head(h, weight=self.word_embeddings.weight)[0]
 
 
 class PositionEmbedding(nn.Module):
-    """h (s, b, hidden) -> h with the learned rows of its tokens' positions added."""
+    """Adds learned position embeddings to h (s, b, hidden)."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
@@ -75,7 +77,7 @@ class PositionEmbedding(nn.Module):
 
 
 class PipelineLayer:
-    """h (s, b, hidden) -> h: a layer that brings its own rotary positions."""
+    """A layer with its own rotary embedding, (s, b, hidden) -> (s, b, hidden)."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, layer: int, recompute: bool):
         config = build_uninitialised_config(model_config, build)
@@ -93,11 +95,13 @@ class PipelineLayer:
 
 @cache
 def get_pipeline_layer_class(layer: type[TransformerLayer]) -> type:
-    """A layer's class as a layer of the pipeline."""
+    """Returns the pipeline layer's class for a class of layers."""
     return type(f"Stage{layer.__name__}", (PipelineLayer, layer), {})
 
 
 class FinalNorm(nn.Module):
+    """The norm after the last layer, (s, b, hidden) -> (s, b, hidden)."""
+
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()
         config = build_uninitialised_config(model_config, build)
@@ -110,7 +114,7 @@ class FinalNorm(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """h (s, b, hidden) -> this rank's logits (s, b, padded vocabulary / tp), with a weight of its own."""
+    """h (s, b, hidden) -> this rank's columns of the logits (s, b, padded vocabulary / tp), by a weight of its own."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
@@ -121,7 +125,7 @@ class OutputHead(nn.Module):
 
 
 class OutputBias(nn.Module):
-    """Logits (s, b, padded vocabulary / tp) with the bias of each token added: a tied head has none of its own."""
+    """Adds a tied head's bias to the logits (s, b, padded vocabulary / tp)."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
@@ -133,7 +137,8 @@ class OutputBias(nn.Module):
 
 
 class FullPipeline(LossMixin, PipelineModule):
-    """tokens (b, s) or images -> logits on the last stage; its loss takes (labels, loss_mask). Weights come afterwards.
+    """tokens (b, s) or images -> logits on the last stage. Its loss takes (labels, loss_mask). The weights must be
+    filled or loaded.
 
     Its layers are those of formats/deepspeed/pipeline.py: what follows the words' embedding, the
     transformer's layers, and at the end the norm (a masked-LM model: the head's transform), the head and its bias.
@@ -156,7 +161,7 @@ class FullPipeline(LossMixin, PipelineModule):
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        # DeepSpeed broadcasts the parameter itself: recorded, it would warn at each backward pass.
+        # DeepSpeed broadcasts the parameter itself: recorded by autograd, it would warn at each backward pass.
         super()._synchronize_tied_weights()
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
@@ -168,7 +173,7 @@ class FullPipeline(LossMixin, PipelineModule):
         for own, canonical in self.prefixes.items():
             if name.startswith(own):
                 return to_local_name(canonical + name.removeprefix(own))
-        raise AssertionError(f"{name} belongs to no layer of the pipeline")
+        raise AssertionError(f"{name} is in no layer of the pipeline")
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         return self.measure(logits, *labels)
@@ -210,7 +215,7 @@ def build_layer_specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh
 
 
 def build_name_prefixes(model_config: ModelConfig) -> dict[str, str]:
-    """DeepSpeed's prefix of each layer's parameters, and the one module's."""
+    """Maps DeepSpeed's name prefix of each layer's parameters to that of the single module."""
     names = [
         (layer, own, whole)
         for layer, held in enumerate(pipeline_layers.layer_prefixes(model_config))

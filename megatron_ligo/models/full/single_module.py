@@ -1,4 +1,4 @@
-"""What the models to pretrain have in common, and what those have that are one module (PP = 1)."""
+"""The base of the models to pretrain as one module (PP = 1), and the step that ends every model's constructor."""
 
 from __future__ import annotations
 
@@ -9,43 +9,54 @@ from torch import Tensor, nn
 
 from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import TpUse
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.full.universal_saving import prepare_saving
 from megatron_ligo.models.loss import LossMixin
-from megatron_ligo.models.mcore.layer_calls import reduce_norm_gradients
+from megatron_ligo.models.mcore.layer_calls import sum_gradients
 
 
 def finish_model(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
-    """The last step of a constructor: how each parameter is cut, whose gradients are summed, what checkpoints hold."""
+    """Marks sharded parameters, sums the gradients of partial uses, and prepares checkpoints. Ends a constructor."""
     parameters.mark_tensor_parallel(model, model_config, mesh.tp)
-    reduce_norm_gradients(model.parameters(), mesh.tp_group)
+    sum_gradients(partially_used(model, model_config), mesh.tp_group)
     prepare_saving(model, model_config, mesh)
 
 
-class SingleModule(LossMixin, nn.Module, ABC):
-    """forward(seen, labels, loss_mask) -> mean loss. Weights are to be filled or loaded.
+def partially_used(model: nn.Module, model_config: ModelConfig) -> list[nn.Parameter]:
+    """Returns the parameters that each TP rank holds whole and uses a part of: its own tokens (mcore marks them
+    `sequence_parallel`), or what the table says."""
+    return [
+        parameter
+        for parameter, item in parameters.iterate_parameters(model, model_config)
+        if getattr(parameter, "sequence_parallel", False)
+        or (item.tp_dim is None and any(param.tp_use is TpUse.PARTIAL for param in item.params))
+    ]
 
-    seen: what `logits` takes; labels (int64), loss_mask: (b, s). Its parameters bear the names of the table's mcore
-    slots.
+
+class SingleModule(LossMixin, nn.Module, ABC):
+    """forward(inputs, labels, loss_mask) -> mean loss. The weights must be filled or loaded.
+
+    inputs: those of `logits`; labels (int64), loss_mask: (b, s). Parameters have the table's mcore names.
     """
 
     recompute: bool
 
     def finish_construction(self, model_config: ModelConfig, mesh: Mesh, recompute: bool) -> None:
-        assert mesh.pp == 1, "stages.py is for pipelines"
+        assert mesh.pp == 1, "FullPipeline is for PP > 1"
         self.model_config = model_config
         self.mesh = mesh
         self.recompute = recompute
         finish_model(self, model_config, mesh)
 
     @abstractmethod
-    def logits(self, seen: Tensor) -> Tensor:
-        """This rank's columns of the padded vocabulary, (s, b, padded / tp)."""
+    def logits(self, inputs: Tensor) -> Tensor:
+        """inputs, tokens (b, s) or images -> this rank's columns of the logits (s, b, padded vocabulary / tp)."""
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in super().named_parameters(*args, **kwargs):
             yield to_local_name(name), parameter
 
-    def forward(self, seen: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        return self.measure(self.logits(seen), labels, loss_mask)
+    def forward(self, inputs: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        return self.measure(self.logits(inputs), labels, loss_mask)

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoint into a model at any layout: what ZeRO 3 must be told, and proof of what was loaded.
+"""Loads DeepSpeed's universal checkpoints into a model in any layout, and verifies what was loaded.
 
 In a training script of your own, over any Megatron-core GPTModel whose parameters bear mcore's names:
 
@@ -28,7 +28,7 @@ from torch import nn
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Pack
+from megatron_ligo.arch.spec import Pack, Role
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector
@@ -37,32 +37,31 @@ from megatron_ligo.models.full.parameters import iterate_parameters, read_local_
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
-# From this version on the shards' widths are stated; before, DeepSpeed divides evenly.
+# From this version on the shards' widths are read; before it, DeepSpeed divides evenly.
 UNIVERSAL_VERSION = 0.4
-# What DeepSpeed's own tools put into universal checkpoints; none of these does anything when it is loaded.
+# Classes that DeepSpeed's own tools pickle into universal checkpoints. Unpickling them has no side effects.
 ALLOWED_RECORDS = (LossScaler, DynamicLossScaler, ZeroStageEnum, SubparamShape, fragment_address)
 
 
 def needs_preparation(model_config: ModelConfig, zero: int) -> bool:
-    """Whether `prepare_for_universal` is needed: with ZeRO 3, and at any stage for a vocabulary's bias, which DeepSpeed
-    cannot pad."""
-    return zero == 3 or "head_bias" in architectures.get(model_config.arch).params_by_key
+    """True if `prepare_for_universal` is needed: under ZeRO 3, and for a head's bias, which DeepSpeed cannot pad."""
+    return zero == 3 or architectures.get(model_config.arch).has(Role.HEAD, bias=True)
 
 
 def prepare_for_universal(model: nn.Module, model_config: ModelConfig, tp_group: dist.ProcessGroup) -> None:
-    """Says on each parameter how tensor parallelism cuts it. Call before `deepspeed.initialize`.
+    """Annotates each parameter with its TP sharding. Call before `deepspeed.initialize`.
 
-    ZeRO 1 and 2 mostly read it from the checkpoint's files; ZeRO 3 loads whole tensors where nobody says so.
+    ZeRO 1 and 2 mostly read it from the checkpoint; ZeRO 3 loads whole tensors into parameters without it.
     """
     tp = dist.get_world_size(tp_group)
     for parameter, item in iterate_parameters(model, model_config):
         setattr(parameter, DS_AUTOTP_UC_META, build_sharding_metadata(item, model_config, tp))
-    # DeepSpeed's loader asks its own record for the group, and only its own tensor parallelism sets it.
+    # DeepSpeed's loader takes the group from this record, which only its own tensor parallelism sets.
     groups._TENSOR_MODEL_PARALLEL_GROUP = tp_group
 
 
 def build_sharding_metadata(item: StoredTensor, model_config: ModelConfig, tp: int) -> dict:
-    """How a tensor is cut, in the words of DeepSpeed's own tensor parallelism."""
+    """Describes how a tensor is sharded, in the terms of DeepSpeed's own tensor parallelism."""
     shape = item.shape(model_config)
     meta = {"partition_dim": item.tp_dim, "logical_shape": shape, UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_VERSION}
     if item.tp_dim is None:
@@ -76,50 +75,53 @@ def build_sharding_metadata(item: StoredTensor, model_config: ModelConfig, tp: i
 
 
 def build_padded_vocab_map(shape: tuple[int, ...], tp: int) -> dict:
-    """A vocabulary (rows, or a bias) that tp does not divide. DeepSpeed maps whole shards only: row 0 stands in for the
-    rows that pad, which nothing reads."""
+    """Maps a vocabulary tensor (table or bias) that tp does not divide to its padded shards.
+
+    DeepSpeed maps whole shards only: row 0 stands in for the padding, which nothing reads.
+    """
     rows, *rest = shape
     width, inner = prod(rest), (1,) * len(rest)
     size = padded_vocab(rows, tp) // tp
-    everyone = range(tp)
+    ranks = range(tp)
     pieces = {}
-    for rank in everyone:
-        held = min(max(rows - rank * size, 0), size)
-        real = AffinePiece((held, *rest), rank * size * width, (width, *inner), 0, (width, *inner), {rank})
-        padding = AffinePiece((size - held, *rest), 0, (0, *inner), held * width, (width, *inner), everyone)
+    for rank in ranks:
+        real_rows = min(max(rows - rank * size, 0), size)
+        real = AffinePiece((real_rows, *rest), rank * size * width, (width, *inner), 0, (width, *inner), {rank})
+        padding = AffinePiece((size - real_rows, *rest), 0, (0, *inner), real_rows * width, (width, *inner), ranks)
         pieces[rank] = [piece for piece in (real, padding) if piece.numel]
-    return ParamAffineMap(shape, dict.fromkeys(everyone, (size, *rest)), pieces).to_dict()
+    return ParamAffineMap(shape, dict.fromkeys(ranks, (size, *rest)), pieces).to_dict()
 
 
 def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: dist.ProcessGroup) -> None:
-    """Loads `source` (a universal checkpoint, opened) into an engine made with `load_universal`. Collective.
+    """Loads `source` (an open universal checkpoint) into an engine configured with `load_universal`. Collective.
 
-    CheckpointError if a file holds anything but tensors and plain values (DeepSpeed would run it), or if what was
-    loaded is not, bit for bit, what the files hold.
+    CheckpointError if a file holds anything but tensors and plain values (DeepSpeed would unpickle it), or if a loaded
+    parameter differs from the files in a single bit.
     """
     stage3 = engine.zero_optimization_stage() == 3
     if stage3 and dist.get_world_size(tp_group) > 1:
-        told = all(hasattr(parameter, DS_AUTOTP_UC_META) for parameter in engine.module.parameters())
-        assert told, "prepare_for_universal comes before deepspeed.initialize"
+        is_prepared = all(hasattr(parameter, DS_AUTOTP_UC_META) for parameter in engine.module.parameters())
+        assert is_prepared, "prepare_for_universal comes before deepspeed.initialize"
     all_ranks().run_on_rank_0(lambda: check_files_are_safe(source.path))
-    # ZeRO 1 and 2 take what there is; ZeRO 3 wants moments, or else to be told that there are none.
-    fresh = stage3 and not (source.has_moments and source.step)
-    engine.load_checkpoint(str(source.path), load_lr_scheduler_states=False, load_module_only=fresh)
+    # ZeRO 1 and 2 load what there is. ZeRO 3 fails without moments unless it loads the module only.
+    module_only = stage3 and not (source.has_moments and source.step)
+    engine.load_checkpoint(str(source.path), load_lr_scheduler_states=False, load_module_only=module_only)
     if stage3:
         separate_step_counts(engine.optimizer.optimizer)
     all_ranks().run_on_all(lambda: verify_loaded(engine.module, source, tp_group))
 
 
 def separate_step_counts(optimizer: torch.optim.Optimizer) -> None:
-    """ZeRO 3 gives one and the same count of steps to all of its groups, and each would add to it."""
+    """Gives each parameter its own step count: ZeRO 3 loads one shared tensor, to which every group would add."""
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
 
 
 def check_files_are_safe(folder: Path) -> None:
-    """CheckpointError if a .pt file in a folder names anything but tensors, plain values and DeepSpeed's records."""
-    errors = ErrorCollector(f"{folder}: files that are not safe to load", CheckpointError)
+    """Raises CheckpointError if a .pt file in the folder refers to anything but tensors, plain values and
+    ALLOWED_RECORDS."""
+    errors = ErrorCollector(f"{folder}: files that are not safe to unpickle", CheckpointError)
     allowed = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in ALLOWED_RECORDS]
     for path in sorted(folder.rglob("*.pt")):
         try:
@@ -130,15 +132,15 @@ def check_files_are_safe(folder: Path) -> None:
 
 
 def verify_loaded(model: nn.Module, source: Reader, tp_group: dist.ProcessGroup) -> None:
-    """CheckpointError if a parameter of this rank is not what `source` holds for it. Collective under ZeRO 3."""
-    errors = ErrorCollector(f"{source.path}: what was loaded is not what it holds", CheckpointError)
+    """Raises CheckpointError if a parameter of this rank differs from `source`. Collective under ZeRO 3."""
+    errors = ErrorCollector(f"{source.path}: loaded parameters differ from it", CheckpointError)
     tp, rank = dist.get_world_size(tp_group), dist.get_rank(tp_group)
     for parameter, item in iterate_parameters(model, source.model_config):
         expected = read_local_tensor(item, source.read, source.model_config, tp, rank).to(parameter.dtype)
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             found = parameter.detach().cpu()
             if item.is_vocab_parallel:
-                # The rows that pad the vocabulary may hold anything.
+                # The padding may hold anything.
                 rows = max(source.model_config.vocab_size - rank * expected.shape[0], 0)
                 expected, found = expected[:rows], found[:rows]
             if not torch.equal(found, expected):

@@ -1,26 +1,27 @@
-"""What checkpoints of our models must hold for DeepSpeed's own converter (`ds_to_universal`) to take them."""
+"""What DeepSpeed's own converter (`ds_to_universal`) needs in a model's checkpoints."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from deepspeed.checkpoint import constants
 from torch import nn
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.mcore_names import EXTRA_STATE
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.sharding import fused_tensors
-
-EXTRA_STATE = "_extra_state"
+from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 
 def prepare_saving(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Puts into a model's checkpoints how its parameters are cut, and leaves out what is no tensor.
+    """Adds the parameters' sharding to a model's checkpoints, and leaves out what is not a tensor.
 
-    Megatron-core's modules keep an empty `_extra_state` each, which they do without when they load, and which the
-    converter takes for a weight.
+    Megatron-core's modules save an empty `_extra_state` each. They load without it, and the converter takes it for a
+    weight.
     """
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, build_universal_info(model_config, mesh.pp))
     for module in model.modules():
@@ -33,20 +34,20 @@ def drop_empty_extra_state(module: nn.Module, state: dict, prefix: str, metadata
 
 
 def build_universal_info(model_config: ModelConfig, pp: int) -> dict:
-    """By patterns of their names, what the ranks hold of each parameter, in the words of DeepSpeed's converter."""
+    """Describes how each parameter is sharded, by patterns of names, in the terms of DeepSpeed's converter."""
     stored = fused_tensors.stored_tensors(architectures.get(model_config.arch), model_config, "mcore")
     patterns = {name: re.sub(r"layers\\\.\d+", r"layers\.\\d+", re.escape(name)) + "$" for name in stored}
 
-    def of(choose) -> list[str]:
+    def matching(choose: Callable[[StoredTensor], bool]) -> list[str]:
         return list(dict.fromkeys(patterns[name] for name, item in stored.items() if choose(item)))
 
     pipelined = [patterns["embedding.word_embeddings.weight"]] if pp > 1 and model_config.tied else []
     return {
         constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         constants.ORIGINAL_VOCAB_SIZE: model_config.vocab_size,
-        constants.VOCABULARY_PARAMETER_PATTERNS: of(lambda item: item.is_vocab_parallel),
-        constants.TP_REPLICATED_PARAMETER_PATTERNS: of(lambda item: item.tp_dim is None),
-        constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: of(lambda item: item.tp_dim == 1),
-        constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: of(lambda item: item.pack is Pack.STACKED),
+        constants.VOCABULARY_PARAMETER_PATTERNS: matching(lambda item: item.is_vocab_parallel),
+        constants.TP_REPLICATED_PARAMETER_PATTERNS: matching(lambda item: item.tp_dim is None),
+        constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: matching(lambda item: item.tp_dim == 1),
+        constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: matching(lambda item: item.pack is Pack.STACKED),
         constants.PIPELINE_REPLICATED_PARAMETER_PATTERNS: pipelined,
     }

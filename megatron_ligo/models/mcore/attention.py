@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class FusedAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, causal or full, grouped-query; called as mcore's DotProductAttention is."""
+    """softmax(q k^T / sqrt(d)) v, causal or full, grouped-query, with the signature of mcore's DotProductAttention."""
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str = "self", **_):
         super().__init__()
@@ -25,9 +25,9 @@ class FusedAttention(nn.Module):
         length = q.shape[2]
         if self.causal and self.window is not None and length > self.window + 1:
             index = torch.arange(length, device=q.device)
-            reach = index[:, None] - index[None, :]
-            mask = (reach >= 0) & (reach <= self.window)
-        grouped = q.shape[1] != k.shape[1]
-        causal = self.causal and mask is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+            distance = index[:, None] - index[None, :]
+            mask = (distance >= 0) & (distance <= self.window)
+        is_grouped = q.shape[1] != k.shape[1]
+        is_causal = self.causal and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
         return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)

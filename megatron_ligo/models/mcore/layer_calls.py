@@ -1,4 +1,7 @@
-"""What the one module (PP = 1) and a pipeline (PP > 1) share: running a layer, gradients under sequence parallelism."""
+"""Building and calling Megatron-core's modules: what a single module (PP = 1) and a pipeline (PP > 1) share.
+
+Legend: s tokens, b batch.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,33 @@ from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
 from megatron_ligo.sharding import tensor_parallel
 
-# From Python 3.12 on torch 2.13's exception that ends a second run early stays alive, and with it all that its frames
-# hold: a layer's activations each, until the backward pass is over.
+# From Python 3.12 on, the exception by which torch 2.13 ends a recomputation early lives until the end of the backward
+# pass, and with it the frames' locals: the activations of each layer.
 EARLY_STOP = sys.version_info < (3, 12)
 
 
 def build_uninitialised_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
-    """mcore's config for layers whose weights are filled or loaded afterwards: drawing them twice takes long."""
+    """Builds mcore's config for modules whose weights are filled or loaded afterwards: drawing them takes long."""
     config = build_transformer_config(model_config, build)
     config.perform_initialization = False
     return config
 
 
 def embed_tokens(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
-    """tokens (b, s) -> h (s, b, hidden), or this rank's s / tp of it under sequence parallelism.
+    """tokens (b, s) -> h (s, b, hidden), or (s / tp, b, hidden) under sequence parallelism.
 
-    mcore's own embedding module would ask for CUDA's random state here, for a dropout that we do not have.
+    mcore's own embedding module would ask for CUDA's random state, for a dropout that is 0 here.
     """
     h = words(tokens)
     return h if words.reduce_scatter_embeddings else h.transpose(0, 1).contiguous()
 
 
 def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int, start: int = 0) -> Tensor:
-    """h (s, b, hidden) with the rows of its tokens' positions added; tp_rank: whose tokens these are under sequence
-    parallelism (0 without); start: the row of a sequence's first token."""
+    """Adds the position embeddings to h (s or s / tp, b, hidden).
+
+    tp_rank: the rank whose tokens these are under sequence parallelism, else 0. start: the table's row for the first
+    token of a sequence.
+    """
     first = start + tp_rank * h.shape[0]
     return h + table(torch.arange(first, first + h.shape[0], device=h.device))[:, None]
 
@@ -60,7 +66,8 @@ def build_word_embedding(model_config: ModelConfig, build: BuildOptions, mesh: M
 def build_output_linear(
     model_config: ModelConfig, build: BuildOptions, mesh: Mesh, holds_weight: bool, bias: bool = False
 ) -> ColumnParallelLinear:
-    """What gives this rank's columns of the logits, with a weight of its own or with the embedding's."""
+    """Builds the linear from h to this rank's columns of the logits. Without a weight of its own it takes the
+    embedding's."""
     config = build_uninitialised_config(model_config, build)
     return ColumnParallelLinear(
         model_config.hidden_size,
@@ -75,7 +82,7 @@ def build_output_linear(
 
 
 def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool) -> Tensor:
-    """h (s, b, hidden) -> (s, b, hidden) through a layer; with recompute it keeps only its input."""
+    """Runs a layer on h (s, b, hidden) -> (s, b, hidden); with recompute, only h is kept for the backward pass."""
 
     def forward(h: Tensor) -> Tensor:
         return block(h, attention_mask=None, rotary_pos_emb=rotary)[0]
@@ -84,22 +91,21 @@ def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool
 
 
 def checkpointed(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """run(*tensors), keeping these alone: the backward pass runs it again."""
-    # Reentrant checkpoints meet ZeRO's hooks twice.
+    """run(*tensors), of any shapes. Only the tensors are kept: the backward pass runs it again."""
+    # Reentrant checkpoints trigger ZeRO's hooks twice.
     return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=EARLY_STOP)
 
 
-def reduce_norm_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sums over the tensor-parallel ranks the gradients of parameters that mcore marks `sequence_parallel`.
+def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Registers hooks that sum the gradients of whole parameters with partial uses over the TP ranks.
 
-    Each of them has one use, which sees this rank's tokens only: here a hook on the gradient is a hook on that use.
+    Each parameter must have a single use: then a hook on its gradient is a hook on that use.
     """
 
-    def reduce(grad: Tensor) -> Tensor:
+    def all_reduce(grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=group)
         return grad
 
     for parameter in parameters:
-        if getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(reduce)
+        parameter.register_hook(all_reduce)

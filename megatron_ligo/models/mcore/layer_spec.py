@@ -1,4 +1,4 @@
-"""Megatron-core's config, layer spec and rotary positions from our sizes: the one place that words them."""
+"""Megatron-core's config, layer spec and rotary embedding of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.architecture import Architecture, Task
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope import LLAMA3_SCALING, scaling_kind
 from megatron_ligo.common.errors import ConfigError, Problem
@@ -34,20 +34,20 @@ from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How the layers are built: the precision of weights and activations, and sequence parallelism."""
+    """How layers are built. dtype: of weights and activations."""
 
     dtype: torch.dtype = torch.float32
     tp: int = 1
     sequence_parallel: bool = False
 
 
-# Masked-LM models have their norms last here, the others first.
 def is_supported(arch: Architecture) -> bool:
-    return arch.pre_norm is (arch.task is not Task.MASKED_TOKENS)
+    """True for post-norm masked-LM models and pre-norm models of all other tasks."""
+    return arch.pre_norm is not arch.is_masked_lm
 
 
 def check_supported(model_config: ModelConfig) -> None:
-    """ConfigError for a network that is not built here."""
+    """Raises ConfigError for a network that has no modules here."""
     arch = architectures.get(model_config.arch)
     if not is_supported(arch):
         known = architectures.architectures().values()
@@ -55,16 +55,16 @@ def check_supported(model_config: ModelConfig) -> None:
         hint = "It can be converted and grown."
         raise ConfigError(Problem("fit and pretraining", f"one of {built}", model_config.arch, hint))
     if not model_config.has_head:
-        hint = "A model with tied embeddings needs nothing but the class that has one in its config's architectures."
+        hint = "With tied embeddings it is enough to name a class that has a head in its config's architectures."
         if not arch.is_causal:
-            hint = "Pretrain it with fresh_head = true: the head that this gives it is trained alone."
+            hint = "Pretrain it with fresh_head = true, which adds a head and trains the head alone."
         raise ConfigError(
             Problem("fit and pretraining", "a model with an output head", arch.hf_class(model_config), hint)
         )
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's own approximation of GELU."""
+    """GPT-2's approximation of GELU, on x of any shape."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -78,9 +78,10 @@ ACTIVATIONS = {
 
 
 def get_ffn_activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """What a layer's second mlp linear is given, of what its first one gives: (..., ffn), or (..., gate and up)."""
+    """Returns the function between the mlp's linears: (..., ffn) -> (..., ffn), or (..., 2 ffn), gate and up, -> (...,
+    ffn)."""
     function = ACTIVATIONS[model_config.activation]
-    if not is_gated(model_config):
+    if not architectures.get(model_config.arch).is_gated:
         return function
 
     def gate(x: Tensor) -> Tensor:
@@ -90,17 +91,15 @@ def get_ffn_activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
     return gate
 
 
-def is_gated(model_config: ModelConfig) -> bool:
-    return "layers.{}.gate" in architectures.get(model_config.arch).params_by_key
-
-
 def get_normalization(model_config: ModelConfig) -> str:
+    """Returns mcore's name of the model's kind of norm."""
     return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(model_config.arch).norm]
 
 
 def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
-    """mcore's config. Its pipeline size stays 1: DeepSpeed cuts the stages, and mcore would offset layer numbers."""
-    params = architectures.get(model_config.arch).params_by_key
+    """Builds mcore's config. Its pipeline size stays 1: DeepSpeed makes the stages, and mcore would offset the layer
+    numbers."""
+    arch = architectures.get(model_config.arch)
     return TransformerConfig(
         num_layers=model_config.num_layers,
         hidden_size=model_config.hidden_size,
@@ -110,9 +109,9 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         kv_channels=model_config.head_dim,
         normalization=get_normalization(model_config),
         layernorm_epsilon=model_config.norm_eps,
-        gated_linear_unit=is_gated(model_config),
+        gated_linear_unit=arch.is_gated,
         activation_func=ACTIVATIONS[model_config.activation],
-        add_bias_linear="layers.{}.o_bias" in params,
+        add_bias_linear=arch.has_linear_biases,
         add_qkv_bias=model_config.qkv_bias,
         window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
         attention_dropout=0.0,
@@ -142,9 +141,10 @@ def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
 
 
 def build_layer_spec(model_config: ModelConfig) -> ModuleSpec:
-    """Transformer Engine's layer where it is installed, else mcore's local one with fused attention and our norm.
+    """Builds Transformer Engine's layer spec where it is installed, else mcore's local one with fused attention and our
+    norm.
 
-    Always the local one for norms that come last: Transformer Engine's linears have those that come first inside.
+    Post-norm layers always take the local spec: Transformer Engine's linears contain the norms of pre-norm layers.
     """
     arch = architectures.get(model_config.arch)
     if device.has_transformer_engine() and arch.pre_norm:
@@ -161,13 +161,13 @@ def build_layer_spec(model_config: ModelConfig) -> ModuleSpec:
 
 
 def get_mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
-    """The linears of a layer's mlp, which Megatron-core 0.16 keeps in a spec and 0.19 in a partial call."""
+    """Returns the mlp's submodules, which Megatron-core 0.16 keeps in a spec and 0.19 in a partial."""
     mlp = spec.submodules.mlp
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
 
 def get_final_norm_class() -> type:
-    """What builds the norm after the last layer."""
+    """Returns the class of the norm after the last layer."""
     if device.has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -176,8 +176,10 @@ def get_final_norm_class() -> type:
 
 
 def build_rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
-    """The rotary positions, if there are any; of the scalings, Llama 3's (the only one mcore has) with its published
-    constants."""
+    """Builds the rotary embedding; None for learned positions.
+
+    ConfigError for a rope scaling other than Llama 3's with its published constants: mcore has no other.
+    """
     if architectures.get(model_config.arch).has_learned_positions:
         return None
     scaling = dict(model_config.rope_scaling or {})

@@ -1,4 +1,4 @@
-"""The norm of layers without Transformer Engine (Megatron-core's own refuses sequence parallelism)."""
+"""The norm of layers without Transformer Engine: Megatron-core's own norm refuses sequence parallelism."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
-    """RMSNorm or LayerNorm over the last dim, in x's dtype."""
+    """Applies RMSNorm or LayerNorm over the last dim of x (..., n), in x's dtype. weight, bias: (n,)."""
     size = (x.shape[-1],)
     if kind == "RMSNorm":
         return F.rms_norm(x, size, weight, eps)
@@ -16,7 +16,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: 
 
 
 class Norm(nn.Module):
-    """Trainable RMSNorm or LayerNorm, built as mcore builds its norms."""
+    """Trainable RMSNorm or LayerNorm with the constructor of mcore's norms."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()

@@ -36,21 +36,22 @@ def folder(made, tmp_path) -> Path:
 def test_a_plain_gpt_model_in_a_users_script(pools, made, world, zero):
     ids = tokens(DIMS)
     expected = float(F.cross_entropy(hf_llama(DIMS)(ids).logits.flatten(0, 1), ids.flatten()).detach())
-    # ZeRO 1 takes the layout from the files.
+    # ZeRO 1 reads the layout from the files.
     found = pools(world).run(pretrain_cases.load_into_a_users_model, folder=str(made), zero=zero, prepare=zero == 3)
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_deepspeed_loads_scrambled_is_refused(pools, folder):
-    """Without its mark a row-parallel weight is cut along the wrong dim, and DeepSpeed sees the right size."""
+    """Without its mark a row-parallel weight is split along the wrong dim, and DeepSpeed sees the right size."""
     for name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
         path = folder / ZERO / f"decoder.layers.1.{name}" / "fp32.pt"
         state = torch.load(path)
         del state["cat_dim"]
         torch.save(state, path)
     found = pools(2).run(pretrain_cases.load_into_a_users_model, folder=str(folder), zero=1, prepare=False)
-    assert "what was loaded is not what it holds (2 problems)" in found
-    assert "decoder.layers.1.mlp.linear_fc2.weight: expected the tensor of the file" in found
+    assert found.startswith("CheckpointError")
+    assert found.count("decoder.layers.1.") == 2
+    assert "self_attention.linear_proj.weight" in found and "mlp.linear_fc2.weight" in found
 
 
 class Hostile:
@@ -62,17 +63,17 @@ def test_no_file_is_executed(pools, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"param": torch.ones(3), "more": Hostile()}, folder / ZERO / "decoder.final_layernorm.weight/exp_avg.pt")
     (folder / ZERO / "odd.pt").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(CheckpointError, match=r"not safe to load \(2 problems\)") as caught:
+    with pytest.raises(CheckpointError) as error:
         universal_loading.check_files_are_safe(folder)
-    assert "exp_avg.pt" in str(caught.value)
+    first, second = sorted(error.value.problems)
+    assert "decoder.final_layernorm.weight/exp_avg.pt" in first and "odd.pt" in second
     assert not (tmp_path / "executed").exists()
     (folder / ZERO / "odd.pt").unlink()
     found = pools(2).run(pretrain_cases.load_into_a_users_model, folder=str(folder), zero=1)
-    assert found.startswith("CheckpointError")
-    assert "not safe to load" in found
+    assert found.startswith("CheckpointError") and "exp_avg.pt" in found
 
 
-def test_a_model_of_other_names_is_told(made):
-    with pytest.raises(ConfigError, match="not made of llama's parameters") as caught:
+def test_a_model_with_other_names_is_refused():
+    with pytest.raises(ConfigError) as error:
         list(parameters.iterate_parameters(torch.nn.Linear(2, 2), DIMS))
-    assert "bias" in str(caught.value)
+    assert [problem.where for problem in error.value.problems] == ["weight", "bias"]
