@@ -150,7 +150,7 @@ def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tupl
 
 
 def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> float | str:
-    """The example of universal_loading.py: a plain GPTModel of Megatron-core, TP 2. Returns a batch's loss, or the error."""
+    """The example of universal_loading.py: a plain GPTModel of Megatron-core, TP 2. Returns a loss, or the error."""
     source = formats.open(Path(folder))
     model_config, mesh = source.model_config, meshes.build_mesh(2, 1)
     model = GPTModel(
