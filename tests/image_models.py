@@ -1,4 +1,4 @@
-"""Tiny random image classifiers of the real Hugging Face classes: ViT, DeiT. Every size another."""
+"""Tiny random image classifiers of the real Hugging Face classes, ViT and DeiT. All sizes differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
 from tests.layer_norm_models import model_of
 
 CLASSES = [(family, name) for family in ("vit", "deit") for name in architectures()[family].model_types[family]]
-# A side of 10 pixels and patches of 3: the last pixel is seen by nobody.
+# 10 pixels per side and patches of 3: the last pixel is not read.
 SIZES = {
     "num_layers": 3,
     "hidden_size": 24,
@@ -29,7 +29,7 @@ SIZES = {
 
 
 def image_config(family: str = "vit", name: str = "", **changes) -> ModelConfig:
-    """name: the class, or that of a classifier."""
+    """Returns the sizes of a model. name: its Hugging Face class, by default the classifier."""
     arch = get(family)
     parts = {
         part: part in arch.model_types[family][name or next(iter(arch.model_types[family]))]
@@ -41,17 +41,18 @@ def image_config(family: str = "vit", name: str = "", **changes) -> ModelConfig:
 
 
 def saved(folder: Path, model_config: ModelConfig) -> tuple[torch.nn.Module, Path]:
-    """The model, and the folder into which it was saved."""
-    made = model_of(model_config)
-    made.save_pretrained(folder)
-    return made, folder
+    """Saves a random model. Returns the model and the folder."""
+    model = model_of(model_config)
+    model.save_pretrained(folder)
+    return model, folder
 
 
 def pictures(model_config: ModelConfig, batch: int = 2, seed: int = 1, side: int | None = None) -> torch.Tensor:
+    """Returns random images, (batch, channels, side, side), fp32."""
     shape = (batch, model_config.num_channels, *(side or model_config.image_size,) * 2)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def labels(model_config: ModelConfig, batch: int, seed: int = 1) -> torch.Tensor:
-    """(batch, 1), int64."""
+    """Returns random labels, (batch, 1), int64."""
     return torch.randint(0, model_config.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(seed))

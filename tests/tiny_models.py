@@ -11,7 +11,7 @@ from megatron_ligo.checkpoint.reader import Reader, TensorInfo
 
 
 def llama_config(**changes) -> ModelConfig:
-    """Odd sizes on purpose: a head size that is no hidden / heads, a vocabulary that no power of two divides."""
+    """Returns uncommon sizes: head_dim is not hidden / heads, no power of two divides the vocabulary."""
     sizes = {
         "arch": "llama",
         "model_type": "llama",
@@ -31,7 +31,7 @@ def llama_config(**changes) -> ModelConfig:
 
 
 def hf_llama(model_config: ModelConfig, seed: int = 0) -> LlamaForCausalLM:
-    """A random Hugging Face Llama (Qwen2 where q, k, v have biases); its gains are no ones."""
+    """Returns a random Hugging Face Llama (Qwen2 if q, k and v have biases) whose gains differ from 1."""
     torch.manual_seed(seed)
     kinds = (Qwen2Config, Qwen2ForCausalLM) if model_config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
     config = kinds[0](
@@ -59,7 +59,7 @@ def hf_llama(model_config: ModelConfig, seed: int = 0) -> LlamaForCausalLM:
 
 
 class Memory(Reader):
-    """A checkpoint that is a dict of canonical tensors."""
+    """A checkpoint in memory: a dict of canonical tensors."""
 
     format = "memory"
     path = None
@@ -77,7 +77,7 @@ class Memory(Reader):
 
 
 def memory_of(model: LlamaForCausalLM, model_config: ModelConfig) -> Memory:
-    """The canonical tensors of a Hugging Face model, by the table."""
+    """Returns a Reader of a Hugging Face model's canonical tensors, found by the table."""
     state = model.state_dict()
     arch = get(model_config.arch)
     return Memory(model_config, {key: state[hf_name(arch, key)].detach().clone() for key in arch.keys(model_config)})
@@ -89,7 +89,7 @@ def hf_name(arch, key: str) -> str:
 
 
 def hf_from(source: Reader) -> LlamaForCausalLM:
-    """A Hugging Face model that holds a Reader's tensors."""
+    """Returns a Hugging Face model with a Reader's tensors."""
     state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
     model = hf_llama(source.model_config).to(next(iter(state.values())).dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -102,5 +102,5 @@ def tokens(model_config: ModelConfig, batch: int = 2, length: int = 16, seed: in
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model_config.vocab_size, (batch, length), generator=generator)
     padding = model_config.position_padding
-    # transformers counts no positions for padding.
+    # transformers gives padding no positions.
     return ids if padding is None else ids.masked_fill(ids == padding, padding + 1)
