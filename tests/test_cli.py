@@ -73,11 +73,8 @@ def test_only_rank_0_reports_an_agreed_error(tmp_path):
 
 def test_a_rank_reports_an_error_of_its_own(tmp_path):
     start_time = time.monotonic()
-    assert finish(start(write_script(tmp_path, "raise errors.LayoutError('wrong')"), RANK="3")) == (
-        2,
-        "",
-        "rank 3: wrong\n",
-    )
+    script = write_script(tmp_path, "raise errors.LayoutError('wrong')")
+    assert finish(start(script, RANK="3")) == (2, "", "rank 3: wrong\n")
     assert time.monotonic() - start_time < 30
 
 

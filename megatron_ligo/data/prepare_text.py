@@ -39,7 +39,7 @@ CHUNK_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """What to prepare.
+    """The texts, the tokenizer and the split of a data set to prepare.
 
     tokenizer: path of an existing tokenizer. train_vocab: size of a new one to train, if `tokenizer` is empty.
     valid_fraction: share of the documents to hold out.
