@@ -23,7 +23,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("changes", CASES)
-def test_counts_as_torch_does(changes):
+def test_count_equals_torch(changes):
     model_config = llama_config(**changes)
     model = hf_llama(model_config)
     ids = tokens(model_config, batch=3, length=32)
@@ -38,7 +38,7 @@ def test_counts_as_torch_does(changes):
     assert train_flops(model_config, ids.numel(), 32) == pytest.approx(total, rel=0.02)
 
 
-def test_a_classifier_counts_as_torch_does():
+def test_count_of_a_classifier_equals_torch():
     """Its embedding is a product for each patch, its head one for each image."""
     model_config = image_models.image_config("deit", image_size=18)
     model = model_of(model_config)
@@ -91,13 +91,13 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_a_fit_step_counts_as_torch_does(pools, kind):
+def test_count_of_a_fit_step_equals_torch(pools, kind):
     settings, samples, *more = OPERATORS[kind]
     found = pools(1).run(fit_flops, settings=settings, samples=samples, more=more[0] if more else {})
     assert found["counted"] == pytest.approx(found["by_torch"], rel=0.02)
 
 
-def test_what_a_lag_adds_is_counted_as_torch_does(pools):
+def test_count_of_a_lag_equals_torch(pools):
     more = pools(1).run(fit_flops, settings={}, samples=8, lagged=True)
     less = pools(1).run(fit_flops, settings={}, samples=8)
     assert more["counted"] - less["counted"] == pytest.approx(more["by_torch"] - less["by_torch"], rel=0.02)

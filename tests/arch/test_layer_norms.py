@@ -62,7 +62,7 @@ def test_megatron_core(tied):
     }
 
 
-def test_bert_bears_megatron_core_s_names_where_there_are_any():
+def test_bert_has_megatron_core_names_for_shared_modules():
     """Its BertModel is pre-LN: the norms of a layer, the embeddings' and the last one differ, and nothing else."""
     model_config = layer_norm_models.config_of("bert", "BertForPreTraining")
     mesh.init_distributed()

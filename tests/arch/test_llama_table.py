@@ -52,7 +52,7 @@ def expected(model_config, form: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def test_the_sizes_tell_the_axes_apart():
+def test_sizes_distinguish_axes():
     model_config = llama_config()
     sizes = [
         model_config.vocab_size,
@@ -63,7 +63,7 @@ def test_the_sizes_tell_the_axes_apart():
     assert len(set(sizes)) == len(sizes)
 
 
-def test_every_model_type_of_the_table_is_tried():
+def test_every_model_type_of_the_table_is_tested():
     assert set(architectures()["llama"].model_types) == set(MODELS)
     for name, model in MODELS.items():
         assert list(architectures()["llama"].model_types[name]) == [model.__name__]
@@ -91,7 +91,7 @@ def test_megatron_core(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_wrong_table_would_show(family):
+def test_a_wrong_table_is_detected(family):
     """The negative control: the sizes of another model give other shapes."""
     model_config = dims_of(family)
     other = llama_config(**family, num_kv_heads=6)

@@ -25,7 +25,7 @@ LARGER = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5)
 
 
 @pytest.mark.parametrize(("family", "name"), image_models.CLASSES)
-def test_there_and_back(tmp_path, family, name):
+def test_round_trip(tmp_path, family, name):
     model_config = image_models.image_config(family, name)
     assert get(family).hf_class(model_config) == name
     model, folder = image_models.saved(tmp_path / "a", model_config)
@@ -115,7 +115,7 @@ def test_growth(family):
 
 
 @pytest.mark.parametrize("method", ["ligo", "random"])
-def test_every_method_takes_every_row(method):
+def test_every_method_grows_every_parameter(method):
     small = image_models.image_config("deit")
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small), small)
     large = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5, vocab_size=7, image_size=14)

@@ -164,7 +164,7 @@ def test_families_with_layer_norm(family, name, case, tied):
 
 
 @pytest.mark.parametrize("case", ESTIMATES)
-def test_what_is_an_estimate_is_called_one(case):
+def test_estimates_are_inexact_and_reported(case):
     """And is one: it is off, where all that is not named is exact."""
     large, keys, rows = ESTIMATES[case]
     grown, real = grown_pair(llama_config(), large, **keys)
@@ -182,7 +182,7 @@ def test_what_is_an_estimate_is_called_one(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_exact_is_called_so(case):
+def test_exact_moments_are_reported_as_exact(case):
     large, keys = CASES[case]
     grown, _ = grown_pair(llama_config(), large, **keys)
     record = build_moments_record(grown)
@@ -190,7 +190,7 @@ def test_what_is_exact_is_called_so(case):
     assert not any("estimate" in record[kind] for kind in MOMENTS)
 
 
-def test_the_forward_maps_would_be_wrong():
+def test_forward_maps_grow_wrong_gradients():
     """The control: gradients that grow as weights do are off."""
     grown, real = grown_pair(llama_config(), CASES["cloned"][0], method="hypercloning")
     forward = GrownReader(grown.operator, Memory(grown.operator.small, grown.source.gradients)).read("embed")

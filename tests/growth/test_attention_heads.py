@@ -38,7 +38,7 @@ def test_exact_with_biases_with_random_copies_and_with_a_map_for_each_layer():
         assert logits_gap(small, large, OperatorSection(**keys)) < 5e-6, keys
 
 
-def test_left_alone_they_would_be_seen(monkeypatch):
+def test_uncorrected_heads_are_detected(monkeypatch):
     """The controls: without the base of the rotary angles, and without the scale of the scores."""
     small, large = llama_config(), LargeSection(head_dim=6)
     monkeypatch.setattr(attention_heads, "large_rope_base", lambda small, head_dim: small.rope_base)
@@ -120,7 +120,7 @@ def test_refused_by_name(case):
     assert where in [problem.where for problem in error.value.problems]
 
 
-def test_a_query_head_without_a_place_is_refused():
+def test_a_query_head_without_a_copy_is_refused():
     large = LargeSection(hidden_size=30, num_heads=10, num_kv_heads=5)
     with pytest.raises(ConfigError) as error:
         build_initial_operator(llama_config(num_heads=9), large, OperatorSection())

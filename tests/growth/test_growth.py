@@ -25,7 +25,7 @@ def test_lossless_start_keeps_the_logits(tied, large, noise):
     assert logits_gap(llama_config(tied=tied), large, settings) < 5e-6  # fp32 norms, at logits of size 5
 
 
-def test_eps_left_alone_is_seen():
+def test_an_uncorrected_eps_is_detected():
     """Negative control: without the correction of eps the ragged lossless start is off."""
     small = llama_config()
     operator = build_initial_operator(small, RAGGED, OperatorSection())
@@ -42,7 +42,7 @@ def test_eps_left_alone_is_seen():
 
 
 @pytest.mark.parametrize("depth", ["stack", "interlace", "copy"])
-def test_named_depths_place_the_layers_that_they_say(depth):
+def test_named_depths_place_layers(depth):
     small = llama_config()
     source = memory_of(hf_llama(small), small)
     operator = build_initial_operator(small, LargeSection(num_layers=5), OperatorSection(depth_init=depth))
@@ -70,7 +70,7 @@ def test_the_pseudo_inverse_is_one():
 
 
 @pytest.mark.parametrize("structure", ["heads", "dense"])
-def test_lifted_maps_are_the_kronecker_products_they_stand_for(structure):
+def test_lifted_maps_are_kronecker_products(structure):
     small, large = llama_config(), llama_config(num_heads=8, num_kv_heads=4)
     axis = get("llama").param("layers.0.o").axes[1]
     lift = SpaceMaps(small, large, structure).lift(axis)
@@ -94,7 +94,7 @@ def test_every_refusal_is_in_one_error():
     assert refused >= {f"large.{name}" for name in vars(section) if getattr(section, name) is not None}
 
 
-def test_unknown_initialisations_name_the_nearest():
+def test_unknown_initialisations_suggest_the_nearest():
     with pytest.raises(ConfigError) as error:
         build_initial_operator(llama_config(), RAGGED, OperatorSection(width_init="losless", depth_init="stak"))
     hints = {problem.found: problem.hint for problem in error.value.problems}

@@ -53,7 +53,7 @@ def test_methods_called_lossless_are(family, name, method, tied):
     assert gap(family, name, large, OperatorSection(method=method), tied=tied) < 5e-6
 
 
-def test_uneven_draws_and_padded_heads_are_seen(monkeypatch):
+def test_uneven_draws_and_padded_heads_are_detected(monkeypatch):
     """Negative controls: a LayerNorm's mean and variance are lost by either."""
     padded = {"width_init": {"default": "pad", "residual": "lossless"}}
     assert gap("bert", "BertForMaskedLM", DOUBLE, OperatorSection(method="lemon", **padded), tied=False) > 0.1
@@ -63,7 +63,7 @@ def test_uneven_draws_and_padded_heads_are_seen(monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("large", [RAGGED, LargeSection(hidden_size=72, num_heads=18, num_layers=4)])
-def test_lossless_depth_where_norms_come_first(tied, large):
+def test_lossless_depth_of_pre_norm_families(tied, large):
     assert gap("gpt2", "GPT2LMHeadModel", large, OperatorSection(), tied=tied) < 1e-6
 
 
@@ -105,7 +105,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("method", ["ligo", "aki", "direct_copy", "hypercloning_noisy"])
-def test_every_method_takes_every_row(method):
+def test_every_method_grows_every_parameter(method):
     settings = OperatorSection(method=method, depth_init="stack")
     large = LargeSection(hidden_size=48, num_heads=12, num_layers=5, vocab_size=41)
     for family, name in (("bert", "BertForPreTraining"), ("gpt2", "GPT2LMHeadModel")):

@@ -38,7 +38,7 @@ def test_other_methods_are_not_lossless(method):
     assert logits_gap(llama_config(), RAGGED, OperatorSection(method=method)) > 1e-3
 
 
-def test_the_best_free_start_is_exact_but_for_its_layers():
+def test_noisy_stack_is_exact_but_for_its_layers():
     deeper = OperatorSection(method="noisy_stack")
     wider = replace(RAGGED, num_layers=None)
     assert logits_gap(llama_config(tied=True), wider, deeper) < 5e-6
@@ -47,7 +47,7 @@ def test_the_best_free_start_is_exact_but_for_its_layers():
     assert float((down[:, 28:] - down[:, :16]).abs().mean()) > 0.3 * float(down.abs().mean())
 
 
-def test_hypercloning_is_the_published_one_at_whole_multiples():
+def test_hypercloning_equals_the_publication_at_whole_multiples():
     double = LargeSection(hidden_size=48, ffn_size=56, num_heads=12, num_kv_heads=6)
     big, small = grown("hypercloning", double), memory_of(hf_llama(llama_config()), llama_config())
     for key in ("layers.0.up", "layers.2.k", "layers.1.o", "layers.1.down", "layers.0.q"):
@@ -70,7 +70,7 @@ def test_aki_takes_new_rows_from_the_next_layer():
     assert torch.equal(aki.read("layers.0.norm1"), fpi.read("layers.0.norm1"))
 
 
-def test_fresh_rows_are_fresh_and_read_by_nobody():
+def test_random_rows_are_unread():
     big, small = grown("lemon"), memory_of(hf_llama(llama_config()), llama_config())
     origins = [0, 0, 1, 1, 2]
     for layer, origin in enumerate(origins):
@@ -84,7 +84,7 @@ def test_fresh_rows_are_fresh_and_read_by_nobody():
         assert torch.linalg.matrix_rank(up[28:]) == 16
 
 
-def test_direct_copy_has_the_small_model_in_its_corner():
+def test_direct_copy_holds_the_small_model_as_a_block():
     big, small = grown("direct_copy"), memory_of(hf_llama(llama_config()), llama_config())
     for key, origin in (("layers.4.down", "layers.1.down"), ("layers.0.k", "layers.0.k"), ("embed", "embed")):
         before, after = small.read(origin), big.read(key)
@@ -94,7 +94,7 @@ def test_direct_copy_has_the_small_model_in_its_corner():
     assert not torch.equal(big.read("layers.0.down"), grown("direct_copy", seed=1).read("layers.0.down"))
 
 
-def test_the_published_operator_is_written_out():
+def test_the_published_operator_sets_every_key():
     operator = grown("ligo").operator
     assert (operator.space_maps.structure, operator.copied_gains, operator.has_contract("ffn")) == (
         "dense",
@@ -159,7 +159,7 @@ def test_contradicting_settings_are_refused():
         assert bool(errors.problems) == (method in ("direct_copy", "random", "aki"))
 
 
-def test_every_start_of_copies_has_its_left_inverse():
+def test_copying_starts_have_left_inverses():
     for method in ("lossless", "net2net", "fpi", "hypercloning", "lemon"):
         operator = grown(method).operator
         for name in operator.maps:

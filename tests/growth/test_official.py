@@ -79,7 +79,7 @@ def test_materialised_from_bf16(case):
         assert difference <= 0.01 * expected.square().mean().sqrt(), key
 
 
-def test_a_wrong_map_would_show(case):
+def test_a_wrong_map_is_detected(case):
     """The negative control: each map and each depth weight is read by something."""
     for name, tensor in case.operator.tensors.items():
         grown = GrownReader(changed(case, {name: tensor + 1e-6}), case.source)
@@ -276,7 +276,7 @@ def test_copies_keep_the_function_only_if_readers_share_them(case, contract):
     assert gap < 1e-13 if contract == "free" else gap > 0.1
 
 
-def test_refused_where_the_official_code_runs_on(case):
+def test_sizes_that_the_official_code_accepts_are_refused(case):
     small = case.source.model_config
     ligo = OperatorSection(method="ligo")
     wrong = {

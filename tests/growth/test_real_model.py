@@ -48,7 +48,7 @@ def grown(small: Path, large: LargeSection, settings: OperatorSection) -> GrownR
     return GrownReader(build_initial_operator(source.model_config, large, settings), source)
 
 
-def test_the_grown_smollm2_has_the_small_ones_logits(small, logits):
+def test_lossless_growth_keeps_the_logits_of_smollm2(small, logits):
     convert(grown(small, LARGE, OperatorSection()), small / "grown", "hf")
     after = of(LlamaForCausalLM.from_pretrained(small / "grown", dtype=torch.float32), small)
     assert logits.abs().max() > 20
@@ -56,7 +56,7 @@ def test_the_grown_smollm2_has_the_small_ones_logits(small, logits):
 
 
 @pytest.mark.parametrize(("method", "large"), [("lemon", LARGE), ("lossless", OTHER_HEADS)])
-def test_so_it_has_by_the_other_methods_and_with_other_heads(small, logits, method, large):
+def test_other_lossless_methods_and_head_sizes_keep_them(small, logits, method, large):
     source = grown(small, large, OperatorSection(method=method))
     state = {hf_name(source.arch, key): source.read(key) for key in source.keys()}  # noqa: SIM118
     config = LlamaForCausalLM.config_class.from_dict(

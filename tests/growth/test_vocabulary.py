@@ -23,7 +23,7 @@ def grown(small, noise=0.0, large=MORE):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_old_tokens_keep_their_logits_and_new_ones_have_their_mean(tied):
+def test_old_tokens_keep_logits_and_new_ones_start_at_the_mean(tied):
     small = llama_config(tied=tied)
     ids = tokens(small)
     with torch.no_grad():

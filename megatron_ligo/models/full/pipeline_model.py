@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.architecture import Task
 from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
@@ -183,7 +182,7 @@ def build_layer_specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh
     arch = architectures.get(model_config.arch)
     layer = get_pipeline_layer_class(get_layer_class(model_config))
     layers = [LayerSpec(layer, model_config, build, number, recompute) for number in range(model_config.num_layers)]
-    if arch.task is Task.LABEL:
+    if arch.reads_images:
         ends = [LayerSpec(FinalNorm, model_config, build), LayerSpec(ClassHead, model_config, build, mesh)]
         return [LayerSpec(ImageEmbedding, model_config, build, mesh), *layers, *ends]
     if arch.has_learned_positions:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.architecture import Architecture, Task
+from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
@@ -214,7 +214,7 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     errors.raise_if_any()
     name = str(dtype).removeprefix("torch.")
     config = {"architectures": [arch.hf_class(model_config)], "model_type": model_config.model_type}
-    if arch.task is Task.LABEL:
+    if arch.reads_images:
         config |= {**carried, **_label_names(carried, model_config.vocab_size)}
     else:
         # Unknown token ids are written as null: left out, they would be the family's defaults.
