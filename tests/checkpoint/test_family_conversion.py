@@ -149,7 +149,7 @@ def test_unsupported_configs_are_refused(tmp_path):
     model_config = layer_norm_models.config_of("gpt2", "GPT2Model", num_heads=3, num_kv_heads=3)
     with pytest.raises(CheckpointError) as error:
         config_json.to_hf_config(model_config, {}, torch.float32)
-    assert "head_dim" in {problem.where for problem in error.value.problems}
+    assert error.value.problems[0].where.startswith("head_dim")
     with pytest.raises(ConfigError) as error:
         stored_tensors(get("gpt2"), layer_norm_models.config_of("gpt2", "GPT2Model"), "fairscale")
     assert error.value.problems[0].where == "fairscale"
