@@ -20,12 +20,12 @@ def check_replicas(engine: Engine, step: int) -> None:
     parameters that are not sharded, and pipeline stages of the tied ones.
     """
     errors = ErrorCollector(f"step {step}: ranks that must hold the same numbers do not", ReplicaError)
-    for group, replicas in _replicas_by_group(engine):
+    for group, replicas in replicas_by_group(engine):
         _compare(group, replicas, errors)
     all_ranks().run_on_all(errors.raise_if_any)
 
 
-def _replicas_by_group(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
+def replicas_by_group(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
     """Yields each group of ranks with the local tensors of which its ranks hold replicas, by name."""
     mesh, module = engine.mesh, engine.module
     parameters = dict(module.named_parameters())

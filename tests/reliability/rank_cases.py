@@ -43,7 +43,7 @@ def desynchronised(settings: dict, output: str, at: int, kind: str) -> dict | st
 
 
 def _flip(engine: Engine, kind: str) -> None:
-    named = next(iter(replica_check._copies(engine)))[1]
+    named = next(iter(replica_check.replicas_by_group(engine)))[1]
     held = next(held for name, held in named.items() if kind in name)
     bits = held.detach().view(-1).view(torch.int32)
     bits[bits.numel() // 2] ^= 1
