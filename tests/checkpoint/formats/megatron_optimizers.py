@@ -1,4 +1,4 @@
-"""What the ranks run: real optimizers of Megatron-core, saved and loaded by Megatron-core's own means."""
+"""Rank functions: optimizers of Megatron-core, saved and loaded by Megatron-core's own code."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.distributed import mesh as meshes
-from tests.checkpoint.formats.megatron_ranks import assert_holds, fill, gpt, held, metadata, rank_file, run_arguments
+from tests.checkpoint.formats.megatron_ranks import (
+    assert_weights_equal,
+    build_gpt,
+    build_run_args,
+    expected_tensors,
+    fill_weights,
+    rank_file,
+    sharding_metadata,
+)
 from tests.checkpoint.hf_models import same_bits
 
 LR, MIN_LR = 1e-2, 1e-3
 
 
-def adam_of(model, bf16: bool, distributed: bool):
-    """Megatron-core's own AdamW of a model."""
-    _optimizers_on_cpu()
+def build_adamw(model, bf16: bool, distributed: bool):
+    """Builds Megatron-core's AdamW for a model."""
+    _allow_optimizers_on_cpu()
     wrapped = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model
     )
@@ -41,35 +49,35 @@ def adam_of(model, bf16: bool, distributed: bool):
 
 
 def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sharding: str | None) -> None:
-    """Megatron-core's own optimizer after a step of AdamW on gradients that follow from the weights.
+    """Saves model and optimizer by Megatron-core after an AdamW step on gradients that depend on the weights.
 
-    sharding: how its distributed optimizer is saved (None: one that is not distributed).
+    sharding: the distributed optimizer's sharding type; None: an optimizer that is not distributed.
     """
     multiprocessing.current_process()._config["daemon"] = False
     source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
-    model = gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
-    fill(model, source, mesh)
-    optimizer = adam_of(model, bf16, sharding is not None)
+    model = build_gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
+    fill_weights(model, source, mesh)
+    optimizer = build_adamw(model, bf16, sharding is not None)
     for part in optimizer.chained_optimizers:
         _step(part, gradient)
     Path(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    how = metadata(distrib_optim_sharding_type=sharding, chained_optim_avoid_prefix=True)
+    sharding_info = sharding_metadata(distrib_optim_sharding_type=sharding, chained_optim_avoid_prefix=True)
     state = {
-        "model": model.sharded_state_dict(metadata=how),
+        "model": model.sharded_state_dict(metadata=sharding_info),
         "iteration": 5,
-        "args": run_arguments(source.model_config, tp, pp),
+        "args": build_run_args(source.model_config, tp, pp),
     }
-    state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=how)
+    state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=sharding_info)
     dist_checkpointing.save(state, folder)
 
 
 def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
-    """A rank's file with all that Megatron-LM puts into it, after a step of AdamW as above."""
+    """Saves a rank file with everything that Megatron-LM writes, after the same AdamW step."""
     source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
-    model = gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
-    fill(model, source, mesh)
-    optimizer = adam_of(model, bf16, distributed=False)
+    model = build_gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
+    fill_weights(model, source, mesh)
+    optimizer = build_adamw(model, bf16, distributed=False)
     for part in optimizer.chained_optimizers:
         _step(part, gradient)
     rng = {
@@ -80,7 +88,7 @@ def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
         "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
     }
     state = {
-        "args": run_arguments(source.model_config, tp, pp),
+        "args": build_run_args(source.model_config, tp, pp),
         "checkpoint_version": 3.0,
         "iteration": 12,
         "model": model.state_dict_for_save_checkpoint(),
@@ -94,65 +102,66 @@ def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
 
 
 def load_by_rank(jobs: list[tuple[str, str, int, int, bool]]) -> None:
-    """As `load_with_optimizer`, of each (folder, source, tp, pp, bf16), what Megatron-LM does with a rank's file."""
+    """Loads the rank files of each (folder, source, tp, pp, bf16) as Megatron-LM does, and takes a step."""
     for folder, path, tp, pp, bf16 in jobs:
         source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
         state = torch.load(rank_file(folder, mesh), weights_only=False)
-        model = gpt(
+        model = build_gpt(
             source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32, state["args"].padded_vocab_size
         )
-        optimizer = adam_of(model, bf16, distributed=False)
+        optimizer = build_adamw(model, bf16, distributed=False)
         model.load_state_dict(state["model"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
-        assert_holds(model, source, mesh)
-        _assert_goes_on(optimizer, model, source, mesh)
+        assert_weights_equal(model, source, mesh)
+        _assert_resumes(optimizer, model, source, mesh)
 
 
 def load_with_optimizer(jobs: list[tuple[str, str, int, int, bool, bool]]) -> None:
-    """Megatron-core's own optimizer loads each (folder, source, tp, pp, bf16, distributed): the source's moments and
-    step, and a step of torch's AdamW on them with the source's settings."""
+    """Loads each (folder, source, tp, pp, bf16, distributed) by Megatron-core, and takes a step."""
     for folder, path, tp, pp, bf16, distributed in jobs:
         source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
-        model = gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
-        optimizer = adam_of(model, bf16, distributed)
+        model = build_gpt(source.model_config, mesh, torch.bfloat16 if bf16 else torch.float32)
+        optimizer = build_adamw(model, bf16, distributed)
         if distributed:
-            _begin_counting(*optimizer.chained_optimizers)
-        how = metadata(**dist_checkpointing.load_content_metadata(folder))
-        state = {"model": model.sharded_state_dict(metadata=how)}
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=how)
+            _initialise_step_counts(*optimizer.chained_optimizers)
+        sharding_info = sharding_metadata(**dist_checkpointing.load_content_metadata(folder))
+        state = {"model": model.sharded_state_dict(metadata=sharding_info)}
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=sharding_info)
         state = dist_checkpointing.load(state, folder)
         model.load_state_dict(state["model"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
-        assert_holds(model, source, mesh)
-        _assert_goes_on(optimizer, model, source, mesh, distributed)
+        assert_weights_equal(model, source, mesh)
+        _assert_resumes(optimizer, model, source, mesh, distributed)
 
 
-def _assert_goes_on(optimizer, model, source, mesh, distributed: bool = False) -> None:
-    """It holds the source's moments and step, and makes a step of torch's AdamW with the source's settings."""
+def _assert_resumes(optimizer, model, source, mesh, distributed: bool = False) -> None:
+    """Asserts that moments and step are the source's, and that the next step is torch's AdamW with its settings."""
     (part,) = optimizer.chained_optimizers
     kinds = (WEIGHT, *MOMENTS)
-    wanted = {}
-    truth = zip(*(held(model, source, mesh, kind) for kind in kinds), strict=True)
-    for (name, parameter, weight), *moments in truth:
-        ours = _adam(part, parameter, distributed)
-        if ours is None:
+    expected_steps = {}
+    by_parameter = zip(*(expected_tensors(model, source, mesh, kind) for kind in kinds), strict=True)
+    for (name, parameter, weight), *moments in by_parameter:
+        adam = _adam_state(part, parameter, distributed)
+        if adam is None:
             continue
-        expected = [tensor.flatten()[ours["at"]] for tensor in (weight, *(moment for *_, moment in moments))]
+        expected = [tensor.flatten()[adam["slice"]] for tensor in (weight, *(moment for *_, moment in moments))]
         for kind, tensor in zip(kinds, expected, strict=True):
-            assert same_bits(ours[kind].detach().flatten(), tensor), (name, kind)
-        assert ours["step"] == source.step
-        wanted[name] = ours[WEIGHT], _stepped(expected, source, decay=weight.dim() > 1)
+            assert same_bits(adam[kind].detach().flatten(), tensor), (name, kind)
+        assert adam["step"] == source.step
+        expected_steps[name] = adam[WEIGHT], _stepped(expected, source, decay=weight.dim() > 1)
     _step(part, gradient)
-    for name, (main, stepped) in wanted.items():
-        found = main.detach().flatten()
-        # In a shard of a buffer the processor rounds at other places.
-        near = torch.allclose(found, stepped, rtol=1e-6, atol=1e-7)
-        assert near if distributed else same_bits(found, stepped), name
+    for name, (main, stepped) in expected_steps.items():
+        actual = main.detach().flatten()
+        # Vectorised arithmetic rounds differently at other offsets of a buffer.
+        is_close = torch.allclose(actual, stepped, rtol=1e-6, atol=1e-7)
+        assert is_close if distributed else same_bits(actual, stepped), name
 
 
-def _begin_counting(part) -> None:
-    """Megatron-core's distributed optimizer is made for an Adam that counts in its groups. torch's has a count with
-    each parameter, which must be there before, and is not among the tensors that are put into its state."""
+def _initialise_step_counts(part) -> None:
+    """Lets Megatron-core's distributed optimizer load torch's Adam.
+
+    It expects an Adam that counts steps in its param groups. torch's counts them in each parameter's state, where a
+    count must exist before loading."""
     _step(part, torch.ones_like)
     put = part._set_main_param_and_optimizer_states
 
@@ -167,34 +176,34 @@ def _begin_counting(part) -> None:
 
 
 def _step(part, grad) -> None:
-    """A step of the optimizer inside of one of Megatron-core's."""
+    """Steps the torch optimizer inside of one of Megatron-core's."""
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = grad(parameter.detach())
     part.optimizer.step()
 
 
-def _adam(part, parameter, distributed: bool) -> dict | None:
-    """What the optimizer holds of a parameter (none of it: None); at: which numbers of it."""
-    main, at = getattr(parameter, "main_param", parameter), slice(None)
+def _adam_state(part, parameter, distributed: bool) -> dict | None:
+    """Returns weight, moments and step of this rank's slice of a parameter; None if it has no part of it."""
+    main, own_slice = getattr(parameter, "main_param", parameter), slice(None)
     if distributed:
-        found = [
+        mains = [
             main
-            for models, mains in (
+            for model_groups, main_groups in (
                 (part.model_fp32_groups, part.shard_fp32_groups),
                 (part.model_float16_groups, part.shard_fp32_from_float16_groups),
             )
-            for group, shards in zip(models, mains, strict=True)
+            for group, shards in zip(model_groups, main_groups, strict=True)
             for model, main in zip(group, shards, strict=True)
             if model is parameter
         ]
-        if not found:
+        if not mains:
             return None
-        (main,) = found
-        here = part._get_model_param_range_map(parameter)["param"]
-        at = slice(here.start, here.end)
+        (main,) = mains
+        span = part._get_model_param_range_map(parameter)["param"]
+        own_slice = slice(span.start, span.end)
     state = part.optimizer.state[main]
-    return {"at": at, WEIGHT: main, **{kind: state[kind] for kind in MOMENTS}, "step": state["step"]}
+    return {"slice": own_slice, WEIGHT: main, **{kind: state[kind] for kind in MOMENTS}, "step": state["step"]}
 
 
 def _stepped(expected: list[torch.Tensor], source, decay: bool) -> torch.Tensor:
@@ -212,8 +221,8 @@ def gradient(weight: torch.Tensor) -> torch.Tensor:
     return torch.sin(weight * 10)
 
 
-def _optimizers_on_cpu() -> None:
-    """Megatron-core's optimizers ask for the types of a GPU's tensors."""
+def _allow_optimizers_on_cpu() -> None:
+    """Megatron-core's optimizers accept CUDA tensor types only."""
     kind, tensor = torch.Tensor.type, torch.tensor
     torch.Tensor.type = lambda self, *to: kind(self, *to) if to else f"torch.cuda.{kind(self).rpartition('.')[2]}"
     torch.tensor = lambda *values, device=None, **more: tensor(*values, **more)

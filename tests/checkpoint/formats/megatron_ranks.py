@@ -1,4 +1,4 @@
-"""What the ranks run: real GPTModels of Megatron-core, saved and loaded by Megatron-core's own means."""
+"""Rank functions: GPTModels of Megatron-core, saved and loaded by Megatron-core's own code."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from megatron_ligo.sharding import fused_tensors, pipeline_layers, tensor_parall
 from tests.checkpoint.hf_models import same_bits
 from tests.tiny_models import tokens
 
-PADDED = 48
+PADDED_VOCAB_SIZE = 48
 
 
-def gpt(model_config, mesh, dtype=torch.float32, padded=PADDED):
-    """This rank's part of a model of Megatron-core's own local layers; only the attention is one that runs here."""
-    # Megatron-core lets tied embeddings of several stages agree on a GPU.
+def build_gpt(model_config, mesh, dtype=torch.float32, padded_vocab_size=PADDED_VOCAB_SIZE):
+    """Builds this rank's part of a GPTModel of local layers, with an attention that runs on the CPU."""
+    # Megatron-core synchronises tied embeddings of two stages on the GPU.
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor
     config = build_transformer_config(model_config, BuildOptions(tp=mesh.tp, dtype=dtype))
     config.pipeline_model_parallel_size = mesh.pp
@@ -37,7 +37,7 @@ def gpt(model_config, mesh, dtype=torch.float32, padded=PADDED):
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=padded,
+        vocab_size=padded_vocab_size,
         max_sequence_length=model_config.max_positions,
         parallel_output=False,
         share_embeddings_and_output_weights=model_config.tied,
@@ -46,12 +46,12 @@ def gpt(model_config, mesh, dtype=torch.float32, padded=PADDED):
         pre_process=mesh.first_stage,
         post_process=mesh.last_stage,
     )
-    # As Megatron-LM does: not all norms obey the config.
+    # As in Megatron-LM: not all norms follow the config's dtype.
     return model.to(dtype).eval()
 
 
-def held(model, source, mesh, kind=WEIGHT):
-    """Each parameter of this rank with what it, or Adam's tensor for it, must be: (name, parameter, expected)."""
+def expected_tensors(model, source, mesh, kind=WEIGHT):
+    """Yields (name, parameter, expected tensor) of this rank. kind: compares the weight, or a moment of it."""
     model_config = source.model_config
     first = pipeline_layers.stage_bounds(model_config.num_layers, mesh.pp)[mesh.pp_rank]
     stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
@@ -69,64 +69,68 @@ def held(model, source, mesh, kind=WEIGHT):
         yield name, parameter, item.assemble_shard(parts, model_config, mesh.tp, mesh.tp_rank)
 
 
-def fill(model, source, mesh):
+def fill_weights(model, source, mesh):
     with torch.no_grad():
-        for _, parameter, expected in held(model, source, mesh):
+        for _, parameter, expected in expected_tensors(model, source, mesh):
             parameter.copy_(expected)
 
 
-def assert_holds(model, source, mesh):
-    for name, parameter, expected in held(model, source, mesh):
+def assert_weights_equal(model, source, mesh):
+    for name, parameter, expected in expected_tensors(model, source, mesh):
         assert same_bits(parameter.detach(), expected.to(parameter.dtype)), name
 
 
 @torch.no_grad()
-def logits(model, model_config, mesh):
-    """(b, s, vocab) on every rank, stage after stage."""
+def compute_logits(model, model_config, mesh):
+    """Runs the stages in turn. Returns logits (batch, sequence, vocab) on every rank."""
     ids = tokens(model_config)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     hidden = torch.empty(ids.shape[1], ids.shape[0], model_config.hidden_size)
     if not mesh.first_stage:
-        dist.recv(hidden, mesh.rank_of(mesh.tp_rank, mesh.pp_rank - 1, mesh.dp_rank))
+        dist.recv(hidden, mesh.dims.global_rank(mesh.tp_rank, mesh.pp_rank - 1, mesh.dp_rank))
         model.set_input_tensor(hidden)
     out = model(ids, positions, None).contiguous()
     if not mesh.last_stage:
-        dist.send(out, mesh.rank_of(mesh.tp_rank, mesh.pp_rank + 1, mesh.dp_rank))
+        dist.send(out, mesh.dims.global_rank(mesh.tp_rank, mesh.pp_rank + 1, mesh.dp_rank))
         out = torch.empty(*ids.shape, model.vocab_size)
-    dist.broadcast(out, mesh.rank_of(0, mesh.pp - 1))
+    dist.broadcast(out, mesh.dims.global_rank(0, mesh.pp - 1, 0))
     return out[..., : model_config.vocab_size]
 
 
 def load_distributed(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
-    """Megatron-core's own `load` of each (folder, source, tp, pp): every parameter is right; the logits."""
-    found = []
+    """Loads each (folder, source, tp, pp) with Megatron-core, compares all parameters and returns the fp32 logits."""
+    all_logits = []
     for folder, path, tp, pp in jobs:
         source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
-        dtype = source.info("embed").dtype
-        model = gpt(source.model_config, mesh, dtype)
+        dtype = weight_dtype(source)
+        model = build_gpt(source.model_config, mesh, dtype)
         for parameter in model.parameters():
             parameter.data.fill_(7.0)
-        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata())}, folder)
+        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=sharding_metadata())}, folder)
         assert state["args"].num_layers == source.model_config.num_layers
         model.load_state_dict(state["model"], strict=True)
-        assert_holds(model, source, mesh)
-        found.append(logits(model, source.model_config, mesh) if dtype is torch.float32 else None)
-    return found
+        assert_weights_equal(model, source, mesh)
+        all_logits.append(compute_logits(model, source.model_config, mesh) if dtype is torch.float32 else None)
+    return all_logits
 
 
 def load_by_rank(jobs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
-    """What Megatron-LM does with a rank's file, of each (folder, source, tp, pp)."""
-    found = []
+    """Loads the rank files of each (folder, source, tp, pp) as Megatron-LM does; returns the fp32 logits."""
+    all_logits = []
     for folder, path, tp, pp in jobs:
         source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
         state = torch.load(rank_file(folder, mesh), weights_only=False)
-        args, dtype = state["args"], source.info("embed").dtype
+        args, dtype = state["args"], weight_dtype(source)
         assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (tp, pp)
-        model = gpt(source.model_config, mesh, dtype, args.padded_vocab_size)
+        model = build_gpt(source.model_config, mesh, dtype, args.padded_vocab_size)
         model.load_state_dict(state["model"], strict=True)
-        assert_holds(model, source, mesh)
-        found.append(logits(model, source.model_config, mesh) if dtype is torch.float32 else None)
-    return found
+        assert_weights_equal(model, source, mesh)
+        all_logits.append(compute_logits(model, source.model_config, mesh) if dtype is torch.float32 else None)
+    return all_logits
+
+
+def weight_dtype(source) -> torch.dtype:
+    return source.info(next(iter(source.keys()))).dtype
 
 
 def rank_file(folder: str, mesh) -> Path:
@@ -134,31 +138,31 @@ def rank_file(folder: str, mesh) -> Path:
     return Path(folder) / name / "model_optim_rng.pt"
 
 
-def metadata(**more) -> dict:
+def sharding_metadata(**more) -> dict:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True), **more}
 
 
 def save_distributed(jobs: list[tuple[str, str, int, int, dict]]) -> None:
-    """Megatron-core's own `save` of a model filled from each source: (folder, source, tp, pp, how)."""
-    # It writes in processes of its own, which those that are ended with their parent may not have.
+    """Saves a model with each source's weights by Megatron-core: (folder, source, tp, pp, sharding metadata)."""
+    # Megatron-core writes in child processes, which a daemonic process may not have.
     multiprocessing.current_process()._config["daemon"] = False
-    for folder, path, tp, pp, how in jobs:
+    for folder, path, tp, pp, sharding_options in jobs:
         source, mesh = formats.open(path), meshes.build_mesh(tp, pp)
-        model = gpt(source.model_config, mesh, source.info("embed").dtype)
-        fill(model, source, mesh)
+        model = build_gpt(source.model_config, mesh, weight_dtype(source))
+        fill_weights(model, source, mesh)
         Path(folder).mkdir(parents=True, exist_ok=True)
         dist.barrier()
         state = {
-            "model": model.sharded_state_dict(metadata=metadata(**how)),
+            "model": model.sharded_state_dict(metadata=sharding_metadata(**sharding_options)),
             "iteration": 5,
             "checkpoint_version": 3.0,
-            "args": run_arguments(source.model_config, tp, pp),
+            "args": build_run_args(source.model_config, tp, pp),
         }
-        dist_checkpointing.save(state, folder, content_metadata=how)
+        dist_checkpointing.save(state, folder, content_metadata=sharding_options)
 
 
-def run_arguments(model_config, tp: int, pp: int) -> argparse.Namespace:
-    """The arguments of a run of Megatron-LM's, with what it keeps besides numbers and strings."""
+def build_run_args(model_config, tp: int, pp: int) -> argparse.Namespace:
+    """Returns arguments of a Megatron-LM run, among them enums and paths."""
     return argparse.Namespace(
         num_layers=model_config.num_layers,
         hidden_size=model_config.hidden_size,
@@ -168,7 +172,7 @@ def run_arguments(model_config, tp: int, pp: int) -> argparse.Namespace:
         num_query_groups=model_config.num_kv_heads,
         kv_channels=model_config.head_dim,
         vocab_size=model_config.vocab_size,
-        padded_vocab_size=PADDED,
+        padded_vocab_size=PADDED_VOCAB_SIZE,
         max_position_embeddings=model_config.max_positions,
         norm_epsilon=model_config.norm_eps,
         untie_embeddings_and_output_weights=not model_config.tied,

@@ -1,4 +1,4 @@
-"""Megatron-core's distributed checkpoints and Megatron-LM's by rank, with real GPTModels on the other side."""
+"""Megatron-core's distributed checkpoints and Megatron-LM's by rank, exchanged with GPTModels of Megatron-core."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from tests.checkpoint.formats import megatron_optimizers, megatron_ranks
 from tests.tiny_models import tokens
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4, "intermediate_size": 56}
-# A run's arguments tell every size; only what no size is may differ.
+# The run's arguments describe every size, so that the cases differ only in what they also describe, and in dtype.
 CASES = {
     "untied": ("llama", {}),
     "tied": ("llama", {"tied": True}),
     "biased": ("qwen2", {"tied": True}),
-    "halves": ("llama", {"dtype": torch.bfloat16}),
+    "bf16": ("llama", {"dtype": torch.bfloat16}),
 }
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A Hugging Face folder of each kind."""
+    """A Hugging Face folder for each case."""
     root = tmp_path_factory.mktemp("sources")
-    made = {name: hf_models.saved(root / name, kind, **SIZES, **changes)[1] for name, (kind, changes) in CASES.items()}
-    return {**made, "gpt2": layer_norm_models.saved(root / "gpt2", "gpt2", "GPT2LMHeadModel", n_layer=4)[1]}
+    folders = {
+        name: hf_models.saved(root / name, kind, **SIZES, **changes)[1] for name, (kind, changes) in CASES.items()
+    }
+    return {**folders, "gpt2": layer_norm_models.saved(root / "gpt2", "gpt2", "GPT2LMHeadModel", n_layer=4)[1]}
 
 
 def expected_logits(folder):
@@ -66,42 +68,42 @@ def assert_stepped(reader, source, weights: bool) -> None:
             torch.testing.assert_close(reader.read(key, kind), stepper.state[weight][kind])
 
 
-def assert_logits(found, sources, names) -> None:
-    for name, logits in zip(names, found, strict=True):
+def assert_logits(actual, sources, names) -> None:
+    for name, logits in zip(names, actual, strict=True):
         if logits is not None:
             assert (logits - expected_logits(sources[name])).abs().max() < 5e-5
 
 
-def test_megatron_core_loads_what_we_write(pools, sources, tmp_path):
-    """Unpadded, at layouts that the file knows nothing of."""
+def test_megatron_core_loads_our_distributed_checkpoints(pools, sources, tmp_path):
+    """At any layout, from an unpadded vocabulary."""
     for name, folder in sources.items():
         convert(formats.open(folder), tmp_path / name, "mcore")
-    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("halves", 2, 1), ("gpt2", 2, 2)]
+    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("bf16", 2, 1), ("gpt2", 2, 2)]
     jobs = [(str(tmp_path / name / "release"), str(sources[name]), tp, pp) for name, tp, pp in cases]
-    found = pools(4).run(megatron_ranks.load_distributed, jobs=jobs)
-    assert_logits(found, sources, [name for name, _, _ in cases])
+    logits = pools(4).run(megatron_ranks.load_distributed, jobs=jobs)
+    assert_logits(logits, sources, [name for name, _, _ in cases])
     jobs = [(str(tmp_path / "tied" / "release"), str(sources["tied"]), 1, 1)]
     assert_logits(pools(1).run(megatron_ranks.load_distributed, jobs=jobs), sources, ["tied"])
 
 
-def test_megatron_core_loads_what_each_rank_finds(pools, sources, tmp_path):
-    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("halves", 2, 1), ("untied", 1, 2)]
+def test_megatron_core_loads_our_rank_files(pools, sources, tmp_path):
+    cases = [("tied", 2, 2), ("untied", 4, 1), ("biased", 1, 4), ("bf16", 2, 1), ("untied", 1, 2)]
     jobs = []
     for name, tp, pp in cases:
         target = tmp_path / f"{name}{tp}{pp}"
         convert(formats.open(sources[name]), target, "megatron", WriteOptions(tp=tp, pp=pp))
         jobs.append((str(target / "release"), str(sources[name]), tp, pp))
-    found = pools(4).run(megatron_ranks.load_by_rank, jobs=jobs)
-    assert_logits(found, sources, [name for name, _, _ in cases])
+    logits = pools(4).run(megatron_ranks.load_by_rank, jobs=jobs)
+    assert_logits(logits, sources, [name for name, _, _ in cases])
 
 
-def test_what_megatron_core_saves_is_read(pools, sources, tmp_path):
-    """Stacked layers, and layers and halves of the feed-forward block by themselves."""
+def test_distributed_checkpoints_of_megatron_core_are_read(pools, sources, tmp_path):
+    """With stacked layers, with separate layers, and with separate gate and up projections."""
     cases = {
         "stacked": ("tied", 2, 2, {}),
         "alone": ("untied", 4, 1, {"singleton_local_shards": True}),
         "unstacked": ("biased", 1, 4, {"non_homogeneous_layers": True}),
-        "halves": ("halves", 2, 1, {}),
+        "bf16": ("bf16", 2, 1, {}),
     }
     jobs = [(str(tmp_path / name), str(sources[of]), tp, pp, how) for name, (of, tp, pp, how) in cases.items()]
     pools(4).run(megatron_ranks.save_distributed, jobs=jobs)
@@ -109,7 +111,7 @@ def test_what_megatron_core_saves_is_read(pools, sources, tmp_path):
         reader, source = formats.open(tmp_path / name), formats.open(sources[of])
         assert (reader.format, reader.step, reader.unread) == ("mcore", 5, ())
         assert reader.model_config == source.model_config
-        assert reader.layout == {"padded_vocab": megatron_ranks.PADDED}
+        assert reader.layout == {"padded_vocab": megatron_ranks.PADDED_VOCAB_SIZE}
         assert_same_weights(reader, source)
         convert(reader, tmp_path / "back" / name, "hf")
         hf_models.assert_same(formats.open(tmp_path / "back" / name), source)
@@ -118,15 +120,15 @@ def test_what_megatron_core_saves_is_read(pools, sources, tmp_path):
 @pytest.mark.parametrize(
     ("of", "tp", "pp", "sharding"),
     [
-        ("halves", 2, 2, "fully_reshardable"),
-        ("halves", 2, 1, None),
+        ("bf16", 2, 2, "fully_reshardable"),
+        ("bf16", 2, 1, None),
         ("tied", 1, 2, None),
         ("untied", 1, 2, "dp_reshardable"),
     ],
 )
-def test_the_optimizers_tensors_are_read(pools, sources, tmp_path, of, tp, pp, sharding):
-    """With fp32 masters where there are any; what is not keyed by parameters is said to be left."""
-    folder, bf16 = tmp_path / "run", of == "halves"
+def test_distributed_optimizer_states_are_read(pools, sources, tmp_path, of, tp, pp, sharding):
+    """With fp32 master weights where saved. States not keyed by parameter are reported as unread."""
+    folder, bf16 = tmp_path / "run", of == "bf16"
     job = {"path": str(sources[of]), "tp": tp, "pp": pp, "bf16": bf16, "sharding": sharding}
     pools(4).run(megatron_optimizers.save_with_optimizer, folder=str(folder), **job)
     reader, source = formats.open(folder), formats.open(sources[of])
@@ -141,14 +143,13 @@ def test_the_optimizers_tensors_are_read(pools, sources, tmp_path, of, tp, pp, s
     assert formats.open(tmp_path / "back").step == 1
 
 
-def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
-    """One that is not distributed, and distributed ones of fp32 and of bf16 weights, at layouts of their own; out of
-    files by rank those that are not distributed."""
+def test_optimizers_of_megatron_core_load_our_checkpoints(pools, sources, tmp_path):
+    """Distributed checkpoints into optimizers of both kinds, rank files into those that are not distributed."""
     rates = {"max_lr": megatron_optimizers.LR, "min_lr": megatron_optimizers.MIN_LR}
     for name in ("tied", "biased", "gpt2"):
         convert(formats.open(sources[name]), tmp_path / name / "engine", "deepspeed", WriteOptions(tp=2))
         engine_samples.write_engine_files(tmp_path / name / "engine" / "global_step0", 1)
-    # A universal checkpoint states the settings for whoever is not DeepSpeed.
+    # A universal checkpoint keeps the settings of the param groups.
     convert(formats.open(tmp_path / "biased" / "engine"), tmp_path / "universal", "universal")
     for name, stored in (("tied", "tied/engine"), ("biased", "universal")):
         source = formats.open(tmp_path / stored)
@@ -172,16 +173,16 @@ def test_megatron_cores_optimizers_load_what_we_write(pools, sources, tmp_path):
     pools(4).run(megatron_optimizers.load_by_rank, jobs=jobs)
 
 
-@pytest.mark.parametrize(("of", "tp", "pp"), [("tied", 2, 2), ("halves", 1, 2), ("biased", 2, 1)])
-def test_what_each_rank_saves_is_read(pools, sources, tmp_path, of, tp, pp):
-    """Of Megatron-core's optimizers too: the numbers of their parameters, and fp32 masters where there are any."""
-    folder, bf16 = tmp_path / "run" / "iter_0000012", of == "halves"
+@pytest.mark.parametrize(("of", "tp", "pp"), [("tied", 2, 2), ("bf16", 1, 2), ("biased", 2, 1)])
+def test_rank_files_of_megatron_core_are_read(pools, sources, tmp_path, of, tp, pp):
+    """With optimizer states by parameter number, and fp32 master weights where saved."""
+    folder, bf16 = tmp_path / "run" / "iter_0000012", of == "bf16"
     job = {"path": str(sources[of]), "tp": tp, "pp": pp, "bf16": bf16}
     pools(tp * pp).run(megatron_optimizers.save_by_rank, folder=str(folder), **job)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("12")
     reader, source = formats.open(tmp_path / "run"), formats.open(sources[of])
     assert (reader.format, reader.has_moments, reader.step, reader.unread) == ("megatron", True, 1, ())
-    assert reader.layout == {"tp": tp, "pp": pp, "padded_vocab": megatron_ranks.PADDED}
+    assert reader.layout == {"tp": tp, "pp": pp, "padded_vocab": megatron_ranks.PADDED_VOCAB_SIZE}
     assert reader.model_config == source.model_config
     assert_stepped(reader, source, weights=True)
     made = convert(reader, tmp_path / "back", "mcore")
@@ -199,8 +200,8 @@ def test_what_each_rank_saves_is_read(pools, sources, tmp_path, of, tp, pp):
 
 
 @pytest.mark.parametrize("of", list(CASES))
-def test_there_and_back(sources, tmp_path, of):
-    """Layouts and paddings of one vocabulary, each from the one before."""
+def test_round_trip(sources, tmp_path, of):
+    """Through several layouts and vocabulary paddings in turn."""
     steps = [
         ("mcore", WriteOptions()),
         ("megatron", WriteOptions(tp=2, pp=2, extra={"layers": "te"})),
@@ -222,7 +223,7 @@ def test_there_and_back(sources, tmp_path, of):
     assert verify.check_manifest(formats.open(tmp_path / "2")).same
 
 
-def test_layouts_that_megatron_has_not(sources, tmp_path):
+def test_unsupported_layouts_and_options(sources, tmp_path):
     source = formats.open(sources["tied"])
     for layout, where in (({"tp": 3}, "tp = 3"), ({"pp": 5}, "pp = 5")):
         with pytest.raises(ConfigError) as error:
@@ -231,8 +232,8 @@ def test_layouts_that_megatron_has_not(sources, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
-def test_an_encoder_over_stages(tmp_path, name):
-    """Without a head the last stage has no copy of the embedding."""
+def test_encoder_over_stages(tmp_path, name):
+    """Without a head, the last stage has no copy of the embedding."""
     _, folder = layer_norm_models.saved(tmp_path / "hf", "bert", name)
     source = formats.open(folder)
     convert(source, tmp_path / "megatron", "megatron", WriteOptions(tp=2, pp=2))
