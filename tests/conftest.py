@@ -1,4 +1,4 @@
-"""The ranks that multi-process tests run on (tests/rank_pool.py), and a disk that is soon full."""
+"""Fixtures: ranks for multi-process tests (tests/rank_pool.py), and a small disk."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.rank_pool import Ranks
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="layouts, too, that differ from others by little")
+    parser.addoption("--long", action="store_true", help="also run layouts that differ little from others")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Half an hour is enough for every day: what is marked `long` waits for --long."""
+    """Deselects tests marked `long` unless --long is given: the daily run takes half an hour."""
     if not config.getoption("--long"):
         left = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left)
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Starts processes that have imported everything."""
+    """A fork server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     return context
@@ -40,13 +40,13 @@ def forks():
 
 @pytest.fixture(scope="session")
 def pools(forks):
-    """`pools(world)` gives `world` ranks to run cases on."""
+    """`pools(world)` returns `Ranks` of that many processes."""
     return lambda world: Ranks(forks, world)
 
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 4 MB."""
+    """A mounted file system of 4 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)

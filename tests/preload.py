@@ -1,4 +1,4 @@
-"""What the process imports from which ranks are forked (tests/rank_pool.py): all that takes long."""
+"""Slow imports of the process from which ranks are forked (tests/rank_pool.py)."""
 
 import deepspeed
 import deepspeed.pipe  # noqa: F401

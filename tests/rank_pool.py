@@ -1,8 +1,8 @@
 """Real ranks for many cases: forked from one process that has imported everything, gloo over a file store, no ports.
 
-A case is a module-level function `case(**arguments) -> plain data`, run on every rank; `Ranks.run` gives rank 0's
-result, or raises with the failing rank's traceback. Each case has ranks of its own: nothing that engines, groups and
-their threads leave behind reaches the next one. A case that hangs is killed and fails.
+A case is a module-level function `case(**arguments) -> plain data` that runs on every rank. `Ranks.run` returns the
+result of rank 0, or raises with the failing rank's traceback. Each case gets new ranks, so nothing that engines, groups
+and their threads leave behind reaches the next one. A case that hangs is killed and fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRACE = 10.0
 
 
 def _rank_main(rank: int, world: int, store: str, pipe, case: Callable, arguments: dict) -> None:
-    # What a library starts here (Megatron-core's own save starts a server of torch's) is ended with the rank.
+    # Processes that a library starts here (Megatron-core's save starts a torch server) end with the rank.
     os.setpgid(0, 0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     import torch
@@ -39,12 +39,12 @@ def _rank_main(rank: int, world: int, store: str, pipe, case: Callable, argument
     except Exception:
         answer = (False, traceback.format_exc())
     pipe.send(answer)
-    # The parent ends all ranks together: one that leaves early closes the connections of those that still work.
+    # The parent ends all ranks together: a rank that exits early closes the connections of those still working.
     pipe.recv()
 
 
 class Ranks:
-    """`world` ranks at a time, new ones for each case."""
+    """Runs cases on `world` ranks, new ones for each case."""
 
     def __init__(self, context: ForkServerContext, world: int):
         self.context = context
@@ -85,14 +85,14 @@ class Ranks:
                 try:
                     results[rank] = pipe.recv()
                 except EOFError:
-                    results[rank] = (False, "ended without a word")
+                    results[rank] = (False, "ended without a result")
                 if not results[rank][0]:
-                    # The others may wait for the one that failed, for ever.
+                    # The others may wait forever for the rank that failed.
                     deadline = min(deadline, time.monotonic() + GRACE)
-        for rank, (good, value) in results.items():
-            if not good:
+        for rank, (succeeded, value) in results.items():
+            if not succeeded:
                 raise RuntimeError(f"rank {rank} of {self.world}:\n{value}")
         silent = [rank for rank in range(self.world) if rank not in results]
         if silent:
-            raise TimeoutError(f"ranks {silent} of {self.world} gave no answer within {timeout} s")
+            raise TimeoutError(f"ranks {silent} of {self.world} gave no result within {timeout} s")
         return results[0][1]

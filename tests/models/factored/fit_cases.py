@@ -1,4 +1,4 @@
-"""What the ranks run: a short fit of the sharded, factored model on real DeepSpeed engines."""
+"""A short fit of the sharded, factored model on real DeepSpeed engines, for ranks to run."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def fit(
     lagged=False,
     steps=STEPS,
 ):
-    """(losses, norms, operator, grown weights, loss in fp32 afterwards) of some steps at a layout, on rank 0."""
+    """Fits some steps in a layout. Rank 0 returns (losses, gradient norms, operator, grown weights, last fp32 loss)."""
     small = small_dims(small or {})
     mesh = meshes.build_mesh(tp, pp)
     operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})

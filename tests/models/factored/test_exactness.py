@@ -1,7 +1,6 @@
 """The sharded, factored fit against one process of plain torch: losses, gradient norms, operator, grown weights.
 
-Under AdamW and under SGD, for AdamW hides a wrong scale of a gradient. The negative controls prove that the harness
-sees what it is there to see.
+Under AdamW and under SGD, since AdamW hides a gradient of wrong scale. Negative controls prove that the tests can fail.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from megatron_ligo.arch.spec import key_pattern
 from tests.models.factored import fit_cases, fit_reference
 
 OPTIMIZERS = {"adamw": (1e-3, 0.05), "sgd": (0.5, 1.0)}
-# The gradient of U has V's large entries in it; official LiGO, read by transposes, is steep in a post-LN network.
+# The gradient of U contains V's large entries; official LiGO, with tied contracts, is steep in a post-LN network.
 LOW_LR = 0.02
 
 
@@ -39,7 +38,7 @@ def rates(optimizer: str, changes: dict) -> tuple[float, float]:
 
 
 def worst(found: dict, wanted: dict) -> float:
-    """Largest difference over the tensors, each relative to the largest entry of its row in any layer."""
+    """Largest difference over the tensors, relative to the parameter's largest entry in any layer."""
     rows: dict[str, list[str]] = {}
     for name, tensor in wanted.items():
         if tensor.is_floating_point():
@@ -109,7 +108,7 @@ LAYOUTS = {
 }
 
 
-# Adam's own is what ZeRO does with its states: the layouts besides are run by --long.
+# Under Adam, ZeRO's handling of its states is what differs. The other layouts run with --long.
 OFTEN = ("one process", "TP2", "PP2", "DP2 ZeRO 1", "DP2 ZeRO 3", "TP2 x PP2", "TP2 x DP2 ZeRO 3")
 EACH = [
     pytest.param(optimizer, layout, marks=() if optimizer == "sgd" or layout in OFTEN else pytest.mark.long)
@@ -164,7 +163,7 @@ def test_every_kind_of_operator_is_exact_when_sharded(pools, kind):
 
 @pytest.mark.parametrize("kind", ["official", "low rank"])
 def test_operators_are_exact_under_sequence_parallelism(pools, kind):
-    """The official one learns gains: on each rank they see that rank's tokens only."""
+    """The official one learns gains, and each rank's gains see that rank's tokens only."""
     assert_exact(differences(pools, 2, "sgd", OPERATORS[kind], tp=2, sequence_parallel=True, micro_size=4))
 
 
@@ -182,7 +181,7 @@ GPT2_LAYOUTS = [
 
 @pytest.mark.parametrize("world, layout", GPT2_LAYOUTS, ids=str)
 def test_gpt2_is_exact_when_sharded(pools, world, layout):
-    """By SGD: the true gradient of a key's bias is zero, and AdamW would take a full step on its rounding."""
+    """By SGD: the true gradient of a key bias is zero, and AdamW would take a full step on its rounding error."""
     tied = layout.get("zero") != 3
     changes = {**GPT2, "small": {**GPT2["small"], "tied": tied}}
     assert_exact(differences(pools, world, "sgd", changes, **layout))
@@ -196,7 +195,7 @@ NEOX = {
 
 
 def test_gpt_neox_is_exact_when_sharded(pools):
-    """Its blocks side by side, a part of its heads turned."""
+    """With parallel residual blocks and partial rotary embeddings."""
     layout = {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}
     assert_exact(differences(pools, 4, "sgd", NEOX, **layout))
 
@@ -219,7 +218,7 @@ LAGGED = [
 
 @pytest.mark.parametrize("kind, world, layout", LAGGED, ids=str)
 def test_a_fit_after_a_lag_is_exact_when_sharded(pools, kind, world, layout):
-    """The loss is that of the grown weights and what training has added to them, every one of them."""
+    """The loss is that of the grown weights plus the lag of every weight."""
     changes = {
         "llama": {},
         "tied, biases": {"small": {"tied": True, "qkv_bias": True, "model_type": "qwen2"}},
@@ -292,7 +291,7 @@ def test_negative_controls_are_seen(pools, control):
 
 
 def test_zero_0_under_a_pipeline_is_wrong_and_seen(pools, tmp_path):
-    """Tied maps are counted twice in the norm: why the config refuses ZeRO 0."""
+    """Tied maps count twice in the norm, so the config refuses ZeRO 0."""
     path = tmp_path / "zero0.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     found = differences(pools, 2, "sgd", pp=2, zero=0, ds_config=str(path))
