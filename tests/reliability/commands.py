@@ -1,4 +1,4 @@
-"""Real commands on real ranks over TCP, forked from the process that has imported everything: seconds, not minutes."""
+"""Real commands on real ranks over TCP, forked from a preloaded process: they start in seconds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from megatron_ligo.testing.forked_ranks import Enter, ForkedRanks
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 200.0
+TIMEOUT_SECONDS = 200.0
 
 
 class Command(ForkedRanks):
-    """Ranks of a script, with logs of their own. A context manager: no rank outlives it."""
+    """Ranks of a script with their own logs; a context manager that kills leftover ranks."""
 
     def __init__(
         self,
@@ -38,27 +38,27 @@ class Command(ForkedRanks):
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def ends(self, patience: float = PATIENCE) -> list[int]:
-        """The ranks' exit codes (negative: the signal that killed it)."""
-        hanging = [rank for rank, code in enumerate(self.wait(patience)) if code is None]
+    def exit_codes(self, timeout: float = TIMEOUT_SECONDS) -> list[int]:
+        """Waits for all ranks; returns their exit codes (negative: the killing signal)."""
+        hanging = [rank for rank, code in enumerate(self.wait(timeout)) if code is None]
         self.signal(signal.SIGABRT, *hanging)
         for rank in hanging:
-            # It leaves its stack.
+            # SIGABRT makes it dump its stack.
             self.ranks[rank].join()
-            raise AssertionError(f"rank {rank} did not end within {patience} s\n{self.said(rank)}")
+            raise AssertionError(f"rank {rank} did not end within {timeout} s\n{self.stderr(rank)}")
         return [process.exitcode for process in self.ranks]
 
-    def ends_launched(self) -> list[int]:
-        """`ends`, with the others asked to end when the first has failed, as the launcher does."""
-        deadline = time.monotonic() + PATIENCE
+    def exit_codes_as_launched(self) -> list[int]:
+        """Like `exit_codes`, but terminates the others after the first failure, as the launcher does."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not any(process.exitcode for process in self.ranks) and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(1.0)
         self.signal(signal.SIGTERM, *(rank for rank, process in enumerate(self.ranks) if process.is_alive()))
-        return self.ends(20)
+        return self.exit_codes(20)
 
-    def said(self, rank: int) -> str:
-        """What a rank has written to stderr."""
+    def stderr(self, rank: int) -> str:
+        """Returns a rank's stderr."""
         return Path(f"{self.log}.{rank}.err").read_text()
 
     def signal(self, number: int, *ranks: int) -> None:
@@ -67,7 +67,7 @@ class Command(ForkedRanks):
 
 
 class Run(Command):
-    """tools/{tool}.py on two ranks, or more."""
+    """tools/{tool}.py on two or more ranks."""
 
     def __init__(
         self,
@@ -85,15 +85,15 @@ class Run(Command):
         log = output.parent / f"{output.name}.log"
         super().__init__(ROOT / "tools" / f"{tool}.py", arguments, log, world, port, enter)
 
-    def reaches(self, step: int) -> None:
-        """Waits until it has taken a step, and so many are done."""
-        deadline = time.monotonic() + PATIENCE
+    def wait_for_step(self, step: int) -> None:
+        """Waits until `step` is logged."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while self._step() < step:
             assert time.monotonic() < deadline, f"step {step} was not reached"
-            assert all(process.is_alive() for process in self.ranks), self.said(0)
+            assert all(process.is_alive() for process in self.ranks), self.stderr(0)
             time.sleep(0.01)
 
     def _step(self) -> int:
-        told = Path(f"{self.log}.0.out")
-        done = re.findall(r"^step (\d+)/", told.read_text(), re.M) if told.is_file() else []
-        return int(done[-1]) if done else 0
+        stdout = Path(f"{self.log}.0.out")
+        steps = re.findall(r"^step (\d+)/", stdout.read_text(), re.M) if stdout.is_file() else []
+        return int(steps[-1]) if steps else 0

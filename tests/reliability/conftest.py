@@ -1,4 +1,4 @@
-"""What the runs in this folder stand on."""
+"""Fixtures of the reliability tests: a small model, text, a config, and undisturbed runs."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def config(base) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(config, tmp_path_factory) -> Callable[..., Path]:
-    """`whole(tool, *sets, world=2)` gives the folder of a run that nothing has befallen, made once."""
+    """Returns `whole(tool, *sets, world=2)`, which gives the folder of an undisturbed run, run once."""
 
     @cache
-    def made(tool: str, *sets: str, world: int = 2) -> Path:
+    def run_once(tool: str, *sets: str, world: int = 2) -> Path:
         output = tmp_path_factory.mktemp("whole") / "run"
         with Run(tool, config, output, *sets, world=world) as run:
-            assert run.ends() == [0] * world, run.said(0)
+            assert run.exit_codes() == [0] * world, run.stderr(0)
         return output
 
-    return made
+    return run_once

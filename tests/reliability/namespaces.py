@@ -1,6 +1,6 @@
-"""Two nodes on one machine: network namespaces joined by a veth pair, each with an address of its own.
+"""Two nodes on one machine: network namespaces with their own addresses, joined by a veth pair.
 
-The host's network is untouched. Needs the right to make namespaces (root, or a container that allows it).
+The host's network is untouched. Needs permission to create namespaces (root, or a container that allows it).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET
 
 
 class NoNamespaces(Exception):
-    """Why they cannot be made here."""
+    """Namespaces cannot be created on this machine."""
 
 
 class Nodes:
-    """Two namespaces, each held by a process that sleeps in it; the cable can be cut and mended."""
+    """Two namespaces, each held by a sleeping process; the cable between them can be cut and restored."""
 
     def __init__(self) -> None:
         self.holders = [subprocess.Popen(["unshare", "--net", "sleep", "900"]) for _ in ADDRESSES]
@@ -55,11 +55,11 @@ class Nodes:
             raise NoNamespaces(f"{' '.join(command)}: {done.stderr.strip()}")
 
     def enter(self) -> Callable[[int], None]:
-        """Puts the calling process, a rank of a run, onto its node."""
+        """Returns a function that moves the calling rank to its node."""
         return partial(_enter, [holder.pid for holder in self.holders])
 
     def inside(self, node: int, *command: str) -> list[str]:
-        """The command that runs a command on a node."""
+        """Returns the command line that runs a command on a node."""
         return ["nsenter", "-t", str(self.holders[node].pid), "-n", *command]
 
     def cut(self) -> None:
@@ -75,7 +75,7 @@ class Nodes:
 
 
 def _enter(holders: list[int], rank: int) -> None:
-    """As a launcher on that node would start a rank."""
+    """Sets up a rank as a launcher on its node would."""
     node, local = divmod(rank, RANKS_PER_NODE)
     with Path(f"/proc/{holders[node]}/ns/net").open() as namespace:
         if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), NETWORK_NAMESPACE):

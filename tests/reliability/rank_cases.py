@@ -1,4 +1,4 @@
-"""What the ranks run: pretraining runs whose ranks come to differ, or whose disk is lost."""
+"""Cases run on test ranks: runs with a flipped bit, a NaN sample, a lost disk or jumping clocks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from megatron_ligo.training.pretrain import MODEL_FOLDER, Pretrain
 from tests.training.pretrain_runs import Killed, pretrain
 
 
-def desynchronised(settings: dict, output: str, at: int, kind: str) -> dict | str:
-    """A run in which rank 1 changes one bit of a parameter of which another rank has a copy, after step `at`."""
+def pretrain_with_flipped_bit(settings: dict, output: str, at: int, kind: str) -> dict | str:
+    """Flips one bit of a replicated parameter on rank 1 after step `at`."""
     step = Engine.train_step
     count = 0
 
@@ -49,19 +49,19 @@ def _flip(engine: Engine, kind: str) -> None:
     bits[bits.numel() // 2] ^= 1
 
 
-def logged(settings: dict, output: str) -> dict | str:
-    """A run's record, with what it has logged (rank 0's)."""
+def pretrain_with_log(settings: dict, output: str) -> dict | str:
+    """Returns a run's record with rank 0's log."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("megatron_ligo")
     logger.addHandler(handler)
-    found = pretrain(settings, output)
-    return {**found, "log": "\n".join(lines)} if isinstance(found, dict) else found
+    record = pretrain(settings, output)
+    return {**record, "log": "\n".join(lines)} if isinstance(record, dict) else record
 
 
-def disk_lost_after(settings: dict, output: str, command: list[str], at: int) -> dict | str:
-    """A run during whose step `at` + 1 a command takes its disk away."""
+def pretrain_with_lost_disk(settings: dict, output: str, command: list[str], at: int) -> dict | str:
+    """Runs shell commands that remove the disk during step `at` + 1."""
     step = Engine.train_step
     count = 0
 
@@ -77,8 +77,8 @@ def disk_lost_after(settings: dict, output: str, command: list[str], at: int) ->
     return pretrain(settings, output)
 
 
-def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dict | str:
-    """A run in which the loss of one training sample is not finite; without `look`, nobody asks which it was."""
+def pretrain_with_nan_sample(settings: dict, output: str, sample: int, look: bool = True) -> dict | str:
+    """Makes one training sample's loss NaN. look: the run searches for the sample."""
     deal, again = TextDataset.train_batch, Engine.rerun_refused_step
 
     def dealt(self, *where):
@@ -92,13 +92,13 @@ def poisoned(settings: dict, output: str, sample: int, look: bool = True) -> dic
     if not look:
         Engine.rerun_refused_step = lambda self, batches: ([], [])
     try:
-        return logged(settings, output)
+        return pretrain_with_log(settings, output)
     finally:
         TextDataset.train_batch, Engine.rerun_refused_step = deal, again
 
 
-def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
-    """A fit's losses; killed after so many of its own steps if asked."""
+def run_fit(settings: dict, output: str, die_after: int | None = None) -> dict:
+    """Runs a fit and returns its record; optionally kills it after `die_after` steps."""
     step, count = Engine.train_step, 0
 
     def dying(self, batches):
@@ -119,14 +119,14 @@ def fit(settings: dict, output: str, die_after: int | None = None) -> dict:
     return json.loads((Path(output) / "operator/operator.json").read_text())
 
 
-def saved_at_once(settings: dict, output: str, to: str, lost: str = "") -> None:
-    """Takes a run up at another layout, and saves what it has taken up. lost: is found to be nothing but zeros."""
+def resume_and_save(settings: dict, output: str, to: str, lost: str = "") -> None:
+    """Resumes a run at another layout and saves at once. lost: this moment is replaced by zeros."""
     fill = reshard.fill_optimizer
 
     def filled(engine, part, steps=None):
         def partly(name, parameter, kind):
-            found = part(name, parameter, kind)
-            return torch.zeros_like(found) if kind == lost else found
+            tensor = part(name, parameter, kind)
+            return torch.zeros_like(tensor) if kind == lost else tensor
 
         fill(engine, partly, steps)
 
@@ -139,11 +139,11 @@ def saved_at_once(settings: dict, output: str, to: str, lost: str = "") -> None:
         reshard.fill_optimizer = fill
 
 
-def with_a_wild_clock(settings: dict, output: str) -> dict | str:
-    """A run on ranks whose clocks jump by months, each in its own way, at each look."""
-    draw, clock, nanoseconds = random.Random(dist.get_rank()), time.time, time.time_ns
-    time.time = lambda: clock() + draw.uniform(-1e7, 1e7)
-    time.time_ns = lambda: nanoseconds() + draw.randrange(-(10**16), 10**16)
+def pretrain_with_jumping_clock(settings: dict, output: str) -> dict | str:
+    """Runs on ranks whose clocks jump by months, differently on each rank and at each reading."""
+    generator, clock, nanoseconds = random.Random(dist.get_rank()), time.time, time.time_ns
+    time.time = lambda: clock() + generator.uniform(-1e7, 1e7)
+    time.time_ns = lambda: nanoseconds() + generator.randrange(-(10**16), 10**16)
     try:
         return pretrain(settings, output)
     finally:

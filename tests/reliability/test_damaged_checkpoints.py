@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, hostile, or cannot be written: real runs on two ranks, real full disks."""
+"""Damaged, hostile and unwritable checkpoints: real runs on two ranks, real full disks."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ cli.run_command(main)
 """
 
 
-class Evil:
-    """Leaves a file where it is unpickled."""
+class RunsOnLoad:
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = str(mark)
@@ -55,7 +55,7 @@ def snapshot(place: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def killed(pools, base, tmp_path_factory) -> Path:  # noqa: F811
-    """A run of two ranks that was killed in step 6, with checkpoints of steps 2 and 4."""
+    """A run of two ranks, killed in step 6, with checkpoints of steps 2 and 4."""
     output = tmp_path_factory.mktemp("killed") / "run"
     assert pools(2).run(pretrain, settings=settings(base), output=str(output), die_after=5) == {"killed": 5}
     assert names(output / "checkpoints") == ["step_2", "step_4"]
@@ -64,7 +64,7 @@ def killed(pools, base, tmp_path_factory) -> Path:  # noqa: F811
 
 @pytest.fixture
 def half_way(base, killed, tmp_path) -> tuple[dict, Path]:  # noqa: F811
-    """A copy of it, with its settings."""
+    """A copy of the killed run, with its settings."""
     return settings(base), Path(shutil.copytree(killed, tmp_path / "run"))
 
 
@@ -81,13 +81,13 @@ def one_bit(place: Path) -> str:
     return path.name
 
 
-def cut_short(place: Path) -> str:
+def truncated(place: Path) -> str:
     path = next(place.rglob("mp_rank_00_model_states.pt"))
     path.write_bytes(path.read_bytes()[:-1])
     return path.name
 
 
-def gone(place: Path) -> str:
+def deleted(place: Path) -> str:
     path = min(place.rglob("*optim_states.pt"))
     path.unlink()
     return path.name
@@ -99,41 +99,43 @@ def no_record(place: Path) -> str:
 
 
 def hostile(place: Path) -> str:
-    """With the digest that goes with it: who can write there can do that as well."""
+    """Forges the digest too: whoever can write the file can also do that."""
     path = next(place.rglob("mp_rank_00_model_states.pt"))
-    torch.save({"module": Evil(place.parent.parent / "it_ran")}, path)
+    torch.save({"module": RunsOnLoad(place.parent.parent / "it_ran")}, path)
     record = json.loads((place / "record.json").read_text())
     record["files"][str(path.relative_to(place))] = describe_file(path)
     (place / "record.json").write_text(json.dumps(record))
     return "could run code"
 
 
-@pytest.mark.parametrize("damage", [one_bit, cut_short, gone, no_record, hostile], ids=lambda damage: damage.__name__)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(pools, half_way, whole, damage):
+@pytest.mark.parametrize(
+    "damage", [one_bit, truncated, deleted, no_record, hostile], ids=lambda damage: damage.__name__
+)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_loaded(pools, half_way, whole, damage):
     table, output = half_way
-    told = damage(output / "checkpoints/step_4")
-    resumed = pools(2).run(rank_cases.logged, settings=table, output=str(output))
+    reason = damage(output / "checkpoints/step_4")
+    resumed = pools(2).run(rank_cases.pretrain_with_log, settings=table, output=str(output))
     assert resumed["taken"] == STEPS - 2
     assert losses_of(resumed) == losses_of(whole) and resumed["losses"] == whole["losses"]
-    assert told in resumed["log"] and "moved to step_4.damaged" in resumed["log"]
+    assert reason in resumed["log"] and "moved to step_4.damaged" in resumed["log"]
     assert names(output / "checkpoints") == ["step_4", "step_4.damaged", "step_6"]
     assert not (output / "it_ran").exists()
 
 
-def test_where_all_are_damaged_the_run_does_not_begin_anew(pools, half_way):
+def test_if_all_are_damaged_the_run_does_not_restart_from_scratch(pools, half_way):
     table, output = half_way
-    told = [one_bit(output / "checkpoints/step_2"), cut_short(output / "checkpoints/step_4")]
+    reasons = [one_bit(output / "checkpoints/step_2"), truncated(output / "checkpoints/step_4")]
     for _ in range(2):
         found = pools(2).run(pretrain, settings=table, output=str(output))
         assert "has no complete checkpoint (2 problems)" in found
-        assert all(name in found for name in told)
+        assert all(name in found for name in reasons)
 
 
-def test_clocks_that_jump_change_nothing(pools, half_way, whole):
-    """Nor do the times of files: the newest checkpoint is the one of the latest step."""
+def test_jumping_clocks_change_nothing(pools, half_way, whole):
+    """File times change nothing either: the newest checkpoint is that of the latest step."""
     table, output = half_way
     os.utime(output / "checkpoints/step_4", (0, 0))
-    resumed = pools(2).run(rank_cases.with_a_wild_clock, settings=table, output=str(output))
+    resumed = pools(2).run(rank_cases.pretrain_with_jumping_clock, settings=table, output=str(output))
     assert resumed["taken"] == STEPS - 4
     assert losses_of(resumed) == losses_of(whole)
 
@@ -155,26 +157,26 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(pools, base, whole, small_d
     assert losses_of(resumed) == losses_of(whole)
 
 
-def test_a_disk_that_has_become_read_only_is_told(pools, base, small_disk):  # noqa: F811
+def test_a_read_only_disk_is_reported(pools, base, small_disk):  # noqa: F811
     table, output = settings(base), small_disk / "run"
     place = output / "checkpoints"
     command = [f"mount --bind {place} {place}", f"mount -o remount,bind,ro {place}"]
-    found = pools(2).run(rank_cases.disk_lost_after, settings=table, output=str(output), command=command, at=3)
+    found = pools(2).run(rank_cases.pretrain_with_lost_disk, settings=table, output=str(output), command=command, at=3)
     assert isinstance(found, str) and "Read-only file system" in found and "step_4" in found
     assert names(place) == ["step_2"]
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_folder_that_has_vanished_is_told_and_not_made_again(pools, base, tmp_path):  # noqa: F811
+def test_a_deleted_folder_is_reported_and_not_recreated(pools, base, tmp_path):  # noqa: F811
     table, output = settings(base), tmp_path / "run"
     command = [f"rm -r {output}"]
-    found = pools(2).run(rank_cases.disk_lost_after, settings=table, output=str(output), command=command, at=3)
+    found = pools(2).run(rank_cases.pretrain_with_lost_disk, settings=table, output=str(output), command=command, at=3)
     assert isinstance(found, str) and "No such file or directory" in found and "step_4" in found
     assert not output.exists()
 
 
-def test_events_that_find_no_room_are_one_message(small_disk):
-    """TensorBoard writes in a thread of its own."""
+def test_a_full_disk_in_tensorboards_thread_is_one_message(small_disk):
+    """TensorBoard writes in its own thread."""
     (small_disk / "filler").write_bytes(
         bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize - 40_000)
     )

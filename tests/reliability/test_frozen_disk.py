@@ -1,4 +1,4 @@
-"""A disk that stands still: a real file system, frozen while a run writes to it."""
+"""A stalled disk: a real file system that is frozen while a run writes to it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from megatron_ligo.common.file_lock import LOCK_FILE
-from tests.reliability.commands import PATIENCE, Run
-from tests.reliability.test_kills import ended
+from tests.reliability.commands import TIMEOUT_SECONDS, Run
+from tests.reliability.test_kills import final_results
 
-# The run that test_twice.py has made.
+# The same undisturbed run as in test_same_bytes_twice.py.
 LAYOUT = "fit.parallel.tp=2"
 
 
-class Disk:
-    """32 MB of ext4. A process that changes a file while it is frozen waits in the kernel until it is not."""
+class FreezableDisk:
+    """32 MB of ext4. While it is frozen, a writing process waits in the kernel."""
 
     def __init__(self, place: Path):
         self.place = place
@@ -37,41 +37,40 @@ class Disk:
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator[Disk]:
+def disk(tmp_path) -> Iterator[FreezableDisk]:
     try:
-        made = Disk(tmp_path / "disk")
+        disk = FreezableDisk(tmp_path / "disk")
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system of its own could be made here: {error}")
-    yield made
-    subprocess.run(["fsfreeze", "--unfreeze", made.place], check=False, capture_output=True)
-    subprocess.run(["umount", "--lazy", made.place], check=False)
+        pytest.skip(f"no file system could be created here: {error}")
+    yield disk
+    subprocess.run(["fsfreeze", "--unfreeze", disk.place], check=False, capture_output=True)
+    subprocess.run(["umount", "--lazy", disk.place], check=False)
 
 
-def appears(*paths: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
+def wait_until_exists(*paths: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not any(path.exists() for path in paths):
         assert time.monotonic() < deadline, f"none of {paths} ever came"
         time.sleep(0.001)
 
 
 @pytest.mark.long
-def test_a_disk_that_stands_still_is_waited_for_until_the_time_is_over(config, whole, disk):
-    """Longer than timeout_minutes: the rank that does not come back is named, and the run goes on when it is started
-    again. Shorter: nothing but time is lost."""
+def test_a_stalled_disk_is_waited_for_until_the_timeout(config, whole, disk):
+    """A stall beyond timeout_minutes: the writing rank is named and the run resumes. Shorter: only time is lost."""
     output = disk.place / "run"
     with Run("fit", config, output, LAYOUT, "fit.timeout_minutes=0.08") as run:
-        appears(output / LOCK_FILE)
+        wait_until_exists(output / LOCK_FILE)
         disk.freeze()
         run.ranks[1].join(60)
         disk.thaw()
-        assert run.ends(60) == [2, 2], run.said(0)
-        assert "rank 0 does not answer" in run.said(1)
-        assert not any("Traceback" in run.said(rank) for rank in range(2))
+        assert run.exit_codes(60) == [2, 2], run.stderr(0)
+        assert "rank 0 does not answer" in run.stderr(1)
+        assert not any("Traceback" in run.stderr(rank) for rank in range(2))
     with Run("fit", config, output, LAYOUT) as run:
-        # On its way, or, on a busy machine, there already.
-        appears(output / "checkpoints/.step_4.new", output / "checkpoints/step_4")
+        # Being written, or on a busy machine already complete.
+        wait_until_exists(output / "checkpoints/.step_4.new", output / "checkpoints/step_4")
         disk.freeze()
         time.sleep(2)
         disk.thaw()
-        assert run.ends() == [0, 0], run.said(0)
-    assert ended(output, "fit") == ended(whole("fit", LAYOUT), "fit")
+        assert run.exit_codes() == [0, 0], run.stderr(0)
+    assert final_results(output, "fit") == final_results(whole("fit", LAYOUT), "fit")

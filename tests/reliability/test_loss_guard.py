@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and losses that leap: stopped or skipped, told with their samples, never saved."""
+"""Non-finite numbers and loss spikes: the step is skipped or the run stopped; samples are named; nothing is saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.training.pretrain_runs import pretrain
 from tests.training.test_pretrain import BATCH, base, losses_of, settings  # noqa: F401 - base: a fixture
 
 
-def test_a_run_that_diverges_saves_nothing_of_it(pools, base, tmp_path):  # noqa: F811
+def test_a_diverging_run_saves_no_bad_weights(pools, base, tmp_path):  # noqa: F811
     table = settings(base, optimizer="sgd", lr=1e30, warmup_steps=0, schedule="constant", bad_numbers="skip")
     table["pretrain"] |= {"steps": 14, "save_every": 1}
     found = pools(2).run(pretrain, settings=table, output=str(tmp_path))
@@ -25,7 +25,7 @@ def test_a_run_that_diverges_saves_nothing_of_it(pools, base, tmp_path):  # noqa
         assert all(bool(torch.isfinite(tensor).all()) for tensor in module.values() if tensor is not None)
 
 
-def test_a_loss_that_leaps(pools, base, tmp_path):  # noqa: F811
+def test_a_loss_spike(pools, base, tmp_path):  # noqa: F811
     table = settings(base, steps=30, spike=1.0001, save_every=0, lr=1e-9)
     found = pools(1).run(pretrain, settings=table, output=str(tmp_path / "a"))
     assert "expected a loss near those before" in found
@@ -38,10 +38,16 @@ LAYOUTS = ({"tp": 2, "precision": "bf16"}, {"pp": 2}, {"zero": 3, "micro_batch_s
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_sample_whose_loss_is_not_finite_is_named(pools, base, tmp_path, layout):  # noqa: F811
-    """Its step leaves weights and moments alone, and looking for it changes no bit of the steps after it."""
+    """Its step leaves weights and moments unchanged; the search for it changes no bit of later steps."""
     table, sample = settings(base, bad_numbers="skip", save_every=1, keep_last=9, **layout), 2 * BATCH + 5
     looked, silent = (
-        pools(2).run(rank_cases.poisoned, settings=table, output=str(tmp_path / str(look)), sample=sample, look=look)
+        pools(2).run(
+            rank_cases.pretrain_with_nan_sample,
+            settings=table,
+            output=str(tmp_path / str(look)),
+            sample=sample,
+            look=look,
+        )
         for look in (True, False)
     )
     named = f"{sample - 1}, {sample}" if "micro_batch_size" in layout else f"{sample}"
@@ -56,5 +62,7 @@ def test_a_sample_whose_loss_is_not_finite_is_named(pools, base, tmp_path, layou
     for key in before.keys():  # noqa: SIM118 - no dict
         assert all(digest.same_bits(before.read(key, kind), after.read(key, kind)) for kind in (WEIGHT, *MOMENTS)), key
     table["pretrain"]["bad_numbers"] = "stop"
-    stopped = pools(2).run(rank_cases.poisoned, settings=table, output=str(tmp_path / "stopped"), sample=sample)
+    stopped = pools(2).run(
+        rank_cases.pretrain_with_nan_sample, settings=table, output=str(tmp_path / "stopped"), sample=sample
+    )
     assert isinstance(stopped, str) and f"training samples {named} are not finite;" in stopped

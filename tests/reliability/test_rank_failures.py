@@ -1,4 +1,4 @@
-"""Ranks that are left alone say by whom, and why; copies that come to differ are seen."""
+"""Ranks that lose another one report which and why; replicas that differ are detected."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ WORDS = {
 
 
 @pytest.mark.parametrize("how", WORDS)
-def test_the_others_say_which_rank_and_why(tmp_path, how):
+def test_the_other_ranks_report_which_rank_failed_and_why(tmp_path, how):
     """Rank 3 waits for rank 1, which waits for rank 2."""
     script = tmp_path / "job.py"
     script.write_text(JOB)
     words, code = WORDS[how]
-    began = time.monotonic()
+    begin = time.monotonic()
     with Command(script, [how], tmp_path / "log", 4) as run:
-        assert run.ends(60) == [2, 2, code, 2]
-        print(f"{time.monotonic() - began:.1f} s")
-        assert words in run.said(0)
-        assert not any("Traceback" in run.said(rank) for rank in range(4))
+        assert run.exit_codes(60) == [2, 2, code, 2]
+        print(f"{time.monotonic() - begin:.1f} s")
+        assert words in run.stderr(0)
+        assert not any("Traceback" in run.stderr(rank) for rank in range(4))
 
 
 COPIES = {
@@ -62,11 +62,13 @@ COPIES = {
 
 
 @pytest.mark.parametrize("case", COPIES)
-def test_copies_that_differ_in_one_bit_are_named(pools, base, tmp_path, case):  # noqa: F811
+def test_replicas_that_differ_in_one_bit_are_named(pools, base, tmp_path, case):  # noqa: F811
     world, layout, kind, ranks = COPIES[case]
     table = settings(base, check_replicas_every=1, **layout)
-    found = pools(world).run(rank_cases.desynchronised, settings=table, output=str(tmp_path), at=3, kind=kind)
-    assert isinstance(found, str), "nothing was seen"
+    found = pools(world).run(
+        rank_cases.pretrain_with_flipped_bit, settings=table, output=str(tmp_path), at=3, kind=kind
+    )
+    assert isinstance(found, str), "nothing was detected"
     assert "step 3: ranks that must hold the same numbers do not" in found
     assert kind in found and f"equal replicas on ranks {ranks}" in found
     assert not (tmp_path / "checkpoints/step_4").exists()

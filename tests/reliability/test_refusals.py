@@ -1,4 +1,4 @@
-"""Faults of a user's, with the real commands on real ranks: one message, the same exit code everywhere, in seconds."""
+"""User errors with real commands on real ranks: one message and the same exit code on all ranks, within seconds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_ligo.common.file_lock import LOCK_FILE
 from tests.reliability.commands import Run
 
 
-def broken(base: Path, place: Path, how: str) -> list[str]:
-    """--set arguments that name a copy of the small model which is broken so."""
+def break_small_model(base: Path, place: Path, how: str) -> list[str]:
+    """Returns --set arguments for a damaged copy of the small model."""
     small = place / "small"
     shutil.copytree(base / "small", small)
     weights = small / "model.safetensors"
@@ -37,17 +37,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("fault", REFUSED)
 def test_one_message_and_exit_code_2_on_every_rank(base, config, tmp_path, fault):
-    tool, sets, told = REFUSED[fault]
-    sets = broken(base, tmp_path, sets) if isinstance(sets, str) else sets
+    tool, sets, reason = REFUSED[fault]
+    sets = break_small_model(base, tmp_path, sets) if isinstance(sets, str) else sets
     output = tmp_path / "out"
-    began = time.monotonic()
+    begin = time.monotonic()
     with Run(tool, config, output, *sets) as run:
-        assert run.ends_launched() == [2, 2], run.said(0)
-        assert told in run.said(0)
-        assert re.search(r"expected .*, found |unknown|Did you mean", run.said(0))
-        assert "Traceback" not in run.said(0) + run.said(1)
-        assert told not in run.said(1), "it is said once"
-    assert time.monotonic() - began < 30
+        assert run.exit_codes_as_launched() == [2, 2], run.stderr(0)
+        assert reason in run.stderr(0)
+        assert re.search(r"expected .*, found |unknown|Did you mean", run.stderr(0))
+        assert "Traceback" not in run.stderr(0) + run.stderr(1)
+        assert reason not in run.stderr(1), "the message is printed twice"
+    assert time.monotonic() - begin < 30
     # Nothing that looks like a run, or like a part of one.
     left = {path.name for path in output.rglob("*") if path.is_file()} if output.exists() else set()
     assert left <= {LOCK_FILE}, left
@@ -58,12 +58,12 @@ def test_a_folder_that_another_run_writes_to(config, tmp_path):
     (tmp_path / "link").symlink_to("out")
     steps = "fit.steps=100000"
     with Run("fit", config, tmp_path / "out", steps) as first:
-        first.reaches(5)
+        first.wait_for_step(5)
         before = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
         with Run("fit", config, tmp_path / "link", steps) as second:
-            assert second.ends_launched() == [2, 2]
-            assert "expected a folder that no other run writes to" in second.said(0)
-            assert "Traceback" not in second.said(0) + second.said(1)
+            assert second.exit_codes_as_launched() == [2, 2]
+            assert "expected a folder that no other run writes to" in second.stderr(0)
+            assert "Traceback" not in second.stderr(0) + second.stderr(1)
         assert all(process.is_alive() for process in first.ranks) and before
 
 
@@ -73,6 +73,6 @@ def test_a_port_in_use(config, tmp_path):
         other.listen()
         with Run("fit", config, tmp_path / "out", port=other.getsockname()[1]) as run:
             run.ranks[0].join(60)
-            assert run.ranks[0].exitcode == 2, run.said(0)
-            assert "in use" in run.said(0) and "--master_port" in run.said(0)
-            assert "Traceback" not in run.said(0)
+            assert run.ranks[0].exitcode == 2, run.stderr(0)
+            assert "in use" in run.stderr(0) and "--master_port" in run.stderr(0)
+            assert "Traceback" not in run.stderr(0)

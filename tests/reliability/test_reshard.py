@@ -1,4 +1,4 @@
-"""Runs that go on at another layout each time they are started again: the numbers are those of the undisturbed run."""
+"""Runs that resume at another layout at each restart: the numbers are those of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.reliability import rank_cases
 from tests.training.pretrain_runs import pretrain
 from tests.training.test_pretrain import STEPS, base, losses_of, settings  # noqa: F401 - base: a fixture
 
-# (ranks, layout) of each start; every one but the last dies in its second step.
+# (ranks, layout) of each start; all but the last are killed in their second step.
 CHAINS = {
     "fp32": [
         (2, {"tp": 2, "zero": 2}),
@@ -28,8 +28,8 @@ CHAINS = {
 TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3}
 
 
-def chain(run, layouts: list, of, output: Path) -> dict:
-    """One step at each layout, the rest at the last."""
+def run_chain(run, layouts: list, of, output: Path) -> dict:
+    """Runs one step at each layout, and the rest at the last."""
     for world, layout in layouts[:-1]:
         killed = run(world, settings=of(layout), output=str(output), die_after=1)
         assert killed == {"killed": 1}
@@ -38,7 +38,7 @@ def chain(run, layouts: list, of, output: Path) -> dict:
 
 
 @pytest.mark.parametrize("precision", CHAINS)
-def test_a_pretraining_goes_on_at_any_layout(pools, base, tmp_path, precision):  # noqa: F811
+def test_a_pretraining_resumes_at_any_layout(pools, base, tmp_path, precision):  # noqa: F811
     def of(layout: dict) -> dict:
         return settings(base, precision=precision, save_every=1, **layout)
 
@@ -47,25 +47,25 @@ def test_a_pretraining_goes_on_at_any_layout(pools, base, tmp_path, precision): 
 
     layouts = CHAINS[precision]
     whole = run(1, settings=of({}), output=str(tmp_path / "whole"))
-    moved = chain(run, layouts, of, tmp_path / "moved")
+    moved = run_chain(run, layouts, of, tmp_path / "moved")
     assert moved["taken"] == STEPS - len(layouts) + 1
     assert losses_of(moved) == pytest.approx(losses_of(whole), rel=TOLERANCE[precision])
     assert moved["losses"]["end"] == pytest.approx(whole["losses"]["end"], rel=TOLERANCE[precision])
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_a_fit_goes_on_at_any_layout(pools, base, tmp_path, rank):  # noqa: F811
-    """Its maps learned whole, with one a layer for the ffn, or at low rank."""
+def test_a_fit_resumes_at_any_layout(pools, base, tmp_path, rank):  # noqa: F811
+    """With full-rank maps (one per layer for the ffn) or low-rank maps."""
 
     def of(layout: dict) -> dict:
         return fit_settings(base, rank, layout)
 
     def run(world: int, **arguments) -> dict:
-        return pools(world).run(rank_cases.fit, **arguments)
+        return pools(world).run(rank_cases.run_fit, **arguments)
 
     layouts = CHAINS["fp32"] if not rank else CHAINS["fp32"][:2]
     whole = run(1, settings=of({}), output=str(tmp_path / "whole"))
-    moved = chain(run, layouts, of, tmp_path / "moved")
+    moved = run_chain(run, layouts, of, tmp_path / "moved")
     assert moved["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     expected, found = (load_file(tmp_path / name / "operator/operator.safetensors") for name in ("whole", "moved"))
     for name, tensor in expected.items():
@@ -87,13 +87,13 @@ def fit_settings(base: Path, rank: int, layout: dict) -> dict:  # noqa: F811
 
 @pytest.fixture(scope="module")
 def whole(pools, base, tmp_path_factory) -> dict:  # noqa: F811
-    """The record of a pretraining that nothing has befallen."""
+    """The record of an undisturbed pretraining."""
     return pools(1).run(pretrain, settings=settings(base), output=str(tmp_path_factory.mktemp("whole")))
 
 
 @pytest.mark.parametrize("precision", CHAINS)
 def test_masters_and_moments_move_bit_for_bit(pools, base, tmp_path, precision):  # noqa: F811
-    """Losses of bf16 would not show at once that a moment was lost: what has been taken up is itself compared."""
+    """Compares the loaded state itself: bf16 losses would not show a lost moment at once."""
 
     def of(**layout: int) -> dict:
         return settings(base, precision=precision, save_every=1, **layout)
@@ -103,7 +103,7 @@ def test_masters_and_moments_move_bit_for_bit(pools, base, tmp_path, precision):
     before = formats.open(output / "checkpoints/step_2")
     for lost in ("", MOMENTS[0]):
         to = tmp_path / f"without_{lost}"
-        pools(2).run(rank_cases.saved_at_once, settings=of(zero=3), output=str(output), to=str(to), lost=lost)
+        pools(2).run(rank_cases.resume_and_save, settings=of(zero=3), output=str(output), to=str(to), lost=lost)
         after = formats.open(to / "step_2")
         differ = {
             kind
@@ -114,8 +114,8 @@ def test_masters_and_moments_move_bit_for_bit(pools, base, tmp_path, precision):
         assert after.step == before.step == 2 and differ == ({lost} if lost else set())
 
 
-def test_the_checkpoint_before_may_be_of_another_layout(pools, base, whole, tmp_path):  # noqa: F811
-    """The newest, of two ranks, is damaged: the one before, of one, is taken."""
+def test_the_previous_checkpoint_may_have_another_layout(pools, base, whole, tmp_path):  # noqa: F811
+    """The newest checkpoint, of two ranks, is damaged: the one before, of one rank, is loaded."""
     pools(1).run(pretrain, settings=settings(base), output=str(tmp_path / "run"), die_after=3)
     pools(2).run(pretrain, settings=settings(base, tp=2), output=str(tmp_path / "run"), die_after=3)
     record = tmp_path / "run/checkpoints/step_4/record.json"

@@ -1,4 +1,4 @@
-"""The same command twice, into two folders: the same bytes, but for what RELIABILITY.md names."""
+"""The same command run twice writes the same bytes, except what RELIABILITY.md names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LAYOUT = "fit.parallel.tp=2"
 OTHER = ("seconds", "peak_memory_bytes")
 
 
-def left(output: Path) -> dict[str, object]:
-    """Every file's bytes; of text, without the lines' part that is never the same."""
+def outputs_of(output: Path) -> dict[str, object]:
+    """Returns every file's bytes; of text files, without the parts that always differ."""
     files = [path for path in sorted(output.rglob("*")) if path.is_file() and "tfevents" not in path.name]
     return {str(path.relative_to(output)): part(path) for path in files}
 
@@ -32,7 +32,7 @@ def same(value: object) -> object:
 
 def test_a_run_leaves_the_same_bytes_each_time(config, whole, tmp_path):
     with Run("fit", config, tmp_path / "again", LAYOUT) as run:
-        assert run.ends() == [0, 0], run.said(0)
-    one, other = left(whole("fit", LAYOUT)), left(tmp_path / "again")
+        assert run.exit_codes() == [0, 0], run.stderr(0)
+    one, other = outputs_of(whole("fit", LAYOUT)), outputs_of(tmp_path / "again")
     assert one.keys() == other.keys() and len(one) > 10
     assert not [name for name in one if one[name] != other[name]]
