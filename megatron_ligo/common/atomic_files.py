@@ -124,3 +124,8 @@ def fsync_path(path: Path) -> None:
 def fsync_descriptor(descriptor: int) -> None:
     """Flushes an open file to the disk."""
     os.fsync(descriptor)
+
+
+def fdatasync_descriptor(descriptor: int) -> None:
+    """Flushes an open file's content, but not its times, to the disk."""
+    os.fdatasync(descriptor)

@@ -26,7 +26,7 @@ def check_replicas(engine: Engine, step: int) -> None:
 
 
 def replicas_by_group(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
-    """Yields each group of ranks with the local tensors of which its ranks hold replicas, by name."""
+    """Yields each group of ranks with the local tensors, of any shape, that its ranks replicate, by name."""
     mesh, module = engine.mesh, engine.module
     parameters = dict(module.named_parameters())
     if mesh.dp > 1:

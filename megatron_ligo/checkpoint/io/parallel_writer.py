@@ -21,7 +21,7 @@ import xxhash
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.io.file_layout import TensorSpan
 from megatron_ligo.checkpoint.io.journal import Journal
-from megatron_ligo.common.atomic_files import fsync_descriptor
+from megatron_ligo.common.atomic_files import fdatasync_descriptor, fsync_descriptor
 
 WORKERS = 2
 # Bytes that may wait in memory; a larger tensor waits alone.
@@ -126,7 +126,7 @@ class OpenFile:
                 self._unsynced = 0
         if needs_sync:
             with self._name_in_errors():
-                os.fdatasync(self._descriptor)
+                fdatasync_descriptor(self._descriptor)
         return digest_state.hexdigest()
 
     def leave_zeros(self, span: TensorSpan) -> None:

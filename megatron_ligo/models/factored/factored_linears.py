@@ -37,7 +37,7 @@ PointwiseFunction = Callable[[Tensor], Tensor]  # (s, b, any) -> (s, b, any), to
 
 
 class InputTransform(ABC):
-    """What a linear does to its input first."""
+    """A function that a linear applies to its input first: a norm or an activation, (s, b, n) -> (s, b, m)."""
 
     def build(self, mixed: dict[str, Tensor], maps: Maps, dtype: torch.dtype) -> list[Tensor]:
         """Builds the transform's tensors, once a step."""
@@ -49,6 +49,8 @@ class InputTransform(ABC):
 
 
 class ActivationTransform(InputTransform):
+    """The activation of the MLP, (s, b, fused) -> (s, b, ffn)."""
+
     def __init__(self, function: PointwiseFunction):
         self.function = function
 
@@ -80,7 +82,7 @@ class NormTransform(InputTransform):
 
 
 class LayerHole(nn.Module):
-    """Stands where Megatron-core builds a module that a factored one replaces; where none does, passes its input on."""
+    """A placeholder where Megatron-core builds a module that a factored one replaces. Returns x (...) unchanged."""
 
     def __init__(self, *_, **__):
         super().__init__()
@@ -102,15 +104,17 @@ class FactoredModule(nn.Module, ABC):
 
     @abstractmethod
     def build(self, mixed: dict[str, Tensor], maps: Maps, dtype: torch.dtype) -> list[Tensor]:
-        """Builds what the forward passes of a step multiply with. mixed: this layer's mixed small weights, by key."""
+        """Builds the tensors of a step's forward passes. mixed: the layer's mixed small weights (small shapes)."""
 
     def bind(self, tensors: list[Tensor], maps: Maps) -> None:
+        """Lends the tensors of `build`, with the shapes that it gave them, to the next forward pass."""
         self._operands = tensors, maps
 
     def unbind(self) -> None:
         self._operands = None
 
     def operands(self) -> tuple[list[Tensor], Maps]:
+        """Returns the bound tensors, shaped as `build` gave them, and the layer's maps."""
         assert self._operands is not None, "a factored module runs inside its layer only"
         return self._operands
 

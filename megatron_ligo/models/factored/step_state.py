@@ -99,7 +99,7 @@ class StepState:
         self.mixer.clear()
 
     def start_micro_batch(self, layout: MapLayout, tensors: list[Tensor]) -> None:
-        """Publishes the shared maps' tensors for this micro-batch."""
+        """Publishes the shared maps' tensors, in the shapes of MapParameters, for this micro-batch."""
         self._map_layout, self.map_tensors = layout, tensors
 
     def shared_maps(self) -> dict[str, LinearMap]:

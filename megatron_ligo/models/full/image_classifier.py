@@ -62,7 +62,7 @@ def classify_first_token(head: ColumnParallelLinear, h: Tensor) -> Tensor:
 
 
 class ClassHead(nn.Module):
-    """`classify_first_token` as a pipeline layer."""
+    """`classify_first_token` as a pipeline layer: (s, b, hidden) -> this rank's logits."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()

@@ -149,6 +149,7 @@ def verify_loaded(model: nn.Module, source: Reader, tp_group: dist.ProcessGroup)
 
 
 def describe_difference(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """Describes how two tensors differ: by their shapes, or by the largest absolute difference."""
     if found.shape != expected.shape:
         return f"shape {tuple(found.shape)} for {tuple(expected.shape)}"
     worst = (found.float() - expected.float()).abs().max()

@@ -16,7 +16,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: 
 
 
 class Norm(nn.Module):
-    """Trainable RMSNorm or LayerNorm with the constructor of mcore's norms."""
+    """Trainable RMSNorm or LayerNorm, (..., hidden) -> (..., hidden), with the constructor of mcore's norms."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()

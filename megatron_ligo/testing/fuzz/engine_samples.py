@@ -17,6 +17,7 @@ WEIGHT_DECAYS = (0.0, 0.1)
 
 
 def adam_moments(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns made-up moments in the weight's shape."""
     return {"exp_avg": weight * 0.125, "exp_avg_sq": weight * weight}
 
 

@@ -100,7 +100,10 @@ def _find_slice(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
 def model_part_reader(
     model: nn.Module, model_config: ModelConfig, read: Callable[..., Tensor], mesh: Mesh
 ) -> PartReader:
-    """Returns a reader of shards of a model's canonical tensors. read: a Reader's `read`, or one for weights only."""
+    """Returns a reader of shards, each with its parameter's shape, of a model's canonical tensors.
+
+    read: a Reader's `read`, or one for weights only.
+    """
     items = {id(parameter): item for parameter, item in iterate_parameters(model, model_config)}
 
     def read_part(name: str, parameter: nn.Parameter, kind: str) -> Tensor:

@@ -76,7 +76,7 @@ class EngineRank:
 
 
 def read_module_state(state: object, where: str, errors: ErrorCollector) -> dict[str, Tensor]:
-    """Returns a module's tensors by name, without Megatron-core's extra states."""
+    """Returns a module's tensors by name, in their stored shapes, without Megatron-core's extra states."""
     if not isinstance(state, Mapping):
         errors.add(where, "a module's state dict", type(state).__name__)
         return {}

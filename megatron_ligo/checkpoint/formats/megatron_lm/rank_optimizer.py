@@ -46,7 +46,10 @@ class RankOptimizerState:
 def read_rank_optimizer(
     optimizer: object, weights: Mapping[str, Tensor], where: str, errors: ErrorCollector
 ) -> RankOptimizerState:
-    """Reads a rank's saved optimizer. weights: the rank's module, in the order of the file."""
+    """Reads a rank's saved optimizer: masters and moments in the shapes of `weights`.
+
+    weights: the rank's module, in the order of the file.
+    """
     if not optimizer:
         return RankOptimizerState()
     if isinstance(optimizer, list) and len(optimizer) == 1:
