@@ -25,7 +25,7 @@ LOST_MESSAGES = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
     "Application timeout caused pair closure", "remote process exited",
 )  # fmt: skip
-RESTART_HINT = "Started again, the run goes on from its last checkpoint."
+RESTART_HINT = "Restarted, the run resumes from its last checkpoint."
 TIMEOUT_MESSAGES = ("Timed out waiting", "timed out", "Timeout", "timeout")
 LOST_ERRORS = (RuntimeError, dist.DistError)
 

@@ -76,7 +76,7 @@ def write_failure(path: Path, error: Exception) -> CheckpointError:
     """Returns the error of a rank that cannot write a checkpoint's file."""
     # Only the first line: torch appends a C++ stack trace.
     found = str(error).splitlines()[0] if str(error) else type(error).__name__
-    hint = "Free some space or fix its permissions; started again, the run goes on from its last checkpoint."
+    hint = "Free some space or fix its permissions; restarted, the run resumes from its last checkpoint."
     return CheckpointError(Problem(f"{path}", "space and permission to write a checkpoint", found, hint))
 
 

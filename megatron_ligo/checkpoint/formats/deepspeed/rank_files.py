@@ -69,12 +69,12 @@ def layer_states_file(layer: int, tp_rank: int) -> str:
 
 
 def has_model_states(folder: Path) -> bool:
-    """Whether the folder holds the files of an engine's checkpoint."""
+    """Returns whether the folder holds the files of an engine's checkpoint."""
     return folder.is_dir() and any(MODEL_STATES.fullmatch(path.name) for path in folder.iterdir())
 
 
 def has_layer_states(folder: Path) -> bool:
-    """Whether the folder holds the layer files of a pipeline's checkpoint."""
+    """Returns whether the folder holds the layer files of a pipeline's checkpoint."""
     return folder.is_dir() and any(LAYER_STATES.fullmatch(path.name) for path in folder.iterdir())
 
 

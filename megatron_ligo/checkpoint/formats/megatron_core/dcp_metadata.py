@@ -240,7 +240,7 @@ def _parse_tensor(name: str, entry: PickleStub, spans: Mapping, errors: ErrorCol
 
 
 def _is_grid(shape: tuple[int, ...], blocks: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether blocks (offset, size) are the cells of a grid over a shape, each exactly once."""
+    """Returns whether blocks (offset, size) are the cells of a grid over a shape, each exactly once."""
     if any(len(offset) != len(shape) or len(size) != len(shape) for offset, size in blocks):
         return False
     cells, num_cells = dict(blocks), 1

@@ -242,7 +242,7 @@ class McoreReader(Reader):
                 errors.add(name, f"shape {tensor.shape}", state_tensor.shape)
 
     def _has_state(self, state: str) -> bool:
-        """Whether every weight has a tensor of the optimizer state, in fp32."""
+        """Returns whether every weight has a tensor of the optimizer state, in fp32."""
         return not self._find_missing(state)
 
     def _find_missing(self, state: str) -> list[str]:

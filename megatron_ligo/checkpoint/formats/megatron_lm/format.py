@@ -142,7 +142,7 @@ def _build_module(
 
 
 def _is_linear_weight(stored: StoredTensor) -> bool:
-    """Whether the tensor is a linear's weight: these modules have an extra state, for fp8."""
+    """Returns whether the tensor is a linear's weight: these modules have an extra state, for fp8."""
     axes = stored.params[0].axes
     return len(axes) == 2 and axes[1].use is Use.INPUT
 

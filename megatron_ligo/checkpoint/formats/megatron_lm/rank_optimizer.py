@@ -149,7 +149,7 @@ def _read_moments(
 
 
 def _is_fp32_like(tensor: object, weight: Tensor, where: str, errors: ErrorCollector) -> bool:
-    """Whether a tensor is dense, fp32 and of the weight's shape; adds an error if not."""
+    """Returns whether a tensor is dense, fp32 and of the weight's shape; adds an error if not."""
     shape = tuple(weight.shape)
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
         errors.add(where, f"a tensor of shape {shape}", "none" if tensor is None else type(tensor).__name__)
