@@ -1,4 +1,4 @@
-"""Converts any Reader to any writable format: one tensor at a time, with a digest of each, all or nothing.
+"""Converts any Reader to any writable format, atomically: one tensor at a time, with a digest of each.
 
 A grown model is converted the same way: its Reader computes what others read from files.
 """
@@ -40,8 +40,7 @@ Progress = Callable[[int, int], None]  # bytes of the tensors done, bytes of all
 def open_source(path: str | Path, format: str | None = None) -> Reader:
     """Opens a checkpoint to convert; `format` as in `formats.open`.
 
-    Where its headers are faulty, the tensors that can be read are checked too: the CheckpointError also lists NaN and
-    Inf.
+    If its headers are faulty, the readable tensors are checked too, and the CheckpointError also lists NaN and Inf.
     """
     try:
         return formats.open(path, format)
@@ -73,8 +72,8 @@ def convert(
     The target appears whole or not at all. A conversion that was killed resumes where it stopped. A target that the
     same request wrote is left as it is; `overwrite` replaces any other conversion there.
     extra_files: more JSON files for the folder, by name. ranks: the processes that call this together, with
-    one target on a shared file system; the bytes are those that one process alone writes.
-    Raises CheckpointError with every bad tensor in one error, ConfigError for what the format does not take.
+    one target on a shared file system; the bytes written do not depend on their number.
+    Raises CheckpointError with every bad tensor in one error, ConfigError for options that the format does not take.
     """
     with ranks.agree():
         target_format = formats.get(to)
@@ -96,7 +95,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Conversion:
-    """One request, and the processes that share the work."""
+    """One request, and the ranks that share the work."""
 
     source: Reader
     format: Format
@@ -105,7 +104,7 @@ class _Conversion:
     progress: Progress | None
 
     def lead(self, stage: Staging, overwrite: bool, extra_files: Mapping[str, object]) -> Manifest:
-        """Runs on the first process: lays the files out, writes its share, commits what all have written."""
+        """Runs on rank 0: lays the files out, writes its share, commits what all ranks have written."""
         ranks = self.ranks
         with ExitStack() as resources:
             with ranks.agree():
@@ -129,7 +128,7 @@ class _Conversion:
                     return self._commit(stage, reader, output.written)
 
     def assist(self, stage: Staging) -> None:
-        """Runs on every other process: writes its share between the first one's preparation and its commit."""
+        """Runs on every other rank: writes its share between rank 0's preparation and its commit."""
         ranks = self.ranks
         with ranks.agree():
             pass
@@ -149,7 +148,7 @@ class _Conversion:
             pass
 
     def dropped_moments(self) -> str | None:
-        """A manifest's line about moments that the format does not take; None if it takes them or there are none."""
+        """Returns the manifest's line about moments that are not written; None if they are, or there are none."""
         if not self.source.has_moments:
             return None
         if not self.format.stores_moments:
@@ -162,7 +161,7 @@ class _Conversion:
         return ValidatedReader(self.source, self.options.dtype, with_moments, journal, self.progress)
 
     def _prepare(self, stage: Staging) -> ValidatedReader:
-        """Counts the bytes to write, checks that they fit, and lays the files out where several processes fill them."""
+        """Counts the bytes to write, checks that they fit on the disk, and lays the files out for several ranks."""
         stage.begin()
         if stage.resumed:
             log.info("resuming the interrupted conversion to %s", stage.target)
@@ -206,13 +205,13 @@ class _Conversion:
 
 
 def _extrapolate(progress: Progress, world: int) -> Progress:
-    """Reports one process's progress as that of all: their shares are equal."""
+    """Returns `progress` scaled from one rank to all ranks, whose shares are about equal."""
     return lambda done, total: progress(min(done * world, total), total)
 
 
 @contextmanager
 def _discard_on_refusal(stage: Staging) -> Iterator[None]:
-    """Discards the stage if the input is refused: a second run would be refused too. A machine's failure keeps it."""
+    """Discards the stage if the input is refused, since a second run would be too. A MachineError keeps it."""
     try:
         yield
     except MachineError:
@@ -233,7 +232,7 @@ def _check_locations(source: Reader, target: Path) -> None:
 
 
 def _describe_job(source: Reader, to: str, options: WriteOptions) -> dict:
-    """Everything (JSON) that must be equal for two runs to be the same conversion."""
+    """Returns everything (JSON) that must be equal for two runs to be the same conversion."""
     stated_options = {name: str(value) for name, value in asdict(options).items() if name != "workers"}
     fingerprint = source.fingerprint()
     if fingerprint is None:
@@ -245,7 +244,10 @@ def _describe_job(source: Reader, to: str, options: WriteOptions) -> dict:
 
 
 def _find_finished(target: Path, job: str, overwrite: bool) -> Manifest | None:
-    """The manifest of a target that the same request wrote; None if the path is free or may be overwritten."""
+    """Returns the manifest of a target that the same request wrote; None if the path is free or may be overwritten.
+
+    Raises CheckpointError if anything else is there.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     expected, hint = "a path for a new folder", "Choose another target, or remove it."

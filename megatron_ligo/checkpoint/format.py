@@ -1,8 +1,8 @@
-"""What every checkpoint format provides: recognise a path, open a Reader of canonical tensors, write from one.
+"""What every checkpoint format provides: it recognises a path, opens a Reader of canonical tensors, writes from one.
 
 A format is one subclass of `Format` in a module of formats/<format>/; formats/__init__.py finds it by scanning the
 folder, so that adding one needs no other edit. All formats are imported together: what only one needs (Megatron-core,
-DeepSpeed) is imported inside its functions. sharding/fused_tensors.py says which tensors a format stores and the
+DeepSpeed) is imported inside its functions. sharding/fused_tensors.py states which tensors a format stores and the
 canonical parameters in each; a writer hands them to `Output` as `LazyTensor`s. A format without a config of its own
 stores model_record.py's files beside its weights.
 """
@@ -33,10 +33,10 @@ class FormatOptions:
 
 @dataclass
 class WriteOptions:
-    """dtype: cast to it (None keeps each tensor's own); tp, pp: the layout to write, where the format has one.
+    """How a checkpoint is written.
 
-    workers: threads that hash and write. extra: options of the one format, by name, as the user gave them
-    (`Format.parse_options` checks and types them).
+    dtype: of the weights (None: as stored). tp, pp: the layout, if the format has one. workers: threads that hash and
+    write. extra: the format's own options by name, as the user gave them; `Format.parse_options` checks and types them.
     """
 
     dtype: torch.dtype | None = None
@@ -50,7 +50,7 @@ class Format(ABC):
     """One checkpoint format. It has no state: everything is read from a path, or written from a Reader."""
 
     name: str  # the word users type
-    description: str  # what `recognise` looks for, for the error that a path holds no checkpoint
+    description: str  # what `recognise` looks for; listed if a path holds no checkpoint
     writable: bool = True
     stored_dtype: torch.dtype | None = None  # the one dtype that the format stores; None: any
     has_layout: bool = False  # `write` obeys tp and pp, or refuses one of them by its name
@@ -63,29 +63,29 @@ class Format(ABC):
 
     @abstractmethod
     def open(self, path: Path) -> Reader:
-        """Reads headers only. Raises CheckpointError with every error in them."""
+        """Opens a checkpoint, reading headers only. Raises CheckpointError with every error in them."""
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
-        """Names the files and what is in them. Runs twice: the first run (`DryRunOutput`) only counts bytes."""
+        """Declares files and their contents to `output`. Runs on a `DryRunOutput` first, which only counts bytes."""
         raise ConfigError(f"format {self.name!r} can only be read.")
 
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
-        """Why a format that stores moments cannot store the source's; "" if it can."""
+        """Returns why a format that stores moments cannot store the source's; "" if it can."""
         return ""
 
     def reader_warning(self, model_config: ModelConfig) -> str:
-        """Why the format's other readers would refuse a model that it can store; "" if they would not."""
+        """Returns why other programs that read the format would refuse the model; "" if they would not."""
         return ""
 
     def parse_options(self, extra: Mapping[str, object]) -> FormatOptions:
-        """The format's own options, typed. Raises ConfigError for every unknown name and every unusable value."""
+        """Returns the format's own options, typed. Raises ConfigError with every unknown name and unusable value."""
         errors = self._errors()
         parsed = self._parse_options(extra, errors)
         errors.raise_if_any()
         return parsed
 
     def check_options(self, options: WriteOptions) -> WriteOptions:
-        """The options with the dtype that the format stores. Raises ConfigError for everything it does not take."""
+        """Returns the options with the format's dtype. Raises ConfigError with everything that it does not take."""
         errors = self._errors()
         self._parse_options(options.extra, errors)
         layout = f"tp {options.tp}, pp {options.pp}"

@@ -9,7 +9,7 @@ from megatron_ligo.checkpoint.reader import Reader
 
 def describe(reader: Reader) -> dict:
     """Summarises a checkpoint as plain data (JSON): format, sizes, layout, step, and for each key its shape, dtype and
-    the dim that tensor parallelism cuts (None: none).
+    the dim that tensor parallelism splits (None: none).
     """
     rows = []
     for key in reader.keys():  # noqa: SIM118 - no dict
@@ -32,7 +32,7 @@ def describe(reader: Reader) -> dict:
 
 
 def to_text(summary: dict) -> str:
-    """Formats the summary that `describe` makes as text."""
+    """Formats a summary from `describe` as text."""
     sizes = {name: value for name, value in summary["dims"].items() if value not in (None, False, 0)}
     layout = ", ".join(f"{name} {value}" for name, value in summary["layout"].items()) or "one piece"
     state = f"step {summary['step']}, {'with' if summary['moments'] else 'without'} optimizer state"

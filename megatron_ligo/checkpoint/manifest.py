@@ -17,9 +17,11 @@ LIBRARIES = ("torch", "safetensors", "gguf", "xxhash", "deepspeed", "megatron-co
 
 @dataclass(frozen=True)
 class Manifest:
-    """tensors: canonical key -> {kind: {shape, dtype, digest}}, where kind is "weight" or one of Adam's moments and the
-    digest (xxh3, 128 bits) covers the canonical bytes in row-major order. files: name -> bytes. job: digest of the
-    request. left_behind: what the source has and the format does not store.
+    """The record of one conversion.
+
+    tensors: canonical key -> {kind: {shape, dtype, digest}}; kind is "weight" or one of Adam's moments, and the digest
+    (xxh3, 128 bits) covers the canonical bytes in row-major order. files: name -> bytes. job: digest of the request.
+    left_behind: contents of the source that the format does not store.
     """
 
     format: str

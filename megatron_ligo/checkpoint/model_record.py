@@ -1,4 +1,4 @@
-"""dims.json and the tokenizer's files: what a checkpoint needs beside it where its format has no config.
+"""dims.json and the tokenizer's files, which lie beside a checkpoint whose format has no config of its own.
 
 Every writer but Hugging Face's calls `write`; the readers call `read` and `find_carried_files`. A training run keeps a
 folder of these files (`write_folder`) and puts them beside each of its checkpoints.
@@ -19,10 +19,9 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorColle
 
 RECORD = "dims.json"
 VERSION = 1
-# The key of our runs' own state in DeepSpeed's checkpoints, and its entry that says whether they hold a model or an
-# operator.
+# The key of this program's state in DeepSpeed's checkpoints, and its entry that tells a model from an operator.
 RUN_STATE, RUN_STATE_CONTENT = "megatron_ligo", "holds"
-# How images are preprocessed, with their size.
+# The preprocessing of images, including their size.
 IMAGE_PROCESSOR = "preprocessor_config.json"
 # Tokenizer, generation settings, chat template, licence: conversions copy them unchanged.
 CARRIED_FILES = (

@@ -39,7 +39,7 @@ class Reader(ABC):
     step: int = 0  # optimizer steps taken; 0 where unknown
     layout: dict = {}  # tp, pp, ... as stored; {} where the format has none
     files: tuple[Path, ...] = ()  # tokenizer and the like, which conversions copy
-    unread: tuple[str, ...] = ()  # contents of the files that the Reader does not give, in words
+    unread: tuple[str, ...] = ()  # what the files hold beyond the Reader's tensors, in words
     groups: tuple[Mapping[str, object], ...] = ()  # the optimizer's group settings (adam_groups.py)
     carried: Mapping[str, object] = {}  # Hugging Face config keys that are not sizes (token ids, ...)
 

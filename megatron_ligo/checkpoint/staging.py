@@ -1,8 +1,8 @@
 """Builds a target folder that appears whole or not at all: staged beside it, fsynced, then renamed.
 
 `.target.partial/` holds the work in progress: `content/` (the future target), `journal.jsonl` (which of its tensors
-are complete) and `lock`. A killed run leaves it behind, and the next run of the same job resumes from it. Where several
-processes build the target, each but the first has a journal of its own, `journal.N.jsonl`.
+are complete) and `lock`. A killed run leaves it behind, and the next run of the same job resumes from it. If several
+ranks build the target, every rank N but 0 has a journal of its own, `journal.N.jsonl`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Staging:
         self.content.mkdir(exist_ok=True)
 
     def absorb_journals(self) -> None:
-        """Merges the journals of the other processes, which have finished, and removes their scratch files."""
+        """Merges the journals of the other ranks, which have finished, and removes their scratch files."""
         for path in self._other_journals():
             self.journal.absorb(path)
             path.unlink()
@@ -69,7 +69,7 @@ class Staging:
             shutil.rmtree(scratch)
 
     def open_rank_journal(self, rank: int) -> Journal:
-        """Creates another process's journal, with the entries of the first one's."""
+        """Creates the journal of a rank other than 0, with the entries of rank 0's."""
         path = self.partial / f"journal.{rank}.jsonl"
         path.unlink(missing_ok=True)
         rank_journal = Journal(path)

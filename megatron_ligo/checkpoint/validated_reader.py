@@ -16,8 +16,8 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 class ValidatedReader(Reader):
     """Passes on a source's tensors, weights cast to `dtype` (None: as stored), moments only if `with_moments`.
 
-    Findings go into the journal, so that a resumed run need not read a tensor again. `finish` raises CheckpointError
-    with every error of every tensor; `read` does so as soon as one tensor cannot be read.
+    Results go into the journal, so that a resumed run need not read a tensor again. `finish` raises CheckpointError
+    with every error of every tensor; `read` raises it as soon as one tensor cannot be read.
     """
 
     def __init__(

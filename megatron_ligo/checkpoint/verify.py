@@ -35,7 +35,7 @@ class ComparisonResult:
 def compare(a: Reader, b: Reader, *, values_only: bool = False) -> ComparisonResult:
     """Compares sizes and every canonical tensor bit for bit; moments and step too where both have them.
 
-    values_only: a different dtype is no difference where every number is equal.
+    values_only: tensors with equal numbers are equal, whatever their dtypes.
     """
     result = ComparisonResult()
     ours, theirs = a.model_config.to_json(), b.model_config.to_json()
@@ -118,7 +118,7 @@ def _folder(reader: Reader) -> Path:
 
 
 def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
-    """Runs transformers' models of both on one fixed batch in fp32. Returns largest difference and largest output."""
+    """Runs both in transformers on one fixed batch, in fp32. Returns the largest |difference| and |logit of a|."""
     inputs = sample_inputs(a.model_config, b.model_config)
     first, second = compute_logits(a, inputs), compute_logits(b, inputs)
     if first.shape != second.shape:

@@ -1,4 +1,4 @@
-"""Small text and JSON files, read with limits and written atomically; and the package's only fsync-and-rename.
+"""Bounded reads and atomic writes of small text and JSON files; the package's only fsync-and-rename code.
 
 A file or folder is built under a temporary name, fsynced, renamed to its final name, and the parent folder is fsynced:
 after a crash either the previous content or the new content is there, never a part.
@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-# A tokenizer file takes some ten million bytes; a much larger one is something else.
+# A tokenizer file has about ten million bytes; a much larger file is not one.
 MAX_TEXT_BYTES = 1 << 28
 # Integers with more digits overflow a float.
 MAX_INTEGER_DIGITS = 300
@@ -23,7 +23,7 @@ ObjectPairsHook = Callable[[list[tuple[str, object]]], object]
 
 
 def read_text(path: Path) -> str:
-    """Reads a UTF-8 file. ValueError for other content and for anything but a regular file; OSError.
+    """Reads a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises ValueError for any other, or OSError.
 
     A pipe or a device is refused, because reading it may never end.
     """
@@ -40,12 +40,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, object_pairs_hook: ObjectPairsHook | None = None) -> object:
-    """Reads a JSON file. ValueError if it is not JSON; OSError."""
+    """Reads a JSON file. Raises ValueError if it is not JSON, OSError if it cannot be read."""
     return parse_json(read_text(path), object_pairs_hook)
 
 
 def parse_json(text: str | bytes, object_pairs_hook: ObjectPairsHook | None = None) -> object:
-    """Parses JSON with bounded integers and nesting. ValueError. The hook replaces dict, as in `json.loads`."""
+    """Parses JSON with bounded integers and nesting. Raises ValueError. The hook replaces dict, as in `json.loads`."""
     try:
         return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_parse_integer)
     except RecursionError:

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable
 
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
-# From a local disk, or a file server.
+# Failures of a local disk or a file server.
 IO_ERRNOS = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.EFBIG)
 EXISTING_ERRNOS = (errno.EEXIST, errno.ENOTEMPTY)
 MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-# Problems listed in one message.
+# The most problems that one message lists.
 MAX_SHOWN = 50
 
 
 class LigoError(Exception):
-    """An error in the input. `str(error)` states the place, what was expected and found, and a remedy."""
+    """An error that the user can act on. `str(error)` states the place, what was expected and found, and a remedy."""
 
     exit_code = 2
     # True if every rank raises the same error, so that one of them reports it for all.
@@ -64,7 +64,7 @@ class ReplicaError(LigoError):
 
 
 class MachineError(LigoError):
-    """A full disk, or a missing permission or folder, on any process. Finished work is kept."""
+    """A full disk, or a missing permission or folder, on any rank. Finished work is kept."""
 
 
 class LostRankError(LigoError):
@@ -152,9 +152,9 @@ def user_message(error: Exception) -> str | None:
 
 
 def _describe_machine_error(error: BaseException) -> str | None:
-    """Returns a message if the operating system reports the error. Libraries may wrap it, or only repeat its text."""
+    """Returns a message for an operating-system error, even if a library only repeats its text; None for others."""
     code = error.errno if isinstance(error, OSError) else None
-    # A failed copy names its source first.
+    # A failed copy has its source in `filename`, its target in `filename2`.
     where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"
     if code in NO_SPACE_ERRNOS or "No space left on device" in str(error):
         return f"{where}: expected free space on the disk, found it full. Free some, or choose another --output."

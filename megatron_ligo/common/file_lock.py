@@ -21,7 +21,7 @@ UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
-    """Creates the file if needed and returns it open and locked; None if another process holds it (without `wait`).
+    """Creates the file if needed and returns it locked. Without `wait`: None if another process holds the lock.
 
     On a file system without locks it warns and returns the file unlocked.
     """
@@ -47,7 +47,7 @@ def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
 
 @contextmanager
 def exclusive_access(folder: Path) -> Iterator[None]:
-    """Creates the folder if needed and locks it. ConfigError if another process holds the lock."""
+    """Creates the folder if needed and locks it. Raises ConfigError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     file = lock_folder(folder)
     try:
@@ -58,7 +58,7 @@ def exclusive_access(folder: Path) -> Iterator[None]:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Locks a folder until the returned file is closed. ConfigError if another process holds the lock."""
+    """Locks a folder until the returned file is closed. Raises ConfigError if another process holds the lock."""
     file = lock_file(folder / LOCK_FILE)
     if file is None:
         hint = "Wait until it ends, or choose another --output."

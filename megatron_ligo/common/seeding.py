@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and a name only: not on the layout, not on the order of calls."""
+"""Random generators that depend only on a seed and a name, not on the parallel layout or the order of calls."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM: exit at once, or, during work that saves its state, at the next point where it can stop.
 
 Python runs no signal handler while a library call blocks. So a thread reads each signal from the interpreter's wake-up
-descriptor and ends the process itself when the grace period is over. The thread also watches the launcher: DeepSpeed's
-passes no signal on when it is killed, and its ranks would keep running.
+descriptor and ends the process itself when the grace period is over. The thread also watches the launcher: when
+DeepSpeed's is killed, it forwards no signal, and its ranks would keep running.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# The time to exit in if signals are not deferred.
+# The time that the process has to exit after a signal that is not deferred.
 EXIT_SECONDS = 10.0
 LAUNCHER_MODULE, RUNNER_COMMAND = b"deepspeed.launcher.launch", b"deepspeed"
 
@@ -50,7 +50,7 @@ def install_handlers() -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends the process; with a process group, without finalizing the interpreter.
+    """Ends the process. If it has a process group, the interpreter is not finalized.
 
     A gloo thread that frees its last tensor during finalization calls std::terminate (torch 2.13), so that a finished
     run would sometimes exit with SIGABRT.
@@ -65,13 +65,13 @@ def exit_process(code: int) -> NoReturn:
 
 
 def received_signal() -> int | None:
-    """Returns the signal that arrived while signals were deferred."""
+    """Returns the number of the signal that arrived while signals were deferred, or None."""
     return SignalState.received
 
 
 @contextmanager
 def defer_signals(grace_seconds: float) -> Iterator[None]:
-    """Only records signals: the work inside polls `received_signal` and must end within the grace period.
+    """Records signals instead of raising: the work inside polls `received_signal` and ends within `grace_seconds`.
 
     A second SIGINT still interrupts at once.
     """
@@ -116,7 +116,7 @@ def _exit_after(seconds: float, signum: int) -> NoReturn:
 
 
 def _launcher_parents() -> list[tuple[int, int]]:
-    """Returns (process, parent) for this process and its launcher; if a pair changes, the launcher is gone."""
+    """Returns (pid, parent's pid) of this process and of its launcher. A changed parent: the launcher is gone."""
     if "RANK" not in os.environ:
         return []
     launcher = os.getppid()

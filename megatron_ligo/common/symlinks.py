@@ -11,14 +11,14 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"
 
 
 def allowed_roots(folder: Path) -> list[Path]:
-    """Returns where files may lie: in the folder and, in a Hugging Face cache, in the blobs next to its snapshots."""
+    """Returns the folders that links may lead into: this one and, in a Hugging Face cache, the blobs beside it."""
     root = folder.resolve()
     is_cached = root.parent.name == SNAPSHOTS
     return [root, root.parent.parent / BLOBS] if is_cached else [root]
 
 
 def check_symlinks(folder: Path) -> None:
-    """CheckpointError with every link below the folder that leads out of it. The folder itself may be a link."""
+    """Raises CheckpointError with every link below the folder that leads out of it. The folder may be a link."""
     roots = allowed_roots(folder)
     errors = ErrorCollector(f"{folder} has links that lead out of it; they are not followed", CheckpointError)
     for parent, folders, files in os.walk(folder):

@@ -1,6 +1,6 @@
-"""How ranks share a failure: an error that one rank meets is raised by all of them at the same point.
+"""Shared failures: an error on one rank is raised by all ranks at the same point.
 
-Nothing here needs a process group, Megatron-core or DeepSpeed: a `RankGroup` is handed its rank and its collective.
+This module needs no process group, Megatron-core or DeepSpeed: a `RankGroup` is given its rank and its collective.
 `distributed.mesh.all_ranks` gives the group of a running job.
 """
 
@@ -29,7 +29,7 @@ class RankGroup:
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """Wraps work after which all ranks meet. If it fails on any rank, every rank raises the lowest rank's error.
+        """Synchronizes the ranks after the wrapped work. Every rank raises the error of the lowest rank that failed.
 
         The shared error is marked `agreed`, so that one rank can report it for all. Only errors with a message for
         the user are shared; any other exception (a bug) propagates on its rank alone. Collective.

@@ -1,9 +1,9 @@
-"""Collectives with a gradient. The gradient of a shared map is reduced per USE of the map, not per parameter.
+"""Differentiable collectives. The gradient of a shared map is reduced per use of the map, not per parameter.
 
 A use is *partial* if each tensor-parallel rank computes only its rows of the result, and *complete* if every rank
 computes all of it. Only partial uses go through `copy_to`. Under sequence parallelism every use is partial: each rank
-sees only its own tokens. A hook on the finished `.grad` would multiply the complete part by tp: 11% wrong after ten
-steps, with replicas in perfect agreement.
+sees only its own tokens. A hook that reduces the accumulated `.grad` would multiply the part from complete uses by tp:
+an error of 11% after ten steps, although the replicas agree.
 
 Shapes: s tokens of the sequence, `...` any trailing dims; `ranks` is the size of the group. Any floating dtype.
 """
@@ -85,19 +85,19 @@ def reduce_from(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gathers (s / ranks, ...) of each rank into (s, ...), for partial uses.
 
-    The gradient is summed over the ranks, and each rank keeps the part of its tokens.
+    The gradient is reduce-scattered: summed over the ranks, of which each keeps its own tokens.
     """
     return gather_partial(x, group).flatten(0, 1)
 
 
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sums (s, ...) over the ranks and returns this rank's tokens (s / ranks, ...); the gradient is gathered."""
+    """Sums (s, ...) over the ranks and returns this rank's tokens (s / ranks, ...). The gradient is all-gathered."""
     return x if dist.get_world_size(group) == 1 else ScatterSum.apply(x, group)
 
 
 def gather_partial(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gathers (...) of each rank into (ranks, ...), for partial uses.
 
-    The gradient is summed over the ranks, and each rank keeps its own part.
+    The gradient is reduce-scattered: summed over the ranks, of which each keeps its own part.
     """
     return x.unsqueeze(0) if dist.get_world_size(group) == 1 else GatherPartial.apply(x, group)

@@ -1,7 +1,7 @@
 """The device, its communication backend and its dtypes, through DeepSpeed's accelerator; and every shim for the CPU.
 
 No other module asks which device it runs on. Megatron-core 0.16 to 0.19 makes a few CUDA calls on every device;
-`install_cpu_shims` answers them on a CPU.
+`install_cpu_shims` replaces them on a CPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def is_cpu() -> bool:
 def _import_without_compiler() -> None:
     """Imports Megatron-core and DeepSpeed's Muon with torch.compile disabled, on a CPU.
 
-    Both call torch.compile at import time (0.16.1, 0.19.2; 0.19.8). That loads inductor, a third of the time in which
-    a process starts, for functions that a CPU run never calls.
+    Both call torch.compile at import time (Megatron-core 0.16.1 and 0.19.2, DeepSpeed 0.19.8). This loads inductor, a
+    third of the start-up time of a process, for functions that a CPU run never calls.
     """
     compiler = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda compiled: compiled)

@@ -64,7 +64,7 @@ class Mesh:
 
 
 def init_distributed(timeout_minutes: float = 10.0) -> None:
-    """Joins the process group that the launcher describes; without a launcher, a group of one. LayoutError."""
+    """Joins the launcher's process group; without a launcher, a group of one. Raises LayoutError if that fails."""
     device.install_cpu_shims()
     # Megatron-core and DeepSpeed create groups without a timeout of their own.
     timeout = timedelta(minutes=timeout_minutes)
@@ -90,7 +90,7 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
 
 
 def build_mesh(tp: int, pp: int) -> Mesh:
-    """Divides the ranks into tp x pp x dp and creates their groups. Collective over all ranks; LayoutError."""
+    """Divides the ranks into tp x pp x dp and creates their groups. Collective. LayoutError if they do not divide."""
     with all_ranks().agree():
         dims = ParallelDims.divide(dist.get_world_size(), tp, pp)
     if not _groups_exist(tp, pp):
@@ -125,7 +125,7 @@ def _groups_exist(tp: int, pp: int) -> bool:
 
 
 def all_ranks() -> RankGroup:
-    """All ranks of the job; a single rank where no process group was joined."""
+    """Returns the group of all ranks of the job; of a single rank if no process group was joined."""
     if not dist.is_initialized():
         return SINGLE_RANK
     return RankGroup(dist.get_rank(), dist.get_world_size(), _all_gather_objects)
@@ -148,7 +148,7 @@ def max_over_ranks(value: int) -> int:
 
 
 class DeepSpeedMpu:
-    """The interface that DeepSpeed expects from Megatron without a pipeline (with one, it uses its own grid)."""
+    """Megatron's mpu interface, which DeepSpeed calls without a pipeline; with one, it uses its own grid."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh

@@ -1,6 +1,6 @@
 """The parallel axes of a job: their sizes, the order in which ranks run through them, and how a checkpoint states them.
 
-A new axis (context, expert) begins here. Nothing here needs a process group, Megatron-core or DeepSpeed.
+A new axis (context, expert) is added here first. This module needs no process group, Megatron-core or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ParallelDims:
 
     @classmethod
     def divide(cls, world_size: int, tp: int, pp: int) -> ParallelDims:
-        """Divides a job's processes into tp x pp x dp; dp is what remains. LayoutError if they do not divide."""
+        """Divides a job's ranks into tp x pp x dp, where dp is the quotient. Raises LayoutError for a remainder."""
         if world_size % (tp * pp):
             hint = "Start that many processes, or change tp and pp."
             expected = f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}"
@@ -39,14 +39,14 @@ class ParallelDims:
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """What the files of a DeepSpeed engine's checkpoint depend on: the parallel axes and the ZeRO stage."""
+    """The layout of a DeepSpeed engine's checkpoint files: the parallel axes and the ZeRO stage."""
 
     dims: ParallelDims
     zero: int
 
     @classmethod
     def from_json(cls, table: Mapping[str, object]) -> EngineLayout:
-        """Reads what `to_json` returned. KeyError, TypeError or ValueError if it is anything else."""
+        """Parses the output of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
         tp, pp, dp, zero = (int(table[name]) for name in ("tp", "pp", "dp", "zero"))
         if min(tp, pp, dp, zero) < 1:
             raise ValueError(f"layout {dict(table)}")

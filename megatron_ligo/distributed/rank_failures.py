@@ -1,6 +1,6 @@
-"""Last words: a rank that fails leaves its reason in the rendezvous store, where the ranks that lose it look it up.
+"""Last words: a failing rank publishes its reason in the rendezvous store, and the ranks that lose it read it there.
 
-Errors that all ranks can still share go through `agreement`; this is for ranks that no longer answer a collective.
+Errors that all ranks can still share go through `agreement`; these ranks no longer answer a collective.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_ligo.common import signal_handling
 from megatron_ligo.common.errors import LigoError, LostRankError, Stopped
 
-# How long a rank that has lost another waits for last words.
+# The time that a rank waits for the last words of the others.
 STORE_SECONDS = 4.0
 STORE_PREFIX = "megatron_ligo/last_words/"
 # Error texts of gloo, nccl and the store for a rank that is gone, or late.
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @contextmanager
 def report_failures() -> Iterator[None]:
-    """Wraps a job of all ranks: a failing rank leaves its reason, and a rank that loses another reports which and why.
+    """Wraps a job of all ranks: a failing rank publishes its reason; a rank that loses another reports which and why.
 
     Raises LostRankError in place of the communication error.
     """
@@ -95,7 +95,7 @@ def _explain_loss(kind: str) -> str:
 
 
 def _run_with_timeout(seconds: float, job: Callable[[], T]) -> T | None:
-    """Returns the job's result, or None if it takes longer: without a network the store's client waits for ever."""
+    """Returns the job's result, or None after `seconds`: without a network the store's client waits for ever."""
     results: list[T] = []
     thread = threading.Thread(target=lambda: results.append(job()), daemon=True)
     thread.start()

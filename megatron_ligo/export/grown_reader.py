@@ -1,6 +1,6 @@
 """Growth as a Reader: a large checkpoint whose tensors are computed, one at a time, from a small one.
 
-Every format's writer can write it, and the large model is never held whole.
+Every format can write it, and the large model is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class GrownReader(Reader):
         return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
 
     def _read_cached(self, key: str) -> Tensor:
-        """Reads a small tensor that every large layer needs; it mostly is a view of a mapped file."""
+        """Reads a small tensor once for all large layers; in most formats it is a view of a mapped file."""
         if key not in self._cached:
             self._cached[key] = self.source.read(key)
         return self._cached[key]

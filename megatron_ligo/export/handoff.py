@@ -1,4 +1,4 @@
-"""The hand-off: a grown model for pretraining at any layout, for transformers, and the record of its origin.
+"""Writes the hand-off: a grown model, to pretrain at any layout or load in transformers, and the record of its origin.
 
 FOLDER/universal/     DeepSpeed universal checkpoint at iteration 0
 FOLDER/hf/            Hugging Face safetensors, config and tokenizer
@@ -52,8 +52,8 @@ def write_handoff(
     """Writes a model, usually a `GrownReader`, into a folder in several formats; returns the content of growth.json.
 
     dtype: of the weights, in formats that store any dtype; None: each tensor's own. record: the content of growth.json
-    but for the large model's sizes, the formats and the versions (`build_growth_record`). overwrite, progress, ranks:
-    as in `convert`. An interrupted call resumes, a repeated one changes nothing, and each format appears whole or not
+    without the large model's sizes, formats and versions (`build_growth_record`). overwrite, progress, ranks: as in
+    `convert`. An interrupted call resumes, a repeated one changes nothing, and each format appears whole or not
     at all. Raises CheckpointError with every bad tensor, ConfigError if the folder holds another model.
     """
     folder = Path(folder)

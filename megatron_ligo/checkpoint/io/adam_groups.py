@@ -1,7 +1,7 @@
 """Adam's parameter-group settings, read from any checkpoint and written as Megatron-core reads them.
 
-Megatron-core's optimizer takes its groups with betas and eps from the checkpoint. It has two: matrices, and vectors
-(norms, biases), which have no weight decay.
+Megatron-core's optimizer takes its groups, including betas and eps, from the checkpoint. It has two: matrices, and
+vectors (norms, biases) without weight decay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_ligo.config.typed_toml import setting
 
 PARAMS = "params"
 STEP = "step"
-# The settings that identify a Megatron-core group, besides its rates.
+# The settings that identify a Megatron-core group, besides its learning rates.
 GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 SHARED_SETTINGS = ("betas", "eps", "lr")
 
@@ -79,13 +79,13 @@ def explain_unsupported(groups: Sequence[Mapping[str, object]]) -> str:
 
 
 def to_megatron_groups(groups: Sequence[Mapping[str, object]], rates: Mapping[str, object]) -> list[dict[str, object]]:
-    """Returns Megatron-core's groups, where `explain_unsupported` has no objection. rates: `AdamRates.rates`."""
+    """Returns Megatron-core's groups for any that `explain_unsupported` accepts. rates: from `AdamRates.rates`."""
     if _are_megatron_groups(groups):
         return [{**group, **rates} for group in groups]
     decay = max(group["weight_decay"] for group in groups)
     undecayed = min(group["weight_decay"] for group in groups)
     shared = {name: groups[0][name] for name in SHARED_SETTINGS} | {
-        # Required by Transformer Engine's Adam; torch's always corrects.
+        # Required by Transformer Engine's Adam; torch's Adam always applies it.
         "bias_correction": groups[0].get("bias_correction", True),
         "lr_mult": 1.0,
         "is_expert_parallel": False,

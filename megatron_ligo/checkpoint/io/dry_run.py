@@ -10,7 +10,7 @@ from megatron_ligo.checkpoint.io.output import Output
 
 
 class DryRunOutput(Output):
-    """Counts the bytes of tensors (without zeros that stay holes) and copied files. Computes no tensor.
+    """Counts the bytes of tensors (not of zeros, which stay holes) and of copied files. Computes no tensor.
 
     folder: for scratch files.
     """

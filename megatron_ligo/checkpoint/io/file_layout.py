@@ -35,7 +35,7 @@ SAFETENSORS_DTYPES = {
 LOCAL_HEADER, CENTRAL_HEADER, CHECKSUM = 30, 46, 4
 # torch.save aligns tensors to this many bytes.
 ALIGNMENT = 64
-# Larger than any skeleton.
+# Written to find out why a disk fails; larger than any skeleton.
 PROBE_BYTES = 1 << 20
 
 
@@ -107,7 +107,7 @@ def write_torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
 
 
 def explain_write_failure(path: Path, error: RuntimeError) -> OSError:
-    """Finds the reason that torch's writer does not state (`iostream error`), by writing some bytes to the path."""
+    """Returns the OSError behind torch's `iostream error`, found by writing PROBE_BYTES to the path."""
     try:
         with path.open("wb") as file:
             file.write(bytes(PROBE_BYTES))
@@ -121,7 +121,7 @@ def explain_write_failure(path: Path, error: RuntimeError) -> OSError:
 def write_torch_archives(
     path: Path, trees: Mapping[str, object]
 ) -> tuple[list[TensorSpan], dict[str, tuple[int, int]]]:
-    """Writes skeletons one after the other into one file. Returns tensor spans, and each archive's offset and length.
+    """Writes skeletons one after the other into a file. Returns tensor spans, and each archive's offset and length.
 
     Archives begin at multiples of `ALIGNMENT`, so that their tensors stay aligned in the file.
     """

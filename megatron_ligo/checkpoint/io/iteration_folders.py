@@ -1,4 +1,4 @@
-"""Megatron-LM's folder of a run: one folder for each saved iteration, and a tracker file that names the latest.
+"""The checkpoint folder of a Megatron-LM run: one folder per iteration, and a tracker file that names the latest.
 
 DIR/latest_checkpointed_iteration.txt     the number, or "release"
 DIR/iter_0000100/                         or release/: weights to start from
@@ -18,7 +18,7 @@ DIGITS = 18
 
 
 def folder_name(step: int) -> str:
-    """Returns the folder of the weights after `step` steps. Megatron-LM refuses iteration 0, so that is a release."""
+    """Returns the folder's name for an iteration. Megatron-LM refuses iteration 0, which becomes "release"."""
     return f"iter_{step:07d}" if step else RELEASE
 
 
@@ -27,9 +27,9 @@ def write_tracker(output: Output, step: int) -> None:
 
 
 def find_folder(path: Path) -> Path | None:
-    """Returns the folder that the tracker in `path` names, `path` itself if it has no tracker.
+    """Returns the folder that the tracker in `path` names; `path` itself without a tracker.
 
-    None if the tracker names no folder.
+    Returns None if the tracker names no folder.
     """
     if not (path / TRACKER).is_file():
         return path

@@ -12,7 +12,7 @@ from threading import Lock
 
 
 def read_journal(path: Path) -> tuple[dict[tuple[str, ...], object], int]:
-    """Reads the complete lines of a journal, and their length in bytes; nothing from a missing file."""
+    """Returns the entries of a journal's complete lines, and those lines' bytes; {} and 0 for a missing file."""
     entries: dict[tuple[str, ...], object] = {}
     complete_bytes = 0
     if not path.exists():
@@ -32,7 +32,7 @@ def read_journal(path: Path) -> tuple[dict[tuple[str, ...], object], int]:
 
 
 class Journal:
-    """A dict of JSON values that survives the process if it has a path.
+    """A dict of JSON values, which outlives the process if it has a path.
 
     Keys are tuples of strings: ("read", key, kind), ("wrote", file, tensor). Thread-safe.
     """
@@ -45,7 +45,7 @@ class Journal:
             return
         self.entries, complete_bytes = read_journal(path)
         self._file = path.open("r+b" if path.exists() else "w+b")
-        # Drops a line that the end of the process cut off.
+        # Drops a last line that a killed process left incomplete.
         self._file.truncate(complete_bytes)
         self._file.seek(complete_bytes)
 
@@ -67,7 +67,7 @@ class Journal:
 
     def close(self) -> None:
         if self._file:
-            # A full disk loses the last line: that work is done again.
+            # On a full disk the last line is lost, and its work is repeated.
             with suppress(OSError):
                 self._file.close()
             self._file = None

@@ -1,8 +1,8 @@
 """The folder that a format's writer fills: tensors one at a time, each recorded in a journal once it is complete.
 
-A writer names files and their contents; bytes, their order on the disk, journal and fsync are decided here. A tensor
-that the journal lists, and whose bytes still have the listed digest, is not written again. Several processes can fill
-one folder: the first lays the files out (`FileLayoutOutput`), then each writes its share of the tensors.
+A writer names files and their contents; this module decides on byte layout, order, journal and fsync. A tensor that the
+journal lists, and whose bytes still have the listed digest, is not written again. Several ranks can fill one folder:
+rank 0 lays the files out (`FileLayoutOutput`), then each rank writes its share of the tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SKELETONS = ".skeletons"
 
 
 def lazy_tensor(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> LazyTensor:
-    """A whole (global, unpadded) stored tensor of the shape `item.shape`, computed from its canonical parts."""
+    """Returns a whole (global, unpadded) stored tensor of shape `item.shape`, to compute from its canonical parts."""
     model_config = source.model_config
     return LazyTensor(
         item.shape(model_config),
@@ -59,7 +59,7 @@ def common_dtype(source: Reader, item: StoredTensor, kind: str = WEIGHT) -> torc
 class Output:
     """A folder under construction. File names are relative to it, with `/`.
 
-    A context manager: when it ends, everything is on the disk, or the first error is raised.
+    A context manager: on exit everything is on the disk, or the first error is raised.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Output:
         self.write_file(name or source.name, lambda path: shutil.copyfile(source, path))
 
     def write_file(self, name: str, write: Callable[[Path], object]) -> None:
-        """Has `write` create a small file at the path it is given; the file is written anew in every run."""
+        """Calls `write` with the file's path to create a small file, which every run writes anew."""
         self.written.append(name)
         if not self._is_first:
             return
@@ -177,14 +177,14 @@ class Output:
                 self._writer.put(file, span)
 
     def _is_assigned(self, nbytes: int) -> bool:
-        """Assigns the next tensor to the process with the fewest bytes so far: all processes count alike."""
+        """Assigns the next tensor to the rank with the fewest bytes so far. All ranks compute the same assignment."""
         rank = self._assigned_bytes.index(min(self._assigned_bytes))
         self._assigned_bytes[rank] += nbytes
         return rank == self._rank
 
 
 class FileLayoutOutput(Output):
-    """Lays out the files of tensors for the processes that fill them: everything but the tensors' bytes."""
+    """Lays out the files of tensors for the ranks that fill them: everything but the tensors' bytes."""
 
     def write_file(self, name: str, write: Callable[[Path], object]) -> None:
         pass

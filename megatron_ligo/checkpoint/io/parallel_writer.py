@@ -1,6 +1,6 @@
 """Writes tensors to the disk in a few threads while the next ones are computed, and fsyncs them as it goes.
 
-Hashing, copying and fsync release Python's lock, so threads suffice. The bytes that wait to be written are bounded.
+Hashing, copying and fsync release the GIL, so threads suffice. The bytes that wait to be written are bounded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.common.atomic_files import fdatasync_descriptor, fsync_descriptor
 
 WORKERS = 2
-# Bytes that may wait in memory; a larger tensor waits alone.
+# The most bytes that wait in memory; a larger tensor waits alone.
 WAITING_BYTES = 128 << 20
-# A file is flushed after this many bytes, beside the writing: one fsync at its end would stall.
+# A file is flushed each time this many bytes were written: a single fsync at its end would stall.
 SYNC_BYTES = 256 << 20
 # Small enough to be hashed and copied within the processor's cache. Writes of many MB took up to eight times as long
 # where the kernel allocates memory of that size for them.
@@ -149,13 +149,13 @@ class OpenFile:
         remaining = memoryview(data)
         with self._name_in_errors():
             while remaining:
-                # A nearly full disk takes a part, and reports the error only at the next call.
+                # A nearly full disk takes a part of the bytes, and reports the error only at the next call.
                 written = os.pwrite(self._descriptor, remaining, offset)
                 remaining, offset = remaining[written:], offset + written
 
     @contextmanager
     def _name_in_errors(self) -> Iterator[None]:
-        """Adds the file's path to an error of the disk."""
+        """Adds the file's path to an OSError."""
         try:
             yield
         except OSError as error:

@@ -1,7 +1,7 @@
 """Reads enum members from pickles.
 
-The first releases of Python 3.11 (Debian 12 has 3.11.2) pickle them as `getattr(class, name)`, others as
-`class(value)`. Pickles may use getattr for nothing else.
+The first releases of Python 3.11 (Debian 12 has 3.11.2) pickle them as `getattr(class, name)`, all others as
+`class(value)`. getattr is allowed for nothing else.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def _children(node: object) -> Iterator[object]:
     elif isinstance(node, list | tuple | set | frozenset):
         yield from node
     elif type(node).__module__.startswith(__name__.partition(".")[0]) and not isinstance(node, type):
-        # Inert stand-ins.
+        # An inert stand-in of this package.
         yield from vars(node).values()
 
 

@@ -1,4 +1,4 @@
-"""Reads torch.save files mapped and without running code: tensors, plain values, and classes that the caller allows."""
+"""Reads torch.save files, mapped and without running code: tensors, plain values and classes that the caller allows."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class FileWindow(io.RawIOBase):
 
 @contextmanager
 def _allow_only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
-    """Lets files name these classes, and none that another library of this process has allowed."""
+    """Allows files to name these classes, and none that another library of this process has allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     if stand_ins:

@@ -1,7 +1,7 @@
 """Splits stored tensors into one shard for each tensor-parallel rank, and joins them again.
 
 The files of all ranks are filled side by side (`Output.write_torch_files`), so that each tensor is read once for all of
-them. `stored` configs have the vocabulary as the files hold it: padded to a multiple of tp, or further.
+them. A `stored` config has the vocabulary size of the files: padded to a multiple of tp, or further.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TpShards:
         self._cache: tuple[object, list[Tensor]] = (None, [])
 
     def lazy_shard(self, item: StoredTensor, rank: int, kind: str = WEIGHT) -> LazyTensor:
-        """One rank's shard of a stored tensor, of the shape `item.shape(stored, tp)`, read when it is written."""
+        """Returns a rank's shard of a stored tensor, of shape `item.shape(stored, tp)`; read when it is written."""
         return LazyTensor(
             item.shape(self._stored, self._tp),
             common_dtype(self._source, item, kind),
