@@ -1,4 +1,4 @@
-"""The best operator of a fit so far, by held-out loss: what is kept, and when the fit stops early."""
+"""Tracks a fit's best operator by held-out loss: which operator to keep, and when to stop early."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_ligo.config.run_config import FitSection
 
 
 class BestOperator:
-    """Tracks the lowest held-out loss in the run's state, so that a resumed run continues with it.
+    """Keeps the lowest held-out loss in the run's state, so that a resumed run continues with it.
 
-    Step 0 is the initialisation; a fit that never improves on it stays there. save: writes the current operator into
-    a folder (collective). Every rank sees the same losses.
+    Step 0 is the initialisation, which stays the best until a step improves on it. save: writes the current operator
+    into a folder (collective). Every rank must record the same losses.
     """
 
     def __init__(self, section: FitSection, folder: Path, state: dict, save: Callable[[Path], None]):
@@ -37,5 +37,5 @@ class BestOperator:
             self.state["worse"] += 1
 
     def should_stop(self) -> bool:
-        """True after `patience` evaluations without improvement."""
+        """Returns True after `patience` evaluations in a row without improvement."""
         return 0 < self.section.patience <= self.state["worse"]

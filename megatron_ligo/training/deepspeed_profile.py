@@ -12,7 +12,7 @@ PROFILE_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def read_profile(parallel: ParallelSection) -> dict:
-    """Reads the ZeRO settings of a layout. ConfigError if they are not JSON, or of another ZeRO stage."""
+    """Reads the ZeRO settings of a layout. ConfigError if the file is not JSON or sets another ZeRO stage."""
     path = Path(parallel.ds_config) if parallel.ds_config else PROFILE_FOLDER / f"zero{parallel.zero}.json"
     try:
         profile = read_json(path)

@@ -23,7 +23,7 @@ from megatron_ligo.training.checkpointing import engine_files
 
 
 def count_micro_batches(section: TrainingSection, mesh: Mesh) -> int:
-    """Returns the micro-batches of a step on each data-parallel rank. LayoutError if the batch does not divide."""
+    """Returns the micro-batches per step of each data-parallel rank. LayoutError if the batch does not divide."""
     samples = section.micro_batch_size * mesh.dp
     if section.global_batch_size % samples:
         expected = f"a multiple of micro_batch_size x dp = {section.micro_batch_size} x {mesh.dp} = {samples}"
@@ -32,12 +32,12 @@ def count_micro_batches(section: TrainingSection, mesh: Mesh) -> int:
 
 
 def engine_layout(section: TrainingSection, mesh: Mesh) -> EngineLayout:
-    """Returns the layout of the checkpoints of an engine over this mesh."""
+    """Returns the layout that an engine over this mesh records in its checkpoints."""
     return EngineLayout(mesh.dims, section.parallel.zero)
 
 
 def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
-    """Returns DeepSpeed's config: the profile, with what the run's config decides on top."""
+    """Returns DeepSpeed's config: the profile, overridden by the run's own settings."""
     profile = deepspeed_profile.read_profile(section.parallel)
     config = {
         **profile,
@@ -51,7 +51,7 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
         "checkpoint": {"load_universal": universal},
     }
     if section.parallel.sequence_parallel:
-        # DeepSpeed would partition activations over the TP ranks as if the ranks held equal ones.
+        # DeepSpeed would partition activations over the TP ranks as if they were replicated there.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return config
 
@@ -61,15 +61,15 @@ def build_optimizer(section: TrainingSection, groups: list[dict]) -> torch.optim
     groups = [{**group, "lr": section.lr * group.get("lr_scale", 1.0)} for group in groups]
     if section.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=section.lr)
-    # On a CPU the fused kernel takes a tenth of the time, and no scratch memory of the size of the parameters.
+    # On a CPU, the fused kernel takes a tenth of the time and no scratch memory the size of the parameters.
     fused = device.is_cpu() or None
     return torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), eps=section.eps, fused=fused)
 
 
 class Engine:
-    """One optimizer step and one evaluation, the same at every layout.
+    """Takes optimizer steps and evaluates, with the same interface at every layout.
 
-    groups: the optimizer's, as in `build_optimizer`. after_update: called after the parameters have changed.
+    groups: parameter groups for `build_optimizer`. after_update: called after the parameters have changed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Engine:
             dist_init_required=False,
         )
         self.files = engine_files.install_checkpoint_files(self.engine)
-        # True if the last step had gradients that were not finite on some rank; no rank has applied it.
+        # True if some rank's gradients were not finite in the last step, which no rank has applied.
         self.step_refused = False
 
     @property
@@ -148,7 +148,7 @@ class Engine:
         return torch.stack(losses)
 
     def rerun_refused_step(self, batches: list[Batch]) -> tuple[list[float], list[str]]:
-        """Repeats a refused step to find its cause; it is refused again, so that nothing changes.
+        """Repeats a refused step to find its cause. The step is refused again, so no state changes.
 
         Returns this rank's loss per micro-batch (none on a stage without the loss), and the names of the parameters
         whose gradients are not finite.
@@ -179,7 +179,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Returns the mean loss over all ranks; every data-parallel rank gives equally many micro-batches."""
+        """Returns the mean loss over all ranks. All data-parallel ranks must pass the same number of micro-batches."""
         batches = list(batches)
         self.engine.eval()
         if self.is_pipeline:
@@ -188,7 +188,7 @@ class Engine:
         return self._mean_over_dp(torch.stack(losses).mean())
 
     def _evaluate_pipeline(self, batches: list[Batch]) -> float:
-        # The stages' buffers have one dtype and shape, and an evaluation's may differ from a step's.
+        # The stages' buffers have a fixed dtype and shape, which may differ between a step and an evaluation.
         self.engine.reset_activation_shape()
         batch_iterator = iter(map(_to_pipeline_batch, batches))
         loss = float(self.engine.eval_batch(batch_iterator, num_micro_batches=len(batches)))

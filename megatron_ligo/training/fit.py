@@ -1,4 +1,4 @@
-"""The fit: learns the growth operator on the training loss while the small model stays frozen, at any layout."""
+"""Fits the growth operator to the training loss at any parallel layout; the small model stays frozen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class Fit(TrainingJob):
-    """One fit, from its config to OUTPUT/operator. `run` does all of it. Collective over all ranks."""
+    """One fit, from its config to OUTPUT/operator. `run` executes it. Collective over all ranks."""
 
     section: FitSection
 
@@ -114,7 +114,7 @@ class Fit(TrainingJob):
         )
 
     def _build_engine(self) -> Engine:
-        """Builds the engine, with the checkpoint's tensors in it if they must be resharded."""
+        """Builds the engine and, if the layout has changed, fills it with the checkpoint's resharded tensors."""
         saved = self.ranks.run_on_all(lambda: reshard.SavedOptimizer(self.checkpoint)) if self.layout_changed else None
         if saved:
             self.ranks.run_on_all(lambda: reshard.fill_module(self.module, saved.part_reader(self.mesh)))
@@ -197,7 +197,7 @@ class Fit(TrainingJob):
 
 
 def limit_to_budget(section: FitSection, step_flops: float) -> FitSection:
-    """Limits the steps to what max_flops pays for. ConfigError if it pays for none."""
+    """Returns the section with at most the steps that max_flops covers. ConfigError if it covers none."""
     if section.max_flops is None:
         return section
     steps = int(section.max_flops // step_flops)
@@ -207,9 +207,9 @@ def limit_to_budget(section: FitSection, step_flops: float) -> FitSection:
 
 
 def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
-    """Opens the small model, the initial operator and, if asked for, the lag. LigoError with all that rules a fit out.
+    """Opens the small model, the initial operator and, if configured, the lag. LigoError with every problem.
 
-    Needs no process group: `plan` and the tests use it too.
+    Needs no process group: `plan` and the tests also call it.
     """
     small = config.small
     if not small.path:
@@ -233,7 +233,7 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
 
 
 def check_teacher(operator: Operator, section: FitSection, seq_length: int, errors: ErrorCollector) -> None:
-    """Adds an error for everything that keeps the small model from being the teacher."""
+    """Adds an error for each reason why the small model cannot be the teacher."""
     if not section.distill:
         return
     distill = section.distill

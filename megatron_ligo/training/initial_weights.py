@@ -32,7 +32,7 @@ UNIVERSAL = "universal"
 class InitialWeights:
     """The weights that a pretraining run starts from.
 
-    source: where they are read from, None for fresh weights. fit_record: the record of the fit behind a hand-off.
+    source: their reader, None for fresh weights. fit_record: the record of the fit behind a hand-off.
     grown: the source is a hand-off. origin: the small model and operator that the hand-off names. fresh_head: the
     source has no output head, and the model gets a fresh one.
     """
@@ -100,7 +100,7 @@ def _open_start(path: Path) -> InitialWeights:
 
 
 def scratch_model_config(config: RunConfig) -> ModelConfig:
-    """Returns the model to train from scratch: the one that [small] names, with the sizes of [large]."""
+    """Returns the config of the model to train from scratch: that of [small] with the sizes of [large]."""
     if not config.small.path:
         hint = "Set pretrain.start, or set small.path to a model (or a config.json) to train from scratch."
         raise ConfigError(Problem("pretrain", "a start", "none", hint))
@@ -108,7 +108,7 @@ def scratch_model_config(config: RunConfig) -> ModelConfig:
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Reads the model config that a path states: a config.json, a run's model folder, or a checkpoint."""
+    """Reads the model config of a config.json, a run's model folder or a checkpoint."""
     if path.is_file() and path.suffix == ".json":
         return config_json.parse_model_config(config_json.load_config(path), f"{path}")
     record = model_record.find_record(path) if path.is_dir() else None
@@ -116,7 +116,7 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_length: int) -> None:
-    """ConfigError with everything in the layout that does not fit the model and the data."""
+    """Raises ConfigError with every mismatch between the layout and the model or the sequence length."""
     errors = ErrorCollector("the layout does not fit the model", ConfigError)
     check_tp(model_config, parallel.tp, errors)
     if parallel.pp > model_config.num_layers:

@@ -1,4 +1,4 @@
-"""What a fit and a pretraining run share: mesh, exclusive output, resumption, and the record of the settings."""
+"""The base of fits and pretraining runs: mesh, exclusive output folder, resumption, recorded settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHANGEABLE_KEYS = (
     "parallel", "micro_batch_size", "recompute", "source",
 )  # fmt: skip
 
-# Locks stay open until the process ends.
+# Locks are held until the process ends.
 _output_locks: dict[Path, IO[str]] = {}
 
 
@@ -49,7 +49,7 @@ class TrainingJob:
     def open_output(self) -> None:
         """Builds the mesh, locks OUTPUT if it exists, and finds its newest checkpoint.
 
-        layout_changed: the checkpoint was written at another layout, so that its tensors must be resharded.
+        layout_changed: the checkpoint was written at another layout, so its tensors must be resharded.
         """
         self.mesh = mesh.build_mesh(self.section.parallel.tp, self.section.parallel.pp)
         self.micro_batches = self.ranks.run_on_all(lambda: count_micro_batches(self.section, self.mesh))
@@ -85,11 +85,11 @@ def run_identity(config: RunConfig, section: str, model_sections: Iterable[str])
 
 
 def check_same_run(saved: dict, current: dict, output: Path) -> None:
-    """ConfigError with every setting that differs from those of the run that is to be resumed."""
+    """Raises ConfigError with every setting that differs from those of the run to resume."""
     errors = ErrorCollector(f"{output} holds a run with other settings", ConfigError)
     before, after, defaults = _flatten(saved), _flatten(current), _flatten(RunConfig().to_dict())
     for key in sorted(before.keys() | after.keys()):
-        # A setting that is newer than the run had its default.
+        # A setting added after the run was written had its default value.
         expected = before.get(key, defaults.get(key))
         if expected != after.get(key):
             errors.add(key, expected, after.get(key), "Resume with the same, or choose another --output.")

@@ -1,10 +1,10 @@
-"""The lag of a fit: the change that a training run has made to the grown start, held fixed while the maps move.
+"""The lag of a fit: the change that a training run has made to the grown start, held fixed while the maps are fitted.
 
 The loss of a start says little about the loss that training will reach from it. With `fit.lag` the fitted model is
 grown(maps) + D, where D = trained - start: its loss is that of the start after the training that led from `start` to
-`trained`. D is assumed constant while the start moves a little, which is first-order MAML (arXiv 1703.03400,
-1803.02999) with one training run for all steps of the fit. Only the operator is written: training begins again from
-its start.
+`trained`. D is assumed constant for small changes of the start, which is first-order MAML (arXiv 1703.03400,
+1803.02999) with one training run for all steps of the fit. Only the operator is written: pretraining begins at step 0
+from the start that it grows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_DISTANCE = 0.5
 
 
 class Lag:
-    """Reads D one tensor at a time. trained: a checkpoint of the large model; small: the model `operator` grows."""
+    """Reads D one tensor at a time. trained: checkpoint of the large model; small: the model that `operator` grows."""
 
     def __init__(self, trained: Reader, operator: Operator, small: Reader):
         self.trained = trained
@@ -57,9 +57,10 @@ def check_is_decoder(operator: Operator, errors: ErrorCollector) -> None:
 
 
 def open_lag(path: str, operator: Operator, small: Reader, errors: ErrorCollector) -> Lag | None:
-    """Opens the lag that ends at a checkpoint; None, with errors, if it was not trained from this start.
+    """Opens the lag that ends at the checkpoint `path`; adds errors if it was not trained from this start.
 
-    A run's own checkpoint names the start it was trained from. For any other, the distance from the start decides.
+    Returns None if the architecture or a size is wrong. A run's checkpoint names the start that it was trained from;
+    any other checkpoint is judged by its distance from the start.
     """
     before = len(errors.problems)
     check_is_decoder(operator, errors)

@@ -1,4 +1,4 @@
-"""The training loop of fits and pretraining runs: batches, checks, metrics, checkpoints, and stops on a signal."""
+"""The training loop of fits and pretraining runs: batches, checks, metrics, checkpoints and signals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_steps(
     """Trains from the engine's current step to the last one. Collective.
 
     state: saved with each checkpoint. tokens, flops: per step, over all ranks. after_step: takes the number of finished
-    steps and returns more values for the metrics. extra_files: a folder whose files go into each checkpoint.
+    steps and returns further metrics. extra_files: a folder whose files are copied into each checkpoint.
     should_stop: ends the run early, checked between steps.
     Raises Stopped if SIGINT or SIGTERM has reached any rank.
     """
@@ -72,5 +72,5 @@ def run_steps(
 
 
 def is_due(step: int, every: int) -> bool:
-    """True every `every` steps; never if `every` is 0."""
+    """Returns True if `step` is a multiple of `every`; always False if `every` is 0."""
     return bool(every) and step % every == 0

@@ -1,4 +1,4 @@
-"""Checks the loss and the gradients of every step: a step that is not finite is not applied, and its cause is named."""
+"""Checks the loss and gradients of every step. A non-finite step is not applied, and its cause is reported."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 
 # A loss is compared with the median of this many losses before it.
 WINDOW = 20
-# More consecutive bad steps than this do not come from the data.
+# This many consecutive bad steps cannot come from the data alone.
 MAX_CONSECUTIVE = 10
 MAX_LISTED = 8
 
 
 class LossGuard:
-    """Stops at a bad step, or counts it and continues, as the section says. state["skipped"]: steps not applied."""
+    """Stops at a bad step, or logs it and continues, as `bad_numbers` says. state["skipped"]: steps not applied."""
 
     def __init__(self, engine: Engine, section: TrainingSection, state: dict):
         self.engine, self.section = engine, section

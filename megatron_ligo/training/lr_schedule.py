@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run has the same one."""
+"""The learning rate as a function of the step alone, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_ligo.config.run_config import PretrainSection, TrainingSection
 
 
 def learning_rate(section: TrainingSection, step: int) -> float:
-    """Returns the rate of step `step` (from 0).
+    """Returns the learning rate of a step, counted from 0.
 
     A linear warm-up reaches lr at its last step; the schedule then reaches min_lr at the run's last step.
     """
@@ -27,7 +27,7 @@ def schedule_after_growth(section: PretrainSection) -> PretrainSection:
     """Returns the section for a grown start: its own warm-up, and a fraction of the peak rate of a scratch run.
 
     On small models, any fraction from a third to nine tenths of the best scratch peak ended within 0.003 of the best;
-    at the full peak the grown model lost its advantage. A warm-up of 50 of 800 steps and none ended alike.
+    at the full peak the grown model lost its advantage. A warm-up of 50 of 800 steps made no difference.
     """
     peak = section.lr * section.grown_peak
     warmup = section.warmup_steps if section.grown_warmup_steps is None else section.grown_warmup_steps

@@ -22,20 +22,20 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 METRICS_KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
-# The remaining time is estimated from this many of the last steps.
+# The time left is estimated from this many recent steps.
 RECENT_STEPS = 20
 
 
 class Metrics:
-    """Writes one JSON object per step to OUTPUT/metrics.jsonl, TensorBoard events, and a line to the terminal.
+    """Writes each step to OUTPUT/metrics.jsonl (one JSON object per line), to TensorBoard and to the terminal.
 
-    In the file, `tokens`, `flops` and `seconds` are totals of the run so far (tokens and FLOPs of all ranks; seconds of
-    steps, without what a restart lost), so that any two columns make a curve. Steps count from 1. Does nothing unless
+    In the file, steps count from 1, and `tokens`, `flops` and `seconds` are cumulative, so that any two columns make a
+    curve: tokens and FLOPs of all ranks, and seconds of the steps that no restart discarded. Does nothing unless
     `enabled`, which is set on rank 0 only. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, output_dir: str | Path, enabled: bool, total_steps: int, done_steps: int = 0):
-        """done_steps: the step of the resumed checkpoint; later lines of the file are removed."""
+        """done_steps: step of the resumed checkpoint; rows of later steps are removed from the file."""
         self.enabled = enabled
         self._totals = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if not enabled:
@@ -91,7 +91,7 @@ class Metrics:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Reads the rows of a metrics.jsonl, without a last line that was cut short. CheckpointError if others are bad."""
+    """Reads the rows of a metrics.jsonl; skips an incomplete last line. CheckpointError if another line is invalid."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
@@ -100,7 +100,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             row = json.loads(line)
             rows.append({"step": row["step"], **row})
         except (ValueError, KeyError, TypeError):
-            # After the last newline comes nothing, or a line whose write was interrupted.
+            # The last line is empty, or its write was interrupted.
             if number == len(lines):
                 break
             problem = Problem(
@@ -120,7 +120,7 @@ def _truncate_rows(path: Path, done_steps: int) -> dict:
 
 
 class TensorBoardEvents:
-    """TensorBoard events. A full disk is reported once; metrics.jsonl has all values."""
+    """Writes TensorBoard events until a write fails, which is logged once; metrics.jsonl has all values."""
 
     def __init__(self, folder: Path, done_steps: int):
         self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=done_steps + 1)
@@ -145,7 +145,7 @@ class TensorBoardEvents:
 
 
 class ProgressLine:
-    """Step, loss, learning rate, tokens per second and time left: a bar on a terminal, plain lines elsewhere."""
+    """Shows step, loss, learning rate, tokens per second and time left: a bar on a terminal, else plain lines."""
 
     def __init__(self, total: int, done: int):
         self.total = total
@@ -174,7 +174,7 @@ class ProgressLine:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak memory of this process: on its GPU, or resident memory on a CPU."""
+    """Returns the peak memory of this process in bytes: allocated on its GPU, or resident on a CPU."""
     if not device.is_cpu():
         return int(device.get_accelerator().max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():

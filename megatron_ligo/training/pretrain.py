@@ -1,4 +1,4 @@
-"""Pretraining: a Megatron-core model in a DeepSpeed engine, at any layout; from a hand-off, a checkpoint or scratch."""
+"""Pretrains a Megatron-core model in a DeepSpeed engine, at any layout, from a hand-off, a checkpoint or scratch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODEL_FOLDER = "model"
 
 
 class Pretrain(TrainingJob):
-    """One run, from its config to its last checkpoint. `run` does all of it. Collective over all ranks."""
+    """One pretraining run, from its config to its last checkpoint. `run` executes it. Collective over all ranks."""
 
     section: PretrainSection
 
@@ -150,10 +150,10 @@ class Pretrain(TrainingJob):
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def _build_engine(self) -> Engine:
-        """Builds the engine with its weights; a run resumed at its own layout loads its checkpoint afterwards."""
+        """Builds the engine and its weights. A run resumed at the same layout loads its checkpoint afterwards."""
         section, start = self.section, self.start
         build = BuildOptions(self.dtype, self.mesh.tp, section.parallel.sequence_parallel)
-        # Replicas that are not filled from the table must still agree.
+        # Weights that are not filled below must still be equal on all replicas.
         torch.manual_seed(section.seed)
         model = build_model(self.model_config, build, self.mesh, section.recompute)
         read = start.reader(section.seed)
@@ -192,9 +192,9 @@ class Pretrain(TrainingJob):
         return open_dataset(data, self.model_config, samples, held_out, self.output, section.first_sample)
 
     def _resumed_start(self) -> InitialWeights:
-        """Returns the model of the run in OUTPUT, which must have the same settings; its weights only to reshard them.
+        """Returns the start of the run resumed from OUTPUT. ConfigError if its settings differ.
 
-        The start that the run once had is not read again.
+        Its weights are the checkpoint's, opened only to be resharded. The original start is not read again.
         """
         record = _read_record(self.output / PRETRAIN_RECORD)
         check_same_run(record["run"], self.identity, self.output)
@@ -253,7 +253,7 @@ def build_parameter_groups(
 
 
 def find_head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
-    """Returns the parameters of the output head, without a weight that is tied to the embedding."""
+    """Returns the parameters of the output head, except a weight tied to the embedding."""
     return {
         parameter
         for parameter, item in parameters.iterate_parameters(model, model_config)

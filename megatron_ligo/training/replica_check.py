@@ -14,7 +14,7 @@ from megatron_ligo.training.engine import Engine
 
 
 def check_replicas(engine: Engine, step: int) -> None:
-    """ReplicaError on all ranks, naming parameters and ranks, if replicas of a parameter differ. Collective.
+    """Raises ReplicaError on all ranks, naming parameters and ranks, if replicas of a parameter differ. Collective.
 
     Data-parallel ranks hold replicas of every parameter (under ZeRO 3, of none), tensor-parallel ranks of the
     parameters that are not sharded, and pipeline stages of the tied ones.
@@ -67,6 +67,6 @@ def _compare(group: dist.ProcessGroup, replicas: dict[str, Tensor], errors: Erro
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Sums the words of the tensor's bits without a copy; returns a scalar int64, which wraps around."""
+    """Sums the tensor's bits, read as integers, without a copy. Returns a scalar int64, which wraps around."""
     word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().reshape(-1).view(word).sum(dtype=torch.int64)

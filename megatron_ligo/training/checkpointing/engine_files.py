@@ -1,4 +1,4 @@
-"""DeepSpeed's file access: everything it writes is fsynced and digested, and nothing it reads is executed."""
+"""DeepSpeed's checkpoint I/O: files are fsynced and digested when written, and loaded without executing code."""
 
 from __future__ import annotations
 
@@ -60,8 +60,10 @@ class CheckpointFiles(TorchCheckpointEngine):
 
 
 def install_checkpoint_files(engine: deepspeed.DeepSpeedEngine) -> CheckpointFiles:
-    """Routes the engine's checkpoint files through `CheckpointFiles`; also keeps it from copying its recovery script,
-    which unpickles without limits."""
+    """Routes the engine's checkpoint files through `CheckpointFiles`.
+
+    DeepSpeed's recovery script is no longer copied into checkpoints: it unpickles without restrictions.
+    """
     files = CheckpointFiles(engine._config)
     engine.checkpoint_engine = files
     engine._copy_recovery_script = _copy_nothing
@@ -73,7 +75,7 @@ def _copy_nothing(folder: str) -> None:
 
 
 def write_failure(path: Path, error: Exception) -> CheckpointError:
-    """Returns the error of a rank that cannot write a checkpoint's file."""
+    """Returns the CheckpointError of a failed write to `path`."""
     # Only the first line: torch appends a C++ stack trace.
     found = str(error).splitlines()[0] if str(error) else type(error).__name__
     hint = "Free some space or fix its permissions; restarted, the run resumes from its last checkpoint."
@@ -81,6 +83,6 @@ def write_failure(path: Path, error: Exception) -> CheckpointError:
 
 
 def describe_file(path: Path) -> dict:
-    """Returns the size and the digest of a file, as a checkpoint's record states them."""
+    """Returns the size (bytes) and digest of a file, as a checkpoint's record states them."""
     size = path.stat().st_size
     return {"size": size, "digest": digest.hash_file_part(path, 0, size)}

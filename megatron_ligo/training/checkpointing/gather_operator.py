@@ -1,4 +1,4 @@
-"""Gathers the operator's global tensors from the parameters of all ranks, on rank 0."""
+"""Gathers the operator's global tensors on rank 0 from the parameters of all ranks."""
 
 from __future__ import annotations
 

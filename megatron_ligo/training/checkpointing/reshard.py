@@ -1,4 +1,4 @@
-"""Resumption at another layout: saved masters and moments are joined, sharded anew and written into ZeRO's state."""
+"""Resumes at another layout: joins saved fp32 masters and moments, reshards them and fills ZeRO's state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PartReader = Callable[[str, nn.Parameter, str], Tensor]
 
 
 def layout_changed(checkpoint: RunCheckpoint | None, section: TrainingSection, mesh: Mesh) -> bool:
-    """True if there is a checkpoint and it was written at another layout; says so in the log."""
+    """Returns True, and logs it, if the checkpoint was written at another layout; False without a checkpoint."""
     if checkpoint is None or checkpoint.layout == engine_layout(section, mesh):
         return False
     message = "%s is of another layout (%s): from here on numbers agree within rounding"
@@ -40,8 +40,7 @@ def layout_changed(checkpoint: RunCheckpoint | None, section: TrainingSection, m
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """The `numel` elements of a parameter that this rank holds: from element `first` of the parameter on, stored in
-    `flat` (1-D) from element `start` on."""
+    """The elements of a parameter that this rank holds: `numel` from index `first`, at `start` in `flat` (1-D)."""
 
     flat: Tensor
     start: int
@@ -51,7 +50,7 @@ class FlatSlice:
 
 @torch.no_grad()
 def fill_module(module: nn.Module, read_part: PartReader) -> None:
-    """Sets the weights of a module that is not yet in an engine."""
+    """Sets the weights of a module that no engine wraps yet."""
     for name, parameter in module.named_parameters():
         parameter.copy_(read_part(name, parameter, WEIGHT))
 
@@ -60,7 +59,7 @@ def fill_module(module: nn.Module, read_part: PartReader) -> None:
 def fill_optimizer(engine: DeepSpeedEngine, read_part: PartReader, steps: int | None = None) -> None:
     """Sets the fp32 masters of an engine that has taken no step and whose module already has these weights.
 
-    steps: Adam's step count; its moments are set too. None: there are no moments.
+    steps: Adam's step count, which is set together with its moments; None: sets the masters only.
     """
     optimizer, kinds = engine.optimizer, (WEIGHT,)
     if steps is not None:
@@ -100,7 +99,7 @@ def _find_slice(optimizer: object, parameter: nn.Parameter) -> FlatSlice | None:
 def model_part_reader(
     model: nn.Module, model_config: ModelConfig, read: Callable[..., Tensor], mesh: Mesh
 ) -> PartReader:
-    """Returns a reader of shards, each with its parameter's shape, of a model's canonical tensors.
+    """Returns a reader of this rank's shards of a model's canonical tensors, each in its parameter's shape.
 
     read: a Reader's `read`, or one for weights only.
     """
@@ -154,7 +153,7 @@ class SavedOptimizer:
         return read_part
 
     def _read_piece(self, stages: list, name: str, kind: str) -> Tensor:
-        """Reads a tensor-parallel rank's piece; a tied parameter is read from the first stage that has it."""
+        """Reads a tensor-parallel rank's shard; a tied parameter is read from the first stage that has it."""
         for state, groups in stages:
             for shapes in groups:
                 if name in shapes and name in state and state.numel(name) == prod(shapes[name]):

@@ -46,7 +46,7 @@ UNFINISHED, BACKUP = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """A complete checkpoint whose files were verified: the run's state, and the layout that wrote it."""
+    """A complete, verified checkpoint: the run's state and the layout at which it was written."""
 
     folder: Path
     step: int
@@ -115,7 +115,7 @@ def find_newest(folder: Path) -> RunCheckpoint | None:
 
 
 def read_state(folder: Path) -> dict:
-    """Reads the state saved in one checkpoint's folder; {} if it is not a checkpoint of a run. CheckpointError."""
+    """Reads the run's state in a checkpoint's folder; {} if no run wrote it. CheckpointError if its record is bad."""
     path = folder / RECORD
     if not path.is_file():
         return {}
@@ -135,14 +135,14 @@ def load(engine: Engine, checkpoint: RunCheckpoint) -> dict:
 
 
 def _create_empty(folder: Path) -> None:
-    # Not OUTPUT itself: a run whose --output has vanished must not continue in a new one.
+    # Does not create OUTPUT itself: a run whose --output was deleted must fail.
     folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
 
 def write_record(folder: Path, extra_files: Path | None, written: dict[Path, dict], record: dict) -> None:
-    """Completes a checkpoint on rank 0: extra files, then the record with the digests of all files.
+    """Completes a checkpoint on rank 0: copies extra files, then writes the record with the digests of all files.
 
     written: size and digest of the files that the ranks have written and fsynced.
     """
@@ -161,13 +161,13 @@ def write_record(folder: Path, extra_files: Path | None, written: dict[Path, dic
 
 
 def _delete_old(folder: Path, step: int, keep_last: int) -> None:
-    """Deletes all but the last checkpoints before `step`; later ones, of an earlier run, stay."""
+    """Deletes all but the last `keep_last` checkpoints up to `step`; later ones, of an earlier run, stay."""
     for old in [other for other in list_steps(folder) if other < step][: -(keep_last - 1) or None]:
         shutil.rmtree(folder / f"step_{old}")
 
 
 def _clean_up(folder: Path) -> None:
-    """Removes or restores what a killed run has left."""
+    """Removes unfinished checkpoints of a killed run and restores backups."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path)
@@ -229,7 +229,7 @@ def _verify_file(path: Path, expected: dict, errors: ErrorCollector) -> None:
 
 
 def _check_finite(module: nn.Module, step: int) -> None:
-    """CheckpointError if a weight of this rank is not finite."""
+    """Raises CheckpointError if a weight of this rank is not finite."""
     bad_names = [
         name
         for name, parameter in module.named_parameters()
@@ -242,7 +242,7 @@ def _check_finite(module: nn.Module, step: int) -> None:
 
 
 def _change_files(path: Path, work: Callable[[], None]) -> None:
-    """Changes files on rank 0 alone. CheckpointError on all ranks if the file system refuses. Collective."""
+    """Runs `work`, which changes files, on rank 0. CheckpointError on all ranks if it raises OSError. Collective."""
     with all_ranks().agree():
         if dist.get_rank() == 0:
             try:
