@@ -19,7 +19,7 @@ __all__ = ["formats", "get", "open", "recognise", "writers"]
 
 @cache
 def formats() -> dict[str, Format]:
-    """Every format by name."""
+    """Returns every format by name."""
     return {format.name: format for format in _scan()}
 
 
@@ -33,12 +33,12 @@ def _scan() -> Iterator[Format]:
 
 
 def writers() -> list[str]:
-    """Names of the formats that can be written."""
+    """Returns the names of the formats that can be written."""
     return sorted(name for name, format in formats().items() if format.writable)
 
 
 def get(name: str) -> Format:
-    """The format of that name. Raises ConfigError if there is none."""
+    """Returns the format of that name. Raises ConfigError if there is none."""
     if name not in formats():
         raise ConfigError(
             Problem(f"format {name!r}", "a known format", "none of that name", did_you_mean(name, formats()))
@@ -47,7 +47,7 @@ def get(name: str) -> Format:
 
 
 def recognise(path: str | Path) -> Format:
-    """The format of the checkpoint at a path, by names and a few bytes. Raises CheckpointError for none or several."""
+    """Returns a checkpoint's format, by file names and a few bytes. Raises CheckpointError for none or several."""
     path = _check_exists(path)
     matches = {name: format for name, format in formats().items() if format.recognise(path)}
     if not matches:
@@ -64,7 +64,7 @@ def recognise(path: str | Path) -> Format:
 
 
 def open(path: str | Path, format: str | None = None) -> Reader:
-    """A Reader of the checkpoint at a path; `format` insists on one instead of looking. Reads headers only.
+    """Opens the checkpoint at a path, reading headers only. format: its name; None: it is recognised.
 
     Raises CheckpointError with every error in the headers or every link that leads out of the folder, ConfigError for
     an unknown format.

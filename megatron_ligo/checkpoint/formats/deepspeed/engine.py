@@ -5,8 +5,8 @@
     DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_TT_optim_states.pt   read only: any ZeRO stage, fp32, bf16 and fp16
     DIR/dims.json or config.json                               the model's config, which DeepSpeed does not read
 
-Parameters have Megatron-core's names, or transformers' where the engine trained such a model (read only). Written are
-module states, which an engine at the same tensor parallelism and ZeRO 0, 1 or 2 loads with
+Parameters have Megatron-core's names, or transformers' if the engine trained such a model (read only). The writer
+stores module states only. An engine at the same tensor parallelism and ZeRO 0, 1 or 2 loads them with
 `load_checkpoint(DIR, load_module_only=True)`. ZeRO 3 needs files of its own layout: use a universal checkpoint.
 """
 

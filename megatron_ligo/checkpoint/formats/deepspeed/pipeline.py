@@ -8,8 +8,8 @@
 
 Layer 0 is the word embedding; other embeddings are a layer of their own (an image's embeddings are one layer). Then
 come the transformer layers, the final norm (of a masked LM, the head's transform), the head and its bias. A tied head
-is not stored: DeepSpeed copies the embedding to it. Written are layers and counters, which a pipeline at the same
-tensor parallelism and any number of stages loads with `load_checkpoint(DIR, load_module_only=True)`.
+is not stored: DeepSpeed copies the embedding to it. The writer stores layers and counters. A pipeline at the same
+tensor parallelism and any number of stages loads them with `load_checkpoint(DIR, load_module_only=True)`.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class EngineFiles:
     """
 
     def __init__(self, tag_folder: Path, operator: bool = False):
-        """operator: the checkpoint is that of a fit, which holds an operator. Refused unless expected."""
+        """operator: accepts the checkpoint of a fit, which holds an operator and is refused otherwise."""
         self.tag_folder = tag_folder
         title = f"{tag_folder} is not a complete checkpoint of a DeepSpeed engine"
         self._errors = ErrorCollector(title, CheckpointError)
@@ -120,7 +120,7 @@ class EngineFiles:
         self.zero_stage = 3 if self.is_zero3 else self._read_zero_stage()
 
     def _read_zero_stage(self) -> int:
-        """Returns 0 without optimizer partitions. A bf16 optimizer records no stage and partitions as ZeRO 1 does."""
+        """Returns the ZeRO stage; 0 without partitions. A bf16 optimizer records none and partitions as ZeRO 1."""
         if not self.optim_states[0]:
             return 0
         state_dict = self.optim_states[0][0].get("optimizer_state_dict")

@@ -24,7 +24,7 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.distributed.parallel_dims import EngineLayout, ParallelDims
 from megatron_ligo.sharding import fused_tensors
 
-# Whose parameter names an engine's model may have.
+# The formats whose parameter names an engine's model may have.
 NAMING_FORMATS = ("mcore", "hf")
 # Megatron-LM pads each rank's share of the vocabulary to a multiple of this.
 VOCAB_DIVISOR = 128

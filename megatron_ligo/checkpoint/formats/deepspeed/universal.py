@@ -4,7 +4,7 @@
     DIR/TAG/mp_rank_00_model_states.pt        metadata for ZeRO 1 and 2 (and zero_pp_rank_0_... for ZeRO 3)
     DIR/TAG/zero/optimizer_state.pt
     DIR/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
-    DIR/dims.json, manifest.json              ours, which DeepSpeed does not read
+    DIR/dims.json, manifest.json              this program's, which DeepSpeed does not read
 
 NAME is Megatron-core's. Weights are fp32, as the format requires; the cast from bf16 is exact. The settings of Adam's
 param groups are stored under a key that DeepSpeed does not read, so that a run keeps its own.

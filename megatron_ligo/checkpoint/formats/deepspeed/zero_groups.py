@@ -19,7 +19,7 @@ from megatron_ligo.checkpoint.io import adam_groups
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import ErrorCollector
 
-# Of the file; under ZeRO 3 also the base optimizer's state dict, nested in it.
+# A key of the file; under ZeRO 3 also the key of the base optimizer's state dict, nested in that one.
 OPTIMIZER_STATE_DICT = "optimizer_state_dict"
 FP32_GROUPS, FP32_FLAT_GROUPS = "single_partition_of_fp32_groups", "fp32_flat_groups"  # ZeRO 1 and 2, ZeRO 3
 BASE_OPTIMIZER_STATE = "base_optimizer_state"
@@ -39,7 +39,7 @@ class FlatFragment:
 
 
 class ZeroOptimizerState:
-    """Master weights and moments of one model-parallel rank, put together from all data-parallel ranks.
+    """Master weights and moments of one model-parallel rank, assembled from all data-parallel ranks.
 
     step: Adam's step count, None without moments. param_groups: hyperparameters of the base optimizer's param groups,
     of every data-parallel rank, unchecked.
@@ -81,7 +81,7 @@ class ZeroOptimizerState:
         return set(self._fragments)
 
     def numel(self, name: str) -> int:
-        """Number of the parameter's elements that the partitions hold."""
+        """Returns the number of the parameter's elements that the partitions hold."""
         return sum(fragment.numel for fragment in self._fragments[name])
 
     def dtype(self, name: str) -> torch.dtype:

@@ -1,11 +1,11 @@
-"""Meta's Llama releases: one file of tensors for each of the MP ranks of fairscale's model parallelism.
+"""Meta's Llama releases: one file of tensors per rank of fairscale's model parallelism (MP).
 
-    consolidated.00.pth, .01.pth, ...   a flat dict each; linears cut by column or row, norms on every rank
+    consolidated.00.pth, .01.pth, ...   a flat dict each; linears split by column or row, norms on every rank
     params.json                         sizes (params_json.py)
-    tokenizer.model                     copied, from the folder above if this one has none
-    dims.json, manifest.json            ours, or a Hugging Face config.json: for sizes that params.json lacks
+    tokenizer.model                     copied, from the parent folder if this one has none
+    dims.json, manifest.json            this program's (or a Hugging Face config.json): sizes that params.json lacks
 
-The embedding is cut along its features by Llama 1 and 2 (ParallelEmbedding) and along the vocabulary by Llama 3
+The embedding is split along its features by Llama 1 and 2 (ParallelEmbedding) and along the vocabulary by Llama 3
 (VocabParallelEmbedding). Rotary pairs are interleaved in wq and wk. Tied models have no tied tensors here:
 `output` is written as a copy of the embedding, since Meta's code has a parameter for it, and compared with it when
 read. A vocabulary that MP does not divide is padded with zero rows. With fewer KV heads than ranks, each rank has a
@@ -43,7 +43,7 @@ VOCABULARY, FEATURES = "vocabulary", "features"
 FILE = "consolidated.{:02d}.pth"
 FILES = re.compile(r"consolidated\.(\d+)\.pth")
 EMBEDDING, OUTPUT, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
-# Recomputed by every loader.
+# Tensors that every loader recomputes.
 NO_WEIGHTS = ("rope.freqs",)
 
 
@@ -109,7 +109,7 @@ class FairscaleReader(Reader):
             at += len(piece)
 
     def _sizes(self, params: Mapping) -> ModelConfig:
-        """Returns the sizes in params.json, and those that it lacks from the tensors' shapes."""
+        """Returns the sizes of params.json; those that it lacks follow from the tensors' shapes."""
         errors = ErrorCollector(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
         first, tp = self._ranks[0], len(self._ranks)
         for name in (EMBEDDING, GATE, *([OUTPUT] if OUTPUT in first else [])):
@@ -125,7 +125,7 @@ class FairscaleReader(Reader):
         )
 
     def _check(self, params: Mapping) -> None:
-        """Checks that sizes agree, that the ranks can share them, and that each file has its tensors and no others."""
+        """Checks the sizes, their split over the ranks, and that each file has its tensors and no others."""
         tp = len(self._ranks)
         errors = ErrorCollector(f"{self.path} does not hold the model of its {PARAMS}", CheckpointError)
         params_json.check_parameters(self.model_config, errors)
@@ -149,11 +149,11 @@ class FairscaleReader(Reader):
         self._items: dict[str, StoredTensor] = {}
         for item in items.values():
             for key in item.keys:
-                # A tied model's output comes after the embedding, whose key it bears.
+                # A tied model's output follows the embedding and has the same key.
                 self._items.setdefault(key, item)
 
     def _cut(self) -> str:
-        """The shape tells: a rank has all features of some tokens, or some features of all."""
+        """Returns the embedding's split, from its shape: whole rows or whole columns on each rank."""
         shape = self._ranks[0][EMBEDDING].shape if EMBEDDING in self._ranks[0] else ()
         return FEATURES if len(self._ranks) > 1 and shape[1:] != (self.model_config.hidden_size,) else VOCABULARY
 
@@ -185,7 +185,7 @@ def _check_layout(model_config: ModelConfig, options: WriteOptions, cut: str) ->
 
 
 def _stored_tensors(model_config: ModelConfig, cut: str) -> dict[str, StoredTensor]:
-    """Returns the tensors of a rank's file: the table's, the embedding cut along `cut`, and a tied model's output."""
+    """Returns the tensors of a rank's file: the table's, the embedding split along `cut`, a tied model's output."""
     arch = architectures.get(model_config.arch)
     items = fused_tensors.stored_tensors(arch, model_config, NAME)
     if cut == FEATURES:

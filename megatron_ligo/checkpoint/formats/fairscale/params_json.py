@@ -24,11 +24,11 @@ SIZES = ("dim", "n_layers", "n_heads")
 OPTIONAL = (
     "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "max_seq_len",
 )  # fmt: skip
-# Without effect on the model.
+# Keys without effect on the model.
 IGNORED = ("max_batch_size",)
 # The rope base of Llama 1 and 2, whose files do not state it.
 ROPE_BASE = 10000.0
-# Constants in Meta's code.
+# The constants of scaled rope in Meta's code.
 LLAMA31_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -126,9 +126,10 @@ def check_agreement(params: Mapping, model_config: ModelConfig, errors: ErrorCol
 
 
 def to_params_json(model_config: ModelConfig, vocab_size: int, plain: bool) -> dict:
-    """Builds a params.json from which Meta's code builds the model. plain: without keys that Llama 1 and 2's refuses.
+    """Builds a params.json from which Meta's code builds the model.
 
-    Raises CheckpointError with everything that the format cannot express.
+    plain: without the keys that the code of Llama 1 and 2 refuses. Raises CheckpointError with everything that the
+    format cannot express.
     """
     check_expressible(model_config)
     multiple_of, multiplier = find_ffn_rule(model_config.hidden_size, model_config.ffn_size)

@@ -13,9 +13,10 @@ SETTINGS = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos
 
 
 def collect_files(folder: Path, scratch: Path) -> tuple[Path, ...]:
-    """Returns the files that conversions copy: those beside the weights, and the tokenizer of the folder above if there
-    is none (Llama 1 and 2 share one for all sizes). Writes the settings that transformers needs with sentencepiece into
-    `scratch`.
+    """Returns the files that conversions copy: those beside the weights, and the parent folder's tokenizer if need be.
+
+    Llama 1 and 2 share one tokenizer for all sizes. The settings that transformers needs for sentencepiece are written
+    into `scratch`.
     """
     carried = list(model_record.find_carried_files(folder))
     above = folder.absolute().parent / MODEL

@@ -177,11 +177,11 @@ def _refuse_features(header: GgufHeader, family: str, errors: ErrorCollector) ->
 
 
 def _extract_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
-    """Has transformers read the vocabulary, merges, special tokens and chat template, and write its own files."""
+    """Writes vocabulary, merges, special tokens and chat template as Hugging Face files, through transformers."""
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast.from_pretrained(str(path.parent.absolute()), gguf_file=path.name).save_pretrained(folder)
-    # The class that transformers 4 knows too, without the keys about where the tokenizer was read.
+    # A class that transformers 4 knows too; without the keys that state where the tokenizer was read.
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only", "backend"):

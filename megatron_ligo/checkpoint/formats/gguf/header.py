@@ -1,7 +1,7 @@
 """Reads the header of a GGUF file: its metadata and where each tensor lies.
 
 The gguf package's reader is not used: it takes seconds for a vocabulary, and loops forever on a header that declares
-more values than the file has bytes. Here no count is trusted beyond the end of the file.
+more values than the file has bytes. This parser trusts no count beyond the end of the file.
 """
 
 from __future__ import annotations

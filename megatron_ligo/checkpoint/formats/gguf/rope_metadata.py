@@ -58,7 +58,7 @@ def _match_table(header: GgufHeader, path: Path, head_dim: int, base: float, err
 
 
 def _llama3_factor(frequency: float, factor: float) -> float:
-    """Returns the divisor of a frequency under Llama 3.1: 1 for short waves, `factor` for long ones, smooth between."""
+    """Returns Llama 3.1's divisor of a frequency: 1 at short wavelengths, `factor` at long ones, smooth between."""
     waves = CONTEXT * frequency / (2 * math.pi)
     if waves > HIGH:
         return 1.0

@@ -1,6 +1,6 @@
 """Hugging Face config.json to ModelConfig and back, driven by the architecture's table.
 
-A key that a config leaves out has the default of its family in transformers; only then is transformers imported.
+A key that a config leaves out has its family's default in transformers, which is imported only then.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def load_config(path: Path) -> dict:
 
 
 def find_architecture(config: Mapping, where: str) -> Architecture:
-    """Returns the architecture whose table describes a config's `model_type`."""
+    """Returns the architecture of a config's `model_type`. Raises CheckpointError for an unknown one."""
     known = {name: arch for arch in architectures.architectures().values() for name in arch.model_types}
     name = config.get("model_type")
     if name not in known:

@@ -54,7 +54,7 @@ class HfReader(Reader):
                 hint = "Is tie_word_embeddings true by mistake?"
                 where = f"{self.path}: {duplicate}"
                 raise CheckpointError(Problem(where, f"the bits of {stored.name}", "other bits", hint))
-        # Compared once.
+        # Compared once: later reads skip it.
         self._stored_names[item.name] = tensor_names.StoredName(stored.name)
         return item.extract(tensor, key, self.model_config)
 

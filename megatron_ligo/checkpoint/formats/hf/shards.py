@@ -68,7 +68,7 @@ class SafetensorsShards:
 
     def tensor(self, name: str) -> Tensor:
         """Returns a tensor in its stored shape and dtype, as a view of the mapped file."""
-        # Depth maps read each layer's tensors once for every large layer; new views took a tenth of the time.
+        # Depth maps read a layer's tensors once per large layer; creating new views took a tenth of the time.
         if name not in self._views:
             self._views[name] = self._open[self._files[name]].get_tensor(name)
         return self._views[name]
@@ -115,7 +115,7 @@ def _duplicate_names(file: Path) -> list[str]:
 
 
 def open_shards(folder: Path) -> SafetensorsShards:
-    """Opens the files of a folder's weights. Raises CheckpointError if it is unclear which these are."""
+    """Opens the files of a folder's weights. Raises CheckpointError if there are none, or more than one set."""
     single, index = folder / SINGLE, folder / INDEX
     shards = {file.name for file in folder.glob(SHARD)}
     if single.exists() and (index.exists() or shards):
@@ -156,7 +156,7 @@ def _open_indexed(folder: Path, weight_map: Mapping[str, str], present: set[str]
 
 
 def _check_inside(folder: Path, name: str) -> None:
-    """Refuses a file outside of the folder, or in a Hugging Face cache outside of the blobs beside the snapshots."""
+    """Raises CheckpointError for a file outside of the folder and of a Hugging Face cache's blobs."""
     plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
     if not plain or (folder / name).resolve().parent not in symlinks.allowed_roots(folder):
         hint = "The link leads out of the folder and is not followed."

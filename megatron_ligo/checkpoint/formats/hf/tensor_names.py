@@ -1,4 +1,4 @@
-"""Finds a table's tensors in Hugging Face files: with or without the base model's prefix, or under older names.
+"""Finds an architecture's tensors in Hugging Face files: with or without the base model's prefix, or by older names.
 
 The tensors, not the class named in the config, decide which optional parts a model has: files often hold more parts
 than that class, or fewer.
@@ -19,14 +19,14 @@ FORMAT = "hf"
 
 @dataclass(frozen=True)
 class StoredName:
-    """name: of the tensor in the file (today's name if it is missing); doubles: where it may stand once more."""
+    """The name of a tensor in a file (today's name if it is missing), and the names of its duplicates."""
 
     name: str
     duplicates: tuple[str, ...] = ()
 
 
 def detect_optional_parts(arch: Architecture, model_config: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Returns the config with the optional parts that have tensors in the file; parts without tensors stay unchanged"""
+    """Returns the config with its optional parts set by the file's tensors. Parts without tensors stay unchanged."""
     for part in arch.optional_parts(model_config.model_type):
         with_part = replace(model_config, **{part: True})
         params = [param for param in arch.params if param.requires == part and param.is_stored(with_part)]

@@ -177,7 +177,7 @@ class McoreReader(Reader):
             tensor.shape[0] for name, tensor in tensors.items() if re.search(r"\.layers\.\D", name) and tensor.shape
         ]
         if self.model_config.num_layers > max(len(tensors), *stack_sizes, 0):
-            # A corrupt config must not make us list a million layers.
+            # Bounds the work that a false num_layers can cause.
             expected = f"at most {max(stack_sizes, default=len(tensors))}, from the tensors"
             errors.add("num_layers", expected, self.model_config.num_layers)
             errors.raise_if_any()
@@ -229,7 +229,7 @@ class McoreReader(Reader):
         shape = tensor.shape
         if param.axes[0].space == "vocab":
             vocab_rows[source.name] = shape[0] if shape else 0
-            # Padding follows the vocabulary.
+            # Padding rows follow the vocabulary.
             shape = (min(vocab_rows[source.name], expected[0]), *shape[1:])
         if shape != expected:
             errors.add(source.name, f"shape {expected}", tensor.shape)
@@ -287,7 +287,7 @@ def _read_step(path: Path, common: dict, has_moments: bool) -> int:
 
 
 def _read_groups(optimizer: object) -> tuple[dict, ...]:
-    """Returns the settings of the optimizer's param groups. One with fp32 master weights nests another optimizer."""
+    """Returns the settings of an optimizer's param groups. An optimizer with fp32 master weights nests another."""
     for _ in range(2):
         if isinstance(optimizer, Mapping) and "param_groups" not in optimizer:
             optimizer = optimizer.get("optimizer")

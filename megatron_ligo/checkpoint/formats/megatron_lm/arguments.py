@@ -185,5 +185,5 @@ def _parse_rope_scaling(args: Mapping[str, object]) -> dict | None:
 
 
 def _to_int_if_whole(number: float | None) -> float | int | None:
-    """Megatron-LM's rotary base is an int."""
+    """Returns an int for a whole number: Megatron-LM's rotary base is one."""
     return int(number) if number is not None and number == int(number) else number

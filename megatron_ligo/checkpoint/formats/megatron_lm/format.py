@@ -1,4 +1,4 @@
-"""Megatron-LM's checkpoints by rank (`--ckpt-format torch`), at the tensor and pipeline parallelism of the run.
+"""Megatron-LM's per-rank checkpoints (`--ckpt-format torch`), at the tensor and pipeline parallelism of the run.
 
     DIR/latest_checkpointed_iteration.txt                  the iteration's folder (io/iteration_folders.py)
     DIR/iter_0000100/mp_rank_TT/model_optim_rng.pt         tensor-parallel rank TT
@@ -150,7 +150,7 @@ def _is_linear_weight(stored: StoredTensor) -> bool:
 def _stage_bounds(num_layers: int, pp: int) -> list[int]:
     """Returns the first layer of each stage, and the number of layers.
 
-    Megatron-LM supports only a last stage of another size than the rest.
+    Megatron-LM lets only the last stage differ in size.
     """
     ceiling = -(-num_layers // pp)
     size = ceiling if ceiling * (pp - 1) < num_layers else num_layers // pp

@@ -108,7 +108,7 @@ def _find_masters(optimizer: Mapping) -> list:
 def _name_masters(
     masters: object, names: Sequence[str], weights: Mapping[str, Tensor], where: str, errors: ErrorCollector
 ) -> dict[str, Tensor]:
-    """Returns a group's master weights by name. Megatron-LM keeps them for 16-bit weights, our own files for all."""
+    """Returns a group's master weights by name. Megatron-LM keeps them for 16-bit weights, this program for all."""
     half_names = [name for name in names if weights[name].dtype in HALF_DTYPES]
     master_names = names if isinstance(masters, list) and len(masters) == len(names) else half_names
     if not isinstance(masters, list) or len(masters) != len(master_names):
