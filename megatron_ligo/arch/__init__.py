@@ -1,4 +1,4 @@
-"""The families of networks. Each is one file of data in families/, found by its file name."""
+"""Registry of model families. Each is defined by one file of data in families/ and named after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record that a family's file holds: its parameters, and the names and values of its config in each format."""
+"""The definition of one model family: its parameters, and its config fields in each checkpoint format."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 
 
 class Task(Enum):
-    """The training objective of a family, which decides its samples, its loss, its embeddings and its head."""
+    """Training objective of a family. It determines the samples, the loss, the embeddings and the head."""
 
     NEXT_TOKEN = "next token"
     MASKED_TOKENS = "masked tokens"
-    LABEL = "label"  # an image's; the head's vocabulary is the set of labels
+    LABEL = "label"  # image classification; the head's vocabulary is the set of labels
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of networks.
+    """One model family.
 
-    params: in the order of a checkpoint file: before the layers, in a layer, after the layers.
-    norm: "rms" or "layer". pre_norm: norms come before the blocks; otherwise after each residual sum (post-LN).
+    params: parameters in checkpoint order: before the layers, in a layer, after the layers.
+    norm: "rms" or "layer". pre_norm: True for pre-LN; False for post-LN (a norm after each residual sum).
     head_activation: the activation of a masked-LM head's transform ("" = the layers' activation).
     model_types: Hugging Face `model_type` -> {class: its optional parts (fields of `ModelConfig`)}. The first class is
-        assumed if a config names none. The last one is the bare network.
+        assumed if a config names none. The last one is the base model.
     hf_fields, gguf_fields: {config key: field of `ModelConfig`} of the two formats' headers.
-    required_hf_values: values that a Hugging Face config must have (or lack) for the table to describe the network.
-    implied_sizes: `model_type` -> {field: value} that hold whatever the config states.
-    choices: {field: values that are supported}.
-    refused_classes: {class: why the table does not describe it}.
+    required_hf_values: values that a Hugging Face config must have (or omit) for this definition to apply.
+    implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
+    choices: {field: supported values}.
+    refused_classes: {unsupported class: reason}.
 
-    By format: ignored_names: patterns (fnmatch) of stored names that are no weights; base_prefixes: the prefix that the
-    bare network's tensors lack; renamed_suffixes: {suffix in old files: its successor}.
+    Per format: ignored_names: fnmatch patterns of stored tensors that are not weights; base_prefixes: the prefix that
+    the base model's tensor names lack; renamed_suffixes: {legacy suffix: current suffix}.
     """
 
     name: str
@@ -99,15 +99,15 @@ class Architecture:
     # Parameters.
 
     def find(self, role: Role, bias: bool = False) -> ParamSpec | None:
-        """Returns the weight (or bias) that has a role; None if the family has none. Unread tensors are not found."""
+        """Returns the weight (or bias) of a role; None if the family has none. Excludes `unread` tensors."""
         return self._params_by_role.get((role, bias))
 
     def get(self, role: Role, bias: bool = False) -> ParamSpec:
-        """Returns the weight (or bias) that has a role. KeyError if the family has none."""
+        """Returns the weight (or bias) of a role. KeyError if the family has none."""
         return self._params_by_role[role, bias]
 
     def has(self, role: Role, bias: bool = False) -> bool:
-        """True if the table has a weight (or bias) of a role, which a model may still leave out as optional."""
+        """True if the family defines a weight (or bias) of a role. A model may lack it if it is optional."""
         return (role, bias) in self._params_by_role
 
     def param(self, key: str) -> ParamSpec:
@@ -160,7 +160,7 @@ class Architecture:
     # Names and values of the formats.
 
     def optional_parts(self, model_type: str) -> set[str]:
-        """Returns the fields of `ModelConfig` that tell which optional parts a model of this type has."""
+        """Returns the `ModelConfig` fields that state which optional parts a model of this type has."""
         return {part for parts in self.hf_classes(model_type).values() for part in parts}
 
     def hf_classes(self, model_type: str) -> Mapping[str, tuple[str, ...]]:
@@ -170,7 +170,7 @@ class Architecture:
         return self.model_types[model_type]
 
     def hf_class(self, model_config: ModelConfig) -> str:
-        """Returns the Hugging Face class of a model: the first class whose parts the model has, or else the last."""
+        """Returns the Hugging Face class of a model: the first whose parts the model has, otherwise the last."""
         classes = self.hf_classes(model_config.model_type)
         fitting = [name for name, parts in classes.items() if all(getattr(model_config, part) for part in parts)]
         return fitting[0] if fitting else list(classes)[-1]
@@ -185,7 +185,7 @@ class Architecture:
         return name.removeprefix(self.base_prefixes.get(format_name, "")) if is_bare else name
 
     def check(self, model_config: ModelConfig, errors: ErrorCollector) -> None:
-        """Adds an error for each size that a config of the family cannot state and that has not its implied value."""
+        """Adds an error for each size that the family's config cannot state and that differs from its implied value."""
         implied = implied_head_sizes(model_config.hidden_size, model_config.num_heads)
         for name, value in implied.items():
             if name not in self.hf_fields.values() and getattr(model_config, name) != value:

@@ -1,4 +1,4 @@
-"""The axes that most families have: the space of each, and the side of its map that the axis meets."""
+"""Axes common to most families: the space of each, and its use of the space."""
 
 from megatron_ligo.arch.spec import Axis, Heads, Use
 

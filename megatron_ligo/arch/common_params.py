@@ -1,6 +1,6 @@
 """Parameters of linears and norms, and the locations of a module's tensors in the formats.
 
-A module's locations lack the last part of its tensors' names, `.weight` or `.bias`.
+A module's locations omit the final `.weight` or `.bias` of its tensors' names.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def locations(hf: str, mcore: str) -> Locations:
 
 
 def locations_below(hf_prefix: str, mcore_prefix: str) -> Callable[[str, str], Locations]:
-    """Returns `locations` for names below two prefixes."""
+    """Returns `locations` with a prefix prepended to each of the two names."""
     return lambda hf, mcore: locations(hf_prefix + hf, mcore_prefix + mcore)
 
 
 def grouped_qkv(module: Locations, part: int, formats: tuple[str, ...] = ("mcore",)) -> Locations:
-    """Marks q, k or v (part 0, 1 or 2) of a module that some formats fuse KV group by KV group."""
+    """Returns the locations of q, k or v (part 0, 1 or 2) in a module that `formats` fuse by KV group."""
     return {
         name: replace(location, pack=Pack.GROUPED, part=part, num_parts=3) if name in formats else location
         for name, location in module.items()
@@ -47,7 +47,7 @@ def bias_of(module: Locations) -> Locations:
 def linear_params(
     key: str, role: Role, axes: tuple[Axis, Axis], tp_dim: int | None, module: Locations, **fields
 ) -> Iterator[ParamSpec]:
-    """Yields a linear's weight and bias. The bias is sharded if the outputs are. fields: others of `ParamSpec`."""
+    """Yields a linear's weight and bias. The bias is sharded if the outputs are. fields: other `ParamSpec` fields."""
     yield ParamSpec(key, role, axes, tp_dim, weight_of(module), **fields)
     bias_tp_dim = 0 if tp_dim == 0 else None
     yield ParamSpec(f"{key}_bias", role, axes[:1], bias_tp_dim, bias_of(module), is_bias=True, **fields)
@@ -56,7 +56,7 @@ def linear_params(
 def norm_params(
     key: str, role: Role, module: Locations, axes: tuple[Axis, Axis] = (RESIDUAL_GAIN, RESIDUAL_BIAS), **fields
 ) -> Iterator[ParamSpec]:
-    """Yields a LayerNorm's gain and bias. axes: the gain's and the bias's."""
+    """Yields a LayerNorm's gain and bias. axes: those of the gain and of the bias."""
     gain_axis, bias_axis = axes
     yield ParamSpec(key, role, (gain_axis,), None, weight_of(module), **fields)
     yield ParamSpec(f"{key}_bias", role, (bias_axis,), None, bias_of(module), is_bias=True, **fields)

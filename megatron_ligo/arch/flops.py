@@ -10,14 +10,14 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import ParamSpec, Role, Use
 
-# The backward pass takes two products for each one of the forward pass: the gradients of input and weight.
+# The backward pass has two products for each forward one: the gradients of input and weight.
 FORWARD_AND_BACKWARD = 3
 
 
 def forward_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:
     """Returns the FLOPs of a forward pass over `tokens` tokens in sequences of `seq_length`.
 
-    Linears, attention (of all pairs, masked or not) and head count; norms, activations and look-ups do not.
+    Counts linears, the head and attention (all pairs, masked or not). Omits norms, activations and look-ups.
     """
     arch = architectures.get(model_config.arch)
     total = 0
@@ -34,7 +34,7 @@ def forward_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> in
 def _count_vectors(
     arch: Architecture, param: ParamSpec, model_config: ModelConfig, tokens: int, seq_length: int
 ) -> int:
-    """Counts the vectors that a weight multiplies: one a token, or one a patch (or image) in a classifier's ends."""
+    """Counts the vectors that a weight multiplies: one per token; per patch or image outside a classifier's layers."""
     if not arch.reads_images or param.in_layer:
         return tokens
     images = tokens // seq_length
@@ -42,5 +42,5 @@ def _count_vectors(
 
 
 def train_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:
-    """Returns the FLOPs of a forward and a backward pass. Recomputation is a layout's cost and does not count."""
+    """Returns the FLOPs of a forward and a backward pass. Excludes recomputation."""
     return FORWARD_AND_BACKWARD * forward_flops(model_config, tokens, seq_length)

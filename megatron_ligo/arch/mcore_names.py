@@ -15,10 +15,10 @@ FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-# State that modules keep for fp8, saved under this name. It is no weight.
+# Name of the modules' fp8 state in checkpoints. It is not a weight.
 EXTRA_STATE = "_extra_state"
 LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
-# Submodules of a local layer in the order of its constructor, which numbers the optimizer's parameters.
+# Submodules of a local layer in construction order, which is the order of the optimizer's parameters.
 CONSTRUCTION_ORDER = (
     "input_layernorm.",
     "self_attention.linear_proj.",

@@ -1,4 +1,4 @@
-"""The sizes of one model: one immutable record that all rooms share."""
+"""The sizes of one model, as an immutable record."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from sys import float_info
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 
-# A record with more layers is damaged. The limit keeps its keys from being listed.
+# Upper bound on num_layers: a corrupt record must fail before its keys are listed.
 MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a model, and the few constants that change its numbers.
+    """Sizes of a model, and the constants that affect its outputs.
 
-    arch: name of the family's table (arch/families/NAME.py).
-    model_type: the Hugging Face family that the config is written for ("llama", "mistral", ...).
+    arch: name of the family's definition (arch/families/NAME.py).
+    model_type: Hugging Face `model_type` of the config ("llama", "mistral", ...).
     vocab_size: number of classes of the output head: tokens, or labels of an image.
     max_positions: number of rows of the position table; the context length of rotary positions.
     tied: the output head shares the word embedding's weight.
     rope_scaling: the scaling part of Hugging Face's rope parameters, verbatim; None = none.
-    rotary_fraction: fraction of a head's features, from the first on, that rotary positions rotate.
+    rotary_fraction: fraction of a head's features that rotate, counted from the first.
     parallel_residual: attention and feed-forward both read the layer's input.
-    sliding_window: number of tokens that attention reaches back; None = all.
-    activation: the feed-forward block's activation, under Hugging Face's name.
-    position_padding: the padding token's id if positions skip padding and begin at the id + 1 (RoBERTa); None =
-        positions count from 0.
-    has_head, has_pooler, has_order_head: optional parts that exist (output head, pooler, next-sentence head).
-    image_size, patch_size: pixels per side of the (square) image and of its patches; None = the model reads no images.
-    num_channels: colour channels of a pixel.
+    sliding_window: attention window in tokens; None = unlimited.
+    activation: the feed-forward activation, by its Hugging Face name.
+    position_padding: the padding token's id if positions skip padding and start at id + 1 (RoBERTa); None = positions
+        start at 0.
+    has_head, has_pooler, has_order_head: whether the output head, pooler and next-sentence head exist.
+    image_size, patch_size: pixels per side of the (square) image and of its patches; None = no image input.
+    num_channels: colour channels of the image.
     has_distillation: a distillation token follows the class token (DeiT).
     """
 
@@ -94,7 +94,7 @@ class ModelConfig:
 
     @property
     def patches_per_side(self) -> int:
-        """Patches along a side of an image. Pixels beyond the last whole patch are not read."""
+        """Patches along a side of an image. Pixels beyond the last whole patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
@@ -107,7 +107,7 @@ class ModelConfig:
         return tokens_per_image(self.image_size, self.patch_size, self.has_distillation)
 
     def tokens_per_sample(self, seq_length: int) -> int:
-        """Returns the number of tokens of a sample: of a sequence, or of an image."""
+        """Returns the number of tokens in a sample (a sequence or an image)."""
         return seq_length if self.image_size is None else self.tokens_per_image
 
     @property
@@ -125,12 +125,12 @@ class ModelConfig:
         return self.max_positions - self.first_position
 
     def to_json(self) -> dict:
-        """Returns a plain dict, which `ModelConfig.from_json` reads."""
+        """Returns a plain dict for `ModelConfig.from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping) -> ModelConfig:
-        """Reads what `to_json` returns. ConfigError with every unknown, missing or mistyped size."""
+        """Builds a config from a `to_json` dict. ConfigError with every unknown, missing or mistyped size."""
         names = {f.name for f in fields(cls)}
         errors = ErrorCollector("these are not the sizes of a model", ConfigError)
         for name in data:
@@ -157,10 +157,10 @@ def _has_json_type(value: object, kind: str) -> bool:
 
 
 def tokens_per_image(image_size: int, patch_size: int, has_distillation: bool) -> int:
-    """Returns the number of special tokens and patches."""
+    """Returns an image's number of special tokens and patches."""
     return 1 + has_distillation + (image_size // patch_size) ** 2
 
 
 def implied_head_sizes(hidden_size: int, num_heads: int) -> dict[str, int]:
-    """Returns the sizes that every family assumes if its config states no others."""
+    """Returns the default sizes for a config that states no others."""
     return {"head_dim": hidden_size // num_heads, "num_kv_heads": num_heads, "ffn_size": 4 * hidden_size}

@@ -15,16 +15,16 @@ from megatron_ligo.arch.model_config import ModelConfig
 
 
 class Use(Enum):
-    """Which side of a space's map an axis meets (LiGO, equation 6: B on the output side, A on the input side)."""
+    """Side of a space's width map that grows an axis (LiGO, equation 6: B for outputs, A for inputs)."""
 
     OUTPUT = "writes"  # grows by expand, (large, small)
     INPUT = "reads"  # grows by contract, (small, large)
     GAIN = "scales"  # a norm's gain: multiplies the features of the space elementwise
-    BIAS = "shifts"  # a norm's bias: is added to them, and grows as they do
+    BIAS = "shifts"  # a norm's bias: added to the features, and grown like them
 
 
 class Heads(Enum):
-    """How an axis is tiled into heads: not at all, by query heads, or by key/value heads."""
+    """Head layout of an axis: none, query heads, or key/value heads."""
 
     NONE = "none"
     Q = "q"
@@ -42,7 +42,7 @@ class Pack(Enum):
 class Stage(Enum):
     """The part of the network that holds a parameter. FIRST lies on a pipeline's first stage, LAST on its last."""
 
-    FIRST = "first"  # embeddings, and all else that runs before the layers
+    FIRST = "first"  # embeddings and all other modules before the layers
     LAYER = "layer"
     LAST = "last"  # the final norm, the heads, the pooler
 
@@ -100,15 +100,15 @@ _LAST_STAGE_ROLES = (
 
 
 class TpUse(Enum):
-    """How much of a parameter's work each tensor-parallel rank does, which decides how its gradient is reduced."""
+    """Share of a parameter's computation on each tensor-parallel rank. It determines the gradient's reduction."""
 
-    COMPLETE = "complete"  # every rank does all of it, so the ranks' gradients agree
-    PARTIAL = "partial"  # each rank does its share, so the gradient of a replicated tensor is the sum over the ranks
+    COMPLETE = "complete"  # every rank does all of it, so the ranks' gradients are equal
+    PARTIAL = "partial"  # each rank does its share, so a replicated tensor's gradient is the sum over the ranks
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One dim of a parameter: its space, the side of the space's map that it meets, and its tiling into heads."""
+    """One dim of a parameter: its space, its use of the space, and its head layout."""
 
     space: str
     use: Use
@@ -119,12 +119,12 @@ class Axis:
 class FormatLocation:
     """Where one format stores a parameter.
 
-    name: the stored tensor's name, with one `{}` for the layer number if the parameter is a layer's.
-    pack, part, num_parts: how the tensor is fused, and which of its parts this parameter is.
+    name: the stored tensor's name, with one `{}` for the layer number if the parameter is in a layer.
+    pack, part, num_parts: the packing of a fused tensor, this parameter's index in it, and its number of parts.
     transposed: stored as (in, out).
     interleaved: rotary pairs stored as neighbours (2i, 2i + 1), as Meta and GGUF do.
     tied_name: the name if the model's embeddings are tied ("" = the same).
-    unit_dims: the number of dims of size 1 that the stored tensor has before its own.
+    unit_dims: number of leading dims of size 1 in the stored tensor.
     """
 
     name: str
@@ -141,15 +141,15 @@ class FormatLocation:
 class ParamSpec:
     """One parameter of a family.
 
-    key: canonical name, with one `{}` for the layer number if the parameter is a layer's.
-    tp_dim: the dim that tensor parallelism shards; None = every rank holds the whole tensor.
+    key: canonical name, with one `{}` for the layer number if the parameter is in a layer.
+    tp_dim: the dim that tensor parallelism shards; None = replicated.
     locations: by format.
     requires: the field of `ModelConfig` that must be true (or not 0) for the parameter to exist ("" = always exists).
-    tied_to: the key whose tensor this parameter shares if embeddings are tied. It is then stored nowhere.
-    feeds_head: the gain or bias of the norm that the output head reads.
+    tied_to: the key whose tensor this parameter shares if embeddings are tied. It is then not stored.
+    feeds_head: the gain or bias of the norm before the output head.
     is_bias: the bias of the module whose weight has the same role.
-    unread: stored by other libraries, and read by no forward pass.
-    partial_tp_use: each tensor-parallel rank holds the whole tensor but uses its share only (a norm of each head).
+    unread: stored by other libraries, but unused in the forward pass.
+    partial_tp_use: replicated, but each tensor-parallel rank applies it to its own share only (a per-head norm).
     """
 
     key: str
@@ -174,7 +174,7 @@ class ParamSpec:
 
     @property
     def tp_use(self) -> TpUse:
-        """A sharded tensor is used partially, a whole one completely unless the table states otherwise."""
+        """PARTIAL for a sharded tensor; COMPLETE for a replicated one unless `partial_tp_use` is set."""
         return TpUse.PARTIAL if self.tp_dim is not None or self.partial_tp_use else TpUse.COMPLETE
 
     @property
@@ -194,7 +194,7 @@ class ParamSpec:
         return tuple(axis_size(axis, model_config) for axis in self.axes)
 
 
-# Optional parts that the training loss does not depend on, and the space that only they have.
+# Optional parts outside the training loss, and the space that only they use.
 UNTRAINED_PARTS = ("has_pooler", "has_order_head")
 UNTRAINED_SPACE = "pooled"
 _SIZE_FIELD_BY_SPACE = {
@@ -208,7 +208,7 @@ _SIZE_FIELD_BY_SPACE = {
     "head": "hidden_size",
     "pooled": "hidden_size",
 }
-_FIXED_SIZES = {"order": 2}  # BERT's next-sentence head: the second sentence follows the first, or it does not
+_FIXED_SIZES = {"order": 2}  # classes of BERT's next-sentence head
 
 
 def axis_size(axis: Axis, model_config: ModelConfig) -> int:
@@ -222,19 +222,19 @@ def axis_size(axis: Axis, model_config: ModelConfig) -> int:
     return getattr(model_config, _SIZE_FIELD_BY_SPACE[axis.space])
 
 
-# What the keys of all layers' parameters begin with.
+# Prefix of every layer parameter's key.
 LAYER_PREFIX = "layers.{}."
 
 
 def key_pattern(key: str) -> str:
-    """`layers.3.q` -> `layers.{}.q`. Keys outside the layers are returned unchanged."""
+    """Replaces a key's layer number: `layers.3.q` -> `layers.{}.q`. Keys outside the layers are returned unchanged."""
     head, _, rest = key.partition(".")
     number, _, tail = rest.partition(".")
     return f"{head}.{{}}.{tail}" if head == "layers" and number.isdigit() else key
 
 
 def layer_index(key: str) -> int | None:
-    """`layers.3.q` -> 3. None for keys outside the layers."""
+    """Returns a key's layer number: `layers.3.q` -> 3. None for keys outside the layers."""
     head, _, rest = key.partition(".")
     number = rest.partition(".")[0]
     return int(number) if head == "layers" and number.isdigit() else None

@@ -1,22 +1,22 @@
-"""Growth of Adam's moments: gradients go through the DUAL of the maps that weights go through.
+"""Growth of Adam's moments: gradients grow by the dual of the maps that grow the weights.
 
-An axis that writes a space grows by expand, and its gradient grows by what reads that space. An axis that reads a space
-grows by contract, and its gradient grows by expand:
+An output axis grows by the expand of its space, and its gradient by the contract. An input axis grows by the contract,
+and its gradient by the expand:
 
     W_large = expand_out W contract_in          G_large = contract_out^T G expand_in^T
 
-The first moment is a mean of gradients and grows as they do. That is exact if the grown model computes the small one's
-function and copies are plain (no noise). The second moment is a mean of squares. It goes through the dual maps squared
-entry by entry, which is exact if their rows have one entry. For rows with several entries (dense or learned maps,
-noise) it takes the gradients' entries as independent: an estimate, which is too small if they agree.
+The first moment is a mean of gradients and grows as they do: exactly, if the grown model computes the small one's
+function and copies have no noise. The second moment is a mean of squares and grows by the dual maps squared
+elementwise: exactly, if their rows have one entry. For rows with several entries (dense or learned maps, noise) it is
+an estimate that treats gradient entries as independent, and is too small if they are positively correlated.
 
-Heads. If the copies of a KV group hold different query heads, no map of the group's gradient tells what reaches the
-keys and values of each copy. It is divided evenly: an estimate. The new features of k start at zero if they rotate;
+Heads. If the copies of a KV group have different query heads, the group's gradient does not determine those of its
+copies. It is divided evenly: an estimate. The moments of new features of k start at zero if the features rotate;
 otherwise their gradients are known.
 
-Layers. New layers write nothing yet, and their moments start at zero. So do those of new tokens, new positions and the
-positions of a larger image. Several layers that copy one small layer share its gradient (the least-squares solution of
-the chain rule), which leaves Adam's steps unchanged: an estimate, as such a model computes another function.
+Layers. The output of new layers is zero, and their moments start at zero. So do those of new tokens, new positions and
+the positions of a larger image. Several layers that copy one small layer share its gradient (the least-squares solution
+of the chain rule), which leaves Adam's steps unchanged: an estimate, as such a model computes a different function.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_ligo.growth.operator import Operator, short_key, writes_residual
 from megatron_ligo.growth.width_maps import LiftedMap, apply_map
 
 SQUARE = "exp_avg_sq"
-# Policies. OLD: the moments of features that are second or later copies start at zero, as those of new layers do.
+# Policies. GROW grows all moments. OLD zeroes those of second and later copies of a feature.
 GROW, OLD = "grow", "old"
 
 
@@ -49,10 +49,10 @@ def find_new_layers(operator: Operator) -> list[int]:
 
 
 def find_estimated_maps(operator: Operator) -> list[str]:
-    """Returns the names of the maps through which moments are estimates.
+    """Returns the names of the maps whose grown moments are estimates.
 
-    Either some row of expand, or of what reads it, has several entries, or several layers that write something copy one
-    small layer.
+    Width maps: some row of expand, or column of contract, has several entries. Depth maps: a layer with nonzero output
+    mixes several small layers, or several such layers copy one.
     """
     names = []
     new_layers = find_new_layers(operator)
@@ -86,7 +86,7 @@ def splits_kv_groups(operator: Operator) -> bool:
 
 
 class DualMaps:
-    """The dual maps of an operator for one kind of moment. For the second moment they are squared entry by entry."""
+    """Dual maps of an operator for one of the two moments. For the second they are squared elementwise."""
 
     def __init__(self, operator: Operator, kind: str, policy: str):
         """kind: exp_avg or exp_avg_sq; policy: GROW or OLD."""
@@ -112,7 +112,7 @@ class DualMaps:
                 dual = cheapest_form(self._dual_matrix(param, lift, axis.use, layer).to(grown))
                 grown = apply_map(grown, dim, dual, self._with_dual_inner(lift))
         if operator.settings.borrow == "next" and param.in_layer:
-            # The rows of new features come from another layer.
+            # New features take their rows from another layer.
             grown[param.shape(operator.small)[0] :] = 0
         num_added = param.shape(operator.large)[0] - grown.shape[0]
         return torch.cat([grown, grown.new_zeros(num_added, *grown.shape[1:])]) if num_added else grown
@@ -136,12 +136,12 @@ class DualMaps:
         is_old[self.new_layers] = False
         dual = torch.zeros_like(weights)
         dual[is_old] = torch.linalg.pinv(weights[is_old]).t()
-        # pinv rounds zeros to tiny numbers.
+        # pinv returns tiny numbers for exact zeros.
         dual[dual.abs() < 1e-9] = 0
         return self._square_if_needed(dual)
 
     def _dual_matrix(self, param: ParamSpec, lift: LiftedMap, use: Use, layer: int | None) -> Tensor:
-        """Returns the dual of the map that an axis meets, (large, small)."""
+        """Returns the dual of an axis's map, (large, small)."""
         matrix = self.operator.matrix(layer)
         expand = matrix(lift, Use.OUTPUT)
         if use is Use.INPUT:
@@ -158,7 +158,7 @@ class DualMaps:
         return self._square_if_needed(dual)
 
     def _with_dual_inner(self, lift: LiftedMap) -> LiftedMap:
-        """Applies the policy and the square to the map of the features within a head."""
+        """Applies the policy and the square to the map of the features within each head."""
         if lift.inner is None:
             return lift
         mask = first_copy_mask(lift.inner)[:, None] if self.keeps_first_copies_only else 1
@@ -167,8 +167,8 @@ class DualMaps:
     def _grow_gain(self, param: ParamSpec, layer: int | None, mixed: Tensor) -> Tensor:
         """Grows the moment of a norm's gain: (small,) -> (large,).
 
-        n_i = gain_i x_i / |x|. With gain_i = f gain_s its gradient is what reads n_i, times what wrote x_i, over f, as
-        the norm divides x by f_layers.
+        With n_i = gain_i x_i / |x|, the gradient of gain_i is that of gain_s times reads[i, s] writes[i, s] / f_layers:
+        the dual of n_i, the growth of x_i, and the growth of |x|.
         """
         operator = self.operator
         source_name, factor_name = operator.gain_names(param)
@@ -186,6 +186,6 @@ class DualMaps:
 
 
 def first_copy_mask(expand: Tensor) -> Tensor:
-    """True for the large features that are the first to hold most of a small one: (large, small) -> (large,), bool."""
+    """Marks the first large feature with the largest entry of each small one: (large, small) -> (large,), bool."""
     size = expand.abs()
     return ((size == size.max(dim=0).values).cumsum(dim=0).cumsum(dim=0) == 1).any(dim=1)

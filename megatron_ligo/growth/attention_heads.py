@@ -1,18 +1,18 @@
-"""How heads grow that change more than their number: another ratio of query heads to KV heads, another head size.
+"""Growth of heads when the ratio of query heads to KV heads, or the head size, changes.
 
 Legend: G groups of KV heads, r query heads a group, d head size; 1 small, 2 large.
 
-Ratio. A large group copies a small group. The copies of a group share out its query heads in turn, more than once if
-there is room: each query head of the small model keeps its own keys and values, and o reads each copy by its share.
-That is exact. It is impossible if the copies of a group have fewer query heads than the group. With fewer KV heads
-(width_init `mean`, never exact) the keys and values of a large group are the mean of several small groups' ones, and
-its query heads are theirs (arXiv 2305.13245).
+Ratio. A large group copies a small group. The query heads of a small group are dealt to its copies in turn, more than
+once if there is room: each query head keeps its own keys and values, and o weights each copy by its share. This is
+exact. It is impossible if the copies of a group have fewer query heads than the group. With fewer KV heads (width_init
+`mean`, never exact) the keys and values of a large group are the mean over several small groups, and its query heads
+are those of all of them (arXiv 2305.13245).
 
 Size. Rotary pair j must keep its angle. If d2 is a multiple of d1, the base stays and pair j becomes pair j d2 / d1.
 Otherwise the base becomes base^(d2 / d1), and pair j stays pair j, as base^(-2j / d) is then the same for both. New
 features of q copy old ones. Those of k are zero: they add nothing to a score, but they learn. q is multiplied by
-sqrt(d2 / d1), as the large model divides scores by sqrt(d2). New features of v copy old ones, and o reads each copy by
-its share.
+sqrt(d2 / d1), as the large model divides scores by sqrt(d2). New features of v copy old ones, and o weights each copy
+by its share.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_ligo.common.errors import ErrorCollector
 
 
 def large_rope_base(small: ModelConfig, head_dim: int) -> float | None:
-    """Returns the base at which the large model has each frequency of the small one."""
+    """Returns the rotary base with which the large model keeps every frequency of the small one."""
     if small.rope_base is None or head_dim % small.head_dim == 0:
         return small.rope_base
     return small.rope_base ** (head_dim / small.head_dim)
@@ -38,7 +38,7 @@ def large_rope_base(small: ModelConfig, head_dim: int) -> float | None:
 def head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
     """Returns the map of one head's features, (d2, d1), fp64.
 
-    part: q, k, v, or o (which reads: its map's transpose is a left inverse of v's).
+    part: q, k, v or o. The transpose of o's map is a left inverse of v's.
     """
     positions = _feature_positions(small, large, rotary and part in "qk")
     copies = torch.zeros(large, small, dtype=torch.float64)
@@ -58,7 +58,7 @@ def head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
 def dual_head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
     """Returns the map of the gradients of one head's features, (d2, d1), fp64.
 
-    Gradients of q, k and v grow by the map that reads the features, those of o by the map that writes them.
+    Gradients of q, k and v grow by the map of the features' reader, those of o by the map of v.
     """
     if part in "vo":
         return head_feature_map("o" if part == "v" else "v", small, large, rotary)
@@ -73,7 +73,7 @@ def dual_head_feature_map(part: str, small: int, large: int, rotary: bool) -> Te
 
 
 def _feature_positions(small: int, large: int, rotary: bool) -> Tensor:
-    """Returns the large feature that each small one becomes, (d1,), int64. Rotary pairs are (i, i + d / 2)."""
+    """Returns each small feature's index in the large head, (d1,), int64. Rotary pairs are (i, i + d / 2)."""
     if not rotary:
         return torch.arange(small)
     step = large // small if large % small == 0 else 1
@@ -84,8 +84,8 @@ def _feature_positions(small: int, large: int, rotary: bool) -> Tensor:
 def query_head_sources(groups: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
     """Returns the small query head that each large one copies, (G2 r2,), int64.
 
-    groups: (G2, G1), the small groups that each large group's keys and values are made of. Large groups of the same
-    origin take the query heads of that origin in turn.
+    groups: (G2, G1), nonzero for the small groups that a large group's keys and values come from. Large groups of the
+    same origin take its query heads in turn.
     """
     num_taken: dict[tuple[int, ...], int] = {}
     sources = []
@@ -100,7 +100,7 @@ def query_head_sources(groups: Tensor, small: ModelConfig, large: ModelConfig) -
 
 
 def check_query_heads_fit(groups: Tensor, small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
-    """Adds an error if the large model has no copy of some query head. groups: (G2, G1)."""
+    """Adds an error if some small query head has no copy in the large model. groups: (G2, G1)."""
     lost = sorted(set(range(small.num_heads)) - set(query_head_sources(groups, small, large).tolist()))
     if lost:
         expected = f"room for all {small.num_heads} query heads with their keys and values"

@@ -1,7 +1,7 @@
 """FLOPs of a fit step, counted from the shapes, and the choice of the cheaper form for each linear.
 
-Multiplications and additions count separately (2 m n k for a product), forward and backward, for one process. The
-redundant small products of tensor-parallel ranks are a layout's cost, not the method's.
+Multiplications and additions count separately (2 m n k for a product), forward and backward, for one process. Small
+products that tensor-parallel ranks repeat do not count.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ LEARNED, FROZEN = 3, 2
 
 
 def factors_are_cheaper(tokens: int, shape: tuple[int, int], other: int, cost: int) -> bool:
-    """True if map and weight, applied in turn, take fewer multiplications than building and applying their product.
+    """True if applying map and weight in turn takes fewer multiplications than building and applying their product.
 
     shape: the map's, (n, m). The weight is (m, other), the product (n, other). cost: the multiplications of the map
-    with one vector. Forward and backward passes compare alike.
+    by a vector. Forward and backward passes give the same comparison.
     """
     n, m = shape
     return tokens * (cost + m * other) < other * cost + tokens * n * other
@@ -39,8 +39,8 @@ def is_factored(
 ) -> bool:
     """True if a weight's inner map and its depth-mixed small weight are applied in turn.
 
-    The map must move single features, the weight must not be packed with others group by group, no random rows may be
-    added between the two, and it must be cheaper (see `factors_are_cheaper` for the arguments after lift).
+    The map must act on single features, the weight must not be packed by KV group, no random rows may be added between
+    the two, and it must be cheaper (see `factors_are_cheaper` for the arguments after lift).
     """
     if not lift.is_plain or spec.locations["mcore"].pack is Pack.GROUPED or has_random_rows:
         return False
@@ -52,12 +52,12 @@ def fit_step_flops(
 ) -> int:
     """Returns the FLOPs of one fit step over `tokens` tokens in sequences of `seq_length`.
 
-    distilled: the small model runs forward as the teacher. lagged: the weights that training has added to the grown
-    ones multiply every token too, and learn nothing.
+    distilled: the small model runs forward as the teacher. lagged: the frozen weights that training has added to the
+    grown ones multiply every token too.
     """
     small, large = operator.small, operator.large
     matrices = [param for param in operator.arch.layer_params(large) if len(param.axes) == 2]
-    # Each linear module of a layer crosses once between the large and the small residual space.
+    # Each linear module maps once between the large and the small residual space.
     reads_by_module = {param.locations["mcore"].name: param.tp_dim == 0 for param in matrices}
     crossings = sum(MapUse(operator, "residual", reads).flops(tokens) for reads in reads_by_module.values())
     attention = LEARNED * 2 * 2 * tokens * seq_length * large.num_heads * large.head_dim
@@ -71,7 +71,7 @@ def fit_step_flops(
     head += FROZEN * 2 * num_predictions * small.hidden_size * large.vocab_size
     transform = arch.find(Role.HEAD_TRANSFORM)
     if transform is not None:
-        # Into the small space, and out again.
+        # Maps into the small space and back.
         written = arch.space(transform.axes[0], large)
         head += MapUse(operator, "residual", True).flops(tokens) + MapUse(operator, written, False).flops(tokens)
         head += FROZEN * 2 * tokens * prod(transform.shape(small))
@@ -88,10 +88,10 @@ def _lag_flops(operator: Operator, tokens: int) -> int:
 
 
 class MapUse:
-    """The multiplications of a map with one vector: with its learned entries, and with its fixed ones."""
+    """Multiplications of a map by a vector, split into those of learned and of fixed entries."""
 
     def __init__(self, operator: Operator, name: str, reads: bool, parts: int = 1):
-        """reads: the map stands on the side that reads the space; parts: the number of ranks that share its rows."""
+        """reads: the map is used on the input side of the space; parts: the number of ranks that share its rows."""
         spec = operator.maps[name]
         large = spec.large // parts
         whole, rank = full_cost(large, spec.small), operator.rank(name)
@@ -110,7 +110,7 @@ class MapUse:
 
 
 def _weight_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:
-    """Returns the FLOPs of mixing a weight, and of its products with its inner axis's map and with the tokens."""
+    """Returns the FLOPs of mixing a weight, and of its products with the map of its inner axis and with the tokens."""
     inner = 0 if param.tp_dim == 0 else 1
     lift = operator.space_maps.lift(param.axes[inner])
     spec = operator.maps[lift.map_name]

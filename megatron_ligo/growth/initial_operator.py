@@ -12,7 +12,7 @@ from megatron_ligo.growth.width_maps import left_inverse
 
 
 class InitialOperator(Operator):
-    """The operator at the start of a fit, computed from the settings and their seed."""
+    """Operator whose tensors are computed from the settings and their seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,7 +29,7 @@ class InitialOperator(Operator):
         return tensor
 
     def exact_tensor(self, name: str) -> Tensor:
-        """Returns a tensor of the operator in fp64, before rounding. Shapes: see the module's text."""
+        """Returns a tensor of the operator in fp64, before rounding to fp32. Shapes: see operator.py."""
         kind, rest = name.split(".", 1)
         if kind == "depth":
             param = self.arch.param(LAYER_PREFIX + rest)
@@ -42,7 +42,7 @@ class InitialOperator(Operator):
         return expand if side == "expand" else self._initial_contract(map_name, name, expand)
 
     def initial_expand(self, map_name: str, layer: int | None = None) -> Tensor:
-        """Returns the expand of a map that all layers share, or of a layer's own map, (large, small), fp64."""
+        """Returns the expand of a shared map, or of a layer's own map, (large, small), fp64."""
         return self._initial_expand(map_name, self.width_name(map_name, "expand", layer))
 
     def _initial_expand(self, map_name: str, name: str) -> Tensor:
@@ -63,7 +63,7 @@ class InitialOperator(Operator):
         return expand
 
     def _initial_contract(self, map_name: str, name: str, expand: Tensor) -> Tensor:
-        """Returns a left inverse of expand, (small, large), fp64. noise @ expand = 0, so noise leaves it an inverse."""
+        """Returns a left inverse of expand, (small, large), fp64. Noise keeps it one, as noise @ expand = 0."""
         contract = left_inverse(expand)
         noise = self.setting("noise", map_name)
         if noise:
@@ -76,13 +76,13 @@ class InitialOperator(Operator):
         space, _, kind = rest.rpartition(".")
         expand = self.initial_expand(space or "residual")
         largest, source = expand.abs().max(dim=1)
-        # An empty feature has no source. Any gain will do.
+        # Empty features have no source, so their gain is arbitrary.
         source = torch.where(largest > 0, source, torch.arange(len(source)) % expand.shape[1])
         if kind == "source":
             return source
         gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
         if kind == "final" and self.large.tied and self.large.has_head:
-            # A tied head reads with expand^T, which adds up the copies of each feature.
+            # A tied head reads with expand^T, which sums the copies of each feature.
             gain /= (expand * expand).sum(dim=0)[source]
         return gain
 
@@ -90,6 +90,6 @@ class InitialOperator(Operator):
 def variance_ratio(expand: Tensor) -> float:
     """Returns the mean square of the grown residual stream over that of the small one: c D1 / D2.
 
-    expand: (D2, D1). c: from expand^T expand = c I, or its mean if that is no multiple of I.
+    expand: (D2, D1). c: expand^T expand = c I, or the mean of its diagonal if it is not a multiple of I.
     """
     return float((expand * expand).sum() / expand.shape[0])

@@ -1,9 +1,9 @@
-"""Representations of a width map, and its products in each of them.
+"""Representations of a width map, and their products.
 
     DenseMap             every entry
-    FrozenIdentityMap    [I; C]: rows that copy small features and take no product, above learned rows
-    RowSelection         one scaled small feature a row, or none: most starts of a fit
-    LowRankMap           start + U V, with the start fixed
+    FrozenIdentityMap    [I; C]: identity rows, which need no product, above learned rows
+    RowSelection         at most one entry per row: most starts of a fit
+    LowRankMap           start + U V, with a fixed start
 
 Legend: n large features, m small features, r rank, k columns. A map is (n, m). `apply` maps (..., m) to (..., n),
 `apply_transposed` maps (..., n) to (..., m), and `@` maps a matrix (m, k) or a vector (m,) to (n, k) or (n,).
@@ -19,17 +19,17 @@ from torch import Tensor
 
 
 def full_cost(n: int, m: int) -> int:
-    """Returns the multiplications of a dense map with one vector."""
+    """Returns the multiplications of a dense (n, m) map by a vector."""
     return n * m
 
 
 def low_rank_cost(n: int, m: int, rank: int, start: int) -> int:
-    """Returns the multiplications of start + U V with one vector. start: those of the start."""
+    """Returns the multiplications of start + U V by a vector. start: those of the start."""
     return start + rank * (n + m)
 
 
 class LinearMap(ABC):
-    """A width map (n, m). cost: the multiplications of the map, or of its transpose, with one vector."""
+    """A width map (n, m). cost: multiplications of the map, or of its transpose, by a vector."""
 
     shape: tuple[int, int]
     cost: int
@@ -80,7 +80,7 @@ class DenseMap(LinearMap):
 
 
 class FrozenIdentityMap(LinearMap):
-    """[I; C], (n, m): row i < num_copied copies feature first + i, and the entries stored for it are never read."""
+    """[I; C], (n, m): row i < num_copied copies feature first + i; the entries stored for it are ignored."""
 
     def __init__(self, tensor: Tensor, num_copied: int, first: int):
         self.stored = tensor
@@ -112,7 +112,7 @@ class FrozenIdentityMap(LinearMap):
 
 
 class _SelectRows(torch.autograd.Function):
-    """A selection or its transpose, with gathers in both passes: adding to scattered indices is slow."""
+    """A row selection or its transpose. Both passes use gathers, as scatter-adds are slow."""
 
     @staticmethod
     def forward(ctx, x: Tensor, selection: RowSelection, transposed: bool) -> Tensor:
@@ -130,7 +130,7 @@ class RowSelection(LinearMap):
     cost = 0
 
     def __init__(self, source: Tensor, scale: Tensor, small: int, copies: list[tuple[Tensor, Tensor]] | None = None):
-        """source: (n,), int64; scale: (n,); small: m; copies: of `_index_copies`, if they are known."""
+        """source: (n,), int64; scale: (n,); small: m; copies: the result of `_index_copies`, if known."""
         self.source = source
         self.scale = scale
         self.shape = (len(source), small)
@@ -138,19 +138,19 @@ class RowSelection(LinearMap):
 
     @staticmethod
     def from_matrix(matrix: Tensor) -> RowSelection | None:
-        """Returns the selection that a matrix (n, m) is; None if some row has several entries."""
-        # Learned rows come last, so the last row answers for most matrices that are no selection.
+        """Returns a matrix (n, m) as a selection; None if some row has several entries."""
+        # Learned rows come last: testing the last row first rejects most matrices early.
         if any(bool(((rows != 0).sum(dim=1) > 1).any()) for rows in (matrix[-1:], matrix)):
             return None
         source = matrix.abs().argmax(dim=1)
         return RowSelection(source, matrix.gather(1, source[:, None]).squeeze(1), matrix.shape[1])
 
     def gather(self, x: Tensor) -> Tensor:
-        """(..., m) -> (..., n). `apply` is faster to differentiate."""
+        """(..., m) -> (..., n). `apply` has the faster backward pass."""
         return x.index_select(-1, self.source) * self.scale
 
     def gather_transposed(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., m). `apply_transposed` is faster to differentiate."""
+        """(..., n) -> (..., m). `apply_transposed` has the faster backward pass."""
         total = x.new_zeros(*x.shape[:-1], self.shape[1])
         for index, scale in self.copies:
             total += x.index_select(-1, index) * scale
@@ -225,7 +225,7 @@ class LowRankMap(LinearMap):
 
 
 def cheapest_form(matrix: Tensor) -> LinearMap:
-    """Returns the cheapest representation of a matrix (n, m). Products are the same numbers in all of them."""
+    """Returns the cheapest representation of a matrix (n, m). All representations give the same products."""
     if matrix.requires_grad:
         # Zero entries have gradients, too.
         return DenseMap(matrix)

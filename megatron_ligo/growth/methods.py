@@ -13,7 +13,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
 from megatron_ligo.config.run_config import OperatorSection
 
-# Whole heads move, contracts are left inverses of their own, and nothing is noisy or random.
+# Maps act on whole heads, contracts are separate left inverses, and there is no noise and no random weight.
 DEFAULT_KEYS = {
     "width_init": "lossless",
     "depth_init": "lossless",
@@ -33,7 +33,7 @@ KEYS_THAT_KEEP_LOGITS = ("noise", "share", "identity")
 
 @dataclass(frozen=True)
 class Method:
-    """A named method. source: its publication; keys: what differs from DEFAULT_KEYS."""
+    """A named method. source: its publication; keys: its differences from DEFAULT_KEYS."""
 
     summary: str
     is_lossless: bool
@@ -116,7 +116,7 @@ METHODS = {
         True,
         "after LEMON (arXiv 2310.07999)",
         {
-            # A norm would read padded features, that of a masked-LM head too. A pooler's would stay empty.
+            # Norms (a masked-LM head's too) would read padded features, and a pooler's would stay zero.
             "width_init": {"default": "pad", "residual": "lossless", "head": "lossless", "pooled": "lossless"},
             "depth_init": "pad",
             "fresh": "writers",
@@ -149,7 +149,7 @@ def resolve_settings(settings: OperatorSection, large: ModelConfig) -> OperatorS
 
 
 def _method_settings(name: str, large: ModelConfig) -> dict:
-    """Returns all keys of a method. Tables by space lack the spaces that the large model does not have."""
+    """Returns all keys of a method. Tables by space omit the spaces that the large model lacks."""
     known = {"default", *architectures.get(large.arch).spaces(large)}
     return {
         key: {space: start for space, start in value.items() if space in known} if isinstance(value, dict) else value
@@ -163,7 +163,7 @@ def can_be_lossless(small: ModelConfig, large: ModelConfig) -> bool:
 
 
 def describe_method(settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> str:
-    """Describes a method and its keys, one a line, and marks the keys that the user has set."""
+    """Describes a method and its keys, one per line, and marks the keys that the user has changed."""
     method = METHODS[settings.method]
     defaults = _method_settings(settings.method, large)
     lines = [f"method {settings.method}: {method.summary} ({method.source})"]

@@ -1,13 +1,13 @@
-"""The growth operator: width maps by space and layer, depth maps by parameter, and the corrections of norms.
+"""The growth operator: width maps by space and layer, depth maps by parameter, and norm corrections.
 
 It is a table of small named fp32 tensors, computed one at a time from a seed (initial_operator.py) or read one at
-a time from a file (operator_file.py). It knows nothing of ranks: a rank takes the rows that it needs.
+a time from a file (operator_file.py). It does not depend on the layout: each rank takes the rows that it needs.
 
     width.{map}.expand          (large, small)    width.{map}.{layer}.expand if each layer has its own
     width.{map}.contract        (small, large)    only if contract is a parameter of its own
     depth.{param}               (large layers, small layers)
-    gain.source                 (hidden large,)   int64: the small feature whose gain each large one takes
-    gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm that the head reads)
+    gain.source                 (hidden large,)   int64: the small feature whose gain each large one copies
+    gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
 
 A layer is a large layer unless the text says otherwise. Layer None means outside the layers.
@@ -32,7 +32,7 @@ from megatron_ligo.growth.linear_maps import LinearMap, cheapest_form
 from megatron_ligo.growth.methods import resolve_settings
 from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_tensor
 
-# Enough for the maps that the parameters of one layer meet in turn.
+# Enough for the maps that the parameters of one layer use in turn.
 CACHE_SIZE = 6
 
 
@@ -42,20 +42,20 @@ def writes_residual(param: ParamSpec) -> bool:
 
 
 def depth_role(param: ParamSpec) -> str:
-    """Returns a parameter's role in its layer, as the depth initialisations take it."""
+    """Returns a parameter's role in its layer, for the depth initialisations."""
     if param.axes[0].use is Use.GAIN:
         return initializers.SCALES
     return initializers.WRITES if writes_residual(param) else initializers.INNER
 
 
 def short_key(param: ParamSpec) -> str:
-    """`layers.{}.q` -> `q`."""
+    """Returns a layer parameter's key without its prefix: `layers.{}.q` -> `q`."""
     return param.key.removeprefix(LAYER_PREFIX)
 
 
 @dataclass
 class Operator(ABC):
-    """The operator's settings and sizes, and growth by its tensors, which `tensor(name)` gives."""
+    """Sizes and settings of an operator, and growth by its tensors. Subclasses provide `tensor`."""
 
     small: ModelConfig
     large: ModelConfig
@@ -71,7 +71,7 @@ class Operator(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """Returns one of the tensors that the module's text names, on the CPU, in fp32 or int64."""
+        """Returns a tensor by its name in the module's docstring, on the CPU, in fp32 or int64."""
 
     # Settings and names.
 
@@ -88,7 +88,7 @@ class Operator(ABC):
         return self.maps[map_name].is_read and self.setting("contract", map_name) == "free"
 
     def rank(self, map_name: str) -> int:
-        """Returns the rank of what a map learns on top of its start; 0 if every entry is learned."""
+        """Returns the rank of a map's learned update; 0 if every entry is learned."""
         spec = self.maps[map_name]
         rank = self.setting("rank", map_name)
         return rank if rank < min(spec.small, spec.large) else 0
@@ -115,7 +115,7 @@ class Operator(ABC):
         return "gain.source", "gain.final" if param.feeds_head else "gain.layers"
 
     def norm_kind(self, map_name: str) -> str:
-        """Returns the kind of norm that reads a map's space: "rms", "layer", or "" if none does."""
+        """Returns the kind of norm of a map's space: "rms", "layer", or "" if there is none."""
         gains = (
             param.axes[0] for param in self.arch.params if param.exists(self.large) and param.axes[0].use is Use.GAIN
         )
@@ -139,9 +139,9 @@ class Operator(ABC):
         return shapes
 
     def count_parameters(self) -> dict[str, int]:
-        """Counts the learned numbers by tensor.
+        """Counts the learned entries of each tensor.
 
-        Frozen identity rows, the gains' constants and maps that the loss does not read do not count.
+        Excludes frozen identity rows, gain constants and maps that the loss does not depend on.
         """
         counts = {}
         for name, shape in self.shapes().items():
@@ -163,9 +163,9 @@ class Operator(ABC):
         return seeded_generator(self.settings.seed, name)
 
     def right_factor(self, name: str, rank: int) -> Tensor:
-        """Draws V, (rank, small), of a map that is learned as start + U V, with U at zero.
+        """Draws V, (rank, small), of a map that is learned as start + U V, where U starts at zero.
 
-        Its entries are N(0, 1 / rank): a step of Adam on U then moves the map as far as a step on every entry would.
+        Its entries are N(0, 1 / rank), so that an Adam step on U moves the map as far as one on all entries would.
         """
         drawn = torch.randn(rank, self.maps[name.split(".")[1]].small, generator=self.generator(f"{name}.v"))
         return drawn / rank**0.5
@@ -185,7 +185,7 @@ class Operator(ABC):
     def mix_layers(self, key: str, read: Callable[[str], Tensor], layer_offset: int = 0) -> Tensor:
         """Returns sum_i w[j, i] W_small[i + layer_offset] for a large key of layer j, (out small, in small).
 
-        The last small layer replaces those after it. In fp32 or wider; layers at weight zero are not read. Outside the
+        Indices are clamped to the last small layer. In fp32 or wider; layers with weight zero are not read. Outside the
         layers: the small tensor, with new rows for new tokens and positions.
         """
         layer = layer_index(key)
@@ -234,7 +234,7 @@ class Operator(ABC):
         return grown * self.bias_shares(param).to(grown) if self.divides_bias(param) else grown
 
     def _cheapest_form(self, lift: LiftedMap, use: Use, layer: int | None, like: Tensor) -> LinearMap:
-        """Returns the cheapest form of a layer's map. The last forms are cached, as finding them is slow."""
+        """Returns the cheapest form of a layer's map. Recent forms are cached, as finding them is slow."""
         side = "contract" if use is Use.INPUT and self.has_contract(lift.map_name) else "expand"
         key = (self.width_name(lift.map_name, side, layer), like.dtype)
         form = self._cached_forms.pop(key, None)
@@ -249,17 +249,17 @@ class Operator(ABC):
         return form
 
     def grow_gain(self, param: ParamSpec, mixed: Tensor) -> Tensor:
-        """Grows a copied gain, (small,) -> (large,): that of the copied feature times a constant.
+        """Grows a norm's gain by copying: (small,) -> (large,), the source feature's gain times a constant.
 
-        Official LiGO grows a gain as what it scales instead (operator.gain = "expand").
+        Official LiGO instead grows a gain by the expand of its space (operator.gain = "expand").
         """
         source, factor = (self.tensor(name) for name in self.gain_names(param))
         return mixed[source] * factor.to(mixed)
 
     def divides_bias(self, param: ParamSpec) -> bool:
-        """True for the bias of a norm that a tied head reads: the head adds up its copies, as it does the gains'."""
+        """True for the bias of the norm before a tied head, which sums the copies of each feature."""
         return param.axes[0].use is Use.BIAS and self.copied_gains and self.gain_names(param)[1] == "gain.final"
 
     def bias_shares(self, param: ParamSpec) -> Tensor:
-        """Returns the share of each copy of a feature of such a bias, (large,)."""
+        """Returns the factor of each entry of such a bias, (large,): its copy's share of the feature."""
         return self.tensor("gain.final") / self.tensor("gain.layers")

@@ -23,7 +23,7 @@ VERSION = 1
 
 
 class OperatorFile(Operator):
-    """An operator that is read from its folder, one tensor at a time (memory-mapped)."""
+    """Operator whose tensors are read from its folder, one at a time (memory-mapped)."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -57,7 +57,7 @@ class OperatorFile(Operator):
 
 
 def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Path, record: dict) -> None:
-    """Writes an operator's folder. Each file appears whole or not at all, the record last.
+    """Writes an operator's folder. Each file is published atomically, the record last.
 
     tensors: all of `operator.shapes()`, contiguous or not. record: further keys of the record (source digest, step,
     losses). CheckpointError if a tensor has NaN or Inf.
@@ -71,7 +71,7 @@ def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], fo
     staged = folder / f".{TENSORS}.new"
     staged.touch()
     mode = staged.stat().st_mode
-    # save_file replaces the file by one that only its owner may read.
+    # save_file replaces the file by one with owner-only permissions.
     save_file(contiguous, staged)
     staged.chmod(mode)
     publish_file(staged, folder / TENSORS)

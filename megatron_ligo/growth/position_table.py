@@ -2,7 +2,7 @@
 
 A longer context appends positions. The small model's positions stay, so every start is lossless within its length:
 
-    tile      the old positions again, in turn (Longformer, arXiv 2004.05150)
+    tile      the old positions, repeated in order (Longformer, arXiv 2004.05150)
     mean      their mean
     random    drawn around their mean, with their standard deviation
 
@@ -24,7 +24,7 @@ from megatron_ligo.growth.vocabulary import draw_around_mean
 def extend_positions(table: Tensor, size: int, first: int, start: str, generator: torch.Generator) -> Tensor:
     """Appends positions: (P, n) -> (size, n), in fp32 or wider.
 
-    first: the row of a sequence's first token. New positions take nothing from the rows before it (RoBERTa has some).
+    first: the row of a sequence's first token. New positions do not use the rows before it (RoBERTa has some).
     start: tile, mean or random.
     """
     table = table.to(torch.promote_types(table.dtype, torch.float32))

@@ -1,12 +1,12 @@
-"""Random numbers where the small model has none: drawn from the seed and the key alone, the same at any layout.
+"""Random initialisation of what has no source in the small model. It depends on the seed and the key only.
 
-They fill what a width map or a depth map that starts as `pad` leaves empty, in matrices only (a new bias is zero).
-Their root mean square is that of the small weight of the same key, in the layer that the large layer copies or
-follows.
+Random numbers fill the entries that width and depth maps with the start `pad` leave empty, in matrices only (new biases
+are zero). Their root mean square is that of the small weight of the same key, in the layer that the large layer copies
+or follows.
 
-    fresh = "writers"   rows of new heads, neurons and layers, (large out, small in): they are added between a weight's
-                        two maps, so they read the residual stream as the small model does. What reads them is zero.
-    fresh = "all"       every entry of the large matrix outside the small one's block, readers included
+    fresh = "writers"   rows of new heads, neurons and layers, (large out, small in), added between a weight's two maps:
+                        they read the residual stream as the small model does. The weights that read them are zero.
+    fresh = "all"       every entry of the large matrix outside the small one's block
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_ligo.growth.operator import Operator, short_key, writes_residual
 
 
 def scale_source_key(operator: Operator, key: str) -> str:
-    """Returns the small model's key whose scale the random numbers of a large key take."""
+    """Returns the small key whose weight sets the scale of a large key's random numbers."""
     layer = layer_index(key)
     if layer is None:
         return key
@@ -28,7 +28,7 @@ def scale_source_key(operator: Operator, key: str) -> str:
 
 
 def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
-    """Returns what is added between the two maps of a matrix, (large out, small in), fp32; None if nothing is.
+    """Returns the random rows to add between a matrix's two maps, (large out, small in), fp32; None if there are none.
 
     rms: root mean square of the numbers.
     """
@@ -49,9 +49,9 @@ def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
 
 
 def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
-    """Returns what is added to a grown weight, in its shape, fp32; None if nothing is.
+    """Returns the random numbers to add to a grown weight, in its shape, fp32; None if there are none.
 
-    It is zero in the block that holds the small weight. rms: root mean square of the numbers.
+    They are zero in the block that holds the small weight. rms: root mean square of the numbers.
     """
     param = operator.arch.param(key)
     if operator.settings.fresh != "all" or len(param.axes) < 2:
@@ -63,14 +63,14 @@ def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
 
 
 def is_random_layer(operator: Operator, param: ParamSpec, layer: int | None) -> bool:
-    """True if a parameter of a large layer takes nothing from the small model."""
+    """True if a parameter of a large layer has no source in the small model."""
     if layer is None or operator.setting("depth_init", short_key(param)) != "pad":
         return False
     return bool(initializers.later_copy_mask(operator.small.num_layers, operator.large.num_layers)[layer])
 
 
 def num_kept_features(operator: Operator, axis: Axis) -> int:
-    """Returns how many of a large axis's features, from the first on, are grown and not random."""
+    """Returns the number of leading features of a large axis that are grown; the others are random."""
     lift = operator.space_maps.lift(axis)
     is_padded = lift is not None and operator.setting("width_init", lift.map_name) == "pad"
     return axis_size(axis, operator.small if is_padded else operator.large)

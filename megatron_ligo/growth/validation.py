@@ -1,4 +1,4 @@
-"""Which models can grow into which: all reasons against it in one error, before any process starts."""
+"""Validation of sizes and settings before any process starts. Each check reports all its problems in one error."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 GROWABLE_SIZES = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "image_size",
 )  # fmt: skip
-# Starts of the KV groups that tell for each large group which small ones it is made of.
+# Starts of the KV groups that define which small groups each large group comes from.
 GROUP_INITS = ("lossless", "copy", "clone", "select", "net2net", "mean")
 CANNOT_GROW = "the small model cannot grow into the large one"
 NEVER_SHRINKS = "Growth never shrinks."
 
 
 def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
-    """Returns the large model's sizes, those of the small model unless the config sets them, with the small eps."""
+    """Returns the large model's config. Sizes that the section leaves unset, and eps, are the small model's."""
     sizes = {name: value for name, value in vars(section).items() if value is not None}
     if "num_kv_heads" not in architectures.get(small.arch).hf_fields.values() and "num_heads" in sizes:
-        # The family has no groups of heads.
+        # The family has no grouped-query attention.
         sizes.setdefault("num_kv_heads", sizes["num_heads"])
     if "image_size" in sizes:
         if small.image_size is None:
@@ -46,7 +46,7 @@ def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfi
 def build_initial_operator(small: ModelConfig, section: LargeSection, settings: OperatorSection) -> InitialOperator:
     """Returns the operator at the start of a fit, with the large model's eps corrected for the residual map.
 
-    ConfigError with all that does not fit together.
+    ConfigError if sizes or settings are incompatible.
     """
     large = derive_large_config(small, section)
     settings = resolve_settings(settings, large)
@@ -151,7 +151,7 @@ def _check_frozen_identity(
 
 
 def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> None:
-    """Refuses a depth that is called lossless but cannot be, and warns of such a width, which comes close."""
+    """Adds an error for a lossless depth that cannot be one. Warns of such a width, which is nearly lossless."""
     arch = architectures.get(large.arch)
     method = METHODS[settings.method]
     if not arch.pre_norm and large.num_layers > small.num_layers:
@@ -167,7 +167,7 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
 
 
 def _check_changed_heads(errors: ErrorCollector, settings: OperatorSection, space_maps: SpaceMaps) -> None:
-    """Checks the settings that another ratio of heads or another head size requires."""
+    """Checks the settings that a changed head ratio or head size requires."""
     when = "with another head size" if space_maps.head_dim_changed else "with another ratio of heads to KV heads"
     required = {
         "structure": ("heads", "Dense maps know no heads: they would tear rotary pairs and groups apart."),
@@ -198,7 +198,7 @@ def _check_changed_heads(errors: ErrorCollector, settings: OperatorSection, spac
 
 
 def _check_padding(errors: ErrorCollector, settings: OperatorSection, maps: Mapping[str, MapSpec]) -> None:
-    """Checks that padded features are filled, as they would stay zero for ever, and that nothing reads them yet."""
+    """Checks that padded features get random numbers, as zeros would never learn, and that they start unread."""
     for name, spec in maps.items():
         if value_for_space(settings.width_init, name) != "pad" or spec.large == spec.small:
             continue
@@ -213,7 +213,7 @@ def _check_padding(errors: ErrorCollector, settings: OperatorSection, maps: Mapp
 
 
 def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:
-    """Adds an error for each setting that needs a large matrix: growth of a checkpoint builds one, a fit does not."""
+    """Adds an error for each setting that needs a materialised large matrix, which a fit never builds."""
     hint = "tools/grow.py does it without --operator; a fit needs another start."
     if settings.fresh == "all":
         errors.add("operator.fresh", "none or writers in a fit", "all: readers as large as the large model", hint)

@@ -14,7 +14,7 @@ from torch import Tensor
 def extend_vocabulary(table: Tensor, size: int, noise: float, generator: torch.Generator) -> Tensor:
     """Appends rows drawn around the mean of all rows: (V, n) or (V,) -> (size, n) or (size,), in fp32 or wider.
 
-    noise: their standard deviation, in units of the rows' own, feature by feature.
+    noise: the new rows' standard deviation, in units of the existing rows', feature by feature.
     """
     table = table.to(torch.promote_types(table.dtype, torch.float32))
     return torch.cat([table, draw_around_mean(table, size - table.shape[0], noise, generator)])

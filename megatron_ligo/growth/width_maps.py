@@ -1,4 +1,4 @@
-"""Width maps: which map an axis meets, how the map is lifted over heads, and how it is applied.
+"""Width maps: the map of each axis, its lift over heads, and its application.
 
 Legend: n features of an axis, N of the large one; G groups of KV heads, r query heads a group, d head size.
 A map is always given as (large, small): `expand` itself, or the transpose of `contract`.
@@ -23,17 +23,17 @@ from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Use, axis_size
 from megatron_ligo.growth import attention_heads
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
-# Spaces whose features have a meaning of their own, which no map may mix.
+# Spaces whose features are distinct items, which no map may mix.
 UNGROWN = ("vocab", "position", "token_type", "order", "channel", "pixel")
 WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 
 
 @dataclass(frozen=True)
 class LiftedMap:
-    """How a map moves an axis.
+    """A width map, lifted to the features of an axis.
 
-    unit: each entry moves so many consecutive features: H ⊗ I_unit.
-    repeat, head_dim: with repeat > 1 the features are (G, repeat, d), and the map moves (G, d) jointly.
+    unit: number of consecutive features that each entry acts on: H ⊗ I_unit.
+    repeat, head_dim: with repeat > 1 the features are (G, repeat, d), and the map acts on (G, d) jointly.
     inner: (d2, d1), the map of the features within each head if the head size changes.
     """
 
@@ -45,7 +45,7 @@ class LiftedMap:
 
     @property
     def is_plain(self) -> bool:
-        """True if the map moves the axis feature by feature."""
+        """True if the map acts on single features."""
         return self.unit == 1 and self.repeat == 1 and self.inner is None
 
 
@@ -54,7 +54,7 @@ class MapSpec:
     """One width map.
 
     small, large: its sizes. is_sharded: tensor parallelism shards its large side. is_read: some parameter reads the
-    space. outside_layers: some parameter outside the layers meets the map.
+    space. outside_layers: some parameter outside the layers uses the map.
     """
 
     name: str
@@ -67,11 +67,11 @@ class MapSpec:
 
 @dataclass(frozen=True)
 class SpaceMaps:
-    """Which map each axis meets, given both models and how their heads move.
+    """The map of each axis, given both models and the structure of attention maps.
 
-    structure: "heads" or "dense". With "heads" the map `groups` moves whole KV groups with their query heads. If the
-    number of query heads a group changes, `groups` moves keys and values, and `heads` moves the query heads. With
-    "dense", maps move single features.
+    structure: "heads" or "dense". With "heads" the map `groups` acts on whole KV groups with their query heads. If the
+    number of query heads a group changes, `groups` acts on keys and values, and `heads` on the query heads. With
+    "dense", maps act on single features.
     """
 
     small: ModelConfig
@@ -87,7 +87,7 @@ class SpaceMaps:
         return self.small.head_dim != self.large.head_dim
 
     def lift(self, axis: Axis, dual: bool = False) -> LiftedMap | None:
-        """Returns the map that an axis meets, lifted; None if the space does not grow. dual: for gradients."""
+        """Returns the lifted map of an axis; None if its space does not grow. dual: for gradients."""
         if axis.space in UNGROWN:
             return None
         if axis.heads is Heads.NONE:
@@ -117,7 +117,7 @@ class SpaceMaps:
         return LiftedMap(axis.space, repeat=repeat, head_dim=self.large.head_dim)
 
     def map_specs(self, arch: Architecture) -> dict[str, MapSpec]:
-        """Returns every width map, by name, in the order in which the table's parameters first meet them."""
+        """Returns every width map, by name, in the order of their first use by the family's parameters."""
         specs: dict[str, MapSpec] = {}
         for param in arch.params:
             if not param.exists(self.large):
@@ -145,7 +145,7 @@ class SpaceMaps:
 
 
 def apply_map(x: Tensor, dim: int, matrix: Tensor | LinearMap, lift: LiftedMap) -> Tensor:
-    """Maps one dim of a tensor through `matrix`, lifted: (..., n, ...) -> (..., N, ...)."""
+    """Applies a lifted map to one dim of a tensor: (..., n, ...) -> (..., N, ...)."""
     if isinstance(matrix, LinearMap) and lift.is_plain and dim == x.dim() - 1:
         return matrix.apply(x)
     if isinstance(matrix, RowSelection) and lift.repeat == 1 and lift.inner is None:
@@ -173,8 +173,8 @@ def grow_tensor(
 ) -> Tensor:
     """Grows a parameter from its depth-mixed small tensor: (out small, in small) -> (out large, in large).
 
-    matrix(lift, use): the (large, small) matrix of a map for that use. Fewer rows of it, those of one rank, give the
-    same rows of the grown tensor: growing a shard equals the shard of the growth.
+    matrix(lift, use): the (large, small) matrix of a map for that use. With only one rank's rows of it, the result is
+    that rank's shard of the grown tensor.
     added_rows: (out large, in small), added between the two maps.
     Copied gains of norms (Use.GAIN) grow by `Operator.grow_gain` instead.
     """

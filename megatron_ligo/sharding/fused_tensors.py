@@ -1,4 +1,4 @@
-"""Fused tensors: which tensors a format stores, which parameters each of them holds, and how they are packed.
+"""Fused tensors: the tensors that a format stores, the parameters in each, and their packing.
 
 Parameters whose locations in a format have the same name share one stored tensor.
 
@@ -69,7 +69,7 @@ def deinterleave(tensor: Tensor, head_dim: int) -> Tensor:
 class StoredTensor:
     """One tensor of a format. Its parts, in order, are `keys[i]`, described by `params[i]` and `locations[i]`.
 
-    Shapes are the canonical ones of the parts on one side; on the other the stored shape, which `shape` gives.
+    Parts have their canonical shapes; `shape` returns the stored one.
     """
 
     name: str
@@ -87,7 +87,7 @@ class StoredTensor:
 
     @property
     def tp_dim(self) -> int | None:
-        """The canonical dim that tensor parallelism shards, part by part; None = every rank holds the whole tensor."""
+        """Canonical dim of each part that tensor parallelism shards; None = replicated."""
         return self.params[0].tp_dim
 
     @property

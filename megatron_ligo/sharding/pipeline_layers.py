@@ -1,7 +1,7 @@
-"""How a pipeline cuts the network into layers, and the layers into stages.
+"""Partition of the network into pipeline layers, and of the layers into stages.
 
-DeepSpeed's pipeline is a list of layers: the word embedding, then all that is added to it (an image's embedding is one
-layer), the transformer's layers, the final norm (a masked-LM model: the head's transform), the head and its bias.
+DeepSpeed's pipeline is a list of layers: the word embedding, the embeddings added to it (an image's embedding is one
+layer), the transformer layers, the final norm (masked LM: the head's transform), the head, and a masked LM's head bias.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_ligo.common.errors import LayoutError
 
 
 def stage_bounds(num_layers: int, pp: int) -> list[int]:
-    """Returns the transformer layer at which each pipeline stage begins, and the number of layers: pp + 1 numbers.
+    """Returns the first transformer layer of each pipeline stage, then the number of layers: pp + 1 numbers.
 
     Stages differ by one layer at most. LayoutError if there are fewer layers than stages.
     """

@@ -1,6 +1,6 @@
-"""Tensor parallelism of canonical tensors: shards of one rank, their union, the vocabulary's padding.
+"""Tensor parallelism of canonical tensors: sharding, unsharding and vocabulary padding.
 
-A rank takes its shard of each unfused parameter first. Shards are packed into fused tensors last (fused_tensors.py).
+Unfused parameters are sharded first; the shards are then packed into fused tensors (fused_tensors.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def shard(tensor: Tensor, param: ParamSpec, tp: int, rank: int) -> Tensor:
 
 
 def unshard(shards: Sequence[Tensor], param: ParamSpec, model_config: ModelConfig) -> Tensor:
-    """Returns the canonical tensor of all ranks' shards, without the vocabulary's padding. The inverse of `shard`.
+    """Returns the canonical tensor from all ranks' shards, without vocabulary padding. Inverse of `shard`.
 
     tp shards (..., n / tp, ...) -> (..., n, ...) along `param.tp_dim`.
     """

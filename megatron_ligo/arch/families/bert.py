@@ -3,11 +3,11 @@
 Megatron-core's BertModel is pre-LN: its layers have a norm before each block, and the encoder has one at the end. Here
 a norm follows each residual sum, and one follows the embeddings. These three have no counterpart in Megatron-core.
 Their names are in its style (`post_self_attn_layernorm`, `post_mlp_layernorm`, `embedding.layer_norm`); all other
-modules bear its names.
+modules use its names.
 
 The masked-LM head's transform maps the residual space to a space of its own (`head`), which the decoder reads. A tied
-decoder reads it with the embedding, which merges the two spaces. If the decoder is not tied, transformers stores a
-second bias of the head that no forward pass reads (`head_spare_bias`).
+decoder multiplies it by the embedding, which merges the two spaces. If the decoder is not tied, transformers stores a
+second head bias that the forward pass does not use (`head_spare_bias`).
 """
 
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ def pooler_params(base: str) -> Iterator[ParamSpec]:
 
 def head_params(dense: str, norm: str, decoder: str, bias: str) -> Iterator[ParamSpec]:
     """Yields the masked-LM head. The arguments are Hugging Face's names: the transform's linear and norm, the decoder,
-    and the bias, which is the decoder's if the two are tied."""
+    and the bias (the decoder's if embeddings are tied)."""
     transform, transform_norm = locations(dense, "lm_head.dense"), locations(norm, "lm_head.layer_norm")
     weight = locations(f"{decoder}.weight", "output_layer.weight")
     head_bias = {

@@ -1,6 +1,6 @@
 """DeiT: ViT with a distillation token after the class token.
 
-The class with a second head on that token, whose logits are averaged with the first one's, is not described.
+The class with a second head on that token, which averages the logits of both heads, is not supported.
 """
 
 from megatron_ligo.arch.architecture import Architecture, Task

@@ -1,6 +1,6 @@
 """GPT-NeoX (Pythia): LayerNorm, rotary positions on a part of each head, biases on every linear, an untied head.
 
-Attention and feed-forward both read the layer's input (parallel_residual), or run in turn if the config says so.
+Attention and feed-forward both read the layer's input (parallel_residual), or run in sequence if the config says so.
 Hugging Face fuses q, k and v head by head, as Megatron-core does.
 """
 

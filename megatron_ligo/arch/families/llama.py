@@ -34,7 +34,7 @@ def _layer_module(hf: str, mcore: str, gguf: str, meta: str) -> Locations:
 
 
 def _qkv_module(part: int, hf: str, gguf: str, meta: str, interleaved: bool) -> Locations:
-    """q, k or v (part 0, 1 or 2), which Megatron-core fuses. interleaved: of rotary pairs, in GGUF and Meta's files."""
+    """Returns the locations of q, k or v (part 0, 1 or 2). interleaved: in GGUF and Meta's files."""
     return {
         "hf": FormatLocation(f"model.layers.{{}}.self_attn.{hf}"),
         "mcore": FormatLocation("decoder.layers.{}.self_attention.linear_qkv", Pack.GROUPED, part, num_parts=3),
@@ -44,7 +44,7 @@ def _qkv_module(part: int, hf: str, gguf: str, meta: str, interleaved: bool) -> 
 
 
 def _ffn_module(part: int, hf: str, gguf: str, meta: str) -> Locations:
-    """Gate or up (part 0 or 1), which Megatron-core fuses."""
+    """Returns the locations of gate or up (part 0 or 1), which Megatron-core fuses."""
     return {
         "hf": FormatLocation(f"model.layers.{{}}.mlp.{hf}"),
         "mcore": FormatLocation("decoder.layers.{}.mlp.linear_fc1", Pack.STACKED, part, num_parts=2),
@@ -54,7 +54,7 @@ def _ffn_module(part: int, hf: str, gguf: str, meta: str) -> Locations:
 
 
 def _qkv_bias(key: str, role: Role, axis: Axis, module: Locations) -> ParamSpec:
-    """A bias of Qwen2's. Meta's Llama has none."""
+    """Returns a bias of q, k or v (Qwen2). Meta's format has none."""
     locations = {name: location for name, location in bias_of(module).items() if name != "fairscale"}
     return ParamSpec(key, role, (axis,), 0, locations, is_bias=True, requires="qkv_bias")
 

@@ -1,4 +1,4 @@
-"""RoBERTa and XLM-RoBERTa: BERT's network under other names. Positions begin after the padding token's id."""
+"""RoBERTa and XLM-RoBERTa: BERT's network under other tensor names. Positions start after the padding token's id."""
 
 from megatron_ligo.arch.architecture import Architecture, Task
 from megatron_ligo.arch.families import bert

@@ -2,8 +2,8 @@
 
 One linear embeds all pixels of a patch. Its weight is stored as in Hugging Face: (features, channels, height, width).
 Each token has a learned position; the class token's is the first. The head reads the class token after the final norm,
-and its vocabulary is the set of labels. Megatron-core has no image classifier; modules that its decoder has too bear
-its names.
+and its vocabulary is the set of labels. Megatron-core has no image classifier; modules that its decoder also has
+use its names.
 """
 
 from collections.abc import Iterator
