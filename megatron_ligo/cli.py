@@ -1,7 +1,7 @@
-"""Shared by all commands: argument parsing and --help, logging, error reporting and exit codes.
+"""What all commands share: argument parsing, --help, logging, error reporting and exit codes.
 
 Exit codes: 0 success; 1 a bug, with its traceback; 2 an error of the input or the machine, with one message and no
-traceback; 130 and 143 SIGINT and SIGTERM, after a training run has saved.
+traceback; 130 and 143 after SIGINT and SIGTERM, on which a training run first saves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_ligo.common.errors import LigoError, user_message
 from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
 
-# The launcher kills all ranks when the first one fails: other ranks give rank 0 this long to report the error.
+# The launcher kills all ranks when the first one fails. The others wait this long, so that rank 0 reports the error.
 RANK_0_GRACE_SECONDS = 5.0
 
 
@@ -157,7 +157,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
     """Prints a thread's traceback, except for errors of the machine.
 
-    TensorBoard's writer thread meets a full disk first; the thread that uses it then raises the same error.
+    TensorBoard's writer thread hits a full disk first; the thread that uses it then raises the same error.
     """
     if failure.exc_value is None or user_message(failure.exc_value) is None:
         threading.__excepthook__(failure)
@@ -171,15 +171,15 @@ def _is_stdout_closed() -> bool:
 
 def _exit_on_broken_pipe() -> NoReturn:
     """Exits silently, as a shell expects when the reader of a pipe has closed it (`| head`)."""
-    # The buffered rest would be flushed at exit and fail again.
+    # Otherwise the exit flushes the rest of the buffer and fails again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
 
 
 def _report_error(message: str, agreed: bool) -> None:
-    """Prints an error once. Rank 0 always does; another rank does if the error is its own.
+    """Prints an error once. Rank 0 always prints; another rank prints only an error of its own.
 
-    That is the case if the ranks did not agree on it and the launcher does not end this rank in the meantime.
+    An error is its own if the ranks did not agree on it and the launcher does not end the rank while it waits.
     """
     if launcher_rank() == 0:
         print(message, file=sys.stderr, flush=True)

@@ -265,7 +265,7 @@ def read_toml(path: Path) -> dict:
 
 
 def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
-    """Sets `section.key=value` in the table. The value is parsed as TOML; anything else is text."""
+    """Sets `section.key=value` in the table. A value that is not valid TOML is taken as text."""
     name, equals, raw = text.partition("=")
     *sections, key = name.strip().split(".")
     if not equals or not sections or not all([*sections, key]):
@@ -284,7 +284,7 @@ def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
 
 
 def _check_dependencies(config: RunConfig, errors: ErrorCollector) -> None:
-    """Adds an error for each set of keys whose values exclude one another."""
+    """Adds an error for each combination of keys whose values are incompatible."""
     for key, value in asdict(config.operator).items():
         if isinstance(value, dict) and "default" not in value:
             errors.add(f"operator.{key}", "a table with a default", value, 'Add default = "...".')

@@ -1,4 +1,4 @@
-"""Reads TOML tables into frozen dataclasses, with types and limits checked; knows nothing of models.
+"""Reads TOML tables into frozen dataclasses and checks types and limits. Independent of models.
 
 A section is a frozen dataclass. Its fields are sections, or settings made by `setting` with a default, one line of
 help and the limits of the value. `read_section` checks keys, types and limits, and collects every error.
@@ -76,7 +76,7 @@ def read_section(section: type, table: dict, errors: ErrorCollector, prefix: str
 
 
 def _suggest_key(root: type, name: str, known: Iterable[str]) -> str:
-    """Returns a hint: the sections that do have this key, or the closest key of the same section."""
+    """Returns a hint: the sections that have this key, or the closest key of the same section."""
     sections = [key.rpartition(".")[0] for key, field, _ in iterate_settings(root) if field.name == name]
     if sections:
         return f"It belongs to {' or '.join(f'[{section}]' for section in sections)}."
@@ -119,7 +119,7 @@ def coerce(value: Any, field_type: Any) -> Any:
     if field_type is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if field_type is str and "\0" in str(value):
-        # Invalid in a file name, and in every other value.
+        # No path and no other string setting may contain NUL.
         raise TypeError
     if type(value) is field_type and not (field_type is float and not math.isfinite(value)):
         return value
@@ -141,7 +141,7 @@ def describe_type(field_type: Any) -> str:
     origin = typing.get_origin(field_type)
     args = typing.get_args(field_type)
     if origin in (types.UnionType, typing.Union):
-        # Every whole number is a number.
+        # "a number" includes integers.
         hidden = {types.NoneType, *([int] if float in args else [])}
         return " or ".join(describe_type(arg) for arg in args if arg not in hidden)
     if origin is tuple:

@@ -1,4 +1,4 @@
-"""Opens the data set that a model is trained on: labelled images, or text that is masked for masked-LM models."""
+"""Opens the training data of a model: labelled images, or text, which is masked for masked-LM models."""
 
 from __future__ import annotations
 

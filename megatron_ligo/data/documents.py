@@ -25,7 +25,7 @@ class DocumentSource:
 
     files: a .txt, .md or .py file is one document; each line of a .jsonl file is one, under `json_key`.
     python_docs: adds the standard library's sources and the docstrings of its built-in modules.
-    max_bytes: stops before the document that exceeds this size; 0: no limit.
+    max_bytes: stops before the document that would exceed this total; 0: no limit.
     """
 
     files: tuple[Path, ...]
@@ -57,7 +57,7 @@ class DocumentSource:
         return min(total, self.max_bytes) if self.max_bytes else total
 
     def fingerprint(self) -> list:
-        """Returns what identifies the documents without reading them: paths, sizes, times and Python's version."""
+        """Returns an identity of the unread documents: paths, sizes, modification times and Python's version."""
         files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in self.files]
         return [files, sys.version if self.python_docs else "", self.json_key, self.max_bytes]
 
@@ -112,7 +112,7 @@ def _read_jsonl(path: Path, key: str) -> Iterator[str]:
 
 
 def _list_standard_library() -> list[Path]:
-    """Lists the standard library's sources without its tests, ordered by a hash: any prefix is a fair sample."""
+    """Lists the standard library's sources without its tests, ordered by a hash: any prefix is a random sample."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [
         path.relative_to(root).as_posix()

@@ -24,7 +24,7 @@ CACHED_PERMUTATIONS = 2
 
 
 class ImageFile:
-    """One file: all labels in memory, images read one at a time."""
+    """One image file: all labels in memory, images read one at a time."""
 
     def __init__(self, path: Path):
         with safe_open(path, "pt") as tensors:
@@ -37,7 +37,7 @@ class ImageFile:
 
 
 class ImageDataset(ShardedSampler):
-    """The concatenated files of each split; `open_image_dataset` builds it."""
+    """Samples of the concatenated files of each split. Built by `open_image_dataset`."""
 
     def __init__(
         self,

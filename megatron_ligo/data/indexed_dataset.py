@@ -1,4 +1,4 @@
-"""Megatron-core's indexed datasets (PREFIX.bin, PREFIX.idx) as files: validates a pair and reads its counts.
+"""Validates Megatron-core's indexed datasets (PREFIX.bin, PREFIX.idx) and reads their counts.
 
 A pair made by tools/prepare_data.py has a record, PREFIX.json, with its largest token id and its tokenizer's digest.
 The record is optional.
@@ -126,7 +126,7 @@ def _find_inconsistency(
     total = int(lengths.sum(dtype=np.int64)) * itemsize
     if total != bin_bytes:
         return f"{total} bytes according to its index", bin_bytes
-    # The offsets are arbitrary: their sum with a length may overflow, this difference may not.
+    # The offsets are arbitrary: their sum with a length may overflow, this difference cannot.
     out_of_range = pointers > bin_bytes - lengths.astype(np.int64) * itemsize
     if pointers.min() < 0 or out_of_range.any():
         offset = int(pointers[out_of_range.argmax()] if out_of_range.any() else pointers.min())

@@ -1,7 +1,7 @@
-"""Masked-LM samples made from running text: chooses the tokens to predict and what the model sees in their place.
+"""Makes masked-LM samples from text: selects the tokens to predict and what replaces them in the input.
 
-Random choices depend on the seed, the split and the sample index alone. A sample is masked the same at any layout,
-micro-batch size and after any restart; when the corpus repeats, the index differs and so does the masking.
+Random choices depend on the seed, the split and the sample index alone. A sample is masked the same at any layout and
+micro-batch size and after any restart. A repeat of the corpus has other indices, and thus other masks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Samples of a blend of indexed datasets, read through Megatron-core's `GPTDataset` and `BlendedDataset`.
 
 The sample order is that of Megatron-core's own builder, which a test verifies. The builder itself is not used: its
-barriers hang the other ranks when rank 0 fails, and a run killed while writing leaves partial indices that look whole.
+barriers hang the other ranks when rank 0 fails, and a killed run leaves partial indices that look complete.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
 
 
 def _check_index(folder: Path) -> None:
-    """Raises DataError unless this rank sees the indices, and they are arrays.
+    """Raises DataError unless this rank sees the indices and all are plain arrays.
 
-    Megatron-core loads them with pickle allowed: a manipulated file would run code.
+    Megatron-core loads them with pickle enabled: a tampered file would execute code.
     """
     if not folder.is_dir():
         hint = "Choose a data.cache on a file system that all nodes share."

@@ -1,4 +1,4 @@
-"""Writes labelled images as the files that `image_dataset` reads; the same input gives the same bytes.
+"""Writes labelled images to the files that `image_dataset` reads; the same input gives the same bytes.
 
 Images are held out by a hash of their pixels, so that equal images fall into the same split.
 """
@@ -44,7 +44,7 @@ def read_npz(path: Path) -> LabelledImages:
 def read_digits(folder: Path) -> LabelledImages:
     """Reads scikit-learn's 1797 handwritten digits (8 x 8, one channel) from a folder with its unpacked package.
 
-    Better not installed: transformers imports an installed scikit-learn at every start.
+    Unpack it instead of installing it: transformers imports an installed scikit-learn at every start.
     """
     try:
         table = np.loadtxt(folder / DIGITS_FILE, delimiter=",", ndmin=2)

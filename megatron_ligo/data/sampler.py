@@ -56,7 +56,7 @@ class ShardedSampler(ABC):
         return self._read_local_batches(VALID, 0, num_samples, micro_batch_size, dp, dp_rank)
 
     def eval_digest(self, num_samples: int) -> str:
-        """Returns the xxh3-64 (hex) of the tokens and labels of the first held-out samples; equal in every layout."""
+        """Returns the xxh3-64 (hex) of the tokens and labels of the first held-out samples; equal at every layout."""
         (batch,) = self.eval_batch(num_samples, num_samples, 1, 0)
         return xxhash.xxh3_64(b"".join(batch[name].numpy().tobytes() for name in ("tokens", "labels"))).hexdigest()
 

@@ -22,7 +22,7 @@ from megatron_ligo.distributed.mesh import all_ranks
 
 log = logging.getLogger(__name__)
 
-# A pair without a record is scanned for its largest token id up to this size; above it, each batch is checked.
+# Up to this size, a pair without a record is scanned for its largest token id; above it, each batch is checked.
 SCAN_BYTES = 4 << 30
 
 
@@ -48,7 +48,7 @@ class TextDataset(ShardedSampler):
         self._vocab_size: int | None = None
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises DataError on every rank if the data contain a token id that the model's vocabulary does not have."""
+        """Raises DataError on every rank if the data contain a token id outside the model's vocabulary."""
         self._vocab_size = vocab_size
         all_ranks().run_on_rank_0(lambda: _check_token_ids(self._pairs, vocab_size))
 
@@ -129,7 +129,7 @@ def _build_blend(split: Split, entries: tuple, samples: int, seq_length: int, er
 
 
 def _check_length(blend: Blend, seq_length: int, errors: ErrorCollector) -> None:
-    """Adds an error if an unweighted blend is too short; logs how often anything else is repeated."""
+    """Adds an error if an unweighted blend is too short; logs how often any other blend is repeated."""
     tokens = sum(pair.tokens for pair in blend.pairs)
     required = blend.samples * seq_length + 1
     if len(blend.pairs) > 1 and blend.weights is None:
@@ -143,7 +143,7 @@ def _check_length(blend: Blend, seq_length: int, errors: ErrorCollector) -> None
 
 
 def _check_tokenizer(folder: str, pairs: list[IndexedFiles], errors: ErrorCollector) -> None:
-    """Adds an error for each record whose tokenizer is not the folder's, or without a folder, the first record's."""
+    """Adds an error for each record whose tokenizer differs from the folder's (no folder: the first record's)."""
     expected = digest_tokenizer(folder) if folder else None
     for pair in pairs:
         if pair.record is None:

@@ -1,4 +1,4 @@
-"""Loads tokenizers: Hugging Face's tokenizer.json, or sentencepiece's tokenizer.model. Neither executes code."""
+"""Loads tokenizers: Hugging Face's tokenizer.json or sentencepiece's tokenizer.model. Loading executes no code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 # Datasets store token ids as int32.
 MAX_VOCAB_SIZE = 1 << 31
-# Names of the end-of-document token, in order of preference. A chat model's eos token ends a turn: the token that
-# pretraining used comes first.
+# Names of the end-of-document token, in order of preference. The token that pretraining used comes first, because a
+# chat model's eos token ends a turn.
 PRETRAINING_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>")
 FALLBACK_EOD_NAMES = ("</s>", "<eos>", "[SEP]")
 
@@ -124,7 +124,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     """Trains a sentencepiece BPE model into a folder; the same texts give the same file."""
     import sentencepiece
 
-    # In memory: sentencepiece ignores a full disk, and stores the output path in the file.
+    # Trains in memory: sentencepiece ignores a full disk and stores the output path in the file.
     model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -37,7 +37,7 @@ class LayoutPlan:
 
 
 def find_problems(job: PlannedJob) -> tuple[str, ...]:
-    """Returns the problems that rule out a job's layout; none if it is valid."""
+    """Returns the problems that rule out a job's layout; empty if it is valid."""
     parallel = job.parallel
     if job.world_size % (parallel.tp * parallel.pp):
         expected = f"a multiple of tp x pp = {parallel.tp * parallel.pp}"
@@ -56,7 +56,7 @@ def find_problems(job: PlannedJob) -> tuple[str, ...]:
 
 
 def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
-    """Estimates the cost of a valid layout. Assumes that communication overlaps with compute completely."""
+    """Estimates the cost of a valid layout, assuming that communication fully overlaps with compute."""
     recompute = RECOMPUTE_FACTOR if job.training.recompute else 1.0
     busy = job.step_flops() / job.world_size / flops_per_second * recompute
     layers = job.layers_per_stage()

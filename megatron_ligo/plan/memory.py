@@ -6,15 +6,15 @@ device context, and freed memory that the allocator caches.
 Counted terms. L: layers of a stage; t: tokens of a micro-batch; D, F: hidden and ffn sizes; H, G, d: heads, KV heads,
 head size; D1, F1: the small model's sizes; V: vocabulary; a: bytes of an activation:
 
-    activations of a layer  t a (4 D + ((4 H + 3 G) d + 5 F) / tp); 2 F if the ffn is not gated. Inputs and outputs of
-                            both norms; q, k, v before and after rotation; attention's output and its copy; outputs of
-                            the ffn's first linear and of its activation
-    the same in a fit       t a (2 D + ((3 H + 3 G) d + 2 F) / tp); 1 F if the ffn is not gated. Norms, activations and
-                            copies are recomputed, one linear at a time. Plus 4 D1, plus 3 F1 where the ffn's maps are
-                            applied as factors. With full recomputation, all terms of the first row
+    activations of a layer  t a (4 D + ((4 H + 3 G) d + 5 F) / tp); 2 F instead of 5 F without a gate. Inputs and
+                            outputs of both norms; q, k, v before and after rotation; attention's output and its copy;
+                            outputs of the ffn's first linear and of its activation
+    the same in a fit       t a (2 D + ((3 H + 3 G) d + 2 F) / tp); F instead of 2 F without a gate. Norms, activations
+                            and copies are recomputed, one linear at a time. Plus 4 D1, plus 3 F1 where the ffn's maps
+                            are applied as factors. With full recomputation, all terms of the first row
     in a pipeline           stage i of pp holds the activations of min(micro-batches, pp - i) micro-batches
-    logits                  t V / tp in fp32, LOGIT_COPIES times, in a pipeline PIPELINE_LOGIT_COPIES times more; in
-                            bf16 runs once more in bf16
+    logits                  t V / tp in fp32: LOGIT_COPIES, plus PIPELINE_LOGIT_COPIES in a pipeline; in bf16 runs, one
+                            more copy in bf16
     with recomputation      t a D per layer and micro-batch, plus one whole layer or the logits, whichever is larger
 """
 
@@ -29,13 +29,13 @@ from megatron_ligo.plan import optimizer_memory, parameter_count
 from megatron_ligo.plan.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
-# fp32 copies of the logits (the loss works in place), and those of its outputs that DeepSpeed's pipeline keeps.
+# fp32 copies of the logits (the loss works in place), and the further copies that DeepSpeed's pipeline keeps.
 LOGIT_COPIES, PIPELINE_LOGIT_COPIES = 1, 2
 # Further copies for distillation: the teacher's logits; log-probabilities and probabilities of both models; their
 # difference and its product.
 DISTILLATION_COPIES = 7
 MIXED_LAYERS_AT_ONCE = 8
-# Suffix of the kinds that do not lie on the device.
+# Suffix of the kinds that lie in host memory.
 ON_HOST_SUFFIX = ", on the host"
 
 
@@ -96,7 +96,7 @@ def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
 
 
 def _copies_gradients(job: PlannedJob, is_mixed_precision: bool) -> bool:
-    """Tells whether the optimizer gets a copy of the gradients: always, unless they are whole and in its own dtype."""
+    """Tells whether the optimizer gets a copy of the gradients: unless they are whole and in the optimizer's dtype."""
     return is_mixed_precision or job.parallel.zero > 1 or job.parallel.pp > 1
 
 
@@ -131,7 +131,7 @@ def _estimate_teacher(job: PlannedJob) -> float:
 
 
 def _applies_factors(job: PlannedJob, spec: ParamSpec) -> bool:
-    """Tells whether a rank applies a linear's map and weight one after the other, as the factored linears decide."""
+    """Tells whether a rank applies a linear's map and weight as factors, by the rule of the factored linears."""
     operator, tp = job.operator, job.parallel.tp
     inner = 0 if spec.tp_dim == 0 else 1
     lift = operator.space_maps.lift(spec.axes[inner])

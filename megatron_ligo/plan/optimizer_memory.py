@@ -18,7 +18,7 @@ class OptimizerMemory:
 
     master_bytes, moment_bytes: bytes per element of a master weight and of one Adam moment.
     bucket_size: elements that are reduced at once.
-    live_parameters: the most gathered parameters that ZeRO 3 keeps.
+    live_parameters: maximum number of gathered parameters that ZeRO 3 keeps.
     """
 
     master_bytes: int

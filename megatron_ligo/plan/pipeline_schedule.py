@@ -44,6 +44,6 @@ def simulate_step(
 
 
 def compute_bubble(forward: Sequence[float], backward: Sequence[float], micro_batches: int, seconds: float) -> float:
-    """Returns the fraction of a step of `seconds` in which the busiest stage is idle (0: none)."""
+    """Returns the idle fraction of the busiest stage in a step of `seconds`."""
     busy = max(f + b for f, b in zip(forward, backward, strict=True)) * micro_batches
     return max(0.0, 1.0 - busy / seconds)

@@ -21,7 +21,7 @@ class PlannedJob:
 
     source_bytes: bytes per element of the small model's matrices (2 if they are exactly representable in bf16, else 4).
     distilled: the whole small model is also held, as the teacher.
-    lagged: the weight changes of the lag's training are held beside the maps.
+    lagged: the lag, a change of every large weight, is also held.
     """
 
     large: ModelConfig

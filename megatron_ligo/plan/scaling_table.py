@@ -1,4 +1,4 @@
-"""The table of large growths on many devices. It is extrapolated; its assumptions stand above it."""
+"""Formats the table of large growths on many devices: extrapolated, with its assumptions stated above it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def schedule_after_growth(section: PretrainSection) -> PretrainSection:
     """Returns the section for a grown start: its own warm-up, and a fraction of the peak rate of a scratch run.
 
     On small models, any fraction from a third to nine tenths of the best scratch peak ended within 0.003 of the best;
-    at the full peak the grown model lost its advantage. A warm-up of 50 of 800 steps made no difference.
+    at the full peak the grown model lost its advantage. A warm-up of 50 of 800 steps made little difference.
     """
     peak = section.lr * section.grown_peak
     warmup = section.warmup_steps if section.grown_warmup_steps is None else section.grown_warmup_steps
