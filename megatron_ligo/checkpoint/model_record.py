@@ -44,7 +44,7 @@ def write(source: Reader, output: Output) -> None:
 
 
 def write_folder(folder: Path, model_config: ModelConfig, carried: Mapping[str, object], files: Sequence[Path]) -> None:
-    """Writes the same files into a folder of their own, replacing it."""
+    """Writes dims.json and the carried files into a folder of their own, replacing it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in files:

@@ -16,7 +16,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import ParamSpec
 
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, in fp32, shaped like the weight
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: fp32, in the weight's shape
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Reader(ABC):
     model_config: ModelConfig
     step: int = 0  # optimizer steps taken; 0 where unknown
     layout: dict = {}  # tp, pp, ... as stored; {} where the format has none
-    files: tuple[Path, ...] = ()  # tokenizer and the like, which conversions copy
+    files: tuple[Path, ...] = ()  # the tokenizer's and others that conversions copy
     unread: tuple[str, ...] = ()  # what the files hold beyond the Reader's tensors, in words
     groups: tuple[Mapping[str, object], ...] = ()  # the optimizer's group settings (adam_groups.py)
     carried: Mapping[str, object] = {}  # Hugging Face config keys that are not sizes (token ids, ...)

@@ -118,7 +118,7 @@ def _folder(reader: Reader) -> Path:
 
 
 def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
-    """Runs both in transformers on one fixed batch, in fp32. Returns the largest |difference| and |logit of a|."""
+    """Runs both models in transformers, in fp32, on one batch. Returns the largest |difference| and |logit of a|."""
     inputs = sample_inputs(a.model_config, b.model_config)
     first, second = compute_logits(a, inputs), compute_logits(b, inputs)
     if first.shape != second.shape:

@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM: exit at once, or, during work that saves its state, at the next point where it can stop.
 
 Python runs no signal handler while a library call blocks. So a thread reads each signal from the interpreter's wake-up
-descriptor and ends the process itself when the grace period is over. The thread also watches the launcher: when
-DeepSpeed's is killed, it forwards no signal, and its ranks would keep running.
+descriptor and ends the process itself when the grace period is over. The thread also watches the launcher: a
+killed DeepSpeed launcher forwards no signal, and its ranks would keep running.
 """
 
 from __future__ import annotations

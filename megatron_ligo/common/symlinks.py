@@ -11,7 +11,7 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"
 
 
 def allowed_roots(folder: Path) -> list[Path]:
-    """Returns the folders that links may lead into: this one and, in a Hugging Face cache, the blobs beside it."""
+    """Returns the folders that links may lead into: this one, and the blobs if it is a Hugging Face snapshot."""
     root = folder.resolve()
     is_cached = root.parent.name == SNAPSHOTS
     return [root, root.parent.parent / BLOBS] if is_cached else [root]

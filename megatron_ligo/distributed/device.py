@@ -53,7 +53,7 @@ def communication_backend() -> str:
 
 
 def resolve_dtype(precision: str) -> torch.dtype:
-    """Returns the torch dtype of fp32 or bf16. ConfigError if the device cannot compute in it."""
+    """Returns the torch dtype of fp32 or bf16. Raises ConfigError if the device cannot compute in it."""
     if precision == "fp32":
         return torch.float32
     if precision == "bf16" and get_accelerator().is_bf16_supported():

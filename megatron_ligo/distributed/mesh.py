@@ -90,7 +90,7 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
 
 
 def build_mesh(tp: int, pp: int) -> Mesh:
-    """Divides the ranks into tp x pp x dp and creates their groups. Collective. LayoutError if they do not divide."""
+    """Divides the ranks into tp x pp x dp and creates their groups. Collective. Raises LayoutError for a remainder."""
     with all_ranks().agree():
         dims = ParallelDims.divide(dist.get_world_size(), tp, pp)
     if not _groups_exist(tp, pp):

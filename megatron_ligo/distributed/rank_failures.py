@@ -95,7 +95,7 @@ def _explain_loss(kind: str) -> str:
 
 
 def _run_with_timeout(seconds: float, job: Callable[[], T]) -> T | None:
-    """Returns the job's result, or None after `seconds`: without a network the store's client waits for ever."""
+    """Returns the job's result, or None after `seconds`: without a network the store's client blocks forever."""
     results: list[T] = []
     thread = threading.Thread(target=lambda: results.append(job()), daemon=True)
     thread.start()

@@ -101,11 +101,11 @@ class Output:
         self.write_torch_files({name: tree})
 
     def write_torch_files(self, trees: Mapping[str, object]) -> None:
-        """Writes several such files side by side: the first tensor of each, the second of each, ..."""
+        """Writes several torch.save files side by side: the first tensor of each, the second of each, ..."""
         self._fill({name: self._lay_out_torch(name, tree) for name, tree in trees.items()})
 
     def write_torch_archives(self, name: str, trees: Mapping[str, object]) -> dict[str, tuple[int, int]]:
-        """Writes one torch.save archive for each tree into one file. Returns each one's offset and length."""
+        """Writes one torch.save archive for each tree into one file. Returns offset and length of each, in bytes."""
         skeleton = self._path(f"{self._skeletons}/{Path(name).name}")
         spans, archives = write_torch_archives(skeleton, trees)
         self._install(self._path(name), skeleton, spans)

@@ -172,7 +172,7 @@ class EngineReader(Reader):
         return f"rank {number} of {len(self._ranks)}"
 
     def _iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every rank's tensors under a name for messages."""
+        """Yields every rank's tensors, each with a name for error messages."""
         for number, rank in enumerate(self._ranks):
             for state in rank.optimizer_states:
                 for name in sorted(state.names()):

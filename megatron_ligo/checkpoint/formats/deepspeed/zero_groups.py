@@ -89,7 +89,7 @@ class ZeroOptimizerState:
         return self._partitions[first.dp_rank][WEIGHT][first.group].dtype
 
     def read(self, name: str, kind: str) -> Tensor:
-        """Reads the flat (numel,) parameter, dtype as stored; a view of the file where one rank holds all of it.
+        """Reads the flat (numel,) parameter, dtype as stored; a view of the file if one rank holds all of it.
 
         kind: WEIGHT for the master weights, or one of MOMENTS.
         """

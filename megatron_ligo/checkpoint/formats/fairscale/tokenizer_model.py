@@ -13,7 +13,7 @@ SETTINGS = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos
 
 
 def collect_files(folder: Path, scratch: Path) -> tuple[Path, ...]:
-    """Returns the files that conversions copy: those beside the weights, and the parent folder's tokenizer if need be.
+    """Returns the files that conversions copy, with the parent folder's tokenizer if this folder has none.
 
     Llama 1 and 2 share one tokenizer for all sizes. The settings that transformers needs for sentencepiece are written
     into `scratch`.

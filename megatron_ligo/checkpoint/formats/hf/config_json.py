@@ -128,7 +128,7 @@ def _transformers_config(config: Mapping, where: str) -> object:
 def _parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
     """Parses `rope_base`, `rope_scaling` and (in families that have one) `rotary_fraction`.
 
-    Reads either form: today's rope_parameters, or separate keys.
+    Reads both forms: rope_parameters (transformers 5), and separate keys.
     """
     keys = {field: key for key, field in arch.hf_fields.items()}
     parameters = config.get("rope_parameters")
@@ -194,7 +194,7 @@ def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> 
 
 
 def parse_carried(config: Mapping) -> dict[str, object]:
-    """Returns the keys of a config that conversions copy unchanged: token ids and the like."""
+    """Returns the keys of a config that conversions copy unchanged, such as token ids."""
     arch = find_architecture(config, CONFIG)
     stated = {*arch.hf_fields, *arch.required_hf_values, *NOT_CARRIED}
     return {key: value for key, value in config.items() if key not in stated}

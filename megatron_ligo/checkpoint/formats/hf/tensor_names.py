@@ -19,7 +19,7 @@ FORMAT = "hf"
 
 @dataclass(frozen=True)
 class StoredName:
-    """The name of a tensor in a file (today's name if it is missing), and the names of its duplicates."""
+    """The name of a tensor in a file (the current one if it is missing), and the names of its duplicates."""
 
     name: str
     duplicates: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ def locate_tensors(arch: Architecture, model_config: ModelConfig, names: Collect
 
 
 def _possible_names(arch: Architecture, model_config: ModelConfig, key: str) -> list[str]:
-    """Returns every name that a file may use for a key, today's first."""
+    """Returns every name that a file may use for a key, the current one first."""
     names = [arch.stored_name(key, model_config, FORMAT), _fill_layer(arch.param(key).locations[FORMAT].name, key)]
     base = arch.base_prefixes.get(FORMAT, "")
     names += [name.removeprefix(base) for name in names] + [base + name for name in names]

@@ -64,7 +64,7 @@ class TensorSource:
     layer: int | None
 
     def optimizer_state(self, state: str) -> TensorSource:
-        """Returns the source of the weight's tensor of an optimizer state."""
+        """Returns the source of this weight's optimizer state, such as exp_avg."""
         return replace(self, name=optimizer_state_name(self.name, state))
 
 
@@ -161,7 +161,7 @@ class McoreReader(Reader):
         return block if layer is None else block[layer - chunk.offset[0]]
 
     def _iter_chunks(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every floating-point chunk under a name for messages."""
+        """Yields every floating-point chunk with a name for error messages."""
         for name, tensor in self._contents.tensors.items():
             for chunk in tensor.chunks if tensor.dtype.is_floating_point else ():
                 yield f"{name} from {chunk.offset} on", self._map_chunk(tensor, chunk, None)

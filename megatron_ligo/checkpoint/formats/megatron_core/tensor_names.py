@@ -16,5 +16,5 @@ def stacked_name(name: str, layer: int) -> str:
 
 
 def optimizer_state_name(name: str, state: str) -> str:
-    """Returns the name of a parameter's tensor of an optimizer state (such as exp_avg)."""
+    """Returns the name of the tensor of a parameter's optimizer state, such as exp_avg."""
     return f"optimizer.state.{state}.{name}"

@@ -1,4 +1,4 @@
-"""The per-rank files of a Megatron-LM checkpoint: checked for completeness, memory-mapped, with today's tensor names.
+"""The per-rank files of a Megatron-LM checkpoint: checked for completeness, memory-mapped, with current tensor names.
 
 No code of a file is executed: stand-ins replace the pickled classes.
 """
@@ -32,7 +32,7 @@ MIN_CHECKPOINT_VERSION = 2.0
 MAX_MISSING_RANKS = 1000
 IGNORED_NAMES = ("*_extra_state", "*inv_freq")
 MAX_NESTING = 4
-# Names from before Megatron-core -> today's. The order matters.
+# Names from before Megatron-core -> current names, replaced in this order.
 OLD_NAMES = {
     "language_model.embedding.": "embedding.",
     "language_model.encoder.": "decoder.",
@@ -145,7 +145,7 @@ class RankFiles:
             moments[global_name] = [state.moments[kind][name] for state in states]
 
     def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every rank's floating-point tensors under a name for messages."""
+        """Yields every rank's floating-point tensors, each with a name for error messages."""
         for name, shards in self.tensors.items():
             for rank, shard in enumerate(shards):
                 if shard.is_floating_point():
@@ -203,7 +203,7 @@ class RankFiles:
         return state if isinstance(state, dict) else {}
 
     def _read_module(self, state: dict, where: str) -> dict[str, Tensor]:
-        """Returns the module's tensors by today's names, under Megatron-core's local layer spec."""
+        """Returns the module's tensors by their current names in Megatron-core's local layer spec."""
         module = {}
         values = dict(_flatten(state["model"]))
         has_old_names = any(name.startswith(tuple(OLD_NAMES)) for name in values)
