@@ -1,7 +1,8 @@
 """Benchmarks conversions of a synthetic Llama against `cp` + `sync` of the same bytes, and their anonymous memory.
 
-The rate of a conversion is the source's bytes over the seconds until everything is fsynced, digests included. Its ratio
-is to the rate of `cp` + `sync` in the same repeat. The libraries' own tools run on a smaller model (library_tools.py).
+The rate of a conversion is the source's bytes over the seconds until everything is fsynced, digests included. It is
+divided by the rate of `cp` + `sync` in the same repeat. The libraries' own tools convert a smaller model
+(library_tools.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ GB = 1e9
 SHARD_BYTES = {"source": 1_500_000_000, "target": 1_000_000_000}
 # Target rates, as fractions of the rate of cp + sync.
 GOALS = {"hf": 0.5, "universal": 1 / 3, "mcore": 1 / 3}
-# Memory limit above the start: this many of the largest tensors plus this many bytes.
+# Limit of anonymous memory above the start: this many of the largest tensors plus this many bytes.
 MAX_LARGEST_TENSORS, MAX_OVERHEAD_BYTES = 2, 300_000_000
 
 

@@ -12,7 +12,7 @@ from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 
 HEAD_DIM = 64
 VOCAB_SIZE = 32_000
-# Enough layers that no tensor is a large part of the model.
+# With this many layers, no tensor is a large part of the model.
 MIN_LAYERS = 8
 
 

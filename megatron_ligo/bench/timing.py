@@ -1,4 +1,4 @@
-"""Repeats with their spread, runs in a new process, and peak anonymous memory."""
+"""Summarises repeats, runs functions in a new process and tracks peak anonymous memory."""
 
 from __future__ import annotations
 

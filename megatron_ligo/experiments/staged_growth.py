@@ -176,7 +176,7 @@ def _dotted_keys(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _run_command(words: list[str]) -> None:
-    """Runs a command to its end. It receives SIGTERM when this process ends; its exit signals are passed on."""
+    """Runs a command, which gets SIGTERM if this process dies. Stopped if a signal ended it, LigoError if it failed."""
 
     def terminate_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

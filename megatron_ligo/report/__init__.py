@@ -23,9 +23,8 @@ def write_report(
 ) -> None:
     """Prints the table of the runs in `folders` and writes OUTPUT/report.html and OUTPUT/report.png.
 
-    prior_flops: FLOPs spent before each run, if known more precisely than from the fits of the hand-offs.
-
-    Raises CheckpointError with every folder that holds no run and every damaged record, before it writes.
+    prior_flops: FLOPs spent before each run; None: those of the fits behind the hand-offs. Before anything is written,
+    raises CheckpointError with every folder that holds no run and every damaged record.
     """
     runs = read_runs(folders)
     if prior_flops is not None:

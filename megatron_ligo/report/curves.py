@@ -1,4 +1,4 @@
-"""The curves: loss against step and against FLOPs, drawn alone or above the table."""
+"""Draws the loss against step and against FLOPs, alone or above the table."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _set_scale(axes: Axes, losses: list[float]) -> None:
 
 
 def training_curve(run: RecordedRun, by_flops: bool) -> Curve:
-    """Returns the losses on the training batches. FLOPs start at those of the fit behind the run's start."""
+    """Returns the losses on the training batches. FLOPs include those of the fit behind the run's start."""
     rows = [row for row in run.metrics if _is_drawable(row.get("loss"))]
     return [_x_value(run, row, by_flops) for row in rows], [row["loss"] for row in rows]
 

@@ -1,4 +1,4 @@
-"""A JSON record read field by field. A missing field is None; a field of the wrong type is an error of the file."""
+"""Reads a JSON record field by field. A missing field is None; a field of the wrong type adds an error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _is_instance(value: Any, types) -> bool:
 
 
 def load_record(path: Path, errors: ErrorCollector) -> JsonRecord | None:
-    """Loads a record; None if the file does not exist. A file that is no JSON object is an error."""
+    """Loads a record; None if the file does not exist. Adds an error if the file is not a JSON object."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The page: one self-contained HTML file."""
+"""Renders the report as one self-contained HTML file."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def _samples_read(fit: dict) -> float:
 
 
 def _is_same_fit(operator: dict, fit: dict) -> bool:
-    """Tells whether a hand-off's fit is that of an operator's record. Compares text, in which NaN equals itself."""
+    """Tells whether a hand-off's fit is that of an operator's record. Compares JSON text, in which NaN equals NaN."""
     own = {key: value for key, value in operator.items() if key not in OPERATOR_ONLY_KEYS}
     return json.dumps(own, sort_keys=True) == json.dumps(fit, sort_keys=True)
 

@@ -1,4 +1,4 @@
-"""Runs a script on several ranks over TCP, forked from a preloaded process so that they start in seconds."""
+"""Runs a script on several ranks, forked from a preloaded process so that they start within seconds."""
 
 from __future__ import annotations
 

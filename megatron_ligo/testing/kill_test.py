@@ -1,4 +1,4 @@
-"""Kill test: a run that is killed repeatedly must end with the results of an undisturbed run."""
+"""The kill test: a run that is killed repeatedly must end with the results of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from megatron_ligo.testing import forked_ranks
 # Outputs that must not depend on kills, besides metrics.jsonl.
 COMPARED_FILES = ("operator/operator.safetensors",)
 LOSSES = ("operator/operator.json", "pretrain.json")
-# The other ranks usually end by themselves before this.
+# Seconds for the other ranks to end by themselves after the first failure.
 LAUNCHER_WAITS = 15.0
 KILL_MODES = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTERM to one")
 
 
 @dataclass
 class KillTestResult:
-    """kills: count by mode; rounds: runs that finished; steps: compared bit for bit."""
+    """kills: count by mode; rounds: runs that finished; steps: number compared bit for bit."""
 
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KILL_MODES, 0))
     rounds: int = 0
@@ -41,7 +41,7 @@ def run_kill_test(
 ) -> KillTestResult:
     """Runs `command --output FOLDER/whole` undisturbed, then runs that are killed `kills` times in total.
 
-    ranks: the command is a script whose ranks are forked from a preloaded process; None: the command is launched.
+    ranks: number of ranks of the script `command`, forked from a preloaded process; None: launches `command` itself.
     Raises ConfigError if the undisturbed run fails, CheckpointError if a killed run ends differently.
     """
     generator = random.Random(seed)
@@ -156,7 +156,7 @@ def _run_once(
 
 
 def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, generator: random.Random) -> None:
-    """Sends the signal and waits until no process is left."""
+    """Sends the signal and waits until no process is left. CheckpointError if one is left after 120 s."""
     processes = run.processes()
     number = signal.SIGKILL if "SIGKILL" in how else signal.SIGTERM
     if how.endswith("all"):

@@ -1,4 +1,4 @@
-"""Measures the peak of a rank's tensors over two steps, beside the planned peak."""
+"""Measures the peak of a rank's tensors over two steps and plans the same peak."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WARM_UP_MODEL = {
 
 
 class PeakMemoryProbe:
-    """Takes two steps on a rank and records the peak. kind: "plain" or "fit". CPU only: the peak counter is reset."""
+    """Takes two steps on a rank and records the peak. kind: "plain" or "fit". CPU only: resets the kernel's counter."""
 
     def __init__(self, kind: str, job: dict):
         stepper_class = PretrainStepper if kind == "plain" else FitStepper
-        # A small step first: libraries loaded at first use and connections do not count.
+        # A small step first, so that lazily loaded libraries and connections do not count.
         stepper_class(StepJob(**{**job, **WARM_UP_MODEL, "tokens": 16, "sequences": 1})).step()
         _return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")
@@ -74,7 +74,7 @@ def _count_engine_parameters(stepper) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Returns freed memory to the system, now and, from now on, immediately."""
+    """Returns freed memory to the system, and sets malloc to return memory freed later at once."""
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_THRESHOLD, 1 << 14)
     libc.mallopt(TRIM_THRESHOLD, 1 << 14)

@@ -1,4 +1,4 @@
-"""Rank processes that benchmarks drive. They are fresh, so that their peak memory is their own."""
+"""Rank processes that benchmarks drive: spawned, so that their peak memory is their own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RankProcesses:
                 target=_rank_main, args=(rank, world_size, store, rank_pipe, make, arguments), daemon=True
             )
             process.start()
-            # Closed here, so that the pipe ends when the rank does.
+            # Closed here, so that the pipe reports the end of the rank.
             rank_pipe.close()
             self.pipes.append(pipe)
             self.processes.append(process)
@@ -93,7 +93,7 @@ def _rank_main(rank: int, world_size: int, store: str, pipe, make: Callable, arg
 
 
 def time_in_turn(rounds: int, *steps: Callable[[], float]) -> list[list[float]]:
-    """Runs the steps in turn and returns each step's times. A first, unrecorded round warms up."""
+    """Runs the steps in turn and returns the seconds of each, by round. A first, unrecorded round warms up."""
     times: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):
         for step_times, step in zip(times, steps, strict=True):

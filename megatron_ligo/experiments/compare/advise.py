@@ -1,7 +1,7 @@
 """Recommends a growth method: short probes on the user's own model and text, ranked by the loss after a lag.
 
 The loss right after growth ranks methods badly (a function-preserving start may learn more slowly); the loss after some
-training steps ranks them better. It remains a probe: the advice states the evidence behind it.
+training steps ranks them better. Short probes prove little, so the advice states its evidence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.growth.validation import build_initial_operator
 
 ADVICE = "advice.json"
-# Includes `ligo` unfitted: it was the best start twice (tools/benchmarks/growth/shakespeare.md).
+# Includes the unfitted `ligo`: it was the best start twice (tools/benchmarks/growth/shakespeare.md).
 PROBED = tuple(name for name in METHODS if name != "random")
 FITTED = "fitted"  # suffix of a method's name
 DIVERGED_NOTE = "it diverged"
@@ -69,7 +69,7 @@ def advise(
 
 
 def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str], fit: bool) -> dict:
-    """Runs and ranks a plan's probes. refused: reason by method not probed; diverged probes are added."""
+    """Runs and ranks a plan's probes. refused: the reason for each method not probed; diverged probes are added."""
     spec, lag = plan.spec, plan.spec.compare.scratch_steps
     arms = {arm.name: arm for arm in spec.arms}
     tries = {name: [plan.train(arm, SEEDS[0], 1.0, lr) for lr in spec.compare.lrs] for name, arm in arms.items()}
@@ -126,7 +126,7 @@ def _check(budget: float, lrs: Sequence[float], config: RunConfig) -> None:
 
 
 def _arms(config: RunConfig, small: ModelConfig, methods: Iterable[str]) -> tuple[list[Arm], dict[str, str]]:
-    """Returns an arm per method that can grow these sizes, and the reason by method that cannot."""
+    """Returns an arm for each method that can grow these sizes, and the reason for each that cannot."""
     arms, refused = [], {}
     for name in methods:
         section = OperatorSection(method=name)
@@ -167,7 +167,7 @@ def _probe_record(name: str, run: ArmRun | None, second_seed: ArmRun | None) -> 
 
 
 def _advice_lines(record: dict, config: RunConfig) -> list[str]:
-    """Returns sentences, each with the figure behind it."""
+    """Returns the advice as sentences, each with its figures."""
     ranking, scratch = record["ranking"], record["scratch"]["after_lag"]
     if not ranking:
         return ["Every method diverged: try lower rates."]
@@ -204,7 +204,7 @@ def _advice_lines(record: dict, config: RunConfig) -> list[str]:
 
 
 def _as_config(row: dict) -> str:
-    """Names a method as a config does."""
+    """Returns a method's name as written in a config."""
     name = row["method"].removesuffix(f".{FITTED}")
     return f"method = '{name}'{' with [fit]' if name != row['method'] else ''}"
 
@@ -215,6 +215,6 @@ def _runner_up(first: dict, second: dict) -> str:
     if first["other_seed"] is None or second["other_seed"] is None:
         return f"{text} ({UNKNOWN})."
     other = second["other_seed"] - first["other_seed"]
-    # A difference that rounds to 0.0000 is none.
+    # A difference that rounds to 0.0000 counts as none.
     same = round(gap, 4) * round(other, 4) > 0
     return f"{text}; on another seed {other:+.4f}: {'the same order' if same else f'a {TIE}'}."

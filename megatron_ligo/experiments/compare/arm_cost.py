@@ -1,4 +1,4 @@
-"""Computes what an arm costs before its first step, before any of it runs."""
+"""Computes the FLOPs of an arm's preparation (fit, lag, full training) before anything runs."""
 
 from __future__ import annotations
 

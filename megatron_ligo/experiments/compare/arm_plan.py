@@ -21,7 +21,7 @@ GetResult = Callable[[ComparisonJob], dict | None]  # returns a job's result; No
 
 @dataclass(frozen=True)
 class ArmStart:
-    """The start of an arm's training. folder: "" for fresh weights; spent: FLOPs so far; samples: already read."""
+    """The start of an arm's training. folder: "" for fresh weights. spent, samples: FLOPs and samples used so far."""
 
     folder: str
     spent: float
@@ -40,7 +40,11 @@ class FitResult:
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One run of an arm. flops: includes the fit or its replacement. loss: None if the run diverged."""
+    """One run of an arm.
+
+    flops: in total, of which `spent` before the run (a fit, or full training in its place). begun, loss: held-out loss
+    at step 0 and at the end; loss is None if the run diverged.
+    """
 
     seed: int
     budget: float
@@ -109,7 +113,7 @@ class ComparisonPlan:
         return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss)
 
     def start(self, arm: Arm, seed: int, lr: float) -> ArmStart | None:
-        """Returns the arm's start, producing it first if necessary."""
+        """Returns the arm's start, producing it first if necessary; None if it is missing or diverged."""
         if not arm.grown:
             return ArmStart("", 0.0, 0)
         config = self._seeded(arm.config, seed)
@@ -177,7 +181,7 @@ class ComparisonPlan:
         return ArmStart(f"{last_checkpoint(self.jobs.folder_of(job))}", result["flops"], steps * fit.global_batch_size)
 
     def _steps_of_fit(self, arm: Arm, config: RunConfig, lr: float) -> int | None:
-        """Returns the steps of the control's fit; None while a fit that may end early is unfinished."""
+        """Returns the steps of the fit that a control matches; None while a fit that may end early is unfinished."""
         if config.fit.max_flops is None and not config.fit.patience:
             return config.fit.steps
         fitted_arm = fitted_arm_of(arm, self.spec.arms)
@@ -252,5 +256,5 @@ def run_arm(plan: ComparisonPlan, arm: Arm) -> dict:
 
 
 def jobs_folder(folder: Path) -> Path:
-    """Returns the jobs' folder, absolute: a job's settings must not depend on the current directory."""
+    """Returns the jobs' folder as an absolute path: a job's settings must not depend on the current directory."""
     return folder.resolve() / "jobs"

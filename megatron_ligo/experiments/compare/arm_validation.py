@@ -1,4 +1,4 @@
-"""Validates all arms of a comparison before the first one runs: hours may lie between the first and the last."""
+"""Validates all arms of a comparison before the first one runs: the last may start hours later."""
 
 from __future__ import annotations
 

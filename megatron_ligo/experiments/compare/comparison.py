@@ -20,8 +20,10 @@ LogLine = Callable[[str], None]
 def run_comparison(
     spec: ComparisonConfig, output: Path, only: Iterable[str] = (), log_line: LogLine = lambda text: None
 ) -> dict:
-    """Runs the unfinished jobs of the selected arms (default: all); writes OUTPUT/results.json, compare.html and
-    compare.png from every finished job. An interrupted comparison resumes."""
+    """Runs the unfinished jobs of the selected arms (default: all). An interrupted comparison resumes.
+
+    Writes OUTPUT/results.json, compare.html and compare.png from every finished job.
+    """
     arms = select_arms(spec, only)
     jobs = JobQueue(jobs_folder(output), spec.compare.launcher, log_line)
     plan = ComparisonPlan(spec, jobs, jobs.run)

@@ -37,7 +37,7 @@ class CompareSection:
 class Arm:
     """A way to start the large model.
 
-    full: trains all weights on the batches that the fit reads. lag: the fit minimises the loss after this many
+    full: a control that trains all weights on the fit's batches. lag: the fit minimises the loss after this many
     training steps, whose FLOPs count.
     """
 
@@ -64,7 +64,7 @@ class ComparisonConfig:
 
 
 def _arm_table(arm: Arm) -> dict:
-    """Returns an arm's table as a config states it."""
+    """Returns an arm's table as written in a config."""
     table = arm.config.to_dict()
     keys = [*(["operator"] if arm.grown else []), *(["fit"] if arm.fitted or arm.full else [])]
     return {key: table[key] for key in keys} | ({"lag": arm.lag} if arm.lag else {})
@@ -89,7 +89,7 @@ def _check(section: CompareSection, config: RunConfig, named: object, errors: Er
         errors.add("compare.tune_seed", f"none of compare.seeds {list(section.seeds)}", section.tune_seed)
     for key in ("seeds", "budgets", "lrs"):
         values = getattr(section, key)
-        # Run folders are named by six digits of each value.
+        # Run folders are named by six significant digits of each value.
         if not values or len({f"{value:g}" for value in values}) < len(values):
             errors.add(f"compare.{key}", "one or more values that differ in six digits", list(values))
     if section.source_steps and section.source_flops is not None:

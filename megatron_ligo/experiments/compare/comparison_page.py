@@ -102,7 +102,7 @@ def difference_rows(results: dict) -> list[list[str]]:
 
 
 def _losses(runs: list[dict], seeds: int) -> str:
-    """Returns mean and spread, and the number of seeds if some are missing."""
+    """Formats mean and range, and the number of seeds if some are missing."""
     losses = [run["loss"] for run in runs if run["loss"] is not None]
     if not losses:
         return "diverged" if runs else "-"
@@ -144,7 +144,7 @@ def draw_curves(results: dict) -> bytes:
 
 
 def _widen(axes: Axes) -> None:
-    """Keeps arms of one budget, whose steps differ by rounding, from looking far apart."""
+    """Widens the x axis, so that arms of one budget, whose steps differ by rounding, do not look far apart."""
     low, high = axes.get_xlim()
     middle = (low * high) ** 0.5
     axes.set_xlim(min(low, middle / 2), max(high, middle * 2))

@@ -24,7 +24,7 @@ DIVERGED, NO_RUN = "diverged", "no run"
 
 
 def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
-    """Collects everything finished so far from the jobs' results."""
+    """Collects the results of all jobs finished so far."""
     spec, source = plan.spec, plan.source()
     outcomes = {arm.name: run_arm(plan, arm) for arm in arms}
     scratch = {run.seed: (run.flops, run.loss) for run in outcomes[SCRATCH]["runs"] if _ended_at(run, 1.0)}

@@ -1,7 +1,7 @@
 """Runs the jobs of a comparison, each once and in its own folder; later requests read its result.
 
-Several commands may share one folder: a job that another command is running is waited for. A killed job resumes from
-its last checkpoint.
+Several commands may share one folder: each waits for a job that another is running. A killed job resumes from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class JobQueue:
         self.launcher = shlex.split(launcher)
         self.log_line = log_line
         self.forks = multiprocessing.get_context("forkserver")
-        # The slow imports happen once.
+        # Slow imports run once.
         self.forks.set_forkserver_preload([MODULE])
 
     def folder_of(self, job: ComparisonJob) -> Path:
@@ -64,7 +64,7 @@ class JobQueue:
         if not (folder / JOB).is_file():
             return None
         then = json.loads((folder / JOB).read_text(encoding="utf-8"))
-        # A setting newer than the run had its default value.
+        # A setting added after the run was written had its default value.
         then["config"] = RunConfig.from_dict(then["config"], f"{folder / JOB}").to_dict()
         if then != job.to_dict():
             hint = "Use the same settings, or choose another --output."
@@ -81,7 +81,7 @@ class JobQueue:
                 return result
             self.log_line(job.name)
             write_json(folder / JOB, job.to_dict())
-            # Growth needs no ranks.
+            # Growth runs in one process.
             code = self._launch(folder) if self.launcher and job.kind != GROW else self._fork(folder)
             result = self.result(job)
             if code or result is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
 
-# Student's t, two-sided 95%, by degrees of freedom. The last value serves for more: intervals are never too narrow.
+# Student's t, two-sided 95%, by degrees of freedom from 1. Beyond the end, the last value applies: it is never too low.
 T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,

@@ -55,7 +55,7 @@ def _finish(folder: Path, run: Path, losses: dict, keep: bool) -> None:
 
 
 def main(folder: Path) -> int:
-    """Returns the exit code, as the commands do."""
+    """Runs the job and returns its exit code: 0 also for a run that diverged."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("megatron_ligo").setLevel(logging.INFO)
     try:

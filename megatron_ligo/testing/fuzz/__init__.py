@@ -1,1 +1,1 @@
-"""Mutation fuzzing: valid files are corrupted at random and read; each must be refused or read as it now stands."""
+"""Mutation fuzzing: corrupts valid files at random and reads them. Readers must refuse them or read them correctly."""

@@ -22,7 +22,7 @@ def adam_moments(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def write_engine_files(tag: Path, stage: int) -> None:
-    """Turns a folder's module states (mp_rank_XX) into a checkpoint of an engine at DP 2 with fp32 masters."""
+    """Turns a folder's module states (mp_rank_XX) into an engine's checkpoint at DP 2 with fp32 masters."""
     for path in sorted(tag.glob("mp_rank_*_model_states.pt")):
         state = torch.load(path, weights_only=True)
         tensors = {name: tensor.float().contiguous() for name, tensor in state["module"].items()}
@@ -73,7 +73,7 @@ def _optimizer_state(stage: int, groups: list[list[str]], parts: list[tuple]) ->
 
 
 def _flat_partition(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, list]:
-    """ZeRO 1 and 2: flattens all tensors and splits them equally; the last partition drops its padding."""
+    """Partitions as ZeRO 1 and 2 do: flattens all tensors and splits them equally; the last part has no padding."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     size = -(-flat.numel() // DP)
     low, high = rank * size, min((rank + 1) * size, flat.numel())
@@ -86,7 +86,7 @@ def _flat_partition(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tenso
 
 
 def _padded_partition(tensors: list[torch.Tensor], rank: int) -> tuple[torch.Tensor, None]:
-    """ZeRO 3: splits each tensor equally; the last part is padded."""
+    """Partitions as ZeRO 3 does: splits each tensor equally; the last part is padded."""
     parts = []
     for tensor in tensors:
         size = -(-tensor.numel() // DP)

@@ -1,4 +1,4 @@
-"""Pickles that run code when loaded, one for each way in which a pickle can call a function."""
+"""Pickles that run code when loaded, one for each way that a pickle can call a function."""
 
 from __future__ import annotations
 

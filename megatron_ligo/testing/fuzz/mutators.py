@@ -1,8 +1,9 @@
-"""Mutations of a folder of valid files. Each takes a Random and the folder and returns a description, or None if it
-found nothing to mutate. Beside the folder stands `outside`, a valid folder of the same kind with other numbers.
+"""Mutations of a folder of valid files.
 
-A mutation is `silent` if the files may stay valid with other content, e.g. an edited number in a config: these may be
-read. Any other mutation must be refused or must leave what is read unchanged.
+A mutation takes a Random and the folder. It returns a description, or None if it found nothing to mutate. The sibling
+folder `outside` holds valid files of the same kind with other numbers. A mutation is `silent` if the files may stay
+valid with other content (an edited number in a config). After any other mutation, a reader must refuse the files or
+return unchanged content.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ HOSTILE_VALUES = (
     "../../outside", "/etc/passwd", "model\n", "\udcff", "9" * 5000, [], {}, [[]], {"": 0}, [1, "a", None],
 )  # fmt: skip
 HOSTILE_LENGTHS = (0, 1, 7, 2**31 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
-# The bytes at the start of a file that describe its structure.
+# The first bytes of a file, which describe its structure.
 HEADER_BYTES = 2048
 MARK, OUTSIDE = "it_ran", "outside"
-# Tensor files: no link may lead out of a checkpoint's folder.
+# Suffixes of tensor files. No link from one may lead out of a checkpoint's folder.
 TENSOR_SUFFIXES = (".safetensors", ".pt", ".pth", ".distcp")
 
 
@@ -75,7 +76,7 @@ def delete_file(draw: random.Random, folder: Path) -> str | None:
 
 
 def replace_with_non_file(draw: random.Random, folder: Path) -> str | None:
-    """Replaces a file with something that is none."""
+    """Replaces a file with a folder, a pipe or a link to no regular file."""
     path = _pick(draw, folder)
     path.unlink()
     kind = draw.choice(("a folder", "a pipe", "a link to nothing", "a link to itself", "a link to /dev/zero"))

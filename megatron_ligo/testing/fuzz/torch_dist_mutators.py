@@ -96,7 +96,7 @@ def point_chunks_outside(draw: random.Random, path: Path, prefix: str) -> None:
 
 
 def inject_archive(draw: random.Random, path: Path, program: bytes) -> str:
-    """Points a chunk to an appended archive with a hostile pickle."""
+    """Points a chunk to an appended archive with a hostile pickle. Returns a description of the archive."""
     data = _load_metadata(path)
     index = draw.choice(sorted(data.storage_data, key=str))
     place = data.storage_data[index]

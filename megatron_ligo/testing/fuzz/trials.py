@@ -1,4 +1,4 @@
-"""Runs mutations: each is read in its own process, with limits on memory and time."""
+"""Applies mutations and reads each result in its own process, with limits on memory and time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_ligo.testing.fuzz.mutators import MARK, MUTATIONS, OUTSIDE, Mutati
 from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
 
 TIMEOUT_SECONDS = 60.0
-# The most that a reader of a few kilobytes may allocate on top of the process.
+# Address space that reading a few kilobytes may add to that of the process.
 EXTRA_BYTES = 1 << 30
 REFUSED, UNCHANGED, OTHER = "refused", "read unchanged", "read as edited"
 
@@ -42,7 +42,7 @@ class FuzzReport:
 def run_fuzz(
     folder: Path, count: int, seed: int, log_line: Callable[[str], None], samples: Iterable[Sample] = SAMPLES
 ) -> FuzzReport:
-    """Tries `count` mutations. Raises CheckpointError at the end if any did harm; those stay in `folder`."""
+    """Tries `count` mutations. CheckpointError at the end if any did harm; the files of those stay in `folder`."""
     report, number = FuzzReport(), 0
     samples = list(samples)
     expected = {sample.name: _write_samples(sample, folder) for sample in samples}
