@@ -36,10 +36,10 @@ class Reader(ABC):
     format: str
     path: Path | None
     model_config: ModelConfig
-    step: int = 0  # optimizer steps taken; 0 where unknown
-    layout: dict = {}  # tp, pp, ... as stored; {} where the format has none
+    step: int = 0  # optimizer steps taken; 0 if unknown
+    layout: dict = {}  # tp, pp, ... as stored; {} if the format has none
     files: tuple[Path, ...] = ()  # the tokenizer's and others that conversions copy
-    unread: tuple[str, ...] = ()  # what the files hold beyond the Reader's tensors, in words
+    unread: tuple[str, ...] = ()  # what the files hold beyond the Reader's tensors, as text
     groups: tuple[Mapping[str, object], ...] = ()  # the optimizer's group settings (adam_groups.py)
     carried: Mapping[str, object] = {}  # Hugging Face config keys that are not sizes (token ids, ...)
 
@@ -59,7 +59,7 @@ class Reader(ABC):
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         """Returns the canonical tensor of a key, on the CPU, of the shape that `info` gives; may view a mapped file.
 
-        kind: "weight" (in its stored dtype), or one of MOMENTS (fp32, where `has_moments`).
+        kind: "weight" (in its stored dtype), or one of MOMENTS (fp32, if `has_moments`).
         """
 
     def keys(self) -> Iterator[str]:

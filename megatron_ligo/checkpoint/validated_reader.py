@@ -123,7 +123,7 @@ class ValidatedReader(Reader):
 
 
 def describe_non_finite(tensor: Tensor) -> str:
-    """Counts the NaN and Inf of a tensor of any shape, in words; "" if all its numbers are finite."""
+    """Counts the NaN and Inf of a tensor of any shape, as text; "" if all its numbers are finite."""
     if tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         return ""
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())

@@ -33,7 +33,7 @@ class ComparisonResult:
 
 
 def compare(a: Reader, b: Reader, *, values_only: bool = False) -> ComparisonResult:
-    """Compares sizes and every canonical tensor bit for bit; moments and step too where both have them.
+    """Compares sizes and every canonical tensor bit for bit; moments and step too if both have them.
 
     values_only: tensors with equal numbers are equal, whatever their dtypes.
     """

@@ -94,7 +94,7 @@ def build_mesh(tp: int, pp: int) -> Mesh:
     with all_ranks().agree():
         dims = ParallelDims.divide(dist.get_world_size(), tp, pp)
     if not _groups_exist(tp, pp):
-        # A gloo group keeps three threads that wake up a hundred times a second: create none that is not used.
+        # A gloo group has three threads that wake up a hundred times a second, so unused ones are not created.
         parallel_state.destroy_model_parallel()
         minutes = distributed_c10d.default_pg_timeout.total_seconds() / 60
         parallel_state.initialize_model_parallel(

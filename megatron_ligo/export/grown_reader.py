@@ -19,7 +19,7 @@ from megatron_ligo.growth.operator import Operator
 
 
 class GrownReader(Reader):
-    """An operator applied to a small checkpoint. Tensors are fp32, or fp64 where the source is fp64.
+    """An operator applied to a small checkpoint. Tensors are fp32, or fp64 if the source is fp64.
 
     moments: policy for Adam's state: "reset" drops it, "grow" and "old" grow it (growth/adam_state.py) and need a
     source that has it.
@@ -84,7 +84,7 @@ class GrownReader(Reader):
         return random_init.root_mean_square(self.source.read(random_init.scale_source_key(self.operator, key)))
 
     def _borrows_from_next_layer(self, key: str) -> bool:
-        """True where new output features copy the next small layer's (AKI of bert2BERT, arXiv 2110.07143)."""
+        """True if new output features copy the next small layer's (AKI of bert2BERT, arXiv 2110.07143)."""
         param = self.arch.param(key)
         return self.operator.settings.borrow == "next" and param.in_layer and param.axes[0].use is Use.OUTPUT
 
@@ -99,7 +99,7 @@ class GrownReader(Reader):
         return self.operator.grow(key, mixed, random_rows)
 
     def _mixes_layers(self, key: str) -> bool:
-        """True where each large layer combines several small ones."""
+        """True if each large layer combines several small ones."""
         name = self.operator.depth_name(key)
         return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
 

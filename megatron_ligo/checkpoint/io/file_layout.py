@@ -1,4 +1,4 @@
-"""Lays out files of tensors (safetensors or torch.save archives) before they are filled: where each tensor lies."""
+"""Lays out files of tensors (safetensors or torch.save archives) before they are filled: each tensor's byte range."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SAFETENSORS_DTYPES = {
 LOCAL_HEADER, CENTRAL_HEADER, CHECKSUM = 30, 46, 4
 # torch.save aligns tensors to this many bytes.
 ALIGNMENT = 64
-# Written to find out why a disk fails; larger than any skeleton.
+# Bytes written to find out why a disk fails; more than any skeleton has.
 PROBE_BYTES = 1 << 20
 
 

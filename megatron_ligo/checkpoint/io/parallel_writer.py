@@ -29,7 +29,7 @@ WAITING_BYTES = 128 << 20
 # A file is flushed each time this many bytes were written: a single fsync at its end would stall.
 SYNC_BYTES = 256 << 20
 # Small enough to be hashed and copied within the processor's cache. Writes of many MB took up to eight times as long
-# where the kernel allocates memory of that size for them.
+# if the kernel allocates memory of that size for them.
 CHUNK = 1 << 19
 ZEROS = 1 << 22
 

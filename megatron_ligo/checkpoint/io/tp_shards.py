@@ -61,7 +61,7 @@ def join_shards(
 ) -> Tensor:
     """Joins the canonical tensor of a key, of its global unpadded shape, from every rank's shard of a stored tensor.
 
-    A view where there is one rank and nothing to transpose. Raises CheckpointError (naming `where`) if replicas differ.
+    A view if there is one rank and nothing to transpose. Raises CheckpointError (naming `where`) if replicas differ.
     """
     param = item.params[item.keys.index(key)]
     if item.tp_dim is None:

@@ -3,7 +3,7 @@
     DIR/latest                                                 the tag
     DIR/TAG/layer_NN-model_TT-model_states.pt                  parameters by the layer module's own names
     DIR/TAG/mp_rank_MM_model_states.pt                         counters only; MM over stages x tensor-parallel ranks
-    DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt   read only, where saved: masters and moments (ZeRO 1)
+    DIR/TAG/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt   read only, if saved: masters and moments (ZeRO 1)
     DIR/dims.json or config.json                               the model's config, which DeepSpeed does not read
 
 Layer 0 is the word embedding; other embeddings are a layer of their own (an image's embeddings are one layer). Then

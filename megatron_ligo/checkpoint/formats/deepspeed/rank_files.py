@@ -163,7 +163,7 @@ class EngineFiles:
         return state
 
     def _read_world_size(self, state: dict, name: str, file_ranks: Iterable) -> int:
-        """Returns the world size that the checkpoint records, or the number of files where it records none."""
+        """Returns the world size that the checkpoint records, or the number of files if it records none."""
         num_files = len(list(file_ranks))
         world_size = state.get(name, num_files)
         if type(world_size) is not int or not 0 < world_size <= num_files + MAX_MISSING_RANKS:

@@ -1,4 +1,4 @@
-"""Reads canonical tensors from a DeepSpeed engine's rank files: master weights where saved, else module states."""
+"""Reads canonical tensors from a DeepSpeed engine's rank files: master weights if saved, else module states."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ class EngineReader(Reader):
             errors.add(f"{name} ({where})", "a floating-point dtype", rank.module_state[name].dtype)
 
     def _read_step(self, engine_files: EngineFiles) -> int:
-        """Returns Adam's step count where moments are read, as the engine may have restarted its own count."""
+        """Returns Adam's step count if moments are read, as the engine may have restarted its own count."""
         if not self._has_moments:
             return engine_files.global_steps
         steps = {state.step for rank in self._ranks for state in rank.optimizer_states}

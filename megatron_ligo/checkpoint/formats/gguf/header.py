@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file: its metadata and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata and each tensor's byte range.
 
 The gguf package's reader is not used: it takes seconds for a vocabulary, and loops forever on a header that declares
 more values than the file has bytes. This parser trusts no count beyond the end of the file.

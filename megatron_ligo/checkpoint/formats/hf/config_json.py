@@ -156,7 +156,7 @@ def _parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCo
 
 
 def _fill_implied_sizes(sizes: dict) -> None:
-    """Fills in sizes that follow from others where a config leaves them out (or null)."""
+    """Fills in sizes that follow from others if a config leaves them out, or null."""
     hidden, heads, image, patch = (sizes.get(key) for key in ("hidden_size", "num_heads", "image_size", "patch_size"))
     if all(type(size) is int and size > 0 for size in (image, patch)):
         sizes["max_positions"] = tokens_per_image(image, patch, sizes["has_distillation"])

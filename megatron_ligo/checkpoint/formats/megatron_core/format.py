@@ -51,7 +51,7 @@ from megatron_ligo.sharding.fused_tensors import StoredTensor
 NAME = "mcore"
 # Prefixes of names outside of the model.
 NON_MODEL_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-# Suffixes of the gate and up projections where the MLP's first linear is stored in two.
+# Suffixes of the gate and up projections if the MLP's first linear is stored as two tensors.
 GLU_SUFFIXES = ("_w", "_v")
 MAX_NESTING = 6
 
@@ -272,7 +272,7 @@ def _check_backend(path: Path) -> None:
 
 
 def _read_step(path: Path, common: dict, has_moments: bool) -> int:
-    """Returns the optimizer's step count where its moments are read, else the iteration."""
+    """Returns the optimizer's step count if its moments are read, else the iteration."""
     step = common.get("iteration", 0)
     if has_moments:
         values = list(_iter_steps(common.get("optimizer")))

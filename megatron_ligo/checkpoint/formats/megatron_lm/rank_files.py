@@ -20,7 +20,7 @@ from megatron_ligo.checkpoint.reader import MOMENTS
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector
 
 MODEL_FILE = "model_optim_rng.pt"
-# The model's file where the optimizer has a file of its own.
+# The model's file if the optimizer has a file of its own.
 MODEL_FILE_WITHOUT_OPTIMIZER = "model_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILES = ("distrib_optim.pt", "optim.pt")
 DISTRIBUTED_OPTIMIZER = "distributed, with buffers that name no parameters: save it with --ckpt-format torch_dist"
