@@ -1,6 +1,6 @@
-"""Loss and accuracy over a vocabulary (tokens, or an image's labels) that is split over the TP ranks.
+"""Loss and accuracy over a vocabulary (tokens, or an image's labels) that is sharded over the TP ranks.
 
-Fit and pretraining share them. Legend: s tokens, b batch.
+Shared by fit and pretraining. Legend: s tokens, b batch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_ligo.distributed.mesh import Mesh
 def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
     """Returns the mean cross entropy (a scalar, fp32) over the tokens whose mask is 1.
 
-    logits: (s, b, padded vocabulary / tp), this rank's columns. labels (int64), mask: (b, s). Columns that only pad the
-    vocabulary are left out, so the loss does not depend on tp.
+    logits: (s, b, padded vocabulary / tp), this rank's columns. labels (int64), mask: (b, s). Columns that pad the
+    vocabulary are masked, so the loss does not depend on tp.
     """
     columns = logits.shape[-1]
     padding = (tp_rank + 1) * columns - vocab_size
@@ -57,14 +57,14 @@ def compute_accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: i
 
 
 class LossMixin:
-    """Gives a model's loss, or within `measuring_accuracy` its accuracy in place of the loss."""
+    """Computes a model's loss, or its accuracy within `measuring_accuracy`."""
 
     model_config: ModelConfig
     mesh: Mesh
     measures_accuracy = False
 
     def measure(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns a scalar from logits (s, b, padded vocabulary / tp), labels and mask (b, s)."""
+        """Returns the loss or accuracy, a scalar, of logits (s, b, padded vocabulary / tp), labels and mask (b, s)."""
         if self.measures_accuracy:
             return compute_accuracy(logits, labels, mask, self.model_config.vocab_size, self.mesh)
         return compute_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh.tp_rank)

@@ -1,4 +1,4 @@
-"""Settings that all modules of a factored model share, and what follows from them alone.
+"""Settings that all modules of a factored model share, and functions of them.
 
 Legend: s tokens, b batch; D1, D2 hidden size of the small and the large model.
 """
@@ -28,19 +28,19 @@ from megatron_ligo.sharding.tensor_parallel import shard
 
 @dataclass
 class FactoredContext:
-    """What a factored model is built from. Never changes; what does is in `StepState`.
+    """Constant inputs and settings of a factored model. `StepState` has the mutable state.
 
-    dtype: of activations while training.
+    dtype: that of activations in training.
 
-    micro_batches: how many share what is built once a step. Must be 1 under ZeRO 3: where a parameter's first gradient
-    of a step comes late, DeepSpeed 0.19.8 adds it to the previous step's.
+    micro_batches: number that share the tensors built once per step. Must be 1 under ZeRO 3: if a parameter's first
+    gradient of a step arrives after the first micro-batch, DeepSpeed 0.19.8 adds it to the previous step's.
 
-    tokens_per_step: tokens that the products built once a step are applied to.
+    tokens_per_step: number of tokens to which the products built once per step are applied.
 
-    gradients_each: every micro-batch gives the shared maps their gradients; ZeRO 2 fails where one gives none.
+    gradients_each: every micro-batch computes gradients of the shared maps, as ZeRO 2 requires.
 
-    lag: by canonical key, what some training of the large model has added to its start (training/lag.py). Each weight
-    is then grown(maps) + lag, with lag frozen.
+    lag: by canonical key, the change of the large model's weights by training from its start (training/lag.py). Each
+    weight is then grown(maps) + lag, with lag frozen.
     """
 
     operator: Operator
@@ -65,22 +65,22 @@ class FactoredContext:
             self.outside_lag = OutsideTensors.read(arch, small, self.mesh, self.lag_shard)
 
     def rotary_positions(self, h: Tensor) -> Tensor | None:
-        """Rotary angles of the whole sequences of which h (s or s / tp, b, D2) holds this rank's tokens."""
+        """Returns the rotary angles of whole sequences; h (s or s / tp, b, D2) holds this rank's tokens of them."""
         if self.rotary is None:
             return None
         return self.rotary(h.shape[0] * (self.mesh.tp if self.sequence_parallel else 1))
 
     def lag_shard(self, spec: ParamSpec, layer: int | None = None) -> Tensor | None:
-        """This rank's shard of a parameter's lag, in the fit's dtype; None without a lag."""
+        """Returns this rank's shard of a parameter's lag, in the fit's dtype; None without a lag."""
         if self.lag is None:
             return None
         tensor = self.lag(spec.key if layer is None else spec.key.format(layer))
         return shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank).clone().to(device.current_device(), self.dtype)
 
     def enter_tp_region(self, u: Tensor) -> Tensor:
-        """u (s or s / tp, b, D1) -> (s, b, D1), which each TP rank multiplies with its own rows.
+        """u (s or s / tp, b, D1) -> (s, b, D1), which each TP rank multiplies by its own rows.
 
-        The identity, or under sequence parallelism a gather. These uses are partial: the gradient is summed over TP.
+        An identity, or a gather under sequence parallelism. The uses are partial: the gradient is summed over TP.
         """
         enter = gather_sequence if self.sequence_parallel else copy_to
         return enter(u, self.mesh.tp_group)
@@ -91,32 +91,32 @@ class FactoredContext:
         return leave(z, self.mesh.tp_group)
 
     def enter_partial_use(self, spec: ParamSpec, grown: Tensor) -> Tensor:
-        """A grown tensor (any shape) that every TP rank holds whole, for its use by each rank.
+        """Returns a replicated grown tensor (any shape) for its use on each TP rank.
 
-        Where each rank uses a part of it, its gradient is summed over TP. Under sequence parallelism all uses of whole
-        tensors are partial: there the sum is taken over what they are grown from (LayerMixer, MapParameters).
+        If the use is partial, its gradient is summed over TP. Under sequence parallelism all uses of replicated tensors
+        are partial, and the gradients of their inputs are summed instead (LayerMixer, MapParameters).
         """
         if spec.tp_dim is not None or spec.tp_use is TpUse.COMPLETE or self.sequence_parallel:
             return grown
         return copy_to(grown, self.mesh.tp_group)
 
     def grow_gain(self, spec: ParamSpec, mixed: Tensor, expand: LinearMap) -> Tensor:
-        """A norm's gain (D1,) -> (D2,), whole on every rank."""
+        """Grows a norm's gain, (D1,) -> (D2,), replicated."""
         if not self.operator.copied_gains:
             return expand.to(mixed) @ mixed
         source, factor = (self.gain_tensors[name] for name in self.operator.gain_names(spec))
         return mixed[source] * factor
 
     def grow_norm_bias(self, spec: ParamSpec, mixed: Tensor, expand: LinearMap) -> Tensor:
-        """A norm's bias (D1,) -> (D2,), whole on every rank."""
+        """Grows a norm's bias, (D1,) -> (D2,), replicated."""
         grown = expand.to(mixed) @ mixed
         if self.operator.divides_bias(spec):
             grown = grown * (self.gain_tensors["gain.final"] / self.gain_tensors["gain.layers"])
         return grown
 
     def fresh_rows(self, spec: ParamSpec, layer: int) -> Tensor | None:
-        """This rank's shard (large out / tp, small in) of the fresh rows that are added between a weight's two maps,
-        fp32, on the device; None where there are none."""
+        """Returns this rank's shard (large out / tp, small in) of the random rows to add between a weight's two maps,
+        fp32, on the device; None if there are none."""
         if self.operator.settings.fresh == "none":
             return None
         key = spec.key.format(layer)
@@ -127,12 +127,12 @@ class FactoredContext:
         return shard(rows, spec, self.mesh.tp, self.mesh.tp_rank).clone().to(device.current_device())
 
     def map_for(self, maps: dict[str, LinearMap], spec: ParamSpec, dim: int) -> tuple[LinearMap, LiftedMap]:
-        """The (large x small) map that an axis of a parameter meets, and its lift over heads."""
+        """Returns the (large, small) map of a parameter's axis, and its lift over heads."""
         axis = spec.axes[dim]
         lift = self.operator.space_maps.lift(axis)
         return map_for_use(maps, lift.map_name, axis.use is Use.INPUT), lift
 
 
 def add_lag(grown: Tensor, lag: Tensor | None) -> Tensor:
-    """A grown tensor plus its lag (same shape), in the grown tensor's dtype."""
+    """Returns a grown tensor plus its lag (same shape), in the grown tensor's dtype."""
     return grown if lag is None else grown + lag.to(grown.dtype)

@@ -1,4 +1,4 @@
-"""The ends of a factored model: the embedding before its layers, the head after them.
+"""The embedding and the head of a factored model.
 
 Legend: s tokens, b batch; D1, D2 hidden size of the small and the large model.
 """
@@ -21,7 +21,7 @@ from megatron_ligo.models.mcore.norm import normalise
 
 
 class FactoredEnd(nn.Module):
-    """What stands at an end of the layers. It holds no parameters: its small weights are frozen."""
+    """Base of the embeddings and the head. It has no parameters: its small weights are frozen."""
 
     def __init__(self, context: FactoredContext, state: StepState):
         super().__init__()
@@ -45,7 +45,7 @@ class FactoredEnd(nn.Module):
 
 
 class FactoredEmbedding(FactoredEnd):
-    """Token ids (b, s) -> (s or s / tp, b, D2): the frozen small embedding, split over the vocabulary, times expand^T.
+    """Token ids (b, s) -> (s or s / tp, b, D2): the frozen vocabulary-parallel small embedding times expand^T.
 
     Under sequence parallelism each rank keeps s / tp tokens of each sequence.
     """
@@ -61,7 +61,7 @@ class FactoredEmbedding(FactoredEnd):
         return self.apply_norm(Role.EMBEDDING_NORM, h, maps) if has_norm else h
 
     def _look_up(self, tokens: Tensor, tables: OutsideTensors) -> Tensor:
-        """tokens (b, s) -> (s or s / tp, b, features), from tables of that many features."""
+        """Looks up tokens (b, s) -> (s or s / tp, b, features) in tables of that many features."""
         context, table = self.context, tables.weights[Role.WORD_EMBEDDING]
         first = context.mesh.tp_rank * table.shape[0]
         is_local = (tokens >= first) & (tokens < first + table.shape[0])
@@ -69,8 +69,8 @@ class FactoredEmbedding(FactoredEnd):
         return self._add_positions(context.leave_tp_region(rows.transpose(0, 1)), tables).to(self.state.dtype)
 
     def _add_positions(self, h: Tensor, tables: OutsideTensors) -> Tensor:
-        """Adds the rows of this rank's positions, and of the first segment, to h (s or s / tp, b, features), where
-        they are learned."""
+        """Adds the learned embeddings, if any, of this rank's positions and of the first segment to h (s or s / tp, b,
+        features)."""
         context, table = self.context, tables.weights.get(Role.POSITION_EMBEDDING)
         segments = tables.weights.get(Role.TOKEN_TYPE_EMBEDDING)
         if table is None:
@@ -101,10 +101,10 @@ def embedding_class(arch: Architecture) -> type[FactoredEnd]:
 
 
 class FactoredHead(FactoredEnd):
-    """Final norm or head transform, then the frozen small head, split over the vocabulary, times contract."""
+    """Final norm or head transform, then the contract and the frozen vocabulary-parallel small head."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """h (s or s / tp, b, D2) -> logits (s, b, padded vocabulary / tp); of a classifier (1, b, padded labels / tp),
+        """h (s or s / tp, b, D2) -> logits (s, b, padded vocabulary / tp); for a classifier (1, b, padded labels / tp),
         from the first token."""
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
@@ -119,13 +119,13 @@ class FactoredHead(FactoredEnd):
         bias = outside.biases.get(Role.HEAD)
         logits = F.linear(u, outside.weights[Role.HEAD].to(h.dtype), None if bias is None else bias.to(h.dtype))
         if context.outside_lag is not None:
-            # In place: a third copy of the logits would take more memory than a layer.
+            # In place: another copy of the logits would take more memory than a layer.
             logits += F.linear(context.enter_tp_region(h), self.lag.weights[Role.HEAD].to(h.dtype))
             logits = add_lag(logits, self.lag.biases.get(Role.HEAD))
         return logits
 
     def _transform(self, h: Tensor, maps: dict[str, LinearMap]) -> Tensor:
-        """A masked-LM head's transform: linear, activation and norm, (s or s / tp, b, D2) -> the same shape."""
+        """Applies a masked-LM head's transform: linear, activation and norm, (s or s / tp, b, D2) -> the same shape."""
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
         role = Role.HEAD_TRANSFORM

@@ -1,6 +1,6 @@
-"""The layers of a factored model: Megatron-core's, with linears and norms that run on maps and mixed small weights.
+"""The layers of a factored model: Megatron-core's, with linears and norms computed from maps and mixed small weights.
 
-No grown matrix is ever built, nor its gradient (factored_linears.py). Legend: s tokens, b batch, D2 large hidden size.
+No grown matrix or its gradient is materialised (factored_linears.py). Legend: s tokens, b batch, D2 large hidden size.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from megatron_ligo.models.mcore.layer_spec import (
     get_mlp_submodules,
 )
 
-# In pre-norm layers, the linear that alone reads each norm, by Megatron-core's names.
+# In pre-norm layers, the only linear that reads each norm, by Megatron-core's names.
 NORM_READERS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 ACTIVATION_READER = "mlp.linear_fc2"
 
 
 class SharedMaps(nn.Module):
-    """The shared maps as the first layer of each stage: publishes them to the step state and passes its input on."""
+    """First layer of each stage: publishes the shared maps to the step state and returns its input."""
 
     def __init__(self, context: FactoredContext, state: StepState):
         super().__init__()
@@ -53,7 +53,7 @@ class SharedMaps(nn.Module):
         self.cache = StepCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input of any shape, tokens or activations, unchanged."""
+        """Returns its input unchanged: tokens or activations of any shape."""
         state, layout = self.state, self.maps.layout
         version = state.version(self.training)
         if self.cache.needs_rebuild(version):
@@ -68,7 +68,7 @@ class SharedMaps(nn.Module):
 
 
 class FactoredLayer(nn.Module):
-    """A large layer. Its parameters are its depth maps and the width maps that it has of its own."""
+    """A large layer. Its parameters are its depth maps and its own width maps."""
 
     def __init__(self, context: FactoredContext, state: StepState, layer: int):
         super().__init__()
@@ -81,7 +81,7 @@ class FactoredLayer(nn.Module):
         self.depth = DepthParameters(operator, layer, source.split_specs, source.whole_specs)
         build = BuildOptions(context.dtype, context.mesh.tp, context.sequence_parallel)
         config = build_transformer_config(operator.large, build)
-        # The linear after it applies it: Megatron-core's mlp passes on what it is given.
+        # fc2 applies the activation as its input transform, so Megatron-core's MLP must not.
         config.gated_linear_unit, config.activation_func = False, pass_through
         submodules = build_layer_spec_with_holes(operator).submodules
         self.block = get_layer_class(operator.large)(config, submodules, layer_number=layer + 1)
@@ -103,7 +103,7 @@ class FactoredLayer(nn.Module):
         return self._run(h, *state.map_tensors, *tensors)
 
     def _build(self) -> list[Tensor]:
-        """The tensors that are built once a step: the layer's own maps, then each module's, in order."""
+        """Builds the tensors of a step: the layer's own maps, then each module's tensors, in order."""
         state = self.state
         tensors = self.maps(state.dtype)
         maps = state.step_maps | self.maps.layout.matrices(tensors)
@@ -116,7 +116,7 @@ class FactoredLayer(nn.Module):
         return tensors
 
     def _run(self, h: Tensor, *tensors: Tensor) -> Tensor:
-        """The layer on the shared maps' tensors and those of `_build`, in this order."""
+        """Runs the layer on the shared maps' tensors and those of `_build`, in this order."""
         maps, rest = {}, list(tensors)
         for layout in (self.state.map_layout, self.maps.layout):
             maps |= layout.matrices(rest[: layout.num_tensors])
@@ -133,10 +133,10 @@ class FactoredLayer(nn.Module):
 
 
 def build_modules(context: FactoredContext, layer: int, config: TransformerConfig) -> dict[str, FactoredModule]:
-    """The modules that hold a layer's parameters, by their path in Megatron-core's layer, in the table's order.
+    """Builds the modules of a layer's parameters, by their path in Megatron-core's layer, in the family's order.
 
-    Each linear has the norm or the activation before it as its input transform. Norms that come last (post-LN) are
-    modules of their own.
+    Each linear has the norm or activation before it as its input transform. Norms after a block (post-LN) are separate
+    modules.
     """
     operator = context.operator
     specs_by_path: dict[str, list[ParamSpec]] = {}
@@ -162,7 +162,7 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
 
 
 def build_layer_spec_with_holes(operator: Operator) -> ModuleSpec:
-    """The layer spec with a hole in place of every module that holds parameters."""
+    """Builds the layer spec with a `LayerHole` in place of every module with parameters."""
     spec = build_layer_spec(operator.large)
     attention, mlp = spec.submodules.self_attention.submodules, get_mlp_submodules(spec)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LayerHole

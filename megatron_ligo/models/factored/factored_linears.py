@@ -1,15 +1,15 @@
-"""The linears and norms of a Megatron-core layer, run on factors.
+"""The linears and norms of a Megatron-core layer, computed from factors.
 
 Legend: s tokens, b batch; D1, D2 hidden size of the small and the large model; n features of an inner space (heads or
 ffn) on one TP rank.
 
 A column-parallel linear is `y = ((x C^T) [B W]^T)`, a row-parallel one `y = reduce(x [W A]^T) E^T`, with C, E the
-residual contract and expand (whole on every rank), B, A this rank's part of the head and ffn maps, W the mixed
-small weight. Communication happens in the small space. [B W] is either built (once a step, shared by all
+residual contract and expand (replicated), B, A this rank's part of the head and ffn maps, W the mixed
+small weight. Communication happens in the small space. [B W] is either built (once per step, shared by all
 micro-batches) or applied factor by factor, whichever costs fewer FLOPs (growth/fit_flops.py).
 
-A linear applies the norm or the activation before it itself, as its input transform: the backward pass recomputes the
-transform's result from the linear's input, which takes no matrix product, and nothing but the input is kept.
+A linear applies the norm or activation before it as its input transform. Only the linear's input is saved: the backward
+pass recomputes the transform, which needs no matrix product.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ PointwiseFunction = Callable[[Tensor], Tensor]  # (s, b, any) -> (s, b, any), to
 
 
 class InputTransform(ABC):
-    """A function that a linear applies to its input first: a norm or an activation, (s, b, n) -> (s, b, m)."""
+    """A norm or activation that a linear applies to its input, (s, b, n) -> (s, b, m)."""
 
     def build(self, mixed: dict[str, Tensor], maps: Maps, dtype: torch.dtype) -> list[Tensor]:
-        """Builds the transform's tensors, once a step."""
+        """Builds the transform's tensors, once per step."""
         return []
 
     @abstractmethod
     def bind(self, tensors: list[Tensor]) -> PointwiseFunction:
-        """Returns the transform as a function on the tensors that `build` gave."""
+        """Returns the transform as a function with the tensors of `build` bound."""
 
 
 class ActivationTransform(InputTransform):
@@ -59,7 +59,7 @@ class ActivationTransform(InputTransform):
 
 
 class NormTransform(InputTransform):
-    """A norm of the residual stream, (s, b, D2) -> (s, b, D2). Its tensors are the gain and, if any, the bias (D2,)."""
+    """A norm of the residual stream, (s, b, D2) -> (s, b, D2). Its tensors are the gain and the bias, if any, (D2,)."""
 
     def __init__(self, context: FactoredContext, specs: list[ParamSpec], layer: int, eps: float, kind: str):
         self.context = context
@@ -82,7 +82,7 @@ class NormTransform(InputTransform):
 
 
 class LayerHole(nn.Module):
-    """A placeholder where Megatron-core builds a module that a factored one replaces. Returns x (...) unchanged."""
+    """Placeholder for a Megatron-core module that a factored one replaces. Returns x (...) unchanged."""
 
     def __init__(self, *_, **__):
         super().__init__()
@@ -92,10 +92,10 @@ class LayerHole(nn.Module):
 
 
 class FactoredModule(nn.Module, ABC):
-    """A module of a Megatron-core layer that runs on factors. It holds no parameters.
+    """A module of a Megatron-core layer that is computed from factors. It has no parameters.
 
-    `build` makes its tensors once a step. `bind` lends them to the forward pass of one micro-batch, and `unbind`
-    releases them: the graph of that pass hangs on them.
+    `build` makes its tensors once per step. `bind` sets them for the forward pass of one micro-batch, and `unbind`
+    releases them, as they keep the graph of that pass alive.
     """
 
     def __init__(self) -> None:
@@ -107,20 +107,20 @@ class FactoredModule(nn.Module, ABC):
         """Builds the tensors of a step's forward passes. mixed: the layer's mixed small weights (small shapes)."""
 
     def bind(self, tensors: list[Tensor], maps: Maps) -> None:
-        """Lends the tensors of `build`, with the shapes that it gave them, to the next forward pass."""
+        """Sets the tensors for the next forward pass, in the shapes of `build`."""
         self._operands = tensors, maps
 
     def unbind(self) -> None:
         self._operands = None
 
     def operands(self) -> tuple[list[Tensor], Maps]:
-        """Returns the bound tensors, shaped as `build` gave them, and the layer's maps."""
+        """Returns the bound tensors, in the shapes of `build`, and the layer's maps."""
         assert self._operands is not None, "a factored module runs inside its layer only"
         return self._operands
 
 
 class FactoredNorm(FactoredModule):
-    """A norm that stands after a sum (post-LN), (s, b, D2) -> (s, b, D2)."""
+    """A norm after a residual sum (post-LN), (s, b, D2) -> (s, b, D2)."""
 
     def __init__(self, transform: NormTransform):
         super().__init__()
@@ -160,7 +160,7 @@ class FactoredLinear(FactoredModule):
 
     @abstractmethod
     def multiply(self, x: Tensor, transform: PointwiseFunction | None, tensors: list[Tensor], maps: Maps) -> Tensor:
-        """The linear of transform(x)."""
+        """Returns the linear applied to transform(x)."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         tensors, maps = self.operands()
@@ -169,15 +169,15 @@ class FactoredLinear(FactoredModule):
         return self.multiply(x, transform, tensors[count:], maps), None
 
     def apply_to_input(self, function: PointwiseFunction, x: Tensor, transform: PointwiseFunction | None) -> Tensor:
-        """function(transform(x)), keeping x alone for the backward pass."""
-        # Where the whole layer is recomputed, recomputing twice takes more memory, not less.
+        """Returns function(transform(x)), saving only x for the backward pass."""
+        # If the whole layer is recomputed, nested recomputation takes more memory, not less.
         if self.context.recompute or (transform is None and x.is_contiguous()):
             return function(x if transform is None else transform(x))
         return recompute_all_but_last(function if transform is None else lambda x: function(transform(x)), x)
 
 
 class ColumnParallelFactors(FactoredLinear):
-    """Reads the residual stream: (s or s / tp, b, D2) -> (s, b, n), fused: q, k, v; gate, up."""
+    """Linear from the residual stream, (s or s / tp, b, D2) -> (s, b, n), fused: q, k, v; gate, up."""
 
     def __init__(self, context, specs, layer, input_transform):
         super().__init__(context, specs, layer, input_transform)
@@ -223,7 +223,7 @@ class ColumnParallelFactors(FactoredLinear):
         else:
             y = F.linear(u, tensors[0])
         if self.fused_lag is not None:
-            # The lag's weight is a large one: the input itself enters the TP region.
+            # The lag has the large weight's shape, so the large input enters the TP region.
             whole = self.context.enter_tp_region(self.apply_to_input(pass_through, x, transform))
             y = y + F.linear(whole, self.fused_lag.to(y.dtype))
         return y + tensors[-1] if self.biases else y
@@ -234,7 +234,7 @@ class ColumnParallelFactors(FactoredLinear):
 
 
 class RowParallelFactors(FactoredLinear):
-    """Writes the residual stream: (s, b, n) -> (s or s / tp, b, D2): o; down."""
+    """Linear into the residual stream, (s, b, n) -> (s or s / tp, b, D2): o; down."""
 
     def build_products(self, mixed, maps):
         (spec,) = self.weights
@@ -263,12 +263,12 @@ class RowParallelFactors(FactoredLinear):
 
 
 def pass_through(x: Tensor) -> Tensor:
-    """x of any shape, itself."""
+    """Returns x (any shape) unchanged."""
     return x
 
 
 def recompute_all_but_last(function: PointwiseFunction, x: Tensor) -> Tensor:
-    """function(x), keeping x (s, b, any) alone: the backward pass recomputes what precedes function's last product."""
+    """Returns function(x), saving only x (s, b, any). The backward pass recomputes all before the last product."""
     if not torch.is_grad_enabled():
         return function(x)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""The factored model as DeepSpeed takes it: one module (PP = 1), or a pipeline of stages (PP > 1).
+"""The factored model for DeepSpeed: one module (PP = 1), or a pipeline of stages (PP > 1).
 
 Legend: s tokens, b batch.
 """
@@ -24,7 +24,7 @@ TIED_MAPS = "maps"
 
 
 class FactoredModel(nn.Module):
-    """tokens, labels (b, s) int64, mask (b, s) -> mean loss; in training with the teacher's divergence, if any.
+    """tokens, labels (b, s) int64, mask (b, s) -> mean loss; in training, mixed with the teacher's divergence, if any.
 
     A classifier takes images (b, channels, side, side) and labels (b, 1). The parameters are the operator's.
     """
@@ -41,10 +41,10 @@ class FactoredModel(nn.Module):
         self.step_state.set_layers({layer.layer: layer.depth for layer in self.layers})
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """The mean loss, a scalar."""
+        """Returns the mean loss, a scalar."""
         logits = self.logits(tokens)
         teacher = self.context.teacher if self.training else None
-        # Before the loss: Megatron-core's changes the logits in place.
+        # Before the loss: Megatron-core's cross entropy modifies the logits in place.
         divergence = teacher.kl_divergence(logits, tokens, mask) if teacher else None
         loss = fit_loss(logits, labels, mask, self.context)
         return loss if divergence is None else (1 - teacher.weight) * loss + teacher.weight * divergence
@@ -90,7 +90,7 @@ class FactoredPipeline(PipelineModule):
             yield prefixes[prefix] + name.removeprefix(prefix), parameter
 
     def _specs(self, num_layers: int) -> tuple[list[LayerSpec], list[int]]:
-        """DeepSpeed's layer specs, and the indices at which the stages begin."""
+        """Returns DeepSpeed's layer specs, and the bounds of the stages in them."""
         context, state = self.context, self.step_state
         tied = [name for name, _ in SharedMaps(context, state).named_parameters()]
         specs: list[LayerSpec] = []
@@ -112,12 +112,12 @@ class FactoredPipeline(PipelineModule):
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        # DeepSpeed broadcasts the parameter itself: recorded by autograd, it would warn at each backward pass.
+        # DeepSpeed broadcasts the parameter itself; recorded by autograd, that would warn in each backward pass.
         super()._synchronize_tied_weights()
 
     def get_tied_weights_and_groups(self) -> list:
-        # The other stages have no gradient for a map that only the head reads: DeepSpeed would leave them out of the
-        # sum, and the last stage would hang.
+        # Other stages have no gradient for a map that only the head uses. DeepSpeed would skip them in the all-reduce,
+        # and the last stage would hang.
         weights_and_groups = super().get_tied_weights_and_groups()
         for weight, _ in weights_and_groups:
             if weight.grad is None:
@@ -135,5 +135,5 @@ class FactoredPipeline(PipelineModule):
 
 
 def fit_loss(logits: Tensor, labels: Tensor, mask: Tensor, context: FactoredContext) -> Tensor:
-    """Mean cross entropy, a scalar. logits (s, b, padded vocabulary / tp); labels, mask (b, s)."""
+    """Returns the mean cross entropy, a scalar. logits (s, b, padded vocabulary / tp); labels, mask (b, s)."""
     return compute_loss(logits, labels, mask, context.operator.large.vocab_size, context.mesh.tp_rank)

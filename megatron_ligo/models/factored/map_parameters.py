@@ -1,4 +1,4 @@
-"""The operator's maps as parameters: this rank's rows of each, cut from the operator's global tensors."""
+"""The operator's maps as trainable parameters: this rank's rows of the operator's global tensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megatron_ligo.growth.width_maps import MapSpec
 
 
 def local_rows(matrix: Tensor, is_split: bool, mesh: Mesh) -> Tensor:
-    """A (large x small) matrix -> this rank's rows (large / tp x small) if it is split over TP, else the matrix."""
+    """Returns this rank's rows (large / tp, small) of a matrix (large, small) split over TP, else the matrix."""
     return matrix.chunk(mesh.tp)[mesh.tp_rank] if is_split and mesh.tp > 1 else matrix
 
 
 @dataclass
 class MapLayout:
-    """How a flat list of parameters makes up the sides of width maps. A side is named {map}_{expand or contract}.
+    """Layout of a flat list of parameters as sides of width maps. A side is named {map}_{expand or contract}.
 
-    parameters: a side's parameter names, in the list's order. frozen_rows: (number, first column) of a side's identity
-    rows that are not learned. starts: the matrix that a side's low-rank product U V is added to.
+    parameters: a side's parameter names, in the list's order. frozen_rows: (number, first column) of a side's frozen
+    identity rows. starts: the fixed matrix to which a side's low-rank product U V is added.
     """
 
     parameters: dict[str, list[str]] = field(default_factory=dict)
@@ -39,12 +39,12 @@ class MapLayout:
         return sum(map(len, self.parameters.values()))
 
     def matrices(self, tensors: Sequence[Tensor]) -> dict[str, LinearMap]:
-        """The (large / tp x small) map of each side from all of its parameters (shapes: see MapParameters)."""
+        """Returns the (large / tp, small) map of each side from all parameters (shapes: see MapParameters)."""
         rest = iter(tensors)
         return {side: self.matrix(side, [next(rest) for _ in names]) for side, names in self.parameters.items()}
 
     def matrix(self, side: str, tensors: list[Tensor]) -> LinearMap:
-        """The (large / tp x small) map of one side from its own parameters."""
+        """Returns the (large / tp, small) map of one side from its own parameters."""
         if side in self.starts:
             return LowRankMap(self.starts[side].to(tensors[0]), *tensors)
         if side in self.frozen_rows:
@@ -53,14 +53,14 @@ class MapLayout:
 
 
 class MapParameters(nn.Module):
-    """The width maps that all layers share (layer None), or those that one layer has of its own.
+    """The width maps that all layers share (layer None), or one layer's own.
 
     Parameters are fp32: {side}, as the operator stores it, expand (large / tp, small), contract (small, large / tp);
     or {side}_u (large / tp, rank) and {side}_v (rank, small).
 
-    Each rank uses its own rows of a map, so V, whole on every rank, has partial uses. The residual map is whole on
-    every rank and all its uses are complete (the TP region lies in the small space); under sequence parallelism they
-    are partial.
+    Each rank uses its own rows of a sharded map, so V, which is replicated, has partial uses. The residual map is
+    replicated and all its uses are complete (the TP region lies in the small space), except under sequence parallelism,
+    where they are partial.
     """
 
     def __init__(self, operator: Operator, mesh: Mesh, layer: int | None, sequence_parallel: bool = False):
@@ -69,7 +69,7 @@ class MapParameters(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.layout = MapLayout()
         self.operator_names: dict[str, str] = {}  # side -> tensor of the operator
-        self.partial: set[str] = set()  # parameters that are whole on every rank and used partially
+        self.partial: set[str] = set()  # replicated parameters with partial uses
         for map_spec in operator.maps.values():
             if map_spec.name != UNTRAINED_SPACE and operator.has_map_per_layer(map_spec.name) == (layer is not None):
                 for kind in ("expand", "contract") if operator.has_contract(map_spec.name) else ("expand",):
@@ -109,10 +109,10 @@ class MapParameters(nn.Module):
         self.layout.parameters[side].append(name)
 
     def forward(self, dtype: torch.dtype) -> list[Tensor]:
-        """Every parameter in dtype, in the order of `layout`.
+        """Returns every parameter in dtype, in the order of `layout`.
 
-        ZeRO 3 releases the parameters when this forward ends, and gathers them again when a gradient reaches what it
-        returned: so views are returned, and no other module touches the parameters.
+        ZeRO 3 releases the parameters after this forward, and gathers them again when a gradient reaches its outputs.
+        So it returns views, and no other module accesses the parameters.
         """
         tensors = []
         for name, parameter in self.named_parameters(recurse=False):
@@ -124,16 +124,16 @@ class MapParameters(nn.Module):
         return [getattr(self, name) for name in self.layout.parameters[side]]
 
     def operator_tensor(self, side: str) -> Tensor:
-        """This rank's part of a side as the operator stores it: expand (large / tp, small), contract (small,
-        large / tp). Under ZeRO 3 its parameters must be gathered."""
+        """Returns this rank's part of a side as the operator stores it: expand (large / tp, small), contract (small,
+        large / tp). Under ZeRO 3 its parameters must be gathered first."""
         parameters = [parameter.detach() for parameter in self.side_parameters(side)]
         dense = self.layout.matrix(side, parameters).dense()
         return dense if side.endswith("expand") else dense.t()
 
 
 class DepthParameters(nn.Module):
-    """One large layer's depth maps, stacked: `split` (params, small layers) for the parameters that TP cuts, `whole`
-    (params, small layers) for the others. The names are in checkpoints."""
+    """One large layer's depth maps, stacked: `split` (params, small layers) for TP-sharded parameters, `whole` (params,
+    small layers) for replicated ones. Checkpoints contain these names."""
 
     def __init__(self, operator: Operator, layer: int, split: list[ParamSpec], whole: list[ParamSpec]):
         super().__init__()
@@ -146,11 +146,11 @@ class DepthParameters(nn.Module):
         return nn.Parameter(weights.to(device.current_device()))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Views of (split, whole)."""
+        """Returns views of (split, whole)."""
         return self.split.view_as(self.split), self.whole.view_as(self.whole)
 
 
 def map_for_use(maps: dict[str, LinearMap], name: str, is_input: bool) -> LinearMap:
-    """A map's (large x small) matrix for one use: contract's for an input axis where the map has one."""
+    """Returns a map's (large, small) matrix for one use: its contract, if it has one, for an input axis."""
     contract = maps.get(f"{name}_contract") if is_input else None
     return maps[f"{name}_expand"] if contract is None else contract

@@ -1,9 +1,9 @@
-"""One stage's frozen small weights, divided among the ranks that would otherwise mix the same numbers twice.
+"""One stage's frozen small weights, sliced over the ranks to avoid redundant mixing.
 
 Each rank of the mix group (the tensor-parallel ranks of a stage; with ZeRO 3 its data-parallel ranks as well)
 keeps an equal slice of every parameter of every small layer, mixes that slice, and gathers the mixed parameter: one
-small layer of traffic per large layer, no redundant reads, and 1 / group of the source in memory. Where there is room
-and the traffic costs more, each rank keeps all of it and mixes all of it.
+small layer of traffic per large layer, no redundant reads, and 1 / group of the source in memory. If memory allows and
+the traffic costs more, each rank keeps and mixes all of it (`keep_all`).
 
 Legend: L small layers, n entries of a parameter.
 """
@@ -29,7 +29,7 @@ from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.random_init import root_mean_square
 from megatron_ligo.sharding.tensor_parallel import shard
 
-CHUNK_COLUMNS = 1 << 18  # mixed at once where the source is stored in a narrower dtype than it is mixed in
+CHUNK_COLUMNS = 1 << 18  # columns per product if the source is stored in a narrower dtype than fp32
 
 
 class _Mix(torch.autograd.Function):
@@ -55,7 +55,7 @@ class _Mix(torch.autograd.Function):
 
 @dataclass
 class OutsideTensors:
-    """One tensor for each parameter outside the layers that a stage uses, by role. Of a tied head, the embedding's."""
+    """A stage's tensors outside the layers, one per parameter, by role. A tied head's is the embedding's."""
 
     weights: dict[Role, Tensor] = field(default_factory=dict)
     biases: dict[Role, Tensor] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class OutsideTensors:
     def read(
         cls, arch: Architecture, model_config: ModelConfig, mesh: Mesh, read: Callable[[ParamSpec], Tensor]
     ) -> OutsideTensors:
-        """Reads one tensor for each parameter; `read` gives one of any shape."""
+        """Reads one tensor per parameter. `read` returns a tensor of any shape."""
         tensors = cls()
         first, last = arch.params_outside_layers(model_config)
         for spec in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
@@ -76,10 +76,10 @@ class OutsideTensors:
 
 
 class SmallWeights:
-    """This rank's part of the small model. Not a module: its tensors are no parameters and never change.
+    """This rank's part of the small model. Not an nn.Module: its tensors are constants, not parameters.
 
-    split_specs, whole_specs: the layers' parameters that TP splits, and those that every rank holds whole. rms: root
-    mean square of each small tensor that is split, by key.
+    split_specs, whole_specs: the layers' parameters that are sharded over TP, and the replicated ones. rms: root mean
+    square of each split small tensor, by key.
     """
 
     def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int, keep_all: bool = False):
@@ -99,13 +99,13 @@ class SmallWeights:
         )
 
     def _read_outside(self, reader: Reader, spec: ParamSpec) -> Tensor:
-        """This rank's shard, fp32, with rows for the tokens and positions that only the large model has."""
+        """Returns this rank's shard, fp32, with rows for the tokens and positions that only the large model has."""
         tensor = self.operator.extend_table(spec.key, reader.read(spec.key))
         local = tensor if spec.tp_dim is None else shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank).clone()
         return local.float().to(device.current_device())
 
     def _read_slices(self, reader: Reader, spec: ParamSpec) -> Tensor:
-        """This rank's slice of a parameter in every layer, (L, n / slices), in bf16 where that is exact, else fp32."""
+        """Returns this rank's slice of a parameter in every layer, (L, n / slices), in bf16 if exact, else fp32."""
         size = -(-math.prod(self.shapes[spec.key]) // self.num_slices)
         start = 0 if self.num_slices == 1 else dist.get_rank(self.group) * size
         keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
@@ -120,15 +120,15 @@ class SmallWeights:
         return (narrow if is_exact else stack).to(device.current_device())
 
     def _read_whole(self, reader: Reader, spec: ParamSpec) -> Tensor:
-        """A parameter of every layer, (L, ...), fp32."""
+        """Returns a parameter of every layer, (L, ...), fp32."""
         keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
         return torch.stack([reader.read(key).float() for key in keys]).to(device.current_device())
 
     def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-        """Mixes the parameters that TP splits: for each large layer, by key, in dtype and in the small model's shapes.
+        """Mixes the TP-sharded parameters: for each large layer, by key, in dtype and in the small model's shapes.
 
-        depth: (large layers, split_specs, L), fp32. Every rank gets the whole of each and uses a part of it: gradients
-        are summed over the mix group, and each rank takes its slice.
+        depth: (large layers, split_specs, L), fp32. Every rank gets each parameter whole and uses a part of it, so
+        gradients are summed over the mix group, and each rank keeps its slice.
         """
         depth = copy_to(depth, self.mesh.tp_group)
         weights = depth.unbind(1)
@@ -142,7 +142,7 @@ class SmallWeights:
         return [self._reshape([part[layer] for part in parts]) for layer in range(len(depth))]
 
     def _reshape(self, parts: list[Tensor]) -> dict[str, Tensor]:
-        """Flat, padded parameters (slices, n / slices) -> in their own shapes, by key."""
+        """Returns flat, padded parameters (slices, n / slices) in their own shapes, by key."""
         tensors = {}
         for spec, part in zip(self.split_specs, parts, strict=True):
             shape = self.shapes[spec.key]
@@ -150,10 +150,10 @@ class SmallWeights:
         return tensors
 
     def mix_whole(self, depth: Tensor) -> list[dict[str, Tensor]]:
-        """Mixes the parameters that every rank holds whole (norms, residual biases), as `mix_split`, but in fp32.
+        """Mixes the replicated parameters (norms, residual biases) like `mix_split`, but in fp32.
 
-        depth: (large layers, whole_specs, L). The gradients must be complete: where a parameter's use is partial,
-        `FactoredContext.enter_partial_use` sums them.
+        depth: (large layers, whole_specs, L). The gradients must be complete: `FactoredContext.enter_partial_use` sums
+        them for partial uses.
         """
         keys = [spec.key for spec in self.whole_specs]
         mixed = [w @ stack.flatten(1) for w, stack in zip(depth.unbind(1), self._wholes, strict=True)]

@@ -1,4 +1,4 @@
-"""Tensors that are built once an optimizer step and used by all of its micro-batches."""
+"""Tensors that are built once per optimizer step and shared by its micro-batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _SumGradient(torch.autograd.Function):
-    """The identity in all micro-batches but the last: gradients are summed in fp32 and stop here."""
+    """Identity for all micro-batches but the last. Gradients are accumulated in fp32 and stop here."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, sums: list[Tensor | None], index: int) -> Tensor:
@@ -24,7 +24,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _ReleaseGradient(torch.autograd.Function):
-    """The identity in the last micro-batch: its gradient and the sum of the others' flow on into the graph."""
+    """Identity for the last micro-batch. Passes its gradient plus the accumulated sum on into the graph."""
 
     @staticmethod
     def forward(ctx, value: Tensor, sums: list[Tensor | None], index: int) -> Tensor:
@@ -38,10 +38,10 @@ class _ReleaseGradient(torch.autograd.Function):
 
 
 class StepCache:
-    """Holds a step's tensors; the graph that built them is walked once, in the last micro-batch's backward pass.
+    """A step's tensors. Their graph is traversed once, in the last micro-batch's backward pass.
 
-    A cache is valid for one version (`StepState.version`): it changes with every optimizer step and with whatever else
-    the tensors depend on. No cache is valid for version None.
+    A cache is valid for one version (`StepState.version`), which changes with every optimizer step and every other
+    input of the tensors. No cache is valid for version None.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class StepCache:
         self.calls = 0
 
     def take(self, micro_batches: int) -> list[Tensor]:
-        """This micro-batch's views of the values; the last one takes the graph along."""
+        """Returns this micro-batch's views of the values. Those of the last one are connected to the graph."""
         if not torch.is_grad_enabled():
             return self.values
         self.calls += 1

@@ -1,4 +1,4 @@
-"""What the modules of a factored model share within an optimizer step."""
+"""State that the modules of a factored model share within an optimizer step."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.map_parameters import DepthParameters, MapLayout
 
-# Enough that the products of a pass over the small weights cost more than the pass.
+# Enough to make a pass over the small weights compute-bound.
 LAYERS_MIXED_AT_ONCE = 8
 
 
 class LayerMixer:
-    """Mixes the small layers for this process's large layers, several large layers in one pass.
+    """Mixes the small layers into this process's large layers, several of them per pass.
 
-    depths: by large layer, in order.
+    depths: depth maps by large layer, in order.
     """
 
     def __init__(self, context: FactoredContext, depths: Mapping[int, DepthParameters]):
         self.context = context
         self.depths = depths
-        self._mixed: dict[int, dict[str, Tensor]] = {}  # layers that no one has taken yet
+        self._mixed: dict[int, dict[str, Tensor]] = {}  # layers that are not yet taken
 
     def clear(self) -> None:
         self._mixed.clear()
 
     def take(self, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The depth-mixed small tensors of a large layer, by key pattern, once a build: weights that TP cuts in
+        """Returns the depth-mixed small tensors of a large layer, by key pattern, once per build: TP-sharded weights in
         dtype, the others in fp32, all in the small model's (global) shapes."""
         if layer not in self._mixed:
             order = list(self.depths)
@@ -51,17 +51,17 @@ class LayerMixer:
 
 
 class StepState:
-    """The shared maps of the current micro-batch, and what is built once a step. Owned by the model.
+    """The shared maps of the current micro-batch, and the tensors built once per step. Owned by the model.
 
-    `SharedMaps` publishes the maps at the start of each micro-batch, and the layers after it read them: in a pipeline
-    only activations pass from module to module. dtype: of activations; `computing_in` changes it for an evaluation.
+    `SharedMaps` publishes the maps at the start of each micro-batch for the layers after it, as a pipeline passes only
+    activations between modules. dtype: that of activations; `computing_in` changes it for an evaluation.
     """
 
     def __init__(self, context: FactoredContext):
         self.context = context
         self.dtype = context.dtype
         self.mixer = LayerMixer(context, {})
-        self.step_maps: dict[str, LinearMap] = {}  # what is built once a step is built from these
+        self.step_maps: dict[str, LinearMap] = {}  # inputs of the tensors built once per step
         self.map_tensors: list[Tensor] = []  # of this micro-batch, in the order of map_layout
         self._map_layout: MapLayout | None = None
         self._steps = 0
@@ -76,12 +76,12 @@ class StepState:
         self.mixer = LayerMixer(self.context, depths)
 
     def mark_updated(self) -> None:
-        """The optimizer has changed the parameters: what was built from them is stale."""
+        """Invalidates all tensors built from the parameters, after an optimizer step."""
         self._steps += 1
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        """Activations and mixed weights are in dtype within the block."""
+        """Uses dtype for activations and mixed weights within the block."""
         before, self.dtype = self.dtype, dtype
         try:
             yield
@@ -89,12 +89,12 @@ class StepState:
             self.dtype = before
 
     def version(self, training: bool) -> Hashable:
-        """What tensors that are built now depend on; None where every pass builds its own (no accumulation)."""
+        """Returns the version of tensors built now; None if every pass builds its own (no accumulation)."""
         every_pass = training and self.context.micro_batches == 1
         return None if every_pass else (self._steps, training, self.dtype)
 
     def start_step(self, maps: dict[str, LinearMap]) -> None:
-        """Publishes the maps that what is built once a step is built from, and drops what an interrupted pass left."""
+        """Publishes the maps for the tensors built once per step, and drops the rest of an interrupted pass."""
         self.step_maps = maps
         self.mixer.clear()
 
@@ -103,5 +103,5 @@ class StepState:
         self._map_layout, self.map_tensors = layout, tensors
 
     def shared_maps(self) -> dict[str, LinearMap]:
-        """The shared maps, by side, for this micro-batch."""
+        """Returns this micro-batch's shared maps, by side."""
         return self.map_layout.matrices(self.map_tensors)

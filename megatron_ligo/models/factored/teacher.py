@@ -1,4 +1,4 @@
-"""The small model as the grown model's teacher: distillation on the next token's distribution.
+"""Distillation of the small model into the grown model, on the next-token distribution.
 
 Legend: s tokens, b batch.
 """
@@ -19,7 +19,7 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions
 
 
 class Teacher:
-    """The frozen small model. weight: the divergence's share of the loss. Not a module: it adds no parameters."""
+    """The frozen small model. weight: the divergence's share of the loss. Not an nn.Module: it adds no parameters."""
 
     def __init__(self, reader: Reader, mesh: Mesh, dtype: torch.dtype, weight: float, sequence_parallel: bool):
         self.mesh, self.weight, self.vocab_size = mesh, weight, reader.model_config.vocab_size
@@ -40,22 +40,22 @@ class Teacher:
 
 
 def compute_token_divergence(target: Tensor, logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
-    """Returns KL(softmax(target) || softmax(logits)) of each token, fp32, over a vocabulary that is split over TP.
+    """Returns KL(softmax(target) || softmax(logits)) of each token, fp32, over a vocabulary sharded over TP.
 
-    Both (..., padded vocabulary / tp), this rank's columns -> (...). Columns that pad the vocabulary are left out.
+    Both (..., padded vocabulary / tp), this rank's columns -> (...). Columns that pad the vocabulary are excluded.
     """
     columns = logits.shape[-1]
     own = max(0, min(columns, vocab_size - mesh.tp_rank * columns))
     target, logits = target[..., :own].float(), logits[..., :own].float()
     teacher_log_probs = target - log_sum_exp(target, mesh)[..., None]
-    # Each rank uses the sum for its own columns: a partial use.
+    # Each rank uses the sum for its own columns only: a partial use.
     log_probs = logits - copy_to(log_sum_exp(logits, mesh), mesh.tp_group)[..., None]
     divergence = (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(dim=-1)
     return reduce_from(divergence, mesh.tp_group)
 
 
 def log_sum_exp(logits: Tensor, mesh: Mesh) -> Tensor:
-    """Returns the log of the sum of exponentials of logits (..., columns) over all ranks' columns, (...)."""
+    """Returns the log-sum-exp of logits (..., columns) over the columns of all TP ranks, (...)."""
     lowest = torch.full_like(logits[..., :1], -torch.inf)
     top = torch.cat([logits.detach(), lowest], dim=-1).max(dim=-1).values
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=mesh.tp_group)

@@ -1,4 +1,4 @@
-"""The masked-LM encoder to pretrain as one module (PP = 1), and its embedding and head, which a pipeline uses too.
+"""The masked-LM encoder to pretrain as one module (PP = 1); its embedding and head also serve the pipeline.
 
 All tokens belong to the first segment, as in packed text.
 Legend: s tokens (s / tp under sequence parallelism), b batch.
@@ -68,7 +68,7 @@ class EncoderEmbedding(EmbeddingSum):
 class HeadTransform(nn.Module):
     """The transform of the masked-LM head, (s, b, hidden) -> (s, b, hidden): linear, activation and norm.
 
-    Every TP rank holds it whole. An untied head comes with a second bias that nothing reads; it is kept unchanged.
+    It is replicated over TP. An untied head has a second bias that the forward pass does not use; it stays unchanged.
     """
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
@@ -87,12 +87,12 @@ class HeadTransform(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         out = self.layer_norm(self.activation(self.dense(h)))
-        # ZeRO 2 requires a gradient of every parameter.
+        # ZeRO 2 requires a gradient for every parameter.
         return out if self.bias is None else out + 0.0 * self.bias.sum()
 
 
 class Encoder(nn.Module):
-    """The layers, (s, b, hidden) -> (s, b, hidden), under their name in Megatron-core's BERT."""
+    """The layers, (s, b, hidden) -> (s, b, hidden), with the parameter names of Megatron-core's BERT."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Builds the model to pretrain, of any family and any number of stages."""
+"""Construction of the model to pretrain, for any family and any number of pipeline stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODULES = {Task.NEXT_TOKEN: FullGPT, Task.MASKED_TOKENS: FullEncoder, Task.LABEL
 
 
 def build_model(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False) -> nn.Module:
-    """Builds the model of Megatron-core's modules. Its weights must be filled or loaded afterwards."""
+    """Builds a model from Megatron-core's modules. Its weights are uninitialised: fill or load them afterwards."""
     if mesh.pp > 1:
         return FullPipeline(model_config, build, mesh, recompute)
     return MODULES[architectures.get(model_config.arch).task](model_config, build, mesh, recompute)

@@ -38,7 +38,7 @@ class FullGPT(SingleModule, GPTModel):
             position_embedding_type="learned_absolute" if learned else "rope",
         )
         if learned:
-            # mcore would keep all tokens on every rank up to this point, and scatter them afterwards.
+            # mcore would keep all tokens on every rank up to the positions, and scatter them afterwards.
             self.embedding.word_embeddings.reduce_scatter_embeddings = build.sequence_parallel
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0

@@ -1,4 +1,4 @@
-"""The image classifier to pretrain as one module (PP = 1), and its embedding and head, which a pipeline uses too.
+"""The image classifier to pretrain as one module (PP = 1); its embedding and head also serve the pipeline.
 
 Legend: s tokens of an image (special tokens first, then patches), b batch.
 """
@@ -57,7 +57,7 @@ class ImageEmbedding(nn.Module):
 
 def classify_first_token(head: ColumnParallelLinear, h: Tensor) -> Tensor:
     """h (s or s / tp, b, hidden) -> this rank's columns of the class token's logits, (1, b, padded labels / tp)."""
-    # Under sequence parallelism one rank has the token: the linear gathers all tokens.
+    # Under sequence parallelism only one rank has the token, and the linear gathers all tokens.
     return head(h if head.sequence_parallel else h[:1])[0][:1]
 
 
@@ -73,7 +73,7 @@ class ClassHead(nn.Module):
 
 
 class Decoder(Encoder):
-    """The layers and the final norm, (s, b, hidden) -> (s, b, hidden), under Megatron-core's names of a decoder."""
+    """The layers and the final norm, (s, b, hidden) -> (s, b, hidden), with the names of Megatron-core's decoder."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__(model_config, build)

@@ -1,7 +1,7 @@
-"""The parameters of a Megatron-core model: what each holds, one rank's shard of it, and fresh values.
+"""The parameters of a Megatron-core model: their contents, one rank's shards, and initial values.
 
-The names are those of Megatron-core's local layers, in every layout and with every layer spec, so a checkpoint with
-these names fits all models here.
+Names are those of Megatron-core's local layer spec, in every layout and with every layer spec, so one checkpoint fits
+them all.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def iterate_parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[
 
 
 def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, tp: int) -> None:
-    """Marks the parameters that TP shards: gradient norms count the others on one rank only."""
+    """Marks the parameters that TP shards. Gradient norms count the others on one rank only."""
     for parameter, item in iterate_parameters(model, model_config):
         cut = tp > 1 and item.tp_dim is not None
         parameter.tensor_model_parallel = cut
@@ -60,10 +60,10 @@ def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, tp: int) -
 
 
 def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
-    """Returns a reader of fresh fp32 weights, distributed as Megatron's. Each tensor has its own seed, so they are the
-    same in every layout.
+    """Returns a reader of random fp32 weights with Megatron's distribution. Each tensor has its own seed, so they do
+    not depend on the layout.
 
-    Gains are 1, biases 0, matrices N(0, 0.02), those that write the residual stream N(0, 0.02 / sqrt(2 layers)).
+    Gains are 1, biases 0, matrices normal with std 0.02, or 0.02 / sqrt(2 layers) if they write the residual stream.
     """
     arch = architectures.get(model_config.arch)
 

@@ -46,7 +46,7 @@ TIED_WEIGHT = "word_embeddings.weight"
 
 
 class PipelineEmbedding(nn.Module):
-    """tokens (b, s) -> h (s, b, hidden). With tied embeddings the last stage holds a copy, as the head's weight."""
+    """tokens (b, s) -> h (s, b, hidden). If embeddings are tied, the last stage has a copy as the head's weight."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
@@ -94,7 +94,7 @@ class PipelineLayer:
 
 @cache
 def get_pipeline_layer_class(layer: type[TransformerLayer]) -> type:
-    """Returns the pipeline layer's class for a class of layers."""
+    """Returns the pipeline layer class of a layer class."""
     return type(f"Stage{layer.__name__}", (PipelineLayer, layer), {})
 
 
@@ -113,7 +113,7 @@ class FinalNorm(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """h (s, b, hidden) -> this rank's columns of the logits (s, b, padded vocabulary / tp), by a weight of its own."""
+    """Untied head: h (s, b, hidden) -> this rank's columns of the logits (s, b, padded vocabulary / tp)."""
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
@@ -137,10 +137,9 @@ class OutputBias(nn.Module):
 
 class FullPipeline(LossMixin, PipelineModule):
     """tokens (b, s) or images -> logits on the last stage. Its loss takes (labels, loss_mask). The weights must be
-    filled or loaded.
+    filled or loaded first.
 
-    Its layers are those of formats/deepspeed/pipeline.py: what follows the words' embedding, the
-    transformer's layers, and at the end the norm (a masked-LM model: the head's transform), the head and its bias.
+    Its layers are those of sharding/pipeline_layers.py.
     """
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
@@ -160,7 +159,7 @@ class FullPipeline(LossMixin, PipelineModule):
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        # DeepSpeed broadcasts the parameter itself: recorded by autograd, it would warn at each backward pass.
+        # DeepSpeed broadcasts the parameter itself; recorded by autograd, that would warn in each backward pass.
         super()._synchronize_tied_weights()
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
@@ -168,7 +167,7 @@ class FullPipeline(LossMixin, PipelineModule):
             yield self._canonical(name), parameter
 
     def _canonical(self, name: str) -> str:
-        """`3.self_attention.linear_qkv.weight` -> `decoder.layers.2.self_attention.linear_qkv.weight`."""
+        """Returns a parameter's name in the single module: `3.mlp.linear_fc1.weight` -> `decoder.layers.2.mlp...`."""
         for own, canonical in self.prefixes.items():
             if name.startswith(own):
                 return to_local_name(canonical + name.removeprefix(own))
@@ -214,7 +213,7 @@ def build_layer_specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh
 
 
 def build_name_prefixes(model_config: ModelConfig) -> dict[str, str]:
-    """Maps DeepSpeed's name prefix of each layer's parameters to that of the single module."""
+    """Maps the prefix of each pipeline layer's parameter names to that in the single module."""
     names = [
         (layer, own, whole)
         for layer, held in enumerate(pipeline_layers.layer_prefixes(model_config))

@@ -1,4 +1,4 @@
-"""The base of the models to pretrain as one module (PP = 1), and the step that ends every model's constructor."""
+"""The base of the models to pretrain as one module (PP = 1), and the final construction step of every model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megatron_ligo.models.mcore.layer_calls import sum_gradients
 
 
 def finish_model(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Marks sharded parameters, sums the gradients of partial uses, and prepares checkpoints. Ends a constructor."""
+    """Marks sharded parameters, hooks the gradient sums of partial uses, and prepares checkpoints. Call last."""
     parameters.mark_tensor_parallel(model, model_config, mesh.tp)
     sum_gradients(partially_used(model, model_config), mesh.tp_group)
     prepare_saving(model, model_config, mesh)
 
 
 def partially_used(model: nn.Module, model_config: ModelConfig) -> list[nn.Parameter]:
-    """Returns the parameters that each TP rank holds whole and uses a part of: its own tokens (mcore marks them
-    `sequence_parallel`), or what the table says."""
+    """Returns the replicated parameters that each TP rank uses partially: for its own tokens (marked by mcore as
+    `sequence_parallel`), or as their `tp_use` states."""
     return [
         parameter
         for parameter, item in parameters.iterate_parameters(model, model_config)
@@ -36,9 +36,9 @@ def partially_used(model: nn.Module, model_config: ModelConfig) -> list[nn.Param
 
 
 class SingleModule(LossMixin, nn.Module, ABC):
-    """forward(inputs, labels, loss_mask) -> mean loss. The weights must be filled or loaded.
+    """forward(inputs, labels, loss_mask) -> mean loss. The weights must be filled or loaded first.
 
-    inputs: those of `logits`; labels (int64), loss_mask: (b, s). Parameters have the table's mcore names.
+    inputs: those of `logits`; labels (int64), loss_mask: (b, s). Parameters have the family's mcore names.
     """
 
     recompute: bool

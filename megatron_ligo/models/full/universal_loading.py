@@ -1,6 +1,6 @@
-"""Loads DeepSpeed's universal checkpoints into a model in any layout, and verifies what was loaded.
+"""Loading of DeepSpeed's universal checkpoints into a model in any layout, with verification.
 
-In a training script of your own, over any Megatron-core GPTModel whose parameters bear mcore's names:
+In your own training script, with any Megatron-core GPTModel whose parameters have mcore's names:
 
     source = formats.open("runs/grown/universal")
     model = GPTModel(...)
@@ -37,7 +37,7 @@ from megatron_ligo.models.full.parameters import iterate_parameters, read_local_
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
-# From this version on the shards' widths are read; before it, DeepSpeed divides evenly.
+# From this version on DeepSpeed reads the shards' widths; earlier ones divide evenly.
 UNIVERSAL_VERSION = 0.4
 # Classes that DeepSpeed's own tools pickle into universal checkpoints. Unpickling them has no side effects.
 ALLOWED_RECORDS = (LossScaler, DynamicLossScaler, ZeroStageEnum, SubparamShape, fragment_address)
@@ -51,17 +51,17 @@ def needs_preparation(model_config: ModelConfig, zero: int) -> bool:
 def prepare_for_universal(model: nn.Module, model_config: ModelConfig, tp_group: dist.ProcessGroup) -> None:
     """Annotates each parameter with its TP sharding. Call before `deepspeed.initialize`.
 
-    ZeRO 1 and 2 mostly read it from the checkpoint; ZeRO 3 loads whole tensors into parameters without it.
+    ZeRO 1 and 2 mostly read the sharding from the checkpoint. Without it, ZeRO 3 loads whole tensors into parameters.
     """
     tp = dist.get_world_size(tp_group)
     for parameter, item in iterate_parameters(model, model_config):
         setattr(parameter, DS_AUTOTP_UC_META, build_sharding_metadata(item, model_config, tp))
-    # DeepSpeed's loader takes the group from this record, which only its own tensor parallelism sets.
+    # DeepSpeed's loader reads the group from this global, which only its own tensor parallelism sets.
     groups._TENSOR_MODEL_PARALLEL_GROUP = tp_group
 
 
 def build_sharding_metadata(item: StoredTensor, model_config: ModelConfig, tp: int) -> dict:
-    """Describes how a tensor is sharded, in the terms of DeepSpeed's own tensor parallelism."""
+    """Describes a tensor's sharding, in the format of DeepSpeed's own tensor parallelism."""
     shape = item.shape(model_config)
     meta = {"partition_dim": item.tp_dim, "logical_shape": shape, UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_VERSION}
     if item.tp_dim is None:
@@ -77,7 +77,7 @@ def build_sharding_metadata(item: StoredTensor, model_config: ModelConfig, tp: i
 def build_padded_vocab_map(shape: tuple[int, ...], tp: int) -> dict:
     """Maps a vocabulary tensor (table or bias) that tp does not divide to its padded shards.
 
-    DeepSpeed maps whole shards only: row 0 stands in for the padding, which nothing reads.
+    DeepSpeed maps whole shards only, so the padding is filled with copies of row 0. It is never used.
     """
     rows, *rest = shape
     width, inner = prod(rest), (1,) * len(rest)
@@ -103,7 +103,7 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: 
         is_prepared = all(hasattr(parameter, DS_AUTOTP_UC_META) for parameter in engine.module.parameters())
         assert is_prepared, "prepare_for_universal comes before deepspeed.initialize"
     all_ranks().run_on_rank_0(lambda: check_files_are_safe(source.path))
-    # ZeRO 1 and 2 load what there is. ZeRO 3 fails without moments unless it loads the module only.
+    # ZeRO 1 and 2 load what exists. ZeRO 3 fails without moments unless it loads the module only.
     module_only = stage3 and not (source.has_moments and source.step)
     engine.load_checkpoint(str(source.path), load_lr_scheduler_states=False, load_module_only=module_only)
     if stage3:
@@ -112,7 +112,7 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: 
 
 
 def separate_step_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Gives each parameter its own step count: ZeRO 3 loads one shared tensor, to which every group would add."""
+    """Gives each parameter its own step count: ZeRO 3 loads one shared tensor, which every group would increment."""
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
@@ -140,7 +140,7 @@ def verify_loaded(model: nn.Module, source: Reader, tp_group: dist.ProcessGroup)
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             found = parameter.detach().cpu()
             if item.is_vocab_parallel:
-                # The padding may hold anything.
+                # The contents of the padding are arbitrary.
                 rows = max(source.model_config.vocab_size - rank * expected.shape[0], 0)
                 expected, found = expected[:rows], found[:rows]
             if not torch.equal(found, expected):

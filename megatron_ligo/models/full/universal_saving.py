@@ -1,4 +1,4 @@
-"""What DeepSpeed's own converter (`ds_to_universal`) needs in a model's checkpoints."""
+"""Checkpoint metadata for DeepSpeed's own converter (`ds_to_universal`)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 
 def prepare_saving(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Adds the parameters' sharding to a model's checkpoints, and leaves out what is not a tensor.
+    """Adds the parameters' sharding to a model's checkpoints, and drops state that is not a tensor.
 
-    Megatron-core's modules save an empty `_extra_state` each. They load without it, and the converter takes it for a
-    weight.
+    Each of Megatron-core's modules saves an empty `_extra_state`. It is not needed for loading, and the converter would
+    take it for a weight.
     """
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, build_universal_info(model_config, mesh.pp))
     for module in model.modules():
@@ -34,7 +34,7 @@ def drop_empty_extra_state(module: nn.Module, state: dict, prefix: str, metadata
 
 
 def build_universal_info(model_config: ModelConfig, pp: int) -> dict:
-    """Describes how each parameter is sharded, by patterns of names, in the terms of DeepSpeed's converter."""
+    """Describes each parameter's sharding, by name patterns, in the format of DeepSpeed's converter."""
     stored = fused_tensors.stored_tensors(architectures.get(model_config.arch), model_config, "mcore")
     patterns = {name: re.sub(r"layers\\\.\d+", r"layers\.\\d+", re.escape(name)) + "$" for name in stored}
 

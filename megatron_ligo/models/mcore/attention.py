@@ -1,4 +1,4 @@
-"""Core attention on PyTorch's fused kernel, for Megatron-core layers where Transformer Engine is not installed."""
+"""Core attention on PyTorch's fused kernel, for Megatron-core layers without Transformer Engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building and calling Megatron-core's modules: what a single module (PP = 1) and a pipeline (PP > 1) share.
+"""Construction and calls of Megatron-core's modules, shared by single modules (PP = 1) and pipelines (PP > 1).
 
 Legend: s tokens, b batch.
 """
@@ -20,13 +20,13 @@ from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
 from megatron_ligo.sharding import tensor_parallel
 
-# From Python 3.12 on, the exception by which torch 2.13 ends a recomputation early lives until the end of the backward
-# pass, and with it the frames' locals: the activations of each layer.
+# From Python 3.12 on, the exception by which torch 2.13 stops a recomputation early lives until the end of the backward
+# pass. It keeps the frames' locals alive: the activations of each layer.
 EARLY_STOP = sys.version_info < (3, 12)
 
 
 def build_uninitialised_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
-    """Builds mcore's config for modules whose weights are filled or loaded afterwards: drawing them takes long."""
+    """Builds mcore's config without weight initialisation, which is slow: weights are filled or loaded afterwards."""
     config = build_transformer_config(model_config, build)
     config.perform_initialization = False
     return config
@@ -35,7 +35,7 @@ def build_uninitialised_config(model_config: ModelConfig, build: BuildOptions) -
 def embed_tokens(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
     """tokens (b, s) -> h (s, b, hidden), or (s / tp, b, hidden) under sequence parallelism.
 
-    mcore's own embedding module would ask for CUDA's random state, for a dropout that is 0 here.
+    mcore's own embedding module would access the CUDA random state for its dropout, which is 0 here.
     """
     h = words(tokens)
     return h if words.reduce_scatter_embeddings else h.transpose(0, 1).contiguous()
@@ -66,7 +66,7 @@ def build_word_embedding(model_config: ModelConfig, build: BuildOptions, mesh: M
 def build_output_linear(
     model_config: ModelConfig, build: BuildOptions, mesh: Mesh, holds_weight: bool, bias: bool = False
 ) -> ColumnParallelLinear:
-    """Builds the linear from h to this rank's columns of the logits. Without a weight of its own it takes the
+    """Builds the linear from h to this rank's columns of the logits. Without its own weight it is called with the
     embedding's."""
     config = build_uninitialised_config(model_config, build)
     return ColumnParallelLinear(
@@ -91,15 +91,15 @@ def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool
 
 
 def checkpointed(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """run(*tensors), of any shapes. Only the tensors are kept: the backward pass runs it again."""
-    # Reentrant checkpoints trigger ZeRO's hooks twice.
+    """Returns run(*tensors), of any shapes. Saves only the tensors: the backward pass recomputes it."""
+    # Reentrant checkpoints would trigger ZeRO's hooks twice.
     return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=EARLY_STOP)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Registers hooks that sum the gradients of whole parameters with partial uses over the TP ranks.
+    """Registers hooks that sum the gradients of replicated parameters with partial uses over the TP ranks.
 
-    Each parameter must have a single use: then a hook on its gradient is a hook on that use.
+    Each parameter must have a single use, so that its gradient is that use's.
     """
 
     def all_reduce(grad: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How layers are built. dtype: of weights and activations."""
+    """Build options of layers. dtype: that of weights and activations."""
 
     dtype: torch.dtype = torch.float32
     tp: int = 1
@@ -47,7 +47,7 @@ def is_supported(arch: Architecture) -> bool:
 
 
 def check_supported(model_config: ModelConfig) -> None:
-    """Raises ConfigError for a network that has no modules here."""
+    """Raises ConfigError for a model that cannot be built."""
     arch = architectures.get(model_config.arch)
     if not is_supported(arch):
         known = architectures.architectures().values()
@@ -78,8 +78,8 @@ ACTIVATIONS = {
 
 
 def get_ffn_activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """Returns the function between the mlp's linears: (..., ffn) -> (..., ffn), or (..., 2 ffn), gate and up, -> (...,
-    ffn)."""
+    """Returns the function between the MLP's linears: (..., ffn) -> (..., ffn), or if gated (..., 2 ffn), gate and up,
+    -> (..., ffn)."""
     function = ACTIVATIONS[model_config.activation]
     if not architectures.get(model_config.arch).is_gated:
         return function
@@ -92,13 +92,13 @@ def get_ffn_activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 
 def get_normalization(model_config: ModelConfig) -> str:
-    """Returns mcore's name of the model's kind of norm."""
+    """Returns mcore's name for the model's kind of norm."""
     return {"rms": "RMSNorm", "layer": "LayerNorm"}[architectures.get(model_config.arch).norm]
 
 
 def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
-    """Builds mcore's config. Its pipeline size stays 1: DeepSpeed makes the stages, and mcore would offset the layer
-    numbers."""
+    """Builds mcore's config. Its pipeline size stays 1: DeepSpeed partitions the stages, and mcore would offset the
+    layer numbers."""
     arch = architectures.get(model_config.arch)
     return TransformerConfig(
         num_layers=model_config.num_layers,
@@ -141,10 +141,10 @@ def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
 
 
 def build_layer_spec(model_config: ModelConfig) -> ModuleSpec:
-    """Builds Transformer Engine's layer spec where it is installed, else mcore's local one with fused attention and our
-    norm.
+    """Builds Transformer Engine's layer spec if it is installed, otherwise mcore's local spec with `FusedAttention` and
+    `Norm`.
 
-    Post-norm layers always take the local spec: Transformer Engine's linears contain the norms of pre-norm layers.
+    Post-norm layers always use the local spec: Transformer Engine fuses the norms of pre-norm layers into its linears.
     """
     arch = architectures.get(model_config.arch)
     if device.has_transformer_engine() and arch.pre_norm:
@@ -161,7 +161,7 @@ def build_layer_spec(model_config: ModelConfig) -> ModuleSpec:
 
 
 def get_mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
-    """Returns the mlp's submodules, which Megatron-core 0.16 keeps in a spec and 0.19 in a partial."""
+    """Returns the MLP's submodules, which Megatron-core 0.16 stores in a spec and 0.19 in a partial."""
     mlp = spec.submodules.mlp
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
@@ -178,7 +178,7 @@ def get_final_norm_class() -> type:
 def build_rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
     """Builds the rotary embedding; None for learned positions.
 
-    ConfigError for a rope scaling other than Llama 3's with its published constants: mcore has no other.
+    ConfigError for a rope scaling that mcore lacks: any but Llama 3's with its published constants.
     """
     if architectures.get(model_config.arch).has_learned_positions:
         return None

@@ -1,4 +1,4 @@
-"""The norm of layers without Transformer Engine: Megatron-core's own norm refuses sequence parallelism."""
+"""The norm of layers without Transformer Engine. Megatron-core's own norm does not support sequence parallelism."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: 
 
 
 class Norm(nn.Module):
-    """Trainable RMSNorm or LayerNorm, (..., hidden) -> (..., hidden), with the constructor of mcore's norms."""
+    """Trainable RMSNorm or LayerNorm, (..., hidden) -> (..., hidden), constructed like mcore's norms."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()

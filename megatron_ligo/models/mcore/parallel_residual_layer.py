@@ -9,10 +9,10 @@ from megatron_ligo.models.mcore.post_norm_layer import add_bias
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """x (s, b, hidden) -> x + attention(norm1(x)) + mlp(norm2(x)), of Megatron-core's modules under their own names."""
+    """x (s, b, hidden) -> x + attention(norm1(x)) + mlp(norm2(x)), with Megatron-core's modules and names."""
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None):
-        """x (s, b, hidden) -> (output (s, b, hidden), None), as mcore's layers return it."""
+        """x (s, b, hidden) -> (output (s, b, hidden), None), as in mcore's layers."""
         normalised = self.input_layernorm(x)
         attended = self.self_attention(normalised, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
         return x + add_bias(*attended) + add_bias(*self.mlp(self.pre_mlp_layernorm(x))), None

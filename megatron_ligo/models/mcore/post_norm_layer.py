@@ -10,8 +10,8 @@ from torch import Tensor
 class PostNormLayer(TransformerLayer):
     """x (s, b, hidden) -> norm2(y + mlp(y)) with y = norm1(x + attention(x)).
 
-    It consists of Megatron-core's attention, mlp and tensor-parallel linears, and is built from the spec of a pre-norm
-    layer: the two norms then have other places and other names.
+    It consists of Megatron-core's attention, MLP and tensor-parallel linears. It is built from the spec of a pre-norm
+    layer, whose two norms it moves and renames.
     """
 
     def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int):
@@ -20,11 +20,11 @@ class PostNormLayer(TransformerLayer):
         self.post_mlp_layernorm = self._modules.pop("pre_mlp_layernorm")
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None):
-        """x (s, b, hidden) -> (output (s, b, hidden), None), as mcore's layers return it. Attention is not masked."""
+        """x (s, b, hidden) -> (output (s, b, hidden), None), as in mcore's layers. Attention is not masked."""
         y = self.post_self_attn_layernorm(x + add_bias(*self.self_attention(x, attention_mask=attention_mask)))
         return self.post_mlp_layernorm(y + add_bias(*self.mlp(y))), None
 
 
 def add_bias(out: Tensor, bias: Tensor | None) -> Tensor:
-    """out (..., n) plus bias (n,), which mcore's modules return separately."""
+    """Returns out (..., n) plus bias (n,), which mcore's modules return separately."""
     return out if bias is None else out + bias
