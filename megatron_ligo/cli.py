@@ -122,7 +122,7 @@ def byte_progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def set_up_logging() -> None:
-    """Logs plain lines to stderr: the package's from rank 0 (its errors from any rank), the libraries' warnings."""
+    """Logs plain lines to stderr: the package's from rank 0 (errors from any rank) and the libraries' warnings."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     # Megatron-core repeats these in every process; neither package is used here.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

@@ -29,7 +29,7 @@ class ParameterSum(torch.nn.Module):
 
 
 def run_megatron_core(source: Path, work: Path, target: Path) -> dict[str, float]:
-    """Saves and loads one rank's GPTModel that holds the source's weights through dist_checkpointing."""
+    """Saves and loads the source's weights as one rank's GPTModel, through dist_checkpointing."""
     from megatron.core import dist_checkpointing
 
     from megatron_ligo.distributed import mesh as meshes

@@ -17,7 +17,7 @@ MIN_LAYERS = 8
 
 
 class SyntheticReader(Reader):
-    """Reads tensors of normal numbers, seeded by the key."""
+    """Reads tensors of normally distributed numbers, seeded by the key."""
 
     format = "drawn"
     path = None

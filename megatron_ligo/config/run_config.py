@@ -1,7 +1,7 @@
 """The settings of a run: typed sections, read from a TOML file and from `--set section.key=value`.
 
-`RunConfig.load` is the only entry point. It reports every unknown key, wrong type and value out of range in one
-ConfigError. Values are stored as given, so `to_dict` returns the user's settings with the defaults filled in.
+`RunConfig.load` reports every unknown key, wrong type and value out of range in one ConfigError. Values are stored as
+given, so `to_dict` returns the user's settings with the defaults filled in.
 """
 
 # ruff: noqa: RUF009 (`setting` returns a dataclass field)

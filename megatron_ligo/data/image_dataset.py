@@ -116,7 +116,7 @@ def _open_splits(section: DataSection, model_config: ModelConfig, num_valid: int
 def _open_image_file(
     path: str | float, key: str, model_config: ModelConfig, errors: ErrorCollector
 ) -> ImageFile | None:
-    """Opens a file whose images and labels fit the model; adds errors and returns None otherwise."""
+    """Opens a file; if its images or labels do not fit the model, adds errors and returns None."""
     if not isinstance(path, str):
         errors.add(key, "file paths only (images have no weights)", path)
         return None

@@ -75,7 +75,7 @@ class Masking:
         return {"tokens": tokens, "labels": labels, "loss_mask": weights}
 
     def _add_ends(self, text: Tensor) -> Tensor:
-        """[s - len(ends)] -> [s]."""
+        """Adds the end ids: [s - len(ends)] -> [s]."""
         if not self.ends:
             return text
         first, last = (torch.tensor([end]) for end in self.ends)

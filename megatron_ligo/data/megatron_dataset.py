@@ -26,7 +26,7 @@ from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.data.indexed_dataset import IndexedFiles
 from megatron_ligo.distributed import mesh
 
-# Megatron-core builds each dataset of a weighted blend longer than its share by this factor.
+# Megatron-core builds each dataset of a weighted blend longer than its share by this fraction.
 BLEND_SURPLUS = 0.005
 
 

@@ -67,7 +67,7 @@ def prepare_text(recipe: TextRecipe, output: Path, workers: int) -> dict:
     staging = output / STAGING_NAME
     with exclusive_access(output):
         if (staging / RECORD_NAME).is_file():
-            # A complete result, whose run was killed while publishing it.
+            # A complete result: its run was killed while publishing it.
             _publish(staging, output)
         earlier = _read_earlier_result(output, fingerprint)
         if earlier:

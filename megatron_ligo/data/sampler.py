@@ -19,7 +19,7 @@ TRAIN, VALID = "train", "valid"
 class ShardedSampler(ABC):
     """Training and held-out samples, sharded over the data-parallel ranks.
 
-    first_sample: the training sample that step 0 begins with.
+    first_sample: index of the first training sample of step 0.
     """
 
     def __init__(self, first_sample: int = 0):

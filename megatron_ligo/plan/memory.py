@@ -184,7 +184,7 @@ def _estimate_activations(job: PlannedJob, stage: int) -> float:
 
 
 def _count_ffn_activations(job: PlannedJob) -> tuple[int, int]:
-    """Returns the outputs of the ffn's first linear and those of its activation, in ffn sizes.
+    """Returns the kept outputs of the ffn's first linear and of its activation, in units of the ffn size.
 
     Megatron-core adds a constant to the up projection and keeps the activated gate, that sum and their product. A fit
     adds none.

@@ -18,7 +18,7 @@ from megatron_ligo.report.run_records import RecordedRun
 # The palette of Okabe and Ito, which is safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
-# Largest ratio of losses on a linear scale.
+# Above this ratio of losses, the scale is logarithmic.
 MAX_LINEAR_RATIO = 3
 Curve = tuple[list[float], list[float]]  # x, y
 HELD_OUT_MARKS = {"linestyle": ":", "marker": "o", "markerfacecolor": "white"}

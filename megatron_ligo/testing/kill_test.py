@@ -125,7 +125,7 @@ class _ForkedCommand:
         self._ranks.start()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Waits as a launcher does: terminates the remaining ranks some time after the first failure."""
+        """Waits as a launcher does: ends the remaining ranks LAUNCHER_WAITS seconds after the first failure."""
         until = math.inf if timeout is None else time.monotonic() + timeout
         terminate_at = math.inf
         while None in (codes := self._ranks.wait(0)) and time.monotonic() < until:

@@ -62,7 +62,7 @@ class StepJob:
 
 
 class RandomWeightsReader(Reader):
-    """Reads freshly initialised weights, as pretraining from scratch starts with."""
+    """Reads freshly initialised weights, like those of pretraining from scratch."""
 
     format, path = "drawn", None
 

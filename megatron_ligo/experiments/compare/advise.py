@@ -30,7 +30,7 @@ ADVICE = "advice.json"
 PROBED = tuple(name for name in METHODS if name != "random")
 FITTED = "fitted"  # suffix of a method's name
 DIVERGED_NOTE = "it diverged"
-SEEDS = (1, 2)  # the second is for the finalists only: it shows how much a difference is worth
+SEEDS = (1, 2)  # the second, for the finalists only, shows whether a difference persists
 MIN_PROBE_STEPS = 10
 FINALISTS = 2
 GROWN_WELL = (2.0, 4.0)  # growth ratios of the published gains (arXiv 2405.15319, 2605.13405)

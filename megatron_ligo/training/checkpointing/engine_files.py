@@ -62,7 +62,7 @@ class CheckpointFiles(TorchCheckpointEngine):
 def install_checkpoint_files(engine: deepspeed.DeepSpeedEngine) -> CheckpointFiles:
     """Routes the engine's checkpoint files through `CheckpointFiles`.
 
-    DeepSpeed's recovery script is no longer copied into checkpoints: it unpickles without restrictions.
+    DeepSpeed's recovery script is not copied into checkpoints: it unpickles without restrictions.
     """
     files = CheckpointFiles(engine._config)
     engine.checkpoint_engine = files
