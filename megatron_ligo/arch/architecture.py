@@ -143,7 +143,7 @@ class Architecture:
     # Spaces.
 
     def space(self, axis: Axis, model_config: ModelConfig) -> str:
-        """Returns the space of an axis. Tied embeddings merge the spaces on both sides of the shared tensor."""
+        """Returns the space of an axis. Tied embeddings merge the spaces of the tied tensors' axes."""
         return self._merged_spaces.get(axis.space, axis.space) if model_config.tied else axis.space
 
     def spaces(self, model_config: ModelConfig) -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from megatron_ligo.arch.model_config import ModelConfig
 
-# Llama 3's published constants, the only ones that Megatron-core has. Its factor varies with the model.
+# Llama 3's published constants, the only ones that Megatron-core supports. The factor varies by model.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Scalings that depend on each pair's frequency only, not on the head size.
 SIZE_INDEPENDENT_KINDS = ("default", "linear", "llama3")

@@ -1,4 +1,4 @@
-"""The vocabulary of the parameter tables: roles, spaces, axes, locations in the formats, parameters.
+"""Types of the parameter tables: roles, spaces, axes, locations in the formats, parameters.
 
 A `ParamSpec` is one UNFUSED parameter in its canonical form: unpadded, global (not sharded), stored as
 (out features, in features), rotary pairs in Hugging Face's half-split order (feature i rotates with i + head_dim / 2).
@@ -48,7 +48,7 @@ class Stage(Enum):
 
 
 class Role(Enum):
-    """What a parameter does in the network. The weight and the bias of one module share a role."""
+    """Function of a parameter in the network. The weight and the bias of one module share a role."""
 
     WORD_EMBEDDING = "word embedding"
     POSITION_EMBEDDING = "position embedding"
@@ -108,7 +108,7 @@ class TpUse(Enum):
 
 @dataclass(frozen=True)
 class Axis:
-    """One dim of a parameter: its space, its use of the space, and its head layout."""
+    """One dim of a parameter: its space (features that grow by one map), its use of the space, its head layout."""
 
     space: str
     use: Use

@@ -110,7 +110,7 @@ def check_query_heads_fit(groups: Tensor, small: ModelConfig, large: ModelConfig
 
 
 def check_rotary_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
-    """Adds an error if rotary angles cannot be kept at another head size."""
+    """Adds an error if the large model's head size cannot preserve the rotary angles."""
     if large.head_dim == small.head_dim:
         return
     if small.rotary_fraction != 1:

@@ -63,7 +63,7 @@ class InitialOperator(Operator):
         return expand
 
     def _initial_contract(self, map_name: str, name: str, expand: Tensor) -> Tensor:
-        """Returns a left inverse of expand, (small, large), fp64. Noise keeps it one, as noise @ expand = 0."""
+        """Returns a left inverse of expand, (small, large), fp64. Noise preserves this: noise @ expand = 0."""
         contract = left_inverse(expand)
         noise = self.setting("noise", map_name)
         if noise:

@@ -56,7 +56,7 @@ class LinearMap(ABC):
 
 
 class DenseMap(LinearMap):
-    """Every entry of a map, (n, m)."""
+    """A map stored entry by entry, (n, m)."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -125,7 +125,7 @@ class _SelectRows(torch.autograd.Function):
 
 
 class RowSelection(LinearMap):
-    """Row i is scale[i] times small feature source[i]. A row without a feature has scale 0. Never learned."""
+    """Row i is scale[i] times small feature source[i]. Empty rows have scale 0. Never learned."""
 
     cost = 0
 
@@ -210,7 +210,7 @@ class LowRankMap(LinearMap):
         return self.start.apply(x) + F.linear(F.linear(x, self.v), self.u)
 
     def apply_transposed(self, x):
-        # U V first: recomputation for the backward pass skips what follows the last saved tensor.
+        # U V first: recomputation stops after the last saved tensor, so it skips the start.
         low_rank = (x @ self.u) @ self.v
         return low_rank + self.start.apply_transposed(x)
 

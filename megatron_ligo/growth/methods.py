@@ -1,7 +1,7 @@
 """Named methods. Each sets all keys of [operator]; keys that the user sets take precedence.
 
 Lossless methods start with the small model's logits: with RMSNorm at any ratio of sizes, with LayerNorm at whole
-multiples of hidden_size (`can_be_lossless`). Keys that the user sets may undo that.
+multiples of hidden_size (`can_be_lossless`). Keys that the user sets may break this.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _method_settings(name: str, large: ModelConfig) -> dict:
 
 
 def can_be_lossless(small: ModelConfig, large: ModelConfig) -> bool:
-    """True if some start keeps the logits at these sizes. Only whole copies keep a LayerNorm's mean and variance."""
+    """True if some start preserves the logits at these sizes. A LayerNorm's statistics require whole copies."""
     return architectures.get(large.arch).uses_rms_norm or large.hidden_size % small.hidden_size == 0
 
 

@@ -4,13 +4,13 @@ It is a table of small named fp32 tensors, computed one at a time from a seed (i
 a time from a file (operator_file.py). It does not depend on the layout: each rank takes the rows that it needs.
 
     width.{map}.expand          (large, small)    width.{map}.{layer}.expand if each layer has its own
-    width.{map}.contract        (small, large)    only if contract is a parameter of its own
+    width.{map}.contract        (small, large)    only if contract is a separate parameter
     depth.{param}               (large layers, small layers)
     gain.source                 (hidden large,)   int64: the small feature whose gain each large one copies
     gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
 
-A layer is a large layer unless the text says otherwise. Layer None means outside the layers.
+Layers are large layers unless stated otherwise. Layer None means outside the layers.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class Operator(ABC):
         return value_for_space(getattr(self.settings, key), name)
 
     def has_map_per_layer(self, map_name: str) -> bool:
-        """True if each layer has a map of its own. Spaces that reach outside the layers have one map."""
+        """True if each layer has its own map. Spaces that extend outside the layers have one map."""
         return self.setting("share", map_name) == "layer" and not self.maps[map_name].outside_layers
 
     def has_contract(self, map_name: str) -> bool:
-        """True if contract is a parameter of its own, and not the transpose of expand."""
+        """True if contract is a separate parameter, not the transpose of expand."""
         return self.maps[map_name].is_read and self.setting("contract", map_name) == "free"
 
     def rank(self, map_name: str) -> int:
@@ -173,7 +173,7 @@ class Operator(ABC):
     # Growth.
 
     def matrix(self, layer: int | None) -> Callable[[LiftedMap, Use], Tensor]:
-        """Returns the function that gives a layer's (large, small) matrix for a map and a use."""
+        """Returns a function from a lifted map and a use to the layer's (large, small) matrix."""
 
         def matrix_for_use(lift: LiftedMap, use: Use) -> Tensor:
             if use is Use.INPUT and self.has_contract(lift.map_name):

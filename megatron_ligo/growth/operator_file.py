@@ -59,7 +59,7 @@ class OperatorFile(Operator):
 def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], folder: Path, record: dict) -> None:
     """Writes an operator's folder. Each file is published atomically, the record last.
 
-    tensors: all of `operator.shapes()`, contiguous or not. record: further keys of the record (source digest, step,
+    tensors: all of `operator.shapes()`, of any strides. record: further keys of the record (source digest, step,
     losses). CheckpointError if a tensor has NaN or Inf.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Growth of the table of learned positions.
 
-A longer context appends positions. The small model's positions stay, so every start is lossless within its length:
+A longer context appends positions. The old positions are unchanged, so every start is lossless within their length:
 
     tile      the old positions, repeated in order (Longformer, arXiv 2004.05150)
     mean      their mean

@@ -1,4 +1,4 @@
-"""Random initialisation of what has no source in the small model. It depends on the seed and the key only.
+"""Random weights for entries without a source in the small model. They depend on the seed and the key only.
 
 Random numbers fill the entries that width and depth maps with the start `pad` leave empty, in matrices only (new biases
 are zero). Their root mean square is that of the small weight of the same key, in the layer that the large layer copies

@@ -151,7 +151,7 @@ def _check_frozen_identity(
 
 
 def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> None:
-    """Adds an error for a lossless depth that cannot be one. Warns of such a width, which is nearly lossless."""
+    """Adds an error for a `lossless` depth start that cannot be lossless. Warns of a width that is nearly lossless."""
     arch = architectures.get(large.arch)
     method = METHODS[settings.method]
     if not arch.pre_norm and large.num_layers > small.num_layers:

@@ -1,1 +1,1 @@
-from megatron_ligo.distributed import device  # noqa: F401 - before anything of Megatron-core's
+from megatron_ligo.distributed import device  # noqa: F401 - must precede Megatron-core's imports

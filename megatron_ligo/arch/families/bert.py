@@ -5,7 +5,7 @@ a norm follows each residual sum, and one follows the embeddings. These three ha
 Their names are in its style (`post_self_attn_layernorm`, `post_mlp_layernorm`, `embedding.layer_norm`); all other
 modules use its names.
 
-The masked-LM head's transform maps the residual space to a space of its own (`head`), which the decoder reads. A tied
+The masked-LM head's transform maps the residual space to a separate space (`head`), which the decoder reads. A tied
 decoder multiplies it by the embedding, which merges the two spaces. If the decoder is not tied, transformers stores a
 second head bias that the forward pass does not use (`head_spare_bias`).
 """

@@ -32,7 +32,7 @@ def read_local_tensor(item: StoredTensor, read: TensorReader, model_config: Mode
 
 
 def fill_parameters(model: nn.Module, model_config: ModelConfig, mesh: Mesh, read: TensorReader) -> None:
-    """Sets every parameter of this rank's model (not yet in an engine) from canonical tensors, cast to its dtype."""
+    """Sets every parameter of this rank's model, before engine creation, from canonical tensors cast to its dtype."""
     for parameter, item in iterate_parameters(model, model_config):
         with torch.no_grad():
             parameter.copy_(read_local_tensor(item, read, model_config, mesh.tp, mesh.tp_rank))

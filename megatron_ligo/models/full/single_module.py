@@ -18,7 +18,7 @@ from megatron_ligo.models.mcore.layer_calls import sum_gradients
 
 
 def finish_model(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Marks sharded parameters, hooks the gradient sums of partial uses, and prepares checkpoints. Call last."""
+    """Ends a model's construction: marks sharded parameters, sums gradients of partial uses, prepares checkpoints."""
     parameters.mark_tensor_parallel(model, model_config, mesh.tp)
     sum_gradients(partially_used(model, model_config), mesh.tp_group)
     prepare_saving(model, model_config, mesh)

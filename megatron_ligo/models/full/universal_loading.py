@@ -96,7 +96,7 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: 
     """Loads `source` (an open universal checkpoint) into an engine configured with `load_universal`. Collective.
 
     CheckpointError if a file holds anything but tensors and plain values (DeepSpeed would unpickle it), or if a loaded
-    parameter differs from the files in a single bit.
+    parameter is not bit-identical to the files.
     """
     stage3 = engine.zero_optimization_stage() == 3
     if stage3 and dist.get_world_size(tp_group) > 1:
