@@ -1,6 +1,7 @@
 """Converts any Reader to any writable format, atomically: one tensor at a time, with a digest of each.
 
-A grown model is converted the same way: its Reader computes what others read from files.
+A grown model is converted the same way: its Reader computes what others read from files. staging.py decides whether an
+interrupted conversion resumes, and io/output.py skips the tensors that its journal lists as written.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ def convert(
         progress = _extrapolate(progress, ranks.world_size)
     conversion = _Conversion(source, target_format, options, ranks, progress)
     if ranks.rank:
-        conversion.assist(Staging(target, job))
+        conversion.run_other_rank(Staging(target, job))
         return load_manifest(target)
-    return conversion.lead(Staging(target, job), overwrite, extra_files or {})
+    return conversion.run_first_rank(Staging(target, job), overwrite, extra_files or {})
 
 
 @dataclass(frozen=True)
@@ -103,31 +104,31 @@ class _Conversion:
     ranks: RankGroup
     progress: Progress | None
 
-    def lead(self, stage: Staging, overwrite: bool, extra_files: Mapping[str, object]) -> Manifest:
+    def run_first_rank(self, staging: Staging, overwrite: bool, extra_files: Mapping[str, object]) -> Manifest:
         """Runs on rank 0: lays the files out, writes its share, commits what all ranks have written."""
         ranks = self.ranks
         with ExitStack() as resources:
             with ranks.agree():
-                stage.target.parent.mkdir(parents=True, exist_ok=True)
-                resources.enter_context(stage)
-                finished = _find_finished(stage.target, stage.job, overwrite)
+                staging.target.parent.mkdir(parents=True, exist_ok=True)
+                resources.enter_context(staging)
+                finished = _find_finished(staging.target, staging.job, overwrite)
                 if not finished:
-                    reader = self._prepare(stage)
+                    reader = self._prepare(staging)
             ranks.all_gather(not finished)
             if finished:
-                log.info("%s is already there, written by the same request: left as it is", stage.target)
+                log.info("%s is already there, written by the same request: left as it is", staging.target)
                 return finished
-            with _discard_on_refusal(stage):
-                with ranks.agree(), Output(stage.content, stage.journal, self.options.workers, ranks) as output:
+            with _discard_on_refusal(staging):
+                with ranks.agree(), Output(staging.content, staging.journal, self.options.workers, ranks) as output:
                     self.format.write(reader, output, self.options)
                     for name, value in extra_files.items():
                         output.write_json(name, value)
                 with ranks.agree():
-                    stage.absorb_journals()
+                    staging.absorb_journals()
                     reader.finish()
-                    return self._commit(stage, reader, output.written)
+                    return self._commit(staging, reader, output.written)
 
-    def assist(self, stage: Staging) -> None:
+    def run_other_rank(self, staging: Staging) -> None:
         """Runs on every other rank: writes its share between rank 0's preparation and its commit."""
         ranks = self.ranks
         with ranks.agree():
@@ -135,13 +136,13 @@ class _Conversion:
         if not ranks.all_gather(None)[0]:
             return
         with ranks.agree():
-            if not stage.content.is_dir():
+            if not staging.content.is_dir():
                 hint = "Choose one that all nodes share, or use one process."
                 raise CheckpointError(
-                    Problem(f"{stage.target}", "a folder that every process sees", "nothing there", hint)
+                    Problem(f"{staging.target}", "a folder that every process sees", "nothing there", hint)
                 )
-            journal = stage.open_rank_journal(ranks.rank)
-            with Output(stage.content, journal, self.options.workers, ranks) as output:
+            journal = staging.open_rank_journal(ranks.rank)
+            with Output(staging.content, journal, self.options.workers, ranks) as output:
                 self.format.write(self._validated(journal), output, self.options)
             journal.close()
         with ranks.agree():
@@ -160,28 +161,28 @@ class _Conversion:
         with_moments = self.dropped_moments() is None
         return ValidatedReader(self.source, self.options.dtype, with_moments, journal, self.progress)
 
-    def _prepare(self, stage: Staging) -> ValidatedReader:
+    def _prepare(self, staging: Staging) -> ValidatedReader:
         """Counts the bytes to write, checks that they fit on the disk, and lays the files out for several ranks."""
-        stage.begin()
-        if stage.resumed:
-            log.info("resuming the interrupted conversion to %s", stage.target)
+        staging.begin()
+        if staging.resumed:
+            log.info("resuming the interrupted conversion to %s", staging.target)
         warning = self.format.reader_warning(self.source.model_config)
         if warning:
             log.warning("%s", warning)
-        reader = self._validated(stage.journal)
+        reader = self._validated(staging.journal)
         with (
-            _discard_on_refusal(stage),
-            tempfile.TemporaryDirectory(dir=stage.partial) as scratch,
+            _discard_on_refusal(staging),
+            tempfile.TemporaryDirectory(dir=staging.partial) as scratch,
             DryRunOutput(Path(scratch)) as dry_run,
         ):
             self.format.write(reader, dry_run, self.options)
-        stage.check_space(dry_run.bytes)
+        staging.check_space(dry_run.bytes)
         if self.ranks.world_size > 1:
-            with FileLayoutOutput(stage.content) as layout:
+            with FileLayoutOutput(staging.content) as layout:
                 self.format.write(reader, layout, self.options)
         return reader
 
-    def _commit(self, stage: Staging, reader: ValidatedReader, written: list[str]) -> Manifest:
+    def _commit(self, staging: Staging, reader: ValidatedReader, written: list[str]) -> Manifest:
         source, options, dropped = self.source, self.options, self.dropped_moments()
         left_behind = [*source.unread, *([dropped] if dropped else [])]
         if left_behind:
@@ -191,16 +192,16 @@ class _Conversion:
             dims=source.model_config,
             step=source.step,
             layout={"tp": options.tp, "pp": options.pp},
-            job=stage.job,
+            job=staging.job,
             source={"format": source.format, "path": str(source.path) if source.path else None},
             tensors=reader.digests(),
-            files={name: (stage.content / name).stat().st_size for name in sorted(written)},
+            files={name: (staging.content / name).stat().st_size for name in sorted(written)},
             left_behind=left_behind,
             versions=library_versions(),
         )
-        with Output(stage.content) as output:
+        with Output(staging.content) as output:
             output.write_json(MANIFEST, manifest.to_json())
-        stage.commit([*written, MANIFEST])
+        staging.commit([*written, MANIFEST])
         return manifest
 
 
@@ -210,14 +211,14 @@ def _extrapolate(progress: Progress, world: int) -> Progress:
 
 
 @contextmanager
-def _discard_on_refusal(stage: Staging) -> Iterator[None]:
+def _discard_on_refusal(staging: Staging) -> Iterator[None]:
     """Discards the stage if the input is refused, since a second run would be too. A MachineError keeps it."""
     try:
         yield
     except MachineError:
         raise
     except LigoError:
-        stage.discard()
+        staging.discard()
         raise
 
 

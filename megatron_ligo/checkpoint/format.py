@@ -1,10 +1,11 @@
 """What every checkpoint format provides: it recognises a path, opens a Reader of canonical tensors, writes from one.
 
 A format is one subclass of `Format` in a module of formats/<format>/; formats/__init__.py finds it by scanning the
-folder, so that adding one needs no other edit. All formats are imported together: what only one needs (Megatron-core,
-DeepSpeed) is imported inside its functions. sharding/fused_tensors.py states which tensors a format stores and the
-canonical parameters in each; a writer hands them to `Output` as `LazyTensor`s. A format without a config of its own
-stores model_record.py's files beside its weights.
+folder. Tensor names that are neither Hugging Face's nor Megatron-core's stand in the families' files. All formats are
+imported together: what only one needs (Megatron-core, DeepSpeed) is imported inside its functions.
+sharding/fused_tensors.py states which tensors a format stores and the canonical parameters in each; a writer hands
+them to `Output` as `LazyTensor`s. A format without a config of its own stores model_record.py's files beside its
+weights.
 """
 
 from __future__ import annotations

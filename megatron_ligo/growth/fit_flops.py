@@ -59,9 +59,9 @@ def fit_step_flops(
     matrices = [param for param in operator.arch.layer_params(large) if len(param.axes) == 2]
     # Each linear module maps once between the large and the small residual space.
     reads_by_module = {param.locations["mcore"].name: param.tp_dim == 0 for param in matrices}
-    crossings = sum(MapUse(operator, "residual", reads).flops(tokens) for reads in reads_by_module.values())
+    residual_projections = sum(MapUse(operator, "residual", reads).flops(tokens) for reads in reads_by_module.values())
     attention = LEARNED * 2 * 2 * tokens * seq_length * large.num_heads * large.head_dim
-    per_layer = sum(_weight_flops(operator, param, tokens) for param in matrices) + crossings + attention
+    per_layer = sum(_weight_flops(operator, param, tokens) for param in matrices) + residual_projections + attention
     # The small embedding and the small head are frozen.
     embedding = FROZEN * 2 * tokens * MapUse(operator, "residual", False).cost
     arch = operator.arch

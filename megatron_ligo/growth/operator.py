@@ -71,7 +71,7 @@ class Operator(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """Returns a tensor by its name in the module's docstring, on the CPU, in fp32 or int64."""
+        """Returns a tensor, with the name and shape of the module's docstring, on the CPU, in fp32 or int64."""
 
     # Settings and names.
 

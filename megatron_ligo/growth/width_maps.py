@@ -24,7 +24,7 @@ from megatron_ligo.growth import attention_heads
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
 # Spaces whose features are distinct items, which no map may mix.
-UNGROWN = ("vocab", "position", "token_type", "order", "channel", "pixel")
+UNMAPPED_SPACES = ("vocab", "position", "token_type", "order", "channel", "pixel")
 WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 
 
@@ -88,7 +88,7 @@ class SpaceMaps:
 
     def lift(self, axis: Axis, dual: bool = False) -> LiftedMap | None:
         """Returns the lifted map of an axis; None if its space does not grow. dual: for gradients."""
-        if axis.space in UNGROWN:
+        if axis.space in UNMAPPED_SPACES:
             return None
         if axis.heads is Heads.NONE:
             return LiftedMap(architectures.get(self.large.arch).space(axis, self.large))

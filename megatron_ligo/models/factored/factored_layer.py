@@ -19,7 +19,7 @@ from megatron_ligo.models.factored.factored_linears import (
     FactoredModule,
     FactoredNorm,
     InputTransform,
-    LayerHole,
+    ModulePlaceholder,
     NormTransform,
     RowParallelFactors,
     pass_through,
@@ -83,7 +83,7 @@ class FactoredLayer(nn.Module):
         config = build_transformer_config(operator.large, build)
         # fc2 applies the activation as its input transform, so Megatron-core's MLP must not.
         config.gated_linear_unit, config.activation_func = False, pass_through
-        submodules = build_layer_spec_with_holes(operator).submodules
+        submodules = build_layer_spec_with_placeholders(operator).submodules
         self.block = get_layer_class(operator.large)(config, submodules, layer_number=layer + 1)
         modules = build_modules(context, layer, config)
         for path, module in modules.items():
@@ -161,11 +161,11 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
     return modules
 
 
-def build_layer_spec_with_holes(operator: Operator) -> ModuleSpec:
-    """Builds the layer spec with a `LayerHole` in place of every module with parameters."""
+def build_layer_spec_with_placeholders(operator: Operator) -> ModuleSpec:
+    """Builds the layer spec with a `ModulePlaceholder` in place of every module with parameters."""
     spec = build_layer_spec(operator.large)
     attention, mlp = spec.submodules.self_attention.submodules, get_mlp_submodules(spec)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LayerHole
-    attention.linear_qkv = attention.linear_proj = LayerHole
-    mlp.linear_fc1 = mlp.linear_fc2 = LayerHole
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = ModulePlaceholder
+    attention.linear_qkv = attention.linear_proj = ModulePlaceholder
+    mlp.linear_fc1 = mlp.linear_fc2 = ModulePlaceholder
     return spec

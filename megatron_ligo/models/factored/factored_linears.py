@@ -81,7 +81,7 @@ class NormTransform(InputTransform):
         return partial(normalise, weight=tensors[0], bias=bias, eps=self.eps, kind=self.kind)
 
 
-class LayerHole(nn.Module):
+class ModulePlaceholder(nn.Module):
     """Placeholder for a Megatron-core module that a factored one replaces. Returns x (...) unchanged."""
 
     def __init__(self, *_, **__):
