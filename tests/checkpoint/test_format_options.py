@@ -11,20 +11,20 @@ from megatron_ligo.common.errors import ConfigError
 from tests.checkpoint import hf_models
 
 UNUSABLE = [
-    ("hf", "shard_bytes", "5GB", "a whole number"),
+    ("hf", "shard_bytes", "5GB", "an integer"),
     ("hf", "shard_bytes", 0, "at least 1"),
-    ("deepspeed", "tag", 5, "text"),
+    ("deepspeed", "tag", 5, "a string"),
     ("pipeline", "tag", "../elsewhere", "the name of a folder"),
     ("universal", "tag", "", "the name of a folder"),
     ("universal", "moments", "non", "one of source, none"),
-    ("universal", "param_groups", 1.5, "a whole number"),
+    ("universal", "param_groups", 1.5, "an integer"),
     ("mcore", "vocab_divisible_by", 0, "at least 1"),
-    ("mcore", "vocab_divisible_by", 1.5, "a whole number"),
+    ("mcore", "vocab_divisible_by", 1.5, "an integer"),
     ("mcore", "max_lr", "high", "a number"),
     ("megatron", "min_lr", -1e-4, "at least 0"),
     ("megatron", "min_lr", True, "a number"),
     ("megatron", "layers", "TE", "one of local, te"),
-    ("megatron", "vocab_divisible_by", "128", "a whole number"),
+    ("megatron", "vocab_divisible_by", "128", "an integer"),
     ("fairscale", "embedding", "rows", "one of vocabulary, features"),
 ]
 

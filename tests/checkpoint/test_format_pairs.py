@@ -191,7 +191,7 @@ def test_pairs(model, write_once, layouts, workspace):
         assert_equals_source(formats.open(target), model, stores_moments(first) and stores_moments(second, first))
 
 
-@pytest.mark.parametrize("form", formats.writers())
+@pytest.mark.parametrize("format_name", formats.writers())
 def test_narrow_dtypes_are_kept(format_name, write_once, workspace):
     fixed = formats.get(format_name).stored_dtype
     convert(

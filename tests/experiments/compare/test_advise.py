@@ -48,7 +48,7 @@ def test_ranked_within_the_budget(config, tmp_path):
     text = " ".join(found["advice"])
     planned = config.pretrain.steps * BATCH * SEQ / found["parameters"]["large"]
     assert f"method = '{found['ranking'][0]['method']}'" in text
-    assert f"plans {planned:.2g} tokens a parameter" in text
+    assert f"plans {planned:.2g} tokens per parameter" in text
 
 
 def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):

@@ -31,14 +31,14 @@ RESUMED = [
 ]
 
 
-def dims_of(bf16: bool = False, **changes):
+def model_config_of(bf16: bool = False, **changes):
     return llama_config(**{**pretrain_cases.SIZES, **changes})
 
 
 @pytest.mark.parametrize("world, kind, layouts", RESUMED, ids=str)
 def test_an_engine_goes_on_from_what_was_converted(pools, tmp_path, world, kind, layouts):
     bf16 = kind.get("bf16", False)
-    case = {"folder": str(tmp_path), "dims": dims_of(**kind), "layouts": layouts, "bf16": bf16}
+    case = {"folder": str(tmp_path), "model_config": model_config_of(**kind), "layouts": layouts, "bf16": bf16}
     found = pools(world).run(engine_cases.saved_and_resumed, **case)
     assert found["resumed"][0] == found["undisturbed"]
     for losses in found["resumed"][1:]:
