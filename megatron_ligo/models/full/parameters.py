@@ -6,7 +6,6 @@ them all.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,6 +15,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Use
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
+from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.growth.operator import writes_residual
 from megatron_ligo.sharding import fused_tensors
@@ -75,8 +75,6 @@ def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
         if len(shape) == 1:
             return torch.zeros(shape)
         std = INIT_STD / (2 * model_config.num_layers) ** 0.5 if writes_residual(param) else INIT_STD
-        digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
+        return torch.empty(shape).normal_(0.0, std, generator=seeded_generator(seed, key))
 
     return read

@@ -20,6 +20,7 @@ from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.io import iteration_folders
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import DataError, ErrorCollector
+from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import OperatorSection, RunConfig
 from megatron_ligo.data.indexed_dataset import open_indexed_files
 from megatron_ligo.data.tokenizer import load_tokenizer
@@ -79,8 +80,8 @@ class RandomModelReader(Reader):
         return TensorInfo(self.param(key).shape(self.model_config), torch.float32)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{key}".encode()).digest()[:7], "little")
-        tensor = torch.randn(self.param(key).shape(self.model_config), generator=torch.Generator().manual_seed(seed))
+        generator = seeded_generator(self.seed, f"{kind}:{key}")
+        tensor = torch.randn(self.param(key).shape(self.model_config), generator=generator)
         return tensor.abs() if kind == MOMENTS[1] else tensor
 
 
