@@ -68,7 +68,7 @@ def test_killed_at_random_moments(workspace, forks, to):
     most_entries = 0
     for _ in range(KILLS):
         process = start(target)
-        time.sleep(draw.uniform(0.0, seconds / 4))
+        time.sleep(draw.uniform(0.0, seconds / 2))
         process.kill()
         if target.exists():
             break

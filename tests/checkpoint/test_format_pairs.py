@@ -209,7 +209,7 @@ def test_unsupported_models_are_refused(workspace):
                 convert(source(model), workspace / "refused", format_name)
 
 
-@pytest.mark.parametrize("form", formats.writers())
+@pytest.mark.parametrize("format_name", formats.writers())
 def test_a_source_is_never_opened_for_writing(format_name, write_once, layouts, workspace):
     reader = write_once("llama", format_name, layouts(format_name)[-1])
     with pytest.raises(AssertionError, match="written into"), untouched(reader.path):
@@ -219,7 +219,7 @@ def test_a_source_is_never_opened_for_writing(format_name, write_once, layouts, 
         describe(formats.open(reader.path))
 
 
-@pytest.mark.parametrize("form", formats.writers())
+@pytest.mark.parametrize("format_name", formats.writers())
 def test_each_format_is_described_and_verified(format_name, write_once, layouts, workspace):
     reader = write_once("llama", format_name, layouts(format_name)[-1])
     summary = describe(reader)
