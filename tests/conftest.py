@@ -49,8 +49,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A mounted file system of 4 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no file system of its own could be mounted here: {made.stderr.strip()}")
+    built = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"no file system of its own could be mounted here: {built.stderr.strip()}")
     yield place
     subprocess.run(["umount", "--lazy", place], check=False)

@@ -93,8 +93,8 @@ OPERATORS = {
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_count_of_a_fit_step_equals_torch(pools, kind):
     settings, samples, *more = OPERATORS[kind]
-    found = pools(1).run(fit_flops, settings=settings, samples=samples, more=more[0] if more else {})
-    assert found["counted"] == pytest.approx(found["by_torch"], rel=0.02)
+    result = pools(1).run(fit_flops, settings=settings, samples=samples, more=more[0] if more else {})
+    assert result["counted"] == pytest.approx(result["by_torch"], rel=0.02)
 
 
 def test_count_of_a_lag_equals_torch(pools):

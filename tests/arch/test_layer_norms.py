@@ -26,10 +26,10 @@ def test_hugging_face(family, name, tied):
     model = layer_norm_models.model(family, name, tied=tied)
     items = stored_tensors(arch, model_config, "hf").items()
     expected = {layer_norm_models.IN_MEMORY.get(name, name): item.shape(model_config) for name, item in items}
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    result = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # transformers lists shared tensors under both names; a file holds them once.
-    shared = {other for other in set(found) - set(expected) if tied and other in model._tied_weights_keys}
-    assert {name: shape for name, shape in found.items() if name not in shared} == expected
+    shared = {other for other in set(result) - set(expected) if tied and other in model._tied_weights_keys}
+    assert {name: shape for name, shape in result.items() if name not in shared} == expected
     assert bool(shared) == (tied and model_config.has_head)
 
 
@@ -56,8 +56,8 @@ def test_megatron_core(tied):
         share_embeddings_and_output_weights=tied,
         position_embedding_type="learned_absolute",
     )
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert found == {
+    result = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert result == {
         name: item.shape(model_config) for name, item in stored_tensors(get("gpt2"), model_config, "mcore").items()
     }
 
@@ -83,11 +83,11 @@ def test_bert_has_megatron_core_names_for_shared_modules():
         model_config.max_positions,
         share_embeddings_and_output_weights=True,
     )
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    result = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = {
         name: item.shape(model_config) for name, item in stored_tensors(get("bert"), model_config, "mcore").items()
     }
-    ours, theirs = set(expected.items()) - set(found.items()), set(found.items()) - set(expected.items())
+    ours, theirs = set(expected.items()) - set(result.items()), set(result.items()) - set(expected.items())
     assert {name for name, _ in ours if "layer_norm" not in name and "post_" not in name} == set()
     assert {name for name, _ in theirs if "layernorm" not in name} == set()
 

@@ -72,21 +72,21 @@ def test_every_model_type_of_the_table_is_tested():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face(family):
     model_config = dims_of(family)
-    found = {name: tuple(tensor.shape) for name, tensor in hf_model(model_config).state_dict().items()}
+    result = {name: tuple(tensor.shape) for name, tensor in hf_model(model_config).state_dict().items()}
     if model_config.tied:
         # transformers lists the shared tensor under both names; a file holds it once.
-        assert found.pop("lm_head.weight") == found["model.embed_tokens.weight"]
-    assert found == expected(model_config, "hf")
+        assert result.pop("lm_head.weight") == result["model.embed_tokens.weight"]
+    assert result == expected(model_config, "hf")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_megatron_core(family):
     model_config = dims_of(family)
     model = mcore_model(model_config)
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert found == expected(model_config, "mcore")
+    result = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert result == expected(model_config, "mcore")
     # What is in the state dict besides (mcore keeps places for Transformer Engine's state) holds no numbers.
-    more = {name: value for name, value in model.state_dict().items() if name not in found}
+    more = {name: value for name, value in model.state_dict().items() if name not in result}
     assert not [name for name, value in more.items() if isinstance(value, torch.Tensor) and value.numel()]
 
 

@@ -314,11 +314,11 @@ def test_unsupported_options_are_refused(tmp_path):
         ("universal", WriteOptions(dtype=torch.bfloat16), "dtype", "torch.bfloat16"),
         ("hf", WriteOptions(workers=0), "workers", "0"),
     ]
-    for to, options, where, found in cases:
+    for to, options, where, result in cases:
         with pytest.raises(ConfigError) as error:
             convert(source, tmp_path / "b", to, options)
         (problem,) = error.value.problems
-        assert (problem.where, problem.found) == (where, found)
+        assert (problem.where, problem.found) == (where, result)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 

@@ -96,9 +96,9 @@ def test_bert_as_it_was_first_published(tmp_path):
     ids = layer_norm_models.tokens()
     with torch.no_grad():
         again = transformers.BertForPreTraining.from_pretrained(tmp_path / "b").eval()
-        found, expected = again(ids), model(ids)
-        assert torch.equal(found.prediction_logits, expected.prediction_logits)
-        assert torch.equal(found.seq_relationship_logits, expected.seq_relationship_logits)
+        result, expected = again(ids), model(ids)
+        assert torch.equal(result.prediction_logits, expected.prediction_logits)
+        assert torch.equal(result.seq_relationship_logits, expected.seq_relationship_logits)
     damaged = edit(folder, lambda state: state | {"cls.predictions.decoder.bias": torch.zeros(37)})
     with pytest.raises(CheckpointError) as error:
         formats.open(damaged).read("head_bias")

@@ -74,20 +74,20 @@ def sizes(model_type: str, **changes) -> ModelConfig:
     """Returns a small model of a family, with unusual values for every size that its config leaves free."""
     (arch,) = (arch for arch in architectures().values() if model_type in arch.model_types)
     free = set(arch.hf_fields.values())
-    found = {**SIZES, "arch": arch.name, "model_type": model_type, "vocab_size": VOCABULARY, "norm_eps": 1e-3}
-    found |= {"max_positions": POSITIONS} | arch.implied_sizes.get(model_type, {})
+    result = {**SIZES, "arch": arch.name, "model_type": model_type, "vocab_size": VOCABULARY, "norm_eps": 1e-3}
+    result |= {"max_positions": POSITIONS} | arch.implied_sizes.get(model_type, {})
     following = implied_head_sizes(SIZES["hidden_size"], SIZES["num_heads"])
-    found |= {name: value for name, value in following.items() if name not in free}
-    found |= dict.fromkeys(next(iter(arch.model_types[model_type].values())), True)
+    result |= {name: value for name, value in following.items() if name not in free}
+    result |= dict.fromkeys(next(iter(arch.model_types[model_type].values())), True)
     if "rope_base" in free:
-        found["rope_base"] = 5000.0
+        result["rope_base"] = 5000.0
     if "num_token_types" in free:
-        found["num_token_types"] = 3
+        result["num_token_types"] = 3
     if arch.choices:
-        found |= {name: choices[0] for name, choices in arch.choices.items()}
+        result |= {name: choices[0] for name, choices in arch.choices.items()}
     if "image_size" in free:
-        found |= IMAGE | {"max_positions": tokens_per_image(10, 3, found.get("has_distillation", False))}
-    return ModelConfig(**{**found, **changes})
+        result |= IMAGE | {"max_positions": tokens_per_image(10, 3, result.get("has_distillation", False))}
+    return ModelConfig(**{**result, **changes})
 
 
 MODELS = {

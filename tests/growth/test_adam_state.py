@@ -67,9 +67,9 @@ def gradients(model, model_config):
     ids = tokens(model_config)
     logits = model(ids[:, :-1]).logits
     nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    found = dict(model.named_parameters())
+    result = dict(model.named_parameters())
     arch = memory_of(model, model_config).arch
-    return {key: found[hf_name(arch, key)].grad for key in arch.keys(model_config)}
+    return {key: result[hf_name(arch, key)].grad for key in arch.keys(model_config)}
 
 
 def grown_pair(small, large, policy="grow", **keys):
@@ -135,12 +135,12 @@ def test_the_first_moment_is_the_grown_models_gradient(case, tied):
 
 def family_gradients(source):
     """As `gradients`, of a family with LayerNorm."""
-    made, ids = layer_norm_models.built(source), layer_norm_models.tokens()
-    nn.functional.cross_entropy(made(ids)[0].flatten(0, 1), ids.roll(1, dims=1).flatten()).backward()
+    built, ids = layer_norm_models.built(source), layer_norm_models.tokens()
+    nn.functional.cross_entropy(built(ids)[0].flatten(0, 1), ids.roll(1, dims=1).flatten()).backward()
     # A parameter that the loss does not meet has no gradient.
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in made.named_parameters()}
+    result = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in built.named_parameters()}
     items = stored_tensors(source.arch, source.model_config, "hf").items()
-    return {key: item.extract(found[name], key, source.model_config) for name, item in items for key in item.keys}
+    return {key: item.extract(result[name], key, source.model_config) for name, item in items for key in item.keys}
 
 
 WIDER = {

@@ -66,9 +66,9 @@ def test_materialised(case, dtype, rtol):
     grown = GrownReader(operator, source)
     assert set(grown.keys()) == set(case.expected)
     for key, expected in case.expected.items():
-        found = grown.read(key)
-        assert found.dtype == dtype
-        assert torch.allclose(found.double(), expected, rtol=rtol, atol=rtol), key
+        result = grown.read(key)
+        assert result.dtype == dtype
+        assert torch.allclose(result.double(), expected, rtol=rtol, atol=rtol), key
 
 
 def test_materialised_from_bf16(case):
@@ -115,10 +115,10 @@ def test_sharded(pools, path, kind):
     loss, grown = pools(world).run(fit_cases.official_numbers, path=str(path), head_dim=head_dim, **layout)
     labels = case.ids.roll(1, dims=1)
     with torch.no_grad():
-        found = logits(Memory(case.operator.large, case.expected), case.ids)
+        result = logits(Memory(case.operator.large, case.expected), case.ids)
     if head_dim == own:
-        assert torch.allclose(found, case.logits_large, rtol=1e-12, atol=1e-13)
-    expected = float(F.cross_entropy(found.flatten(0, 1), labels.flatten()))
+        assert torch.allclose(result, case.logits_large, rtol=1e-12, atol=1e-13)
+    expected = float(F.cross_entropy(result.flatten(0, 1), labels.flatten()))
     assert loss == pytest.approx(expected, rel=1e-6)
     assert grown.keys() == case.expected.keys()
     for key, tensor in case.expected.items():
@@ -158,8 +158,8 @@ def test_gradients_are_the_central_differences(case):
     labels = case.ids.roll(1, dims=1)
 
     def loss(operator: official_ligo.Given) -> torch.Tensor:
-        found = logits(GrownReader(operator, case.source), case.ids)
-        return F.cross_entropy(found.flatten(0, 1), labels.flatten())
+        result = logits(GrownReader(operator, case.source), case.ids)
+        return F.cross_entropy(result.flatten(0, 1), labels.flatten())
 
     tried = {"width.residual.expand": [(9, 3), (11, 0)], "depth.v": [(2, 1)], "depth.up_bias": [(3, 0)]}
     for name, places in tried.items():
@@ -227,10 +227,10 @@ def test_rows_of_zeros_pad_a_stack(case):
     below = last % operator.small.num_layers
     grown = GrownReader(official_ligo.Given(operator.small, operator.large, operator.settings, tensors), case.source)
     for row in MATRICES:
-        found, source = grown.read(f"layers.{last}.{row}"), case.source.read(f"layers.{below}.{row}")
-        corner = found[: source.shape[0], : source.shape[1]]
+        result, source = grown.read(f"layers.{last}.{row}"), case.source.read(f"layers.{below}.{row}")
+        corner = result[: source.shape[0], : source.shape[1]]
         assert torch.equal(corner, source)
-        assert int(found.count_nonzero()) == int(source.count_nonzero())
+        assert int(result.count_nonzero()) == int(source.count_nonzero())
 
 
 def test_depth_before_width_with_maps_of_the_target_layer(case):
@@ -299,8 +299,8 @@ def test_one_step_of_the_optimizer(case):
     lr, eps, decay = 2e-4, 1e-6, 0.1
     before = case.operator.tensor("depth.q")
     weights = torch.nn.Parameter(before.clone())
-    found = logits(GrownReader(changed(case, {"depth.q": weights}), case.source), case.ids)
-    F.cross_entropy(found.flatten(0, 1), case.ids.roll(1, dims=1).flatten()).backward()
+    result = logits(GrownReader(changed(case, {"depth.q": weights}), case.source), case.ids)
+    F.cross_entropy(result.flatten(0, 1), case.ids.roll(1, dims=1).flatten()).backward()
     gradient = weights.grad.clone()
     torch.optim.AdamW([weights], lr=lr, eps=eps, weight_decay=decay, betas=(0.9, 0.999)).step()
     expected = before * (1 - lr * decay) - lr * gradient / (gradient.abs() + eps)

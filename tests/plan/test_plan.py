@@ -59,8 +59,8 @@ INVALID = {
 
 @pytest.mark.parametrize("case", INVALID)
 def test_an_invalid_layout_is_reported_with_its_problem(case):
-    job, where, found = INVALID[case]
-    assert (where, found) in [(problem.where, problem.found) for problem in layout_search.find_problems(job)]
+    job, where, result = INVALID[case]
+    assert (where, result) in [(problem.where, problem.found) for problem in layout_search.find_problems(job)]
 
 
 def test_a_valid_layout_has_no_problem():

@@ -44,8 +44,8 @@ def pretrain_with_flipped_bit(settings: dict, output: str, at: int, kind: str) -
 
 def _flip(engine: Engine, kind: str) -> None:
     named = next(iter(replica_check.replicas_by_group(engine)))[1]
-    held = next(held for name, held in named.items() if kind in name)
-    bits = held.detach().view(-1).view(torch.int32)
+    stored = next(stored for name, stored in named.items() if kind in name)
+    bits = stored.detach().view(-1).view(torch.int32)
     bits[bits.numel() // 2] ^= 1
 
 

@@ -126,9 +126,9 @@ def test_if_all_are_damaged_the_run_does_not_restart_from_scratch(pools, half_wa
     table, output = half_way
     reasons = [one_bit(output / "checkpoints/step_2"), truncated(output / "checkpoints/step_4")]
     for _ in range(2):
-        found = pools(2).run(pretrain, settings=table, output=str(output))
-        assert "has no complete checkpoint (2 problems)" in found
-        assert all(name in found for name in reasons)
+        result = pools(2).run(pretrain, settings=table, output=str(output))
+        assert "has no complete checkpoint (2 problems)" in result
+        assert all(name in result for name in reasons)
 
 
 def test_jumping_clocks_change_nothing(pools, half_way, whole):
@@ -147,9 +147,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(pools, base, whole, small_d
     room = os.statvfs(small_disk)
     size = sum(map(len, before.values()))
     (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_bsize - size // 2))
-    found = pools(2).run(pretrain, settings=table, output=str(output))
-    assert isinstance(found, str) and "expected space and permission to write a checkpoint" in found
-    assert "No space left on device" in found
+    result = pools(2).run(pretrain, settings=table, output=str(output))
+    assert isinstance(result, str) and "expected space and permission to write a checkpoint" in result
+    assert "No space left on device" in result
     assert snapshot(output / "checkpoints/step_2") == before
     assert names(output / "checkpoints") == ["step_2"]
     (small_disk / "filler").unlink()
@@ -161,8 +161,8 @@ def test_a_read_only_disk_is_reported(pools, base, small_disk):  # noqa: F811
     table, output = settings(base), small_disk / "run"
     place = output / "checkpoints"
     command = [f"mount --bind {place} {place}", f"mount -o remount,bind,ro {place}"]
-    found = pools(2).run(rank_cases.pretrain_with_lost_disk, settings=table, output=str(output), command=command, at=3)
-    assert isinstance(found, str) and "Read-only file system" in found and "step_4" in found
+    result = pools(2).run(rank_cases.pretrain_with_lost_disk, settings=table, output=str(output), command=command, at=3)
+    assert isinstance(result, str) and "Read-only file system" in result and "step_4" in result
     assert names(place) == ["step_2"]
     subprocess.run(["umount", "--lazy", place], check=True)
 
@@ -170,8 +170,8 @@ def test_a_read_only_disk_is_reported(pools, base, small_disk):  # noqa: F811
 def test_a_deleted_folder_is_reported_and_not_recreated(pools, base, tmp_path):  # noqa: F811
     table, output = settings(base), tmp_path / "run"
     command = [f"rm -r {output}"]
-    found = pools(2).run(rank_cases.pretrain_with_lost_disk, settings=table, output=str(output), command=command, at=3)
-    assert isinstance(found, str) and "No such file or directory" in found and "step_4" in found
+    result = pools(2).run(rank_cases.pretrain_with_lost_disk, settings=table, output=str(output), command=command, at=3)
+    assert isinstance(result, str) and "No such file or directory" in result and "step_4" in result
     assert not output.exists()
 
 

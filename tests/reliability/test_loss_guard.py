@@ -18,8 +18,8 @@ from tests.training.test_pretrain import BATCH, base, losses_of, settings  # noq
 def test_a_diverging_run_saves_no_bad_weights(pools, base, tmp_path):  # noqa: F811
     table = settings(base, optimizer="sgd", lr=1e30, warmup_steps=0, schedule="constant", bad_numbers="skip")
     table["pretrain"] |= {"steps": 14, "save_every": 1}
-    found = pools(2).run(pretrain, settings=table, output=str(tmp_path))
-    assert (isinstance(found, str) and "NaN or Inf in" in found) or "steps in a row" in found, found
+    result = pools(2).run(pretrain, settings=table, output=str(tmp_path))
+    assert (isinstance(result, str) and "NaN or Inf in" in result) or "steps in a row" in result, result
     for path in tmp_path.rglob("mp_rank_*_model_states.pt"):
         module = torch.load(path, weights_only=True)["module"]
         assert all(bool(torch.isfinite(tensor).all()) for tensor in module.values() if tensor is not None)
@@ -27,8 +27,8 @@ def test_a_diverging_run_saves_no_bad_weights(pools, base, tmp_path):  # noqa: F
 
 def test_a_loss_spike(pools, base, tmp_path):  # noqa: F811
     table = settings(base, steps=30, spike=1.0001, save_every=0, lr=1e-9)
-    found = pools(1).run(pretrain, settings=table, output=str(tmp_path / "a"))
-    assert "expected a loss near those before" in found
+    result = pools(1).run(pretrain, settings=table, output=str(tmp_path / "a"))
+    assert "expected a loss near those before" in result
     table["pretrain"]["bad_numbers"] = "skip"
     assert len(losses_of(pools(1).run(pretrain, settings=table, output=str(tmp_path / "b")))) == 30
 

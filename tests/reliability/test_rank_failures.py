@@ -65,10 +65,10 @@ COPIES = {
 def test_replicas_that_differ_in_one_bit_are_named(pools, base, tmp_path, case):  # noqa: F811
     world, layout, kind, ranks = COPIES[case]
     table = settings(base, check_replicas_every=1, **layout)
-    found = pools(world).run(
+    result = pools(world).run(
         rank_cases.pretrain_with_flipped_bit, settings=table, output=str(tmp_path), at=3, kind=kind
     )
-    assert isinstance(found, str), "nothing was detected"
-    assert "step 3: ranks that must hold the same numbers do not" in found
-    assert kind in found and f"equal replicas on ranks {ranks}" in found
+    assert isinstance(result, str), "nothing was detected"
+    assert "step 3: ranks that must hold the same numbers do not" in result
+    assert kind in result and f"equal replicas on ranks {ranks}" in result
     assert not (tmp_path / "checkpoints/step_4").exists()

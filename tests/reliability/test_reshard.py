@@ -67,10 +67,10 @@ def test_a_fit_resumes_at_any_layout(pools, base, tmp_path, rank):  # noqa: F811
     whole = run(1, settings=of({}), output=str(tmp_path / "whole"))
     moved = run_chain(run, layouts, of, tmp_path / "moved")
     assert moved["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    expected, found = (load_file(tmp_path / name / "operator/operator.safetensors") for name in ("whole", "moved"))
+    expected, result = (load_file(tmp_path / name / "operator/operator.safetensors") for name in ("whole", "moved"))
     for name, tensor in expected.items():
         # Adam's first steps are signs: where a gradient is about zero, rounding decides.
-        assert torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max())), name
+        assert torch.allclose(result[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max())), name
 
 
 def fit_settings(base: Path, rank: int, layout: dict) -> dict:  # noqa: F811

@@ -61,5 +61,5 @@ def test_only_known_zero_keys(path):
 def test_all_profiles_train_alike(pools):
     losses = {path.stem: pools(2).run(train, profile=str(path)) for path in PROFILES}
     assert losses["zero1"][-1] < losses["zero1"][0]
-    for name, found in losses.items():
-        assert found == pytest.approx(losses["zero1"], rel=1e-5), name
+    for name, result in losses.items():
+        assert result == pytest.approx(losses["zero1"], rel=1e-5), name

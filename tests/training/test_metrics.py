@@ -119,10 +119,10 @@ def test_peak_memory_is_remembered():
     # Mapped, for the allocator keeps what it is given back when it likes to.
     block = mmap.mmap(-1, 64 << 20)
     block.write(b"1" * (64 << 20))
-    held = psutil.Process().memory_info().rss
+    stored = psutil.Process().memory_info().rss
     peak = peak_memory_bytes()
     block.close()
     # The kernel's counts may be some pages apart.
     slack = 1 << 20
-    assert 64 << 20 < held <= peak + slack
-    assert psutil.Process().memory_info().rss < held and peak_memory_bytes() >= peak - slack
+    assert 64 << 20 < stored <= peak + slack
+    assert psutil.Process().memory_info().rss < stored and peak_memory_bytes() >= peak - slack

@@ -67,10 +67,10 @@ def test_unsupported_layouts(tmp_path):
         ("deepspeed", {"pp": 2}, "pp = 2", "2"),
         ("pipeline", {"pp": 3}, "pp = 3", "2 layers"),
     ]
-    for to, layout, where, found in cases:
+    for to, layout, where, result in cases:
         with pytest.raises(ConfigError) as error:
             convert(source, tmp_path / "b", to, WriteOptions(**layout))
-        assert (where, found) in [(problem.where, problem.found) for problem in error.value.problems]
+        assert (where, result) in [(problem.where, problem.found) for problem in error.value.problems]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

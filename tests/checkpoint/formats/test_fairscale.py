@@ -62,12 +62,12 @@ def test_what_is_written_loads_into_fairscale_layers(tmp_path, pools, cut, tp, c
     tied = changes.pop("tie_word_embeddings", False)
     _, folder = hf_models.saved(tmp_path / "hf", tied=tied, **{**PLAIN, **changes})
     convert(formats.open(folder), tmp_path / "meta", "fairscale", WriteOptions(tp=tp, extra={"embedding": cut}))
-    found = torch.tensor(pools(tp).run(fairscale_model.load, folder=str(tmp_path / "meta"), cut=cut))
+    result = torch.tensor(pools(tp).run(fairscale_model.load, folder=str(tmp_path / "meta"), cut=cut))
     ids = hf_models.tokens()
-    torch.testing.assert_close(found[..., :37], logits(folder, ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result[..., :37], logits(folder, ids), atol=1e-5, rtol=1e-5)
     # 37 tokens on 2 or 4 ranks: zero rows below.
-    assert (found[..., 37:] == 0).all()
-    assert found.shape[-1] == -(-37 // tp) * tp
+    assert (result[..., 37:] == 0).all()
+    assert result.shape[-1] == -(-37 // tp) * tp
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -150,10 +150,10 @@ def test_models_that_metas_code_computes_differently_are_refused(tmp_path):
     (tmp_path / "meta" / "dims.json").unlink()
     (tmp_path / "meta" / "config.json").write_bytes((other / "config.json").read_bytes())
     hf_models.assert_same(formats.open(tmp_path / "meta"), formats.open(other))
-    for layout, where, found in [({"pp": 2}, "pp", "2"), ({"tp": 4}, "tp = 4", "num_kv_heads = 2")]:
+    for layout, where, result in [({"pp": 2}, "pp", "2"), ({"tp": 4}, "tp = 4", "num_kv_heads = 2")]:
         with pytest.raises(ConfigError) as error:
             convert(formats.open(folder), tmp_path / "other", "fairscale", WriteOptions(**layout))
-        assert (where, found) in [(problem.where, problem.found) for problem in error.value.problems]
+        assert (where, result) in [(problem.where, problem.found) for problem in error.value.problems]
 
 
 def test_a_release_without_our_files(tmp_path):

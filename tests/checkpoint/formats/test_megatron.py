@@ -153,9 +153,9 @@ def test_optimizers_of_megatron_core_load_our_checkpoints(pools, sources, tmp_pa
     convert(formats.open(tmp_path / "biased" / "engine"), tmp_path / "universal", "universal")
     for name, stored in (("tied", "tied/engine"), ("biased", "universal")):
         source = formats.open(tmp_path / stored)
-        made = convert(source, tmp_path / name / "made", "mcore", WriteOptions(extra=rates))
+        built = convert(source, tmp_path / name / "made", "mcore", WriteOptions(extra=rates))
         reader = formats.open(tmp_path / name / "made")
-        assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_samples.STEPS)
+        assert (built.left_behind, reader.has_moments, reader.step) == ([], True, engine_samples.STEPS)
         assert_same_state(reader, source)
     cases = [("tied", 2, 2, False, False), ("biased", 1, 2, False, True), ("tied", 2, 1, True, True)]
     jobs = [(str(tmp_path / name / "made/release"), str(tmp_path / name / "engine"), *how) for name, *how in cases]
@@ -165,9 +165,9 @@ def test_optimizers_of_megatron_core_load_our_checkpoints(pools, sources, tmp_pa
         source, folder = formats.open(tmp_path / name / "engine"), tmp_path / f"{name} by rank"
         if name == "biased":
             source = formats.open(tmp_path / "universal")
-        made = convert(source, folder, "megatron", WriteOptions(tp=tp, pp=pp, extra=rates))
+        built = convert(source, folder, "megatron", WriteOptions(tp=tp, pp=pp, extra=rates))
         reader = formats.open(folder)
-        assert (made.left_behind, reader.has_moments, reader.step) == ([], True, engine_samples.STEPS)
+        assert (built.left_behind, reader.has_moments, reader.step) == ([], True, engine_samples.STEPS)
         assert_same_state(reader, source)
         jobs.append((str(folder / "release"), str(tmp_path / name / "engine"), tp, pp, bf16))
     pools(4).run(megatron_optimizers.load_by_rank, jobs=jobs)
@@ -185,8 +185,8 @@ def test_rank_files_of_megatron_core_are_read(pools, sources, tmp_path, of, tp, 
     assert reader.layout == {"tp": tp, "pp": pp, "padded_vocab": megatron_ranks.PADDED_VOCAB_SIZE}
     assert reader.model_config == source.model_config
     assert_stepped(reader, source, weights=True)
-    made = convert(reader, tmp_path / "back", "mcore")
-    assert (made.left_behind, made.step) == ([], 1)
+    built = convert(reader, tmp_path / "back", "mcore")
+    assert (built.left_behind, built.step) == ([], 1)
     for file in folder.rglob("*.pt"):
         state = torch.load(file, weights_only=False)
         torch.save({**state, "optimizer": {"optimizer": {"param_groups": []}}}, file)
@@ -194,8 +194,8 @@ def test_rank_files_of_megatron_core_are_read(pools, sources, tmp_path, of, tp, 
     reader = formats.open(tmp_path / "run")
     assert (reader.has_moments, reader.step) == (False, 12)
     assert "distributed" in to_text(describe(reader))
-    made = convert(reader, tmp_path / "hf", "hf")
-    assert made.left_behind == list(reader.unread)
+    built = convert(reader, tmp_path / "hf", "hf")
+    assert built.left_behind == list(reader.unread)
     assert_same_weights(formats.open(folder), source)
 
 

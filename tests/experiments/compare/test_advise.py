@@ -37,17 +37,17 @@ def test_ranked_within_the_budget(config, tmp_path):
     methods = ["lossless", "stack", "lemon"]  # a pad has no room where heads change their ratio
     with pytest.raises(ConfigError, match="probes of 10 steps"):
         advise(config, tmp_path, budget, (1e-3, 1e-2), methods)
-    found = advise(config, tmp_path, 1.4 * budget, (1e-3, 1e-2), methods)
-    assert found["flops"] <= 1.4 * budget and found["lag_steps"] >= LAG
-    assert set(found["refused"]) == {"lemon"}
-    losses = [row["after_lag"] for row in found["ranking"]]
-    assert losses == sorted(losses) and {row["method"] for row in found["ranking"]} == {"lossless", "stack"}
-    assert all(row["other_seed"] is not None for row in found["ranking"])
-    lossless = next(row for row in found["ranking"] if row["method"] == "lossless")
-    assert lossless["at_once"] != lossless["after_lag"] and found["scratch"]["after_lag"] is not None
-    text = " ".join(found["advice"])
-    planned = config.pretrain.steps * BATCH * SEQ / found["parameters"]["large"]
-    assert f"method = '{found['ranking'][0]['method']}'" in text
+    result = advise(config, tmp_path, 1.4 * budget, (1e-3, 1e-2), methods)
+    assert result["flops"] <= 1.4 * budget and result["lag_steps"] >= LAG
+    assert set(result["refused"]) == {"lemon"}
+    losses = [row["after_lag"] for row in result["ranking"]]
+    assert losses == sorted(losses) and {row["method"] for row in result["ranking"]} == {"lossless", "stack"}
+    assert all(row["other_seed"] is not None for row in result["ranking"])
+    lossless = next(row for row in result["ranking"] if row["method"] == "lossless")
+    assert lossless["at_once"] != lossless["after_lag"] and result["scratch"]["after_lag"] is not None
+    text = " ".join(result["advice"])
+    planned = config.pretrain.steps * BATCH * SEQ / result["parameters"]["large"]
+    assert f"method = '{result['ranking'][0]['method']}'" in text
     assert f"plans {planned:.2g} tokens per parameter" in text
 
 
@@ -58,17 +58,17 @@ def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
     short = replace(
         config, fit=replace(config.fit, steps=2, global_batch_size=BATCH, micro_batch_size=BATCH, eval_samples=4)
     )
-    found = advise(short, tmp_path / "short", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
-    rows = {row["method"]: row for row in found["ranking"]}
-    assert set(rows) == {"stack", "stack.fitted"} and found["lag_steps"] == LAG
-    assert all(row["other_seed"] is not None for row in rows.values()) and found["probes"] == probes
+    result = advise(short, tmp_path / "short", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
+    rows = {row["method"]: row for row in result["ranking"]}
+    assert set(rows) == {"stack", "stack.fitted"} and result["lag_steps"] == LAG
+    assert all(row["other_seed"] is not None for row in rows.values()) and result["probes"] == probes
     # It is another model after its fit, and has been trained for fewer steps.
     assert rows["stack.fitted"]["at_once"] != rows["stack"]["at_once"]
     job = read_json(tmp_path / "short/jobs/stack.fitted/seed_1/run_1_0.001/job.json")
     assert job["config"]["pretrain"]["steps"] < LAG
     long = replace(short, fit=replace(short.fit, steps=3 * LAG))
-    found = advise(long, tmp_path / "long", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
-    assert [row["method"] for row in found["ranking"]] == ["stack"]
-    assert "costs more" in found["refused"]["stack.fitted"]
+    result = advise(long, tmp_path / "long", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
+    assert [row["method"] for row in result["ranking"]] == ["stack"]
+    assert "costs more" in result["refused"]["stack.fitted"]
     # It is known before any of it is run.
     assert not (tmp_path / "long/jobs/stack.fitted").exists()

@@ -102,12 +102,12 @@ def test_a_launcher_gives_a_run_many_ranks(base):
     short = replace(config.pretrain, steps=2)
     cut = replace(short, parallel=ParallelSection(tp=2))
     launcher = f"deepspeed --num_gpus 2 --master_port {free_port()} --module"
-    found = [
+    result = [
         JobQueue(base / name, how, print).run(ComparisonJob("scratch", "pretrain", replace(config, pretrain=section)))
         for name, how, section in (("one", "", short), ("many", launcher, cut))
     ]
-    assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
-    assert found[1]["flops"] == found[0]["flops"] > 0
+    assert result[1]["losses"] == pytest.approx(result[0]["losses"], rel=1e-5)
+    assert result[1]["flops"] == result[0]["flops"] > 0
 
 
 def test_jobs_run_once_and_other_settings_are_refused(base, results):
@@ -137,19 +137,19 @@ def test_jobs_run_once_and_other_settings_are_refused(base, results):
 
 def test_an_arm_with_a_lag_pays_for_it_and_shares_its_controls(base, results):
     arm = 'arms.after={operator={method="noisy_stack"}, fit={lr=1e-3}, lag=3}'
-    found = comparison.run_comparison(
+    result = comparison.run_comparison(
         comparison_config.load_comparison(base / "compare.toml", [arm]), base / "out", only=["after"]
     )
-    step = found["unit_flops"] / STEPS
+    step = result["unit_flops"] / STEPS
     fit = json.loads((base / "out/jobs/after/seed_1/fit_0.001/result.json").read_text())
-    runs = found["arms"]["after"]["runs"]
+    runs = result["arms"]["after"]["runs"]
     assert runs[0]["spent"] == pytest.approx(fit["flops"] + 3 * step)
-    assert fit["flops"] > found["arms"]["learned"]["runs"][0]["spent"]
-    assert all(abs(each["flops"] - each["budget"] * found["unit_flops"]) <= 0.5 * step for each in runs)
+    assert fit["flops"] > result["arms"]["learned"]["runs"][0]["spent"]
+    assert all(abs(each["flops"] - each["budget"] * result["unit_flops"]) <= 0.5 * step for each in runs)
     job = json.loads((base / "out/jobs/after/seed_1/run_1_0.001/job.json").read_text())
     assert job["config"]["pretrain"]["first_sample"] == (2 + 3) * BATCH
-    assert set(found["arms"]) == {*results["arms"], "after"}
-    against = {each["against"] for each in found["differences"] if each["arm"] == "after"}
+    assert set(result["arms"]) == {*results["arms"], "after"}
+    against = {each["against"] for each in result["differences"] if each["arm"] == "after"}
     assert against == {"learned.start", "learned.full", "scratch"}
 
 

@@ -20,8 +20,8 @@ from megatron_ligo.experiments.compare.savings import (
 
 
 def test_a_crossing_is_read_off_in_log_flops():
-    found = crossing([(400.0, 2.0), (100.0, 3.0)], 2.5)
-    assert found.kind == REACHED and found.flops == pytest.approx(200.0)
+    result = crossing([(400.0, 2.0), (100.0, 3.0)], 2.5)
+    assert result.kind == REACHED and result.flops == pytest.approx(200.0)
     assert crossing([(100.0, 3.0), (400.0, 2.0)], 2.0).flops == pytest.approx(400.0)
 
 
@@ -37,8 +37,8 @@ def test_nothing_is_claimed_beyond_what_was_run():
 def test_savings_are_paired_by_seed_and_told_as_bounds():
     scratch = {1: (1000.0, 2.0), 2: (1000.0, 2.5)}
     arm = {1: [(100.0, 3.0), (400.0, 2.0)], 2: [(100.0, 3.0), (400.0, 2.0)]}
-    found = saving(arm, scratch)
-    assert found.shares == pytest.approx((0.6, 0.8)) and found.summary == "70% (60% to 80%)"
+    result = saving(arm, scratch)
+    assert result.shares == pytest.approx((0.6, 0.8)) and result.summary == "70% (60% to 80%)"
     assert saving(arm, scratch, source=200.0).shares == pytest.approx((0.4, 0.6))
     assert saving({1: arm[1]}, scratch).summary == "60% (one seed)"
     assert saving(arm, {1: (1000.0, 3.5)}).summary == "at least 90% (one seed)"
@@ -55,8 +55,8 @@ def test_seeds_and_runs_that_are_missing_are_counted():
     assert saving(arm, scratch, seeds=3, budgets=3).summary == "at least 50% (0% to 75%), runs missing on 1"
     assert saving(arm, {1: scratch[1]}, seeds=3, budgets=3).summary == "at least 75%, 1 of 3 seeds compared"
     never = {1: (1000.0, 1.0), 2: (1000.0, 1.0)}
-    told = "not reached on 2 of 2 seeds within 1 of scratch's FLOPs, 2 of 3 seeds compared"
-    assert saving(arm, never, seeds=3, budgets=3).summary == told
+    message = "not reached on 2 of 2 seeds within 1 of scratch's FLOPs, 2 of 3 seeds compared"
+    assert saving(arm, never, seeds=3, budgets=3).summary == message
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_an_arm_is_better_only_beyond_the_spread_of_the_seeds(ours, verdict):
 
 
 def test_the_interval_is_student_s():
-    found = difference({1: 1.0, 2: 2.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0})
-    assert (found.low, found.high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)), rel=1e-3)
+    result = difference({1: 1.0, 2: 2.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0})
+    assert (result.low, result.high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)), rel=1e-3)
     assert difference({1: 1.0}, {2: 1.0}) is None
 
 
 @pytest.mark.parametrize(("seeds", "t"), [(11, 2.228), (12, 2.201), (31, 2.042), (32, 2.042), (200, 2.042)])
 def test_many_seeds_have_their_own_t(seeds, t):
-    found = difference({seed: float(seed % 2) for seed in range(seeds)}, dict.fromkeys(range(seeds), 0.0))
+    result = difference({seed: float(seed % 2) for seed in range(seeds)}, dict.fromkeys(range(seeds), 0.0))
     spread = stdev(float(seed % 2) for seed in range(seeds))
-    assert found.high - found.mean == pytest.approx(t * spread / math.sqrt(seeds), rel=1e-6)
+    assert result.high - result.mean == pytest.approx(t * spread / math.sqrt(seeds), rel=1e-6)

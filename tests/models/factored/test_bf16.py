@@ -23,10 +23,10 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def alone(pools):
     """One process in bf16: its losses are those of fp32 but for the rounding, which shows."""
-    found = pools(1).run(fit_cases.fit, precision="bf16", micro_size=2)
-    assert relative(found[0], expected("adamw")[0]) < 1e-2
-    assert relative(found[0], expected("adamw")[0]) > 1e-6, "computed in fp32"
-    return found
+    result = pools(1).run(fit_cases.fit, precision="bf16", micro_size=2)
+    assert relative(result[0], expected("adamw")[0]) < 1e-2
+    assert relative(result[0], expected("adamw")[0]) > 1e-6, "computed in fp32"
+    return result
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -37,8 +37,8 @@ def test_hidden_states_are_those_of_transformers(known):
     )
     parameters.fill_parameters(body, reader.model_config, mesh, reader.read)
     with torch.no_grad():
-        found = body["encoder"](body["embedding"](ids), recompute=False).transpose(0, 1)
-    assert torch.allclose(found, expected, atol=2e-5)
+        result = body["encoder"](body["embedding"](ids), recompute=False).transpose(0, 1)
+    assert torch.allclose(result, expected, atol=2e-5)
 
 
 def test_grown_to_twice_its_width_it_says_the_same(known):

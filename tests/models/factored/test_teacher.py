@@ -35,10 +35,10 @@ def taught(tp: int) -> dict[str, float]:
     assert not [name for name in names if "teacher" in name or "word_embeddings" in name]
     with torch.no_grad():
         evaluated = model.eval()(ids, labels, mask)
-    found = {"loss": float(loss.detach()), "gradient": float(gradient), "evaluated": float(evaluated)}
+    result = {"loss": float(loss.detach()), "gradient": float(gradient), "evaluated": float(evaluated)}
     if tp == 1:
-        found["expected"] = expected(model, reader, ids, evaluated, mask)
-    return found
+        result["expected"] = expected(model, reader, ids, evaluated, mask)
+    return result
 
 
 @torch.no_grad()

@@ -102,10 +102,10 @@ def module_only(folder: str, model_config: ModelConfig, layout: dict, bf16: bool
     before = job.evaluate()
     path, _ = job.engine.engine.load_checkpoint(folder, load_module_only=True)
     assert path is not None
-    found = [job.evaluate(), *job.losses(0, AFTER)]
+    result = [job.evaluate(), *job.losses(0, AFTER)]
     job.end()
-    assert before != found[0]
-    return found
+    assert before != result[0]
+    return result
 
 
 def transformers_model(folder: str, model_config: ModelConfig, zero: int) -> None:

@@ -70,11 +70,11 @@ def seen_and_told(model_config, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def micro(model_config, step: int, mesh, size: int) -> list[dict]:
     """This rank's micro-batches of a step."""
-    seen, told = seen_and_told(model_config, step)
+    seen, message = seen_and_told(model_config, step)
     starts = range(mesh.dp_rank * size, BATCH, size * mesh.dp)
-    mask = torch.ones(size, told.shape[1])
+    mask = torch.ones(size, message.shape[1])
     rows = [slice(start, start + size) for start in starts]
-    return [{"tokens": seen[part], "labels": told[part], "loss_mask": mask} for part in rows]
+    return [{"tokens": seen[part], "labels": message[part], "loss_mask": mask} for part in rows]
 
 
 def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> list[tuple[float, float]]:
@@ -86,16 +86,16 @@ def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> li
         stepper = torch.optim.SGD(model.parameters(), lr=LR["sgd"])
     else:
         stepper = torch.optim.AdamW(build_parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
-    found = []
+    result = []
     for step in range(STEPS):
-        seen, told = seen_and_told(model_config, step)
-        loss = F.cross_entropy(model(seen).logits.flatten(0, -2), told.flatten())
+        seen, message = seen_and_told(model_config, step)
+        loss = F.cross_entropy(model(seen).logits.flatten(0, -2), message.flatten())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         stepper.step()
         stepper.zero_grad()
-        found.append((float(loss.detach()), float(norm)))
-    return found
+        result.append((float(loss.detach()), float(norm)))
+    return result
 
 
 def train(
@@ -146,7 +146,7 @@ def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tupl
     model = build_model(model_config, BuildOptions(tp=tp), mesh)
     everyone: list = [None] * mesh.world_size
     torch.distributed.all_gather_object(everyone, {n: tuple(p.shape) for n, p in model.named_parameters()})
-    return {name: shape for held in everyone for name, shape in held.items()}
+    return {name: shape for stored in everyone for name, shape in stored.items()}
 
 
 def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> float | str:

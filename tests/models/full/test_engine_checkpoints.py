@@ -39,10 +39,10 @@ def model_config_of(bf16: bool = False, **changes):
 def test_an_engine_goes_on_from_what_was_converted(pools, tmp_path, world, kind, layouts):
     bf16 = kind.get("bf16", False)
     case = {"folder": str(tmp_path), "model_config": model_config_of(**kind), "layouts": layouts, "bf16": bf16}
-    found = pools(world).run(engine_cases.saved_and_resumed, **case)
-    assert found["resumed"][0] == found["undisturbed"]
-    for losses in found["resumed"][1:]:
-        assert losses == pytest.approx(found["undisturbed"], rel=1e-5)
+    result = pools(world).run(engine_cases.saved_and_resumed, **case)
+    assert result["resumed"][0] == result["undisturbed"]
+    for losses in result["resumed"][1:]:
+        assert losses == pytest.approx(result["undisturbed"], rel=1e-5)
     engine = formats.open(tmp_path / "engine")
     assert (engine.step, engine.has_moments) == (engine_cases.BEFORE, True)
     assert engine.layout["zero"] == layouts[0].get("zero", 1)
@@ -55,12 +55,12 @@ def test_an_engine_goes_on_from_what_was_converted(pools, tmp_path, world, kind,
 
 def check_deepspeeds_own_converter(folder) -> None:
     """It takes our models' checkpoints as they are, and makes of them what we do."""
-    made = folder / "by_deepspeed" / "state"
+    built = folder / "by_deepspeed" / "state"
     arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    paths = {"input_folder": str(folder / "engine" / "state"), "output_folder": str(made)}
+    paths = {"input_folder": str(folder / "engine" / "state"), "output_folder": str(built)}
     ds_to_universal.main(argparse.Namespace(**paths, **arguments, inject_missing_state=False))
-    shutil.copy(folder / "engine" / "dims.json", made.parent)
-    read = formats.open(made.parent)
+    shutil.copy(folder / "engine" / "dims.json", built.parent)
+    read = formats.open(built.parent)
     settings = {(group["betas"], group["eps"]) for group in formats.open(folder / "engine").groups}
     assert settings == {(group["betas"], group["eps"]) for group in read.groups} == {((0.9, 0.95), 1e-8)}
     ours = formats.open(folder / "universal")
@@ -88,10 +88,10 @@ def test_an_engine_loads_what_was_written(pools, tmp_path, world, to, layout):
     options = WriteOptions(tp=layout.get("tp", 1), pp=layout.get("pp", 1))
     convert(formats.open(tmp_path / "hf"), tmp_path / "made", to, options)
     expected = [loss for loss, _ in pretrain_cases.reference(tied)]
-    found = pools(world).run(
+    result = pools(world).run(
         engine_cases.module_only, folder=str(tmp_path / "made"), model_config=model_config, layout=layout
     )
-    assert found == pytest.approx([expected[0], *expected[: engine_cases.AFTER]], rel=1e-5)
+    assert result == pytest.approx([expected[0], *expected[: engine_cases.AFTER]], rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -99,9 +99,9 @@ def test_every_layout_trains_as_one_process(pools, folders, case):
     # Tied embeddings are the harder case; the untied head is run at one layout of each kind.
     tied = layout not in ({"zero": 1}, {"pp": 2}, {"tp": 2, "zero": 3}, {"tp": 2, "pp": 2})
     expected = pretrain_cases.reference(tied, layout.get("optimizer", "adamw"))
-    found = pools(world).run(pretrain_cases.train, folder=folders[tied], tied=tied, **layout)
-    assert found["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
-    for step, ((loss, norm), (loss_1, norm_1)) in enumerate(zip(found["steps"], expected, strict=True)):
+    result = pools(world).run(pretrain_cases.train, folder=folders[tied], tied=tied, **layout)
+    assert result["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
+    for step, ((loss, norm), (loss_1, norm_1)) in enumerate(zip(result["steps"], expected, strict=True)):
         assert loss == pytest.approx(loss_1, rel=1e-5), step
         assert norm == pytest.approx(norm_1, rel=1e-5), step
 
@@ -126,9 +126,9 @@ def test_every_family_trains_as_one_process(pools, tmp_path, family, layout):
     tied = layout.get("tied", True)
     expected = pretrain_cases.reference(tied, layout.get("optimizer", "adamw"), family)
     case = {"tied": tied, "family": family, **layout}
-    found = pools(4).run(pretrain_cases.train, folder=made(tmp_path, tied, family), **case)
-    assert found["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
-    for step, (step_found, step_expected) in enumerate(zip(found["steps"], expected, strict=True)):
+    result = pools(4).run(pretrain_cases.train, folder=made(tmp_path, tied, family), **case)
+    assert result["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
+    for step, (step_found, step_expected) in enumerate(zip(result["steps"], expected, strict=True)):
         assert step_found == pytest.approx(step_expected, rel=1e-5), step
 
 
@@ -144,8 +144,8 @@ IN_BF16 = [
 def test_bf16_with_fp32_masters(pools, folders, tmp_path, family, layout):
     folder = folders[True] if family == "llama" else made(tmp_path, True, family)
     expected = pretrain_cases.reference(True, family=family)
-    found = pools(4).run(pretrain_cases.train, folder=folder, tied=True, family=family, bf16=True, **layout)
-    for (loss, _), (loss_1, _) in zip(found["steps"], expected, strict=True):
+    result = pools(4).run(pretrain_cases.train, folder=folder, tied=True, family=family, bf16=True, **layout)
+    for (loss, _), (loss_1, _) in zip(result["steps"], expected, strict=True):
         assert loss == pytest.approx(loss_1, rel=5e-3)
 
 

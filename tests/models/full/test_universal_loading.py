@@ -37,8 +37,8 @@ def test_a_plain_gpt_model_in_a_users_script(pools, made, world, zero):
     ids = tokens(DIMS)
     expected = float(F.cross_entropy(hf_llama(DIMS)(ids).logits.flatten(0, 1), ids.flatten()).detach())
     # ZeRO 1 reads the layout from the files.
-    found = pools(world).run(pretrain_cases.load_into_a_users_model, folder=str(made), zero=zero, prepare=zero == 3)
-    assert found == pytest.approx(expected, rel=1e-6)
+    result = pools(world).run(pretrain_cases.load_into_a_users_model, folder=str(made), zero=zero, prepare=zero == 3)
+    assert result == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_deepspeed_loads_scrambled_is_refused(pools, folder):
@@ -48,10 +48,10 @@ def test_what_deepspeed_loads_scrambled_is_refused(pools, folder):
         state = torch.load(path)
         del state["cat_dim"]
         torch.save(state, path)
-    found = pools(2).run(pretrain_cases.load_into_a_users_model, folder=str(folder), zero=1, prepare=False)
-    assert found.startswith("CheckpointError")
-    assert found.count("decoder.layers.1.") == 2
-    assert "self_attention.linear_proj.weight" in found and "mlp.linear_fc2.weight" in found
+    result = pools(2).run(pretrain_cases.load_into_a_users_model, folder=str(folder), zero=1, prepare=False)
+    assert result.startswith("CheckpointError")
+    assert result.count("decoder.layers.1.") == 2
+    assert "self_attention.linear_proj.weight" in result and "mlp.linear_fc2.weight" in result
 
 
 class Hostile:
@@ -69,8 +69,8 @@ def test_no_file_is_executed(pools, folder, tmp_path, monkeypatch):
     assert "decoder.final_layernorm.weight/exp_avg.pt" in first and "odd.pt" in second
     assert not (tmp_path / "executed").exists()
     (folder / ZERO / "odd.pt").unlink()
-    found = pools(2).run(pretrain_cases.load_into_a_users_model, folder=str(folder), zero=1)
-    assert found.startswith("CheckpointError") and "exp_avg.pt" in found
+    result = pools(2).run(pretrain_cases.load_into_a_users_model, folder=str(folder), zero=1)
+    assert result.startswith("CheckpointError") and "exp_avg.pt" in result
 
 
 def test_a_model_with_other_names_is_refused():
