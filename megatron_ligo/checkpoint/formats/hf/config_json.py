@@ -14,6 +14,8 @@ import torch
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
+from megatron_ligo.checkpoint.formats.hf import rope_parameters
+from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
 
@@ -67,7 +69,7 @@ def parse_model_config(config: Mapping, where: str) -> ModelConfig:
         if name not in ROPE_FIELDS and name not in sizes:
             sizes[name] = _config_value(config, key, where)
     if "rope_base" in arch.hf_fields.values():
-        sizes |= _parse_rope(config, arch, where, errors)
+        sizes |= rope_parameters.parse_rope(config, arch, where, errors)
     _fill_implied_sizes(sizes)
     _check_types(sizes, errors)
     for name, known in arch.choices.items():
@@ -112,47 +114,7 @@ def _config_value(config: Mapping, key: str, where: str) -> object:
     # Every family defaults to hidden_size / num_heads.
     if key in config or key == "head_dim":
         return config.get(key)
-    return getattr(_transformers_config(config, where), key, None)
-
-
-def _transformers_config(config: Mapping, where: str) -> object:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        return CONFIG_MAPPING[config["model_type"]](**config)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(Problem(where, "a config that transformers accepts", reason)) from None
-
-
-def _parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
-    """Parses `rope_base`, `rope_scaling` and (in families that have one) `rotary_fraction`.
-
-    Reads both forms: rope_parameters (transformers 5), and separate keys.
-    """
-    keys = {field: key for key, field in arch.hf_fields.items()}
-    parameters = config.get("rope_parameters")
-    scaling = config.get("rope_scaling") if parameters is None else parameters
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        errors.add("rope_parameters", "one set of plain values for all layers", repr(scaling))
-        return {"rope_base": 1.0}
-    scaling = dict(scaling)
-    partial = scaling.pop("partial_rotary_factor", config.get(keys.get("rotary_fraction", "partial_rotary_factor")))
-    base = scaling.pop("rope_theta", config.get(keys["rope_base"]))
-    if base is None:
-        base = _transformers_config(config, where).rope_parameters["rope_theta"]
-    fraction = {}
-    if "rotary_fraction" in keys:
-        if partial is None:
-            partial = _transformers_config(config, where).rope_parameters["partial_rotary_factor"]
-        fraction = {"rotary_fraction": partial}
-    elif partial not in (None, 1):
-        errors.add("partial_rotary_factor", "1 (rotary positions on the whole head)", repr(partial))
-    if "type" in scaling:
-        scaling.setdefault("rope_type", scaling.pop("type"))
-    unscaled = scaling.get("rope_type", "default") == "default"
-    return {"rope_base": base, "rope_scaling": None if unscaled else scaling, **fraction}
+    return getattr(load_transformers_config(config, where), key, None)
 
 
 def _fill_implied_sizes(sizes: dict) -> None:
@@ -224,13 +186,7 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     config |= {key: sizes[field] for key, field in arch.hf_fields.items()}
     config |= arch.required_hf_values
     if "rope_base" in arch.hf_fields.values():
-        config["rope_parameters"] = {
-            "rope_type": "default",
-            "rope_theta": model_config.rope_base,
-            **(model_config.rope_scaling or {}),
-        }
-        if "rotary_fraction" in arch.hf_fields.values():
-            config["rope_parameters"]["partial_rotary_factor"] = model_config.rotary_fraction
+        config |= rope_parameters.to_rope_parameters(model_config)
     return config | {"dtype": name, "torch_dtype": name}
 
 

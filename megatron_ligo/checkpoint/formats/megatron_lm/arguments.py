@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.rope import LLAMA3_SCALING
 from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.formats.megatron_lm import rope_arguments
 from megatron_ligo.checkpoint.io import iteration_folders
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
@@ -73,8 +73,7 @@ def parse_model_config(args: Mapping[str, object], where: str) -> ModelConfig:
     missing = [name for name in _REQUIRED_ARGS if args.get(name) is None]
     for name in missing:
         errors.add(name, "a value", "none")
-    if args.get("position_embedding_type", "rope") != "rope" and not args.get("use_rotary_position_embeddings"):
-        errors.add("position_embedding_type", "rope", repr(args["position_embedding_type"]))
+    rope_arguments.check_rope_args(args, errors)
     errors.raise_if_any()
     has_query_groups = bool(args.get("group_query_attention"))
     window = args.get("window_size")
@@ -97,8 +96,7 @@ def parse_model_config(args: Mapping[str, object], where: str) -> ModelConfig:
             norm_eps=args["norm_epsilon"],
             tied=not args["untie_embeddings_and_output_weights"],
             qkv_bias=has_qkv_bias,
-            rope_base=float(args["rotary_base"]),
-            rope_scaling=_parse_rope_scaling(args),
+            **rope_arguments.parse_rope_args(args),
             sliding_window=window[0] + 1 if window else None,
         )
     except (TypeError, ValueError, LookupError, ArithmeticError, ConfigError) as error:
@@ -112,15 +110,10 @@ def to_megatron_args(
     common = _common_args(model_config, tp, pp, padded_vocab_size, dtype, step)
     if model_config.arch != "llama":
         return Namespace(**common)
-    scaling = dict(model_config.rope_scaling or {})
     return Namespace(
         **common,
         **_FIXED_ARGS,
-        position_embedding_type="rope",
-        use_rotary_position_embeddings=False,
-        rotary_base=_to_int_if_whole(model_config.rope_base),
-        use_rope_scaling=bool(scaling),
-        rope_scaling_factor=scaling.get("factor", 8.0),
+        **rope_arguments.to_rope_args(model_config),
         window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
     )
 
@@ -129,8 +122,7 @@ _FIXED_ARGS = {
     "normalization": "RMSNorm",
     "swiglu": True,
     "add_bias_linear": False,
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
+    **rope_arguments.FIXED_ARGS,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
     "qk_layernorm": False,
@@ -176,14 +168,3 @@ def _common_args(
         "data_parallel_size": 1,
         "use_distributed_optimizer": False,
     }
-
-
-def _parse_rope_scaling(args: Mapping[str, object]) -> dict | None:
-    if not args.get("use_rope_scaling"):
-        return None
-    return {"rope_type": "llama3", "factor": args.get("rope_scaling_factor", 8.0), **LLAMA3_SCALING}
-
-
-def _to_int_if_whole(number: float | None) -> float | int | None:
-    """Returns an int for a whole number: Megatron-LM's rotary base is one."""
-    return int(number) if number is not None and number == int(number) else number
