@@ -40,6 +40,17 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def add_accept_option(parser: CommandParser) -> None:
+    """Adds --accept KEY, which lets an unknown key of the source's config through, by name."""
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let one key of the source's config through that this program does not know; repeatable, recorded",
+    )
+
+
 def launcher_rank() -> int:
     """Returns this process's rank under a launcher; 0 without one."""
     return int(os.environ.get("RANK", "0"))

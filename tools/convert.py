@@ -31,6 +31,7 @@ def build_parser() -> cli.CommandParser:
     parser.add_argument("target", metavar="DST", help="new folder")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"target format: {', '.join(formats.writers())}")
     parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of SRC (default: detected)")
+    cli.add_accept_option(parser)
     parser.add_argument("--dtype", metavar="DTYPE", help=f"cast to {', '.join(DTYPES)} (default: no cast)")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of DST, if its format is sharded")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of DST, if its format is sharded")
@@ -62,7 +63,7 @@ def main() -> None:
     )
     start_time = time.perf_counter()
     with cli.byte_progress() as update_progress:
-        source = open_source(args.source, args.form)
+        source = open_source(args.source, args.form, args.accept)
         manifest = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=update_progress)
     size, seconds = sum(manifest.files.values()), time.perf_counter() - start_time
     print(f"{args.target}: {manifest.format}, {len(manifest.tensors)} tensors, {size:,} bytes in {seconds:.1f} s")

@@ -17,9 +17,10 @@ def main() -> None:
     parser = cli.build_parser(__doc__, EXAMPLE)
     parser.add_argument("path", metavar="PATH", help="checkpoint of any format")
     parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of the checkpoint (default: detected)")
+    cli.add_accept_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    reader = formats.open(args.path, args.form)
+    reader = formats.open(args.path, args.form, args.accept)
     description = inspect.describe(reader)
     print(json.dumps(description, indent=2) if args.json else inspect.to_text(description))
 

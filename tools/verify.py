@@ -24,6 +24,7 @@ def build_parser() -> cli.CommandParser:
     parser.add_argument("a", metavar="A", help="checkpoint of any format")
     parser.add_argument("b", metavar="B", nargs="?", help="another checkpoint (default: A's manifest)")
     parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of A (default: detected)")
+    cli.add_accept_option(parser)
     parser.add_argument("--values", action="store_true", help="ignore dtypes: compare the values alone")
     parser.add_argument(
         "--logits", action="store_true", help="also compare logits on a fixed batch, computed by transformers"
@@ -36,7 +37,7 @@ def build_parser() -> cli.CommandParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    a = formats.open(args.a, args.form)
+    a = formats.open(args.a, args.form, args.accept)
     results = (
         [_print_result(f"{args.a} and its manifest", check_manifest(a))] if args.b is None or has_manifest(a) else []
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import FileLayoutOutput, Output
 from megatron_ligo.checkpoint.manifest import MANIFEST, VERSION, Manifest, library_versions, load_manifest
 from megatron_ligo.checkpoint.reader import MOMENTS, Reader
+from megatron_ligo.checkpoint.source_keys import describe_value
 from megatron_ligo.checkpoint.staging import Staging
 from megatron_ligo.checkpoint.validated_reader import ValidatedReader, describe_non_finite
 from megatron_ligo.common.errors import (
@@ -38,13 +39,13 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes of the tensors done, bytes of all tensors
 
 
-def open_source(path: str | Path, format: str | None = None) -> Reader:
-    """Opens a checkpoint to convert; `format` as in `formats.open`.
+def open_source(path: str | Path, format: str | None = None, accept: Iterable[str] = ()) -> Reader:
+    """Opens a checkpoint to convert; `format` and `accept` as in `formats.open`.
 
     If its headers are faulty, the readable tensors are checked too, and the CheckpointError also lists NaN and Inf.
     """
     try:
-        return formats.open(path, format)
+        return formats.open(path, format, accept)
     except CheckpointError as error:
         if error.collector is None or error.remaining_tensors is None:
             raise
@@ -197,6 +198,7 @@ class _Conversion:
             tensors=reader.digests(),
             files={name: (staging.content / name).stat().st_size for name in sorted(written)},
             left_behind=left_behind,
+            accepted={key: describe_value(value) for key, value in source.accepted.items()},
             versions=library_versions(),
         )
         with Output(staging.content) as output:

@@ -20,6 +20,7 @@ import torch
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.config.typed_toml import read_section
 
@@ -63,8 +64,11 @@ class Format(ABC):
         """True for a checkpoint of this format. Looks at names and a few bytes only."""
 
     @abstractmethod
-    def open(self, path: Path) -> Reader:
-        """Opens a checkpoint, reading headers only. Raises CheckpointError with every error in them."""
+    def open(self, path: Path, accepted: AcceptedKeys) -> Reader:
+        """Opens a checkpoint, reading headers only. accepted: the unknown keys that may stand in its config.
+
+        Raises CheckpointError with every error in the headers.
+        """
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         """Declares files and their contents to `output`. Runs on a `DryRunOutput` first, which only counts bytes."""

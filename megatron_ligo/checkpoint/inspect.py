@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import describe_value
 
 
 def describe(reader: Reader) -> dict:
@@ -27,6 +28,7 @@ def describe(reader: Reader) -> dict:
         "parameters": sum(prod(row["shape"]) for row in rows),
         "bytes": sum(prod(row["shape"]) * reader.info(row["key"]).dtype.itemsize for row in rows),
         "carried": dict(reader.carried),
+        "accepted": {key: describe_value(value) for key, value in reader.accepted.items()},
         "rows": rows,
     }
 
@@ -41,6 +43,7 @@ def to_text(summary: dict) -> str:
         f"{summary['parameters']:,} parameters, {summary['bytes']:,} bytes",
         "  ".join(f"{name}={value}" for name, value in sizes.items()),
         *(f"not read: {unread}" for unread in summary["unread"]),
+        *(f"accepted: {key} = {value}" for key, value in summary["accepted"].items()),
         "",
     ]
     width = max(len(row["key"]) for row in summary["rows"])

@@ -21,7 +21,8 @@ class Manifest:
 
     tensors: canonical key -> {kind: {shape, dtype, digest}}; kind is "weight" or one of Adam's moments, and the digest
     (xxh3, 128 bits) covers the canonical bytes in row-major order. files: name -> bytes. job: digest of the request.
-    left_behind: contents of the source that the format does not store.
+    left_behind: contents of the source that the format does not store. accepted: keys of the source's config that this
+    program does not know and that the user let through, with their values.
     """
 
     format: str
@@ -33,6 +34,7 @@ class Manifest:
     tensors: dict[str, dict[str, dict]]
     files: dict[str, int] = field(default_factory=dict)
     left_behind: list[str] = field(default_factory=list)
+    accepted: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 

@@ -14,6 +14,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
@@ -56,20 +57,25 @@ def _to_json(model_config: ModelConfig, carried: Mapping[str, object]) -> dict:
     return {"version": VERSION, "dims": model_config.to_json(), "carried": dict(carried)}
 
 
-def find_record(folder: Path) -> tuple[ModelConfig, Mapping[str, object]] | None:
+def find_record(folder: Path, accepted: AcceptedKeys = NO_KEYS) -> tuple[ModelConfig, Mapping[str, object]] | None:
     """Returns the sizes and carried config keys of a folder with dims.json or a Hugging Face config.json, else None."""
     if (folder / RECORD).is_file():
         return _read_record(folder / RECORD)
     path = folder / config_json.CONFIG
     if path.is_file():
         config = config_json.load_config(path)
-        return config_json.parse_model_config(config, str(path)), config_json.parse_carried(config)
+        return config_json.parse_model_config(config, str(path), accepted), config_json.parse_carried(config)
     return None
 
 
-def read(folder: Path) -> tuple[ModelConfig, Mapping[str, object]]:
+def has_record(folder: Path) -> bool:
+    """Returns whether a folder holds a file that states a model's sizes."""
+    return (folder / RECORD).is_file() or (folder / config_json.CONFIG).is_file()
+
+
+def read(folder: Path, accepted: AcceptedKeys = NO_KEYS) -> tuple[ModelConfig, Mapping[str, object]]:
     """Like `find_record`, but raises CheckpointError if neither file is there."""
-    record = find_record(folder)
+    record = find_record(folder, accepted)
     if record is None:
         hint = "Put the model's Hugging Face config.json there."
         raise CheckpointError(

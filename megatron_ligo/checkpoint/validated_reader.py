@@ -32,7 +32,7 @@ class ValidatedReader(Reader):
         self.format, self.path = source.format, source.path
         self.model_config, self.step = source.model_config, source.step
         self.layout, self.files, self.carried = source.layout, source.files, source.carried
-        self.groups = source.groups
+        self.groups, self.accepted = source.groups, source.accepted
         self._dtype = dtype
         self._kinds = (WEIGHT, *MOMENTS) if with_moments and source.has_moments else (WEIGHT,)
         self._journal = journal

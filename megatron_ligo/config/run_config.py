@@ -31,6 +31,7 @@ T = TypeVar("T")
 class SmallSection:
     path: str = setting("", "checkpoint of the small model (file or folder)")
     format: str = setting("auto", "format of that checkpoint; auto: detected")
+    accept: tuple[str, ...] = setting((), "keys of its config to accept that this program does not know")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class GrownReader(Reader):
         self.model_config = operator.large
         same_images = self.model_config.image_size == source.model_config.image_size
         self.files = tuple(file for file in source.files if same_images or file.name != model_record.IMAGE_PROCESSOR)
-        self.carried = source.carried
+        self.carried, self.accepted = source.carried, source.accepted
         self.groups = source.groups if self.has_moments else ()
 
     def fingerprint(self) -> object | None:

@@ -103,7 +103,7 @@ def grow_from_config(
         raise ConfigError(Problem("small.path", "a checkpoint of the small model", "none", "Set it in [small]."))
     section = config.handoff
     with ranks.agree():
-        reader = formats.open(small.path, None if small.format == "auto" else small.format)
+        reader = formats.open_small(small)
         if operator_folder:
             operator = OperatorFile(operator_folder)
         else:

@@ -214,7 +214,7 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     small = config.small
     if not small.path:
         raise ConfigError("small.path: expected the small model's checkpoint, found nothing. Set it in [small].")
-    reader = formats.open(small.path, None if small.format == "auto" else small.format)
+    reader = formats.open_small(small)
     check_supported(reader.model_config)
     operator = build_initial_operator(reader.model_config, config.large, config.operator)
     errors = ErrorCollector("the fit cannot be done", ConfigError)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from megatron_ligo.arch.spec import UNTRAINED_PARTS
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import ParallelSection, RunConfig
 from megatron_ligo.export import provenance
@@ -104,14 +105,18 @@ def scratch_model_config(config: RunConfig) -> ModelConfig:
     if not config.small.path:
         hint = "Set pretrain.start, or set small.path to a model (or a config.json) to train from scratch."
         raise ConfigError(Problem("pretrain", "a start", "none", hint))
-    return derive_large_config(read_model_config(Path(config.small.path)), config.large)
+    return derive_large_config(read_model_config(Path(config.small.path), config.small.accept), config.large)
 
 
-def read_model_config(path: Path) -> ModelConfig:
-    """Reads the model config of a config.json, a run's model folder or a checkpoint."""
+def read_model_config(path: Path, accept: Iterable[str] = ()) -> ModelConfig:
+    """Reads the model config of a config.json, a run's model folder or a checkpoint.
+
+    accept: unknown keys of its config that the user lets through.
+    """
+    accepted = AcceptedKeys(accept)
     if path.is_file() and path.suffix == ".json":
-        return config_json.parse_model_config(config_json.load_config(path), f"{path}")
-    record = model_record.find_record(path) if path.is_dir() else None
+        return config_json.parse_model_config(config_json.load_config(path), f"{path}", accepted)
+    record = model_record.find_record(path, accepted) if path.is_dir() else None
     return record[0] if record else _open_start(path).model_config
 
 

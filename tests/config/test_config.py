@@ -14,7 +14,7 @@ TRAINING = (
 )
 PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel parallel.ds_config"
 KEYS = {
-    "small": "path format",
+    "small": "path format accept",
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size",
     "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow vocab_noise "
     "position_init rank seed",

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common import symlinks
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from megatron_ligo.config.run_config import SmallSection
 
-__all__ = ["formats", "get", "open", "recognise", "writers"]
+__all__ = ["formats", "get", "open", "open_small", "recognise", "writers"]
 
 
 @cache
@@ -63,15 +65,25 @@ def recognise(path: str | Path) -> Format:
     return format
 
 
-def open(path: str | Path, format: str | None = None) -> Reader:
+def open(path: str | Path, format: str | None = None, accept: Iterable[str] = ()) -> Reader:
     """Opens the checkpoint at a path, reading headers only. format: its name; None: it is recognised.
 
+    accept: names of config keys that this program does not know and that the user lets through (source_keys.py).
     Raises CheckpointError with every error in the headers or every link that leads out of the folder, ConfigError for
-    an unknown format.
+    an unknown format or a name in `accept` that the checkpoint does not state.
     """
     chosen = get(format) if format else recognise(path)
     symlinks.check_symlinks(_check_exists(path))
-    return chosen.open(Path(path))
+    accepted = AcceptedKeys(accept)
+    reader = chosen.open(Path(path), accepted)
+    accepted.check_used(path)
+    reader.accepted = accepted.used
+    return reader
+
+
+def open_small(small: SmallSection) -> Reader:
+    """Opens the small model that a run's config names. Raises as `open` does."""
+    return open(small.path, None if small.format == "auto" else small.format, small.accept)
 
 
 def _check_exists(path: str | Path) -> Path:

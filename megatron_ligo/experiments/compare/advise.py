@@ -52,7 +52,7 @@ def advise(
     10 steps per probe. An interrupted call resumes.
     """
     _check(budget, lrs, config)
-    small = formats.open(config.small.path, None if config.small.format == "auto" else config.small.format).model_config
+    small = formats.open_small(config.small).model_config
     arms, refused = _arms(config, small, list(methods) or PROBED)
     jobs = JobQueue(jobs_folder(output), "", log_line)
     spec = probe_comparison(config, arms, lrs, lag=1)

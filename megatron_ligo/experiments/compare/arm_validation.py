@@ -16,7 +16,7 @@ from megatron_ligo.training.lag import check_is_decoder
 
 def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
     """Raises ConfigError with every arm that cannot grow the small model into the large one or cannot be fitted."""
-    small = read_model_config(Path(spec.config.small.path))
+    small = read_model_config(Path(spec.config.small.path), spec.config.small.accept)
     errors = ErrorCollector("invalid comparison", ConfigError)
     for arm in arms:
         if not arm.grown:

@@ -35,6 +35,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizer
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.tensor_parallel import check_tp
@@ -77,7 +78,7 @@ class EngineFormat(Format):
         is_universal = (tag_folder / "zero").is_dir()
         return has_model_states(tag_folder) and not has_layer_states(tag_folder) and not is_universal
 
-    def open(self, path: Path) -> Reader:
+    def open(self, path: Path, accepted: AcceptedKeys) -> Reader:
         tag_folder = find_tag_folder(path, LATEST)
         if has_layer_states(tag_folder):
             hint = "Say --from pipeline."
@@ -85,7 +86,7 @@ class EngineFormat(Format):
         files = EngineFiles(tag_folder)
         errors = ErrorCollector(f"{tag_folder} does not hold the model of its config", CheckpointError)
         ranks = [_read_rank(files, mp_rank, errors) for mp_rank in range(files.mp_world_size)]
-        return EngineReader(NAME, path, find_root(path, tag_folder), files, ranks, errors)
+        return EngineReader(NAME, path, find_root(path, tag_folder), files, ranks, accepted, errors)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         """Writes the module states of all tensor-parallel ranks, tensor by tensor, side by side."""

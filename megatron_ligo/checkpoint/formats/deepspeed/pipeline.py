@@ -43,6 +43,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizer
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
@@ -129,15 +130,15 @@ class PipelineFormat(Format):
         except CheckpointError:
             return False
 
-    def open(self, path: Path) -> Reader:
+    def open(self, path: Path, accepted: AcceptedKeys) -> Reader:
         tag_folder = find_tag_folder(path, LATEST)
         files = EngineFiles(tag_folder)
         root = find_root(path, tag_folder)
-        model_config, _ = model_record.read(root)
+        model_config, _ = model_record.read(root, accepted)
         tp = _read_tp_size(files, model_config)
         errors = ErrorCollector(f"{tag_folder} does not hold the model of its config", CheckpointError)
         ranks = [_read_rank(files, tp_rank, tp, model_config, errors) for tp_rank in range(tp)]
-        return EngineReader(NAME, path, root, files, ranks, errors)
+        return EngineReader(NAME, path, root, files, ranks, accepted, errors)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         """Writes layers, each with the files of all tensor-parallel ranks side by side, then the counters."""

@@ -20,6 +20,7 @@ from megatron_ligo.checkpoint.formats.hf import tensor_names
 from megatron_ligo.checkpoint.formats.hf.tensor_names import StoredName
 from megatron_ligo.checkpoint.io import adam_groups, tp_shards
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.distributed.parallel_dims import EngineLayout, ParallelDims
 from megatron_ligo.sharding import fused_tensors
@@ -108,7 +109,7 @@ def _is_shape(shape: Sequence[object]) -> bool:
 def find_root(path: Path, tag_folder: Path) -> Path:
     """Returns the folder with the model's config: `path`, the tag's folder or its parent, else `path`."""
     folders = (path, tag_folder, tag_folder.parent)
-    return next((folder for folder in folders if model_record.find_record(folder)), path)
+    return next((folder for folder in folders if model_record.has_record(folder)), path)
 
 
 class EngineReader(Reader):
@@ -121,11 +122,12 @@ class EngineReader(Reader):
         root: Path,
         engine_files: EngineFiles,
         ranks: list[EngineRank],
+        accepted: AcceptedKeys,
         errors: ErrorCollector,
     ):
         self.format = format_name
         self.path = path
-        self.model_config, self.carried = model_record.read(root)
+        self.model_config, self.carried = model_record.read(root, accepted)
         self.files = model_record.find_carried_files(root)
         self._ranks = ranks
         stored_tensors, self._names, self.model_config = self._match_names(errors)

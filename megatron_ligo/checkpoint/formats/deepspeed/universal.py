@@ -27,6 +27,7 @@ from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors
@@ -51,14 +52,14 @@ class UniversalReader(Reader):
 
     format = NAME
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
         self._tag_folder = find_tag_folder(path, LATEST)
         self._zero_folder = self._tag_folder / "zero"
         if not self._zero_folder.is_dir():
             raise CheckpointError(Problem(f"{self._tag_folder}", "a folder zero/", "none"))
-        root = path if model_record.find_record(path) else self._tag_folder.parent
-        self.model_config, self.carried = model_record.read(root)
+        root = path if model_record.has_record(path) else self._tag_folder.parent
+        self.model_config, self.carried = model_record.read(root, accepted)
         self.files = model_record.find_carried_files(root)
         global_steps = self._read_global_steps()
         stored_tensors = fused_tensors.stored_tensors(self.arch, self.model_config, "mcore")
@@ -187,8 +188,8 @@ class UniversalFormat(Format):
     def recognise(self, path: Path) -> bool:
         return (path / LATEST).is_file() or (path / "zero" / OPTIMIZER).is_file()
 
-    def open(self, path: Path) -> UniversalReader:
-        return UniversalReader(path)
+    def open(self, path: Path, accepted: AcceptedKeys) -> UniversalReader:
+        return UniversalReader(path, accepted)
 
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
         return "moments = none" if self.parse_options(options.extra).moments == "none" else ""

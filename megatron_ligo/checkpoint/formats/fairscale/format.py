@@ -32,6 +32,7 @@ from megatron_ligo.checkpoint.formats.fairscale.params_json import PARAMS
 from megatron_ligo.checkpoint.io import digest, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
@@ -52,7 +53,7 @@ class FairscaleReader(Reader):
 
     format = NAME
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = folder
         params = params_json.load_params(folder / PARAMS)
         self._ranks = _load_ranks(folder)
@@ -62,7 +63,7 @@ class FairscaleReader(Reader):
         self.layout = {"tp": len(self._ranks)}
         self._folder = tempfile.TemporaryDirectory()
         self.files = tokenizer_model.collect_files(folder, Path(self._folder.name))
-        record = model_record.find_record(folder)
+        record = model_record.find_record(folder, accepted)
         if record:
             self.model_config, self.carried = record
         else:
@@ -225,8 +226,8 @@ class FairscaleFormat(Format):
     def recognise(self, path: Path) -> bool:
         return (path / PARAMS).is_file() and (path / FILE.format(0)).is_file()
 
-    def open(self, path: Path) -> FairscaleReader:
-        return FairscaleReader(path)
+    def open(self, path: Path, accepted: AcceptedKeys) -> FairscaleReader:
+        return FairscaleReader(path, accepted)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         """Writes params.json and every rank's file, side by side."""

@@ -25,6 +25,7 @@ from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, GgufHeader, read_header
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, parse_rope_scaling, shortest_decimal
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.sharding import fused_tensors
 
@@ -43,11 +44,11 @@ class GgufReader(Reader):
 
     format = NAME
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
         self._header = read_header(path)
         metadata = self._header.metadata
-        self.model_config = _parse_model_config(self._header, path)
+        self.model_config = _parse_model_config(self._header, path, accepted)
         self._data = np.memmap(path, mode="c")
         self._items = self._check()
         ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -132,7 +133,7 @@ def _find_architecture(metadata: dict, path: Path) -> Architecture:
     return known[name]
 
 
-def _parse_model_config(header: GgufHeader, path: Path) -> ModelConfig:
+def _parse_model_config(header: GgufHeader, path: Path, accepted: AcceptedKeys) -> ModelConfig:
     metadata = header.metadata
     arch = _find_architecture(metadata, path)
     family = metadata["general.architecture"]
@@ -205,11 +206,11 @@ class GgufFormat(Format):
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
 
-    def open(self, path: Path) -> GgufReader:
+    def open(self, path: Path, accepted: AcceptedKeys) -> GgufReader:
         if path.is_dir():
             files = sorted(path.glob("*.gguf"))
             if len(files) != 1:
                 found = ", ".join(file.name for file in files) or "none"
                 raise CheckpointError(Problem(f"{path}", "one *.gguf file", found, "Name the file itself."))
             path = files[0]
-        return GgufReader(path)
+        return GgufReader(path, accepted)

@@ -16,6 +16,7 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
 from megatron_ligo.checkpoint.formats.hf import rope_parameters
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
 
@@ -58,7 +59,7 @@ def find_architecture(config: Mapping, where: str) -> Architecture:
     return known[name]
 
 
-def parse_model_config(config: Mapping, where: str) -> ModelConfig:
+def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_KEYS) -> ModelConfig:
     """Parses the sizes in a config. Raises CheckpointError with everything that the table cannot express."""
     arch = find_architecture(config, where)
     errors = ErrorCollector(f"{where} describes a model that this program does not support", CheckpointError)

@@ -16,6 +16,7 @@ from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
 from megatron_ligo.checkpoint.formats.hf.shards import INDEX, SINGLE, open_shards
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors
@@ -29,10 +30,10 @@ class HfReader(Reader):
 
     format = NAME
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = folder
         config = config_json.load_config(folder / config_json.CONFIG)
-        self.model_config = config_json.parse_model_config(config, str(folder / config_json.CONFIG))
+        self.model_config = config_json.parse_model_config(config, str(folder / config_json.CONFIG), accepted)
         self.carried = config_json.parse_carried(config)
         self.files = model_record.find_carried_files(folder)
         self._shards = open_shards(folder)
@@ -108,8 +109,8 @@ class HfFormat(Format):
         folder = path.parent if path.suffix == ".safetensors" else path
         return (folder / config_json.CONFIG).is_file() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
 
-    def open(self, path: Path) -> HfReader:
-        return HfReader(path.parent if path.is_file() else path)
+    def open(self, path: Path, accepted: AcceptedKeys) -> HfReader:
+        return HfReader(path.parent if path.is_file() else path, accepted)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         """Writes the config, the shards, and their index if there are several."""

@@ -44,6 +44,7 @@ from megatron_ligo.checkpoint.formats.megatron_lm import arguments
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
@@ -73,13 +74,15 @@ class McoreReader(Reader):
 
     format = NAME
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
         self._folder = iteration_folders.require_folder(path)
         _check_backend(self._folder / CONFIG_FILE)
         self._contents = dcp_metadata.read_metadata(self._folder)
         common = self._load_common()
-        self.model_config, self.carried, self.files = arguments.read_model_config(self._folder, common.get("args"))
+        self.model_config, self.carried, self.files = arguments.read_model_config(
+            self._folder, common.get("args"), accepted
+        )
         self._stored_by_key: dict[str, StoredTensor] = {}
         self._sources: dict[str, tuple[TensorSource, ...]] = {}
         self._padded_vocab_size = self._check()
@@ -320,8 +323,8 @@ class MegatronCoreFormat(Format):
         folder = iteration_folders.find_folder(path)
         return folder is not None and (folder / CONFIG_FILE).is_file() and (folder / METADATA_FILE).is_file()
 
-    def open(self, path: Path) -> McoreReader:
-        return McoreReader(path)
+    def open(self, path: Path, accepted: AcceptedKeys) -> McoreReader:
+        return McoreReader(path, accepted)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         writer.write_checkpoint(source, output, self.parse_options(options.extra))

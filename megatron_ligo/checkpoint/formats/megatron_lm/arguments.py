@@ -12,6 +12,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.megatron_lm import rope_arguments
 from megatron_ligo.checkpoint.io import iteration_folders
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 # Megatron-LM's default of --make-vocab-size-divisible-by. It pads the vocabulary to a multiple of this times tp.
@@ -44,7 +45,9 @@ _STUB_NAMES = (
 STAND_INS = tuple((type(name.rpartition(".")[2], (ArgumentStub,), {}), name) for name in _STUB_NAMES)
 
 
-def read_model_config(folder: Path, args: object) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:
+def read_model_config(
+    folder: Path, args: object, accepted: AcceptedKeys
+) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:
     """Returns the config, the carried Hugging Face config keys and the carried files of an iteration's folder.
 
     The config is read from a record in the folder, or next to the tracker one level up; else from `args`, the saved
@@ -55,15 +58,15 @@ def read_model_config(folder: Path, args: object) -> tuple[ModelConfig, Mapping[
         roots.append(folder.parent)
     files = tuple(file for root in roots for file in model_record.find_carried_files(root))
     for root in roots:
-        record = model_record.find_record(root)
+        record = model_record.find_record(root, accepted)
         if record:
             return (*record, files)
     if not isinstance(args, ArgumentStub):
-        model_record.read(folder)
-    return parse_model_config(vars(args), f"args in {folder}"), {}, files
+        model_record.read(folder, accepted)
+    return parse_model_config(vars(args), f"args in {folder}", accepted), {}, files
 
 
-def parse_model_config(args: Mapping[str, object], where: str) -> ModelConfig:
+def parse_model_config(args: Mapping[str, object], where: str, accepted: AcceptedKeys = NO_KEYS) -> ModelConfig:
     """Returns the config that Megatron-LM's arguments describe. Raises CheckpointError unless it is a Llama's."""
     title = f"{where} do not describe a Llama: put the model's Hugging Face config.json next to the weights"
     errors = ErrorCollector(title, CheckpointError)

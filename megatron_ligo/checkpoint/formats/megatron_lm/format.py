@@ -30,6 +30,7 @@ from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, 
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output, common_dtype
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors, tensor_parallel
@@ -44,11 +45,13 @@ class MegatronReader(Reader):
 
     format = NAME
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
         self._folder = iteration_folders.require_folder(path)
         self._rank_files = RankFiles(self._folder)
-        self.model_config, self.carried, self.files = arguments.read_model_config(self._folder, self._rank_files.args)
+        self.model_config, self.carried, self.files = arguments.read_model_config(
+            self._folder, self._rank_files.args, accepted
+        )
         self._stored_by_key: dict[str, StoredTensor] = {}
         # Name of a tied tensor -> name of its copy on the last stage.
         self._copies: dict[str, str] = {}
@@ -212,8 +215,8 @@ class MegatronLmFormat(Format):
         folder = iteration_folders.find_folder(path)
         return folder is not None and has_rank_files(folder)
 
-    def open(self, path: Path) -> MegatronReader:
-        return MegatronReader(path)
+    def open(self, path: Path, accepted: AcceptedKeys) -> MegatronReader:
+        return MegatronReader(path, accepted)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         """Writes each rank's file. The files of a stage are filled tensor by tensor, side by side."""
