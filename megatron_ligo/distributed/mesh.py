@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 from megatron_ligo.distributed import device  # before Megatron-core, whose import it makes cheaper on a CPU
@@ -66,6 +67,7 @@ class Mesh:
 def init_distributed(timeout_minutes: float = 10.0) -> None:
     """Joins the launcher's process group; without a launcher, a group of one. Raises LayoutError if that fails."""
     device.install_cpu_shims()
+    device.select_local_device()
     # Megatron-core and DeepSpeed create groups without a timeout of their own.
     timeout = timedelta(minutes=timeout_minutes)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
@@ -131,12 +133,22 @@ def all_ranks() -> RankGroup:
     return RankGroup(dist.get_rank(), dist.get_world_size(), _all_gather_objects)
 
 
+@cache
+def cpu_group() -> dist.ProcessGroup:
+    """Returns a group of all ranks that sends CPU tensors and objects. Its first call is collective.
+
+    The default group is NCCL's on GPUs: every object would pass through GPU memory.
+    """
+    world = dist.group.WORLD
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
 def _all_gather_objects(value: T) -> list[T]:
     """Returns every rank's value (small and picklable) on every rank. Collective."""
     if dist.get_world_size() == 1:
         return [value]
     values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=cpu_group())
     return values
 
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from megatron_ligo.distributed import device
+
 
 class FusedAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v, causal or full, grouped-query, with the signature of mcore's DotProductAttention."""
@@ -28,6 +30,9 @@ class FusedAttention(nn.Module):
             distance = index[:, None] - index[None, :]
             mask = (distance >= 0) & (distance <= self.window)
         is_grouped = q.shape[1] != k.shape[1]
+        if is_grouped and not device.has_grouped_attention(q.dtype, masked=mask is not None):
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            is_grouped = False
         is_causal = self.causal and mask is None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
         return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)

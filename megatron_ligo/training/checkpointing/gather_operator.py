@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ligo.arch.spec import UNTRAINED_SPACE
-from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.distributed.mesh import Mesh, all_ranks, cpu_group
 from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.map_parameters import MapParameters
@@ -22,15 +22,44 @@ def gather_operator(module: nn.Module, context: FactoredContext) -> dict[str, Te
     Shapes are `Operator.shapes`. module: a FactoredModel or a FactoredPipeline, whose parameters are fp32 and, under
     ZeRO 3, partitioned.
     """
-    mesh = context.mesh
     local: dict[str, Tensor] = {}
     # ZeRO 3 gathers over all data-parallel ranks; the first of them keeps the result.
     for name, tensor in _local_tensors(module, context):
-        if mesh.dp_rank == 0:
+        if context.mesh.dp_rank == 0:
             local[name] = tensor
-    gathered: list[dict[str, Tensor]] | None = [{}] * mesh.world_size if dist.get_rank() == 0 else None
-    dist.gather_object(local, gathered, dst=0)
-    return {} if gathered is None else _join(gathered, context)
+    parts = _send_to_rank_0(local, context.operator)
+    return _join(parts, context) if dist.get_rank() == 0 else {}
+
+
+def _send_to_rank_0(local: dict[str, Tensor], operator: Operator) -> list[dict[str, Tensor]]:
+    """Returns the parts of all ranks, in rank order, on rank 0: a replicated tensor from its first rank alone.
+
+    Rank 0 receives the operator's bytes once, whatever the number of ranks. Collective.
+    """
+    headers = all_ranks().all_gather([(name, tensor.shape) for name, tensor in local.items()])
+    parts: list[dict[str, Tensor]] = []
+    seen: set[str] = set()
+    for rank, header in enumerate(headers):
+        part: dict[str, Tensor] = {}
+        for name, shape in header:
+            if name in seen and not _is_sharded(name, operator):
+                continue
+            seen.add(name)
+            if rank == dist.get_rank():
+                part[name] = local[name]
+                if rank:
+                    dist.send(local[name], dst=0, group=cpu_group())
+            elif dist.get_rank() == 0:
+                part[name] = torch.empty(shape)
+                dist.recv(part[name], src=rank, group=cpu_group())
+        parts.append(part)
+    return parts
+
+
+def _is_sharded(name: str, operator: Operator) -> bool:
+    """True for a map that tensor parallelism splits."""
+    kind, _, rest = name.partition(".")
+    return kind not in ("gain", "depth") and operator.maps[rest.partition(".")[0]].is_sharded
 
 
 def _local_tensors(module: nn.Module, context: FactoredContext) -> Iterator[tuple[str, Tensor]]:
