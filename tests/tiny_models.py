@@ -45,6 +45,8 @@ def hf_llama(model_config: ModelConfig, seed: int = 0) -> LlamaForCausalLM:
         max_position_embeddings=model_config.max_positions,
         rms_norm_eps=model_config.norm_eps,
         rope_theta=model_config.rope_base,
+        # A copy: transformers modifies it.
+        rope_scaling=dict(model_config.rope_scaling or {}),
         tie_word_embeddings=model_config.tied,
         attn_implementation="sdpa",
     )

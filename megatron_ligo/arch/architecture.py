@@ -32,6 +32,7 @@ class Architecture:
         assumed if a config names none. The last one is the base model.
     hf_fields, gguf_fields: {config key: field of `ModelConfig`} of the two formats' headers.
     required_hf_values: values that a Hugging Face config must have (or omit) for this definition to apply.
+    foreign_hf_keys: `model_type` -> keys of the family's configs that this type's config class does not know.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
     choices: {field: supported values}.
     refused_classes: {unsupported class: reason}.
@@ -49,6 +50,7 @@ class Architecture:
     task: Task = Task.NEXT_TOKEN
     head_activation: str = ""
     required_hf_values: Mapping[str, object] = field(default_factory=dict)
+    foreign_hf_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
     implied_sizes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from sys import float_info
 
+from megatron_ligo.arch import rope_scaling
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 
 # Upper bound on num_layers: a corrupt record must fail before its keys are listed.
@@ -21,7 +22,7 @@ class ModelConfig:
     vocab_size: number of classes of the output head: tokens, or labels of an image.
     max_positions: number of rows of the position table; the context length of rotary positions.
     tied: the output head shares the word embedding's weight.
-    rope_scaling: the scaling part of Hugging Face's rope parameters, verbatim; None = none.
+    rope_scaling: the scaling of rotary positions, with Hugging Face's keys (rope_scaling.py); None = none.
     rotary_fraction: fraction of a head's features that rotate, counted from the first.
     parallel_residual: attention and feed-forward both read the layer's input.
     sliding_window: attention window in tokens; None = unlimited.
@@ -73,14 +74,22 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             errors.add("num_heads", f"a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads)
         if self.rope_base is not None:
-            num_rotated = int(self.head_dim * self.rotary_fraction)
-            if not 0 < num_rotated <= self.head_dim or num_rotated % 2:
-                found = self.head_dim if self.rotary_fraction == 1 else f"{self.rotary_fraction} of {self.head_dim}"
-                errors.add("head_dim", "an even number (rotary positions rotate pairs)", found)
+            self._check_rotary_positions(errors)
+        elif self.rope_scaling:
+            errors.add("rope_scaling", "none without rotary positions", dict(self.rope_scaling))
         if not self.norm_eps > 0:
             errors.add("norm_eps", "a positive number", self.norm_eps)
         self._check_image(errors)
         errors.raise_if_any()
+
+    def _check_rotary_positions(self, errors: ErrorCollector) -> None:
+        if not 0 < self.num_rotated <= self.head_dim or self.num_rotated % 2:
+            found = self.head_dim if self.rotary_fraction == 1 else f"{self.rotary_fraction} of {self.head_dim}"
+            errors.add("head_dim", "an even number (rotary positions rotate pairs)", found)
+        scaling = rope_scaling.normalise(self.rope_scaling, self.max_positions, self.num_rotated // 2, errors)
+        object.__setattr__(self, "rope_scaling", scaling)
+        if rope_scaling.scaling_kind(scaling) == "yarn" and not self.rope_base > 1:
+            errors.add("rope_base", "more than 1 (yarn divides by its logarithm)", self.rope_base)
 
     def _check_image(self, errors: ErrorCollector) -> None:
         if self.image_size is None:
@@ -91,6 +100,11 @@ class ModelConfig:
             errors.add("patch_size", f"at most image_size = {self.image_size}", self.patch_size)
         elif self.max_positions != self.tokens_per_image:
             errors.add("max_positions", f"{self.tokens_per_image}, a row for each token", self.max_positions)
+
+    @property
+    def num_rotated(self) -> int:
+        """Features of a head that rotate, an even number."""
+        return int(self.head_dim * self.rotary_fraction)
 
     @property
     def patches_per_side(self) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.rope import SIZE_INDEPENDENT_KINDS, scaling_kind
+from megatron_ligo.arch.rope_scaling import is_size_independent, scaling_kind
 from megatron_ligo.common.errors import ErrorCollector
 
 
@@ -117,7 +117,7 @@ def check_rotary_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCol
         hint = "The new features that rotate would be another fraction of the head: keep head_dim."
         expected = f"{small.head_dim} with rotary_fraction = {small.rotary_fraction}"
         errors.add("large.head_dim", expected, large.head_dim, hint)
-    kind = scaling_kind(small.rope_scaling)
-    if kind not in SIZE_INDEPENDENT_KINDS:
+    if not is_size_independent(small.rope_scaling):
+        kind = scaling_kind(small.rope_scaling)
         hint = "Its angles depend on the head size: keep head_dim."
         errors.add("large.head_dim", f"{small.head_dim} with rope_scaling {kind!r}", large.head_dim, hint)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
-from megatron_ligo.arch.rope import angles_depend_on_length
+from megatron_ligo.arch.rope_scaling import depends_on_context
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
 from megatron_ligo.growth import attention_heads, initializers
@@ -88,7 +88,7 @@ def _check_context(small: ModelConfig, large: ModelConfig, errors: ErrorCollecto
     if architectures.get(small.arch).has_learned_positions:
         if after < before:
             errors.add("large.max_positions", f"at least the small model's {before}", after, NEVER_SHRINKS)
-    elif after != before and angles_depend_on_length(small):
+    elif after != before and depends_on_context(small.rope_scaling):
         hint = "Its angles depend on the number of positions: leave max_positions out."
         scaling = dict(small.rope_scaling)
         errors.add("large.max_positions", f"{before} with rope_scaling {scaling}", after, hint)

@@ -125,6 +125,11 @@ LLAMA = Architecture(
         "rope.freq_base": "rope_base",
     },
     required_hf_values={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
+    foreign_hf_keys={
+        "llama": ("sliding_window", "use_sliding_window"),
+        "mistral": ("mlp_bias", "attention_bias", "use_sliding_window"),
+        "qwen2": ("mlp_bias", "attention_bias"),
+    },
     implied_sizes={
         "llama": {"qkv_bias": False, "sliding_window": None},
         "mistral": {"qkv_bias": False},

@@ -22,7 +22,7 @@ from megatron_ligo.growth.width_maps import LiftedMap
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.factored.small_weights import OutsideTensors, SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
-from megatron_ligo.models.mcore.layer_spec import build_rotary_embedding
+from megatron_ligo.models.mcore.rotary import build_rotary_embedding
 from megatron_ligo.sharding.tensor_parallel import shard
 
 

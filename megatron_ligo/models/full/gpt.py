@@ -14,9 +14,9 @@ from megatron_ligo.models.mcore.layer_calls import add_positions, build_uninitia
 from megatron_ligo.models.mcore.layer_spec import (
     BuildOptions,
     build_layer_spec,
-    build_rotary_embedding,
     get_final_norm_class,
 )
+from megatron_ligo.models.mcore.rotary import build_rotary_embedding
 from megatron_ligo.sharding import tensor_parallel
 
 

@@ -35,10 +35,10 @@ from megatron_ligo.models.mcore.layer_calls import (
 from megatron_ligo.models.mcore.layer_spec import (
     BuildOptions,
     build_layer_spec,
-    build_rotary_embedding,
     get_final_norm_class,
     get_layer_class,
 )
+from megatron_ligo.models.mcore.rotary import build_rotary_embedding
 from megatron_ligo.sharding import pipeline_layers, tensor_parallel
 
 TIED = "embedding"

@@ -1,4 +1,4 @@
-"""Megatron-core's config, layer spec and rotary embedding of a model."""
+"""Megatron-core's config and layer spec of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -23,13 +22,13 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.rope import LLAMA3_SCALING, scaling_kind
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
 from megatron_ligo.models.mcore.attention import FusedAttention
 from megatron_ligo.models.mcore.norm import Norm
 from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
 from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
+from megatron_ligo.models.mcore.rotary import set_attention_factor
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
     """Builds mcore's config. Its pipeline size stays 1: DeepSpeed partitions the stages, and mcore would offset the
     layer numbers."""
     arch = architectures.get(model_config.arch)
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model_config.num_layers,
         hidden_size=model_config.hidden_size,
         ffn_hidden_size=model_config.ffn_size,
@@ -132,6 +131,8 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         tensor_model_parallel_size=build.tp,
         sequence_parallel=build.sequence_parallel,
     )
+    set_attention_factor(config, model_config)
+    return config
 
 
 def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
@@ -173,31 +174,3 @@ def get_final_norm_class() -> type:
 
         return TENorm
     return Norm
-
-
-def build_rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
-    """Builds the rotary embedding; None for learned positions.
-
-    ConfigError for a rope scaling that mcore lacks: any but Llama 3's with its published constants.
-    """
-    if architectures.get(model_config.arch).has_learned_positions:
-        return None
-    scaling = dict(model_config.rope_scaling or {})
-    kind = scaling_kind(scaling)
-    factor = scaling.get("factor")
-    constants = {name: value for name, value in scaling.items() if name not in ("rope_type", "type", "factor")}
-    known = (kind == "default" and not constants) or (kind == "llama3" and constants == LLAMA3_SCALING)
-    if not known:
-        expected = f"none, or llama3 with {LLAMA3_SCALING}"
-        raise ConfigError(
-            Problem("rope_scaling", expected, dict(model_config.rope_scaling or {}), "Megatron-core has no other.")
-        )
-    return RotaryEmbedding(
-        kv_channels=model_config.head_dim,
-        rotary_percent=model_config.rotary_fraction,
-        rotary_interleaved=False,
-        rotary_base=model_config.rope_base,
-        rope_scaling=kind == "llama3",
-        rope_scaling_factor=factor or 1.0,
-        use_cpu_initialization=device.is_cpu(),
-    )

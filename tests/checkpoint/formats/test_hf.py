@@ -72,10 +72,13 @@ def test_rope_in_both_forms_of_the_config(tmp_path, kind):
     source = formats.open(folder)
     assert source.model_config.rope_base == 5000.0
     assert (source.model_config.rope_scaling or {}).get("rope_type") == kind
-    written = json.loads((rewrite(source, tmp_path / "b") / "config.json").read_text())
-    old = {key: value for key, value in written.items() if key != "rope_parameters"}
-    new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
-    for number, config in enumerate((written, old, new)):
+    old = json.loads((rewrite(source, tmp_path / "b") / "config.json").read_text())
+    assert "rope_parameters" not in old
+    rest = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling")}
+    new = rest | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, **(rope or {})}}
+    # The first wins as a whole in transformers.
+    both = old | {"rope_parameters": {"rope_type": "linear", "factor": 7.0, "rope_theta": 9.0}} if rope else new
+    for number, config in enumerate((old, new, both)):
         assert config_json.parse_model_config(config, "config") == source.model_config
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "config.json").write_text(json.dumps(config))

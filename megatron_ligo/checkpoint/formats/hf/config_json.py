@@ -23,8 +23,8 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorColle
 CONFIG = "config.json"
 # Written anew by every writer, or (the last two) refused unless null.
 NOT_CARRIED = (
-    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "rope_parameters",
-    "rope_theta", "rope_scaling", "layer_types", "partial_rotary_factor", "n_ctx", "quantization_config", "auto_map",
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+    *rope_parameters.ROPE_KEYS, "layer_types", "n_ctx", "quantization_config", "auto_map",
 )  # fmt: skip
 # The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
 HEADS_DIVIDE = ("llama",)
@@ -184,10 +184,10 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
         config |= {**dict.fromkeys(TOKEN_IDS), **carried}
     # A copy: transformers modifies the scaling that it is given.
     sizes = model_config.to_json()
-    config |= {key: sizes[field] for key, field in arch.hf_fields.items()}
-    config |= arch.required_hf_values
-    if "rope_base" in arch.hf_fields.values():
-        config |= rope_parameters.to_rope_parameters(model_config)
+    stated = {key: sizes[field] for key, field in arch.hf_fields.items()} | arch.required_hf_values
+    # vLLM lets Mistral attend to everything if it reads Qwen's key for no window.
+    foreign = arch.foreign_hf_keys.get(model_config.model_type, ())
+    config |= {key: value for key, value in stated.items() if key not in foreign}
     return config | {"dtype": name, "torch_dtype": name}
 
 

@@ -1,54 +1,56 @@
-"""The rotary positions of a Hugging Face config.json: rope_parameters, rope_theta, rope_scaling and rotary fraction."""
+"""The rotary positions of a Hugging Face config.json, read in the order of transformers.
+
+transformers 4 knows `rope_theta` and `rope_scaling`; transformers 5 writes both into `rope_parameters`, and reads
+either. `rope_scaling` wins as a whole where both stand, so a base beside it counts only at the top level. Configs are
+written in the first form alone: every version reads it, and a scaling that a user adds to it takes effect.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_ligo import arch as architectures
+from megatron_ligo.arch import rope_scaling
 from megatron_ligo.arch.architecture import Architecture
-from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
 from megatron_ligo.common.errors import ErrorCollector
+
+PARAMETERS, SCALING, FRACTION = "rope_parameters", "rope_scaling", "partial_rotary_factor"
+# The keys of a config that `parse_rope` reads, besides those that the families name.
+ROPE_KEYS = (PARAMETERS, SCALING, "rope_theta", FRACTION, rope_scaling.ORIGINAL_LENGTH)
 
 
 def parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCollector) -> dict[str, object]:
     """Parses `rope_base`, `rope_scaling` and (in families that have one) `rotary_fraction`.
 
-    Reads both forms: rope_parameters (transformers 5), and separate keys.
+    The model's config checks the values of the scaling.
     """
     keys = {field: key for key, field in arch.hf_fields.items()}
-    parameters = config.get("rope_parameters")
-    scaling = config.get("rope_scaling") if parameters is None else parameters
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        errors.add("rope_parameters", "one set of plain values for all layers", repr(scaling))
+    name = SCALING if config.get(SCALING) else PARAMETERS
+    parameters = config.get(name) or {}
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        errors.add(name, "one set of plain values for all layers", repr(parameters)[:80])
         return {"rope_base": 1.0}
-    scaling = dict(scaling)
-    partial = scaling.pop("partial_rotary_factor", config.get(keys.get("rotary_fraction", "partial_rotary_factor")))
+    scaling = dict(parameters)
+    partial = scaling.pop(FRACTION, config.get(keys.get("rotary_fraction", FRACTION)))
     base = scaling.pop("rope_theta", config.get(keys["rope_base"]))
     if base is None:
         base = load_transformers_config(config, where).rope_parameters["rope_theta"]
     fraction = {}
     if "rotary_fraction" in keys:
         if partial is None:
-            partial = load_transformers_config(config, where).rope_parameters["partial_rotary_factor"]
+            partial = load_transformers_config(config, where).rope_parameters[FRACTION]
         fraction = {"rotary_fraction": partial}
     elif partial not in (None, 1):
-        errors.add("partial_rotary_factor", "1 (rotary positions on the whole head)", repr(partial))
-    if "type" in scaling:
-        scaling.setdefault("rope_type", scaling.pop("type"))
-    unscaled = scaling.get("rope_type", "default") == "default"
-    return {"rope_base": base, "rope_scaling": None if unscaled else scaling, **fraction}
+        errors.add(FRACTION, "1 (rotary positions on the whole head)", repr(partial))
+    if scaling.get("rope_type", scaling.get("type")) == "proportional" and partial in (None, 1):
+        scaling = _as_linear(scaling)
+    if config.get(rope_scaling.ORIGINAL_LENGTH) is not None and rope_scaling.has_original_length(scaling):
+        # The top level wins over the scaling in transformers.
+        scaling[rope_scaling.ORIGINAL_LENGTH] = config[rope_scaling.ORIGINAL_LENGTH]
+    return {"rope_base": base, "rope_scaling": scaling, **fraction}
 
 
-def to_rope_parameters(model_config: ModelConfig) -> dict[str, object]:
-    """Returns the config.json keys that transformers 5 reads rotary positions from."""
-    arch = architectures.get(model_config.arch)
-    parameters = {
-        "rope_type": "default",
-        "rope_theta": model_config.rope_base,
-        **(model_config.rope_scaling or {}),
-    }
-    if "rotary_fraction" in arch.hf_fields.values():
-        parameters["partial_rotary_factor"] = model_config.rotary_fraction
-    return {"rope_parameters": parameters}
+def _as_linear(scaling: dict) -> dict:
+    """Returns the linear scaling that a proportional one is if the whole head rotates."""
+    rest = {key: value for key, value in scaling.items() if key not in ("rope_type", "type")}
+    return {"factor": 1.0, **rest, "rope_type": "linear"}

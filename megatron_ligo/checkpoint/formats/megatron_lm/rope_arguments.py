@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.rope import LLAMA3_SCALING
 from megatron_ligo.common.errors import ErrorCollector
 
+# The constants of Llama 3.1, the only ones in Megatron-core. The factor is an argument.
+LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 FIXED_ARGS = {"rotary_percent": 1.0, "rotary_interleaved": False}
 
 
@@ -37,7 +38,7 @@ def to_rope_args(model_config: ModelConfig) -> dict[str, object]:
 def _parse_rope_scaling(args: Mapping[str, object]) -> dict | None:
     if not args.get("use_rope_scaling"):
         return None
-    return {"rope_type": "llama3", "factor": args.get("rope_scaling_factor", 8.0), **LLAMA3_SCALING}
+    return {"rope_type": "llama3", "factor": args.get("rope_scaling_factor", 8.0), **LLAMA3_CONSTANTS}
 
 
 def _to_int_if_whole(number: float | None) -> float | int | None:
