@@ -79,7 +79,7 @@ class Format(ABC):
         return ""
 
     def reader_warning(self, model_config: ModelConfig) -> str:
-        """Returns why other programs that read the format would refuse the model; "" if they would not."""
+        """Returns why other programs that read the format may refuse the model, or compute another; "" if not."""
         return ""
 
     def parse_options(self, extra: Mapping[str, object]) -> FormatOptions:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.mcore_names import to_fused_name
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack, layer_index
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json
@@ -40,7 +41,7 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
     optimizer_state_name,
     stacked_name,
 )
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rope_arguments
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
@@ -328,6 +329,9 @@ class MegatronCoreFormat(Format):
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
         writer.write_checkpoint(source, output, self.parse_options(options.extra))
+
+    def reader_warning(self, model_config: ModelConfig) -> str:
+        return rope_arguments.explain_reading(model_config)
 
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
         return adam_groups.explain_unsupported(source.groups)

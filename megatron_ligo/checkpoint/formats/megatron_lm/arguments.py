@@ -109,7 +109,11 @@ def parse_model_config(args: Mapping[str, object], where: str, accepted: Accepte
 def to_megatron_args(
     model_config: ModelConfig, tp: int, pp: int, padded_vocab_size: int, dtype: torch.dtype, step: int
 ) -> Namespace:
-    """Returns the arguments that Megatron-LM compares with a run's own, or adopts under --use-checkpoint-args."""
+    """Returns the arguments that Megatron-LM compares with a run's own, or adopts under --use-checkpoint-args.
+
+    Raises CheckpointError for rotary positions that they cannot state.
+    """
+    rope_arguments.check_sayable(model_config)
     common = _common_args(model_config, tp, pp, padded_vocab_size, dtype, step)
     if model_config.arch != "llama":
         return Namespace(**common)

@@ -24,7 +24,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Stage, Use, layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer, rope_arguments
 from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import RankFiles, has_rank_files, rank_file
 from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tp_shards
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
@@ -257,6 +257,9 @@ class MegatronLmFormat(Format):
                 states[f"{folder}/{rank_file(rank, stage, pp)}"] = state
             output.write_torch_files(states)
         iteration_folders.write_tracker(output, 0)
+
+    def reader_warning(self, model_config: ModelConfig) -> str:
+        return rope_arguments.explain_reading(model_config)
 
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
         if self.parse_options(options.extra).layers != "local":
