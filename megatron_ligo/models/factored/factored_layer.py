@@ -27,7 +27,7 @@ from megatron_ligo.models.factored.factored_linears import (
 from megatron_ligo.models.factored.map_parameters import DepthParameters, MapParameters
 from megatron_ligo.models.factored.step_cache import StepCache
 from megatron_ligo.models.factored.step_state import StepState
-from megatron_ligo.models.mcore.layer_calls import checkpointed
+from megatron_ligo.models.mcore.layer_calls import call_layer, checkpointed
 from megatron_ligo.models.mcore.layer_spec import (
     BuildOptions,
     build_layer_spec,
@@ -125,11 +125,10 @@ class FactoredLayer(nn.Module):
             module.bind(rest[:count], maps)
             rest = rest[count:]
         try:
-            out, _ = self.block(h, attention_mask=None, rotary_pos_emb=self.context.rotary_positions(h))
+            return call_layer(self.block, h, self.context.rotary_positions(h))
         finally:
             for module in self.factored_modules:
                 module.unbind()
-        return out
 
 
 def build_modules(context: FactoredContext, layer: int, config: TransformerConfig) -> dict[str, FactoredModule]:

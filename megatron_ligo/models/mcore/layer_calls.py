@@ -5,7 +5,6 @@ Legend: s tokens, b batch.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,16 +12,12 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
 from megatron_ligo.sharding import tensor_parallel
-
-# From Python 3.12 on, the exception by which torch 2.13 stops a recomputation early lives until the end of the backward
-# pass. It keeps the frames' locals alive: the activations of each layer.
-EARLY_STOP = sys.version_info < (3, 12)
 
 
 def build_uninitialised_config(model_config: ModelConfig, build: BuildOptions) -> TransformerConfig:
@@ -81,19 +76,35 @@ def build_output_linear(
     )
 
 
+def call_layer(block: Callable, h: Tensor, rotary: Tensor | None) -> Tensor:
+    """Calls a layer, or its bound forward method, on h (s, b, hidden) -> (s, b, hidden)."""
+    try:
+        return block(h, attention_mask=None, rotary_pos_emb=rotary)[0]
+    except _StopRecomputationError:
+        # Megatron-core 0.19 keeps the input of the second norm, and with it the layer's graph, until forward ends.
+        layer = getattr(block, "__self__", block)
+        if getattr(layer, "mlp_norm_manager", None) is not None:
+            layer.mlp_norm_manager = None
+        raise
+
+
 def run_layer(block: Callable, h: Tensor, rotary: Tensor | None, recompute: bool) -> Tensor:
     """Runs a layer on h (s, b, hidden) -> (s, b, hidden); with recompute, only h is kept for the backward pass."""
 
     def forward(h: Tensor) -> Tensor:
-        return block(h, attention_mask=None, rotary_pos_emb=rotary)[0]
+        return call_layer(block, h, rotary)
 
     return checkpointed(forward, h) if recompute and torch.is_grad_enabled() else forward(h)
 
 
 def checkpointed(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Returns run(*tensors), of any shapes. Saves only the tensors: the backward pass recomputes it."""
+    """Returns run(*tensors), of any shapes. Saves only the tensors: the backward pass recomputes it.
+
+    The recomputation stops at the last tensor that the backward pass needs: run to its end, ZeRO 3 would release the
+    weights that the backward pass is about to use. Layers are called through `call_layer`.
+    """
     # Reentrant checkpoints would trigger ZeRO's hooks twice.
-    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=EARLY_STOP)
+    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=True)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:

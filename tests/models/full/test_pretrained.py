@@ -103,7 +103,8 @@ def test_every_layout_trains_as_one_process(pools, folders, case):
     assert result["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
     for step, ((loss, norm), (loss_1, norm_1)) in enumerate(zip(result["steps"], expected, strict=True)):
         assert loss == pytest.approx(loss_1, rel=1e-5), step
-        assert norm == pytest.approx(norm_1, rel=1e-5), step
+        # Adam amplifies last bits: torch's CUDA build, on a CPU, is 1.04e-5 from transformers' gradients here.
+        assert norm == pytest.approx(norm_1, rel=2e-5), step
 
 
 OTHER_FAMILIES = [
