@@ -23,7 +23,7 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, GgufHeader, read_header
-from megatron_ligo.checkpoint.formats.gguf.rope_metadata import FACTORS, parse_rope_scaling, shortest_decimal
+from megatron_ligo.checkpoint.formats.gguf.rope_metadata import TABLES, parse_rope_scaling, shortest_decimal
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem, did_you_mean
@@ -98,7 +98,7 @@ class GgufReader(Reader):
                 errors.add(name, f"a tensor of shape {item.shape(self.model_config)}", "nothing")
             elif blocks[name].shape != item.shape(self.model_config):
                 errors.add(name, f"shape {item.shape(self.model_config)}", blocks[name].shape)
-        for name in sorted(set(blocks) - set(stored) - {FACTORS}):
+        for name in sorted(set(blocks) - set(stored) - set(TABLES)):
             errors.add(name, "no such tensor", "one")
         for kind in sorted({block.type for block in blocks.values()} - set(PLAIN)):
             if not _can_dequantise(kind):
