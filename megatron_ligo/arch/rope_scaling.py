@@ -1,7 +1,7 @@
 """The scalings of rotary positions: their kinds, the keys of each, and the factor on cos and sin.
 
 A scaling is a dict with Hugging Face's key names and meanings. `normalise` checks one and fills in what transformers
-derives from the model's sizes, so that a scaling alone states its frequencies. models/mcore/rotary.py computes them.
+derives from the model's sizes, so that a scaling alone states its frequencies. rope_frequencies.py computes them.
 
     linear      positions divided by `factor`
     dynamic     NTK: beyond max_positions, the base grows with the length of the sequence
@@ -27,11 +27,10 @@ HARMLESS_KEYS = ("finetuned",)
 
 @dataclass(frozen=True)
 class ScalingKind:
-    """The keys of one kind. size_independent: it depends on a pair's frequency only, not on the head size."""
+    """The keys of one kind."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    size_independent: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -39,13 +38,13 @@ class ScalingKind:
 
 
 KINDS = {
-    "linear": ScalingKind(("factor",), size_independent=True),
+    "linear": ScalingKind(("factor",)),
     "dynamic": ScalingKind(("factor",)),
     "yarn": ScalingKind(
         ("factor", ORIGINAL_LENGTH),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
-    "llama3": ScalingKind(("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH), size_independent=True),
+    "llama3": ScalingKind(("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH)),
     "longrope": ScalingKind(("short_factor", "long_factor", ORIGINAL_LENGTH), ("attention_factor", "factor")),
 }
 LISTS = ("short_factor", "long_factor")
@@ -159,11 +158,6 @@ def _is_list(value: object, length: int) -> bool:
 def depends_on_context(scaling: Mapping | None) -> bool:
     """True if the angles of a normalised scaling depend on the model's number of positions."""
     return scaling_kind(scaling) == "dynamic"
-
-
-def is_size_independent(scaling: Mapping | None) -> bool:
-    """True if the angle of a pair in a normalised scaling depends on its frequency only, not on the head size."""
-    return scaling is None or KINDS[scaling_kind(scaling)].size_independent
 
 
 def attention_factor(scaling: Mapping | None) -> float:

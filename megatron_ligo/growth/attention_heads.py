@@ -23,8 +23,12 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.rope_scaling import is_size_independent, scaling_kind
-from megatron_ligo.common.errors import ErrorCollector
+from megatron_ligo.arch.rope_frequencies import rotary_frequencies
+from megatron_ligo.arch.rope_scaling import LISTS, ORIGINAL_LENGTH, scaling_kind
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+
+# Relative difference of two frequencies that are equal but for rounding.
+CLOSE = 1e-5
 
 
 def large_rope_base(small: ModelConfig, head_dim: int) -> float | None:
@@ -117,7 +121,26 @@ def check_rotary_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCol
         hint = "The new features that rotate would be another fraction of the head: keep head_dim."
         expected = f"{small.head_dim} with rotary_fraction = {small.rotary_fraction}"
         errors.add("large.head_dim", expected, large.head_dim, hint)
-    if not is_size_independent(small.rope_scaling):
+    elif small.rope_scaling and large.head_dim > small.head_dim and not _keeps_angles(small, large):
         kind = scaling_kind(small.rope_scaling)
         hint = "Its angles depend on the head size: keep head_dim."
         errors.add("large.head_dim", f"{small.head_dim} with rope_scaling {kind!r}", large.head_dim, hint)
+
+
+def check_pair_lists(small: ModelConfig, head_dim: int) -> None:
+    """Raises ConfigError if another head size has another number of rotary pairs than the scaling has divisors."""
+    if head_dim != small.head_dim and any(key in (small.rope_scaling or {}) for key in LISTS):
+        expected = f"{small.head_dim} with rope_scaling {scaling_kind(small.rope_scaling)!r}"
+        hint = "It has a divisor for each rotary pair: keep head_dim."
+        raise ConfigError(Problem("large.head_dim", expected, head_dim, hint))
+
+
+def _keeps_angles(small: ModelConfig, large: ModelConfig) -> bool:
+    """True if each rotary pair keeps its frequency in sequences of any length."""
+    pairs = _feature_positions(small.head_dim, large.head_dim, rotary=True)[: small.head_dim // 2]
+    original = int(small.rope_scaling.get(ORIGINAL_LENGTH, 1))
+    for length in (1, original + 1, 2 * small.max_positions):
+        before, after = rotary_frequencies(small, length), rotary_frequencies(large, length)
+        if not torch.allclose(after[pairs], before, rtol=CLOSE, atol=0):
+            return False
+    return True

@@ -39,7 +39,9 @@ def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfi
             raise ConfigError(Problem("large.image_size", f"none: {small.arch} reads no images", sizes["image_size"]))
         num_tokens = tokens_per_image(sizes["image_size"], small.patch_size, small.has_distillation)
         sizes.setdefault("max_positions", num_tokens)
-    sizes["rope_base"] = attention_heads.large_rope_base(small, sizes.get("head_dim", small.head_dim))
+    head_dim = sizes.get("head_dim", small.head_dim)
+    attention_heads.check_pair_lists(small, head_dim)
+    sizes["rope_base"] = attention_heads.large_rope_base(small, head_dim)
     return replace(small, **sizes)
 
 

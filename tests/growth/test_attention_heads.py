@@ -11,6 +11,7 @@ from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth import attention_heads
 from megatron_ligo.growth.validation import build_initial_operator
 from tests.growth.logit_gap import logits_gap
+from tests.models.mcore.rope_kinds import SCALINGS
 from tests.tiny_models import hf_llama, llama_config, memory_of
 
 # The small model has 6 query heads on 3 KV heads, of 4 features.
@@ -129,8 +130,31 @@ def test_a_query_head_without_a_copy_is_refused():
 
 
 def test_scalings_that_depend_on_the_head_size_are_refused():
-    small = llama_config(rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    with pytest.raises(ConfigError) as error:
-        build_initial_operator(small, LargeSection(head_dim=8), OperatorSection())
-    (problem,) = error.value.problems
-    assert problem.where == "large.head_dim" and "'yarn'" in problem.expected
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    for name, scaling, head_dim in (
+        ("yarn", yarn, 16),
+        ("dynamic", SCALINGS["dynamic"], 4),
+        ("longrope", SCALINGS["longrope"], 4),
+    ):
+        small = llama_config(head_dim=head_dim, rope_scaling=scaling)
+        with pytest.raises(ConfigError) as error:
+            build_initial_operator(small, LargeSection(head_dim=2 * head_dim), OperatorSection())
+        (problem,) = error.value.problems
+        assert problem.where == "large.head_dim" and f"'{name}'" in problem.expected
+
+
+# Without rounding, YaRN's ramp is one in the frequency.
+SMOOTH_YARN = {"rope_type": "yarn", "factor": 4.0, "truncate": False, "attention_factor": 1.3}
+SMOOTH_YARN |= {"original_max_position_embeddings": 300, "beta_fast": 8.0}
+
+
+@pytest.mark.parametrize("name", [*SCALINGS, "smooth yarn"])
+def test_scaled_positions_grow_lossless(name):
+    """Another head size where the scaling allows it; wider, deeper, and with a longer context in any case."""
+    small = llama_config(rope_scaling=SCALINGS.get(name, SMOOTH_YARN))
+    longer = {} if name == "dynamic" else {"max_positions": 128}
+    wide = {"hidden_size": 48, "num_heads": 12, "num_kv_heads": 6, "num_layers": 4, **longer}
+    head_dims = (8, 6) if name in ("linear", "llama3") else (8,) if name == "smooth yarn" else ()
+    for head_dim in (None, *head_dims):
+        large = LargeSection(**wide, head_dim=head_dim)
+        assert logits_gap(small, large, OperatorSection(noise=0.5)) < 5e-6, head_dim

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.rope_frequencies import rotary_frequencies
 from megatron_ligo.arch.rope_scaling import attention_factor
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.megatron_lm import rope_arguments
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector
-from megatron_ligo.models.mcore.rotary import rotary_frequencies
 from tests.checkpoint import hf_models
 from tests.checkpoint.formats import rope_ranks
 from tests.models.mcore.rope_kinds import ORIGINAL, SCALINGS

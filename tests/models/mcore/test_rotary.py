@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_ligo.arch.rope_frequencies import rotary_frequencies
 from megatron_ligo.arch.rope_scaling import KINDS, attention_factor
-from megatron_ligo.models.mcore.rotary import rotary_frequencies
 from tests.models.mcore import rope_kinds, rotary_cases
 from tests.tiny_models import llama_config
 
