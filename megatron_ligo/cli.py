@@ -1,13 +1,14 @@
 """What all commands share: argument parsing, --help, logging, error reporting and exit codes.
 
 Exit codes: 0 success; 1 a bug, with its traceback; 2 an error of the input or the machine, with one message and no
-traceback; 130 and 143 after SIGINT and SIGTERM, on which a training run first saves.
+traceback; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM, on which a training run first saves.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import select
 import signal
@@ -17,15 +18,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_ligo.common import signal_handling
+from megatron_ligo.common import signal_handling, terminal_stream
 from megatron_ligo.common.errors import LigoError, user_message
 from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
+
+Number = TypeVar("Number", int, float)
 
 # The launcher kills all ranks when the first one fails. The others wait this long, so that rank 0 reports the error.
 RANK_0_GRACE_SECONDS = 5.0
@@ -89,6 +92,19 @@ def build_parser(
     return parser
 
 
+def positive(kind: type[Number]) -> Callable[[str], Number]:
+    """Returns an argparse type: a finite number of this kind above 0."""
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def load_config(args: argparse.Namespace) -> RunConfig:
     """Loads the config from --config and --set."""
     return RunConfig.load(args.config, args.set)
@@ -127,7 +143,8 @@ def byte_progress() -> Iterator[Callable[[int, int], None]]:
     """Shows a progress bar on rank 0's terminal; yields its update function (bytes done, bytes in total)."""
     hidden = launcher_rank() != 0 or not sys.stderr.isatty()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    console = Console(file=terminal_stream.raw_stream(sys.stderr))
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("")
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -145,6 +162,7 @@ def set_up_logging() -> None:
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
+    terminal_stream.install()
     set_up_logging()
     signal_handling.install_handlers()
     threading.excepthook = _report_thread_failure

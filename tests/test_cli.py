@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ligo import cli
-from megatron_ligo.common.errors import ConfigError, user_message
+from megatron_ligo.common.errors import ConfigError, MachineError, user_message
+from megatron_ligo.distributed.rank_failures import report_failures
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +104,19 @@ def test_sigterm_exits_with_143(tmp_path, work, message):
     assert code == 143 and err.startswith(message) and err.count("\n") == 1
 
 
+def test_a_closed_terminal_ends_like_sigterm(tmp_path):
+    """Unless `nohup` has had it ignored."""
+    process = start(write_script(tmp_path, "print('ready', flush=True); time.sleep(60)"))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert finish(process)[::2] == (129, "SIGHUP: ended.\n")
+    body = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["nohup", sys.executable, write_script(tmp_path, body)]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "alive\n")
+
+
 def test_forked_children_have_default_signal_handlers(tmp_path):
     """A terminated child ends, and its parent does not."""
     body = """
@@ -160,6 +176,46 @@ def wrap(inner: Exception) -> Exception:
 def test_messages_of_user_and_machine_errors(error, where, part):
     message = user_message(error)
     assert message.startswith(where) and part in message
+
+
+@pytest.mark.parametrize("bug", [KeyError, IndexError, TypeError, AttributeError, AssertionError, NameError])
+def test_a_bug_while_a_users_error_is_handled_stays_a_bug(bug):
+    def fail() -> None:
+        try:
+            Path("/nowhere").read_text()
+        except FileNotFoundError:
+            raise bug("ours")  # noqa: B904 - as a mistake does it
+
+    with pytest.raises(bug) as raised:
+        fail()
+    assert user_message(raised.value) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: out of memory\nCompile with ..."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_a_lack_of_memory_names_what_to_set(error):
+    message = user_message(error)
+    assert all(part in message for part in ("recompute", "micro_batch_size", "parallel.tp")) and "\n" not in message
+    with pytest.raises(MachineError, match="micro_batch_size"), report_failures():
+        raise error
+
+
+@pytest.mark.parametrize("option", ["--world=0", "--world=-1", "--device-memory=0", "--tflops=nan", "--world=x"])
+def test_counts_and_sizes_are_above_0(option):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/plan.py", option],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and option.split("=")[0] in done.stderr
 
 
 def test_bugs_have_no_message():

@@ -22,7 +22,9 @@ def main() -> None:
         sections=("small", "large", "fit", "pretrain", "data"),
         output="folder for the probes and advice.json",
     )
-    parser.add_argument("--flops", type=float, required=True, metavar="N", help="FLOP budget of all probes together")
+    parser.add_argument(
+        "--flops", type=cli.positive(float), required=True, metavar="N", help="FLOP budget of all probes together"
+    )
     parser.add_argument(
         "--method", action="append", default=[], metavar="NAME", help="probe only this method; repeatable"
     )

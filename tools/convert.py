@@ -26,6 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build_parser() -> cli.CommandParser:
+    count = cli.positive(int)
     parser = cli.build_parser(f"{__doc__}\n{_list_format_options()}", EXAMPLE)
     parser.add_argument("source", metavar="SRC", help="checkpoint of any format")
     parser.add_argument("target", metavar="DST", help="new folder")
@@ -33,9 +34,11 @@ def build_parser() -> cli.CommandParser:
     parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of SRC (default: detected)")
     cli.add_accept_option(parser)
     parser.add_argument("--dtype", metavar="DTYPE", help=f"cast to {', '.join(DTYPES)} (default: no cast)")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of DST, if its format is sharded")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of DST, if its format is sharded")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that hash and write (default: 2)")
+    parser.add_argument("--tp", type=count, default=1, help="tensor-parallel size of DST, if its format is sharded")
+    parser.add_argument("--pp", type=count, default=1, help="pipeline-parallel size of DST, if its format is sharded")
+    parser.add_argument(
+        "--workers", type=count, default=2, metavar="N", help="threads that hash and write (default: 2)"
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the target format (listed above)"
     )

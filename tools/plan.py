@@ -26,13 +26,19 @@ def main() -> None:
         EXAMPLE,
         sections=("small", "large", "operator", "fit", "handoff", "pretrain", "data"),
     )
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="number of devices (default: 1)")
     parser.add_argument(
-        "--device-memory", type=float, default=80.0, metavar="GB", help="memory of one device, 10^9 bytes (default: 80)"
+        "--world", type=cli.positive(int), default=1, metavar="N", help="number of devices (default: 1)"
+    )
+    parser.add_argument(
+        "--device-memory",
+        type=cli.positive(float),
+        default=80.0,
+        metavar="GB",
+        help="memory of one device, 10^9 bytes (default: 80)",
     )
     parser.add_argument(
         "--tflops",
-        type=float,
+        type=cli.positive(float),
         default=300.0,
         help="sustained TFLOP/s of one device in the run's precision (default: 300)",
     )

@@ -15,7 +15,7 @@ from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
-from megatron_ligo.common.atomic_files import write_json
+from megatron_ligo.common.atomic_files import remove_tree, write_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 RECORD = "dims.json"
@@ -46,7 +46,7 @@ def write(source: Reader, output: Output) -> None:
 
 def write_folder(folder: Path, model_config: ModelConfig, carried: Mapping[str, object], files: Sequence[Path]) -> None:
     """Writes dims.json and the carried files into a folder of their own, replacing it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
     folder.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # A tokenizer file has about ten million bytes; a much larger file is not one.
@@ -22,8 +23,8 @@ MAX_INTEGER_DIGITS = 300
 ObjectPairsHook = Callable[[list[tuple[str, object]]], object]
 
 
-def read_text(path: Path) -> str:
-    """Reads a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises ValueError for any other, or OSError.
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Reads a regular UTF-8 file of at most `max_bytes`. Raises ValueError for any other, or OSError.
 
     A pipe or a device is refused, because reading it may never end.
     """
@@ -34,8 +35,8 @@ def read_text(path: Path) -> str:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        if status.st_size > MAX_TEXT_BYTES:
-            raise ValueError(f"{status.st_size} bytes, more than the limit of {MAX_TEXT_BYTES}")
+        if status.st_size > max_bytes:
+            raise ValueError(f"{status.st_size} bytes, more than the limit of {max_bytes}")
         return file.read().decode("utf-8")
 
 
@@ -81,23 +82,33 @@ def publish_file(temporary: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
+def remove_tree(path: Path) -> None:
+    """Removes a folder if there is one; of a link, the link alone: what it leads to is somebody else's."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def replace_folder(new: Path, target: Path, backup: Path) -> None:
     """Renames a finished, fsynced folder to its final name. `backup` holds the previous one until the new one is there.
 
     After a crash in between, `restore_backup` brings the previous folder back.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():
         target.rename(backup)
     new.rename(target)
     fsync_path(target.parent)
-    shutil.rmtree(backup, ignore_errors=True)
+    with suppress(OSError):
+        remove_tree(backup)
 
 
 def restore_backup(backup: Path, target: Path) -> None:
     """Undoes or completes an interrupted `replace_folder`: the backup returns only if nothing replaced it."""
     if backup.exists() and not target.exists():
         backup.rename(target)
-    shutil.rmtree(backup, ignore_errors=True)
+    with suppress(OSError):
+        remove_tree(backup)
 
 
 def fsync_tree(folder: Path) -> None:

@@ -11,12 +11,17 @@ import errno
 import signal
 from collections.abc import Callable, Iterable
 
+from megatron_ligo.common.terminal_text import one_line, printable
+
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Failures of a local disk or a file server.
 IO_ERRNOS = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.EFBIG)
 EXISTING_ERRNOS = (errno.EEXIST, errno.ENOTEMPTY)
 MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# What only a mistake of ours raises; a library's use of them is caught where the library is called.
+BUGS = (LookupError, TypeError, AttributeError, AssertionError, NameError, NotImplementedError)
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory")
 # The most problems that one message lists.
 MAX_SHOWN = 50
 
@@ -90,9 +95,10 @@ class Problem(str):
     hint: str
 
     def __new__(cls, where: str, expected: object, found: object, hint: str = "") -> Problem:
+        where, expected, found = map(one_line, (where, expected, found))
         text = f"{where}: expected {expected}, found {found}."
         problem = super().__new__(cls, f"{text} {hint}" if hint else text)
-        problem.where, problem.expected, problem.found, problem.hint = where, str(expected), str(found), hint
+        problem.where, problem.expected, problem.found, problem.hint = where, expected, found, hint
         return problem
 
     def __getnewargs__(self) -> tuple[str, str, str, str]:
@@ -110,7 +116,7 @@ class ErrorCollector:
     """Collects all problems of one input and reports them in one error."""
 
     def __init__(self, title: str, error_type: type[LigoError] = LigoError):
-        self.title = title
+        self.title = one_line(title)
         self.error_type = error_type
         self.problems: list[str] = []
 
@@ -119,7 +125,7 @@ class ErrorCollector:
 
     def add_message(self, message: str) -> None:
         """Adds a problem that is already formatted, such as another error's text."""
-        self.problems.append(message)
+        self.problems.append(message if isinstance(message, Problem) else printable(message))
 
     def raise_if_any(self, remaining_tensors: Callable[[], Iterable[tuple[str, object]]] | None = None) -> None:
         """Raises one error with all problems, if there are any.
@@ -138,12 +144,15 @@ class ErrorCollector:
         raise error
 
 
-def user_message(error: Exception) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """Returns the message for the user, or None if the error is a bug."""
     if isinstance(error, LigoError):
         return str(error)
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, BUGS):
+            # Raised while a user's error was being handled, it hides a mistake of ours.
+            return None
         text = _describe_machine_error(cause)
         if text:
             return text
@@ -151,8 +160,24 @@ def user_message(error: Exception) -> str | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an accelerator or this process has no memory left."""
+    # torch's OutOfMemoryError, by name: this module works without torch.
+    is_torchs = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return is_torchs or isinstance(error, MemoryError) or any(part in text for part in OUT_OF_MEMORY_TEXTS)
+
+
+def describe_lack_of_memory(error: BaseException) -> str:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    hint = "For a training: set recompute = true, lower micro_batch_size, or raise parallel.tp."
+    return Problem("memory of the device", "enough for the next step", first_line, hint)
+
+
 def _describe_machine_error(error: BaseException) -> str | None:
     """Returns a message for an operating-system error, even if a library only repeats its text; None for others."""
+    if is_out_of_memory(error):
+        return describe_lack_of_memory(error)
     code = error.errno if isinstance(error, OSError) else None
     # A failed copy has its source in `filename`, its target in `filename2`.
     where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
     On a file system without locks it warns and returns the file unlocked.
     """
     # NFS locks only files that are open for writing, so folders cannot be locked themselves.
-    file = path.open("w")
+    file = _open_regular(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -43,6 +44,17 @@ def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
     # The previous holder has removed the file in the meantime.
     file.close()
     return lock_file(path, wait)
+
+
+def _open_regular(path: Path) -> IO[str]:
+    """Opens the lock's file for writing. ConfigError if a pipe or a device is there, whose opening may never end."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        hint = "Remove it, or choose another --output."
+        raise ConfigError(Problem(f"{path}", "a lock file, or nothing", "something else than a file", hint))
+    return os.fdopen(descriptor, "w")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: exit at once, or, during work that saves its state, at the next point where it can stop.
+"""SIGINT, SIGTERM and SIGHUP: exit at once, or, during work that saves its state, at the next point where it can stop.
 
 Python runs no signal handler while a library call blocks. So a thread reads each signal from the interpreter's wake-up
 descriptor and ends the process itself when the grace period is over. The thread also watches the launcher: a
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The time that the process has to exit after a signal that is not deferred.
 EXIT_SECONDS = 10.0
 LAUNCHER_MODULE, RUNNER_COMMAND = b"deepspeed.launcher.launch", b"deepspeed"
@@ -44,7 +44,9 @@ def install_handlers() -> None:
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for signum in STOP_SIGNALS:
-        signal.signal(signum, _on_signal)
+        # `nohup` has it ignored.
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _on_signal)
     os.register_at_fork(after_in_child=_restore_defaults)
     threading.Thread(target=_watch_signals_and_parents, args=(read_end, _launcher_parents()), daemon=True).start()
 
@@ -93,6 +95,8 @@ def _restore_defaults() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _watch_signals_and_parents(read_end: int, parents: list[tuple[int, int]]) -> NoReturn:

@@ -178,4 +178,6 @@ def _format_value(value: Any) -> str:
     if type(value) is bool:
         return str(value).lower()
     type_names = {**TYPE_NAMES, list: "a list", dict: "a table"}
-    return f"{value!r} ({type_names.get(type(value), type(value).__name__)})"
+    text = repr(value)
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    return f"{text} ({type_names.get(type(value), type(value).__name__)})"

@@ -15,7 +15,14 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_ligo.common import signal_handling
-from megatron_ligo.common.errors import LigoError, LostRankError, Stopped
+from megatron_ligo.common.errors import (
+    LigoError,
+    LostRankError,
+    MachineError,
+    Stopped,
+    describe_lack_of_memory,
+    is_out_of_memory,
+)
 
 # The time that a rank waits for the last words of the others.
 STORE_SECONDS = 4.0
@@ -39,7 +46,8 @@ def report_failures() -> Iterator[None]:
     Raises LostRankError in place of the communication error.
     """
     try:
-        yield
+        with _name_lack_of_memory():
+            yield
     except Stopped:
         raise
     except Exception as error:
@@ -52,6 +60,16 @@ def report_failures() -> Iterator[None]:
                 _publish_last_words(f"{error}" or type(error).__name__)
                 raise
             raise LostRankError(_explain_loss(kind)) from error
+
+
+@contextmanager
+def _name_lack_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MachineError(describe_lack_of_memory(error)) from error
+        raise
 
 
 def _classify_loss(error: Exception) -> str | None:

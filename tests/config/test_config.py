@@ -144,6 +144,20 @@ def test_a_key_below_a_plain_value_is_refused(tmp_path):
     assert list(load_problems("operator.share.ffn=layer", path=path)) == ["--set operator.share.ffn"]
 
 
+def test_deep_and_long_values_are_refused(tmp_path):
+    """With one short message, not a RecursionError."""
+    for text in ("fit.lr=" + "[" * 10_000, "fit.lr=" + "[" * 60 + "]" * 60, "fit.lr=" + "{a=" * 900 + "1" + "}" * 900):
+        (problem,) = load_problems(text).values()
+        assert len(problem) < 1000
+    for text in ("fit." + "a." * 5000 + "b=1", "a" * 10**6 + ".b=1", "fit.lr=" + "9" * 5000):
+        (problem,) = load_problems(text).values()
+        assert len(problem) < 5000
+    path = tmp_path / "deep.toml"
+    for text in ("a = " + "[" * 100_000, "a = " + "[" * 60 + "]" * 60, "[" + "a." * 200 + "b]\nc = 1\n"):
+        path.write_text(text)
+        assert list(load_problems(path=path)) == [f"config {path}"]
+
+
 def test_unreadable_files_are_refused(tmp_path):
     missing, broken = tmp_path / "absent.toml", tmp_path / "broken.toml"
     assert list(load_problems(path=missing)) == [f"config {missing}"]

@@ -1,0 +1,106 @@
+"""A folder's kind: no command writes into another thing's folder; readers take the folder of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.verify import compare
+from megatron_ligo.common import folder_kinds
+from megatron_ligo.common.errors import CheckpointError, ConfigError
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.data.prepare_images import prepare_images
+from megatron_ligo.export import provenance
+from megatron_ligo.export.handoff import grow_from_config
+from megatron_ligo.growth import operator_file
+from megatron_ligo.report import write_report
+from megatron_ligo.training.pretrain import PRETRAIN_RECORD
+from tests.tiny_models import hf_llama, llama_config
+
+MARKED = {
+    "chain.json": folder_kinds.CHAIN,
+    "results.json": folder_kinds.COMPARISON,
+    "pretrain.json": folder_kinds.PRETRAINING,
+    "growth.json": folder_kinds.HANDOFF,
+    ".universal.partial/lock": folder_kinds.HANDOFF,
+    "operator/operator.json": folder_kinds.FIT,
+    "checkpoints/step_4/record.json": folder_kinds.FIT,
+    "operator.json": folder_kinds.OPERATOR,
+    "prepared.json": folder_kinds.DATA,
+    "train.idx": folder_kinds.DATA,
+    "config.json": folder_kinds.MODEL,
+    "model.gguf": folder_kinds.MODEL,
+    "report.html": folder_kinds.REPORT,
+}
+
+
+def write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+
+
+def test_the_names_are_those_that_are_written():
+    assert folder_kinds.HANDOFF_RECORD == provenance.RECORD_NAME
+    assert folder_kinds.OPERATOR_RECORD == operator_file.RECORD
+    assert PRETRAIN_RECORD in folder_kinds.PRETRAINING.marks
+
+
+@pytest.mark.parametrize("name, kind", MARKED.items())
+def test_a_folder_is_refused_to_all_other_kinds(tmp_path, name, kind):
+    folder = tmp_path / "folder"
+    folder_kinds.check_output(folder, kind)
+    (folder / "unrelated").mkdir(parents=True)
+    folder_kinds.check_output(folder, folder_kinds.REPORT)
+    write(folder / name)
+    assert folder_kinds.identify(folder) is kind
+    folder_kinds.check_output(folder, kind)
+    for other in set(folder_kinds.KINDS) - {kind}:
+        with pytest.raises(ConfigError, match=f"--output .*: expected a new folder, or one of {other}, found {kind}"):
+            folder_kinds.check_output(folder, other)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("kinds") / "small"
+    hf_llama(llama_config()).save_pretrained(folder)
+    return folder
+
+
+def growth(small: Path) -> RunConfig:
+    return RunConfig.load(None, [f"small.path={small}", "large.num_layers=4"])
+
+
+def test_no_command_writes_into_the_small_models_folder(small):
+    before = sorted(path.name for path in small.iterdir())
+    for work in (
+        lambda: grow_from_config(growth(small), None, small),
+        lambda: prepare_images(None, None, small, 0.1),
+        lambda: write_report([small], small),
+    ):
+        with pytest.raises(ConfigError, match=r"found a model\. It stays as it is"):
+            work()
+    assert sorted(path.name for path in small.iterdir()) == before
+
+
+def test_readers_pick_the_part(small, tmp_path):
+    grown = tmp_path / "grown"
+    grow_from_config(growth(small), None, grown)
+    assert formats.open(grown).path == grown / "universal"
+    assert compare(formats.open(grown), formats.open(grown / "hf")).same
+    run = tmp_path / "run"
+    write(run / "pretrain.json")
+    with pytest.raises(CheckpointError, match="found a pretraining without a checkpoint"):
+        formats.open(run)
+    for step in (9, 10):
+        convert(formats.open(small), run / f"checkpoints/step_{step}", "hf")
+        write(run / f"checkpoints/step_{step}/record.json")
+    write(run / "checkpoints/step_11.damaged/record.json")
+    assert formats.open(run).path == run / "checkpoints/step_10"
+    write(tmp_path / "fit/operator/operator.json")
+    assert folder_kinds.find_operator_part(tmp_path / "fit") == tmp_path / "fit/operator"
+    for folder in (tmp_path / "fit", tmp_path / "fit/operator"):
+        with pytest.raises(CheckpointError, match=r"Grow the model first: tools/grow\.py --operator .*fit/operator"):
+            formats.open(folder)
