@@ -20,6 +20,7 @@ from megatron_ligo.distributed.mesh import DeepSpeedMpu, Mesh
 from megatron_ligo.distributed.parallel_dims import EngineLayout
 from megatron_ligo.training import deepspeed_profile
 from megatron_ligo.training.checkpointing import engine_files
+from megatron_ligo.training.guard.update_gate import UpdateGate
 
 
 def count_micro_batches(section: TrainingSection, mesh: Mesh) -> int:
@@ -96,8 +97,13 @@ class Engine:
             dist_init_required=False,
         )
         self.files = engine_files.install_checkpoint_files(self.engine)
-        # True if some rank's gradients were not finite in the last step, which no rank has applied.
+        # Takes the loss and the gradient norm of a step, the same on all ranks; True: no rank applies its update.
+        self.refuse_update: Callable[[float, float], bool] = lambda loss, norm: False
+        self.gate = UpdateGate(self.engine.optimizer, self._decide)
+        # True if no rank has applied the last step: some gradient was not finite, or `refuse_update` refused it.
         self.step_refused = False
+        self.lr = section.lr
+        self._losses: list[Tensor] = []
 
     @property
     def steps(self) -> int:
@@ -117,6 +123,7 @@ class Engine:
         return self.engine.module
 
     def set_lr(self, lr: float) -> None:
+        self.lr = lr
         for group, scale in zip(self.engine.optimizer.param_groups, self.lr_scales, strict=True):
             group["lr"] = lr * scale
 
@@ -128,24 +135,39 @@ class Engine:
         batches = list(batches)
         assert len(batches) == self.micro_batches, "a step takes all its micro-batches"
         self.engine.train()
+        self.gate.reset()
         if self.is_pipeline:
             loss = float(self.engine.train_batch(iter(map(_to_pipeline_batch, batches))))
         else:
-            loss = self._mean_over_dp(self._accumulate(batches).mean())
+            self._accumulate(batches)
+            loss = self._mean_loss()
         self.step_refused = getattr(self.engine.optimizer, "overflow", False)
         self.after_update()
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self.gate.norm is None else self.gate.norm
         return loss, math.nan if norm is None else float(norm)
 
-    def _accumulate(self, batches: list[Batch]) -> Tensor:
-        """Runs a step without a pipeline; returns the loss of each micro-batch, (micro_batches,)."""
-        losses = []
+    def _accumulate(self, batches: list[Batch]) -> list[Tensor]:
+        """Runs a step without a pipeline; returns the scalar loss of each micro-batch."""
+        self._losses = []
         for batch in batches:
             loss = self.engine(*_to_device(batch))
             self.engine.backward(loss)
+            self._losses.append(loss.detach())
             self.engine.step()
-            losses.append(loss.detach())
-        return torch.stack(losses)
+        return self._losses
+
+    def _mean_loss(self) -> float:
+        """Returns the mean loss of the current step over all ranks, whose micro-batches are all done. Collective."""
+        if self.is_pipeline:
+            return float(self.engine._aggregate_total_loss())
+        return self._mean_over_dp(torch.stack(self._losses).mean())
+
+    @torch.no_grad()
+    def _decide(self, norm: float) -> bool:
+        """Returns whether to refuse the update with this gradient norm: rank 0's numbers decide on all ranks."""
+        numbers = torch.tensor([self._mean_loss(), norm], dtype=torch.float64, device=device.current_device())
+        dist.broadcast(numbers, src=0)
+        return self.refuse_update(*numbers.tolist())
 
     def rerun_refused_step(self, batches: list[Batch]) -> tuple[list[float], list[str]]:
         """Repeats a refused step to find its cause. The step is refused again, so no state changes.

@@ -16,7 +16,7 @@ from megatron_ligo.distributed import mesh
 from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.loss_guard import LossGuard
+from megatron_ligo.training.guard.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
 from megatron_ligo.training.metrics import Metrics
 
@@ -31,19 +31,22 @@ def run_steps(
     state: dict,
     tokens: int,
     flops: float,
+    guess_loss: float,
+    accepted_step: int = 0,
     after_step: Callable[[int], dict[str, float]] = lambda step: {},
     extra_files: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains from the engine's current step to the last one. Collective.
 
-    state: saved with each checkpoint. tokens, flops: per step, over all ranks. after_step: takes the number of finished
-    steps and returns further metrics. extra_files: a folder whose files are copied into each checkpoint.
+    state: saved with each checkpoint. tokens, flops: per step, over all ranks. guess_loss, accepted_step: as for
+    `LossGuard`. after_step: takes the number of finished steps and returns further metrics. extra_files: a folder
+    whose files are copied into each checkpoint.
     should_stop: ends the run early, checked between steps.
     Raises Stopped if SIGINT or SIGTERM has reached any rank.
     """
     first_step, dims = engine.steps, engine.mesh
-    guard = LossGuard(engine, section, state)
+    guard = LossGuard(engine, section, state, guess_loss, output, accepted_step)
     with (
         signal_handling.defer_signals(section.grace_seconds),
         Metrics(output, dist.get_rank() == 0, section.steps, first_step) as metrics,
@@ -56,17 +59,25 @@ def run_steps(
             batches = data.train_batch(*batch)
             lr = learning_rate(section, step)
             engine.set_lr(lr)
+            guard.begin_step()
             loss, norm = engine.train_step(batches)
             seconds = time.monotonic() - start
-            guard.check_step(step, loss, batches, data.train_sample_ranges(*batch))
+            report = guard.check_step(step, loss, batches, data.train_sample_ranges(*batch))
             done = step + 1
-            metrics.log(done, loss, lr, tokens, flops, seconds, norm, **after_step(done))
+            extra = after_step(done) if report.error is None else {}
+            if "eval_loss" in extra:
+                guard.record_evaluation(done, extra["eval_loss"], report)
+            metrics.log(done, loss, lr, tokens, flops, seconds, norm, report.anomaly, **report.columns, **extra)
+            if report.error is not None:
+                guard.stop(done, report.error)
             is_last = done == section.steps or should_stop()
             if is_due(done, section.check_replicas_every):
                 replica_check.check_replicas(engine, done)
             signum = mesh.max_over_ranks(signal_handling.received_signal() or 0)
             if is_last or signum or is_due(done, section.save_every):
-                run_checkpoints.save(engine, output / CHECKPOINTS_FOLDER, done, state, section.keep_last, extra_files)
+                folder = output / CHECKPOINTS_FOLDER
+                keep = run_checkpoints.Retention(section.keep_last, guard.protected_steps)
+                run_checkpoints.save(engine, folder, done, state, keep, extra_files)
             if signum and not is_last:
                 raise Stopped(signum, f"saved after step {done} of {section.steps}. Start it again to resume there.")
 

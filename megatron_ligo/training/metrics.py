@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ligo.common.atomic_files import fsync_descriptor, write_bytes
+from megatron_ligo.common import terminal_stream
+from megatron_ligo.common.atomic_files import fsync_descriptor, parse_json, read_text, write_bytes
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed import device
 
@@ -22,6 +24,12 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 METRICS_KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
+# A run of a month logs a few hundred bytes for each of its millions of steps.
+MAX_METRICS_BYTES = 1 << 36
+# The column of text: what is wrong with a step.
+ANOMALY = "anomaly"
+# Columns that the progress line leaves out.
+SILENT_KEYS = ("update_ratio", "skipped")
 # The time left is estimated from this many recent steps.
 RECENT_STEPS = 20
 
@@ -43,7 +51,7 @@ class Metrics:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         last = _truncate_rows(folder / METRICS_FILE, done_steps)
-        self._totals.update({key: last[key] for key in self._totals if key in last})
+        self._totals.update({key: last[key] for key in self._totals if last.get(key) is not None})
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._events = TensorBoardEvents(folder / "tensorboard", done_steps)
         self._line = ProgressLine(total_steps, done_steps)
@@ -57,21 +65,27 @@ class Metrics:
         flops: float,
         seconds: float,
         grad_norm: float,
+        anomaly: str | None = None,
         **extra: float,
     ) -> None:
-        """Records one step. tokens, flops, seconds: of this step alone. extra: more values, such as eval_loss."""
+        """Records one step. tokens, flops, seconds: of this step alone. extra: more values, such as eval_loss.
+
+        anomaly: what is wrong with the step, in words.
+        """
         if not self.enabled:
             return
         for key, amount in (("tokens", tokens), ("flops", flops), ("seconds", seconds)):
             self._totals[key] += amount
         row = {"step": step, "loss": loss, "lr": lr, **self._totals, "grad_norm": grad_norm, **extra}
         # JSON has no NaN or Inf.
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        finite: dict = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        if anomaly is not None:
+            finite[ANOMALY] = anomaly
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
-        self._events.add({**shown, **extra}, step)
-        self._line.show(step, loss, lr, tokens, seconds, extra)
+        self._events.add({**shown, **extra}, step, anomaly)
+        self._line.show(step, loss, lr, tokens, seconds, {key: extra[key] for key in extra if key not in SILENT_KEYS})
 
     def close(self) -> None:
         if not self.enabled:
@@ -93,21 +107,36 @@ class Metrics:
 def read_metrics(path: str | Path) -> list[dict]:
     """Reads the rows of a metrics.jsonl; skips an incomplete last line. CheckpointError if another line is invalid."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = read_text(path, MAX_METRICS_BYTES).split("\n")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(f"{path}", "the metrics of a run, in UTF-8", error)) from None
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({"step": row["step"], **row})
-        except (ValueError, KeyError, TypeError):
-            # The last line is empty, or its write was interrupted.
-            if number == len(lines):
-                break
+        row = _parse_row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
             problem = Problem(
                 f"{path}, line {number}", f"a JSON object with {', '.join(METRICS_KEYS)}", repr(line[:60])
             )
-            raise CheckpointError(problem) from None
+            raise CheckpointError(problem)
+        # The last line is empty, or its write was interrupted.
     return rows
+
+
+def _parse_row(line: str) -> dict | None:
+    """Returns a row whose step is an integer and whose other columns are numbers or none; None for anything else."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    numbers = (value for key, value in row.items() if key != ANOMALY)
+    if not all(value is None or isinstance(value, int | float) for value in numbers):
+        return None
+    return {"step": row["step"], **row}
 
 
 def _truncate_rows(path: Path, done_steps: int) -> dict:
@@ -125,10 +154,12 @@ class TensorBoardEvents:
     def __init__(self, folder: Path, done_steps: int):
         self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=done_steps + 1)
 
-    def add(self, values: dict[str, float], step: int) -> None:
+    def add(self, values: dict[str, float], step: int, anomaly: str | None = None) -> None:
         try:
             for key, value in values.items() if self.writer else ():
                 self.writer.add_scalar(key, value, step)
+            if self.writer and anomaly is not None:
+                self.writer.add_text("anomaly", anomaly, step)
         except OSError as error:
             self._disable(error)
 
@@ -150,7 +181,7 @@ class ProgressLine:
     def __init__(self, total: int, done: int):
         self.total = total
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        console = Console()
+        console = Console(file=terminal_stream.raw_stream(sys.stdout))
         self.bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))

@@ -49,14 +49,14 @@ def _flip(engine: Engine, kind: str) -> None:
     bits[bits.numel() // 2] ^= 1
 
 
-def pretrain_with_log(settings: dict, output: str) -> dict | str:
+def pretrain_with_log(settings: dict, output: str, **options) -> dict | str:
     """Returns a run's record with rank 0's log."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("megatron_ligo")
     logger.addHandler(handler)
-    record = pretrain(settings, output)
+    record = pretrain(settings, output, **options)
     return {**record, "log": "\n".join(lines)} if isinstance(record, dict) else record
 
 
@@ -97,6 +97,24 @@ def pretrain_with_nan_sample(settings: dict, output: str, sample: int, look: boo
         TextDataset.train_batch, Engine.rerun_refused_step = deal, again
 
 
+def pretrain_with_wrong_labels(settings: dict, output: str, steps: list[int], **options) -> dict | str:
+    """Replaces the labels of the steps `steps` (from 0) by random ones."""
+    deal = TextDataset.train_batch
+
+    def dealt(self, step, *where):
+        batches = deal(self, step, *where)
+        for batch in batches if step in steps else ():
+            generator = torch.Generator().manual_seed(step)
+            batch["labels"] = torch.randint(0, 36, batch["labels"].shape, generator=generator)
+        return batches
+
+    TextDataset.train_batch = dealt
+    try:
+        return pretrain_with_log(settings, output, **options)
+    finally:
+        TextDataset.train_batch = deal
+
+
 def run_fit(settings: dict, output: str, die_after: int | None = None) -> dict:
     """Runs a fit and returns its record; optionally kills it after `die_after` steps."""
     step, count = Engine.train_step, 0
@@ -133,7 +151,8 @@ def resume_and_save(settings: dict, output: str, to: str, lost: str = "") -> Non
     reshard.fill_optimizer = filled
     try:
         job = Pretrain(RunConfig.from_dict(settings), Path(output))
-        run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.checkpoint.state, 1, job.output / MODEL_FOLDER)
+        keep, model = run_checkpoints.Retention(1), job.output / MODEL_FOLDER
+        run_checkpoints.save(job.engine, Path(to), job.engine.steps, job.checkpoint.state, keep, model)
         job.engine.engine.destroy()
     finally:
         reshard.fill_optimizer = fill

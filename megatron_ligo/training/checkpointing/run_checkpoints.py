@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megatron_ligo.common.atomic_files import (
     fsync_folders,
     fsync_path,
     read_json,
+    remove_tree,
     replace_folder,
     restore_backup,
     write_json,
@@ -54,7 +55,17 @@ class RunCheckpoint:
     layout: EngineLayout
 
 
-def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, extra_files: Path | None = None) -> None:
+@dataclass(frozen=True)
+class Retention:
+    """The checkpoints to keep: the last `keep_last`, and those that `protected` picks from the steps that have one."""
+
+    keep_last: int
+    protected: Callable[[Sequence[int]], set[int]] = lambda steps: set()
+
+
+def save(
+    engine: Engine, folder: Path, step: int, state: dict, retention: Retention, extra_files: Path | None = None
+) -> None:
     """Saves weights, optimizer and `state` (JSON values) as FOLDER/step_N. Collective.
 
     extra_files: a folder whose files go into the checkpoint (the model's config, its tokenizer). CheckpointError on
@@ -76,7 +87,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict, keep_last: int, e
         _change_files(temporary, lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
     _change_files(target, lambda: replace_folder(temporary, target, folder / f".step_{step}.old"))
-    _change_files(folder, lambda: _delete_old(folder, step, keep_last))
+    _change_files(folder, lambda: _delete_old(folder, step, retention))
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -137,7 +148,7 @@ def load(engine: Engine, checkpoint: RunCheckpoint) -> dict:
 def _create_empty(folder: Path) -> None:
     # Does not create OUTPUT itself: a run whose --output was deleted must fail.
     folder.parent.mkdir(exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
     folder.mkdir()
 
 
@@ -160,17 +171,23 @@ def write_record(folder: Path, extra_files: Path | None, written: dict[Path, dic
     fsync_folders(folder)
 
 
-def _delete_old(folder: Path, step: int, keep_last: int) -> None:
-    """Deletes all but the last `keep_last` checkpoints up to `step`; later ones, of an earlier run, stay."""
-    for old in [other for other in list_steps(folder) if other < step][: -(keep_last - 1) or None]:
-        shutil.rmtree(folder / f"step_{old}")
+def _delete_old(folder: Path, step: int, retention: Retention) -> None:
+    """Deletes the checkpoints up to `step` that `retention` does not keep; later ones, of an earlier run, stay.
+
+    A checkpoint that was moved and linked is its user's: it stays too.
+    """
+    steps = [other for other in list_steps(folder) if other <= step]
+    kept = {*steps[-retention.keep_last :], *retention.protected(steps)}
+    for old in steps:
+        if old not in kept and not (folder / f"step_{old}").is_symlink():
+            remove_tree(folder / f"step_{old}")
 
 
 def _clean_up(folder: Path) -> None:
     """Removes unfinished checkpoints of a killed run and restores backups."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path)
+            remove_tree(path)
         elif match := BACKUP.fullmatch(path.name):
             restore_backup(path, folder / match[1])
 
@@ -178,7 +195,7 @@ def _clean_up(folder: Path) -> None:
 def _move_aside(damaged: list[Path]) -> None:
     for path in damaged:
         target = path.with_name(f"{path.name}.damaged")
-        shutil.rmtree(target, ignore_errors=True)
+        remove_tree(target)
         path.rename(target)
         fsync_path(path.parent)
 
