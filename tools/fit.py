@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.common import terminal_stream
 
 EXAMPLE = "deepspeed --num_gpus 4 tools/fit.py --config run.toml --output runs/fit --set fit.steps=20"
 
@@ -16,6 +17,9 @@ def main() -> None:
         sections=("small", "large", "operator", "fit", "data"),
         output="folder for checkpoints, metrics and, at the end, operator/",
     )
+    parser.add_argument(
+        "--resume-after-anomaly", action="store_true", help="resume a run that has stopped at an anomaly, and pass it"
+    )
     args = parser.parse_args()
     config = cli.load_config(args)
 
@@ -24,8 +28,8 @@ def main() -> None:
     )
     from megatron_ligo.training.fit import Fit
 
-    with report_failures():
-        Fit(config, Path(args.output)).run()
+    with report_failures(), terminal_stream.outlive_readers():
+        Fit(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly).run()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.common import terminal_stream
 
 EXAMPLE = """
 deepspeed --num_gpus 4 tools/pretrain.py --config run.toml --set pretrain.start=runs/grown --output runs/pretrain
@@ -12,12 +13,16 @@ python tools/pretrain.py --config run.toml --set pretrain.start=small-model --se
 
 def main() -> None:
     parser = cli.build_parser(
-        "Pretrains a model from a hand-off, from a checkpoint of any format, or from scratch (at the sizes of [small]\n"
-        "and [large]). Runs under the deepspeed launcher at any tp x pp x dp, or as one plain process. An interrupted\n"
-        "run resumes from its last checkpoint. pretrain.steps = 0 only evaluates.",
+        "Pretrains a model from a hand-off, a checkpoint of any format, or scratch (pretrain.start=scratch: fresh\n"
+        "weights at the sizes of [small] and [large]). Runs under the deepspeed launcher at any tp x pp x dp, or as\n"
+        "one plain process. An interrupted run resumes from its last checkpoint. pretrain.steps = 0 only evaluates;\n"
+        "more steps than a run was started with extend it.",
         EXAMPLE,
         sections=("small", "large", "pretrain", "data"),
         output="folder for checkpoints, metrics and the record pretrain.json",
+    )
+    parser.add_argument(
+        "--resume-after-anomaly", action="store_true", help="resume a run that has stopped at an anomaly, and pass it"
     )
     args = parser.parse_args()
     config = cli.load_config(args)
@@ -27,8 +32,8 @@ def main() -> None:
     )
     from megatron_ligo.training.pretrain import Pretrain
 
-    with report_failures():
-        Pretrain(config, Path(args.output)).run()
+    with report_failures(), terminal_stream.outlive_readers():
+        Pretrain(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly).run()
 
 
 if __name__ == "__main__":

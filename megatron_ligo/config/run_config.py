@@ -22,6 +22,10 @@ from megatron_ligo.config.typed_toml import read_section, setting
 TextBySpace = dict[str, str]
 HANDOFF_FORMATS = ("universal", "hf")
 SOURCE_PLACEMENTS = ("divided", "whole")
+# pretrain.start for fresh weights.
+SCRATCH = "scratch"
+# No key lies deeper. Python's own limit is that of recursion, far above.
+MAX_DEPTH = 8
 POSITION_INITS = ("tile", "mean", "random")
 MOMENT_POLICIES = ("reset", "grow", "old")
 T = TypeVar("T")
@@ -146,8 +150,10 @@ class TrainingSection:
     keep_last: int = setting(2, "number of most recent checkpoints to keep", low=1)
     timeout_minutes: float = setting(10.0, "timeout of collectives, in minutes", above=0.0)
     grace_seconds: float = setting(25.0, "seconds to finish the step and save after SIGTERM or SIGINT", above=0.0)
-    bad_numbers: str = setting("stop", "on NaN, Inf or a loss spike: stop, or skip the step", choices=("stop", "skip"))
-    spike: float = setting(4.0, "spike threshold, as a multiple of the median of the last 20 losses; 0: off", low=0.0)
+    bad_numbers: str = setting(
+        "stop", "on NaN, Inf or an anomaly: stop, skip the step, or warn", choices=("stop", "skip", "warn")
+    )
+    spike: float = setting(10.0, "loss spike threshold, in deviations of recent losses; 0: no anomalies", low=0.0)
     check_replicas_every: int = setting(50, "steps between checks that replicas are equal; 0: never", low=0)
     parallel: ParallelSection = field(default_factory=ParallelSection)
 
@@ -171,7 +177,7 @@ class FitSection(TrainingSection):
 
 @dataclass(frozen=True)
 class PretrainSection(TrainingSection):
-    start: str = setting("", "hand-off folder, or any checkpoint; empty: train from scratch")
+    start: str = setting("", "hand-off folder, any checkpoint, or 'scratch': fresh weights at the sizes of [large]")
     fresh_head: bool = setting(False, "add a new output head to a headless start and train only the head")
     lr: float = setting(3e-4, "peak learning rate, after warm-up", low=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay", low=0.0)
@@ -258,11 +264,22 @@ class RunConfig:
 def read_toml(path: Path) -> dict:
     """Reads a TOML file. Raises ConfigError if it is missing or not TOML."""
     try:
-        return tomllib.loads(read_text(path))
+        table = tomllib.loads(read_text(path))
+        _check_depth(table)
+        return table
     except FileNotFoundError:
         raise ConfigError(Problem(f"config {path}", "a TOML file", "no such file", "Check --config.")) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(Problem(f"config {path}", "valid TOML", error)) from None
+
+
+def _check_depth(value: object, depth: int = 0) -> None:
+    """Raises ValueError if a value is nested deeper than any key's, so that no later recursion fails."""
+    if depth > 4 * MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for entry in entries:
+        _check_depth(entry, depth + 1)
 
 
 def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
@@ -272,10 +289,18 @@ def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
     if not equals or not sections or not all([*sections, key]):
         errors.add("--set", "section.key=value", repr(text), "Example: --set fit.steps=20.")
         return
+    if len(sections) > MAX_DEPTH:
+        errors.add("--set", f"a key of at most {MAX_DEPTH} sections", f"{len(sections)} in {name!r}")
+        return
     try:
         value = tomllib.loads(f"value = {raw.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = raw.strip()
+    try:
+        _check_depth(value)
+    except ValueError as error:
+        errors.add(f"--set {name}", "a value of a key", error)
+        return
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from megatron_ligo.common.atomic_files import write_bytes
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
+from megatron_ligo.common.folder_kinds import DATA, check_output
 from megatron_ligo.data.image_dataset import IMAGES, LABELS
 from megatron_ligo.data.sampler import TRAIN, VALID
 
@@ -63,6 +64,7 @@ def prepare_images(images: np.ndarray, labels: np.ndarray, output: Path, valid_f
 
     Existing files must have the same content. Raises DataError otherwise, and for an empty split.
     """
+    check_output(output, DATA)
     hashes = np.array([xxhash.xxh3_64_intdigest(image.tobytes()) / 2**64 for image in images])
     selected = {VALID: hashes < valid_fraction, TRAIN: hashes >= valid_fraction}
     contents = {}

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_ligo.common.atomic_files import fsync_tree, read_json, write_json
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
+from megatron_ligo.common.folder_kinds import DATA, check_output
 from megatron_ligo.data.documents import DocumentSource
 from megatron_ligo.data.indexed_dataset import digest_file
 from megatron_ligo.data.tokenizer import Tokenizer, digest_tokenizer, load_tokenizer, train_sentencepiece
@@ -64,6 +65,7 @@ def prepare_text(recipe: TextRecipe, output: Path, workers: int) -> dict:
     in a staging folder and renamed, OUTPUT/prepared.json last. If it exists with the same fingerprint, nothing is done.
     """
     fingerprint = json.loads(json.dumps(recipe.fingerprint()))
+    check_output(output, DATA)
     staging = output / STAGING_NAME
     with exclusive_access(output):
         if (staging / RECORD_NAME).is_file():

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_ligo.checkpoint.manifest import library_versions
+from megatron_ligo.common import signal_handling
 from megatron_ligo.common.atomic_files import write_bytes, write_json
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError, Problem, Stopped, did_you_mean
 from megatron_ligo.common.file_lock import exclusive_access
-from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.common.folder_kinds import CHAIN, check_output
+from megatron_ligo.config.run_config import SCRATCH, RunConfig
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report import write_report
@@ -120,7 +122,9 @@ def _read_stage(
         return None
     folder = output / name
     sections = _merge_tables(shared, {key: value for key, value in table.items() if key not in STAGE_KEYS})
-    if previous:
+    if not previous:
+        sections = _merge_tables({"pretrain": {"start": SCRATCH}}, sections)
+    else:
         sections = _merge_tables({"fit": {"steps": 0}}, sections)
         sections = _merge_tables(sections, {"small": {"path": str(previous.final_checkpoint)}})
         sections = _merge_tables(sections, {"pretrain": {"start": str(folder / "grown")}})
@@ -146,6 +150,7 @@ def _merge_tables(base: Mapping, override: Mapping) -> dict:
 
 def run_stages(stages: Sequence[GrowthStage], output: Path, log_line: Callable[[str], None]) -> None:
     """Runs every unfinished command in order; writes lineage and report after each stage. Raises a command's error."""
+    check_output(output, CHAIN)
     with exclusive_access(output):
         for number, stage in enumerate(stages, 1):
             _run_stage(stage, log_line)
@@ -188,7 +193,7 @@ def _run_command(words: list[str]) -> None:
         process.terminate()
         process.wait()
         raise
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code - 128 in signal_handling.STOP_SIGNALS:
         raise Stopped(code - 128, "the chain resumes here when it is started again.")
     if code:
         raise LigoError(Problem(" ".join(words), "exit code 0", code, "See its own message above."))

@@ -23,6 +23,7 @@ from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
+from megatron_ligo.common.folder_kinds import HANDOFF, check_output, find_operator_part
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.export import provenance
@@ -103,9 +104,10 @@ def grow_from_config(
         raise ConfigError(Problem("small.path", "a checkpoint of the small model", "none", "Set it in [small]."))
     section = config.handoff
     with ranks.agree():
+        check_output(folder, HANDOFF)
         reader = formats.open_small(small)
         if operator_folder:
-            operator = OperatorFile(operator_folder)
+            operator = OperatorFile(find_operator_part(operator_folder))
         else:
             operator = build_initial_operator(reader.model_config, config.large, config.operator)
             log.info("%s", describe_method(operator.settings, operator.small, operator.large))

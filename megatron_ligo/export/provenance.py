@@ -21,11 +21,24 @@ def read(folder: Path) -> dict | None:
     try:
         record = read_json(path)
         version = record["version"]
+        if version == VERSION:
+            _check_fields(record)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(Problem(f"{path}", "the record of a hand-off", f"{error!r}")) from None
     if version != VERSION:
         raise CheckpointError(Problem(f"{path}", f"version {VERSION}", version))
     return record
+
+
+def _check_fields(record: dict) -> None:
+    """Raises KeyError or TypeError unless the fields that a pretraining reads are there and of their types."""
+    if not all(isinstance(name, str) for name in [*record["formats"]]) or isinstance(record["formats"], str):
+        raise TypeError("formats")
+    fit = record.get("fit")
+    if fit is not None:
+        samples, digest, end = fit["eval"]["samples"], fit["eval"]["digest"], fit["losses"]["end"]
+        if type(samples) is not int or not isinstance(digest, str) or type(end) not in (int, float):
+            raise TypeError("fit")
 
 
 def write(folder: Path, record: dict) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ligo.common.atomic_files import write_bytes
+from megatron_ligo.common.folder_kinds import REPORT, check_output
+from megatron_ligo.common.terminal_stream import raw_stream
 from megatron_ligo.report import curves, report_page, report_table
 from megatron_ligo.report.run_records import read_runs
 
@@ -26,6 +29,7 @@ def write_report(
     prior_flops: FLOPs spent before each run; None: those of the fits behind the hand-offs. Before anything is written,
     raises CheckpointError with every folder that holds no run and every damaged record.
     """
+    check_output(output, REPORT)
     runs = read_runs(folders)
     if prior_flops is not None:
         runs = [replace(run, prior_flops=prior_flops[run.folder]) for run in runs]
@@ -33,4 +37,4 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     write_bytes(output / "report.png", curves.draw_png(runs, table))
     write_bytes(output / "report.html", report_page.render_page(table, curves.draw_png(runs)).encode())
-    report_table.print_table(table, console or Console())
+    report_table.print_table(table, console or Console(file=raw_stream(sys.stdout)))

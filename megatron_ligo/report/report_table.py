@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_ligo.common.terminal_text import printable
 from megatron_ligo.report.run_records import EvaluationSet, RecordedRun
 
 MISSING = "-"
@@ -147,9 +148,9 @@ def print_table(table: ReportTable, console: Console) -> None:
     for _ in range(len(table.rows) + 1):
         grid.add_column(overflow="fold")
     for number, heading in enumerate(HEADINGS):
-        cells = [Text(row[number]) for row in table.rows]
+        cells = [Text(printable(row[number])) for row in table.rows]
         grid.add_row(heading, *cells, end_section=heading in ("evaluation set", "after N steps"))
     console.print(f"{table.warning}\n", markup=False, highlight=False)
     console.print(grid)
     for note in table.notes:
-        console.print(f"- {note}", markup=False, highlight=False)
+        console.print(printable(f"- {note}"), markup=False, highlight=False)

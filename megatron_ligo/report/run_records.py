@@ -12,8 +12,10 @@ from pathlib import Path
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, LigoError
+from megatron_ligo.config.run_config import SCRATCH
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
+from megatron_ligo.report.anomaly_notes import describe_anomalies
 from megatron_ligo.report.json_fields import JsonRecord, load_record
 from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 
@@ -87,6 +89,7 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
         errors.add(f"{path}", "each folder once", f"{paths.count(path)} times")
     runs = [run for run in (_read_run(path, errors) for path in paths) if run is not None]
     errors.raise_if_any()
+    runs = [replace(run, notes=run.notes + describe_anomalies(run.folder, run.metrics, errors)) for run in runs]
     runs = _make_names_unique(runs)
     linked = [_link_to_handoff(run, runs, errors) if run.kind == "pretraining" else run for run in runs]
     errors.raise_if_any()
@@ -195,7 +198,7 @@ def _read_pretraining(folder: Path, record: JsonRecord, metrics: list[dict], err
         folder,
         "pretraining",
         model_config=model_config,
-        initialised_by=Path(start).name if start else "fresh weights",
+        initialised_by=Path(start).name if start and start != SCRATCH else "fresh weights",
         evaluation_set=_parse_evaluation_set(record, model_config, record.number("run", "data", "seq_length")),
         losses=_drop_missing(losses),
         metrics=metrics,
@@ -210,13 +213,14 @@ def _read_pretraining(folder: Path, record: JsonRecord, metrics: list[dict], err
 def _link_to_handoff(run: RecordedRun, runs: Sequence[RecordedRun], errors: ErrorCollector) -> RecordedRun:
     """Adds to a pretraining run its hand-off's name, the fit's losses on the same samples, and the fit's FLOPs."""
     start = JsonRecord(run.folder / PRETRAIN_RECORD, run.record, errors).text("run", "pretrain", "start")
-    if not start:
+    if not start or start == SCRATCH:
         return run
     handoff = _find_handoff(Path(start), runs, errors)
     if handoff is None:
         if Path(start).exists() and run.handoff_losses is None:
             return run
-        return replace(run, prior_flops=None, notes=(f"its start {start} is not among the given folders",))
+        note = f"its start {start} is not among the given folders"
+        return replace(run, prior_flops=None, notes=(*run.notes, note))
     initialised_by = f"{handoff.name} ({handoff.initialised_by})"
     fit = handoff.record.get("fit")
     if not fit:
@@ -224,7 +228,7 @@ def _link_to_handoff(run: RecordedRun, runs: Sequence[RecordedRun], errors: Erro
         initialised = {"initialised": run.losses["step 0"]} if "step 0" in run.losses else {}
         return replace(run, initialised_by=initialised_by, losses={**run.losses, **initialised})
     source = next((other for other in runs if other.kind == "fit" and _is_same_fit(other.record, fit)), None)
-    notes: tuple[str, ...] = ()
+    notes = run.notes
     if source is None:
         notes += (FIT_NOT_GIVEN,)
     if _data_order(run.record.get("run")) == _data_order(fit.get("config")) and _first_sample(run) < _samples_read(fit):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.config.run_config import FitSection
+from megatron_ligo.growth.operator_file import OperatorFile
 
 
 class BestOperator:
@@ -35,6 +37,15 @@ class BestOperator:
                 self.save(self.folder)
         elif step > self.step:
             self.state["worse"] += 1
+
+    def read(self) -> OperatorFile:
+        """Opens the best operator. CheckpointError if the folder holds that of another step."""
+        operator = OperatorFile(self.folder)
+        step = operator.record.get("step")
+        if step != self.step:
+            hint = "A run at another layout has replaced it. Fit again, or set fit.keep = 'last'."
+            raise CheckpointError(Problem(f"{self.folder}", f"the operator of step {self.step}", f"step {step}", hint))
+        return operator
 
     def should_stop(self) -> bool:
         """Returns True after `patience` evaluations in a row without improvement."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.common import folder_kinds
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import FitSection, RunConfig
 from megatron_ligo.data.dataset_factory import open_dataset
@@ -28,7 +30,7 @@ from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
 from megatron_ligo.models.mcore.layer_spec import check_supported
 from megatron_ligo.sharding.tensor_parallel import check_tp
-from megatron_ligo.training import loop
+from megatron_ligo.training import job_summary, loop
 from megatron_ligo.training.best_operator import BestOperator
 from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.checkpointing.gather_operator import gather_operator
@@ -43,10 +45,11 @@ log = logging.getLogger(__name__)
 class Fit(TrainingJob):
     """One fit, from its config to OUTPUT/operator. `run` executes it. Collective over all ranks."""
 
+    folder_kind = folder_kinds.FIT
     section: FitSection
 
-    def __init__(self, config: RunConfig, output: Path):
-        super().__init__(config, config.fit, output)
+    def __init__(self, config: RunConfig, output: Path, *, resume_after_anomaly: bool = False):
+        super().__init__(config, config.fit, output, resume_after_anomaly=resume_after_anomaly)
         self.reader, self.operator, self.lag = self.ranks.run_on_all(lambda: prepare_fit(config))
         self.sample_tokens = self.operator.large.tokens_per_sample(config.data.seq_length)
         self.step_tokens = self.section.global_batch_size * self.sample_tokens
@@ -101,6 +104,12 @@ class Fit(TrainingJob):
             best.record_evaluation(step, loss)
             return {"eval_loss": loss}
 
+        saved = self.checkpoint
+        start = f"the checkpoint of step {saved.step} of this run" if saved else "the initialisation"
+        start = f"{start}; {self.operator.settings.method} growth of {self.config.small.path}"
+        place = (self.engine.layout, self.engine.steps, self.step_tokens, self.step_flops)
+        summary = job_summary.describe_job(start, self.operator.large, self.section, *place)
+        log.info("fit in %s:\n%s", self.output, summary)
         loop.run_steps(
             self.engine,
             self.data,
@@ -109,6 +118,8 @@ class Fit(TrainingJob):
             state,
             self.step_tokens,
             self.step_flops,
+            math.log(self.operator.large.vocab_size),
+            self.accepted_step,
             after_step=evaluate_if_due,
             should_stop=best.should_stop,
         )
@@ -192,7 +203,7 @@ class Fit(TrainingJob):
         if self.section.keep == "last" or best.step == self.engine.steps:
             return gather_operator(self.module, self.context)
         log.warning("the operator of step %d is kept: its held-out loss was the lowest, %.6f", best.step, best.loss)
-        operator = self.operator if best.step == 0 else operator_file.OperatorFile(best.folder)
+        operator = self.operator if best.step == 0 else self.ranks.run_on_all(best.read)
         return {name: operator.tensor(name) for name in operator.shapes()}
 
 

@@ -17,7 +17,7 @@ from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
-from megatron_ligo.config.run_config import ParallelSection, RunConfig
+from megatron_ligo.config.run_config import SCRATCH, ParallelSection, RunConfig
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.validation import derive_large_config
 from megatron_ligo.models.full import parameters
@@ -60,7 +60,12 @@ class InitialWeights:
 def find_initial_weights(config: RunConfig) -> InitialWeights:
     """Opens the start that the config names. LigoError if there is none, or if the layout does not fit it."""
     section = config.pretrain
-    start = _open_start(Path(section.start)) if section.start else InitialWeights(scratch_model_config(config))
+    if not section.start:
+        expected = f"a start: a hand-off, a checkpoint, or {SCRATCH!r}"
+        hint = f"Set pretrain.start to runs/grown, for example, or to {SCRATCH} for fresh weights of these sizes."
+        raise ConfigError(Problem("pretrain.start", expected, "none", hint))
+    from_scratch = section.start == SCRATCH
+    start = InitialWeights(scratch_model_config(config)) if from_scratch else _open_start(Path(section.start))
     start = replace(start, model_config=_drop_untrained_parts(start.model_config))
     if section.fresh_head:
         start = _add_head(start)
@@ -103,8 +108,8 @@ def _open_start(path: Path) -> InitialWeights:
 def scratch_model_config(config: RunConfig) -> ModelConfig:
     """Returns the config of the model to train from scratch: that of [small] with the sizes of [large]."""
     if not config.small.path:
-        hint = "Set pretrain.start, or set small.path to a model (or a config.json) to train from scratch."
-        raise ConfigError(Problem("pretrain", "a start", "none", hint))
+        hint = "Its sizes are those of fresh weights, except those that [large] sets."
+        raise ConfigError(Problem("small.path", "a model, or a config.json", "none", hint))
     return derive_large_config(read_model_config(Path(config.small.path), config.small.accept), config.large)
 
 

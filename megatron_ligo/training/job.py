@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
+from megatron_ligo.common import folder_kinds
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.common.file_lock import lock_folder
-from megatron_ligo.config.run_config import RunConfig, TrainingSection
+from megatron_ligo.common.folder_kinds import FolderKind
+from megatron_ligo.config.run_config import SCRATCH, RunConfig, TrainingSection
 from megatron_ligo.data.sampler import Batch, ShardedSampler
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, count_micro_batches
+from megatron_ligo.training.guard import stop_record
 from megatron_ligo.training.metrics import peak_memory_bytes
 
 log = logging.getLogger(__name__)
@@ -36,12 +39,17 @@ class TrainingJob:
     A subclass opens `data` and builds `engine`. Every method is collective over all ranks.
     """
 
+    folder_kind: ClassVar[FolderKind]
     mesh: Mesh
     data: ShardedSampler
     engine: Engine
 
-    def __init__(self, config: RunConfig, section: TrainingSection, output: Path):
+    def __init__(
+        self, config: RunConfig, section: TrainingSection, output: Path, *, resume_after_anomaly: bool = False
+    ):
+        """resume_after_anomaly: accepts the anomaly at which the run in OUTPUT has stopped."""
         self.config, self.section, self.output = config, section, output
+        self.resume_after_anomaly = resume_after_anomaly
         mesh.init_distributed(section.timeout_minutes)
         self.ranks = all_ranks()
         self.dtype = self.ranks.run_on_all(lambda: device.resolve_dtype(section.precision))
@@ -49,13 +57,22 @@ class TrainingJob:
     def open_output(self) -> None:
         """Builds the mesh, locks OUTPUT if it exists, and finds its newest checkpoint.
 
-        layout_changed: the checkpoint was written at another layout, so its tensors must be resharded.
+        layout_changed: the checkpoint was written at another layout, so its tensors must be resharded. accepted_step:
+        the last step with an anomaly that the user has accepted. NumbersError if the run has stopped at another one.
         """
         self.mesh = mesh.build_mesh(self.section.parallel.tp, self.section.parallel.pp)
         self.micro_batches = self.ranks.run_on_all(lambda: count_micro_batches(self.section, self.mesh))
+        self.ranks.run_on_all(lambda: folder_kinds.check_output(self.output, self.folder_kind))
         lock_output(self.output)
+        self.accepted_step = self._check_stops()
         self.checkpoint = run_checkpoints.find_newest(self.output / loop.CHECKPOINTS_FOLDER)
         self.layout_changed = reshard.layout_changed(self.checkpoint, self.section, self.mesh)
+
+    def _check_stops(self) -> int:
+        with self.ranks.agree():
+            is_first = self.ranks.rank == 0
+            stops = stop_record.check_stops(self.output, self.resume_after_anomaly) if is_first else []
+        return max((stop.step for stop in self.ranks.all_gather(stops)[0] if stop.accepted), default=0)
 
     def load_checkpoint(self) -> dict:
         """Loads the checkpoint, unless its weights were resharded into the engine; returns the run's state."""
@@ -88,6 +105,9 @@ def check_same_run(saved: dict, current: dict, output: Path) -> None:
     """Raises ConfigError with every setting that differs from those of the run to resume."""
     errors = ErrorCollector(f"{output} holds a run with other settings", ConfigError)
     before, after, defaults = _flatten(saved), _flatten(current), _flatten(RunConfig().to_dict())
+    if before.get("pretrain.start") == "":
+        # Before scratch had a name, it had none.
+        before["pretrain.start"] = SCRATCH
     for key in sorted(before.keys() | after.keys()):
         # A setting added after the run was written had its default value.
         expected = before.get(key, defaults.get(key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.manifest import library_versions
+from megatron_ligo.common import folder_kinds
 from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
-from megatron_ligo.config.run_config import PretrainSection, RunConfig
+from megatron_ligo.config.run_config import SCRATCH, PretrainSection, RunConfig
 from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
-from megatron_ligo.training import loop
+from megatron_ligo.training import job_summary, loop, run_extension
 from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.initial_weights import InitialWeights, check_layout, find_initial_weights
@@ -39,12 +41,15 @@ MODEL_FOLDER = "model"
 class Pretrain(TrainingJob):
     """One pretraining run, from its config to its last checkpoint. `run` executes it. Collective over all ranks."""
 
+    folder_kind = folder_kinds.PRETRAINING
+    # The steps that the run had and gets, if it is extended.
+    extension: dict | None = None
     section: PretrainSection
 
-    def __init__(self, config: RunConfig, output: Path):
-        super().__init__(config, config.pretrain, output)
+    def __init__(self, config: RunConfig, output: Path, *, resume_after_anomaly: bool = False):
+        super().__init__(config, config.pretrain, output, resume_after_anomaly=resume_after_anomaly)
         self.open_output()
-        model_sections = () if self.section.start else ("small", "large")
+        model_sections = ("small", "large") if self.section.start == SCRATCH else ()
         self.identity = run_identity(config, "pretrain", model_sections)
         find_start = self._resumed_start if self.checkpoint else lambda: find_initial_weights(config)
         self.start = self.ranks.run_on_all(find_start)
@@ -58,6 +63,8 @@ class Pretrain(TrainingJob):
         """Trains, from the newest checkpoint if there is one; returns the content of OUTPUT/pretrain.json."""
         if self.checkpoint:
             state = self.load_checkpoint()
+            if self.extension:
+                self._extend(state)
         else:
             state = self._initial_state()
             self.ranks.run_on_rank_0(self._write_model_folder)
@@ -70,6 +77,14 @@ class Pretrain(TrainingJob):
     def evaluate(self, samples: int) -> float:
         """Returns the loss on the first held-out samples."""
         return self.engine.evaluate(self.eval_batches(samples))
+
+    def _extend(self, state: dict) -> None:
+        """Records that the run gets more steps than it was started with."""
+        section = schedule_after_growth(self.section) if self.grown else self.section
+        log.warning("%s", run_extension.describe_extension(self.extension, section, self.engine.steps))
+        state.setdefault("extensions", []).append({**self.extension, "step": self.engine.steps})
+        state["losses"].pop("end", None)
+        self._write_record(state)
 
     def _initial_state(self) -> dict:
         held_out, samples = None, self.section.eval_samples
@@ -124,6 +139,9 @@ class Pretrain(TrainingJob):
             log.info(message, section.lr, section.warmup_steps)
         tokens = section.global_batch_size * length
         flops = train_flops(self.model_config, tokens, length)
+        place = (self.engine.layout, self.engine.steps)
+        summary = job_summary.describe_job(self._start_text(), self.model_config, section, *place, tokens, flops)
+        log.info("pretraining in %s:\n%s", self.output, summary)
 
         loop.run_steps(
             self.engine,
@@ -133,9 +151,18 @@ class Pretrain(TrainingJob):
             state,
             tokens,
             flops,
+            math.log(self.model_config.vocab_size),
+            self.accepted_step,
             after_step=lambda step: self._evaluate_if_due(step, state),
             extra_files=self.output / MODEL_FOLDER,
         )
+
+    def _start_text(self) -> str:
+        if self.checkpoint:
+            return f"the checkpoint of step {self.checkpoint.step} of this run"
+        if self.section.start == SCRATCH:
+            return f"scratch: fresh weights of seed {self.section.seed}"
+        return f"{self.section.start} ({'a hand-off' if self.grown else 'a checkpoint'})"
 
     def _evaluate_if_due(self, step: int, state: dict) -> dict[str, float]:
         is_last = step == self.section.steps
@@ -197,7 +224,11 @@ class Pretrain(TrainingJob):
         Its weights are the checkpoint's, opened only to be resharded. The original start is not read again.
         """
         record = _read_record(self.output / PRETRAIN_RECORD)
-        check_same_run(record["run"], self.identity, self.output)
+        self.extension = run_extension.read_extension(record["run"], self.identity)
+        saved, current = record["run"], self.identity
+        if self.extension:
+            saved, current = run_extension.without_steps(saved), run_extension.without_steps(current)
+        check_same_run(saved, current, self.output)
         model_config = ModelConfig.from_json(record["dims"])
         check_layout(model_config, self.section.parallel, model_config.tokens_per_sample(self.config.data.seq_length))
         source = formats.open(self.checkpoint.folder) if self.layout_changed else None
@@ -212,6 +243,7 @@ class Pretrain(TrainingJob):
             "step": self.engine.steps,
             "losses": state["losses"],
             "accuracy": state.get("accuracy"),
+            "extensions": state.get("extensions", []),
             "eval": state["eval"],
             "layout": self.engine.layout.to_json(),
             "peak_memory_bytes": self.peak_memory_of_ranks(),

@@ -16,8 +16,11 @@ class Killed(Exception):
     pass
 
 
-def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict | str:
-    """Returns the record and metrics of a run, or its LigoError as text. die_after: steps after which it is killed."""
+def pretrain(settings: dict, output: str, die_after: int | None = None, resume: bool = False) -> dict | str:
+    """Returns the record and metrics of a run, or its LigoError as text. die_after: steps after which it is killed.
+
+    resume: accepts the anomaly at which the run has stopped.
+    """
     count = 0
     step = Engine.train_step
 
@@ -31,7 +34,7 @@ def pretrain(settings: dict, output: str, die_after: int | None = None) -> dict 
     Engine.train_step = step_or_die
     job = None
     try:
-        job = Pretrain(RunConfig.from_dict(settings), Path(output))
+        job = Pretrain(RunConfig.from_dict(settings), Path(output), resume_after_anomaly=resume)
         record = job.run()
     except Killed:
         return {"killed": count}

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import HfReader
-from megatron_ligo.config.run_config import DataSection, RunConfig
+from megatron_ligo.config.run_config import SCRATCH, DataSection, PretrainSection, RunConfig
 from megatron_ligo.data.text_dataset import open_text_dataset
 from megatron_ligo.export import provenance
+from megatron_ligo.training.run_extension import describe_extension
 from tests.tiny_models import hf_llama, llama_config
-from tests.training.pretrain_runs import pretrain
+from tests.training.pretrain_runs import fit, pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 DIMS = llama_config(tied=True, num_heads=8, num_kv_heads=4, num_layers=4)
@@ -62,7 +64,12 @@ def settings(base: Path, start: str = "handoff", **changes) -> dict:
     table = RunConfig().to_dict()
     table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": SEQ}
     run = table["pretrain"]
-    run |= {"start": str(base / start) if start else "", "steps": STEPS, "lr": 1e-2, "warmup_steps": 2}
+    run |= {
+        "start": start if start in ("", SCRATCH) else str(base / start),
+        "steps": STEPS,
+        "lr": 1e-2,
+        "warmup_steps": 2,
+    }
     run |= {"schedule": "cosine", "save_every": 2, "eval_samples": BATCH}
     for key, value in changes.items():
         (run["parallel"] if key in run["parallel"] else run)[key] = value
@@ -143,7 +150,7 @@ def test_a_killed_run_resumes_exactly(pools, base, tmp_path, precision, world, l
 
 
 def test_from_scratch_and_from_another_format(pools, base, tmp_path):
-    table = settings(base, start="")
+    table = settings(base, start=SCRATCH)
     table["small"]["path"] = str(base / "hf" / "config.json")
     table["large"]["num_layers"] = 5
     runs = [
@@ -193,7 +200,8 @@ def test_bad_settings_are_refused_before_anything_is_built(pools, base, tmp_path
     for change, expected in [
         (settings(base, tp=3), "multiple of tp x pp"),
         (settings(base, "nowhere"), "nowhere: expected a checkpoint"),
-        (settings(base, start=""), "Set pretrain.start, or set small.path"),
+        (settings(base, start=""), "pretrain.start: expected a start: a hand-off, a checkpoint, or 'scratch'"),
+        (settings(base, start=SCRATCH), "small.path: expected a model, or a config.json, found none"),
         (settings(base, start=str(unfinished)), "expected a complete hand-off"),
         (settings(base, global_batch_size=9), "global_batch_size: expected a multiple"),
         (changed(settings(base), {}, data={"seq_length": 65}), "at most the model's 64 positions"),
@@ -212,6 +220,58 @@ def test_a_run_resumes_only_with_its_own_settings(pools, base, tmp_path):
     (tmp_path / "pretrain.json").write_text("{")
     error = pools(1).run(pretrain, settings=settings(base, steps=2), output=str(tmp_path))
     assert "expected the record of the run that is resumed" in error
+
+
+def test_a_finished_run_is_extended(pools, base, tmp_path):
+    """With a constant learning rate to the same losses as a run that was as long from the start; linked checkpoints
+    of the run stay where they are, and are no obstacle."""
+    short, long = (settings(base, steps=steps, schedule="constant", keep_last=1) for steps in (2, 6))
+    whole = pools(1).run(pretrain, settings=long, output=str(tmp_path / "whole"))
+    pools(1).run(pretrain, settings=short, output=str(tmp_path / "run"))
+    checkpoint = tmp_path / "run/checkpoints/step_2"
+    checkpoint.rename(tmp_path / "moved")
+    checkpoint.symlink_to(tmp_path / "moved")
+    extended = pools(1).run(pretrain, settings=long, output=str(tmp_path / "run"))
+    assert losses_of(extended) == losses_of(whole)
+    assert extended["losses"] == whole["losses"]
+    assert extended["extensions"] == [{"from": 2, "to": 6, "step": 2}]
+    assert json.loads((tmp_path / "run/pretrain.json").read_text())["run"]["pretrain"]["steps"] == 6
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["step_2", "step_6"]
+    assert checkpoint.is_symlink() and (tmp_path / "moved/record.json").is_file()
+    error = pools(1).run(pretrain, settings=short, output=str(tmp_path / "run"))
+    assert "pretrain.steps: expected 6, found 2" in error
+    error = pools(1).run(pretrain, settings={**long, "data": {**long["data"], "seed": 9}}, output=str(tmp_path / "run"))
+    assert "data.seed" in error
+    table = {**settings(base), "small": {**long["small"], "path": str(base / "hf")}}
+    with pytest.raises(RuntimeError, match="expected a new folder, or one of a fit, found a pretraining"):
+        pools(1).run(fit, settings=table, output=str(tmp_path / "run"))
+
+
+def test_an_extended_schedule_is_that_of_the_longer_run():
+    section = PretrainSection(steps=200, lr=1e-3, warmup_steps=0, schedule="linear")
+    text = describe_extension({"from": 100, "to": 200}, section, 100)
+    assert "the linear schedule is that of 200 steps: the next learning rate is 0.000497, not 0" in text
+    constant = describe_extension({"from": 100, "to": 200}, replace(section, schedule="constant"), 100)
+    assert "the learning rate stays 0.001" in constant
+
+
+def test_output_without_a_reader_ends_no_training(base, tmp_path):
+    """As with `| head -3`, and with a `tee` that dies."""
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'[data]\ntrain = ["{base}/train"]\nvalid = ["{base}/valid"]\nseq_length = {SEQ}\n'
+        f'[pretrain]\nstart = "{base}/hf"\nsteps = 8\nsave_every = 4\n'
+    )
+    command = [sys.executable, "tools/pretrain.py", "--config", config, "--output", tmp_path / "out"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        process.stdout.close()
+        assert process.wait(240) == 0
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 8
+    assert (tmp_path / "out/checkpoints/step_8/record.json").is_file()
 
 
 def changed(table: dict, layout: dict, **sections) -> dict:

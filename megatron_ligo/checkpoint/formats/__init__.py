@@ -14,6 +14,7 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common import symlinks
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from megatron_ligo.common.folder_kinds import find_model_part
 from megatron_ligo.config.run_config import SmallSection
 
 __all__ = ["formats", "get", "open", "open_small", "recognise", "writers"]
@@ -68,12 +69,14 @@ def recognise(path: str | Path) -> Format:
 def open(path: str | Path, format: str | None = None, accept: Iterable[str] = ()) -> Reader:
     """Opens the checkpoint at a path, reading headers only. format: its name; None: it is recognised.
 
+    The folder of a hand-off or a pretraining stands for its checkpoint (folder_kinds.py).
     accept: names of config keys that this program does not know and that the user lets through (source_keys.py).
     Raises CheckpointError with every error in the headers or every link that leads out of the folder, ConfigError for
     an unknown format or a name in `accept` that the checkpoint does not state.
     """
+    path = find_model_part(_check_exists(path))
     chosen = get(format) if format else recognise(path)
-    symlinks.check_symlinks(_check_exists(path))
+    symlinks.check_symlinks(path)
     accepted = AcceptedKeys(accept)
     reader = chosen.open(Path(path), accepted)
     accepted.check_used(path)

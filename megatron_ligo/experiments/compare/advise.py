@@ -15,6 +15,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError, Problem
+from megatron_ligo.common.folder_kinds import COMPARISON, check_output
 from megatron_ligo.config.run_config import OperatorSection, RunConfig
 from megatron_ligo.experiments.compare.arm_cost import fit_flops
 from megatron_ligo.experiments.compare.arm_plan import ArmRun, ComparisonPlan, jobs_folder
@@ -51,6 +52,7 @@ def advise(
     fit: also probes the finalists after [fit], whose FLOPs count. Raises ConfigError if the budget pays for fewer than
     10 steps per probe. An interrupted call resumes.
     """
+    check_output(output, COMPARISON)
     _check(budget, lrs, config)
     small = formats.open_small(config.small).model_config
     arms, refused = _arms(config, small, list(methods) or PROBED)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.config.run_config import PretrainSection, RunConfig
+from megatron_ligo.config.run_config import SCRATCH, PretrainSection, RunConfig
 from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, ComparisonConfig, fitted_arm_of
 from megatron_ligo.experiments.compare.run_folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
@@ -21,7 +21,7 @@ GetResult = Callable[[ComparisonJob], dict | None]  # returns a job's result; No
 
 @dataclass(frozen=True)
 class ArmStart:
-    """The start of an arm's training. folder: "" for fresh weights. spent, samples: FLOPs and samples used so far."""
+    """The start of an arm's training. folder: SCRATCH: fresh weights. spent, samples: FLOPs and samples used so far."""
 
     folder: str
     spent: float
@@ -71,6 +71,7 @@ class ComparisonPlan:
         if not compare.source_steps:
             return {"path": config.small.path, "flops": compare.source_flops, "loss": None}
         run = replace(self._run(config.pretrain, compare.source_steps), lr=compare.source_lr, seed=SMALL_SEED)
+        run = replace(run, start=SCRATCH)
         sizes = replace(config.large, **dict.fromkeys(vars(config.large)))
         job = ComparisonJob("source", PRETRAIN, self._with_cache(replace(config, pretrain=run, large=sizes)), keep=True)
         result = self.get_result(job)
@@ -115,7 +116,7 @@ class ComparisonPlan:
     def start(self, arm: Arm, seed: int, lr: float) -> ArmStart | None:
         """Returns the arm's start, producing it first if necessary; None if it is missing or diverged."""
         if not arm.grown:
-            return ArmStart("", 0.0, 0)
+            return ArmStart(SCRATCH, 0.0, 0)
         config = self._seeded(arm.config, seed)
         prefix = f"{arm.name}/seed_{seed}"
         operator, spent, samples = None, 0.0, 0

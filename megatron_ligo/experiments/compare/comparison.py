@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_ligo.common.atomic_files import write_bytes, write_json
 from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.common.folder_kinds import COMPARISON, check_output
 from megatron_ligo.experiments.compare import arm_cost, comparison_page, results
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan, jobs_folder, run_arm
 from megatron_ligo.experiments.compare.arm_validation import check_arms
@@ -24,6 +25,7 @@ def run_comparison(
 
     Writes OUTPUT/results.json, compare.html and compare.png from every finished job.
     """
+    check_output(output, COMPARISON)
     arms = select_arms(spec, only)
     jobs = JobQueue(jobs_folder(output), spec.compare.launcher, log_line)
     plan = ComparisonPlan(spec, jobs, jobs.run)

@@ -19,8 +19,8 @@ from pathlib import Path
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import ConfigError, LigoError, Problem
 from megatron_ligo.common.file_lock import lock_file
-from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.experiments.compare.run_folder import GROW, JOB, LOCK, LOG, RESULT
+from megatron_ligo.config.run_config import SCRATCH, RunConfig
+from megatron_ligo.experiments.compare.run_folder import GROW, JOB, LOCK, LOG, PRETRAIN, RESULT
 
 MODULE = "megatron_ligo.experiments.compare.single_run"
 
@@ -64,6 +64,9 @@ class JobQueue:
         if not (folder / JOB).is_file():
             return None
         then = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        if job.kind == PRETRAIN and then["config"]["pretrain"]["start"] == "":
+            # Before scratch had a name, it had none.
+            then["config"]["pretrain"]["start"] = SCRATCH
         # A setting added after the run was written had its default value.
         then["config"] = RunConfig.from_dict(then["config"], f"{folder / JOB}").to_dict()
         if then != job.to_dict():

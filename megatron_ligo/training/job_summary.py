@@ -1,0 +1,45 @@
+"""What a training is about to do, printed before its first step."""
+
+from __future__ import annotations
+
+from math import prod
+
+from megatron_ligo import arch as architectures
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.config.run_config import TrainingSection
+from megatron_ligo.distributed.parallel_dims import EngineLayout
+
+
+def describe_job(
+    start: str,
+    model_config: ModelConfig,
+    section: TrainingSection,
+    layout: EngineLayout,
+    step: int,
+    tokens: int,
+    flops: float,
+) -> str:
+    """Returns a small table. step: finished steps. tokens, flops: per step, over all ranks."""
+    dims, left = layout.dims, max(section.steps - step, 0)
+    sizes = f"{model_config.num_layers} layers x {model_config.hidden_size}"
+    heads = f"{model_config.num_heads}/{model_config.num_kv_heads} heads, ffn {model_config.ffn_size}"
+    batch = f"{section.global_batch_size} samples a step, micro-batches of {section.micro_batch_size}"
+    rows = {
+        "start": start,
+        "model": f"{model_config.arch}, {count_parameters(model_config):,} parameters: {sizes}, {heads}",
+        "vocabulary": f"{model_config.vocab_size:,}",
+        "layout": f"TP {dims.tp} x PP {dims.pp} x DP {dims.dp}, ZeRO {layout.zero}, {section.precision}; {batch}",
+        "steps": f"{step} of {section.steps} done",
+        "tokens": f"{tokens:,} a step, {tokens * left:,} to do",
+        "FLOPs": f"{flops:.3g} a step, {flops * left:.3g} to do",
+        "learning rate": f"{section.lr:.3g}, {section.warmup_steps} steps of warm-up, {section.schedule}",
+        "guard": f"bad_numbers = {section.bad_numbers}, spike = {section.spike:g}",
+    }
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"  {name:<{width}}{text}" for name, text in rows.items())
+
+
+def count_parameters(model_config: ModelConfig) -> int:
+    """Returns the parameters of a model; tied ones count once."""
+    arch = architectures.get(model_config.arch)
+    return sum(prod(arch.param(key).shape(model_config)) for key in arch.keys(model_config))
