@@ -1,23 +1,22 @@
-"""Tokenizes text in parallel into Megatron-core's indexed datasets; the same input gives the same bytes."""
+"""Tokenizes text in parallel into Megatron-core's indexed datasets; the same input gives the same bytes.
+
+The memory does not depend on the amount of text: files are read in blocks, documents are encoded in windows, and only
+a few chunks per worker are in flight.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_context
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,9 +24,16 @@ from megatron_ligo.common.atomic_files import fsync_tree, read_json, write_json
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.common.folder_kinds import DATA, check_output
-from megatron_ligo.data.documents import DocumentSource
-from megatron_ligo.data.indexed_dataset import digest_file
-from megatron_ligo.data.tokenizer import Tokenizer, digest_tokenizer, load_tokenizer, train_sentencepiece
+from megatron_ligo.data.corpus.encoding_pool import ChunkEncoder, EncodedChunks, EncodingPool, is_held_out
+from megatron_ligo.data.corpus.preflight import check_splits, warn_if_lossy
+from megatron_ligo.data.corpus.split_writer import SplitWriter
+from megatron_ligo.data.documents import BadLines, DocumentSource
+from megatron_ligo.data.tokenizer import (
+    PRETRAINING_EOD_NAMES,
+    digest_tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,8 @@ RECORD_NAME = "prepared.json"
 STAGING_NAME = ".preparing"
 # sentencepiece is trained on this much of the training split.
 TOKENIZER_TRAINING_BYTES = 16 << 20
-CHUNK_BYTES = 1 << 18
+# The end token of a tokenizer that is trained here.
+TRAINED_END_TOKEN = "</s>"
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ def prepare_text(recipe: TextRecipe, output: Path, workers: int) -> dict:
 
     Documents are held out by a hash of their text, so that equal documents fall into the same split. Files are built
     in a staging folder and renamed, OUTPUT/prepared.json last. If it exists with the same fingerprint, nothing is done.
+    DataError before the work if a split would have no document, and for a damaged file or a bad line where it is read.
     """
     fingerprint = json.loads(json.dumps(recipe.fingerprint()))
     check_output(output, DATA)
@@ -77,10 +85,9 @@ def prepare_text(recipe: TextRecipe, output: Path, workers: int) -> dict:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
-            tokenizer = _prepare_tokenizer(recipe, staging / "tokenizer")
-            splits = _write_splits(recipe, tokenizer, staging, workers)
+            splits, texts = _prepare(recipe, staging, workers)
             fsync_tree(staging)
-            write_json(staging / RECORD_NAME, {"fingerprint": fingerprint, "splits": splits})
+            write_json(staging / RECORD_NAME, {"fingerprint": fingerprint, "splits": splits, "texts": texts})
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -107,142 +114,91 @@ def _read_earlier_result(output: Path, fingerprint: list) -> dict | None:
     return None
 
 
-def _prepare_tokenizer(recipe: TextRecipe, folder: Path) -> Tokenizer:
-    """Copies or trains the tokenizer into a new folder and loads it."""
+def _prepare(recipe: TextRecipe, staging: Path, workers: int) -> tuple[dict, dict]:
+    """Writes everything into the staging folder; returns the splits' records and what was done with the texts."""
+    folder = staging / "tokenizer"
     folder.mkdir()
-    if not recipe.train_vocab:
-        tokenizer = load_tokenizer(recipe.tokenizer, recipe.eod)
+    tokenizer = None if recipe.train_vocab else load_tokenizer(recipe.tokenizer, recipe.eod)
+    end_token = tokenizer.eod_text if tokenizer else recipe.eod or TRAINED_END_TOKEN
+    texts = recipe.texts.cut(end_token, PRETRAINING_EOD_NAMES, held_out=recipe.valid_fraction > 0)
+    for path, separator in texts.cuts.items():
+        log.info("%s: cut into documents at %s", path, separator)
+    check_splits(texts, recipe.valid_fraction)
+    if tokenizer is None:
+        train_sentencepiece(_sample_training_texts(texts, recipe.valid_fraction), recipe.train_vocab, folder)
+        tokenizer = load_tokenizer(folder, recipe.eod)
+    else:
         for path in tokenizer.files:
             shutil.copyfile(path, folder / path.name)
-        return tokenizer
-    train_sentencepiece(_sample_training_texts(recipe), recipe.train_vocab, folder)
-    return load_tokenizer(folder, recipe.eod)
+    warn_if_lossy(texts, tokenizer)
+    bad_lines = BadLines(texts)
+    encoder = ChunkEncoder(tokenizer, texts.json_key, recipe.valid_fraction)
+    splits = _write_splits(texts, encoder, bad_lines, staging, workers)
+    return splits, {
+        "files": len(texts.files),
+        "notes": list(texts.notes),
+        "cut_at": {str(path): str(separator) for path, separator in texts.cuts.items()},
+        "bad_lines_skipped": dict(bad_lines.counts),
+    }
 
 
-def _sample_training_texts(recipe: TextRecipe) -> Iterator[str]:
+def _sample_training_texts(texts: DocumentSource, valid_fraction: float) -> Iterator[str]:
     """Yields the first documents of the training split, about TOKENIZER_TRAINING_BYTES of them."""
     total = 0
-    for text in recipe.texts:
-        if not _is_held_out(text, recipe.valid_fraction):
+    for text in texts:
+        data = text.encode()
+        if not is_held_out(data, valid_fraction):
             yield text
-            total += len(text.encode())
+            total += len(data)
         if total > TOKENIZER_TRAINING_BYTES:
             return
 
 
-def _is_held_out(text: str, fraction: float) -> bool:
-    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
-
-
-def _write_splits(recipe: TextRecipe, tokenizer: Tokenizer, staging: Path, workers: int) -> dict:
-    names = ("train", "valid") if recipe.valid_fraction else ("train",)
-    writers = {name: SplitWriter(staging / name, tokenizer) for name in names}
-    console = Console(stderr=True)
-    columns = (TextColumn("tokens"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=recipe.texts.total_bytes())
-        for texts, encoded_texts in _encode_chunks(recipe, tokenizer, staging / "tokenizer", workers):
-            for text, ids in zip(texts, encoded_texts, strict=True):
-                name = "valid" if _is_held_out(text, recipe.valid_fraction) else "train"
-                writers[name].add(text, ids)
-                bar.advance(task, len(text.encode()))
+def _write_splits(
+    texts: DocumentSource, encoder: ChunkEncoder, bad_lines: BadLines, staging: Path, workers: int
+) -> dict:
+    names = ("train", "valid") if encoder.valid_fraction else ("train",)
+    with ExitStack() as stack:
+        writers = {name: SplitWriter(staging / name, encoder.tokenizer) for name in names}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        pool = EncodingPool(encoder, texts.read_chunks(), workers)
+        total = 0
+        for encoded in _show_progress(pool, texts.total_bytes()):
+            for path, located in groupby(encoded.problems, itemgetter(0)):
+                bad_lines.add(path, [problem for _, problem in located], pool.unread_chunks())
+            ends = total + np.cumsum(encoded.sizes)
+            within = ends <= texts.max_bytes if texts.max_bytes else np.ones(len(ends), bool)
+            for name, writer in writers.items():
+                chosen = within & (encoded.held_out == (name == "valid"))
+                ids = encoded.ids[np.repeat(chosen, encoded.lengths)]
+                filled = chosen & (encoded.lengths > 0)
+                writer.add(ids, encoded.lengths[chosen], int(encoded.sizes[filled].sum()))
+            if not within.all():
+                break
+            total = int(ends[-1]) if len(ends) else total
     for name, writer in writers.items():
         if not writer.documents:
             hint = "Provide more text, or set --valid-fraction."
-            raise DataError(Problem(f"the {name} split", "at least one document", "none", hint))
+            raise DataError(Problem(f"the {name} split", "at least one document with tokens", "none", hint))
+    if bad_lines.counts:
+        log.warning("%d bad lines were skipped.", bad_lines.counts.total())
     return {name: writer.finish() for name, writer in writers.items()}
 
 
-def _encode_chunks(recipe: TextRecipe, tokenizer: Tokenizer, folder: Path, workers: int) -> Iterator[tuple[list, list]]:
-    """Yields (texts, their token ids) per chunk, in order. A few chunks per worker are in flight."""
-    if workers <= 1:
-        for texts in _split_into_chunks(recipe.texts):
-            yield texts, [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
-        return
-    # Spawned, because this process has threads and must not be forked.
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_init_worker, initargs=(str(folder), recipe.eod)
-    )
-    chunks = _split_into_chunks(recipe.texts)
-    try:
-        pending = deque((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 4 * workers))
-        while pending:
-            texts, future = pending.popleft()
-            yield texts, future.result()
-            pending.extend((texts, pool.submit(_encode_chunk, texts)) for texts in islice(chunks, 1))
-    except BrokenProcessPool as error:
-        hint = "It may have run out of memory: use fewer --workers."
-        raise DataError(Problem("a tokenizer worker", "token ids", "an abrupt exit", hint)) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _split_into_chunks(texts: DocumentSource) -> Iterator[list[str]]:
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _init_worker(folder: str, eod: str) -> None:
-    global _worker_tokenizer
-    # An interrupt reaches every process of the terminal; the parent ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The library's threads would oversubscribe the cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(folder, eod)
-
-
-def _encode_chunk(texts: list[str]) -> list[np.ndarray]:
-    return [np.array(_worker_tokenizer.encode(text), dtype=np.int32) for text in texts]
-
-
-class SplitWriter:
-    """Writes one split: documents, each with its end token, to PREFIX.bin and .idx, and the record PREFIX.json."""
-
-    def __init__(self, prefix: Path, tokenizer: Tokenizer):
-        # Slow to import, and not needed by the workers.
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self.prefix = prefix
-        self.tokenizer = tokenizer
-        self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self.dtype)
-        self.documents = self.tokens = self.text_bytes = self.max_token = self.empty_documents = 0
-
-    def add(self, text: str, ids: np.ndarray) -> None:
-        if not ids.size:
-            self.empty_documents += 1
-            return
-        ids = np.append(ids, np.int32(self.tokenizer.eod))
-        self.max_token = max(self.max_token, int(ids.max()))
-        self.builder.add_document(ids, [ids.size])
-        self.documents += 1
-        self.tokens += ids.size
-        self.text_bytes += len(text.encode())
-
-    def finish(self) -> dict:
-        self.builder.finalize(f"{self.prefix}.idx")
-        record = {
-            "documents": self.documents,
-            "empty_documents_left_out": self.empty_documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "max_token": self.max_token,
-            "vocab_size": self.tokenizer.vocab_size,
-            "eod": self.tokenizer.eod,
-            "tokenizer": self.tokenizer.digest,
-            "dtype": np.dtype(self.dtype).name,
-            "bin_bytes": self.tokens * np.dtype(self.dtype).itemsize,
-            "idx_digest": digest_file(f"{self.prefix}.idx"),
-        }
-        Path(f"{self.prefix}.json").write_text(json.dumps(record, indent=2))
-        return record
+def _show_progress(pool: EncodingPool, total_bytes: int) -> Iterator[EncodedChunks]:
+    """Yields the pool's results, with a progress bar of the bytes read if the output is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("tokens"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total_bytes)
+        path, position, finished = "", 0, 0
+        for chunk, encoded in pool:
+            if chunk.path != path:
+                path, finished = chunk.path, finished + position
+            position = chunk.position
+            bar.update(task, completed=finished + position)
+            yield encoded
 
 
 def _publish(staging: Path, output: Path) -> None:

@@ -1,16 +1,27 @@
-"""Loads tokenizers: Hugging Face's tokenizer.json or sentencepiece's tokenizer.model. Loading executes no code."""
+"""Loads tokenizers: Hugging Face's files or sentencepiece's tokenizer.model. Loading executes no code.
+
+A folder's tokenizer.json comes first, then tokenizer.model, then vocab.json with merges.txt, then vocab.txt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import xxhash
 
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import DataError, Problem
+from megatron_ligo.data.vocabulary_files import (
+    VOCABULARIES,
+    build_from_vocabulary,
+    digest_vocabulary,
+    list_vocabulary_files,
+)
 
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -24,28 +35,74 @@ FALLBACK_EOD_NAMES = ("</s>", "<eos>", "[SEP]")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer. encode: text to token ids, without special tokens. eod: id that ends a document."""
+    """A loaded tokenizer, which other processes can receive. eod, eod_text: id and text of the token that ends a
+    document. inner: the library's object."""
 
-    encode: Callable[[str], list[int]]
+    inner: Any
     vocab_size: int
     eod: int
+    eod_text: str
     digest: str
     files: tuple[Path, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without special tokens."""
+        raise NotImplementedError
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the token ids (tokens,) of a text and each token's first and last character (tokens, 2)."""
+        raise NotImplementedError
+
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of token ids."""
+        raise NotImplementedError
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    def encode(self, text: str) -> list[int]:
+        # Without offsets, which take most of the memory.
+        return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self.inner.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+
+class SentencepieceTokenizer(Tokenizer):
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text)
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self.inner.encode_as_offset_mapping(text)
+        return np.array(encoding["ids"], np.int32), np.array(encoding["offsets"], np.int64).reshape(-1, 2)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids)
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
     """Returns the tokenizer's file: `path` itself, or the one in the folder `path`. DataError if there is none."""
     path = Path(path)
-    candidates = [path] if path.is_file() else [path / HF_FILE, path / SENTENCEPIECE_FILE]
+    names = (HF_FILE, SENTENCEPIECE_FILE, *VOCABULARIES)
+    candidates = [path] if path.is_file() else [path / name for name in names]
     for candidate in candidates:
-        if candidate.is_file() and candidate.suffix in (".json", ".model"):
+        complete = all((candidate.parent / name).is_file() for name in VOCABULARIES.get(candidate.name, ()))
+        known = candidate.name in VOCABULARIES or candidate.suffix in (".json", ".model")
+        if candidate.is_file() and complete and known:
             return candidate
-    raise DataError(Problem(str(path), f"a folder with {HF_FILE} or {SENTENCEPIECE_FILE}", "neither"))
+    expected = f"a folder with {HF_FILE}, {SENTENCEPIECE_FILE}, vocab.json and merges.txt, or vocab.txt"
+    raise DataError(Problem(str(path), expected, "none of them"))
 
 
 def digest_tokenizer(path: str | Path) -> str:
-    """Returns the xxh3-64 (hex) of the tokenizer's file."""
-    return xxhash.xxh3_64(find_tokenizer_file(path).read_bytes()).hexdigest()
+    """Returns the xxh3-64 (hex) of the tokenizer's file, or of all files that a vocabulary's tokenizer is made from."""
+    file = find_tokenizer_file(path)
+    if file.name in VOCABULARIES:
+        return digest_vocabulary(file)
+    return xxhash.xxh3_64(file.read_bytes()).hexdigest()
 
 
 def load_tokenizer(path: str | Path, eod: str = "") -> Tokenizer:
@@ -66,6 +123,8 @@ def read_special_tokens(path: str | Path) -> dict[str, int]:
 def _open_hf_tokenizer(file: Path):
     import tokenizers
 
+    if file.name in VOCABULARIES:
+        return build_from_vocabulary(file)
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
@@ -77,34 +136,35 @@ def _load_hf(file: Path, eod: str) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     names = [eod] if eod else [*PRETRAINING_EOD_NAMES, *_read_eos_names(file.parent), *FALLBACK_EOD_NAMES]
-    eod_id = next((inner.token_to_id(name) for name in names if inner.token_to_id(name) is not None), None)
-    if eod_id is None:
+    eod_text = next((name for name in names if inner.token_to_id(name) is not None), None)
+    if eod_text is None:
         raise DataError(Problem(str(file), "an end-of-document token", f"none of {names}", "Name it with --eod."))
     # Ids may have gaps: the size follows from the largest id.
     vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
     if vocab_size > MAX_VOCAB_SIZE:
         raise DataError(Problem(str(file), f"token ids up to {MAX_VOCAB_SIZE - 1}", vocab_size - 1))
-    companions = tuple(path for path in sorted(file.parent.glob("*token*.json")) if path != file)
-    return Tokenizer(
-        lambda text: inner.encode(text, add_special_tokens=False).ids,
-        vocab_size,
-        eod_id,
-        digest_tokenizer(file),
-        (file, *companions),
+    if file.name in VOCABULARIES:
+        companions = list_vocabulary_files(file)
+    else:
+        companions = tuple(path for path in sorted(file.parent.glob("*token*.json")) if path != file)
+    return HuggingFaceTokenizer(
+        inner, vocab_size, inner.token_to_id(eod_text), eod_text, digest_tokenizer(file), (file, *companions)
     )
 
 
 def _read_eos_names(folder: Path) -> list[str]:
-    """Returns the eos token of tokenizer_config.json as a list; empty if the file or the key is missing."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return []
-    try:
-        token = read_json(path).get("eos_token")
-    except (ValueError, AttributeError) as error:
-        raise DataError(Problem(str(path), "a JSON object", error)) from error
-    name = token.get("content") if isinstance(token, dict) else token
-    return [name] if isinstance(name, str) else []
+    """Returns the eos token that a folder's settings name, as a list; empty if none does."""
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if not path.is_file():
+            continue
+        try:
+            token = read_json(path).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise DataError(Problem(str(path), "a JSON object", error)) from error
+        name = token.get("content") if isinstance(token, dict) else token
+        if isinstance(name, str):
+            return [name]
+    return []
 
 
 def _load_sentencepiece(file: Path, eod: str) -> Tokenizer:
@@ -117,7 +177,9 @@ def _load_sentencepiece(file: Path, eod: str) -> Tokenizer:
     eod_id = inner.piece_to_id(eod) if eod else inner.eos_id()
     if eod_id < 0 or eod_id == inner.unk_id():
         raise DataError(Problem(str(file), "an end-of-document token", eod or "none", "Name it with --eod."))
-    return Tokenizer(inner.encode, inner.vocab_size(), eod_id, digest_tokenizer(file), (file,))
+    return SentencepieceTokenizer(
+        inner, inner.vocab_size(), eod_id, inner.id_to_piece(eod_id), digest_tokenizer(file), (file,)
+    )
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:

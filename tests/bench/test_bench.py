@@ -59,6 +59,17 @@ def test_grow(run_bench, tmp_path):
     assert list((tmp_path / "disk").iterdir()) == []
 
 
+def test_data(run_bench, tmp_path):
+    """The benchmark asserts that both sides write the same files."""
+    output = tmp_path / "results.json"
+    sizes = ("--mb", 0.3, "--vocab", 500, "--repeats", 1, "--workers", 2)
+    text = run_bench("data", *sizes, "--folder", tmp_path / "disk", "--output", output)
+    results = json.loads(output.read_text())
+    assert results["text_bytes"] > 300_000 and results["rate_over_peer"]["median"] > 0
+    assert "0 MB of text, 2 workers" in text
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 def test_plan(run_bench, tmp_path):
     output = tmp_path / "results.json"
     text = run_bench("plan", "--case", "fit, rank 32", "--folder", tmp_path, "--output", output)

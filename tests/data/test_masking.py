@@ -11,7 +11,8 @@ import torch
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common.errors import ConfigError, DataError
 from megatron_ligo.config.run_config import DataSection, RunConfig
-from megatron_ligo.data.documents import DocumentSource, find_text_files
+from megatron_ligo.data.corpus.text_files import select_text_files
+from megatron_ligo.data.documents import DocumentSource
 from megatron_ligo.data.masking import build_masking
 from megatron_ligo.data.prepare_text import TextRecipe, prepare_text
 from megatron_ligo.data.text_dataset import open_text_dataset
@@ -152,7 +153,7 @@ def test_a_headless_encoder_gets_a_trained_head(pools, tmp_path):
 @pytest.mark.long
 def test_the_real_minilm_gets_a_head_and_is_fitted_and_grown(pools, tmp_path):
     """A masked-LM head is trained on the published encoder; a fit to twice its width uses its loss."""
-    texts = DocumentSource(find_text_files([str(ROOT / "megatron_ligo" / "checkpoint" / "formats")]))
+    texts = DocumentSource(select_text_files([str(ROOT / "megatron_ligo" / "checkpoint" / "formats")]).files)
     prepare_text(TextRecipe(texts, str(layer_norm_models.minilm()), valid_fraction=0.3), tmp_path / "data", workers=1)
     table = RunConfig().to_dict()
     table["data"] |= {name: [str(tmp_path / "data" / name)] for name in ("train", "valid")} | {"seq_length": 32}
