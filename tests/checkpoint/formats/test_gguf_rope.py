@@ -178,6 +178,6 @@ def test_tables_of_llama_3_s_rule_are_recognised(tmp_path):
             {"rope_freqs.weight": factors},
         )
         errors = ErrorCollector("file")
-        read = parse_rope_scaling(read_header(path), path, "llama", 64, base, errors)
+        read = parse_rope_scaling(read_header(path), "llama", 64, base, errors)
         assert not errors.problems
         assert read == {key: value for key, value in rule.items() if key != "rope_theta"}

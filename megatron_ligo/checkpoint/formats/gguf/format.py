@@ -5,7 +5,7 @@ Quantised tensors are read as fp32, dequantised by the gguf package; F16 and BF1
 
 from __future__ import annotations
 
-import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,18 +18,20 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from megatron_ligo import arch as architectures
-from megatron_ligo.arch.architecture import Architecture
-from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.format import Format
-from megatron_ligo.checkpoint.formats.gguf.header import MAGIC, GgufHeader, read_header
-from megatron_ligo.checkpoint.formats.gguf.rope_metadata import TABLES, parse_rope_scaling, shortest_decimal
+from megatron_ligo.checkpoint.formats.gguf.gguf_sizes import FAMILY, NAME, parse_model_config
+from megatron_ligo.checkpoint.formats.gguf.header import MAGIC
+from megatron_ligo.checkpoint.formats.gguf.rope_metadata import TABLES
+from megatron_ligo.checkpoint.formats.gguf.split_files import find_model_file, read_model_header
+from megatron_ligo.checkpoint.formats.gguf.tokenizer_files import describe_left_out, write_tokenizer
+from megatron_ligo.checkpoint.formats.gguf.tokenizer_keys import ROLES, is_token_id
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
-from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem, did_you_mean
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
-NAME = "gguf"
+log = logging.getLogger(__name__)
+
 PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -37,6 +39,7 @@ PLAIN = {
 }
 # llama.cpp interleaves rotary pairs for this architecture only.
 INTERLEAVED = ("llama",)
+CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 
 
 class GgufReader(Reader):
@@ -46,22 +49,40 @@ class GgufReader(Reader):
 
     def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
-        self._header = read_header(path)
+        self._header = read_model_header(path)
         metadata = self._header.metadata
-        self.model_config = _parse_model_config(self._header, path, accepted)
-        self._data = np.memmap(path, mode="c")
+        self.model_config = parse_model_config(self._header, path, accepted)
+        self._parts = sorted({path, *(block.path for block in self._header.tensors.values())})
+        self._data = {part: np.memmap(part, mode="c") for part in self._parts}
         self._items = self._check()
-        ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-        token_ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
-        self.carried = {name: value for name, value in token_ids.items() if value is not None}
+        self.carried = {
+            f"{role}_id": metadata[key]
+            for role, key in ROLES.items()
+            if role in CARRIED_ROLES and is_token_id(metadata.get(key), self.model_config.vocab_size)
+        }
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
         """The tokenizer as Hugging Face files, in a temporary folder that lives as long as the reader."""
-        if "tokenizer.ggml.tokens" not in self._header.metadata:
-            return ()
+        return self._tokenizer[0]
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The tokenizer, if it is not understood, and what the tokenizer's files do not hold."""
+        return self._tokenizer[1]
+
+    @cached_property
+    def _tokenizer(self) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+        metadata, size = self._header.metadata, self.model_config.vocab_size
         self._folder = tempfile.TemporaryDirectory()
-        return _extract_tokenizer(self.path, Path(self._folder.name))
+        left_out = describe_left_out(metadata, size)
+        try:
+            files = write_tokenizer(metadata, size, Path(self._folder.name))
+        except CheckpointError as error:
+            files, left_out = (), (f"tokenizer ({' '.join(error.problems)})", *left_out)
+        for item in left_out:
+            log.warning("%s: left out: %s", self.path, item)
+        return files, left_out
 
     def info(self, key: str) -> TensorInfo:
         block = self._header.tensors[self._items[key].name]
@@ -74,11 +95,15 @@ class GgufReader(Reader):
 
     def _tensor(self, name: str) -> Tensor:
         block = self._header.tensors[name]
-        data = self._data[block.offset : block.offset + block.nbytes]
+        data = self._data[block.path][block.offset : block.offset + block.nbytes]
         if block.type in PLAIN:
             return torch.from_numpy(data).view(PLAIN[block.type]).reshape(block.shape)
         rows = data.reshape(*block.shape[:-1], -1)
         return torch.from_numpy(gguf.dequantize(rows, block.type))
+
+    def fingerprint(self) -> object:
+        stats = [(part.name, part.stat()) for part in self._parts]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
     def _readable_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, block in self._header.tensors.items():
@@ -104,7 +129,7 @@ class GgufReader(Reader):
             if not _can_dequantise(kind):
                 errors.add(kind.name, "a type that the gguf package dequantises", "another", "Requantise the file.")
         errors.raise_if_any(self._readable_tensors)
-        if self._header.metadata["general.architecture"] not in INTERLEAVED:
+        if self._header.metadata[FAMILY] not in INTERLEAVED:
             stored = {name: _without_interleaving(item) for name, item in stored.items()}
         return {key: item for item in stored.values() for key in item.keys}
 
@@ -122,85 +147,15 @@ def _can_dequantise(kind: GGMLQuantizationType) -> bool:
     return True
 
 
-def _find_architecture(metadata: dict, path: Path) -> Architecture:
-    known = {
-        name: arch for arch in architectures.architectures().values() if arch.gguf_fields for name in arch.model_types
-    }
-    name = metadata.get("general.architecture")
-    if name not in known:
-        hint = did_you_mean(str(name), known)
-        raise CheckpointError(Problem(f"{path}: general.architecture", "a known architecture", repr(name), hint))
-    return known[name]
-
-
-def _parse_model_config(header: GgufHeader, path: Path, accepted: AcceptedKeys) -> ModelConfig:
-    metadata = header.metadata
-    arch = _find_architecture(metadata, path)
-    family = metadata["general.architecture"]
-    errors = ErrorCollector(f"{path} describes a model that this program does not support", CheckpointError)
-    _refuse_features(header, family, errors)
-    sizes: dict[str, object] = {"arch": arch.name, "model_type": family}
-    for key, name in arch.gguf_fields.items():
-        if f"{family}.{key}" in metadata:
-            sizes[name] = metadata[f"{family}.{key}"]
-    for name in ("norm_eps", "rope_base"):
-        if name in sizes:
-            sizes[name] = shortest_decimal(sizes[name])
-    if "vocab_size" not in sizes:
-        sizes["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
-    for name in ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size"):
-        if not isinstance(sizes.get(name), int | float) or not sizes[name] > 0:
-            errors.add(name, "a positive number", repr(sizes.get(name)))
-    errors.raise_if_any()
-    sizes.setdefault("num_kv_heads", sizes["num_heads"])
-    sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_heads"])
-    if "rope_base" in arch.gguf_fields.values():
-        # llama.cpp's default.
-        sizes.setdefault("rope_base", 10000.0)
-        sizes["rope_scaling"] = parse_rope_scaling(header, path, family, sizes["head_dim"], sizes["rope_base"], errors)
-    rotary = metadata.get(f"{family}.rope.dimension_count", sizes["head_dim"])
-    value = metadata.get(f"{family}.attention.value_length", sizes["head_dim"])
-    for name, size in (("rope.dimension_count", rotary), ("attention.value_length", value)):
-        if size != sizes["head_dim"]:
-            errors.add(name, f"the head size, {sizes['head_dim']}", size)
-    errors.raise_if_any()
-    sizes["tied"] = any(param.tied_to and param.locations[NAME].name not in header.tensors for param in arch.params)
-    return ModelConfig.from_json(sizes | arch.implied_sizes.get(family, {}))
-
-
-def _refuse_features(header: GgufHeader, family: str, errors: ErrorCollector) -> None:
-    metadata = header.metadata
-    for key in ("expert_count", "attention.sliding_window"):
-        if metadata.get(f"{family}.{key}"):
-            errors.add(key, "none", metadata[f"{family}.{key}"])
-    if metadata.get("split.count", 1) > 1:
-        errors.add("split.count", "one file", metadata["split.count"], "Merge the parts with gguf-split first.")
-
-
-def _extract_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
-    """Writes vocabulary, merges, special tokens and chat template as Hugging Face files, through transformers."""
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast.from_pretrained(str(path.parent.absolute()), gguf_file=path.name).save_pretrained(folder)
-    # A class that transformers 4 knows too; without the keys that state where the tokenizer was read.
-    config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only", "backend"):
-        settings.pop(name, None)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return tuple(sorted(folder.iterdir()))
-
-
 class GgufFormat(Format):
     name = NAME
-    description = "a file that begins with GGUF, or a folder with one *.gguf file"
+    description = "a file that begins with GGUF, or a folder with one *.gguf file or the parts of one model"
     writable = False
 
     def recognise(self, path: Path) -> bool:
         if path.is_dir():
-            files = list(path.glob("*.gguf"))
-            return len(files) == 1 and self.recognise(files[0])
+            file = find_model_file(path)
+            return file is not None and self.recognise(file)
         if not path.is_file():
             return False
         with path.open("rb") as file:
@@ -208,9 +163,11 @@ class GgufFormat(Format):
 
     def open(self, path: Path, accepted: AcceptedKeys) -> GgufReader:
         if path.is_dir():
-            files = sorted(path.glob("*.gguf"))
-            if len(files) != 1:
-                found = ", ".join(file.name for file in files) or "none"
-                raise CheckpointError(Problem(f"{path}", "one *.gguf file", found, "Name the file itself."))
-            path = files[0]
+            file = find_model_file(path)
+            if file is None:
+                found = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
+                raise CheckpointError(
+                    Problem(f"{path}", "one *.gguf file, or the parts of one model", found, "Name the file itself.")
+                )
+            path = file
         return GgufReader(path, accepted)

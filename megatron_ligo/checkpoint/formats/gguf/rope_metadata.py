@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -33,16 +32,15 @@ def shortest_decimal(value: float) -> float:
 
 
 def parse_rope_scaling(
-    header: GgufHeader, path: Path, family: str, head_dim: int, base: float, errors: ErrorCollector
+    header: GgufHeader, family: str, head_dim: int, base: float, errors: ErrorCollector
 ) -> dict | None:
     """Returns the scaling with Hugging Face's keys, or None. Adds an error if they cannot express it."""
-    return _RopeParser(header, path, family, head_dim, base, errors).parse()
+    return _RopeParser(header, family, head_dim, base, errors).parse()
 
 
 @dataclass(frozen=True)
 class _RopeParser:
     header: GgufHeader
-    path: Path
     family: str
     head_dim: int
     base: float
@@ -141,7 +139,7 @@ class _RopeParser:
         if block.shape != (count,) or block.nbytes != 4 * count or block.type.name != "F32":
             self.errors.add(name, f"fp32 of shape ({count},)", f"{block.type.name} of shape {block.shape}", HINT)
             return None
-        factors = np.fromfile(self.path, dtype="<f4", count=count, offset=block.offset)
+        factors = np.fromfile(block.path, dtype="<f4", count=count, offset=block.offset)
         if len(factors) != count or not np.isfinite(factors).all() or not (factors > 0).all():
             self.errors.add(name, "positive numbers", "others")
             return None

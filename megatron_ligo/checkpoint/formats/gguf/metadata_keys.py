@@ -1,0 +1,120 @@
+"""The allow-list of GGUF metadata: what each key means for the networks that this program reads.
+
+llama.cpp prefixes a network's keys with its name (`llama.block_count`); the tables here hold them without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys, KeyTable
+from megatron_ligo.common.errors import ErrorCollector
+
+DESCRIPTION = "it describes the file; no program computes from it"
+# Namespaces whose keys are all of one kind, also those of later versions.
+HARMLESS_NAMESPACES = {
+    "general.": DESCRIPTION,
+    "mradermacher.": DESCRIPTION,
+    "quantize.": "it states how the file was quantised; each tensor states its own type",
+    "imatrix.": "statistics for quantisation",
+    "tokenizer.": "tokenizer_keys.py classifies it; a tokenizer that is not understood is left out",
+    "split.": "split_files.py reads the parts of a model",
+}
+ROPE = "rope_scaling"
+# Read by rope_metadata.py.
+ROPE_FIELDS = (
+    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_log_multiplier",
+)  # fmt: skip
+HARMLESS = {
+    "rope.scaling.finetuned": "it states whether the model was trained with the scaling that it states",
+    "rope.freq_base_swa": "of layers with a sliding window, which attention.sliding_window would state",
+    "rope.dimension_count_swa": "of layers with a sliding window, which attention.sliding_window would state",
+    "attention.key_length_swa": "of layers with a sliding window, which attention.sliding_window would state",
+    "attention.value_length_swa": "of layers with a sliding window, which attention.sliding_window would state",
+    "attention.sliding_window_pattern": "of layers with a sliding window, which attention.sliding_window would state",
+    "attention.layer_norm_epsilon": "of LayerNorm; these networks have RMSNorm",
+    "attention.group_norm_epsilon": "of GroupNorm; these networks have RMSNorm",
+    "attention.group_norm_groups": "of GroupNorm; these networks have RMSNorm",
+    "pooling_type": "it chooses what an embedding server returns",
+    "decoder_start_token_id": "the first token of generation by encoder-decoder models",
+    "classifier.output_labels": "names of a classifier's labels; its tensors would be refused",
+}
+# The values under which a key switches nothing on.
+OFF = (0, False, "", ())
+OFF_KEYS = (
+    "expert_count", "expert_used_count", "expert_shared_count", "expert_group_count", "expert_group_used_count",
+    "expert_weights_scale", "expert_weights_norm", "expert_gating_func", "expert_group_scale", "experts_per_group",
+    "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_chunk_feed_forward_length",
+    "moe_every_n_layers", "moe_latent_size", "interleave_moe_layer_step", "leading_dense_block_count",
+    "nextn_predict_layers", "n_deepstack_layers", "attn_logit_softcapping", "router_logit_softcapping",
+    "final_logit_softcapping", "swin_norm", "use_parallel_residual", "rescale_every_n_layers", "time_mix_extra_dim",
+    "time_decay_extra_dim", "token_shift_count", "full_attention_interval", "activation_sparsity_scale",
+    "altup.active_idx", "altup.num_inputs", "embedding_length_per_layer_input", "embedding_length_out",
+    "features_length", "decoder_block_count", "swiglu_clamp_exp", "swiglu_clamp_shexp", "dense_2_feat_in",
+    "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out",
+    "attention.max_alibi_bias", "attention.clamp_kqv", "attention.sliding_window", "attention.scale",
+    "attention.q_lora_rank", "attention.kv_lora_rank", "attention.decay_lora_rank", "attention.iclr_lora_rank",
+    "attention.value_residual_mix_lora_rank", "attention.gate_lora_rank", "attention.relative_buckets_count",
+    "attention.temperature_length", "attention.key_length_mla", "attention.value_length_mla",
+    "attention.shared_kv_layers", "attention.indexer.head_count", "attention.indexer.key_length",
+    "attention.indexer.top_k",
+    "rope.dimension_sections", "rope.scaling.alpha",
+    "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count", "ssm.dt_b_c_rms",
+    "kda.head_dim", "wkv.head_size", "posnet.embedding_length", "posnet.block_count", "convnext.embedding_length",
+    "convnext.block_count", "shortconv.l_cache",
+)  # fmt: skip
+# Factors, which 1 leaves alone; llama.cpp takes 0 as "none".
+FACTOR_KEYS = (
+    "logit_scale", "residual_scale", "embedding_scale", "attention.output_scale", "attention.temperature_scale",
+)  # fmt: skip
+FIXED = {
+    **dict.fromkeys(OFF_KEYS, OFF),
+    **dict.fromkeys(FACTOR_KEYS, (0, 1)),
+    "attention.causal": (True,),
+    # llama.cpp's first converter wrote it.
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+# Of the file, without a network's name. Files of other kinds than a model's weights bear the other namespaces.
+FILE_FIELDS = {"general.architecture": "model_type", "general.alignment": "alignment"}
+FILE_FIXED = {
+    "general.type": ("model",),
+    # Version 1 stored other blocks under the same types.
+    "general.quantization_version": (2,),
+}
+FOREIGN_NAMESPACES = ("adapter.", "clip.", "diffusion.", "xielu.", "controlvector.", "training.", "optimizer.")
+
+
+def key_table(arch: Architecture, family: str) -> KeyTable:
+    """Returns the classification of the keys of one network, `family` by its name in GGUF."""
+    fields = {**arch.gguf_fields, "rope.dimension_count": "head_dim", "attention.value_length": "head_dim"}
+    fields |= dict.fromkeys(ROPE_FIELDS, ROPE)
+    return KeyTable(
+        {f"{family}.{key}": name for key, name in fields.items()} | FILE_FIELDS,
+        {f"{family}.{key}": reason for key, reason in HARMLESS.items() if key not in fields},
+        {f"{family}.{key}": values for key, values in FIXED.items() if key not in fields} | FILE_FIXED,
+    )
+
+
+def classify(key: str, arch: Architecture, family: str) -> str:
+    """Returns "field", "harmless", "fixed" or "foreign" (refused unless empty); "" for a key that nobody knows."""
+    table = key_table(arch, family)
+    for kind, keys in (("field", table.fields), ("fixed", table.fixed), ("harmless", table.harmless)):
+        if key in keys:
+            return kind
+    if key.startswith(tuple(HARMLESS_NAMESPACES)):
+        return "harmless"
+    return "foreign" if key.startswith(FOREIGN_NAMESPACES) else ""
+
+
+def check_keys(
+    metadata: Mapping[str, object], arch: Architecture, family: str, accepted: AcceptedKeys, errors: ErrorCollector
+) -> None:
+    """Adds an error for every key of a file that may change the model in a way that this program does not know."""
+    table = key_table(arch, family)
+    stated = {
+        key: value for key, value in metadata.items() if key in table or not key.startswith(tuple(HARMLESS_NAMESPACES))
+    }
+    table.check(stated, accepted, errors)
