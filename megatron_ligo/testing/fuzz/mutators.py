@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE
 from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
-from megatron_ligo.testing.fuzz import torch_dist_mutators
+from megatron_ligo.testing.fuzz import gguf_mutators, torch_dist_mutators
 from megatron_ligo.testing.fuzz.hostile_pickles import hostile_pickles
 
 Mutate = Callable[[random.Random, Path], str | None]
@@ -312,6 +312,12 @@ def edit_text(draw: random.Random, folder: Path) -> str | None:
     return f"{path.name}: line {at + 1} {how}"
 
 
+def edit_gguf_metadata(draw: random.Random, folder: Path) -> str | None:
+    """Gives a key of a GGUF file's metadata another value, of any type."""
+    path = _pick(draw, folder, ".gguf")
+    return None if path is None else gguf_mutators.edit_gguf_metadata(draw, path)
+
+
 MUTATIONS = (
     Mutation("truncated", truncate),
     Mutation("extra bytes", append_bytes),
@@ -329,4 +335,5 @@ MUTATIONS = (
     Mutation("edited chunk metadata", edit_chunk_metadata, silent=True),
     Mutation("hostile chunk", inject_chunk),
     Mutation("edited text", edit_text, silent=True),
+    Mutation("edited GGUF metadata", edit_gguf_metadata, silent=True),
 )

@@ -103,7 +103,8 @@ def read_checkpoint(folder: Path) -> dict:
     kinds = (WEIGHT, *MOMENTS) if reader.has_moments else (WEIGHT,)
     keys = reader.keys()
     tensors = {key: tensor_digest(*(reader.read(key, kind) for kind in kinds)) for key in keys}
-    return {"dims": reader.model_config.to_json(), "step": reader.step, "tensors": tensors}
+    carried = [reader.files and sorted((file.name, file.stat().st_size) for file in reader.files), reader.unread]
+    return {"dims": reader.model_config.to_json(), "step": reader.step, "tensors": tensors, "carried": carried}
 
 
 def _write_checkpoint(to: str, **options) -> WriteSample:
@@ -146,6 +147,7 @@ def _write_gguf(folder: Path, seed: int) -> None:
         (writer.add_layer_norm_rms_eps, MODEL_CONFIG.norm_eps), (writer.add_vocab_size, MODEL_CONFIG.vocab_size),
     ):  # fmt: skip
         add(value)
+    _add_gguf_tokenizer(writer)
     source = RandomModelReader(seed)
     for name, item in fused_tensors.stored_tensors(source.arch, MODEL_CONFIG, "gguf").items():
         tensor = source.read(item.keys[0])
@@ -156,6 +158,18 @@ def _write_gguf(folder: Path, seed: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Adds a sentencepiece tokenizer: three special tokens, letters, and pieces of two."""
+    letters = [chr(97 + index) for index in range(24)]
+    pieces = [*letters, *(one + other for one, other in zip(letters[1:], letters[:-1], strict=True))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *pieces])
+    writer.add_token_scores([float(-index) for index in range(MODEL_CONFIG.vocab_size)])
+    writer.add_token_types([2, 3, 3, *[1] * len(pieces)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _write_run(folder: Path, seed: int) -> None:
