@@ -42,6 +42,7 @@ class Reader(ABC):
     unread: tuple[str, ...] = ()  # what the files hold beyond the Reader's tensors, as text
     groups: tuple[Mapping[str, object], ...] = ()  # the optimizer's group settings (adam_groups.py)
     carried: Mapping[str, object] = {}  # Hugging Face config keys that are not sizes (token ids, ...)
+    run_arguments: Mapping[str, object] | None = None  # Megatron-LM's, as saved; None if there are none
     accepted: Mapping[str, object] = {}  # unknown config keys that the user let through, with their values
 
     @property

@@ -14,7 +14,6 @@ from megatron_ligo.checkpoint import manifest
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader
-from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 
 BATCH, LENGTH, SEED = 2, 64, 1234
@@ -115,15 +114,6 @@ def has_manifest(reader: Reader) -> bool:
 def _folder(reader: Reader) -> Path:
     assert reader.path is not None, "a checkpoint in memory has no manifest"
     return reader.path if reader.path.is_dir() else reader.path.parent
-
-
-def compare_logits(a: Reader, b: Reader) -> tuple[float, float]:
-    """Runs both models in transformers, in fp32, on one batch. Returns the largest |difference| and |logit of a|."""
-    inputs = sample_inputs(a.model_config, b.model_config)
-    first, second = compute_logits(a, inputs), compute_logits(b, inputs)
-    if first.shape != second.shape:
-        raise CheckpointError(Problem("logits", f"shape {tuple(first.shape)}", tuple(second.shape)))
-    return float((first - second).abs().max()), float(first.abs().max())
 
 
 def sample_inputs(a: ModelConfig, b: ModelConfig) -> Tensor:

@@ -13,6 +13,7 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
+from megatron_ligo.experiments.reference_logits import compare_reference_logits
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.growth.methods import METHODS
@@ -137,8 +138,8 @@ def test_the_hand_off(tmp_path):
     # It tells another size.
     assert not formats.open(tmp_path / "grown" / "hf").files
     grown = formats.open(tmp_path / "grown" / "hf")
-    apart, largest = verify.compare_logits(formats.open(folder), grown)
-    assert apart < 1e-6 * max(1.0, largest)
+    logits = compare_reference_logits(formats.open(folder), grown)
+    assert logits.difference < 1e-6 * max(1.0, logits.scale)
     seen = image_models.pictures(grown.model_config)
     again = transformers.DeiTForImageClassification.from_pretrained(grown.path).eval()
     with torch.no_grad():

@@ -19,6 +19,7 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.inspect import describe
 from megatron_ligo.common import signal_handling
+from megatron_ligo.experiments.reference_logits import compare_reference_logits
 from tests.checkpoint import hf_models
 from tests.checkpoint.formats.test_gguf import Kind, quantisable, write_gguf
 
@@ -44,7 +45,7 @@ def test_equal_across_formats(pair):
     result = verify.compare(a, b)
     assert result.same
     assert result.compared == 21
-    assert verify.compare_logits(a, b)[0] == 0.0
+    assert compare_reference_logits(a, b).difference == 0.0
 
 
 def test_one_different_number_in_one_tensor(pair):
@@ -52,7 +53,7 @@ def test_one_different_number_in_one_tensor(pair):
     result = verify.compare(*map(formats.open, pair))
     (line,) = result.differences
     assert line.startswith("layers.1.v: 1 of 960 numbers differ, largest difference 5.000e-01")
-    assert verify.compare_logits(*map(formats.open, pair))[0] > 1e-3
+    assert compare_reference_logits(*map(formats.open, pair)).difference > 1e-3
 
 
 def test_signs_of_zeros_and_nan_are_compared_as_bits(tmp_path):
@@ -141,6 +142,7 @@ def test_commands_from_gguf_to_universal(run, tmp_path):
     same = run("verify", tmp_path / "model.gguf", tmp_path / "b", "--logits")
     assert same.code == 0, same.err
     assert "logits: largest difference 0.000e+00" in same.out
+    assert f"logits of {tmp_path / 'model.gguf'}: transformers, from the file's metadata" in same.out
     assert run("verify", tmp_path / "b").code == 0
 
 
@@ -164,6 +166,51 @@ def test_commands_exit_with_2_on_errors_and_1_on_differences(run, pair, tmp_path
         assert "Traceback" not in result.err
     for tool in ("inspect_checkpoint", "convert", "verify"):
         assert "example:" in run(tool, "--help").out
+
+
+def test_logits_are_computed_by_each_side(run, pair, tmp_path):
+    """A key that changes the function and no tensor shows in the logits, and the output says who computed them."""
+    a, b = pair
+    same = run("verify", a, b, "--logits")
+    assert same.code == 0, same.err
+    assert f"logits of {a}: transformers, from config.json" in same.out
+    assert f"logits of {b}: this program's reading, run by transformers (universal has no reference here)" in same.out
+    config = json.loads((a / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
+    (a / "config.json").write_text(json.dumps(config))
+    assert run("verify", a, b, "--logits").code == 1
+
+
+def test_megatrons_arguments_state_the_function(pair, tmp_path):
+    """A GPTModel of the saved arguments gives the logits; one argument that leaves no tensor changes them."""
+    a = formats.open(pair[0])
+    convert(a, tmp_path / "c", "mcore")
+    reader = formats.open(tmp_path / "c")
+    logits = compare_reference_logits(a, reader)
+    assert logits.difference < 1e-5 * logits.scale
+    assert logits.origins[1] == "a GPTModel of Megatron-core, from the checkpoint's args"
+    reader.run_arguments = {**reader.run_arguments, "no_rope_freq": 2}
+    assert compare_reference_logits(a, reader).difference > 0.1
+    reader.run_arguments = {**reader.run_arguments, "hidden_size": "x"}
+    assert "Megatron-core does not build its args' model" in compare_reference_logits(a, reader).origins[1]
+
+
+def test_a_lossless_growth_has_equal_logits(run, pair, tmp_path):
+    """A layer that adds nothing, and rows of new tokens: other tensors, the same logits of the old tokens."""
+    model = hf_models.model(num_hidden_layers=3, vocab_size=43)
+    state, small = model.state_dict(), load_file(pair[0] / "model.safetensors")
+    for name, tensor in small.items():
+        state[name][: len(tensor)] = tensor
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        state[f"model.layers.2.{name}.weight"].zero_()
+    model.save_pretrained(tmp_path / "grown")
+    result = run("verify", pair[0], tmp_path / "grown", "--logits")
+    assert result.code == 0, result.out + result.err
+    assert "num_layers: 2 and 3" in result.out and "37 logits a token" in result.out
+    assert run("verify", pair[0], tmp_path / "grown").code == 1
+    state["model.layers.2.mlp.down_proj.weight"][0, 0] = 1.0
+    model.save_pretrained(tmp_path / "grown")
+    assert run("verify", pair[0], tmp_path / "grown", "--logits").code == 1
 
 
 def test_a_real_model_is_described_without_reading_it():

@@ -84,6 +84,7 @@ class McoreReader(Reader):
         self.model_config, self.carried, self.files = arguments.read_model_config(
             self._folder, common.get("args"), accepted
         )
+        self.run_arguments = arguments.plain_arguments(common.get("args"))
         self._stored_by_key: dict[str, StoredTensor] = {}
         self._sources: dict[str, tuple[TensorSource, ...]] = {}
         self._padded_vocab_size = self._check()

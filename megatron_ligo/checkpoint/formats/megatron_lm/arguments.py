@@ -45,6 +45,11 @@ _STUB_NAMES = (
 STAND_INS = tuple((type(name.rpartition(".")[2], (ArgumentStub,), {}), name) for name in _STUB_NAMES)
 
 
+def plain_arguments(args: object) -> Mapping[str, object] | None:
+    """Returns the run arguments by name; None if a checkpoint has none."""
+    return dict(vars(args)) if isinstance(args, ArgumentStub) else None
+
+
 def read_model_config(
     folder: Path, args: object, accepted: AcceptedKeys
 ) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:

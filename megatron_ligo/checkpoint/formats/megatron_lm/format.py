@@ -52,6 +52,7 @@ class MegatronReader(Reader):
         self.model_config, self.carried, self.files = arguments.read_model_config(
             self._folder, self._rank_files.args, accepted
         )
+        self.run_arguments = arguments.plain_arguments(self._rank_files.args)
         self._stored_by_key: dict[str, StoredTensor] = {}
         # Name of a tied tensor -> name of its copy on the last stage.
         self._copies: dict[str, str] = {}
