@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import DataError
-from megatron_ligo.config.run_config import DataSection, RunConfig
+from megatron_ligo.config.run_config import SCRATCH, DataSection, RunConfig
 from megatron_ligo.data.image_dataset import open_image_dataset
 from megatron_ligo.data.prepare_images import DIGITS_FILE, prepare_images, read_digits, read_npz
 from megatron_ligo.distributed import mesh as meshes
@@ -49,7 +49,14 @@ def settings(tmp_path_factory) -> tuple[dict, Path]:
     table = RunConfig().to_dict()
     table["small"]["path"] = str(base / "config.json")
     table["data"] |= {split: [str(base / f"data/{split}.safetensors")] for split in ("train", "valid")}
-    table["pretrain"] |= {"steps": 6, "lr": 1e-2, "warmup_steps": 0, "schedule": "constant", "save_every": 2}
+    table["pretrain"] |= {
+        "start": SCRATCH,
+        "steps": 6,
+        "lr": 1e-2,
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "save_every": 2,
+    }
     table["pretrain"] |= {"global_batch_size": 16, "micro_batch_size": 8, "eval_every": 3, "eval_samples": 16}
     return table, base
 
