@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.verify import compare
 from megatron_ligo.common import folder_kinds
 from megatron_ligo.common.errors import CheckpointError, ConfigError
+from megatron_ligo.common.file_lock import LOCK_FILE, exclusive_access
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.data.prepare_images import prepare_images
 from megatron_ligo.export import provenance
@@ -83,6 +85,12 @@ def test_no_command_writes_into_the_small_models_folder(small):
         with pytest.raises(ConfigError, match=r"found a model\. It stays as it is"):
             work()
     assert sorted(path.name for path in small.iterdir()) == before
+
+
+def test_a_lock_that_is_no_file_blocks_nothing(tmp_path):
+    os.mkfifo(tmp_path / LOCK_FILE)
+    with pytest.raises(ConfigError, match="expected a lock file, or nothing"), exclusive_access(tmp_path):
+        pass
 
 
 def test_readers_pick_the_part(small, tmp_path):

@@ -25,6 +25,7 @@ from megatron_ligo.report import write_report
 from megatron_ligo.report.curves import held_out_curve, training_curve
 from megatron_ligo.report.report_table import HEADINGS, ReportTable, build_table
 from megatron_ligo.report.run_records import FIT_NOT_GIVEN, FIT_ON_OTHER_SAMPLES, REUSES_FIT_SAMPLES, read_runs
+from megatron_ligo.training.guard.stop_record import write_stop
 from megatron_ligo.training.metrics import Metrics
 from tests.tiny_models import hf_llama, llama_config, memory_of
 
@@ -37,7 +38,7 @@ OTHER_EVAL = {"samples": 4, "digest": "fedcba9876543210"}
 STEP_FLOPS = {"fit": 3e6, "pretrain": 1e6}
 
 
-def write_steps(folder: Path, count: int, flops: float, **last: float) -> None:
+def write_steps(folder: Path, count: int, flops: float, **last: float | str) -> None:
     with Metrics(folder, True, count) as metrics:
         for step in range(1, count + 1):
             extra = last if step == count else {}
@@ -202,6 +203,17 @@ def test_an_unfinished_run_shows_its_progress(tmp_path):
     write_steps(tmp_path / "going", 3, 1e6)
     row = cells(build_table(read_runs([tmp_path / "going"])))["going"]
     assert row["kind"] == "unfinished" and row["seconds"] == "1.5" and row["layout"] == row["step 0"] == "-"
+
+
+def test_anomalies_are_noted(tmp_path):
+    write_steps(tmp_path / "run", 3, 1e6, anomaly="step 3: expected loss at most 4, found 9.", skipped=1)
+    write_stop(tmp_path / "run", 4, "step 4: expected loss at most 4, found 9.")
+    notes = " ".join(build_table(read_runs([tmp_path / "run"])).notes)
+    assert "1 anomaly, 1 of its steps skipped; the first at step 3 (step 3: expected loss at most 4, found 9)." in notes
+    assert "it stopped at an anomaly before the update of step 4; it waits for its user." in notes
+    (tmp_path / "run/anomalies.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"anomalies\.json: expected the anomalies of a run"):
+        read_runs([tmp_path / "run"])
 
 
 def test_a_loss_that_is_not_finite_is_shown(tmp_path):

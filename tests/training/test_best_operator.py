@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import PretrainSection, RunConfig
+from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import build_initial_operator
+from megatron_ligo.training.best_operator import BestOperator
 from megatron_ligo.training.lr_schedule import learning_rate, schedule_after_growth
 from tests.tiny_models import hf_llama
 from tests.training.pretrain_runs import fit
@@ -69,6 +72,19 @@ def test_the_best_evaluation_is_written_at_any_layout(pools, base, tmp_path):
     pools(2).run(fit, settings=table, output=str(tmp_path / "last"))
     assert read_record(tmp_path / "last")["step"] == 6
     assert read_record(tmp_path / "last")["losses"]["end"] == pytest.approx(record["losses"]["last"], rel=1e-6)
+
+
+def test_the_operator_of_another_step_is_not_taken(base, tmp_path):
+    config = RunConfig.from_dict(settings(base))
+    operator = build_initial_operator(DIMS, config.large, config.operator)
+    tensors = [(name, operator.tensor(name)) for name in operator.shapes()]
+    operator_file.write_operator(operator, tensors, tmp_path / "best", {"step": 70})
+    state = {"best": {"step": 50, "loss": 1.0, "worse": 0}}
+    best = BestOperator(config.fit, tmp_path / "best", state, save=lambda folder: None)
+    with pytest.raises(CheckpointError, match="expected the operator of step 50, found step 70"):
+        best.read()
+    best.state["step"] = 70
+    assert set(best.read().shapes()) == set(operator.shapes())
 
 
 def test_a_fit_stays_within_its_flop_budget(pools, base, tmp_path):

@@ -94,6 +94,43 @@ def test_a_damaged_file_is_named(tmp_path):
         run(tmp_path, 4, 4, done=3)
 
 
+BAD_ROWS = [
+    '{"step": "x"}',
+    '{"step": 1, "loss": "3"}',
+    "[1]",
+    '{"step": 1, "tokens": {}}',
+    "[" * 100_000,
+    '{"step": null}',
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_an_altered_row_is_one_error(tmp_path, row):
+    run(tmp_path, 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{row}\n{path.read_text()}")
+    with pytest.raises(CheckpointError, match="line 1: expected a JSON object") as raised:
+        Metrics(tmp_path, True, 10, 2)
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_file_that_is_no_text_is_one_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(CheckpointError, match="the metrics of a run, in UTF-8"):
+        read_metrics(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_metrics(path)
+
+
+def test_an_anomaly_is_a_column_of_text(tmp_path):
+    run(tmp_path, 1, 2, anomaly="step 1: expected a, found b.", skipped=1)
+    assert [row["anomaly"] for row in rows(tmp_path)] == ["step 1: expected a, found b."] * 2
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows(tmp_path)
+
+
 def test_a_bar_on_a_terminal(tmp_path):
     """A real terminal (a pty): one live line and no scroll of plain ones."""
     body = (

@@ -265,9 +265,14 @@ def test_output_without_a_reader_ends_no_training(base, tmp_path):
     command = [sys.executable, "tools/pretrain.py", "--config", config, "--output", tmp_path / "out"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=subprocess.STDOUT) as process:
+        lines = []
         for line in process.stdout:
+            lines.append(line)
             if line.startswith("step 1/"):
                 break
+        summary = "".join(lines)
+        for part in (f"{base}/hf (a checkpoint)", "parameters", "TP 1 x PP 1 x DP 1, ZeRO 1", "768 to do", "FLOPs"):
+            assert part in summary, summary
         process.stdout.close()
         assert process.wait(240) == 0
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 8

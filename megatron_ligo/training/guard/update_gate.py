@@ -6,6 +6,7 @@ true norm and, to refuse an update, passes an infinite one on: the same path, ta
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors, is_invalid_grad_norm
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
 # The method that computes the norm within `step`, by optimizer.
@@ -21,6 +23,11 @@ NORM_METHODS = {
     DeepSpeedZeroOptimizer_Stage3: "_get_norm_groups",
     BF16_Optimizer: "get_grads_for_norm",
 }
+
+
+def _is_no_claim_of_overflow(record: logging.LogRecord) -> bool:
+    """DeepSpeed calls the gradients of every refused step non-finite; the guard says what is wrong."""
+    return "OVERFLOW!" not in record.getMessage()
 
 
 class UpdateGate:
@@ -38,6 +45,7 @@ class UpdateGate:
         name = next((name for kind, name in NORM_METHODS.items() if isinstance(optimizer, kind)), None)
         assert name is not None, f"{type(optimizer).__name__}: no known place before its update"
         self._compute = getattr(optimizer, name)
+        deepspeed_logger.addFilter(_is_no_claim_of_overflow)
         replacement = {"scaled_global_norm": self._scaled_global_norm, "_get_norm_groups": self._norm_groups}
         setattr(optimizer, name, replacement.get(name, self._grads_for_norm))
 
