@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.content import find_damage
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.io.dry_run import DryRunOutput
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import FileLayoutOutput, Output
-from megatron_ligo.checkpoint.manifest import MANIFEST, VERSION, Manifest, library_versions, load_manifest
+from megatron_ligo.checkpoint.manifest import MANIFEST, Manifest, library_versions, load_manifest
 from megatron_ligo.checkpoint.reader import MOMENTS, Reader
 from megatron_ligo.checkpoint.source_keys import describe_value
 from megatron_ligo.checkpoint.staging import Staging
@@ -27,14 +28,20 @@ from megatron_ligo.checkpoint.validated_reader import ValidatedReader, describe_
 from megatron_ligo.common.errors import (
     CheckpointError,
     ConfigError,
+    ErrorCollector,
     LigoError,
     MachineError,
     Problem,
     did_you_mean,
 )
+from megatron_ligo.common.file_digest import is_sidecar
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
+from megatron_ligo.distributed.digest_cache import DigestCache
 
 log = logging.getLogger(__name__)
+
+# Requests of another version are other jobs.
+JOB_VERSION = 1
 
 Progress = Callable[[int, int], None]  # bytes of the tensors done, bytes of all tensors
 
@@ -90,7 +97,7 @@ def convert(
         progress = _extrapolate(progress, ranks.world_size)
     conversion = _Conversion(source, target_format, options, ranks, progress)
     if ranks.rank:
-        conversion.run_other_rank(Staging(target, job))
+        conversion.run_other_rank(Staging(target, job), overwrite)
         return load_manifest(target)
     return conversion.run_first_rank(Staging(target, job), overwrite, extra_files or {})
 
@@ -113,9 +120,11 @@ class _Conversion:
                 staging.target.parent.mkdir(parents=True, exist_ok=True)
                 resources.enter_context(staging)
                 finished = _find_finished(staging.target, staging.job, overwrite)
+            if ranks.all_gather(bool(finished))[0] and self._is_damaged(staging.target, overwrite):
+                finished = None
+            with ranks.agree():
                 if not finished:
                     reader = self._prepare(staging)
-            ranks.all_gather(not finished)
             if finished:
                 log.info("%s is already there, written by the same request: left as it is", staging.target)
                 return finished
@@ -127,14 +136,19 @@ class _Conversion:
                 with ranks.agree():
                     staging.absorb_journals()
                     reader.finish()
-                    return self._commit(staging, reader, output.written)
+                digests = self._digest_files(staging, output.written)
+                with ranks.agree():
+                    return self._commit(staging, reader, digests)
 
-    def run_other_rank(self, staging: Staging) -> None:
+    def run_other_rank(self, staging: Staging, overwrite: bool) -> None:
         """Runs on every other rank: writes its share between rank 0's preparation and its commit."""
         ranks = self.ranks
         with ranks.agree():
             pass
-        if not ranks.all_gather(None)[0]:
+        finished = ranks.all_gather(False)[0] and not self._is_damaged(staging.target, overwrite)
+        with ranks.agree():
+            pass
+        if finished:
             return
         with ranks.agree():
             if not staging.content.is_dir():
@@ -148,6 +162,25 @@ class _Conversion:
             journal.close()
         with ranks.agree():
             pass
+        self._digest_files(staging, output.written)
+        with ranks.agree():
+            pass
+
+    def _is_damaged(self, target: Path, overwrite: bool) -> bool:
+        """True if a finished target has changed since it was written and may be replaced; CheckpointError if not."""
+        problems = find_damage(target, DigestCache(self.ranks))
+        if not overwrite:
+            title = f"{target} has changed since it was written: remove it, or overwrite it, to have it written again"
+            errors = ErrorCollector(title, CheckpointError)
+            errors.problems.extend(problems)
+            errors.raise_if_any()
+        return bool(problems)
+
+    def _digest_files(self, staging: Staging, written: list[str]) -> dict[str, str]:
+        """Returns the digest of every file that was written, by name. All ranks read their share."""
+        names = self.ranks.all_gather(sorted(written))[0]
+        paths = {staging.content / name: name for name in names}
+        return {paths[path]: digest for path, digest in DigestCache(self.ranks).read_files([*paths]).items()}
 
     def dropped_moments(self) -> str | None:
         """Returns the manifest's line about moments that are not written; None if they are, or there are none."""
@@ -183,7 +216,7 @@ class _Conversion:
                 self.format.write(reader, layout, self.options)
         return reader
 
-    def _commit(self, staging: Staging, reader: ValidatedReader, written: list[str]) -> Manifest:
+    def _commit(self, staging: Staging, reader: ValidatedReader, digests: dict[str, str]) -> Manifest:
         source, options, dropped = self.source, self.options, self.dropped_moments()
         left_behind = [*source.unread, *([dropped] if dropped else [])]
         if left_behind:
@@ -196,14 +229,15 @@ class _Conversion:
             job=staging.job,
             source={"format": source.format, "path": str(source.path) if source.path else None},
             tensors=reader.digests(),
-            files={name: (staging.content / name).stat().st_size for name in sorted(written)},
+            files={name: (staging.content / name).stat().st_size for name in digests},
+            digests=digests,
             left_behind=left_behind,
             accepted={key: describe_value(value) for key, value in source.accepted.items()},
             versions=library_versions(),
         )
         with Output(staging.content) as output:
             output.write_json(MANIFEST, manifest.to_json())
-        staging.commit([*written, MANIFEST])
+        staging.commit([*digests, MANIFEST])
         return manifest
 
 
@@ -243,7 +277,7 @@ def _describe_job(source: Reader, to: str, options: WriteOptions) -> dict:
         fingerprint = uuid.uuid4().hex
     path = str(source.path.resolve()) if source.path else None
     origin = {"format": source.format, "path": path, "fingerprint": fingerprint, "dims": source.model_config.to_json()}
-    return {"version": VERSION, "source": origin, "to": to, "options": stated_options, "moments": MOMENTS}
+    return {"version": JOB_VERSION, "source": origin, "to": to, "options": stated_options, "moments": MOMENTS}
 
 
 def _find_finished(target: Path, job: str, overwrite: bool) -> Manifest | None:
@@ -272,4 +306,5 @@ def _find_finished(target: Path, job: str, overwrite: bool) -> Manifest | None:
 
 def _file_sizes(folder: Path) -> dict[str, int]:
     files = [file for file in folder.rglob("*") if file.is_file()]
-    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(files) if f.name != MANIFEST}
+    kept = [file for file in sorted(files) if file.name != MANIFEST and not is_sidecar(file)]
+    return {str(file.relative_to(folder)): file.stat().st_size for file in kept}

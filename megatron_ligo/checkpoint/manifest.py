@@ -7,11 +7,14 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.reader import WEIGHT
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, Problem
+from megatron_ligo.common.file_digest import SEAL, hash_bytes, is_intact, seal
 
 MANIFEST = "manifest.json"
-VERSION = 1
+# Version 1 has no digests of whole files.
+VERSION, VERSIONS = 2, (1, 2)
 LIBRARIES = ("torch", "safetensors", "gguf", "xxhash", "deepspeed", "megatron-core")
 
 
@@ -20,9 +23,10 @@ class Manifest:
     """The record of one conversion.
 
     tensors: canonical key -> {kind: {shape, dtype, digest}}; kind is "weight" or one of Adam's moments, and the digest
-    (xxh3, 128 bits) covers the canonical bytes in row-major order. files: name -> bytes. job: digest of the request.
-    left_behind: contents of the source that the format does not store. accepted: keys of the source's config that this
-    program does not know and that the user let through, with their values.
+    (xxh3, 128 bits) covers the canonical bytes in row-major order. files: name -> bytes. digests: name -> digest of the
+    whole file. job: digest of the request. left_behind: contents of the source that the format does not store.
+    accepted: keys of the source's config that this program does not know and that the user let through, with their
+    values.
     """
 
     format: str
@@ -36,10 +40,11 @@ class Manifest:
     left_behind: list[str] = field(default_factory=list)
     accepted: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     def to_json(self) -> dict:
-        return asdict(self)
+        return seal(asdict(self))
 
 
 def library_versions() -> dict[str, str]:
@@ -58,6 +63,7 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         data = read_json(path)
+        intact, seal_digest = is_intact(data), data.pop(SEAL, None)
         dims = ModelConfig.from_json(data.pop("dims"))
         manifest = Manifest(dims=dims, **data)
     except FileNotFoundError:
@@ -66,6 +72,16 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(Problem(f"{path}", "a manifest that this program wrote", f"{error!r}")) from None
-    if manifest.version != VERSION:
+    if manifest.version not in VERSIONS:
         raise CheckpointError(Problem(f"{path}", f"version {VERSION}", manifest.version))
+    if manifest.version > 1 and not intact:
+        raise CheckpointError(Problem(f"{path}", f"its own digest, {seal_digest}", "other content"))
+    if manifest.version > 1 and manifest.digests.keys() != manifest.files.keys():
+        raise CheckpointError(Problem(f"{path}", "a digest of every file", sorted(manifest.digests)))
     return manifest
+
+
+def digest_recorded_weights(manifest: Manifest) -> str:
+    """Returns the digest of all canonical weights, as `content.read_weights_digest` reads them from the files."""
+    lines = [f"{key} {kinds[WEIGHT]['digest']}" for key, kinds in sorted(manifest.tensors.items())]
+    return hash_bytes("\n".join(lines).encode())

@@ -14,6 +14,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import ParamSpec
+from megatron_ligo.common.file_digest import is_sidecar
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: fp32, in the weight's shape
@@ -76,7 +77,7 @@ class Reader(ABC):
         if self.path is None:
             return None
         files = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        stats = [(file, file.stat()) for file in files if file.is_file()]
+        stats = [(file, file.stat()) for file in files if file.is_file() and not is_sidecar(file)]
         root = self.path if self.path.is_dir() else self.path.parent
         return [[str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 

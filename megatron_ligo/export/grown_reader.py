@@ -116,12 +116,6 @@ def digest_operator(operator: Operator) -> str:
     return digest.hash_bytes("\n".join(lines).encode())
 
 
-def digest_weights(source: Reader) -> str:
-    """Returns a digest of all canonical weights; equal in every format that stores the same values."""
-    lines = [f"{key} {digest.hash_bytes(digest.as_bytes(source.read(key)))}" for key in sorted(source.keys())]
-    return digest.hash_bytes("\n".join(lines).encode())
-
-
 def check_source(operator: Operator, source: Reader) -> None:
     """Raises CheckpointError unless the source has the sizes of the operator's small model."""
     errors = ErrorCollector(f"the operator was made for another small model than {source.path}", CheckpointError)

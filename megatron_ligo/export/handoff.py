@@ -17,25 +17,30 @@ import torch
 
 import megatron_ligo
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.content import digest_weights
 from megatron_ligo.checkpoint.convert import Progress, convert
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
+from megatron_ligo.common.file_digest import SEAL, hash_json
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.common.folder_kinds import HANDOFF, check_output, find_operator_part
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
+from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import provenance
-from megatron_ligo.export.grown_reader import GrownReader, digest_operator, digest_weights
+from megatron_ligo.export.grown_reader import GrownReader, digest_operator
 from megatron_ligo.growth import adam_state
 from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator_file import OperatorFile
+from megatron_ligo.growth.operator_match import check_matches_config
 from megatron_ligo.growth.validation import build_initial_operator
 
 log = logging.getLogger(__name__)
 
 UNIVERSAL = "universal"
+ACCEPT_HINT = "Or pass --accept-changed-data, which is recorded."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,15 +69,19 @@ def write_handoff(
                 locks.enter_context(exclusive_access(folder))
                 if not overwrite:
                     _check_same_model(folder, record)
+        content = {}
         # The universal checkpoint comes first; the others are converted from it, so that each tensor is grown once.
         for name in sorted(format_names, key=lambda name: name != UNIVERSAL):
             options = WriteOptions(dtype=formats.get(name).stored_dtype or dtype)
-            convert(source, folder / name, name, options, overwrite=overwrite, progress=progress, ranks=ranks)
+            manifest = convert(
+                source, folder / name, name, options, overwrite=overwrite, progress=progress, ranks=ranks
+            )
+            content[name] = hash_json(manifest.digests)
             if name == UNIVERSAL:
                 source = formats.open(folder / name)
         versions = {"megatron_ligo": megatron_ligo.__version__, **library_versions()}
         large = {"large": source.model_config.to_json(), "formats": list(format_names), "versions": versions}
-        complete_record = {**record, **large}
+        complete_record = {**record, **large, "content": content}
         with ranks.agree():
             return provenance.write(folder, complete_record) if ranks.rank == 0 else complete_record
 
@@ -94,10 +103,13 @@ def grow_from_config(
     folder: Path,
     progress: Progress | None = None,
     ranks: RankGroup = SINGLE_RANK,
+    accept_changed: bool = False,
 ) -> dict:
     """Grows the config's small model into a hand-off; returns the content of growth.json.
 
-    operator_folder: a fitted operator; None: the initialisation that [operator] describes.
+    operator_folder: a fitted operator; None: the initialisation that [operator] describes. accept_changed: grows even
+    if the operator was fitted on other weights, or the config asks for another operator; growth.json records it.
+    Raises CheckpointError with every such difference otherwise.
     """
     small = config.small
     if not small.path:
@@ -112,22 +124,53 @@ def grow_from_config(
             operator = build_initial_operator(reader.model_config, config.large, config.operator)
             log.info("%s", describe_method(operator.settings, operator.small, operator.large))
         grown = GrownReader(operator, reader, section.moments)
-        record = build_growth_record(grown) if ranks.rank == 0 else {}
+    digest = digest_weights(reader, DigestCache(ranks))
+    with ranks.agree():
+        record = {}
+        if ranks.rank == 0:
+            changes = _check_operator(operator, config, digest, accept_changed) if operator_folder else []
+            record = build_growth_record(grown, digest) | ({"accepted_changes": changes} if changes else {})
     dtype = DTYPES[section.dtype]
     return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, ranks=ranks)
 
 
-def build_growth_record(grown: GrownReader) -> dict:
-    """Returns the origin of a grown model: source, operator, moments and, if it was fitted, the record of the fit."""
+def _check_operator(operator: OperatorFile, config: RunConfig, digest: str, accept_changed: bool) -> list[str]:
+    """Raises CheckpointError unless the operator is what the config asks for and was fitted on weights of `digest`.
+
+    accept_changed: returns the differences, and logs them, instead.
+    """
+    operator.check_digest()
+    errors = ErrorCollector(f"the operator {operator.folder} cannot be applied so", CheckpointError)
+    check_matches_config(operator, config.large, config.operator, errors)
+    fitted_on = operator.source_digest()
+    if fitted_on is None:
+        log.warning("%s does not state the weights that it was fitted on: they are not compared", operator.folder)
+    elif fitted_on != digest:
+        expected = f"the weights that the operator was fitted on, digest {fitted_on}"
+        errors.add(config.small.path, expected, f"digest {digest}", f"Fit an operator on this model. {ACCEPT_HINT}")
+    if accept_changed:
+        for problem in errors.problems:
+            log.warning("accepted: %s", problem)
+        return [str(problem) for problem in errors.problems]
+    errors.raise_if_any()
+    return []
+
+
+def build_growth_record(grown: GrownReader, digest: str | None = None) -> dict:
+    """Returns the origin of a grown model: source, operator, moments and, if it was fitted, the record of the fit.
+
+    digest: that of the source's weights, if it is known already.
+    """
     operator, source = grown.operator, grown.source
-    fit = None
+    fit, operator_record = None, {}
     if isinstance(operator, OperatorFile):
+        operator_record = {SEAL: operator.record.get(SEAL)}
         fit = {key: value for key, value in operator.record.items() if key not in ("small", "large", "settings")}
     name = source.path.name if source.path else None
     return {
         "small": source.model_config.to_json(),
-        "source": {"path": name, "format": source.format, "digest": digest_weights(source)},
-        "operator": {"settings": vars(operator.settings), "digest": digest_operator(operator)},
+        "source": {"path": name, "format": source.format, "digest": digest or digest_weights(source)},
+        "operator": {"settings": vars(operator.settings), "digest": digest_operator(operator)} | operator_record,
         "fit": fit,
         "moments": build_moments_record(grown),
     }

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, Problem
+from megatron_ligo.common.file_digest import SEAL, is_intact, seal
 
 RECORD_NAME = "growth.json"
-VERSION = 1
+# Version 1 has no digest of its own.
+VERSION, VERSIONS = 2, (1, 2)
 # The entries that identify a grown start: the small model's digest, and the operator's digest and settings.
 ORIGIN_KEYS = {"source", "operator"}
 
@@ -25,8 +27,10 @@ def read(folder: Path) -> dict | None:
             _check_fields(record)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(Problem(f"{path}", "the record of a hand-off", f"{error!r}")) from None
-    if version != VERSION:
+    if version not in VERSIONS:
         raise CheckpointError(Problem(f"{path}", f"version {VERSION}", version))
+    if version > 1 and not is_intact(record):
+        raise CheckpointError(Problem(f"{path}", f"its own digest, {record.get(SEAL)}", "other content"))
     return record
 
 
@@ -43,6 +47,6 @@ def _check_fields(record: dict) -> None:
 
 def write(folder: Path, record: dict) -> dict:
     """Writes a record with its version; returns it as written."""
-    versioned = {**record, "version": VERSION}
+    versioned = seal({**record, "version": VERSION})
     write_json(folder / RECORD_NAME, versioned)
     return versioned

@@ -1,7 +1,12 @@
-"""An operator's files: `operator.safetensors` (its tensors, global, fp32) and `operator.json` (sizes, settings)."""
+"""An operator's files: `operator.safetensors` (its tensors, global, fp32) and `operator.json` (sizes, settings).
+
+operator.json has a digest of its own content and of the tensors' file, and `source`: the digest of the small model's
+weights. The digests detect damage and accidents, not an attacker.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +20,15 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common import symlinks
 from megatron_ligo.common.atomic_files import publish_file, read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.common.file_digest import SEAL, digest_file, is_intact, seal
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.growth.operator import Operator
 
+log = logging.getLogger(__name__)
+
 TENSORS, RECORD = "operator.safetensors", "operator.json"
-VERSION = 1
+# Version 1 has neither its own digest nor that of the tensors' file.
+VERSION, VERSIONS = 2, (1, 2)
 
 
 class OperatorFile(Operator):
@@ -38,6 +47,21 @@ class OperatorFile(Operator):
 
     def tensor(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
+
+    def check_digest(self) -> None:
+        """Reads the tensors' file. CheckpointError unless it is the one that operator.json was written for."""
+        expected = self.record.get("tensors_digest")
+        actual = digest_file(self.folder / TENSORS)
+        if expected is None:
+            log.warning("%s was written by an earlier version: its tensors are taken as they are", self.folder)
+        elif actual != expected:
+            raise CheckpointError(
+                Problem(f"{self.folder / TENSORS}", f"digest {expected} ({RECORD})", f"digest {actual}")
+            )
+
+    def source_digest(self) -> str | None:
+        """Returns the digest of the weights that the operator was fitted on; None if its writer did not state it."""
+        return self.record.get("source", {}).get("digest")
 
     def _check_tensors(self) -> None:
         errors = ErrorCollector(f"operator {self.folder}", CheckpointError)
@@ -74,14 +98,16 @@ def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], fo
     # save_file replaces the file by one with owner-only permissions.
     save_file(contiguous, staged)
     staged.chmod(mode)
+    tensors_digest = digest_file(staged)
     publish_file(staged, folder / TENSORS)
     own = {
         "version": VERSION,
+        "tensors_digest": tensors_digest,
         "small": operator.small.to_json(),
         "large": operator.large.to_json(),
         "settings": asdict(operator.settings),
     }
-    write_json(folder / RECORD, {**record, **own})
+    write_json(folder / RECORD, seal({**record, **own}))
 
 
 def _read_record(path: Path) -> dict:
@@ -95,8 +121,12 @@ def _read_record(path: Path) -> dict:
     missing = {"version", "small", "large", "settings"} - set(record if isinstance(record, dict) else ())
     if missing:
         raise CheckpointError(Problem(f"{path}", f"the keys {', '.join(sorted(missing))}", "none of them"))
-    if record["version"] != VERSION:
+    if record["version"] not in VERSIONS:
         raise CheckpointError(Problem(f"{path}", f"version {VERSION}", record["version"]))
+    if record["version"] > 1 and not is_intact(record):
+        raise CheckpointError(Problem(f"{path}", f"its own digest, {record.get(SEAL)}", "other content"))
+    if not isinstance(record.get("source", {}), dict):
+        raise CheckpointError(Problem(f"{path}: source", "a table", repr(record["source"])))
     return record
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.content import read_weights_digest
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import ErrorCollector
-from megatron_ligo.export.grown_reader import GrownReader, digest_operator, digest_weights
+from megatron_ligo.export.grown_reader import GrownReader, digest_operator
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.training.checkpointing import run_checkpoints
 
@@ -92,7 +93,7 @@ def _check_origin(origin: dict, operator: Operator, small: Reader, path: str, er
             f"of another operator ({', '.join(differing)})",
             SAME_START_HINT,
         )
-    digest = digest_weights(small)
+    digest = read_weights_digest(small)
     if origin["source"]["digest"] != digest:
         errors.add(
             f"fit.lag: {path}", f"a training of this small model, {digest}", origin["source"]["digest"], SAME_START_HINT

@@ -11,15 +11,17 @@ from transformers import AutoModelForCausalLM
 
 from megatron_ligo.arch import get
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.content import digest_weights
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.checkpoint.reader import WEIGHT
 from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError, Problem, user_message
+from megatron_ligo.common.file_digest import SEAL
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import HandoffSection, LargeSection, OperatorSection, RunConfig
 from megatron_ligo.distributed import mesh
 from megatron_ligo.export import handoff, provenance
-from megatron_ligo.export.grown_reader import GrownReader, digest_weights
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import build_initial_operator
 from tests.tiny_models import hf_from, hf_llama, llama_config, tokens
 
@@ -166,10 +168,10 @@ def grow_together(small: str, folder: str, fault: str = "", failing_rank: int = 
 
 
 def read_contents(folder: Path) -> dict[str, bytes]:
-    """All bytes, without the manifests' entries for the conversion's source and job."""
+    """All bytes, without the manifests' own digest and entries for the conversion's source and job."""
     contents = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for name in ("hf/manifest.json", "universal/manifest.json"):
-        contents[name] = {**json.loads(contents[name]), "job": None, "source": None}
+        contents[name] = {**json.loads(contents[name]), "job": None, "source": None, SEAL: None}
     return contents
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ligo.training.checkpointing.engine_files import describe_file
+from megatron_ligo.checkpoint.run_record import describe_file
+from megatron_ligo.common.file_digest import seal
 from tests.reliability import rank_cases
 from tests.reliability.commands import ROOT
 from tests.training.pretrain_runs import pretrain
@@ -104,7 +105,7 @@ def hostile(place: Path) -> str:
     torch.save({"module": RunsOnLoad(place.parent.parent / "it_ran")}, path)
     record = json.loads((place / "record.json").read_text())
     record["files"][str(path.relative_to(place))] = describe_file(path)
-    (place / "record.json").write_text(json.dumps(record))
+    (place / "record.json").write_text(json.dumps(seal(record)))
     return "could run code"
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import deepspeed
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from megatron_ligo.checkpoint.io import digest, torch_files
+from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.io.file_layout import explain_write_failure
+from megatron_ligo.checkpoint.run_record import describe_file
 from megatron_ligo.common.atomic_files import fsync_path
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.models.full.universal_loading import ALLOWED_RECORDS
@@ -80,9 +81,3 @@ def write_failure(path: Path, error: Exception) -> CheckpointError:
     found = str(error).splitlines()[0] if str(error) else type(error).__name__
     hint = "Free some space or fix its permissions; restarted, the run resumes from its last checkpoint."
     return CheckpointError(Problem(f"{path}", "space and permission to write a checkpoint", found, hint))
-
-
-def describe_file(path: Path) -> dict:
-    """Returns the size (bytes) and digest of a file, as a checkpoint's record states them."""
-    size = path.stat().st_size
-    return {"size": size, "digest": digest.hash_file_part(path, 0, size)}

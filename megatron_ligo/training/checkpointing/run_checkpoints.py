@@ -20,6 +20,13 @@ from torch import nn
 
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.model_record import RUN_STATE
+from megatron_ligo.checkpoint.run_record import (
+    RECORD,
+    check_recorded_file,
+    describe_file,
+    read_run_record,
+    write_run_record,
+)
 from megatron_ligo.common.atomic_files import (
     fsync_folders,
     fsync_path,
@@ -27,19 +34,16 @@ from megatron_ligo.common.atomic_files import (
     remove_tree,
     replace_folder,
     restore_backup,
-    write_json,
 )
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.distributed.parallel_dims import EngineLayout
-from megatron_ligo.training.checkpointing.engine_files import ALLOWED_GLOBALS, describe_file, write_failure
+from megatron_ligo.training.checkpointing.engine_files import ALLOWED_GLOBALS, write_failure
 from megatron_ligo.training.engine import Engine
 
 log = logging.getLogger(__name__)
 
 ENGINE_TAG = "state"
-RECORD = "record.json"
-RECORD_VERSION = 2
 STEP = re.compile(r"step_(\d+)")
 # What a killed run may leave: an unpublished checkpoint, and the backup of one that was being replaced.
 UNFINISHED, BACKUP = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.old")
@@ -47,12 +51,13 @@ UNFINISHED, BACKUP = re.compile(r"\.step_\d+\.new"), re.compile(r"\.(step_\d+)\.
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """A complete, verified checkpoint: the run's state and the layout at which it was written."""
+    """A complete, verified checkpoint: the run's state, the layout at which it was written, its record's version."""
 
     folder: Path
     step: int
     state: dict
     layout: EngineLayout
+    version: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,9 @@ def find_newest(folder: Path) -> RunCheckpoint | None:
         for path in damaged:
             log.warning("%s: moved to %s.damaged", path, path.name)
         _change_files(folder, lambda: _move_aside(damaged))
-        return RunCheckpoint(checkpoint, step, record["state"], EngineLayout.from_json(record["layout"]))
+        return RunCheckpoint(
+            checkpoint, step, record["state"], EngineLayout.from_json(record["layout"]), record["version"]
+        )
     errors.raise_if_any()
     return None
 
@@ -167,7 +174,7 @@ def write_record(folder: Path, extra_files: Path | None, written: dict[Path, dic
             fsync_path(path)
     missing = [str(path) for path in written if not path.is_file()]
     assert not missing, f"written, but missing: {missing}"
-    write_json(folder / RECORD, {"version": RECORD_VERSION, **record, "files": files})
+    write_run_record(folder, {**record, "files": files})
     fsync_folders(folder)
 
 
@@ -202,7 +209,7 @@ def _move_aside(damaged: list[Path]) -> None:
 
 def _read_verified(checkpoint: Path) -> dict:
     """Reads a checkpoint's record and verifies this rank's share of its files. CheckpointError if any is damaged."""
-    record = _read_record(checkpoint / RECORD)
+    record = read_run_record(checkpoint / RECORD)
     errors = ErrorCollector(f"{checkpoint} is damaged", CheckpointError)
     for name in sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]:
         _verify_file(checkpoint / name, record["files"][name], errors)
@@ -210,35 +217,8 @@ def _read_verified(checkpoint: Path) -> dict:
     return record
 
 
-def _read_record(path: Path) -> dict:
-    try:
-        record = read_json(path)
-        if record["version"] != RECORD_VERSION:
-            raise CheckpointError(Problem(f"{path}", f"version {RECORD_VERSION}", record["version"]))
-        files = {str(name): (int(entry["size"]), str(entry["digest"])) for name, entry in record["files"].items()}
-        EngineLayout.from_json(record["layout"])
-        if not files or not isinstance(record["state"], dict):
-            raise KeyError("files and state")
-    except OSError as error:
-        raise CheckpointError(Problem(f"{path}", "the record of a checkpoint", error.strerror)) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(Problem(f"{path}", "the record of a checkpoint", f"{error!r}")) from None
-    return record
-
-
 def _verify_file(path: Path, expected: dict, errors: ErrorCollector) -> None:
-    if path.exists() and not path.is_file():
-        # Reading a pipe would block.
-        errors.add(f"{path}", "a file", "something else")
-        return
-    try:
-        found = describe_file(path)
-    except OSError as error:
-        errors.add(f"{path}", f"{expected['size']} bytes", error.strerror)
-        return
-    if found != expected:
-        errors.add(f"{path}", f"{expected['size']} bytes, digest {expected['digest']}", f"{found}")
-    elif path.suffix == ".pt":
+    if check_recorded_file(path, expected, errors) and path.suffix == ".pt":
         try:
             torch_files.load(path, ALLOWED_GLOBALS)
         except CheckpointError as error:
