@@ -105,6 +105,20 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
     return parse
 
 
+def add_input_options(parser: CommandParser) -> None:
+    """Adds the options of commands that train: what to do if data or models have changed since the run began."""
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on although data, models or tokenizer have changed since the run began; the run records it",
+    )
+    parser.add_argument(
+        "--full-check",
+        action="store_true",
+        help="read every data file and model again to compare it, whatever is known about it, and none by samples",
+    )
+
+
 def load_config(args: argparse.Namespace) -> RunConfig:
     """Loads the config from --config and --set."""
     return RunConfig.load(args.config, args.set)

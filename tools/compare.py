@@ -28,6 +28,9 @@ def main() -> None:
         extra_sections={"compare": CompareSection},
     )
     parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; repeatable")
+    parser.add_argument(
+        "--accept-changed-data", action="store_true", help="go on although data or models have changed since; recorded"
+    )
     args = parser.parse_args()
     if not args.config:
         raise ConfigError(Problem("--config", "a config file with [arms.NAME] sections", "none", "See the example."))
@@ -39,7 +42,9 @@ def main() -> None:
     )
 
     config = comparison_config.load_comparison(Path(args.config), args.set)
-    results = comparison.run_comparison(config, Path(args.output), args.only, lambda text: print(text, flush=True))
+    results = comparison.run_comparison(
+        config, Path(args.output), args.only, lambda text: print(text, flush=True), args.accept_changed_data
+    )
     print(comparison_page.describe_comparison(results))
     for row in (*comparison_page.arm_rows(results), *comparison_page.difference_rows(results)):
         print("  ".join(row))

@@ -20,16 +20,19 @@ def main() -> None:
     parser.add_argument(
         "--resume-after-anomaly", action="store_true", help="resume a run that has stopped at an anomaly, and pass it"
     )
+    cli.add_input_options(parser)
     args = parser.parse_args()
     config = cli.load_config(args)
 
     from megatron_ligo.distributed.rank_failures import (
         report_failures,  # imported late: --help must not load torch
     )
+    from megatron_ligo.export.run_inputs import InputPolicy
     from megatron_ligo.training.fit import Fit
 
+    policy = InputPolicy(args.accept_changed_data, args.full_check)
     with report_failures(), terminal_stream.outlive_readers():
-        Fit(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly).run()
+        Fit(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly, policy=policy).run()
 
 
 if __name__ == "__main__":

@@ -31,11 +31,17 @@ def main() -> None:
         output="folder for the hand-off: universal/, hf/ and growth.json",
     )
     parser.add_argument("--operator", metavar="DIR", help="operator/ folder of a fit")
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="apply an operator that was fitted on other weights or to other sizes than the config's, and record it",
+    )
     args = parser.parse_args()
     config = cli.load_config(args)
     with _join_ranks(config) as ranks:
         with cli.byte_progress() as update_progress:
-            grow_from_config(config, args.operator and Path(args.operator), Path(args.output), update_progress, ranks)
+            operator, output = args.operator and Path(args.operator), Path(args.output)
+            grow_from_config(config, operator, output, update_progress, ranks, args.accept_changed_data)
         if ranks.rank == 0:
             print(f"{args.output}: wrote {', '.join(config.handoff.formats)} and growth.json")
 

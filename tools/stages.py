@@ -25,14 +25,16 @@ python tools/stages.py chain.toml --output runs/chain
 def main() -> None:
     parser = cli.build_parser(__doc__, EXAMPLE, output="folder for the stages, chain.json and report/")
     parser.add_argument("chain", metavar="CHAIN.toml", help="the stages and their shared sections")
+    parser.add_argument(
+        "--accept-changed-data", action="store_true", help="go on although data or models have changed since; recorded"
+    )
     args = parser.parse_args()
     # Imported late, to keep --help fast.
     from megatron_ligo.experiments import staged_growth
 
     output = Path(args.output)
-    staged_growth.run_stages(
-        staged_growth.load_stages(Path(args.chain), output), output, lambda text: print(f"== {text}", flush=True)
-    )
+    stages = staged_growth.load_stages(Path(args.chain), output)
+    staged_growth.run_stages(stages, output, lambda text: print(f"== {text}", flush=True), args.accept_changed_data)
     print(f"{output / staged_growth.RECORD} and {output / 'report'} written")
 
 

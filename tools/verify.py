@@ -1,24 +1,33 @@
 """Compares two checkpoints of any formats bit by bit, or one to its manifest. Exits with 1 if they differ.
 
 With --logits, the exit code depends on the logits and the manifests alone; different tensors are listed.
+
+A may also be the --output folder of fit, grow, pretrain or stages, or a folder of several. Then every record, file and
+input (small model, operator, hand-off, tokenizer, data) is compared with the digests that the runs recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_ligo import cli
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.content import find_damage
+from megatron_ligo.checkpoint.manifest import load_manifest
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.verify import ComparisonResult, check_manifest, compare, has_manifest
 from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.experiments.reference_logits import compare_reference_logits
+from megatron_ligo.export import chain
 
 EXAMPLE = """
 python tools/verify.py models/small models/small_ds --values
 python tools/verify.py model.gguf models/small --logits
 python tools/verify.py models/small
+python tools/verify.py runs --full
 """
 MAX_LISTED = 50
 # Covers different attention kernels; equal weights usually give a difference of 0.
@@ -27,7 +36,7 @@ TOLERANCE = 5e-4
 
 def build_parser() -> cli.CommandParser:
     parser = cli.build_parser(__doc__, EXAMPLE)
-    parser.add_argument("a", metavar="A", help="checkpoint of any format")
+    parser.add_argument("a", metavar="A", help="checkpoint of any format, or the folder of a run")
     parser.add_argument("b", metavar="B", nargs="?", help="another checkpoint (default: A's manifest)")
     parser.add_argument("--from", dest="form", metavar="FORMAT", help="format of A (default: detected)")
     cli.add_accept_option(parser)
@@ -40,19 +49,28 @@ def build_parser() -> cli.CommandParser:
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help=f"largest logit difference (default: {TOLERANCE:g})"
     )
+    parser.add_argument(
+        "--full", action="store_true", help="of a run: read every file again, also those that have not changed since"
+    )
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.b is None and chain.find_runs(Path(args.a)):
+        sys.exit(0 if _verify_runs(Path(args.a), args.full) else 1)
+    if args.full:
+        raise ConfigError(Problem("--full", "the folder of a run", f"{args.a}"))
     a = formats.open(args.a, args.form, args.accept)
     results = (
-        [_print_result(f"{args.a} and its manifest", check_manifest(a))] if args.b is None or has_manifest(a) else []
+        [_print_result(f"{args.a} and its manifest", _compare_with_manifest(a))]
+        if args.b is None or has_manifest(a)
+        else []
     )
     if args.b is not None:
         b = formats.open(args.b)
         if has_manifest(b):
-            results.append(_print_result(f"{args.b} and its manifest", check_manifest(b)))
+            results.append(_print_result(f"{args.b} and its manifest", _compare_with_manifest(b)))
         same = _print_result(f"{args.a} and {args.b}", compare(a, b, values_only=args.values))
         results.append(_print_logits(a, b, args) if args.logits else same)
     elif args.logits:
@@ -67,6 +85,27 @@ def _print_logits(a: Reader, b: Reader, args: argparse.Namespace) -> bool:
     scale = f"at a scale of {logits.scale:.3g}, {logits.compared} logits a token"
     print(f"logits: largest difference {logits.difference:.3e} {scale}")
     return logits.difference <= args.tolerance
+
+
+def _compare_with_manifest(reader: Reader) -> ComparisonResult:
+    """Compares every tensor and, if the manifest states their digests, every file."""
+    result = check_manifest(reader)
+    folder = reader.path if reader.path.is_dir() else reader.path.parent
+    if load_manifest(folder).version > 1:
+        result.differences += find_damage(folder, DigestCache(recompute=True))
+    return result
+
+
+def _verify_runs(folder: Path, full: bool) -> bool:
+    report = chain.verify_runs(folder, DigestCache(recompute=full))
+    for line in (*report.checked, *report.notes):
+        print(line)
+    print(f"{folder}: {'all is as recorded' if not report.problems else f'{len(report.problems)} differences'}")
+    for line in report.problems[:MAX_LISTED]:
+        print(f"  {line}")
+    if len(report.problems) > MAX_LISTED:
+        print(f"  ... and {len(report.problems) - MAX_LISTED} more")
+    return not report.problems
 
 
 def _print_result(subject: str, result: ComparisonResult) -> bool:

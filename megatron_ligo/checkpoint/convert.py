@@ -292,11 +292,11 @@ def _find_finished(target: Path, job: str, overwrite: bool) -> Manifest | None:
         raise CheckpointError(Problem(f"{target}", expected, "a file", hint))
     try:
         manifest = load_manifest(target)
-    except CheckpointError:
-        raise CheckpointError(
-            Problem(f"{target}", expected, "a folder that this program did not write", hint)
-        ) from None
-    if manifest.job == job and _file_sizes(target) == manifest.files:
+    except CheckpointError as error:
+        own = (target / MANIFEST).is_file()
+        actual = f"one with a damaged manifest ({error})" if own else "a folder that this program did not write"
+        raise CheckpointError(Problem(f"{target}", expected, actual, hint)) from None
+    if manifest.job == job and _list_names(target) <= manifest.files.keys():
         return manifest
     if not overwrite:
         hint = "Choose another target, or pass --overwrite."
@@ -304,7 +304,6 @@ def _find_finished(target: Path, job: str, overwrite: bool) -> Manifest | None:
     return None
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    kept = [file for file in sorted(files) if file.name != MANIFEST and not is_sidecar(file)]
-    return {str(file.relative_to(folder)): file.stat().st_size for file in kept}
+def _list_names(folder: Path) -> set[str]:
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST and not is_sidecar(file)]
+    return {str(file.relative_to(folder)) for file in files}

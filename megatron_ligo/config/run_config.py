@@ -205,7 +205,7 @@ class DataSection:
     valid: tuple[str | float, ...] = setting((), "held-out data, in the same form", above=0.0)
     seq_length: int = setting(256, "tokens per sequence", low=1)
     seed: int = setting(1234, "seed of the sample order", low=0)
-    tokenizer: str = setting("", "folder of the tokenizer that the data were prepared with")
+    tokenizer: str = setting("", "tokenizer that the data were prepared with; empty: the one beside the model")
     cache: str = setting("", "folder for sample indices; empty: OUTPUT/data_cache")
     mask_rate: float = setting(0.15, "encoders: fraction of tokens to predict", above=0.0, below=1.0)
     mask_token: int | None = setting(None, "encoders: id of the mask token; unset: the tokenizer's", low=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ligo import arch as architectures
@@ -21,17 +22,19 @@ def open_dataset(
     num_valid: int,
     output: Path,
     first_sample: int = 0,
+    tokenizers: Sequence[Path] = (),
 ) -> ShardedSampler:
     """Opens the data of a run that reads `num_train` training samples from `first_sample` on. Collective.
 
-    output: the run's folder; sample indices are cached below it unless data.cache is set.
+    output: the run's folder; sample indices are cached below it unless data.cache is set. tokenizers: the files of
+    those that text may have been prepared with; (): any, but one for all.
     """
     if architectures.get(model_config.arch).reads_images:
         return open_image_dataset(section, model_config, num_valid, first_sample)
     cache = section.cache or output / "data_cache"
     masking = all_ranks().run_on_all(lambda: build_masking(section, model_config))
     dataset = open_text_dataset(
-        section, section.seq_length, num_train, num_valid, section.seed, cache, first_sample, masking
+        section, section.seq_length, num_train, num_valid, section.seed, cache, first_sample, masking, tokenizers
     )
     dataset.check_vocab(model_config.vocab_size)
     return dataset

@@ -7,6 +7,7 @@ barriers hang the other ranks when rank 0 fails, and a killed run leaves partial
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,11 +22,16 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_ligo.common.atomic_files import fsync_tree
+from megatron_ligo.common.atomic_files import fsync_tree, read_json, write_json
 from megatron_ligo.common.errors import DataError, Problem
+from megatron_ligo.common.file_digest import digest_file, hash_json, is_intact, list_files, seal
 from megatron_ligo.data.indexed_dataset import IndexedFiles
 from megatron_ligo.distributed import mesh
+from megatron_ligo.distributed.digest_cache import DigestCache
 
+log = logging.getLogger(__name__)
+
+INDEX_RECORD = "indices.json"
 # Megatron-core builds each dataset of a weighted blend longer than its share by this fraction.
 BLEND_SURPLUS = 0.005
 
@@ -52,16 +58,27 @@ class Blend:
         return self.split.name
 
 
-def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> torch.utils.data.Dataset:
-    """Opens a blend; rank 0 builds its sample indices under `cache_dir` first, unless they exist. Collective."""
+def open_blend(blend: Blend, seq_length: int, seed: int, cache_dir: Path) -> tuple[torch.utils.data.Dataset, Path, str]:
+    """Opens a blend; rank 0 builds its sample indices under `cache_dir` first, unless they are there. Collective.
+
+    Indices that are not as they were built are built again. Returns the dataset, the folder of its indices and the
+    digest of their content, which does not depend on the paths of the data.
+    """
     if len(blend.pairs) > 1:
         # BlendedDataset asks torch.distributed for its rank.
         mesh.init_distributed()
     folder = cache_dir.resolve() / _cache_key(blend, seq_length, seed)
     ranks = mesh.all_ranks()
     ranks.run_on_rank_0(lambda: _build_index(blend, seq_length, seed, folder))
-    ranks.run_on_all(lambda: _check_index(folder))
-    return _build_datasets(blend, seq_length, seed, folder)
+    ranks.run_on_all(lambda: _check_shared(folder))
+    digests = DigestCache(ranks).digest_folder(folder)
+    if not ranks.run_on_all(lambda: _is_as_built(folder, digests)):
+        log.warning("%s: the sample indices are not as they were built: they are built again", folder)
+        ranks.run_on_rank_0(lambda: shutil.rmtree(folder))
+        ranks.run_on_rank_0(lambda: _build_index(blend, seq_length, seed, folder))
+        digests = DigestCache(ranks).digest_folder(folder)
+    content = sorted(digest for name, digest in digests.items() if name.endswith(".npy"))
+    return _build_datasets(blend, seq_length, seed, folder), folder, hash_json(content)
 
 
 def _cache_key(blend: Blend, seq_length: int, seed: int) -> str:
@@ -79,6 +96,8 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _build_datasets(blend, seq_length, seed, temporary)
+        digests = {str(path.relative_to(temporary)): digest_file(path) for path in list_files(temporary)}
+        write_json(temporary / INDEX_RECORD, seal({"digests": digests}))
         fsync_tree(temporary)
         temporary.rename(folder)
     except OSError as error:
@@ -90,19 +109,27 @@ def _build_index(blend: Blend, seq_length: int, seed: int, folder: Path) -> None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_index(folder: Path) -> None:
-    """Raises DataError unless this rank sees the indices and all are plain arrays.
-
-    Megatron-core loads them with pickle enabled: a tampered file would execute code.
-    """
+def _check_shared(folder: Path) -> None:
+    """Raises DataError unless this rank sees the indices."""
     if not folder.is_dir():
         hint = "Choose a data.cache on a file system that all nodes share."
         raise DataError(Problem(str(folder), "the folder that rank 0 built", "no such folder", hint))
-    for path in folder.glob("*.npy"):
-        try:
+
+
+def _is_as_built(folder: Path, digests: dict[str, str]) -> bool:
+    """True if the folder holds the files that its record lists, and all indices are plain arrays.
+
+    Megatron-core loads them with pickle enabled: a tampered file would execute code.
+    """
+    try:
+        record = read_json(folder / INDEX_RECORD)
+        if not is_intact(record) or {**digests, INDEX_RECORD: ""} != {**record["digests"], INDEX_RECORD: ""}:
+            return False
+        for path in folder.glob("*.npy"):
             np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(Problem(str(path), "a complete array", error, f"Remove the folder {folder}.")) from error
+    except (ValueError, EOFError, OSError, KeyError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def _build_datasets(blend: Blend, seq_length: int, seed: int, folder: Path) -> torch.utils.data.Dataset:

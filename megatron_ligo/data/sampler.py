@@ -6,6 +6,8 @@ Legend: b samples of a micro-batch, s tokens of a sample.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
 
 import xxhash
 from torch import Tensor
@@ -14,6 +16,8 @@ from megatron_ligo.common.errors import DataError, LayoutError, Problem
 
 Batch = dict[str, Tensor]  # tokens (or images), labels, loss_mask
 TRAIN, VALID = "train", "valid"
+# Held-out samples that are in memory at once while their digest is computed.
+DIGEST_SAMPLES = 16
 
 
 class ShardedSampler(ABC):
@@ -21,6 +25,9 @@ class ShardedSampler(ABC):
 
     first_sample: index of the first training sample of step 0.
     """
+
+    # Split -> folder and digest of the files that hold the order of its samples.
+    index_digests: Mapping[str, tuple[Path, str]] = {}
 
     def __init__(self, first_sample: int = 0):
         self._first_sample = first_sample
@@ -57,8 +64,17 @@ class ShardedSampler(ABC):
 
     def eval_digest(self, num_samples: int) -> str:
         """Returns the xxh3-64 (hex) of the tokens and labels of the first held-out samples; equal at every layout."""
-        (batch,) = self.eval_batch(num_samples, num_samples, 1, 0)
-        return xxhash.xxh3_64(b"".join(batch[name].numpy().tobytes() for name in ("tokens", "labels"))).hexdigest()
+        state, labels = xxhash.xxh3_64(), []
+        for first in range(0, num_samples, DIGEST_SAMPLES):
+            batch = self._read_held_out(range(first, min(first + DIGEST_SAMPLES, num_samples)))
+            state.update(batch["tokens"].numpy().tobytes())
+            labels.append(batch["labels"].numpy().tobytes())
+        state.update(b"".join(labels))
+        return state.hexdigest()
+
+    def _read_held_out(self, indices: range) -> Batch:
+        self._check_length(VALID, indices.stop)
+        return self._read_micro_batch(VALID, indices)
 
     def _read_local_batches(
         self, split: str, start: int, size: int, micro_batch_size: int, dp: int, dp_rank: int
@@ -67,11 +83,14 @@ class ShardedSampler(ABC):
             expected = f"a multiple of micro_batch_size x dp = {micro_batch_size} x {dp}"
             hint = "Change the batch size, micro_batch_size or the number of processes."
             raise LayoutError(Problem(f"{split} batch", expected, size, hint))
-        if start + size > self._num_samples(split):
-            hint = "Open the dataset with enough samples."
-            raise DataError(Problem(f"{split} samples", f"at least {start + size}", self._num_samples(split), hint))
+        self._check_length(split, start + size)
         micro_batches = _list_micro_batches(start, size, micro_batch_size, dp, dp_rank)
         return [self._read_micro_batch(split, indices) for indices in micro_batches]
+
+    def _check_length(self, split: str, needed: int) -> None:
+        if needed > self._num_samples(split):
+            hint = "Open the dataset with enough samples."
+            raise DataError(Problem(f"{split} samples", f"at least {needed}", self._num_samples(split), hint))
 
 
 def _list_micro_batches(start: int, size: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[range]:

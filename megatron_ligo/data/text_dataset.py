@@ -6,6 +6,7 @@ Legend: b sequences of a micro-batch, s tokens of a sequence.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from megatron_ligo.data.indexed_dataset import IndexedFiles, open_indexed_files
 from megatron_ligo.data.masking import Masking
 from megatron_ligo.data.megatron_dataset import Blend, open_blend
 from megatron_ligo.data.sampler import TRAIN, Batch, ShardedSampler
-from megatron_ligo.data.tokenizer import digest_tokenizer
+from megatron_ligo.data.tokenizer import choose_tokenizers, digest_tokenizer
 from megatron_ligo.distributed.mesh import all_ranks
 
 log = logging.getLogger(__name__)
@@ -86,21 +87,33 @@ def open_text_dataset(
     cache_dir: str | Path,
     first_sample: int = 0,
     masking: Masking | None = None,
+    tokenizers: Sequence[Path] = (),
 ) -> TextDataset:
     """Opens the data of a run that reads `num_train` training samples from `first_sample` on. Collective.
 
     Rank 0 builds the sample indices once, under `cache_dir`, which all nodes must see. A corpus that is too short is
-    repeated, and the log says so. Any problem raises one DataError on all ranks.
+    repeated, and the log says so. tokenizers: files, of which one must be that of the data's records; (): any, but one
+    for all records. Any problem raises one DataError on all ranks.
     """
     if masking is not None:
         seq_length -= len(masking.ends)
-    blends = all_ranks().run_on_all(lambda: _build_blends(section, seq_length, first_sample + num_train, num_valid))
-    datasets = {blend.split: open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends}
+    blends = all_ranks().run_on_all(
+        lambda: _build_blends(section, seq_length, first_sample + num_train, num_valid, tokenizers)
+    )
+    opened = [open_blend(blend, seq_length, seed, Path(cache_dir)) for blend in blends]
+    datasets = {blend.split: dataset for blend, (dataset, _, _) in zip(blends, opened, strict=True)}
     pairs = [pair for blend in blends for pair in blend.pairs]
-    return TextDataset(datasets[Split.train], datasets.get(Split.valid), pairs, first_sample, masking)
+    text = TextDataset(datasets[Split.train], datasets.get(Split.valid), pairs, first_sample, masking)
+    text.index_digests = {
+        f"{blend.samples} samples of data.{blend.name}": (folder, digest)
+        for blend, (_, folder, digest) in zip(blends, opened, strict=True)
+    }
+    return text
 
 
-def _build_blends(section: DataSection, seq_length: int, num_train: int, num_valid: int) -> list[Blend]:
+def _build_blends(
+    section: DataSection, seq_length: int, num_train: int, num_valid: int, tokenizers: Sequence[Path]
+) -> list[Blend]:
     errors = ErrorCollector("data", DataError)
     blends = []
     for split, entries, samples in ((Split.train, section.train, num_train), (Split.valid, section.valid, num_valid)):
@@ -109,7 +122,11 @@ def _build_blends(section: DataSection, seq_length: int, num_train: int, num_val
         elif split is Split.train or samples:
             hint = "Create them with tools/prepare_data.py."
             errors.add(f"data.{split.name}", "prefixes of .bin/.idx pairs", "none", hint)
-    _check_tokenizer(section.tokenizer, [pair for blend in blends for pair in blend.pairs], errors)
+    _check_tokenizer(
+        tokenizers or choose_tokenizers(section.tokenizer, ()),
+        [pair for blend in blends for pair in blend.pairs],
+        errors,
+    )
     errors.raise_if_any()
     return blends
 
@@ -142,16 +159,21 @@ def _check_length(blend: Blend, seq_length: int, errors: ErrorCollector) -> None
         log.info(message, blend.name, required, tokens, required / tokens)
 
 
-def _check_tokenizer(folder: str, pairs: list[IndexedFiles], errors: ErrorCollector) -> None:
-    """Adds an error for each record whose tokenizer differs from the folder's (no folder: the first record's)."""
-    expected = digest_tokenizer(folder) if folder else None
+def _check_tokenizer(files: Sequence[Path], pairs: list[IndexedFiles], errors: ErrorCollector) -> None:
+    """Adds an error for each record whose tokenizer is none of the files' (no files: not the first record's)."""
+    expected = {digest_tokenizer(file): f" ({file})" for file in files}
+    without_record = [pair.prefix for pair in pairs if pair.record is None]
+    if without_record and files:
+        message = "no record says which tokenizer made %s: that it was %s is not checked"
+        log.info(message, ", ".join(dict.fromkeys(without_record)), " or ".join(map(str, files)))
     for pair in pairs:
         if pair.record is None:
             continue
-        expected = expected or pair.record["tokenizer"]
-        if pair.record["tokenizer"] != expected:
-            hint = "Prepare it with the same tokenizer."
-            errors.add(f"{pair.prefix}.json", f"tokenizer {expected}", pair.record["tokenizer"], hint)
+        expected = expected or {pair.record["tokenizer"]: ""}
+        if pair.record["tokenizer"] not in expected:
+            names = " or ".join(f"{digest}{where}" for digest, where in expected.items())
+            hint = "Prepare it with that tokenizer, or set data.tokenizer to the one that it was prepared with."
+            errors.add(f"{pair.prefix}.json", f"tokenizer {names}", pair.record["tokenizer"], hint)
 
 
 def _check_token_ids(pairs: list[IndexedFiles], vocab_size: int) -> None:

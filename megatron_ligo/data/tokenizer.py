@@ -97,6 +97,16 @@ def find_tokenizer_file(path: str | Path) -> Path:
     raise DataError(Problem(str(path), expected, "none of them"))
 
 
+def choose_tokenizers(path: str, model_files: Iterable[Path]) -> tuple[Path, ...]:
+    """Returns the files of the tokenizers that a model's data may have been prepared with.
+
+    path: the tokenizer that the user names; empty: those among the files beside the model's weights. Without any, ().
+    """
+    if path:
+        return (find_tokenizer_file(path),)
+    return tuple(file for file in model_files if file.name in (HF_FILE, SENTENCEPIECE_FILE))
+
+
 def digest_tokenizer(path: str | Path) -> str:
     """Returns the xxh3-64 (hex) of the tokenizer's file, or of all files that a vocabulary's tokenizer is made from."""
     file = find_tokenizer_file(path)

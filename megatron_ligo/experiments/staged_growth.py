@@ -21,17 +21,29 @@ from typing import NamedTuple
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.common import signal_handling
 from megatron_ligo.common.atomic_files import write_bytes, write_json
-from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError, Problem, Stopped, did_you_mean
+from megatron_ligo.common.errors import (
+    ConfigError,
+    DataError,
+    ErrorCollector,
+    LigoError,
+    Problem,
+    Stopped,
+    did_you_mean,
+)
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.common.folder_kinds import CHAIN, check_output
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
-from megatron_ligo.export import provenance
+from megatron_ligo.config.run_identity import CHANGEABLE_KEYS, add_differences, run_identity
+from megatron_ligo.distributed.digest_cache import DigestCache
+from megatron_ligo.export import chain, provenance
+from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report import write_report
-from megatron_ligo.report.run_records import PRETRAIN_RECORD, RecordedRun, read_runs
+from megatron_ligo.report.run_records import RecordedRun, read_runs
+from megatron_ligo.training.pretrain_record import read_pretrain_record
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-RECORD, REPORT = "chain.json", "report"
+RECORD, REPORT, STAGE_CONFIG = "chain.json", "report", "run.toml"
 STAGE_KEYS = ("name", "launcher")
 PR_SET_PDEATHSIG = 1
 
@@ -81,6 +93,26 @@ class GrowthStage:
     def final_checkpoint(self) -> Path:
         return self.folder / f"pretrain/checkpoints/step_{self.config.pretrain.steps}/state"
 
+    def has_begun(self) -> bool:
+        return any(folder.exists() for folder in self.run_folders())
+
+    def is_finished(self) -> bool:
+        return all(task.is_done for task in self.tasks())
+
+    def add_differences(self, errors: ErrorCollector) -> None:
+        """Adds an error for each setting of the stage's runs that the config states otherwise now."""
+        changed = ErrorCollector(self.name, ConfigError)
+        toml, record = self.folder / STAGE_CONFIG, self.folder / "pretrain" / PRETRAIN_RECORD
+        if toml.is_file():
+            then, now = RunConfig.load(toml).to_dict(), self.config.to_dict()
+            add_differences(_comparable(then), _comparable(now), changed, by_content=True)
+        if record.is_file():
+            sections = ("small", "large") if self.config.pretrain.start == SCRATCH else ()
+            identity = run_identity(self.config, "pretrain", sections)
+            add_differences(read_pretrain_record(self.folder / "pretrain")["run"], identity, changed, by_content=True)
+        for problem in {problem.where: problem for problem in changed.problems}.values():
+            errors.add(f"{self.name}: {problem.where}", problem.expected, problem.found, problem.hint)
+
     def run_folders(self) -> list[Path]:
         return [self.folder / task.name for task in self.tasks()]
 
@@ -126,7 +158,9 @@ def _read_stage(
         sections = _merge_tables({"pretrain": {"start": SCRATCH}}, sections)
     else:
         sections = _merge_tables({"fit": {"steps": 0}}, sections)
-        sections = _merge_tables(sections, {"small": {"path": str(previous.final_checkpoint)}})
+        # The format that a user names is that of the path that the user names.
+        small = {"path": str(previous.final_checkpoint), "format": "auto"}
+        sections = _merge_tables(sections, {"small": small})
         sections = _merge_tables(sections, {"pretrain": {"start": str(folder / "grown")}})
     try:
         config = RunConfig.from_dict(sections, where)
@@ -148,23 +182,57 @@ def _merge_tables(base: Mapping, override: Mapping) -> dict:
     return {**base, **override, **merged}
 
 
-def run_stages(stages: Sequence[GrowthStage], output: Path, log_line: Callable[[str], None]) -> None:
-    """Runs every unfinished command in order; writes lineage and report after each stage. Raises a command's error."""
+def run_stages(
+    stages: Sequence[GrowthStage], output: Path, log_line: Callable[[str], None], accept_changed: bool = False
+) -> None:
+    """Runs every unfinished command in order; writes lineage and report after each stage. Raises a command's error.
+
+    ConfigError if the settings of a stage that has begun have changed, DataError if what a finished one stands on has.
+    accept_changed: passes --accept-changed-data to the commands, and compares no inputs of finished stages.
+    """
     check_output(output, CHAIN)
     with exclusive_access(output):
+        begun = [stage for stage in stages if stage.has_begun()]
+        errors = ErrorCollector(f"{output} holds stages with other settings", ConfigError)
+        for stage in begun:
+            stage.add_differences(errors)
+        errors.raise_if_any()
+        if not accept_changed:
+            _check_inputs([stage for stage in begun if stage.is_finished()], output)
         for number, stage in enumerate(stages, 1):
-            _run_stage(stage, log_line)
+            _run_stage(stage, log_line, ["--accept-changed-data"] if accept_changed else [])
             write_lineage(stages[:number], output)
 
 
-def _run_stage(stage: GrowthStage, log_line: Callable[[str], None]) -> None:
+def _comparable(config: dict) -> dict:
+    """Returns a config without the keys that may change between a run and its resumption."""
+    return {
+        name: {key: value for key, value in section.items() if key not in (*CHANGEABLE_KEYS, "cache")}
+        for name, section in config.items()
+    }
+
+
+def _check_inputs(stages: Sequence[GrowthStage], output: Path) -> None:
+    """Raises DataError with every input of the finished stages that has changed since they ran."""
+    errors, cache = ErrorCollector(f"{output}: what finished stages stand on has changed", DataError), DigestCache()
+    for stage in stages:
+        for folder in stage.run_folders():
+            errors.problems += chain.find_changed_inputs(folder, cache)
+    if errors.problems:
+        errors.add_message("Bring it back, choose another --output, or pass --accept-changed-data.")
+    errors.raise_if_any()
+
+
+def _run_stage(stage: GrowthStage, log_line: Callable[[str], None], options: list[str]) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
-    config = stage.folder / "run.toml"
-    write_bytes(config, _to_toml(stage.config.to_dict()).encode())
+    config = stage.folder / STAGE_CONFIG
+    if not stage.is_finished():
+        write_bytes(config, _to_toml(stage.config.to_dict()).encode())
     for task in stage.tasks():
         log_line(f"{stage.name}: {task.name}{' is done' if task.is_done else ''}")
         if not task.is_done:
-            _run_command([*task.command, "--config", str(config), "--output", str(stage.folder / task.name)])
+            output = ["--config", str(config), "--output", str(stage.folder / task.name)]
+            _run_command([*task.command, *output, *options])
 
 
 def _to_toml(sections: dict) -> str:

@@ -34,8 +34,7 @@ from megatron_ligo.export.grown_reader import GrownReader, digest_operator
 from megatron_ligo.growth import adam_state
 from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator_file import OperatorFile
-from megatron_ligo.growth.operator_match import check_matches_config
-from megatron_ligo.growth.validation import build_initial_operator
+from megatron_ligo.growth.validation import build_initial_operator, check_matches_config
 
 log = logging.getLogger(__name__)
 

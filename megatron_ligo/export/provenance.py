@@ -9,6 +9,7 @@ from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.common.file_digest import SEAL, is_intact, seal
 
 RECORD_NAME = "growth.json"
+PRETRAIN_RECORD = "pretrain.json"
 # Version 1 has no digest of its own.
 VERSION, VERSIONS = 2, (1, 2)
 # The entries that identify a grown start: the small model's digest, and the operator's digest and settings.

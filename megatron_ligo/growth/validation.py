@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
@@ -14,7 +14,7 @@ from megatron_ligo.config.run_config import LargeSection, OperatorSection, value
 from megatron_ligo.growth import attention_heads, initializers
 from megatron_ligo.growth.initial_operator import InitialOperator, variance_ratio
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
-from megatron_ligo.growth.operator import short_key
+from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import WHOLE_HEADS, MapSpec, SpaceMaps
 
 log = logging.getLogger(__name__)
@@ -226,3 +226,24 @@ def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:
 def _check_init(errors: ErrorCollector, where: str, name: object, known: Iterable[str]) -> None:
     if name not in known:
         errors.add(where, "a named initialisation", repr(name), did_you_mean(str(name), known))
+
+
+def check_matches_config(
+    operator: Operator, large: LargeSection, settings: OperatorSection, errors: ErrorCollector
+) -> None:
+    """Adds an error for each size of [large] and each key of [operator] that differs from the operator's.
+
+    A section without any key states nothing. In a section with keys, those left out have their usual meaning.
+    """
+    hint = "Leave the section out to apply the operator as it was fitted, or fit another one."
+    if any(value is not None for value in vars(large).values()):
+        stated = derive_large_config(operator.small, large)
+        for name in vars(large):
+            fitted_size, stated_size = getattr(operator.large, name), getattr(stated, name)
+            if fitted_size != stated_size:
+                errors.add(f"large.{name}", f"the operator's {fitted_size}", stated_size, hint)
+    if settings != OperatorSection():
+        fitted, stated = asdict(operator.settings), asdict(resolve_settings(settings, operator.large))
+        for name, value in fitted.items():
+            if stated[name] != value:
+                errors.add(f"operator.{name}", f"the operator's {value!r}", repr(stated[name]), hint)

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.checkpoint import formats, model_record
+from megatron_ligo.checkpoint.content import digest_weights
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common import folder_kinds
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import FitSection, RunConfig
+from megatron_ligo.config.run_identity import run_identity
 from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
+from megatron_ligo.export import run_inputs
+from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.methods import describe_method
@@ -36,7 +40,7 @@ from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.initial_weights import check_layout
-from megatron_ligo.training.job import TrainingJob, check_same_run, lock_output, run_identity
+from megatron_ligo.training.job import TrainingJob, lock_output
 from megatron_ligo.training.lag import Lag, open_lag
 
 log = logging.getLogger(__name__)
@@ -48,8 +52,15 @@ class Fit(TrainingJob):
     folder_kind = folder_kinds.FIT
     section: FitSection
 
-    def __init__(self, config: RunConfig, output: Path, *, resume_after_anomaly: bool = False):
-        super().__init__(config, config.fit, output, resume_after_anomaly=resume_after_anomaly)
+    def __init__(
+        self,
+        config: RunConfig,
+        output: Path,
+        *,
+        resume_after_anomaly: bool = False,
+        policy: InputPolicy = DEFAULT_POLICY,
+    ):
+        super().__init__(config, config.fit, output, resume_after_anomaly=resume_after_anomaly, policy=policy)
         self.reader, self.operator, self.lag = self.ranks.run_on_all(lambda: prepare_fit(config))
         self.sample_tokens = self.operator.large.tokens_per_sample(config.data.seq_length)
         self.step_tokens = self.section.global_batch_size * self.sample_tokens
@@ -60,9 +71,13 @@ class Fit(TrainingJob):
         torch.manual_seed(self.section.seed)
         self.identity = run_identity(config, "fit", ("small", "large", "operator"))
         if self.checkpoint:
-            self.ranks.run_on_all(lambda: check_same_run(self.checkpoint.state["run"], self.identity, output))
+            self.check_settings(self.checkpoint.state["run"], self.identity)
         lock_output(output, create=True)
+        self.reads_images = self.operator.arch.reads_images
+        self.inputs = self.open_inputs(lambda state: state["digest"])
+        self._check_files()
         self.data = self._open_data()
+        self._check_samples()
         self.context = self._build_context()
         self.module = FactoredPipeline(self.context) if self.mesh.pp > 1 else FactoredModel(self.context)
         self.engine = self._build_engine()
@@ -70,6 +85,7 @@ class Fit(TrainingJob):
     def run(self) -> None:
         """Fits, from the newest checkpoint if there is one, and writes OUTPUT/operator."""
         state = self.load_checkpoint() if self.checkpoint else self._initial_state()
+        self.inputs.save_to(state)
         losses = state["losses"]
         if "start" not in losses:
             losses["start"] = self.evaluate()
@@ -80,7 +96,7 @@ class Fit(TrainingJob):
         log.info("loss after the last step: %.6f", losses["last"])
         best.record_evaluation(self.engine.steps, losses["last"])
         losses["end"] = losses["last"] if self.section.keep == "last" else best.loss
-        self._write_operator(losses, state["digest"], best)
+        self._write_operator(losses, state, best)
 
     def evaluate(self) -> float:
         """Returns the loss on the held-out batch, computed in fp32 whatever the fit's precision."""
@@ -93,8 +109,22 @@ class Fit(TrainingJob):
             model_record.RUN_STATE_CONTENT: "operator",
             "run": self.identity,
             "losses": {},
-            "digest": self.data.eval_digest(self.section.eval_samples),
+            "digest": self.eval_digest,
         }
+
+    def _check_files(self) -> None:
+        """Compares the small model, the lag and the data files with those of the run that is resumed."""
+        self.inputs.add_model("small model", self.config.small.path, self.reader)
+        if self.lag is not None:
+            self.inputs.add_model("fit.lag", self.config.fit.lag, self.lag.trained)
+        self.tokenizers = self.find_tokenizers(self.reader.files)
+        self.add_data_files(self.inputs, self.tokenizers)
+        self.compare_inputs(complete=False)
+
+    def _check_samples(self) -> None:
+        self.eval_digest = self.data.eval_digest(self.section.eval_samples)
+        self.add_samples(self.inputs, self.eval_digest)
+        self.compare_inputs()
 
     def _train(self, state: dict, best: BestOperator) -> None:
         def evaluate_if_due(step: int) -> dict[str, float]:
@@ -151,7 +181,9 @@ class Fit(TrainingJob):
     def _open_data(self) -> ShardedSampler:
         section = self.section
         samples = section.steps * section.global_batch_size
-        return open_dataset(self.config.data, self.operator.large, samples, section.eval_samples, self.output)
+        held_out, tokenizers = section.eval_samples, self.tokenizers
+        large = self.operator.large
+        return open_dataset(self.config.data, large, samples, held_out, self.output, tokenizers=tokenizers)
 
     def _build_context(self) -> FactoredContext:
         section = self.section
@@ -177,18 +209,25 @@ class Fit(TrainingJob):
 
     def _save_operator(self, folder: Path) -> None:
         """Writes the operator's current state. Collective."""
-        tensors, record = gather_operator(self.module, self.context), {"step": self.engine.steps}
+        tensors = gather_operator(self.module, self.context)
+        record = {"source": self._describe_source(), "step": self.engine.steps}
         self.ranks.run_on_rank_0(lambda: operator_file.write_operator(self.operator, tensors.items(), folder, record))
 
-    def _write_operator(self, losses: dict[str, float], digest: str, best: BestOperator) -> None:
+    def _describe_source(self) -> dict:
+        digest = digest_weights(self.reader, self.inputs.cache)
+        return {"path": Path(self.config.small.path).name, "format": self.reader.format, "digest": digest}
+
+    def _write_operator(self, losses: dict[str, float], state: dict, best: BestOperator) -> None:
         """Writes OUTPUT/operator with the record of the fit. Collective."""
         tensors = self._selected_tensors(best)
         record = {
-            "source": {"path": Path(self.config.small.path).name, "format": self.reader.format},
+            "source": self._describe_source(),
+            run_inputs.INPUTS: self.inputs.entries,
+            run_inputs.ACCEPTED: state.get(run_inputs.ACCEPTED, []),
             "step": self.engine.steps if self.section.keep == "last" else best.step,
             "steps_done": self.engine.steps,
             "losses": losses,
-            "eval": {"samples": self.section.eval_samples, "digest": digest},
+            "eval": {"samples": self.section.eval_samples, "digest": state["digest"]},
             "lagged": self.lag is not None,
             "layout": self.engine.layout.to_json(),
             "peak_memory_bytes": self.peak_memory_of_ranks(),

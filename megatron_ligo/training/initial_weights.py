@@ -65,7 +65,7 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
         hint = f"Set pretrain.start to runs/grown, for example, or to {SCRATCH} for fresh weights of these sizes."
         raise ConfigError(Problem("pretrain.start", expected, "none", hint))
     from_scratch = section.start == SCRATCH
-    start = InitialWeights(scratch_model_config(config)) if from_scratch else _open_start(Path(section.start))
+    start = InitialWeights(scratch_model_config(config)) if from_scratch else open_start(Path(section.start))
     start = replace(start, model_config=_drop_untrained_parts(start.model_config))
     if section.fresh_head:
         start = _add_head(start)
@@ -90,7 +90,7 @@ def _drop_untrained_parts(model_config: ModelConfig) -> ModelConfig:
     return replace(model_config, **dict.fromkeys(parts, False))
 
 
-def _open_start(path: Path) -> InitialWeights:
+def open_start(path: Path) -> InitialWeights:
     """Opens a hand-off, or a checkpoint of any format."""
     record = provenance.read(path)
     if record is None:
@@ -110,7 +110,11 @@ def scratch_model_config(config: RunConfig) -> ModelConfig:
     if not config.small.path:
         hint = "Its sizes are those of fresh weights, except those that [large] sets."
         raise ConfigError(Problem("small.path", "a model, or a config.json", "none", hint))
-    return derive_large_config(read_model_config(Path(config.small.path), config.small.accept), config.large)
+    return derive_large_config(read_small_config(config), config.large)
+
+
+def read_small_config(config: RunConfig) -> ModelConfig:
+    return read_model_config(Path(config.small.path), config.small.accept)
 
 
 def read_model_config(path: Path, accept: Iterable[str] = ()) -> ModelConfig:
@@ -122,7 +126,7 @@ def read_model_config(path: Path, accept: Iterable[str] = ()) -> ModelConfig:
     if path.is_file() and path.suffix == ".json":
         return config_json.parse_model_config(config_json.load_config(path), f"{path}", accepted)
     record = model_record.find_record(path, accepted) if path.is_dir() else None
-    return record[0] if record else _open_start(path).model_config
+    return record[0] if record else open_start(path).model_config
 
 
 def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_length: int) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, ClassVar
 
 from megatron_ligo.common import folder_kinds
-from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.common.file_lock import lock_folder
 from megatron_ligo.common.folder_kinds import FolderKind
-from megatron_ligo.config.run_config import SCRATCH, RunConfig, TrainingSection
+from megatron_ligo.config.run_config import RunConfig, TrainingSection
+from megatron_ligo.config.run_identity import check_same_run
 from megatron_ligo.data.sampler import Batch, ShardedSampler
+from megatron_ligo.data.tokenizer import choose_tokenizers
 from megatron_ligo.distributed import device, mesh
+from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.distributed.mesh import Mesh, all_ranks
+from megatron_ligo.export import run_inputs
+from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy, RunInputs
 from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, count_micro_batches
@@ -23,11 +27,9 @@ from megatron_ligo.training.metrics import peak_memory_bytes
 
 log = logging.getLogger(__name__)
 
-# Keys that may change between a run and its resumption: results depend on none of them, except for rounding.
-CHANGEABLE_KEYS = (
-    "save_every", "keep_last", "timeout_minutes", "grace_seconds", "bad_numbers", "spike", "check_replicas_every",
-    "parallel", "micro_batch_size", "recompute", "source",
-)  # fmt: skip
+# Where digests are kept if the folder of a file is read-only.
+DIGESTS_FOLDER = ".digests"
+HELD_OUT, SAMPLE_ORDER = "held-out samples", "sample order"
 
 # Locks are held until the process ends.
 _output_locks: dict[Path, IO[str]] = {}
@@ -40,14 +42,23 @@ class TrainingJob:
     """
 
     folder_kind: ClassVar[FolderKind]
+    reads_images = False
     mesh: Mesh
     data: ShardedSampler
+    inputs: RunInputs
     engine: Engine
 
     def __init__(
-        self, config: RunConfig, section: TrainingSection, output: Path, *, resume_after_anomaly: bool = False
+        self,
+        config: RunConfig,
+        section: TrainingSection,
+        output: Path,
+        *,
+        resume_after_anomaly: bool = False,
+        policy: InputPolicy = DEFAULT_POLICY,
     ):
         """resume_after_anomaly: accepts the anomaly at which the run in OUTPUT has stopped."""
+        self.policy = policy
         self.config, self.section, self.output = config, section, output
         self.resume_after_anomaly = resume_after_anomaly
         mesh.init_distributed(section.timeout_minutes)
@@ -74,6 +85,58 @@ class TrainingJob:
             stops = stop_record.check_stops(self.output, self.resume_after_anomaly) if is_first else []
         return max((stop.step for stop in self.ranks.all_gather(stops)[0] if stop.accepted), default=0)
 
+    @property
+    def resumed_step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def check_settings(self, saved: dict, current: dict) -> None:
+        """Raises ConfigError unless the run to resume has these settings."""
+        by_content = self.checkpoint.version > 2
+        self.ranks.run_on_all(lambda: check_same_run(saved, current, self.output, by_content))
+
+    def open_inputs(self, held_out_digest: Callable[[dict], str | None]) -> RunInputs:
+        """Returns the still empty inputs of this run, to be compared with those of the checkpoint.
+
+        A checkpoint of a version without inputs is taken as it is, except for its held-out samples, whose digest
+        `held_out_digest` finds in its state.
+        """
+        cache = DigestCache(self.ranks, self.output / DIGESTS_FOLDER, self.policy.full_check)
+        if not self.checkpoint:
+            return RunInputs(cache, self.policy, None)
+        state, folder = self.checkpoint.state, self.checkpoint.folder
+        if self.checkpoint.version > 2:
+            return RunInputs(cache, self.policy, self.ranks.run_on_all(lambda: run_inputs.read_saved(state, folder)))
+        log.warning("%s is of an earlier version, without digests: data and models are taken as they are", folder)
+        digest = held_out_digest(state)
+        entry = {"path": "data.valid", "kind": run_inputs.SAMPLES, "digest": digest}
+        return RunInputs(cache, self.policy, {HELD_OUT: entry} if digest else {}, adopted=True)
+
+    def compare_inputs(self, complete: bool = True) -> None:
+        """Compares the inputs that are there by now with the checkpoint's. DataError on all ranks if any differs."""
+        self.ranks.run_on_all(lambda: self.inputs.check(self.resumed_step, complete))
+
+    def find_tokenizers(self, model_files: Sequence[Path]) -> tuple[Path, ...]:
+        """Returns the tokenizers that the data may be of. A run of an earlier version was not held to the model's."""
+        files = () if self.inputs.adopted else model_files
+        return self.ranks.run_on_all(lambda: choose_tokenizers(self.config.data.tokenizer, files))
+
+    def add_data_files(self, inputs: RunInputs, tokenizers: Sequence[Path]) -> None:
+        """Adds the files of [data] and the tokenizer's to the inputs."""
+        data = self.config.data
+        files = {f"tokenizer: {path.name}": path for path in tokenizers}
+        suffixes = ("",) if self.reads_images else (".bin", ".idx")
+        for split, entries in (("train", data.train), ("valid", data.valid)):
+            for number, prefix in enumerate((entry for entry in entries if isinstance(entry, str)), 1):
+                files |= {f"data.{split} {number}{suffix}": Path(f"{prefix}{suffix}") for suffix in suffixes}
+        inputs.add_files(files)
+
+    def add_samples(self, inputs: RunInputs, held_out_digest: str | None) -> None:
+        """Adds what the data files give: the order of the samples, and the held-out samples of evaluations."""
+        for name, (folder, digest) in self.data.index_digests.items():
+            inputs.add_digest(f"{SAMPLE_ORDER} of {name}", f"{folder}", run_inputs.INDICES, digest)
+        if held_out_digest:
+            inputs.add_digest(HELD_OUT, "data.valid", run_inputs.SAMPLES, held_out_digest)
+
     def load_checkpoint(self) -> dict:
         """Loads the checkpoint, unless its weights were resharded into the engine; returns the run's state."""
         if not self.layout_changed:
@@ -88,39 +151,6 @@ class TrainingJob:
     def peak_memory_of_ranks(self) -> list[int]:
         """Returns the peak memory of every rank, in bytes."""
         return self.ranks.all_gather(peak_memory_bytes())
-
-
-def run_identity(config: RunConfig, section: str, model_sections: Iterable[str]) -> dict:
-    """Returns every setting that the results depend on, without the layout, as JSON values.
-
-    section: "fit" or "pretrain". model_sections: the sections that define the model.
-    """
-    tables = config.to_dict()
-    training = {key: value for key, value in tables[section].items() if key not in CHANGEABLE_KEYS}
-    data = {key: value for key, value in tables["data"].items() if key != "cache"}
-    return {name: tables[name] for name in model_sections} | {section: training, "data": data}
-
-
-def check_same_run(saved: dict, current: dict, output: Path) -> None:
-    """Raises ConfigError with every setting that differs from those of the run to resume."""
-    errors = ErrorCollector(f"{output} holds a run with other settings", ConfigError)
-    before, after, defaults = _flatten(saved), _flatten(current), _flatten(RunConfig().to_dict())
-    if before.get("pretrain.start") == "":
-        # Before scratch had a name, it had none.
-        before["pretrain.start"] = SCRATCH
-    for key in sorted(before.keys() | after.keys()):
-        # A setting added after the run was written had its default value.
-        expected = before.get(key, defaults.get(key))
-        if expected != after.get(key):
-            errors.add(key, expected, after.get(key), "Resume with the same, or choose another --output.")
-    errors.raise_if_any()
-
-
-def _flatten(table: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def lock_output(output: Path, create: bool = False) -> None:

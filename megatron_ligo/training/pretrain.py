@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,24 +17,33 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.common import folder_kinds
-from megatron_ligo.common.atomic_files import read_json, write_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import SCRATCH, PretrainSection, RunConfig
+from megatron_ligo.config.run_identity import run_identity
 from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
+from megatron_ligo.export import run_inputs
+from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy
+from megatron_ligo.export.start_check import find_start_damage
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training import job_summary, loop, run_extension
 from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.initial_weights import InitialWeights, check_layout, find_initial_weights
-from megatron_ligo.training.job import TrainingJob, check_same_run, lock_output, run_identity
+from megatron_ligo.training.initial_weights import (
+    InitialWeights,
+    check_layout,
+    find_initial_weights,
+    open_start,
+    read_small_config,
+)
+from megatron_ligo.training.job import TrainingJob, lock_output
 from megatron_ligo.training.lr_schedule import schedule_after_growth
+from megatron_ligo.training.pretrain_record import read_pretrain_record, write_pretrain_record
 
 log = logging.getLogger(__name__)
 
-PRETRAIN_RECORD = "pretrain.json"
 # The model's config and its tokenizer, copied into every checkpoint of the run.
 MODEL_FOLDER = "model"
 
@@ -46,27 +56,50 @@ class Pretrain(TrainingJob):
     extension: dict | None = None
     section: PretrainSection
 
-    def __init__(self, config: RunConfig, output: Path, *, resume_after_anomaly: bool = False):
-        super().__init__(config, config.pretrain, output, resume_after_anomaly=resume_after_anomaly)
+    def __init__(
+        self,
+        config: RunConfig,
+        output: Path,
+        *,
+        resume_after_anomaly: bool = False,
+        policy: InputPolicy = DEFAULT_POLICY,
+    ):
+        super().__init__(config, config.pretrain, output, resume_after_anomaly=resume_after_anomaly, policy=policy)
         self.open_output()
         model_sections = ("small", "large") if self.section.start == SCRATCH else ()
         self.identity = run_identity(config, "pretrain", model_sections)
-        find_start = self._resumed_start if self.checkpoint else lambda: find_initial_weights(config)
-        self.start = self.ranks.run_on_all(find_start)
+        if self.checkpoint:
+            record = self.ranks.run_on_all(lambda: read_pretrain_record(output))
+            self.extension = run_extension.read_extension(record["run"], self.identity)
+            saved, current = record["run"], self.identity
+            if self.extension:
+                saved, current = run_extension.without_steps(saved), run_extension.without_steps(current)
+            self.check_settings(saved, current)
+            self.start = self.ranks.run_on_all(lambda: self._resumed_start(record))
+        else:
+            self.start = self.ranks.run_on_all(lambda: find_initial_weights(config))
         self.model_config: ModelConfig = self.start.model_config
         self.grown = self.start.grown
         lock_output(output, create=True)
+        self.reads_images = architectures.get(self.model_config.arch).reads_images
+        self.inputs = self.open_inputs(lambda state: state["eval"] and state["eval"]["digest"])
+        self._check_files()
         self.data = self._open_data()
+        self._check_samples()
         self.engine = self._build_engine()
 
     def run(self) -> dict:
         """Trains, from the newest checkpoint if there is one; returns the content of OUTPUT/pretrain.json."""
         if self.checkpoint:
             state = self.load_checkpoint()
+            self.inputs.save_to(state)
             if self.extension:
                 self._extend(state)
+            elif self.inputs.accepted:
+                self._write_record(state)
         else:
             state = self._initial_state()
+            self.inputs.save_to(state)
             self.ranks.run_on_rank_0(self._write_model_folder)
             self._write_record(state)
             if self.config.data.valid:
@@ -89,13 +122,51 @@ class Pretrain(TrainingJob):
     def _initial_state(self) -> dict:
         held_out, samples = None, self.section.eval_samples
         if self.config.data.valid:
-            held_out = {"samples": samples, "digest": self.data.eval_digest(samples)}
+            held_out = {"samples": samples, "digest": self.eval_digest, "opened": self._held_out_samples()}
         return {
             model_record.RUN_STATE_CONTENT: "model",
             "losses": {},
             "eval": held_out,
             "origin": self.start.origin,
         }
+
+    def _check_files(self) -> None:
+        """Compares the start and the data files with those of the run that is resumed. Checks a new run's start."""
+        start, path = self.start, self.section.start
+        files: Sequence[Path] = ()
+        if path == SCRATCH:
+            small = Path(self.config.small.path)
+            sizes = self.ranks.run_on_all(lambda: read_small_config(self.config))
+            self.inputs.add_sizes("small model", f"{small}", sizes)
+            files = model_record.find_carried_files(small) if small.is_dir() else ()
+        else:
+            if self.checkpoint:
+                start = self._reopen_start()
+            if start is None:
+                files = model_record.find_carried_files(self.output / MODEL_FOLDER)
+            else:
+                self.inputs.add_problems(find_start_damage(Path(path), start.source, self.inputs.cache))
+                self.inputs.add_model("pretrain.start", path, start.source, moments=start.source.has_moments)
+                files = start.source.files
+        self.tokenizers = self.find_tokenizers(files)
+        self.add_data_files(self.inputs, self.tokenizers)
+        self.compare_inputs(complete=False)
+
+    def _reopen_start(self) -> InitialWeights | None:
+        """Returns the start of the run that is resumed; None if it has been removed, which its numbers survive."""
+        path = self.section.start
+        if not self.ranks.run_on_all(lambda: Path(path).exists()):
+            recorded = (self.inputs.saved or {}).get("pretrain.start: weights", {"path": path})
+            if recorded["path"] == path:
+                self.inputs.keep_saved("pretrain.start", "it is no longer there")
+                return None
+        return self.ranks.run_on_all(lambda: open_start(Path(path)))
+
+    def _check_samples(self) -> None:
+        samples = self.section.eval_samples
+        self.eval_digest = self.data.eval_digest(samples) if self.config.data.valid else None
+        self.add_samples(self.inputs, self.eval_digest)
+        self.compare_inputs()
 
     def _measure(self, samples: int) -> dict[str, float]:
         """Returns the loss on the first held-out samples and, for a classifier, the accuracy."""
@@ -208,27 +279,24 @@ class Pretrain(TrainingJob):
 
     def _open_data(self) -> ShardedSampler:
         data, section = self.config.data, self.section
-        held_out = 0
-        if data.valid:
-            fit_samples = self.start.fit_record["eval"]["samples"] if self.start.fit_record else 0
-            held_out = max(section.eval_samples, fit_samples)
-        elif not section.steps:
+        if not data.valid and not section.steps:
             hint = "Without steps the run only evaluates: set data.valid."
             raise ConfigError(Problem("data.valid", "held-out data", "none", hint))
         samples = section.steps * section.global_batch_size
-        return open_dataset(data, self.model_config, samples, held_out, self.output, section.first_sample)
+        held_out = self._held_out_samples() if data.valid else 0
+        return open_dataset(
+            data, self.model_config, samples, held_out, self.output, section.first_sample, self.tokenizers
+        )
 
-    def _resumed_start(self) -> InitialWeights:
-        """Returns the start of the run resumed from OUTPUT. ConfigError if its settings differ.
+    def _held_out_samples(self) -> int:
+        """Returns how many held-out samples the run may read: those of the fit behind its start too."""
+        if self.checkpoint:
+            return (self.checkpoint.state["eval"] or {}).get("opened", self.section.eval_samples)
+        fit_samples = self.start.fit_record["eval"]["samples"] if self.start.fit_record else 0
+        return max(self.section.eval_samples, fit_samples)
 
-        Its weights are the checkpoint's, opened only to be resharded. The original start is not read again.
-        """
-        record = _read_record(self.output / PRETRAIN_RECORD)
-        self.extension = run_extension.read_extension(record["run"], self.identity)
-        saved, current = record["run"], self.identity
-        if self.extension:
-            saved, current = run_extension.without_steps(saved), run_extension.without_steps(current)
-        check_same_run(saved, current, self.output)
+    def _resumed_start(self, record: dict) -> InitialWeights:
+        """Returns the start of the run resumed from OUTPUT: the checkpoint's weights, opened only to be resharded."""
         model_config = ModelConfig.from_json(record["dims"])
         check_layout(model_config, self.section.parallel, model_config.tokens_per_sample(self.config.data.seq_length))
         source = formats.open(self.checkpoint.folder) if self.layout_changed else None
@@ -245,16 +313,14 @@ class Pretrain(TrainingJob):
             "accuracy": state.get("accuracy"),
             "extensions": state.get("extensions", []),
             "eval": state["eval"],
+            run_inputs.INPUTS: state[run_inputs.INPUTS],
+            run_inputs.ACCEPTED: state.get(run_inputs.ACCEPTED, []),
             "layout": self.engine.layout.to_json(),
             "peak_memory_bytes": self.peak_memory_of_ranks(),
             "versions": library_versions(),
         }
-        self.ranks.run_on_rank_0(lambda: self._write_json(record))
+        self.ranks.run_on_rank_0(lambda: write_pretrain_record(self.output, record))
         return record
-
-    def _write_json(self, record: dict) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_json(self.output / PRETRAIN_RECORD, record)
 
     def _write_model_folder(self) -> None:
         folder, source = self.output / MODEL_FOLDER, self.start.source
@@ -291,15 +357,3 @@ def find_head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.
         for parameter, item in parameters.iterate_parameters(model, model_config)
         if item.params[0].requires == "has_head"
     }
-
-
-def _read_record(path: Path) -> dict:
-    try:
-        record = read_json(path)
-        return {"run": record["run"], "dims": record["dims"], "grown": record["grown"]}
-    except FileNotFoundError:
-        found = "nothing"
-    except (ValueError, KeyError, TypeError) as error:
-        found = f"{error!r}"
-    hint = "Choose another --output."
-    raise CheckpointError(Problem(f"{path}", "the record of the run that is resumed", found, hint))

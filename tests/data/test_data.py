@@ -283,17 +283,6 @@ def test_data_that_were_prepared_again_get_new_indices(pairs, tmp_path):
     assert not torch.equal(before, after)
 
 
-def test_a_damaged_cache_is_refused(pairs, tmp_path):
-    open_pairs(pairs, tmp_path)
-    damaged = list((tmp_path / "cache").glob("*/*shuffle_index.npy"))
-    for path in damaged:
-        path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(DataError) as error:
-        open_pairs(pairs, tmp_path)
-    assert error.value.problems[0].where in map(str, damaged)
-    assert str(Path(error.value.problems[0].where).parent) in error.value.problems[0].hint
-
-
 def test_partial_indices_of_a_killed_run_are_not_used(pairs, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt

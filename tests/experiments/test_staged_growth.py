@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.common.errors import ConfigError
+from megatron_ligo.common.errors import ConfigError, DataError
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import HANDOFF_FORMATS
+from megatron_ligo.config.run_identity import run_identity
+from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.experiments import staged_growth
 from megatron_ligo.export import provenance
+from megatron_ligo.export.run_inputs import DEFAULT_POLICY, RunInputs
+from megatron_ligo.training.pretrain_record import write_pretrain_record
 from tests import layer_norm_models
 from tests.training.test_pretrain import make_pair
 
@@ -118,6 +122,48 @@ def test_a_chain_killed_in_each_of_its_tasks_resumes(tmp_path):
     sizes = [[link["model"][size] for size in named] for link in links]
     assert (sizes[0], sizes[3]) == ([2, 24, 12, 37], [4, 48, 30, 53])
     assert (killed / "report/report.html").is_file()
+
+
+def test_a_stage_with_other_settings_is_refused(tmp_path, monkeypatch):
+    """By its run.toml, by the record of its training, and by the content of what it stands on; nothing is run."""
+    monkeypatch.setattr(staged_growth, "_run_command", lambda words: pytest.fail("a command was run"))
+    make_pair(tmp_path / "train", 0)
+    path, output, folder = tmp_path / "chain.toml", tmp_path / "out", tmp_path / "out/small"
+
+    def load(extra: str = "") -> list:
+        stage = f'[[stages]]\nname = "small"\n[stages.small]\npath = "x.json"\n[stages.pretrain]\nsteps = 4\n{extra}\n'
+        path.write_text(f'[shared.data]\ntrain = ["{tmp_path}/train"]\n' + stage)
+        return staged_growth.load_stages(path, output)
+
+    (stage,) = load()
+    inputs = RunInputs(DigestCache(), DEFAULT_POLICY, None)
+    inputs.add_files({"data.train 1.bin": tmp_path / "train.bin"})
+    record = {"run": run_identity(stage.config, "pretrain", ("small", "large")), "dims": {}, "grown": False, "step": 4}
+    write_pretrain_record(folder / "pretrain", {**record, "inputs": inputs.entries})
+    monkeypatch.setattr(staged_growth, "write_lineage", lambda stages, output: None)
+    staged_growth.run_stages([stage], output, print)
+    for toml in (None, staged_growth._to_toml(stage.config.to_dict())):
+        if toml:
+            (folder / "run.toml").write_text(toml)
+        with pytest.raises(ConfigError) as raised:
+            staged_growth.run_stages(load("lr = 0.5\nseed = 99\n[stages.large]\nhidden_size = 96"), output, print)
+        named = [problem.where for problem in raised.value.problems]
+        assert named == ["small: large.hidden_size", "small: pretrain.lr", "small: pretrain.seed"]
+        assert not toml or (folder / "run.toml").read_text() == toml
+    staged_growth.run_stages(load("save_every = 7"), output, print)
+    (tmp_path / "train.bin").write_bytes(bytes((tmp_path / "train.bin").stat().st_size))
+    with pytest.raises(DataError) as raised:
+        staged_growth.run_stages(load(), output, print)
+    assert "train.bin" in str(raised.value)
+    staged_growth.run_stages(load(), output, print, accept_changed=True)
+
+
+def test_the_small_format_is_that_of_the_first_stage(tmp_path):
+    path = tmp_path / "chain.toml"
+    small = '[shared.small]\npath = "models/small"\nformat = "hf"\n'
+    path.write_text(small + '[[stages]]\nname = "one"\n[[stages]]\nname = "two"\n[stages.large]\nnum_layers = 4\n')
+    formats = [stage.config.small.format for stage in staged_growth.load_stages(path, tmp_path / "out")]
+    assert formats == ["hf", "auto"]
 
 
 def test_faults_of_all_stages_are_reported_together(tmp_path):

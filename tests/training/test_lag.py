@@ -10,9 +10,9 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.config.run_identity import check_same_run
 from megatron_ligo.export import handoff
 from megatron_ligo.training.fit import prepare_fit
-from megatron_ligo.training.job import check_same_run
 from tests import layer_norm_models
 from tests.tiny_models import hf_llama, llama_config
 from tests.training.pretrain_runs import fit, pretrain

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.config.run_config import SCRATCH, PretrainSection, RunConfig
+from megatron_ligo.config.run_config import SCRATCH, PretrainSection, RunConfig, SmallSection
 from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, ComparisonConfig, fitted_arm_of
 from megatron_ligo.experiments.compare.run_folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
@@ -208,7 +208,7 @@ class ComparisonPlan:
     def _seeded(self, config: RunConfig, seed: int) -> RunConfig:
         """Returns the config with one seed for everything, the small model's path and a shared sample cache."""
         source = self.source()
-        small = replace(config.small, path=source["path"]) if source else config.small
+        small = _small_at(source["path"], config) if source else config.small
         return self._with_cache(
             replace(
                 config,
@@ -230,6 +230,12 @@ class ComparisonPlan:
         config = self.spec.config
         seq = model_config.tokens_per_sample(config.data.seq_length)
         return train_flops(model_config, config.pretrain.global_batch_size * seq, seq)
+
+
+def _small_at(path: str, config: RunConfig) -> SmallSection:
+    """Returns [small] with a path; the format that the user names is that of the path that the user names."""
+    small = config.small
+    return small if path == small.path else replace(small, path=path, format="auto")
 
 
 def best_rate(tries: dict[float, ArmRun]) -> float | None:

@@ -19,15 +19,19 @@ LogLine = Callable[[str], None]
 
 
 def run_comparison(
-    spec: ComparisonConfig, output: Path, only: Iterable[str] = (), log_line: LogLine = lambda text: None
+    spec: ComparisonConfig,
+    output: Path,
+    only: Iterable[str] = (),
+    log_line: LogLine = lambda text: None,
+    accept_changed: bool = False,
 ) -> dict:
     """Runs the unfinished jobs of the selected arms (default: all). An interrupted comparison resumes.
 
-    Writes OUTPUT/results.json, compare.html and compare.png from every finished job.
+    Writes OUTPUT/results.json, compare.html and compare.png from every finished job. accept_changed: as in `JobQueue`.
     """
     check_output(output, COMPARISON)
     arms = select_arms(spec, only)
-    jobs = JobQueue(jobs_folder(output), spec.compare.launcher, log_line)
+    jobs = JobQueue(jobs_folder(output), spec.compare.launcher, log_line, accept_changed)
     plan = ComparisonPlan(spec, jobs, jobs.run)
     check_arms(spec, arms)
     arm_cost.check_arm_costs(plan, arms)

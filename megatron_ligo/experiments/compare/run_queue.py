@@ -20,7 +20,9 @@ from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import ConfigError, LigoError, Problem
 from megatron_ligo.common.file_lock import lock_file
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
+from megatron_ligo.experiments.compare.job_inputs import JobInputs
 from megatron_ligo.experiments.compare.run_folder import GROW, JOB, LOCK, LOG, PRETRAIN, RESULT
+from megatron_ligo.export.run_inputs import ACCEPTED, INPUTS
 
 MODULE = "megatron_ligo.experiments.compare.single_run"
 
@@ -45,12 +47,16 @@ class ComparisonJob:
 
 
 class JobQueue:
-    """Runs jobs under a folder, one at a time. launcher: see [compare]; log_line: receives one line per job."""
+    """Runs jobs under a folder, one at a time. launcher: see [compare]; log_line: receives one line per job.
 
-    def __init__(self, folder: Path, launcher: str, log_line: Callable[[str], None]):
+    accept_changed: jobs whose inputs have changed since are accepted, and job.json records it.
+    """
+
+    def __init__(self, folder: Path, launcher: str, log_line: Callable[[str], None], accept_changed: bool = False):
         self.folder = folder
         self.launcher = shlex.split(launcher)
         self.log_line = log_line
+        self.inputs, self.accept_changed = JobInputs(), accept_changed
         self.forks = multiprocessing.get_context("forkserver")
         # Slow imports run once.
         self.forks.set_forkserver_preload([MODULE])
@@ -67,11 +73,15 @@ class JobQueue:
         if job.kind == PRETRAIN and then["config"]["pretrain"]["start"] == "":
             # Before scratch had a name, it had none.
             then["config"]["pretrain"]["start"] = SCRATCH
+        saved_inputs, accepted = then.pop(INPUTS, None), then.pop(ACCEPTED, [])
         # A setting added after the run was written had its default value.
         then["config"] = RunConfig.from_dict(then["config"], f"{folder / JOB}").to_dict()
         if then != job.to_dict():
             hint = "Use the same settings, or choose another --output."
             raise ConfigError(Problem(f"{folder}", "a run with these settings", f"other settings in {JOB}", hint))
+        acceptance = self.inputs.check(saved_inputs, job.config, folder, self.accept_changed)
+        if acceptance:
+            self._write_job(job, [*accepted, acceptance])
         return json.loads((folder / RESULT).read_text(encoding="utf-8")) if (folder / RESULT).is_file() else None
 
     def run(self, job: ComparisonJob) -> dict:
@@ -83,7 +93,8 @@ class JobQueue:
             if result:
                 return result
             self.log_line(job.name)
-            write_json(folder / JOB, job.to_dict())
+            if not (folder / JOB).is_file():
+                self._write_job(job, [])
             # Growth runs in one process.
             code = self._launch(folder) if self.launcher and job.kind != GROW else self._fork(folder)
             result = self.result(job)
@@ -91,6 +102,10 @@ class JobQueue:
                 hint = f"Its last line: {_last_log_line(folder / LOG)}"
                 raise LigoError(Problem(f"{folder / LOG}", "a run that succeeds", f"exit code {code}", hint))
             return result
+
+    def _write_job(self, job: ComparisonJob, accepted: list[dict]) -> None:
+        record = {**job.to_dict(), INPUTS: self.inputs.describe(job.config)}
+        write_json(self.folder_of(job) / JOB, record | ({ACCEPTED: accepted} if accepted else {}))
 
     def _fork(self, folder: Path) -> int | None:
         process = self.forks.Process(target=_run_in_child, args=(folder,))

@@ -21,6 +21,7 @@ from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.rank_failures import report_failures
 from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.export.handoff import grow_from_config
+from megatron_ligo.export.run_inputs import ACCEPTED, InputPolicy
 from megatron_ligo.training.fit import Fit
 from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 from megatron_ligo.training.pretrain import Pretrain
@@ -30,16 +31,18 @@ def run_job(folder: Path) -> None:
     """Runs or resumes the job; rank 0 writes its result."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     config, run = RunConfig.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
+    policy = InputPolicy(accept_changed=bool(job.get(ACCEPTED)))
     if job["kind"] == GROW:
-        grow_from_config(config, Path(job["operator"]) if job["operator"] else None, run)
+        operator = Path(job["operator"]) if job["operator"] else None
+        grow_from_config(config, operator, run, accept_changed=policy.accept_changed)
         losses = {}
     elif job["kind"] == FIT:
         with report_failures():
-            Fit(config, run).run()
+            Fit(config, run, policy=policy).run()
         losses = json.loads((run / "operator" / "operator.json").read_text(encoding="utf-8"))["losses"]
     else:
         with report_failures():
-            losses = Pretrain(config, run).run()["losses"]
+            losses = Pretrain(config, run, policy=policy).run()["losses"]
     _finish(folder, run, losses, job["keep"])
 
 

@@ -1,0 +1,220 @@
+"""Walks what a run stands on: small model -> operator -> hand-off -> checkpoints, and the data, each by its digests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ligo.checkpoint import formats, manifest, model_record, run_record
+from megatron_ligo.checkpoint.content import digest_state, digest_weights, find_damage
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.common.atomic_files import read_json
+from megatron_ligo.common.errors import LigoError, Problem
+from megatron_ligo.common.file_digest import SEAL, hash_json, is_intact
+from megatron_ligo.distributed.digest_cache import SAMPLED, WHOLE, DigestCache
+from megatron_ligo.export import provenance, run_inputs
+from megatron_ligo.export.provenance import PRETRAIN_RECORD
+from megatron_ligo.export.start_check import find_checkpoint_damage, find_handoff_damage
+from megatron_ligo.growth import operator_file
+
+CHECKPOINTS, MODEL_FOLDER = "checkpoints", "model"
+OPERATOR_FOLDERS = ("operator", "best")
+# Runs lie at most this deep below the folder that is given: runs/CHAIN/STAGE/RUN.
+MAX_DEPTH = 3
+
+
+@dataclass
+class ChainReport:
+    """checked: what is as its record states, in order; notes: what could not be compared; problems: what differs."""
+
+    checked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Returns the folders of fits, hand-offs, pretraining runs and single checkpoints of runs at or below `folder`."""
+    return sorted(_walk(folder, MAX_DEPTH)) if folder.is_dir() else []
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+    elif depth:
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                yield from _walk(Path(entry), depth - 1)
+
+
+def _is_run(folder: Path) -> bool:
+    names = (PRETRAIN_RECORD, provenance.RECORD_NAME, run_record.RECORD, f"operator/{operator_file.RECORD}")
+    return any((folder / name).is_file() for name in names) or any(
+        (folder / CHECKPOINTS).glob(f"*/{run_record.RECORD}")
+    )
+
+
+def verify_runs(folder: Path, cache: DigestCache) -> ChainReport:
+    """Compares every record, file and input of the runs at or below a folder with the digests in their records."""
+    walk = _ChainWalk(cache)
+    for run in find_runs(folder):
+        walk.check_run(run)
+    walk.check_links()
+    return walk.report
+
+
+def find_changed_inputs(run: Path, cache: DigestCache) -> list[str]:
+    """Returns a problem for each input of a finished fit or pretraining run that is not what the run has used."""
+    walk = _ChainWalk(cache)
+    for path in (run / PRETRAIN_RECORD, run / "operator" / operator_file.RECORD):
+        if path.is_file():
+            walk.check_input_record(run, path)
+    return walk.report.problems
+
+
+class _ChainWalk:
+    def __init__(self, cache: DigestCache):
+        self.cache = cache
+        self.report = ChainReport()
+        self._operators: dict[Path, dict] = {}
+        self._handoffs: dict[Path, dict] = {}
+        self._compared: set[str] = set()
+
+    def check_run(self, run: Path) -> None:
+        for name in OPERATOR_FOLDERS:
+            if (run / name / operator_file.RECORD).is_file():
+                self._try(run / name, lambda name=name: self._check_operator(run, run / name))
+        if (run / provenance.RECORD_NAME).is_file():
+            self._try(run, lambda: self._check_handoff(run))
+        if (run / PRETRAIN_RECORD).is_file():
+            self._try(run / PRETRAIN_RECORD, lambda: self._check_pretrain_record(run))
+        checkpoints = sorted(path.parent for path in (run / CHECKPOINTS).glob(f"step_*/{run_record.RECORD}"))
+        for checkpoint in [run, *checkpoints] if (run / run_record.RECORD).is_file() else checkpoints:
+            self._try(checkpoint, lambda checkpoint=checkpoint: self._check_checkpoint(run, checkpoint))
+
+    def check_input_record(self, run: Path, path: Path) -> None:
+        self._try(path, lambda: self._check_inputs(run, read_json(path).get(run_inputs.INPUTS, {})))
+
+    def check_links(self) -> None:
+        """Compares each hand-off with the operators beside it."""
+        for folder, record in self._handoffs.items():
+            stated = record["operator"].get(SEAL)
+            beside = {path: own for path, own in self._operators.items() if path.parent.parent == folder.parent}
+            if record.get("fit") is None or stated is None or not beside:
+                continue
+            if stated in [own.get(SEAL) for own in beside.values()]:
+                self.report.checked.append(f"{folder}: grown by an operator beside it")
+            else:
+                names = ", ".join(map(str, beside))
+                expected = f"one with the digest {stated}, by which {folder} was grown"
+                self.report.problems.append(Problem(names, expected, "other operators"))
+
+    def _try(self, place: Path, check) -> None:
+        """Runs a check that returns problems; an error of its own is one too."""
+        try:
+            problems = check()
+        except LigoError as error:
+            problems = [str(error)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problems = [Problem(f"{place}", "a record that this program wrote", f"{error!r}")]
+        self.report.problems += problems
+        if not problems:
+            self.report.checked.append(f"{place}: as its record states")
+
+    def _check_operator(self, run: Path, folder: Path) -> list[str]:
+        operator = operator_file.OperatorFile(folder)
+        if operator.record["version"] == 1:
+            self.report.notes.append(f"{folder}: written by an earlier version, without digests")
+            return []
+        operator.check_digest()
+        self._operators[folder] = operator.record
+        return self._check_inputs(run, operator.record.get(run_inputs.INPUTS, {}))
+
+    def _check_handoff(self, folder: Path) -> list[str]:
+        record = provenance.read(folder)
+        if record["version"] == 1:
+            self.report.notes.append(f"{folder}: written by an earlier version, without digests")
+        self._handoffs[folder] = record
+        problems: list[str] = []
+        for name in record["formats"]:
+            if not (folder / name / manifest.MANIFEST).is_file():
+                problems += [Problem(f"{folder / name}", "a manifest", "none")]
+                continue
+            problems += find_handoff_damage(folder, folder / name)
+            problems += find_damage(folder / name, self.cache)
+        source = (record.get("fit") or {}).get(run_inputs.INPUTS, {}).get("small model: weights")
+        if source and record["source"]["digest"] != source["digest"] and not record.get("accepted_changes"):
+            expected = f"weights of digest {source['digest']}, on which its operator was fitted"
+            problems.append(Problem(f"{folder}: the small model", expected, record["source"]["digest"]))
+        return problems + self._check_inputs(folder, (record.get("fit") or {}).get(run_inputs.INPUTS, {}))
+
+    def _check_pretrain_record(self, run: Path) -> list[str]:
+        record = read_json(run / PRETRAIN_RECORD)
+        if SEAL not in record:
+            self.report.notes.append(f"{run / PRETRAIN_RECORD}: written by an earlier version, without digests")
+        elif not is_intact(record):
+            return [Problem(f"{run / PRETRAIN_RECORD}", f"its own digest, {record[SEAL]}", "other content")]
+        return self._check_inputs(run, record.get(run_inputs.INPUTS, {}))
+
+    def _check_checkpoint(self, run: Path, checkpoint: Path) -> list[str]:
+        record = run_record.read_run_record(checkpoint / run_record.RECORD)
+        problems = find_checkpoint_damage(checkpoint, self.cache)
+        for path in sorted((run / MODEL_FOLDER).glob("*")):
+            # The run copies these into each of its checkpoints.
+            stated = record["files"].get(path.name)
+            if stated is not None and stated != run_record.describe_file(path):
+                problems.append(Problem(f"{path}", f"digest {stated['digest']}, as in {checkpoint}", "other content"))
+        return [*problems, *self._check_inputs(run, record["state"].get(run_inputs.INPUTS, {}))]
+
+    def _check_inputs(self, run: Path, inputs: dict) -> list[str]:
+        """Compares what a run stands on with what is at its paths now; each input once."""
+        problems = []
+        for name, entry in inputs.items():
+            key = hash_json([entry["path"], entry["kind"], entry["digest"]])
+            if key in self._compared or entry["kind"] == run_inputs.SAMPLES:
+                continue
+            self._compared.add(key)
+            path = _find_path(entry["path"], run)
+            if path is None:
+                self.report.notes.append(f"{run}: {name}: {entry['path']} is not there: not compared")
+                continue
+            actual = self._digest(path, entry)
+            if actual != entry["digest"]:
+                expected = f"digest {entry['digest']}, as {run} used it"
+                problems.append(Problem(f"{path} ({name})", expected, f"digest {actual}"))
+        return problems
+
+    def _digest(self, path: Path, entry: dict) -> str:
+        kind = entry["kind"]
+        if kind in (WHOLE, SAMPLED):
+            return self.cache.digest_files({path: kind})[path]
+        if kind == run_inputs.INDICES:
+            files = self.cache.digest_folder(path)
+            return hash_json(sorted(digest for name, digest in files.items() if name.endswith(".npy")))
+        if kind == run_inputs.SIZES:
+            return hash_json(_read_sizes(path))
+        source = open_checkpoint(path)
+        return digest_state(source, self.cache) if kind == run_inputs.STATE else digest_weights(source, self.cache)
+
+
+def open_checkpoint(path: Path) -> Reader:
+    """Opens a checkpoint of any format, or the one that pretraining reads of a hand-off."""
+    record = provenance.read(path) if path.is_dir() else None
+    if record is None:
+        return formats.open(path)
+    return formats.open(path / ("universal" if "universal" in record["formats"] else record["formats"][0]))
+
+
+def _read_sizes(path: Path) -> dict:
+    if path.is_file() and path.suffix == ".json":
+        return config_json.parse_model_config(config_json.load_config(path), f"{path}").to_json()
+    record = model_record.find_record(path) if path.is_dir() else None
+    return (record[0] if record else open_checkpoint(path).model_config).to_json()
+
+
+def _find_path(path: str, run: Path) -> Path | None:
+    """Returns where a path of a run leads now: as it is, or seen from a folder above the run."""
+    candidates = [Path(path), *(parent / path for parent in run.absolute().parents)]
+    return next((candidate for candidate in candidates if candidate.exists()), None)
