@@ -12,7 +12,6 @@ import json
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from megatron_ligo.common.errors import (
 )
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.common.folder_kinds import CHAIN, check_output
-from megatron_ligo.config.run_config import SCRATCH, RunConfig
+from megatron_ligo.config.run_config import SCRATCH, RunConfig, read_toml
 from megatron_ligo.config.run_identity import CHANGEABLE_KEYS, add_differences, run_identity
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import chain, provenance
@@ -86,8 +85,9 @@ class GrowthStage:
         return [*self.launcher] or [sys.executable]
 
     def _is_pretrained(self) -> bool:
-        path = self.folder / "pretrain" / PRETRAIN_RECORD
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["step"] == self.config.pretrain.steps
+        folder = self.folder / "pretrain"
+        is_there = (folder / PRETRAIN_RECORD).is_file()
+        return is_there and read_pretrain_record(folder)["step"] == self.config.pretrain.steps
 
     @property
     def final_checkpoint(self) -> Path:
@@ -119,10 +119,7 @@ class GrowthStage:
 
 def load_stages(path: Path, output: Path) -> list[GrowthStage]:
     """Reads the stages of a TOML file. Raises ConfigError with every fault of every stage, before anything runs."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(Problem(f"{path}", "a TOML file", error)) from None
+    table = read_toml(path)
     errors = ErrorCollector(f"chain {path}", ConfigError)
     for name in table.keys() - {"shared", "stages"}:
         errors.add(name, "[shared] or [[stages]]", "another section", did_you_mean(name, ("shared", "stages")))

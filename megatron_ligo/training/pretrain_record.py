@@ -16,13 +16,13 @@ def write_pretrain_record(output: Path, record: dict) -> None:
 
 
 def read_pretrain_record(output: Path) -> dict:
-    """Returns what a run needs to resume: run, dims and grown. CheckpointError if the record is damaged or missing."""
+    """Returns what a run needs to resume: run, dims, grown, step. CheckpointError if the record is damaged or gone."""
     path = output / PRETRAIN_RECORD
     try:
         record = read_json(path)
         if SEAL in record and not is_intact(record):
             raise CheckpointError(Problem(f"{path}", f"its own digest, {record[SEAL]}", "other content"))
-        return {"run": record["run"], "dims": record["dims"], "grown": record["grown"]}
+        return {key: record[key] for key in ("run", "dims", "grown", "step")}
     except FileNotFoundError:
         actual = "nothing"
     except (ValueError, KeyError, TypeError) as error:
