@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ MIN_BYTES_PER_SECOND = 1e9
 PROBE_BYTES = 1 << 28
 # Reading longer than this is announced.
 ANNOUNCED_BYTES = 8 << 30
+# Threads of a rank that read and hash.
+WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,9 @@ class DigestCache:
         total = sum(size for _, (_, size) in parts)
         if total > ANNOUNCED_BYTES:
             log.info("digests of %d files are computed once: %.0f GB", len(files), total / 1e9)
-        with self.ranks.agree():
-            own = [hash_file_part(path, *part) for path, part in parts[self.ranks.rank :: self.ranks.world_size]]
+        with self.ranks.agree(), ThreadPoolExecutor(WORKERS) as pool:
+            share = parts[self.ranks.rank :: self.ranks.world_size]
+            own = list(pool.map(lambda item: hash_file_part(item[0], *item[1]), share))
         digests: dict[Path, list[str]] = {path: [] for path in files}
         shares = self.ranks.all_gather(own)
         for number, (path, _) in enumerate(parts):
