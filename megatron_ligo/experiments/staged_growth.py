@@ -35,11 +35,11 @@ from megatron_ligo.config.run_config import SCRATCH, RunConfig, read_toml
 from megatron_ligo.config.run_identity import CHANGEABLE_KEYS, add_differences, run_identity
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import chain, provenance
+from megatron_ligo.export.pretrain_record import read_pretrain_record
 from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report import write_report
 from megatron_ligo.report.run_records import RecordedRun, read_runs
-from megatron_ligo.training.pretrain_record import read_pretrain_record
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RECORD, REPORT, STAGE_CONFIG = "chain.json", "report", "run.toml"

@@ -23,6 +23,7 @@ from megatron_ligo.config.run_identity import run_identity
 from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.export import run_inputs
+from megatron_ligo.export.pretrain_record import read_pretrain_record, write_pretrain_record
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy
 from megatron_ligo.export.start_check import find_start_damage
 from megatron_ligo.models.full import parameters, universal_loading
@@ -40,7 +41,6 @@ from megatron_ligo.training.initial_weights import (
 )
 from megatron_ligo.training.job import TrainingJob, lock_output
 from megatron_ligo.training.lr_schedule import schedule_after_growth
-from megatron_ligo.training.pretrain_record import read_pretrain_record, write_pretrain_record
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ class Pretrain(TrainingJob):
             parameters.fill_parameters(model, self.model_config, self.mesh, read)
         if start.universal and universal_loading.needs_preparation(self.model_config, section.parallel.zero):
             universal_loading.prepare_for_universal(model, self.model_config, self.mesh.tp_group)
-        trained = find_head_parameters(model, self.model_config) if section.fresh_head else None
+        trained = parameters.find_head_parameters(model, self.model_config) if section.fresh_head else None
         groups = build_parameter_groups(model, section.weight_decay, trained)
         bf16 = self.dtype is torch.bfloat16
         engine = Engine(model, self.mesh, section, groups, bf16, universal=start.universal)
@@ -348,12 +348,3 @@ def build_parameter_groups(
         for (is_matrix, is_trained), group in groups.items()
         if group
     ]
-
-
-def find_head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
-    """Returns the parameters of the output head, except a weight tied to the embedding."""
-    return {
-        parameter
-        for parameter, item in parameters.iterate_parameters(model, model_config)
-        if item.params[0].requires == "has_head"
-    }

@@ -19,8 +19,8 @@ from megatron_ligo.config.run_identity import run_identity
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.experiments import staged_growth
 from megatron_ligo.export import provenance
+from megatron_ligo.export.pretrain_record import write_pretrain_record
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, RunInputs
-from megatron_ligo.training.pretrain_record import write_pretrain_record
 from tests import layer_norm_models
 from tests.training.test_pretrain import make_pair
 

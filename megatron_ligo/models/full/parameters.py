@@ -78,3 +78,12 @@ def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
         return torch.empty(shape).normal_(0.0, std, generator=seeded_generator(seed, key))
 
     return read
+
+
+def find_head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
+    """Returns the parameters of the output head, except a weight tied to the embedding."""
+    return {
+        parameter
+        for parameter, item in iterate_parameters(model, model_config)
+        if item.params[0].requires == "has_head"
+    }
