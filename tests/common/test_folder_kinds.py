@@ -17,9 +17,9 @@ from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.data.prepare_images import prepare_images
 from megatron_ligo.export import provenance
 from megatron_ligo.export.handoff import grow_from_config
+from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.growth import operator_file
 from megatron_ligo.report import write_report
-from megatron_ligo.training.pretrain import PRETRAIN_RECORD
 from tests.tiny_models import hf_llama, llama_config
 
 MARKED = {
