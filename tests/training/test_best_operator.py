@@ -79,7 +79,7 @@ def test_the_operator_of_another_step_is_not_taken(base, tmp_path):
     operator = build_initial_operator(DIMS, config.large, config.operator)
     tensors = [(name, operator.tensor(name)) for name in operator.shapes()]
     operator_file.write_operator(operator, tensors, tmp_path / "best", {"step": 70})
-    state = {"best": {"step": 50, "loss": 1.0, "worse": 0}}
+    state = {"losses": {"start": 2.0}, "best": {"step": 50, "loss": 1.0, "worse": 0}}
     best = BestOperator(config.fit, tmp_path / "best", state, save=lambda folder: None)
     with pytest.raises(CheckpointError, match="expected the operator of step 50, found step 70"):
         best.read()
