@@ -56,8 +56,8 @@ class UpdateSize:
             state = self.optimizer.optimizer.state.get(flat, {})
             for start in range(0, flat.numel() if scale else 0, CHUNK):
                 part = slice(start, start + CHUNK)
-                totals[0] += flat[part].double().square().sum().to(totals.device)
-                totals[1] += (self._direction(flat, state, part).double().square().sum() * scale**2).to(totals.device)
+                vectors = flat[part].float(), self._direction(flat, state, part) * scale
+                totals += torch.stack([torch.linalg.vector_norm(vector) for vector in vectors]).to(totals).square()
         dist.all_reduce(totals)
         weights, direction = totals.sqrt().tolist()
         self.state.update(weights=weights, direction=direction)
@@ -66,7 +66,7 @@ class UpdateSize:
         """Returns Adam's direction (1-D) for a slice of a flat master; that of a first step without moments."""
         step = float(state.get("step", 0))
         if step == 0 or AVERAGE not in state:
-            return torch.ones_like(flat[part])
+            return torch.ones_like(flat[part], dtype=torch.float32)
         first, second = (1 - beta**step for beta in self.betas)
         scale = (state[SQUARE][part].float() / second).sqrt_().add_(self.eps)
         return state[AVERAGE][part].float() / first / scale
