@@ -79,9 +79,14 @@ def normalise(scaling: Mapping | None, max_positions: int, num_pairs: int, error
                 errors.add(f"{WHERE}.{key}", "none: rope_type 'default' scales nothing", repr(value), "Delete the key.")
         return None
     _fill_defaults(kind, stated, max_positions)
+    num_problems = len(errors.problems)
     _check_keys(kind, stated, errors)
     _check_values(kind, stated, num_pairs, errors)
-    return {"rope_type": kind, **{key: value for key, value in stated.items() if value is not None}}
+    scaling = {"rope_type": kind, **{key: value for key, value in stated.items() if value is not None}}
+    if kind == "longrope" and len(errors.problems) == num_problems:
+        # Versions of transformers derive it from different lengths.
+        scaling["attention_factor"] = attention_factor(scaling)
+    return scaling
 
 
 def _pop_kind(stated: dict, errors: ErrorCollector) -> str | None:
@@ -152,7 +157,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_list(value: object, length: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == length and all(_is_number(x) and x > 0 for x in value)
+    return isinstance(value, list) and len(value) == length and all(_is_number(x) and x > 0 for x in value)
 
 
 def depends_on_context(scaling: Mapping | None) -> bool:

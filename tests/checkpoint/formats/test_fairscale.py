@@ -150,6 +150,12 @@ def test_models_that_metas_code_computes_differently_are_refused(tmp_path):
     (tmp_path / "meta" / "dims.json").unlink()
     (tmp_path / "meta" / "config.json").write_bytes((other / "config.json").read_bytes())
     hf_models.assert_same(formats.open(tmp_path / "meta"), formats.open(other))
+    for scaling in ({"rope_type": "linear", "factor": 8.0}, {**llama3, "original_max_position_embeddings": 4096}):
+        config = json.loads((other / "config.json").read_text())
+        config["rope_parameters"] = {**scaling, "rope_theta": 500000.0}
+        (tmp_path / "meta" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="use_scaled_rope"):
+            formats.open(tmp_path / "meta")
     for layout, where, result in [({"pp": 2}, "pp", "2"), ({"tp": 4}, "tp = 4", "num_kv_heads = 2")]:
         with pytest.raises(ConfigError) as error:
             convert(formats.open(folder), tmp_path / "other", "fairscale", WriteOptions(**layout))

@@ -13,6 +13,7 @@ import torch
 
 from megatron_ligo.arch.spec import key_pattern
 from tests.models.factored import fit_cases, fit_reference
+from tests.models.mcore.rope_kinds import SCALINGS
 
 OPTIMIZERS = {"adamw": (1e-3, 0.05), "sgd": (0.5, 1.0)}
 # The gradient of U contains V's large entries; official LiGO, with tied contracts, is steep in a post-LN network.
@@ -192,6 +193,12 @@ NEOX = {
     "large": {"hidden_size": 64, "num_kv_heads": 16},
     "settings": {"noise": 0.5},
 }
+
+
+def test_scaled_positions_are_exact_when_sharded(pools):
+    """YaRN, with a factor on cos and sin, in a fit over stages, shards and parts of the sequence."""
+    yarn = SCALINGS["yarn with a factor"]
+    assert_exact(differences(pools, 4, "sgd", {"small": {"rope_scaling": yarn}}, tp=2, pp=2, sequence_parallel=True))
 
 
 def test_gpt_neox_is_exact_when_sharded(pools):

@@ -118,11 +118,20 @@ def check_agreement(params: Mapping, model_config: ModelConfig, errors: ErrorCol
         "n_kv_heads": (params.get("n_kv_heads") or params["n_heads"], model_config.num_kv_heads),
         "norm_eps": (params["norm_eps"], model_config.norm_eps),
         "rope_theta": (params.get("rope_theta") or ROPE_BASE, model_config.rope_base),
-        "use_scaled_rope": (params.get("use_scaled_rope", False), model_config.rope_scaling is not None),
+        "use_scaled_rope": (params.get("use_scaled_rope", False), _is_scaled_as_llama3(model_config)),
     }
     for name, (value, expected) in stated.items():
         if value != expected:
             errors.add(f"{PARAMS}: {name}", f"{expected}, as the sizes beside it say", value)
+
+
+def _is_scaled_as_llama3(model_config: ModelConfig) -> bool | str:
+    """Returns whether use_scaled_rope is true of a model, with any factor: Llama 3.2's is stated nowhere in Meta's
+    files. Returns the kind of a scaling that it cannot be."""
+    scaling = model_config.rope_scaling
+    if scaling is None:
+        return False
+    return scaling | {"factor": LLAMA31_SCALING["factor"]} == LLAMA31_SCALING or f"scaled as {dict(scaling)}"
 
 
 def to_params_json(model_config: ModelConfig, vocab_size: int, plain: bool) -> dict:

@@ -188,6 +188,7 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     # vLLM lets Mistral attend to everything if it reads Qwen's key for no window.
     foreign = arch.foreign_hf_keys.get(model_config.model_type, ())
     config |= {key: value for key, value in stated.items() if key not in foreign}
+    config |= rope_parameters.to_rope_keys(model_config)
     return config | {"dtype": name, "torch_dtype": name}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from megatron_ligo.arch import rope_scaling
 from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
 from megatron_ligo.common.errors import ErrorCollector
 
@@ -48,6 +49,15 @@ def parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCol
         # The top level wins over the scaling in transformers.
         scaling[rope_scaling.ORIGINAL_LENGTH] = config[rope_scaling.ORIGINAL_LENGTH]
     return {"rope_base": base, "rope_scaling": scaling, **fraction}
+
+
+def to_rope_keys(model_config: ModelConfig) -> dict[str, object]:
+    """Returns the keys of a config.json besides those that the families name."""
+    scaling = model_config.rope_scaling
+    if rope_scaling.scaling_kind(scaling) != "longrope":
+        return {}
+    # transformers 4 chooses between the two lists by this key alone.
+    return {rope_scaling.ORIGINAL_LENGTH: scaling[rope_scaling.ORIGINAL_LENGTH]}
 
 
 def _as_linear(scaling: dict) -> dict:
