@@ -83,7 +83,7 @@ def _train_tokenizer(folder: Path, vocab: int) -> None:
     import tokenizers
 
     inner = tokenizers.ByteLevelBPETokenizer()
-    texts = DocumentSource((), python_docs=True, max_bytes=4_000_000)
+    texts = DocumentSource((), python_docs=True, max_bytes=1_000_000)
     inner.train_from_iterator(iter(texts), vocab, special_tokens=[END_TOKEN], show_progress=False)
     folder.mkdir()
     inner.save(str(folder / "tokenizer.json"))

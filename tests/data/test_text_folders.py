@@ -42,6 +42,8 @@ def test_a_folder_with_a_card_and_data(tmp_path):
 def test_a_folder_of_text_keeps_its_readme(tmp_path):
     for name in ("README.md", "a.txt", "b.py"):
         (tmp_path / name).write_text("text")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "b.cpython-311.pyc").write_bytes(bytes(1000))
     assert names(tmp_path) == ["README.md", "a.txt", "b.py"]
 
 

@@ -146,7 +146,8 @@ class FolderSearch:
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    """True below a hidden folder or Python's compiled files, which lie beside any sources that were imported."""
+    return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
 
 
 def _read_state_files(files: Sequence[Path]) -> dict[Path, set[str]]:
