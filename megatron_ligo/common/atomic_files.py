@@ -11,16 +11,15 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections import Counter
 from contextlib import suppress
+from math import isinf
 from pathlib import Path
 
 # A tokenizer file has about ten million bytes; a much larger file is not one.
 MAX_TEXT_BYTES = 1 << 28
 # Integers with more digits overflow a float.
 MAX_INTEGER_DIGITS = 300
-
-ObjectPairsHook = Callable[[list[tuple[str, object]]], object]
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -40,17 +39,47 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return file.read().decode("utf-8")
 
 
-def read_json(path: Path, object_pairs_hook: ObjectPairsHook | None = None) -> object:
-    """Reads a JSON file. Raises ValueError if it is not JSON, OSError if it cannot be read."""
-    return parse_json(read_text(path), object_pairs_hook)
+def read_json(path: Path) -> object:
+    """Reads a JSON file as `parse_json` does. Raises OSError if it cannot be read."""
+    return parse_json(read_text(path))
 
 
-def parse_json(text: str | bytes, object_pairs_hook: ObjectPairsHook | None = None) -> object:
-    """Parses JSON with bounded integers and nesting. Raises ValueError. The hook replaces dict, as in `json.loads`."""
+def parse_json(text: str | bytes) -> object:
+    """Parses JSON: finite numbers, bounded integers and nesting, no key twice in an object. Raises ValueError.
+
+    Programs differ in which of two values they take for a key that is there twice.
+    """
     try:
-        return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_parse_integer)
+        return json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_int=_parse_integer,
+            parse_float=_parse_float,
+            parse_constant=_refuse_constant,
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)
+        more = f" and {len(twice) - 1} more keys" if len(twice) > 1 else ""
+        raise ValueError(f"the key {twice[0][:200]!r}{more} twice in one object: remove all but one")
+    return table
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"the number {text[:40]}, which is too large")
+    return number
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name}, which is not a number in JSON")
 
 
 def _parse_integer(digits: str) -> int:

@@ -17,6 +17,9 @@ from megatron_ligo.growth import random_init
 from megatron_ligo.growth.adam_state import DualMaps
 from megatron_ligo.growth.operator import Operator
 
+# The most bytes of small tensors that are kept while dense depth maps read them for every large layer.
+CACHE_BYTES = 256 << 20
+
 
 class GrownReader(Reader):
     """An operator applied to a small checkpoint. Tensors are fp32, or fp64 if the source is fp64.
@@ -41,6 +44,7 @@ class GrownReader(Reader):
         self.operator = operator
         self.source = source
         self._cached: dict[str, Tensor] = {}
+        self._cached_bytes = 0
         self.model_config = operator.large
         same_images = self.model_config.image_size == source.model_config.image_size
         self.files = tuple(file for file in source.files if same_images or file.name != model_record.IMAGE_PROCESSOR)
@@ -104,10 +108,17 @@ class GrownReader(Reader):
         return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
 
     def _read_cached(self, key: str) -> Tensor:
-        """Reads a small tensor once for all large layers; in most formats it is a view of a mapped file."""
-        if key not in self._cached:
-            self._cached[key] = self.source.read(key)
-        return self._cached[key]
+        """Reads a small tensor, of its own shape. The first CACHE_BYTES of them are kept for all large layers.
+
+        Every large layer reads all small layers in turn: of a cache that drops its oldest, none would be read twice.
+        """
+        if key in self._cached:
+            return self._cached[key]
+        tensor = self.source.read(key)
+        if self._cached_bytes + tensor.nbytes <= CACHE_BYTES:
+            self._cached[key] = tensor
+            self._cached_bytes += tensor.nbytes
+        return tensor
 
 
 def digest_operator(operator: Operator) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import Output
+from megatron_ligo.common.errors import CheckpointError
 
 
 def lazy(tensor: torch.Tensor) -> LazyTensor:
@@ -119,3 +122,25 @@ def test_a_truncated_journal_resumes_after_its_last_complete_line(tmp_path):
     resumed.add("wrote", "file", "2", value=2)
     resumed.close()
     assert path.read_bytes() == complete
+
+
+def fail() -> torch.Tensor:
+    raise CheckpointError("damaged")
+
+
+def count_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failed_output_closes_its_files(tmp_path, workers):
+    tensors = {name: lazy(tensor) for name, tensor in mixed_tensors().items()}
+    bad = {**tensors, "bad": LazyTensor((3,), torch.float32, fail)}
+    before = count_open_files()
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(CheckpointError), Output(folder, workers=workers) as output:
+            output.write_torch("first.pt", tensors)
+            output.write_torch_files({f"{name}.pt": bad for name in "abc"})
+    assert count_open_files() == before

@@ -156,7 +156,7 @@ class Output:
         return path
 
     def _fill(self, files: Mapping[str, list[TensorSpan]]) -> None:
-        opened = {name: OpenFile(name, self._path(name)) for name in files}
+        opened = {name: self._writer.open(name, self._path(name)) for name in files}
         for row in zip_longest(*files.values()):
             for file, span in zip(opened.values(), row, strict=True):
                 if span is not None:

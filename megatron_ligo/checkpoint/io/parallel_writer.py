@@ -46,6 +46,7 @@ class ParallelWriter:
         self._room = Condition()
         self._waiting = 0
         self._jobs: list[Future] = []
+        self._open_files: list[OpenFile] = []
 
     def put(self, file: OpenFile, span: TensorSpan) -> None:
         """Computes a tensor in this thread and queues its bytes. It is recorded once written, before the fsync."""
@@ -59,16 +60,31 @@ class ParallelWriter:
     def close(self, file: OpenFile) -> None:
         """Ends a file: it is fsynced and closed once all its tensors are written."""
         if file.leave():
-            self._submit(file.close)
+            self._submit(self._close_file, file)
+
+    def open(self, name: str, path: Path) -> OpenFile:
+        """Opens a file to write into, until `close`, or until the writer ends."""
+        file = OpenFile(name, path)
+        self._open_files.append(file)
+        return file
 
     def finish(self) -> None:
         """Waits until everything is on the disk."""
         self._pool.shutdown(wait=True)
-        self._raise_failures()
+        try:
+            self._raise_failures()
+        finally:
+            self._discard_files()
 
     def abandon(self) -> None:
-        """Drops the queued tensors and waits for those being written."""
+        """Drops the queued tensors, waits for those being written and closes all files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._discard_files()
+
+    def _discard_files(self) -> None:
+        for file in self._open_files:
+            file.discard()
+        self._open_files.clear()
 
     def _write_span(self, file: OpenFile, span: TensorSpan, data: np.ndarray) -> None:
         try:
@@ -78,7 +94,12 @@ class ParallelWriter:
                 self._waiting -= span.tensor.nbytes
                 self._room.notify()
         if file.leave():
-            file.close()
+            self._close_file(file)
+
+    def _close_file(self, file: OpenFile) -> None:
+        file.close()
+        # Appending and removing are atomic in CPython.
+        self._open_files.remove(file)
 
     def _submit(self, job: Callable, *arguments: object) -> None:
         self._jobs.append(self._pool.submit(job, *arguments))
@@ -95,7 +116,7 @@ class OpenFile:
 
     def __init__(self, name: str, path: Path):
         self.name, self.path = name, path
-        self._descriptor = os.open(path, os.O_RDWR)
+        self._descriptor: int | None = os.open(path, os.O_RDWR)
         self._lock = Lock()
         self._users = 1
         self._unsynced = 0
@@ -129,6 +150,13 @@ class OpenFile:
                 fdatasync_descriptor(self._descriptor)
         return digest_state.hexdigest()
 
+    def discard(self) -> None:
+        """Closes the file of a failed job without flushing it. Does nothing if it is closed."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+            self._descriptor = None
+
     def leave_zeros(self, span: TensorSpan) -> None:
         """Leaves the span a hole; only an archive's checksums are written."""
         if span.checksums:
@@ -139,7 +167,7 @@ class OpenFile:
             with self._name_in_errors():
                 fsync_descriptor(self._descriptor)
         finally:
-            os.close(self._descriptor)
+            self.discard()
 
     def _write_checksums(self, span: TensorSpan, crc: int) -> None:
         for offset in span.checksums:

@@ -144,7 +144,21 @@ def sizes_of_another_kind(folder):
 @register(hf)
 def numbers_that_are_none(folder):
     edit_json(folder / CONFIG, rms_norm_eps=float("nan"), rope_parameters=None, rope_theta=float("inf"))
-    return problem("norm_eps", found="nan") + problem("rope_base", found="inf")
+    return problem("config.json", "JSON", "NaN")
+
+
+@register(hf)
+def a_number_that_overflows(folder):
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace('"rms_norm_eps": ', '"rms_norm_eps": 1e999, "unused": '))
+    return problem("config.json", "JSON", "1e999")
+
+
+@register(hf)
+def a_key_twice(folder):
+    text = (folder / CONFIG).read_text().rstrip().removesuffix("}")
+    (folder / CONFIG).write_text(f'{text}, "rms_norm_eps": 0.5}}')
+    return problem("config.json", "JSON", "the key 'rms_norm_eps' twice")
 
 
 @register(hf)
