@@ -56,3 +56,14 @@ def test_any_other_getattr_is_refused(tmp_path, arguments, allowed):
     torch.save({"stage": PickledGetattr(*arguments)}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError):
         torch_files.load(tmp_path / "file.pt", allowed)
+
+
+def test_no_file_changes_a_member(tmp_path):
+    class Changed:
+        def __reduce__(self):
+            return ZeroStageEnum, (2,), {"_value_": 7}
+
+    torch.save({"stage": Changed()}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match="attributes of a ZeroStageEnum"):
+        torch_files.load(tmp_path / "file.pt", ALLOWED_GLOBALS)
+    assert ZeroStageEnum.gradients.value == 2

@@ -1,4 +1,8 @@
-"""Reads torch.save files, mapped and without running code: tensors, plain values and classes that the caller allows."""
+"""Reads torch.save files, mapped and without running code: tensors, plain values and classes that the caller allows.
+
+Every storage that a file names must be in it, once, in full and nowhere else. Checksums are compared when a storage is
+first read: at once where it is copied, by `check_stored` where it is mapped.
+"""
 
 from __future__ import annotations
 
@@ -6,108 +10,173 @@ import io
 import pickle
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ligo.checkpoint.io import pickle_enums, pickle_limits
-from megatron_ligo.checkpoint.io.file_layout import data_offset
+from megatron_ligo.checkpoint.io import legacy_torch_file, tensor_check, zip_records
+from megatron_ligo.checkpoint.io.pickles import pickle_limits
+from megatron_ligo.checkpoint.io.pickles.tensor_unpickler import TensorUnpickler
+from megatron_ligo.checkpoint.io.zip_records import ZipRecord
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
-# The exceptions that torch raises for files that are damaged or not its own.
+# The exceptions that damaged files, and those that are not torch's own, raise here.
 DAMAGE = (
-    BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError,
-    AssertionError, struct.error,
+    BadZipFile, OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError,
+    MemoryError, AssertionError, struct.error,
 )  # fmt: skip
+PICKLE, BYTE_ORDER = "data.pkl", "byteorder"
+BYTE_ORDERS = (b"little", b"big")
+# A tensor of fewer bytes, in an archive within a file, is copied.
+SMALL_BYTES = 1 << 16
 
 
 def load(path: Path, stand_ins: Sequence[tuple[object, str]] = (), mapped: bool = True) -> object:
     """Reads what torch.save wrote, on the CPU; with `mapped`, tensors are views of the mapped file.
 
-    stand_ins: (object, "module.name") for classes that the file may name; inert objects take their place.
-    Raises CheckpointError for a damaged file, and for one that names any other class.
+    stand_ins: (object, "module.name") for classes that the file may name; the objects take their place.
+    Raises CheckpointError for a damaged file, one that names any other class, and one with tensors that are not plain.
     """
     if not path.is_file():
         raise CheckpointError(Problem(f"{path}", "a file", "something else" if path.exists() else "nothing there"))
-    with damage_as_error(f"{path}"), _allow_only(stand_ins):
-        tree = _load_checked(path, mapped)
-    pickle_limits.check_tree(f"{path}", tree)
-    return tree
+    with damage_as_error(f"{path}"), path.open("rb") as file:
+        if file.read(len(zip_records.MAGIC)) == zip_records.MAGIC:
+            tree = _load_archive(file, 0, path.stat().st_size, stand_ins, mapped)
+        else:
+            # The form before torch 1.6 does not align its storages: they are copied.
+            file.seek(0)
+            tree = legacy_torch_file.load(file, path.stat().st_size, stand_ins)
+    return _check(f"{path}", tree)
 
 
 def load_part(path: Path, start: int, length: int, stand_ins: Sequence[tuple[object, str]] = ()) -> object:
     """Like `load`, for an archive within a file; its tensors are copies."""
-    with damage_as_error(f"{path} at {start}"), _allow_only(stand_ins), path.open("rb") as file:
-        tree = _load_checked(FileWindow(file, start, length), mapped=False)
-    pickle_limits.check_tree(f"{path} at {start}", tree)
-    return tree
+    with damage_as_error(f"{path} at {start}"), path.open("rb") as file:
+        tree = _load_archive(file, start, length, stand_ins, mapped=False)
+    return _check(f"{path} at {start}", tree)
 
 
-def _load_checked(file: Path | BinaryIO, mapped: bool) -> object:
-    zipped = is_zipfile(file)
-    sizes: list[int] = []
-
-    def record_size(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        sizes.append(storage.nbytes())
-        return storage
-
-    records = _record_sizes(file) if zipped else None
-    if not isinstance(file, Path):
-        file.seek(0)
-    # The format of torch before 1.6 is no zip archive and cannot be mapped.
-    tree = torch.load(file, map_location=record_size, weights_only=True, mmap=mapped and zipped)
-    if zipped and sorted(sizes) != records:
-        raise BadZipFile("storages of other sizes than their records")
-    return tree
-
-
-def map_tensor(path: Path, start: int, length: int) -> Tensor:
+def map_tensor(path: Path, start: int, length: int, check_bytes: bool = True) -> Tensor:
     """Reads the single tensor of a torch.save archive within a file, in its stored shape and dtype.
 
-    Returns a view of the mapped file if its bytes are aligned to its items, else a copy. Raises CheckpointError as
-    `load` does.
+    Returns a view of the mapped file if its bytes are aligned to its items, else a copy. check_bytes: compares their
+    checksum. Raises CheckpointError as `load` does.
     """
-    with damage_as_error(f"{path} at {start}"), _allow_only(()), path.open("rb") as file:
-        window = FileWindow(file, start, length)
-        if not is_zipfile(window):
-            raise BadZipFile("no archive")
-        window.seek(0)
-        # On "meta" no bytes are read and no memory is allocated, whatever size an archive claims.
-        frame = torch.load(window, map_location="meta", weights_only=True)
-        if not isinstance(frame, Tensor) or frame.layout is not torch.strided:
-            raise ValueError("no tensor")
-        offset, size = _only_storage(window)
-        if size != frame.untyped_storage().nbytes():
-            raise ValueError(f"{size} bytes for a tensor of {frame.untyped_storage().nbytes()}")
-        # A private map: changes to the tensor do not reach the file.
-        data = np.memmap(file, np.uint8, "c", start + offset, (size,)) if size else np.empty(0, np.uint8)
-        if data.ctypes.data % frame.dtype.itemsize:
-            data = np.array(data)
-        flat = torch.from_numpy(data).view(frame.dtype)
-        return flat.as_strided(frame.size(), frame.stride(), frame.storage_offset())
+    where = f"{path} at {start}"
+    with damage_as_error(where), path.open("rb") as file:
+        tensor = tensor_check.check_tensor(where, _load_archive(file, start, length, (), mapped=True))
+    if not check_bytes:
+        tensor.untyped_storage().unchecked_record = None
+    return check_stored(where, tensor)
 
 
-def _only_storage(window: BinaryIO) -> tuple[int, int]:
-    """Returns offset and size of the data of an archive with one storage. Raises ValueError for any other archive."""
-    with ZipFile(window) as archive:
-        infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        storages = [info for name, info in infos.items() if name.startswith("data/")]
-        order = infos.get("byteorder")
-        plain = all(info.compress_type == ZIP_STORED for info in infos.values())
-        native = not order or (plain and archive.read(order) == sys.byteorder.encode())
-    if len(storages) != 1 or not plain or not native:
-        raise ValueError("not one storage, stored plainly in this machine's byte order")
-    offset = data_offset(window, storages[0])
-    size = storages[0].file_size
-    if size != storages[0].compress_size or offset + size > window.length:
-        raise ValueError("a storage that does not lie within its archive")
-    return offset, size
+def check_stored(where: str, tensor: Tensor) -> Tensor:
+    """Returns a mapped tensor of any shape once the bytes of its storage have their checksum, which is compared once.
+
+    Raises CheckpointError if they do not.
+    """
+    storage = tensor.untyped_storage()
+    record: ZipRecord | None = getattr(storage, "unchecked_record", None)
+    if record is not None:
+        with damage_as_error(where):
+            record.check(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+        storage.unchecked_record = None
+    return tensor
+
+
+def _check(where: str, tree: object) -> object:
+    pickle_limits.check_tree(where, tree)
+    tensor_check.check_tree(where, tree)
+    return tree
+
+
+def _load_archive(
+    file: BinaryIO, start: int, length: int, stand_ins: Sequence[tuple[object, str]], mapped: bool
+) -> object:
+    records = zip_records.read_records(FileWindow(file, start, length), length)
+    storages = ArchiveStorages(file, start, length, records, mapped)
+    if PICKLE not in records:
+        raise BadZipFile(f"no record {PICKLE}")
+    tree = TensorUnpickler(io.BytesIO(storages.read(PICKLE)), storages.find, stand_ins).load()
+    storages.check_all_used()
+    return tree
+
+
+class ArchiveStorages:
+    """The storages of an archive within a file, by key. Raises BadZipFile for one that its record does not hold."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int, records: Mapping[str, ZipRecord], mapped: bool):
+        self._file, self._start = file, start
+        self._records = records
+        self._mapped, self._whole = mapped, None
+        if mapped and start == 0:
+            # A private map, as all here: changes to a tensor do not reach the file. It keeps no file open.
+            self._whole = torch.UntypedStorage.from_file(file.name, False, length)
+        order = self.read(BYTE_ORDER) if BYTE_ORDER in records else BYTE_ORDERS[0]
+        if order not in BYTE_ORDERS:
+            raise BadZipFile(f"byte order {order[:20]!r}")
+        self._is_native = order == sys.byteorder.encode()
+        self._elements: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> bytes:
+        """Reads a whole record."""
+        record = self._records[name]
+        self._file.seek(self._start + record.offset)
+        data = self._file.read(record.size)
+        record.check(data)
+        return data
+
+    def find(self, key: str, dtype: torch.dtype, numel: int) -> Tensor:
+        """Returns the elements of a storage, (numel,) in its dtype: a view of the mapped file, or a copy."""
+        if key not in self._elements:
+            record = self._records.get(f"data/{key}")
+            if record is None or record.size != numel * dtype.itemsize:
+                found = "no record" if record is None else f"{record.size} bytes"
+                raise BadZipFile(f"storage {key[:40]!r} of {numel * dtype.itemsize} bytes: {found}")
+            self._elements[key] = self._read_storage(record, dtype)
+        elements = self._elements[key]
+        if (elements.dtype, elements.numel()) != (dtype, numel):
+            raise BadZipFile(f"storage {key[:40]!r} as {elements.dtype} and as {dtype}")
+        return elements
+
+    def check_all_used(self) -> None:
+        """Checks that the pickle refers to every storage of the archive."""
+        unused = {name for name in self._records if name.startswith("data/")} - {
+            f"data/{key}" for key in self._elements
+        }
+        if unused:
+            raise BadZipFile(f"{len(unused)} storages that nothing refers to, such as {min(unused)}")
+
+    def _read_storage(self, record: ZipRecord, dtype: torch.dtype) -> Tensor:
+        if not record.size:
+            return torch.empty(0, dtype=dtype)
+        data = self._map_record(record) if self._mapped and self._is_native else None
+        if data is not None and data.data_ptr() % dtype.itemsize == 0:
+            data.untyped_storage().unchecked_record = record
+            return data.view(dtype)
+        content = np.frombuffer(bytearray(self.read(record.name)), np.uint8)
+        if not self._is_native and dtype.itemsize > 1:
+            content.view(f"u{dtype.itemsize}").byteswap(inplace=True)
+        return torch.from_numpy(content).view(dtype)
+
+    def _map_record(self, record: ZipRecord) -> Tensor | None:
+        """Maps a record's bytes, (size,) uint8; None for a small one of an archive within a file.
+
+        Each map of a part of a file keeps it open: a process may have only a thousand.
+        """
+        if self._whole is not None:
+            part = self._whole[record.offset : record.offset + record.size]
+            return torch.empty(0, dtype=torch.uint8).set_(part)
+        if record.size < SMALL_BYTES:
+            return None
+        start = self._start + record.offset
+        return torch.from_numpy(np.memmap(self._file, np.uint8, "c", start, (record.size,)))
 
 
 class FileWindow(io.RawIOBase):
@@ -145,21 +214,6 @@ class FileWindow(io.RawIOBase):
 
 
 @contextmanager
-def _allow_only(stand_ins: Sequence[tuple[object, str]]) -> Iterator[None]:
-    """Allows files to name these classes, and none that another library of this process has allowed."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    if stand_ins:
-        member = pickle_enums.enum_stand_ins(kind for kind, _ in stand_ins)
-        torch.serialization.add_safe_globals([*stand_ins, (member, ".".join(pickle_enums.GETATTR))])
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-
-
-@contextmanager
 def damage_as_error(where: str) -> Iterator[None]:
     """Turns the errors of reading a damaged or hostile torch.save file into CheckpointError."""
     try:
@@ -167,30 +221,13 @@ def damage_as_error(where: str) -> Iterator[None]:
     except FileNotFoundError:
         raise CheckpointError(Problem(where, "a file", "nothing there")) from None
     except pickle.UnpicklingError as error:
-        # Without torch's own advice, which is to trust the file.
-        reason = str(error).split("Check the documentation")[0].split("Please use")[0]
-        reason = " ".join(reason.rpartition("WeightsUnpickler error:")[2].split())
         hint = "Loading it could run code."
-        raise CheckpointError(Problem(where, "tensors and plain values", reason, hint)) from None
+        raise CheckpointError(Problem(where, "tensors and plain values", f"{error}", hint)) from None
     except DAMAGE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise CheckpointError(Problem(where, "a whole file of torch.save", reason, "Download it again.")) from None
-
-
-def _record_sizes(file: Path | BinaryIO) -> list[int]:
-    """Returns the sizes of the storages' records.
-
-    torch maps each record as it lies in the archive and trusts the pickle about its size: a compressed or shorter
-    record would read as other numbers.
-    """
-    with ZipFile(file) as archive:
-        records = archive.infolist()
-    names = [record.filename for record in records]
-    if len(set(names)) < len(names) or any(record.compress_type != ZIP_STORED for record in records):
-        raise BadZipFile("records that are packed, or there twice")
-    return sorted(record.file_size for record in records if record.filename.partition("/")[2].startswith("data/"))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -205,7 +242,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             errors.add(repr(name), "a tensor by its name", type(value).__name__)
-        elif value.layout is not torch.strided or not value.is_floating_point():
-            errors.add(name, "a dense tensor of floating-point numbers", f"{value.layout}, {value.dtype}")
+        elif not value.is_floating_point():
+            errors.add(name, "a tensor of floating-point numbers", f"{value.dtype}")
     errors.raise_if_any()
     return state

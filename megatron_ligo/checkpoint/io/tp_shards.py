@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.checkpoint.io import digest
+from megatron_ligo.checkpoint.io import digest, torch_files
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import common_dtype
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader
@@ -61,9 +61,11 @@ def join_shards(
 ) -> Tensor:
     """Joins the canonical tensor of a key, of its global unpadded shape, from every rank's shard of a stored tensor.
 
-    A view if there is one rank and nothing to transpose. Raises CheckpointError (naming `where`) if replicas differ.
+    A view if there is one rank and nothing to transpose. Raises CheckpointError (naming `where`) if replicas differ, or
+    a shard's bytes are not those of its checksum.
     """
     param = item.params[item.keys.index(key)]
+    pieces = [torch_files.check_stored(f"{key} ({item.name}, {where})", piece) for piece in pieces]
     if item.tp_dim is None:
         pieces = [check_replicas(pieces, f"{key} ({item.name}, {where})")]
     parts = [item.extract_shard(piece, key, stored, len(pieces)) for piece in pieces]

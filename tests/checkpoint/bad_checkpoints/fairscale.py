@@ -57,6 +57,21 @@ def a_sparse_tensor(folder):
 
 
 @register(fairscale)
+def two_tensors_on_the_same_numbers(folder):
+    shared = torch.ones(26, 48)
+    edit(folder, **{GATE: shared, GATE.replace("w1", "w3"): shared})
+    return problem("layers.1.feed_forward.w3.weight", "numbers of its own", GATE)
+
+
+@register(fairscale)
+def a_bit_of_a_tensor(folder):
+    content = bytearray((folder / SECOND).read_bytes())
+    content[content.index(torch.load(folder / SECOND)[GATE].numpy().tobytes()) + 1] ^= 1
+    (folder / SECOND).write_bytes(content)
+    return problem(GATE, "a whole file", "checksum")
+
+
+@register(fairscale)
 def a_number_for_a_tensor(folder):
     edit(folder, **{GATE: 3})
     return problem(GATE, found="int")

@@ -29,7 +29,7 @@ from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, FormatOptions, WriteOptions
 from megatron_ligo.checkpoint.formats.fairscale import params_json, tokenizer_model
 from megatron_ligo.checkpoint.formats.fairscale.params_json import PARAMS
-from megatron_ligo.checkpoint.io import digest, torch_files, tp_shards
+from megatron_ligo.checkpoint.io import digest, tensor_check, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
@@ -171,6 +171,8 @@ class FairscaleReader(Reader):
                 errors.add(f"{name} ({file})", f"{self._ranks[0][name].dtype}, as rank 0", rank[name].dtype)
         for name in sorted(set(rank) - set(items) - set(NO_WEIGHTS)):
             errors.add(f"{name} ({file})", "no such tensor", "one")
+        own = {f"{name} ({file})": tensor for name, tensor in rank.items() if name in items}
+        tensor_check.check_own_bytes(own, [{f"{name} ({file})" for name in (EMBEDDING, OUTPUT)}], errors)
 
 
 def _check_layout(model_config: ModelConfig, options: WriteOptions, cut: str) -> None:

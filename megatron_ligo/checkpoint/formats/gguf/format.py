@@ -25,6 +25,7 @@ from megatron_ligo.checkpoint.formats.gguf.rope_metadata import TABLES
 from megatron_ligo.checkpoint.formats.gguf.split_files import find_model_file, read_model_header
 from megatron_ligo.checkpoint.formats.gguf.tokenizer_files import describe_left_out, write_tokenizer
 from megatron_ligo.checkpoint.formats.gguf.tokenizer_keys import ROLES, is_token_id
+from megatron_ligo.checkpoint.io import tensor_check
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
@@ -97,9 +98,9 @@ class GgufReader(Reader):
         block = self._header.tensors[name]
         data = self._data[block.path][block.offset : block.offset + block.nbytes]
         if block.type in PLAIN:
-            return torch.from_numpy(data).view(PLAIN[block.type]).reshape(block.shape)
+            return tensor_check.check_tensor(name, torch.from_numpy(data).view(PLAIN[block.type]).reshape(block.shape))
         rows = data.reshape(*block.shape[:-1], -1)
-        return torch.from_numpy(gguf.dequantize(rows, block.type))
+        return tensor_check.check_tensor(name, torch.from_numpy(gguf.dequantize(rows, block.type)))
 
     def fingerprint(self) -> object:
         stats = [(part.name, part.stat()) for part in self._parts]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_ligo.checkpoint.io import pickle_enums, pickle_limits
+from megatron_ligo.checkpoint.io.pickles import pickle_enums, pickle_limits
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 METADATA_FILE = ".metadata"
@@ -205,10 +205,19 @@ def _parse_sizes(sizes: object) -> tuple[int, ...]:
 
 
 def _check_files(folder: Path, spans: Mapping[tuple, FileSpan], errors: ErrorCollector) -> None:
-    """Checks that every file exists and covers its byte ranges, and that no file is unused."""
+    """Checks that every file exists and covers its byte ranges, that no two share bytes, and no file is unused."""
     ends: dict[str, int] = {}
-    for span in spans.values():
-        ends[span.file] = max(ends.get(span.file, 0), span.offset + span.length)
+    previous = FileSpan("", 0, 0), ""
+    tensors = [(span, name) for (name, offset), span in spans.items() if offset is not None]
+    # Objects may be one: a writer stores the layers' empty states once.
+    objects = {span: name for (name, offset), span in spans.items() if offset is None}
+    for span, name in sorted([*tensors, *objects.items()], key=lambda entry: (entry[0], len(entry[1]))):
+        # A weight in fp32 may be its own master weight, whose name ends with the weight's.
+        is_same = span == previous[0] and name.endswith(f".{previous[1]}")
+        if span.offset < ends.get(span.file, 0) and not is_same:
+            errors.add(name, f"bytes of its own in {span.file}", f"some of those of {previous[1]}")
+        if span.offset + span.length > ends.get(span.file, -1):
+            ends[span.file], previous = span.offset + span.length, (span, name)
     for file, end in sorted(ends.items()):
         path = folder / file
         size = path.stat().st_size if path.is_file() else None

@@ -80,6 +80,7 @@ class McoreReader(Reader):
         self._folder = iteration_folders.require_folder(path)
         _check_backend(self._folder / CONFIG_FILE)
         self._contents = dcp_metadata.read_metadata(self._folder)
+        self._checked_chunks: set[TensorChunk] = set()
         common = self._load_common()
         self.model_config, self.carried, self.files = arguments.read_model_config(
             self._folder, common.get("args"), accepted
@@ -159,7 +160,9 @@ class McoreReader(Reader):
 
     def _map_chunk(self, tensor: ChunkedTensor, chunk: TensorChunk, layer: int | None) -> Tensor:
         path = self._folder / chunk.file
-        block = torch_files.map_tensor(path, chunk.file_offset, chunk.file_length)
+        is_first = chunk not in self._checked_chunks
+        block = torch_files.map_tensor(path, chunk.file_offset, chunk.file_length, check_bytes=is_first)
+        self._checked_chunks.add(chunk)
         if (tuple(block.shape), block.dtype) != (chunk.shape, tensor.dtype):
             found = f"{block.dtype} {tuple(block.shape)}"
             raise CheckpointError(Problem(f"{path} at {chunk.file_offset}", f"{tensor.dtype} {chunk.shape}", found))

@@ -26,7 +26,7 @@ from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer, rope_arguments
 from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import RankFiles, has_rank_files, rank_file
-from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tp_shards
+from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tensor_check, tp_shards
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output, common_dtype
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
@@ -112,6 +112,11 @@ class MegatronReader(Reader):
             self._copies[original] = copy
         for name in sorted(set(rank_files.tensors) - {*stored_tensors, *copies}):
             errors.add(name, "no such tensor", f"{tuple(rank_files.tensors[name][0].shape)}")
+        names = {param.key: param.locations["mcore"].name for param in self.arch.params}
+        tied = [{names[param.key], names[param.tied_to]} for param in self.arch.params if param.tied_to]
+        for rank in range(rank_files.tp):
+            shards = {f"{name} (rank {rank})": tensors[rank] for name, tensors in rank_files.tensors.items()}
+            tensor_check.check_own_bytes(shards, [{f"{name} (rank {rank})" for name in pair} for pair in tied], errors)
         rank_files.read_optimizers(errors)
         errors.raise_if_any(rank_files.iter_weights)
         return padded_vocab_size
