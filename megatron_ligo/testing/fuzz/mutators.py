@@ -20,22 +20,19 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE
 from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
-from megatron_ligo.testing.fuzz import gguf_mutators, torch_dist_mutators
+from megatron_ligo.testing.fuzz import gguf_mutators, torch_dist_mutators, torch_file_mutators
 from megatron_ligo.testing.fuzz.hostile_pickles import hostile_pickles
+from megatron_ligo.testing.fuzz.json_mutators import HOSTILE_VALUES, double_json_key, edit_json, list_files, pick_file
 
 Mutate = Callable[[random.Random, Path], str | None]
 
-# Values that readers tend to mishandle.
-HOSTILE_VALUES = (
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64 + 1, 10**400, -0.0, 1e308, float("nan"), float("inf"), "", "\0", "..",
-    "../../outside", "/etc/passwd", "model\n", "\udcff", "9" * 5000, [], {}, [[]], {"": 0}, [1, "a", None],
-)  # fmt: skip
 HOSTILE_LENGTHS = (0, 1, 7, 2**31 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
 # The first bytes of a file, which describe its structure.
 HEADER_BYTES = 2048
 MARK, OUTSIDE = "it_ran", "outside"
 # Suffixes of tensor files. No link from one may lead out of a checkpoint's folder.
-TENSOR_SUFFIXES = (".safetensors", ".pt", ".pth", ".distcp")
+TENSOR_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -45,17 +42,8 @@ class Mutation:
     silent: bool = False
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _pick(draw: random.Random, folder: Path, *endings: str) -> Path | None:
-    paths = [path for path in _files(folder) if not endings or path.name.endswith(endings)]
-    return draw.choice(paths) if paths else None
-
-
 def truncate(draw: random.Random, folder: Path) -> str | None:
-    path = _pick(draw, folder)
+    path = pick_file(draw, folder)
     size = path.stat().st_size
     size_left = draw.choice((0, 1, size // 2, max(size - 1, 0), draw.randrange(size + 1)))
     os.truncate(path, size_left)
@@ -63,21 +51,21 @@ def truncate(draw: random.Random, folder: Path) -> str | None:
 
 
 def append_bytes(draw: random.Random, folder: Path) -> str | None:
-    path = _pick(draw, folder)
+    path = pick_file(draw, folder)
     with path.open("ab") as file:
         file.write(draw.randbytes(draw.choice((1, 7, 4096))))
     return f"{path.name} has extra bytes"
 
 
 def delete_file(draw: random.Random, folder: Path) -> str | None:
-    path = _pick(draw, folder)
+    path = pick_file(draw, folder)
     path.unlink()
     return f"{path.name} is deleted"
 
 
 def replace_with_non_file(draw: random.Random, folder: Path) -> str | None:
     """Replaces a file with a folder, a pipe or a link to no regular file."""
-    path = _pick(draw, folder)
+    path = pick_file(draw, folder)
     path.unlink()
     kind = draw.choice(("a folder", "a pipe", "a link to nothing", "a link to itself", "a link to /dev/zero"))
     if kind == "a folder":
@@ -91,8 +79,8 @@ def replace_with_non_file(draw: random.Random, folder: Path) -> str | None:
 
 def swap_files(draw: random.Random, folder: Path) -> str | None:
     """Swaps two files of one kind."""
-    one = _pick(draw, folder)
-    others = [path for path in _files(folder) if path.suffix == one.suffix and path != one]
+    one = pick_file(draw, folder)
+    others = [path for path in list_files(folder) if path.suffix == one.suffix and path != one]
     if not others:
         return None
     other = draw.choice(others)
@@ -107,7 +95,7 @@ def swap_files(draw: random.Random, folder: Path) -> str | None:
 
 def flip_header_bytes(draw: random.Random, folder: Path) -> str | None:
     """Changes bytes of a file's header."""
-    path = _pick(draw, folder)
+    path = pick_file(draw, folder)
     content = bytearray(path.read_bytes())
     if not content:
         return None
@@ -119,7 +107,7 @@ def flip_header_bytes(draw: random.Random, folder: Path) -> str | None:
 
 def flip_trailer_bytes(draw: random.Random, folder: Path) -> str | None:
     """Changes bytes at the end of a file, where zip archives keep their directory."""
-    path = _pick(draw, folder, ".pt", ".pth", ".zip")
+    path = pick_file(draw, folder, *TORCH_SUFFIXES, ".zip")
     if path is None:
         return None
     content = bytearray(path.read_bytes())
@@ -131,7 +119,7 @@ def flip_trailer_bytes(draw: random.Random, folder: Path) -> str | None:
 
 def corrupt_length(draw: random.Random, folder: Path) -> str | None:
     """Overwrites an 8-byte length in a header."""
-    path = _pick(draw, folder, ".safetensors", ".gguf", ".idx", ".pt", ".pth", ".distcp", ".model")
+    path = pick_file(draw, folder, ".safetensors", ".gguf", ".idx", *TORCH_SUFFIXES, ".distcp", ".model")
     if path is None:
         return None
     content = bytearray(path.read_bytes())
@@ -143,56 +131,10 @@ def corrupt_length(draw: random.Random, folder: Path) -> str | None:
     return f"{path.name} has a changed length at byte {at}"
 
 
-def _load_json(path: Path) -> tuple[object, Callable[[object], bytes]] | None:
-    """Returns a file's JSON (of a safetensors file: its header), and a function that rebuilds the file."""
-    content = path.read_bytes()
-    try:
-        if path.suffix == ".safetensors":
-            (size,) = struct.unpack("<Q", content[:8])
-            rest = content[8 + size :]
-            return json.loads(content[8 : 8 + size]), lambda text: struct.pack("<Q", len(text)) + text + rest
-        return json.loads(content), lambda text: text
-    except (ValueError, struct.error):
-        return None
-
-
-def edit_json(draw: random.Random, folder: Path) -> str | None:
-    """Changes, deletes or renames one entry of a JSON file or a safetensors header."""
-    path = _pick(draw, folder, ".json", ".safetensors")
-    loaded = path and _load_json(path)
-    if not loaded:
-        return None
-    table, rebuild = loaded
-    slots = list(_slots_of(table))
-    if not slots:
-        return None
-    holder, key = draw.choice(slots)
-    how = draw.choice(("value", "value", "value", "gone", "renamed", "deep"))
-    if how == "gone":
-        del holder[key]
-    elif how == "renamed" and isinstance(holder, dict):
-        holder[str(draw.choice(HOSTILE_VALUES))] = holder.pop(key)
-    elif how == "deep":
-        text = json.dumps(table).encode("utf-8", "surrogatepass")
-        path.write_bytes(rebuild(b"[" * 20_000 + text))
-        return f"{path.name} is nested too deeply"
-    else:
-        holder[key] = draw.choice(HOSTILE_VALUES)
-    path.write_bytes(rebuild(json.dumps(table).encode()))
-    return f"{path.name}: {key!r} {how}"
-
-
-def _slots_of(table: object):
-    items = table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ()
-    for key, value in items:
-        yield table, key
-        yield from _slots_of(value)
-
-
 def point_outside(draw: random.Random, folder: Path) -> str | None:
     """Points a name or link to a valid file outside the folder."""
     outside = folder.parent / OUTSIDE
-    path = _pick(
+    path = pick_file(
         draw,
         folder,
         "index.json",
@@ -234,7 +176,7 @@ def _list_outside_file(draw: random.Random, path: Path, other: Path, name: str) 
 
 def inject_pickle(draw: random.Random, folder: Path) -> str | None:
     """Injects a hostile pickle: as the file, as an archive's pickle, or in front of it."""
-    path = _pick(draw, folder, ".pt", ".pth", ".metadata", ".distcp")
+    path = pick_file(draw, folder, *TORCH_SUFFIXES, ".metadata", ".distcp")
     if path is None:
         return None
     name, program = draw.choice(sorted(hostile_pickles(folder.parent / MARK).items()))
@@ -254,7 +196,7 @@ def inject_pickle(draw: random.Random, folder: Path) -> str | None:
 
 def rewrite_archive(draw: random.Random, folder: Path) -> str | None:
     """Rewrites a torch archive with one record compressed, missing, shortened, oversized or named outside."""
-    path = _pick(draw, folder, ".pt", ".pth")
+    path = pick_file(draw, folder, *TORCH_SUFFIXES)
     if path is None or not zipfile.is_zipfile(path):
         return None
     how = draw.choice(("packed", "gone", "led out", "bomb", "shorter"))
@@ -278,15 +220,24 @@ def rewrite_archive(draw: random.Random, folder: Path) -> str | None:
     return f"{path.name}: {chosen.filename} {how}"
 
 
+def edit_torch_file(draw: random.Random, folder: Path) -> str | None:
+    """Lets a torch.save file describe its storages in two ways, or leave some out."""
+    path = pick_file(draw, folder, *TORCH_SUFFIXES)
+    if path is None:
+        return None
+    edit = torch_file_mutators.edit_headers if zipfile.is_zipfile(path) else torch_file_mutators.edit_old_file
+    return edit(draw, path)
+
+
 def edit_chunk_metadata(draw: random.Random, folder: Path) -> str | None:
     """Edits the metadata of a distributed checkpoint's tensors and chunks."""
-    path = _pick(draw, folder, METADATA_FILE)
+    path = pick_file(draw, folder, METADATA_FILE)
     return path and torch_dist_mutators.edit_metadata(draw, path, HOSTILE_VALUES, HOSTILE_LENGTHS)
 
 
 def inject_chunk(draw: random.Random, folder: Path) -> str | None:
     """Replaces one chunk's archive in a distributed checkpoint with a hostile pickle."""
-    path = _pick(draw, folder, METADATA_FILE)
+    path = pick_file(draw, folder, METADATA_FILE)
     if path is None:
         return None
     name, program = draw.choice(sorted(hostile_pickles(folder.parent / MARK).items()))
@@ -295,7 +246,7 @@ def inject_chunk(draw: random.Random, folder: Path) -> str | None:
 
 def edit_text(draw: random.Random, folder: Path) -> str | None:
     """Deletes, doubles or changes a line of a TOML file or a tag."""
-    path = _pick(draw, folder, ".toml", "latest", "latest_universal")
+    path = pick_file(draw, folder, ".toml", "latest", "latest_universal")
     if path is None:
         return None
     lines = path.read_text().splitlines()
@@ -332,6 +283,9 @@ MUTATIONS = (
     Mutation("points outside", point_outside),
     Mutation("hostile pickle", inject_pickle),
     Mutation("rewritten archive", rewrite_archive),
+    Mutation("edited torch file", edit_torch_file),
+    Mutation("edited torch file", edit_torch_file),
+    Mutation("doubled JSON key", double_json_key),
     Mutation("edited chunk metadata", edit_chunk_metadata, silent=True),
     Mutation("hostile chunk", inject_chunk),
     Mutation("edited text", edit_text, silent=True),

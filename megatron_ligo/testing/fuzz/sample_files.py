@@ -28,7 +28,7 @@ from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.initial_operator import InitialOperator
 from megatron_ligo.models.full.universal_loading import check_files_are_safe
 from megatron_ligo.sharding import fused_tensors
-from megatron_ligo.testing.fuzz import torch_dist_mutators
+from megatron_ligo.testing.fuzz import torch_dist_mutators, torch_file_mutators
 from megatron_ligo.testing.fuzz.engine_samples import write_engine_files
 from megatron_ligo.training.checkpointing import run_checkpoints
 
@@ -110,6 +110,16 @@ def read_checkpoint(folder: Path) -> dict:
 def _write_checkpoint(to: str, **options) -> WriteSample:
     def make(folder: Path, seed: int) -> None:
         convert(RandomModelReader(seed), folder / MODEL, to, WriteOptions(**options))
+
+    return make
+
+
+def _write_torch_weights(is_zip: bool) -> WriteSample:
+    """Writes a Hugging Face folder with pytorch_model.bin, in torch's form of today or before 1.6."""
+
+    def make(folder: Path, seed: int) -> None:
+        _write_checkpoint("hf")(folder, seed)
+        torch_file_mutators.to_torch_file(folder / MODEL, is_zip)
 
     return make
 
@@ -248,6 +258,8 @@ SAMPLES = (
     Sample("hf", _write_checkpoint("hf"), read_checkpoint),
     Sample("hf, sharded", _write_checkpoint("hf", extra={"shard_bytes": 4000}), read_checkpoint),
     Sample("gguf", _write_gguf, read_checkpoint),
+    Sample("hf, torch file", _write_torch_weights(True), read_checkpoint),
+    Sample("hf, old torch file", _write_torch_weights(False), read_checkpoint),
     Sample("universal", _write_checkpoint("universal"), read_checkpoint),
     Sample("deepspeed", _write_checkpoint("deepspeed", tp=2), read_checkpoint),
     Sample("deepspeed, ZeRO 2", _write_engine(2), read_checkpoint),

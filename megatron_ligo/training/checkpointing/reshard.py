@@ -12,8 +12,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.formats.deepspeed.engine_rank import read_param_shapes
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
-from megatron_ligo.checkpoint.formats.deepspeed.reader import read_param_shapes
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem

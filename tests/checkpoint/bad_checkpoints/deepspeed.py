@@ -271,3 +271,47 @@ def negative_shape(folder):
 def shape_beyond_the_partition(folder):
     edit(folder, ZERO3_MODEL_STATES, lambda state: state["param_shapes"][0].update({NORM: torch.Size([10**9])}))
     return problem(where=NORM, expected="3864 elements", found="500000000")
+
+
+@register(zero1)
+def fragments_on_the_same_numbers(folder):
+    def change(state):
+        addresses = list(state["param_slice_mappings"][0].values())
+        addresses[1].start = addresses[0].start
+
+    edit_optimizer(folder, change)
+    return problem(where="data-parallel rank 1", expected="numbers of its own", found="those of")
+
+
+@register(zero1)
+def moments_on_the_same_numbers(folder):
+    def change(state):
+        moments = state["base_optimizer_state"]["state"][0]
+        moments["exp_avg_sq"] = moments["exp_avg"]
+
+    edit_optimizer(folder, change)
+    return problem(where="exp_avg_sq of group 0", expected="numbers of its own", found="exp_avg of group 0")
+
+
+@register(zero1)
+def two_parameters_on_the_same_numbers(folder):
+    first = QKV.replace("layers.1", "layers.0")
+    edit(folder, MODEL_STATES, lambda state: state["module"].update({QKV: state["module"][first]}))
+    return problem(where=QKV, expected="numbers of its own", found=first)
+
+
+@register(zero3)
+def a_frozen_parameter_in_parts_of_another_length(folder):
+    for dp_rank in (0, 1):
+        for mp_rank in (0, 1):
+            name = f"zero_pp_rank_{dp_rank}_mp_rank_{mp_rank:02d}_model_states.pt"
+            parts = {"frozen_param_shapes": {NORM: (48,)}, "frozen_param_fragments": {NORM: torch.ones(24 - dp_rank)}}
+            edit(folder, name, lambda state, parts=parts: state.update(parts))
+    return problem(where=f"{NORM} (rank 0 of 2), frozen", expected="24 elements on 2")
+
+
+@register(zero3)
+def a_frozen_parameter_on_one_rank_only(folder):
+    parts = {"frozen_param_shapes": {NORM: (48,)}, "frozen_param_fragments": {NORM: torch.ones(24)}}
+    edit(folder, ZERO3_MODEL_STATES, lambda state: state.update(parts))
+    return problem(where="mp_rank_00", expected="frozen_param_fragments on every data-parallel rank")

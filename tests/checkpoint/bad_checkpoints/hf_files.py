@@ -88,6 +88,33 @@ def a_header_with_one_name_twice(folder):
 
 
 @register(single)
+def a_header_with_many_names_twice(folder):
+    """Told in linear time."""
+    header, rest = header_of(folder / MODEL)
+    entry = json.dumps({"dtype": "F32", "shape": [0], "data_offsets": [len(rest), len(rest)]})
+    names = ", ".join(f'"x{number}": {entry}' for number in (*range(40_000), *range(40_000)))
+    put_header(folder / MODEL, f"{json.dumps(header)[:-1]}, {names}}}".encode(), rest)
+    return problem(MODEL, found="the key 'x0' and 39999 more keys twice")
+
+
+@register(single)
+def metadata_with_one_name_twice(folder):
+    header, rest = header_of(folder / MODEL)
+    text = json.dumps(header).replace('{"format": "pt"}', '{"format": "pt", "format": "tf"}')
+    put_header(folder / MODEL, text.encode(), rest)
+    return problem(MODEL, found="'format'")
+
+
+@register(single)
+def a_header_that_leaves_bytes_out(folder):
+    header, rest = header_of(folder / MODEL)
+    for name in set(header) - {"__metadata__"}:
+        header[name]["data_offsets"] = [offset + 4 for offset in header[name]["data_offsets"]]
+    put_header(folder / MODEL, header, bytes(4) + rest)
+    return problem(MODEL)
+
+
+@register(single)
 def a_link_out_of_the_folder(folder):
     path = folder / MODEL
     path.rename(folder.parent / "elsewhere.safetensors")
@@ -173,3 +200,23 @@ def an_index_without_its_map(folder):
 def no_index(folder):
     (folder / INDEX).unlink()
     return problem(expected=INDEX)
+
+
+@register(sharded)
+def an_index_with_one_name_twice(folder):
+    text = (folder / INDEX).read_text()
+    start = text.index('"lm_head.weight"')
+    (folder / INDEX).write_text(f'{text[:start]}"lm_head.weight": "{first_shard(folder).name}", {text[start:]}')
+    return problem(INDEX, found="lm_head.weight")
+
+
+@register(sharded)
+def an_index_to_half_a_character(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "\ud800"}))
+    return problem(where="\\ud800")
+
+
+@register(sharded)
+def an_index_to_an_endless_name(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "a" * 5000}))
+    return problem(where="aaaa")

@@ -109,3 +109,57 @@ def tag_that_is_a_link(folder):
     (folder / "global_step0").rename(folder.parent / "elsewhere")
     (folder / "global_step0").symlink_to("../elsewhere")
     return problem(where="global_step0", found="link")
+
+
+def set_steps(folder: Path, steps: dict[str, object]) -> None:
+    """Adds moments of zeros and these steps to the parameters whose names end so; step 7 to the others."""
+    for path in (folder / "global_step0" / "zero").iterdir():
+        if path.is_dir():
+            value = next((step for name, step in steps.items() if path.name.endswith(name)), 7)
+            (path / "step.pt").unlink(missing_ok=True)
+            if value is not None:
+                torch.save(value, path / "step.pt")
+
+
+@register(universal)
+def steps_that_differ(folder):
+    set_steps(folder, {"final_layernorm.weight": torch.tensor(9.0)})
+    return problem("zero", "one Adam step", "9 of decoder.final_layernorm.weight") + problem(found="7 of embedding")
+
+
+@register(universal)
+def one_parameter_without_a_step(folder):
+    set_steps(folder, {"final_layernorm.weight": None})
+    return problem("zero", "one Adam step", "none of decoder.final_layernorm.weight")
+
+
+@register(universal)
+def steps_of_the_optimizer_that_differ(folder):
+    set_steps(folder, {"": None})
+    path = folder / "global_step0" / "zero" / "optimizer_state.pt"
+    state = torch.load(path)
+    base = {"state": {0: {"step": torch.tensor(3.0)}, 1: {"step": torch.tensor(4.0)}}, "param_groups": [{}]}
+    torch.save({**state, "optimizer_state_dict": base}, path)
+    return problem("zero", "one Adam step", "3 of param group 0") + problem(found="4 of param group 1")
+
+
+@register(universal)
+def a_step_that_is_no_number(folder):
+    set_steps(folder, {"final_layernorm.weight": torch.tensor(1.5)})
+    return problem("final_layernorm.weight", "Adam's step count", "1.5")
+
+
+@register(universal)
+def a_bit_of_a_moment(folder):
+    path = parameter(folder, "decoder.final_layernorm.weight") / "exp_avg.pt"
+    torch.save({"param": torch.full((48,), 0.5)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((48,), 0.5).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    return problem("exp_avg.pt", found="checksum")
+
+
+@register(universal)
+def parameter_of_expanded_numbers(folder):
+    torch.save({"param": torch.ones(1, 1).expand(104, 48)}, parameter(folder) / "fp32.pt")
+    return problem("param", "a dense tensor", "share")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
+from megatron_ligo.common.errors import CheckpointError
 from tests.checkpoint import hf_models
 
 LAYER = "decoder.layers.1"
@@ -77,3 +80,27 @@ def test_tag_folder_with_flat_tensors_is_read(tmp_path):
     for path in tag.glob("zero/*/fp32.pt"):
         torch.save(torch.load(path)["param"].flatten(), path)
     hf_models.assert_same(formats.open(tag), formats.open(folder))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_of_transformers(tmp_path, prefix):
+    """As DeepSpeed's converter writes them for an engine that trained a model of transformers."""
+    model, folder = hf_models.saved(tmp_path / "a")
+    convert(formats.open(folder), tmp_path / "b", "universal")
+    zero = tmp_path / "b" / "global_step0" / "zero"
+    for path in zero.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    for name, tensor in model.state_dict().items():
+        (zero / (prefix + name)).mkdir()
+        for number, file in enumerate(("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt")):
+            torch.save({"param": tensor + number}, zero / (prefix + name) / file)
+        torch.save(torch.tensor(5.0), zero / (prefix + name) / "step.pt")
+    reader = formats.open(tmp_path / "b")
+    hf_models.assert_same(reader, formats.open(folder))
+    assert (reader.step, reader.has_moments) == (5, True)
+    assert torch.equal(reader.read("final_norm", "exp_avg"), model.model.norm.weight + 1)
+    shutil.rmtree(zero / f"{prefix}model.norm.weight")
+    with pytest.raises(CheckpointError) as error:
+        formats.open(tmp_path / "b")
+    assert [problem.where for problem in error.value.problems] == [f"{zero / 'model.norm.weight' / 'fp32.pt'}"]

@@ -108,15 +108,43 @@ def module_only(folder: str, model_config: ModelConfig, layout: dict, bf16: bool
     return result
 
 
-def transformers_model(folder: str, model_config: ModelConfig, zero: int) -> None:
-    """A model of transformers in a plain engine saves FOLDER; truth.pt in it is what the engine gives out."""
+class Wrapper(torch.nn.Module):
+    """A model below another name, as torch.compile and data parallelism put it."""
+
+    def __init__(self, name: str, model: torch.nn.Module):
+        super().__init__()
+        self.add_module(name, model)
+
+    def forward(self, *arguments: object) -> object:
+        (model,) = self.children()
+        return model(*arguments)
+
+
+def transformers_model(
+    folder: str,
+    model_config: ModelConfig,
+    zero: int,
+    frozen: str = "",
+    wrappers: tuple[str, ...] = (),
+    bf16: bool = False,
+) -> None:
+    """A model of transformers in a plain engine saves FOLDER; truth.pt in it is what the engine gives out.
+
+    frozen: a part of the names of parameters that are not trained; wrappers: names of modules around the model.
+    """
     model = hf_llama(model_config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or frozen not in name)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-2}},
     }
+    if bf16:
+        config["bf16"] = {"enabled": True}
     model.config.save_pretrained(folder)
+    for name in wrappers:
+        model = Wrapper(name, model)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     ids = tokens(model_config)
     for _ in range(BEFORE):
@@ -124,6 +152,8 @@ def transformers_model(folder: str, model_config: ModelConfig, zero: int) -> Non
         engine.step()
     truth = {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         moments = [safe_get_full_optimizer_state(parameter, kind).clone() for kind in ("exp_avg", "exp_avg_sq")]
         truth[name] = [safe_get_full_fp32_param(parameter).detach().clone(), *moments]
     engine.save_checkpoint(folder)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.utils import zero_to_fp32
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
@@ -104,3 +105,38 @@ def test_a_model_of_transformers_in_an_engine(pools, tmp_path, zero):
     for key in reader.keys():  # noqa: SIM118 - no dict
         for kind, expected in zip((WEIGHT, *MOMENTS), truth[hf_name(reader.arch, key)], strict=True):
             assert torch.equal(reader.read(key, kind), expected), (key, kind)
+
+
+# zero; what is frozen; the modules around the model; bf16
+PARTLY_TRAINED = [
+    (1, "layers.0.", (), False),
+    (2, "embed", ("module",), True),
+    (3, "layers.0.", ("_orig_mod", "module"), False),
+    (3, "embed", (), True),
+]
+
+
+@pytest.mark.parametrize("zero, frozen, wrappers, bf16", PARTLY_TRAINED, ids=str)
+def test_frozen_parameters_and_wrapped_models(pools, tmp_path, zero, frozen, wrappers, bf16):
+    """Every weight is the one that DeepSpeed's own tool recovers. That moments are not read, as some lack, is said."""
+    folder = tmp_path / "engine"
+    case = {"zero": zero, "frozen": frozen, "wrappers": wrappers, "bf16": bf16}
+    pools(2).run(engine_cases.transformers_model, folder=str(folder), model_config=model_config_of(), **case)
+    if zero == 1:
+        # DeepSpeed records frozen parameters from ZeRO 2 on; the module states hold them.
+        states = torch.load(folder / "global_step2" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        expected = {**states, **zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder))}
+    else:
+        expected = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    reader = formats.open(folder)
+    prefix = "".join(f"{name}." for name in reversed(wrappers))
+    dtypes = set()
+    for key in reader.keys():  # noqa: SIM118 - no dict
+        name = hf_name(reader.arch, key)
+        assert torch.equal(reader.read(key), expected[prefix + name]), key
+        assert reader.info(key).dtype == expected[prefix + name].dtype
+        dtypes.add((reader.info(key).dtype, frozen in name))
+    assert dtypes == {(torch.bfloat16 if bf16 else torch.float32, True), (torch.float32, False)}
+    assert not reader.has_moments and "frozen" in reader.unread[0]
+    outcome = convert(reader, tmp_path / "converted", "universal")
+    assert any("Adam's state" in line for line in outcome.left_behind)

@@ -16,6 +16,12 @@ from pathlib import Path
 
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
+from megatron_ligo.checkpoint.formats.deepspeed.engine_rank import (
+    EngineRank,
+    read_frozen,
+    read_module_state,
+    read_param_shapes,
+)
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     LATEST,
@@ -24,13 +30,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     has_model_states,
     model_states_file,
 )
-from megatron_ligo.checkpoint.formats.deepspeed.reader import (
-    EngineRank,
-    EngineReader,
-    find_root,
-    read_module_state,
-    read_param_shapes,
-)
+from megatron_ligo.checkpoint.formats.deepspeed.reader import EngineReader, find_root
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
@@ -58,8 +58,9 @@ def _read_rank(files: EngineFiles, mp_rank: int, errors: ErrorCollector) -> Engi
     optim_states = files.optim_states[mp_rank]
     optimizer_states = [ZeroOptimizerState(optim_states, param_shapes, where, errors)] if optim_states else []
     trained = {name: shape for shapes in param_shapes for name, shape in shapes.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in module_state.items()} | trained
-    return EngineRank(module_state, shapes, set(trained), optimizer_states)
+    frozen_shapes, frozen = read_frozen(state, files.frozen_fragments[mp_rank], where, errors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module_state.items()} | dict(frozen_shapes) | trained
+    return EngineRank(module_state, shapes, set(trained), optimizer_states, frozen)
 
 
 class EngineFormat(Format):

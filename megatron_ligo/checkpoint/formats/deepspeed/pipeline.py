@@ -24,6 +24,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.deepspeed.engine import build_run_counters
+from megatron_ligo.checkpoint.formats.deepspeed.engine_rank import EngineRank, read_module_state, read_param_shapes
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     LATEST,
@@ -32,13 +33,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
     layer_states_file,
     model_states_file,
 )
-from megatron_ligo.checkpoint.formats.deepspeed.reader import (
-    EngineRank,
-    EngineReader,
-    find_root,
-    read_module_state,
-    read_param_shapes,
-)
+from megatron_ligo.checkpoint.formats.deepspeed.reader import EngineReader, find_root
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size

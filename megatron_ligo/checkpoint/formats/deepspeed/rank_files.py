@@ -13,7 +13,7 @@ No code of a file is executed: stand-ins replace DeepSpeed's pickled classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +25,8 @@ LATEST = "latest"
 MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 OPTIM_STATES = re.compile(r"(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
 LAYER_STATES = re.compile(r"layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt")
+# Keys of a model-states file: parameters that the optimizer does not train.
+FROZEN_FRAGMENTS, FROZEN_SHAPES = "frozen_param_fragments", "frozen_param_shapes"
 # A recorded world size may exceed the number of files by at most this much; a larger one is corrupt.
 MAX_MISSING_RANKS = 1000
 MAX_LISTED_RANKS = 8
@@ -83,7 +85,8 @@ class EngineFiles:
 
     model_states: module state of each model-parallel rank; optim_states: for each model-parallel rank, the optimizer
     states of its data-parallel ranks in order ([] without optimizer files); layer_states: state of each (layer,
-    tensor-parallel rank); zero_stage: 0 to 3. Raises CheckpointError with all errors.
+    tensor-parallel rank); frozen_fragments: for each model-parallel rank, the parts of frozen parameters by name that
+    its data-parallel ranks hold under ZeRO 3, in order; zero_stage: 0 to 3. Raises CheckpointError with all errors.
     """
 
     def __init__(self, tag_folder: Path, operator: bool = False):
@@ -111,6 +114,7 @@ class EngineFiles:
         self._errors.raise_if_any()
         dp_rank = 0 if self.is_zero3 else None
         self.model_states = {mp: self._load(model_paths[mp, dp_rank]) for mp in range(self.mp_world_size)}
+        self.frozen_fragments = {mp: self._load_frozen(mp, model_paths) for mp in range(self.mp_world_size)}
         self.optim_states = {
             mp: [self._load(optim_paths[mp, dp]) for dp in range(self.dp_world_size)] if optim_paths else []
             for mp in range(self.mp_world_size)
@@ -118,6 +122,17 @@ class EngineFiles:
         self.layer_states = {layer_rank: self._load(path) for layer_rank, path in layer_paths.items()}
         self._errors.raise_if_any()
         self.zero_stage = 3 if self.is_zero3 else self._read_zero_stage()
+
+    def _load_frozen(self, mp_rank: int, model_paths: dict) -> list[dict]:
+        first = self.model_states[mp_rank].get(FROZEN_FRAGMENTS)
+        if not self.is_zero3 or not first:
+            return []
+        others = (self._load(model_paths[mp_rank, dp]).get(FROZEN_FRAGMENTS) for dp in range(1, self.dp_world_size))
+        fragments = [first, *others]
+        if not all(isinstance(by_name, Mapping) for by_name in fragments):
+            self._errors.add(_rank_name(mp_rank, None), f"{FROZEN_FRAGMENTS} on every data-parallel rank", "on some")
+            return []
+        return [{str(name): fragment for name, fragment in by_name.items()} for by_name in fragments]
 
     def _read_zero_stage(self) -> int:
         """Returns the ZeRO stage; 0 without partitions. A bf16 optimizer records none and partitions as ZeRO 1."""

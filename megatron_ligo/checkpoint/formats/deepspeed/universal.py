@@ -6,12 +6,14 @@
     DIR/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
     DIR/dims.json, manifest.json              this program's, which DeepSpeed does not read
 
-NAME is Megatron-core's. Weights are fp32, as the format requires; the cast from bf16 is exact. The settings of Adam's
-param groups are stored under a key that DeepSpeed does not read, so that a run keeps its own.
+NAME is Megatron-core's, or transformers' if an engine trained such a model (read only). Weights are fp32, as the format
+requires; the cast from bf16 is exact. The settings of Adam's param groups are stored under a key that DeepSpeed does
+not read, so that a run keeps its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,10 @@ from megatron_ligo.arch.spec import Pack
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
+from megatron_ligo.checkpoint.formats.deepspeed.param_names import match_naming
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import STAND_INS
+from megatron_ligo.checkpoint.formats.hf import tensor_names
+from megatron_ligo.checkpoint.formats.hf.common_prefix import explain_other_names
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
@@ -43,6 +48,8 @@ FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
 DS_VERSION = "0.19.8"
 # DeepSpeed zips these with the optimizer's param groups, and skips groups beyond them.
 PARAM_GROUPS = 8
+STEP_FILE = "step.pt"
+MOST_LISTED_STEPS = 4
 # Not `param_groups`: DeepSpeed would replace the run's own settings by those.
 SETTINGS = "settings_of_source"
 
@@ -62,12 +69,11 @@ class UniversalReader(Reader):
         self.model_config, self.carried = model_record.read(root, accepted)
         self.files = model_record.find_carried_files(root)
         global_steps = self._read_global_steps()
-        stored_tensors = fused_tensors.stored_tensors(self.arch, self.model_config, "mcore")
+        stored_tensors = self._find_folders()
         self._has_moments = False
         self._weights = self._check(stored_tensors)
         optimizer = self._load_optimizer() if self._has_moments else {}
-        first_name = next(iter(stored_tensors))
-        self.step = self._read_adam_step(first_name, optimizer, global_steps) if self._has_moments else global_steps
+        self.step = self._read_adam_step(stored_tensors, optimizer, global_steps) if self._has_moments else global_steps
         self.groups = adam_groups.read_settings(optimizer.get("param_groups")) or adam_groups.read_settings(
             optimizer.get(SETTINGS)
         )
@@ -84,7 +90,31 @@ class UniversalReader(Reader):
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         stored = self._stored_by_key[key]
         tensor = self._weights[stored.name] if kind == WEIGHT else self._load(stored, kind)
+        torch_files.check_stored(f"{self._folders[stored.name] / FILES[kind]}", tensor)
         return stored.extract(tensor, key, self.model_config)
+
+    def _find_folders(self) -> dict[str, fused_tensors.StoredTensor]:
+        """Returns the model's tensors under the naming of the parameters' folders, and sets each one's folder."""
+        folders = {folder.name for folder in self._zero_folder.iterdir() if folder.is_dir()}
+        if self.model_config.num_layers > len(folders):
+            expected = f"at most {len(folders)}, the number of parameters"
+            raise CheckpointError(Problem("num_layers", expected, self.model_config.num_layers))
+        naming, renaming = match_naming(self.arch, self.model_config, folders)
+        renaming.report(f"{self.path}")
+        originals = {renaming.apply(name): name for name in folders}
+        names = {}
+        if naming == tensor_names.FORMAT:
+            self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, originals)
+            located = tensor_names.locate_tensors(self.arch, self.model_config, originals)
+            names = {name: stored.name for name, stored in located.items()}
+        stored_tensors = fused_tensors.stored_tensors(self.arch, self.model_config, naming)
+        names = {name: names.get(name, name) for name in stored_tensors}
+        if not any(name in originals for name in names.values()):
+            errors = ErrorCollector(f"{self._tag_folder} does not hold the model of its config", CheckpointError)
+            explain_other_names(folders, list(names.values()), f"{self._zero_folder}", errors)
+            errors.raise_if_any()
+        self._folders = {name: self._zero_folder / originals.get(other, other) for name, other in names.items()}
+        return stored_tensors
 
     def _read_global_steps(self) -> int:
         for path in (self._tag_folder / name for name in STATES):
@@ -102,19 +132,46 @@ class UniversalReader(Reader):
         state = torch_files.load(path, STAND_INS) if path.is_file() else {}
         return state if isinstance(state, dict) else {}
 
-    def _read_adam_step(self, name: str, optimizer: dict, default: int) -> int:
-        """Returns Adam's own step count: stored with each parameter, or (from ZeRO 3) in the optimizer state."""
-        path = self._zero_folder / name / "step.pt"
-        if path.is_file():
-            value = torch_files.load(path)
-        else:
-            try:
-                value = optimizer["optimizer_state_dict"]["state"][0]["step"]
-            except (KeyError, TypeError, IndexError):
-                return default
+    def _read_adam_step(self, names: Iterable[str], optimizer: dict, default: int) -> int:
+        """Returns Adam's own step count: stored with each parameter, or (from ZeRO 3) in the optimizer state.
+
+        Raises CheckpointError unless all parameters have the same, as a checkpoint has one.
+        """
+        steps: dict[int | None, list[str]] = {}
+        for name in names:
+            path = self._folders[name] / STEP_FILE
+            value = torch_files.load(path) if path.is_file() else None
+            step = None if value is None else self._parse_step(value, f"{path}")
+            steps.setdefault(step, []).append(name)
+        if steps.keys() == {None}:
+            steps = self._read_optimizer_steps(optimizer)
+        if len(steps) > 1:
+            found = " and ".join(
+                f"{'none' if step is None else step} of {owners[0]} ({len(owners)} in all)"
+                for step, owners in sorted(steps.items(), key=lambda item: str(item[0]))[:MOST_LISTED_STEPS]
+            )
+            hint = "Are parts of two checkpoints mixed?"
+            raise CheckpointError(Problem(f"{self._zero_folder}", "one Adam step count of all parameters", found, hint))
+        return next((step for step in steps if step is not None), default)
+
+    def _read_optimizer_steps(self, optimizer: dict) -> dict[int | None, list[str]]:
+        """Returns the step counts in the optimizer state, each with the param groups that have it; {} without any."""
+        base = optimizer.get("optimizer_state_dict")
+        states = base.get("state") if isinstance(base, dict) else None
+        groups = base.get("param_groups") if isinstance(base, dict) else None
+        holders = [*states.items()] if isinstance(states, dict) else []
+        holders += enumerate(groups) if isinstance(groups, list) else ()
+        steps: dict[int | None, list[str]] = {}
+        for number, state in holders:
+            if isinstance(state, dict) and adam_groups.STEP in state:
+                step = self._parse_step(state[adam_groups.STEP], f"{self._zero_folder / OPTIMIZER}")
+                steps.setdefault(step, []).append(f"param group {number}")
+        return steps
+
+    def _parse_step(self, value: object, where: str) -> int:
         step = adam_groups.parse_step(value)
         if step is None:
-            raise CheckpointError(Problem(f"{self._zero_folder}", "Adam's step count", repr(value)))
+            raise CheckpointError(Problem(where, "Adam's step count", f"{value!r}"[:200]))
         return step
 
     def _check(self, stored_tensors: dict[str, fused_tensors.StoredTensor]) -> dict[str, Tensor]:
@@ -130,10 +187,10 @@ class UniversalReader(Reader):
             except CheckpointError as error:
                 errors.problems.extend(error.problems)
         folders = {folder.name for folder in self._zero_folder.iterdir() if folder.is_dir()}
-        for name in sorted(folders - set(stored_tensors)):
+        for name in sorted(folders - {folder.name for folder in self._folders.values()}):
             errors.add(name, "no such parameter", "a folder")
         moment_files = {
-            name: [(self._zero_folder / name / FILES[kind]).is_file() for kind in MOMENTS] for name in stored_tensors
+            name: [(self._folders[name] / FILES[kind]).is_file() for kind in MOMENTS] for name in weights
         }
         self._has_moments = all(all(exist) for exist in moment_files.values())
         if not self._has_moments:
@@ -144,7 +201,7 @@ class UniversalReader(Reader):
 
     def _load(self, stored: fused_tensors.StoredTensor, kind: str) -> Tensor:
         """Loads a parameter's weight or moment in the stored (global) shape."""
-        path = self._zero_folder / stored.name / FILES[kind]
+        path = self._folders[stored.name] / FILES[kind]
         state = torch_files.load(path)
         tensor = state.get("param") if isinstance(state, dict) else state
         shape = stored.shape(self.model_config)
@@ -215,7 +272,7 @@ class UniversalFormat(Format):
                 )
                 output.write_torch(f"{folder}/{FILES[kind]}", {"param": moment, **metadata})
             if with_moments:
-                output.write_torch(f"{folder}/step.pt", step_tensor)
+                output.write_torch(f"{folder}/{STEP_FILE}", step_tensor)
         output.write_torch(
             f"{tag}/zero/{OPTIMIZER}",
             {

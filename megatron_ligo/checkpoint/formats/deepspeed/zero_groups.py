@@ -8,14 +8,15 @@ share. Files stay memory-mapped; only what is read is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, prod
 
 import torch
 from torch import Tensor
 
-from megatron_ligo.checkpoint.io import adam_groups
+from megatron_ligo.checkpoint.io import adam_groups, tensor_check, torch_files
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import ErrorCollector
 
@@ -80,6 +81,10 @@ class ZeroOptimizerState:
     def names(self) -> set[str]:
         return set(self._fragments)
 
+    def rename(self, renamed: Callable[[str], str]) -> None:
+        """Replaces the parameters' names by other ones, each its own."""
+        self._fragments = {renamed(name): fragments for name, fragments in self._fragments.items()}
+
     def numel(self, name: str) -> int:
         """Returns the number of the parameter's elements that the partitions hold."""
         return sum(fragment.numel for fragment in self._fragments[name])
@@ -93,10 +98,11 @@ class ZeroOptimizerState:
 
         kind: WEIGHT for the master weights, or one of MOMENTS.
         """
-        pieces = [
-            self._partitions[fragment.dp_rank][kind][fragment.group].detach().narrow(0, fragment.start, fragment.numel)
-            for fragment in self._fragments[name]
-        ]
+        pieces = []
+        for fragment in self._fragments[name]:
+            where = f"{kind} of {name} ({self._rank_name(fragment.dp_rank)})"
+            partition = torch_files.check_stored(where, self._partitions[fragment.dp_rank][kind][fragment.group])
+            pieces.append(partition.narrow(0, fragment.start, fragment.numel))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _rank_name(self, dp_rank: int) -> str:
@@ -112,6 +118,7 @@ class ZeroOptimizerState:
             return {WEIGHT: []}
         group_states = _group_states(base_state)
         self.param_groups += _param_groups(base_state)
+        self._check_apart(dp_rank, masters, group_states)
         moments = {kind: [group_states.get(group, {}).get(kind) for group in range(len(masters))] for kind in MOMENTS}
         if all(tensor is None for kind in MOMENTS for tensor in moments[kind]):
             return {WEIGHT: masters}
@@ -126,8 +133,17 @@ class ZeroOptimizerState:
             self._steps.add(adam_groups.parse_step(step))
         return {WEIGHT: masters, **moments}
 
+    def _check_apart(self, dp_rank: int, masters: list[Tensor], group_states: Mapping[int, dict]) -> None:
+        """Checks that no two partitions of a rank are the same numbers of the file."""
+        partitions = {f"master weights of group {group}": tensor for group, tensor in enumerate(masters)}
+        for group, state in group_states.items():
+            moments = {f"{kind} of group {group}": state[kind] for kind in MOMENTS if _is_flat(state.get(kind))}
+            partitions |= moments
+        named = {f"{name} ({self._rank_name(dp_rank)})": tensor for name, tensor in partitions.items()}
+        tensor_check.check_own_bytes(named, (), self._errors)
+
     def _add_mapped_fragments(self, dp_rank: int, mappings: object) -> None:
-        """Adds the fragments that ZeRO 1 and 2 record."""
+        """Adds the fragments that ZeRO 1 and 2 record, none of which may share numbers with another."""
         num_groups = len(self._partitions[dp_rank][WEIGHT])
         are_mappings = isinstance(mappings, list) and all(isinstance(mapping, dict) for mapping in mappings)
         if not are_mappings or len(mappings) != num_groups:
@@ -136,9 +152,16 @@ class ZeroOptimizerState:
             self._errors.add(self._rank_name(dp_rank), expected, found)
             return
         for group, mapping in enumerate(mappings):
+            ranges = []
             for name, address in mapping.items():
                 start, numel = getattr(address, "start", None), getattr(address, "numel", None)
-                self._add_fragment(name, FlatFragment(dp_rank, group, start, numel))
+                if self._add_fragment(str(name), FlatFragment(dp_rank, group, start, numel)):
+                    ranges.append((start, start + numel, str(name)))
+            ranges.sort()
+            for (_, end, first), (start, _, second) in pairwise(ranges):
+                if start < end:
+                    where = f"{second} ({self._rank_name(dp_rank)})"
+                    self._errors.add(where, "numbers of its own in the flat partition", f"those of {first}")
 
     def _add_equal_fragments(self, dp_rank: int, param_shapes: Sequence[ParamShapes], dp_size: int) -> None:
         """Adds the fragments that follow from ZeRO 3's equal shares."""
@@ -156,15 +179,18 @@ class ZeroOptimizerState:
                 self._add_fragment(name, FlatFragment(dp_rank, group, start, own_numel))
                 start += share
 
-    def _add_fragment(self, name: str, fragment: FlatFragment) -> None:
+    def _add_fragment(self, name: str, fragment: FlatFragment) -> bool:
+        """Adds a fragment. Returns whether it has elements, and lies within its partition."""
         size = self._partitions[fragment.dp_rank][WEIGHT][fragment.group].numel()
         are_counts = all(type(number) is int and number >= 0 for number in (fragment.start, fragment.numel))
         if not are_counts or fragment.start + fragment.numel > size:
             where = f"{name} ({self._rank_name(fragment.dp_rank)})"
             found = f"{fragment.numel} elements from {fragment.start} on"
             self._errors.add(where, f"a range within the partition's {size} elements", found)
-        elif fragment.numel:
+            return False
+        if fragment.numel:
             self._fragments.setdefault(name, []).append(fragment)
+        return fragment.numel > 0
 
 
 def _is_flat(tensor: object) -> bool:

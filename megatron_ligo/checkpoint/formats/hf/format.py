@@ -1,4 +1,7 @@
-"""Hugging Face folders: config.json beside safetensors, single or sharded with an index."""
+"""Hugging Face folders: config.json beside safetensors, single or sharded with an index.
+
+pytorch_model.bin, single or sharded, is read where there are no safetensors.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,19 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Role
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, FormatOptions, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
-from megatron_ligo.checkpoint.formats.hf.shards import INDEX, SINGLE, open_shards
+from megatron_ligo.checkpoint.formats.hf.common_prefix import explain_other_names
+from megatron_ligo.checkpoint.formats.hf.shards import (
+    INDEX,
+    SAFETENSORS_FILES,
+    SINGLE,
+    TORCH_FILES,
+    describe_unread,
+    open_shards,
+)
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
@@ -23,6 +35,7 @@ from megatron_ligo.sharding import fused_tensors
 
 NAME = "hf"
 SHARD_BYTES = 5_000_000_000
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 class HfReader(Reader):
@@ -37,6 +50,11 @@ class HfReader(Reader):
         self.carried = config_json.parse_carried(config)
         self.files = model_record.find_carried_files(folder)
         self._shards = open_shards(folder)
+        self.unread = describe_unread(folder)
+        self._check_layers()
+        renaming = tensor_names.find_common_prefix(self.arch, self.model_config, self._shards.names())
+        renaming.report(f"{folder}")
+        self._shards.rename(renaming.apply)
         self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, self._shards.names())
         stored, self._stored_names = self._check()
         self._items = {key: item for item in stored.values() for key in item.keys}
@@ -65,12 +83,7 @@ class HfReader(Reader):
     def _check(self) -> tuple[dict[str, fused_tensors.StoredTensor], dict[str, tensor_names.StoredName]]:
         """Checks that every expected tensor has its shape and dtype. Allows no others but copies of tied ones."""
         names = self._shards.names()
-        errors = ErrorCollector(f"{self.path} does not hold the model of its config.json", CheckpointError)
-        errors.problems += self._shards.errors
-        if self.model_config.num_layers > len(names):
-            # Bounds the work that a false num_layers can cause.
-            errors.add("num_layers", f"no more than the {len(names)} tensors found", self.model_config.num_layers)
-            errors.raise_if_any(self._shards.weights)
+        errors = self._errors()
         stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
         locations = tensor_names.locate_tensors(self.arch, self.model_config, names)
         expected = {
@@ -78,9 +91,37 @@ class HfReader(Reader):
             for item in stored.values()
             for name in (locations[item.name].name, *locations[item.name].duplicates)
         }
+        if not any(name in names for name in expected):
+            explain_other_names(names, list(expected), f"{self.path}", errors)
+            errors.raise_if_any(self._shards.weights)
         self._shards.check(expected, self.arch.ignored_names.get(NAME, ()), errors)
+        head = self.arch.find(Role.HEAD)
+        item = head and stored.get(self.arch.stored_name(head.key, self.model_config, NAME))
+        if item and [problem.where for problem in errors.problems if isinstance(problem, Problem)] == [item.name]:
+            # A base model lacks nothing else.
+            errors.problems.clear()
+            expected_head = f"the head, a tensor of shape {item.shape(self.model_config)}"
+            hint = "Save the model with its head; a tied one says tie_word_embeddings = true."
+            errors.add(item.name, expected_head, "nothing: a base model alone", hint)
+        tied = tensor_names.find_tied_sets(self.arch, locations, stored.values())
+        self._shards.check_own_bytes(expected, tied, errors)
         errors.raise_if_any(self._shards.weights)
         return stored, locations
+
+    def _check_layers(self) -> None:
+        """Raises CheckpointError for more layers than tensors, which bounds the work that a false num_layers causes."""
+        count = len(self._shards.names())
+        if self.model_config.num_layers > count:
+            errors = self._errors()
+            if not count:
+                errors.raise_if_any()
+            errors.add("num_layers", f"no more than the {count} tensors found", self.model_config.num_layers)
+            errors.raise_if_any(self._shards.weights)
+
+    def _errors(self) -> ErrorCollector:
+        errors = ErrorCollector(f"{self.path} does not hold the model of its config.json", CheckpointError)
+        errors.problems += self._shards.errors
+        return errors
 
 
 def _split_shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
@@ -102,12 +143,13 @@ class HfOptions(FormatOptions):
 
 class HfFormat(Format):
     name = NAME
-    description = f"config.json beside {SINGLE} or {INDEX}"
+    description = f"config.json beside {SINGLE}, {TORCH_FILES.single}, or shards of either with their index"
     options = HfOptions
 
     def recognise(self, path: Path) -> bool:
-        folder = path.parent if path.suffix == ".safetensors" else path
-        return (folder / config_json.CONFIG).is_file() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
+        folder = path.parent if path.suffix in WEIGHT_SUFFIXES else path
+        files = [name for kind in (SAFETENSORS_FILES, TORCH_FILES) for name in (kind.single, kind.index)]
+        return (folder / config_json.CONFIG).is_file() and any((folder / name).exists() for name in files)
 
     def open(self, path: Path, accepted: AcceptedKeys) -> HfReader:
         return HfReader(path.parent if path.is_file() else path, accepted)

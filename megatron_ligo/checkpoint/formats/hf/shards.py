@@ -1,133 +1,151 @@
-"""The safetensors files of a folder as one table of tensors, mapped and read one at a time."""
+"""The weight files of a folder as one table of tensors, mapped and read one at a time."""
 
 from __future__ import annotations
 
-import struct
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ligo.checkpoint.formats.hf.tensor_files import DTYPES, StateDictFile, TensorFile, open_tensor_file
+from megatron_ligo.checkpoint.io import tensor_check
 from megatron_ligo.common import symlinks
-from megatron_ligo.common.atomic_files import parse_json, read_json
+from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SHARD = "model-*-of-*.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The names of a folder's weight files: a single one, or shards with an index."""
+
+    single: str
+    index: str
+    shards: str
+
+    def are_in(self, folder: Path) -> bool:
+        return (folder / self.single).exists() or (folder / self.index).exists() or any(folder.glob(self.shards))
 
 
-class SafetensorsShards:
+# Longest file name of common file systems.
+MAX_NAME_LENGTH = 255
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAFETENSORS_FILES = WeightFiles(SINGLE, INDEX, "model-*-of-*.safetensors")
+TORCH_FILES = WeightFiles("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+
+
+class WeightShards:
     """Open files, and the file of each tensor. errors: problems of the files themselves."""
 
     def __init__(self, files: Sequence[Path]):
         self.errors: list[str] = []
-        self._files: dict[str, Path] = {}
-        self._open = {}
+        # Name -> path, open file, and the name in the file.
+        self._places: dict[str, tuple[Path, TensorFile, str]] = {}
+        self._files: list[TensorFile] = []
         self._views: dict[str, Tensor] = {}
-        for file in files:
-            self._add(file)
+        for path in files:
+            self._add(path)
 
-    def _add(self, file: Path) -> None:
-        if not file.is_file():
-            self.errors.append(Problem(str(file), "a whole safetensors file", "no file"))
-            return
+    def _add(self, path: Path) -> None:
         try:
-            opened = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            self.errors.append(Problem(str(file), "a whole safetensors file", f"{error}", "Download it again."))
+            file = open_tensor_file(path)
+        except CheckpointError as error:
+            self.errors += error.problems
             return
-        self._open[file] = opened
-        for name in _duplicate_names(file):
-            self.errors.append(Problem(f"{name} ({file.name})", "one tensor of that name", "two"))
-        for name in opened.keys():  # noqa: SIM118 - no dict
-            if name in self._files:
-                both = f"{self._files[name].name} and {file.name}"
+        self._files.append(file)
+        for name in file.names():
+            if name in self._places:
+                both = f"{self._places[name][0].name} and {path.name}"
                 self.errors.append(Problem(name, "one tensor of that name", f"two, in {both}"))
-            self._files[name] = file
+            self._places[name] = (path, file, name)
+
+    def rename(self, renamed: Callable[[str], str]) -> None:
+        """Replaces the tensors' names by other ones, each its own."""
+        self._places = {renamed(name): place for name, place in self._places.items()}
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._places)
 
     def file(self, name: str) -> Path:
-        return self._files[name]
+        return self._places[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open[self._files[name]].get_slice(name).get_shape())
+        _, file, stored_name = self._places[name]
+        return file.shape(stored_name)
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Returns a tensor's dtype; None for integers, booleans and 8-bit types, which are not weights."""
-        return DTYPES.get(self._stored_dtype(name))
-
-    def _stored_dtype(self, name: str) -> str:
-        return self._open[self._files[name]].get_slice(name).get_dtype()
+        _, file, stored_name = self._places[name]
+        return file.dtype(stored_name)
 
     def tensor(self, name: str) -> Tensor:
         """Returns a tensor in its stored shape and dtype, as a view of the mapped file."""
         # Depth maps read a layer's tensors once per large layer; creating new views took a tenth of the time.
         if name not in self._views:
-            self._views[name] = self._open[self._files[name]].get_tensor(name)
+            _, file, stored_name = self._places[name]
+            self._views[name] = file.tensor(stored_name)
         return self._views[name]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the name and tensor of each floating-point tensor, in its stored shape."""
-        return ((name, self.tensor(name)) for name in sorted(self._files) if self.dtype(name) is not None)
+        return ((name, self.tensor(name)) for name in sorted(self._places) if self.dtype(name) is not None)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str], errors: ErrorCollector) -> None:
         """Adds an error for each missing or unexpected tensor, and each one of a wrong shape or dtype."""
         for name, shape in expected.items():
-            if name not in self._files:
+            if name not in self._places:
                 errors.add(name, f"a tensor of shape {shape}", "nothing")
                 continue
-            where = f"{name} ({self._files[name].name})"
+            where = f"{name} ({self.file(name).name})"
             if self.shape(name) != shape:
                 errors.add(where, f"shape {shape}", self.shape(name))
             if self.dtype(name) is None:
-                errors.add(where, f"one of {', '.join(DTYPES)}", self._stored_dtype(name))
+                _, file, stored_name = self._places[name]
+                errors.add(where, f"one of {', '.join(DTYPES)}", file.dtype_name(stored_name))
         for name in sorted(self.names() - set(expected)):
             if not any(fnmatchcase(name, pattern) for pattern in ignored):
-                errors.add(f"{name} ({self._files[name].name})", "no such tensor", "one")
+                errors.add(f"{name} ({self.file(name).name})", "no such tensor", "one")
+
+    def check_own_bytes(self, expected: Iterable[str], tied: Sequence[Collection[str]], errors: ErrorCollector) -> None:
+        """Adds an error for two expected tensors of a state dict that share numbers without being tied."""
+        expected = set(expected)
+        for file in self._files:
+            if isinstance(file, StateDictFile):
+                stored = file.stored_tensors()
+                places = ((name, place) for name, place in self._places.items() if name in expected)
+                own = {name: stored[stored_name] for name, (_, owner, stored_name) in places if owner is file}
+                tensor_check.check_own_bytes(own, tied, errors)
 
     def close(self) -> None:
-        self._open.clear()
+        self._files.clear()
+        self._places.clear()
         self._views.clear()
 
 
-def _duplicate_names(file: Path) -> list[str]:
-    """Returns names that occur twice in a valid header: the library silently takes the last."""
-    duplicates = []
-
-    def collect(pairs: list[tuple[str, object]]) -> dict:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            duplicates.extend(sorted(name for name, count in counts.items() if count > 1))
-        return table
-
-    with file.open("rb") as opened:
-        (size,) = struct.unpack("<Q", opened.read(8))
-        parse_json(opened.read(size), collect)
-    return duplicates
+def describe_unread(folder: Path) -> tuple[str, ...]:
+    """Returns which weight files of a folder are not read, because it has the same in safetensors."""
+    if SAFETENSORS_FILES.are_in(folder) and TORCH_FILES.are_in(folder):
+        return (f"{TORCH_FILES.single} or its shards (the safetensors files beside it are read)",)
+    return ()
 
 
-def open_shards(folder: Path) -> SafetensorsShards:
+def open_shards(folder: Path) -> WeightShards:
     """Opens the files of a folder's weights. Raises CheckpointError if there are none, or more than one set."""
-    single, index = folder / SINGLE, folder / INDEX
-    shards = {file.name for file in folder.glob(SHARD)}
+    kind = TORCH_FILES if TORCH_FILES.are_in(folder) and not SAFETENSORS_FILES.are_in(folder) else SAFETENSORS_FILES
+    single, index = folder / kind.single, folder / kind.index
+    shards = {file.name for file in folder.glob(kind.shards)}
     if single.exists() and (index.exists() or shards):
-        both = ", ".join(sorted({SINGLE, *shards, *([INDEX] if index.exists() else [])}))
-        raise CheckpointError(Problem(f"{folder}", f"either {SINGLE} or shards with an index", both, "Remove one."))
+        both = ", ".join(sorted({kind.single, *shards, *([kind.index] if index.exists() else [])}))
+        expected = f"either {kind.single} or shards with an index"
+        raise CheckpointError(Problem(f"{folder}", expected, both, "Remove one."))
     if single.exists():
-        _check_inside(folder, SINGLE)
-        return SafetensorsShards([single])
+        _check_inside(folder, kind.single)
+        return WeightShards([single])
     if not index.exists():
-        raise CheckpointError(Problem(f"{folder}", f"{SINGLE} or {INDEX}", ", ".join(sorted(shards)) or "neither"))
-    return _open_indexed(folder, _weight_map(index), shards)
+        raise CheckpointError(Problem(f"{folder}", f"{SINGLE} or {kind.index}", ", ".join(sorted(shards)) or "neither"))
+    return _open_indexed(folder, index, shards)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -140,25 +158,33 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_indexed(folder: Path, weight_map: Mapping[str, str], present: set[str]) -> SafetensorsShards:
+def _open_indexed(folder: Path, index: Path, present: set[str]) -> WeightShards:
+    weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     for name in names:
         _check_inside(folder, name)
     missing = [name for name in names if not (folder / name).is_file()]
-    shards = SafetensorsShards([folder / name for name in names if name not in missing])
+    shards = WeightShards([folder / name for name in names if name not in missing])
     for name in missing:
-        shards.errors.append(Problem(f"{name}", f"a file, which {INDEX} lists", "nothing"))
+        shards.errors.append(Problem(f"{name}", f"a file, which {index.name} lists", "nothing"))
     for name in sorted(present - set(names)):
-        shards.errors.append(Problem(f"{name}", f"only shards that {INDEX} lists", "another one"))
+        shards.errors.append(Problem(f"{name}", f"only shards that {index.name} lists", "another one"))
+    stored_names = shards.names()
     for name, file in weight_map.items():
-        if name in shards.names() and shards.file(name).name != file:
-            shards.errors.append(Problem(name, f"a tensor in {file}, which {INDEX} lists", shards.file(name).name))
+        if name in stored_names and shards.file(name).name != file:
+            shards.errors.append(Problem(name, f"a tensor in {file}, which {index.name} lists", shards.file(name).name))
     return shards
 
 
 def _check_inside(folder: Path, name: str) -> None:
     """Raises CheckpointError for a file outside of the folder and of a Hugging Face cache's blobs."""
-    plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
-    if not plain or (folder / name).resolve().parent not in symlinks.allowed_roots(folder):
+    plain = name not in ("", ".", "..") and name.isprintable() and len(name.encode()) <= MAX_NAME_LENGTH
+    plain = plain and Path(name).name == name
+    try:
+        is_inside = plain and (folder / name).resolve().parent in symlinks.allowed_roots(folder)
+    except (OSError, RuntimeError):
+        # A name that is too long, or a link to itself.
+        is_inside = False
+    if not is_inside:
         hint = "The link leads out of the folder and is not followed."
-        raise CheckpointError(Problem(f"{folder}: {name!r}", "a file of this folder", "another place", hint))
+        raise CheckpointError(Problem(f"{folder}: {name[:200]!r}", "a file of this folder", "another place", hint))
