@@ -141,10 +141,10 @@ def params_of_another_network(folder):
 
 @register(fairscale)
 def params_of_no_numbers(folder):
-    edit_json(folder / "params.json", dim="48", norm_eps=float("nan"), use_scaled_rope=1, vocab_size=2.5)
+    edit_json(folder / "params.json", dim="48", norm_eps=-1.0, use_scaled_rope=1, vocab_size=2.5)
     return exactly(
         problem("dim", found="'48'"),
-        problem("norm_eps", found="nan"),
+        problem("norm_eps", found="-1.0"),
         problem("use_scaled_rope"),
         problem("vocab_size"),
     )

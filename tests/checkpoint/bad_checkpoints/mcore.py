@@ -241,7 +241,7 @@ def missing_tensor(folder):
 
 @register(mcore)
 def unexpected_tensor(folder):
-    set_tensor(folder, "decoder.layers.mlp.router.weight", read_tensor(folder, FC2))
+    set_tensor(folder, "decoder.layers.mlp.router.weight", replace(read_tensor(folder, FC2), shape=(0,), chunks=()))
     return problem(where="decoder.layers.mlp.router.weight")
 
 
@@ -344,6 +344,6 @@ def moments_of_another_shape(folder):
 
 
 @register(adam_state)
-def moments_that_are_not_an_archive(folder):
+def moments_on_the_bytes_of_a_weight(folder):
     edit_first_chunk(folder, f"optimizer.state.exp_avg_sq.{NORM}", file_offset=1)
-    return problem(where="distcp at 1")
+    return problem(f"optimizer.state.exp_avg_sq.{NORM}", "bytes of its own", NORM)

@@ -189,9 +189,7 @@ class UniversalReader(Reader):
         folders = {folder.name for folder in self._zero_folder.iterdir() if folder.is_dir()}
         for name in sorted(folders - {folder.name for folder in self._folders.values()}):
             errors.add(name, "no such parameter", "a folder")
-        moment_files = {
-            name: [(self._folders[name] / FILES[kind]).is_file() for kind in MOMENTS] for name in weights
-        }
+        moment_files = {name: [(self._folders[name] / FILES[kind]).is_file() for kind in MOMENTS] for name in weights}
         self._has_moments = all(all(exist) for exist in moment_files.values())
         if not self._has_moments:
             for name in (name for name, exist in moment_files.items() if any(exist)):
