@@ -27,7 +27,7 @@ def write_run_record(folder: Path, record: dict) -> None:
 def read_run_record(path: Path) -> dict:
     """Reads a checkpoint's record. CheckpointError if it is damaged, incomplete or of an unknown version."""
     try:
-        record = read_json(path)
+        record = read_json(path, finite=False)
         if record["version"] not in VERSIONS:
             raise CheckpointError(Problem(f"{path}", f"version {VERSION}", record["version"]))
         if record["version"] > 2 and not is_intact(record):

@@ -39,24 +39,20 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return file.read().decode("utf-8")
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path, finite: bool = True) -> object:
     """Reads a JSON file as `parse_json` does. Raises OSError if it cannot be read."""
-    return parse_json(read_text(path))
+    return parse_json(read_text(path), finite)
 
 
-def parse_json(text: str | bytes) -> object:
-    """Parses JSON: finite numbers, bounded integers and nesting, no key twice in an object. Raises ValueError.
+def parse_json(text: str | bytes, finite: bool = True) -> object:
+    """Parses JSON with bounded integers and nesting, and no key twice in an object. Raises ValueError.
 
-    Programs differ in which of two values they take for a key that is there twice.
+    Programs differ in which of two values they take for a key that is there twice. finite: refuses numbers that are
+    not; the records of a run may hold a loss that is not.
     """
+    limits = {"parse_float": _parse_float, "parse_constant": _refuse_constant} if finite else {}
     try:
-        return json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_int=_parse_integer,
-            parse_float=_parse_float,
-            parse_constant=_refuse_constant,
-        )
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_int=_parse_integer, **limits)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -95,7 +95,7 @@ class _ChainWalk:
             self._try(checkpoint, lambda checkpoint=checkpoint: self._check_checkpoint(run, checkpoint))
 
     def check_input_record(self, run: Path, path: Path) -> None:
-        self._try(path, lambda: self._check_inputs(run, read_json(path).get(run_inputs.INPUTS, {})))
+        self._try(path, lambda: self._check_inputs(run, read_json(path, finite=False).get(run_inputs.INPUTS, {})))
 
     def check_links(self) -> None:
         """Compares each hand-off with the operators beside it."""
@@ -151,7 +151,7 @@ class _ChainWalk:
         return problems + self._check_inputs(folder, (record.get("fit") or {}).get(run_inputs.INPUTS, {}))
 
     def _check_pretrain_record(self, run: Path) -> list[str]:
-        record = read_json(run / PRETRAIN_RECORD)
+        record = read_json(run / PRETRAIN_RECORD, finite=False)
         if SEAL not in record:
             self.report.notes.append(f"{run / PRETRAIN_RECORD}: written by an earlier version, without digests")
         elif not is_intact(record):

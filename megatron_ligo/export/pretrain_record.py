@@ -19,7 +19,7 @@ def read_pretrain_record(output: Path) -> dict:
     """Returns what a run needs to resume: run, dims, grown, step. CheckpointError if the record is damaged or gone."""
     path = output / PRETRAIN_RECORD
     try:
-        record = read_json(path)
+        record = read_json(path, finite=False)
         if SEAL in record and not is_intact(record):
             raise CheckpointError(Problem(f"{path}", f"its own digest, {record[SEAL]}", "other content"))
         return {key: record[key] for key in ("run", "dims", "grown", "step")}

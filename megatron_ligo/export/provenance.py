@@ -22,7 +22,7 @@ def read(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        record = read_json(path)
+        record = read_json(path, finite=False)
         version = record["version"]
         if version == VERSION:
             _check_fields(record)

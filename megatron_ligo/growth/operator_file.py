@@ -112,7 +112,7 @@ def write_operator(operator: Operator, tensors: Iterable[tuple[str, Tensor]], fo
 
 def _read_record(path: Path) -> dict:
     try:
-        record = read_json(path)
+        record = read_json(path, finite=False)
     except FileNotFoundError:
         hint = "Name the folder that a fit wrote."
         raise CheckpointError(Problem(f"{path}", "an operator's record", "nothing", hint)) from None

@@ -28,7 +28,7 @@ def read_stops(output: Path) -> list[Stop]:
     if not path.is_file():
         return []
     try:
-        record = read_json(path)
+        record = read_json(path, finite=False)
         if record["version"] != VERSION:
             raise CheckpointError(Problem(f"{path}", f"version {VERSION}", record["version"]))
         stops = [Stop(**entry) for entry in record["stops"]]
