@@ -265,7 +265,7 @@ def edit_text(draw: random.Random, folder: Path) -> str | None:
 
 def edit_gguf_metadata(draw: random.Random, folder: Path) -> str | None:
     """Gives a key of a GGUF file's metadata another value, of any type."""
-    path = _pick(draw, folder, ".gguf")
+    path = pick_file(draw, folder, ".gguf")
     return None if path is None else gguf_mutators.edit_gguf_metadata(draw, path)
 
 
