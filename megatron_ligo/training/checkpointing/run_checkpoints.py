@@ -138,7 +138,7 @@ def read_state(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return dict(read_json(path)["state"])
+        return dict(read_json(path, finite=False)["state"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(Problem(f"{path}", "a checkpoint's record", f"{error!r}")) from None
 
