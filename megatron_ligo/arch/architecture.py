@@ -35,6 +35,9 @@ class Architecture:
     foreign_hf_keys: `model_type` -> keys of the family's configs that this type's config class does not know.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
     choices: {field: supported values}.
+    hf_aliases: {config key: the key in `hf_fields` that transformers also reads under this name}.
+    hf_fixed: config keys that are not written, with the values under which this definition applies.
+    hf_harmless: {config key: why it does not change what the model computes}.
     refused_classes: {unsupported class: reason}.
 
     Per format: ignored_names: fnmatch patterns of stored tensors that are not weights; base_prefixes: the prefix that
@@ -55,6 +58,9 @@ class Architecture:
     refused_classes: Mapping[str, str] = field(default_factory=dict)
     implied_sizes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hf_aliases: Mapping[str, str] = field(default_factory=dict)
+    hf_fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    hf_harmless: Mapping[str, str] = field(default_factory=dict)
     ignored_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     base_prefixes: Mapping[str, str] = field(default_factory=dict)
     renamed_suffixes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -14,6 +14,20 @@ from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec, Role
 Locations = Mapping[str, FormatLocation]
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+# Other names in Hugging Face of the same functions: in fp32 they differ by rounding only.
+ACTIVATION_SYNONYMS = {
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "swish": "silu",
+}
+
+# Keys of every causal family's Hugging Face config, in `Architecture.hf_fixed`.
+CAUSAL = {"is_causal": (True,)}
+# The reason for keys in `Architecture.hf_harmless`.
+DROPOUT = "dropout acts in training only, and this program trains without it"
+OTHER_HEADS = "only classes with other heads read it"
 
 
 def locations(hf: str, mcore: str) -> Locations:

@@ -46,11 +46,13 @@ class KeyTable:
 
     fields: key -> field of ModelConfig, or a word for what it is read into. harmless: key -> why it does not change
     what the model computes. fixed: key -> the values under which the model computes what this program computes.
+    hints: key -> what to do about a fixed key with another value.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     harmless: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    hints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [*self.fields, *self.harmless, *self.fixed]
@@ -65,7 +67,8 @@ class KeyTable:
         for key, value in stated.items():
             if key in self.fixed:
                 if not any(is_same_value(value, known) for known in self.fixed[key]):
-                    errors.add(key, " or ".join(map(repr, self.fixed[key])), describe_value(value))
+                    expected = " or ".join(map(repr, self.fixed[key]))
+                    errors.add(key, expected, describe_value(value), self.hints.get(key, ""))
             elif key not in self and not is_empty(value) and not accepted.accepts(key, value):
                 hint = f"If it does not change what the model computes, pass --accept {key}."
                 errors.add(key, "a key that this program knows", describe_value(value), hint)

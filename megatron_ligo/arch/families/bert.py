@@ -27,6 +27,8 @@ from megatron_ligo.arch.common_axes import (
 )
 from megatron_ligo.arch.common_params import (
     ACTIVATIONS,
+    DROPOUT,
+    OTHER_HEADS,
     grouped_qkv,
     linear_params,
     locations,
@@ -134,6 +136,19 @@ HF_FIELDS = {
 }
 REQUIRED_HF_VALUES = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 CHOICES = {"activation": ACTIVATIONS}
+ORIGINAL_RELEASE = "the original TensorFlow code reads it, transformers does not"
+HF_FIXED = {"is_causal": (False, None), "sliding_window": (None,)}
+HF_HARMLESS = {
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), DROPOUT),
+    "classifier_dropout": OTHER_HEADS,
+    **dict.fromkeys(
+        (
+            "directionality", "pooler_type", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+            "pooler_size_per_head",
+        ),
+        ORIGINAL_RELEASE,
+    ),
+}  # fmt: skip
 IGNORED_NAMES = {"hf": ("*embeddings.position_ids", "*embeddings.token_type_ids")}
 RENAMED_SUFFIXES = {"hf": {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}}
 
@@ -167,4 +182,6 @@ BERT = Architecture(
     base_prefixes={"hf": "bert."},
     ignored_names=IGNORED_NAMES,
     renamed_suffixes=RENAMED_SUFFIXES,
+    hf_fixed=HF_FIXED,
+    hf_harmless=HF_HARMLESS,
 )

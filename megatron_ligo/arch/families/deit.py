@@ -23,4 +23,6 @@ DEIT = Architecture(
     },
     implied_sizes={"deit": {"has_distillation": True}},
     base_prefixes={"hf": BASE},
+    hf_fixed=vit.HF_FIXED,
+    hf_harmless=vit.HF_HARMLESS,
 )

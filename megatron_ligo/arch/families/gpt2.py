@@ -17,6 +17,9 @@ from megatron_ligo.arch.common_axes import (
     VOCAB_OUTPUT,
 )
 from megatron_ligo.arch.common_params import (
+    CAUSAL,
+    DROPOUT,
+    OTHER_HEADS,
     Locations,
     bias_of,
     linear_params,
@@ -95,4 +98,30 @@ GPT2 = Architecture(
     choices={"activation": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu")},
     base_prefixes={"hf": "transformer."},
     ignored_names={"hf": ("*h.*.attn.bias", "*h.*.attn.masked_bias")},
+    hf_aliases={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+    hf_fixed=CAUSAL | {"sliding_window": (None,)},
+    hf_harmless={
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), DROPOUT),
+        **dict.fromkeys(("classifier_dropout", "hidden_dropout"), OTHER_HEADS),
+        **dict.fromkeys(
+            (
+                "summary_type",
+                "summary_use_proj",
+                "summary_activation",
+                "summary_proj_to_labels",
+                "summary_first_dropout",
+                "summary_last_dropout",
+            ),
+            OTHER_HEADS,
+        ),
+        "is_decoder": "the attention is causal anyway",
+        "n_ctx": "an early name for the context length, which transformers does not read",
+        "n_special": "an early count of added tokens, which transformers does not read",
+        "predict_special_tokens": "an early setting of added tokens, which transformers does not read",
+    },
 )

@@ -18,6 +18,9 @@ from megatron_ligo.arch.common_axes import (
 )
 from megatron_ligo.arch.common_params import (
     ACTIVATIONS,
+    CAUSAL,
+    DROPOUT,
+    OTHER_HEADS,
     grouped_qkv,
     linear_params,
     locations,
@@ -71,6 +74,12 @@ GPT_NEOX = Architecture(
     required_hf_values={"attention_bias": True},
     choices={"activation": ACTIVATIONS},
     base_prefixes={"hf": "gpt_neox."},
+    hf_fixed=CAUSAL | {"sliding_window": (None,)},
+    hf_harmless={
+        **dict.fromkeys(("attention_dropout", "hidden_dropout"), DROPOUT),
+        "classifier_dropout": OTHER_HEADS,
+        "is_decoder": "the attention is causal anyway",
+    },
     ignored_names={
         "hf": ("*layers.*.attention.bias", "*layers.*.attention.masked_bias", "*.attention.rotary_emb.inv_freq")
     },

@@ -16,7 +16,7 @@ from megatron_ligo.arch.common_axes import (
     VALUE_OUTPUT,
     VOCAB_OUTPUT,
 )
-from megatron_ligo.arch.common_params import Locations, bias_of, weight_of
+from megatron_ligo.arch.common_params import CAUSAL, DROPOUT, Locations, bias_of, weight_of
 from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec, Role
 
 
@@ -136,4 +136,13 @@ LLAMA = Architecture(
         "qwen2": {"qkv_bias": True, "sliding_window": None},
     },
     ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
+    hf_fixed=CAUSAL | {"rope_interleaved": (False, None), "use_mrope": (False, None)},
+    hf_harmless={
+        **dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"), DROPOUT),
+        "is_decoder": "the attention is causal anyway",
+        "is_llama_config": "a record of the model's origin (SmolLM)",
+        "max_sequence_length": "an early name for the context length, which transformers does not read",
+        "max_window_layers": "the layers with a window, of which there are none without use_sliding_window",
+        "pretraining_tp": "how the released model was trained; the product of the parts is the whole product",
+    },
 )

@@ -27,4 +27,6 @@ ROBERTA = Architecture(
     base_prefixes={"hf": BASE},
     ignored_names=bert.IGNORED_NAMES,
     renamed_suffixes=bert.RENAMED_SUFFIXES,
+    hf_fixed=bert.HF_FIXED,
+    hf_harmless=bert.HF_HARMLESS,
 )

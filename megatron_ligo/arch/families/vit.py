@@ -23,6 +23,8 @@ from megatron_ligo.arch.common_axes import (
 )
 from megatron_ligo.arch.common_params import (
     ACTIVATIONS,
+    DROPOUT,
+    OTHER_HEADS,
     Locations,
     bias_of,
     grouped_qkv,
@@ -105,6 +107,13 @@ HF_FIELDS = {
 }
 REQUIRED_HF_VALUES = {"qkv_bias": True, "pooler_act": "tanh"}
 CHOICES = {"activation": ACTIVATIONS}
+HF_FIXED = {"is_causal": (False, None), "sliding_window": (None,)}
+HF_HARMLESS = {
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), DROPOUT),
+    "encoder_stride": OTHER_HEADS,
+    **dict.fromkeys(("vocab_size", "tie_word_embeddings"), "there are no words"),
+    "is_decoder": "transformers reads it in text models only",
+}
 
 VIT = Architecture(
     name="vit",
@@ -118,4 +127,6 @@ VIT = Architecture(
     refused_classes={"ViTForMaskedImageModeling": "it has a decoder of pixels, which the table does not describe"},
     implied_sizes={"vit": {"has_distillation": False}},
     base_prefixes={"hf": "vit."},
+    hf_fixed=HF_FIXED,
+    hf_harmless=HF_HARMLESS,
 )

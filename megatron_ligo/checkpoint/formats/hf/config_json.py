@@ -1,6 +1,7 @@
 """Hugging Face config.json to ModelConfig and back, driven by the architecture's table.
 
-A key that a config leaves out has its family's default in transformers, which is imported only then.
+A key that a config leaves out has its family's default in transformers, which is imported only then. What each key
+means is in config_keys.py; a key that is not there is refused, unless its value is empty or the user accepts it.
 """
 
 from __future__ import annotations
@@ -12,26 +13,31 @@ from pathlib import Path
 import torch
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch import other_families
 from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.common_params import ACTIVATION_SYNONYMS
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
 from megatron_ligo.checkpoint.formats.hf import rope_parameters
+from megatron_ligo.checkpoint.formats.hf.config_keys import key_table
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
-from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys, describe_value, is_empty, is_same_value
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 CONFIG = "config.json"
-# Written anew by every writer, or (the last two) refused unless null.
-NOT_CARRIED = (
-    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
-    *rope_parameters.ROPE_KEYS, "layer_types", "n_ctx", "quantization_config", "auto_map",
-)  # fmt: skip
+# Harmless keys that are not copied into a written config: they would describe another file, or another model's sizes.
+NOT_CARRIED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "n_ctx", "max_sequence_length")
 # The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
 HEADS_DIVIDE = ("llama",)
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
+ACTIVATION_FIELDS = ("hidden_act", "activation_function")
+# Keys that hold a length, or the lengths of two equal sides.
+SQUARES = ("image_size", "patch_size")
+# transformers 4 and 5.
+FULL_ATTENTION = {"full_attention", "attention"}
 IMAGE_FIELDS = ("image_size", "patch_size", "num_channels")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -53,9 +59,8 @@ def find_architecture(config: Mapping, where: str) -> Architecture:
     """Returns the architecture of a config's `model_type`. Raises CheckpointError for an unknown one."""
     known = {name: arch for arch in architectures.architectures().values() for name in arch.model_types}
     name = config.get("model_type")
-    if name not in known:
-        hint = did_you_mean(str(name), known)
-        raise CheckpointError(Problem(f"{where}: model_type", "a known family", repr(name), hint))
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(other_families.explain(f"{where}: model_type", name, known))
     return known[name]
 
 
@@ -63,7 +68,9 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     """Parses the sizes in a config. Raises CheckpointError with everything that the table cannot express."""
     arch = find_architecture(config, where)
     errors = ErrorCollector(f"{where} describes a model that this program does not support", CheckpointError)
-    _refuse_features(config, arch, errors)
+    key_table(config["model_type"]).check(config, accepted, errors)
+    _check_classes(config, arch, accepted, errors)
+    config = _resolve_names(config, arch, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
     sizes |= _optional_parts(config, arch) | arch.implied_sizes.get(config["model_type"], {})
     for key, name in arch.hf_fields.items():
@@ -73,6 +80,7 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
         sizes |= rope_parameters.parse_rope(config, arch, where, errors)
     _fill_implied_sizes(sizes)
     _check_types(sizes, errors)
+    _check_repetitions(config, arch, sizes, errors)
     for name, known in arch.choices.items():
         if sizes[name] not in known:
             errors.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
@@ -86,19 +94,59 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     raise AssertionError("a refused config states its problems")
 
 
-def _refuse_features(config: Mapping, arch: Architecture, errors: ErrorCollector) -> None:
-    for key, value in arch.required_hf_values.items():
-        if key in config and config[key] != value:
-            errors.add(key, repr(value), repr(config[key]))
+def _check_classes(config: Mapping, arch: Architecture, accepted: AcceptedKeys, errors: ErrorCollector) -> None:
+    """Adds an error for a named class that computes something else, or that belongs to another family."""
+    classes = arch.model_types[config["model_type"]]
+    known, stems = ", ".join(classes), {_class_stem(name) for name in classes}
     named = config.get("architectures")
-    for name in named if isinstance(named, list) else ():
-        if str(name) in arch.refused_classes:
-            known = ", ".join(arch.model_types[config["model_type"]])
-            errors.add("architectures", known, f"{name}: {arch.refused_classes[str(name)]}")
-    if config.get("quantization_config") is not None:
-        errors.add("quantization_config", "none", "one", "Dequantise the weights first.")
-    if config.get("auto_map") is not None:
-        errors.add("auto_map", "none", "one", "The model brings its own code, which may compute something else.")
+    for name in map(str, named) if isinstance(named, list) else ():
+        if name in arch.refused_classes:
+            errors.add("architectures", known, f"{name}: {arch.refused_classes[name]}")
+        elif _class_stem(name) not in stems and not accepted.accepts("architectures", named):
+            found = f"{name}, a class of another family"
+            errors.add("architectures", known, found, "A changed model_type does not change the network.")
+
+
+def _class_stem(name: str) -> str:
+    """Returns the family in the name of a class, in small letters: "llama" for LlamaForCausalLM."""
+    for end in ("For", "LMHead", "Model"):
+        name = name.split(end)[0]
+    return name.lower()
+
+
+def _resolve_names(config: Mapping, arch: Architecture, errors: ErrorCollector) -> dict:
+    """Returns a config with one name for each size and activation, and one number for the two sides of a square."""
+    resolved = dict(config)
+    for alias, key in arch.hf_aliases.items():
+        if alias in resolved:
+            value = resolved.pop(alias)
+            if not is_same_value(resolved.setdefault(key, value), value):
+                hint = "transformers reads both into one size: remove the wrong one."
+                errors.add(alias, f"{describe_value(resolved[key])}, as {key} states", describe_value(value), hint)
+    for key in ACTIVATION_FIELDS:
+        if isinstance(resolved.get(key), str):
+            resolved[key] = ACTIVATION_SYNONYMS.get(resolved[key], resolved[key])
+    for key in SQUARES:
+        sides = resolved.get(key)
+        if isinstance(sides, list) and len(sides) == 2 and is_same_value(*sides):
+            resolved[key] = sides[0]
+    if arch.reads_images and resolved.get("id2label") is not None:
+        # transformers counts the names, and warns if num_labels is another number.
+        count = len(load_transformers_config(resolved, CONFIG).id2label)
+        if resolved.setdefault("num_labels", count) != count:
+            errors.add(
+                "num_labels", f"{count}, the number of names in id2label", describe_value(resolved["num_labels"])
+            )
+    return resolved
+
+
+def _check_repetitions(config: Mapping, arch: Architecture, sizes: Mapping, errors: ErrorCollector) -> None:
+    """Adds an error for a key that states a size a second time, and otherwise."""
+    first = {name: key for key, name in reversed(arch.hf_fields.items())}
+    again = {key: name for key, name in arch.hf_fields.items() if first[name] != key}
+    for key, name in (again | {"head_dim": "head_dim"}).items():
+        if config.get(key) is not None and name in sizes and not is_same_value(config[key], sizes[name]):
+            errors.add(key, f"none, or {sizes[name]}, which follows from other sizes", describe_value(config[key]))
 
 
 def _optional_parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
@@ -151,16 +199,20 @@ def _check_types(sizes: dict, errors: ErrorCollector) -> None:
 
 def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> None:
     types = config.get("layer_types")
-    expected = "full_attention" if sizes.get("sliding_window") is None else "sliding_attention"
-    if types is not None and (not isinstance(types, list) or set(map(str, types)) != {expected}):
-        errors.add("layer_types", f"{expected} in every layer", repr(types))
+    expected = FULL_ATTENTION if sizes.get("sliding_window") is None else {"sliding_attention"}
+    if types is not None and (not isinstance(types, list) or not set(map(str, types)) <= expected):
+        errors.add("layer_types", f"{max(expected, key=len)} in every layer", describe_value(types))
 
 
 def parse_carried(config: Mapping) -> dict[str, object]:
-    """Returns the keys of a config that conversions copy unchanged, such as token ids."""
-    arch = find_architecture(config, CONFIG)
-    stated = {*arch.hf_fields, *arch.required_hf_values, *NOT_CARRIED}
-    return {key: value for key, value in config.items() if key not in stated}
+    """Returns the keys of a config that conversions copy unchanged: harmless ones, and unknown ones without a value."""
+    find_architecture(config, CONFIG)
+    table = key_table(config["model_type"])
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in NOT_CARRIED and (key in table.harmless or (key not in table and is_empty(value)))
+    }
 
 
 def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype: torch.dtype) -> dict:

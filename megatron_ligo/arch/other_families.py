@@ -1,0 +1,89 @@
+"""What tells other families' networks from those that this program knows.
+
+Their tensors often have the names and shapes of a known family, so a config with a changed `model_type` would give a
+wrong model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_ligo.common.errors import Problem
+
+EXPERTS = "its feed-forward blocks are mixtures of experts"
+# `model_type` in Hugging Face's config.json, or `general.architecture` in GGUF, without separators -> the difference.
+DIFFERENCES = {
+    "apertus": "queries and keys are normalised, and the feed-forward block has another activation (xIELU)",
+    "arcee": "its feed-forward block has no gate and squares a ReLU",
+    "baichuan": "query, key and value are one matrix of the file's own, and the larger model has ALiBi positions",
+    "bitnet": "there are norms inside its attention and feed-forward blocks",
+    "bloom": "positions are ALiBi biases",
+    "chatglm": "rotary positions turn interleaved pairs on a half of each head",
+    "codegen": "attention and feed-forward read one norm, and rotary positions turn interleaved pairs",
+    "cohere": "attention and feed-forward read one norm, and logits are scaled",
+    "cohere2": "attention and feed-forward read one norm, logits are scaled, and some layers have no positions",
+    "commandr": "attention and feed-forward read one norm, and logits are scaled",
+    "dbrx": EXPERTS,
+    "deberta": "attention reads relative positions",
+    "debertav2": "attention reads relative positions",
+    "deepseek": EXPERTS,
+    "deepseek2": "keys and values are compressed, and its feed-forward blocks are mixtures of experts",
+    "deepseekv2": "keys and values are compressed, and its feed-forward blocks are mixtures of experts",
+    "deepseekv3": "keys and values are compressed, and its feed-forward blocks are mixtures of experts",
+    "dinov2": "each block's output is scaled by learned numbers",
+    "distilbert": "there are no token types, and its tensors have other names",
+    "electra": "embeddings may have another width than the layers, and the head tells replaced tokens",
+    "ernie45": "rotary positions turn interleaved pairs",
+    "exaone": "its tensors have other names",
+    "exaone4": "norms follow the blocks, queries and keys are normalised, and some layers have no positions",
+    "falcon": "attention and feed-forward read the layer's input, with ALiBi or rotary positions by version",
+    "gemma": "embeddings are scaled, norms multiply by 1 + gain, and the gate's activation is GELU",
+    "gemma2": "embeddings are scaled, norms multiply by 1 + gain and follow the blocks too, and logits are capped",
+    "gemma3": "embeddings are scaled, queries and keys are normalised, and layers alternate between windows",
+    "glm": "rotary positions turn interleaved pairs on a part of each head",
+    "glm4": "rotary positions turn interleaved pairs on a part of each head, and norms follow the blocks too",
+    "gptbigcode": "all query heads share one key and value head, with learned positions",
+    "gptj": "attention and feed-forward read one norm, and rotary positions turn interleaved pairs",
+    "gptneo": "attention is not scaled, and every other layer has a window",
+    "gptoss": "its feed-forward blocks are mixtures of experts, and the softmax has learned sinks",
+    "granite": "embeddings, attention, residual sums and logits are scaled by its config's multipliers",
+    "granitemoe": "its blocks are scaled by multipliers, and its feed-forward blocks are mixtures of experts",
+    "internlm2": "query, key and value are one matrix of the file's own",
+    "llama4": "some layers attend in chunks and others have no positions, with mixtures of experts",
+    "minicpm": "embeddings, residual sums and logits are scaled by its config's numbers",
+    "ministral3": "queries are scaled by position",
+    "mixtral": EXPERTS,
+    "modernbert": "its norms precede the blocks, positions are rotary, and most layers have a window",
+    "mpt": "positions are ALiBi biases",
+    "nemotron": "its feed-forward block has no gate and squares a ReLU, and norms multiply by 1 + gain",
+    "olmo": "its norms have no parameters, and queries, keys and values may be clipped",
+    "olmo2": "norms follow the blocks, and queries and keys are normalised",
+    "olmo3": "norms follow the blocks, queries and keys are normalised, and most layers have a window",
+    "olmoe": EXPERTS,
+    "opt": "its feed-forward block has no gate, with learned positions that start at 2",
+    "phi": "attention and feed-forward read one norm, and rotary positions turn a part of each head",
+    "phi3": "query, key and value are one matrix, as are gate and up",
+    "qwen": "query, key and value are one matrix of the file's own",
+    "qwen2moe": EXPERTS,
+    "qwen3": "queries and keys are normalised",
+    "qwen3moe": "queries and keys are normalised, and its feed-forward blocks are mixtures of experts",
+    "qwen3next": "most layers are recurrent (gated delta nets), with mixtures of experts",
+    "smollm3": "every fourth layer has no rotary positions",
+    "stablelm": "its norms are LayerNorms, and rotary positions turn a part of each head",
+    "starcoder2": "its norms are LayerNorms, and its feed-forward block has no gate",
+    "t5": "it has an encoder and a decoder, with relative positions",
+}
+
+
+def explain(where: str, name: object, known: Iterable[str]) -> Problem:
+    """Returns the problem of a family that this program does not know. name: as the file states it."""
+    expected = f"one of the families {', '.join(sorted(known))}"
+    if not isinstance(name, str) or not name:
+        return Problem(
+            where, expected, repr(name)[:60], "Without a family's name nothing says what a network computes."
+        )
+    spelling = "".join(letter for letter in name.lower() if letter.isalnum()).removesuffix("text")
+    difference = DIFFERENCES.get(spelling)
+    reason = f": {difference}" if difference else ", as far as this program knows"
+    hint = f"Its network differs from theirs{reason}. Under another name its weights would give a wrong model."
+    return Problem(where, expected, f"{name!r:.60}", hint)
