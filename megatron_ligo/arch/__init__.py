@@ -9,7 +9,7 @@ from functools import cache
 from megatron_ligo.arch import families
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.common.errors import ConfigError, did_you_mean
+from megatron_ligo.common.errors import ConfigError, Problem
 
 __all__ = ["Architecture", "ModelConfig", "architectures", "get"]
 
@@ -25,5 +25,5 @@ def get(name: str) -> Architecture:
     """Returns an architecture by name. ConfigError if there is none."""
     known = architectures()
     if name not in known:
-        raise ConfigError(f"there is no architecture {name!r}. {did_you_mean(name, known)}")
+        raise ConfigError(Problem("arch", f"one of {', '.join(known)}", repr(name)[:60]))
     return known[name]

@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys, check_agreement
 from megatron_ligo.common.atomic_files import remove_tree, write_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
@@ -58,14 +59,35 @@ def _to_json(model_config: ModelConfig, carried: Mapping[str, object]) -> dict:
 
 
 def find_record(folder: Path, accepted: AcceptedKeys = NO_KEYS) -> tuple[ModelConfig, Mapping[str, object]] | None:
-    """Returns the sizes and carried config keys of a folder with dims.json or a Hugging Face config.json, else None."""
-    if (folder / RECORD).is_file():
-        return _read_record(folder / RECORD)
-    path = folder / config_json.CONFIG
+    """Returns the sizes and carried config keys of a folder with dims.json or a Hugging Face config.json, else None.
+
+    Where both are there, they must agree.
+    """
+    path, record = folder / config_json.CONFIG, None
     if path.is_file():
         config = config_json.load_config(path)
-        return config_json.parse_model_config(config, str(path), accepted), config_json.parse_carried(config)
-    return None
+        record = config_json.parse_model_config(config, str(path), accepted), config_json.parse_carried(config)
+        check_beside(folder, record[0], accepted)
+    return _read_record(folder / RECORD, accepted) if (folder / RECORD).is_file() else record
+
+
+def check_beside(folder: Path, model_config: ModelConfig, accepted: AcceptedKeys = NO_KEYS) -> None:
+    """Raises CheckpointError if a folder's dims.json states other sizes than its config.json.
+
+    model_config: the config.json's. Parts that only tensors prove are not compared.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return
+    recorded, _ = _read_record(path, accepted)
+    errors = ErrorCollector(f"{path} describes another model than {config_json.CONFIG}", CheckpointError)
+    if recorded.model_type != model_config.model_type:
+        errors.add(f"{path}: model_type", f"{model_config.model_type}, as in config.json", recorded.model_type)
+        errors.raise_if_any()
+    parts = architectures.get(model_config.arch).optional_parts(model_config.model_type)
+    sizes = {name: value for name, value in recorded.to_json().items() if name not in parts}
+    check_agreement(sizes, model_config.to_json(), str(path), config_json.CONFIG, errors)
+    errors.raise_if_any()
 
 
 def has_record(folder: Path) -> bool:
@@ -84,12 +106,14 @@ def read(folder: Path, accepted: AcceptedKeys = NO_KEYS) -> tuple[ModelConfig, M
     return record
 
 
-def _read_record(path: Path) -> tuple[ModelConfig, Mapping[str, object]]:
+def _read_record(path: Path, accepted: AcceptedKeys) -> tuple[ModelConfig, Mapping[str, object]]:
     data = config_json.load_config(path)
     try:
         if data["version"] != VERSION:
             raise CheckpointError(Problem(f"{path}", f"version {VERSION}", data["version"]))
-        return ModelConfig.from_json(data["dims"]), dict(data["carried"])
+        model_config, carried = ModelConfig.from_json(data["dims"]), dict(data["carried"])
+        architectures.get(model_config.arch).hf_classes(model_config.model_type)
+        return model_config, config_json.check_carried(model_config, carried, str(path), accepted)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(Problem(f"{path}", "a record that this program wrote", f"{error!r}")) from None
     except ConfigError as error:

@@ -136,7 +136,7 @@ def a_million_layers(folder):
 @register(fairscale)
 def params_of_another_network(folder):
     edit_json(folder / "params.json", moe={"num_experts": 8})
-    return ("'moe'",)
+    return ("moe",)
 
 
 @register(fairscale)

@@ -55,7 +55,7 @@ class FairscaleReader(Reader):
 
     def __init__(self, folder: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = folder
-        params = params_json.load_params(folder / PARAMS)
+        params = params_json.load_params(folder / PARAMS, accepted)
         self._ranks = _load_ranks(folder)
         if params["n_layers"] > len(self._ranks[0]):
             expected = f"no more than the {len(self._ranks[0])} tensors found"

@@ -3,7 +3,9 @@
     dim, n_layers, n_heads, n_kv_heads, vocab_size (-1: the tokenizer's), multiple_of, ffn_dim_multiplier, norm_eps,
     rope_theta, use_scaled_rope
 
-It states neither the ffn size, which Meta's code computes from the others, nor the context length.
+It states neither the ffn size, which Meta's code computes from the others, nor the context length. `KEYS` has every key
+of the releases: those of Llama 4, of quantised and of multimodal models, and of Mistral's files, which have the same
+tensors' names, change the network.
 """
 
 from __future__ import annotations
@@ -15,17 +17,52 @@ from pathlib import Path
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf import config_json
-from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem, did_you_mean
+from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys, KeyTable, is_same_value
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 log = logging.getLogger(__name__)
 
 PARAMS = "params.json"
 SIZES = ("dim", "n_layers", "n_heads")
-OPTIONAL = (
-    "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "max_seq_len",
-)  # fmt: skip
-# Keys without effect on the model.
-IGNORED = ("max_batch_size",)
+OPTIONAL_COUNTS = ("n_kv_heads", "multiple_of", "max_seq_len", "head_dim", "hidden_dim")
+KEYS = KeyTable(
+    fields={
+        "dim": "hidden_size",
+        "n_layers": "num_layers",
+        "n_heads": "num_heads",
+        "n_kv_heads": "num_kv_heads",
+        "head_dim": "head_dim",
+        "hidden_dim": "ffn_size",
+        "multiple_of": "ffn_size",
+        "ffn_dim_multiplier": "ffn_size",
+        "vocab_size": "vocab_size",
+        "norm_eps": "norm_eps",
+        "rope_theta": "rope_base",
+        "use_scaled_rope": "rope_scaling",
+        "max_seq_len": "max_positions",
+        "tied_embeddings": "tied",
+    },
+    harmless={"max_batch_size": "the size of the cache in Meta's code"},
+    fixed={
+        # Llama 4.
+        **dict.fromkeys(("moe_args", "nope_layer_interval", "attention_chunk_size", "rope_scaling_factor"), (None,)),
+        **dict.fromkeys(("rope_high_freq_factor", "ffn_exp", "floor_scale", "attn_scale"), (None,)),
+        **dict.fromkeys(("use_qk_norm", "attn_temperature_tuning"), (False, None)),
+        # Quantised and fine-tuned Llama 3.2, and Llama 3.2 Vision.
+        **dict.fromkeys(("quantization_args", "lora_args", "vision_args"), (None,)),
+        **dict.fromkeys(("vision_chunk_size", "vision_num_cross_attention_layers"), (None, -1)),
+        "vision_max_num_chunks": (None, 4),
+        # Mistral.
+        **dict.fromkeys(("sliding_window", "_sliding_window", "attention_window"), (None,)),
+        **dict.fromkeys(("moe", "quantization", "lora", "mamba", "yarn", "llama_4_scaling", "vision_encoder"), (None,)),
+        "causal": (True, None),
+    },
+    hints={
+        "sliding_window": "Read the model's Hugging Face folder instead.",
+        "quantization": "Dequantise the weights first.",
+        "quantization_args": "Dequantise the weights first.",
+    },
+)
 # The rope base of Llama 1 and 2, whose files do not state it.
 ROPE_BASE = 10000.0
 # The constants of scaled rope in Meta's code.
@@ -38,32 +75,30 @@ LLAMA31_SCALING = {
 }
 # Context length by rope_theta and use_scaled_rope: Llama 2, Llama 3, Llama 3.1 to 3.3.
 CONTEXTS = {(ROPE_BASE, False): 4096, (500000.0, False): 8192, (500000.0, True): 131072}
+# Keys that say something only if they are there.
+OPTIONAL_AGREEING = ("norm_eps", "head_dim", "hidden_dim", "max_seq_len", "tied_embeddings")
 # The largest multiple_of in any release.
 COARSEST = 4096
 
 
-def load_params(path: Path) -> dict:
+def load_params(path: Path, accepted: AcceptedKeys = NO_KEYS) -> dict:
     """Reads a params.json and checks every key. Raises CheckpointError with all problems."""
     params = config_json.load_config(path)
     errors = ErrorCollector(f"{path} describes a model that this program does not support", CheckpointError)
-    known = (*SIZES, "norm_eps", *OPTIONAL, *IGNORED)
-    for name in params:
-        if name not in known:
-            errors.add_message(
-                f"unknown key {name!r}: the model may compute something else. {did_you_mean(name, known)}"
-            )
-    for name in (*SIZES, "n_kv_heads", "max_seq_len"):
+    KEYS.check(params, accepted, errors)
+    for name in (*SIZES, *OPTIONAL_COUNTS):
         value = params.get(name)
         if (value is not None or name in SIZES) and (type(value) is not int or value < 1):
             errors.add(name, "a positive integer", repr(value))
-    for name in ("norm_eps", "rope_theta"):
+    for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
         value = params.get(name)
         if (value is not None or name == "norm_eps") and not (type(value) in (int, float) and 0 < value < float("inf")):
             errors.add(name, "a positive number", repr(value))
     if type(params.get("vocab_size", -1)) is not int:
         errors.add("vocab_size", "an integer", repr(params["vocab_size"]))
-    if type(params.get("use_scaled_rope", False)) is not bool:
-        errors.add("use_scaled_rope", "true or false", repr(params["use_scaled_rope"]))
+    for name in ("use_scaled_rope", "tied_embeddings"):
+        if type(params.get(name, False)) is not bool:
+            errors.add(name, "true or false", repr(params[name]))
     errors.raise_if_any()
     if params["dim"] % params["n_heads"]:
         raise CheckpointError(Problem(f"{path}: dim", f"a multiple of n_heads = {params['n_heads']}", params["dim"]))
@@ -110,19 +145,24 @@ def _context_length(base: float, scaled: bool, where: str) -> int:
 
 
 def check_agreement(params: Mapping, model_config: ModelConfig, errors: ErrorCollector) -> None:
-    """Adds an error for each size in which a params.json and dims.json or config.json beside it differ."""
-    stated = {
-        "dim": (params["dim"], model_config.hidden_size),
-        "n_layers": (params["n_layers"], model_config.num_layers),
-        "n_heads": (params["n_heads"], model_config.num_heads),
-        "n_kv_heads": (params.get("n_kv_heads") or params["n_heads"], model_config.num_kv_heads),
-        "norm_eps": (params["norm_eps"], model_config.norm_eps),
-        "rope_theta": (params.get("rope_theta") or ROPE_BASE, model_config.rope_base),
-        "use_scaled_rope": (params.get("use_scaled_rope", False), _is_scaled_as_llama3(model_config)),
-    }
-    for name, (value, expected) in stated.items():
-        if value != expected:
-            errors.add(f"{PARAMS}: {name}", f"{expected}, as the sizes beside it say", value)
+    """Adds an error for each size in which a params.json differs from the tensors, or from the config beside it.
+
+    Meta's code scales rotary positions by 8; the config beside it may state another factor, as that of Llama 3.2 does.
+    """
+    stated = {name: (params[name], KEYS.fields[name]) for name in SIZES}
+    stated |= {name: (params[name], KEYS.fields[name]) for name in OPTIONAL_AGREEING if params.get(name) is not None}
+    stated["n_kv_heads"] = (params.get("n_kv_heads") or params["n_heads"], "num_kv_heads")
+    stated["rope_theta"] = (params.get("rope_theta") or ROPE_BASE, "rope_base")
+    if params.get("multiple_of") is not None and params.get("hidden_dim") is None:
+        computed = compute_ffn_size(params["dim"], params["multiple_of"], params.get("ffn_dim_multiplier"))
+        stated["multiple_of, ffn_dim_multiplier"] = (computed, "ffn_size")
+    for name, (value, field) in stated.items():
+        expected = getattr(model_config, field)
+        if not is_same_value(value, expected):
+            errors.add(f"{PARAMS}: {name}", f"{field} = {expected}, as the tensors or the config say", value)
+    scaled, expected = params.get("use_scaled_rope", False), _is_scaled_as_llama3(model_config)
+    if scaled != expected:
+        errors.add(f"{PARAMS}: use_scaled_rope", f"{expected}, as the sizes beside it say", scaled)
 
 
 def _is_scaled_as_llama3(model_config: ModelConfig) -> bool | str:

@@ -38,7 +38,8 @@ ACTIVATION_FIELDS = ("hidden_act", "activation_function")
 SQUARES = ("image_size", "patch_size")
 # transformers 4 and 5.
 FULL_ATTENTION = {"full_attention", "attention"}
-IMAGE_FIELDS = ("image_size", "patch_size", "num_channels")
+# None means a family without images, or without padding among its positions: other families must state them.
+NEVER_NULL = ("image_size", "patch_size", "num_channels", "position_padding")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -186,7 +187,7 @@ def _check_types(sizes: dict, errors: ErrorCollector) -> None:
     for field in fields(ModelConfig):
         expected_type = FIELD_TYPES.get(field.type)
         value = sizes.get(field.name, field.default)
-        is_absent = value is None and "None" in field.type and not (field.name in IMAGE_FIELDS and field.name in sizes)
+        is_absent = value is None and "None" in field.type and not (field.name in NEVER_NULL and field.name in sizes)
         if expected_type is None or is_absent or (field.name in MAY_BE_ZERO and value == 0):
             continue
         if type(value) is not expected_type or (expected_type is not bool and not 0 < value < float("inf")):
@@ -200,7 +201,7 @@ def _check_types(sizes: dict, errors: ErrorCollector) -> None:
 def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> None:
     types = config.get("layer_types")
     expected = FULL_ATTENTION if sizes.get("sliding_window") is None else {"sliding_attention"}
-    if types is not None and (not isinstance(types, list) or not set(map(str, types)) <= expected):
+    if types is not None and (not isinstance(types, list) or not types or not set(map(str, types)) <= expected):
         errors.add("layer_types", f"{max(expected, key=len)} in every layer", describe_value(types))
 
 
@@ -213,6 +214,25 @@ def parse_carried(config: Mapping) -> dict[str, object]:
         for key, value in config.items()
         if key not in NOT_CARRIED and (key in table.harmless or (key not in table and is_empty(value)))
     }
+
+
+def check_carried(
+    model_config: ModelConfig, carried: Mapping[str, object], where: str, accepted: AcceptedKeys
+) -> dict[str, object]:
+    """Returns the keys that a record carries for a config.json, less those that the user accepts.
+
+    Raises CheckpointError for keys that `parse_carried` would not carry: in a written config they would change it.
+    """
+    table = key_table(model_config.model_type)
+    errors = ErrorCollector(f"{where} carries keys that change the model", CheckpointError)
+    kept = {}
+    for key, value in carried.items():
+        if key in table.harmless or (key not in table and is_empty(value)):
+            kept[key] = value
+        elif key in table or not accepted.accepts(key, value):
+            errors.add(f"carried: {key}", "a key that does not change the model", describe_value(value))
+    errors.raise_if_any()
+    return kept
 
 
 def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype: torch.dtype) -> dict:

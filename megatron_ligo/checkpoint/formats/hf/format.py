@@ -56,6 +56,7 @@ class HfReader(Reader):
         renaming.report(f"{folder}")
         self._shards.rename(renaming.apply)
         self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, self._shards.names())
+        model_record.check_beside(folder, self.model_config, accepted)
         stored, self._stored_names = self._check()
         self._items = {key: item for item in stored.values() for key in item.keys}
 

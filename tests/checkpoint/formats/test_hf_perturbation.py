@@ -1,0 +1,51 @@
+"""Each key of a config.json changed in turn: where transformers' logits move, ours move with them, or it is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import transformers
+
+from tests.checkpoint.config_perturbation import MODELS, REMOVED, Perturbation, Report
+
+
+@pytest.fixture
+def quiet():
+    """transformers warns of most of the changes."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+    transformers.utils.logging.enable_progress_bar()
+    transformers.utils.logging.set_verbosity(level)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("model_type", ["mistral", "gpt2", "bert", "vit"])
+def test_each_key_is_changed_once(tmp_path, model_type):
+    """Every key that is not known to be harmless."""
+    perturbation, report = Perturbation(model_type, tmp_path), Report()
+    for key in perturbation.keys():  # noqa: SIM118 - no dict
+        if key not in perturbation.table.harmless:
+            # The last kinds of values are those that depend on the value before.
+            *_, value = (value for value in perturbation.values(key) if value is not REMOVED)
+            perturbation.check(key, value, report)
+    assert not report.silent
+    assert report.outcomes["moved equally"] > 2
+    assert report.outcomes["moved, refused"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("model_type", MODELS)
+def test_each_key_is_given_every_kind_of_value(tmp_path, model_type):
+    perturbation, report = Perturbation(model_type, tmp_path), Report()
+    for key in perturbation.keys():  # noqa: SIM118 - no dict
+        for value in perturbation.values(key):
+            perturbation.check(key, value, report)
+    print(model_type, len(perturbation.keys()), "keys", dict(report.outcomes))
+    assert not report.silent
+    assert report.outcomes["moved equally"] > 10
