@@ -45,7 +45,8 @@ class KeyTable:
     """What each key of one source means.
 
     fields: key -> field of ModelConfig, or a word for what it is read into. harmless: key -> why it does not change
-    what the model computes. fixed: key -> the values under which the model computes what this program computes.
+    what the model computes. fixed: key -> the values under which the model computes what this program computes, none
+    if the key itself shows that it does not.
     hints: key -> what to do about a fixed key with another value.
     """
 
@@ -67,7 +68,7 @@ class KeyTable:
         for key, value in stated.items():
             if key in self.fixed:
                 if not any(is_same_value(value, known) for known in self.fixed[key]):
-                    expected = " or ".join(map(repr, self.fixed[key]))
+                    expected = " or ".join(map(repr, self.fixed[key])) or "no such key"
                     errors.add(key, expected, describe_value(value), self.hints.get(key, ""))
             elif key not in self and not is_empty(value) and not accepted.accepts(key, value):
                 hint = f"If it does not change what the model computes, pass --accept {key}."

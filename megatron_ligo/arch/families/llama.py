@@ -136,7 +136,8 @@ LLAMA = Architecture(
         "qwen2": {"qkv_bias": True, "sliding_window": None},
     },
     ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
-    hf_fixed=CAUSAL | {"rope_interleaved": (False, None), "use_mrope": (False, None)},
+    # Ernie 4.5 has Llama's tensors and keys, and use_bias: its rotary positions turn other pairs.
+    hf_fixed=CAUSAL | {"rope_interleaved": (False, None), "use_mrope": (False, None), "use_bias": ()},
     hf_harmless={
         **dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"), DROPOUT),
         "is_decoder": "the attention is causal anyway",

@@ -15,6 +15,7 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.formats.fairscale import params_json
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from tests.checkpoint import hf_models
 from tests.checkpoint.formats import fairscale_model
@@ -192,3 +193,54 @@ def test_a_release_without_our_files(tmp_path):
         assert again.encode(words) == tokenizer.encode(words)
         assert theirs(words).input_ids == [1, *tokenizer.encode(words)]
         assert theirs.decode(tokenizer.encode(words)) == words
+
+
+PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5}
+
+
+def test_every_key_of_a_release_is_known_or_refused(tmp_path):
+    """Llama 4, quantised and multimodal releases, and Mistral's files of the same name."""
+    path = tmp_path / params_json.PARAMS
+
+    def refused(accept=(), **changes):
+        path.write_text(json.dumps(PARAMS | changes))
+        try:
+            params_json.load_params(path, AcceptedKeys(accept))
+        except CheckpointError as error:
+            return [problem.where for problem in error.problems]
+        return []
+
+    llama32 = {"ffn_dim_multiplier": 1.5, "multiple_of": 256, "n_kv_heads": 2, "rope_theta": 5e5, "vocab_size": 128256}
+    assert not refused(**llama32, use_scaled_rope=True)
+    assert not refused(head_dim=16, hidden_dim=96, max_seq_len=32768, sliding_window=None, moe=None)
+    changes = {
+        "moe_args": {"num_experts": 16}, "nope_layer_interval": 4, "attention_chunk_size": 8192, "use_qk_norm": True,
+        "rope_scaling_factor": 16, "quantization_args": {"scheme": "int4"}, "lora_args": {"rank": 16},
+        "vision_chunk_size": 448, "vision_num_cross_attention_layers": 8, "moe": {"num_experts": 8},
+        "sliding_window": 4096, "quantization": {"qformat_weight": "fp8"}, "yarn": {"factor": 16}, "causal": False,
+    }  # fmt: skip
+    for key, value in changes.items():
+        assert refused(**{key: value}) == [key]
+        assert refused((key,), **{key: value}) == [key]
+    for key in ("n_heads", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "tied_embeddings", "use_scaled_rope"):
+        assert refused(**{key: "8"}) == [key]
+    assert refused(a_new_key=3) == ["a_new_key"]
+    assert not refused(("a_new_key",), a_new_key=3)
+
+
+def test_params_json_agrees_with_the_sizes_beside_it(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "hf", **PLAIN)
+    convert(formats.open(folder), tmp_path / "meta", "fairscale")
+    path = tmp_path / "meta" / params_json.PARAMS
+    params = json.loads(path.read_text())
+    stated = {"head_dim": 8, "hidden_dim": 52, "max_seq_len": 64, "tied_embeddings": False}
+    path.write_text(json.dumps(params | stated))
+    formats.open(tmp_path / "meta")
+    wrong = {"head_dim": 16, "hidden_dim": 64, "max_seq_len": 128, "tied_embeddings": True, "multiple_of": 32}
+    wrong |= {"norm_eps": 0.5, "rope_theta": 7.0, "use_scaled_rope": True}
+    for key, value in wrong.items():
+        path.write_text(json.dumps(params | {key: value}))
+        with pytest.raises(CheckpointError) as error:
+            formats.open(tmp_path / "meta")
+        (problem,) = error.value.problems
+        assert problem.where.startswith(f"{params_json.PARAMS}: {key}")

@@ -33,6 +33,8 @@ ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
+# The names of an image's labels by number.
+LABELS = "id2label"
 ACTIVATION_FIELDS = ("hidden_act", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")
@@ -116,8 +118,9 @@ def _class_stem(name: str) -> str:
 
 
 def _resolve_names(config: Mapping, arch: Architecture, errors: ErrorCollector) -> dict:
-    """Returns a config with one name for each size and activation, and one number for the two sides of a square."""
-    resolved = dict(config)
+    """Returns the keys that are read, with one name for each size and activation, and one number for equal sides."""
+    fields = key_table(config["model_type"]).fields
+    resolved = {key: value for key, value in config.items() if key in fields or key == LABELS}
     for alias, key in arch.hf_aliases.items():
         if alias in resolved:
             value = resolved.pop(alias)
@@ -131,12 +134,12 @@ def _resolve_names(config: Mapping, arch: Architecture, errors: ErrorCollector) 
         sides = resolved.get(key)
         if isinstance(sides, list) and len(sides) == 2 and is_same_value(*sides):
             resolved[key] = sides[0]
-    if arch.reads_images and resolved.get("id2label") is not None:
+    if arch.reads_images and resolved.get(LABELS) is not None:
         # transformers counts the names, and warns if num_labels is another number.
         count = len(load_transformers_config(resolved, CONFIG).id2label)
         if resolved.setdefault("num_labels", count) != count:
             errors.add(
-                "num_labels", f"{count}, the number of names in id2label", describe_value(resolved["num_labels"])
+                "num_labels", f"{count}, the number of names in {LABELS}", describe_value(resolved["num_labels"])
             )
     return resolved
 
@@ -277,11 +280,11 @@ def explain_transformers_refusal(model_config: ModelConfig) -> str:
 
 def _label_names(carried: Mapping[str, object], count: int) -> dict[str, dict]:
     """Returns the names of the labels; unnamed ones get transformers' default names."""
-    stated = carried.get("id2label")
+    stated = carried.get(LABELS)
     stated = stated.items() if isinstance(stated, dict) else ()
     known = {int(number): name for number, name in stated if str(number).isdecimal()}
     names = {number: known.get(number, f"LABEL_{number}") for number in range(count)}
     return {
-        "id2label": {str(number): name for number, name in names.items()},
+        LABELS: {str(number): name for number, name in names.items()},
         "label2id": {name: number for number, name in names.items()},
     }

@@ -35,10 +35,11 @@ HARMLESS = {
         "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty "
         "suppress_tokens begin_suppress_tokens sequence_bias token_healing guidance_scale watermarking_config "
         "num_return_sequences output_scores output_logits return_dict_in_generate penalty_alpha dola_layers "
-        "low_memory cache_implementation cache_config prefill_chunk_size compile_config disable_compile "
+        "low_memory cache_implementation cache_config max_cache_len prefill_chunk_size compile_config disable_compile "
         "prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule "
         "assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind "
-        "assistant_ngram_num_centroids is_assistant use_mtp continuous_batching_config",
+        "assistant_ngram_num_centroids assistant_ensemble_weight speculation_type is_assistant use_mtp "
+        "continuous_batching_config",
     ),
     **_because(
         "what a call returns beside the logits, and in which container",
