@@ -18,9 +18,16 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_params import ACTIVATION_SYNONYMS
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
 from megatron_ligo.checkpoint.formats.hf import rope_parameters
-from megatron_ligo.checkpoint.formats.hf.config_keys import key_table
+from megatron_ligo.checkpoint.formats.hf.config_keys import LABELS, key_table
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
-from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys, describe_value, is_empty, is_same_value
+from megatron_ligo.checkpoint.source_keys import (
+    NO_KEYS,
+    AcceptedKeys,
+    KeyTable,
+    describe_value,
+    is_empty,
+    is_same_value,
+)
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
@@ -33,8 +40,6 @@ ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
-# The names of an image's labels by number.
-LABELS = "id2label"
 ACTIVATION_FIELDS = ("hidden_act", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")
@@ -71,6 +76,7 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     """Parses the sizes in a config. Raises CheckpointError with everything that the table cannot express."""
     arch = find_architecture(config, where)
     errors = ErrorCollector(f"{where} describes a model that this program does not support", CheckpointError)
+    config = _unify_activations(config)
     key_table(config["model_type"]).check(config, accepted, errors)
     _check_classes(config, arch, accepted, errors)
     config = _resolve_names(config, arch, errors)
@@ -117,30 +123,26 @@ def _class_stem(name: str) -> str:
     return name.lower()
 
 
+def _unify_activations(config: Mapping) -> dict:
+    """Returns a config with one name for each activation function."""
+    names = {key: config[key] for key in ACTIVATION_FIELDS if isinstance(config.get(key), str)}
+    return {**config, **{key: ACTIVATION_SYNONYMS.get(name, name) for key, name in names.items()}}
+
+
 def _resolve_names(config: Mapping, arch: Architecture, errors: ErrorCollector) -> dict:
-    """Returns the keys that are read, with one name for each size and activation, and one number for equal sides."""
+    """Returns the keys that are read, with one name for each size, and one number for equal sides."""
     fields = key_table(config["model_type"]).fields
-    resolved = {key: value for key, value in config.items() if key in fields or key == LABELS}
+    resolved = {key: value for key, value in config.items() if key in fields}
     for alias, key in arch.hf_aliases.items():
         if alias in resolved:
             value = resolved.pop(alias)
             if not is_same_value(resolved.setdefault(key, value), value):
                 hint = "transformers reads both into one size: remove the wrong one."
                 errors.add(alias, f"{describe_value(resolved[key])}, as {key} states", describe_value(value), hint)
-    for key in ACTIVATION_FIELDS:
-        if isinstance(resolved.get(key), str):
-            resolved[key] = ACTIVATION_SYNONYMS.get(resolved[key], resolved[key])
     for key in SQUARES:
         sides = resolved.get(key)
         if isinstance(sides, list) and len(sides) == 2 and is_same_value(*sides):
             resolved[key] = sides[0]
-    if arch.reads_images and resolved.get(LABELS) is not None:
-        # transformers counts the names, and warns if num_labels is another number.
-        count = len(load_transformers_config(resolved, CONFIG).id2label)
-        if resolved.setdefault("num_labels", count) != count:
-            errors.add(
-                "num_labels", f"{count}, the number of names in {LABELS}", describe_value(resolved["num_labels"])
-            )
     return resolved
 
 
@@ -211,12 +213,7 @@ def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> 
 def parse_carried(config: Mapping) -> dict[str, object]:
     """Returns the keys of a config that conversions copy unchanged: harmless ones, and unknown ones without a value."""
     find_architecture(config, CONFIG)
-    table = key_table(config["model_type"])
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in NOT_CARRIED and (key in table.harmless or (key not in table and is_empty(value)))
-    }
+    return _select_carried(config, key_table(config["model_type"]))
 
 
 def check_carried(
@@ -228,14 +225,21 @@ def check_carried(
     """
     table = key_table(model_config.model_type)
     errors = ErrorCollector(f"{where} carries keys that change the model", CheckpointError)
-    kept = {}
+    table.check(carried, accepted, errors)
     for key, value in carried.items():
-        if key in table.harmless or (key not in table and is_empty(value)):
-            kept[key] = value
-        elif key in table or not accepted.accepts(key, value):
-            errors.add(f"carried: {key}", "a key that does not change the model", describe_value(value))
+        if key in table.fields and key != LABELS and not is_empty(value):
+            errors.add(key, "a size among the sizes only", describe_value(value))
     errors.raise_if_any()
-    return kept
+    return _select_carried(carried, table)
+
+
+def _select_carried(config: Mapping[str, object], table: KeyTable) -> dict[str, object]:
+    """Returns the keys that are harmless, the labels' names, and unknown keys without a value."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in NOT_CARRIED and (key == LABELS or key in table.harmless or (key not in table and is_empty(value)))
+    }
 
 
 def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype: torch.dtype) -> dict:

@@ -88,6 +88,8 @@ HINTS = {
     "per_layer_config": "Layers of different sizes are not supported.",
     "transformers_weights": "Rename that file to model.safetensors.",
 }
+# The names of labels by number: of images without num_labels, they are counted.
+LABELS = "id2label"
 # Read by config_json.py itself.
 READ = ("model_type", "architectures", "layer_types", "head_dim")
 
@@ -100,6 +102,7 @@ def key_table(model_type: str) -> KeyTable:
     fields = {key: name for key, name in arch.hf_fields.items() if key not in foreign}
     fields |= {key: arch.hf_fields[name] for key, name in arch.hf_aliases.items()}
     fields |= {key: key for key in READ if key not in fields}
+    fields |= {LABELS: "vocab_size"} if arch.reads_images else {}
     fields |= {key: "rope" for key in _rope_keys(arch) if key not in fields}
     # A key of the family that this type's class does not know must not say anything.
     fixed: dict[str, tuple[object, ...]] = {key: (None,) for key in foreign if key in arch.hf_fields}
