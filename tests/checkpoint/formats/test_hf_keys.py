@@ -18,7 +18,7 @@ from megatron_ligo.arch.common_params import ACTIVATION_SYNONYMS
 from megatron_ligo.checkpoint import formats, model_record
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf import config_json
-from megatron_ligo.checkpoint.formats.hf.config_keys import key_table
+from megatron_ligo.checkpoint.formats.hf.config_keys import LABELS, key_table
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys, is_empty, is_same_value
 from megatron_ligo.common.errors import CheckpointError
 from tests import layer_norm_models
@@ -109,7 +109,7 @@ def test_configs_of_the_hub(name):
     assert {key: sizes[key] for key in expected} == expected
     carried = config_json.parse_carried(config)
     table = key_table(config["model_type"])
-    assert all(key in table.harmless or is_empty(value) for key, value in carried.items())
+    assert all(key in table.harmless or key == LABELS or is_empty(value) for key, value in carried.items())
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
