@@ -168,6 +168,15 @@ class Perturbation:
         elif isinstance(value, bool):
             yield from (not value, int(not value), str(value).lower())
 
+    def another_value(self, key: str) -> object:
+        """Returns one other value for a key: of the same type, if it has a value."""
+        value = self.config.get(key)
+        if isinstance(value, bool):
+            return not value
+        if type(value) in (int, float):
+            return value * 2
+        return LISTS[key][0] if key in LISTS else STRINGS[key][1] if len(STRINGS.get(key, ())) > 1 else 2
+
     def theirs(self, config: Mapping) -> Tensor | None:
         """Returns transformers' logits of the folder with a config; None if it does not load the weights."""
         self._write(config)
@@ -185,12 +194,12 @@ class Perturbation:
         """Returns the logits of our reading: none at all if the network does not run; None if it is refused."""
         self._write(config)
         try:
-            reader = HfReader(self.folder)
+            network = layer_norm_models.built(HfReader(self.folder))
         except CheckpointError:
             return None
         try:
-            return self._run(layer_norm_models.built(reader))
-        except (RuntimeError, ValueError, IndexError):
+            return self._run(network)
+        except (RuntimeError, ValueError, LookupError):
             return torch.empty(0)
 
     def check(self, key: str, value: object, report: Report) -> None:

@@ -7,7 +7,7 @@ import logging
 import pytest
 import transformers
 
-from tests.checkpoint.config_perturbation import MODELS, REMOVED, Perturbation, Report
+from tests.checkpoint.config_perturbation import MODELS, Perturbation, Report
 
 
 @pytest.fixture
@@ -30,12 +30,9 @@ def test_each_key_is_changed_once(tmp_path, model_type):
     perturbation, report = Perturbation(model_type, tmp_path), Report()
     for key in perturbation.keys():  # noqa: SIM118 - no dict
         if key not in perturbation.table.harmless:
-            # The last kinds of values are those that depend on the value before.
-            *_, value = (value for value in perturbation.values(key) if value is not REMOVED)
-            perturbation.check(key, value, report)
+            perturbation.check(key, perturbation.another_value(key), report)
     assert not report.silent
-    assert report.outcomes["moved equally"] > 2
-    assert report.outcomes["moved, refused"] > 0
+    assert report.outcomes["moved equally"] > 1
 
 
 @pytest.mark.long
