@@ -11,7 +11,7 @@ from gguf import GGUFValueType as Type
 
 from megatron_ligo.checkpoint.formats.gguf.header import GgufHeader, read_header
 
-# By type: values that readers tend to mishandle.
+# By type: values that readers tend to mishandle. The package writes no empty lists.
 SCALARS = {
     Type.UINT32: (0, 1, 2, 7, 2**31, 2**32 - 1),
     Type.UINT64: (2**63, 2**64 - 1),
@@ -21,10 +21,10 @@ SCALARS = {
     Type.STRING: ("", "x", "\0", "linear", "yarn", "llama", "gpt2", "../..", "\x1b[31m", "9" * 5000),
 }
 LISTS = {
-    Type.UINT32: ([], [1], [2, 2], [2, 3], [0] * 50),
+    Type.UINT32: ([1], [2, 2], [2, 3], [0] * 50),
     Type.INT32: ([1] * 50, [3] * 50, [99] * 50, [-1] * 50),
     Type.FLOAT32: ([0.5], [float("nan")] * 50, [0.0] * 50),
-    Type.STRING: ([], ["x"], ["a b"], ["x"] * 50, [""] * 50, [f"<0x{value:02X}>" for value in range(50)]),
+    Type.STRING: (["x"], ["a b"], ["x"] * 50, [""] * 50, [f"<0x{value:02X}>" for value in range(50)]),
 }
 NEW_KEYS = (
     "llama.expert_count", "llama.attention.causal", "llama.rope.scaling.type", "llama.rope.scaling.factor",
