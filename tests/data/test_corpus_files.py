@@ -312,3 +312,14 @@ def test_sizes_of_chunks(tmp_path):
         assert sum(len(raw_chunks.parse_chunk(chunk, "text").texts) for chunk in chunks) == documents
         assert [chunk.position for chunk in chunks] == sorted(chunk.position for chunk in chunks)
         assert chunks[-1].position == file.stat().st_size
+
+
+@pytest.mark.parametrize("blanks", ["\n", " \n", "\n ", "\n" + " " * 1000])
+@pytest.mark.parametrize("separator", [Separator(), Separator("<|endoftext|>")], ids=str)
+def test_many_blank_lines_take_no_time(blanks, separator, tmp_path):
+    """A pattern that tries each of them as a start takes hours."""
+    path = tmp_path / "a.txt"
+    run = "\n" + blanks * (1_000_000 // len(blanks)) + "\n"
+    path.write_text(f"{run}a{run}<|endoftext|>{run}b{run}")
+    expected = ["a", "<|endoftext|>", "b"] if not separator.text else ["a", "b"]
+    assert read(path, cuts={path: separator}) == expected

@@ -14,10 +14,10 @@ from megatron_ligo.data.corpus.raw_chunks import CHUNK_BYTES, MAX_DOCUMENT_BYTES
 # A larger text file is a collection of documents; books have a few megabytes.
 LARGE_TEXT_BYTES = 16 << 20
 AUTO, WHOLE, BLANK_LINE, END_TOKEN = "auto", "none", "blank-line", "end-token"
-# A run of blank lines, with the text after it in sight, so that a block's end does not cut it.
-BLANK_LINES = re.compile(rb"\n(?:[ \t]*\n)+(?=[ \t]*[^ \t\n])")
-# Blank lines at the start and end of a document that a separator ends.
-BLANK_EDGES = re.compile(rb"\A(?:[ \t]*\n)+|\n[ \t\n]*\Z")
+# The blanks of blank lines, and a run of such lines. It is searched only where other text follows: so that a block's
+# end does not cut it, and because a search of many blanks without an end takes the square of their number.
+BLANKS = b" \t\n"
+BLANK_LINES = re.compile(rb"\n[ \t\n]*\n")
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
@@ -79,7 +79,7 @@ def _choose_separator(path: Path, end_tokens: Sequence[str], lone: bool) -> Sepa
     for name in end_tokens:
         if name.encode() in head:
             return Separator(name)
-    if BLANK_LINES.search(head):
+    if BLANK_LINES.search(head.rstrip(BLANKS)):
         return Separator()
     if not large:
         return None
@@ -92,7 +92,7 @@ def _occurs(separator: Separator, path: Path) -> bool:
     tail = b""
     for block, _ in _normalise_line_ends(path):
         tail += block
-        if separator.pattern.search(tail):
+        if separator.pattern.search(tail if separator.text else tail.rstrip(BLANKS)):
             return True
         # Room for a separator that a block's end cuts, or for a run of blank lines.
         tail = tail[-(4096 + len(separator.text.encode())) :]
@@ -124,12 +124,12 @@ def _read_pieces(path: Path, separator: Separator) -> Iterator[RawChunk]:
     for block, position in _normalise_line_ends(path):
         buffer += block
         start = 0
-        for match in pattern.finditer(buffer, searched):
+        end = len(buffer) if separator.text else len(buffer.rstrip(BLANKS))
+        for match in pattern.finditer(buffer, searched, end):
             documents.append(buffer[start : match.start()])
             size += match.start() - start
             start = match.end()
-        # Blank lines without text after them are searched again.
-        searched = len(buffer) - start - margin if margin else len(buffer[start:].rstrip(b" \t\n"))
+        searched = end - start - margin
         buffer, searched = buffer[start:], max(searched, 0)
         if len(buffer) > MAX_DOCUMENT_BYTES:
             raise _too_large(f"{path}, document {number + len(documents)}", f"It has no {separator} to cut it at.")
@@ -142,8 +142,14 @@ def _read_pieces(path: Path, separator: Separator) -> Iterator[RawChunk]:
 
 
 def _pack_pieces(path: Path, position: int, pieces: Sequence[bytes], number: int) -> RawChunk:
-    documents = tuple(BLANK_EDGES.sub(b"", piece) for piece in pieces if piece.strip())
+    documents = tuple(_trim(piece) for piece in pieces if piece.strip())
     return RawChunk(str(path), position, documents, unit="document", first=number)
+
+
+def _trim(piece: bytes) -> bytes:
+    """Removes the blank lines at the start and end of a text."""
+    head, tail = piece[: len(piece) - len(piece.lstrip(BLANKS))], piece[len(piece.rstrip(BLANKS)) :]
+    return piece[head.rfind(b"\n") + 1 : len(piece) - len(tail) + len(tail.partition(b"\n")[0])]
 
 
 def _normalise_line_ends(path: Path) -> Iterator[tuple[bytes, int]]:
