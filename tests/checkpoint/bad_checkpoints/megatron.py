@@ -230,7 +230,7 @@ def arguments_with_zero_heads(folder):
         state["args"].kv_channels = None
 
     edit(rank_file(folder, 0, 0), change)
-    return problem(where="args in", expected="model config")
+    return problem(where="num_attention_heads", expected="positive integers", found="48, 0")
 
 
 @register(megatron)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.checkpoint.model_record import RUN_STATE, RUN_STATE_CONTENT
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
@@ -53,12 +54,13 @@ class ZeroStageStub:
         return cls.NAMES.index(value) if isinstance(value, str) else int(value)
 
 
-# DeepSpeed's own classes are neither imported nor constructed.
+# DeepSpeed's own classes are neither imported nor constructed, nor are those in the arguments of Megatron-DeepSpeed.
 STAND_INS = (
     (FragmentStub, "deepspeed.utils.tensor_fragment.fragment_address"),
     (LossScalerStub, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicLossScalerStub, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (ZeroStageStub, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    *arguments.STAND_INS,
 )
 
 

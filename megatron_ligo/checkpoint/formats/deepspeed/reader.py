@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
+from megatron_ligo.checkpoint.formats.deepspeed import state_keys
 from megatron_ligo.checkpoint.formats.deepspeed.engine_rank import EngineRank
 from megatron_ligo.checkpoint.formats.deepspeed.param_names import match_naming
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
@@ -51,6 +52,9 @@ class EngineReader(Reader):
         self.format = format_name
         self.path = path
         self.model_config, self.carried = model_record.read(root, accepted)
+        for mp_rank, state in engine_files.model_states.items():
+            where = f"{engine_files.tag_folder} (rank {mp_rank})"
+            state_keys.check_state(state, where, self.model_config, f"the config in {root}", accepted)
         self.files = model_record.find_carried_files(root)
         self._ranks = ranks
         stored_tensors, self._names, self.model_config = self._match_names(errors, f"{path}")

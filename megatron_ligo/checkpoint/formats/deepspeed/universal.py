@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
+from megatron_ligo.checkpoint.formats.deepspeed import state_keys
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
 from megatron_ligo.checkpoint.formats.deepspeed.param_names import match_naming
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import STAND_INS
@@ -68,7 +69,7 @@ class UniversalReader(Reader):
         root = path if model_record.has_record(path) else self._tag_folder.parent
         self.model_config, self.carried = model_record.read(root, accepted)
         self.files = model_record.find_carried_files(root)
-        global_steps = self._read_global_steps()
+        global_steps = self._read_global_steps(root, accepted)
         stored_tensors = self._find_folders()
         self._has_moments = False
         self._weights = self._check(stored_tensors)
@@ -116,13 +117,15 @@ class UniversalReader(Reader):
         self._folders = {name: self._zero_folder / originals.get(other, other) for name, other in names.items()}
         return stored_tensors
 
-    def _read_global_steps(self) -> int:
+    def _read_global_steps(self, root: Path, accepted: AcceptedKeys) -> int:
+        """Returns the step count, and checks what else the state says of the model. root: the config's folder."""
         for path in (self._tag_folder / name for name in STATES):
             if path.is_file():
-                state = torch_files.load(path)
+                state = torch_files.load(path, STAND_INS)
                 step = state.get("global_steps") if isinstance(state, dict) else None
                 if type(step) is not int or step < 0:
                     raise CheckpointError(Problem(f"{path}", "global_steps, a non-negative integer", repr(step)))
+                state_keys.check_state(state, f"{path}", self.model_config, f"the config in {root}", accepted)
                 return step
         raise CheckpointError(Problem(f"{self._tag_folder}", " or ".join(STATES), "neither"))
 

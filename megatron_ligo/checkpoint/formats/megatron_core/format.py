@@ -29,11 +29,9 @@ from megatron_ligo.arch.mcore_names import to_fused_name
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack, layer_index
 from megatron_ligo.checkpoint.format import Format, WriteOptions
-from megatron_ligo.checkpoint.formats.hf import config_json
-from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata, writer
+from megatron_ligo.checkpoint.formats.megatron_core import backend, dcp_metadata, writer
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE, ChunkedTensor, TensorChunk
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
-    BACKEND,
     COMMON_FILE,
     COMMON_OBJECT,
     CONFIG_FILE,
@@ -78,7 +76,7 @@ class McoreReader(Reader):
     def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
         self._folder = iteration_folders.require_folder(path)
-        _check_backend(self._folder / CONFIG_FILE)
+        backend.check_backend(self._folder / CONFIG_FILE)
         self._contents = dcp_metadata.read_metadata(self._folder)
         self._checked_chunks: set[TensorChunk] = set()
         common = self._load_common()
@@ -272,13 +270,6 @@ class McoreReader(Reader):
         return (f"optimizer state ({reason})",)
 
 
-def _check_backend(path: Path) -> None:
-    config = config_json.load_config(path)
-    if {name: config.get(name) for name in BACKEND} != BACKEND:
-        hint = "Load and save it with a newer Megatron-core."
-        raise CheckpointError(Problem(f"{path}", f"the backend torch_dist, version 1, {BACKEND}", config, hint))
-
-
 def _read_step(path: Path, common: dict, has_moments: bool) -> int:
     """Returns the optimizer's step count if its moments are read, else the iteration."""
     step = common.get("iteration", 0)
@@ -326,7 +317,7 @@ class MegatronCoreFormat(Format):
 
     def recognise(self, path: Path) -> bool:
         folder = iteration_folders.find_folder(path)
-        return folder is not None and (folder / CONFIG_FILE).is_file() and (folder / METADATA_FILE).is_file()
+        return folder is not None and backend.is_distributed(folder)
 
     def open(self, path: Path, accepted: AcceptedKeys) -> McoreReader:
         return McoreReader(path, accepted)

@@ -10,10 +10,11 @@ import torch
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
-from megatron_ligo.checkpoint.formats.megatron_lm import rope_arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import argument_parsing, rope_arguments, run_config
+from megatron_ligo.checkpoint.formats.megatron_lm.argument_parsing import RunArguments
 from megatron_ligo.checkpoint.io import iteration_folders
-from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
-from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
+from megatron_ligo.common.errors import CheckpointError, Problem
 
 # Megatron-LM's default of --make-vocab-size-divisible-by. It pads the vocabulary to a multiple of this times tp.
 VOCAB_DIVISOR = 128
@@ -23,8 +24,14 @@ CHECKPOINT_VERSION = 3.0
 class ArgumentStub:
     """Stands in for the pickled objects of a Megatron-LM checkpoint: keeps the state and executes nothing."""
 
-    def __init__(self, *_: object, **__: object):
-        pass
+    _arguments: tuple[object, ...] = ()
+
+    def __init__(self, *arguments: object, **__: object):
+        if arguments:
+            self._arguments = arguments
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self._arguments!r}"
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
@@ -36,7 +43,11 @@ _STUB_NAMES = (
     "_io.BytesIO", "builtins.bytes",
     "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType", "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar",
-    "megatron.core.enums.ModelType", "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.enums.ModelType", "megatron.model.enums.ModelType", "megatron.legacy.model.enums.ModelType",
+    "megatron.core.transformer.enums.AttnBackend", "megatron.core.transformer.enums.CudaGraphModule",
+    "megatron.core.transformer.enums.CudaGraphScope", "megatron.core.transformer.enums.InferenceCudaGraphScope",
+    "megatron.core.transformer.enums.LayerType",
+    "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
     "megatron.core.rerun_state_machine.RerunDiagnostic", "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
@@ -55,60 +66,42 @@ def read_model_config(
 ) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:
     """Returns the config, the carried Hugging Face config keys and the carried files of an iteration's folder.
 
-    The config is read from a record in the folder, or next to the tracker one level up; else from `args`, the saved
-    run arguments. Raises CheckpointError if none of them describes a model.
+    The config is read from a record in the folder, or next to the tracker one level up; else from the arguments of the
+    run: `args`, as saved with the weights, or Megatron-Bridge's run_config.yaml. Raises CheckpointError if none of them
+    describes a model, or if two describe different ones.
     """
     roots = [folder]
     if (folder.parent / iteration_folders.TRACKER).is_file():
         roots.append(folder.parent)
     files = tuple(file for root in roots for file in model_record.find_carried_files(root))
-    for root in roots:
-        record = model_record.find_record(root, accepted)
-        if record:
-            return (*record, files)
-    if not isinstance(args, ArgumentStub):
-        model_record.read(folder, accepted)
-    return parse_model_config(vars(args), f"args in {folder}", accepted), {}, files
+    sources = _find_arguments(folder, args)
+    record_root = next((root for root in roots if model_record.has_record(root)), None)
+    if record_root is None and sources:
+        first, *sources = sources
+        model_config, carried = argument_parsing.parse_model_config(first, accepted), {}
+        beside = first.where
+    else:
+        model_config, carried = model_record.read(record_root or folder, accepted)
+        beside = f"the config in {record_root}"
+    for source in sources:
+        argument_parsing.check_arguments(source, model_config, beside, accepted)
+    return model_config, carried, files
 
 
-def parse_model_config(args: Mapping[str, object], where: str, accepted: AcceptedKeys = NO_KEYS) -> ModelConfig:
-    """Returns the config that Megatron-LM's arguments describe. Raises CheckpointError unless it is a Llama's."""
-    title = f"{where} do not describe a Llama: put the model's Hugging Face config.json next to the weights"
-    errors = ErrorCollector(title, CheckpointError)
-    for name, value in _FIXED_ARGS.items():
-        if args.get(name, value) != value:
-            errors.add(name, value, repr(args[name]))
-    missing = [name for name in _REQUIRED_ARGS if args.get(name) is None]
-    for name in missing:
-        errors.add(name, "a value", "none")
-    rope_arguments.check_rope_args(args, errors)
-    errors.raise_if_any()
-    has_query_groups = bool(args.get("group_query_attention"))
-    window = args.get("window_size")
-    has_qkv_bias = bool(args.get("add_qkv_bias"))
-    padded_vocab_size = args["padded_vocab_size"]
-    vocab_size = args.get("vocab_size")
-    has_vocab_size = isinstance(vocab_size, int) and vocab_size > 0
-    try:
-        return ModelConfig(
-            arch="llama",
-            model_type="qwen2" if has_qkv_bias else "mistral" if window else "llama",
-            num_layers=args["num_layers"],
-            hidden_size=args["hidden_size"],
-            ffn_size=args["ffn_hidden_size"],
-            num_heads=args["num_attention_heads"],
-            num_kv_heads=args["num_query_groups"] if has_query_groups else args["num_attention_heads"],
-            head_dim=args.get("kv_channels") or args["hidden_size"] // args["num_attention_heads"],
-            vocab_size=vocab_size if has_vocab_size and vocab_size <= padded_vocab_size else padded_vocab_size,
-            max_positions=args["max_position_embeddings"],
-            norm_eps=args["norm_epsilon"],
-            tied=not args["untie_embeddings_and_output_weights"],
-            qkv_bias=has_qkv_bias,
-            **rope_arguments.parse_rope_args(args),
-            sliding_window=window[0] + 1 if window else None,
-        )
-    except (TypeError, ValueError, LookupError, ArithmeticError, ConfigError) as error:
-        raise CheckpointError(Problem(where, "a valid model config", f"{error}")) from None
+def _find_arguments(folder: Path, args: object) -> list[RunArguments]:
+    """Returns the arguments of the run that saved a folder, by source. Raises CheckpointError for unreadable ones."""
+    values = as_mapping(args, f"args in {folder}")
+    sources = [] if values is None else [RunArguments(values, f"args in {folder}")]
+    bridge = run_config.find_arguments(folder)
+    return sources if bridge is None else [*sources, bridge]
+
+
+def as_mapping(args: object, where: str) -> Mapping[str, object] | None:
+    """Returns a Namespace's stand-in, or a dict, as a mapping by name; None if there is nothing in it."""
+    values = vars(args) if isinstance(args, ArgumentStub) else {} if args is None else args
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise CheckpointError(Problem(where, "a Namespace or a dict of arguments", type(args).__name__))
+    return values or None
 
 
 def to_megatron_args(
@@ -124,13 +117,13 @@ def to_megatron_args(
         return Namespace(**common)
     return Namespace(
         **common,
-        **_FIXED_ARGS,
+        **LLAMA_ARGS,
         **rope_arguments.to_rope_args(model_config),
         window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
     )
 
 
-_FIXED_ARGS = {
+LLAMA_ARGS = {
     "normalization": "RMSNorm",
     "swiglu": True,
     "add_bias_linear": False,
@@ -142,11 +135,6 @@ _FIXED_ARGS = {
     "mtp_num_layers": None,
     "multi_latent_attention": False,
 }
-_REQUIRED_ARGS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size",
-    "max_position_embeddings", "norm_epsilon", "untie_embeddings_and_output_weights", "rotary_base",
-    "normalization", "swiglu", "add_bias_linear",
-)  # fmt: skip
 
 
 def _common_args(

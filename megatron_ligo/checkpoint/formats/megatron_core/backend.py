@@ -1,0 +1,37 @@
+"""The backend of a distributed checkpoint: only torch_dist is read, and the others are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE
+from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import BACKEND, CONFIG_FILE
+from megatron_ligo.common.errors import CheckpointError, Problem
+
+MAX_CONFIG_BYTES = 10_000
+
+
+def is_distributed(folder: Path) -> bool:
+    """Returns whether a folder holds a checkpoint of Megatron-core with any backend, or torch.distributed's own."""
+    has_tensors = (folder / METADATA_FILE).is_file()
+    if (folder / CONFIG_FILE).is_file():
+        # zarr's has no metadata file.
+        return has_tensors or _names_backend(folder / CONFIG_FILE)
+    return has_tensors and any(folder.glob("*.distcp"))
+
+
+def _names_backend(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"sharded_backend" in file.read(MAX_CONFIG_BYTES)
+
+
+def check_backend(path: Path) -> None:
+    """Raises CheckpointError unless a checkpoint's metadata.json names the backend torch_dist."""
+    if not path.is_file() and (path.parent / METADATA_FILE).is_file():
+        hint = "Save it with --ckpt-format torch_dist, or export the weights as safetensors."
+        raise CheckpointError(Problem(f"{path}", "a file", "nothing there: torch.distributed's own format", hint))
+    config = config_json.load_config(path)
+    if {name: config.get(name) for name in BACKEND} != BACKEND:
+        hint = "Load and save it with a newer Megatron-core."
+        raise CheckpointError(Problem(f"{path}", f"the backend torch_dist, version 1, {BACKEND}", config, hint))
