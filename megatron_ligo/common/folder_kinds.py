@@ -44,8 +44,8 @@ MODEL = FolderKind(
     ),
 )  # fmt: skip
 REPORT = FolderKind("a report", ("report.html",))
-# The first kind with a mark is the folder's. A run is told from the model files in it, data from a model's.
-KINDS = (CHAIN, COMPARISON, PRETRAINING, HANDOFF, FIT, OPERATOR, DATA, MODEL, REPORT)
+# The first kind with a mark is the folder's: published models may have files named as a fit's or a comparison's.
+KINDS = (PRETRAINING, HANDOFF, OPERATOR, DATA, MODEL, CHAIN, COMPARISON, FIT, REPORT)
 
 
 def identify(folder: Path) -> FolderKind | None:

@@ -64,6 +64,14 @@ def test_a_folder_is_refused_to_all_other_kinds(tmp_path, name, kind):
             folder_kinds.check_output(folder, other)
 
 
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "report.html", "chain.json"])
+def test_a_model_with_other_files_is_a_model(tmp_path, name):
+    for each in (name, "config.json", "model.safetensors"):
+        write(tmp_path / each)
+    assert folder_kinds.identify(tmp_path) is folder_kinds.MODEL
+    assert folder_kinds.find_model_part(tmp_path) == tmp_path
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kinds") / "small"
