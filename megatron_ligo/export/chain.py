@@ -215,6 +215,6 @@ def _read_sizes(path: Path) -> dict:
 
 
 def _find_path(path: str, run: Path) -> Path | None:
-    """Returns where a path of a run leads now: as it is, or seen from a folder above the run."""
-    candidates = [Path(path), *(parent / path for parent in run.absolute().parents)]
+    """Returns where a path of a run leads now: in the run, as it is, or seen from a folder above the run."""
+    candidates = [run / path, Path(path), *(parent / path for parent in run.absolute().parents)]
     return next((candidate for candidate in candidates if candidate.exists()), None)

@@ -132,7 +132,10 @@ class TrainingJob:
 
     def add_samples(self, inputs: RunInputs, held_out_digest: str | None) -> None:
         """Adds what the data files give: the order of the samples, and the held-out samples of evaluations."""
+        output = self.output.resolve()
         for name, (folder, digest) in self.data.index_digests.items():
+            # The bytes of a checkpoint do not depend on where the run is.
+            folder = folder.relative_to(output) if folder.is_relative_to(output) else folder
             inputs.add_digest(f"{SAMPLE_ORDER} of {name}", f"{folder}", run_inputs.INDICES, digest)
         if held_out_digest:
             inputs.add_digest(HELD_OUT, "data.valid", run_inputs.SAMPLES, held_out_digest)
