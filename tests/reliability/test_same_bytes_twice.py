@@ -9,7 +9,7 @@ from tests.reliability.commands import Run
 
 LAYOUT = "fit.parallel.tp=2"
 # The clock's and the machine's part.
-OTHER = ("seconds", "peak_memory_bytes")
+OTHER = ("seconds", "peak_memory_bytes", "record_digest")
 
 
 def outputs_of(output: Path) -> dict[str, object]:
