@@ -57,8 +57,8 @@ def _compare(group: dist.ProcessGroup, replicas: dict[str, Tensor], errors: Erro
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, local, group=group)
     ranks = dist.get_process_group_ranks(group)
-    for index, name in enumerate(replicas):
-        checksums = [int(checksum[index]) for checksum in gathered]
+    # One copy to the host for all parameters and ranks.
+    for name, *checksums in zip(replicas, *torch.stack(gathered).tolist(), strict=True):
         majority = max(checksums, key=checksums.count)
         odd_ranks = [rank for rank, checksum in zip(ranks, checksums, strict=True) if checksum != majority]
         if odd_ranks:

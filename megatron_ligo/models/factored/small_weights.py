@@ -29,8 +29,6 @@ from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.random_init import root_mean_square
 from megatron_ligo.sharding.tensor_parallel import shard
 
-CHUNK_COLUMNS = 1 << 18  # columns per product if the source is stored in a narrower dtype than fp32
-
 
 class _Mix(torch.autograd.Function):
     """weights @ stack in fp32: (large layers, L), (L, n) -> (large layers, n). The stack is frozen and may be
@@ -41,7 +39,7 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(stack)
         if stack.dtype == weights.dtype:
             return weights @ stack
-        chunks = stack.split(CHUNK_COLUMNS, dim=1)
+        chunks = stack.split(device.columns_per_product(), dim=1)
         return torch.cat([weights @ chunk.to(weights.dtype) for chunk in chunks], dim=1)
 
     @staticmethod
@@ -49,7 +47,8 @@ class _Mix(torch.autograd.Function):
         (stack,) = ctx.saved_tensors
         if stack.dtype == grad.dtype:
             return grad @ stack.t(), None
-        pairs = zip(stack.split(CHUNK_COLUMNS, dim=1), grad.split(CHUNK_COLUMNS, dim=1), strict=True)
+        columns = device.columns_per_product()
+        pairs = zip(stack.split(columns, dim=1), grad.split(columns, dim=1), strict=True)
         return torch.stack([grad_chunk @ chunk.to(grad.dtype).t() for chunk, grad_chunk in pairs]).sum(dim=0), None
 
 
