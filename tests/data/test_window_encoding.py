@@ -40,7 +40,7 @@ def word_piece() -> tokenizers.Tokenizer:
 TRAINERS = {byte_level: trainers.BpeTrainer, metaspace: trainers.BpeTrainer, word_piece: trainers.WordPieceTrainer}
 
 
-@pytest.fixture(scope="module", params=[*TRAINERS, "sentencepiece"], ids=str)
+@pytest.fixture(scope="module", params=[*TRAINERS, "sentencepiece"], ids=lambda kind: getattr(kind, "__name__", kind))
 def tokenizer(request, tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = list(DocumentSource((), python_docs=True, max_bytes=100_000))
