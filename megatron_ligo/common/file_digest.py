@@ -25,6 +25,8 @@ SEAL = "record_digest"
 SIDECAR_SUFFIX = ".digest"
 
 FilePart = tuple[int, int]  # offset and size, in bytes
+# The one hidden file that is part of a checkpoint: torch's distributed checkpoints (Megatron-core's) begin there.
+DCP_METADATA = ".metadata"
 
 
 def hash_bytes(data: object) -> str:
@@ -89,12 +91,12 @@ def is_sidecar(path: Path) -> bool:
 
 
 def list_files(path: Path) -> list[Path]:
-    """Returns a file itself, or every file below a folder whose name does not begin with a dot, sorted."""
+    """Returns a file itself, or every file below a folder but hidden ones, such as locks and kept digests, sorted."""
     if not path.is_dir():
         return [path]
     files: list[Path] = []
     for folder, _, names in os.walk(path):
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".") or name == DCP_METADATA]
     return sorted(file for file in files if file.is_file())
 
 

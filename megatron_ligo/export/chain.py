@@ -148,7 +148,10 @@ class _ChainWalk:
         if source and record["source"]["digest"] != source["digest"] and not record.get("accepted_changes"):
             expected = f"weights of digest {source['digest']}, on which its operator was fitted"
             problems.append(Problem(f"{folder}: the small model", expected, record["source"]["digest"]))
-        return problems + self._check_inputs(folder, (record.get("fit") or {}).get(run_inputs.INPUTS, {}))
+        inputs = (record.get("fit") or {}).get(run_inputs.INPUTS, {})
+        # The fit's sample indices lie in its own folder.
+        inputs = {name: entry for name, entry in inputs.items() if entry["kind"] != run_inputs.INDICES}
+        return problems + self._check_inputs(folder, inputs)
 
     def _check_pretrain_record(self, run: Path) -> list[str]:
         record = read_json(run / PRETRAIN_RECORD, finite=False)
@@ -172,11 +175,11 @@ class _ChainWalk:
         """Compares what a run stands on with what is at its paths now; each input once."""
         problems = []
         for name, entry in inputs.items():
-            key = hash_json([entry["path"], entry["kind"], entry["digest"]])
+            path = _find_path(entry["path"], run)
+            key = hash_json([str(path or entry["path"]), entry["kind"], entry["digest"]])
             if key in self._compared or entry["kind"] == run_inputs.SAMPLES:
                 continue
             self._compared.add(key)
-            path = _find_path(entry["path"], run)
             if path is None:
                 self.report.notes.append(f"{run}: {name}: {entry['path']} is not there: not compared")
                 continue

@@ -212,7 +212,7 @@ def test_a_target_with_changed_files_is_another_conversion(tmp_path):
     (tmp_path / "b" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError) as error:
         convert(formats.open(folder), tmp_path / "b", "hf")
-    assert error.value.problems[0].found == "another conversion"
+    assert error.value.problems[0].where == f"{tmp_path / 'b' / 'config.json'}"
 
 
 @pytest.mark.parametrize("place", ["a", "a/inside", "."])

@@ -81,6 +81,8 @@ def sizes(model_type: str, **changes) -> ModelConfig:
     result |= dict.fromkeys(next(iter(arch.model_types[model_type].values())), True)
     if "rope_base" in free:
         result["rope_base"] = 5000.0
+    if "position_padding" in free:
+        result["position_padding"] = 2
     if "num_token_types" in free:
         result["num_token_types"] = 3
     if arch.choices:
@@ -237,4 +239,5 @@ def test_each_format_is_described_and_verified(format_name, write_once, layouts,
     at = data.index(first_bytes)
     file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     (line,) = verify.check_manifest(formats.open(damaged)).differences
-    assert line.startswith("layers.2.o (weight): digest")
+    # The files of torch.save have checksums of their own, which are looked at first.
+    assert line.startswith("layers.2.o (weight): ") and ("digest" in line or "checksum" in line)

@@ -70,7 +70,7 @@ class JobQueue:
         if not (folder / JOB).is_file():
             return None
         then = json.loads((folder / JOB).read_text(encoding="utf-8"))
-        if job.kind == PRETRAIN and then["config"]["pretrain"]["start"] == "":
+        if job.kind == PRETRAIN and not then["config"]["pretrain"]["start"] and job.config.pretrain.start == SCRATCH:
             # Before scratch had a name, it had none.
             then["config"]["pretrain"]["start"] = SCRATCH
         saved_inputs, accepted = then.pop(INPUTS, None), then.pop(ACCEPTED, [])

@@ -17,6 +17,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 # The method that computes the norm within `step`, by optimizer.
 NORM_METHODS = {
     DeepSpeedZeroOptimizer: "scaled_global_norm",
@@ -43,7 +45,9 @@ class UpdateGate:
         self.norm: float | None = None
         self.refused = False
         name = next((name for kind, name in NORM_METHODS.items() if isinstance(optimizer, kind)), None)
-        assert name is not None, f"{type(optimizer).__name__}: no known place before its update"
+        if name is None:
+            log.warning("the loss guard cannot refuse updates of %s (ZeRO 0)", type(optimizer).__name__)
+            return
         self._compute = getattr(optimizer, name)
         deepspeed_logger.addFilter(_is_no_claim_of_overflow)
         replacement = {"scaled_global_norm": self._scaled_global_norm, "_get_norm_groups": self._norm_groups}

@@ -113,10 +113,15 @@ def _split_at_pieces(
         if tokenizer.model.tokenize(piece)[0].value != piece:
             errors.add(TYPES, "no user-defined tokens beside pieces that merges do not form", describe_value(piece))
             return
+        if "<0" in piece:
+            errors.add(TYPES, "no piece with '<0' beside user-defined tokens", describe_value(piece))
+            return
     tokenizer.model.ignore_merges = True
     longest_first = sorted(built_in, key=len, reverse=True)
     pattern = "|".join(map(_escape, longest_first))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    # A text that spells a byte's token is no byte. No piece goes across the cut.
+    spelled_bytes = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), spelled_bytes])
 
 
 def _escape(piece: str) -> str:
