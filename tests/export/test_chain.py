@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ligo.common.errors import CheckpointError, LigoError
 from megatron_ligo.common.file_digest import seal
@@ -108,13 +109,14 @@ def test_pretraining_does_not_begin_from_a_damaged_hand_off(place, pools, tmp_pa
             record = json.loads(content)
             path.write_text(json.dumps({**record, "dims": {**record["dims"], "norm_eps": 0.5}}))
         else:
-            input_cases.flip_a_bit(path)
+            # A whole file with other numbers: a damaged one would not be read at all.
+            state = torch.load(path, weights_only=True)
+            torch.save({name: -tensor for name, tensor in state.items()}, path)
         shutil.copytree(place / "runs/pretrain", tmp_path / "stopped")
         shutil.rmtree(tmp_path / "stopped/checkpoints/step_4")
         for output in ("new", "stopped"):
             text = pools(1).run(input_cases.run, tool="pretrain", settings=settings, output=str(tmp_path / output))
-            assert isinstance(text, str) and str(path) in text, text
-            assert "has changed since" in text or "checksum" in text, text
+            assert isinstance(text, str) and str(path) in text and "has changed since" in text, text
         accept = InputPolicy(accept_changed=True)
         if path.suffix == ".pt":
             arguments = {"settings": settings, "output": str(tmp_path / "accepted"), "policy": accept}

@@ -99,7 +99,7 @@ def test_a_fitted_arm_starts_at_its_fits_final_loss(base, results):
 def test_a_launcher_gives_a_run_many_ranks(base):
     """The same job under `deepspeed` on two ranks ends with the loss of one process."""
     config = comparison_config.load_comparison(base / "compare.toml").config
-    short = replace(config.pretrain, steps=2)
+    short = replace(config.pretrain, steps=2, start="scratch")
     cut = replace(short, parallel=ParallelSection(tp=2))
     launcher = f"deepspeed --num_gpus 2 --master_port {free_port()} --module"
     result = [
