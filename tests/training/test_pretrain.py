@@ -256,7 +256,7 @@ def test_an_extended_schedule_is_that_of_the_longer_run():
 
 
 def test_output_without_a_reader_ends_no_training(base, tmp_path):
-    """As with `| head -3`, and with a `tee` that dies."""
+    """This happens with `| head -3`, and with a `tee` that dies."""
     config = tmp_path / "run.toml"
     config.write_text(
         f'[data]\ntrain = ["{base}/train"]\nvalid = ["{base}/valid"]\nseq_length = {SEQ}\n'

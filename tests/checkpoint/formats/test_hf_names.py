@@ -89,7 +89,7 @@ def test_torchs_file_beside_safetensors_is_said_to_be_unread(tmp_path):
 
 
 def test_two_names_on_the_same_numbers(tmp_path):
-    """Of an untied model only the head may be the embedding's tensor: the architecture can tie them."""
+    """In an untied model only the head may be the embedding's tensor: the architecture can tie them."""
     model, source = hf_models.saved(tmp_path / "a")
     state = model.state_dict()
     state["lm_head.weight"] = state["model.embed_tokens.weight"]

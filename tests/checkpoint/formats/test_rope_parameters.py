@@ -130,7 +130,7 @@ def test_each_rotary_key_moves_our_reading_as_it_moves_transformers(base, caplog
 
 @pytest.mark.parametrize("model_type", BASES)
 def test_a_scaling_that_a_user_adds_to_our_config_takes_effect(tmp_path, model_type):
-    """As Qwen's model card says for long texts."""
+    """Qwen's model card says so for long texts."""
     _, folder = hf_models.saved(tmp_path / "hf", model_type)
     convert(formats.open(folder), tmp_path / "ours", "hf")
     path = tmp_path / "ours/config.json"

@@ -84,7 +84,7 @@ def test_tag_folder_with_flat_tensors_is_read(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_names_of_transformers(tmp_path, prefix):
-    """As DeepSpeed's converter writes them for an engine that trained a model of transformers."""
+    """DeepSpeed's converter writes them so for an engine that trained a model of transformers."""
     model, folder = hf_models.saved(tmp_path / "a")
     convert(formats.open(folder), tmp_path / "b", "universal")
     zero = tmp_path / "b" / "global_step0" / "zero"
