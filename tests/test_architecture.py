@@ -33,7 +33,7 @@ ROOMS = (
     ("models",),
     ("data",),
     ("training",),
-    ("plan", "report"),
+    ("planning", "report"),
     ("testing.forked_ranks", "testing.kill_test"),
     ("experiments",),
     ("bench",),

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_ligo.bench.steps.step_jobs import FitStepper, PretrainStepper, StepJob
-from megatron_ligo.plan import memory, parameter_count
-from megatron_ligo.plan.planned_job import PlannedJob
+from megatron_ligo.planning import memory, parameter_count
+from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.training.metrics import peak_memory_bytes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters

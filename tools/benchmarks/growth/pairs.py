@@ -15,10 +15,10 @@ WORLD_SIZE = 8
 def format_rows() -> Iterator[str]:
     from megatron_ligo.config.run_config import RunConfig
     from megatron_ligo.growth.validation import build_initial_operator
-    from megatron_ligo.plan import layout_search, parameter_count
-    from megatron_ligo.plan.memory import estimate_peak_memory
-    from megatron_ligo.plan.plan_text import format_bytes, format_count
-    from megatron_ligo.plan.planned_job import PlannedJob
+    from megatron_ligo.planning import layout_search, parameter_count
+    from megatron_ligo.planning.memory import estimate_peak_memory
+    from megatron_ligo.planning.plan_text import format_bytes, format_count
+    from megatron_ligo.planning.planned_job import PlannedJob
     from megatron_ligo.training.initial_weights import read_model_config
 
     for path in sorted(PAIRS_FOLDER.glob("*.toml")):

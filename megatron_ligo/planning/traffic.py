@@ -5,8 +5,8 @@ An all-reduce of n bytes over r ranks sends 2 n (r - 1) / r per rank, an all-gat
 
 from __future__ import annotations
 
-from megatron_ligo.plan import parameter_count
-from megatron_ligo.plan.planned_job import DTYPE_BYTES, PlannedJob
+from megatron_ligo.planning import parameter_count
+from megatron_ligo.planning.planned_job import DTYPE_BYTES, PlannedJob
 
 
 def count_ring_elements(elements: float, ranks: int, passes: int = 2) -> float:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from megatron_ligo.common.errors import ConfigError, LayoutError, Problem
 from megatron_ligo.config.run_config import ParallelSection
-from megatron_ligo.plan import pipeline_schedule
-from megatron_ligo.plan.memory import estimate_peak_memory, sum_device_bytes
-from megatron_ligo.plan.planned_job import PlannedJob
+from megatron_ligo.planning import pipeline_schedule
+from megatron_ligo.planning.memory import estimate_peak_memory, sum_device_bytes
+from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.training.initial_weights import check_layout
 
 # Recomputation repeats the forward pass, which is a third of forward and backward.

@@ -15,12 +15,12 @@ from megatron_ligo.config.run_config import (
     PretrainSection,
 )
 from megatron_ligo.growth.validation import build_initial_operator
-from megatron_ligo.plan import layout_search, parameter_count, pipeline_schedule, plan_text, scaling_table
-from megatron_ligo.plan.memory import estimate_peak_memory
-from megatron_ligo.plan.planned_job import PlannedJob
-from megatron_ligo.plan.traffic import estimate_traffic
+from megatron_ligo.planning import layout_search, parameter_count, pipeline_schedule, plan_text, scaling_table
+from megatron_ligo.planning.memory import estimate_peak_memory
+from megatron_ligo.planning.planned_job import PlannedJob
+from megatron_ligo.planning.traffic import estimate_traffic
 from tests.models.full.pretrain_cases import sizes
-from tests.plan.model_parameters import count_parameters
+from tests.planning.model_parameters import count_parameters
 from tests.tiny_models import hf_llama, llama_config
 
 SMALL = llama_config(num_layers=2, hidden_size=48, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=80)

@@ -8,7 +8,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Stage
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.plan.planned_job import PlannedJob
+from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 

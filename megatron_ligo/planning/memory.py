@@ -25,8 +25,8 @@ from math import prod
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.spec import ParamSpec, Use
 from megatron_ligo.growth.fit_flops import MapUse, is_factored
-from megatron_ligo.plan import optimizer_memory, parameter_count
-from megatron_ligo.plan.planned_job import PlannedJob
+from megatron_ligo.planning import optimizer_memory, parameter_count
+from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 # fp32 copies of the logits (the loss works in place), and the further copies that DeepSpeed's pipeline keeps.

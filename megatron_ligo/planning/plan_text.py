@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import prod
 
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.plan import layout_search, parameter_count
-from megatron_ligo.plan.memory import estimate_peak_memory
-from megatron_ligo.plan.planned_job import DTYPE_BYTES, PlannedJob
-from megatron_ligo.plan.traffic import estimate_traffic
+from megatron_ligo.planning import layout_search, parameter_count
+from megatron_ligo.planning.memory import estimate_peak_memory
+from megatron_ligo.planning.planned_job import DTYPE_BYTES, PlannedJob
+from megatron_ligo.planning.traffic import estimate_traffic
 
 
 def format_bytes(count: float) -> str:

@@ -9,4 +9,5 @@ pipeline_schedule.py  simulation of the 1F1B pipeline schedule
 layout_search.py      valid layouts, the reasons that rule out others, and the layouts that fit a device
 plan_text.py          the plan as text
 scaling_table.py      the table of large growths on many devices
+run_plan.py           the plan of a config: its fit, its pretraining, and their text
 """

@@ -10,9 +10,9 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import FitSection, LargeSection, OperatorSection, PretrainSection
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import build_initial_operator
-from megatron_ligo.plan import layout_search
-from megatron_ligo.plan.plan_text import format_bytes, format_duration
-from megatron_ligo.plan.planned_job import PlannedJob
+from megatron_ligo.planning import layout_search
+from megatron_ligo.planning.plan_text import format_bytes, format_duration
+from megatron_ligo.planning.planned_job import PlannedJob
 
 WORLD_SIZES = (64, 128, 256, 512, 1024)
 SEQ_LENGTH, GLOBAL_BATCH_SIZE, FIT_STEPS, OPERATOR_RANK = 4096, 1024, 100, 256

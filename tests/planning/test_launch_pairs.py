@@ -8,7 +8,7 @@ import pytest
 
 from tests.models.factored import fit_cases, fit_reference
 from tests.models.factored.test_exactness import worst
-from tests.plan import pair_models
+from tests.planning import pair_models
 
 GROWTH = pair_models.ROOT / "tools/benchmarks/growth"
 
