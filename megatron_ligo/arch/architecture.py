@@ -9,7 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes
-from megatron_ligo.arch.spec import Axis, ParamSpec, Role, Stage, key_pattern, layer_index
+from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Stage, key_pattern, layer_index
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 
 
@@ -26,7 +26,11 @@ class Architecture:
     """One model family.
 
     params: parameters in checkpoint order: before the layers, in a layer, after the layers.
-    norm: "rms" or "layer". pre_norm: True for pre-LN; False for post-LN (a norm after each residual sum).
+    norm: "rms" or "layer". pre_norm: True for norms inside the residual branches (before a block, after it, or both);
+        False for post-LN (a norm after each residual sum).
+    gain_offset: what the norms add to their stored gains: 1 if they multiply by 1 + w.
+    scales_embedding: word embeddings are multiplied by the square root of hidden_size.
+    own_head_dim: a config that leaves head_dim out does not mean hidden_size / num_heads.
     head_activation: the activation of a masked-LM head's transform ("" = the layers' activation).
     model_types: Hugging Face `model_type` -> {class: its optional parts (fields of `ModelConfig`)}. The first class is
         assumed if a config names none. The last one is the base model.
@@ -50,6 +54,9 @@ class Architecture:
     model_types: Mapping[str, Mapping[str, tuple[str, ...]]]
     hf_fields: Mapping[str, str]
     pre_norm: bool = True
+    gain_offset: float = 0.0
+    scales_embedding: bool = False
+    own_head_dim: bool = False
     task: Task = Task.NEXT_TOKEN
     head_activation: str = ""
     required_hf_values: Mapping[str, object] = field(default_factory=dict)
@@ -86,6 +93,16 @@ class Architecture:
         return self.norm == "rms"
 
     @property
+    def has_head_norms(self) -> bool:
+        """True if queries and keys are normalised."""
+        return self.has(Role.QUERY_NORM)
+
+    @property
+    def normalises_all_heads(self) -> bool:
+        """True if the norm of queries (and of keys) is over all heads together."""
+        return self.has_head_norms and self.get(Role.QUERY_NORM).axes[0].heads is Heads.Q
+
+    @property
     def is_gated(self) -> bool:
         """True if the feed-forward block has a gate (SwiGLU)."""
         return self.has(Role.FFN_GATE)
@@ -103,6 +120,10 @@ class Architecture:
     @property
     def has_rotary_positions(self) -> bool:
         return "rope_base" in self.hf_fields.values()
+
+    def embedding_multiplier(self, model_config: ModelConfig) -> float:
+        """Returns the factor of the word embeddings of a model."""
+        return model_config.hidden_size**0.5 if self.scales_embedding else model_config.embedding_multiplier
 
     # Parameters.
 

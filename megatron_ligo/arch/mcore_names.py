@@ -23,6 +23,8 @@ CONSTRUCTION_ORDER = (
     "input_layernorm.",
     "self_attention.linear_proj.",
     "self_attention.linear_qkv.",
+    "self_attention.q_layernorm.",
+    "self_attention.k_layernorm.",
     "pre_mlp_layernorm.",
     "mlp.",
 )

@@ -33,6 +33,11 @@ class ModelConfig:
     image_size, patch_size: pixels per side of the (square) image and of its patches; None = no image input.
     num_channels: colour channels of the image.
     has_distillation: a distillation token follows the class token (DeiT).
+    embedding_multiplier, residual_multiplier: factors of the word embeddings, and of what each block adds.
+    attention_scale: factor of the attention scores; None = a power of a head size.
+    attention_scale_dim: the head size whose power -1/2 that factor is, if it is not the model's own head_dim.
+    logits_divisor: the logits are divided by it.
+    attention_softcap, logits_softcap: bounds c of the scores and the logits, c tanh(x / c); None = unbounded.
     """
 
     arch: str
@@ -63,6 +68,13 @@ class ModelConfig:
     patch_size: int | None = None
     num_channels: int | None = None
     has_distillation: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None
+    attention_scale_dim: int | None = None
+    logits_divisor: float = 1.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
 
     def __post_init__(self) -> None:
         errors = ErrorCollector("the sizes of the model do not fit together", ConfigError)
@@ -123,6 +135,13 @@ class ModelConfig:
     def tokens_per_sample(self, seq_length: int) -> int:
         """Returns the number of tokens in a sample (a sequence or an image)."""
         return seq_length if self.image_size is None else self.tokens_per_image
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of the attention scores, whether stated or following from a head size."""
+        if self.attention_scale is not None:
+            return self.attention_scale
+        return (self.attention_scale_dim or self.head_dim) ** -0.5
 
     @property
     def heads_per_group(self) -> int:

@@ -61,11 +61,15 @@ class Role(Enum):
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
+    QUERY_NORM = "query norm"  # of each head, or of all heads together
+    KEY_NORM = "key norm"
     ATTENTION_OUTPUT = "attention output"
+    ATTENTION_OUTPUT_NORM = "attention output norm"  # before the residual sum
     FFN_NORM = "ffn norm"
     FFN_GATE = "ffn gate"
     FFN_UP = "ffn up"
     FFN_DOWN = "ffn down"
+    FFN_OUTPUT_NORM = "ffn output norm"  # before the residual sum
     FINAL_NORM = "final norm"
     HEAD_TRANSFORM = "head transform"
     HEAD_NORM = "head norm"
@@ -97,6 +101,9 @@ _LAST_STAGE_ROLES = (
     Role.POOLER,
     Role.ORDER_HEAD,
 )
+
+
+OUTPUT_NORMS = (Role.ATTENTION_OUTPUT_NORM, Role.FFN_OUTPUT_NORM)
 
 
 class TpUse(Enum):
@@ -150,6 +157,7 @@ class ParamSpec:
     is_bias: the bias of the module whose weight has the same role.
     unread: stored by other libraries, but unused in the forward pass.
     partial_tp_use: replicated, but each tensor-parallel rank applies it to its own share only (a per-head norm).
+    feeds_output_norm: a norm normalises the output before the residual sum.
     """
 
     key: str
@@ -163,6 +171,7 @@ class ParamSpec:
     is_bias: bool = False
     unread: bool = False
     partial_tp_use: bool = False
+    feeds_output_norm: bool = False
 
     @property
     def stage(self) -> Stage:
@@ -176,6 +185,16 @@ class ParamSpec:
     def tp_use(self) -> TpUse:
         """PARTIAL for a sharded tensor; COMPLETE for a replicated one unless `partial_tp_use` is set."""
         return TpUse.PARTIAL if self.tp_dim is not None or self.partial_tp_use else TpUse.COMPLETE
+
+    @property
+    def writes_residual(self) -> bool:
+        """True if a layer adds the output to the residual stream. If all such are zero, the layer is idle.
+
+        Of a block whose output is normalised, this is the norm's gain.
+        """
+        if not self.in_layer or self.feeds_output_norm or self.axes[0].space != "residual":
+            return False
+        return self.axes[0].use is Use.OUTPUT or self.role in OUTPUT_NORMS
 
     @property
     def reaches_loss(self) -> bool:
@@ -207,6 +226,7 @@ _SIZE_FIELD_BY_SPACE = {
     "ffn": "ffn_size",
     "head": "hidden_size",
     "pooled": "hidden_size",
+    "head_feature": "head_dim",
 }
 _FIXED_SIZES = {"order": 2}  # classes of BERT's next-sentence head
 

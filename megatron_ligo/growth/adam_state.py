@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.spec import ParamSpec, Use, key_pattern, layer_index
 from megatron_ligo.growth.linear_maps import cheapest_form
-from megatron_ligo.growth.operator import Operator, short_key, writes_residual
+from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import LiftedMap, apply_map
 
 SQUARE = "exp_avg_sq"
@@ -42,7 +42,7 @@ def find_new_layers(operator: Operator) -> list[int]:
     weights = [
         operator.tensor(f"depth.{short_key(param)}")
         for param in operator.arch.layer_params(operator.large)
-        if writes_residual(param) and len(param.axes) == 2
+        if param.writes_residual and not param.is_bias
     ]
     is_idle = torch.stack([(weight == 0).all(dim=1) for weight in weights]).all(dim=0)
     return is_idle.nonzero().flatten().tolist()

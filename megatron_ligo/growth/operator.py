@@ -36,16 +36,11 @@ from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_
 CACHE_SIZE = 6
 
 
-def writes_residual(param: ParamSpec) -> bool:
-    """True if a layer adds the parameter's output to the residual stream. If all such are zero, the layer is idle."""
-    return param.in_layer and param.axes[0].space == "residual" and param.axes[0].use is Use.OUTPUT
-
-
 def depth_role(param: ParamSpec) -> str:
     """Returns a parameter's role in its layer, for the depth initialisations."""
-    if param.axes[0].use is Use.GAIN:
-        return initializers.SCALES
-    return initializers.WRITES if writes_residual(param) else initializers.INNER
+    if param.writes_residual:
+        return initializers.WRITES
+    return initializers.SCALES if param.axes[0].use is Use.GAIN else initializers.INNER
 
 
 def short_key(param: ParamSpec) -> str:

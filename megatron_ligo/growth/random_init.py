@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.spec import Axis, ParamSpec, Use, axis_size, layer_index
 from megatron_ligo.growth import initializers
-from megatron_ligo.growth.operator import Operator, short_key, writes_residual
+from megatron_ligo.growth.operator import Operator, short_key
 
 
 def scale_source_key(operator: Operator, key: str) -> str:
@@ -34,7 +34,7 @@ def added_rows(operator: Operator, key: str, rms: float) -> Tensor | None:
     """
     param = operator.arch.param(key)
     writes_inside_layer = (
-        param.in_layer and len(param.axes) == 2 and param.axes[0].use is Use.OUTPUT and not writes_residual(param)
+        param.in_layer and len(param.axes) == 2 and param.axes[0].use is Use.OUTPUT and not param.writes_residual
     )
     if operator.settings.fresh != "writers" or not writes_inside_layer:
         return None

@@ -17,7 +17,6 @@ from megatron_ligo.arch.spec import Use
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.growth.operator import writes_residual
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
@@ -74,7 +73,7 @@ def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
             return torch.ones(shape)
         if len(shape) == 1:
             return torch.zeros(shape)
-        std = INIT_STD / (2 * model_config.num_layers) ** 0.5 if writes_residual(param) else INIT_STD
+        std = INIT_STD / (2 * model_config.num_layers) ** 0.5 if param.writes_residual else INIT_STD
         return torch.empty(shape).normal_(0.0, std, generator=seeded_generator(seed, key))
 
     return read

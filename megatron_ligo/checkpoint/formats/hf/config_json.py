@@ -84,7 +84,7 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     sizes |= _optional_parts(config, arch) | arch.implied_sizes.get(config["model_type"], {})
     for key, name in arch.hf_fields.items():
         if name not in ROPE_FIELDS and name not in sizes:
-            sizes[name] = _config_value(config, key, where)
+            sizes[name] = _config_value(config, key, arch, where)
     if "rope_base" in arch.hf_fields.values():
         sizes |= rope_parameters.parse_rope(config, arch, where, errors)
     _fill_implied_sizes(sizes)
@@ -164,10 +164,10 @@ def _optional_parts(config: Mapping, arch: Architecture) -> dict[str, bool]:
     return {part: part in class_parts for part in arch.optional_parts(config["model_type"])}
 
 
-def _config_value(config: Mapping, key: str, where: str) -> object:
+def _config_value(config: Mapping, key: str, arch: Architecture, where: str) -> object:
     """Returns a config's value for a key, or its family's default if the config leaves it out."""
-    # Every family defaults to hidden_size / num_heads.
-    if key in config or key == "head_dim":
+    # Most families default to hidden_size / num_heads.
+    if key in config or (key == "head_dim" and not arch.own_head_dim):
         return config.get(key)
     return getattr(load_transformers_config(config, where), key, None)
 
@@ -186,11 +186,10 @@ def _fill_implied_sizes(sizes: dict) -> None:
 
 def _check_types(sizes: dict, errors: ErrorCollector) -> None:
     """Adds an error for each value of a wrong type or range: JSON may hold any value under any key."""
-    for name in ("norm_eps", "rope_base", "rotary_fraction"):
-        if type(sizes.get(name)) is int:
-            sizes[name] = float(sizes[name])
     for field in fields(ModelConfig):
         expected_type = FIELD_TYPES.get(field.type)
+        if expected_type is float and type(sizes.get(field.name)) is int:
+            sizes[field.name] = float(sizes[field.name])
         value = sizes.get(field.name, field.default)
         is_absent = value is None and "None" in field.type and not (field.name in NEVER_NULL and field.name in sizes)
         if expected_type is None or is_absent or (field.name in MAY_BE_ZERO and value == 0):
