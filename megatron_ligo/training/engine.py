@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
+from megatron_ligo.arch.mcore_names import sort_by_construction
 from megatron_ligo.common.errors import LayoutError, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.data.sampler import Batch
@@ -55,6 +56,26 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
         # DeepSpeed would partition activations over the TP ranks as if they were replicated there.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return config
+
+
+def build_parameter_groups(
+    model: nn.Module, weight_decay: float, trained: set[nn.Parameter] | None = None
+) -> list[dict]:
+    """Returns the optimizer's groups: matrices with weight decay, norms and biases without.
+
+    trained: the parameters to update (None: all). The others get a learning rate of 0.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (False, True): []}
+    by_name = dict(model.named_parameters())
+    # Transformer Engine registers norms later: ZeRO's flat tensors would hold the weights in another order.
+    for parameter in map(by_name.__getitem__, sort_by_construction(by_name)):
+        key = parameter.dim() > 1, trained is None or parameter in trained
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": group, "weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": 1.0 if is_trained else 0.0}
+        for (is_matrix, is_trained), group in groups.items()
+        if group
+    ]
 
 
 def build_optimizer(section: TrainingSection, groups: list[dict]) -> torch.optim.Optimizer:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.flops import train_flops
@@ -31,7 +30,7 @@ from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training import job_summary, loop, run_extension
 from megatron_ligo.training.checkpointing import reshard
-from megatron_ligo.training.engine import Engine
+from megatron_ligo.training.engine import Engine, build_parameter_groups
 from megatron_ligo.training.initial_weights import (
     InitialWeights,
     check_layout,
@@ -330,21 +329,3 @@ class Pretrain(TrainingJob):
 
 def _format_metrics(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.6f}" for name, value in metrics.items())
-
-
-def build_parameter_groups(
-    model: nn.Module, weight_decay: float, trained: set[nn.Parameter] | None = None
-) -> list[dict]:
-    """Returns the optimizer's groups: matrices with weight decay, norms and biases without.
-
-    trained: the parameters to update (None: all). The others get a learning rate of 0.
-    """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (False, True): []}
-    for parameter in model.parameters():
-        key = parameter.dim() > 1, trained is None or parameter in trained
-        groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": group, "weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": 1.0 if is_trained else 0.0}
-        for (is_matrix, is_trained), group in groups.items()
-        if group
-    ]

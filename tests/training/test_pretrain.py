@@ -78,8 +78,8 @@ def settings(base: Path, start: str = "handoff", **changes) -> dict:
 
 def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
     """Trains the transformers model in plain PyTorch; returns the first held-out loss and the loss of each step."""
+    from megatron_ligo.training.engine import build_parameter_groups
     from megatron_ligo.training.lr_schedule import learning_rate, schedule_after_growth
-    from megatron_ligo.training.pretrain import build_parameter_groups
 
     run = RunConfig.from_dict(settings(base)).pretrain
     run = schedule_after_growth(run) if grown else run

@@ -171,8 +171,7 @@ class PretrainStepper(EngineStepper):
         from megatron_ligo.models.full import parameters
         from megatron_ligo.models.full.factory import build_model
         from megatron_ligo.models.mcore.layer_spec import BuildOptions
-        from megatron_ligo.training.engine import Engine
-        from megatron_ligo.training.pretrain import build_parameter_groups
+        from megatron_ligo.training.engine import Engine, build_parameter_groups
 
         job, model_config = self.job, self.job.build_operator().large
         build = BuildOptions(self.dtype, self.mesh.tp, job.parallel.get("sequence_parallel", False))

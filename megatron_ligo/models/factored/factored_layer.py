@@ -162,7 +162,8 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
 
 def build_layer_spec_with_placeholders(operator: Operator) -> ModuleSpec:
     """Builds the layer spec with a `ModulePlaceholder` in place of every module with parameters."""
-    spec = build_layer_spec(operator.large)
+    # A fit is evaluated in fp32, in which Transformer Engine's attention keeps all attention weights in memory.
+    spec = build_layer_spec(operator.large, torch.float32)
     attention, mlp = spec.submodules.self_attention.submodules, get_mlp_submodules(spec)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = ModulePlaceholder
     attention.linear_qkv = attention.linear_proj = ModulePlaceholder

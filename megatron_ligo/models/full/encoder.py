@@ -97,7 +97,7 @@ class Encoder(nn.Module):
     def __init__(self, model_config: ModelConfig, build: BuildOptions):
         super().__init__()
         config, layer_class = build_uninitialised_config(model_config, build), get_layer_class(model_config)
-        submodules = [build_layer_spec(model_config).submodules for _ in range(model_config.num_layers)]
+        submodules = [build_layer_spec(model_config, build.dtype).submodules for _ in range(model_config.num_layers)]
         self.layers = nn.ModuleList(layer_class(config, each, layer_number=i + 1) for i, each in enumerate(submodules))
 
     def forward(self, h: Tensor, recompute: bool) -> Tensor:

@@ -80,7 +80,7 @@ class PipelineLayer:
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, layer: int, recompute: bool):
         config = build_uninitialised_config(model_config, build)
-        super().__init__(config, build_layer_spec(model_config).submodules, layer_number=layer + 1)
+        super().__init__(config, build_layer_spec(model_config, build.dtype).submodules, layer_number=layer + 1)
         self.rotary_pos_emb = build_rotary_embedding(model_config)
         self.recompute = recompute
         self.tokens_per_row = build.tp if build.sequence_parallel else 1

@@ -9,28 +9,18 @@ from deepspeed.checkpoint import constants
 from torch import nn
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.mcore_names import EXTRA_STATE
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.models.full.state_dict_names import use_table_names
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 
 def prepare_saving(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Adds the parameters' sharding to a model's checkpoints, and drops state that is not a tensor.
-
-    Each of Megatron-core's modules saves an empty `_extra_state`. It is not needed for loading, and the converter would
-    take it for a weight.
-    """
+    """Adds the parameters' sharding to a model's checkpoints, which hold the tables' names and only weights."""
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, build_universal_info(model_config, mesh.pp))
-    for module in model.modules():
-        module.register_state_dict_post_hook(drop_empty_extra_state)
-
-
-def drop_empty_extra_state(module: nn.Module, state: dict, prefix: str, metadata: object) -> None:
-    for name in [name for name, value in state.items() if name == prefix + EXTRA_STATE and value is None]:
-        del state[name]
+    use_table_names(model)
 
 
 def build_universal_info(model_config: ModelConfig, pp: int) -> dict:

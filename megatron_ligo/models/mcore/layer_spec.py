@@ -141,19 +141,22 @@ def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
     return TransformerLayer if architectures.get(model_config.arch).pre_norm else PostNormLayer
 
 
-def build_layer_spec(model_config: ModelConfig) -> ModuleSpec:
+def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
     """Builds Transformer Engine's layer spec if it is installed, otherwise mcore's local spec with `FusedAttention` and
     `Norm`.
 
     Post-norm layers always use the local spec: Transformer Engine fuses the norms of pre-norm layers into its linears.
+    Its attention serves 16 bits: in fp32 it keeps all attention weights in memory.
     """
     arch = architectures.get(model_config.arch)
-    if device.has_transformer_engine() and arch.pre_norm:
-        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
-    else:
+    is_local = not (device.has_transformer_engine() and arch.pre_norm)
+    if is_local:
         spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=get_normalization(model_config)))
         spec.submodules.input_layernorm = Norm
         spec.submodules.pre_mlp_layernorm = Norm
+    else:
+        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
+    if is_local or dtype is torch.float32:
         spec.submodules.self_attention.submodules.core_attention = FusedAttention
     spec.module = get_layer_class(model_config)
     if not arch.is_causal:

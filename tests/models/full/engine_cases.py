@@ -18,8 +18,7 @@ from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
-from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.pretrain import build_parameter_groups
+from megatron_ligo.training.engine import Engine, build_parameter_groups
 from tests.models.full.pretrain_cases import BATCH, CLIP, DECAY, LR, micro
 from tests.tiny_models import hf_llama, tokens
 

@@ -19,8 +19,7 @@ from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.loss import compute_loss
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec, build_transformer_config
-from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.pretrain import build_parameter_groups
+from megatron_ligo.training.engine import Engine, build_parameter_groups
 from tests import image_models
 from tests.layer_norm_models import config_of, model_of
 from tests.tiny_models import llama_config, tokens
@@ -155,7 +154,7 @@ def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> flo
     model_config, mesh = source.model_config, meshes.build_mesh(2, 1)
     model = GPTModel(
         config=build_transformer_config(model_config, BuildOptions(tp=2)),
-        transformer_layer_spec=build_layer_spec(model_config),
+        transformer_layer_spec=build_layer_spec(model_config, torch.float32),
         vocab_size=model_config.vocab_size + 1,
         max_sequence_length=model_config.max_positions,
         share_embeddings_and_output_weights=model_config.tied,

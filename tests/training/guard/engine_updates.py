@@ -14,9 +14,8 @@ from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
-from megatron_ligo.training.engine import Engine
+from megatron_ligo.training.engine import Engine, build_parameter_groups
 from megatron_ligo.training.guard.update_size import UpdateSize
-from megatron_ligo.training.pretrain import build_parameter_groups
 from tests.models.full.pretrain_cases import BATCH, micro, sizes
 
 STEPS, REFUSED = 5, 2

@@ -1,0 +1,91 @@
+"""Checkpoints of models with Transformer Engine's layers (emulated): the tables' names, read and resumed without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.inspect import describe
+from megatron_ligo.distributed import mesh as meshes
+from megatron_ligo.models.full.factory import build_model
+from megatron_ligo.models.mcore.attention import FusedAttention
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec
+from tests.models.full import engine_cases, pretrain_cases
+from tests.models.full.test_engine_checkpoints import check_deepspeeds_own_converter, model_config_of
+from tests.tiny_models import llama_config
+from tests.transformer_engine import Attention, emulated_transformer_engine
+
+FAMILIES = ("llama", "gpt2", "gpt_neox", "vit")
+
+
+def state_dict_names(model_config: ModelConfig) -> list:
+    """Returns, without and with Transformer Engine, the names of the parameters and of the state dict, and whether the
+    model loads the state dict of the one without."""
+    mesh, result, state = meshes.build_mesh(1, 1), [], None
+    for installed in (False, True):
+        with emulated_transformer_engine(installed):
+            torch.manual_seed(3)
+            model = build_model(model_config, BuildOptions(), mesh)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        state = state or model.state_dict()
+        model.load_state_dict(state)
+        same = all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        result.append([[name for name, _ in model.named_parameters()], list(model.state_dict()), same])
+    return result
+
+
+def state_dicts_of_families() -> list:
+    return [state_dict_names(pretrain_cases.sizes(False, family)) for family in FAMILIES]
+
+
+def test_state_dicts_have_the_names_of_the_tables(pools):
+    for plain, fused in pools(1).run(state_dicts_of_families):
+        assert set(fused[0]) == set(plain[0]) == set(plain[1]) == set(fused[1])
+        assert fused[0] != plain[0], "the emulation registers norms in another order"
+        assert plain[2] and fused[2]
+
+
+def saved_and_resumed(folder: str, model_config: ModelConfig, layouts: list[dict]) -> dict:
+    """As that of engine_cases with Transformer Engine; `moved`: engines that load what the other kind has saved."""
+    with emulated_transformer_engine():
+        result = engine_cases.saved_and_resumed(folder, model_config, layouts)
+    result["moved"] = []
+    for installed in (False, True):
+        with emulated_transformer_engine(installed):
+            job = engine_cases.Job(model_config, layouts[0], seed=11)
+        path, _ = job.engine.engine.load_checkpoint(f"{folder}/engine", tag="state")
+        assert path is not None
+        result["moved"].append(job.losses(engine_cases.BEFORE, engine_cases.AFTER))
+        job.end()
+    with emulated_transformer_engine(False):
+        job = engine_cases.Job(model_config, layouts[1], source=formats.open(f"{folder}/universal"))
+        result["without"] = job.losses(engine_cases.BEFORE, engine_cases.AFTER)
+        job.end()
+    return result
+
+
+@pytest.mark.parametrize(
+    "layouts", [[{"tp": 2}, {"zero": 3}], [{"zero": 2}, {"pp": 2}], [{"pp": 2}, {"tp": 2}]], ids=str
+)
+def test_checkpoints_do_not_depend_on_the_layers(pools, tmp_path, layouts):
+    model_config = model_config_of()
+    result = pools(2).run(saved_and_resumed, folder=str(tmp_path), model_config=model_config, layouts=layouts)
+    for losses in [*result["resumed"], *result["moved"], result["without"]]:
+        assert losses == pytest.approx(result["undisturbed"], rel=1e-5)
+    check_deepspeeds_own_converter(tmp_path)
+    engine = formats.open(tmp_path / "engine")
+    assert not describe(engine)["unread"]
+    convert(engine, tmp_path / "hf", "hf")
+
+
+def test_only_16_bits_take_its_attention():
+    with emulated_transformer_engine():
+        kinds = [
+            build_layer_spec(llama_config(), dtype).submodules.self_attention.submodules.core_attention
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+    assert kinds == [FusedAttention, Attention]
