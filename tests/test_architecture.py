@@ -34,7 +34,7 @@ ROOMS = (
     ("data",),
     ("training",),
     ("planning", "report"),
-    ("testing.forked_ranks", "testing.kill_test"),
+    ("testing.preload", "testing.forked_ranks", "testing.kill_test"),
     ("experiments",),
     ("bench",),
     ("cli",),

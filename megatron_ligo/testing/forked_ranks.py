@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PRELOAD = ("megatron_ligo.training.fit", "megatron_ligo.training.pretrain")
+PRELOAD = ("megatron_ligo.testing.preload",)
 
 Enter = Callable[[int], None]
 
