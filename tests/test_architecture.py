@@ -36,6 +36,7 @@ ROOMS = (
     ("planning", "report"),
     ("testing.preload", "testing.forked_ranks", "testing.kill_test"),
     ("experiments",),
+    ("api",),
     ("bench",),
     ("cli",),
     ("testing.fuzz",),

@@ -27,6 +27,15 @@ TINY = {
     "steps = 100\n": "steps = 4\nlr = 1e-3\n",
     "steps = 1000": "steps = 3",
 }
+TINY_PYTHON = {
+    "num_layers=32": "num_layers=5",
+    "hidden_size=768": "hidden_size=32",
+    "ffn_size=2048": "ffn_size=48",
+    "num_heads=12": "num_heads=8",
+    "num_kv_heads=4": "num_kv_heads=4",
+    '"data.seq_length": 1024': '"data.seq_length": 16',
+    "steps=100": "steps=2",
+}
 
 
 def find_blocks(language: str) -> list[str]:
@@ -103,6 +112,18 @@ def test_the_commands_of_the_readme(workspace):
     # A finished fit reports that it is finished. With other settings it refuses, on every rank.
     assert "resumed after step 4" in run(fit, workspace)
     assert "fit.seed" in run(f"{fit} --set fit.seed=7", workspace, code=2)
+
+
+def test_the_python_of_the_readme(workspace):
+    if not (workspace / "runs/data/train.idx").is_file():
+        run(find_inline("python tools/prepare_data.py"), workspace)
+    (code,) = (block for block in find_blocks("python") if "ligo.fit" in block)
+    for large, tiny in TINY_PYTHON.items():
+        assert large in code, f"the README's Python no longer says {large!r}"
+        code = code.replace(large, tiny)
+    (workspace / "example.py").write_text(code)
+    output = run("python example.py", workspace)
+    assert "True {" in output and "pretraining" in output and (workspace / "out/model.safetensors").is_file()
 
 
 def test_every_command_has_help_with_an_example(workspace):

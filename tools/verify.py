@@ -14,13 +14,12 @@ from pathlib import Path
 
 from megatron_ligo import cli
 from megatron_ligo.checkpoint import formats
-from megatron_ligo.checkpoint.content import find_damage
-from megatron_ligo.checkpoint.manifest import load_manifest
+from megatron_ligo.checkpoint.content import compare_with_manifest
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.checkpoint.verify import ComparisonResult, check_manifest, compare, has_manifest
+from megatron_ligo.checkpoint.verify import ComparisonResult, compare, has_manifest
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed.digest_cache import DigestCache
-from megatron_ligo.experiments.reference_logits import compare_reference_logits
+from megatron_ligo.experiments.reference_logits import LOGIT_TOLERANCE, compare_reference_logits
 from megatron_ligo.export import chain
 
 EXAMPLE = """
@@ -30,8 +29,6 @@ python tools/verify.py models/small
 python tools/verify.py runs --full
 """
 MAX_LISTED = 50
-# Covers different attention kernels; equal weights usually give a difference of 0.
-TOLERANCE = 5e-4
 
 
 def build_parser() -> cli.CommandParser:
@@ -47,7 +44,10 @@ def build_parser() -> cli.CommandParser:
         help="compare logits on a fixed batch, each side by its own library; tensors may then differ",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help=f"largest logit difference (default: {TOLERANCE:g})"
+        "--tolerance",
+        type=float,
+        default=LOGIT_TOLERANCE,
+        help=f"largest logit difference (default: {LOGIT_TOLERANCE:g})",
     )
     parser.add_argument(
         "--full", action="store_true", help="of a run: read every file again, also those that have not changed since"
@@ -63,14 +63,14 @@ def main() -> None:
         raise ConfigError(Problem("--full", "the folder of a run", f"{args.a}"))
     a = formats.open(args.a, args.form, args.accept)
     results = (
-        [_print_result(f"{args.a} and its manifest", _compare_with_manifest(a))]
+        [_print_result(f"{args.a} and its manifest", compare_with_manifest(a))]
         if args.b is None or has_manifest(a)
         else []
     )
     if args.b is not None:
         b = formats.open(args.b)
         if has_manifest(b):
-            results.append(_print_result(f"{args.b} and its manifest", _compare_with_manifest(b)))
+            results.append(_print_result(f"{args.b} and its manifest", compare_with_manifest(b)))
         same = _print_result(f"{args.a} and {args.b}", compare(a, b, values_only=args.values))
         results.append(_print_logits(a, b, args) if args.logits else same)
     elif args.logits:
@@ -85,15 +85,6 @@ def _print_logits(a: Reader, b: Reader, args: argparse.Namespace) -> bool:
     scale = f"at a scale of {logits.scale:.3g}, {logits.compared} logits a token"
     print(f"logits: largest difference {logits.difference:.3e} {scale}")
     return logits.difference <= args.tolerance
-
-
-def _compare_with_manifest(reader: Reader) -> ComparisonResult:
-    """Compares every tensor and, if the manifest states their digests, every file."""
-    result = check_manifest(reader)
-    folder = reader.path if reader.path.is_dir() else reader.path.parent
-    if load_manifest(folder).version > 1:
-        result.differences += find_damage(folder, DigestCache(recompute=True))
-    return result
 
 
 def _verify_runs(folder: Path, full: bool) -> bool:

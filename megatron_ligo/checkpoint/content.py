@@ -11,7 +11,7 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.io.digest import as_bytes
 from megatron_ligo.checkpoint.manifest import MANIFEST, digest_recorded_weights, load_manifest
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader
-from megatron_ligo.checkpoint.verify import check_manifest
+from megatron_ligo.checkpoint.verify import ComparisonResult, check_manifest
 from megatron_ligo.common.errors import Problem
 from megatron_ligo.common.file_digest import hash_bytes
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
@@ -77,3 +77,12 @@ def find_damage(folder: Path, cache: DigestCache) -> list[Problem]:
             found = f"digest {actual[name]}" if name in actual else "no such file"
             problems.append(Problem(f"{folder / name}", f"digest {expected}, as it was written", found))
     return problems
+
+
+def compare_with_manifest(reader: Reader) -> ComparisonResult:
+    """Compares every tensor and, if the manifest states their digests, every file."""
+    result = check_manifest(reader)
+    folder = reader.path if reader.path.is_dir() else reader.path.parent
+    if load_manifest(folder).version > 1:
+        result.differences += find_damage(folder, DigestCache(recompute=True))
+    return result

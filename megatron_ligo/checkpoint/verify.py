@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import manifest
-from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.formats.hf.transformers_model import build_model
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader
 from megatron_ligo.common.errors import CheckpointError
-from megatron_ligo.sharding.fused_tensors import stored_tensors
 
 BATCH, LENGTH, SEED = 2, 64, 1234
 
@@ -141,25 +139,6 @@ def compute_logits(reader: Reader, inputs: Tensor) -> Tensor:
     without a head. Positions are interpolated for images of another size than the model's. Builds the whole model in
     memory.
     """
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = config_json.to_hf_config(reader.model_config, reader.carried, torch.float32)
-    hf_config = CONFIG_MAPPING[reader.model_config.model_type](**config)
-    # transformers uses other names in memory than in files: only from_pretrained translates them.
-    transformers.utils.logging.disable_progress_bar()
-    load = getattr(transformers, config["architectures"][0]).from_pretrained
-    model, report = load(None, config=hf_config, state_dict=dict(_hf_state_dict(reader)), output_loading_info=True)
-    unexpected, missing = set(report["unexpected_keys"]), set(report["missing_keys"])
-    # A class may lack an optional part of the checkpoint, or have one more: neither changes its first output.
-    params = [param for param in reader.arch.params if param.requires or param.tied_to]
-    optional = {param.locations["hf"].name for param in params}
-    optional |= {reader.arch.stored_name(param.key, reader.model_config, "hf") for param in params}
-    assert unexpected | missing <= optional, f"{type(model).__name__}: unexpected {unexpected}, missing {missing}"
+    model = build_model(reader, torch.float32)
     other_size = reader.model_config.image_size not in (None, inputs.shape[-1])
-    return model.eval()(inputs, **({"interpolate_pos_encoding": True} if other_size else {}))[0]
-
-
-def _hf_state_dict(reader: Reader) -> Iterator[tuple[str, Tensor]]:
-    for name, item in stored_tensors(reader.arch, reader.model_config, "hf").items():
-        yield name, item.assemble([reader.read(key).float() for key in item.keys], reader.model_config)
+    return model(inputs, **({"interpolate_pos_encoding": True} if other_size else {}))[0]

@@ -33,6 +33,7 @@ from megatron_ligo.export import provenance
 from megatron_ligo.export.grown_reader import GrownReader, digest_operator
 from megatron_ligo.growth import adam_state
 from megatron_ligo.growth.methods import describe_method
+from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import build_initial_operator, check_matches_config
 
@@ -113,7 +114,6 @@ def grow_from_config(
     small = config.small
     if not small.path:
         raise ConfigError(Problem("small.path", "a checkpoint of the small model", "none", "Set it in [small]."))
-    section = config.handoff
     with ranks.agree():
         check_output(folder, HANDOFF)
         reader = formats.open_small(small)
@@ -122,21 +122,44 @@ def grow_from_config(
         else:
             operator = build_initial_operator(reader.model_config, config.large, config.operator)
             log.info("%s", describe_method(operator.settings, operator.small, operator.large))
+    return write_grown_model(operator, reader, config, folder, progress, ranks, accept_changed)
+
+
+def write_grown_model(
+    operator: Operator,
+    reader: Reader,
+    config: RunConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    ranks: RankGroup = SINGLE_RANK,
+    accept_changed: bool = False,
+) -> dict:
+    """Grows a small model into a hand-off as [handoff] states; returns the content of growth.json.
+
+    An operator's file must be what [large] and [operator] ask for, and fitted on these weights, as in
+    `grow_from_config`.
+    """
+    section = config.handoff
+    with ranks.agree():
         grown = GrownReader(operator, reader, section.moments)
     digest = digest_weights(reader, DigestCache(ranks))
     with ranks.agree():
         record = {}
         if ranks.rank == 0:
-            changes = _check_operator(operator, config, digest, accept_changed) if operator_folder else []
+            changes = []
+            if isinstance(operator, OperatorFile):
+                changes = check_operator(operator, config, f"{reader.path or reader.format}", digest, accept_changed)
             record = build_growth_record(grown, digest) | ({"accepted_changes": changes} if changes else {})
     dtype = DTYPES[section.dtype]
     return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, ranks=ranks)
 
 
-def _check_operator(operator: OperatorFile, config: RunConfig, digest: str, accept_changed: bool) -> list[str]:
+def check_operator(
+    operator: OperatorFile, config: RunConfig, source: str, digest: str, accept_changed: bool
+) -> list[str]:
     """Raises CheckpointError unless the operator is what the config asks for and was fitted on weights of `digest`.
 
-    accept_changed: returns the differences, and logs them, instead.
+    source: the name of those weights. accept_changed: returns the differences, and logs them, instead.
     """
     operator.check_digest()
     errors = ErrorCollector(f"the operator {operator.folder} cannot be applied so", CheckpointError)
@@ -146,7 +169,7 @@ def _check_operator(operator: OperatorFile, config: RunConfig, digest: str, acce
         log.warning("%s does not state the weights that it was fitted on: they are not compared", operator.folder)
     elif fitted_on != digest:
         expected = f"the weights that the operator was fitted on, digest {fitted_on}"
-        errors.add(config.small.path, expected, f"digest {digest}", f"Fit an operator on this model. {ACCEPT_HINT}")
+        errors.add(source, expected, f"digest {digest}", f"Fit an operator on this model. {ACCEPT_HINT}")
     if accept_changed:
         for problem in errors.problems:
             log.warning("accepted: %s", problem)

@@ -152,6 +152,7 @@ class Fit(TrainingJob):
             self.accepted_step,
             after_step=evaluate_if_due,
             should_stop=best.should_stop,
+            on_step=self.on_step,
         )
 
     def _build_engine(self) -> Engine:

@@ -23,7 +23,7 @@ from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, count_micro_batches
 from megatron_ligo.training.guard import stop_record
-from megatron_ligo.training.metrics import peak_memory_bytes
+from megatron_ligo.training.metrics import StepCallback, peak_memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class TrainingJob:
 
     folder_kind: ClassVar[FolderKind]
     reads_images = False
+    on_step: StepCallback | None = None
     mesh: Mesh
     data: ShardedSampler
     inputs: RunInputs

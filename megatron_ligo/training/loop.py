@@ -18,7 +18,7 @@ from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.guard.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
-from megatron_ligo.training.metrics import Metrics
+from megatron_ligo.training.metrics import Metrics, StepCallback
 
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -36,20 +36,21 @@ def run_steps(
     after_step: Callable[[int], dict[str, float]] = lambda step: {},
     extra_files: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_step: StepCallback | None = None,
 ) -> None:
     """Trains from the engine's current step to the last one. Collective.
 
     state: saved with each checkpoint. tokens, flops: per step, over all ranks. guess_loss, accepted_step: as for
     `LossGuard`. after_step: takes the number of finished steps and returns further metrics. extra_files: a folder
     whose files are copied into each checkpoint.
-    should_stop: ends the run early, checked between steps.
+    should_stop: ends the run early, checked between steps. on_step: called with each row of the metrics, on rank 0.
     Raises Stopped if SIGINT or SIGTERM has reached any rank.
     """
     first_step, dims = engine.steps, engine.mesh
     guard = LossGuard(engine, section, state, guess_loss, output, accepted_step)
     with (
         signal_handling.defer_signals(section.grace_seconds),
-        Metrics(output, dist.get_rank() == 0, section.steps, first_step) as metrics,
+        Metrics(output, dist.get_rank() == 0, section.steps, first_step, on_step) as metrics,
     ):
         for step in range(first_step, section.steps):
             if should_stop():

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections import deque
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,9 @@ SILENT_KEYS = ("update_ratio", "skipped")
 # The time left is estimated from this many recent steps.
 RECENT_STEPS = 20
 
+# Called on rank 0 after each step, with its row of metrics.jsonl.
+StepCallback = Callable[[Mapping[str, float | str | None]], None]
+
 
 class Metrics:
     """Writes each step to OUTPUT/metrics.jsonl (one JSON object per line), to TensorBoard and to the terminal.
@@ -42,9 +46,17 @@ class Metrics:
     `enabled`, which is set on rank 0 only. Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, output_dir: str | Path, enabled: bool, total_steps: int, done_steps: int = 0):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        enabled: bool,
+        total_steps: int,
+        done_steps: int = 0,
+        on_step: StepCallback | None = None,
+    ):
         """done_steps: step of the resumed checkpoint; rows of later steps are removed from the file."""
         self.enabled = enabled
+        self._on_step = on_step
         self._totals = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if not enabled:
             return
@@ -86,6 +98,8 @@ class Metrics:
         shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
         self._events.add({**shown, **extra}, step, anomaly)
         self._line.show(step, loss, lr, tokens, seconds, {key: extra[key] for key in extra if key not in SILENT_KEYS})
+        if self._on_step:
+            self._on_step(finite)
 
     def close(self) -> None:
         if not self.enabled:

@@ -212,7 +212,6 @@ class Pretrain(TrainingJob):
         place = (self.engine.layout, self.engine.steps)
         summary = job_summary.describe_job(self._start_text(), self.model_config, section, *place, tokens, flops)
         log.info("pretraining in %s:\n%s", self.output, summary)
-
         loop.run_steps(
             self.engine,
             self.data,
@@ -225,6 +224,7 @@ class Pretrain(TrainingJob):
             self.accepted_step,
             after_step=lambda step: self._evaluate_if_due(step, state),
             extra_files=self.output / MODEL_FOLDER,
+            on_step=self.on_step,
         )
 
     def _start_text(self) -> str:

@@ -5,7 +5,7 @@ pytorch_model.bin, single or sharded, is read where there are no safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from megatron_ligo.checkpoint.formats.hf.shards import (
     SAFETENSORS_FILES,
     SINGLE,
     TORCH_FILES,
+    WeightShards,
     describe_unread,
     open_shards,
 )
@@ -38,25 +39,34 @@ SHARD_BYTES = 5_000_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
-class HfReader(Reader):
-    """Reads canonical tensors as views of mapped files."""
+class HfNamesReader(Reader):
+    """Reads canonical tensors from tensors of Hugging Face's names: a folder's, or a state dict's in memory."""
 
     format = NAME
 
-    def __init__(self, folder: Path, accepted: AcceptedKeys = NO_KEYS):
-        self.path = folder
-        config = config_json.load_config(folder / config_json.CONFIG)
-        self.model_config = config_json.parse_model_config(config, str(folder / config_json.CONFIG), accepted)
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        shards: WeightShards,
+        where: str,
+        accepted: AcceptedKeys = NO_KEYS,
+        folder: Path | None = None,
+    ):
+        """config: the content of config.json. where: its place, for errors. folder: None for a model in memory."""
+        self.path, self._where = folder, f"{folder or where}"
+        self.model_config = config_json.parse_model_config(config, where, accepted)
         self.carried = config_json.parse_carried(config)
-        self.files = model_record.find_carried_files(folder)
-        self._shards = open_shards(folder)
-        self.unread = describe_unread(folder)
+        self._shards = shards
+        if folder is not None:
+            self.files = model_record.find_carried_files(folder)
+            self.unread = describe_unread(folder)
         self._check_layers()
         renaming = tensor_names.find_common_prefix(self.arch, self.model_config, self._shards.names())
-        renaming.report(f"{folder}")
+        renaming.report(self._where)
         self._shards.rename(renaming.apply)
         self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, self._shards.names())
-        model_record.check_beside(folder, self.model_config, accepted)
+        if folder is not None:
+            model_record.check_beside(folder, self.model_config, accepted)
         stored, self._stored_names = self._check()
         self._items = {key: item for item in stored.values() for key in item.keys}
 
@@ -72,7 +82,7 @@ class HfReader(Reader):
         for duplicate in stored.duplicates:
             if not torch.equal(tensor, self._shards.tensor(duplicate)):
                 hint = "Is tie_word_embeddings true by mistake?"
-                where = f"{self.path}: {duplicate}"
+                where = f"{self._where}: {duplicate}"
                 raise CheckpointError(Problem(where, f"the bits of {stored.name}", "other bits", hint))
         # Compared once: later reads skip it.
         self._stored_names[item.name] = tensor_names.StoredName(stored.name)
@@ -93,7 +103,7 @@ class HfReader(Reader):
             for name in (locations[item.name].name, *locations[item.name].duplicates)
         }
         if not any(name in names for name in expected):
-            explain_other_names(names, list(expected), f"{self.path}", errors)
+            explain_other_names(names, list(expected), self._where, errors)
             errors.raise_if_any(self._shards.weights)
         self._shards.check(expected, self.arch.ignored_names.get(NAME, ()), errors)
         head = self.arch.find(Role.HEAD)
@@ -120,9 +130,17 @@ class HfReader(Reader):
             errors.raise_if_any(self._shards.weights)
 
     def _errors(self) -> ErrorCollector:
-        errors = ErrorCollector(f"{self.path} does not hold the model of its config.json", CheckpointError)
+        errors = ErrorCollector(f"{self._where} does not hold the model of its config.json", CheckpointError)
         errors.problems += self._shards.errors
         return errors
+
+
+class HfReader(HfNamesReader):
+    """Reads a folder's canonical tensors as views of mapped files."""
+
+    def __init__(self, folder: Path, accepted: AcceptedKeys = NO_KEYS):
+        config = config_json.load_config(folder / config_json.CONFIG)
+        super().__init__(config, open_shards(folder), f"{folder / config_json.CONFIG}", accepted, folder)
 
 
 def _split_shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:

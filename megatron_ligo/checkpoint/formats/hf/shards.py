@@ -1,4 +1,4 @@
-"""The weight files of a folder as one table of tensors, mapped and read one at a time."""
+"""The weight files of a folder as one table of tensors, mapped and read one at a time; or a state dict in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ligo.checkpoint.formats.hf.tensor_files import DTYPES, StateDictFile, TensorFile, open_tensor_file
+from megatron_ligo.checkpoint.formats.hf.tensor_files import DTYPES, StateDict, TensorFile, open_tensor_file
 from megatron_ligo.checkpoint.io import tensor_check
 from megatron_ligo.common import symlinks
 from megatron_ligo.common.atomic_files import read_json
@@ -46,14 +46,13 @@ class WeightShards:
         self._files: list[TensorFile] = []
         self._views: dict[str, Tensor] = {}
         for path in files:
-            self._add(path)
+            try:
+                self.add(path, open_tensor_file(path))
+            except CheckpointError as error:
+                self.errors += error.problems
 
-    def _add(self, path: Path) -> None:
-        try:
-            file = open_tensor_file(path)
-        except CheckpointError as error:
-            self.errors += error.problems
-            return
+    def add(self, path: Path, file: TensorFile) -> None:
+        """Adds the tensors of a file, which errors name by its path."""
         self._files.append(file)
         for name in file.names():
             if name in self._places:
@@ -112,7 +111,7 @@ class WeightShards:
         """Adds an error for two expected tensors of a state dict that share numbers without being tied."""
         expected = set(expected)
         for file in self._files:
-            if isinstance(file, StateDictFile):
+            if isinstance(file, StateDict):
                 stored = file.stored_tensors()
                 places = ((name, place) for name, place in self._places.items() if name in expected)
                 own = {name: stored[stored_name] for name, (_, owner, stored_name) in places if owner is file}
@@ -122,6 +121,13 @@ class WeightShards:
         self._files.clear()
         self._places.clear()
         self._views.clear()
+
+
+def open_state_dict(state: Mapping[str, object], where: str) -> WeightShards:
+    """Opens a state dict in memory. Raises CheckpointError for values that are not whole tensors."""
+    shards = WeightShards([])
+    shards.add(Path(where), StateDict(state, where))
+    return shards
 
 
 def describe_unread(folder: Path) -> tuple[str, ...]:

@@ -1,15 +1,16 @@
-"""One file of tensors by name, mapped: safetensors, or a state dict of torch.save (pytorch_model.bin)."""
+"""Tensors by name: a mapped file (safetensors, or a state dict of torch.save), or a state dict in memory."""
 
 from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron_ligo.checkpoint.io import tensor_check, torch_files
 from megatron_ligo.common.atomic_files import parse_json
@@ -20,7 +21,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class TensorFile(ABC):
-    """An open file. Opening it raises CheckpointError if it is damaged."""
+    """An open file, or a state dict. Opening it raises CheckpointError if it is damaged."""
 
     @abstractmethod
     def names(self) -> Collection[str]:
@@ -77,19 +78,22 @@ def _check_header(path: Path) -> None:
         parse_json(file.read(size))
 
 
-class StateDictFile(TensorFile):
-    def __init__(self, path: Path):
-        self._path = path
-        state = torch_files.load(path)
-        if not isinstance(state, dict):
-            raise CheckpointError(Problem(f"{path}", "tensors by name", type(state).__name__))
-        errors = ErrorCollector(f"{path} holds values that are not tensors", CheckpointError)
+class StateDict(TensorFile):
+    """A state dict in memory. where: what holds it, for errors."""
+
+    def __init__(self, state: Mapping[str, object], where: str):
+        self.where = where
+        errors = ErrorCollector(f"{where} holds values that are not tensors", CheckpointError)
         for name, value in state.items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
                 hint = "Save the model's state dict alone." if isinstance(value, dict) else ""
                 errors.add(f"{name!r}"[:200], "a tensor by its name", type(value).__name__, hint)
+            elif isinstance(value, DTensor) or value.is_meta:
+                found = "one on the meta device" if value.is_meta else "a DTensor: a part of one on each rank"
+                hint = "Gather it first, by torch's get_model_state_dict with full_state_dict = true."
+                errors.add(name, "a tensor with all its numbers", found, hint)
         errors.raise_if_any()
-        self._tensors: dict[str, Tensor] = state
+        self._tensors: dict[str, Tensor] = dict(state)
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -105,11 +109,25 @@ class StateDictFile(TensorFile):
         return dtype if dtype in DTYPES.values() else None
 
     def tensor(self, name: str) -> Tensor:
-        return torch_files.check_stored(f"{name} ({self._path.name})", self._tensors[name])
+        return self._tensors[name].detach().cpu()
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors of the file by name, of any shape, whose bytes are not compared yet."""
+        """Returns the tensors by name, of any shape; of a file, their bytes are not compared yet."""
         return self._tensors
+
+
+class StateDictFile(StateDict):
+    """The state dict in a file of torch.save."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        state = torch_files.load(path)
+        if not isinstance(state, dict):
+            raise CheckpointError(Problem(f"{path}", "tensors by name", type(state).__name__))
+        super().__init__(state, f"{path}")
+
+    def tensor(self, name: str) -> Tensor:
+        return torch_files.check_stored(f"{name} ({self._path.name})", self._tensors[name])
 
 
 def open_tensor_file(path: Path) -> TensorFile:

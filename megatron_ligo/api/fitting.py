@@ -1,0 +1,120 @@
+"""`ligo.fit`: learns the operator, in this process or in all that a launcher started."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_ligo.api.settings import ConfigSource, Settings, build_config, select_sizes
+from megatron_ligo.api.sources import ModelSource, open_model
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint import convert
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.formats.hf.transformers_model import config_content
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import check_agreement
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+from megatron_ligo.growth.operator_file import OperatorFile
+from megatron_ligo.growth.validation import build_initial_operator
+from megatron_ligo.training.metrics import StepCallback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SMALL_FOLDER = "small"
+TRAIN, VALID = "train", "valid"
+
+
+def fit(
+    model: ModelSource,
+    large: PreTrainedConfig | Mapping[str, int],
+    *,
+    data: str | Path | Sequence[str | float],
+    valid: str | Path | Sequence[str | float] | None = None,
+    steps: int | None = None,
+    output: str | Path | None = None,
+    config: ConfigSource = None,
+    settings: Settings | None = None,
+    on_step: StepCallback | None = None,
+) -> OperatorFile:
+    """Fits the operator that grows a model into a large one, and returns it. The model stays as it is.
+
+    model: a model of transformers, or a checkpoint of any format. large: a config of transformers, such as that of a
+    grown model, or sizes by the names that `grow` takes. data, valid: prefixes of prepared text, as in [data]; valid
+    may be left out if it lies beside `data` under the name "valid". output: the run's folder, with checkpoints and
+    metrics, in which a repeated call resumes; None: one that is removed with the operator. config, settings: a run.toml
+    and more of its keys, such as {"fit.lr": 1e-5, "fit.parallel.tp": 2, "data.seq_length": 512}. on_step: called after
+    each step, on rank 0, with its row of the metrics.
+    Under a launcher all processes call this together, with one `output`. Raises LigoError.
+    """
+    if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(Problem("output", "one folder for all processes", "none", "Name one that all nodes share."))
+    temporary = tempfile.TemporaryDirectory(prefix="ligo-fit-") if output is None else None
+    folder = Path(temporary.name if temporary else output)
+    reader = open_model(model)
+    sizes = dict(large) if isinstance(large, Mapping) else _read_sizes(large, reader.model_config)
+    stated = {"data.train": _as_blend(data), "data.valid": _as_blend(_find_valid(data) if valid is None else valid)}
+    if steps is not None:
+        stated["fit.steps"] = steps
+    run_config = build_config(
+        config, sizes, settings, stated, {"small.path": f"{reader.path or folder / SMALL_FOLDER}"}
+    )
+    operator = build_initial_operator(reader.model_config, run_config.large, run_config.operator)
+    if not isinstance(large, Mapping):
+        _check_large(large, operator.large)
+
+    from megatron_ligo.distributed import mesh
+    from megatron_ligo.training.fit import Fit
+
+    mesh.init_distributed(run_config.fit.timeout_minutes)
+    if reader.path is None:
+        mesh.all_ranks().run_on_rank_0(lambda: _save_small(reader, folder / SMALL_FOLDER))
+    job = Fit(run_config, folder)
+    job.on_step = on_step
+    job.run()
+    # Its hooks would keep the engine and all its tensors alive.
+    job.engine.engine.destroy()
+    fitted = OperatorFile(folder / "operator")
+    if temporary:
+        weakref.finalize(fitted, temporary.cleanup)
+    return fitted
+
+
+def _save_small(reader: Reader, folder: Path) -> None:
+    convert.convert(reader, folder, "hf", overwrite=True)
+
+
+def _as_blend(data: str | Path | Iterable[str | float]) -> list[str | float]:
+    return [f"{data}"] if isinstance(data, str | Path) else list(data)
+
+
+def _find_valid(data: str | Path | Sequence[str | float]) -> list[str]:
+    """Returns the held-out data beside the training data, as the preparation of text writes them."""
+    path = Path(data) if isinstance(data, str | Path) else None
+    if path is None or path.name != TRAIN or not path.with_name(f"{VALID}.idx").is_file():
+        hint = "Give valid=, the prefix of held-out data."
+        raise ConfigError(Problem("valid", "held-out data, named or beside the training data", "none", hint))
+    return [f"{path.with_name(VALID)}"]
+
+
+def _read_sizes(large: PreTrainedConfig, small: ModelConfig) -> dict[str, int]:
+    """Returns the sizes of a config of transformers that [large] has and that differ from the small model's."""
+    sizes = select_sizes(vars(_parse(large)))
+    return {name: size for name, size in sizes.items() if size != getattr(small, name)}
+
+
+def _parse(large: PreTrainedConfig) -> ModelConfig:
+    return config_json.parse_model_config(config_content(large), "the large model's config")
+
+
+def _check_large(large: PreTrainedConfig, grown: ModelConfig) -> None:
+    """Raises ConfigError unless growth gives the model of this config."""
+    errors = ErrorCollector("the small model does not grow into the model of this config", ConfigError)
+    parts = {name for name, value in grown.to_json().items() if isinstance(value, bool)} - {"tied"}
+    sizes = {name: value for name, value in vars(_parse(large)).items() if name not in parts}
+    check_agreement(sizes, grown.to_json(), "the large model's config", "growth", errors)
+    errors.raise_if_any()

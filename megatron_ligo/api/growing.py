@@ -1,0 +1,150 @@
+"""`ligo.grow` and `ligo.write_handoff`: growth of a model, in memory or into a folder."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import nn
+
+from megatron_ligo.api.settings import ConfigSource, Settings, build_config
+from megatron_ligo.api.sources import ModelSource, open_model
+from megatron_ligo.checkpoint.content import digest_weights
+from megatron_ligo.checkpoint.convert import Progress
+from megatron_ligo.checkpoint.formats.hf.transformers_model import build_model
+from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.common.folder_kinds import HANDOFF, check_output, find_operator_part
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.export import handoff
+from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.growth.methods import describe_method
+from megatron_ligo.growth.operator import Operator
+from megatron_ligo.growth.operator_file import OperatorFile
+from megatron_ligo.growth.validation import build_initial_operator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+# What `ligo.fit` returns, or the folder of a fit or an operator.
+OperatorSource: TypeAlias = Operator | str | Path
+
+
+def grow(
+    model: ModelSource,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    ffn_size: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+    image_size: int | None = None,
+    method: str | None = None,
+    operator: OperatorSource | None = None,
+    dtype: torch.dtype | None = None,
+    config: ConfigSource = None,
+    settings: Settings | None = None,
+    accept: Iterable[str] = (),
+    accept_changed: bool = False,
+) -> PreTrainedModel:
+    """Returns the grown model, a new model of transformers, in evaluation mode unless `model` is in training mode.
+
+    model: a model of transformers, which stays as it is, or a checkpoint of any format. The sizes: a size that is None
+    is the small model's. method: a growth method by name (default: lossless, where the grown model computes what the
+    small one does). operator: a fitted one, which implies the sizes. dtype: of the grown weights; None: the small
+    model's. config, settings: a run.toml and more of its keys, such as {"operator.noise": 0.1}. accept: unknown keys
+    of the small model's config that may pass. accept_changed: applies an operator that was fitted on other weights.
+    Raises LigoError with everything that cannot be grown.
+    """
+    sizes = _name_sizes(
+        num_layers, hidden_size, ffn_size, num_heads, num_kv_heads, head_dim, vocab_size, max_positions, image_size
+    )
+    run_config = build_config(config, sizes, settings, {} if method is None else {"operator.method": method})
+    reader = open_model(model, accept=accept)
+    chosen = _open_operator(operator, reader, run_config, accept_changed)
+    options = {}
+    if isinstance(model, nn.Module):
+        options["attn_implementation"] = model.config._attn_implementation
+    grown = build_model(GrownReader(chosen, reader), dtype or _main_dtype(reader), **options)
+    if isinstance(model, nn.Module):
+        if model.can_generate():
+            grown.generation_config = copy.deepcopy(model.generation_config)
+        grown.to(model.device).train(model.training)
+    return grown
+
+
+def write_handoff(
+    model: ModelSource,
+    folder: str | Path,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    ffn_size: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+    image_size: int | None = None,
+    method: str | None = None,
+    operator: OperatorSource | None = None,
+    config: ConfigSource = None,
+    settings: Settings | None = None,
+    accept: Iterable[str] = (),
+    accept_changed: bool = False,
+    progress: Progress | None = None,
+) -> dict:
+    """Grows a model into a hand-off as the command does, one tensor at a time; returns the content of growth.json.
+
+    The large model is never in memory as a whole. settings: [handoff] too, such as {"handoff.dtype": "bf16"}.
+    progress: called with the bytes done and the bytes in total. The other arguments are those of `grow`.
+    """
+    sizes = _name_sizes(
+        num_layers, hidden_size, ffn_size, num_heads, num_kv_heads, head_dim, vocab_size, max_positions, image_size
+    )
+    run_config = build_config(config, sizes, settings, {} if method is None else {"operator.method": method})
+    check_output(Path(folder), HANDOFF)
+    reader = open_model(model, accept=accept)
+    chosen = _open_operator(operator, reader, run_config, accept_changed)
+    return handoff.write_grown_model(chosen, reader, run_config, Path(folder), progress, accept_changed=accept_changed)
+
+
+def _name_sizes(*sizes: int | None) -> dict[str, int | None]:
+    names = (
+        "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
+        "max_positions", "image_size",
+    )  # fmt: skip
+    return dict(zip(names, sizes, strict=True))
+
+
+def _open_operator(
+    operator: OperatorSource | None, reader: Reader, config: RunConfig, accept_changed: bool
+) -> Operator:
+    """Returns the operator to apply: the given one if it suits the model and the config, or the named start."""
+    if operator is None:
+        if not any(size is not None for size in vars(config.large).values()):
+            hint = "Example: num_layers=32, hidden_size=768."
+            raise ConfigError(Problem("sizes", "a size of the large model, or an operator", "neither", hint))
+        chosen = build_initial_operator(reader.model_config, config.large, config.operator)
+        log.info("%s", describe_method(chosen.settings, chosen.small, chosen.large))
+        return chosen
+    chosen = operator if isinstance(operator, Operator) else OperatorFile(find_operator_part(Path(operator)))
+    if isinstance(chosen, OperatorFile):
+        name = f"{reader.path or reader.format}"
+        handoff.check_operator(chosen, config, name, digest_weights(reader), accept_changed)
+    return chosen
+
+
+def _main_dtype(reader: Reader) -> torch.dtype:
+    """Returns the dtype that most tensors have."""
+    dtypes = [reader.info(key).dtype for key in reader.keys()]  # noqa: SIM118 - no dict
+    return max(set(dtypes), key=dtypes.count)

@@ -1,0 +1,179 @@
+"""The Python API: models in memory and on the disk, the same code and the same refusals as the commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import megatron_ligo as ligo
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.export.handoff import grow_from_config
+from tests.checkpoint import hf_models
+from tests.training.test_pretrain import make_pair
+
+LLAMA = {"num_layers": 3, "hidden_size": 60, "ffn_size": 64, "num_heads": 12, "num_kv_heads": 4}
+
+
+def gpt_neox() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.GPTNeoXConfig(**sizes, intermediate_size=32, max_position_embeddings=32)
+    return transformers.GPTNeoXForCausalLM(config).eval()
+
+
+def vit() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5)
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def test_the_import_needs_no_torch():
+    code = "import sys, megatron_ligo as ligo; ligo.LigoError; dir(ligo); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
+    with pytest.raises(AttributeError, match="gorw"):
+        ligo.gorw  # noqa: B018
+
+
+def test_the_stub_states_every_name():
+    """Type checkers read __init__.pyi."""
+    stub = Path(ligo.__file__).with_suffix(".pyi").read_text()
+    assert all(f"import {name} as {name}\n" in stub for name in ligo.__all__ if not name.startswith("__"))
+    assert all(getattr(ligo, name) is not None for name in ligo.__all__)
+
+
+@pytest.mark.parametrize(
+    ("build", "sizes"),
+    [
+        (lambda: hf_models.model("llama", tied=True), LLAMA),
+        (lambda: hf_models.model("qwen2"), {"hidden_size": 60, "num_heads": 12, "num_kv_heads": 4}),
+        (gpt_neox, {"num_layers": 3, "hidden_size": 32, "ffn_size": 64, "num_heads": 4}),
+        (vit, {"num_layers": 3, "hidden_size": 32, "ffn_size": 64, "num_heads": 4}),
+    ],
+    ids=["llama", "qwen2", "gpt_neox", "vit"],
+)
+def test_a_grown_model_computes_what_the_small_one_does(build, sizes):
+    small = build()
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    large = ligo.grow(small, **sizes)
+    assert type(large) is type(small) and large.num_parameters() > small.num_parameters()
+    inputs = torch.randn(2, 3, 8, 8) if small.main_input_name == "pixel_values" else hf_models.tokens()
+    with torch.no_grad():
+        assert torch.allclose(small(inputs)[0], large(inputs)[0], atol=2e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+
+
+def test_memory_and_folder_give_the_same_weights(tmp_path):
+    """The command's hand-off, and growth of a model that was never saved, are equal bit by bit."""
+    small, folder = hf_models.saved(tmp_path / "small")
+    config = RunConfig.from_dict({"small": {"path": str(folder)}, "large": LLAMA, "handoff": {"formats": ["hf"]}})
+    grow_from_config(config, None, tmp_path / "grown")
+    large = ligo.grow(small, **LLAMA)
+    assert ligo.verify(large, tmp_path / "grown").same
+    assert ligo.verify(ligo.grow(folder, **LLAMA), large).same
+    ligo.write_handoff(small, tmp_path / "again", **LLAMA, settings={"handoff.formats": ["hf"]})
+    assert ligo.verify(tmp_path / "again" / "hf", large).same and ligo.verify(tmp_path / "again" / "hf").same
+    ligo.grow(small, **LLAMA, method="stack").save_pretrained(tmp_path / "stack")
+    assert not ligo.verify(tmp_path / "stack", large).same
+    assert not ligo.verify(tmp_path / "stack", large, logits=True).same
+    large.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    assert not ligo.verify(large, tmp_path / "grown").same
+
+
+def test_models_in_memory_are_converted_and_inspected(tmp_path):
+    small = hf_models.model("qwen2", dtype=torch.bfloat16)
+    seen = []
+    ligo.convert(small, tmp_path / "universal", to="universal", progress=lambda done, total: seen.append((done, total)))
+    assert seen and seen[-1][0] == seen[-1][1] > 0
+    assert ligo.verify(tmp_path / "universal", small, values_only=True).same
+    reader = ligo.open_state_dict(small.state_dict(), small.config)
+    assert ligo.verify(reader, small).same
+    summary = ligo.inspect(small)
+    assert summary["dims"]["arch"] == "llama" and summary["parameters"] == small.num_parameters()
+    assert ligo.grow(small, num_layers=3).dtype is torch.bfloat16
+    assert ligo.grow(small, num_layers=3, dtype=torch.float32).dtype is torch.float32
+
+
+def test_grown_models_keep_mode_and_generation(tmp_path):
+    small = hf_models.model().train()
+    small.generation_config.temperature = 0.5
+    large = ligo.grow(small, num_layers=3)
+    assert large.training and large.generation_config.temperature == 0.5
+    large(input_ids=hf_models.tokens(), labels=hf_models.tokens()).loss.backward()
+
+
+def test_refusals_are_those_of_the_commands(tmp_path):
+    small = hf_models.model()
+    with pytest.raises(ligo.ConfigError, match="Growth never shrinks"):
+        ligo.grow(small, hidden_size=24)
+    with pytest.raises(ligo.ConfigError, match="neither"):
+        ligo.grow(small)
+    with pytest.raises(ligo.ConfigError, match=r"operator\.niose"):
+        ligo.grow(small, num_layers=3, settings={"operator.niose": 1.0})
+    with pytest.raises(ligo.CheckpointError, match="module"):
+        ligo.grow(torch.nn.DataParallel(small), num_layers=3)
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(small.config)
+    with pytest.raises(ligo.CheckpointError, match="meta device"):
+        ligo.inspect(empty)
+    small.config.attention_window_of_nobody = 3
+    with pytest.raises(ligo.LigoError, match="attention_window_of_nobody"):
+        ligo.inspect(small)
+    assert ligo.inspect(small, accept=["attention_window_of_nobody"])["accepted"]
+    with pytest.raises(ligo.ConfigError, match="manifest"):
+        ligo.verify(hf_models.model())
+
+
+def test_a_plan_is_the_commands(tmp_path):
+    hf_models.saved(tmp_path)
+    plan = ligo.plan(tmp_path, **LLAMA, world_size=2, settings={"data.seq_length": 16, "fit.parallel.tp": 2})
+    assert plan.fit.dp == 1 and "pretraining" in str(plan)
+
+
+def fit_in_memory(folder: str) -> dict:
+    """Returns what a fit of a model in memory gives, at the ranks of this case."""
+    small = hf_models.model(hidden_size=48)
+    large = ligo.grow(small, **LLAMA)
+    rows = []
+    options = {"data": f"{folder}/train", "steps": 2, "on_step": rows.append, "output": f"{folder}/fit"}
+    settings = {
+        "data.seq_length": 16,
+        "fit.lr": 1e-2,
+        "fit.global_batch_size": 2,
+        "fit.eval_samples": 2,
+        "fit.keep": "last",
+    }
+    operator = ligo.fit(small, large.config, **options, settings=settings)
+    again = ligo.fit(small, LLAMA, **options, settings=settings)
+    fitted = ligo.grow(small, operator=operator)
+    answer = {
+        "rows": [(row["step"], row["loss"]) for row in rows],
+        "same": all(torch.equal(operator.tensor(name), again.tensor(name)) for name in operator.shapes()),
+        "moved": not ligo.verify(fitted, large).same,
+        "losses": operator.record["losses"],
+    }
+    for wrong, words in ((hf_models.model(seed=1), "fitted on"), (hf_models.model(rms_norm_eps=0.1), "norm_eps")):
+        try:
+            ligo.grow(wrong, operator=operator)
+        except ligo.LigoError as error:
+            answer[words] = words in str(error)
+    wrong_config = transformers.LlamaConfig.from_dict({**large.config.to_dict(), "rms_norm_eps": 0.5})
+    try:
+        ligo.fit(small, wrong_config, **options, settings=settings)
+    except ligo.ConfigError as error:
+        answer["other config"] = "norm_eps" in str(error)
+    return answer
+
+
+def test_a_fit_of_a_model_in_memory(pools, tmp_path):
+    make_pair(tmp_path / "train", 0)
+    make_pair(tmp_path / "valid", 1)
+    answer = pools(1).run(fit_in_memory, folder=str(tmp_path))
+    assert [step for step, _ in answer["rows"]] == [1, 2] and answer["losses"]["end"] > 0
+    assert all(answer[key] for key in ("same", "moved", "fitted on", "norm_eps", "other config")), answer
