@@ -90,6 +90,11 @@ def communication_backend() -> str:
     return "gloo" if is_cpu() else get_accelerator().communication_backend_name()
 
 
+def needs_rank_watch() -> bool:
+    """True if a lost rank leaves its peers inside a device call. Under gloo their collectives raise."""
+    return communication_backend() == "nccl"
+
+
 def resolve_dtype(precision: str) -> torch.dtype:
     """Returns the torch dtype of fp32 or bf16. Raises ConfigError if the device cannot compute in it."""
     if precision == "fp32":

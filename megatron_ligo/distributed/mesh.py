@@ -18,10 +18,13 @@ from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
 
 from megatron_ligo.common.errors import LayoutError, Problem
+from megatron_ligo.distributed import rank_watch
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.distributed.parallel_dims import ParallelDims
+from megatron_ligo.distributed.rank_watch import WatchTimes
 
 T = TypeVar("T")
+NCCL_MARGIN = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
     device.select_local_device()
     # Megatron-core and DeepSpeed create groups without a timeout of their own.
     timeout = timedelta(minutes=timeout_minutes)
+    if device.needs_rank_watch():
+        # The watch speaks before nccl's own watchdog aborts the process.
+        timeout += NCCL_MARGIN
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if deepspeed.comm.is_initialized():
         return
@@ -89,6 +95,8 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
         hint = "If the port is in use, choose another with --master_port."
         found = str(error).splitlines()[0]
         raise LayoutError(Problem(where, "a free port that every process reaches", found, hint)) from error
+    if device.needs_rank_watch():
+        rank_watch.start_watch(WatchTimes(stuck=timeout_minutes * 60))
 
 
 def build_mesh(tp: int, pp: int) -> Mesh:

@@ -5,6 +5,7 @@ Errors that all ranks can still share go through `agreement`; these ranks no lon
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from megatron_ligo.common.errors import (
     describe_lack_of_memory,
     is_out_of_memory,
 )
+from megatron_ligo.distributed import rank_watch
+from megatron_ligo.distributed.rank_watch import RESTART_HINT
 
 # The time that a rank waits for the last words of the others.
 STORE_SECONDS = 4.0
@@ -30,10 +33,13 @@ STORE_PREFIX = "megatron_ligo/last_words/"
 # Error texts of gloo, nccl and the store for a rank that is gone, or late.
 LOST_MESSAGES = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
-    "Application timeout caused pair closure", "remote process exited",
+    "Application timeout caused pair closure", "remote process exited", "Connection closed by remote peer",
+    "ncclRemoteError", "ncclSystemError", "unhandled system error", "NCCL communicator was aborted",
+    "NCCL Operation Aborted", "ncclCommAbort", "was previously aborted",
 )  # fmt: skip
-RESTART_HINT = "Restarted, the run resumes from its last checkpoint."
 TIMEOUT_MESSAGES = ("Timed out waiting", "timed out", "Timeout", "timeout")
+# What nccl itself said last: the system call that failed, the peer's address.
+NCCL_DETAIL = re.compile(r"Last error:\s*(\S[^\n]*)")
 LOST_ERRORS = (RuntimeError, dist.DistError)
 
 T = TypeVar("T")
@@ -57,9 +63,13 @@ def report_failures() -> Iterator[None]:
         kind = _classify_loss(error)
         with signal_handling.defer_signals(STORE_SECONDS * 3):
             if kind is None:
-                _publish_last_words(f"{error}" or type(error).__name__)
+                _publish_failure(f"{error}" or type(error).__name__)
                 raise
-            raise LostRankError(_explain_loss(kind)) from error
+            reason = _explain_loss(kind)
+            detail = NCCL_DETAIL.search(f"{error}")
+            raise LostRankError(f"{reason}\n  nccl: {detail[1]}" if detail else reason) from error
+    finally:
+        rank_watch.stop_watch()
 
 
 @contextmanager
@@ -85,6 +95,13 @@ def _classify_loss(error: Exception) -> str | None:
 def _publish_last_words(text: str) -> None:
     with suppress(RuntimeError):
         _store().set(f"{STORE_PREFIX}{dist.get_rank()}", text)
+
+
+def _publish_failure(text: str) -> None:
+    """Publishes this rank's last words, also to the watches of ranks whose main threads cannot read them."""
+    _publish_last_words(text)
+    with suppress(RuntimeError):
+        rank_watch.publish_verdict(_store(), f"another rank has failed.\n  rank {dist.get_rank()}: {text}")
 
 
 def _store() -> dist.Store:

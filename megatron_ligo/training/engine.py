@@ -16,7 +16,7 @@ from megatron_ligo.arch.mcore_names import sort_by_construction
 from megatron_ligo.common.errors import LayoutError, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.data.sampler import Batch
-from megatron_ligo.distributed import device
+from megatron_ligo.distributed import device, rank_watch
 from megatron_ligo.distributed.mesh import DeepSpeedMpu, Mesh
 from megatron_ligo.distributed.parallel_dims import EngineLayout
 from megatron_ligo.training import deepspeed_profile
@@ -153,6 +153,7 @@ class Engine:
 
         Returns the mean loss over all ranks and the gradient norm before clipping; sets `step_refused`.
         """
+        rank_watch.mark_progress()
         batches = list(batches)
         assert len(batches) == self.micro_batches, "a step takes all its micro-batches"
         self.engine.train()
@@ -171,6 +172,7 @@ class Engine:
         """Runs a step without a pipeline; returns the scalar loss of each micro-batch."""
         self._losses = []
         for batch in batches:
+            rank_watch.mark_progress()
             loss = self.engine(*_to_device(batch))
             self.engine.backward(loss)
             self._losses.append(loss.detach())
@@ -223,6 +225,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Returns the mean loss over all ranks. All data-parallel ranks must pass the same number of micro-batches."""
+        rank_watch.mark_progress()
         batches = list(batches)
         self.engine.eval()
         if self.is_pipeline:
