@@ -18,13 +18,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
 from megatron_ligo.common import signal_handling, terminal_stream
-from megatron_ligo.common.errors import LigoError, user_message
+from megatron_ligo.common.errors import CheckpointError, LigoError, Problem, user_message
 from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
 
@@ -65,13 +63,15 @@ def build_parser(
     sections: Sequence[str] = (),
     output: str = "",
     extra_sections: Mapping[str, type] = {},
+    prog: str | None = None,
 ) -> CommandParser:
     """Builds a command's parser: its description, an example, and with `sections` the options --config and --set.
 
     output: help of the required option --output DIR, for a command that writes a folder. extra_sections: config
-    sections of this command alone; --help lists their keys first.
+    sections of this command alone; --help lists their keys first. prog: the command's name; None: the script's.
     """
     parser = CommandParser(
+        prog=prog,
         description=description,
         epilog=_format_epilog(example, sections, extra_sections),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -124,6 +124,13 @@ def load_config(args: argparse.Namespace) -> RunConfig:
     return RunConfig.load(args.config, args.set)
 
 
+def check_paths(*paths: str | None) -> None:
+    """Raises CheckpointError if a checkpoint's path does not exist, before torch is imported."""
+    for path in filter(None, paths):
+        if not Path(path).exists():
+            raise CheckpointError(Problem(path, "a checkpoint", "nothing there", "Check the path."))
+
+
 def _format_epilog(example: str, sections: Sequence[str], extra_sections: Mapping[str, type]) -> str:
     """Formats the example and every config key with its default, meaning and type."""
     lines = ["example:", *(f"  {line}" for line in example.strip().splitlines())]
@@ -155,6 +162,10 @@ def _format_default(value: object) -> str:
 @contextmanager
 def byte_progress() -> Iterator[Callable[[int, int], None]]:
     """Shows a progress bar on rank 0's terminal; yields its update function (bytes done, bytes in total)."""
+    # Imported late, to keep --help fast.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
     hidden = launcher_rank() != 0 or not sys.stderr.isatty()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(file=terminal_stream.raw_stream(sys.stderr))

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from megatron_ligo.arch import architectures
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.commands.models import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_ligo"
@@ -40,10 +43,13 @@ ROOMS = (
     ("bench",),
     ("cli",),
     ("testing.fuzz",),
+    ("commands",),
+    ("__main__",),
 )
 # Rooms that import neither Megatron-core nor DeepSpeed and need no process group.
 WITHOUT_RANKS = ("common", "config", "arch", "sharding", "growth", "checkpoint", "export")
 FORMATS = f"{PACKAGE}.checkpoint.formats."
+COMMANDS = f"{PACKAGE}.commands."
 FAMILIES = f"{PACKAGE}.arch.families"
 # Parameter keys that are also ordinary words: a literal counts as a key only where a parameter is looked up.
 ORDINARY_WORDS = {"head", "up", "down", "gate", "o", "q", "k", "v", "patch", "positions", "pooler", "embed"}
@@ -159,9 +165,12 @@ def test_class_names_are_unique():
 
 
 def test_module_names_are_unique():
-    """Outside checkpoint/formats/*/, where each format may have its own reader or format module."""
+    """Outside checkpoint/formats/*/, where each format may have its own reader or format module, and commands/*/,
+    whose modules have the names of the commands."""
     stems = Counter(
-        path.stem for module, path in modules().items() if path.stem != "__init__" and not module.startswith(FORMATS)
+        path.stem
+        for module, path in modules().items()
+        if path.stem != "__init__" and not module.startswith((FORMATS, COMMANDS))
     )
     assert not [stem for stem, count in stems.items() if count > 1]
 
@@ -284,6 +293,17 @@ def test_public_tensor_functions_state_shapes():
 def test_no_tool_has_the_name_of_a_standard_module():
     """A script's folder comes first on the path: its name would hide the module's."""
     assert not [path.name for path in (ROOT / "tools").glob("*.py") if path.stem in sys.stdlib_module_names]
+
+
+def test_help_of_convert_lists_the_formats():
+    """The command states them as text, so that its help need not import them."""
+    options = [
+        f"{name}: {option.name}  {option.metadata['help']}"
+        for name in formats.writers()
+        for option in fields(formats.get(name).options)
+    ]
+    assert [line.strip() for line in convert.FORMAT_OPTIONS.strip().splitlines()[1:]] == options
+    assert list(convert.WRITERS) == formats.writers()
 
 
 def test_hashed_requirements_match_the_pins():

@@ -1,45 +1,9 @@
-"""Converts labelled images to the files that training reads: train.safetensors and valid.safetensors."""
-
-from __future__ import annotations
-
-from pathlib import Path
+"""Runs `ligo prepare-images`, as a script for launchers and clones."""
 
 from megatron_ligo import cli
-from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.commands import script_main
 
-EXAMPLE = """
-python tools/prepare_images.py pictures.npz --output data
-pip install --no-deps --target packages scikit-learn; python tools/prepare_images.py --digits packages --output data
-"""
-
-
-def build_parser() -> cli.CommandParser:
-    parser = cli.build_parser(__doc__, EXAMPLE, output="folder for train.safetensors and valid.safetensors")
-    add = parser.add_argument
-    add("input", nargs="?", metavar="NPZ", help="images: uint8 (n, [channels,] side, side); labels: integers (n,)")
-    add(
-        "--digits",
-        default="",
-        metavar="FOLDER",
-        help="use the 1797 digits of the scikit-learn package unpacked in this folder",
-    )
-    add("--valid-fraction", type=float, default=0.2, help="fraction of images to hold out (default: 0.2)")
-    return parser
-
-
-def main() -> None:
-    args = build_parser().parse_args()
-    if bool(args.input) == bool(args.digits):
-        raise ConfigError(Problem("input", "exactly one of NPZ and --digits", "none or both"))
-    if not 0 < args.valid_fraction < 1:
-        raise ConfigError(Problem("--valid-fraction", "more than 0 and less than 1", args.valid_fraction))
-    from megatron_ligo.data.prepare_images import prepare_images, read_digits, read_npz
-
-    images, labels = read_digits(Path(args.digits)) if args.digits else read_npz(Path(args.input))
-    counts = prepare_images(images, labels, Path(args.output), args.valid_fraction)
-    for split, count in counts.items():
-        print(f"{args.output}/{split}.safetensors: {count} images of {' x '.join(map(str, images.shape[1:]))}")
-
+main = script_main("prepare-images")
 
 if __name__ == "__main__":
     cli.run_command(main)

@@ -1,43 +1,9 @@
-"""Pretrains a model."""
-
-from pathlib import Path
+"""Runs `ligo pretrain`, as a script for launchers and clones."""
 
 from megatron_ligo import cli
-from megatron_ligo.common import terminal_stream
+from megatron_ligo.commands import script_main
 
-EXAMPLE = """
-deepspeed --num_gpus 4 tools/pretrain.py --config run.toml --set pretrain.start=runs/grown --output runs/pretrain
-python tools/pretrain.py --config run.toml --set pretrain.start=small-model --set pretrain.steps=0 --output runs/eval
-"""
-
-
-def main() -> None:
-    parser = cli.build_parser(
-        "Pretrains a model from a hand-off, a checkpoint of any format, or scratch (pretrain.start=scratch: fresh\n"
-        "weights at the sizes of [small] and [large]). Runs under the deepspeed launcher at any tp x pp x dp, or as\n"
-        "one plain process. An interrupted run resumes from its last checkpoint. pretrain.steps = 0 only evaluates;\n"
-        "more steps than a run was started with extend it.",
-        EXAMPLE,
-        sections=("small", "large", "pretrain", "data"),
-        output="folder for checkpoints, metrics and the record pretrain.json",
-    )
-    parser.add_argument(
-        "--resume-after-anomaly", action="store_true", help="resume a run that has stopped at an anomaly, and pass it"
-    )
-    cli.add_input_options(parser)
-    args = parser.parse_args()
-    config = cli.load_config(args)
-
-    from megatron_ligo.distributed.rank_failures import (
-        report_failures,  # imported late: --help must not load torch
-    )
-    from megatron_ligo.export.run_inputs import InputPolicy
-    from megatron_ligo.training.pretrain import Pretrain
-
-    policy = InputPolicy(args.accept_changed_data, args.full_check)
-    with report_failures(), terminal_stream.outlive_readers():
-        Pretrain(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly, policy=policy).run()
-
+main = script_main("pretrain")
 
 if __name__ == "__main__":
     cli.run_command(main)

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer-gb", type=float, default=0.5, help="the same for the libraries' tools (default: 0.5; 0: skip)"
     )
     parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement (default: 3)")
-    parser.add_argument("--workers", type=int, default=2, help="as in tools/convert.py (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="as in ligo convert (default: 2)")
     parser.add_argument("--to", nargs="*", metavar="FORMAT", help="target formats (default: all)")
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks the memory estimate of `tools/plan.py`: tensors of real ranks at the peak of two steps, on the CPU."""
+"""Benchmarks the memory estimate of `ligo plan`: tensors of real ranks at the peak of two steps, on the CPU."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def find_model_part(path: Path) -> Path:
         return _pick(path, kind, [max(steps, key=lambda record: int(_step_of(record))).parent])
     if kind in (FIT, OPERATOR):
         operator = path if kind is OPERATOR else path / OPERATOR_FOLDER
-        hint = f"Grow the model first: tools/grow.py --operator {operator}"
+        hint = f"Grow the model first: ligo grow --operator {operator}"
         raise CheckpointError(Problem(f"{path}", "a model", kind, hint))
     if kind in (CHAIN, COMPARISON):
         raise CheckpointError(Problem(f"{path}", "a model", kind, "Give the folder of one of its runs."))

@@ -104,7 +104,7 @@ def _open_splits(section: DataSection, model_config: ModelConfig, num_valid: int
         files = [_open_image_file(path, f"data.{split}", model_config, errors) for path in paths]
         splits[split] = [file for file in files if file is not None]
         if not paths and (split == TRAIN or num_valid):
-            errors.add(f"data.{split}", "image files", "none", "Create them with tools/prepare_images.py.")
+            errors.add(f"data.{split}", "image files", "none", "Create them with `ligo prepare-images`.")
     for key in ("pixel_mean", "pixel_std"):
         values = getattr(section, key)
         if len(values) not in (1, model_config.num_channels):
@@ -129,7 +129,7 @@ def _open_image_file(
             if names >= {IMAGES, LABELS}:
                 _check_tensors(tensors, path, model_config, errors)
     except (OSError, SafetensorError) as error:
-        errors.add(path, "a safetensors file", error, "Create it with tools/prepare_images.py.")
+        errors.add(path, "a safetensors file", error, "Create it with `ligo prepare-images`.")
     return ImageFile(Path(path)) if len(errors.problems) == count else None
 
 

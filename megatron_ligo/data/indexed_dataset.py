@@ -1,6 +1,6 @@
 """Validates Megatron-core's indexed datasets (PREFIX.bin, PREFIX.idx) and reads their counts.
 
-A pair made by tools/prepare_data.py has a record, PREFIX.json, with its largest token id and its tokenizer's digest.
+A pair made by `ligo prepare` has a record, PREFIX.json, with its largest token id and its tokenizer's digest.
 The record is optional.
 """
 

@@ -120,7 +120,7 @@ def _build_blends(
         if entries:
             blends.append(_build_blend(split, entries, samples, seq_length, errors))
         elif split is Split.train or samples:
-            hint = "Create them with tools/prepare_data.py."
+            hint = "Create them with `ligo prepare`."
             errors.add(f"data.{split.name}", "prefixes of .bin/.idx pairs", "none", hint)
     _check_tokenizer(
         tokenizers or choose_tokenizers(section.tokenizer, ()),

@@ -41,8 +41,9 @@ from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report import write_report
 from megatron_ligo.report.run_records import RecordedRun, read_runs
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RECORD, REPORT, STAGE_CONFIG = "chain.json", "report", "run.toml"
+COMMANDS = "megatron_ligo"
+ONE_PROCESS = (sys.executable, "-m", COMMANDS)
 STAGE_KEYS = ("name", "launcher")
 PR_SET_PDEATHSIG = 1
 
@@ -73,16 +74,16 @@ class GrowthStage:
         """Yields the stage's commands in order."""
         if self.has_fit:
             operator_record = self.folder / "fit/operator" / OPERATOR_RECORD
-            yield StageTask("fit", [*self._launcher, str(TOOLS / "fit.py")], operator_record.is_file())
+            yield StageTask("fit", [*self._launcher, "fit"], operator_record.is_file())
         if self.previous:
             operator = ["--operator", str(self.folder / "fit/operator")] if self.has_fit else []
             is_done = (self.folder / "grown" / provenance.RECORD_NAME).is_file()
-            yield StageTask("grown", [sys.executable, str(TOOLS / "grow.py"), *operator], is_done)
-        yield StageTask("pretrain", [*self._launcher, str(TOOLS / "pretrain.py")], self._is_pretrained())
+            yield StageTask("grown", [*ONE_PROCESS, "grow", *operator], is_done)
+        yield StageTask("pretrain", [*self._launcher, "pretrain"], self._is_pretrained())
 
     @property
     def _launcher(self) -> list[str]:
-        return [*self.launcher] or [sys.executable]
+        return [*self.launcher, "--module", COMMANDS] if self.launcher else list(ONE_PROCESS)
 
     def _is_pretrained(self) -> bool:
         folder = self.folder / "pretrain"

@@ -216,7 +216,7 @@ def _check_padding(errors: ErrorCollector, settings: OperatorSection, maps: Mapp
 
 def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:
     """Adds an error for each setting that needs a materialised large matrix, which a fit never builds."""
-    hint = "tools/grow.py does it without --operator; a fit needs another start."
+    hint = "`ligo grow` does it without --operator; a fit needs another start."
     if settings.fresh == "all":
         errors.add("operator.fresh", "none or writers in a fit", "all: readers as large as the large model", hint)
     if settings.borrow == "next":

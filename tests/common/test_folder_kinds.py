@@ -118,5 +118,5 @@ def test_readers_pick_the_part(small, tmp_path):
     write(tmp_path / "fit/operator/operator.json")
     assert folder_kinds.find_operator_part(tmp_path / "fit") == tmp_path / "fit/operator"
     for folder in (tmp_path / "fit", tmp_path / "fit/operator"):
-        with pytest.raises(CheckpointError, match=r"Grow the model first: tools/grow\.py --operator .*fit/operator"):
+        with pytest.raises(CheckpointError, match=r"Grow the model first: ligo grow --operator .*fit/operator"):
             formats.open(folder)

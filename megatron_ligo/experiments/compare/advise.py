@@ -200,7 +200,7 @@ def _advice_lines(record: dict, config: RunConfig) -> list[str]:
     lines.append(
         f"[pretrain] plans {tokens / large:.2g} tokens per parameter. Growth gains most below {TOKENS_PER_PARAMETER}; "
         "far above, or from a barely trained small model, scratch catches up. Probes are too short to show it: "
-        "tools/compare.py can."
+        "`ligo compare` can."
     )
     return lines
 

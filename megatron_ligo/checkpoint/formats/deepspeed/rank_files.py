@@ -208,9 +208,7 @@ def _rank_name(mp: int, dp: int | None) -> str:
 def _refuse_operator(state: dict, tag_folder: Path) -> None:
     own_state = state.get(RUN_STATE)
     if isinstance(own_state, dict) and own_state.get(RUN_STATE_CONTENT) == "operator":
-        hint = (
-            "Grow a model with the operator: tools/grow.py --operator OUTPUT/operator, written at the end of the fit."
-        )
+        hint = "Grow a model with the operator: ligo grow --operator OUTPUT/operator, written at the end of the fit."
         raise CheckpointError(
             Problem(f"{tag_folder}", "a checkpoint of a model", "a fit's, which holds an operator", hint)
         )

@@ -1,0 +1,1 @@
+"""Commands on checkpoints: inspect, convert, verify, grow."""

@@ -1,0 +1,48 @@
+"""Pretrains a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_ligo import cli
+from megatron_ligo.commands import launching
+from megatron_ligo.common import terminal_stream
+
+EXAMPLE = """
+ligo pretrain --processes 4 --config run.toml --set pretrain.start=runs/grown --output runs/pretrain
+ligo pretrain --config run.toml --set pretrain.start=small-model --set pretrain.steps=0 --output runs/eval
+"""
+
+
+def build_parser(prog: str | None = None) -> cli.CommandParser:
+    parser = cli.build_parser(
+        "Pretrains a model from a hand-off, a checkpoint of any format, or scratch (pretrain.start=scratch: fresh\n"
+        "weights at the sizes of [small] and [large]). Runs under the deepspeed launcher at any tp x pp x dp, or as\n"
+        "one plain process. An interrupted run resumes from its last checkpoint. pretrain.steps = 0 only evaluates;\n"
+        "more steps than a run was started with extend it.",
+        EXAMPLE,
+        sections=("small", "large", "pretrain", "data"),
+        output="folder for checkpoints, metrics and the record pretrain.json",
+        prog=prog,
+    )
+    parser.add_argument(
+        "--resume-after-anomaly", action="store_true", help="resume a run that has stopped at an anomaly, and pass it"
+    )
+    cli.add_input_options(parser)
+    launching.add_processes_option(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    config = cli.load_config(args)
+
+    from megatron_ligo.distributed.rank_failures import (
+        report_failures,  # imported late: --help must not load torch
+    )
+    from megatron_ligo.export.run_inputs import InputPolicy
+    from megatron_ligo.training.pretrain import Pretrain
+
+    policy = InputPolicy(args.accept_changed_data, args.full_check)
+    with report_failures(), terminal_stream.outlive_readers():
+        Pretrain(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly, policy=policy).run()

@@ -1,0 +1,57 @@
+"""Compares starts of a large model at equal FLOPs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_ligo import cli
+from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.experiments.compare.comparison_config import CompareSection
+
+EXAMPLE = """
+ligo compare --config tools/benchmarks/growth/brown.toml --output runs/brown
+ligo compare --config compare.toml --only scratch --only learned --output runs/compare
+"""
+
+
+def build_parser(prog: str | None = None) -> cli.CommandParser:
+    parser = cli.build_parser(
+        "Compares starts of a large model at equal FLOPs.\n\n"
+        "Trains the model from scratch and from each [arms.NAME] of the config file, with the same FLOPs, learning\n"
+        "rates and seeds. An arm has operator = {...} and, if it is fitted, fit = {...}; lag = STEPS minimises the\n"
+        "loss after that many training steps. A fitted arm is also compared to its start without a fit, and to\n"
+        "training all weights on the fit's batches. Writes results.json, compare.html and compare.png. An interrupted\n"
+        "call resumes, and several calls may share one output folder.",
+        EXAMPLE,
+        sections=("small", "large", "operator", "fit", "handoff", "pretrain", "data"),
+        output="folder for all runs and the results",
+        extra_sections={"compare": CompareSection},
+        prog=prog,
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; repeatable")
+    parser.add_argument(
+        "--accept-changed-data", action="store_true", help="go on although data or models have changed since; recorded"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.config:
+        raise ConfigError(Problem("--config", "a config file with [arms.NAME] sections", "none", "See the example."))
+
+    from megatron_ligo.experiments.compare import (  # imported late: --help must not load torch
+        comparison,
+        comparison_config,
+        comparison_page,
+    )
+
+    config = comparison_config.load_comparison(Path(args.config), args.set)
+    results = comparison.run_comparison(
+        config, Path(args.output), args.only, lambda text: print(text, flush=True), args.accept_changed_data
+    )
+    print(comparison_page.describe_comparison(results))
+    for row in (*comparison_page.arm_rows(results), *comparison_page.difference_rows(results)):
+        print("  ".join(row))
+    for line in results["cautions"]:
+        print(f"- {line}")

@@ -1,0 +1,104 @@
+"""Every subcommand of `ligo`: help without heavy imports, refusals, the scripts in tools/, completion, processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo import commands
+from megatron_ligo.commands import completion
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "deepspeed", "megatron", "rich", "numpy", "safetensors", "matplotlib")
+# The scripts whose names differ from their commands'.
+SCRIPTS = {"inspect": "inspect_checkpoint", "prepare": "prepare_data", "prepare-images": "prepare_images"}
+WITHOUT_SCRIPT = ("completion",)
+
+
+def ligo(*words: object, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_ligo", *map(str, words)]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_help_imports_nothing_heavy():
+    """All in one process: what the first imports, none of the others may hide."""
+    code = f"""
+import contextlib, io, sys
+from megatron_ligo import commands
+for name in commands.SUBCOMMANDS:
+    parser = commands.load(name).build_parser(f"ligo {{name}}")
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        parser.parse_args(["--help"])
+    assert "example" in text.getvalue() and f"usage: ligo {{name}}" in text.getvalue(), name
+    loaded = [module for module in {HEAVY} if module in sys.modules]
+    assert not loaded, f"{{name}}: {{loaded}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_lists_every_command():
+    done = ligo("--help")
+    assert done.returncode == 0
+    for name, command in commands.SUBCOMMANDS.items():
+        assert f"  {name} " in done.stdout and command.summary in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["fitt"], "Did you mean 'fit'?"),
+        (["--local_rank=0", "fit", "--config", "nowhere.toml", "--output", "x"], "no such file"),
+        (["fit", "--processes", "2", "--config", "nowhere.toml", "--output", "x"], "no such file"),
+        (["convert", "nowhere", "x", "--to", "hf"], "nothing there"),
+        (["convert", ".", "x", "--to", "hff"], "Did you mean 'hf'?"),
+        (["verify", "nowhere"], "nothing there"),
+    ],
+)
+def test_refusals_come_before_heavy_imports(words, part, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = ligo(*words, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 2 and part in done.stderr, done.stderr
+
+
+def test_every_command_has_a_script():
+    scripts = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}
+    names = [name for name in commands.SUBCOMMANDS if name not in WITHOUT_SCRIPT]
+    assert sorted(scripts) == sorted(SCRIPTS.get(name, name) for name in names)
+    for name in names:
+        assert f'script_main("{name}")' in scripts[SCRIPTS.get(name, name)]
+
+
+def test_bash_completes_commands_options_and_keys():
+    script = completion.build_parser().parse_args(["bash"])
+    assert script.shell == "bash"
+
+    def complete(*words: str) -> list[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        body = f"source <(cat); COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _ligo; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", body], input=text, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    text = ligo("completion", "bash").stdout
+    assert complete("ligo", "pr") == ["prepare", "prepare-images", "pretrain"]
+    assert complete("ligo", "verify", "--log") == ["--logits"]
+    assert complete("ligo", "fit", "--set", "fit.par") == [
+        f"fit.parallel.{key}=" for key in ("tp", "pp", "zero", "sequence_parallel", "ds_config")
+    ]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_of_other_shells(shell):
+    text = ligo("completion", shell).stdout
+    assert all(name in text for name in commands.SUBCOMMANDS) and "fit.steps=" in text
+    if shutil.which(shell):
+        done = subprocess.run([shell, "-n"], input=text, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
