@@ -37,6 +37,8 @@ class Architecture:
     hf_fields, gguf_fields: {config key: field of `ModelConfig`} of the two formats' headers.
     required_hf_values: values that a Hugging Face config must have (or omit) for this definition to apply.
     foreign_hf_keys: `model_type` -> keys of the family's configs that this type's config class does not know.
+    hf_pattern_keys: `model_type` -> keys that state which layers have a window or rotary positions: `layer_types`,
+        `no_rope_layers`, and those from which transformers derives them.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
     choices: {field: supported values}.
     hf_aliases: {config key: the key in `hf_fields` that transformers also reads under this name}.
@@ -61,6 +63,7 @@ class Architecture:
     head_activation: str = ""
     required_hf_values: Mapping[str, object] = field(default_factory=dict)
     foreign_hf_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hf_pattern_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
     implied_sizes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)

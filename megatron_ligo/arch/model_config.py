@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from sys import float_info
 
 from megatron_ligo.arch import rope_scaling
@@ -11,6 +11,24 @@ from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mea
 
 # Upper bound on num_layers: a corrupt record must fail before its keys are listed.
 MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What the attention of one layer computes. Layers of different kinds never share weights.
+
+    window: in tokens; None = unlimited. rotates: queries and keys have rotary positions. has_window_positions: those of
+    `ModelConfig.window_rope_base`.
+    """
+
+    window: int | None
+    rotates: bool
+    has_window_positions: bool
+
+    def describe(self) -> str:
+        """Returns the kind in a few words, for messages."""
+        window = "full attention" if self.window is None else f"a window of {self.window}"
+        return f"{window} {'with' if self.rotates else 'without'} rotary positions"
 
 
 @dataclass(frozen=True)
@@ -25,7 +43,12 @@ class ModelConfig:
     rope_scaling: the scaling of rotary positions, with Hugging Face's keys (rope_scaling.py); None = none.
     rotary_fraction: fraction of a head's features that rotate, counted from the first.
     parallel_residual: attention and feed-forward both read the layer's input.
-    sliding_window: attention window in tokens; None = unlimited.
+    sliding_window: attention window in tokens: each attends to itself and so many less one before it, in a family that
+        is not causal also after it; None = unlimited.
+    window_layers: for each layer, whether it has the window; None = all.
+    window_rope_base: base of the rotary positions of layers with the window, which are then not scaled; None = they
+        have the positions of the others.
+    rope_layers: for each layer, whether its queries and keys rotate; None = all.
     activation: the feed-forward activation, by its Hugging Face name.
     position_padding: the padding token's id if positions skip padding and start at id + 1 (RoBERTa); None = positions
         start at 0.
@@ -58,6 +81,9 @@ class ModelConfig:
     rotary_fraction: float = 1.0
     parallel_residual: bool = False
     sliding_window: int | None = None
+    window_layers: tuple | None = None
+    window_rope_base: float | None = None
+    rope_layers: tuple | None = None
     num_token_types: int = 0
     activation: str = "silu"
     position_padding: int | None = None
@@ -83,6 +109,7 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 errors.add(name, "a positive integer", repr(value))
         errors.raise_if_any()
+        self._normalise_layer_kinds(errors)
         if self.num_heads % self.num_kv_heads:
             errors.add("num_heads", f"a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads)
         if self.rope_base is not None:
@@ -93,6 +120,21 @@ class ModelConfig:
             errors.add("norm_eps", "a positive number", self.norm_eps)
         self._check_image(errors)
         errors.raise_if_any()
+
+    def _normalise_layer_kinds(self, errors: ErrorCollector) -> None:
+        """Gives each pattern of layers one form: a tuple of booleans that are not all true, or None."""
+        for name in ("window_layers", "rope_layers"):
+            flags = getattr(self, name)
+            if flags is None:
+                continue
+            if len(flags) != self.num_layers or not all(isinstance(flag, bool) for flag in flags):
+                errors.add(name, f"true or false for each of {self.num_layers} layers", repr(flags)[:60])
+            object.__setattr__(self, name, None if all(flags) else tuple(flags))
+        if self.window_layers is not None and not any(self.window_layers):
+            object.__setattr__(self, "sliding_window", None)
+        if self.sliding_window is None:
+            object.__setattr__(self, "window_layers", None)
+            object.__setattr__(self, "window_rope_base", None)
 
     def _check_rotary_positions(self, errors: ErrorCollector) -> None:
         if not 0 < self.num_rotated <= self.head_dim or self.num_rotated % 2:
@@ -112,6 +154,21 @@ class ModelConfig:
             errors.add("patch_size", f"at most image_size = {self.image_size}", self.patch_size)
         elif self.max_positions != self.tokens_per_image:
             errors.add("max_positions", f"{self.tokens_per_image}, a row for each token", self.max_positions)
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """Returns what a layer's attention computes besides its parameters."""
+        has_window = self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])
+        rotates = self.rope_base is not None and (self.rope_layers is None or self.rope_layers[layer])
+        return LayerKind(self.sliding_window if has_window else None, rotates, has_window and self.has_window_positions)
+
+    @property
+    def has_window_positions(self) -> bool:
+        """True if layers with the window have rotary positions of their own."""
+        return self.window_rope_base is not None
+
+    def with_window_positions(self) -> ModelConfig:
+        """Returns the config with the rotary positions of layers with the window in every layer."""
+        return replace(self, rope_base=self.window_rope_base, rope_scaling=None)
 
     @property
     def num_rotated(self) -> int:
@@ -180,13 +237,23 @@ class ModelConfig:
         return cls(**data)
 
 
+_JSON_TYPES = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "tuple": (list, tuple),
+    "Mapping": Mapping,
+    "None": type(None),
+}
+
+
 def _has_json_type(value: object, kind: str) -> bool:
     """True if a JSON value has the type of a field's annotation. kind: one type of the annotation."""
     if isinstance(value, bool):
         return kind == "bool"
     if kind == "float":
         return isinstance(value, int | float) and abs(value) <= float_info.max
-    return isinstance(value, {"str": str, "int": int, "bool": bool, "Mapping": Mapping, "None": type(None)}[kind])
+    return isinstance(value, _JSON_TYPES[kind])
 
 
 def tokens_per_image(image_size: int, patch_size: int, has_distillation: bool) -> int:

@@ -11,7 +11,7 @@ from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
 from megatron_ligo.arch.rope_scaling import depends_on_context
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
-from megatron_ligo.growth import attention_heads, initializers
+from megatron_ligo.growth import attention_heads, initializers, layer_kinds
 from megatron_ligo.growth.initial_operator import InitialOperator, variance_ratio
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
 from megatron_ligo.growth.operator import Operator, short_key
@@ -29,7 +29,10 @@ NEVER_SHRINKS = "Growth never shrinks."
 
 
 def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
-    """Returns the large model's config. Sizes that the section leaves unset, and eps, are the small model's."""
+    """Returns the large model's config. Sizes that the section leaves unset, and eps, are the small model's.
+
+    The kinds of its layers are those of a start in which each layer is followed by its copies.
+    """
     sizes = {name: value for name, value in vars(section).items() if value is not None}
     if "num_kv_heads" not in architectures.get(small.arch).hf_fields.values() and "num_heads" in sizes:
         # The family has no grouped-query attention.
@@ -42,7 +45,7 @@ def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfi
     head_dim = sizes.get("head_dim", small.head_dim)
     attention_heads.check_pair_lists(small, head_dim)
     sizes["rope_base"] = attention_heads.large_rope_base(small, head_dim)
-    return replace(small, **sizes)
+    return replace(small, **layer_kinds.spread_patterns(small, sizes.get("num_layers", small.num_layers)), **sizes)
 
 
 def build_initial_operator(small: ModelConfig, section: LargeSection, settings: OperatorSection) -> InitialOperator:
@@ -56,6 +59,7 @@ def build_initial_operator(small: ModelConfig, section: LargeSection, settings: 
     check_settings(small, large, settings)
     operator = InitialOperator(small, large, settings)
     _check_groups(operator)
+    operator.large = large = layer_kinds.follow_depth(operator)
     if operator.copied_gains:
         # Norms divide by sqrt(variance + eps), so eps must grow with the variance.
         expand = operator.initial_expand("residual")

@@ -47,11 +47,15 @@ VIT = {
     "layer_norm_eps": 1e-3,
     "num_labels": 5,
 }
-# model_type -> the class, and the config that is changed.
+# model_type, with what is special about the model -> the class, and the config that is changed.
 MODELS = {
     "llama": ("LlamaForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
     "mistral": ("MistralForCausalLM", CAUSAL_SIZES | {"sliding_window": 7}),
     "qwen2": ("Qwen2ForCausalLM", CAUSAL_SIZES | {"sliding_window": 7, "max_window_layers": 1}),
+    "qwen2 with windows": (
+        "Qwen2ForCausalLM",
+        CAUSAL_SIZES | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
     "gpt2": ("GPT2LMHeadModel", layer_norm_models.GPT2 | {"n_positions": 40}),
     "gpt_neox": ("GPTNeoXForCausalLM", layer_norm_models.NEOX | {"max_position_embeddings": 40}),
     "bert": ("BertForMaskedLM", BERT),
@@ -129,8 +133,9 @@ class Perturbation:
     """One model of a family in a folder, whose config is changed."""
 
     def __init__(self, model_type: str, folder: Path):
-        self.model_type, self.folder, self.table = model_type, folder, key_table(model_type)
         name, config = MODELS[model_type]
+        model_type = model_type.partition(" ")[0]
+        self.model_type, self.folder, self.table = model_type, folder, key_table(model_type)
         self.network_class = getattr(transformers, name)
         torch.manual_seed(0)
         network = layer_norm_models._random(self.network_class(CONFIG_MAPPING[model_type](**config)).eval())

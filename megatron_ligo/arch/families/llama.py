@@ -130,10 +130,11 @@ LLAMA = Architecture(
         "mistral": ("mlp_bias", "attention_bias", "use_sliding_window"),
         "qwen2": ("mlp_bias", "attention_bias"),
     },
+    hf_pattern_keys={"qwen2": ("layer_types", "use_sliding_window", "max_window_layers")},
     implied_sizes={
         "llama": {"qkv_bias": False, "sliding_window": None},
         "mistral": {"qkv_bias": False},
-        "qwen2": {"qkv_bias": True, "sliding_window": None},
+        "qwen2": {"qkv_bias": True},
     },
     ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
     # Ernie 4.5 has Llama's tensors and keys, and use_bias: its rotary positions turn other pairs.

@@ -64,11 +64,14 @@ class FactoredContext:
             arch, small = self.operator.arch, self.operator.small
             self.outside_lag = OutsideTensors.read(arch, small, self.mesh, self.lag_shard)
 
-    def rotary_positions(self, h: Tensor) -> Tensor | None:
-        """Returns the rotary angles of whole sequences; h (s or s / tp, b, D2) holds this rank's tokens of them."""
+    def rotary_positions(self, h: Tensor, layer: int) -> Tensor | None:
+        """Returns a layer's rotary angles of whole sequences; h (s or s / tp, b, D2) holds this rank's tokens of them.
+
+        None if the layer has none.
+        """
         if self.rotary is None:
             return None
-        return self.rotary(h.shape[0] * (self.mesh.tp if self.sequence_parallel else 1))
+        return self.rotary(h.shape[0] * (self.mesh.tp if self.sequence_parallel else 1), layer)
 
     def lag_shard(self, spec: ParamSpec, layer: int | None = None) -> Tensor | None:
         """Returns this rank's shard of a parameter's lag, in the fit's dtype; None without a lag."""

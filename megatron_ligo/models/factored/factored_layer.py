@@ -36,6 +36,7 @@ from megatron_ligo.models.mcore.layer_spec import (
     get_layer_class,
     get_mlp_submodules,
 )
+from megatron_ligo.models.mcore.rotary import unscale_window_positions
 
 # In pre-norm layers, the only linear that reads each norm, by Megatron-core's names.
 NORM_READERS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
@@ -85,6 +86,7 @@ class FactoredLayer(nn.Module):
         config.gated_linear_unit, config.activation_func = False, pass_through
         submodules = build_layer_spec_with_placeholders(operator).submodules
         self.block = get_layer_class(operator.large)(config, submodules, layer_number=layer + 1)
+        unscale_window_positions([self.block], operator.large)
         modules = build_modules(context, layer, config)
         for path, module in modules.items():
             self.block.set_submodule(path, module)
@@ -125,7 +127,7 @@ class FactoredLayer(nn.Module):
             module.bind(rest[:count], maps)
             rest = rest[count:]
         try:
-            return call_layer(self.block, h, self.context.rotary_positions(h))
+            return call_layer(self.block, h, self.context.rotary_positions(h, self.layer))
         finally:
             for module in self.factored_modules:
                 module.unbind()

@@ -12,6 +12,7 @@ from megatron_ligo.arch.spec import UNTRAINED_SPACE, ParamSpec
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to
 from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.growth import layer_kinds
 from megatron_ligo.growth.linear_maps import DenseMap, FrozenIdentityMap, LinearMap, LowRankMap, RowSelection
 from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import MapSpec
@@ -139,6 +140,10 @@ class DepthParameters(nn.Module):
         super().__init__()
         self.split = self._stack(operator, layer, split)
         self.whole = self._stack(operator, layer, whole)
+        self.like_layers = None
+        if layer_kinds.has_unlike_layers(operator.small):
+            like_layers = layer_kinds.like_layers(operator.small, operator.large, layer)
+            self.like_layers = like_layers.to(self.split)
 
     @staticmethod
     def _stack(operator: Operator, layer: int, specs: list[ParamSpec]) -> nn.Parameter:
@@ -146,8 +151,9 @@ class DepthParameters(nn.Module):
         return nn.Parameter(weights.to(device.current_device()))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Returns views of (split, whole)."""
-        return self.split.view_as(self.split), self.whole.view_as(self.whole)
+        """Returns views of (split, whole). Layers of another kind of attention keep the weight zero."""
+        split, whole = self.split.view_as(self.split), self.whole.view_as(self.whole)
+        return (split, whole) if self.like_layers is None else (split * self.like_layers, whole * self.like_layers)
 
 
 def map_for_use(maps: dict[str, LinearMap], name: str, is_input: bool) -> LinearMap:

@@ -16,7 +16,7 @@ from megatron_ligo.models.mcore.layer_spec import (
     build_layer_spec,
     get_final_norm_class,
 )
-from megatron_ligo.models.mcore.rotary import build_rotary_embedding
+from megatron_ligo.models.mcore.rotary import build_rotary_embedding, unscale_window_positions
 from megatron_ligo.sharding import tensor_parallel
 
 
@@ -43,17 +43,16 @@ class FullGPT(SingleModule, GPTModel):
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
         self.rotary_pos_emb = build_rotary_embedding(model_config)
+        unscale_window_positions(self.decoder.layers, model_config)
         self.finish_construction(model_config, mesh, recompute)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
         h = embed_tokens(self.embedding.word_embeddings, tokens)
-        positions = None
         if self.rotary_pos_emb is None:
             h = add_positions(h, self.embedding.position_embeddings, self.first_token_rank)
-        else:
-            positions = self.rotary_pos_emb(tokens.shape[1])
-        for layer in self.decoder.layers:
+        for number, layer in enumerate(self.decoder.layers):
+            positions = None if self.rotary_pos_emb is None else self.rotary_pos_emb(tokens.shape[1], number)
             h = run_layer(layer, h, positions, self.recompute)
         h = self.decoder.final_layernorm(h)
         tied = self.shared_embedding_or_output_weight() if self.model_config.tied else None

@@ -38,7 +38,7 @@ from megatron_ligo.models.mcore.layer_spec import (
     get_final_norm_class,
     get_layer_class,
 )
-from megatron_ligo.models.mcore.rotary import build_rotary_embedding
+from megatron_ligo.models.mcore.rotary import build_rotary_embedding, unscale_window_positions
 from megatron_ligo.sharding import pipeline_layers, tensor_parallel
 
 TIED = "embedding"
@@ -82,13 +82,14 @@ class PipelineLayer:
         config = build_uninitialised_config(model_config, build)
         super().__init__(config, build_layer_spec(model_config, build.dtype).submodules, layer_number=layer + 1)
         self.rotary_pos_emb = build_rotary_embedding(model_config)
+        unscale_window_positions([self], model_config)
         self.recompute = recompute
         self.tokens_per_row = build.tp if build.sequence_parallel else 1
 
     def forward(self, h: Tensor) -> Tensor:
         positions = None
         if self.rotary_pos_emb is not None:
-            positions = self.rotary_pos_emb(h.shape[0] * self.tokens_per_row)
+            positions = self.rotary_pos_emb(h.shape[0] * self.tokens_per_row, self.layer_number - 1)
         return run_layer(super().forward, h, positions, self.recompute)
 
 

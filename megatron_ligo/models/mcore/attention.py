@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from megatron_ligo.distributed import device
@@ -17,18 +18,19 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.config = config
         self.causal = attn_mask_type is AttnMaskType.causal
-        window = config.window_size
-        self.window = None if window is None else window[0]
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] if has_window else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
         """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads d). attention_mask: True = masked."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = None if attention_mask is None or self.causal else ~attention_mask
         length = q.shape[2]
-        if self.causal and self.window is not None and length > self.window + 1:
+        if self.window is not None and length > self.window + 1:
             index = torch.arange(length, device=q.device)
             distance = index[:, None] - index[None, :]
-            mask = (distance >= 0) & (distance <= self.window)
+            within = (distance <= self.window) & (distance >= (0 if self.causal else -self.window))
+            mask = within if mask is None else mask & within
         is_grouped = q.shape[1] != k.shape[1]
         if is_grouped and not device.has_grouped_attention(q.dtype, masked=mask is not None):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

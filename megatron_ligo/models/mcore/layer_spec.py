@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.mcore_layer_patterns import to_layer_patterns
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
@@ -112,7 +113,7 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         activation_func=ACTIVATIONS[model_config.activation],
         add_bias_linear=arch.has_linear_biases,
         add_qkv_bias=model_config.qkv_bias,
-        window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
+        **to_layer_patterns(model_config),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,

@@ -9,12 +9,15 @@ Legend: d features of a head that rotate, d / 2 pairs.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterable
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
 
 from megatron_ligo.arch import rope_scaling
 from megatron_ligo.arch.model_config import ModelConfig
@@ -42,9 +45,37 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         return torch.outer(positions, frequencies.to(positions.device))
 
 
-def build_rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding | None:
+class LayerRotaryEmbedding(nn.Module):
+    """forward(tokens of a sequence, layer) -> the angles of the layer, (tokens, 1, 1, d), fp32; None if it has none."""
+
+    def __init__(self, model_config: ModelConfig):
+        super().__init__()
+        self.kinds = [model_config.layer_kind(layer) for layer in range(model_config.num_layers)]
+        self.common = ScaledRotaryEmbedding(model_config)
+        self.window = None
+        if model_config.has_window_positions:
+            self.window = ScaledRotaryEmbedding(model_config.with_window_positions())
+
+    def forward(self, num_tokens: int, layer: int) -> Tensor | None:
+        kind = self.kinds[layer]
+        embedding = self.window if kind.has_window_positions else self.common
+        return embedding(num_tokens) if kind.rotates else None
+
+
+def build_rotary_embedding(model_config: ModelConfig) -> LayerRotaryEmbedding | None:
     """Builds the rotary embedding; None for learned positions."""
-    return None if model_config.rope_base is None else ScaledRotaryEmbedding(model_config)
+    return None if model_config.rope_base is None else LayerRotaryEmbedding(model_config)
+
+
+def unscale_window_positions(layers: Iterable[TransformerLayer], model_config: ModelConfig) -> None:
+    """Takes the factor on cos and sin from the layers of a model that have the window's own positions."""
+    if not model_config.has_window_positions or rope_scaling.attention_factor(model_config.rope_scaling) == 1:
+        return
+    for layer in layers:
+        if model_config.layer_kind(layer.layer_number - 1).has_window_positions:
+            attention = layer.self_attention
+            attention.config = copy.copy(attention.config)
+            attention.config.yarn_mscale = 0.0
 
 
 def set_attention_factor(config: TransformerConfig, model_config: ModelConfig) -> None:

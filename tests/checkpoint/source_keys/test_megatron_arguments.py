@@ -139,7 +139,7 @@ def test_arguments_that_change_the_function_are_refused(written, tmp_path, to, b
         more = {"transformer_impl": "local"} if name == "window_size" else {}
         where = refusals(edited(written, tmp_path / "x", to, beside, **more, **{name: value}), accept=(name,))
         expected = {"rotary_seq_len_interpolation_factor": "rope_scaling"}
-        expected |= {"rotary_percent": "rotary_fraction"} if beside else {}
+        expected |= {"rotary_percent": "rotary_fraction", "no_rope_freq": "rope_layers"} if beside else {}
         if where != [name] and where != [expected.get(name)]:
             wrong[name] = where
     assert wrong == {}

@@ -204,6 +204,8 @@ def check_expressible(model_config: ModelConfig) -> None:
     check_parameters(model_config, errors)
     if model_config.sliding_window is not None:
         errors.add("sliding_window", "none", model_config.sliding_window)
+    if model_config.rope_layers is not None:
+        errors.add("rope_layers", "rotary positions in every layer", list(model_config.rope_layers))
     if model_config.rope_scaling is not None and dict(model_config.rope_scaling) != LLAMA31_SCALING:
         errors.add("rope_scaling", f"none, or {LLAMA31_SCALING} as in Meta's code", dict(model_config.rope_scaling))
     errors.raise_if_any()

@@ -17,7 +17,7 @@ from megatron_ligo.arch import other_families
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_params import ACTIVATION_SYNONYMS
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
-from megatron_ligo.checkpoint.formats.hf import rope_parameters
+from megatron_ligo.checkpoint.formats.hf import layer_patterns, rope_parameters
 from megatron_ligo.checkpoint.formats.hf.config_keys import LABELS, key_table
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
 from megatron_ligo.checkpoint.source_keys import (
@@ -43,8 +43,6 @@ MAY_BE_ZERO = ("num_token_types", "position_padding")
 ACTIVATION_FIELDS = ("hidden_act", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")
-# transformers 4 and 5.
-FULL_ATTENTION = {"full_attention", "attention"}
 # None means a family without images, or without padding among its positions: other families must state them.
 NEVER_NULL = ("image_size", "patch_size", "num_channels", "position_padding")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -82,6 +80,8 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     config = _resolve_names(config, arch, errors)
     sizes: dict[str, object] = {"arch": arch.name, "model_type": config["model_type"]}
     sizes |= _optional_parts(config, arch) | arch.implied_sizes.get(config["model_type"], {})
+    if layer_patterns.has_no_window(config, arch):
+        sizes["sliding_window"] = None
     for key, name in arch.hf_fields.items():
         if name not in ROPE_FIELDS and name not in sizes:
             sizes[name] = _config_value(config, key, arch, where)
@@ -93,7 +93,7 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     for name, known in arch.choices.items():
         if sizes[name] not in known:
             errors.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
-    _check_layer_types(config, sizes, errors)
+    sizes |= layer_patterns.parse_patterns(config, arch, sizes, where, errors)
     errors.raise_if_any()
     try:
         return ModelConfig.from_json(sizes)
@@ -202,13 +202,6 @@ def _check_types(sizes: dict, errors: ErrorCollector) -> None:
             )
 
 
-def _check_layer_types(config: Mapping, sizes: dict, errors: ErrorCollector) -> None:
-    types = config.get("layer_types")
-    expected = FULL_ATTENTION if sizes.get("sliding_window") is None else {"sliding_attention"}
-    if types is not None and (not isinstance(types, list) or not types or not set(map(str, types)) <= expected):
-        errors.add("layer_types", f"{max(expected, key=len)} in every layer", describe_value(types))
-
-
 def parse_carried(config: Mapping) -> dict[str, object]:
     """Returns the keys of a config that conversions copy unchanged: harmless ones, and unknown ones without a value."""
     find_architecture(config, CONFIG)
@@ -252,6 +245,7 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
         if getattr(model_config, name) != value:
             errors.add(name, repr(value), repr(getattr(model_config, name)), "Another model_type may express it.")
     arch.check(model_config, errors)
+    layer_patterns.check_patterns(model_config, arch, errors)
     errors.raise_if_any()
     name = str(dtype).removeprefix("torch.")
     config = {"architectures": [arch.hf_class(model_config)], "model_type": model_config.model_type}
@@ -266,7 +260,7 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     # vLLM lets Mistral attend to everything if it reads Qwen's key for no window.
     foreign = arch.foreign_hf_keys.get(model_config.model_type, ())
     config |= {key: value for key, value in stated.items() if key not in foreign}
-    config |= rope_parameters.to_rope_keys(model_config)
+    config |= layer_patterns.to_pattern_keys(model_config, arch) | rope_parameters.to_rope_keys(model_config)
     return config | {"dtype": name, "torch_dtype": name}
 
 

@@ -103,6 +103,7 @@ def key_table(model_type: str) -> KeyTable:
     fields |= {key: arch.hf_fields[name] for key, name in arch.hf_aliases.items()}
     fields |= {key: key for key in READ if key not in fields}
     fields |= {LABELS: "vocab_size"} if arch.reads_images else {}
+    fields |= {key: "layers" for key in arch.hf_pattern_keys.get(model_type, ()) if key not in fields}
     fields |= {key: "rope" for key in _rope_keys(arch) if key not in fields}
     # A key of the family that this type's class does not know must not say anything.
     fixed: dict[str, tuple[object, ...]] = {key: (None,) for key in foreign if key in arch.hf_fields}

@@ -34,7 +34,8 @@ FIELDS = {
     "share_embeddings_and_output_weights": "tied",
     "add_qkv_bias": "qkv_bias",
     "window_size": "sliding_window",
-    "window_attn_skip_freq": "sliding_window",
+    "window_attn_skip_freq": "window_layers",
+    "no_rope_freq": "rope_layers",
     "position_embedding_type": "family",
     "use_rotary_position_embeddings": "family",
     "rotary_base": "rope_base",
@@ -74,7 +75,6 @@ LAYER_SPECS = tuple(
 
 FIXED: dict[str, tuple[object, ...]] = {
     # Positions.
-    "no_rope_freq": NONE,
     "rotary_interleaved": OFF,
     "rope_type": (None, "rope"),
     "mrope_section": NONE,

@@ -11,7 +11,7 @@ from megatron_ligo.arch import rope_scaling
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_scaling import ORIGINAL_LENGTH, attention_factor, scaling_kind
-from megatron_ligo.checkpoint.formats.megatron_lm import argument_keys, rope_arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import argument_keys, layer_pattern_arguments, rope_arguments
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys, check_agreement, is_same_value
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector
 
@@ -40,8 +40,6 @@ GELU = (None, "torch.nn.functional.gelu", "torch._C._nn.gelu")
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 # Relative. YaRN's factor on cos and sin is stated by another number, from which it follows up to rounding.
 SCALING_TOLERANCE = 1e-6
-# Left and right of a window without limits.
-UNLIMITED_WINDOWS = ((-1, -1), (-1, 0))
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,25 @@ def parse_model_config(arguments: RunArguments, accepted: AcceptedKeys = NO_KEYS
         if field not in sizes:
             names = [name for name, read_into in argument_keys.FIELDS.items() if read_into == field]
             errors.add(" or ".join(names), "a value", "none", ADVICE)
+    model_type = _choose_model_type(sizes, errors)
     errors.raise_if_any()
-    model_type = "qwen2" if sizes.get("qkv_bias") else "mistral" if sizes.get("sliding_window") else "llama"
     try:
         return ModelConfig.from_json({"arch": "llama", "model_type": model_type, **sizes})
     except ConfigError as error:
         errors.problems.extend(error.problems)
     errors.raise_if_any()
     raise AssertionError("a refused config states its problems")
+
+
+def _choose_model_type(sizes: Mapping[str, object], errors: ErrorCollector) -> str:
+    """Returns the `model_type` of a Llama of these sizes. Adds an error for a pattern that it cannot state."""
+    model_type = "qwen2" if sizes.get("qkv_bias") else "mistral" if sizes.get("sliding_window") else "llama"
+    if sizes.get("rope_layers") is not None:
+        errors.add("no_rope_freq", "rotary positions in every layer", repr(sizes["rope_layers"])[:60], FAMILY_ADVICE)
+    if sizes.get("window_layers") is not None and model_type != "qwen2":
+        found = repr(sizes["window_layers"])[:60]
+        errors.add("window_attn_skip_freq", "a window in every layer, or in none", found, FAMILY_ADVICE)
+    return model_type
 
 
 def check_arguments(
@@ -131,8 +140,7 @@ def parse_sizes(values: Mapping[str, object], arch: Architecture, errors: ErrorC
     if arch.has_linear_biases:
         # Their query, key and value have biases either way.
         sizes.pop("qkv_bias", None)
-    if "window_size" in values:
-        sizes["sliding_window"] = parse_window(values, errors)
+    sizes |= layer_pattern_arguments.parse_patterns(values, sizes.get("num_layers"), arch.is_causal, errors)
     if not arch.has_rotary_positions:
         sizes.pop("rotary_fraction", None)
     elif values.get("rotary_base") is not None or values.get("rope_theta") is not None:
@@ -173,27 +181,6 @@ def _iter_kv_heads(values: Mapping[str, object]) -> Iterator[tuple[str, str, obj
     for name in stated or ["num_attention_heads"]:
         if values.get(name) is not None:
             yield name, "num_kv_heads", values[name]
-
-
-def parse_window(values: Mapping[str, object], errors: ErrorCollector) -> int | None:
-    """Returns the attention window in tokens that arguments state, None if there is none."""
-    window, skip = values["window_size"], values.get("window_attn_skip_freq")
-    if not window:
-        return None
-    if not isinstance(window, list | tuple) or len(window) != 2 or any(type(side) is not int for side in window):
-        errors.add("window_size", "none, or two numbers of tokens", repr(window))
-        return None
-    left, right = window
-    is_unlimited = (left, right) in UNLIMITED_WINDOWS
-    if is_unlimited and values.get("transformer_impl") != "local":
-        return None
-    if is_unlimited or left < 0 or right != 0:
-        hint = "Local layers of Megatron-core mask every token under -1." if is_unlimited else ""
-        errors.add("window_size", "none, or (tokens before, 0)", repr(window), hint)
-        return None
-    if skip is not None and not (isinstance(skip, list | tuple) and skip and all(flag == 1 for flag in skip)):
-        errors.add("window_attn_skip_freq", "a window in every layer, or in none", repr(skip))
-    return left + 1
 
 
 def _is_computed_by_megatron(arch: Architecture, model_config: ModelConfig) -> bool:

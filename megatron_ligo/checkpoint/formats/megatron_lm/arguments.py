@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ligo.arch.mcore_layer_patterns import to_layer_patterns
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.megatron_lm import argument_parsing, rope_arguments, run_config
@@ -119,7 +120,6 @@ def to_megatron_args(
         **common,
         **LLAMA_ARGS,
         **rope_arguments.to_rope_args(model_config),
-        window_size=None if model_config.sliding_window is None else (model_config.sliding_window - 1, 0),
     )
 
 
@@ -163,6 +163,7 @@ def _common_args(
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
+        **to_layer_patterns(model_config),
         "iteration": step,
         "world_size": tp * pp,
         "data_parallel_size": 1,

@@ -113,6 +113,10 @@ def to_rope_args(model_config: ModelConfig) -> dict[str, object]:
 
 def check_sayable(model_config: ModelConfig) -> None:
     """Raises CheckpointError for a scaling of rotary positions that Megatron-LM's arguments cannot state."""
+    if model_config.has_window_positions:
+        expected = "none: Megatron-LM's args state the positions of all layers at once"
+        hint = "The formats hf and universal can state it."
+        raise CheckpointError(Problem("window_rope_base", expected, model_config.window_rope_base, hint))
     reason = _explain_unsayable(model_config)
     if reason:
         where = f"rope_scaling ({scaling_kind(model_config.rope_scaling)})"

@@ -1,0 +1,91 @@
+"""Which layers of a Hugging Face config.json have a window, and which have rotary positions.
+
+`Architecture.hf_pattern_keys` names the keys. `layer_types` and `no_rope_layers` are lists with an entry for each
+layer. Where a config leaves one out, transformers derives it from the other keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
+from megatron_ligo.checkpoint.source_keys import describe_value
+from megatron_ligo.common.errors import ErrorCollector
+
+TYPES, NO_ROPE, USE_WINDOW, FIRST_WINDOW = "layer_types", "no_rope_layers", "use_sliding_window", "max_window_layers"
+FULL, WINDOW = "full_attention", "sliding_attention"
+# transformers 4 and 5.
+FULL_NAMES = (FULL, "attention")
+
+
+def has_no_window(config: Mapping, arch: Architecture) -> bool:
+    """True if a config switches its window off."""
+    keys = arch.hf_pattern_keys.get(config["model_type"], ())
+    return USE_WINDOW in keys and not config.get(USE_WINDOW, False)
+
+
+def parse_patterns(
+    config: Mapping, arch: Architecture, sizes: Mapping, where: str, errors: ErrorCollector
+) -> dict[str, object]:
+    """Parses `window_layers` and `rope_layers`. sizes: those that are read already. Adds an error for wrong values."""
+    keys = arch.hf_pattern_keys.get(config["model_type"], ())
+    num_layers, patterns = sizes.get("num_layers"), {}
+    if type(num_layers) is not int or num_layers < 1:
+        return patterns
+    if USE_WINDOW in keys and not isinstance(config.get(USE_WINDOW, False), bool):
+        errors.add(USE_WINDOW, "true or false", describe_value(config[USE_WINDOW]))
+        return patterns
+    if TYPES not in keys or sizes.get("sliding_window") is None:
+        _check_one_type(config, sizes, errors)
+    else:
+        types = _list_of(config, TYPES, where)
+        names = (*FULL_NAMES, WINDOW)
+        if not isinstance(types, list) or len(types) != num_layers or not all(name in names for name in types):
+            errors.add(TYPES, f"{FULL} or {WINDOW} for each of {num_layers} layers", describe_value(types))
+        else:
+            patterns["window_layers"] = tuple(name == WINDOW for name in types)
+    if NO_ROPE in keys:
+        flags = _list_of(config, NO_ROPE, where)
+        if not isinstance(flags, list) or len(flags) < num_layers or not all(flag in (0, 1) for flag in flags):
+            errors.add(NO_ROPE, f"0 or 1 for each of {num_layers} layers", describe_value(flags))
+        else:
+            patterns["rope_layers"] = tuple(bool(flag) for flag in flags[:num_layers])
+    return patterns
+
+
+def _list_of(config: Mapping, key: str, where: str) -> object:
+    stated = config.get(key)
+    return getattr(load_transformers_config(config, where), key, None) if stated is None else stated
+
+
+def _check_one_type(config: Mapping, sizes: Mapping, errors: ErrorCollector) -> None:
+    """Adds an error if a config without a pattern states one."""
+    types = config.get(TYPES)
+    expected = set(FULL_NAMES) if sizes.get("sliding_window") is None else {WINDOW}
+    if types is not None and (not isinstance(types, list) or not types or not set(map(str, types)) <= expected):
+        errors.add(TYPES, f"{max(expected, key=len)} in every layer", describe_value(types))
+
+
+def check_patterns(model_config: ModelConfig, arch: Architecture, errors: ErrorCollector) -> None:
+    """Adds an error for each pattern of a model that its `model_type` cannot state."""
+    names = arch.hf_pattern_keys.get(model_config.model_type, ())
+    for field, key in (("window_layers", TYPES), ("rope_layers", NO_ROPE)):
+        if getattr(model_config, field) is not None and key not in names:
+            errors.add(field, "the same in every layer", describe_value(getattr(model_config, field)))
+
+
+def to_pattern_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, object]:
+    """Returns the keys of a config.json that state a model's patterns."""
+    names = arch.hf_pattern_keys.get(model_config.model_type, ())
+    kinds = [model_config.layer_kind(layer) for layer in range(model_config.num_layers)]
+    windows = [kind.window is not None for kind in kinds]
+    rotates = model_config.rope_layers or (True,) * model_config.num_layers
+    values = {
+        TYPES: [WINDOW if window else FULL for window in windows],
+        NO_ROPE: [int(flag) for flag in rotates],
+        USE_WINDOW: any(windows),
+        FIRST_WINDOW: windows.index(True) if any(windows) else model_config.num_layers,
+    }
+    return {key: value for key, value in values.items() if key in names}
