@@ -27,7 +27,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import LAYER_PREFIX, UNTRAINED_SPACE, ParamSpec, Use, key_pattern, layer_index
 from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import OperatorSection, value_for_space
-from megatron_ligo.growth import initializers, position_table, vocabulary
+from megatron_ligo.growth import initializers, row_tables
 from megatron_ligo.growth.linear_maps import LinearMap, cheapest_form
 from megatron_ligo.growth.methods import resolve_settings
 from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_tensor
@@ -205,13 +205,13 @@ class Operator(ABC):
         param = self.arch.param(key)
         space, size = param.axes[0].space, param.shape(self.large)[0]
         if space == "position" and self.large.image_size != self.small.image_size:
-            return position_table.interpolate_positions(table, self.small, self.large)
+            return row_tables.interpolate_positions(table, self.small, self.large)
         if space not in ("vocab", "position") or table.shape[0] == size:
             return table
         if space == "vocab":
-            return vocabulary.extend_vocabulary(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
+            return row_tables.extend_vocabulary(table, size, self.settings.vocab_noise, self.generator(f"tokens.{key}"))
         start, first = self.settings.position_init, self.small.first_position
-        return position_table.extend_positions(table, size, first, start, self.generator(f"positions.{key}"))
+        return row_tables.extend_positions(table, size, first, start, self.generator(f"positions.{key}"))
 
     def grow(self, key: str, mixed: Tensor, added_rows: Tensor | None = None) -> Tensor:
         """Grows a large key from its depth-mixed small tensor: (out small, in small) -> (out large, in large).

@@ -1,6 +1,10 @@
-"""Growth of the table of learned positions.
+"""Growth of tables whose rows are distinct items: tokens (or labels), and learned positions.
 
-A longer context appends positions. The old positions are unchanged, so every start is lossless within their length:
+Vocabulary. Tokens of the small model keep their rows, and new rows start near the mean of all rows. The logits of new
+tokens then start near the mean logit, which hardly changes the old tokens' probabilities.
+
+Positions. A longer context appends positions. The old ones are unchanged, so every start is lossless within their
+length:
 
     tile      the old positions, repeated in order (Longformer, arXiv 2004.05150)
     mean      their mean
@@ -8,7 +12,7 @@ A longer context appends positions. The old positions are unchanged, so every st
 
 A larger image interpolates the patches' positions as transformers does (bicubic, corners not aligned).
 
-Legend: P positions of the small model, n features.
+Legend: V tokens or labels, P positions of the small model, n features.
 """
 
 from __future__ import annotations
@@ -18,7 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.growth.vocabulary import draw_around_mean
+
+
+def extend_vocabulary(table: Tensor, size: int, noise: float, generator: torch.Generator) -> Tensor:
+    """Appends rows drawn around the mean of all rows: (V, n) or (V,) -> (size, n) or (size,), in fp32 or wider.
+
+    noise: the new rows' standard deviation, in units of the existing rows', feature by feature.
+    """
+    table = table.to(torch.promote_types(table.dtype, torch.float32))
+    return torch.cat([table, draw_around_mean(table, size - table.shape[0], noise, generator)])
+
+
+def draw_around_mean(table: Tensor, num_rows: int, noise: float, generator: torch.Generator) -> Tensor:
+    """Draws new rows of a table: (V, n) or (V,) -> (num_rows, n) or (num_rows,), in the table's dtype."""
+    wide = table.double()
+    mean, deviation = wide.mean(dim=0), wide.std(dim=0)
+    drawn = torch.randn(num_rows, *table.shape[1:], generator=generator, dtype=torch.float64)
+    return (mean + noise * deviation * drawn).to(table)
 
 
 def extend_positions(table: Tensor, size: int, first: int, start: str, generator: torch.Generator) -> Tensor:
