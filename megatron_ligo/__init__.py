@@ -6,7 +6,7 @@ torch nor time; `__init__.pyi` states their types.
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _API = {
     "convert": "api.checkpoints",

@@ -171,6 +171,7 @@ def wrap(inner: Exception) -> Exception:
         (OSError(errno.EIO, "Input/output error", "/a"), "/a: ", "Input/output error"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "the launcher's port: ", "--master_port"),
         (ConfigError("a message"), "a message", ""),
+        (ModuleNotFoundError("none", name="megatron.core"), "module megatron.core: ", "pip install megatron-core"),
     ],
 )
 def test_messages_of_user_and_machine_errors(error, where, part):
@@ -219,6 +220,7 @@ def test_counts_and_sizes_are_above_0(option):
 
 
 def test_bugs_have_no_message():
+    assert user_message(ModuleNotFoundError("none", name="megatron_ligo.nowhere")) is None
     assert user_message(KeyError("x")) is None and user_message(OSError("x")) is None
 
 

@@ -23,7 +23,7 @@ WIDE = {
     "large": {"num_layers": 4, "hidden_size": 512, "ffn_size": 1408, "num_heads": 16, "num_kv_heads": 8},
 }
 BF16_STATES = {"ds_config": f"{ROOT / 'launch_scripts' / 'grow_1b.json'}"}
-OFFLOAD = {"zero": 3, "ds_config": f"{ROOT / 'ds_configs' / 'zero3_offload.json'}"}
+OFFLOAD = {"zero": 3, "ds_config": f"{ROOT / 'megatron_ligo' / 'ds_configs' / 'zero3_offload.json'}"}
 # Kind of job, number of processes, sizes, and further fields of the job (StepJob).
 CASES = {
     "pretraining": ("plain", 1, NARROW, {"tokens": 1024, "sequences": 2}),

@@ -21,6 +21,8 @@ EXISTING_ERRNOS = (errno.EEXIST, errno.ENOTEMPTY)
 MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # What only a mistake of ours raises; a library's use of them is caught where the library is called.
 BUGS = (LookupError, TypeError, AttributeError, AssertionError, NameError, NotImplementedError)
+# Packages whose name is not that of their module.
+PACKAGE_NAMES = {"megatron": "megatron-core", "PIL": "pillow"}
 OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory")
 # The most problems that one message lists.
 MAX_SHOWN = 50
@@ -174,8 +176,19 @@ def describe_lack_of_memory(error: BaseException) -> str:
     return Problem("memory of the device", "enough for the next step", first_line, hint)
 
 
+def _describe_missing_package(module: str) -> str | None:
+    """Returns a message for a package that is not installed; None for a module of this one, which is a bug."""
+    top = module.partition(".")[0]
+    if top == __name__.partition(".")[0]:
+        return None
+    package = PACKAGE_NAMES.get(top, top)
+    return Problem(f"module {module}", f"the package {package}", "none in this environment", f"pip install {package}")
+
+
 def _describe_machine_error(error: BaseException) -> str | None:
     """Returns a message for an operating-system error, even if a library only repeats its text; None for others."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return _describe_missing_package(error.name)
     if is_out_of_memory(error):
         return describe_lack_of_memory(error)
     code = error.errno if isinstance(error, OSError) else None

@@ -8,7 +8,7 @@ from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import ParallelSection
 
-PROFILE_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+PROFILE_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
 def read_profile(parallel: ParallelSection) -> dict:
