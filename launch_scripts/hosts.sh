@@ -14,8 +14,11 @@ if [ $# -lt 2 ]; then
 fi
 hosts=$1
 shift
+world=$(python -m megatron_ligo hosts "$hosts")
 if ! command -v pdsh > /dev/null; then
     echo "hosts.sh: expected pdsh on this node, found none. Install it, or run node.sh on each node." >&2
     exit 2
 fi
-exec deepspeed --hostfile "$hosts" --master_port "${PORT:-29500}" "$@"
+# DeepSpeed passes no variable on to the other nodes: `env` sets it there.
+exec deepspeed --hostfile "$hosts" --master_port "${PORT:-29500}" --no_python --no_local_rank \
+    env LIGO_WORLD_SIZE="$world" "$(command -v python)" -u "$@"

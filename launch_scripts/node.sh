@@ -17,6 +17,8 @@ shift 3
 if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
+LIGO_WORLD_SIZE=$(python -m megatron_ligo hosts "$hosts" --node-rank "$rank")
+export LIGO_WORLD_SIZE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec deepspeed --hostfile "$hosts" --no_ssh --node_rank "$rank" \
     --master_addr "$master" --master_port "${PORT:-29500}" "$@"

@@ -20,6 +20,7 @@ import megatron_ligo
 from megatron_ligo import cli
 from megatron_ligo.commands import launching
 from megatron_ligo.common.errors import did_you_mean
+from megatron_ligo.distributed.hostfile import check_world_size
 
 __all__ = ["SUBCOMMANDS", "Subcommand", "load", "main", "script_main"]
 
@@ -45,6 +46,7 @@ SUBCOMMANDS = {
     "report": Subcommand("runs.report", "a page of curves and a table of runs"),
     "compare": Subcommand("studies.compare", "compares starts of a large model at equal FLOPs"),
     "stages": Subcommand("runs.stages", "a chain of trainings, fits and growths from one file"),
+    "hosts": Subcommand("runs.hosts", "checks the hostfile of a run over several nodes"),
     "bench": Subcommand("studies.bench", "measures speed and memory on this machine"),
     "soak": Subcommand("studies.soak", "kills and resumes a run many times, or reads damaged files"),
     "completion": Subcommand("completion", "prints a completion script for bash, zsh or fish"),
@@ -69,6 +71,7 @@ def script_main(name: str) -> Callable[[], None]:
 def _run_module(name: str, prog: str | None, arguments: Sequence[str] | None) -> None:
     module = load(name)
     args = module.build_parser(prog).parse_args(arguments)
+    check_world_size()
     if launching.is_launcher_wanted(args):
         cli.load_config(args)
         launching.launch(name, args, sys.argv[1:] if arguments is None else arguments)

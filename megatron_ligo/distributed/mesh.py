@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from megatron_ligo.common.errors import LayoutError, Problem
 from megatron_ligo.distributed import rank_watch
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
+from megatron_ligo.distributed.hostfile import check_world_size
 from megatron_ligo.distributed.parallel_dims import ParallelDims
 from megatron_ligo.distributed.rank_watch import WatchTimes
 
@@ -69,6 +70,7 @@ class Mesh:
 
 def init_distributed(timeout_minutes: float = 10.0) -> None:
     """Joins the launcher's process group; without a launcher, a group of one. Raises LayoutError if that fails."""
+    check_world_size()
     device.install_cpu_shims()
     device.select_local_device()
     # Megatron-core and DeepSpeed create groups without a timeout of their own.
