@@ -27,6 +27,8 @@ SCRATCH = "scratch"
 # No key lies deeper. Python's own limit is that of recursion, far above.
 MAX_DEPTH = 8
 POSITION_INITS = ("tile", "mean", "random")
+# The name in operator.fresh_scale of the tables that begin the residual stream.
+EMBEDDING = "embedding"
 MOMENT_POLICIES = ("reset", "grow", "old")
 T = TypeVar("T")
 
@@ -82,9 +84,13 @@ class OperatorSection:
         None, "norm gains: copied from the source feature, or mapped by expand", choices=("copied", "expand")
     )
     fresh: str | None = setting(
-        None, "random weights where a map is pad: none, only what writes new features, or all",
-        choices=("none", "writers", "all"),
+        None, "random weights where a map is pad: none, what writes new features (corner: residual ones too), or all",
+        choices=("none", "writers", "corner", "all"),
     )  # fmt: skip
+    fresh_scale: float | dict[str, float] | None = setting(
+        None, "factor of corner's random weights, by the space that they write (embedding: the tables)", low=0.0
+    )
+    codes: str = setting("", "folder that tools/codes.py wrote: the tokens' new features with fresh = 'corner'")
     borrow: str | None = setting(
         None, "weights of new features: from the same layer, or from the next (AKI)", choices=("none", "next")
     )
@@ -102,11 +108,10 @@ class OperatorSection:
         spaces = sorted(spaces)
         errors = ErrorCollector("config [operator]", ConfigError)
         for key, value in asdict(self).items():
+            known = [*spaces, EMBEDDING] if key == "fresh_scale" else spaces
             for name in value if isinstance(value, dict) else ():
-                if name != "default" and name not in spaces:
-                    errors.add(
-                        f"operator.{key}.{name}", "a space of this model", repr(name), did_you_mean(name, spaces)
-                    )
+                if name != "default" and name not in known:
+                    errors.add(f"operator.{key}.{name}", "a space of this model", repr(name), did_you_mean(name, known))
         errors.raise_if_any()
 
 
@@ -178,6 +183,7 @@ class FitSection(TrainingSection):
 @dataclass(frozen=True)
 class PretrainSection(TrainingSection):
     start: str = setting("", "hand-off folder, any checkpoint, or 'scratch': fresh weights at the sizes of [large]")
+    codes: str = setting("", "folder that tools/codes.py wrote: the embedding of a scratch start")
     fresh_head: bool = setting(False, "add a new output head to a headless start and train only the head")
     lr: float = setting(3e-4, "peak learning rate, after warm-up", low=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay", low=0.0)

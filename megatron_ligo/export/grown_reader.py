@@ -5,6 +5,8 @@ Every format can write it, and the large model is never in memory as a whole.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,10 @@ from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.common.file_digest import digest_file
 from megatron_ligo.growth import random_init
 from megatron_ligo.growth.adam_state import DualMaps
+from megatron_ligo.growth.codes.codes_file import TENSORS
 from megatron_ligo.growth.operator import Operator
 
 # The most bytes of small tensors that are kept while dense depth maps read them for every large layer.
@@ -57,6 +61,8 @@ class GrownReader(Reader):
             return None
         # Random weights depend on the settings (the seed), not on the operator's tensors.
         settings = {name: str(value) for name, value in vars(self.operator.settings).items()}
+        if self.operator.settings.codes:
+            settings["codes"] = digest_file(Path(self.operator.settings.codes) / TENSORS)
         growth = {"operator": digest_operator(self.operator), "settings": settings, "moments": self.moments}
         return {**growth, "source": source}
 
@@ -82,8 +88,8 @@ class GrownReader(Reader):
         return grown if random_block is None else grown + random_block
 
     def _random_scale(self, key: str) -> float:
-        """Returns the root mean square of a tensor's random weights: that of the small tensor they extend."""
-        if self.operator.settings.fresh == "none":
+        """Returns the root mean square of a small tensor, which is that of the random weights that extend it."""
+        if self.operator.settings.fresh in random_init.BY_SIZE:
             return 0.0
         return random_init.root_mean_square(self.source.read(random_init.scale_source_key(self.operator, key)))
 

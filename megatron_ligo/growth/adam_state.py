@@ -172,14 +172,15 @@ class DualMaps:
         """
         operator = self.operator
         source_name, factor_name = operator.gain_names(param)
-        source = operator.tensor(source_name)
+        # A new feature's gain, with the mean gain for a source, starts without moments.
+        source, is_new = operator.tensor(source_name).clamp(min=0), operator.tensor(source_name) < 0
         factor = operator.tensor(factor_name.replace(".final", ".layers")).double()
         lift = operator.space_maps.lift(param.axes[0])
         writes = operator.matrix(layer)(lift, Use.OUTPUT).double()
         reads = self._dual_matrix(param, lift, param.axes[0].use, layer)
         features = torch.arange(len(source))
         share = reads.double()[features, source] * self._square_if_needed(writes[features, source] / factor)
-        return mixed[source] * share.to(mixed)
+        return mixed[source] * share.masked_fill(is_new, 0).to(mixed)
 
     def _square_if_needed(self, matrix: Tensor) -> Tensor:
         return matrix * matrix if self.is_squared else matrix

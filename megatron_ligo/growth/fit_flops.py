@@ -12,6 +12,7 @@ from megatron_ligo.arch.flops import forward_flops
 from megatron_ligo.arch.spec import Pack, ParamSpec, Role, Use, axis_size
 from megatron_ligo.growth.linear_maps import full_cost, low_rank_cost
 from megatron_ligo.growth.operator import Operator
+from megatron_ligo.growth.random_init import has_added_rows, num_new_features
 from megatron_ligo.growth.width_maps import LiftedMap
 
 # Products of a weight: forward, gradient of the input and, if it is learned, gradient of the weight.
@@ -75,6 +76,8 @@ def fit_step_flops(
         written = arch.space(transform.axes[0], large)
         head += MapUse(operator, "residual", True).flops(tokens) + MapUse(operator, written, False).flops(tokens)
         head += FROZEN * 2 * tokens * prod(transform.shape(small))
+    if large.tied:
+        head += FROZEN * 2 * num_predictions * num_new_features(operator) * large.vocab_size
     teacher = forward_flops(small, tokens, seq_length) if distilled else 0
     lag = _lag_flops(operator, tokens) if lagged else 0
     return large.num_layers * per_layer + embedding + head + teacher + lag
@@ -116,10 +119,13 @@ def _weight_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:
     spec = operator.maps[lift.map_name]
     use = MapUse(operator, lift.map_name, param.axes[inner].use is Use.INPUT)
     width = lift.unit * lift.repeat
+    # Fixed rows of new residual features multiply beside the small weight's.
     other = operator.small.hidden_size
+    if param.tp_dim == 1 and has_added_rows(operator, param):
+        other += num_new_features(operator)
     large = axis_size(param.axes[inner], operator.large)
     mixing = FROZEN * 2 * operator.small.num_layers * prod(param.shape(operator.small))
-    has_random_rows = operator.settings.fresh == "writers" and param.tp_dim == 0
+    has_random_rows = has_added_rows(operator, param) and param.tp_dim == 0
     if is_factored(param, lift, tokens, (spec.large, spec.small), other, use.cost, has_random_rows):
         return mixing + use.flops(tokens) + LEARNED * 2 * tokens * spec.small * other
     # A changed head size: a fixed matrix maps the features within each head.

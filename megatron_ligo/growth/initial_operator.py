@@ -76,14 +76,14 @@ class InitialOperator(Operator):
         space, _, kind = rest.rpartition(".")
         expand = self.initial_expand(space or "residual")
         largest, source = expand.abs().max(dim=1)
-        # Empty features have no source, so their gain is arbitrary.
-        source = torch.where(largest > 0, source, torch.arange(len(source)) % expand.shape[1])
+        # Empty features have no source, and take the mean gain.
+        source[largest == 0] = -1
         if kind == "source":
             return source
         gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
         if kind == "final" and self.large.tied and self.large.has_head:
             # A tied head reads with expand^T, which sums the copies of each feature.
-            gain /= (expand * expand).sum(dim=0)[source]
+            gain /= torch.where(source < 0, 1.0, (expand * expand).sum(dim=0)[source.clamp(min=0)])
         return gain
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
-from megatron_ligo.config.run_config import OperatorSection
+from megatron_ligo.config.run_config import EMBEDDING, OperatorSection
 
 # Maps act on whole heads, contracts are separate left inverses, and there is no noise and no random weight.
 DEFAULT_KEYS = {
@@ -24,8 +24,12 @@ DEFAULT_KEYS = {
     "identity": "learned",
     "gain": "copied",
     "fresh": "none",
+    "fresh_scale": 1.0,
     "borrow": "none",
 }
+
+# A pooler, which no loss trains, would keep padded features at zero.
+PADDED = {"default": "pad", "pooled": "lossless"}
 
 # Keys that do not change the logits of a start.
 KEYS_THAT_KEEP_LOGITS = ("noise", "share", "identity")
@@ -122,6 +126,22 @@ METHODS = {
             "fresh": "writers",
         },
     ),
+    "corner": Method(
+        "the small model in a corner of all spaces, the residual stream's too; what writes outside it random, readers zero",
+        False,
+        "this project; padding and perturbing: arXiv 2411.07340, 2605.13405",
+        {"width_init": PADDED, "depth_init": "stack", "fresh": "corner"},
+    ),
+    "corner_quiet": Method(
+        "as corner, with new residual features a hundred times smaller and new layers that write nothing: nearly lossless",
+        False,
+        "this project",
+        {
+            "width_init": PADDED,
+            "fresh": "corner",
+            "fresh_scale": {"default": 1.0, "residual": 0.01, EMBEDDING: 0.01},
+        },
+    ),
     "ligo": Method(
         "the published operator: dense maps for each layer, and their transposes as contracts",
         False,
@@ -150,7 +170,7 @@ def resolve_settings(settings: OperatorSection, large: ModelConfig) -> OperatorS
 
 def _method_settings(name: str, large: ModelConfig) -> dict:
     """Returns all keys of a method. Tables by space omit the spaces that the large model lacks."""
-    known = {"default", *architectures.get(large.arch).spaces(large)}
+    known = {"default", EMBEDDING, *architectures.get(large.arch).spaces(large)}
     return {
         key: {space: start for space, start in value.items() if space in known} if isinstance(value, dict) else value
         for key, value in {**DEFAULT_KEYS, **METHODS[name].keys}.items()

@@ -6,7 +6,7 @@ a time from a file (operator_file.py). It does not depend on the layout: each ra
     width.{map}.expand          (large, small)    width.{map}.{layer}.expand if each layer has its own
     width.{map}.contract        (small, large)    only if contract is a separate parameter
     depth.{param}               (large layers, small layers)
-    gain.source                 (hidden large,)   int64: the small feature whose gain each large one copies
+    gain.source                 (hidden large,)   int64: the small feature whose gain each large one copies; -1: the mean
     gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
 
@@ -46,6 +46,12 @@ def depth_role(param: ParamSpec) -> str:
 def short_key(param: ParamSpec) -> str:
     """Returns a layer parameter's key without its prefix: `layers.{}.q` -> `q`."""
     return param.key.removeprefix(LAYER_PREFIX)
+
+
+def copy_gain(gain: Tensor, source: Tensor, factor: Tensor) -> Tensor:
+    """Copies a norm's gain and scales it: (small,) -> (large,). source: the small features, -1 for the mean gain."""
+    copied = torch.where(source < 0, gain.mean(), gain[source.clamp(min=0)])
+    return copied * factor.to(gain)
 
 
 @dataclass
@@ -249,7 +255,7 @@ class Operator(ABC):
         Official LiGO instead grows a gain by the expand of its space (operator.gain = "expand").
         """
         source, factor = (self.tensor(name) for name in self.gain_names(param))
-        return mixed[source] * factor.to(mixed)
+        return copy_gain(mixed, source, factor)
 
     def divides_bias(self, param: ParamSpec) -> bool:
         """True for the bias of the norm before a tied head, which sums the copies of each feature."""

@@ -137,6 +137,7 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     _check_frozen_identity(errors, settings, small, large)
     _check_lossless(errors, settings, small, large)
     _check_padding(errors, settings, maps)
+    _check_corner(errors, settings, large)
     if space_maps.gqa_ratio_changed or space_maps.head_dim_changed:
         _check_changed_heads(errors, settings, space_maps)
     errors.raise_if_any()
@@ -208,7 +209,7 @@ def _check_padding(errors: ErrorCollector, settings: OperatorSection, maps: Mapp
     for name, spec in maps.items():
         if value_for_space(settings.width_init, name) != "pad" or spec.large == spec.small:
             continue
-        allowed = ("all",) if name == "residual" else ("writers", "all")
+        allowed = ("corner", "all") if name == "residual" else ("writers", "corner", "all")
         if settings.fresh not in allowed:
             hint = "Features that are empty and unread never learn."
             errors.add(f"operator.width_init ({name}) = 'pad'", f"fresh = {' or '.join(allowed)}", settings.fresh, hint)
@@ -218,11 +219,25 @@ def _check_padding(errors: ErrorCollector, settings: OperatorSection, maps: Mapp
             errors.add(f"operator.noise ({name})", "0 with width_init = 'pad'", noise, hint)
 
 
+def _check_corner(errors: ErrorCollector, settings: OperatorSection, large: ModelConfig) -> None:
+    """Checks what a corner start and its token codes need."""
+    arch = architectures.get(large.arch)
+    if settings.fresh == "corner" and not arch.pre_norm:
+        found = f"'corner': {large.arch} has its norms after the residual sums (post-LN)"
+        hint = "Every norm would rescale the old features by the new ones: take method = 'stack' or 'direct_copy'."
+        errors.add("operator.fresh", "none, writers or all for this family", found, hint)
+    if settings.codes and (settings.fresh != "corner" or arch.reads_images):
+        hint = "Codes are the tokens' new features: take method = 'corner'."
+        errors.add("operator.codes", "no value for this method and family", settings.codes, hint)
+
+
 def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:
     """Adds an error for each setting that needs a materialised large matrix, which a fit never builds."""
     hint = "`ligo grow` does it without --operator; a fit needs another start."
     if settings.fresh == "all":
-        errors.add("operator.fresh", "none or writers in a fit", "all: readers as large as the large model", hint)
+        errors.add(
+            "operator.fresh", "none, writers or corner in a fit", "all: readers as large as the large model", hint
+        )
     if settings.borrow == "next":
         errors.add("operator.borrow", "none in a fit", "next: two mixtures of layers in one matrix", hint)
 

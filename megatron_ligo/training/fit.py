@@ -118,7 +118,7 @@ class Fit(TrainingJob):
         if self.lag is not None:
             self.inputs.add_model("fit.lag", self.config.fit.lag, self.lag.trained)
         self.tokenizers = self.find_tokenizers(self.reader.files)
-        self.add_data_files(self.inputs, self.tokenizers)
+        self.add_data_files(self.inputs, self.tokenizers, self.config.operator.codes)
         self.compare_inputs(complete=False)
 
     def _check_samples(self) -> None:

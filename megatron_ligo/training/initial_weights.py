@@ -35,7 +35,8 @@ class InitialWeights:
 
     source: their reader, None for fresh weights. fit_record: the record of the fit behind a hand-off.
     grown: the source is a hand-off. origin: the small model and operator that the hand-off names. fresh_head: the
-    source has no output head, and the model gets a fresh one.
+    source has no output head, and the model gets a fresh one. codes: a folder of token codes, the embedding of fresh
+    weights.
     """
 
     model_config: ModelConfig
@@ -44,6 +45,7 @@ class InitialWeights:
     grown: bool = False
     origin: dict | None = None
     fresh_head: bool = False
+    codes: str = ""
 
     @property
     def universal(self) -> bool:
@@ -52,7 +54,7 @@ class InitialWeights:
 
     def reader(self, seed: int) -> Callable[..., Tensor]:
         """Returns a function from a canonical key (and kind) to its tensor; missing weights are drawn from the seed."""
-        draw = parameters.build_initial_weights(self.model_config, seed)
+        draw = parameters.build_initial_weights(self.model_config, seed, self.codes)
         stored_keys = set() if self.source is None else set(self.source.keys())
         return lambda key, *kind: self.source.read(key, *kind) if key in stored_keys else draw(key)
 
@@ -65,7 +67,12 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
         hint = f"Set pretrain.start to runs/grown, for example, or to {SCRATCH} for fresh weights of these sizes."
         raise ConfigError(Problem("pretrain.start", expected, "none", hint))
     from_scratch = section.start == SCRATCH
-    start = InitialWeights(scratch_model_config(config)) if from_scratch else open_start(Path(section.start))
+    start = InitialWeights(scratch_model_config(config), codes=section.codes)
+    if not from_scratch:
+        start = open_start(Path(section.start))
+    if section.codes and (not from_scratch or start.model_config.image_size is not None):
+        hint = "Growth takes them by operator.codes."
+        raise ConfigError(Problem("pretrain.codes", "a text model from scratch", section.start, hint))
     start = replace(start, model_config=_drop_untrained_parts(start.model_config))
     if section.fresh_head:
         start = _add_head(start)

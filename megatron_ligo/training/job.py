@@ -19,6 +19,7 @@ from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.export import run_inputs
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy, RunInputs
+from megatron_ligo.growth.codes.codes_file import TENSORS
 from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, count_micro_batches
@@ -121,15 +122,15 @@ class TrainingJob:
         files = () if self.inputs.adopted else model_files
         return self.ranks.run_on_all(lambda: choose_tokenizers(self.config.data.tokenizer, files))
 
-    def add_data_files(self, inputs: RunInputs, tokenizers: Sequence[Path]) -> None:
-        """Adds the files of [data] and the tokenizer's to the inputs."""
+    def add_data_files(self, inputs: RunInputs, tokenizers: Sequence[Path], codes: str) -> None:
+        """Adds the files of [data], the tokenizer's and those of token codes (a folder, or "") to the inputs."""
         data = self.config.data
         files = {f"tokenizer: {path.name}": path for path in tokenizers}
         suffixes = ("",) if self.reads_images else (".bin", ".idx")
         for split, entries in (("train", data.train), ("valid", data.valid)):
             for number, prefix in enumerate((entry for entry in entries if isinstance(entry, str)), 1):
                 files |= {f"data.{split} {number}{suffix}": Path(f"{prefix}{suffix}") for suffix in suffixes}
-        inputs.add_files(files)
+        inputs.add_files(files | ({"token codes": Path(codes) / TENSORS} if codes else {}))
 
     def add_samples(self, inputs: RunInputs, held_out_digest: str | None) -> None:
         """Adds what the data files give: the order of the samples, and the held-out samples of evaluations."""

@@ -148,7 +148,7 @@ class Pretrain(TrainingJob):
                 self.inputs.add_model("pretrain.start", path, start.source, moments=start.source.has_moments)
                 files = start.source.files
         self.tokenizers = self.find_tokenizers(files)
-        self.add_data_files(self.inputs, self.tokenizers)
+        self.add_data_files(self.inputs, self.tokenizers, self.section.codes)
         self.compare_inputs(complete=False)
 
     def _reopen_start(self) -> InitialWeights | None:

@@ -85,6 +85,8 @@ OPERATORS = {
     "low rank from a dense start": ({"rank": 5, "width_init": "random"}, 64),
     # Fused weights are built, however few the tokens.
     "dense heads, few tokens": ({"method": "ligo"}, 1),
+    "corner": ({"method": "corner"}, 64),
+    "corner, products built": ({"method": "corner"}, 1),
     "larger heads": ({}, 8, {"head_dim": 12}),
     "larger heads, low rank": ({"rank": 4}, 8, {"head_dim": 12}),
 }

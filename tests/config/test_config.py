@@ -16,11 +16,11 @@ PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel par
 KEYS = {
     "small": "path format accept",
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size",
-    "operator": "method width_init depth_init noise structure share contract identity gain fresh borrow vocab_noise "
-    "position_init rank seed",
+    "operator": "method width_init depth_init noise structure share contract identity gain fresh fresh_scale codes "
+    "borrow vocab_noise position_init rank seed",
     "fit": f"{TRAINING} source depth_lr distill lag eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats timeout_minutes",
-    "pretrain": f"{TRAINING} start fresh_head eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
+    "pretrain": f"{TRAINING} start codes fresh_head eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
     "data": "train valid seq_length seed tokenizer cache mask_rate mask_token ends special_tokens pixel_mean pixel_std",
 }
 

@@ -140,15 +140,16 @@ FAULTS = {
 }
 
 
-def grow_together(small: str, folder: str, fault: str = "", failing_rank: int = 1) -> list:
+RANDOM = {"width_init": "random"}
+
+
+def grow_together(small: str, folder: str, fault: str = "", failing_rank: int = 1, keys: dict = RANDOM) -> list:
     """Grows as one of several ranks. Returns, for each rank, the number of tensors it computed or the error it raised.
 
     fault: the error that `failing_rank` meets.
     """
     source = HfReader(Path(small))
-    grown = GrownReader(
-        build_initial_operator(source.model_config, LARGE, OperatorSection(width_init="random")), source
-    )
+    grown = GrownReader(build_initial_operator(source.model_config, LARGE, OperatorSection(**keys)), source)
     read, keys_read = grown.read, []
     fault_error, fault_at = FAULTS[fault] if fault and dist.get_rank() == failing_rank else (None, 0)
 
@@ -177,7 +178,7 @@ def read_contents(folder: Path) -> dict[str, bytes]:
 
 def test_ranks_share_the_work_and_write_the_same_bytes(grown, tmp_path, pools):
     small, single, shared = str(grown.source.path), tmp_path / "single", tmp_path / "shared"
-    random_operator = build_initial_operator(grown.source.model_config, LARGE, OperatorSection(width_init="random"))
+    random_operator = build_initial_operator(grown.source.model_config, LARGE, OperatorSection(**RANDOM))
     handoff.write_handoff(GrownReader(random_operator, grown.source), single, None, ("universal", "hf"), {})
     # A bug on one rank: finished tensors stay for the next run, with any number of ranks.
     with pytest.raises(RuntimeError, match="injected"):
@@ -198,3 +199,11 @@ def test_ranks_share_the_work_and_write_the_same_bytes(grown, tmp_path, pools):
     assert read_contents(shared) == read_contents(single)
     assert sorted(path.name for path in shared.iterdir()) == ["growth.json", "hf", "universal"]
     assert not [path for path in shared.rglob("*") if path.is_dir() and not any(path.iterdir())]
+
+
+def test_two_processes_write_the_bytes_of_one_corner(grown, tmp_path, pools):
+    keys = {"method": "corner"}
+    operator = build_initial_operator(grown.source.model_config, LARGE, OperatorSection(**keys))
+    handoff.write_handoff(GrownReader(operator, grown.source), tmp_path / "single", None, ("universal", "hf"), {})
+    pools(2).run(grow_together, small=str(grown.source.path), folder=str(tmp_path / "shared"), keys=keys)
+    assert read_contents(tmp_path / "shared") == read_contents(tmp_path / "single")

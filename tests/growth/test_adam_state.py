@@ -133,6 +133,22 @@ def test_the_first_moment_is_the_grown_models_gradient(case, tied):
         assert torch.allclose(mine[known], real[key][known], atol=1e-12), key
 
 
+def test_moments_of_a_corner_are_the_small_models_and_zero_around_it():
+    """What new features will learn is unknown: their moments start at zero."""
+    small = llama_config(tied=True)
+    grown, _ = grown_pair(small, RAGGED, method="corner_quiet")
+    for key in ("embed", "layers.0.q", "layers.2.o", "layers.0.down", "layers.4.up"):
+        origin = {"layers.2.o": "layers.1.o", "layers.4.up": "layers.2.up"}.get(key, key)
+        for kind in MOMENTS:
+            before, after = grown.source.read(origin, kind), grown.read(key, kind)
+            assert torch.allclose(after[: len(before), : before.shape[1]], before, atol=1e-12), (key, kind)
+            assert torch.count_nonzero(after) == torch.count_nonzero(before)
+    gain, before = grown.read("layers.0.norm1", "exp_avg"), grown.source.read("layers.0.norm1", "exp_avg")
+    # The gains are smaller by this factor, and what they scale is larger.
+    keep = (small.hidden_size / RAGGED.hidden_size) ** 0.5
+    assert torch.allclose(gain[: len(before)], before / keep) and not gain[len(before) :].any()
+
+
 def family_gradients(source):
     """As `gradients`, of a family with LayerNorm."""
     built, ids = layer_norm_models.built(source), layer_norm_models.tokens()

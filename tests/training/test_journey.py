@@ -17,8 +17,12 @@ LAYOUTS = [(1, {}), (2, {"pp": 2}), (4, {"tp": 4}), (4, {"tp": 2, "zero": 3}), (
 
 @pytest.fixture(scope="module")
 def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
-    """A run's settings, and the hand-off of a model fitted at TP 2 x PP 2."""
-    base = tmp_path_factory.mktemp("journey")
+    return fit_and_grow(pools, tmp_path_factory.mktemp("journey"), noise=0.5)
+
+
+def fit_and_grow(pools, base: Path, **operator) -> tuple[dict, Path]:
+    """Returns a run's settings, and the hand-off of a model fitted at TP 2 x PP 2."""
+    base.mkdir(exist_ok=True)
     for seed, name in enumerate(("train", "valid")):
         make_pair(base / name, seed)
     hf_llama(SMALL).save_pretrained(base / "small")
@@ -26,7 +30,7 @@ def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
     table["small"]["path"] = str(base / "small")
     table["large"] |= LARGE
     table["data"] |= {"train": [str(base / "train")], "valid": [str(base / "valid")], "seq_length": 12}
-    table["operator"]["noise"] = 0.5
+    table["operator"] |= operator
     table["fit"] |= {"steps": 4, "lr": 1e-2, "save_every": 0}
     table["fit"]["parallel"] |= {"tp": 2, "pp": 2}
     table["pretrain"] |= {"start": str(base / "grown"), "steps": 0}
@@ -37,6 +41,16 @@ def grown(pools, tmp_path_factory) -> tuple[dict, Path]:
 
 @pytest.mark.parametrize("world, layout", LAYOUTS, ids=str)
 def test_the_first_loss_is_the_last_of_the_fit(pools, grown, tmp_path, world, layout):
+    check_first_loss(pools, grown, tmp_path, world, layout)
+
+
+def test_the_first_loss_is_the_last_of_a_fit_from_the_corner(pools, tmp_path):
+    """Random numbers in the residual stream are drawn alike by the fit, the growth and any layout."""
+    corner = fit_and_grow(pools, tmp_path / "fitted", method="corner")
+    check_first_loss(pools, corner, tmp_path / "run", 2, {"pp": 2})
+
+
+def check_first_loss(pools, grown: tuple[dict, Path], tmp_path: Path, world: int, layout: dict) -> None:
     table, folder = grown
     table["pretrain"]["parallel"] = {**RunConfig().to_dict()["pretrain"]["parallel"], **layout}
     losses = pools(world).run(pretrain, settings=table, output=str(tmp_path))["losses"]

@@ -17,7 +17,7 @@ from megatron_ligo.distributed.collectives import copy_to, gather_sequence, redu
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.growth import random_init
 from megatron_ligo.growth.linear_maps import LinearMap
-from megatron_ligo.growth.operator import Operator
+from megatron_ligo.growth.operator import Operator, copy_gain
 from megatron_ligo.growth.width_maps import LiftedMap
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.factored.small_weights import OutsideTensors, SmallWeights
@@ -60,6 +60,10 @@ class FactoredContext:
         gain_names = [name for name in self.operator.shapes() if name.startswith("gain.")]
         self.gain_tensors = {name: self.operator.tensor(name).to(device.current_device()) for name in gain_names}
         self.outside_lag: OutsideTensors | None = None
+        self.new_features: OutsideTensors | None = None
+        if self.operator.settings.fresh == "corner":
+            arch, small = self.operator.arch, self.operator.small
+            self.new_features = OutsideTensors.read(arch, small, self.mesh, self._new_features_shard)
         if self.lag is not None:
             arch, small = self.operator.arch, self.operator.small
             self.outside_lag = OutsideTensors.read(arch, small, self.mesh, self.lag_shard)
@@ -79,6 +83,16 @@ class FactoredContext:
             return None
         tensor = self.lag(spec.key if layer is None else spec.key.format(layer))
         return shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank).clone().to(device.current_device(), self.dtype)
+
+    def _new_features_shard(self, spec: ParamSpec) -> Tensor | None:
+        """Returns this rank's shard of the fixed new features of a table before the layers, fp32; None if it has none.
+
+        (..., D2 - D1, ...): the table's shape with the new residual features only.
+        """
+        features = random_init.new_features(self.operator, spec)
+        if features is None:
+            return None
+        return shard(features, spec, self.mesh.tp, self.mesh.tp_rank).clone().to(device.current_device())
 
     def enter_tp_region(self, u: Tensor) -> Tensor:
         """u (s or s / tp, b, D1) -> (s, b, D1), which each TP rank multiplies by its own rows.
@@ -108,7 +122,7 @@ class FactoredContext:
         if not self.operator.copied_gains:
             return expand.to(mixed) @ mixed
         source, factor = (self.gain_tensors[name] for name in self.operator.gain_names(spec))
-        return mixed[source] * factor
+        return copy_gain(mixed, source, factor)
 
     def grow_norm_bias(self, spec: ParamSpec, mixed: Tensor, expand: LinearMap) -> Tensor:
         """Grows a norm's bias, (D1,) -> (D2,), replicated."""
@@ -118,16 +132,23 @@ class FactoredContext:
         return grown
 
     def fresh_rows(self, spec: ParamSpec, layer: int) -> Tensor | None:
-        """Returns this rank's shard (large out / tp, small in) of the random rows to add between a weight's two maps,
-        fp32, on the device; None if there are none."""
-        if self.operator.settings.fresh == "none":
+        """Returns this rank's shard of the random rows to add between a weight's two maps, fp32, on the device.
+
+        (large out / tp, small in) of a column-parallel weight, the new rows (D2 - D1, small in) of a row-parallel one;
+        None if there are none.
+        """
+        if not random_init.has_added_rows(self.operator, spec):
             return None
         key = spec.key.format(layer)
         rms = self.source.rms.get(random_init.scale_source_key(self.operator, key), 0.0)
         rows = random_init.added_rows(self.operator, key, rms)
         if rows is None:
             return None
-        return shard(rows, spec, self.mesh.tp, self.mesh.tp_rank).clone().to(device.current_device())
+        if spec.tp_dim == 0:
+            rows = shard(rows, spec, self.mesh.tp, self.mesh.tp_rank)
+        else:
+            rows = rows[random_init.num_kept_features(self.operator, spec.axes[0]) :]
+        return rows.clone().to(device.current_device())
 
     def map_for(self, maps: dict[str, LinearMap], spec: ParamSpec, dim: int) -> tuple[LinearMap, LiftedMap]:
         """Returns the (large, small) map of a parameter's axis, and its lift over heads."""

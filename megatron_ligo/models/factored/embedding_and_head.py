@@ -12,6 +12,7 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.spec import Role
 from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.models.factored.context import FactoredContext, add_lag
+from megatron_ligo.models.factored.factored_linears import add_new_features
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.factored.small_weights import OutsideTensors
 from megatron_ligo.models.factored.step_state import StepState
@@ -57,6 +58,8 @@ class FactoredEmbedding(FactoredEnd):
         h = map_for_use(maps, "residual", False).apply(self._look_up(tokens, context.source.outside))
         if context.outside_lag is not None:
             h = h + self._look_up(tokens, context.outside_lag)
+        if context.new_features is not None and context.new_features.weights:
+            h = add_new_features(h, self._look_up(tokens, context.new_features))
         has_norm = Role.EMBEDDING_NORM in context.source.outside.weights
         return self.apply_norm(Role.EMBEDDING_NORM, h, maps) if has_norm else h
 
@@ -86,14 +89,22 @@ class FactoredPatchEmbedding(FactoredEnd):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (b, channels, side, side) -> (s or s / tp, b, D2) in the step state's dtype."""
-        context, outside = self.context, self.context.source.outside
-        weights = outside.weights
+        context = self.context
+        small = self._embed(images, context.source.outside)
+        h = map_for_use(self.state.shared_maps(), "residual", False).apply(small)
+        if context.new_features is not None and context.new_features.weights:
+            h = add_new_features(h, self._embed(images, context.new_features))
+        return h
+
+    def _embed(self, images: Tensor, tables: OutsideTensors) -> Tensor:
+        """images -> (s or s / tp, b, features), in the step state's dtype, by tables of that many features."""
+        context, weights = self.context, tables.weights
         special = weights[Role.CLASS_TOKEN], weights.get(Role.DISTILLATION_TOKEN)
-        patch, patch_bias = weights[Role.PATCH_EMBEDDING], outside.biases[Role.PATCH_EMBEDDING]
-        small = embed_image(images, patch, patch_bias, special, weights[Role.POSITION_EMBEDDING])
+        patch, patch_bias = weights[Role.PATCH_EMBEDDING], tables.biases.get(Role.PATCH_EMBEDDING)
+        embedded = embed_image(images, patch, patch_bias, special, weights[Role.POSITION_EMBEDDING])
         if context.sequence_parallel:
-            small = small.chunk(context.mesh.tp)[context.mesh.tp_rank]
-        return map_for_use(self.state.shared_maps(), "residual", False).apply(small.to(self.state.dtype))
+            embedded = embedded.chunk(context.mesh.tp)[context.mesh.tp_rank]
+        return embedded.to(self.state.dtype)
 
 
 def embedding_class(arch: Architecture) -> type[FactoredEnd]:
@@ -118,6 +129,11 @@ class FactoredHead(FactoredEnd):
         u = u[:1] if is_classifier else u
         bias = outside.biases.get(Role.HEAD)
         logits = F.linear(u, outside.weights[Role.HEAD].to(h.dtype), None if bias is None else bias.to(h.dtype))
+        new = None if context.new_features is None else context.new_features.weights.get(Role.HEAD)
+        if new is not None:
+            # A tied head reads the new features of the embedding.
+            whole = context.enter_tp_region(h[..., h.shape[-1] - new.shape[-1] :].contiguous())
+            logits += F.linear(whole, new.to(h.dtype))
         if context.outside_lag is not None:
             # In place: another copy of the logits would take more memory than a layer.
             logits += F.linear(context.enter_tp_region(h), self.lag.weights[Role.HEAD].to(h.dtype))

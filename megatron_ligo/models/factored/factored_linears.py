@@ -239,7 +239,10 @@ class RowParallelFactors(FactoredLinear):
     def build_products(self, mixed, maps):
         (spec,) = self.weights
         matrix, lift = self.context.map_for(maps, spec, 1)
-        weight = mixed[spec.key]
+        weight, fresh = mixed[spec.key], self.fresh[spec.key]
+        if fresh is not None:
+            # The rows of the new residual features follow those of the small ones.
+            weight = torch.cat([weight, fresh.to(weight)])
         tokens = self.context.tokens_per_step
         self.factored = is_factored(spec, lift, tokens, matrix.shape, weight.shape[0], matrix.cost)
         tensors = [weight if self.factored else apply_map(weight, 1, matrix, lift)]
@@ -252,14 +255,27 @@ class RowParallelFactors(FactoredLinear):
             y = F.linear(y, tensors[0])
         else:
             y = self.apply_to_input(lambda x: F.linear(x, tensors[0]), x, transform)
-        z = self.context.leave_tp_region(y)
+        z, new = self._split_new(self.context.leave_tp_region(y))
         grown = map_for_use(maps, "residual", False).apply(z if len(tensors) == 1 else z + tensors[1])
+        grown = grown if new is None else add_new_features(grown, new)
         lag = self.lag[spec.key]
         if lag is None:
             return grown
         added = F.linear(self.apply_to_input(pass_through, x, transform), lag.to(x.dtype))
         bias_lag = self.lag[self.biases[0].key] if self.biases else None
         return add_lag(grown + self.context.leave_tp_region(added), bias_lag)
+
+    def _split_new(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Splits z (s, b, D1 + new) into the small features and the new ones, which no map grows."""
+        fresh = self.fresh[self.weights[0].key]
+        if fresh is None:
+            return z, None
+        return z.split([z.shape[-1] - len(fresh), len(fresh)], dim=-1)
+
+
+def add_new_features(h: Tensor, new: Tensor) -> Tensor:
+    """Adds values of the last features, (..., D2 - D1), to h (..., D2)."""
+    return h + F.pad(new, (h.shape[-1] - new.shape[-1], 0))
 
 
 def pass_through(x: Tensor) -> Tensor:

@@ -61,16 +61,20 @@ class OutsideTensors:
 
     @classmethod
     def read(
-        cls, arch: Architecture, model_config: ModelConfig, mesh: Mesh, read: Callable[[ParamSpec], Tensor]
+        cls, arch: Architecture, model_config: ModelConfig, mesh: Mesh, read: Callable[[ParamSpec], Tensor | None]
     ) -> OutsideTensors:
-        """Reads one tensor per parameter. `read` returns a tensor of any shape."""
+        """Reads one tensor per parameter. `read` returns a tensor of any shape, or None for a parameter without one."""
         tensors = cls()
         first, last = arch.params_outside_layers(model_config)
         for spec in (first if mesh.first_stage else []) + (last if mesh.last_stage else []):
-            (tensors.biases if spec.is_bias else tensors.weights)[spec.role] = read(spec)
+            tensor = read(spec)
+            if tensor is not None:
+                (tensors.biases if spec.is_bias else tensors.weights)[spec.role] = tensor
         if mesh.last_stage and model_config.tied:
             embedding = tensors.weights.get(Role.WORD_EMBEDDING)
-            tensors.weights[Role.HEAD] = read(arch.get(Role.WORD_EMBEDDING)) if embedding is None else embedding
+            embedding = read(arch.get(Role.WORD_EMBEDDING)) if embedding is None else embedding
+            if embedding is not None:
+                tensors.weights[Role.HEAD] = embedding
         return tensors
 
 

@@ -22,7 +22,7 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions, get_final_norm_c
 
 
 def embed_image(
-    images: Tensor, weight: Tensor, bias: Tensor, special: Sequence[Tensor | None], positions: Tensor
+    images: Tensor, weight: Tensor, bias: Tensor | None, special: Sequence[Tensor | None], positions: Tensor
 ) -> Tensor:
     """Embeds images (b, channels, side, side) -> (s, b, features): special tokens and patches, plus positions.
 

@@ -7,16 +7,18 @@ them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Use
+from megatron_ligo.arch.spec import Role, Use
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.growth.codes.codes_file import read_codes
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
@@ -58,11 +60,12 @@ def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, tp: int) -
         parameter.partition_stride = 1
 
 
-def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
+def build_initial_weights(model_config: ModelConfig, seed: int, codes: str = "") -> TensorReader:
     """Returns a reader of random fp32 weights with Megatron's distribution. Each tensor has its own seed, so they do
     not depend on the layout.
 
     Gains are 1, biases 0, matrices normal with std 0.02, or 0.02 / sqrt(2 layers) if they write the residual stream.
+    codes: a folder of token codes, which become the word embedding, of root mean square 1 / sqrt(hidden size).
     """
     arch = architectures.get(model_config.arch)
 
@@ -73,6 +76,8 @@ def build_initial_weights(model_config: ModelConfig, seed: int) -> TensorReader:
             return torch.ones(shape)
         if len(shape) == 1:
             return torch.zeros(shape)
+        if codes and param.role is Role.WORD_EMBEDDING:
+            return read_codes(Path(codes), *shape) * model_config.hidden_size**-0.5
         std = INIT_STD / (2 * model_config.num_layers) ** 0.5 if param.writes_residual else INIT_STD
         return torch.empty(shape).normal_(0.0, std, generator=seeded_generator(seed, key))
 

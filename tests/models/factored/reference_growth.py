@@ -43,7 +43,7 @@ def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
     if spec.feeds_head and operator.large.tied and value_for_space(operator.settings.gain, "residual") == "copied":
         # A norm's bias before a tied head: the copies of a feature come back as one.
         mixed = mixed * values["gain.final"] / values["gain.layers"]
-    return mixed
+    return mixed + corner_table(operator, spec, layer)
 
 
 def mixed_layers(operator: Operator, source, values: Values, spec: ParamSpec, layer: int | None) -> Tensor:
@@ -94,7 +94,8 @@ def grown_gain(operator: Operator, values: Values, spec: ParamSpec, mixed: Tenso
         return width_map(operator, values, space, None, False) @ mixed
     if space == "head":
         return mixed[values["gain.head.source"]] * values["gain.head.factor"]
-    return mixed[values["gain.source"]] * values["gain.final" if spec.feeds_head else "gain.layers"]
+    with_mean = torch.cat([mixed, mixed.mean().reshape(1)])  # -1: the mean gain
+    return with_mean[values["gain.source"]] * values["gain.final" if spec.feeds_head else "gain.layers"]
 
 
 def width_map(operator: Operator, values: Values, name: str, layer: int | None, is_input: bool) -> Tensor:
@@ -169,6 +170,8 @@ def head_features(part: str, small: int, large: int, has_rope: bool) -> Tensor:
 def fresh_rows(operator: Operator, source, spec: ParamSpec, layer: int | None) -> Tensor | None:
     """Fresh rows (large out, small in) of new heads, neurons and layers, as large as the small model's own."""
     writes_stream = spec.axes[0].space == "residual"
+    if operator.settings.fresh == "corner":
+        return corner_rows(operator, spec, layer)
     if operator.settings.fresh != "writers" or layer is None or len(spec.axes) != 2 or writes_stream:
         return None
     small, large, settings = operator.small, operator.large, operator.settings
@@ -183,6 +186,36 @@ def fresh_rows(operator: Operator, source, spec: ParamSpec, layer: int | None) -
     drawn = torch.empty(shape).normal_(generator=seeded_generator(settings.seed, f"fresh.{spec.key.format(layer)}"))
     drawn = drawn * float(reference.double().square().mean().sqrt())
     return torch.cat([torch.zeros(kept, shape[1]), drawn[kept:]])
+
+
+def corner_rows(operator: Operator, spec: ParamSpec, layer: int | None) -> Tensor | None:
+    """A corner's rows (large out, small in): new heads and neurons, and what o and down write to new features."""
+    small, large = operator.small, operator.large
+    if layer is None or len(spec.axes) != 2:
+        return None
+    out, fan_in = spec.shape(large)
+    deviation = fan_in**-0.5
+    if spec.axes[0].space == "residual":
+        deviation /= (2 * large.num_layers) ** 0.5
+    generator = seeded_generator(operator.settings.seed, f"fresh.{spec.key.format(layer)}")
+    drawn = torch.empty(out, spec.shape(small)[1]).normal_(generator=generator) * deviation
+    drawn[: spec.shape(small)[0]] = 0
+    return drawn
+
+
+def corner_table(operator: Operator, spec: ParamSpec, layer: int | None) -> Tensor | float:
+    """A corner's new features of the tables before the layers, in the large shape."""
+    dims = [dim for dim, axis in enumerate(spec.axes) if axis.space == "residual" and axis.use is Use.OUTPUT]
+    if operator.settings.fresh != "corner" or layer is not None or not dims or spec.key.endswith("_bias"):
+        return 0.0
+    (dim,) = dims
+    old, shape = spec.shape(operator.small)[dim], list(spec.shape(operator.large))
+    fan_in = 1 if dim else shape[1:]
+    shape[dim] -= old
+    deviation = (operator.large.hidden_size * torch.tensor(fan_in).prod().item()) ** -0.5
+    drawn = torch.empty(shape).normal_(generator=seeded_generator(operator.settings.seed, f"fresh.{spec.key}"))
+    before = torch.zeros(*shape[:dim], old, *shape[dim + 1 :])
+    return torch.cat([before, drawn * deviation], dim=dim)
 
 
 def short_name(spec: ParamSpec) -> str:

@@ -157,6 +157,40 @@ OPERATORS = {
 }
 
 
+CORNER = {"settings": {"method": "corner"}}
+GPT2_CORNER = {
+    "small": {"arch": "gpt2", "class": "GPT2LMHeadModel", "hidden_size": 32, "num_kv_heads": 8, "max_positions": 9},
+    "large": {"hidden_size": 64, "num_kv_heads": 16, "max_positions": 20},
+    **CORNER,
+}
+VIT_CORNER = {
+    "small": {"arch": "vit", "hidden_size": 32, "num_kv_heads": 8, "vocab_size": 5},
+    "large": {"hidden_size": 64, "num_kv_heads": 16},
+    **CORNER,
+}
+CORNERS = [
+    ("llama, tied", {"small": {"tied": True}, **CORNER}, 4, {"tp": 2, "pp": 2, "micro_size": 2}),
+    ("llama, tied, SP", {"small": {"tied": True}, **CORNER}, 2, {"tp": 2, "sequence_parallel": True}),
+    ("llama, factors", CORNER, 2, {"tp": 2, "tokens_at_once": 1}),
+    ("llama, lag", {"small": {"tied": True}, "lagged": True, **CORNER}, 2, {"tp": 2}),
+    ("gpt2", GPT2_CORNER, 4, {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}),
+    ("vit", VIT_CORNER, 2, {"tp": 2, "micro_size": 4}),
+]
+
+
+# The other cases run with --long.
+CORNERS_OFTEN = ("llama, tied", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "name, changes, world, layout",
+    [pytest.param(*case, id=case[0], marks=() if case[0] in CORNERS_OFTEN else pytest.mark.long) for case in CORNERS],
+)
+def test_a_fit_from_the_corner_is_exact_when_sharded(pools, name, changes, world, layout):
+    """Its random numbers reach residual writers and the embedding, which are added beside the maps."""
+    assert_exact(differences(pools, world, "sgd", changes, **layout))
+
+
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_every_kind_of_operator_is_exact_when_sharded(pools, kind):
     assert_exact(differences(pools, 4, "sgd", OPERATORS[kind], tp=2, pp=2, micro_size=2))
