@@ -34,6 +34,7 @@ PRETRAINING = FolderKind("a pretraining", ("pretrain.json",))
 HANDOFF = FolderKind("a hand-off", (HANDOFF_RECORD, "universal/latest_universal", ".universal.partial"))
 FIT = FolderKind("a fit", (f"{OPERATOR_FOLDER}/{OPERATOR_RECORD}", "metrics.jsonl", f"{CHECKPOINTS}/{STEP_PREFIX}*"))
 OPERATOR = FolderKind("an operator", (OPERATOR_RECORD,))
+CODES = FolderKind("token codes", ("codes.json",))
 DATA = FolderKind("prepared data", ("prepared.json", "*.idx", "train.safetensors", "valid.safetensors"))
 MODEL = FolderKind(
     "a model",
@@ -45,7 +46,7 @@ MODEL = FolderKind(
 )  # fmt: skip
 REPORT = FolderKind("a report", ("report.html",))
 # The first kind with a mark is the folder's: published models may have files named as a fit's or a comparison's.
-KINDS = (PRETRAINING, HANDOFF, OPERATOR, DATA, MODEL, CHAIN, COMPARISON, FIT, REPORT)
+KINDS = (PRETRAINING, HANDOFF, OPERATOR, CODES, DATA, MODEL, CHAIN, COMPARISON, FIT, REPORT)
 
 
 def identify(folder: Path) -> FolderKind | None:

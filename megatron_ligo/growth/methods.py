@@ -127,13 +127,13 @@ METHODS = {
         },
     ),
     "corner": Method(
-        "the small model in a corner of all spaces, the residual stream's too; what writes outside it random, readers zero",
+        "the small model in a corner of every space, the residual stream too; random writers, zero readers beside it",
         False,
         "this project; padding and perturbing: arXiv 2411.07340, 2605.13405",
         {"width_init": PADDED, "depth_init": "stack", "fresh": "corner"},
     ),
     "corner_quiet": Method(
-        "as corner, with new residual features a hundred times smaller and new layers that write nothing: nearly lossless",
+        "as corner, new residual features a hundred times smaller, new layers that write nothing: nearly lossless",
         False,
         "this project",
         {

@@ -6,7 +6,7 @@ a time from a file (operator_file.py). It does not depend on the layout: each ra
     width.{map}.expand          (large, small)    width.{map}.{layer}.expand if each layer has its own
     width.{map}.contract        (small, large)    only if contract is a separate parameter
     depth.{param}               (large layers, small layers)
-    gain.source                 (hidden large,)   int64: the small feature whose gain each large one copies; -1: the mean
+    gain.source                 (hidden large,)   int64: the small feature whose gain it copies; -1: the mean
     gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
 

@@ -19,8 +19,8 @@ from megatron_ligo.common.file_digest import digest_file, seal
 TENSORS, RECORD, NAME = "codes.safetensors", "codes.json", "codes"
 
 
-def write_codes(codes: Tensor, folder: Path, record: dict) -> None:
-    """Writes codes, (V, K) fp32, and their record, each atomically, the record last."""
+def write_codes(codes: Tensor, folder: Path, record: dict) -> dict:
+    """Writes codes, (V, K) fp32, and their record, each atomically, the record last; returns the record as written."""
     folder.mkdir(parents=True, exist_ok=True)
     staged = folder / f".{TENSORS}.new"
     staged.touch()
@@ -30,7 +30,9 @@ def write_codes(codes: Tensor, folder: Path, record: dict) -> None:
     staged.chmod(mode)
     digest = digest_file(staged)
     publish_file(staged, folder / TENSORS)
-    write_json(folder / RECORD, seal({**record, "tensors_digest": digest}))
+    sealed = seal({**record, "tensors_digest": digest})
+    write_json(folder / RECORD, sealed)
+    return sealed
 
 
 def read_codes(folder: Path, vocab_size: int, num_codes: int) -> Tensor:
