@@ -84,7 +84,7 @@ class OperatorSection:
         None, "norm gains: copied from the source feature, or mapped by expand", choices=("copied", "expand")
     )
     fresh: str | None = setting(
-        None, "random weights where a map is pad: none, what writes new features (corner: residual ones too), or all",
+        None, "random weights where a map is pad: none, writers, corner (residual ones too), all",
         choices=("none", "writers", "corner", "all"),
     )  # fmt: skip
     fresh_scale: float | dict[str, float] | None = setting(
