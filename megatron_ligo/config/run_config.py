@@ -90,7 +90,7 @@ class OperatorSection:
     fresh_scale: float | dict[str, float] | None = setting(
         None, "factor of corner's random weights, by the space that they write (embedding: the tables)", low=0.0
     )
-    codes: str = setting("", "folder that tools/codes.py wrote: the tokens' new features with fresh = 'corner'")
+    codes: str = setting("", "folder of `ligo codes`: the tokens' new features with fresh = 'corner'")
     borrow: str | None = setting(
         None, "weights of new features: from the same layer, or from the next (AKI)", choices=("none", "next")
     )
@@ -183,7 +183,7 @@ class FitSection(TrainingSection):
 @dataclass(frozen=True)
 class PretrainSection(TrainingSection):
     start: str = setting("", "hand-off folder, any checkpoint, or 'scratch': fresh weights at the sizes of [large]")
-    codes: str = setting("", "folder that tools/codes.py wrote: the embedding of a scratch start")
+    codes: str = setting("", "folder of `ligo codes`: the embedding of a scratch start")
     fresh_head: bool = setting(False, "add a new output head to a headless start and train only the head")
     lr: float = setting(3e-4, "peak learning rate, after warm-up", low=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay", low=0.0)

@@ -41,7 +41,7 @@ def read_codes(folder: Path, vocab_size: int, num_codes: int) -> Tensor:
     CheckpointError if the folder holds none, or codes of another vocabulary, or too few.
     """
     path = folder / TENSORS
-    hint = "Run tools/codes.py with this config, and name its output."
+    hint = "Run `ligo codes` with this config, and name its output."
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.get_slice(NAME)
