@@ -9,7 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes
-from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Stage, key_pattern, layer_index
+from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Stage, key_indices, key_pattern
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 
 
@@ -39,6 +39,8 @@ class Architecture:
     foreign_hf_keys: `model_type` -> keys of the family's configs that this type's config class does not know.
     hf_pattern_keys: `model_type` -> keys that state which layers have a window or rotary positions: `layer_types`,
         `no_rope_layers`, and those from which transformers derives them.
+    fused_experts: {name of a tensor that holds a layer's experts in Hugging Face's files: the roles of its parts}.
+    expert_types: `model_type` of a dense model -> the `model_type` of the same network with experts.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
     choices: {field: supported values}.
     hf_aliases: {config key: the key in `hf_fields` that transformers also reads under this name}.
@@ -66,6 +68,8 @@ class Architecture:
     hf_pattern_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
+    fused_experts: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)
+    expert_types: Mapping[str, str] = field(default_factory=dict)
     implied_sizes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +112,12 @@ class Architecture:
     @property
     def is_gated(self) -> bool:
         """True if the feed-forward block has a gate (SwiGLU)."""
-        return self.has(Role.FFN_GATE)
+        return self.has(Role.FFN_GATE) or self.has(Role.EXPERT_GATE)
+
+    @property
+    def has_experts(self) -> bool:
+        """True if a router chooses each token's feed-forward experts."""
+        return self.has(Role.ROUTER)
 
     @property
     def has_linear_biases(self) -> bool:
@@ -168,8 +177,12 @@ class Architecture:
         """Yields every stored key in file order: before the layers, layer by layer, after the layers."""
         stored = [param for param in self.params if param.is_stored(model_config)]
         yield from (param.key for param in stored if param.stage is Stage.FIRST)
+        shared = [param for param in stored if param.in_layer and not param.in_expert]
+        of_experts = [param for param in stored if param.in_expert]
         for layer in range(model_config.num_layers):
-            yield from (param.key.format(layer) for param in stored if param.in_layer)
+            yield from (param.key.format(layer) for param in shared)
+            for expert in range(model_config.num_experts):
+                yield from (param.key.format(layer, expert) for param in of_experts)
         yield from (param.key for param in stored if param.stage is Stage.LAST)
 
     # Spaces.
@@ -211,8 +224,7 @@ class Architecture:
         """Returns the name of the tensor that holds a key in a format."""
         location = self.param(key).locations[format_name]
         name = location.tied_name if location.tied_name and model_config.tied else location.name
-        layer = layer_index(key)
-        name = name if layer is None else name.format(layer)
+        name = name.format(*key_indices(key))
         is_bare = self.hf_class(model_config) == list(self.hf_classes(model_config.model_type))[-1]
         return name.removeprefix(self.base_prefixes.get(format_name, "")) if is_bare else name
 

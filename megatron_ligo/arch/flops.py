@@ -34,9 +34,12 @@ def forward_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> in
 def _count_vectors(
     arch: Architecture, param: ParamSpec, model_config: ModelConfig, tokens: int, seq_length: int
 ) -> int:
-    """Counts the vectors that a weight multiplies: one per token; per patch or image outside a classifier's layers."""
+    """Counts the vectors that a weight multiplies.
+
+    One per token, and per expert that it is routed to; per patch or image outside a classifier's layers.
+    """
     if not arch.reads_images or param.in_layer:
-        return tokens
+        return tokens * model_config.top_k if param.in_expert else tokens
     images = tokens // seq_length
     return images if param.role is Role.HEAD else images * model_config.patches_per_side**2
 

@@ -60,6 +60,9 @@ class ModelConfig:
     attention_scale: factor of the attention scores; None = a power of a head size.
     attention_scale_dim: the head size whose power -1/2 that factor is, if it is not the model's own head_dim.
     logits_divisor: the logits are divided by it.
+    num_experts, top_k: feed-forward experts of each layer, of which ffn_size is one's width, and those that
+        a token is routed to; 0 = a dense block.
+    renormalises_routing: the weights of a token's experts are divided by their sum.
     attention_softcap, logits_softcap: bounds c of the scores and the logits, c tanh(x / c); None = unbounded.
     """
 
@@ -101,6 +104,9 @@ class ModelConfig:
     logits_divisor: float = 1.0
     attention_softcap: float | None = None
     logits_softcap: float | None = None
+    num_experts: int = 0
+    top_k: int = 0
+    renormalises_routing: bool = False
 
     def __post_init__(self) -> None:
         errors = ErrorCollector("the sizes of the model do not fit together", ConfigError)
@@ -119,6 +125,8 @@ class ModelConfig:
         if not self.norm_eps > 0:
             errors.add("norm_eps", "a positive number", self.norm_eps)
         self._check_image(errors)
+        if not 0 <= self.top_k <= self.num_experts or bool(self.num_experts) != bool(self.top_k):
+            errors.add("top_k", f"1 to num_experts = {self.num_experts}", self.top_k)
         errors.raise_if_any()
 
     def _normalise_layer_kinds(self, errors: ErrorCollector) -> None:

@@ -52,7 +52,6 @@ DIFFERENCES = {
     "llama4": "some layers attend in chunks and others have no positions, with mixtures of experts",
     "minicpm": "embeddings, residual sums and logits are scaled by its config's numbers",
     "ministral3": "queries are scaled by position",
-    "mixtral": EXPERTS,
     "modernbert": "its norms precede the blocks, positions are rotary, and most layers have a window",
     "mpt": "positions are ALiBi biases",
     "nemotron": "its feed-forward block has no gate and squares a ReLU, and norms multiply by 1 + gain",

@@ -7,6 +7,7 @@ Growth, sharding, conversion and hand-off read these specs. No other module name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -70,6 +71,10 @@ class Role(Enum):
     FFN_UP = "ffn up"
     FFN_DOWN = "ffn down"
     FFN_OUTPUT_NORM = "ffn output norm"  # before the residual sum
+    ROUTER = "expert router"  # scores the experts of a layer for each token
+    EXPERT_GATE = "expert gate"
+    EXPERT_UP = "expert up"
+    EXPERT_DOWN = "expert down"
     FINAL_NORM = "final norm"
     HEAD_TRANSFORM = "head transform"
     HEAD_NORM = "head norm"
@@ -126,7 +131,7 @@ class Axis:
 class FormatLocation:
     """Where one format stores a parameter.
 
-    name: the stored tensor's name, with one `{}` for the layer number if the parameter is in a layer.
+    name: the stored tensor's name, with a `{}` for each number in the parameter's key.
     pack, part, num_parts: the packing of a fused tensor, this parameter's index in it, and its number of parts.
     transposed: stored as (in, out).
     interleaved: rotary pairs stored as neighbours (2i, 2i + 1), as Meta and GGUF do.
@@ -148,7 +153,8 @@ class FormatLocation:
 class ParamSpec:
     """One parameter of a family.
 
-    key: canonical name, with one `{}` for the layer number if the parameter is in a layer.
+    key: canonical name, with one `{}` for the layer number if the parameter is in a layer, and a second one for the
+        expert's number if each expert has its own.
     tp_dim: the dim that tensor parallelism shards; None = replicated.
     locations: by format.
     requires: the field of `ModelConfig` that must be true (or not 0) for the parameter to exist ("" = always exists).
@@ -180,6 +186,16 @@ class ParamSpec:
     @property
     def in_layer(self) -> bool:
         return self.stage is Stage.LAYER
+
+    @property
+    def in_expert(self) -> bool:
+        """True if each expert of a layer has its own."""
+        return self.key.count("{}") == 2
+
+    def copies(self, model_config: ModelConfig) -> int:
+        """Returns how many tensors of this shape a model has: one for each layer, or for each expert of each layer."""
+        experts = model_config.num_experts if self.in_expert else 1
+        return model_config.num_layers * experts if self.in_layer else 1
 
     @property
     def tp_use(self) -> TpUse:
@@ -227,6 +243,7 @@ _SIZE_FIELD_BY_SPACE = {
     "head": "hidden_size",
     "pooled": "hidden_size",
     "head_feature": "head_dim",
+    "expert": "num_experts",
 }
 _FIXED_SIZES = {"order": 2}  # classes of BERT's next-sentence head
 
@@ -246,15 +263,30 @@ def axis_size(axis: Axis, model_config: ModelConfig) -> int:
 LAYER_PREFIX = "layers.{}."
 
 
+# The numbers in a key: `layers.3.q`, `layers.3.experts.5.up`.
+_INDEXED_KEY = re.compile(r"(layers)\.(\d+)(?:\.(experts)\.(\d+))?(\..+)")
+
+
 def key_pattern(key: str) -> str:
-    """Replaces a key's layer number: `layers.3.q` -> `layers.{}.q`. Keys outside the layers are returned unchanged."""
-    head, _, rest = key.partition(".")
-    number, _, tail = rest.partition(".")
-    return f"{head}.{{}}.{tail}" if head == "layers" and number.isdigit() else key
+    """Replaces a key's numbers: `layers.3.q` -> `layers.{}.q`. Keys outside the layers are returned unchanged."""
+    match = _INDEXED_KEY.fullmatch(key)
+    if match is None:
+        return key
+    return f"layers.{{}}.experts.{{}}{match[5]}" if match[3] else f"layers.{{}}{match[5]}"
+
+
+def key_indices(key: str) -> tuple[int, ...]:
+    """Returns the numbers in a key: `layers.3.experts.5.up` -> (3, 5), `layers.3.q` -> (3,), `embed` -> ()."""
+    match = _INDEXED_KEY.fullmatch(key)
+    return () if match is None else tuple(int(number) for number in match.group(2, 4) if number is not None)
 
 
 def layer_index(key: str) -> int | None:
     """Returns a key's layer number: `layers.3.q` -> 3. None for keys outside the layers."""
-    head, _, rest = key.partition(".")
-    number = rest.partition(".")[0]
-    return int(number) if head == "layers" and number.isdigit() else None
+    return next(iter(key_indices(key)), None)
+
+
+def expert_index(key: str) -> int | None:
+    """Returns a key's expert number: `layers.3.experts.5.up` -> 5. None for what all experts share."""
+    indices = key_indices(key)
+    return indices[1] if len(indices) == 2 else None

@@ -102,7 +102,7 @@ def format_text(results: dict) -> str:
 def _compare_steps(args, fit, plain, job) -> dict:
     from megatron_ligo.arch.flops import train_flops
     from megatron_ligo.bench.steps.rank_pool import compare_pairs, time_in_turn
-    from megatron_ligo.growth.fit_flops import fit_step_flops
+    from megatron_ligo.models.factored.fit_flops import fit_step_flops
 
     last: dict[str, list[dict]] = {}
 

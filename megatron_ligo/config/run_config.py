@@ -46,12 +46,14 @@ class LargeSection:
 
     num_layers: int | None = setting(None, "transformer layers; unset: as in the small model", low=1)
     hidden_size: int | None = setting(None, "width of the residual stream; unset: as in the small model", low=1)
-    ffn_size: int | None = setting(None, "width of the feed-forward layers; unset: as in the small model", low=1)
+    ffn_size: int | None = setting(None, "width of the feed-forward layers, or of one expert; unset: as is", low=1)
     num_heads: int | None = setting(None, "query heads; unset: as in the small model", low=1)
     num_kv_heads: int | None = setting(None, "key-value heads; unset: as in the small model", low=1)
     head_dim: int | None = setting(None, "features per head; unset: as in the small model", low=1)
     vocab_size: int | None = setting(None, "vocabulary size, or labels; unset: as in the small model", low=1)
     max_positions: int | None = setting(None, "context length in tokens; unset: as in the small model", low=1)
+    num_experts: int | None = setting(None, "feed-forward experts per layer; unset: as in the small model", low=1)
+    top_k: int | None = setting(None, "experts that a token is routed to; unset: as in the small model", low=1)
     image_size: int | None = setting(None, "image side in pixels (positions are interpolated); unset: as is", low=1)
 
 

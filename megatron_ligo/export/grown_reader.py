@@ -16,6 +16,7 @@ from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.common.file_digest import digest_file
+from megatron_ligo.export.mixture_reader import as_mixture_reader
 from megatron_ligo.growth import random_init
 from megatron_ligo.growth.adam_state import DualMaps
 from megatron_ligo.growth.codes.codes_file import TENSORS
@@ -36,6 +37,7 @@ class GrownReader(Reader):
     path = None
 
     def __init__(self, operator: Operator, source: Reader, moments: str = "reset"):
+        source = as_mixture_reader(source) if operator.small.num_experts == 1 else source
         check_source(operator, source)
         if moments != "reset" and not source.has_moments:
             hint = "Set handoff.moments = 'reset', or use a checkpoint with Adam's state."
@@ -72,7 +74,7 @@ class GrownReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         param = self.arch.param(key)
-        source_dtype = self.source.info(param.key.format(0)).dtype
+        source_dtype = self.source.info(param.key.format(0, 0)).dtype
         return TensorInfo(param.shape(self.model_config), torch.promote_types(source_dtype, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import LAYER_PREFIX
-from megatron_ligo.growth import attention_heads, initializers
-from megatron_ligo.growth.operator import CACHE_SIZE, Operator, depth_role
+from megatron_ligo.growth import attention_heads, experts, initializers
+from megatron_ligo.growth.operator import CACHE_SIZE, Operator, depth_role, short_key
 from megatron_ligo.growth.width_maps import left_inverse
 
 
@@ -32,7 +31,7 @@ class InitialOperator(Operator):
         """Returns a tensor of the operator in fp64, before rounding to fp32. Shapes: see operator.py."""
         kind, rest = name.split(".", 1)
         if kind == "depth":
-            param = self.arch.param(LAYER_PREFIX + rest)
+            (param,) = (param for param in self.arch.layer_params(self.large) if short_key(param) == rest)
             initialise = initializers.DEPTH_INITS[self.setting("depth_init", rest)]
             return initialise(self.small.num_layers, self.large.num_layers, depth_role(param), self.generator(name))
         if kind == "gain":
@@ -54,6 +53,9 @@ class InitialOperator(Operator):
             return initializers.one_hot(attention_heads.query_head_sources(groups, self.small, self.large), spec.small)
         generator = self.generator(f"{stem}.expand")
         initialise = initializers.WIDTH_INITS[self.setting("width_init", map_name)]
+        if map_name == "expert":
+            shards = experts.num_shards(self.small, self.large)
+            return experts.repeat_shards(initialise(spec.small, spec.large // shards, "", generator), shards)
         expand = initialise(spec.small, spec.large, self.norm_kind(map_name), generator)
         noise = self.setting("noise", map_name)
         if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:

@@ -24,10 +24,19 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import LAYER_PREFIX, UNTRAINED_SPACE, ParamSpec, Use, key_pattern, layer_index
+from megatron_ligo.arch.spec import (
+    LAYER_PREFIX,
+    UNTRAINED_SPACE,
+    ParamSpec,
+    Role,
+    Use,
+    expert_index,
+    key_pattern,
+    layer_index,
+)
 from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import OperatorSection, value_for_space
-from megatron_ligo.growth import initializers, row_tables
+from megatron_ligo.growth import experts, initializers, row_tables
 from megatron_ligo.growth.linear_maps import LinearMap, cheapest_form
 from megatron_ligo.growth.methods import resolve_settings
 from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_tensor
@@ -44,8 +53,10 @@ def depth_role(param: ParamSpec) -> str:
 
 
 def short_key(param: ParamSpec) -> str:
-    """Returns a layer parameter's key without its prefix: `layers.{}.q` -> `q`."""
-    return param.key.removeprefix(LAYER_PREFIX)
+    """Returns a layer parameter's key without its numbers: `layers.{}.q` -> `q`, `layers.{}.experts.{}.up` ->
+    `experts.up`.
+    """
+    return param.key.removeprefix(LAYER_PREFIX).replace("{}.", "")
 
 
 def copy_gain(gain: Tensor, source: Tensor, factor: Tensor) -> Tensor:
@@ -68,7 +79,7 @@ class Operator(ABC):
         self.space_maps = SpaceMaps(self.small, self.large, value_for_space(self.settings.structure, "groups"))
         self.copied_gains = value_for_space(self.settings.gain, "residual") == "copied"
         self.maps: dict[str, MapSpec] = self.space_maps.map_specs(self.arch)
-        self._cached_forms: dict[tuple[str, torch.dtype], LinearMap] = {}
+        self._cached_forms: dict[tuple, LinearMap] = {}
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -196,14 +207,17 @@ class Operator(ABC):
         weights = self.tensor(self.depth_name(key))[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
         last = self.small.num_layers - 1
-        first = read(pattern.format(min(sources[0] + layer_offset, last) if sources else 0))
+        if expert_index(key) is not None:
+            weights_of_experts = self.tensor(self.width_name("expert", "expand", layer))[expert_index(key)]
+            read = experts.read_mixture(weights_of_experts, read)
+        first = read(pattern.format(min(sources[0] + layer_offset, last) if sources else 0, 0))
         wide = torch.promote_types(first.dtype, torch.float32)
         if len(sources) == 1 and not weights.requires_grad and weights[sources[0]] == 1:
             return first.to(wide)
         mixed = torch.zeros_like(first, dtype=wide)
         for i in sources:
             # The weight stays a tensor, as it may need a gradient.
-            mixed.addcmul_(read(pattern.format(min(i + layer_offset, last))).to(wide), weights[i].to(wide))
+            mixed.addcmul_(read(pattern.format(min(i + layer_offset, last), 0)).to(wide), weights[i].to(wide))
         return mixed
 
     def extend_table(self, key: str, table: Tensor) -> Tensor:
@@ -227,20 +241,32 @@ class Operator(ABC):
         param, layer = self.arch.param(key), layer_index(key)
         if param.axes[0].use is Use.GAIN and self.copied_gains:
             return self.grow_gain(param, mixed)
+        if param.role is Role.ROUTER and self.small.num_experts == 1:
+            shards = experts.num_shards(self.small, self.large)
+            return experts.draw_router(self.large, shards, self.generator(f"router.{key}")).to(mixed)
+        shard = experts.shard_rows(key, self.small, self.large)
 
         def matrix(lift: LiftedMap, use: Use) -> LinearMap:
-            return self._cheapest_form(lift, use, layer, mixed)
+            return self._cheapest_form(lift, use, layer, mixed, shard if lift.map_name == "ffn" else None)
 
         grown = grow_tensor(param, mixed, matrix, self.space_maps, added_rows)
         return grown * self.bias_shares(param).to(grown) if self.divides_bias(param) else grown
 
-    def _cheapest_form(self, lift: LiftedMap, use: Use, layer: int | None, like: Tensor) -> LinearMap:
-        """Returns the cheapest form of a layer's map. Recent forms are cached, as finding them is slow."""
+    def _cheapest_form(
+        self, lift: LiftedMap, use: Use, layer: int | None, like: Tensor, shard: slice | None = None
+    ) -> LinearMap:
+        """Returns the cheapest form of a layer's map, or of an expert's rows of it, times the shards on its input side.
+
+        Recent forms are cached, as finding them is slow.
+        """
         side = "contract" if use is Use.INPUT and self.has_contract(lift.map_name) else "expand"
-        key = (self.width_name(lift.map_name, side, layer), like.dtype)
+        key = (self.width_name(lift.map_name, side, layer), like.dtype, shard and shard.start, use)
         form = self._cached_forms.pop(key, None)
         if form is None:
             matrix = self.matrix(layer)(lift, use).to(like)
+            if shard is not None:
+                scale = experts.num_shards(self.small, self.large) if use is Use.INPUT else 1
+                matrix = matrix[shard] * scale
             form = cheapest_form(matrix)
             if matrix.requires_grad:
                 return form

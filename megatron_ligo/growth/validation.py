@@ -11,7 +11,7 @@ from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
 from megatron_ligo.arch.rope_scaling import depends_on_context
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
-from megatron_ligo.growth import attention_heads, initializers, layer_kinds
+from megatron_ligo.growth import attention_heads, experts, initializers, layer_kinds
 from megatron_ligo.growth.initial_operator import InitialOperator, variance_ratio
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
 from megatron_ligo.growth.operator import Operator, short_key
@@ -21,9 +21,12 @@ log = logging.getLogger(__name__)
 
 GROWABLE_SIZES = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "image_size",
+    "num_experts",
 )  # fmt: skip
 # Starts of the KV groups that define which small groups each large group comes from.
 GROUP_INITS = ("lossless", "copy", "clone", "select", "net2net", "mean")
+# Starts that give each large expert one small expert's numbers.
+COPYING_INITS = ("copy", "lossless", "clone")
 CANNOT_GROW = "the small model cannot grow into the large one"
 NEVER_SHRINKS = "Growth never shrinks."
 
@@ -34,6 +37,8 @@ def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfi
     The kinds of its layers are those of a start in which each layer is followed by its copies.
     """
     sizes = {name: value for name, value in vars(section).items() if value is not None}
+    if "num_experts" in sizes:
+        small = experts.as_mixture(small)
     if "num_kv_heads" not in architectures.get(small.arch).hf_fields.values() and "num_heads" in sizes:
         # The family has no grouped-query attention.
         sizes.setdefault("num_kv_heads", sizes["num_heads"])
@@ -54,6 +59,7 @@ def build_initial_operator(small: ModelConfig, section: LargeSection, settings: 
     ConfigError if sizes or settings are incompatible.
     """
     large = derive_large_config(small, section)
+    small = experts.as_mixture(small) if large.num_experts else small
     settings = resolve_settings(settings, large)
     check_sizes(small, large, value_for_space(settings.width_init, "groups") == "mean")
     check_settings(small, large, settings)
@@ -73,6 +79,9 @@ def check_sizes(small: ModelConfig, large: ModelConfig, merges_kv_heads: bool = 
     for name in GROWABLE_SIZES:
         before, after = getattr(small, name), getattr(large, name)
         if before is None or after >= before or (name == "num_kv_heads" and merges_kv_heads):
+            continue
+        if name == "ffn_size" and large.num_experts:
+            # Several experts hold one of the small model's.
             continue
         hint = NEVER_SHRINKS
         if name == "num_kv_heads":
@@ -122,6 +131,8 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     errors = ErrorCollector("[operator] cannot be built", ConfigError)
     for name in maps:
         known = [start for start in initializers.WIDTH_INITS if start != "mean" or name in WHOLE_HEADS]
+        if name == "expert":
+            known = COPYING_INITS
         _check_init(errors, f"operator.width_init ({name})", value_for_space(settings.width_init, name), known)
     for name in maps:
         rank = value_for_space(settings.rank, name)
@@ -138,6 +149,7 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     _check_lossless(errors, settings, small, large)
     _check_padding(errors, settings, maps)
     _check_corner(errors, settings, large)
+    experts.check_experts(small, large, METHODS[settings.method].is_lossless, errors)
     if space_maps.gqa_ratio_changed or space_maps.head_dim_changed:
         _check_changed_heads(errors, settings, space_maps)
     errors.raise_if_any()

@@ -20,7 +20,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Use, axis_size
-from megatron_ligo.growth import attention_heads
+from megatron_ligo.growth import attention_heads, experts
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
 # Spaces whose features are distinct items, which no map may mix.
@@ -137,11 +137,11 @@ class SpaceMaps:
                 )
         return specs
 
-    @staticmethod
-    def _num_entries(axis: Axis, lift: LiftedMap, model_config: ModelConfig) -> int:
+    def _num_entries(self, axis: Axis, lift: LiftedMap, model_config: ModelConfig) -> int:
         if lift.map_name in WHOLE_HEADS:
             return model_config.num_heads if lift.map_name == "heads" else model_config.num_kv_heads
-        return axis_size(axis, model_config) // lift.repeat
+        shards = experts.num_shards(self.small, model_config) if lift.map_name == "ffn" else 1
+        return axis_size(axis, model_config) // lift.repeat * shards
 
 
 def apply_map(x: Tensor, dim: int, matrix: Tensor | LinearMap, lift: LiftedMap) -> Tensor:

@@ -24,7 +24,7 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.spec import ParamSpec, Use
-from megatron_ligo.growth.fit_flops import MapUse, is_factored
+from megatron_ligo.models.factored.fit_flops import MapUse, is_factored
 from megatron_ligo.planning import optimizer_memory, parameter_count
 from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab

@@ -15,7 +15,7 @@ from megatron_ligo.sharding.tensor_parallel import padded_vocab
 def count_model(model_config: ModelConfig) -> int:
     """Counts the parameters of a whole model, as a checkpoint stores them."""
     specs = [spec for spec in architectures.get(model_config.arch).params if spec.is_stored(model_config)]
-    return sum(prod(spec.shape(model_config)) * (model_config.num_layers if spec.in_layer else 1) for spec in specs)
+    return sum(prod(spec.shape(model_config)) * spec.copies(model_config) for spec in specs)
 
 
 def count_layer(model_config: ModelConfig, tp: int) -> int:

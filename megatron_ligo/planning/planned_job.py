@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import ParallelSection, TrainingSection
-from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.operator import Operator
+from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.sharding.pipeline_layers import stage_bounds
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -33,6 +35,11 @@ class PlannedJob:
     source_bytes: int = 4
     distilled: bool = False
     lagged: bool = False
+
+    def __post_init__(self) -> None:
+        if architectures.get(self.large.arch).has_experts:
+            hint = "Such a model can be converted, grown, and trained elsewhere."
+            raise ConfigError(Problem("plan", "a model without experts", self.large.model_type, hint))
 
     @property
     def parallel(self) -> ParallelSection:

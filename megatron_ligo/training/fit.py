@@ -24,12 +24,12 @@ from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.export import run_inputs
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy
 from megatron_ligo.growth import operator_file
-from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import build_initial_operator, check_factored
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
+from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
 from megatron_ligo.models.mcore.layer_spec import check_supported

@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ligo.arch.flops import forward_flops, train_flops
 from megatron_ligo.distributed import mesh as meshes
-from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel
+from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from tests import image_models
 from tests.layer_norm_models import model_of

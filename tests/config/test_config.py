@@ -15,7 +15,8 @@ TRAINING = (
 PARALLEL = "parallel.tp parallel.pp parallel.zero parallel.sequence_parallel parallel.ds_config"
 KEYS = {
     "small": "path format accept",
-    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size",
+    "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size "
+    "num_experts top_k",
     "operator": "method width_init depth_init noise structure share contract identity gain fresh fresh_scale codes "
     "borrow vocab_noise position_init rank seed",
     "fit": f"{TRAINING} source depth_lr distill lag eval_every patience keep max_flops {PARALLEL}",

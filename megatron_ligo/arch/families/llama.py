@@ -136,6 +136,7 @@ LLAMA = Architecture(
         "mistral": {"qkv_bias": False},
         "qwen2": {"qkv_bias": True},
     },
+    expert_types={"llama": "mixtral", "mistral": "mixtral"},
     ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
     # Ernie 4.5 has Llama's tensors and keys, and use_bias: its rotary positions turn other pairs.
     hf_fixed=CAUSAL | {"rope_interleaved": (False, None), "use_mrope": (False, None), "use_bias": ()},

@@ -12,8 +12,8 @@ from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
 from megatron_ligo.experiments.compare.comparison_config import Arm, fitted_arm_of
-from megatron_ligo.growth.fit_flops import fit_step_flops
 from megatron_ligo.growth.validation import build_initial_operator
+from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.training.fit import limit_to_budget
 from megatron_ligo.training.initial_weights import read_model_config
 

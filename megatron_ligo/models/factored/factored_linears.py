@@ -6,7 +6,7 @@ ffn) on one TP rank.
 A column-parallel linear is `y = ((x C^T) [B W]^T)`, a row-parallel one `y = reduce(x [W A]^T) E^T`, with C, E the
 residual contract and expand (replicated), B, A this rank's part of the head and ffn maps, W the mixed
 small weight. Communication happens in the small space. [B W] is either built (once per step, shared by all
-micro-batches) or applied factor by factor, whichever costs fewer FLOPs (growth/fit_flops.py).
+micro-batches) or applied factor by factor, whichever costs fewer FLOPs (models/factored/fit_flops.py).
 
 A linear applies the norm or activation before it as its input transform. Only the linear's input is saved: the backward
 pass recomputes the transform, which needs no matrix product.
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ligo.arch.spec import ParamSpec, Use
-from megatron_ligo.growth.fit_flops import is_factored
 from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.growth.width_maps import apply_map
 from megatron_ligo.models.factored.context import FactoredContext, add_lag
+from megatron_ligo.models.factored.fit_flops import is_factored
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.mcore.norm import normalise
 from megatron_ligo.sharding.fused_tensors import pack

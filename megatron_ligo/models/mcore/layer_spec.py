@@ -42,8 +42,8 @@ class BuildOptions:
 
 
 def is_supported(arch: Architecture) -> bool:
-    """True for post-norm masked-LM models and pre-norm models of all other tasks."""
-    return arch.pre_norm is not arch.is_masked_lm
+    """True for post-norm masked-LM models and pre-norm models of all other tasks, without experts."""
+    return arch.pre_norm is not arch.is_masked_lm and not arch.has_experts
 
 
 def check_supported(model_config: ModelConfig) -> None:

@@ -7,7 +7,7 @@ means is in config_keys.py; a key that is not there is refused, unless its value
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -187,6 +187,8 @@ def _fill_implied_sizes(sizes: dict) -> None:
 def _check_types(sizes: dict, errors: ErrorCollector) -> None:
     """Adds an error for each value of a wrong type or range: JSON may hold any value under any key."""
     for field in fields(ModelConfig):
+        if field.name not in sizes and field.default is not MISSING:
+            continue
         expected_type = FIELD_TYPES.get(field.type)
         if expected_type is float and type(sizes.get(field.name)) is int:
             sizes[field.name] = float(sizes[field.name])
@@ -223,6 +225,11 @@ def check_carried(
             errors.add(key, "a size among the sizes only", describe_value(value))
     errors.raise_if_any()
     return _select_carried(carried, table)
+
+
+def select_carried(carried: Mapping[str, object], model_type: str) -> dict[str, object]:
+    """Returns the carried keys that a config of another `model_type` carries too."""
+    return _select_carried(carried, key_table(model_type))
 
 
 def _select_carried(config: Mapping[str, object], table: KeyTable) -> dict[str, object]:

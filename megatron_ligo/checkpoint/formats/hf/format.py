@@ -18,6 +18,7 @@ from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, FormatOptions, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
 from megatron_ligo.checkpoint.formats.hf.common_prefix import explain_other_names
+from megatron_ligo.checkpoint.formats.hf.fused_experts import split_experts
 from megatron_ligo.checkpoint.formats.hf.shards import (
     INDEX,
     SAFETENSORS_FILES,
@@ -64,6 +65,7 @@ class HfNamesReader(Reader):
         renaming = tensor_names.find_common_prefix(self.arch, self.model_config, self._shards.names())
         renaming.report(self._where)
         self._shards.rename(renaming.apply)
+        split_experts(self.arch, self.model_config, self._shards)
         self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, self._shards.names())
         if folder is not None:
             model_record.check_beside(folder, self.model_config, accepted)

@@ -64,6 +64,11 @@ class WeightShards:
         """Replaces the tensors' names by other ones, each its own."""
         self._places = {renamed(name): place for name, place in self._places.items()}
 
+    def split(self, name: str, open_parts: Callable[[TensorFile, str], TensorFile]) -> None:
+        """Replaces a tensor by its parts. open_parts: returns a table of them from its file and its name there."""
+        path, file, stored_name = self._places.pop(name)
+        self.add(path, open_parts(file, stored_name))
+
     def names(self) -> set[str]:
         return set(self._places)
 

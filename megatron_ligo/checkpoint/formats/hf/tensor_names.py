@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import layer_index
+from megatron_ligo.arch.spec import key_indices
 from megatron_ligo.checkpoint.formats.hf.common_prefix import Renaming, common_parts, find_renaming
 from megatron_ligo.sharding import fused_tensors
 
@@ -83,7 +83,7 @@ def find_tied_sets(
 
 def _possible_names(arch: Architecture, model_config: ModelConfig, key: str) -> list[str]:
     """Returns every name that a file may use for a key, the current one first."""
-    names = [arch.stored_name(key, model_config, FORMAT), _fill_layer(arch.param(key).locations[FORMAT].name, key)]
+    names = [arch.stored_name(key, model_config, FORMAT), _fill_numbers(arch.param(key).locations[FORMAT].name, key)]
     base = arch.base_prefixes.get(FORMAT, "")
     names += [name.removeprefix(base) for name in names] + [base + name for name in names]
     names += [
@@ -101,6 +101,5 @@ def _tied_names(arch: Architecture, model_config: ModelConfig, key: str) -> Iter
             yield param.locations[FORMAT].name
 
 
-def _fill_layer(name: str, key: str) -> str:
-    layer = layer_index(key)
-    return name if layer is None else name.format(layer)
+def _fill_numbers(name: str, key: str) -> str:
+    return name.format(*key_indices(key))

@@ -1,0 +1,66 @@
+"""Mixtral: Llama's network whose feed-forward blocks are experts, of which a router chooses `top_k` for each token.
+
+The weights of the chosen experts are their softmax among each other, so copies of one expert compute what it computes.
+"""
+
+from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.common_axes import EXPERT_OUTPUT, FFN_INPUT, FFN_OUTPUT, RESIDUAL_INPUT, RESIDUAL_OUTPUT
+from megatron_ligo.arch.common_params import DROPOUT
+from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role, Stage
+
+DENSE_BLOCK = (Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN)
+SHARED_PARAMS = tuple(param for param in LLAMA.params if param.role not in DENSE_BLOCK and param.requires != "qkv_bias")
+
+
+def expert_params(router: str, gate: str, up: str, down: str) -> tuple[ParamSpec, ...]:
+    """Returns the router and the experts' matrices, from their names in a layer of Hugging Face's files."""
+
+    def locations(name: str) -> dict[str, FormatLocation]:
+        return {"hf": FormatLocation(f"model.layers.{{}}.{name}.weight")}
+
+    return (
+        ParamSpec("layers.{}.router", Role.ROUTER, (EXPERT_OUTPUT, RESIDUAL_INPUT), None, locations(router)),
+        ParamSpec("layers.{}.experts.{}.gate", Role.EXPERT_GATE, (FFN_OUTPUT, RESIDUAL_INPUT), 0, locations(gate)),
+        ParamSpec("layers.{}.experts.{}.up", Role.EXPERT_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, locations(up)),
+        ParamSpec("layers.{}.experts.{}.down", Role.EXPERT_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, locations(down)),
+    )
+
+
+def with_experts(params: tuple[ParamSpec, ...], experts: tuple[ParamSpec, ...]) -> tuple[ParamSpec, ...]:
+    """Returns the parameters of a family, with the experts' before those that follow the layers."""
+    first = [param for param in params if param.in_layer or param.stage is Stage.FIRST]
+    return (*first, *experts, *params[len(first) :])
+
+
+MIXTRAL = Architecture(
+    name="mixtral",
+    norm="rms",
+    model_types={"mixtral": {"MixtralForCausalLM": ()}},
+    params=with_experts(
+        SHARED_PARAMS,
+        expert_params(
+            "block_sparse_moe.gate",
+            "block_sparse_moe.experts.{}.w1",
+            "block_sparse_moe.experts.{}.w3",
+            "block_sparse_moe.experts.{}.w2",
+        ),
+    ),
+    hf_fields=LLAMA.hf_fields | {"num_local_experts": "num_experts", "num_experts_per_tok": "top_k"},
+    hf_aliases={"num_experts": "num_local_experts"},
+    required_hf_values={"hidden_act": "silu"},
+    implied_sizes={"mixtral": {"qkv_bias": False, "renormalises_routing": True}},
+    fused_experts={
+        "model.layers.{}.mlp.experts.gate_up_proj": (Role.EXPERT_GATE, Role.EXPERT_UP),
+        "model.layers.{}.mlp.experts.down_proj": (Role.EXPERT_DOWN,),
+    },
+    renamed_suffixes={"hf": {"mlp.gate.weight": "block_sparse_moe.gate.weight"}},
+    ignored_names=LLAMA.ignored_names,
+    hf_fixed=LLAMA.hf_fixed,
+    hf_harmless={
+        **dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"), DROPOUT),
+        "output_router_logits": "what a call returns beside the logits",
+        "router_aux_loss_coef": "a share of the training loss, which the logits do not show",
+        "router_jitter_noise": "noise on the router's inputs in training only",
+    },
+)
