@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
-from megatron_ligo.config.run_config import LargeSection, RunConfig, read_toml
+from megatron_ligo.config.run_config import LargeSection, RunConfig
+from megatron_ligo.config.toml_tables import read_toml
 
 # A run.toml, or its content.
 ConfigSource = str | Path | Mapping[str, Mapping[str, object]] | None

@@ -9,14 +9,13 @@ given, so `to_dict` returns the user's settings with the defaults filled in.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_ligo.common.atomic_files import read_text
-from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
+from megatron_ligo.config.toml_tables import apply_setting, read_toml
 from megatron_ligo.config.typed_toml import read_section, setting
 
 TextBySpace = dict[str, str]
@@ -24,8 +23,6 @@ HANDOFF_FORMATS = ("universal", "hf")
 SOURCE_PLACEMENTS = ("divided", "whole")
 # pretrain.start for fresh weights.
 SCRATCH = "scratch"
-# No key lies deeper. Python's own limit is that of recursion, far above.
-MAX_DEPTH = 8
 POSITION_INITS = ("tile", "mean", "random")
 # The name in operator.fresh_scale of the tables that begin the residual stream.
 EMBEDDING = "embedding"
@@ -267,54 +264,6 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested tables of JSON values: lists for tuples, None for unset keys."""
         return json.loads(json.dumps(asdict(self)))
-
-
-def read_toml(path: Path) -> dict:
-    """Reads a TOML file. Raises ConfigError if it is missing or not TOML."""
-    try:
-        table = tomllib.loads(read_text(path))
-        _check_depth(table)
-        return table
-    except FileNotFoundError:
-        raise ConfigError(Problem(f"config {path}", "a TOML file", "no such file", "Check --config.")) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(Problem(f"config {path}", "valid TOML", error)) from None
-
-
-def _check_depth(value: object, depth: int = 0) -> None:
-    """Raises ValueError if a value is nested deeper than any key's, so that no later recursion fails."""
-    if depth > 4 * MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for entry in entries:
-        _check_depth(entry, depth + 1)
-
-
-def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
-    """Sets `section.key=value` in the table. A value that is not valid TOML is taken as text."""
-    name, equals, raw = text.partition("=")
-    *sections, key = name.strip().split(".")
-    if not equals or not sections or not all([*sections, key]):
-        errors.add("--set", "section.key=value", repr(text), "Example: --set fit.steps=20.")
-        return
-    if len(sections) > MAX_DEPTH:
-        errors.add("--set", f"a key of at most {MAX_DEPTH} sections", f"{len(sections)} in {name!r}")
-        return
-    try:
-        value = tomllib.loads(f"value = {raw.strip()}")["value"]
-    except (ValueError, RecursionError):
-        value = raw.strip()
-    try:
-        _check_depth(value)
-    except ValueError as error:
-        errors.add(f"--set {name}", "a value of a key", error)
-        return
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            errors.add(f"--set {name}", "a section or a table", repr(table), f"{section!r} already has a plain value.")
-            return
-    table[key] = value
 
 
 def _check_dependencies(config: RunConfig, errors: ErrorCollector) -> None:

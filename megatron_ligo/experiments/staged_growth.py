@@ -31,8 +31,9 @@ from megatron_ligo.common.errors import (
 )
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.common.folder_kinds import CHAIN, check_output
-from megatron_ligo.config.run_config import SCRATCH, RunConfig, read_toml
+from megatron_ligo.config.run_config import SCRATCH, RunConfig
 from megatron_ligo.config.run_identity import CHANGEABLE_KEYS, add_differences, run_identity
+from megatron_ligo.config.toml_tables import read_toml
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import chain, provenance
 from megatron_ligo.export.pretrain_record import read_pretrain_record

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
-from megatron_ligo.config.run_config import RunConfig, apply_setting, read_toml
+from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.config.toml_tables import apply_setting, read_toml
 from megatron_ligo.config.typed_toml import read_section, setting
 
 SCRATCH = "scratch"

@@ -1,0 +1,60 @@
+"""Tables from TOML files and from `--set section.key=value`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from megatron_ligo.common.atomic_files import read_text
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+
+# No key lies deeper. Python's own limit is that of recursion, far above.
+MAX_DEPTH = 8
+
+
+def read_toml(path: Path) -> dict:
+    """Reads a TOML file. Raises ConfigError if it is missing or not TOML."""
+    try:
+        table = tomllib.loads(read_text(path))
+        _check_depth(table)
+        return table
+    except FileNotFoundError:
+        raise ConfigError(Problem(f"config {path}", "a TOML file", "no such file", "Check --config.")) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(Problem(f"config {path}", "valid TOML", error)) from None
+
+
+def _check_depth(value: object, depth: int = 0) -> None:
+    """Raises ValueError if a value is nested deeper than any key's, so that no later recursion fails."""
+    if depth > 4 * MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for entry in entries:
+        _check_depth(entry, depth + 1)
+
+
+def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
+    """Sets `section.key=value` in the table. A value that is not valid TOML is taken as text."""
+    name, equals, raw = text.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not sections or not all([*sections, key]):
+        errors.add("--set", "section.key=value", repr(text), "Example: --set fit.steps=20.")
+        return
+    if len(sections) > MAX_DEPTH:
+        errors.add("--set", f"a key of at most {MAX_DEPTH} sections", f"{len(sections)} in {name!r}")
+        return
+    try:
+        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except (ValueError, RecursionError):
+        value = raw.strip()
+    try:
+        _check_depth(value)
+    except ValueError as error:
+        errors.add(f"--set {name}", "a value of a key", error)
+        return
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            errors.add(f"--set {name}", "a section or a table", repr(table), f"{section!r} already has a plain value.")
+            return
+    table[key] = value
