@@ -91,7 +91,18 @@ def test_the_wheel_trains_on_two_processes(installed, small):
     (small / "corpus").mkdir()
     for number, path in enumerate(sorted((ROOT / "megatron_ligo").rglob("*.py"))[:60]):
         (small / "corpus" / f"{number}.txt").write_text(path.read_text())
-    run(installed / "ligo", "prepare", "corpus", "--train-sentencepiece", "300", "--output", "data", cwd=small)
+    run(
+        installed / "ligo",
+        "prepare",
+        "corpus",
+        "--train-sentencepiece",
+        "300",
+        "--valid-fraction",
+        "0.2",
+        "--output",
+        "data",
+        cwd=small,
+    )
     hf_llama(llama_config(vocab_size=304, num_heads=6, num_kv_heads=3)).save_pretrained(small / "model")
     sets = {
         "small.path": "model", "data.train": '["data/train"]', "data.valid": '["data/valid"]', "data.seq_length": 16,

@@ -5,6 +5,7 @@ Legend: b samples of a micro-batch, s tokens of a sample.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,9 +59,26 @@ class ShardedSampler(ABC):
         start = self._first_sample + step * global_batch_size
         return _list_micro_batches(start, global_batch_size, micro_batch_size, dp, dp_rank)
 
-    def eval_batch(self, num_samples: int, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
-        """Reads this rank's micro-batches of the first `num_samples` held-out samples, shaped as in `train_batch`."""
-        return self._read_local_batches(VALID, 0, num_samples, micro_batch_size, dp, dp_rank)
+    def eval_parts(
+        self, num_samples: int, micro_batch_size: int, dp: int, dp_rank: int
+    ) -> list[tuple[int, list[Batch]]]:
+        """Reads the first `num_samples` held-out samples at any dp, in one or two parts, shaped as in `train_batch`.
+
+        A part is its number of samples over all ranks and this rank's micro-batches. What does not divide evenly is
+        the second part, which every rank reads whole. Micro-batches are smaller if the samples need it.
+        """
+        size = math.gcd(num_samples, micro_batch_size)
+        shared = num_samples - num_samples % (size * dp)
+        self._check_length(VALID, num_samples)
+        parts = []
+        if shared:
+            parts.append((shared, self._read_local_batches(VALID, 0, shared, size, dp, dp_rank)))
+        if shared < num_samples:
+            rest = range(shared, num_samples, size)
+            parts.append(
+                (num_samples - shared, [self._read_micro_batch(VALID, range(first, first + size)) for first in rest])
+            )
+        return parts
 
     def eval_digest(self, num_samples: int) -> str:
         """Returns the xxh3-64 (hex) of the tokens and labels of the first held-out samples; equal at every layout."""
@@ -81,7 +99,7 @@ class ShardedSampler(ABC):
     ) -> list[Batch]:
         if size % (micro_batch_size * dp):
             expected = f"a multiple of micro_batch_size x dp = {micro_batch_size} x {dp}"
-            hint = "Change the batch size, micro_batch_size or the number of processes."
+            hint = "Change global_batch_size, micro_batch_size or the number of processes."
             raise LayoutError(Problem(f"{split} batch", expected, size, hint))
         self._check_length(split, start + size)
         micro_batches = _list_micro_batches(start, size, micro_batch_size, dp, dp_rank)

@@ -100,9 +100,8 @@ class Fit(TrainingJob):
 
     def evaluate(self) -> float:
         """Returns the loss on the held-out batch, computed in fp32 whatever the fit's precision."""
-        batches = self.eval_batches(self.section.eval_samples)
         with self.module.step_state.computing_in(torch.float32):
-            return self.engine.evaluate(batches)
+            return self.mean_on_held_out(self.section.eval_samples)
 
     def _initial_state(self) -> dict:
         return {

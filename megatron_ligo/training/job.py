@@ -12,7 +12,7 @@ from megatron_ligo.common.file_lock import lock_folder
 from megatron_ligo.common.folder_kinds import FolderKind
 from megatron_ligo.config.run_config import RunConfig, TrainingSection
 from megatron_ligo.config.run_identity import check_same_run
-from megatron_ligo.data.sampler import Batch, ShardedSampler
+from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.data.tokenizer import choose_tokenizers
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.digest_cache import DigestCache
@@ -149,9 +149,12 @@ class TrainingJob:
         log.info("resumed after step %d", self.engine.steps)
         return self.checkpoint.state
 
-    def eval_batches(self, samples: int) -> list[Batch]:
-        """Returns this rank's micro-batches of the first held-out samples."""
-        return self.data.eval_batch(samples, self.section.micro_batch_size, self.mesh.dp, self.mesh.dp_rank)
+    def mean_on_held_out(self, samples: int) -> float:
+        """Returns the mean loss (or accuracy) on the first held-out samples, at any number of ranks."""
+        parts = self.data.eval_parts(samples, self.section.micro_batch_size, self.mesh.dp, self.mesh.dp_rank)
+        means = [(count, self.engine.evaluate(batches)) for count, batches in parts]
+        # One part keeps its bits.
+        return means[0][1] if len(means) == 1 else sum(count * mean for count, mean in means) / samples
 
     def peak_memory_of_ranks(self) -> list[int]:
         """Returns the peak memory of every rank, in bytes."""

@@ -106,10 +106,6 @@ class Pretrain(TrainingJob):
         self._train(state)
         return self._write_record(state)
 
-    def evaluate(self, samples: int) -> float:
-        """Returns the loss on the first held-out samples."""
-        return self.engine.evaluate(self.eval_batches(samples))
-
     def _extend(self, state: dict) -> None:
         """Records that the run gets more steps than it was started with."""
         section = schedule_after_growth(self.section) if self.grown else self.section
@@ -169,10 +165,10 @@ class Pretrain(TrainingJob):
 
     def _measure(self, samples: int) -> dict[str, float]:
         """Returns the loss on the first held-out samples and, for a classifier, the accuracy."""
-        metrics = {"loss": self.evaluate(samples)}
+        metrics = {"loss": self.mean_on_held_out(samples)}
         if architectures.get(self.model_config.arch).reads_images:
             with self.engine.module.measuring_accuracy():
-                metrics["accuracy"] = self.evaluate(samples)
+                metrics["accuracy"] = self.mean_on_held_out(samples)
         return metrics
 
     def _evaluate_start(self, state: dict) -> None:
@@ -190,12 +186,11 @@ class Pretrain(TrainingJob):
             log.info("the fit's losses are those after its lag: none of them is the loss of this start")
             return
         samples = fit["eval"]["samples"]
-        divides = samples % (self.section.micro_batch_size * self.mesh.dp) == 0
-        if not divides or self.data.eval_digest(samples) != fit["eval"]["digest"]:
+        if self.data.eval_digest(samples) != fit["eval"]["digest"]:
             log.warning("the fit evaluated other held-out samples than these: its last loss cannot be compared")
             return
         same_batch = samples == self.section.eval_samples
-        start = losses["start"] if same_batch else self.evaluate(samples)
+        start = losses["start"] if same_batch else self.mean_on_held_out(samples)
         losses["fit"] = fit["losses"]["end"]
         losses["start_on_fit_batch"] = start
         gap = start - losses["fit"]

@@ -137,13 +137,26 @@ def test_the_sample_order_is_that_of_megatrons_builder(pairs, tmp_path, kind):
 
 def test_evaluation(pairs, tmp_path):
     data = open_pairs(pairs, tmp_path)
-    (whole,) = data.eval_batch(8, 8, 1, 0)
-    halves = [data.eval_batch(8, 4, 2, rank)[0]["tokens"] for rank in range(2)]
+    ((count, (whole,)),) = data.eval_parts(8, 8, 1, 0)
+    assert count == 8
+    halves = [data.eval_parts(8, 4, 2, rank)[0][1][0]["tokens"] for rank in range(2)]
     assert torch.equal(torch.cat(halves), whole["tokens"])
+    # 8 = 2 ranks x 3 micro-batches of 1 and 2 more that both ranks read; 4 does not divide 7.
+    for samples, ranks, sizes in ((8, 3, [6, 2]), (7, 2, [6, 1]), (2, 4, [2])):
+        parts = [data.eval_parts(samples, 1, ranks, rank) for rank in range(ranks)]
+        assert all([count for count, _ in own] == sizes for own in parts)
+        *shared, rest = zip(*([batches for _, batches in own] for own in parts), strict=True)
+        read = [
+            batch["tokens"]
+            for batches in (*zip(*(shared[0] if shared else ()), strict=True), rest[0])
+            for batch in batches
+        ]
+        assert torch.equal(torch.cat(read), whole["tokens"][:samples])
+        assert all(len(own) == len(rest[0]) for own in rest)
     assert data.eval_digest(8) == open_pairs(pairs, tmp_path / "x").eval_digest(8) != data.eval_digest(4)
     section = DataSection(train=(pairs["a"],))
     with pytest.raises(DataError) as error:
-        open_text_dataset(section, S, 10, 0, 0, tmp_path / "cache").eval_batch(1, 1, 1, 0)
+        open_text_dataset(section, S, 10, 0, 0, tmp_path / "cache").eval_parts(1, 1, 1, 0)
     assert error.value.problems[0].where == "data.valid"
     assert list(open_problems(tmp_path, pairs["a"], num_valid=1)) == ["data.valid"]
 

@@ -92,7 +92,7 @@ def reference(base: Path, grown: bool = True) -> tuple[float, list[float]]:
 
     opened = data(base)
     with torch.no_grad():
-        evaluated = float(loss_of(opened.eval_batch(BATCH, BATCH, 1, 0)[0]))
+        evaluated = float(loss_of(opened.eval_parts(BATCH, BATCH, 1, 0)[0][1][0]))
     losses = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
