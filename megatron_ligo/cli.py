@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -122,6 +123,17 @@ def add_input_options(parser: CommandParser) -> None:
 def load_config(args: argparse.Namespace) -> RunConfig:
     """Loads the config from --config and --set."""
     return RunConfig.load(args.config, args.set)
+
+
+def print_next(wrote: object, *command: object) -> None:
+    """Prints what a command has written and the command that follows, on rank 0."""
+    if launcher_rank() == 0:
+        print(f"wrote {wrote}; next: {shlex.join(map(str, command))}")
+
+
+def config_options(args: argparse.Namespace) -> list[str]:
+    """Returns --config and --set as they were given, for the command that follows."""
+    return [*(["--config", args.config] if args.config else []), *(f"--set={text}" for text in args.set)]
 
 
 def check_paths(*paths: str | None) -> None:

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         manifest = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=update_progress)
     size, seconds = sum(manifest.files.values()), time.perf_counter() - start_time
     print(f"{args.target}: {manifest.format}, {len(manifest.tensors)} tensors, {size:,} bytes in {seconds:.1f} s")
+    cli.print_next(args.target, "ligo", "verify", args.source, args.target, *(["--values"] if args.dtype else []))
 
 
 def _parse_option(text: str) -> tuple[str, object]:

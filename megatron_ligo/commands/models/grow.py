@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> None:
         with cli.byte_progress() as update_progress:
             operator, output = args.operator and Path(args.operator), Path(args.output)
             grow_from_config(config, operator, output, update_progress, ranks, args.accept_changed_data)
-        if ranks.rank == 0:
-            print(f"{args.output}: wrote {', '.join(config.handoff.formats)} and growth.json")
+        written = f"{args.output} ({', '.join(config.handoff.formats)}, growth.json)"
+        start = ("--set", f"pretrain.start={args.output}", "--output", "runs/pretrain")
+        cli.print_next(written, "ligo", "pretrain", *cli.config_options(args), *start)
 
 
 @contextmanager

@@ -42,3 +42,6 @@ def run(args: argparse.Namespace) -> None:
     policy = InputPolicy(args.accept_changed_data, args.full_check)
     with report_failures(), terminal_stream.outlive_readers():
         Fit(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly, policy=policy).run()
+    operator = f"{args.output}/operator"
+    options = (*cli.config_options(args), "--operator", operator, "--output", "runs/grown")
+    cli.print_next(operator, "ligo", "grow", *options)

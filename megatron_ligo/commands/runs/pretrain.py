@@ -46,3 +46,4 @@ def run(args: argparse.Namespace) -> None:
     policy = InputPolicy(args.accept_changed_data, args.full_check)
     with report_failures(), terminal_stream.outlive_readers():
         Pretrain(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly, policy=policy).run()
+    cli.print_next(args.output, "ligo", "report", args.output, "--output", "runs/report")

@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
     stages = staged_growth.load_stages(Path(args.chain), output)
     staged_growth.run_stages(stages, output, lambda text: print(f"== {text}", flush=True), args.accept_changed_data)
-    print(f"{output / staged_growth.RECORD} and {output / 'report'} written")
+    cli.print_next(f"{output / staged_growth.RECORD} and {output / 'report'}", "ligo", "verify", output)
