@@ -22,7 +22,10 @@ from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 
-PLAIN = (bool, int, float, str, list, tuple, type(None))
+NUMBERS = (bool, int, float, type(None))
+# The fields that choose a computation by name. No other text of a checkpoint's args reaches Megatron-core: as
+# config_logger_dir, a text is a folder that it writes to.
+CHOICES = ("normalization", "softmax_type", "experimental_attention_variant", "transformer_impl")
 # Fields of TransformerConfig that lay out or speed up a run and do not change what it computes.
 RUN_FIELDS = (
     "parallel", "pipeline", "recompute", "offload", "fusion", "fp8", "fp4", "fp16", "bf16", "graph", "overlap",
@@ -120,7 +123,7 @@ def _build_config(args: Mapping[str, object]):
     settings = {}
     for field in fields(TransformerConfig):
         runs = any(word in field.name for word in RUN_FIELDS)
-        if field.init and field.name in args and not runs and isinstance(args[field.name], PLAIN):
+        if field.init and field.name in args and not runs and _is_setting(field.name, args[field.name]):
             settings[field.name] = args[field.name]
     settings |= {name: args[key] for key, name in RENAMED.items() if key in args}
     if not args.get("group_query_attention", True):
@@ -145,3 +148,10 @@ def _build_config(args: Mapping[str, object]):
         for name, (key, default) in YARN.items():
             setattr(config, name, args.get(key, default))
     return config
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Returns whether a value is a number, numbers in a list, or the name of a choice."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, NUMBERS) for item in value)
+    return isinstance(value, str) if name in CHOICES else isinstance(value, NUMBERS)

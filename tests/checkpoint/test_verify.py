@@ -196,8 +196,11 @@ def test_megatrons_arguments_state_the_function(pair, tmp_path):
     logits = compare_reference_logits(a, reader)
     assert logits.difference < 1e-5 * logits.scale
     assert logits.origins[1] == "a GPTModel of Megatron-core, from the checkpoint's args"
-    reader.run_arguments = {**reader.run_arguments, "no_rope_freq": 2}
+    folder = str(tmp_path / "named_by_the_arguments")
+    paths = {"config_logger_dir": folder, "save": folder, "tensorboard_dir": folder, "data_cache_path": folder}
+    reader.run_arguments = {**reader.run_arguments, **paths, "no_rope_freq": 2}
     assert compare_reference_logits(a, reader).difference > 0.1
+    assert not Path(folder).exists()
     reader.run_arguments = {**reader.run_arguments, "hidden_size": "x"}
     assert "Megatron-core does not build its args' model" in compare_reference_logits(a, reader).origins[1]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -29,7 +30,7 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.distributed import mesh as meshes
 from tests.checkpoint.formats.megatron_ranks import sharding_metadata
-from tests.checkpoint.source_keys.megatron_settings import CONFIG, MODEL, iter_cases
+from tests.checkpoint.source_keys.megatron_settings import CONFIG, MODEL, PRECISION, iter_cases
 
 LENGTH = 24
 TOLERANCE = 2e-4
@@ -41,8 +42,16 @@ MEGATRON_LM_NAMES = {
     "max_sequence_length": "max_position_embeddings",
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
 }
 SOURCES = ("mcore", "megatron", "run_config")
+# What Megatron-core raises for settings that it refuses, or computes on GPUs only.
+REFUSALS = (
+    AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
+    ValueError, ZeroDivisionError,
+)  # fmt: skip
 
 
 def build(changes: dict[str, object]) -> GPTModel:
@@ -52,7 +61,7 @@ def build(changes: dict[str, object]) -> GPTModel:
     with contextlib.redirect_stdout(None):
         try:
             config = TransformerConfig(**{**CONFIG, **config_changes})
-        except Exception:
+        except REFUSALS:
             config = TransformerConfig(**CONFIG)
             for name, value in config_changes.items():
                 setattr(config, name, value)
@@ -94,7 +103,7 @@ def to_args(changes: dict[str, object]) -> argparse.Namespace:
     config = {field.name: _default(field) for field in dataclasses.fields(TransformerConfig)}
     settings = {**config, **CONFIG, **MODEL, **changes}
     args = {name: value for name, value in settings.items() if not callable(value) or isinstance(value, type)}
-    args |= {theirs: settings[ours] for ours, theirs in MEGATRON_LM_NAMES.items()}
+    args |= {theirs: settings[ours] for ours, theirs in MEGATRON_LM_NAMES.items() if ours in settings}
     for name in ("layernorm_zero_centered_gamma", "rope_scaling", "vocab_size", "max_sequence_length"):
         args.pop(name)
     is_gated, activation = settings["gated_linear_unit"], settings["activation_func"]
@@ -193,6 +202,14 @@ class Conversions:
 
 def perturb(root: str, names: list[str] | None = None) -> dict:
     """Runs the cases. Returns counts by outcome, and a line for each case that was read as another model in silence."""
+    # A setting may be a folder that Megatron-core writes to.
+    working_folder = Path(root) / "working"
+    working_folder.mkdir()
+    with contextlib.chdir(working_folder):
+        return _perturb(Path(root), names)
+
+
+def _perturb(root: Path, names: list[str] | None) -> dict:
     multiprocessing.current_process()._config["daemon"] = False
     meshes.build_mesh(1, 1)
     tensor_parallel.get_cuda_rng_tracker = lambda *_, **__: _NoTracker()
@@ -202,31 +219,34 @@ def perturb(root: str, names: list[str] | None = None) -> dict:
     torch.ones = lambda *sizes, device=None, **options: ones(*sizes, **options)
     base = build({})
     fill(base)
-    checkpoints, conversions = Checkpoints(Path(root), base), Conversions(Path(root))
+    checkpoints, conversions = Checkpoints(root, base), Conversions(root)
     base_logits, base_shapes = compute_logits(base), _shapes(base)
     counts, silent, refused, not_computed = Counter(), [], Counter(), {}
     for changes in [{}, *iter_cases(names)]:
         label = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in changes.items())
-        (Path(root) / "case").write_text(label)
+        (root / "case").write_text(label)
         try:
             model = build(changes)
             fill(model)
             logits = compute_logits(model)
-        except Exception as error:
-            # Megatron-core refuses it, or needs a GPU.
+        except REFUSALS as error:
             counts["not computed"] += 1
             not_computed[label] = f"{type(error).__name__}: {error}"[:120]
             continue
+        if changes.keys() & set(PRECISION):
+            # The same rounded weights: what is computed from them is compared in full precision.
+            logits = compute_logits(copy.deepcopy(model).float())
         shapes = _shapes(model)
         moved = shapes != base_shapes or not _same(logits, base_logits)
         for source in SOURCES:
             try:
                 folder = checkpoints.write(source, model, changes)
-            except Exception as error:
+            except REFUSALS as error:
                 counts["not saved"] += 1
                 not_computed[f"{source}: {label}"] = f"{type(error).__name__}: {error}"[:120]
                 continue
-            weights = "base" if shapes == base_shapes else label
+            is_base = shapes == base_shapes and not changes.keys() & set(PRECISION)
+            weights = "base" if is_base else label
             try:
                 ours = conversions.compute(formats.open(folder), weights)
             except CheckpointError:

@@ -50,7 +50,7 @@ MODEL = {
     "fp16_lm_cross_entropy": False,
     "scatter_embedding_sequence_parallel": True,
 }
-# Settings that only round otherwise.
+# Settings that round the weights.
 PRECISION = ("params_dtype",)
 # Values that show an effect which those of the field's type might not.
 MORE_VALUES: dict[str, tuple[object, ...]] = {
@@ -69,8 +69,47 @@ MORE_VALUES: dict[str, tuple[object, ...]] = {
     "layernorm_epsilon": (1e-2, 1e-6),
     "max_sequence_length": (32,),
 }
+# YaRN's settings act only together. GPTModel reads them from attributes of its config.
+YARN: dict[str, object] = {
+    "position_embedding_type": "yarn",
+    "yarn_rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 16,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+}
+YARN_VALUES: dict[str, tuple[object, ...]] = {
+    "yarn_rotary_scaling_factor": (2.0, 1.0, 0.5),
+    "yarn_original_max_position_embeddings": (8, 64, 4096),
+    "yarn_beta_fast": (4.0, 1.5),
+    "yarn_beta_slow": (0.25, 2.0),
+    "yarn_mscale": (0.5, 0.0, 2.0),
+    "yarn_mscale_all_dim": (1.0, 0.5),
+    "yarn_correction_range_round_to_int": (False,),
+    "rotary_base": (500,),
+    "rotary_percent": (0.5,),
+    "seq_len_interpolation_factor": (2.0,),
+    "rope_scaling": (True,),
+    "window_size": ((3, 0),),
+}
 # Settings that only act together with another one.
 PAIRS: tuple[dict[str, object], ...] = (
+    YARN,
+    *({**YARN, name: value} for name, values in YARN_VALUES.items() for value in values),
+    {"window_size": (3, 0), "no_rope_freq": 3},
+    {"window_size": (3, 0), "qk_layernorm": True},
+    {"window_size": (3, 0), "seq_len_interpolation_factor": 2.0},
+    {"window_size": (3, 0), "rope_scaling": True},
+    {"window_size": (3, 0), "rotary_base": 500},
+    {"window_size": (3, 0), "share_embeddings_and_output_weights": True},
+    {"window_size": (3, 0), "max_sequence_length": 32},
+    {"window_size": (3, 0), "num_query_groups": 4},
+    {"window_size": (3, 0), "window_attn_skip_freq": 1},
+    {"window_size": (3, 0), "window_attn_skip_freq": [0, 0, 0]},
+    {"window_size": (-1, -1), "window_attn_skip_freq": 2},
+    {"window_size": None, "window_attn_skip_freq": 2},
     {"window_size": (3, 0), "window_attn_skip_freq": 2},
     {"window_size": (3, 0), "window_attn_skip_freq": [1, 0, 1]},
     {"window_size": (3, 0), "window_attn_skip_freq": [1, 1, 1]},
@@ -93,7 +132,7 @@ def iter_cases(names: list[str] | None) -> Iterator[dict[str, object]]:
     fields = {field.name: hints[field.name] for field in dataclasses.fields(TransformerConfig)}
     hints = {name: typing.get_type_hints(GPTModel.__init__).get(name) for name in MODEL}
     for name, hint in {**fields, **hints}.items():
-        if name not in PRECISION and (names is None or name in names):
+        if names is None or name in names:
             for value in (*MORE_VALUES.get(name, ()), *_values_of(hint, {**CONFIG, **MODEL}.get(name))):
                 yield {name: value}
     if names is None:

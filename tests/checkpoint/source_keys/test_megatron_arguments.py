@@ -267,6 +267,7 @@ PERTURBED = (
 def test_a_changed_model_is_read_as_such_or_refused(pools, tmp_path, names):
     results = pools(1).run(megatron_perturbation.perturb, timeout=900, root=str(tmp_path), names=names)
     assert results["silent"] == []
+    assert not Path("other").exists()
     counts = results["counts"]
     assert counts["moved, read"] > 10 and counts["moved, refused"] > 30 and counts["not moved, read"] > 5
 
