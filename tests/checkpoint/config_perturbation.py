@@ -22,6 +22,7 @@ from megatron_ligo.checkpoint.formats.hf.config_keys import key_table
 from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.common.errors import CheckpointError
 from tests import layer_norm_models
+from tests.checkpoint.library_refusals import check_raised_by_library
 
 CAUSAL_SIZES = {
     "hidden_size": 32,
@@ -192,7 +193,8 @@ class Perturbation:
             if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
                 return None
             return self._run(network)
-        except Exception:
+        except Exception as error:
+            check_raised_by_library(error)
             return None
 
     def ours(self, config: Mapping) -> Tensor | None:

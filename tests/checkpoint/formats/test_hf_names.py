@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.inspect import describe
 from megatron_ligo.common.errors import CheckpointError
 from tests.checkpoint import hf_models
 from tests.checkpoint.bad_checkpoints import torch_archives
+from tests.checkpoint.config_perturbation import MODELS
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 # Prefixes that wrappers put before all names.
@@ -151,6 +154,27 @@ def test_base_models(tmp_path, prefix):
         else:
             problem = refusal(folder)
             assert (problem.where, problem.found) == ("lm_head.weight", "nothing: a base model alone")
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("gpt2", "lm_head"), ("gpt_neox", "embed_out"), ("bert", "cls."), ("roberta", "lm_head"), ("vit", "classifier")],
+)
+def test_a_lost_head_is_no_base_model(tmp_path, caplog, family, head):
+    """A class that has a head is not read without it in silence; a base model says so by its class, or has none."""
+    caplog.set_level(logging.INFO)
+    name, config = MODELS[family]
+    model = getattr(transformers, name)(CONFIG_MAPPING[family](**{**config, "tie_word_embeddings": False}))
+    model.save_pretrained(tmp_path / "a")
+    state = load_file(tmp_path / "a" / SAFETENSORS)
+    folder = folder_with(tmp_path / "b", tmp_path / "a", {n: t for n, t in state.items() if not n.startswith(head)})
+    config = json.loads((folder / "config.json").read_text())
+    assert refusal(folder).found == "nothing: a base model alone"
+    for classes in (None, [AutoModel.from_config(model.config).__class__.__name__]):
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": classes}))
+        assert not formats.open(folder).model_config.has_head
+        assert ("read as a base model" in caplog.text) == (classes is None)
+        caplog.clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])

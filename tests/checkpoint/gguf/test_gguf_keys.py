@@ -145,6 +145,16 @@ def test_sizes_layer_by_layer(tmp_path, name):
     assert problem.where == f"llama.{name}"
 
 
+def test_the_scale_of_attention_may_be_stated(tmp_path):
+    """It changes nothing where it is what follows from the head size."""
+    for value in (8**-0.5, 0.0):
+        reader = formats.open(write(tmp_path / "a.gguf", changes={"llama.attention.scale": value}))
+        assert reader.model_config == model_config("llama")
+    for value in (0.35, 8**-0.5 * 1.00001, -(8**-0.5), 1, True, "x"):
+        (problem,) = problems_of(write(tmp_path / "a.gguf", changes={"llama.attention.scale": value}))
+        assert problem.where == "llama.attention.scale"
+
+
 def write_architecture(path, name):
     """Writes a file whose general.architecture has any value."""
     writer = gguf.GGUFWriter(path, "llama")

@@ -194,6 +194,15 @@ def test_windows(written, tmp_path, window, more, expected):
     assert formats.open(folder).model_config.sliding_window == expected
 
 
+def test_arguments_without_a_window_beside_a_config_with_one(written, tmp_path):
+    """The version that saved them may know no windows: it attended to everything."""
+    _, mistral = hf_models.saved(tmp_path / "hf", "mistral", sliding_window=8)
+    convert(formats.open(mistral), tmp_path / "mcore", "mcore")
+    assert formats.open(edited(tmp_path, tmp_path / "x", "mcore")).model_config.sliding_window == 8
+    shutil.copy(mistral / "config.json", tmp_path / "mcore")
+    assert refusals(edited(tmp_path, tmp_path / "x", "mcore", drop=("window_size",))) == ["sliding_window"]
+
+
 @pytest.mark.parametrize("changes", [
     {"window_size": (7, 7)}, {"window_size": (-2, 0)}, {"window_size": 7}, {"window_size": (7.5, 0)},
     {"window_size": (7, 0), "window_attn_skip_freq": 2}, {"window_size": (7, 0), "window_attn_skip_freq": [1, 0]},
@@ -263,13 +272,18 @@ PERTURBED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [list(PERTURBED), pytest.param(None, marks=pytest.mark.long)], ids=["some", "all"])
-def test_a_changed_model_is_read_as_such_or_refused(pools, tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "read", "refused"),
+    [(list(PERTURBED), 10, 30), pytest.param(None, 80, 200, marks=pytest.mark.long)],
+    ids=["some", "all"],
+)
+def test_a_changed_model_is_read_as_such_or_refused(pools, tmp_path, names, read, refused):
     results = pools(1).run(megatron_perturbation.perturb, timeout=900, root=str(tmp_path), names=names)
     assert results["silent"] == []
     assert not Path("other").exists()
     counts = results["counts"]
-    assert counts["moved, read"] > 10 and counts["moved, refused"] > 30 and counts["not moved, read"] > 5
+    print(counts, results["not_computed"])
+    assert counts["moved, read"] > read and counts["moved, refused"] > refused and counts["not moved, read"] > 5
 
 
 def test_other_backends_are_refused_by_name(written, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from math import isclose, isfinite
 from pathlib import Path
 
 from gguf.constants import MODEL_ARCH_NAMES
@@ -12,7 +12,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.gguf.header import GgufHeader
-from megatron_ligo.checkpoint.formats.gguf.metadata_keys import check_keys
+from megatron_ligo.checkpoint.formats.gguf.metadata_keys import ATTENTION_SCALE, check_keys
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import parse_rope_scaling, shortest_decimal
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys, describe_value
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
@@ -21,6 +21,7 @@ NAME = "gguf"
 FAMILY = "general.architecture"
 # Sizes that llama.cpp may state layer by layer.
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+FP32_ROUNDING = 2**-23
 REALS = ("norm_eps", "rope_base")
 REQUIRED = ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size")
 
@@ -141,3 +142,8 @@ def _complete_heads(
         size = metadata.get(f"{family}.{key}", sizes["head_dim"])
         if type(size) is not int or size != sizes["head_dim"]:
             errors.add(f"{family}.{key}", f"the head size, {sizes['head_dim']}", describe_value(size))
+    scale, default = metadata.get(f"{family}.{ATTENTION_SCALE}", 0), sizes["head_dim"] ** -0.5
+    is_default = type(scale) in (int, float) and (scale == 0 or isclose(scale, default, rel_tol=FP32_ROUNDING))
+    if not is_default:
+        expected = f"0, or {default:.8g}, the root of 1 / the head size"
+        errors.add(f"{family}.{ATTENTION_SCALE}", expected, describe_value(scale))

@@ -28,6 +28,8 @@ ROPE_FIELDS = (
     "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_log_multiplier",
 )  # fmt: skip
+# Must be what follows from the head size; 0 means that.
+ATTENTION_SCALE = "attention.scale"
 HARMLESS = {
     "rope.scaling.finetuned": "it states whether the model was trained with the scaling that it states",
     "rope.freq_base_swa": "of layers with a sliding window, which attention.sliding_window would state",
@@ -55,7 +57,7 @@ OFF_KEYS = (
     "altup.active_idx", "altup.num_inputs", "embedding_length_per_layer_input", "embedding_length_out",
     "features_length", "decoder_block_count", "swiglu_clamp_exp", "swiglu_clamp_shexp", "dense_2_feat_in",
     "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out",
-    "attention.max_alibi_bias", "attention.clamp_kqv", "attention.sliding_window", "attention.scale",
+    "attention.max_alibi_bias", "attention.clamp_kqv", "attention.sliding_window",
     "attention.q_lora_rank", "attention.kv_lora_rank", "attention.decay_lora_rank", "attention.iclr_lora_rank",
     "attention.value_residual_mix_lora_rank", "attention.gate_lora_rank", "attention.relative_buckets_count",
     "attention.temperature_length", "attention.key_length_mla", "attention.value_length_mla",
@@ -90,6 +92,7 @@ FOREIGN_NAMESPACES = ("adapter.", "clip.", "diffusion.", "xielu.", "controlvecto
 def key_table(arch: Architecture, family: str) -> KeyTable:
     """Returns the classification of the keys of one network, `family` by its name in GGUF."""
     fields = {**arch.gguf_fields, "rope.dimension_count": "head_dim", "attention.value_length": "head_dim"}
+    fields[ATTENTION_SCALE] = "head_dim"
     fields |= dict.fromkeys(ROPE_FIELDS, ROPE)
     return KeyTable(
         {f"{family}.{key}": name for key, name in fields.items()} | FILE_FIELDS,

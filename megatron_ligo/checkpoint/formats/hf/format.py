@@ -5,6 +5,7 @@ pytorch_model.bin, single or sharded, is read where there are no safetensors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,12 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.config.typed_toml import setting
 from megatron_ligo.sharding import fused_tensors
 
+log = logging.getLogger(__name__)
+
 NAME = "hf"
 SHARD_BYTES = 5_000_000_000
+BASE_MODEL = "nothing: a base model alone"
+HEAD_HINT = "Save the model with its head; a tied one says tie_word_embeddings = true."
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -66,7 +71,10 @@ class HfNamesReader(Reader):
         renaming.report(self._where)
         self._shards.rename(renaming.apply)
         split_experts(self.arch, self.model_config, self._shards)
-        self.model_config = tensor_names.detect_optional_parts(self.arch, self.model_config, self._shards.names())
+        stated = self.model_config
+        self.model_config = tensor_names.detect_optional_parts(self.arch, stated, self._shards.names())
+        if stated.has_head and not self.model_config.has_head:
+            self._check_base_model(config.get("architectures"))
         if folder is not None:
             model_record.check_beside(folder, self.model_config, accepted)
         stored, self._stored_names = self._check()
@@ -114,12 +122,21 @@ class HfNamesReader(Reader):
             # A base model lacks nothing else.
             errors.problems.clear()
             expected_head = f"the head, a tensor of shape {item.shape(self.model_config)}"
-            hint = "Save the model with its head; a tied one says tie_word_embeddings = true."
-            errors.add(item.name, expected_head, "nothing: a base model alone", hint)
+            errors.add(item.name, expected_head, BASE_MODEL, HEAD_HINT)
         tied = tensor_names.find_tied_sets(self.arch, locations, stored.values())
         self._shards.check_own_bytes(expected, tied, errors)
         errors.raise_if_any(self._shards.weights)
         return stored, locations
+
+    def _check_base_model(self, classes: object) -> None:
+        """Says that the tensors are a base model's. Raises CheckpointError if the config names a class with a head."""
+        head = self.arch.param(self.arch.find(Role.HEAD).key).locations[NAME].name
+        if isinstance(classes, list) and classes:
+            errors = self._errors()
+            hint = f"{HEAD_HINT} A base model's config names {self.arch.hf_class(self.model_config)}."
+            errors.add(head, f"the head, which {classes[0]} has", BASE_MODEL, hint)
+            errors.raise_if_any(self._shards.weights)
+        log.info("%s has no %s: it is read as a base model.", self._where, head)
 
     def _check_layers(self) -> None:
         """Raises CheckpointError for more layers than tensors, which bounds the work that a false num_layers causes."""

@@ -17,25 +17,22 @@ def parse_patterns(
 ) -> dict[str, object]:
     """Returns the fields of ModelConfig that arguments state. Adds an error for a pattern that is none.
 
-    is_causal: the family's tokens attend to no later ones.
+    is_causal: the family's tokens attend to no later ones. A run whose arguments do not state a pattern had none: its
+    version of Megatron-LM may not have known it.
     """
-    patterns: dict[str, object] = {}
     if type(num_layers) is not int or num_layers < 1:
-        return patterns
-    if "window_size" in values:
-        window = _parse_window(values, is_causal, errors)
-        layers = _parse_window_layers(values, num_layers, errors) if window else None
-        patterns |= {"sliding_window": window, "window_layers": layers}
-        if layers is not None and not any(layers):
-            patterns |= {"sliding_window": None, "window_layers": None}
-    if "no_rope_freq" in values:
-        patterns["rope_layers"] = _parse_rope_layers(values["no_rope_freq"], num_layers, errors)
-    return patterns
+        return {}
+    window = _parse_window(values, is_causal, errors)
+    layers = _parse_window_layers(values, num_layers, errors) if window else None
+    if layers is not None and not any(layers):
+        window = layers = None
+    rope_layers = _parse_rope_layers(values.get("no_rope_freq"), num_layers, errors)
+    return {"sliding_window": window, "window_layers": layers, "rope_layers": rope_layers}
 
 
 def _parse_window(values: Mapping[str, object], is_causal: bool, errors: ErrorCollector) -> int | None:
     """Returns the attention window in tokens that arguments state, None if there is none."""
-    window = values["window_size"]
+    window = values.get("window_size")
     if not window:
         return None
     if not isinstance(window, list | tuple) or len(window) != 2 or any(type(side) is not int for side in window):
