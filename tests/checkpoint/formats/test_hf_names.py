@@ -91,6 +91,14 @@ def test_torchs_file_beside_safetensors_is_said_to_be_unread(tmp_path):
     assert torch.equal(reader.read("final_norm"), model.model.norm.weight)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_the_weights_is_not_ignored(tmp_path, name):
+    """transformers would load another model from such a folder: the weights with the adapter."""
+    _, source = hf_models.saved(tmp_path / "a")
+    (source / name).write_text("{}")
+    assert refusal(source).found == name
+
+
 def test_two_names_on_the_same_numbers(tmp_path):
     """In an untied model only the head may be the embedding's tensor: the architecture can tie them."""
     model, source = hf_models.saved(tmp_path / "a")

@@ -46,21 +46,24 @@ MEGATRON_LM_NAMES = {
     "yarn_mscale": "mscale",
     "yarn_mscale_all_dim": "mscale_all_dim",
 }
+FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig))
 SOURCES = ("mcore", "megatron", "run_config")
 
 
 def build(changes: dict[str, object]) -> GPTModel:
     """Builds a model with changed settings. A setting that the config's checks refuse is set without them."""
-    config_changes = {name: value for name, value in changes.items() if name not in MODEL}
     model_changes = {name: value for name, value in changes.items() if name in MODEL}
+    config_changes = {name: value for name, value in changes.items() if name in FIELDS and name not in MODEL}
+    attributes = {name: value for name, value in changes.items() if name not in FIELDS and name not in MODEL}
     with contextlib.redirect_stdout(None):
         try:
             config = TransformerConfig(**{**CONFIG, **config_changes})
         except Exception as error:
             check_raised_by_library(error)
             config = TransformerConfig(**CONFIG)
-            for name, value in config_changes.items():
-                setattr(config, name, value)
+            attributes |= config_changes
+        for name, value in attributes.items():
+            setattr(config, name, value)
         spec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,

@@ -34,6 +34,8 @@ MAX_NAME_LENGTH = 255
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_FILES = WeightFiles(SINGLE, INDEX, "model-*-of-*.safetensors")
 TORCH_FILES = WeightFiles("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+# Of the peft library.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 class WeightShards:
@@ -142,8 +144,18 @@ def describe_unread(folder: Path) -> tuple[str, ...]:
     return ()
 
 
+def _check_no_adapter(folder: Path) -> None:
+    """Raises CheckpointError for a low-rank adapter beside the weights: transformers adds it to them, or another
+    model's weights instead."""
+    adapters = [name for name in ADAPTER_FILES if (folder / name).exists()]
+    if adapters:
+        hint = "Merge it into the weights and save them alone, or move it away if they are merged."
+        raise CheckpointError(Problem(f"{folder}", "weights without an adapter", ", ".join(adapters), hint))
+
+
 def open_shards(folder: Path) -> WeightShards:
     """Opens the files of a folder's weights. Raises CheckpointError if there are none, or more than one set."""
+    _check_no_adapter(folder)
     kind = TORCH_FILES if TORCH_FILES.are_in(folder) and not SAFETENSORS_FILES.are_in(folder) else SAFETENSORS_FILES
     single, index = folder / kind.single, folder / kind.index
     shards = {file.name for file in folder.glob(kind.shards)}
