@@ -110,6 +110,11 @@ class Architecture:
         return self.has_head_norms and self.get(Role.QUERY_NORM).axes[0].heads is Heads.Q
 
     @property
+    def has_output_norms(self) -> bool:
+        """True if what a block returns is normalised before the residual sum."""
+        return self.has(Role.ATTENTION_OUTPUT_NORM)
+
+    @property
     def is_gated(self) -> bool:
         """True if the feed-forward block has a gate (SwiGLU)."""
         return self.has(Role.FFN_GATE) or self.has(Role.EXPERT_GATE)

@@ -2,6 +2,9 @@
 
 from megatron_ligo.arch.spec import Axis, Heads, Use
 
+HEAD_FEATURE_GAIN = Axis("head_feature", Use.GAIN)  # of a norm of each head
+ALL_QUERIES_GAIN = Axis("qk", Use.GAIN, Heads.Q)  # of a norm over all heads
+ALL_KEYS_GAIN = Axis("qk", Use.GAIN, Heads.KV)
 VOCAB_OUTPUT = Axis("vocab", Use.OUTPUT)
 POSITION_OUTPUT = Axis("position", Use.OUTPUT)
 RESIDUAL_OUTPUT = Axis("residual", Use.OUTPUT)

@@ -5,7 +5,7 @@ A module's locations omit the final `.weight` or `.bias` of its tensors' names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import RESIDUAL_BIAS, RESIDUAL_GAIN
@@ -65,6 +65,12 @@ def linear_params(
     yield ParamSpec(key, role, axes, tp_dim, weight_of(module), **fields)
     bias_tp_dim = 0 if tp_dim == 0 else None
     yield ParamSpec(f"{key}_bias", role, axes[:1], bias_tp_dim, bias_of(module), is_bias=True, **fields)
+
+
+def without_format(params: Iterable[ParamSpec], format_name: str) -> Iterator[ParamSpec]:
+    """Yields parameters without their locations in a format that cannot state the network."""
+    for param in params:
+        yield replace(param, locations={name: loc for name, loc in param.locations.items() if name != format_name})
 
 
 def norm_params(

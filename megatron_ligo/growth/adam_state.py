@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import ParamSpec, Use, key_pattern, layer_index
+from megatron_ligo.arch.spec import ParamSpec, Role, Use, key_pattern, layer_index
 from megatron_ligo.growth.linear_maps import cheapest_form
 from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import LiftedMap, apply_map
@@ -104,7 +104,7 @@ class DualMaps:
         if param.axes[0].space == "position" and operator.large.image_size != operator.small.image_size:
             return torch.zeros(param.shape(operator.large))
         grown = self._mix_layers(param, key, layer, read)
-        if param.axes[0].use is Use.GAIN and operator.copied_gains:
+        if operator.copies_gain(param):
             return self._grow_gain(param, layer, grown)
         for dim, axis in enumerate(param.axes):
             lift = operator.space_maps.lift(axis, dual=True)
@@ -114,6 +114,9 @@ class DualMaps:
         if operator.settings.borrow == "next" and param.in_layer:
             # New features take their rows from another layer.
             grown[param.shape(operator.small)[0] :] = 0
+        if param.role is Role.WORD_EMBEDDING:
+            ratio = operator.embedding_ratio
+            grown = grown * (ratio**2 if self.is_squared else ratio)
         num_added = param.shape(operator.large)[0] - grown.shape[0]
         return torch.cat([grown, grown.new_zeros(num_added, *grown.shape[1:])]) if num_added else grown
 
@@ -168,7 +171,8 @@ class DualMaps:
         """Grows the moment of a norm's gain: (small,) -> (large,).
 
         With n_i = gain_i x_i / |x|, the gradient of gain_i is that of gain_s times reads[i, s] writes[i, s] / f_layers:
-        the dual of n_i, the growth of x_i, and the growth of |x|.
+        the dual of n_i, the growth of x_i, and the growth of |x|. The f of a
+        norm over all heads is divided by writes, the factor of the values which the head weighs.
         """
         operator = self.operator
         source_name, factor_name = operator.gain_names(param)
@@ -177,10 +181,15 @@ class DualMaps:
         factor = operator.tensor(factor_name.replace(".final", ".layers")).double()
         lift = operator.space_maps.lift(param.axes[0])
         writes = operator.matrix(layer)(lift, Use.OUTPUT).double()
-        reads = self._dual_matrix(param, lift, param.axes[0].use, layer)
-        features = torch.arange(len(source))
-        share = reads.double()[features, source] * self._square_if_needed(writes[features, source] / factor)
-        return mixed[source] * share.masked_fill(is_new, 0).to(mixed)
+        reads = self._dual_matrix(param, lift, param.axes[0].use, layer).double()
+        rows = torch.arange(len(source) // lift.unit)
+        entries = rows, source[:: lift.unit] // lift.unit
+        grown = writes[entries] / factor[:: lift.unit]
+        if param.feeds_head and operator.large.tied:
+            grown = grown / operator.embedding_ratio
+        share = reads[entries] * self._square_if_needed(grown)
+        share = share.repeat_interleave(lift.unit).masked_fill(is_new, 0)
+        return mixed[source] * share.to(mixed)
 
     def _square_if_needed(self, matrix: Tensor) -> Tensor:
         return matrix * matrix if self.is_squared else matrix

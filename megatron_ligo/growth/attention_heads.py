@@ -39,10 +39,11 @@ def large_rope_base(small: ModelConfig, head_dim: int) -> float | None:
 
 
 @cache
-def head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
+def head_feature_map(part: str, small: int, large: int, rotary: bool, query_factor: float) -> Tensor:
     """Returns the map of one head's features, (d2, d1), fp64.
 
-    part: q, k, v or o. The transpose of o's map is a left inverse of v's.
+    part: q, k, v or o. The transpose of o's map is a left inverse of v's. query_factor: the small model's factor of the
+    attention scores over the large one's.
     """
     positions = _feature_positions(small, large, rotary and part in "qk")
     copies = torch.zeros(large, small, dtype=torch.float64)
@@ -53,27 +54,27 @@ def head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
     added = torch.zeros_like(copies)
     added[free, torch.arange(len(free)) % small] = 1
     if part == "q":
-        return copies * (large / small) ** 0.5 + added
+        return copies * query_factor + added
     whole = copies + added
     return whole if part == "v" else whole / whole.sum(dim=0)
 
 
 @cache
-def dual_head_feature_map(part: str, small: int, large: int, rotary: bool) -> Tensor:
+def dual_head_feature_map(part: str, small: int, large: int, rotary: bool, query_factor: float) -> Tensor:
     """Returns the map of the gradients of one head's features, (d2, d1), fp64.
 
     Gradients of q, k and v grow by the map of the features' reader, those of o by the map of v.
     """
     if part in "vo":
-        return head_feature_map("o" if part == "v" else "v", small, large, rotary)
-    copies = head_feature_map("k", small, large, rotary)
+        return head_feature_map("o" if part == "v" else "v", small, large, rotary, query_factor)
+    copies = head_feature_map("k", small, large, rotary, query_factor)
     if part == "q":
         # The new features of k are zero, so no gradient reaches those of q.
-        return copies / (large / small) ** 0.5
+        return copies / query_factor
     if rotary:
         # The new features of q rotate by other angles than the features that they copy.
         return copies
-    return copies + (head_feature_map("v", small, large, rotary) - copies) * (small / large) ** 0.5
+    return copies + (head_feature_map("v", small, large, rotary, query_factor) - copies) / query_factor
 
 
 def _feature_positions(small: int, large: int, rotary: bool) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_ligo.arch.spec import LAYER_PREFIX
 from megatron_ligo.growth import attention_heads, experts, initializers
 from megatron_ligo.growth.operator import CACHE_SIZE, Operator, depth_role, short_key
-from megatron_ligo.growth.width_maps import left_inverse
+from megatron_ligo.growth.width_maps import HEAD_MAPS, LiftedMap, left_inverse
 
 
 class InitialOperator(Operator):
@@ -75,18 +76,30 @@ class InitialOperator(Operator):
         return contract
 
     def _initial_gain(self, rest: str) -> Tensor:
-        space, _, kind = rest.rpartition(".")
-        expand = self.initial_expand(space or "residual")
+        owner, _, kind = rest.rpartition(".")
+        lift = self._gain_lift(owner)
+        expand = self.initial_expand(lift.map_name)
         largest, source = expand.abs().max(dim=1)
         # Empty features have no source, and take the mean gain.
         source[largest == 0] = -1
         if kind == "source":
-            return source
+            return (source[:, None] * lift.unit + torch.arange(lift.unit)).flatten()
         gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
+        if lift.map_name in HEAD_MAPS:
+            # Attention reads whole copies: no contract divides queries and keys among them.
+            gain = torch.where(largest > 0, gain / largest, gain)
         if kind == "final" and self.large.tied and self.large.has_head:
             # A tied head reads with expand^T, which sums the copies of each feature.
+            gain *= self.embedding_ratio
             gain /= torch.where(source < 0, 1.0, (expand * expand).sum(dim=0)[source.clamp(min=0)])
-        return gain
+        return gain.repeat_interleave(lift.unit)
+
+    def _gain_lift(self, owner: str) -> LiftedMap:
+        """Returns the lifted map of the gains that a layer's parameter or a space owns ("": the residual stream)."""
+        param = self.arch.params_by_key.get(LAYER_PREFIX + owner)
+        lift = LiftedMap(owner or "residual") if param is None else self.space_maps.lift(param.axes[0])
+        assert lift is not None, f"the gain of {owner} has no map"
+        return lift
 
 
 def variance_ratio(expand: Tensor) -> float:

@@ -120,8 +120,15 @@ METHODS = {
         True,
         "after LEMON (arXiv 2310.07999)",
         {
-            # Norms (a masked-LM head's too) would read padded features, and a pooler's would stay zero.
-            "width_init": {"default": "pad", "residual": "lossless", "head": "lossless", "pooled": "lossless"},
+            # Norms (a masked-LM head's too, or one over all heads) would read padded features, and a pooler's would
+            # stay zero.
+            "width_init": {
+                "default": "pad",
+                "residual": "lossless",
+                "head": "lossless",
+                "pooled": "lossless",
+                "groups": "lossless",
+            },
             "depth_init": "pad",
             "fresh": "writers",
         },
@@ -170,7 +177,8 @@ def resolve_settings(settings: OperatorSection, large: ModelConfig) -> OperatorS
 
 def _method_settings(name: str, large: ModelConfig) -> dict:
     """Returns all keys of a method. Tables by space omit the spaces that the large model lacks."""
-    known = {"default", EMBEDDING, *architectures.get(large.arch).spaces(large)}
+    arch = architectures.get(large.arch)
+    known = {"default", EMBEDDING, *arch.spaces(large)} | ({"groups"} if arch.normalises_all_heads else set())
     return {
         key: {space: start for space, start in value.items() if space in known} if isinstance(value, dict) else value
         for key, value in {**DEFAULT_KEYS, **METHODS[name].keys}.items()

@@ -9,6 +9,7 @@ a time from a file (operator_file.py). It does not depend on the layout: each ra
     gain.source                 (hidden large,)   int64: the small feature whose gain it copies; -1: the mean
     gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
+    gain.{param}.source, .factor                  the same for a norm over all heads
 
 Layers are large layers unless stated otherwise. Layer None means outside the layers.
 """
@@ -27,6 +28,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import (
     LAYER_PREFIX,
     UNTRAINED_SPACE,
+    Heads,
     ParamSpec,
     Role,
     Use,
@@ -123,15 +125,22 @@ class Operator(ABC):
         """Returns the names of the source and the factor of a norm's gain."""
         space = self.arch.space(param.axes[0], self.large)
         if space != "residual":
-            return f"gain.{space}.source", f"gain.{space}.factor"
+            owner = space if param.axes[0].heads is Heads.NONE else short_key(param)
+            return f"gain.{owner}.source", f"gain.{owner}.factor"
         return "gain.source", "gain.final" if param.feeds_head else "gain.layers"
 
     def norm_kind(self, map_name: str) -> str:
         """Returns the kind of norm of a map's space: "rms", "layer", or "" if there is none."""
-        gains = (
-            param.axes[0] for param in self.arch.params if param.exists(self.large) and param.axes[0].use is Use.GAIN
-        )
-        return self.arch.norm if map_name in {self.arch.space(axis, self.large) for axis in gains} else ""
+        lifts = [self.space_maps.lift(param.axes[0]) for param in self.gains()]
+        return self.arch.norm if any(lift is not None and lift.map_name == map_name for lift in lifts) else ""
+
+    def gains(self) -> list[ParamSpec]:
+        """Returns the gains of the large model's norms."""
+        return [param for param in self.arch.params if param.exists(self.large) and param.axes[0].use is Use.GAIN]
+
+    def copies_gain(self, param: ParamSpec) -> bool:
+        """True for a norm's gain whose features are copied, each with a factor, instead of grown by a map."""
+        return self.copied_gains and param.axes[0].use is Use.GAIN and self.space_maps.lift(param.axes[0]) is not None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor of the operator, by name, in file order."""
@@ -145,9 +154,8 @@ class Operator(ABC):
             shapes[f"depth.{short_key(param)}"] = (self.large.num_layers, self.small.num_layers)
         if self.copied_gains:
             shapes |= dict.fromkeys(("gain.source", "gain.layers", "gain.final"), (self.large.hidden_size,))
-            for param in self.arch.params:
-                if param.exists(self.large) and param.axes[0].use is Use.GAIN:
-                    shapes |= dict.fromkeys(self.gain_names(param), param.shape(self.large))
+            for param in filter(self.copies_gain, self.gains()):
+                shapes |= dict.fromkeys(self.gain_names(param), param.shape(self.large))
         return shapes
 
     def count_parameters(self) -> dict[str, int]:
@@ -239,7 +247,17 @@ class Operator(ABC):
         In the dtype of `mixed`. added_rows: (out large, in small), see `grow_tensor`.
         """
         param, layer = self.arch.param(key), layer_index(key)
-        if param.axes[0].use is Use.GAIN and self.copied_gains:
+        grown = self._grow_linearly(key, mixed, added_rows)
+        if param.axes[0].use is Use.GAIN and self.arch.gain_offset:
+            # Mixed and grown is the whole gain, offset + w. This form leaves w alone where nothing grows.
+            weight = 1.0 if layer is None else self.tensor(self.depth_name(key))[layer].sum().to(mixed)
+            grown_ones = self._grow_linearly(key, torch.ones_like(mixed), None)
+            grown = grown + self.arch.gain_offset * (weight * grown_ones - 1)
+        return grown
+
+    def _grow_linearly(self, key: str, mixed: Tensor, added_rows: Tensor | None) -> Tensor:
+        param, layer = self.arch.param(key), layer_index(key)
+        if self.copies_gain(param):
             return self.grow_gain(param, mixed)
         if param.role is Role.ROUTER and self.small.num_experts == 1:
             shards = experts.num_shards(self.small, self.large)
@@ -250,7 +268,14 @@ class Operator(ABC):
             return self._cheapest_form(lift, use, layer, mixed, shard if lift.map_name == "ffn" else None)
 
         grown = grow_tensor(param, mixed, matrix, self.space_maps, added_rows)
+        if param.role is Role.WORD_EMBEDDING and self.embedding_ratio != 1:
+            return grown / self.embedding_ratio
         return grown * self.bias_shares(param).to(grown) if self.divides_bias(param) else grown
+
+    @property
+    def embedding_ratio(self) -> float:
+        """The large model's factor of word embeddings over the small one's, by which they are divided."""
+        return self.arch.embedding_multiplier(self.large) / self.arch.embedding_multiplier(self.small)
 
     def _cheapest_form(
         self, lift: LiftedMap, use: Use, layer: int | None, like: Tensor, shard: slice | None = None

@@ -15,7 +15,7 @@ from megatron_ligo.growth import attention_heads, experts, initializers, layer_k
 from megatron_ligo.growth.initial_operator import InitialOperator, variance_ratio
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
 from megatron_ligo.growth.operator import Operator, short_key
-from megatron_ligo.growth.width_maps import WHOLE_HEADS, MapSpec, SpaceMaps
+from megatron_ligo.growth.width_maps import HEAD_MAPS, WHOLE_HEADS, MapSpec, SpaceMaps
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,22 @@ def check_sizes(small: ModelConfig, large: ModelConfig, merges_kv_heads: bool = 
         expected = f"a divisor of the small model's {small.num_kv_heads} (operator.width_init: groups = 'mean')"
         errors.add("large.num_kv_heads", expected, large.num_kv_heads)
     attention_heads.check_rotary_angles(small, large, errors)
+    _check_head_norms(small, large, errors)
     _check_context(small, large, errors)
     architectures.get(large.arch).check(large, errors)
     errors.raise_if_any()
+
+
+def _check_head_norms(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
+    """Adds an error for sizes at which the statistics of normalised queries and keys would change."""
+    arch = architectures.get(large.arch)
+    if arch.has_head_norms and large.head_dim != small.head_dim:
+        hint = "Queries and keys are normalised over the features of a head: keep head_dim."
+        errors.add("large.head_dim", small.head_dim, large.head_dim, hint)
+    if arch.normalises_all_heads and large.heads_per_group != small.heads_per_group:
+        hint = "Queries and keys are normalised over all heads, whose copies keep their shares only at the same ratio."
+        where, found = "large.num_heads / large.num_kv_heads", f"{large.num_heads} / {large.num_kv_heads}"
+        errors.add(where, f"{small.num_heads} / {small.num_kv_heads}, or the same ratio", found, hint)
 
 
 def _check_context(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
@@ -145,6 +158,11 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     if value_for_space(settings.share, "residual") != "all":
         hint = "The residual stream runs through all layers: set share = {default = 'layer', residual = 'all'}."
         errors.add("operator.share (residual)", "all", value_for_space(settings.share, "residual"), hint)
+    if arch.normalises_all_heads and value_for_space(settings.gain, "residual") == "copied":
+        for name in sorted({*HEAD_MAPS} & {*maps}):
+            if value_for_space(settings.share, name) != "all":
+                hint = "The norm over all heads copies the gains of one choice of heads: set share = 'all' for them."
+                errors.add(f"operator.share ({name})", "all", value_for_space(settings.share, name), hint)
     _check_frozen_identity(errors, settings, small, large)
     _check_lossless(errors, settings, small, large)
     _check_padding(errors, settings, maps)
@@ -180,6 +198,12 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
             hint = "Take depth_init = 'interlace' or 'stack'."
             found = f"{start!r}: with norms after the residual sums (post-LN) no layer is the identity"
             errors.add("operator.depth_init", "a start that promises no lossless depth", found, hint)
+    if method.is_lossless and arch.has_head_norms and large.hidden_size != small.hidden_size:
+        log.info(
+            "the norms of queries and keys share one eps with the others, which growth changes with the variance of "
+            "the residual stream: logits change by about 1e-6. method = 'hypercloning' at a whole multiple of "
+            "hidden_size keeps it"
+        )
     if method.is_lossless and not can_be_lossless(small, large):
         reason = "no start is lossless: only whole copies keep a LayerNorm's mean and variance"
         log.warning("hidden_size %d to %d is no whole multiple: %s", small.hidden_size, large.hidden_size, reason)

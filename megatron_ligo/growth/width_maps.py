@@ -24,8 +24,9 @@ from megatron_ligo.growth import attention_heads, experts
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
 # Spaces whose features are distinct items, which no map may mix.
-UNMAPPED_SPACES = ("vocab", "position", "token_type", "order", "channel", "pixel")
+UNMAPPED_SPACES = ("vocab", "position", "token_type", "order", "channel", "pixel", "head_feature")
 WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
+HEAD_MAPS = (*WHOLE_HEADS, "q", "k")  # the maps of queries and keys
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class SpaceMaps:
             else:
                 part = "o" if axis.use is Use.INPUT else "v"
             feature_map = attention_heads.dual_head_feature_map if dual else attention_heads.head_feature_map
-            inner = feature_map(part, small.head_dim, self.large.head_dim, small.rope_base is not None)
+            factor = small.score_scale / self.large.score_scale
+            inner = feature_map(part, small.head_dim, self.large.head_dim, small.rope_base is not None, factor)
         if self.gqa_ratio_changed and has_query_heads:
             return LiftedMap("heads", unit=small.head_dim, inner=inner)
         heads_per_entry = small.heads_per_group if has_query_heads else 1

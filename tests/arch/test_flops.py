@@ -10,7 +10,7 @@ from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel
 from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.models.factored.small_weights import SmallWeights
-from tests import image_models
+from tests import decoder_models, image_models
 from tests.layer_norm_models import model_of
 from tests.models.factored.fit_reference import lag_of, make_operator
 from tests.tiny_models import hf_llama, llama_config, memory_of, tokens
@@ -36,6 +36,16 @@ def test_count_equals_torch(changes):
     assert forward_flops(model_config, ids.numel(), 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
     total = forward.get_total_flops() + backward.get_total_flops()
     assert train_flops(model_config, ids.numel(), 32) == pytest.approx(total, rel=0.02)
+
+
+@pytest.mark.parametrize("family", decoder_models.OWN)
+def test_count_of_other_decoders_equals_torch(family):
+    model_config = decoder_models.config_of(family)
+    model = model_of(model_config)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(tokens(model_config, batch=3, length=32))
+    assert forward_flops(model_config, 96, 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
 
 
 def test_count_of_a_classifier_equals_torch():

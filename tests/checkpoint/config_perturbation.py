@@ -57,6 +57,18 @@ MODELS = {
         "Qwen2ForCausalLM",
         CAUSAL_SIZES | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
+    "qwen3": ("Qwen3ForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
+    "granite": (
+        "GraniteForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", CAUSAL_SIZES | {"pad_token_id": 1}),
     "gpt2": ("GPT2LMHeadModel", layer_norm_models.GPT2 | {"n_positions": 40}),
     "gpt_neox": ("GPTNeoXForCausalLM", layer_norm_models.NEOX | {"max_position_embeddings": 40}),
     "bert": ("BertForMaskedLM", BERT),

@@ -18,7 +18,7 @@ from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.growth import random_init
 from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.growth.operator import Operator, copy_gain
-from megatron_ligo.growth.width_maps import LiftedMap
+from megatron_ligo.growth.width_maps import LiftedMap, apply_map
 from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.factored.small_weights import OutsideTensors, SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
@@ -117,16 +117,21 @@ class FactoredContext:
             return grown
         return copy_to(grown, self.mesh.tp_group)
 
-    def grow_gain(self, spec: ParamSpec, mixed: Tensor, expand: LinearMap) -> Tensor:
-        """Grows a norm's gain, (D1,) -> (D2,), replicated."""
-        if not self.operator.copied_gains:
-            return expand.to(mixed) @ mixed
-        source, factor = (self.gain_tensors[name] for name in self.operator.gain_names(spec))
-        return copy_gain(mixed, source, factor)
+    def grow_gain(self, spec: ParamSpec, mixed: Tensor, maps: dict[str, LinearMap]) -> Tensor:
+        """Grows a norm's gain, (n,) -> (N,), or over all heads -> this rank's (N / tp,)."""
+        if self.operator.copies_gain(spec):
+            tensors = (self.gain_tensors[name] for name in self.operator.gain_names(spec))
+            source, factor = (shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank) for tensor in tensors)
+            return copy_gain(mixed, source, factor)
+        if self.operator.space_maps.lift(spec.axes[0]) is None:
+            return mixed
+        matrix, lift = self.map_for(maps, spec, 0)
+        return apply_map(mixed, 0, matrix.to(mixed), lift)
 
-    def grow_norm_bias(self, spec: ParamSpec, mixed: Tensor, expand: LinearMap) -> Tensor:
+    def grow_norm_bias(self, spec: ParamSpec, mixed: Tensor, maps: dict[str, LinearMap]) -> Tensor:
         """Grows a norm's bias, (D1,) -> (D2,), replicated."""
-        grown = expand.to(mixed) @ mixed
+        matrix, lift = self.map_for(maps, spec, 0)
+        grown = apply_map(mixed, 0, matrix.to(mixed), lift)
         if self.operator.divides_bias(spec):
             grown = grown * (self.gain_tensors["gain.final"] / self.gain_tensors["gain.layers"])
         return grown

@@ -17,6 +17,7 @@ from megatron_ligo.models.factored.map_parameters import map_for_use
 from megatron_ligo.models.factored.small_weights import OutsideTensors
 from megatron_ligo.models.factored.step_state import StepState
 from megatron_ligo.models.full.image_classifier import embed_image
+from megatron_ligo.models.mcore.layer_calls import finish_logits
 from megatron_ligo.models.mcore.layer_spec import ACTIVATIONS, get_normalization
 from megatron_ligo.models.mcore.norm import normalise
 
@@ -35,12 +36,11 @@ class FactoredEnd(nn.Module):
         context = self.context
         arch, large, outside, lag = context.operator.arch, context.operator.large, context.source.outside, self.lag
         gain, bias = arch.get(role), arch.find(role, bias=True)
-        expand = map_for_use(maps, arch.space(gain.axes[0], large), False)
-        grown = context.enter_partial_use(gain, context.grow_gain(gain, outside.weights[role], expand))
+        grown = context.enter_partial_use(gain, context.grow_gain(gain, outside.weights[role], maps))
         weight = add_lag(grown, lag.weights.get(role))
         shift = None
         if bias is not None:
-            grown = context.enter_partial_use(bias, context.grow_norm_bias(bias, outside.biases[role], expand))
+            grown = context.enter_partial_use(bias, context.grow_norm_bias(bias, outside.biases[role], maps))
             shift = add_lag(grown, lag.biases.get(role)).to(h.dtype)
         return normalise(h, weight.to(h.dtype), shift, large.norm_eps, get_normalization(large))
 
@@ -55,11 +55,14 @@ class FactoredEmbedding(FactoredEnd):
         """tokens (b, s) int64 -> (s or s / tp, b, D2) in the step state's dtype."""
         context = self.context
         maps = self.state.shared_maps()
-        h = map_for_use(maps, "residual", False).apply(self._look_up(tokens, context.source.outside))
+        arch, small, large = context.operator.arch, context.operator.small, context.operator.large
+        looked_up = self._look_up(tokens, context.source.outside)
+        h = map_for_use(maps, "residual", False).apply(looked_up) * arch.embedding_multiplier(small)
         if context.outside_lag is not None:
-            h = h + self._look_up(tokens, context.outside_lag)
+            h = h + self._look_up(tokens, context.outside_lag) * arch.embedding_multiplier(large)
         if context.new_features is not None and context.new_features.weights:
-            h = add_new_features(h, self._look_up(tokens, context.new_features))
+            new = self._look_up(tokens, context.new_features) * arch.embedding_multiplier(large)
+            h = add_new_features(h, new)
         has_norm = Role.EMBEDDING_NORM in context.source.outside.weights
         return self.apply_norm(Role.EMBEDDING_NORM, h, maps) if has_norm else h
 
@@ -128,6 +131,8 @@ class FactoredHead(FactoredEnd):
         u = context.enter_tp_region(map_for_use(maps, space, not large.tied).apply_transposed(h))
         u = u[:1] if is_classifier else u
         bias = outside.biases.get(Role.HEAD)
+        if large.tied and context.operator.embedding_ratio != 1:
+            u = u / context.operator.embedding_ratio
         logits = F.linear(u, outside.weights[Role.HEAD].to(h.dtype), None if bias is None else bias.to(h.dtype))
         new = None if context.new_features is None else context.new_features.weights.get(Role.HEAD)
         if new is not None:
@@ -138,7 +143,7 @@ class FactoredHead(FactoredEnd):
             # In place: another copy of the logits would take more memory than a layer.
             logits += F.linear(context.enter_tp_region(h), self.lag.weights[Role.HEAD].to(h.dtype))
             logits = add_lag(logits, self.lag.biases.get(Role.HEAD))
-        return logits
+        return finish_logits(logits, large)
 
     def _transform(self, h: Tensor, maps: dict[str, LinearMap]) -> Tensor:
         """Applies a masked-LM head's transform: linear, activation and norm, (s or s / tp, b, D2) -> the same shape."""

@@ -136,8 +136,8 @@ class FactoredLayer(nn.Module):
 def build_modules(context: FactoredContext, layer: int, config: TransformerConfig) -> dict[str, FactoredModule]:
     """Builds the modules of a layer's parameters, by their path in Megatron-core's layer, in the family's order.
 
-    Each linear has the norm or activation before it as its input transform. Norms after a block (post-LN) are separate
-    modules.
+    Each linear has the norm or activation before it as its input transform. Norms after a block, and of heads, are
+    separate modules.
     """
     operator = context.operator
     specs_by_path: dict[str, list[ParamSpec]] = {}
@@ -151,7 +151,7 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
     }
     transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(get_ffn_activation(operator.large))}
     if operator.arch.pre_norm:
-        transforms |= {reader: norms.pop(norm) for reader, norm in NORM_READERS.items()}
+        transforms |= {reader: norms.pop(norm) for reader, norm in NORM_READERS.items() if norm in norms}
     modules: dict[str, FactoredModule] = {}
     for path, specs in specs_by_path.items():
         if path in norms:
@@ -169,5 +169,9 @@ def build_layer_spec_with_placeholders(operator: Operator) -> ModuleSpec:
     attention, mlp = spec.submodules.self_attention.submodules, get_mlp_submodules(spec)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = ModulePlaceholder
     attention.linear_qkv = attention.linear_proj = ModulePlaceholder
+    if operator.arch.has_head_norms:
+        attention.q_layernorm = attention.k_layernorm = ModulePlaceholder
+    if operator.arch.has_output_norms:
+        spec.submodules.post_self_attn_layernorm = spec.submodules.post_mlp_layernorm = ModulePlaceholder
     mlp.linear_fc1 = mlp.linear_fc2 = ModulePlaceholder
     return spec

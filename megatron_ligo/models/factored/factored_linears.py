@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ligo.arch.spec import ParamSpec, Use
+from megatron_ligo.arch.spec import Heads, ParamSpec, Use, axis_size
 from megatron_ligo.growth.linear_maps import LinearMap
 from megatron_ligo.growth.width_maps import apply_map
 from megatron_ligo.models.factored.context import FactoredContext, add_lag
 from megatron_ligo.models.factored.fit_flops import is_factored
 from megatron_ligo.models.factored.map_parameters import map_for_use
-from megatron_ligo.models.mcore.norm import normalise
+from megatron_ligo.models.mcore.norm import normalise, normalise_all_heads
 from megatron_ligo.sharding.fused_tensors import pack
 
 Maps = dict[str, LinearMap]  # by side
@@ -59,7 +59,10 @@ class ActivationTransform(InputTransform):
 
 
 class NormTransform(InputTransform):
-    """A norm of the residual stream, (s, b, D2) -> (s, b, D2). Its tensors are the gain and the bias, if any, (D2,)."""
+    """A norm of the residual stream, (s, b, D2) -> (s, b, D2), or of heads, (s, b, heads / tp, d) -> the same shape.
+
+    Its tensors are the gain and the bias, if any.
+    """
 
     def __init__(self, context: FactoredContext, specs: list[ParamSpec], layer: int, eps: float, kind: str):
         self.context = context
@@ -68,15 +71,19 @@ class NormTransform(InputTransform):
         self.eps, self.kind = eps, kind
 
     def build(self, mixed, maps, dtype):
-        expand = map_for_use(maps, "residual", False)
         tensors = []
         for spec in self.specs:
             grow = self.context.grow_gain if spec.axes[0].use is Use.GAIN else self.context.grow_norm_bias
-            grown = self.context.enter_partial_use(spec, grow(spec, mixed[spec.key], expand))
+            grown = self.context.enter_partial_use(spec, grow(spec, mixed[spec.key], maps))
             tensors.append(add_lag(grown, self.lag[spec.key]))
         return [tensor.to(dtype) for tensor in tensors]
 
     def bind(self, tensors):
+        axis = self.specs[0].axes[0]
+        if axis.heads is not Heads.NONE:
+            num_heads = axis_size(axis, self.context.operator.large) // self.context.operator.large.head_dim
+            group = self.context.mesh.tp_group
+            return partial(normalise_all_heads, weight=tensors[0], eps=self.eps, num_heads=num_heads, group=group)
         bias = tensors[1] if len(tensors) > 1 else None
         return partial(normalise, weight=tensors[0], bias=bias, eps=self.eps, kind=self.kind)
 
@@ -120,7 +127,7 @@ class FactoredModule(nn.Module, ABC):
 
 
 class FactoredNorm(FactoredModule):
-    """A norm after a residual sum (post-LN), (s, b, D2) -> (s, b, D2)."""
+    """A norm that no linear reads: after a residual sum or a block, (s, b, D2) -> (s, b, D2), or of heads."""
 
     def __init__(self, transform: NormTransform):
         super().__init__()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import ParamSpec, Role
+from megatron_ligo.arch.spec import ParamSpec, Role, Use
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, gather_partial
@@ -103,9 +103,15 @@ class SmallWeights:
 
     def _read_outside(self, reader: Reader, spec: ParamSpec) -> Tensor:
         """Returns this rank's shard, fp32, with rows for the tokens and positions that only the large model has."""
-        tensor = self.operator.extend_table(spec.key, reader.read(spec.key))
+        tensor = self.operator.extend_table(spec.key, self._read(reader, spec, spec.key))
         local = tensor if spec.tp_dim is None else shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank).clone()
         return local.float().to(device.current_device())
+
+    @staticmethod
+    def _read(reader: Reader, spec: ParamSpec, key: str) -> Tensor:
+        """Returns a small tensor; of a norm, the gain by which it multiplies."""
+        tensor = reader.read(key)
+        return tensor + reader.arch.gain_offset if spec.axes[0].use is Use.GAIN and reader.arch.gain_offset else tensor
 
     def _read_slices(self, reader: Reader, spec: ParamSpec) -> Tensor:
         """Returns this rank's slice of a parameter in every layer, (L, n / slices), in bf16 if exact, else fp32."""
@@ -114,7 +120,7 @@ class SmallWeights:
         keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
         stack = torch.zeros(len(keys), size, dtype=torch.float32)
         for i, key in enumerate(keys):
-            tensor = reader.read(key)
+            tensor = self._read(reader, spec, key)
             self.rms[key] = root_mean_square(tensor)
             piece = tensor.reshape(-1)[start : start + size]
             stack[i, : piece.numel()] = piece
@@ -125,7 +131,7 @@ class SmallWeights:
     def _read_whole(self, reader: Reader, spec: ParamSpec) -> Tensor:
         """Returns a parameter of every layer, (L, ...), fp32."""
         keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
-        return torch.stack([reader.read(key).float() for key in keys]).to(device.current_device())
+        return torch.stack([self._read(reader, spec, key).float() for key in keys]).to(device.current_device())
 
     def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         """Mixes the TP-sharded parameters: for each large layer, by key, in dtype and in the small model's shapes.

@@ -59,10 +59,11 @@ class EncoderEmbedding(EmbeddingSum):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__(model_config, build, mesh)
+        self.model_config = model_config
         self.word_embeddings = build_word_embedding(model_config, build, mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(embed_tokens(self.word_embeddings, tokens))
+        return super().forward(embed_tokens(self.word_embeddings, tokens, self.model_config))
 
 
 class HeadTransform(nn.Module):

@@ -10,7 +10,13 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.single_module import SingleModule
-from megatron_ligo.models.mcore.layer_calls import add_positions, build_uninitialised_config, embed_tokens, run_layer
+from megatron_ligo.models.mcore.layer_calls import (
+    add_positions,
+    build_uninitialised_config,
+    embed_tokens,
+    finish_logits,
+    run_layer,
+)
 from megatron_ligo.models.mcore.layer_spec import (
     BuildOptions,
     build_layer_spec,
@@ -48,7 +54,7 @@ class FullGPT(SingleModule, GPTModel):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
-        h = embed_tokens(self.embedding.word_embeddings, tokens)
+        h = embed_tokens(self.embedding.word_embeddings, tokens, self.model_config)
         if self.rotary_pos_emb is None:
             h = add_positions(h, self.embedding.position_embeddings, self.first_token_rank)
         for number, layer in enumerate(self.decoder.layers):
@@ -56,4 +62,4 @@ class FullGPT(SingleModule, GPTModel):
             h = run_layer(layer, h, positions, self.recompute)
         h = self.decoder.final_layernorm(h)
         tied = self.shared_embedding_or_output_weight() if self.model_config.tied else None
-        return self.output_layer(h, weight=tied)[0]
+        return finish_logits(self.output_layer(h, weight=tied)[0], self.model_config)

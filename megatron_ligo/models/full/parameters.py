@@ -73,7 +73,7 @@ def build_initial_weights(model_config: ModelConfig, seed: int, codes: str = "")
         param = arch.param(key)
         shape = param.shape(model_config)
         if param.axes[0].use is Use.GAIN:
-            return torch.ones(shape)
+            return torch.full(shape, 1 - arch.gain_offset)
         if len(shape) == 1:
             return torch.zeros(shape)
         if codes and param.role is Role.WORD_EMBEDDING:

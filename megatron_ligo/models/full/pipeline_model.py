@@ -30,6 +30,7 @@ from megatron_ligo.models.mcore.layer_calls import (
     build_uninitialised_config,
     build_word_embedding,
     embed_tokens,
+    finish_logits,
     run_layer,
 )
 from megatron_ligo.models.mcore.layer_spec import (
@@ -50,16 +51,17 @@ class PipelineEmbedding(nn.Module):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
+        self.model_config = model_config
         self.word_embeddings = build_word_embedding(model_config, build, mesh)
         if model_config.tied:
             self.head = build_output_linear(model_config, build, mesh, holds_weight=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return embed_tokens(self.word_embeddings, tokens)
+        return embed_tokens(self.word_embeddings, tokens, self.model_config)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (s, b, hidden) -> this rank's columns of the logits (s, b, padded vocabulary / tp)."""
-        return self.head(h, weight=self.word_embeddings.weight)[0]
+        return finish_logits(self.head(h, weight=self.word_embeddings.weight)[0], self.model_config)
 
 
 class PositionEmbedding(nn.Module):
@@ -118,10 +120,11 @@ class OutputHead(nn.Module):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
+        self.model_config = model_config
         self.linear = build_output_linear(model_config, build, mesh, holds_weight=True)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.linear(h)[0]
+        return finish_logits(self.linear(h)[0], self.model_config)
 
 
 class OutputBias(nn.Module):

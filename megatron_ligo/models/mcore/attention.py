@@ -12,10 +12,22 @@ from megatron_ligo.distributed import device
 
 
 class FusedAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, causal or full, grouped-query, with the signature of mcore's DotProductAttention."""
+    """softmax(q k^T scale) v, causal or full, grouped-query, with the signature of mcore's DotProductAttention.
 
-    def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str = "self", **_):
+    softmax_scale: None = 1 / sqrt(d). The scores are bounded by the config's `attention_softcap`, if it is not None.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str = "self",
+        softmax_scale: float | None = None,
+        **_,
+    ):
         super().__init__()
+        self.scale, self.softcap = softmax_scale, config.attention_softcap
         self.config = config
         self.causal = attn_mask_type is AttnMaskType.causal
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -31,10 +43,33 @@ class FusedAttention(nn.Module):
             distance = index[:, None] - index[None, :]
             within = (distance <= self.window) & (distance >= (0 if self.causal else -self.window))
             mask = within if mask is None else mask & within
+        if self.softcap is not None:
+            out = capped_attention(q, k, v, mask, self.causal, self.scale, self.softcap)
+            return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)
         is_grouped = q.shape[1] != k.shape[1]
         if is_grouped and not device.has_grouped_attention(q.dtype, masked=mask is not None):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             is_grouped = False
         is_causal = self.causal and mask is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale, enable_gqa=is_grouped
+        )
         return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, softcap: float
+) -> Tensor:
+    """Returns attention with scores c tanh(q k^T scale / c), which no fused kernel of PyTorch has.
+
+    q: (b, heads, s, d); k, v: (b, groups, s, d); mask: (s, s), True = attended, or None -> (b, heads, s, d).
+    """
+    repeats, length = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if causal and mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v

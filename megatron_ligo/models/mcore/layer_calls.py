@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
@@ -27,13 +28,23 @@ def build_uninitialised_config(model_config: ModelConfig, build: BuildOptions) -
     return config
 
 
-def embed_tokens(words: VocabParallelEmbedding, tokens: Tensor) -> Tensor:
+def embed_tokens(words: VocabParallelEmbedding, tokens: Tensor, model_config: ModelConfig) -> Tensor:
     """tokens (b, s) -> h (s, b, hidden), or (s / tp, b, hidden) under sequence parallelism.
 
     mcore's own embedding module would access the CUDA random state for its dropout, which is 0 here.
     """
     h = words(tokens)
-    return h if words.reduce_scatter_embeddings else h.transpose(0, 1).contiguous()
+    h = h if words.reduce_scatter_embeddings else h.transpose(0, 1).contiguous()
+    multiplier = architectures.get(model_config.arch).embedding_multiplier(model_config)
+    return h if multiplier == 1 else h * multiplier
+
+
+def finish_logits(logits: Tensor, model_config: ModelConfig) -> Tensor:
+    """Returns what the network's loss reads, from the head's product (..., columns), of the same shape."""
+    if model_config.logits_divisor != 1:
+        logits = logits / model_config.logits_divisor
+    softcap = model_config.logits_softcap
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int, start: int = 0) -> Tensor:

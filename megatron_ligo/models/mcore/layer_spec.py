@@ -13,22 +13,25 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.mcore_layer_patterns import to_layer_patterns
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Role
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
 from megatron_ligo.models.mcore.attention import FusedAttention
-from megatron_ligo.models.mcore.norm import Norm
+from megatron_ligo.models.mcore.norm import AllHeadsNorm, Norm
 from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
 from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
+from megatron_ligo.models.mcore.residual_branch_layer import ResidualBranchLayer, ResidualBranchSubmodules
 from megatron_ligo.models.mcore.rotary import set_attention_factor
 
 
@@ -109,6 +112,9 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         kv_channels=model_config.head_dim,
         normalization=get_normalization(model_config),
         layernorm_epsilon=model_config.norm_eps,
+        layernorm_zero_centered_gamma=arch.gain_offset == 1,
+        qk_layernorm=arch.has_head_norms,
+        softmax_scale=None if has_default_scale(model_config) else model_config.score_scale,
         gated_linear_unit=arch.is_gated,
         activation_func=ACTIVATIONS[model_config.activation],
         add_bias_linear=arch.has_linear_biases,
@@ -133,24 +139,38 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         sequence_parallel=build.sequence_parallel,
     )
     set_attention_factor(config, model_config)
+    # For this package's own modules: mcore's config has no fields for them.
+    config.residual_multiplier = model_config.residual_multiplier
+    config.attention_softcap = model_config.attention_softcap
     return config
 
 
+def has_default_scale(model_config: ModelConfig) -> bool:
+    """True if attention scores are divided by the square root of the head size."""
+    return model_config.attention_scale is None and model_config.attention_scale_dim is None
+
+
 def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
+    arch = architectures.get(model_config.arch)
     if model_config.parallel_residual:
         return ParallelResidualLayer
-    return TransformerLayer if architectures.get(model_config.arch).pre_norm else PostNormLayer
+    if not arch.pre_norm:
+        return PostNormLayer
+    has_own_branches = arch.has_output_norms or model_config.residual_multiplier != 1
+    return ResidualBranchLayer if has_own_branches else TransformerLayer
 
 
 def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
     """Builds Transformer Engine's layer spec if it is installed, otherwise mcore's local spec with `FusedAttention` and
     `Norm`.
 
-    Post-norm layers always use the local spec: Transformer Engine fuses the norms of pre-norm layers into its linears.
-    Its attention serves 16 bits: in fp32 it keeps all attention weights in memory.
+    Layers of this package's own, and normalised heads, always use the local spec: Transformer Engine fuses the norms of
+    pre-norm layers into its linears. Its attention serves 16 bits: in fp32 it keeps all attention weights in memory.
     """
     arch = architectures.get(model_config.arch)
-    is_local = not (device.has_transformer_engine() and arch.pre_norm)
+    layer_class = get_layer_class(model_config)
+    is_plain = layer_class in (TransformerLayer, ParallelResidualLayer) and not arch.has_head_norms
+    is_local = not (device.has_transformer_engine() and is_plain and model_config.attention_softcap is None)
     if is_local:
         spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=get_normalization(model_config)))
         spec.submodules.input_layernorm = Norm
@@ -159,10 +179,36 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpe
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
     if is_local or dtype is torch.float32:
         spec.submodules.self_attention.submodules.core_attention = FusedAttention
-    spec.module = get_layer_class(model_config)
+    if arch.has_head_norms:
+        _add_head_norms(spec, model_config, arch)
+    spec.module = layer_class
+    if layer_class is ResidualBranchLayer:
+        spec.submodules = _build_branch_submodules(spec.submodules, arch)
     if not arch.is_causal:
         spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     return spec
+
+
+def _add_head_norms(spec: ModuleSpec, model_config: ModelConfig, arch: Architecture) -> None:
+    """Adds norms of queries and keys, of each head or over all heads."""
+    attention = spec.submodules.self_attention.submodules
+    if not arch.normalises_all_heads:
+        attention.q_layernorm = attention.k_layernorm = Norm
+        return
+    attention.q_layernorm = ModuleSpec(module=AllHeadsNorm, params={"num_heads": model_config.num_heads})
+    attention.k_layernorm = ModuleSpec(module=AllHeadsNorm, params={"num_heads": model_config.num_kv_heads})
+
+
+def _build_branch_submodules(submodules: TransformerLayerSubmodules, arch: Architecture) -> ResidualBranchSubmodules:
+    """Returns a layer's modules with the norms that the family has before and after its blocks."""
+    norms = {
+        "input_layernorm": Role.ATTENTION_NORM,
+        "pre_mlp_layernorm": Role.FFN_NORM,
+        "post_self_attn_layernorm": Role.ATTENTION_OUTPUT_NORM,
+        "post_mlp_layernorm": Role.FFN_OUTPUT_NORM,
+    }
+    own = {name: Norm if arch.has(role) else IdentityOp for name, role in norms.items()}
+    return ResidualBranchSubmodules(**{**vars(submodules), **own})
 
 
 def get_mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:

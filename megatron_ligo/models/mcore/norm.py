@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch import Tensor, nn
+
+from megatron_ligo.distributed.collectives import copy_to, reduce_from
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
@@ -15,14 +19,26 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: 
     return F.layer_norm(x, size, weight, bias, eps)
 
 
+def normalise_all_heads(x: Tensor, weight: Tensor, eps: float, num_heads: int, group: dist.ProcessGroup) -> Tensor:
+    """Applies RMSNorm over the heads of all TP ranks together. x: (s, b, heads / tp, d), weight: (heads / tp x d,)."""
+    squares = reduce_from(x.float().square().sum(dim=(-2, -1), keepdim=True), group)
+    # Each rank divides its own heads by the root: a partial use.
+    mean = copy_to(squares, group) / (num_heads * x.shape[-1])
+    return x * torch.rsqrt(mean + eps).to(x.dtype) * weight.view(x.shape[-2:])
+
+
 class Norm(nn.Module):
-    """Trainable RMSNorm or LayerNorm, (..., hidden) -> (..., hidden), constructed like mcore's norms."""
+    """Trainable RMSNorm or LayerNorm, (..., hidden) -> (..., hidden), constructed like mcore's norms.
+
+    Its gain is 1 + weight if the config's layernorm_zero_centered_gamma says so.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()
         self.kind = config.normalization
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        self.weight = nn.Parameter(torch.full((hidden_size,), 1 - self.offset, dtype=config.params_dtype))
         self.bias = None
         if self.kind == "LayerNorm":
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
@@ -30,4 +46,18 @@ class Norm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalise(x, self.weight, self.bias, self.eps, self.kind)
+        weight = self.weight + self.offset if self.offset else self.weight
+        return normalise(x, weight, self.bias, self.eps, self.kind)
+
+
+class AllHeadsNorm(nn.Module):
+    """Trainable RMSNorm over all heads, (s, b, heads / tp, d) -> the same shape. num_heads: of all ranks."""
+
+    def __init__(self, config, hidden_size: int, num_heads: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.eps, self.num_heads = eps, num_heads
+        local = num_heads // config.tensor_model_parallel_size * hidden_size
+        self.weight = nn.Parameter(torch.ones(local, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalise_all_heads(x, self.weight, self.eps, self.num_heads, get_tensor_model_parallel_group())

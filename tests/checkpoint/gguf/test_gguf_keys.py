@@ -168,17 +168,17 @@ def write_architecture(path, name):
     return path
 
 
-@pytest.mark.parametrize("family", ["granite", "smollm3", "gpt2", "mistral3"])
+@pytest.mark.parametrize("family", ["nemotron", "smollm3", "gpt2", "mistral3"])
 def test_other_networks_are_named(tmp_path, family):
     path = write_architecture(tmp_path / "a.gguf", (family, Type.STRING))
-    with pytest.raises(CheckpointError, match=rf"llama or qwen2, found '{family}'. Its network differs") as error:
+    with pytest.raises(CheckpointError, match=rf"llama or .*qwen2.*, found '{family}'. Its network differs") as error:
         formats.open(path, "gguf")
     assert "Did you mean" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", [REMOVED, (7, Type.UINT32), (["llama"], Type.ARRAY), ("Llama", Type.STRING)])
 def test_an_architecture_of_no_known_name(tmp_path, name):
-    with pytest.raises(CheckpointError, match=r"general\.architecture: expected llama or qwen2"):
+    with pytest.raises(CheckpointError, match=r"general\.architecture: expected .*llama or "):
         formats.open(write_architecture(tmp_path / "a.gguf", name), "gguf")
 
 

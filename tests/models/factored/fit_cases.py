@@ -19,7 +19,7 @@ from megatron_ligo.models.factored.factored_model import FactoredModel, Factored
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine
-from tests import image_models
+from tests import decoder_models, image_models
 from tests.growth import official_ligo
 from tests.layer_norm_models import config_of, memory_of, model_of
 from tests.models.factored.fit_reference import lag_of, make_operator
@@ -40,6 +40,9 @@ def small_dims(changes: dict) -> ModelConfig:
         return image_models.image_config(
             changes["arch"], **{**SMALL, **{k: v for k, v in changes.items() if k != "arch"}}
         )
+    if changes["arch"] in decoder_models.OWN:
+        own = {k: v for k, v in changes.items() if k != "arch"}
+        return decoder_models.config_of(changes["arch"], **SMALL, **own)
     return config_of(
         changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}}
     )

@@ -18,7 +18,7 @@ from megatron_ligo.config.run_config import value_for_space
 from megatron_ligo.growth.operator import Operator
 
 # Spaces that keep their features.
-FIXED_SPACES = ("vocab", "position", "token_type", "order", "channel", "pixel")
+FIXED_SPACES = ("vocab", "position", "token_type", "order", "channel", "pixel", "head_feature")
 Values = dict[str, Tensor]  # the operator's tensors, by name
 
 
@@ -32,7 +32,10 @@ def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
     spec, layer = operator.arch.param(key), layer_index(key)
     mixed = mixed_layers(operator, source, values, spec, layer)
     if spec.axes[0].use is Use.GAIN:
-        return grown_gain(operator, values, spec, mixed)
+        # The whole gain of a norm that multiplies by 1 + w is mixed and grown, and w is stored.
+        offset = operator.arch.gain_offset
+        shares = torch.ones(()) if layer is None else values[f"depth.{short_name(spec)}"][layer].sum()
+        return grown_gain(operator, values, spec, mixed + offset * shares, layer) - offset
     fresh = fresh_rows(operator, source, spec, layer)
     for dim, axis in enumerate(spec.axes):
         matrix = feature_matrix(operator, values, axis, layer)
@@ -40,6 +43,9 @@ def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
             mixed = torch.tensordot(matrix, mixed, dims=([1], [dim])).movedim(0, dim)
         if dim == 0 and fresh is not None:
             mixed = mixed + fresh
+    if spec.role is Role.WORD_EMBEDDING and operator.arch.scales_embedding:
+        # transformers multiplies by the square root of the width.
+        return mixed * (operator.small.hidden_size / operator.large.hidden_size) ** 0.5
     if spec.feeds_head and operator.large.tied and value_for_space(operator.settings.gain, "residual") == "copied":
         # A norm's bias before a tied head: the copies of a feature come back as one.
         mixed = mixed * values["gain.final"] / values["gain.layers"]
@@ -87,8 +93,15 @@ def interpolated_positions(operator: Operator, table: Tensor) -> Tensor:
     return torch.cat([table[:special], grid.permute(1, 2, 0).flatten(0, 1)])
 
 
-def grown_gain(operator: Operator, values: Values, spec: ParamSpec, mixed: Tensor) -> Tensor:
+def grown_gain(operator: Operator, values: Values, spec: ParamSpec, mixed: Tensor, layer: int | None) -> Tensor:
     """A norm's gain: the copied feature's times a constant, or (official LiGO) grown as a vector."""
+    if spec.role in (Role.QUERY_NORM, Role.KEY_NORM):
+        if spec.axes[0].space == "head_feature":
+            return mixed
+        if value_for_space(operator.settings.gain, "residual") != "copied":
+            return feature_matrix(operator, values, spec.axes[0], layer) @ mixed
+        stem = f"gain.{short_name(spec)}"
+        return mixed[values[f"{stem}.source"]] * values[f"{stem}.factor"]
     space = "head" if spec.role is Role.HEAD_NORM and not operator.large.tied else "residual"
     if value_for_space(operator.settings.gain, "residual") != "copied":
         return width_map(operator, values, space, None, False) @ mixed

@@ -16,7 +16,7 @@ from tests.models.factored import fit_cases, fit_reference
 from tests.models.mcore.rope_kinds import SCALINGS
 
 OPTIMIZERS = {"adamw": (1e-3, 0.05), "sgd": (0.5, 1.0)}
-# The gradient of U contains V's large entries; official LiGO, with tied contracts, is steep in a post-LN network.
+# The gradient of U contains V's large entries; official LiGO, with tied contracts, is steep where norms follow blocks.
 LOW_LR = 0.02
 
 
@@ -34,7 +34,7 @@ def expected(optimizer: str, changes: str = "{}"):
 def rates(optimizer: str, changes: dict) -> tuple[float, float]:
     lr, clip = OPTIMIZERS[optimizer]
     settings, family = changes.get("settings", {}), changes.get("small", {}).get("arch")
-    steep = "rank" in settings or (family == "bert" and settings.get("method") == "ligo")
+    steep = "rank" in settings or (family in ("bert", "olmo2") and settings.get("method") == "ligo")
     return (LOW_LR if steep else lr), clip
 
 
@@ -239,6 +239,38 @@ def test_gpt_neox_is_exact_when_sharded(pools):
     """With parallel residual blocks and partial rotary embeddings."""
     layout = {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}
     assert_exact(differences(pools, 4, "sgd", NEOX, **layout))
+
+
+DECODERS = [
+    pytest.param("qwen3", 4, {"tp": 2, "pp": 2, "sequence_parallel": True, "micro_size": 2}),
+    pytest.param("qwen3", 2, {"tp": 2}, marks=pytest.mark.long),
+    pytest.param("qwen3", 4, {"tp": 2, "zero": 3, "micro_size": 2, "recompute": True}, marks=pytest.mark.long),
+    pytest.param("granite", 4, {"tp": 2, "pp": 2, "sequence_parallel": True, "micro_size": 2}),
+    pytest.param("granite", 4, {"tp": 2, "zero": 3, "micro_size": 2}, marks=pytest.mark.long),
+    pytest.param("olmo2", 4, {"tp": 2, "pp": 2, "sequence_parallel": True, "micro_size": 2}),
+    pytest.param("olmo2", 2, {"tp": 2}, marks=pytest.mark.long),
+    pytest.param("olmo2", 4, {"tp": 2, "zero": 3, "micro_size": 2, "recompute": True}, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("family, world, layout", DECODERS, ids=str)
+def test_other_decoders_are_exact_when_sharded(pools, family, world, layout):
+    changes = {"small": {"arch": family, "tied": layout.get("zero") != 3}, "settings": {"noise": 0.5}}
+    assert_exact(differences(pools, world, "sgd", changes, **layout))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", sorted({case.values[0] for case in DECODERS}))
+def test_other_decoders_are_exact_with_the_official_operator(pools, family):
+    changes = {"small": {"arch": family, "tied": True}, "settings": {"method": "ligo"}}
+    assert_exact(differences(pools, 4, "sgd", changes, tp=2, pp=2, micro_size=2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", sorted({case.values[0] for case in DECODERS}))
+def test_other_decoders_are_exact_after_a_lag(pools, family):
+    changes = {"small": {"arch": family, "tied": True}, "lagged": True}
+    assert_exact(differences(pools, 2, "sgd", changes, tp=2, sequence_parallel=True, micro_size=4))
 
 
 def test_gpt2_is_exact_with_the_official_operator(pools):

@@ -20,7 +20,7 @@ from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.loss import compute_loss
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec, build_transformer_config
 from megatron_ligo.training.engine import Engine, build_parameter_groups
-from tests import image_models
+from tests import decoder_models, image_models
 from tests.layer_norm_models import config_of, model_of
 from tests.tiny_models import llama_config, tokens
 
@@ -37,6 +37,8 @@ def sizes(tied: bool, family: str = "llama") -> ModelConfig:
         side = {"vit": 10, "deit": 7}[family]
         own = {"num_kv_heads": 8, "hidden_size": 32, "vocab_size": 7, "image_size": side}
         return image_models.image_config(family, **SIZES | own)
+    if family in decoder_models.OWN:
+        return decoder_models.config_of(family, tied=tied, **SIZES, head_dim=4, hidden_size=32)
     if family != "llama":
         names = {
             "gpt2": "GPT2LMHeadModel",

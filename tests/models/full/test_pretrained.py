@@ -16,6 +16,7 @@ from megatron_ligo.models.full.factory import build_model as build_pretrained
 from megatron_ligo.models.full.gpt import FullGPT
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.sharding import fused_tensors
+from tests import decoder_models
 from tests.layer_norm_models import memory_of, model_of
 from tests.models.full import pretrain_cases
 from tests.tiny_models import Memory
@@ -71,7 +72,7 @@ def folders(tmp_path_factory) -> dict[bool, str]:
     return {tied: made(tmp_path_factory.mktemp("universal"), tied, "llama") for tied in (False, True)}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit", *decoder_models.OWN])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_are_those_of_transformers(tied, family):
     assert_logits(pretrain_cases.sizes(tied, family))
@@ -119,6 +120,14 @@ OTHER_FAMILIES = [
     ("vit", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4}),
     pytest.param("vit", {"tp": 2, "zero": 2, "micro_size": 4}, marks=pytest.mark.long),
     ("deit", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    ("qwen3", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    pytest.param("qwen3", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
+    pytest.param("granite", {"tp": 2, "pp": 2, "tied": False, "optimizer": "sgd"}, marks=pytest.mark.long),
+    pytest.param("granite", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
+    ("olmo2", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    pytest.param(
+        "olmo2", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long
+    ),
 ]
 
 

@@ -38,8 +38,8 @@ PLAIN = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-# llama.cpp interleaves rotary pairs for this architecture only.
-INTERLEAVED = ("llama",)
+# llama.cpp interleaves rotary pairs for these architectures only.
+INTERLEAVED = ("llama", "granite")
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 
 

@@ -22,8 +22,11 @@ FAMILY = "general.architecture"
 # Sizes that llama.cpp may state layer by layer.
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 FP32_ROUNDING = 2**-23
-REALS = ("norm_eps", "rope_base")
-REQUIRED = ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size")
+REALS = (
+    "norm_eps", "rope_base", "embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor",
+    "attention_softcap", "logits_softcap",
+)  # fmt: skip
+REQUIRED = ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size", "attention_scale")
 
 
 def parse_model_config(header: GgufHeader, path: Path, accepted: AcceptedKeys) -> ModelConfig:
@@ -37,7 +40,7 @@ def parse_model_config(header: GgufHeader, path: Path, accepted: AcceptedKeys) -
     sizes |= _read_fields(metadata, arch, family, errors)
     _read_vocab_size(header, arch, family, sizes, errors)
     for name in REQUIRED:
-        if name not in sizes:
+        if name not in sizes and name in arch.gguf_fields.values():
             key = next(key for key, field in arch.gguf_fields.items() if field == name)
             if f"{family}.{key}" not in metadata:
                 errors.add(f"{family}.{key}", "a positive number", "no such key")

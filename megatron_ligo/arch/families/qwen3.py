@@ -1,0 +1,42 @@
+"""Qwen3: Llama with an RMSNorm of each query and key head before the rotation.
+
+A grown head is a copy of a small one, so these norms are copied. Growth is lossless at any ratio up to their eps: every
+norm of a config has one, which follows the residual stream's variance (eps x D1 / D2). That costs about 1e-6; it costs
+nothing where eps stays: method hypercloning at a whole multiple of hidden_size.
+"""
+
+from dataclasses import replace
+
+from megatron_ligo.arch.common_axes import HEAD_FEATURE_GAIN
+from megatron_ligo.arch.common_params import without_format
+from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role
+
+
+def _head_norm(key: str, role: Role, hf: str, mcore: str, gguf: str) -> ParamSpec:
+    locations = {
+        "hf": FormatLocation(f"model.layers.{{}}.self_attn.{hf}.weight"),
+        "mcore": FormatLocation(f"decoder.layers.{{}}.self_attention.{mcore}.weight"),
+        "gguf": FormatLocation(f"blk.{{}}.{gguf}.weight"),
+    }
+    # Replicated, but each tensor-parallel rank normalises its own heads.
+    return ParamSpec(key, role, (HEAD_FEATURE_GAIN,), None, locations, partial_tp_use=True)
+
+
+QUERY_NORM = _head_norm("layers.{}.q_norm", Role.QUERY_NORM, "q_norm", "q_layernorm", "attn_q_norm")
+KEY_NORM = _head_norm("layers.{}.k_norm", Role.KEY_NORM, "k_norm", "k_layernorm", "attn_k_norm")
+
+QWEN3 = replace(
+    LLAMA,
+    name="qwen3",
+    model_types={"qwen3": {"Qwen3ForCausalLM": ()}},
+    own_head_dim=True,
+    params=(
+        *without_format((param for param in LLAMA.params if not param.requires), "fairscale"),
+        QUERY_NORM,
+        KEY_NORM,
+    ),
+    required_hf_values={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    foreign_hf_keys={},
+    implied_sizes={"qwen3": {"qkv_bias": False, "sliding_window": None}},
+)
