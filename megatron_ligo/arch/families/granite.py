@@ -35,5 +35,6 @@ GRANITE = replace(
     foreign_hf_keys={},
     # transformers reads it without a declaration.
     hf_fixed=LLAMA.hf_fixed | {"sliding_window": (None,)},
+    hf_pattern_keys={},
     implied_sizes={},
 )

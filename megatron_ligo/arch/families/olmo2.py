@@ -51,5 +51,6 @@ OLMO2 = replace(
     foreign_hf_keys={},
     # transformers reads it without a declaration.
     hf_fixed=LLAMA.hf_fixed | {"sliding_window": (None,)},
+    hf_pattern_keys={},
     implied_sizes={},
 )

@@ -36,7 +36,8 @@ QWEN3 = replace(
         QUERY_NORM,
         KEY_NORM,
     ),
-    required_hf_values={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    required_hf_values={"hidden_act": "silu", "attention_bias": False},
     foreign_hf_keys={},
-    implied_sizes={"qwen3": {"qkv_bias": False, "sliding_window": None}},
+    hf_pattern_keys={"qwen3": LLAMA.hf_pattern_keys["qwen2"]},
+    implied_sizes={},
 )
