@@ -101,6 +101,11 @@ def init_distributed(timeout_minutes: float = 10.0) -> None:
         rank_watch.start_watch(WatchTimes(stuck=timeout_minutes * 60))
 
 
+def current_tp_group() -> dist.ProcessGroup:
+    """Returns the tensor-parallel group of the mesh that was built last."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def build_mesh(tp: int, pp: int) -> Mesh:
     """Divides the ranks into tp x pp x dp and creates their groups. Collective. Raises LayoutError for a remainder."""
     with all_ranks().agree():

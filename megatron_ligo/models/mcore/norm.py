@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch import Tensor, nn
 
 from megatron_ligo.distributed.collectives import copy_to, reduce_from
+from megatron_ligo.distributed.mesh import current_tp_group
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
@@ -60,4 +60,4 @@ class AllHeadsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(local, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalise_all_heads(x, self.weight, self.eps, self.num_heads, get_tensor_model_parallel_group())
+        return normalise_all_heads(x, self.weight, self.eps, self.num_heads, current_tp_group())
