@@ -7,6 +7,9 @@ from megatron_ligo.api.growing import write_handoff as write_handoff
 from megatron_ligo.api.plans import plan as plan
 from megatron_ligo.api.sources import open_model as open_model
 from megatron_ligo.api.sources import open_state_dict as open_state_dict
+from megatron_ligo.api.training_scripts import deepspeed_mpu as deepspeed_mpu
+from megatron_ligo.api.training_scripts import load_universal as load_universal
+from megatron_ligo.api.training_scripts import prepare_for_universal as prepare_for_universal
 from megatron_ligo.common.errors import CheckpointError as CheckpointError
 from megatron_ligo.common.errors import ConfigError as ConfigError
 from megatron_ligo.common.errors import DataError as DataError

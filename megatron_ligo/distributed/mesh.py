@@ -117,7 +117,26 @@ def build_mesh(tp: int, pp: int) -> Mesh:
         parallel_state.initialize_model_parallel(
             tp, pp, create_gloo_process_groups=False, distributed_timeout_minutes=minutes
         )
-    mesh = Mesh(
+    mesh = _read_mesh(dims)
+    assert dims.global_rank(mesh.tp_rank, mesh.pp_rank, mesh.dp_rank) == dist.get_rank(), "rank order"
+    return mesh
+
+
+def current_mesh() -> Mesh:
+    """Returns the mesh of the groups that Megatron-core has now, such as those of somebody's own training script.
+
+    Raises LayoutError if it has none.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        hint = "Call parallel_state.initialize_model_parallel first."
+        raise LayoutError(Problem("Megatron-core's process groups", "one for each parallel axis", "none", hint))
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    return _read_mesh(ParallelDims.divide(dist.get_world_size(), tp, pp))
+
+
+def _read_mesh(dims: ParallelDims) -> Mesh:
+    return Mesh(
         dims=dims,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -126,8 +145,6 @@ def build_mesh(tp: int, pp: int) -> Mesh:
         dp_group=parallel_state.get_data_parallel_group(),
         tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
     )
-    assert dims.global_rank(mesh.tp_rank, mesh.pp_rank, mesh.dp_rank) == dist.get_rank(), "rank order"
-    return mesh
 
 
 def _groups_exist(tp: int, pp: int) -> bool:

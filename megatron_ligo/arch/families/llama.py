@@ -26,6 +26,8 @@ def _module(hf: str, mcore: str, gguf: str, meta: str) -> Locations:
         "mcore": FormatLocation(mcore),
         "gguf": FormatLocation(gguf),
         "fairscale": FormatLocation(meta),
+        # torchtitan has Meta's names, but for the head's.
+        "torchtitan": FormatLocation("lm_head" if meta == "output" else meta),
     }
 
 
@@ -40,6 +42,7 @@ def _qkv_module(part: int, hf: str, gguf: str, meta: str, interleaved: bool) -> 
         "mcore": FormatLocation("decoder.layers.{}.self_attention.linear_qkv", Pack.GROUPED, part, num_parts=3),
         "gguf": FormatLocation(f"blk.{{}}.{gguf}", interleaved=interleaved),
         "fairscale": FormatLocation(f"layers.{{}}.attention.{meta}", interleaved=interleaved),
+        "torchtitan": FormatLocation(f"layers.{{}}.attention.qkv_linear.{meta}", interleaved=interleaved),
     }
 
 
@@ -50,12 +53,14 @@ def _ffn_module(part: int, hf: str, gguf: str, meta: str) -> Locations:
         "mcore": FormatLocation("decoder.layers.{}.mlp.linear_fc1", Pack.STACKED, part, num_parts=2),
         "gguf": FormatLocation(f"blk.{{}}.{gguf}"),
         "fairscale": FormatLocation(f"layers.{{}}.feed_forward.{meta}"),
+        "torchtitan": FormatLocation(f"layers.{{}}.feed_forward.{meta}"),
     }
 
 
 def _qkv_bias(key: str, role: Role, axis: Axis, module: Locations) -> ParamSpec:
-    """Returns a bias of q, k or v (Qwen2). Meta's format has none."""
-    locations = {name: location for name, location in bias_of(module).items() if name != "fairscale"}
+    """Returns a bias of q, k or v (Qwen2). Meta's format and torchtitan's Llama have none."""
+    without = ("fairscale", "torchtitan")
+    locations = {name: location for name, location in bias_of(module).items() if name not in without}
     return ParamSpec(key, role, (axis,), 0, locations, is_bias=True, requires="qkv_bias")
 
 

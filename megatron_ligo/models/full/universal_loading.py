@@ -1,12 +1,7 @@
 """Loading of DeepSpeed's universal checkpoints into a model in any layout, with verification.
 
-In your own training script, with any Megatron-core GPTModel whose parameters have mcore's names:
-
-    source = formats.open("runs/grown/universal")
-    model = GPTModel(...)
-    prepare_for_universal(model, source.model_config, tp_group)        # needed with ZeRO 3 and tensor parallelism
-    engine, *_ = deepspeed.initialize(model=model, config={..., "checkpoint": {"load_universal": True}}, ...)
-    load_universal(engine, source, tp_group)
+Your own training script, with any Megatron-core GPTModel whose parameters have mcore's names:
+examples/deepspeed_megatron.py.
 """
 
 from __future__ import annotations
@@ -39,6 +34,8 @@ from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
 # From this version on DeepSpeed reads the shards' widths; earlier ones divide evenly.
 UNIVERSAL_VERSION = 0.4
+# The name of the format.
+UNIVERSAL = "universal"
 # Classes that DeepSpeed's own tools pickle into universal checkpoints. Unpickling them has no side effects.
 ALLOWED_RECORDS = (LossScaler, DynamicLossScaler, ZeroStageEnum, SubparamShape, fragment_address)
 

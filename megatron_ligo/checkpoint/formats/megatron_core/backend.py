@@ -13,12 +13,10 @@ MAX_CONFIG_BYTES = 10_000
 
 
 def is_distributed(folder: Path) -> bool:
-    """Returns whether a folder holds a checkpoint of Megatron-core with any backend, or torch.distributed's own."""
-    has_tensors = (folder / METADATA_FILE).is_file()
-    if (folder / CONFIG_FILE).is_file():
-        # zarr's has no metadata file.
-        return has_tensors or _names_backend(folder / CONFIG_FILE)
-    return has_tensors and any(folder.glob("*.distcp"))
+    """Returns whether a folder holds a checkpoint of Megatron-core, with any backend."""
+    # zarr's has no metadata file.
+    has_config = (folder / CONFIG_FILE).is_file()
+    return has_config and ((folder / METADATA_FILE).is_file() or _names_backend(folder / CONFIG_FILE))
 
 
 def _names_backend(path: Path) -> bool:

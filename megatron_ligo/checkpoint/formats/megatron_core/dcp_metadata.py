@@ -48,6 +48,9 @@ _STUB_NAMES = {
     f"{_CHECKPOINT}.filesystem": ("_StorageInfo", "_StoragePrefix"),
     # The save plan of each rank, which Megatron-core caches for its next save.
     f"{_CHECKPOINT}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    # Where torch.distributed.checkpoint.save has written it.
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
 }  # fmt: skip
 _ALLOWED_GLOBALS: dict[tuple[str, str], object] = {

@@ -1,0 +1,82 @@
+"""Every script in examples/, as its docstring calls it, on tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import megatron_ligo as ligo
+from tests.tiny_models import hf_llama, llama_config
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+LARGE = {"num_layers": 4, "hidden_size": 32, "ffn_size": 40, "num_heads": 8, "num_kv_heads": 4}
+
+
+def run_example(name: str, arguments: list[str]) -> str:
+    """Runs a script in this process, on every rank of a pool; returns what it prints."""
+    before, sys.argv = sys.argv, [name, *arguments]
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        sys.argv = before
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    ligo.write_handoff(hf_llama(llama_config()), folder / "grown", **LARGE)
+    return folder / "grown"
+
+
+@pytest.mark.parametrize(
+    ("zero", "world"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.long), pytest.param(3, 4, marks=pytest.mark.long)]
+)
+def test_a_deepspeed_script_of_ones_own(pools, grown, zero, world):
+    printed = pools(world).run(
+        run_example, name="deepspeed_megatron.py", arguments=[str(grown), f"--zero={zero}", "--tp=2"]
+    )
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step ")]
+    small = llama_config()
+    tokens = torch.randint(0, small.vocab_size, (2, small.max_positions), generator=torch.Generator().manual_seed(0))
+    logits = hf_llama(small)(tokens).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert losses[0] == pytest.approx(float(expected), rel=1e-5)
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
+@pytest.mark.long
+def test_the_trainer(tmp_path, grown):
+    hf_llama(llama_config()).save_pretrained(tmp_path / "small")
+    words = [f"w{number}" for number in range(36)]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate([*words, "[UNK]"])}, "[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "small" / "tokenizer.json"))
+    (tmp_path / "small" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(" ".join(words * 40))
+    sizes = [f"--{name.replace('_', '-')}={size}" for name, size in LARGE.items()]
+    arguments = [str(tmp_path / "small"), str(tmp_path / "texts"), f"--output={tmp_path / 'run'}", "--steps=2", *sizes]
+    run_example("hf_trainer.py", arguments)
+    assert ligo.inspect(tmp_path / "run" / "final")["dims"]["num_layers"] == 4
+    assert ligo.inspect(tmp_path / "run" / "checkpoint-2")["parameters"]
+
+
+def test_megatron_lms_command_line(tmp_path, grown):
+    printed = run_example("megatron_lm.py", [str(grown), str(tmp_path / "mcore"), "--tp=2"])
+    dims = ligo.inspect(grown)["dims"]
+    for part in (f"--norm-epsilon {dims['norm_eps']} ", "--num-query-groups 4 ", "--hidden-dropout 0 ", "--finetune"):
+        assert part in printed
+    assert ligo.verify(tmp_path / "mcore", grown).same
