@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -57,13 +57,16 @@ def build_model(dims: dict, tp: int) -> GPTModel:
     )
 
 
-def compute_loss(engine: deepspeed.DeepSpeedEngine, tokens: torch.Tensor) -> torch.Tensor:
+def compute_loss(engine: deepspeed.DeepSpeedEngine, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Returns the mean next-token loss, a scalar, of token ids (batch, length)."""
     batch, length = tokens.shape
     positions = torch.arange(length, device=tokens.device).expand(batch, -1)
     # True where attention is masked: the future.
     mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
     logits = engine(tokens, positions, mask)[:, :-1].transpose(0, 1).contiguous()
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    # The padding of the vocabulary is no token. (Megatron-LM counts it, so its first loss is a little higher.)
+    logits[..., max(vocab_size - first, 0) :] = torch.finfo(logits.dtype).min
     return vocab_parallel_cross_entropy(logits, tokens[:, 1:].transpose(0, 1).contiguous()).mean()
 
 
@@ -80,6 +83,9 @@ def main() -> None:
     parallel_state.initialize_model_parallel(args.tp)
     if torch.cuda.is_available():
         model_parallel_cuda_manual_seed(1)
+    else:
+        # There is no dropout here, so no random numbers of CUDA are needed.
+        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     dims = ligo.inspect(args.handoff)["dims"]
     model = build_model(dims, args.tp)
     if args.zero == 3 and args.tp > 1:
@@ -104,7 +110,7 @@ def main() -> None:
     length = min(128, dims["max_positions"])
     tokens = torch.randint(0, dims["vocab_size"], (2, length), generator=generator).to(engine.device)
     for step in range(args.steps):
-        loss = compute_loss(engine, tokens)
+        loss = compute_loss(engine, tokens, dims["vocab_size"])
         engine.backward(loss)
         engine.step()
         if torch.distributed.get_rank() == 0:

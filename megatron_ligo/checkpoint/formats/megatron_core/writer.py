@@ -26,7 +26,8 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
     optimizer_state_name,
     stacked_name,
 )
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, bridge_config
+from megatron_ligo.checkpoint.formats.megatron_lm.run_config import FILE as RUN_CONFIG
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, tp_shards
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output
@@ -44,16 +45,24 @@ class MegatronCoreOptions(adam_groups.AdamRates):
     vocab_divisible_by: int = setting(
         1, "pads the vocabulary to a multiple of it (default 1: Megatron-core pads as it loads)", low=1
     )
+    bridge: bool = setting(
+        False, "for Megatron-Bridge's AutoBridge: adds run_config.yaml, in iter_N (default false: release)"
+    )
 
 
 def write_checkpoint(source: Reader, output: Output, options: MegatronCoreOptions) -> None:
     """Writes one file of global tensors per layer, then the metadata. Megatron-core shards tensors as it loads."""
     model_config, multiple = source.model_config, options.vocab_divisible_by
     padded_vocab_size = -(-model_config.vocab_size // multiple) * multiple
-    folder = iteration_folders.folder_name(0)
+    # AutoBridge looks for iter_0000000, which Megatron-LM does not load.
+    folder = f"iter_{source.step:07d}" if options.bridge else iteration_folders.RELEASE
     model_record.write(source, output)
     written = _write_tensors(source, output, folder, padded_vocab_size)
-    args = arguments.to_megatron_args(model_config, 1, 1, padded_vocab_size, written.most_common_dtype(), source.step)
+    dtype = written.most_common_dtype()
+    if options.bridge:
+        text = bridge_config.to_run_config(model_config, padded_vocab_size, dtype)
+        output.write_text(f"{folder}/{RUN_CONFIG}", text)
+    args = arguments.to_megatron_args(model_config, 1, 1, padded_vocab_size, dtype, source.step)
     output.write_torch(
         f"{folder}/{COMMON_FILE}",
         {
@@ -68,7 +77,7 @@ def write_checkpoint(source: Reader, output: Output, options: MegatronCoreOption
     output.write_file(f"{folder}/{METADATA_FILE}", lambda path: path.write_bytes(metadata))
     config = {**BACKEND, "common_backend": "torch", "common_backend_version": 1}
     output.write_json(f"{folder}/{CONFIG_FILE}", config)
-    iteration_folders.write_tracker(output, 0)
+    output.write_text(iteration_folders.TRACKER, str(source.step) if options.bridge else iteration_folders.RELEASE)
 
 
 def _build_common_optimizer(source: Reader, rates: dict[str, object]) -> dict[str, object]:

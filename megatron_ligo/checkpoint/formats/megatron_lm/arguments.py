@@ -134,6 +134,28 @@ LLAMA_ARGS = {
     "num_experts": None,
     "mtp_num_layers": None,
     "multi_latent_attention": False,
+    # Megatron-Bridge takes these to be 0.1 where they are not stated.
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    # Stated for Megatron-Bridge, which has no defaults for them: none changes what the model computes.
+    "no_persist_layer_norm": False,
+    "overlap_p2p_comm": False,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "fp8_param_gather": False,
+    "bias_swiglu_fusion": True,
+    "bias_gelu_fusion": False,
+    "squared_relu": False,
+    "init_method_xavier_uniform": False,
+    "config_logger_dir": "",
+    "cp_comm_type": ["p2p"],
+    "is_hybrid_model": False,
+    "heterogeneous_layers_config_path": None,
+    "fp16_lm_cross_entropy": False,
+    "transformer_impl": "transformer_engine",
+    "moe_grouped_gemm": False,
+    "qk_l2_norm": False,
+    "init_model_with_meta_device": False,
 }
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.mcore_names import EXTRA_STATE, sort_by_construction, to_fused_name
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Stage, Use, layer_index
+from megatron_ligo.arch.spec import Pack, Stage, Use, layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer, rope_arguments
 from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import RankFiles, has_rank_files, rank_file
-from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tensor_check, tp_shards
+from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tensor_check, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.output import Output, common_dtype
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
@@ -81,8 +81,23 @@ class MegatronReader(Reader):
                 where = f"{stored.name} ({kind}, {self._folder}, rank {rank})"
                 hint = "The model is tied, and its stages diverged in training."
                 raise CheckpointError(Problem(where, "the bits of the last stage's copy", "other bits", hint))
+        if self._cuts_groups(stored):
+            where = f"{key} ({stored.name}, {self._folder})"
+            shards = [torch.cat([torch_files.check_stored(where, shard) for shard in shards])]
         padded_config = replace(self.model_config, vocab_size=self._padded_vocab_size)
         return tp_shards.join_shards(stored, key, shards, padded_config, self.model_config, f"{self._folder}")
+
+    def _cuts_groups(self, stored: StoredTensor) -> bool:
+        """True for a tensor of queries, keys and values whose rows the ranks share, since KV heads are fewer."""
+        tp, groups = self._rank_files.tp, self.model_config.num_kv_heads
+        return stored.pack is Pack.GROUPED and groups < tp and tp % groups == 0
+
+    def _shard_shape(self, stored: StoredTensor, padded_config: ModelConfig) -> tuple[int, ...]:
+        tp = self._rank_files.tp
+        if not self._cuts_groups(stored):
+            return stored.shape(padded_config, tp)
+        rows, *rest = stored.shape(padded_config)
+        return (rows // tp, *rest)
 
     def _check(self) -> int:
         """Checks that every rank holds each tensor in its shape and dtype, and no others.
@@ -94,9 +109,11 @@ class MegatronReader(Reader):
         if model_config.num_layers != rank_files.num_layers:
             hint = "Are files or stages missing?"
             errors.add("num_layers", model_config.num_layers, rank_files.num_layers, hint)
-        tensor_parallel.check_tp(model_config, rank_files.tp, errors)
-        errors.raise_if_any()
         stored_tensors = fused_tensors.stored_tensors(self.arch, model_config, "mcore")
+        cuts_groups = any(map(self._cuts_groups, stored_tensors.values()))
+        divided = replace(model_config, num_kv_heads=model_config.num_heads) if cuts_groups else model_config
+        tensor_parallel.check_tp(divided, rank_files.tp, errors)
+        errors.raise_if_any()
         vocab_tensors = (rank_files.tensors.get(name) for name, s in stored_tensors.items() if s.is_vocab_parallel)
         padded_vocab_size = max(map(_sum_rows, vocab_tensors), default=0)
         if padded_vocab_size < model_config.vocab_size:
@@ -105,7 +122,7 @@ class MegatronReader(Reader):
         padded_config = replace(model_config, vocab_size=padded_vocab_size)
         for stored in stored_tensors.values():
             self._stored_by_key |= dict.fromkeys(stored.keys, stored)
-            rank_files.check_tensor(stored.name, stored.shape(padded_config, rank_files.tp), errors)
+            rank_files.check_tensor(stored.name, self._shard_shape(stored, padded_config), errors)
         copies = _find_tied_copies(self.arch, model_config) if rank_files.pp > 1 else {}
         for copy, original in copies.items():
             rank_files.check_tensor(copy, stored_tensors[original].shape(padded_config, rank_files.tp), errors)

@@ -24,6 +24,9 @@ MODEL_FILE = "model_optim_rng.pt"
 MODEL_FILE_WITHOUT_OPTIMIZER = "model_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILES = ("distrib_optim.pt", "optim.pt")
 DISTRIBUTED_OPTIMIZER = "distributed, with buffers that name no parameters: save it with --ckpt-format torch_dist"
+INTERLEAVED_OPTIMIZER = "of an interleaved pipeline: save it with --ckpt-format torch_dist"
+# The model of a rank, or its parts in an interleaved pipeline.
+PART = re.compile(r"model(\d{0,4})")
 RANK_FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,4})(?:_(?P<pp>\d{3,5}))?")
 LAYER_NAME = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 # Older versions order query, key and value differently.
@@ -101,10 +104,21 @@ class RankFiles:
         self.groups: tuple[Mapping[str, object], ...] = ()
         self.unread_optimizer = ""
         self._optimizers = {rank: state.get("optimizer") for rank, state in states.items()}
-        self._modules = {rank: self._read_module(state, self._rank_file(rank)) for rank, state in states.items()}
+        # Of an interleaved pipeline, a stage has several parts of the model: all first ones come before the second.
+        self._parts = _part_names(first)
+        for rank, state in states.items():
+            if _part_names(state) != self._parts:
+                found = " and ".join(_part_names(state)) or "none of them"
+                self._errors.add(self._rank_file(rank), " and ".join(self._parts) + ", as on rank 0", found)
+        self._errors.raise_if_any()
+        self._modules = {
+            (tp_rank, stage + part * self.pp): self._read_module(state[name], self._rank_file((tp_rank, stage)))
+            for part, name in enumerate(self._parts)
+            for (tp_rank, stage), state in states.items()
+        }
         # Global name -> stage, and the name in the stage's files.
         self._stage_names: dict[str, tuple[int, str]] = {}
-        for stage in range(self.pp):
+        for stage in range(self.pp * len(self._parts)):
             self._add_stage([self._modules[tp_rank, stage] for tp_rank in range(self.tp)], stage)
         self._errors.raise_if_any()
 
@@ -112,6 +126,9 @@ class RankFiles:
         """Reads moments, and master weights in place of the weights, from all ranks or from none."""
         if any(any(self.folder.glob(f"mp_rank_*/{name}")) for name in DISTRIBUTED_OPTIMIZER_FILES):
             self.unread_optimizer = DISTRIBUTED_OPTIMIZER
+            return
+        if len(self._parts) > 1:
+            self.unread_optimizer = INTERLEAVED_OPTIMIZER if any(self._optimizers.values()) else ""
             return
         states = {
             rank: read_rank_optimizer(self._optimizers[rank], module, self._rank_file(rank), errors)
@@ -195,17 +212,14 @@ class RankFiles:
             hint = "Load and save it with a newer Megatron-LM."
             expected = f"checkpoint_version of {MIN_CHECKPOINT_VERSION} or later"
             self._errors.add(where, expected, repr(version), hint)
-        elif not isinstance(state.get("model"), dict):
-            is_interleaved = "model0" in state
-            found = "model0: an interleaved pipeline's" if is_interleaved else type(state.get("model")).__name__
-            hint = "Save it without --num-layers-per-virtual-pipeline-stage."
-            self._errors.add(where, "model, a dict of tensors", found, hint)
+        elif not _part_names(state):
+            self._errors.add(where, "model, a dict of tensors", type(state.get("model")).__name__)
         return state if isinstance(state, dict) else {}
 
     def _read_module(self, state: dict, where: str) -> dict[str, Tensor]:
-        """Returns the module's tensors by their current names in Megatron-core's local layer spec."""
+        """Returns the tensors of a part by their current names in Megatron-core's local layer spec."""
         module = {}
-        values = dict(_flatten(state["model"]))
+        values = dict(_flatten(state))
         has_old_names = any(name.startswith(tuple(OLD_NAMES)) for name in values)
         for name, value in values.items():
             if any(fnmatchcase(name, pattern) for pattern in IGNORED_NAMES):
@@ -238,6 +252,12 @@ class RankFiles:
             self.tensors[global_name] = shards
             self._stage_names[global_name] = (stage, name)
         self.num_layers += len(layers)
+
+
+def _part_names(state: Mapping) -> list[str]:
+    """Returns the names under which a rank's state holds tensors of the model, in order: model, or model0, ..."""
+    names = {name: PART.fullmatch(name) for name, value in state.items() if isinstance(value, dict)}
+    return sorted((name for name, match in names.items() if match), key=lambda name: int(names[name][1] or 0))
 
 
 def _check_on_all_ranks(kind: str, has_kind: Mapping[str, bool], errors: ErrorCollector) -> None:
