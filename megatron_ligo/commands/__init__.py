@@ -44,6 +44,7 @@ SUBCOMMANDS = {
     "fit": Subcommand("runs.fit", "learns a growth operator"),
     "grow": Subcommand("models.grow", "grows a model by an operator, learned or named"),
     "pretrain": Subcommand("runs.pretrain", "trains or evaluates a model"),
+    "eval": Subcommand("studies.eval", "evaluates models side by side with lm-evaluation-harness"),
     "report": Subcommand("runs.report", "a page of curves and a table of runs"),
     "compare": Subcommand("studies.compare", "compares starts of a large model at equal FLOPs"),
     "stages": Subcommand("runs.stages", "a chain of trainings, fits and growths from one file"),

@@ -26,6 +26,7 @@ SCRATCH = "scratch"
 POSITION_INITS = ("tile", "mean", "random")
 # The name in operator.fresh_scale of the tables that begin the residual stream.
 EMBEDDING = "embedding"
+TRACKERS = ("csv", "wandb", "mlflow", "comet")
 MOMENT_POLICIES = ("reset", "grow", "old")
 T = TypeVar("T")
 
@@ -159,6 +160,8 @@ class TrainingSection:
     )
     spike: float = setting(10.0, "loss spike threshold, in deviations of recent losses; 0: no anomalies", low=0.0)
     check_replicas_every: int = setting(50, "steps between checks that replicas are equal; 0: never", low=0)
+    trackers: tuple[str, ...] = setting((), "also log each step to these", choices=TRACKERS)
+    tracker_project: str = setting("megatron_ligo", "project of the run in a tracker")
     parallel: ParallelSection = field(default_factory=ParallelSection)
 
 
@@ -173,7 +176,7 @@ class FitSection(TrainingSection):
     depth_lr: float | None = setting(1e-4, "peak learning rate of the depth maps, after warm-up", low=0.0)
     distill: float = setting(0.0, "weight of the KL divergence from the small model in the loss", low=0.0, high=1.0)
     lag: str = setting("", "checkpoint trained from the start: minimise the loss after that training; empty: off")
-    eval_every: int = setting(0, "steps between evaluations; 0: only at start and end", low=0)
+    eval_every: int = setting(20, "steps between evaluations; 0: only at start and end", low=0)
     patience: int = setting(0, "stop after this many evaluations without improvement; 0: never", low=0)
     keep: str = setting("best", "operator to write: lowest held-out loss, or last", choices=("best", "last"))
     max_flops: float | None = setting(None, "FLOP budget: the fit ends before it; unset: no limit", above=0.0)
@@ -186,7 +189,7 @@ class PretrainSection(TrainingSection):
     fresh_head: bool = setting(False, "add a new output head to a headless start and train only the head")
     lr: float = setting(3e-4, "peak learning rate, after warm-up", low=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay", low=0.0)
-    eval_every: int = setting(0, "steps between evaluations; 0: only at start and end", low=0)
+    eval_every: int = setting(100, "steps between evaluations; 0: only at start and end", low=0)
     grown_peak: float = setting(0.5, "peak learning rate from a hand-off, as a fraction of lr", above=0.0)
     grown_warmup_steps: int | None = setting(None, "warm-up steps from a hand-off; unset: warmup_steps", low=0)
     first_sample: int = setting(0, "first training sample of step 0, to skip those that a fit has used", low=0)

@@ -36,7 +36,7 @@ img { max-width: 100%; height: auto; }
 $bodies
 </table></div>
 <h2>Curves</h2>
-<img alt="Loss against step and against FLOPs" src="data:image/png;base64,$picture">
+<img alt="Loss against steps, tokens, FLOPs and hours" src="data:image/png;base64,$picture">
 <h2>Notes</h2>
 <ul>
 $notes

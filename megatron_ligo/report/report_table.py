@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megatron_ligo.common.terminal_text import printable
+from megatron_ligo.report.flops_savings import find_savings
 from megatron_ligo.report.run_records import EvaluationSet, RecordedRun
 
 MISSING = "-"
@@ -18,7 +21,7 @@ MISSING = "-"
 MIN_STEPS_FOR_A_RESULT = 1000
 HEADINGS = (
     "run", "kind", "model", "start", "evaluation set", "initialised", "after the fit", "step 0", "after N steps",
-    "FLOPs", "seconds", "peak memory per rank", "layout",
+    "FLOPs", "tokens", "peak rate", "seconds", "tokens per second", "peak memory per rank", "layout",
 )  # fmt: skip
 # Headings of losses -> keys of RecordedRun.losses.
 LOSSES = {"initialised": "initialised", "after the fit": "fitted", "step 0": "step 0", "after N steps": "end"}
@@ -59,7 +62,10 @@ def _format_cells(run: RecordedRun, letter: str) -> tuple[str, ...]:
         letter,
         *losses,
         _format_flops(run),
+        _format_number(run.total("tokens"), ",.0f"),
+        _format_number(max((row["lr"] for row in run.metrics if row.get("lr") is not None), default=None), ".2e"),
         _format_number(run.total("seconds"), ".1f"),
+        _format_throughput(run),
         MISSING if run.peak_memory is None else f"{run.peak_memory / 2**30:.2f} GiB",
         _format_layout(run),
     )
@@ -90,6 +96,18 @@ def _format_flops(run: RecordedRun) -> str:
         return own
     prior = "?" if run.prior_flops is None else _format_number(run.prior_flops, ".3g")
     return f"{own} (+ {prior} before)"
+
+
+def _format_throughput(run: RecordedRun) -> str:
+    """Returns the median of the steps, so that the first ones and pauses do not count."""
+    rows = [{"tokens": 0, "seconds": 0.0}, *run.metrics]
+    steps = [
+        (row["tokens"] - before["tokens"]) / (row["seconds"] - before["seconds"])
+        for before, row in pairwise(rows)
+        if None not in (before.get("seconds"), row.get("seconds"), before.get("tokens"), row.get("tokens"))
+        and row["seconds"] > before["seconds"]
+    ]
+    return _format_number(median(steps) if steps else None, ",.0f")
 
 
 def _format_layout(run: RecordedRun) -> str:
@@ -133,6 +151,10 @@ def _format_notes(runs: Sequence[RecordedRun], letters: dict[EvaluationSet | Non
                 f"0, difference {again - fitted:+.1e}."
             )
         notes += [f"{run.name}: {note}." for note in run.notes]
+        versions = run.record.get("versions")
+        if isinstance(versions, dict):
+            notes.append(f"{run.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
+    notes += [f"{saving}." for saving in find_savings(runs)]
     return [
         *notes,
         "Losses are in nats per token, of image classifiers in nats per image. A fit evaluates in fp32, a pretraining "

@@ -92,7 +92,8 @@ class Fit(TrainingJob):
             log.info("loss of the initialisation: %.6f", losses["start"])
         best = BestOperator(self.section, self.output / "best", state, self._save_operator)
         self._train(state, best)
-        losses["last"] = self.evaluate()
+        if self.engine.steps < self.section.steps or "last" not in losses:
+            losses["last"] = self.evaluate()
         log.info("loss after the last step: %.6f", losses["last"])
         best.record_evaluation(self.engine.steps, losses["last"])
         losses["end"] = losses["last"] if self.section.keep == "last" else best.loss
@@ -127,7 +128,10 @@ class Fit(TrainingJob):
 
     def _train(self, state: dict, best: BestOperator) -> None:
         def evaluate_if_due(step: int) -> dict[str, float]:
-            if step == self.section.steps or not loop.is_due(step, self.section.eval_every):
+            if step == self.section.steps:
+                state["losses"]["last"] = self.evaluate()
+                return {"eval_loss": state["losses"]["last"]}
+            if not loop.is_due(step, self.section.eval_every):
                 return {}
             loss = self.evaluate()
             best.record_evaluation(step, loss)
@@ -152,6 +156,7 @@ class Fit(TrainingJob):
             after_step=evaluate_if_due,
             should_stop=best.should_stop,
             on_step=self.on_step,
+            start_loss=state["losses"]["start"],
         )
 
     def _build_engine(self) -> Engine:

@@ -25,6 +25,7 @@ from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, count_micro_batches
 from megatron_ligo.training.guard import stop_record
 from megatron_ligo.training.metrics import StepCallback, peak_memory_bytes
+from megatron_ligo.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class TrainingJob:
         self.policy = policy
         self.config, self.section, self.output = config, section, output
         self.resume_after_anomaly = resume_after_anomaly
+        check_trackers(section.trackers)
         mesh.init_distributed(section.timeout_minutes)
         self.ranks = all_ranks()
         self.dtype = self.ranks.run_on_all(lambda: device.resolve_dtype(section.precision))

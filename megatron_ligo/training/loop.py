@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,12 +14,14 @@ from megatron_ligo.common.errors import Stopped
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.distributed import mesh
+from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.guard.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
 from megatron_ligo.training.metrics import Metrics, StepCallback
+from megatron_ligo.training.trackers import TrackerList, open_trackers
 
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -37,6 +40,7 @@ def run_steps(
     extra_files: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: StepCallback | None = None,
+    start_loss: float | None = None,
 ) -> None:
     """Trains from the engine's current step to the last one. Collective.
 
@@ -44,14 +48,20 @@ def run_steps(
     `LossGuard`. after_step: takes the number of finished steps and returns further metrics. extra_files: a folder
     whose files are copied into each checkpoint.
     should_stop: ends the run early, checked between steps. on_step: called with each row of the metrics, on rank 0.
+    start_loss: the held-out loss before the first step, if it is known.
     Raises Stopped if SIGINT or SIGTERM has reached any rank.
     """
     first_step, dims = engine.steps, engine.mesh
     guard = LossGuard(engine, section, state, guess_loss, output, accepted_step)
+    with all_ranks().agree():
+        trackers = open_trackers(section, output) if dist.get_rank() == 0 else TrackerList([])
     with (
         signal_handling.defer_signals(section.grace_seconds),
-        Metrics(output, dist.get_rank() == 0, section.steps, first_step, on_step) as metrics,
+        closing(trackers),
+        Metrics(output, dist.get_rank() == 0, section.steps, first_step, (trackers.add, on_step)) as metrics,
     ):
+        if start_loss is not None and not first_step:
+            metrics.log_start(eval_loss=start_loss)
         for step in range(first_step, section.steps):
             if should_stop():
                 break

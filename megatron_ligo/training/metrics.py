@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -52,11 +52,12 @@ class Metrics:
         enabled: bool,
         total_steps: int,
         done_steps: int = 0,
-        on_step: StepCallback | None = None,
+        on_step: Sequence[StepCallback | None] = (),
     ):
         """done_steps: step of the resumed checkpoint; rows of later steps are removed from the file."""
         self.enabled = enabled
-        self._on_step = on_step
+        self._on_step = [call for call in on_step if call]
+        self._start: dict[str, float] = {}
         self._totals = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if not enabled:
             return
@@ -88,7 +89,8 @@ class Metrics:
             return
         for key, amount in (("tokens", tokens), ("flops", flops), ("seconds", seconds)):
             self._totals[key] += amount
-        row = {"step": step, "loss": loss, "lr": lr, **self._totals, "grad_norm": grad_norm, **extra}
+        row = {"step": step, "loss": loss, "lr": lr, **self._totals, "grad_norm": grad_norm, **extra, **self._start}
+        self._start = {}
         # JSON has no NaN or Inf.
         finite: dict = {key: value if math.isfinite(value) else None for key, value in row.items()}
         if anomaly is not None:
@@ -98,8 +100,17 @@ class Metrics:
         shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
         self._events.add({**shown, **extra}, step, anomaly)
         self._line.show(step, loss, lr, tokens, seconds, {key: extra[key] for key in extra if key not in SILENT_KEYS})
-        if self._on_step:
-            self._on_step(finite)
+        for call in self._on_step:
+            call(finite)
+
+    def log_start(self, **values: float) -> None:
+        """Records values from before the first step: at step 0, and in the file with the row of step 1 (`start_`)."""
+        if not self.enabled:
+            return
+        self._events.add(values, 0)
+        self._start = {f"start_{key}": value for key, value in values.items()}
+        for call in self._on_step:
+            call({"step": 0, **values})
 
     def close(self) -> None:
         if not self.enabled:

@@ -220,6 +220,7 @@ class Pretrain(TrainingJob):
             after_step=lambda step: self._evaluate_if_due(step, state),
             extra_files=self.output / MODEL_FOLDER,
             on_step=self.on_step,
+            start_loss=state["losses"].get("start"),
         )
 
     def _start_text(self) -> str:

@@ -42,6 +42,7 @@ UNSUPPORTED: dict[str, Callable[[ModelConfig], bool]] = {
         or model_config.qkv_bias
         or model_config.head_dim * model_config.num_heads > model_config.hidden_size
     ),
+    "torchtitan": lambda model_config: model_config.arch != "llama" or model_config.qkv_bias,
     "pipeline": lambda model_config: model_config.has_pooler or model_config.has_order_head,
 }
 # The formats whose moments a format stores: Megatron-core needs optimizer settings, which universal does not keep.

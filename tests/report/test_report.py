@@ -138,10 +138,10 @@ def test_parameters_match_the_models(journey):
 def test_a_start_pays_for_its_fit(journey):
     runs = {run.name: run for run in read_runs(journey)}
     assert runs["pre_grown"].prior_flops == 6 * STEP_FLOPS["fit"] and runs["pre_stacked"].prior_flops == 0
-    assert training_curve(runs["pre_grown"], by_flops=True)[0] == [18e6 + 1e6 * step for step in (1, 2, 3, 4)]
-    assert training_curve(runs["pre_stacked"], by_flops=True)[0] == [1e6, 2e6, 3e6, 4e6]
-    assert held_out_curve(runs["pre_grown"], by_flops=True) == ([18e6, 22e6], [3.5, 3.0])
-    assert held_out_curve(runs["fit"], by_flops=False) == ([0, 6], [4.25, 3.5])
+    assert training_curve(runs["pre_grown"], x="flops")[0] == [18e6 + 1e6 * step for step in (1, 2, 3, 4)]
+    assert training_curve(runs["pre_stacked"], x="flops")[0] == [1e6, 2e6, 3e6, 4e6]
+    assert held_out_curve(runs["pre_grown"], x="flops") == ([18e6, 22e6], [3.5, 3.0])
+    assert held_out_curve(runs["fit"], x="step") == ([0, 6], [4.25, 3.5])
     assert cells(build_table(list(runs.values())))["pre_grown"]["FLOPs"] == "4e+06 (+ 1.8e+07 before)"
 
 
