@@ -21,11 +21,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", ":", "-.")
 # Above this ratio of losses, the scale is logarithmic.
 MAX_LINEAR_RATIO = 3
+SAVING_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
 Curve = tuple[list[float], list[float]]  # x, y
 # What a curve is drawn against -> its label.
 X_LABELS = {"step": "step", "tokens": "tokens", "flops": "FLOPs of all ranks, the fit's included", "hours": "hours"}
 # A smoothed curve averages over this part of its steps; shorter runs are drawn as they are.
 SMOOTHED_PART = 1 / 40
+# A curve has no more marks of held-out losses.
+MAX_CIRCLES = 25
 HELD_OUT_MARKS = {"linestyle": ":", "marker": "o", "markerfacecolor": "white"}
 
 
@@ -67,13 +70,16 @@ def _draw_panel(axes: Axes, runs: Sequence[RecordedRun], x: str) -> None:
             axes.plot(*trained, color=colour, linewidth=0.6, alpha=0.25)
         marker = "." if smoothed == trained[1] else ""
         axes.plot(trained[0], smoothed, color=colour, linestyle=style, marker=marker, markersize=4, label=label)
-        axes.plot(*held_out, color=colour, linewidth=0.9, markersize=7, **HELD_OUT_MARKS)
+        apart = max(len(held_out[0]) // MAX_CIRCLES, 1)
+        axes.plot(*held_out, color=colour, linewidth=0.9, markersize=7, markevery=apart, **HELD_OUT_MARKS)
     for saving in find_savings(drawn) if x == "flops" else ():
         axes.annotate(
             "", (saving.flops, saving.loss), (saving.reference_flops, saving.loss), arrowprops={"arrowstyle": "->"}
         )
         middle = (saving.flops + saving.reference_flops) / 2
-        axes.annotate(f"{saving.part:.0%} saved", (middle, saving.loss), ha="center", va="bottom", fontsize=8)
+        axes.annotate(
+            f"{saving.part:.0%} saved", (middle, saving.loss), ha="center", va="bottom", fontsize=8, bbox=SAVING_BOX
+        )
     axes.set_title(f"Loss against {X_LABELS[x]}")
     axes.set_xlabel(X_LABELS[x])
     _set_scale(axes, losses)

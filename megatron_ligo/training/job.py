@@ -25,7 +25,7 @@ from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, count_micro_batches
 from megatron_ligo.training.guard import stop_record
 from megatron_ligo.training.metrics import StepCallback, peak_memory_bytes
-from megatron_ligo.training.trackers import check_trackers
+from megatron_ligo.training.tracking.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.guard.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
 from megatron_ligo.training.metrics import Metrics, StepCallback
-from megatron_ligo.training.trackers import TrackerList, open_trackers
+from megatron_ligo.training.tracking.trackers import TrackerList, open_trackers
 
 CHECKPOINTS_FOLDER = "checkpoints"
 

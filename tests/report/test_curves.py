@@ -18,12 +18,12 @@ from megatron_ligo.report.report_table import HEADINGS, build_table
 from megatron_ligo.report.run_records import EvaluationSet, RecordedRun
 
 
-def held_out_run(name: str, losses: list[float], flops: float, prior: float = 0.0) -> RecordedRun:
+def held_out_run(name: str, losses: list[float], flops: float, prior: float = 0.0, eval_every: int = 1) -> RecordedRun:
     rows = [
         {
             "step": step,
             "loss": loss,
-            "eval_loss": loss,
+            "eval_loss": None if step % eval_every else loss,
             "flops": step * flops,
             "tokens": 10 * step,
             "seconds": 2.0 * step,
@@ -64,7 +64,11 @@ def made_up_runs() -> list[RecordedRun]:
     scratch = 2 + 4 * np.exp(-steps / 90) + random.normal(0, 0.08, len(steps))
     grown = 1.9 + 2 * np.exp(-steps / 90) + random.normal(0, 0.08, len(steps))
     small = RecordedRun("small", Path("small"), "pretraining", losses={"step 0": 3.6})
-    return [held_out_run("scratch", [*scratch], 1e12), held_out_run("grown", [*grown], 1e12, prior=2e13), small]
+    return [
+        held_out_run("scratch", [*scratch], 1e12, eval_every=50),
+        held_out_run("grown", [*grown], 1e12, 2e13, 50),
+        small,
+    ]
 
 
 def test_a_model_that_is_not_trained_is_a_line():

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import FitSection, RunConfig
-from megatron_ligo.training import trackers
 from megatron_ligo.training.fit import Fit
+from megatron_ligo.training.tracking import trackers
 from tests.tiny_models import hf_llama, llama_config
 from tests.training.test_pretrain import make_pair
 

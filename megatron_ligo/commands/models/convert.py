@@ -19,15 +19,17 @@ ligo convert models/small models/small_bf16 --to hf --dtype bfloat16 --option sh
 """
 DTYPES = ("float32", "bfloat16", "float16")
 # Stated here too, because the formats import torch; tests/test_architecture.py compares them.
-WRITERS = ("deepspeed", "fairscale", "hf", "mcore", "megatron", "pipeline", "universal")
+WRITERS = ("deepspeed", "fairscale", "fsdp", "hf", "mcore", "megatron", "pipeline", "torchtitan", "universal")
 FORMAT_OPTIONS = """
 options of the formats (--option NAME=VALUE):
   deepspeed: tag  name of the folder (default global_stepN)
   fairscale: embedding  cut along the vocabulary (default: as Llama 3) or the features (as Llama 1 and 2)
+  fsdp: prefix  beginning of every name (default "model.", the key of the state that is loaded)
   hf: shard_bytes  largest shard (default 5000000000)
   mcore: max_lr  highest learning rate of the run that loads Adam's moments (default: a Megatron source's own)
   mcore: min_lr  lowest one; Megatron-core 0.19 requires both, and loads moments only if they are the run's own
   mcore: vocab_divisible_by  pads the vocabulary to a multiple of it (default 1: Megatron-core pads as it loads)
+  mcore: bridge  for Megatron-Bridge's AutoBridge: adds run_config.yaml, in iter_N (default false: release)
   megatron: max_lr  highest learning rate of the run that loads Adam's moments (default: a Megatron source's own)
   megatron: min_lr  lowest one; Megatron-core 0.19 requires both, and loads moments only if they are the run's own
   megatron: vocab_divisible_by  pads the vocabulary to a multiple of it times tp (default 128)
