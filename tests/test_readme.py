@@ -81,8 +81,6 @@ def workspace(tmp_path_factory) -> Path:
 
 def run(command: str, workspace: Path, code: int = 0) -> str:
     words = shlex.split(command)
-    if words[0] == "deepspeed":
-        words[1:1] = ["--master_port", str(29000 + os.getpid() % 900)]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=400)
     assert completed.returncode == code, f"{command}\n{completed.stdout[-3000:]}\n{completed.stderr[-6000:]}"
@@ -90,13 +88,14 @@ def run(command: str, workspace: Path, code: int = 0) -> str:
 
 
 def test_the_commands_of_the_readme(workspace):
-    assert "llama" in run(find_inline("python tools/inspect_checkpoint.py"), workspace)
-    run(find_inline("python tools/prepare_data.py"), workspace)
-    (commands,) = (block for block in find_blocks("bash") if "tools/fit.py" in block)
+    assert "llama" in run(find_inline("ligo inspect"), workspace)
+    run(find_inline("ligo prepare"), workspace)
+    (commands,) = (block for block in find_blocks("bash") if "ligo fit" in block)
     fit, grow, pretrain, report = commands.strip().splitlines()
     run(fit, workspace)
     run(grow, workspace)
     output = run(pretrain, workspace)
+    assert "wrote runs/pretrain; next: ligo report runs/pretrain --output runs/report" in output
     run(report, workspace)
 
     record = json.loads((workspace / "runs/fit/operator/operator.json").read_text())
@@ -106,9 +105,13 @@ def test_the_commands_of_the_readme(workspace):
     assert (workspace / "runs/report/report.html").stat().st_size > 10_000
     assert (workspace / "runs/report/report.png").is_file()
 
-    run("python tools/verify.py runs/grown/hf runs/grown/universal", workspace)
-    run("python tools/convert.py runs/grown/universal runs/back --to hf", workspace)
-    run("python tools/verify.py runs/back runs/grown/hf", workspace)
+    run("ligo verify runs/grown/hf runs/grown/universal", workspace)
+    run("ligo convert runs/grown/universal runs/back --to hf", workspace)
+    run("ligo verify runs/back runs/grown/hf", workspace)
+    run(find_inline("ligo convert runs/pretrain"), workspace)
+    assert (workspace / "models/large/tokenizer.json").read_bytes() == (
+        workspace / "models/small/tokenizer.json"
+    ).read_bytes()
     # A finished fit reports that it is finished. With other settings it refuses, on every rank.
     assert "resumed after step 4" in run(fit, workspace)
     assert "fit.seed" in run(f"{fit} --set fit.seed=7", workspace, code=2)
@@ -116,7 +119,7 @@ def test_the_commands_of_the_readme(workspace):
 
 def test_the_python_of_the_readme(workspace):
     if not (workspace / "runs/data/train.idx").is_file():
-        run(find_inline("python tools/prepare_data.py"), workspace)
+        run(find_inline("ligo prepare"), workspace)
     (code,) = (block for block in find_blocks("python") if "ligo.fit" in block)
     for large, tiny in TINY_PYTHON.items():
         assert large in code, f"the README's Python no longer says {large!r}"

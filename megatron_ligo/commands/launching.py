@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -31,9 +32,14 @@ def is_launcher_wanted(args: argparse.Namespace) -> bool:
 def launch(name: str, args: argparse.Namespace, arguments: Sequence[str]) -> NoReturn:
     """Replaces this process by DeepSpeed's launcher of `args.processes` processes of the subcommand `name`."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    options = ["--num_gpus", str(args.processes), "--master_port", str(_free_port())]
-    os.execv(sys.executable, [*launcher, *options, "--module", "megatron_ligo", name, *arguments])
+    words = [*shlex.split(launcher_command(args.processes)), "megatron_ligo", name, *arguments]
+    os.execv(sys.executable, words)
+
+
+def launcher_command(processes: int) -> str:
+    """Returns the command, as text, that starts a module on `processes` processes of this machine."""
+    words = ["deepspeed.launcher.runner", "--num_gpus", f"{processes}", "--master_port", f"{_free_port()}", "--module"]
+    return shlex.join([sys.executable, "-m", *words])
 
 
 def _free_port() -> int:

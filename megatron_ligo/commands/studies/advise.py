@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.commands import launching
 
 EXAMPLE = """
+ligo advise --config run.toml --minutes 30 --output runs/advice
 ligo advise --config run.toml --flops 2e15 --fit --output runs/advice
 ligo advise --config run.toml --flops 5e14 --method lossless --method noisy_stack --lr 3e-4 --output runs/a
 """
@@ -16,16 +18,25 @@ ligo advise --config run.toml --flops 5e14 --method lossless --method noisy_stac
 def build_parser(prog: str | None = None) -> cli.CommandParser:
     parser = cli.build_parser(
         "Recommends a growth method and a learning rate for your small model and your data.\n\n"
-        "Grows the small model by each method that its sizes allow, trains each result for an equal share of --flops\n"
-        "and ranks them by held-out loss; the loss right after growth misleads. Every method gets the same rates, the\n"
-        "two best a second seed, and training from scratch is the baseline. An interrupted call resumes.",
+        "Grows the small model by each method that its sizes allow, trains each result for an equal share of the\n"
+        "budget and ranks them by held-out loss; the loss right after growth misleads. Every method gets the same\n"
+        "rates, the two best a second seed, and training from scratch is the baseline. Prints the settings to paste\n"
+        "into the config file, with the rate that the probes ran at. An interrupted call resumes.",
         EXAMPLE,
         sections=("small", "large", "fit", "pretrain", "data"),
         output="folder for the probes and advice.json",
         prog=prog,
     )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--flops", type=cli.positive(float), metavar="N", help="FLOP budget of all probes together")
+    budget.add_argument("--minutes", type=cli.positive(float), metavar="M", help="or a budget of time on this machine")
     parser.add_argument(
-        "--flops", type=cli.positive(float), required=True, metavar="N", help="FLOP budget of all probes together"
+        "--processes",
+        dest="probe_processes",
+        type=cli.positive(int),
+        default=1,
+        metavar="N",
+        help="run each probe on N processes, at the layout of the config (default: 1, at tp = pp = 1)",
     )
     parser.add_argument(
         "--method", action="append", default=[], metavar="NAME", help="probe only this method; repeatable"
@@ -54,9 +65,15 @@ def run(args: argparse.Namespace) -> None:
     def log_line(text: str) -> None:
         print(text, flush=True)
 
-    advice = advise(config, Path(args.output), args.flops, rates, args.method, log_line, args.fit)
+    launcher = launching.launcher_command(args.probe_processes) if args.probe_processes > 1 else ""
+    budget = (args.flops or 0.0, rates, args.method)
+    advice = advise(config, Path(args.output), *budget, log_line, args.fit, launcher, args.minutes)
     for row in [*advice["ranking"], advice["scratch"]]:
         print("  ".join("-" if value is None else f"{value}" for value in row.values()))
     for method, reason in advice["refused"].items():
         print(f"{method}: {reason}")
     print("\n".join(advice["advice"]))
+    if advice["toml"]:
+        print(f"\nTo paste into the config file, in place of these keys:\n\n{advice['toml']}")
+        options = (*cli.config_options(args), "--output", "runs/grown")
+        cli.print_next(f"{args.output}/advice.json", "ligo", "grow", *options)

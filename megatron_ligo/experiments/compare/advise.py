@@ -7,16 +7,17 @@ training steps ranks them better. Short probes prove little, so the advice state
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats
-from megatron_ligo.common.atomic_files import write_json
+from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError, Problem
 from megatron_ligo.common.folder_kinds import COMPARISON, check_output
-from megatron_ligo.config.run_config import OperatorSection, RunConfig
+from megatron_ligo.config.run_config import OperatorSection, ParallelSection, RunConfig
 from megatron_ligo.experiments.compare.arm_cost import fit_flops
 from megatron_ligo.experiments.compare.arm_plan import ArmRun, ComparisonPlan, jobs_folder
 from megatron_ligo.experiments.compare.comparison_config import SCRATCH, Arm, CompareSection, ComparisonConfig
@@ -26,7 +27,7 @@ from megatron_ligo.experiments.compare.savings import TIE, UNKNOWN
 from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.growth.validation import build_initial_operator
 
-ADVICE = "advice.json"
+ADVICE, SPEED = "advice.json", "speed.json"
 # Includes the unfitted `ligo`: it was the best start twice (tools/benchmarks/growth/shakespeare.md).
 PROBED = tuple(name for name in METHODS if name != "random")
 FITTED = "fitted"  # suffix of a method's name
@@ -46,28 +47,53 @@ def advise(
     methods: Iterable[str] = (),
     log_line: Callable[[str], None] = lambda text: None,
     fit: bool = False,
+    launcher: str = "",
+    minutes: float | None = None,
 ) -> dict:
     """Probes the methods (default: all that the sizes allow) within `budget` FLOPs; writes OUTPUT/advice.json.
 
-    fit: also probes the finalists after [fit], whose FLOPs count. Raises ConfigError if the budget pays for fewer than
-    10 steps per probe. An interrupted call resumes.
+    fit: also probes the finalists after [fit], whose FLOPs count. launcher: as in [compare]; empty: probes run in one
+    process each, whatever layout the config has, as their losses do not depend on it. minutes: the budget is what
+    this machine computes in that time. Raises ConfigError if the budget pays for fewer than 10 steps per probe. An
+    interrupted call resumes.
     """
     check_output(output, COMPARISON)
-    _check(budget, lrs, config)
+    if not launcher:
+        config = _in_one_process(config)
+    jobs = JobQueue(jobs_folder(output), launcher, log_line)
+    _check(budget if minutes is None else 1.0, lrs, config)
     small = formats.open_small(config.small).model_config
     arms, refused = _arms(config, small, list(methods) or PROBED)
-    jobs = JobQueue(jobs_folder(output), "", log_line)
+    if minutes is not None:
+        budget = minutes * 60 * _measure_speed(config, arms, lrs, jobs, output)
     spec = probe_comparison(config, arms, lrs, lag=1)
     probes, step = count_probes(spec, fit), ComparisonPlan(spec, jobs, jobs.run).step_flops
     lag = int(budget // (probes * step))
     if lag < MIN_PROBE_STEPS:
-        hint = "Raise --flops, or pass fewer --method or --lr."
+        hint = "Raise --flops or --minutes, or pass fewer --method or --lr."
         needed = f"at least {MIN_PROBE_STEPS * probes * step:.3g}: {probes} probes of {MIN_PROBE_STEPS} steps"
         raise ConfigError(Problem("--flops", needed, budget, hint))
     plan = ComparisonPlan(probe_comparison(config, arms, lrs, lag), jobs, jobs.run)
     record = rank_probes(plan, small, refused, fit)
     write_json(output / ADVICE, record)
     return record
+
+
+def _in_one_process(config: RunConfig) -> RunConfig:
+    alone = ParallelSection()
+    return replace(config, fit=replace(config.fit, parallel=alone), pretrain=replace(config.pretrain, parallel=alone))
+
+
+def _measure_speed(config: RunConfig, arms: Iterable[Arm], lrs: Sequence[float], jobs: JobQueue, output: Path) -> float:
+    """Returns this machine's FLOPs per second in a probe of the fewest steps, its start-up included."""
+    record = output / SPEED
+    if not record.is_file():
+        plan = ComparisonPlan(probe_comparison(config, arms, lrs, MIN_PROBE_STEPS), jobs, jobs.run)
+        start = time.monotonic()
+        plan.train(plan.spec.arms[0], SEEDS[0], 1.0, lrs[0])
+        seconds = time.monotonic() - start
+        write_json(record, {"flops_per_second": MIN_PROBE_STEPS * plan.step_flops / seconds})
+    return read_json(record)["flops_per_second"]
 
 
 def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str], fit: bool) -> dict:
@@ -105,7 +131,22 @@ def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str
         "scratch": _probe_record(SCRATCH, probed[SCRATCH], None),
         "refused": refused,
     }
-    return record | {"advice": _advice_lines(record, spec.config)}
+    return record | {"advice": _advice_lines(record, spec.config), "toml": _to_toml(record)}
+
+
+def _to_toml(record: dict) -> str:
+    """Returns the recommended settings as sections of a config; empty if every method diverged."""
+    if not record["ranking"]:
+        return ""
+    first = _recommended(record)[0]
+    method = first["method"].removesuffix(f".{FITTED}")
+    rate = f"lr = {first['lr']!r}\ngrown_peak = 1.0  # the probes' rate, unscaled"
+    return f'[operator]\nmethod = "{method}"\n\n[pretrain]\n{rate}\n'
+
+
+def _recommended(record: dict) -> list[dict]:
+    """Returns the ranking without preference for methods that diverged on a seed: those come last."""
+    return sorted(record["ranking"], key=lambda row: _with_seed(row["method"]) in record["refused"])
 
 
 def count_probes(spec: ComparisonConfig, fit: bool) -> int:
@@ -175,7 +216,7 @@ def _advice_lines(record: dict, config: RunConfig) -> list[str]:
         return ["Every method diverged: try lower rates."]
     diverged = [row for row in ranking if _with_seed(row["method"]) in record["refused"]]
     # A method that diverged on a seed is recommended only if every other one did.
-    first, *others = sorted(ranking, key=lambda row: row in diverged)
+    first, *others = _recommended(record)
     scratch_wins = scratch is not None and scratch <= first["after_lag"]
     lines = ["Scratch was lower: do not grow (at this lag)."] if scratch_wins else []
     lines.append(

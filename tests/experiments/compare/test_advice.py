@@ -1,6 +1,7 @@
 """Advice from made-up probes: scratch that wins, ties, and diverged probes."""
 
 import math
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
 from megatron_ligo.experiments.compare.comparison_config import Arm
 from megatron_ligo.experiments.compare.savings import UNKNOWN
 from megatron_ligo.training.initial_weights import read_model_config
+from megatron_ligo.training.lr_schedule import schedule_after_growth
 from tests.experiments.compare.made_up_runs import MadeUpRuns, write_comparison
 
 METHODS = ("lossless", "noisy_stack")
@@ -46,6 +48,9 @@ def test_growth_that_wins_is_recommended(tmp_path):
     assert record["advice"][0].startswith("Use method = 'noisy_stack' with a peak learning rate of 0.001: loss 5.0000")
     assert "Next: method = 'lossless', +0.5000; on another seed +0.5000: the same order." in record["advice"]
     assert record["refused"] == {}
+    # The rate that pretraining then runs at is the one that was probed.
+    config = RunConfig.from_dict(tomllib.loads(record["toml"]))
+    assert config.operator.method == "noisy_stack" and schedule_after_growth(config.pretrain).lr == 1e-3
 
 
 def test_a_fit_runs_on_a_second_seed_and_is_named_as_in_a_config(tmp_path):

@@ -28,6 +28,8 @@ def config(tmp_path_factory) -> RunConfig:
     table["large"] |= {"num_layers": 8, "num_heads": 16, "num_kv_heads": 4}
     table["pretrain"] |= {"global_batch_size": BATCH, "micro_batch_size": BATCH, "eval_samples": BATCH}
     table["data"] |= {"train": [str(folder / "train")], "valid": [str(folder / "valid")], "seq_length": SEQ}
+    # One process probes whatever the layout of the runs to come is.
+    table["pretrain"]["parallel"] |= {"tp": 2, "pp": 2}
     return RunConfig.from_dict(table)
 
 
