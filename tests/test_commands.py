@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "deepspeed", "megatron", "rich", "numpy", "safetensors", "matplotlib")
 # The scripts whose names differ from their commands'.
 SCRIPTS = {"inspect": "inspect_checkpoint", "prepare": "prepare_data", "prepare-images": "prepare_images"}
-WITHOUT_SCRIPT = ("completion", "hosts")
+WITHOUT_SCRIPT = ("completion", "hosts", "init")
 
 
 def ligo(*words: object, **env: str) -> subprocess.CompletedProcess:

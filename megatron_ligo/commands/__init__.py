@@ -39,6 +39,7 @@ SUBCOMMANDS = {
     "prepare": Subcommand("data.prepare", "text to a tokenizer and training data"),
     "prepare-images": Subcommand("data.prepare_images", "labelled images to training data"),
     "codes": Subcommand("data.codes", "token codes from training data, for corner and scratch starts"),
+    "init": Subcommand("studies.init", "writes a run.toml with sizes that fit, and shows its plan"),
     "plan": Subcommand("studies.plan", "predicts memory, FLOPs, time and traffic of a run"),
     "advise": Subcommand("studies.advise", "recommends a growth method and a learning rate from short probes"),
     "fit": Subcommand("runs.fit", "learns a growth operator"),

@@ -281,9 +281,7 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     check_layout(operator.large, config.fit.parallel, length)
     counts = operator.count_parameters()
     log.info("%s", describe_method(operator.settings, operator.small, operator.large))
-    log.info("operator: %s trainable parameters", f"{sum(counts.values()):,}")
-    for name, count in counts.items():
-        log.info("  %-28s %s", name, f"{count:,}")
+    log.info("%s", job_summary.describe_operator(counts))
     return reader, operator, lag
 
 

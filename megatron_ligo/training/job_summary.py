@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 from megatron_ligo import arch as architectures
@@ -37,6 +38,16 @@ def describe_job(
     }
     width = max(map(len, rows)) + 2
     return "\n".join(f"  {name:<{width}}{text}" for name, text in rows.items())
+
+
+def describe_operator(counts: Mapping[str, int]) -> str:
+    """Returns a table of the operator's trainable parameters. counts: by map; those of depth are added up."""
+    depth = [count for name, count in counts.items() if name.startswith("depth.")]
+    rows = {name: count for name, count in counts.items() if not name.startswith("depth.")}
+    rows |= {f"{len(depth)} depth maps": sum(depth)} if depth else {}
+    width = max(map(len, rows), default=0) + 2
+    head = f"operator: {sum(counts.values()):,} trainable parameters"
+    return "\n".join([head, *(f"  {name:<{width}}{count:>14,}" for name, count in rows.items())])
 
 
 def count_parameters(model_config: ModelConfig) -> int:
