@@ -5,6 +5,7 @@ A folder's tokenizer.json comes first, then tokenizer.model, then vocab.json wit
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
@@ -34,7 +35,7 @@ FALLBACK_EOD_NAMES = ("</s>", "<eos>", "[SEP]")
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(ABC):
     """A loaded tokenizer, which other processes can receive. eod, eod_text: id and text of the token that ends a
     document. inner: the library's object."""
 
@@ -45,17 +46,17 @@ class Tokenizer:
     digest: str
     files: tuple[Path, ...]
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without special tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids (tokens,) of a text and each token's first and last character (tokens, 2)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids."""
-        raise NotImplementedError
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -120,6 +120,8 @@ def _build_config(args: Mapping[str, object]):
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.nn import functional
 
+    from megatron_ligo.models.mcore.layer_spec import UNFUSED
+
     settings = {}
     for field in fields(TransformerConfig):
         runs = any(word in field.name for word in RUN_FIELDS)
@@ -134,14 +136,7 @@ def _build_config(args: Mapping[str, object]):
         settings["activation_func"] = lambda values: functional.relu(values).square()
     config = TransformerConfig(
         **settings,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **UNFUSED,
         use_cpu_initialization=True,
     )
     if args.get("position_embedding_type") == "yarn":

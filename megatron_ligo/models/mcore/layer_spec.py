@@ -34,6 +34,18 @@ from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
 from megatron_ligo.models.mcore.residual_branch_layer import ResidualBranchLayer, ResidualBranchSubmodules
 from megatron_ligo.models.mcore.rotary import set_attention_factor
 
+# Fields of TransformerConfig under which every layer runs on every device, and draws no numbers.
+UNFUSED = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+}
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -120,17 +132,10 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         add_bias_linear=arch.has_linear_biases,
         add_qkv_bias=model_config.qkv_bias,
         **to_layer_patterns(model_config),
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
+        **UNFUSED,
         attention_softmax_in_fp32=True,
         apply_query_key_layer_scaling=False,
         rotary_interleaved=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
         use_cpu_initialization=device.is_cpu(),
         params_dtype=build.dtype,
         pipeline_dtype=build.dtype,

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.mcore.attention import FusedAttention
+from megatron_ligo.models.mcore.layer_spec import UNFUSED
 from tests.checkpoint.formats.megatron_ranks import sharding_metadata
 
 
@@ -34,14 +35,7 @@ def build_model(args: argparse.Namespace) -> GPTModel:
         add_qkv_bias=args.add_qkv_bias,
         rotary_interleaved=args.rotary_interleaved,
         window_size=args.window_size,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **UNFUSED,
         use_cpu_initialization=True,
     )
     set_yarn_fields(config, args)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ligo.models.mcore.layer_spec import UNFUSED
+
 CONFIG = {
     "num_layers": 3,
     "hidden_size": 32,
@@ -24,14 +26,7 @@ CONFIG = {
     "gated_linear_unit": True,
     "activation_func": F.silu,
     "add_bias_linear": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "apply_rope_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "persist_layer_norm": False,
+    **UNFUSED,
     "transformer_impl": "local",
     "use_cpu_initialization": True,
     "params_dtype": torch.float32,

@@ -76,7 +76,7 @@ def build_model(reader: Reader, dtype: torch.dtype, **options: object) -> PreTra
         transformers.utils.logging.enable_progress_bar()
     unexpected, missing = set(report["unexpected_keys"]), set(report["missing_keys"])
     # A class may lack an optional part of the checkpoint, or have one more: neither changes its first output.
-    params = [param for param in reader.arch.params if param.requires or param.tied_to]
+    params = [param for param in reader.arch.params if (param.requires or param.tied_to) and not param.in_layer]
     optional = {param.locations[NAME].name for param in params}
     optional |= {reader.arch.stored_name(param.key, reader.model_config, NAME) for param in params}
     assert unexpected | missing <= optional, f"{type(model).__name__}: unexpected {unexpected}, missing {missing}"
