@@ -43,7 +43,7 @@ class ArmRun:
     """One run of an arm.
 
     flops: in total, of which `spent` before the run (a fit, or full training in its place). begun, loss: held-out loss
-    at step 0 and at the end; loss is None if the run diverged.
+    at step 0 and at the end; loss is None if the run diverged. curve: (FLOPs, smoothed training loss) over the run.
     """
 
     seed: int
@@ -54,6 +54,7 @@ class ArmRun:
     spent: float
     begun: float | None
     loss: float | None
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 class ComparisonPlan:
@@ -111,7 +112,8 @@ class ComparisonPlan:
         flops = start.spent + steps * self.step_flops
         loss = losses.get("end")
         loss = loss if loss is not None and math.isfinite(loss) else None
-        return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss)
+        curve = tuple((start.spent + at, value) for at, value in result.get("curve", ()))
+        return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss, curve)
 
     def start(self, arm: Arm, seed: int, lr: float) -> ArmStart | None:
         """Returns the arm's start, producing it first if necessary; None if it is missing or diverged."""

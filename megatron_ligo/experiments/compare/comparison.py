@@ -46,7 +46,7 @@ def run_comparison(
 
 def write_results(record: dict, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    image = comparison_page.draw_curves(record)
+    image, whole = comparison_page.draw_curves(record), comparison_page.draw_whole_runs(record)
     write_bytes(output / PICTURE, image)
-    write_bytes(output / PAGE, comparison_page.render_page(record, image).encode())
+    write_bytes(output / PAGE, comparison_page.render_page(record, image, whole).encode())
     write_json(output / RESULTS, record)

@@ -39,10 +39,13 @@ $arms
 $differences
 <h2>Curves</h2>
 <img alt="Loss against FLOPs" src="data:image/png;base64,$picture">
+<img alt="Training loss over whole runs" src="data:image/png;base64,$whole">
 <h2>How to read it</h2>
 <ul>
 <li>Each point is a separate run with a learning rate decayed to its end; lines join the means over seeds, bars span
 the seeds.</li>
+<li>The last picture has the training losses of each arm's longest runs, smoothed, one line per seed; on the right, their
+second half alone.</li>
 <li>Saved: 1 - FLOPs / scratch's FLOPs, at scratch's final loss on the same seed, interpolated between two runs (loss
 linear in log FLOPs). "At least": the smallest budget is already below that loss. Nothing is extrapolated.</li>
 <li>Tie: the interval of the mean difference contains 0.</li>
@@ -52,14 +55,15 @@ linear in log FLOPs). "At least": the smallest budget is already below that loss
 """)
 
 
-def render_page(results: dict, picture: bytes) -> str:
-    """Returns self-contained HTML."""
+def render_page(results: dict, picture: bytes, whole: bytes) -> str:
+    """Returns self-contained HTML. picture, whole: the PNGs of `draw_curves` and `draw_whole_runs`."""
     return PAGE.substitute(
         description=escape(describe_comparison(results)),
         cautions="".join(f"<li>{escape(line)}</li>" for line in results["cautions"]),
         arms=_table(arm_rows(results)),
         differences=_table(difference_rows(results)),
         picture=base64.b64encode(picture).decode("ascii"),
+        whole=base64.b64encode(whole).decode("ascii"),
     )
 
 
@@ -138,6 +142,28 @@ def draw_curves(results: dict) -> bytes:
         axes.set_title(f"Final loss, {title}")
         axes.grid(alpha=0.25)
     panels[0].legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def draw_whole_runs(results: dict) -> bytes:
+    """Draws a PNG: the training loss of each arm's longest runs against FLOPs, whole, and its second half."""
+    figure = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for axes, begin, title in zip(panels, (0.0, 0.5), ("whole runs", "their second half"), strict=True):
+        for number, (name, arm) in enumerate(results["arms"].items()):
+            longest = max((run["budget"] for run in arm["runs"]), default=None)
+            curves = [run.get("curve") for run in arm["runs"] if run["budget"] == longest]
+            look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+            for seed, curve in enumerate(filter(None, curves)):
+                shown = [point for point in curve if point[0] >= begin * curve[-1][0]]
+                axes.plot(*zip(*shown, strict=True), linewidth=1.1, label=None if seed else name, **look)
+        axes.set(xlabel="FLOPs, fit included", ylabel="training loss, smoothed", title=f"Training loss, {title}")
+        axes.grid(alpha=0.25)
+    if panels[0].lines:
+        panels[0].legend(fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()

@@ -157,7 +157,9 @@ def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str,
 def _selection_notes(arms: Iterable[Arm]) -> list[str]:
     """Names the arms whose fit was selected on the text of the results."""
     fits = {arm.name: arm.config.fit for arm in arms if arm.fitted}
-    names = [name for name, fit in fits.items() if fit.keep == "best" or (fit.patience and fit.eval_every)]
+    names = [
+        name for name, fit in fits.items() if fit.keep == "best" or (fit.patience and 0 < fit.eval_every < fit.steps)
+    ]
     if not names:
         return []
     return [

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ligo.common import signal_handling
@@ -22,9 +23,13 @@ from megatron_ligo.distributed.rank_failures import report_failures
 from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.export.run_inputs import ACCEPTED, InputPolicy
+from megatron_ligo.report.curves import smooth
 from megatron_ligo.training.fit import Fit
 from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 from megatron_ligo.training.pretrain import Pretrain
+
+# Of a run's curve in its result.
+MAX_POINTS = 200
 
 
 def run_job(folder: Path) -> None:
@@ -52,9 +57,17 @@ def _finish(folder: Path, run: Path, losses: dict, keep: bool) -> None:
         return
     rows = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
     totals = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
-    write_json(folder / RESULT, {"losses": losses, **totals})
+    write_json(folder / RESULT, {"losses": losses, **totals, "curve": thin_curve(rows)})
     if not keep:
         shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+
+
+def thin_curve(rows: Sequence[dict]) -> list[tuple[float, float]]:
+    """Returns (FLOPs, smoothed training loss) of at most MAX_POINTS rows of the metrics, the last one among them."""
+    finite = [row for row in rows if row.get("loss") is not None]
+    points = list(zip((row["flops"] for row in finite), smooth([row["loss"] for row in finite]), strict=True))
+    apart = -(-len(points) // MAX_POINTS) or 1
+    return points[::-apart][::-1]
 
 
 def main(folder: Path) -> int:

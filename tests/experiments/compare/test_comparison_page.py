@@ -1,6 +1,8 @@
 """How a comparison reports missing runs: which, how many and why. The results are made up."""
 
-from megatron_ligo.experiments.compare import comparison_page
+import pytest
+
+from megatron_ligo.experiments.compare import comparison_page, single_run
 from megatron_ligo.experiments.compare.results import collect_results
 from tests.experiments.compare.made_up_runs import MadeUpRuns, write_comparison
 
@@ -97,3 +99,18 @@ def test_the_page_states_the_held_out_tokens(tmp_path):
     assert "5 held-out samples (60 tokens)" in comparison_page.describe_comparison(
         collect(tmp_path, {}, "pretrain.eval_samples=5")
     )
+
+
+def test_whole_runs_are_drawn_with_the_fit_before_them(tmp_path):
+    rows = [{"step": step, "loss": 5.0 - step / 100, "flops": 10.0 * step} for step in range(1, 401)]
+    curve = single_run.thin_curve(rows)
+    assert len(curve) == 200 and curve[-1][0] == 4000.0 and curve[-1][1] == pytest.approx(rows[-1]["loss"], abs=0.2)
+    assert single_run.thin_curve([]) == []
+    results = collect(tmp_path, {})
+    empty = comparison_page.draw_whole_runs(results)
+    for run in results["arms"]["learned"]["runs"]:
+        run["curve"] = [(run["spent"] + flops, loss) for flops, loss in curve]
+    drawn = comparison_page.draw_whole_runs(results)
+    assert drawn.startswith(b"\x89PNG") and drawn != empty
+    page = comparison_page.render_page(results, empty, drawn)
+    assert page.count("data:image/png;base64,") == 2 and "$" not in page
