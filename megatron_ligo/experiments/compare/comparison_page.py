@@ -44,8 +44,8 @@ $differences
 <ul>
 <li>Each point is a separate run with a learning rate decayed to its end; lines join the means over seeds, bars span
 the seeds.</li>
-<li>The last picture has the training losses of each arm's longest runs, smoothed, one line per seed; on the right, their
-second half alone.</li>
+<li>The last picture has the training losses of each arm's longest runs, smoothed, one line per seed; on the right,
+their second half alone.</li>
 <li>Saved: 1 - FLOPs / scratch's FLOPs, at scratch's final loss on the same seed, interpolated between two runs (loss
 linear in log FLOPs). "At least": the smallest budget is already below that loss. Nothing is extrapolated.</li>
 <li>Tie: the interval of the mean difference contains 0.</li>
