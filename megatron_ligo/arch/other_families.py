@@ -62,7 +62,6 @@ DIFFERENCES = {
     "phi3": "query, key and value are one matrix, as are gate and up",
     "qwen": "query, key and value are one matrix of the file's own",
     "qwen2moe": EXPERTS,
-    "qwen3moe": "queries and keys are normalised, and its feed-forward blocks are mixtures of experts",
     "qwen3next": "most layers are recurrent (gated delta nets), with mixtures of experts",
     "smollm3": "every fourth layer has no rotary positions",
     "stablelm": "its norms are LayerNorms, and rotary positions turn a part of each head",

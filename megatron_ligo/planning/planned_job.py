@@ -38,7 +38,7 @@ class PlannedJob:
 
     def __post_init__(self) -> None:
         if architectures.get(self.large.arch).has_experts:
-            hint = "Such a model can be converted, grown, and trained elsewhere."
+            hint = "Such a model can be grown and pretrained; its memory and time are not planned yet."
             raise ConfigError(Problem("plan", "a model without experts", self.large.model_type, hint))
 
     @property

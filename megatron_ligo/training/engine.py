@@ -19,6 +19,7 @@ from megatron_ligo.data.sampler import Batch
 from megatron_ligo.distributed import device, rank_watch
 from megatron_ligo.distributed.mesh import DeepSpeedMpu, Mesh
 from megatron_ligo.distributed.parallel_dims import EngineLayout
+from megatron_ligo.models.mcore.expert_routing import scale_router_loss
 from megatron_ligo.training import deepspeed_profile
 from megatron_ligo.training.checkpointing import engine_files
 from megatron_ligo.training.guard.update_gate import UpdateGate
@@ -117,6 +118,7 @@ class Engine:
             mpu=None if self.is_pipeline else DeepSpeedMpu(mesh),
             dist_init_required=False,
         )
+        scale_router_loss(self.micro_batches, device.current_device())
         self.files = engine_files.install_checkpoint_files(self.engine)
         # Takes the loss and the gradient norm of a step, the same on all ranks; True: no rank applies its update.
         self.refuse_update: Callable[[float, float], bool] = lambda loss, norm: False

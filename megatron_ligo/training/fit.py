@@ -32,7 +32,7 @@ from megatron_ligo.models.factored.factored_model import FactoredModel, Factored
 from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
-from megatron_ligo.models.mcore.layer_spec import check_supported
+from megatron_ligo.models.mcore.layer_spec import check_no_experts, check_supported
 from megatron_ligo.sharding.tensor_parallel import check_tp
 from megatron_ligo.training import job_summary, loop
 from megatron_ligo.training.best_operator import BestOperator
@@ -272,6 +272,7 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     reader = formats.open_small(small)
     check_supported(reader.model_config)
     operator = build_initial_operator(reader.model_config, config.large, config.operator)
+    check_no_experts(operator.large, "fit")
     errors = ErrorCollector("the fit cannot be done", ConfigError)
     check_factored(operator.settings, errors)
     length = operator.large.tokens_per_sample(config.data.seq_length)

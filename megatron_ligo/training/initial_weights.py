@@ -140,6 +140,9 @@ def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_lengt
     """Raises ConfigError with every mismatch between the layout and the model or the sequence length."""
     errors = ErrorCollector("the layout does not fit the model", ConfigError)
     check_tp(model_config, parallel.tp, errors)
+    if model_config.num_experts and (parallel.tp, parallel.pp) != (1, 1):
+        hint = "Experts are sharded by ZeRO alone."
+        errors.add("layout", "tp = pp = 1 with experts", f"tp {parallel.tp}, pp {parallel.pp}", hint)
     if parallel.pp > model_config.num_layers:
         errors.add(f"pp = {parallel.pp}", "at most one stage per layer", f"{model_config.num_layers} layers")
     if parallel.sequence_parallel and seq_length % parallel.tp:

@@ -245,7 +245,9 @@ class Pretrain(TrainingJob):
     def _build_engine(self) -> Engine:
         """Builds the engine and its weights. A run resumed at the same layout loads its checkpoint afterwards."""
         section, start = self.section, self.start
-        build = BuildOptions(self.dtype, self.mesh.tp, section.parallel.sequence_parallel)
+        build = BuildOptions(
+            self.dtype, self.mesh.tp, section.parallel.sequence_parallel, router_aux_loss=section.router_aux_loss
+        )
         # Weights that are not filled below must still be equal on all replicas.
         torch.manual_seed(section.seed)
         model = build_model(self.model_config, build, self.mesh, section.recompute)

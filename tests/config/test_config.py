@@ -21,7 +21,8 @@ KEYS = {
     "borrow vocab_noise position_init rank seed",
     "fit": f"{TRAINING} source depth_lr distill lag eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats timeout_minutes",
-    "pretrain": f"{TRAINING} start codes fresh_head eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
+    "pretrain": f"{TRAINING} start codes fresh_head eval_every grown_peak grown_warmup_steps first_sample "
+    f"router_aux_loss {PARALLEL}",
     "data": "train valid seq_length seed tokenizer cache mask_rate mask_token ends special_tokens pixel_mean pixel_std",
 }
 

@@ -7,7 +7,7 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import EXPERT_OUTPUT, FFN_INPUT, FFN_OUTPUT, RESIDUAL_INPUT, RESIDUAL_OUTPUT
 from megatron_ligo.arch.common_params import DROPOUT
 from megatron_ligo.arch.families.llama import LLAMA
-from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role, Stage
+from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role, Stage
 
 DENSE_BLOCK = (Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN)
 SHARED_PARAMS = tuple(param for param in LLAMA.params if param.role not in DENSE_BLOCK and param.requires != "qkv_bias")
@@ -16,14 +16,22 @@ SHARED_PARAMS = tuple(param for param in LLAMA.params if param.role not in DENSE
 def expert_params(router: str, gate: str, up: str, down: str) -> tuple[ParamSpec, ...]:
     """Returns the router and the experts' matrices, from their names in a layer of Hugging Face's files."""
 
-    def locations(name: str) -> dict[str, FormatLocation]:
-        return {"hf": FormatLocation(f"model.layers.{{}}.{name}.weight")}
+    def locations(name: str, mcore: str, **packing) -> dict[str, FormatLocation]:
+        return {
+            "hf": FormatLocation(f"model.layers.{{}}.{name}.weight"),
+            "mcore": FormatLocation(f"decoder.layers.{{}}.mlp.{mcore}.weight", **packing),
+        }
+
+    def fc1(name: str, part: int) -> dict[str, FormatLocation]:
+        return locations(name, "experts.local_experts.{}.linear_fc1", pack=Pack.STACKED, part=part, num_parts=2)
+
+    fc2 = locations(down, "experts.local_experts.{}.linear_fc2")
 
     return (
-        ParamSpec("layers.{}.router", Role.ROUTER, (EXPERT_OUTPUT, RESIDUAL_INPUT), None, locations(router)),
-        ParamSpec("layers.{}.experts.{}.gate", Role.EXPERT_GATE, (FFN_OUTPUT, RESIDUAL_INPUT), 0, locations(gate)),
-        ParamSpec("layers.{}.experts.{}.up", Role.EXPERT_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, locations(up)),
-        ParamSpec("layers.{}.experts.{}.down", Role.EXPERT_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, locations(down)),
+        ParamSpec("layers.{}.router", Role.ROUTER, (EXPERT_OUTPUT, RESIDUAL_INPUT), None, locations(router, "router")),
+        ParamSpec("layers.{}.experts.{}.gate", Role.EXPERT_GATE, (FFN_OUTPUT, RESIDUAL_INPUT), 0, fc1(gate, 0)),
+        ParamSpec("layers.{}.experts.{}.up", Role.EXPERT_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, fc1(up, 1)),
+        ParamSpec("layers.{}.experts.{}.down", Role.EXPERT_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, fc2),
     )
 
 

@@ -28,6 +28,7 @@ from megatron_ligo.arch.spec import Role
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
 from megatron_ligo.models.mcore.attention import FusedAttention
+from megatron_ligo.models.mcore.expert_routing import to_routing_settings
 from megatron_ligo.models.mcore.norm import AllHeadsNorm, Norm
 from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
 from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
@@ -49,16 +50,18 @@ UNFUSED = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Build options of layers. dtype: that of weights and activations."""
+    """Build options of layers. dtype: that of weights and activations. router_aux_loss: the weight of the routers'
+    load-balancing loss."""
 
     dtype: torch.dtype = torch.float32
     tp: int = 1
     sequence_parallel: bool = False
+    router_aux_loss: float = 0.0
 
 
 def is_supported(arch: Architecture) -> bool:
-    """True for post-norm masked-LM models and pre-norm models of all other tasks, without experts."""
-    return arch.pre_norm is not arch.is_masked_lm and not arch.has_experts
+    """True for post-norm masked-LM models and pre-norm models of all other tasks."""
+    return arch.pre_norm is not arch.is_masked_lm
 
 
 def check_supported(model_config: ModelConfig) -> None:
@@ -76,6 +79,13 @@ def check_supported(model_config: ModelConfig) -> None:
         raise ConfigError(
             Problem("fit and pretraining", "a model with an output head", arch.hf_class(model_config), hint)
         )
+
+
+def check_no_experts(model_config: ModelConfig, what: str) -> None:
+    """Raises ConfigError, which names `what`, for a model with experts."""
+    if model_config.num_experts:
+        hint = "Start from the unfitted growth (ligo grow without --operator), and pretrain with tp = pp = 1."
+        raise ConfigError(Problem(what, "a model without experts", f"{model_config.num_experts} experts", hint))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -132,6 +142,7 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         add_bias_linear=arch.has_linear_biases,
         add_qkv_bias=model_config.qkv_bias,
         **to_layer_patterns(model_config),
+        **to_routing_settings(model_config, build.router_aux_loss),
         **UNFUSED,
         attention_softmax_in_fp32=True,
         apply_query_key_layer_scaling=False,
@@ -169,15 +180,19 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpe
     """Builds Transformer Engine's layer spec if it is installed, otherwise mcore's local spec with `FusedAttention` and
     `Norm`.
 
-    Layers of this package's own, and normalised heads, always use the local spec: Transformer Engine fuses the norms of
-    pre-norm layers into its linears. Its attention serves 16 bits: in fp32 it keeps all attention weights in memory.
+    Layers of this package's own, normalised heads and experts always use the local spec: Transformer Engine fuses the
+    norms of pre-norm layers into its linears. Its attention serves 16 bits: in fp32 it keeps all attention weights in memory.
     """
     arch = architectures.get(model_config.arch)
     layer_class = get_layer_class(model_config)
     is_plain = layer_class in (TransformerLayer, ParallelResidualLayer) and not arch.has_head_norms
+    is_plain = is_plain and not arch.has_experts
     is_local = not (device.has_transformer_engine() and is_plain and model_config.attention_softcap is None)
     if is_local:
-        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=get_normalization(model_config)))
+        num_experts = model_config.num_experts or None
+        spec = copy.deepcopy(
+            get_gpt_layer_local_spec(num_experts=num_experts, normalization=get_normalization(model_config))
+        )
         spec.submodules.input_layernorm = Norm
         spec.submodules.pre_mlp_layernorm = Norm
     else:

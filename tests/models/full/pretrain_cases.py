@@ -29,6 +29,7 @@ SIZES = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 5}
 BATCH, LENGTH, STEPS = 8, 16, 5
 LR = {"adamw": 1e-2, "sgd": 0.5}
 CLIP, DECAY = 0.05, 0.1
+AUX_LOSS = 0.3  # of routers
 
 
 def sizes(tied: bool, family: str = "llama") -> ModelConfig:
@@ -39,6 +40,9 @@ def sizes(tied: bool, family: str = "llama") -> ModelConfig:
         return image_models.image_config(family, **SIZES | own)
     if family in decoder_models.OWN:
         return decoder_models.config_of(family, tied=tied, **SIZES, head_dim=4, hidden_size=32)
+    if family == "mixtral":
+        experts = {"num_experts": 5, "top_k": 2, "renormalises_routing": True}
+        return llama_config(arch="mixtral", model_type="mixtral", tied=tied, **SIZES, **experts)
     if family != "llama":
         names = {
             "gpt2": "GPT2LMHeadModel",
@@ -91,12 +95,23 @@ def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> li
     for step in range(STEPS):
         seen, message = seen_and_told(model_config, step)
         loss = F.cross_entropy(model(seen).logits.flatten(0, -2), message.flatten())
-        loss.backward()
+        (loss + (router_loss(model, seen) if family == "mixtral" else 0)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         stepper.step()
         stepper.zero_grad()
         result.append((float(loss.detach()), float(norm)))
     return result
+
+
+def router_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The load-balancing loss (Switch Transformer, equation 4) of each sequence, over the layers' routers."""
+    total, top_k = torch.zeros(()), model.config.num_experts_per_tok
+    for logits in model(ids, output_router_logits=True).router_logits:
+        scores = logits.float().softmax(-1).reshape(*ids.shape, -1)  # (b, s, experts)
+        chosen = torch.zeros_like(scores).scatter(-1, scores.topk(top_k).indices, 1.0)
+        shares = chosen.mean(dim=1) / top_k * scores.mean(dim=1)
+        total = total + AUX_LOSS * scores.shape[-1] * shares.sum(dim=-1).mean()
+    return total
 
 
 def train(
@@ -116,7 +131,7 @@ def train(
     """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
     model_config = sizes(tied, family)
     mesh = meshes.build_mesh(tp, pp)
-    build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel)
+    build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel, AUX_LOSS)
     model = build_model(model_config, build, mesh, recompute)
     if folder is None:
         parameters.fill_parameters(model, model_config, mesh, parameters.build_initial_weights(model_config, seed))

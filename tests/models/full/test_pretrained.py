@@ -72,7 +72,9 @@ def folders(tmp_path_factory) -> dict[bool, str]:
     return {tied: made(tmp_path_factory.mktemp("universal"), tied, "llama") for tied in (False, True)}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit", *decoder_models.OWN])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit", *decoder_models.OWN, "mixtral"]
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_are_those_of_transformers(tied, family):
     assert_logits(pretrain_cases.sizes(tied, family))
@@ -128,6 +130,9 @@ OTHER_FAMILIES = [
     pytest.param(
         "olmo2", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long
     ),
+    ("mixtral", {"zero": 3, "tied": False, "recompute": True}),
+    pytest.param("mixtral", {"zero": 1}, marks=pytest.mark.long),
+    pytest.param("mixtral", {"zero": 2, "optimizer": "sgd", "micro_size": 1}, marks=pytest.mark.long),
 ]
 
 

@@ -110,8 +110,13 @@ def to_megatron_args(
 ) -> Namespace:
     """Returns the arguments that Megatron-LM compares with a run's own, or adopts under --use-checkpoint-args.
 
-    Raises CheckpointError for rotary positions that they cannot state.
+    Raises CheckpointError for rotary positions that they cannot state, and for experts.
     """
+    if model_config.num_experts:
+        hint = "hf, universal, deepspeed and pipeline hold them."
+        raise CheckpointError(
+            Problem("mcore and megatron", "a model without experts", f"{model_config.num_experts} experts", hint)
+        )
     rope_arguments.check_sayable(model_config)
     common = _common_args(model_config, tp, pp, padded_vocab_size, dtype, step)
     if model_config.arch != "llama":
