@@ -94,6 +94,27 @@ def test_a_mixture_keeps_its_logits(mixture, tmp_path, sizes):
     assert (before - after).abs().max() < 1e-5 * float(before.abs().max())
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"num_experts": 6, "top_k": 4, "ffn_size": 14}, {"num_experts": 3, "top_k": 2, **WIDER}]
+)
+def test_qwen3_grows_into_its_form_with_experts(tmp_path, sizes):
+    """Its one eps for all norms costs about 1e-6."""
+    torch.manual_seed(2)
+    config = transformers.Qwen3Config(
+        vocab_size=37, hidden_size=24, intermediate_size=28, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    model.save_pretrained(tmp_path / "small")
+    grown = grow(tmp_path / "small", tmp_path / "grown", **sizes)
+    assert grown.model_config.model_type == "qwen3_moe"
+    before, after = logits(tmp_path / "small"), logits(tmp_path / "grown")
+    assert (before - after).abs().max() < 1e-5 * max(1, float(before.abs().max()))
+
+
 def test_scaling_down_alone_keeps_the_function(dense, tmp_path, monkeypatch):
     """A negative control: without the factor, or with rows of different shards' own, the logits differ."""
     sizes = {"num_experts": 8, "top_k": 4, "ffn_size": 14}

@@ -37,8 +37,8 @@ def expert_params(router: str, gate: str, up: str, down: str) -> tuple[ParamSpec
 
 def with_experts(params: tuple[ParamSpec, ...], experts: tuple[ParamSpec, ...]) -> tuple[ParamSpec, ...]:
     """Returns the parameters of a family, with the experts' before those that follow the layers."""
-    first = [param for param in params if param.in_layer or param.stage is Stage.FIRST]
-    return (*first, *experts, *params[len(first) :])
+    last = tuple(param for param in params if param.stage is Stage.LAST)
+    return (*(param for param in params if param not in last), *experts, *last)
 
 
 MIXTRAL = Architecture(

@@ -40,4 +40,5 @@ QWEN3 = replace(
     foreign_hf_keys={},
     hf_pattern_keys={"qwen3": LLAMA.hf_pattern_keys["qwen2"]},
     implied_sizes={},
+    expert_types={"qwen3": "qwen3_moe"},
 )

@@ -15,8 +15,8 @@ if not hasattr(moe_utils, "te_general_gemm"):
 def to_routing_settings(model_config: ModelConfig, aux_loss: float) -> dict[str, object]:
     """Returns mcore's settings of the router and the experts; none without experts.
 
-    The router's softmax, in fp32, is over the chosen experts only, so that their weights add up to 1. The aux loss is
-    that of each sequence, so that it does not depend on how a batch is divided.
+    The router's softmax, in fp32, is over the chosen experts only if their weights add up to 1, else over all. The aux
+    loss is that of each sequence, so that it does not depend on how a batch is divided.
     """
     if not model_config.num_experts:
         return {}
@@ -24,7 +24,7 @@ def to_routing_settings(model_config: ModelConfig, aux_loss: float) -> dict[str,
         "num_moe_experts": model_config.num_experts,
         "moe_ffn_hidden_size": model_config.ffn_size,
         "moe_router_topk": model_config.top_k,
-        "moe_router_pre_softmax": False,
+        "moe_router_pre_softmax": not model_config.renormalises_routing,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "seq_aux_loss" if aux_loss else "none",
         "moe_aux_loss_coeff": aux_loss,

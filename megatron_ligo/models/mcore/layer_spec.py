@@ -181,7 +181,8 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpe
     `Norm`.
 
     Layers of this package's own, normalised heads and experts always use the local spec: Transformer Engine fuses the
-    norms of pre-norm layers into its linears. Its attention serves 16 bits: in fp32 it keeps all attention weights in memory.
+    norms of pre-norm layers into its linears. Its attention serves 16 bits: in fp32 it keeps all attention weights in
+    memory.
     """
     arch = architectures.get(model_config.arch)
     layer_class = get_layer_class(model_config)

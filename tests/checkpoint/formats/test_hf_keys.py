@@ -41,7 +41,7 @@ NEUTRAL_IF_EMPTY = {
 }  # fmt: skip
 
 # Their classes read a head_dim that they do not declare.
-READ_HEAD_DIM = ("qwen2", "granite", "olmo2")
+READ_HEAD_DIM = ("qwen3_moe", "qwen2", "granite", "olmo2")
 
 
 def problems(config: dict, accept: tuple[str, ...] = ()) -> list[str]:

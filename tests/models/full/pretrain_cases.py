@@ -40,9 +40,9 @@ def sizes(tied: bool, family: str = "llama") -> ModelConfig:
         return image_models.image_config(family, **SIZES | own)
     if family in decoder_models.OWN:
         return decoder_models.config_of(family, tied=tied, **SIZES, head_dim=4, hidden_size=32)
-    if family == "mixtral":
-        experts = {"num_experts": 5, "top_k": 2, "renormalises_routing": True}
-        return llama_config(arch="mixtral", model_type="mixtral", tied=tied, **SIZES, **experts)
+    if family in ("mixtral", "qwen3_moe"):
+        experts = {"num_experts": 5, "top_k": 2, "renormalises_routing": family == "mixtral"}
+        return llama_config(arch=family, model_type=family, tied=tied, **SIZES, **experts)
     if family != "llama":
         names = {
             "gpt2": "GPT2LMHeadModel",
@@ -95,7 +95,7 @@ def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> li
     for step in range(STEPS):
         seen, message = seen_and_told(model_config, step)
         loss = F.cross_entropy(model(seen).logits.flatten(0, -2), message.flatten())
-        (loss + (router_loss(model, seen) if family == "mixtral" else 0)).backward()
+        (loss + (router_loss(model, seen) if family in ("mixtral", "qwen3_moe") else 0)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         stepper.step()
         stepper.zero_grad()

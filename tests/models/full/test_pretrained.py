@@ -73,7 +73,8 @@ def folders(tmp_path_factory) -> dict[bool, str]:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit", *decoder_models.OWN, "mixtral"]
+    "family",
+    ["llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit", *decoder_models.OWN, "mixtral", "qwen3_moe"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_are_those_of_transformers(tied, family):
@@ -131,6 +132,7 @@ OTHER_FAMILIES = [
         "olmo2", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long
     ),
     ("mixtral", {"zero": 3, "tied": False, "recompute": True}),
+    pytest.param("qwen3_moe", {"zero": 2, "tied": False}, marks=pytest.mark.long),
     pytest.param("mixtral", {"zero": 1}, marks=pytest.mark.long),
     pytest.param("mixtral", {"zero": 2, "optimizer": "sgd", "micro_size": 1}, marks=pytest.mark.long),
 ]
