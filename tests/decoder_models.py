@@ -29,6 +29,14 @@ OWN = {
         "logits_divisor": 2.0,
     },
     "olmo2": {},
+    "gemma2": {
+        "activation": "gelu_pytorch_tanh",
+        "attention_scale_dim": 9,
+        "attention_softcap": 2.0,
+        "logits_softcap": 3.0,
+        "sliding_window": 5,
+        "window_layers": (True, False, True),
+    },
 }
 # The growth of every size, none by a whole multiple, where a family's norms allow it.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
@@ -36,8 +44,11 @@ RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "n
 
 def config_of(family: str, **changes) -> ModelConfig:
     """Returns the sizes of a tiny model. family: the name of the definition, which is its `model_type` too."""
-    changes = {"model_type": family} | changes
-    return ModelConfig(**{"arch": family, **SIZES, **OWN[family], **changes})
+    sizes = {"arch": family, "model_type": family, **SIZES, **OWN[family], **changes}
+    if sizes.get("window_layers"):
+        # Windows in every other layer, as transformers has them.
+        sizes["window_layers"] = tuple(layer % 2 == 0 for layer in range(sizes["num_layers"]))
+    return ModelConfig(**sizes)
 
 
 def has_gguf(family: str) -> bool:

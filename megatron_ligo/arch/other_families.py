@@ -38,7 +38,6 @@ DIFFERENCES = {
     "exaone4": "norms follow the blocks, queries and keys are normalised, and some layers have no positions",
     "falcon": "attention and feed-forward read the layer's input, with ALiBi or rotary positions by version",
     "gemma": "embeddings are scaled, norms multiply by 1 + gain, and the gate's activation is GELU",
-    "gemma2": "embeddings are scaled, norms multiply by 1 + gain and follow the blocks too, and logits are capped",
     "gemma3": "embeddings are scaled, queries and keys are normalised, and layers alternate between windows",
     "glm": "rotary positions turn interleaved pairs on a part of each head",
     "glm4": "rotary positions turn interleaved pairs on a part of each head, and norms follow the blocks too",

@@ -69,6 +69,17 @@ MODELS = {
         },
     ),
     "olmo2": ("Olmo2ForCausalLM", CAUSAL_SIZES | {"pad_token_id": 1}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "head_dim": 10,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 7,
+        },
+    ),
     "gpt2": ("GPT2LMHeadModel", layer_norm_models.GPT2 | {"n_positions": 40}),
     "gpt_neox": ("GPTNeoXForCausalLM", layer_norm_models.NEOX | {"max_position_embeddings": 40}),
     "bert": ("BertForMaskedLM", BERT),
@@ -100,6 +111,7 @@ STRINGS = {
     "pooler_act": ["relu"],
     "attn_implementation": ["eager"],
 }
+STRINGS["hidden_activation"] = STRINGS["hidden_act"]
 STRINGS["activation_function"] = STRINGS["hidden_act"]
 SCALINGS = (
     {"rope_type": "linear", "factor": 4.0},

@@ -127,6 +127,8 @@ OTHER_FAMILIES = [
     pytest.param("qwen3", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
     pytest.param("granite", {"tp": 2, "pp": 2, "tied": False, "optimizer": "sgd"}, marks=pytest.mark.long),
     pytest.param("granite", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
+    pytest.param("gemma2", {"tp": 2, "pp": 2, "optimizer": "sgd"}, marks=pytest.mark.long),
+    pytest.param("gemma2", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
     ("olmo2", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     pytest.param(
         "olmo2", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long

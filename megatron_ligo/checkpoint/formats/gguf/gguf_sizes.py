@@ -145,6 +145,8 @@ def _complete_heads(
         size = metadata.get(f"{family}.{key}", sizes["head_dim"])
         if type(size) is not int or size != sizes["head_dim"]:
             errors.add(f"{family}.{key}", f"the head size, {sizes['head_dim']}", describe_value(size))
+    if "attention_scale" in sizes:
+        return
     scale, default = metadata.get(f"{family}.{ATTENTION_SCALE}", 0), sizes["head_dim"] ** -0.5
     is_default = type(scale) in (int, float) and (scale == 0 or isclose(scale, default, rel_tol=FP32_ROUNDING))
     if not is_default:

@@ -92,7 +92,7 @@ FOREIGN_NAMESPACES = ("adapter.", "clip.", "diffusion.", "xielu.", "controlvecto
 def key_table(arch: Architecture, family: str) -> KeyTable:
     """Returns the classification of the keys of one network, `family` by its name in GGUF."""
     fields = {**arch.gguf_fields, "rope.dimension_count": "head_dim", "attention.value_length": "head_dim"}
-    fields[ATTENTION_SCALE] = "head_dim"
+    fields.setdefault(ATTENTION_SCALE, "head_dim")
     fields |= dict.fromkeys(ROPE_FIELDS, ROPE)
     return KeyTable(
         {f"{family}.{key}": name for key, name in fields.items()} | FILE_FIELDS,

@@ -35,12 +35,12 @@ CONFIG = "config.json"
 # Harmless keys that are not copied into a written config: they would describe another file, or another model's sizes.
 NOT_CARRIED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "n_ctx", "max_sequence_length")
 # The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
-HEADS_DIVIDE = ("llama",)
+HEADS_DIVIDE = ("llama", "gemma2")
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding")
-ACTIVATION_FIELDS = ("hidden_act", "activation_function")
+ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")
 # None means a family without images, or without padding among its positions: other families must state them.
