@@ -6,7 +6,8 @@ A folder's tokenizer.json comes first, then tokenizer.model, then vocab.json wit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -59,13 +60,28 @@ class Tokenizer(ABC):
         """Returns the text of token ids."""
 
 
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Raises DataError for a panic of the library, as for a pattern that needs too many steps on a text."""
+    try:
+        yield
+    except BaseException as error:
+        # Not an Exception, and its class cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        hint = "Its pattern may need too many steps on a text: check the tokenizer's pre_tokenizer."
+        raise DataError(Problem("the tokenizer", "the ids of each text", f"{error}", hint)) from error
+
+
 class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         # Without offsets, which take most of the memory.
-        return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with _panics_as_errors():
+            return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self.inner.encode(text, add_special_tokens=False)
+        with _panics_as_errors():
+            encoding = self.inner.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def decode(self, ids: list[int]) -> str:

@@ -196,3 +196,19 @@ def test_the_memory_does_not_grow_with_the_text(kind, tmp_path):
     assert process.wait(timeout=200) == 0
     memory.join()
     assert memory.peak < 700, f"{memory.peak:.0f} MiB"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pattern_that_never_ends_is_an_error_of_the_tokenizer(tmp_path, workers):
+    """The library panics; the worker's error reaches the command, and nothing is left behind."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    inner.add_special_tokens(["</s>"])
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with (tmp_path / "texts.jsonl").open("w") as stream:
+        for number in range(400):
+            stream.write(json.dumps({"text": f"b {number}" if number < 399 else "a" * 40 + "b"}) + "\n")
+    texts = DocumentSource((tmp_path / "texts.jsonl",))
+    with pytest.raises(DataError, match="too many steps"):
+        prepare_text(TextRecipe(texts, str(tmp_path), valid_fraction=0), tmp_path / "out", workers)
+    assert not list((tmp_path / "out").glob("train*"))
