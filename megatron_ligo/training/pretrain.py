@@ -143,6 +143,9 @@ class Pretrain(TrainingJob):
                 self.inputs.add_problems(find_start_damage(Path(path), start.source, self.inputs.cache))
                 self.inputs.add_model("pretrain.start", path, start.source, moments=start.source.has_moments)
                 files = start.source.files
+        # Kept from here, because the source is released once the engine has its weights.
+        self.carried_files = files
+        self.carried_keys = start.source.carried if start is not None and start.source else {}
         self.tokenizers = self.find_tokenizers(files)
         self.add_data_files(self.inputs, self.tokenizers, self.section.codes)
         self.compare_inputs(complete=False)
@@ -320,9 +323,7 @@ class Pretrain(TrainingJob):
         return record
 
     def _write_model_folder(self) -> None:
-        folder, source = self.output / MODEL_FOLDER, self.start.source
-        carried, files = (source.carried, source.files) if source else ({}, ())
-        model_record.write_folder(folder, self.model_config, carried, files)
+        model_record.write_folder(self.output / MODEL_FOLDER, self.model_config, self.carried_keys, self.carried_files)
 
 
 def _format_metrics(metrics: dict[str, float]) -> str:
