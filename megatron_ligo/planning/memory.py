@@ -89,7 +89,7 @@ def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
     return {
         name + weights: width * (shard if zero == 3 else count),
         "gathered": width * min(count, optimizer.live_parameters) if zero == 3 else 0,
-        "gradients": width * (shard if zero > 1 else count),
+        "gradients": optimizer_memory.gradient_bytes(job.parallel, width) * (shard if zero > 1 else count),
         "optimizer" + adam: (masters + 2 * optimizer.moment_bytes) * shard,
         "update": copied * optimizer.master_bytes * shard + (2 if zero > 1 else 1) * bucket,
     }

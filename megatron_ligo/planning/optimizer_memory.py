@@ -19,6 +19,7 @@ class OptimizerMemory:
     master_bytes, moment_bytes: bytes per element of a master weight and of one Adam moment.
     bucket_size: elements that are reduced at once.
     live_parameters: maximum number of gathered parameters that ZeRO 3 keeps.
+    sums_in_fp32: gradients of bf16 weights are summed in fp32 outside of pipelines.
     """
 
     master_bytes: int
@@ -27,6 +28,7 @@ class OptimizerMemory:
     live_parameters: int
     offloads_optimizer: bool
     offloads_weights: bool
+    sums_in_fp32: bool
 
 
 @cache
@@ -41,7 +43,14 @@ def read_optimizer_memory(parallel: ParallelSection, bf16: bool) -> OptimizerMem
         live_parameters=int(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)),
         offloads_optimizer=_is_offloaded(zero, "offload_optimizer"),
         offloads_weights=_is_offloaded(zero, "offload_param"),
+        sums_in_fp32=deepspeed_profile.gradient_sums_dtype(profile) == "fp32",
     )
+
+
+def gradient_bytes(parallel: ParallelSection, weight_bytes: int) -> int:
+    """Returns the bytes per element of the gradients' sums, which are also reduced in this dtype."""
+    in_fp32 = weight_bytes < 4 and parallel.pp == 1 and read_optimizer_memory(parallel, True).sums_in_fp32
+    return 4 if in_fp32 else weight_bytes
 
 
 def _is_offloaded(zero: dict, key: str) -> bool:

@@ -5,7 +5,7 @@ An all-reduce of n bytes over r ranks sends 2 n (r - 1) / r per rank, an all-gat
 
 from __future__ import annotations
 
-from megatron_ligo.planning import parameter_count
+from megatron_ligo.planning import optimizer_memory, parameter_count
 from megatron_ligo.planning.planned_job import DTYPE_BYTES, PlannedJob
 
 
@@ -37,14 +37,17 @@ def _estimate_stage_traffic(job: PlannedJob, stage: int) -> dict[str, int]:
     kinds["pipeline"] = boundary * job.element_bytes * job.micro_batches
     if operator is None:
         trained = parameter_count.count_model_on_rank(job, stage)
-        gradient_bytes = DTYPE_BYTES[job.training.precision]
+        weight_bytes = DTYPE_BYTES[job.training.precision]
+        gradient_bytes = optimizer_memory.gradient_bytes(job.parallel, weight_bytes)
     else:
         trained, gradient_bytes = parameter_count.count_operator_on_rank(operator, tp, layers), 4
+        weight_bytes = 4
         mixed = 0 if job.whole_source else layers * parameter_count.count_layer(operator.small, 1)
         group = tp * dp if zero == 3 else tp
         gathers = job.micro_batches if zero == 3 else 1
         kinds["mixing"] = count_ring_elements(mixed, group) * job.element_bytes * gathers
     # ZeRO 1 and 2 reduce gradients and gather weights; ZeRO 3 also gathers weights for the forward and backward pass.
-    rounds = 3 * job.micro_batches if zero == 3 else 2
-    kinds["data parallel"] = count_ring_elements(trained, dp, 1) * gradient_bytes * rounds
+    reductions, gathers = (job.micro_batches, 2 * job.micro_batches) if zero == 3 else (1, 1)
+    bytes_per_element = gradient_bytes * reductions + weight_bytes * gathers
+    kinds["data parallel"] = count_ring_elements(trained, dp, 1) * bytes_per_element
     return {kind: round(count) for kind, count in kinds.items()}

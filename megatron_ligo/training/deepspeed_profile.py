@@ -11,6 +11,16 @@ from megatron_ligo.config.run_config import ParallelSection
 PROFILE_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
+def gradient_sums_dtype(profile: dict) -> str | None:
+    """Returns the dtype in which gradients of bf16 weights are summed over micro-batches, outside of pipelines.
+
+    It is fp32 unless the profile sets another. None: that of the weights, as bf16 masters demand.
+    """
+    if profile.get("bf16", {}).get("bf16_master_weights_and_grads"):
+        return None
+    return profile.get("data_types", {}).get("grad_accum_dtype", "fp32")
+
+
 def read_profile(parallel: ParallelSection) -> dict:
     """Reads the ZeRO settings of a layout. ConfigError if the file is not JSON or sets another ZeRO stage."""
     path = Path(parallel.ds_config) if parallel.ds_config else PROFILE_FOLDER / f"zero{parallel.zero}.json"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from torch import Tensor, nn
 
 from megatron_ligo.arch.mcore_names import sort_by_construction
@@ -53,6 +55,11 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
         "zero_allow_untested_optimizer": True,
         "checkpoint": {"load_universal": universal},
     }
+    sums_dtype = deepspeed_profile.gradient_sums_dtype(profile)
+    # In a pipeline DeepSpeed (0.19.8) loses the gradients of tied weights that are summed in another dtype.
+    if bf16 and mesh.pp == 1 and sums_dtype:
+        config["data_types"] = {**profile.get("data_types", {}), "grad_accum_dtype": sums_dtype}
+        config.setdefault("communication_data_type", sums_dtype)
     if section.parallel.sequence_parallel:
         # DeepSpeed would partition activations over the TP ranks as if they were replicated there.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
@@ -89,6 +96,25 @@ def build_optimizer(section: TrainingSection, groups: list[dict]) -> torch.optim
     return torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), eps=section.eps, fused=fused)
 
 
+@contextmanager
+def _same_optimizer_at_every_stage() -> Iterator[None]:
+    """Within it, engines of ZeRO 1 get ZeRO's optimizer although they sum gradients of bf16 weights in fp32.
+
+    DeepSpeed (0.19.8) would take another one, whose checkpoints no other stage reads.
+    """
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> str | None:
+        kind = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if engine.zero_optimization() else kind
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
 class Engine:
     """Takes optimizer steps and evaluates, with the same interface at every layout.
 
@@ -111,13 +137,14 @@ class Engine:
         self.is_pipeline = isinstance(module, PipelineModule)
         self.micro_batches = count_micro_batches(section, mesh)
         self.lr_scales = [group.get("lr_scale", 1.0) for group in groups]
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(section, groups),
-            config=build_deepspeed_config(section, mesh, bf16, universal),
-            mpu=None if self.is_pipeline else DeepSpeedMpu(mesh),
-            dist_init_required=False,
-        )
+        with _same_optimizer_at_every_stage():
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(section, groups),
+                config=build_deepspeed_config(section, mesh, bf16, universal),
+                mpu=None if self.is_pipeline else DeepSpeedMpu(mesh),
+                dist_init_required=False,
+            )
         scale_router_loss(self.micro_batches, device.current_device())
         self.files = engine_files.install_checkpoint_files(self.engine)
         # Takes the loss and the gradient norm of a step, the same on all ranks; True: no rank applies its update.

@@ -1,0 +1,71 @@
+"""The gradients of bf16 weights are summed in fp32 over many micro-batches."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+
+from megatron_ligo.config.run_config import ParallelSection, PretrainSection
+from megatron_ligo.distributed import mesh as meshes
+from megatron_ligo.models.full import parameters
+from megatron_ligo.models.full.factory import build_model
+from megatron_ligo.models.mcore.layer_spec import BuildOptions
+from megatron_ligo.training.engine import Engine, build_parameter_groups
+from tests.tiny_models import llama_config, tokens
+
+MICRO_BATCHES, LR = 32, 1.0
+
+
+def error_of_update(profile: str, zero: int) -> float:
+    """Returns the error of an SGD update over all micro-batches, relative to the fp32 sum of the same gradients."""
+    mesh, model_config = meshes.build_mesh(1, 1), llama_config(num_layers=1)
+    read = parameters.build_initial_weights(model_config, 3)
+    model, plain = (build_model(model_config, BuildOptions(torch.bfloat16), mesh) for _ in range(2))
+    for built in (model, plain):
+        parameters.fill_parameters(built, model_config, mesh, read)
+    samples = tokens(model_config, mesh.dp * MICRO_BATCHES, 9).chunk(mesh.dp)[mesh.dp_rank].split(1)
+    batches = [{"tokens": t[:, :-1], "labels": t[:, 1:], "loss_mask": torch.ones(1, 8)} for t in samples]
+    sums = {name: torch.zeros(parameter.shape) for name, parameter in plain.named_parameters()}
+    for batch in batches:
+        plain.zero_grad()
+        plain(*batch.values()).backward()
+        for name, parameter in plain.named_parameters():
+            sums[name] += parameter.grad.float() / (mesh.dp * MICRO_BATCHES)
+    for gradient in sums.values():
+        dist.all_reduce(gradient)
+    section = PretrainSection(
+        optimizer="sgd",
+        lr=LR,
+        clip=0.0,
+        global_batch_size=mesh.dp * MICRO_BATCHES,
+        parallel=ParallelSection(zero=zero, ds_config=profile),
+    )
+    engine = Engine(model, mesh, section, build_parameter_groups(model, 0.0), bf16=True)
+    start = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+    engine.train_step(batches)
+    error = size = 0.0
+    for name, parameter in engine.module.named_parameters():
+        update = start[name] - safe_get_full_fp32_param(parameter)
+        error += float((update.view_as(sums[name]) - LR * sums[name]).square().sum())
+        size += float((LR * sums[name]).square().sum())
+    engine.engine.destroy()
+    return (error / size) ** 0.5
+
+
+def errors_of_updates(profile: str) -> dict[int, float]:
+    result = {zero: error_of_update("", zero) for zero in (1, 3)}
+    result[0] = error_of_update(profile, 1)
+    return result
+
+
+def test_many_micro_batches_in_bf16(pools, tmp_path):
+    profile = tmp_path / "bf16_sums.json"
+    profile.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "bf16"}}))
+    errors = pools(2).run(errors_of_updates, profile=str(profile))
+    in_bf16 = errors.pop(0)
+    assert in_bf16 > 2e-3, "sums in bf16 are as good here: the case shows nothing"
+    for zero, error in errors.items():
+        assert error < in_bf16 / 5, (zero, error, in_bf16)
