@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+# tests/gpu starts its own processes, on GPUs.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

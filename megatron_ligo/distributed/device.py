@@ -18,6 +18,8 @@ from deepspeed.accelerator import get_accelerator
 
 from megatron_ligo.common.errors import ConfigError, LayoutError, Problem
 
+# Torch reads the first one unless the second, its old name, is set.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # Exists while NVIDIA's kernel driver is loaded.
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
@@ -56,6 +58,9 @@ def select_local_device() -> None:
     if is_cpu():
         _check_cpu_is_chosen()
         return
+    # Layers of many sizes leave gaps between blocks of fixed places. Read when a GPU is first used.
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), get_accelerator().device_count()
     if local_rank >= count:
         hint = "Start one process per GPU (--num_gpus), or check CUDA_VISIBLE_DEVICES."

@@ -62,8 +62,8 @@ def short_key(param: ParamSpec) -> str:
 
 
 def copy_gain(gain: Tensor, source: Tensor, factor: Tensor) -> Tensor:
-    """Copies a norm's gain and scales it: (small,) -> (large,). source: the small features, -1 for the mean gain."""
-    copied = torch.where(source < 0, gain.mean(), gain[source.clamp(min=0)])
+    """Copies norms' gains and scales them: (..., small) -> (..., large). source: the small features, -1 for the mean."""
+    copied = torch.where(source < 0, gain.mean(-1, keepdim=True), gain[..., source.clamp(min=0)])
     return copied * factor.to(gain)
 
 

@@ -60,6 +60,11 @@ def estimate_stage_memory(job: PlannedJob, stage: int) -> dict[str, int]:
     if job.lagged:
         kinds["lag"] = job.element_bytes * parameter_count.count_model_on_rank(job, stage)
     kinds["activations"] = _estimate_activations(job, stage)
+    if job.operator is not None and job.micro_batches_per_build == 1:
+        # The sums of the last layers come when their activations are freed.
+        layers = job.layers_per_stage()[stage]
+        freed = kinds["activations"] * min(layers, MIXED_LAYERS_AT_ONCE) / layers
+        kinds["gradient sums"] = max(0, kinds["gradient sums"] - freed)
     # The optimizer allocates its buffers after the activations are freed.
     kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
     return {kind: round(count) for kind, count in kinds.items()}
@@ -113,7 +118,10 @@ def _estimate_small_model(job: PlannedJob, stage: int) -> dict[str, float]:
     if job.micro_batches_per_build > 1:
         sums = 4 * (layers * _count_linear_weights(job) + maps)
     else:
-        sums = 4 * 2 * min(layers, MIXED_LAYERS_AT_ONCE) * layer
+        # Gradients of mixed weights come twice in the run's dtype, then, as a slice, in fp32; those of products once.
+        in_fp32 = 4 / ranks if job.element_bytes < 4 else 0
+        elements = (2 * job.element_bytes + in_fp32) * layer + job.element_bytes * _count_layer_products(job)
+        sums = min(layers, MIXED_LAYERS_AT_ONCE) * elements
     return {
         "source": small.num_layers * layer * job.source_bytes / ranks + 4 * table * tables,
         "mixed": job.element_bytes * (layers * (layer + _count_layer_products(job))),

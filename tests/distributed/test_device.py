@@ -16,7 +16,7 @@ from megatron_ligo.models.mcore.attention import FusedAttention
 
 # The commands' own start, in a process whose accelerator is CUDA's; only the calls that need a GPU are replaced.
 START = """
-import json, sys
+import json, os, sys
 import torch
 from megatron_ligo.common.errors import LayoutError
 calls = []
@@ -29,7 +29,8 @@ try:
     mesh.init_distributed()
 except LayoutError as error:
     sys.exit(f"refused: {error}")
-print(json.dumps({"calls": calls, "device": str(device.current_device())}))
+settings = {name: os.environ.get(name) for name in device.ALLOCATOR_SETTINGS}
+print(json.dumps({"calls": calls, "device": str(device.current_device()), "allocator": settings}))
 """
 
 
@@ -44,7 +45,9 @@ def _start(local_rank: int) -> subprocess.CompletedProcess:
 def test_a_process_takes_the_gpu_of_its_local_rank():
     process = _start(3)
     assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout.splitlines()[-1]) == {"calls": [3], "device": "cuda:3"}
+    started = json.loads(process.stdout.splitlines()[-1])
+    assert (started["calls"], started["device"]) == ([3], "cuda:3")
+    assert started["allocator"] == {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": None}
 
 
 def test_more_processes_than_gpus_are_refused():

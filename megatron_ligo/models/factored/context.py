@@ -118,7 +118,7 @@ class FactoredContext:
         return copy_to(grown, self.mesh.tp_group)
 
     def grow_gain(self, spec: ParamSpec, mixed: Tensor, maps: dict[str, LinearMap]) -> Tensor:
-        """Grows a norm's gain, (n,) -> (N,), or over all heads -> this rank's (N / tp,)."""
+        """Grows norms' gains, (..., n) -> (..., N), or over all heads -> this rank's (..., N / tp)."""
         if self.operator.copies_gain(spec):
             tensors = (self.gain_tensors[name] for name in self.operator.gain_names(spec))
             source, factor = (shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank) for tensor in tensors)
@@ -126,12 +126,12 @@ class FactoredContext:
         if self.operator.space_maps.lift(spec.axes[0]) is None:
             return mixed
         matrix, lift = self.map_for(maps, spec, 0)
-        return apply_map(mixed, 0, matrix.to(mixed), lift)
+        return apply_map(mixed, mixed.dim() - 1, matrix.to(mixed), lift)
 
     def grow_norm_bias(self, spec: ParamSpec, mixed: Tensor, maps: dict[str, LinearMap]) -> Tensor:
-        """Grows a norm's bias, (D1,) -> (D2,), replicated."""
+        """Grows norms' biases, (..., D1) -> (..., D2), replicated."""
         matrix, lift = self.map_for(maps, spec, 0)
-        grown = apply_map(mixed, 0, matrix.to(mixed), lift)
+        grown = apply_map(mixed, mixed.dim() - 1, matrix.to(mixed), lift)
         if self.operator.divides_bias(spec):
             grown = grown * (self.gain_tensors["gain.final"] / self.gain_tensors["gain.layers"])
         return grown
@@ -154,6 +154,14 @@ class FactoredContext:
         else:
             rows = rows[random_init.num_kept_features(self.operator, spec.axes[0]) :]
         return rows.clone().to(device.current_device())
+
+    @property
+    def builds_alike(self) -> bool:
+        """True if all layers build their tensors in the same way, from the same maps: several at once."""
+        operator = self.operator
+        has_own_maps = any(operator.has_map_per_layer(name) for name in operator.maps)
+        has_more_norms = operator.arch.has_head_norms or operator.arch.has_output_norms
+        return self.lag is None and operator.settings.fresh == "none" and not has_own_maps and not has_more_norms
 
     def map_for(self, maps: dict[str, LinearMap], spec: ParamSpec, dim: int) -> tuple[LinearMap, LiftedMap]:
         """Returns the (large, small) map of a parameter's axis, and its lift over heads."""

@@ -5,6 +5,8 @@ No grown matrix or its gradient is materialised (factored_linears.py). Legend: s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -92,6 +94,8 @@ class FactoredLayer(nn.Module):
             self.block.set_submodule(path, module)
         self.factored_modules = list(modules.values())
         self._tensor_counts: list[int] = []
+        # The layers of this process, which may build their tensors together.
+        self.siblings: Sequence[FactoredLayer] = ()
 
     def forward(self, h: Tensor) -> Tensor:
         """h (s or s / tp, b, D2) -> the same shape, in the step state's dtype."""
@@ -107,6 +111,8 @@ class FactoredLayer(nn.Module):
     def _build(self) -> list[Tensor]:
         """Builds the tensors of a step: the layer's own maps, then each module's tensors, in order."""
         state = self.state
+        if self.context.builds_alike:
+            return state.mixer.take_built(self.layer, state.dtype, self._build_layers)
         tensors = self.maps(state.dtype)
         maps = state.step_maps | self.maps.layout.matrices(tensors)
         mixed = state.mixer.take(self.layer, state.dtype)
@@ -116,6 +122,20 @@ class FactoredLayer(nn.Module):
             self._tensor_counts.append(len(built))
             tensors += built
         return tensors
+
+    def _build_layers(self, mixed: dict[str, Tensor]) -> list[Tensor]:
+        """Builds stacks of the tensors of several layers, this one first, from stacks (layers, ...) of mixed ones."""
+        built = [module.build(mixed, self.state.step_maps, self.state.dtype) for module in self.factored_modules]
+        self._tensor_counts = list(map(len, built))
+        for layer in self.siblings:
+            layer.adopt_build(self)
+        return [tensor for tensors in built for tensor in tensors]
+
+    def adopt_build(self, other: FactoredLayer) -> None:
+        """Takes over what another layer has noted of its build, which is the same in all layers."""
+        self._tensor_counts = other._tensor_counts
+        for module, built in zip(self.factored_modules, other.factored_modules, strict=True):
+            module.adopt_build(built)
 
     def _run(self, h: Tensor, *tensors: Tensor) -> Tensor:
         """Runs the layer on the shared maps' tensors and those of `_build`, in this order."""

@@ -101,8 +101,9 @@ class ModulePlaceholder(nn.Module):
 class FactoredModule(nn.Module, ABC):
     """A module of a Megatron-core layer that is computed from factors. It has no parameters.
 
-    `build` makes its tensors once per step. `bind` sets them for the forward pass of one micro-batch, and `unbind`
-    releases them, as they keep the graph of that pass alive.
+    `build` makes its tensors once per step, of one layer or of several, stacked along a first dim. `bind` sets those of
+    one layer for the forward pass of one micro-batch, and `unbind` releases them, as they keep the graph of that pass
+    alive.
     """
 
     def __init__(self) -> None:
@@ -112,6 +113,10 @@ class FactoredModule(nn.Module, ABC):
     @abstractmethod
     def build(self, mixed: dict[str, Tensor], maps: Maps, dtype: torch.dtype) -> list[Tensor]:
         """Builds the tensors of a step's forward passes. mixed: the layer's mixed small weights (small shapes)."""
+
+    def adopt_build(self, other: FactoredModule) -> None:
+        """Takes over what `build` of another layer's module has noted, for its tensors are this module's too."""
+        return
 
     def bind(self, tensors: list[Tensor], maps: Maps) -> None:
         """Sets the tensors for the next forward pass, in the shapes of `build`."""
@@ -155,11 +160,16 @@ class FactoredLinear(FactoredModule):
         self.weights = [spec for spec in specs if len(spec.axes) == 2]
         self.biases = [spec for spec in specs if len(spec.axes) == 1]
         self.num_transform_tensors = 0
+        # Whether each weight, or the only one, is applied as factors.
+        self.factored: list[bool] = []
 
     def build(self, mixed, maps, dtype):
         before = [] if self.input_transform is None else self.input_transform.build(mixed, maps, dtype)
         self.num_transform_tensors = len(before)
         return before + self.build_products(mixed, maps)
+
+    def adopt_build(self, other):
+        self.num_transform_tensors, self.factored = other.num_transform_tensors, other.factored
 
     @abstractmethod
     def build_products(self, mixed: dict[str, Tensor], maps: Maps) -> list[Tensor]:
@@ -200,21 +210,26 @@ class ColumnParallelFactors(FactoredLinear):
             for spec, factored in zip(self.weights, self.factored, strict=True)
         ]
         if not any(self.factored):
-            tensors = [pack(tensors, self.pack, self.groups)]
+            tensors = [self._pack(tensors, -2)]
         if self.biases:
             biases = [add_lag(self._grow_rows(spec, mixed, maps), self.lag[spec.key]) for spec in self.biases]
-            tensors.append(pack(biases, self.pack, self.groups))
+            tensors.append(self._pack(biases, -1))
         return tensors
 
+    def _pack(self, tensors: list[Tensor], dim: int) -> Tensor:
+        return pack([tensor.movedim(dim, 0) for tensor in tensors], self.pack, self.groups).movedim(0, dim)
+
     def _grow_rows(self, spec: ParamSpec, mixed: dict[str, Tensor], maps: Maps) -> Tensor:
+        """Returns a weight (..., n, D1) or a bias (..., n) of this rank."""
         matrix, lift = self.context.map_for(maps, spec, 0)
-        grown = apply_map(mixed[spec.key], 0, matrix, lift)
+        tensor = mixed[spec.key]
+        grown = apply_map(tensor, tensor.dim() - len(spec.axes), matrix, lift)
         fresh = self.fresh[spec.key]
         return grown if fresh is None else grown + fresh.to(grown)
 
     def _is_factored(self, spec: ParamSpec, mixed: dict[str, Tensor], maps: Maps) -> bool:
         matrix, lift = self.context.map_for(maps, spec, 0)
-        other, has_random_rows = mixed[spec.key].shape[1], self.fresh[spec.key] is not None
+        other, has_random_rows = mixed[spec.key].shape[-1], self.fresh[spec.key] is not None
         return is_factored(
             spec, lift, self.context.tokens_per_step, matrix.shape, other, matrix.cost, has_random_rows=has_random_rows
         )
@@ -251,13 +266,13 @@ class RowParallelFactors(FactoredLinear):
             # The rows of the new residual features follow those of the small ones.
             weight = torch.cat([weight, fresh.to(weight)])
         tokens = self.context.tokens_per_step
-        self.factored = is_factored(spec, lift, tokens, matrix.shape, weight.shape[0], matrix.cost)
-        tensors = [weight if self.factored else apply_map(weight, 1, matrix, lift)]
+        self.factored = [is_factored(spec, lift, tokens, matrix.shape, weight.shape[-2], matrix.cost)]
+        tensors = [weight if self.factored[0] else apply_map(weight, weight.dim() - 1, matrix, lift)]
         return tensors + [mixed[spec.key].to(weight.dtype) for spec in self.biases]
 
     def multiply(self, x, transform, tensors, maps):
         (spec,) = self.weights
-        if self.factored:
+        if self.factored[0]:
             y = self.apply_to_input(self.context.map_for(maps, spec, 1)[0].apply_transposed, x, transform)
             y = F.linear(y, tensors[0])
         else:

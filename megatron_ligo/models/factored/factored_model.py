@@ -38,7 +38,7 @@ class FactoredModel(nn.Module):
         layers = range(context.operator.large.num_layers)
         self.layers = nn.ModuleList(FactoredLayer(context, self.step_state, j) for j in layers)
         self.head = FactoredHead(context, self.step_state)
-        self.step_state.set_layers({layer.layer: layer.depth for layer in self.layers})
+        _connect_layers(self.step_state, self.factored_layers())
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Returns the mean loss, a scalar."""
@@ -79,7 +79,7 @@ class FactoredPipeline(PipelineModule):
         specs, self.part_bounds = self._specs(num_layers)
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
         super().__init__(specs, topology=topology, loss_fn=self._loss)
-        self.step_state.set_layers({layer.layer: layer.depth for layer in self.factored_layers()})
+        _connect_layers(self.step_state, self.factored_layers())
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         prefixes = {f"tied_modules.{TIED_MAPS}": "shared"} | {
@@ -132,6 +132,14 @@ class FactoredPipeline(PipelineModule):
 
     def factored_layers(self) -> list[FactoredLayer]:
         return [module for module in self.forward_funcs if isinstance(module, FactoredLayer)]
+
+
+def _connect_layers(state: StepState, layers: list[FactoredLayer]) -> None:
+    """Registers the layers of this process, which mix and build their tensors together."""
+    state.set_layers({layer.layer: layer.depth for layer in layers})
+    for layer in layers:
+        # A tuple, so that torch does not register the layers as submodules.
+        layer.siblings = tuple(other for other in layers if other is not layer)
 
 
 def fit_loss(logits: Tensor, labels: Tensor, mask: Tensor, context: FactoredContext) -> Tensor:

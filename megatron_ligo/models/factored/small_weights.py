@@ -133,8 +133,8 @@ class SmallWeights:
         keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
         return torch.stack([self._read(reader, spec, key).float() for key in keys]).to(device.current_device())
 
-    def mix_split(self, depth: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-        """Mixes the TP-sharded parameters: for each large layer, by key, in dtype and in the small model's shapes.
+    def mix_split(self, depth: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Mixes the TP-sharded parameters of some large layers: by key (large layers, *small shape), in dtype.
 
         depth: (large layers, split_specs, L), fp32. Every rank gets each parameter whole and uses a part of it, so
         gradients are summed over the mix group, and each rank keeps its slice.
@@ -142,23 +142,18 @@ class SmallWeights:
         depth = copy_to(depth, self.mesh.tp_group)
         weights = depth.unbind(1)
         mixed = [_Mix.apply(w, stack).to(dtype) for w, stack in zip(weights, self._slices, strict=True)]
-        if self.num_slices == 1:
-            parts = [part.unbind(0) for part in mixed]
-        else:
+        if self.num_slices > 1:
             sizes = [part.shape[1] for part in mixed]
             gathered = gather_partial(torch.cat(mixed, dim=1), self.group)
-            parts = [part.unbind(1) for part in gathered.split(sizes, dim=2)]
-        return [self._reshape([part[layer] for part in parts]) for layer in range(len(depth))]
-
-    def _reshape(self, parts: list[Tensor]) -> dict[str, Tensor]:
-        """Returns flat, padded parameters (slices, n / slices) in their own shapes, by key."""
+            mixed = [part.transpose(0, 1).flatten(1) for part in gathered.split(sizes, dim=2)]
         tensors = {}
-        for spec, part in zip(self.split_specs, parts, strict=True):
+        for spec, part in zip(self.split_specs, mixed, strict=True):
             shape = self.shapes[spec.key]
-            tensors[spec.key] = part.reshape(-1)[: math.prod(shape)].view(shape)
+            # Slices are padded to equal sizes.
+            tensors[spec.key] = part[:, : math.prod(shape)].reshape(len(depth), *shape)
         return tensors
 
-    def mix_whole(self, depth: Tensor) -> list[dict[str, Tensor]]:
+    def mix_whole(self, depth: Tensor) -> dict[str, Tensor]:
         """Mixes the replicated parameters (norms, residual biases) like `mix_split`, but in fp32.
 
         depth: (large layers, whole_specs, L). The gradients must be complete: `FactoredContext.enter_partial_use` sums
@@ -166,4 +161,4 @@ class SmallWeights:
         """
         keys = [spec.key for spec in self.whole_specs]
         mixed = [w @ stack.flatten(1) for w, stack in zip(depth.unbind(1), self._wholes, strict=True)]
-        return [dict(zip(keys, tensors, strict=True)) for tensors in zip(*mixed, strict=True)]
+        return dict(zip(keys, mixed, strict=True))

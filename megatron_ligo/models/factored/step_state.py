@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,28 +26,44 @@ class LayerMixer:
     def __init__(self, context: FactoredContext, depths: Mapping[int, DepthParameters]):
         self.context = context
         self.depths = depths
-        self._mixed: dict[int, dict[str, Tensor]] = {}  # layers that are not yet taken
+        self._taken: dict[int, dict[str, Tensor]] = {}  # layers that are not yet taken
+        self._built: dict[int, list[Tensor]] = {}
 
     def clear(self) -> None:
-        self._mixed.clear()
+        self._taken.clear()
+        self._built.clear()
 
     def take(self, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns the depth-mixed small tensors of a large layer, by key pattern, once per build: TP-sharded weights in
         dtype, the others in fp32, all in the small model's (global) shapes."""
-        if layer not in self._mixed:
-            order = list(self.depths)
-            first = order.index(layer)
-            batch = order[first : first + LAYERS_MIXED_AT_ONCE]
-            split, whole = zip(*(self.depths[j]() for j in batch), strict=True)
-            self._mixed = dict(zip(batch, self._mix(torch.stack(split), torch.stack(whole), dtype), strict=True))
-        return self._mixed.pop(layer)
+        if layer not in self._taken:
+            batch, mixed = self._mix(layer, dtype)
+            parts = zip(*(tensor.unbind(0) for tensor in mixed.values()), strict=True)
+            self._taken = {j: dict(zip(mixed, part, strict=True)) for j, part in zip(batch, parts, strict=True)}
+        return self._taken.pop(layer)
 
-    def _mix(self, split: Tensor, whole: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-        source = self.context.source
+    def take_built(
+        self, layer: int, dtype: torch.dtype, build: Callable[[dict[str, Tensor]], list[Tensor]]
+    ) -> list[Tensor]:
+        """Returns what a large layer builds from its mixed tensors, in the shapes of `build`, once per build.
+
+        build: takes the tensors of `take` for several layers, stacked along a first dim, and returns stacks.
+        """
+        if layer not in self._built:
+            batch, mixed = self._mix(layer, dtype)
+            parts = zip(*(tensor.unbind(0) for tensor in build(mixed)), strict=True)
+            self._built = dict(zip(batch, map(list, parts), strict=True))
+        return self._built.pop(layer)
+
+    def _mix(self, layer: int, dtype: torch.dtype) -> tuple[list[int], dict[str, Tensor]]:
+        """Mixes a layer and those after it; returns them, and by key the mixed tensors (layers, *small shape)."""
+        order, source = list(self.depths), self.context.source
+        first = order.index(layer)
+        batch = order[first : first + LAYERS_MIXED_AT_ONCE]
+        split, whole = (torch.stack(depths) for depths in zip(*(self.depths[j]() for j in batch), strict=True))
         if self.context.sequence_parallel:
             whole = copy_to(whole, self.context.mesh.tp_group)
-        cut = source.mix_split(split, dtype)
-        return [tensors | others for tensors, others in zip(cut, source.mix_whole(whole), strict=True)]
+        return batch, source.mix_split(split, dtype) | source.mix_whole(whole)
 
 
 class StepState:

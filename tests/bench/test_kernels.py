@@ -1,0 +1,64 @@
+"""The kernels and the memory of a step on a GPU, counted without one: neither may grow unnoticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from megatron_ligo.bench import bench_kernels
+from megatron_ligo.bench.steps.fake_device import StepCount, count_step
+from megatron_ligo.config.run_config import FitSection, OperatorSection, ParallelSection, PretrainSection
+from megatron_ligo.growth.validation import build_initial_operator
+from megatron_ligo.planning.planned_job import PlannedJob
+from tests.tiny_models import llama_config
+
+# Kernels of a layer, forward and backward, in bf16. A change that lowers them lowers these.
+FIT_KERNELS, PLAIN_KERNELS = 114, 87
+SIZES = {"hidden_size": 64, "ffn_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "tied": True}
+LARGE = {"hidden_size": 160, "ffn_size": 320, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "tied": True}
+
+
+def planned_jobs(layers: int, world_size: int = 1, tp: int = 1) -> dict[str, PlannedJob]:
+    small = llama_config(num_layers=layers, **SIZES)
+    operator = build_initial_operator(small, llama_config(num_layers=layers, **LARGE), OperatorSection())
+    keys = {"precision": "bf16", "global_batch_size": world_size // tp, "parallel": ParallelSection(tp=tp)}
+    fit = PlannedJob(operator.large, FitSection(**keys), world_size, 512, operator, source_bytes=2)
+    return {"fit": fit, "plain": replace(fit, operator=None, training=PretrainSection(**keys))}
+
+
+def counts() -> dict[str, list[StepCount]]:
+    dist.destroy_process_group()
+    counted = {kind: [count_step(planned_jobs(layers)[kind]) for layers in (8, 16)] for kind in ("fit", "plain")}
+    for kind, job in planned_jobs(8, 16, 2).items():
+        counted[kind].append(count_step(job))
+    # The rank ends with a group, as it began.
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    return counted
+
+
+def test_kernels_of_a_layer_do_not_grow(pools):
+    counted = pools(1).run(counts)
+    a_layer = {
+        kind: (sum(more.kernels.values()) - sum(few.kernels.values())) / 8 for kind, (few, more, _) in counted.items()
+    }
+    assert a_layer["plain"] <= PLAIN_KERNELS and a_layer["fit"] <= FIT_KERNELS, a_layer
+    assert a_layer["fit"] <= bench_kernels.KERNEL_GOAL * a_layer["plain"]
+    for kind, (_, _, sharded) in counted.items():
+        assert sharded.collectives["allreduce_"] >= 4 * 8, (kind, sharded.collectives)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", bench_kernels.CASES)
+def test_the_plan_of_large_models(pools, case):
+    planned = pools(1).run(planned_over_counted, timeout=1500, case=case)
+    for kind, ratio in planned.items():
+        assert ratio == pytest.approx(1, abs=bench_kernels.MEMORY_GOAL), kind
+
+
+def planned_over_counted(case: str) -> dict[str, float]:
+    dist.destroy_process_group()
+    counted = {kind: count_step(job) for kind, job in bench_kernels.build_jobs(case, "bf16").items()}
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    return {kind: count.planned / count.peak for kind, count in counted.items()}
