@@ -62,7 +62,7 @@ def short_key(param: ParamSpec) -> str:
 
 
 def copy_gain(gain: Tensor, source: Tensor, factor: Tensor) -> Tensor:
-    """Copies norms' gains and scales them: (..., small) -> (..., large). source: the small features, -1 for the mean."""
+    """Copies norms' gains, scaled: (..., small) -> (..., large). source: the small features, -1 for the mean gain."""
     copied = torch.where(source < 0, gain.mean(-1, keepdim=True), gain[..., source.clamp(min=0)])
     return copied * factor.to(gain)
 

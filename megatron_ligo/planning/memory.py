@@ -118,8 +118,8 @@ def _estimate_small_model(job: PlannedJob, stage: int) -> dict[str, float]:
     if job.micro_batches_per_build > 1:
         sums = 4 * (layers * _count_linear_weights(job) + maps)
     else:
-        # Gradients of mixed weights come twice in the run's dtype, then, as a slice, in fp32. Those of products take the
-        # place of the products.
+        # Gradients of mixed weights come twice in the run's dtype, then, as a slice, in fp32. Those of products take
+        # the place of the products.
         in_fp32 = 4 / ranks if job.element_bytes < 4 else 0
         sums = min(layers, MIXED_LAYERS_AT_ONCE) * layer * (2 * job.element_bytes + in_fp32)
     return {
