@@ -10,6 +10,7 @@ from megatron_ligo.config.run_config import ParallelSection
 from megatron_ligo.planning import pipeline_schedule
 from megatron_ligo.planning.memory import estimate_peak_memory, sum_device_bytes
 from megatron_ligo.planning.planned_job import PlannedJob
+from megatron_ligo.planning.traffic import estimate_traffic_seconds
 from megatron_ligo.training.initial_weights import check_layout
 
 # Recomputation repeats the forward pass, which is a third of forward and backward.
@@ -21,13 +22,15 @@ MAX_TP = 8  # tensor parallelism stays inside a node
 class LayoutPlan:
     """A valid layout with its cost.
 
-    memory_bytes: tensors on the device of the fullest rank. seconds: time per step. bubble: idle fraction of a step.
+    memory_bytes: tensors on the device of the fullest rank. seconds: time per step, traffic_seconds of it for sending.
+    bubble: idle fraction of a step without its traffic.
     """
 
     job: PlannedJob
     memory_bytes: int
     seconds: float
     bubble: float
+    traffic_seconds: float
 
     @property
     def description(self) -> str:
@@ -56,7 +59,7 @@ def find_problems(job: PlannedJob) -> tuple[str, ...]:
 
 
 def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
-    """Estimates the cost of a valid layout, assuming that communication fully overlaps with compute."""
+    """Estimates the cost of a valid layout, assuming that communication does not overlap with compute."""
     recompute = RECOMPUTE_FACTOR if job.training.recompute else 1.0
     busy = job.step_flops() / job.world_size / flops_per_second * recompute
     layers = job.layers_per_stage()
@@ -64,7 +67,8 @@ def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
     backward = [2 * seconds for seconds in forward]
     seconds = pipeline_schedule.simulate_step(forward, backward, job.micro_batches)
     bubble = pipeline_schedule.compute_bubble(forward, backward, job.micro_batches, seconds)
-    return LayoutPlan(job, sum_device_bytes(estimate_peak_memory(job)), seconds, bubble)
+    sending = estimate_traffic_seconds(job)
+    return LayoutPlan(job, sum_device_bytes(estimate_peak_memory(job)), seconds + sending, bubble, sending)
 
 
 def iterate_layouts(job: PlannedJob) -> Iterator[PlannedJob]:

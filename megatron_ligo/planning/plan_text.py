@@ -8,7 +8,7 @@ from megatron_ligo.growth.operator import Operator
 from megatron_ligo.planning import layout_search, parameter_count
 from megatron_ligo.planning.memory import estimate_peak_memory
 from megatron_ligo.planning.planned_job import DTYPE_BYTES, PlannedJob
-from megatron_ligo.planning.traffic import estimate_traffic
+from megatron_ligo.planning.traffic import DEVICES_PER_NODE, NETWORK_SPEED, NODE_SPEED, estimate_traffic
 
 
 def format_bytes(count: float) -> str:
@@ -62,6 +62,8 @@ def describe_run(title: str, job: PlannedJob, flops_per_second: float, device_by
         "    not included               libraries (0.4 GB on a CPU), pages of mapped files, allocator cache",
         f"  FLOPs per step               {format_count(flops)} ({format_count(flops / tokens)} per token)",
         f"  time per step                {format_duration(plan.seconds)}, pipeline bubble {plan.bubble:.0%}",
+        f"    of it traffic              {format_duration(plan.traffic_seconds)} (assumed: {NODE_SPEED / 1e9:.0f} GB/s "
+        f"in a node of {DEVICES_PER_NODE}, {NETWORK_SPEED / 1e9:.0f} GB/s between)",
         f"  time for {f'{job.training.steps} steps':19s} {format_duration(plan.seconds * job.training.steps)}",
         "  sent by a rank per step",
         *(f"    {kind:26s} {format_bytes(count)}" for kind, count in estimate_traffic(job).items() if count),

@@ -33,7 +33,7 @@ def format_scaling_table(
     assumptions = [
         f"Assumptions: {flops_per_second / 1e12:.0f} TFLOP/s sustained and {format_bytes(device_bytes)} per device,",
         f"bf16, sequences of {SEQ_LENGTH} tokens, {GLOBAL_BATCH_SIZE} sequences per step, micro-batches of 1, full",
-        f"recomputation, communication overlapped with compute, tensor parallelism of at most {layout_search.MAX_TP}",
+        f"recomputation, traffic beside compute, tensor parallelism of at most {layout_search.MAX_TP}",
         f"with sequence parallelism, {FIT_STEPS} fit steps. Each line shows the fastest layout that fits.",
         "Extrapolated, not measured.",
         "",

@@ -8,6 +8,22 @@ from __future__ import annotations
 from megatron_ligo.planning import optimizer_memory, parameter_count
 from megatron_ligo.planning.planned_job import DTYPE_BYTES, PlannedJob
 
+# Bytes that a device sends per second, to devices of its node and of others: 8 GPUs with NVLink, one 400 Gb/s adapter
+# each. Assumed, not measured.
+NODE_SPEED, NETWORK_SPEED = 300e9, 40e9
+DEVICES_PER_NODE = 8
+# Tensor-parallel ranks are neighbours.
+WITHIN_NODE = ("tensor parallel", "mixing")
+
+
+def estimate_traffic_seconds(job: PlannedJob) -> float:
+    """Estimates how long a rank of the busiest stage sends per step; none of it is hidden behind computation."""
+    one_node = job.world_size <= DEVICES_PER_NODE
+    return sum(
+        count / (NODE_SPEED if one_node or (kind in WITHIN_NODE and job.parallel.zero < 3) else NETWORK_SPEED)
+        for kind, count in estimate_traffic(job).items()
+    )
+
 
 def count_ring_elements(elements: float, ranks: int, passes: int = 2) -> float:
     """Returns the elements that a rank sends. passes: 2 for an all-reduce, 1 for an all-gather or reduce-scatter."""

@@ -18,7 +18,7 @@ from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.planning import layout_search, parameter_count, pipeline_schedule, plan_text, scaling_table
 from megatron_ligo.planning.memory import estimate_peak_memory
 from megatron_ligo.planning.planned_job import PlannedJob
-from megatron_ligo.planning.traffic import estimate_traffic
+from megatron_ligo.planning.traffic import NODE_SPEED, estimate_traffic
 from tests.models.full.pretrain_cases import sizes
 from tests.planning.model_parameters import count_parameters
 from tests.tiny_models import hf_llama, llama_config
@@ -31,6 +31,18 @@ def planned_fit(world_size: int = 1, **layout) -> PlannedJob:
     operator = build_initial_operator(SMALL, LargeSection(**LARGE), OperatorSection())
     training = FitSection(global_batch_size=8, parallel=ParallelSection(**layout))
     return PlannedJob(operator.large, training, world_size, 32, operator)
+
+
+def test_time_counts_traffic():
+    """Two ranks halve the computation; what they send comes on top of it, and slower between nodes."""
+    alone, shared, far = (
+        layout_search.plan_layout(replace(planned_fit(world, tp=tp), operator=None), 1e9)
+        for world, tp in ((1, 1), (2, 2), (16, 2))
+    )
+    assert alone.traffic_seconds == 0
+    assert shared.traffic_seconds == pytest.approx(sum(estimate_traffic(shared.job).values()) / NODE_SPEED)
+    assert shared.seconds == pytest.approx(alone.seconds / 2 + shared.traffic_seconds)
+    assert far.traffic_seconds > sum(estimate_traffic(far.job).values()) / NODE_SPEED > 0
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), list(itertools.product((1, 2, 4), (1, 2, 8))))
