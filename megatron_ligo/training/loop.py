@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from megatron_ligo.common import signal_handling
 from megatron_ligo.common.errors import Stopped
 from megatron_ligo.config.run_config import TrainingSection
-from megatron_ligo.data.sampler import ShardedSampler
+from megatron_ligo.data.sampler import Batch, ShardedSampler
 from megatron_ligo.distributed import mesh
-from megatron_ligo.distributed.mesh import all_ranks
+from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
@@ -59,15 +60,15 @@ def run_steps(
         signal_handling.defer_signals(section.grace_seconds),
         closing(trackers),
         Metrics(output, dist.get_rank() == 0, section.steps, first_step, (trackers.add, on_step)) as metrics,
+        closing(_read_ahead(data, section, dims, first_step)) as steps,
     ):
         if start_loss is not None and not first_step:
             metrics.log_start(eval_loss=start_loss)
-        for step in range(first_step, section.steps):
+        for step, batch, reading in steps:
             if should_stop():
                 break
             start = time.monotonic()
-            batch = (step, section.global_batch_size, section.micro_batch_size, dims.dp, dims.dp_rank)
-            batches = data.train_batch(*batch)
+            batches = reading.result()
             lr = learning_rate(section, step)
             engine.set_lr(lr)
             guard.begin_step()
@@ -91,6 +92,27 @@ def run_steps(
                 run_checkpoints.save(engine, folder, done, state, keep, extra_files)
             if signum and not is_last:
                 raise Stopped(signum, f"saved after step {done} of {section.steps}. Start it again to resume there.")
+
+
+def _read_ahead(
+    data: ShardedSampler, section: TrainingSection, dims: Mesh, first_step: int
+) -> Iterator[tuple[int, tuple[int, ...], Future[list[Batch]]]]:
+    """Yields each step, the arguments that give its batches, and the batches, which a thread reads one step ahead."""
+    reader = ThreadPoolExecutor(1, "read ahead")
+
+    def read(step: int) -> tuple[int, tuple[int, ...], Future[list[Batch]]]:
+        batch = (step, section.global_batch_size, section.micro_batch_size, dims.dp, dims.dp_rank)
+        return step, batch, reader.submit(data.train_batch, *batch)
+
+    try:
+        ahead = None
+        for step in range(first_step, section.steps):
+            current = ahead or read(step)
+            ahead = read(step + 1) if step + 1 < section.steps else None
+            yield current
+    finally:
+        # A disk that stalls must not hold up the end.
+        reader.shutdown(wait=False, cancel_futures=True)
 
 
 def is_due(step: int, every: int) -> bool:
