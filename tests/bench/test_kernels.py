@@ -15,7 +15,7 @@ from megatron_ligo.planning.planned_job import PlannedJob
 from tests.tiny_models import llama_config
 
 # Kernels of a layer, forward and backward, in bf16. A change that lowers them lowers these.
-FIT_KERNELS, PLAIN_KERNELS = 114, 87
+FIT_KERNELS, PLAIN_KERNELS = 117, 87
 SIZES = {"hidden_size": 64, "ffn_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "tied": True}
 LARGE = {"hidden_size": 160, "ffn_size": 320, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "tied": True}
 
