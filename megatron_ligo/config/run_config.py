@@ -161,7 +161,7 @@ class TrainingSection:
     spike: float = setting(10.0, "loss spike threshold, in deviations of recent losses; 0: no anomalies", low=0.0)
     check_replicas_every: int = setting(50, "steps between checks that replicas are equal; 0: never", low=0)
     replica_tolerance: float | None = setting(
-        None, "difference of replicas, relative to their norm; unset: 0 on a CPU, 1e-4 (bf16: 1e-2) on a GPU", low=0.0
+        None, "allowed relative difference of replicas; unset: 0 on a CPU, 1e-4 (bf16 1e-2) on a GPU", low=0.0
     )
     trackers: tuple[str, ...] = setting((), "also log each step to these", choices=TRACKERS)
     tracker_project: str = setting("megatron_ligo", "project of the run in a tracker")

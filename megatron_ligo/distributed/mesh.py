@@ -147,6 +147,11 @@ def _read_mesh(dims: ParallelDims) -> Mesh:
     )
 
 
+def forget_groups() -> None:
+    """Forgets the groups of the last mesh, for the default group that they belong to ends."""
+    parallel_state.destroy_model_parallel()
+
+
 def _groups_exist(tp: int, pp: int) -> bool:
     """True if Megatron-core already has the groups of this layout."""
     if not parallel_state.model_parallel_is_initialized():

@@ -17,7 +17,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -247,12 +246,12 @@ def _fake_ranks(world_size: int) -> Iterator[None]:
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    parallel_state.destroy_model_parallel()
+    mesh.forget_groups()
     try:
         with _replaced(mesh, "all_ranks", lambda: SINGLE_RANK):
             yield
     finally:
-        parallel_state.destroy_model_parallel()
+        mesh.forget_groups()
         dist.destroy_process_group()
 
 
