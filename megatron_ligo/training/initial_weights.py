@@ -67,8 +67,9 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
         hint = f"Set pretrain.start to runs/grown, for example, or to {SCRATCH} for fresh weights of these sizes."
         raise ConfigError(Problem("pretrain.start", expected, "none", hint))
     from_scratch = section.start == SCRATCH
-    start = InitialWeights(scratch_model_config(config), codes=section.codes)
-    if not from_scratch:
+    if from_scratch:
+        start = InitialWeights(scratch_model_config(config), codes=section.codes)
+    else:
         start = open_start(Path(section.start))
     if section.codes and (not from_scratch or start.model_config.image_size is not None):
         hint = "Growth takes them by operator.codes."

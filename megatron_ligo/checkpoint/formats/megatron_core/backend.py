@@ -7,16 +7,19 @@ from pathlib import Path
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import BACKEND, CONFIG_FILE
+from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
 from megatron_ligo.common.errors import CheckpointError, Problem
 
 MAX_CONFIG_BYTES = 10_000
 
 
 def is_distributed(folder: Path) -> bool:
-    """Returns whether a folder holds a checkpoint of Megatron-core, with any backend."""
-    # zarr's has no metadata file.
-    has_config = (folder / CONFIG_FILE).is_file()
-    return has_config and ((folder / METADATA_FILE).is_file() or _names_backend(folder / CONFIG_FILE))
+    """Returns whether a folder holds a checkpoint of Megatron-core, with any backend, or lies where only its own do."""
+    has_tensors = (folder / METADATA_FILE).is_file()
+    if (folder / CONFIG_FILE).is_file():
+        # zarr's has no metadata file.
+        return has_tensors or _names_backend(folder / CONFIG_FILE)
+    return has_tensors and (folder.parent / TRACKER).is_file()
 
 
 def _names_backend(path: Path) -> bool:

@@ -27,6 +27,7 @@ from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import (
 )
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import CONFIG_FILE
 from megatron_ligo.checkpoint.io import torch_files
+from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, Problem
@@ -44,7 +45,8 @@ def find_folder(path: Path) -> Path | None:
     """Returns the folder with the metadata at a path; None if there is none, or if it is Megatron-core's."""
     for folder in (path, path / ACCELERATE_FOLDER):
         if (folder / METADATA_FILE).is_file():
-            return None if (folder / CONFIG_FILE).is_file() else folder
+            is_megatrons = (folder / CONFIG_FILE).is_file() or (folder.parent / TRACKER).is_file()
+            return None if is_megatrons else folder
     return None
 
 
