@@ -27,6 +27,7 @@ POSITION_INITS = ("tile", "mean", "random")
 # The name in operator.fresh_scale of the tables that begin the residual stream.
 EMBEDDING = "embedding"
 TRACKERS = ("csv", "wandb", "mlflow", "comet")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
 MOMENT_POLICIES = ("reset", "grow", "old")
 T = TypeVar("T")
 
@@ -66,7 +67,10 @@ class OperatorSection:
     width_init: str | TextBySpace | None = setting(None, "initialisation of the width maps")
     depth_init: str | TextBySpace | None = setting(None, "initialisation of the depth maps")
     noise: float | dict[str, float] | None = setting(
-        None, "noise added to the width maps, relative to the scale of their entries", low=0.0
+        None, "noise that copies cancel, relative to the maps' entries, or to the weights (noise_draw)", low=0.0
+    )
+    noise_draw: str | None = setting(
+        None, "noise drawn for each map, at the small model's rank, or for each weight", choices=("map", "weight")
     )
     structure: str | TextBySpace | None = setting(
         None, "maps of the head spaces: whole heads move, or dense", choices=("heads", "dense")
@@ -143,7 +147,8 @@ class TrainingSection:
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0.0)
     clip: float = setting(1.0, "maximum gradient norm; 0: no clipping", low=0.0)
     warmup_steps: int = setting(5, "steps of linear learning-rate warm-up", low=0)
-    schedule: str = setting("linear", "learning rate after warm-up", choices=("constant", "linear", "cosine"))
+    schedule: str = setting("linear", "learning rate after warm-up", choices=SCHEDULES)
+    decay_steps: int = setting(0, "with schedule = wsd: steps of the linear decay at the end; 0: a trunk", low=0)
     min_lr: float = setting(0.0, "learning rate at the last step", low=0.0)
     global_batch_size: int = setting(8, "sequences per step, over all ranks", low=1)
     micro_batch_size: int = setting(1, "sequences per forward pass on a rank", low=1)

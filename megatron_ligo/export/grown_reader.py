@@ -86,6 +86,8 @@ class GrownReader(Reader):
         if self._borrows_from_next_layer(key):
             num_old = axis_size(self.arch.param(key).axes[0], self.operator.small)
             grown = torch.cat([grown[:num_old], self._grow(key, layer_offset=1)[num_old:]])
+        noise = random_init.weight_noise(self.operator, key, grown)
+        grown = grown if noise is None else grown + noise
         random_block = random_init.added_block(self.operator, key, rms)
         return grown if random_block is None else grown + random_block
 

@@ -69,7 +69,7 @@ class InitialOperator(Operator):
         """Returns a left inverse of expand, (small, large), fp64. Noise preserves this: noise @ expand = 0."""
         contract = left_inverse(expand)
         noise = self.setting("noise", map_name)
-        if noise:
+        if noise and self.settings.noise_draw == "map":
             drawn = torch.randn(contract.shape, generator=self.generator(name), dtype=torch.float64)
             invisible = drawn - (drawn @ expand) @ contract
             contract = contract + noise * contract.std() * invisible

@@ -18,6 +18,7 @@ DEFAULT_KEYS = {
     "width_init": "lossless",
     "depth_init": "lossless",
     "noise": 0.0,
+    "noise_draw": "map",
     "structure": "heads",
     "share": "all",
     "contract": "free",
@@ -32,7 +33,7 @@ DEFAULT_KEYS = {
 PADDED = {"default": "pad", "pooled": "lossless"}
 
 # Keys that do not change the logits of a start.
-KEYS_THAT_KEEP_LOGITS = ("noise", "share", "identity")
+KEYS_THAT_KEEP_LOGITS = ("noise", "noise_draw", "share", "identity")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ METHODS = {
         {},
     ),
     "noisy_stack": Method(
-        "layers stacked, features copied, noise of 0.5 that is invisible to copied features but not to training",
+        "layers stacked, features copied, noise that copies cancel but training sees (a third of the weights' size)",
         False,
         "this project's best start without a fit; stacking: arXiv 2405.15319",
         {"depth_init": "stack", "noise": 0.5},

@@ -1,5 +1,7 @@
 """Random weights for entries without a source in the small model. They depend on the seed and the key only.
 
+Noise that is drawn for each weight (`operator.noise_draw`) is here too; that of the maps is in initial_operator.py.
+
 Random numbers fill the entries that width and depth maps with the start `pad` leave empty, in matrices only (new biases
 are zero).
 
@@ -33,6 +35,7 @@ from megatron_ligo.config.run_config import EMBEDDING, value_for_space
 from megatron_ligo.growth import initializers
 from megatron_ligo.growth.codes.codes_file import read_codes
 from megatron_ligo.growth.operator import Operator, short_key
+from megatron_ligo.growth.width_maps import apply_map
 
 # Rules whose numbers do not depend on the small weights.
 BY_SIZE = ("none", "corner")
@@ -108,6 +111,25 @@ def added_block(operator: Operator, key: str, rms: float) -> Tensor | None:
     if not is_random_layer(operator, param, layer_index(key)):
         drawn[tuple(slice(num_kept_features(operator, axis)) for axis in param.axes)] = 0
     return drawn
+
+
+def weight_noise(operator: Operator, key: str, grown: Tensor) -> Tensor | None:
+    """Returns a weight's own noise, (large out, large in), fp32, which the copies of each input feature cancel.
+
+    grown: the weight without it. Its root mean square is `operator.noise` times the weight's. None without noise.
+    """
+    param, layer = operator.arch.param(key), layer_index(key)
+    if operator.settings.noise_draw != "weight" or len(param.axes) != 2 or param.axes[1].use is not Use.INPUT:
+        return None
+    lift = operator.space_maps.lift(param.axes[1])
+    noise = 0.0 if lift is None else operator.setting("noise", lift.map_name)
+    if not noise or grown.shape[1] == axis_size(param.axes[1], operator.small):
+        return None
+    matrix = operator.matrix(layer)
+    drawn = torch.empty(grown.shape).normal_(generator=operator.generator(f"noise.{key}"))
+    seen = apply_map(drawn, 1, matrix(lift, Use.OUTPUT).t(), lift)
+    cancelling = drawn - apply_map(seen, 1, matrix(lift, Use.INPUT), lift)
+    return cancelling * (noise * root_mean_square(grown) / root_mean_square(cancelling))
 
 
 def is_random_layer(operator: Operator, param: ParamSpec, layer: int | None) -> bool:

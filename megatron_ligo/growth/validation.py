@@ -168,6 +168,12 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     _check_padding(errors, settings, maps)
     _check_corner(errors, settings, large)
     experts.check_experts(small, large, METHODS[settings.method].is_lossless, errors)
+    for name in maps:
+        noisy = value_for_space(settings.noise, name) and settings.noise_draw == "weight"
+        if noisy and value_for_space(settings.contract, name) == "tied":
+            errors.add(
+                f"operator.contract ({name})", "free with noise_draw = 'weight'", "tied", "Copies must cancel it."
+            )
     if space_maps.gqa_ratio_changed or space_maps.head_dim_changed:
         _check_changed_heads(errors, settings, space_maps)
     errors.raise_if_any()
@@ -213,6 +219,7 @@ def _check_changed_heads(errors: ErrorCollector, settings: OperatorSection, spac
     """Checks the settings that a changed head ratio or head size requires."""
     when = "with another head size" if space_maps.head_dim_changed else "with another ratio of heads to KV heads"
     required = {
+        "noise_draw": ("map", "Noise of each weight needs whole copies of the heads' features."),
         "structure": ("heads", "Dense maps know no heads: they would tear rotary pairs and groups apart."),
         "fresh": ("none", "The small model's features are not the first ones then."),
         "borrow": ("none", "The small model's features are not the first ones then."),
@@ -274,6 +281,8 @@ def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:
         errors.add(
             "operator.fresh", "none, writers or corner in a fit", "all: readers as large as the large model", hint
         )
+    if settings.noise_draw == "weight":
+        errors.add("operator.noise_draw", "map in a fit", "weight: a matrix of noise for each large weight", hint)
     if settings.borrow == "next":
         errors.add("operator.borrow", "none in a fit", "next: two mixtures of layers in one matrix", hint)
 

@@ -11,12 +11,17 @@ from megatron_ligo.config.run_config import PretrainSection, TrainingSection
 def learning_rate(section: TrainingSection, step: int) -> float:
     """Returns the learning rate of a step, counted from 0.
 
-    A linear warm-up reaches lr at its last step; the schedule then reaches min_lr at the run's last step.
+    A linear warm-up reaches lr at its last step; the schedule then reaches min_lr at the run's last step. `wsd` keeps lr
+    until the last `decay_steps` steps, so that runs of all lengths share one trunk.
     """
     if step < section.warmup_steps:
         return section.lr * (step + 1) / section.warmup_steps
     if section.schedule == "constant":
         return section.lr
+    if section.schedule == "wsd":
+        left = section.steps - 1 - step
+        share = min(left / section.decay_steps, 1.0) if section.decay_steps else 1.0
+        return section.min_lr + (section.lr - section.min_lr) * share
     schedule_steps = max(section.steps - 1 - section.warmup_steps, 1)
     progress = min((step - section.warmup_steps) / schedule_steps, 1.0)
     scale = 1.0 - progress if section.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

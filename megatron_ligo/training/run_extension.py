@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 
 def without_steps(identity: dict) -> dict:
-    """Returns a pretraining's identity without its number of steps."""
-    section = {key: value for key, value in identity["pretrain"].items() if key != "steps"}
+    """Returns a pretraining's identity without its number of steps, and of those that the schedule decays."""
+    section = {key: value for key, value in identity["pretrain"].items() if key not in ("steps", "decay_steps")}
     return {**identity, "pretrain": section}
 
 
@@ -33,6 +33,10 @@ def describe_extension(extension: dict, section: PretrainSection, step: int) -> 
     text = f"extended from {extension['from']} to {extension['to']} steps after step {step}"
     if section.schedule == "constant":
         return f"{text}; the learning rate stays {after:.3g}"
+    if section.schedule == "wsd":
+        # A run that had decayed already goes on at the trunk's rate, unlike one that was as long from the start.
+        decay = f"decays over the last {section.decay_steps} steps" if section.decay_steps else "stays"
+        return f"{text}; the next learning rate is {after:.3g}, and it {decay}"
     return (
         f"{text}; from here on the {section.schedule} schedule is that of {extension['to']} steps: the next learning "
         f"rate is {after:.3g}, not {before:.3g}"

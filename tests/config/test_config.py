@@ -8,7 +8,7 @@ from megatron_ligo.config.run_config import OperatorSection, RunConfig, value_fo
 from megatron_ligo.config.typed_toml import describe_type, iterate_settings
 
 TRAINING = (
-    "steps optimizer lr betas eps weight_decay clip warmup_steps schedule min_lr global_batch_size micro_batch_size "
+    "steps optimizer lr betas eps weight_decay clip warmup_steps schedule decay_steps min_lr global_batch_size micro_batch_size "
     "precision recompute save_every eval_samples seed keep_last timeout_minutes grace_seconds bad_numbers "
     "spike check_replicas_every replica_tolerance trackers tracker_project"
 )
@@ -17,8 +17,8 @@ KEYS = {
     "small": "path format accept",
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size "
     "num_experts top_k",
-    "operator": "method width_init depth_init noise structure share contract identity gain fresh fresh_scale codes "
-    "borrow vocab_noise position_init rank seed",
+    "operator": "method width_init depth_init noise noise_draw structure share contract identity gain fresh "
+    "fresh_scale codes borrow vocab_noise position_init rank seed",
     "fit": f"{TRAINING} source depth_lr distill lag eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats timeout_minutes",
     "pretrain": f"{TRAINING} start codes fresh_head eval_every grown_peak grown_warmup_steps first_sample "

@@ -47,6 +47,25 @@ def test_noisy_stack_is_exact_but_for_its_layers():
     assert float((down[:, 28:] - down[:, :16]).abs().mean()) > 0.3 * float(down.abs().mean())
 
 
+def test_noise_is_drawn_for_each_map_or_for_each_weight():
+    """Structure and strength apart: 0.5 of the maps is about a third of the weights, of the weights it is half."""
+    wider = replace(RAGGED, hidden_size=48, num_heads=12, num_kv_heads=6, num_layers=None)
+    clean = grown("stack", wider)
+    for draw, low, high in (("map", 0.2, 0.5), ("weight", 0.499, 0.501)):
+        settings = {"noise": 0.5, "noise_draw": draw}
+        assert logits_gap(llama_config(tied=True), wider, OperatorSection(method="stack", **settings)) < 2e-5
+        noisy = grown("stack", wider, **settings)
+        for key in ("layers.0.up", "layers.2.q", "layers.1.o"):
+            noise = noisy.read(key) - clean.read(key)
+            share = float(noise.square().mean().sqrt() / clean.read(key).square().mean().sqrt())
+            assert low < share < high, (draw, key, share)
+        noise = noisy.read("layers.0.up") - clean.read("layers.0.up")
+        # Copies of a neuron get one noise from the map, and each its own from the weight.
+        assert torch.allclose(noise[:16], noise[28:], atol=1e-6) == (draw == "map")
+    again = grown("stack", wider, noise=0.5, noise_draw="weight").read("layers.0.up")
+    assert torch.equal(again, grown("stack", wider, noise=0.5, noise_draw="weight").read("layers.0.up"))
+
+
 def test_hypercloning_equals_the_publication_at_whole_multiples():
     double = LargeSection(hidden_size=48, ffn_size=56, num_heads=12, num_kv_heads=6)
     big, small = grown("hypercloning", double), memory_of(hf_llama(llama_config()), llama_config())

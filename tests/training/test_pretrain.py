@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -19,6 +20,7 @@ from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.config.run_config import SCRATCH, DataSection, PretrainSection, RunConfig
 from megatron_ligo.data.text_dataset import open_text_dataset
 from megatron_ligo.export import provenance
+from megatron_ligo.training.lr_schedule import learning_rate
 from megatron_ligo.training.run_extension import describe_extension
 from tests.tiny_models import hf_llama, llama_config
 from tests.training.pretrain_runs import fit, pretrain
@@ -245,6 +247,29 @@ def test_a_finished_run_is_extended(pools, base, tmp_path):
     table = {**settings(base), "small": {**long["small"], "path": str(base / "hf")}}
     with pytest.raises(RuntimeError, match="expected a new folder, or one of a fit, found a pretraining"):
         pools(1).run(fit, settings=table, output=str(tmp_path / "run"))
+
+
+def test_runs_of_all_lengths_share_a_trunk(pools, base, tmp_path):
+    """Copies of a trunk, each with its own decay, end bit for bit as runs that were so long from the start."""
+    trunk = settings(base, steps=3, schedule="wsd")
+    pools(1).run(pretrain, settings=trunk, output=str(tmp_path / "trunk"))
+    for steps, decay in ((4, 2), (6, 3)):
+        branch = settings(base, steps=steps, schedule="wsd", decay_steps=decay)
+        shutil.copytree(tmp_path / "trunk", tmp_path / f"branch_{steps}")
+        continued = pools(1).run(pretrain, settings=branch, output=str(tmp_path / f"branch_{steps}"))
+        whole = pools(1).run(pretrain, settings=branch, output=str(tmp_path / f"whole_{steps}"))
+        assert losses_of(continued) == losses_of(whole) and continued["losses"] == whole["losses"]
+
+
+def test_the_rate_of_a_trunk_and_of_its_decay():
+    section = PretrainSection(steps=10, lr=1.0, min_lr=0.1, warmup_steps=2, schedule="wsd", decay_steps=4)
+    rates = [learning_rate(section, step) for step in range(10)]
+    assert rates[:7] == [0.5, *[1.0] * 5, pytest.approx(0.775)]
+    assert rates[9] == pytest.approx(0.1)
+    trunk = replace(section, decay_steps=0)
+    assert [learning_rate(trunk, step) for step in range(10)][2:] == [1.0] * 8
+    text = describe_extension({"from": 5, "to": 10}, section, 5)
+    assert "the next learning rate is 1, and it decays over the last 4 steps" in text
 
 
 def test_an_extended_schedule_is_that_of_the_longer_run():
