@@ -24,6 +24,9 @@ from megatron_ligo.growth.codes.spectral_codes import token_codes
 
 log = logging.getLogger(__name__)
 
+# The most tokens that are counted, unless a user says otherwise.
+MAX_COUNTED = 50_000_000
+
 
 def build_codes(config: RunConfig, large: ModelConfig, output: Path, source: Reader | None, max_tokens: int) -> dict:
     """Writes the codes of every token of `large` under `output`; returns their record: their cost, and from what.

@@ -54,7 +54,7 @@ METHODS = {
         {},
     ),
     "noisy_stack": Method(
-        "layers stacked, features copied, noise that copies cancel but training sees (a third of the weights' size)",
+        "layers stacked, features copied, noise that copies cancel but training sees",
         False,
         "this project's best start without a fit; stacking: arXiv 2405.15319",
         {"depth_init": "stack", "noise": 0.5},

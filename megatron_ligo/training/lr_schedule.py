@@ -11,8 +11,8 @@ from megatron_ligo.config.run_config import PretrainSection, TrainingSection
 def learning_rate(section: TrainingSection, step: int) -> float:
     """Returns the learning rate of a step, counted from 0.
 
-    A linear warm-up reaches lr at its last step; the schedule then reaches min_lr at the run's last step. `wsd` keeps lr
-    until the last `decay_steps` steps, so that runs of all lengths share one trunk.
+    A linear warm-up reaches lr at its last step; the schedule then reaches min_lr at the run's last step. `wsd`
+    keeps lr until the last `decay_steps` steps, so that runs of all lengths share one trunk.
     """
     if step < section.warmup_steps:
         return section.lr * (step + 1) / section.warmup_steps

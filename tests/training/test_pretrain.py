@@ -252,7 +252,8 @@ def test_a_finished_run_is_extended(pools, base, tmp_path):
 def test_runs_of_all_lengths_share_a_trunk(pools, base, tmp_path):
     """Copies of a trunk, each with its own decay, end bit for bit as runs that were so long from the start."""
     trunk = settings(base, steps=3, schedule="wsd")
-    pools(1).run(pretrain, settings=trunk, output=str(tmp_path / "trunk"))
+    trained = pools(1).run(pretrain, settings=trunk, output=str(tmp_path / "trunk"))
+    assert len(losses_of(trained)) == 3, trained
     for steps, decay in ((4, 2), (6, 3)):
         branch = settings(base, steps=steps, schedule="wsd", decay_steps=decay)
         shutil.copytree(tmp_path / "trunk", tmp_path / f"branch_{steps}")

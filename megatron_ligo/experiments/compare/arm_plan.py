@@ -11,7 +11,7 @@ from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import SCRATCH, PretrainSection, RunConfig, SmallSection
 from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, ComparisonConfig, fitted_arm_of
-from megatron_ligo.experiments.compare.run_folder import FIT, GROW, PRETRAIN, RUN, last_checkpoint
+from megatron_ligo.experiments.compare.run_folder import CODES, FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
 from megatron_ligo.training.initial_weights import scratch_model_config
 
@@ -21,11 +21,15 @@ GetResult = Callable[[ComparisonJob], dict | None]  # returns a job's result; No
 
 @dataclass(frozen=True)
 class ArmStart:
-    """The start of an arm's training. folder: SCRATCH: fresh weights. spent, samples: FLOPs and samples used so far."""
+    """The start of an arm's training. folder: SCRATCH: fresh weights. spent, samples: FLOPs and samples used so far.
+
+    codes: the folder of the token codes that fresh weights embed, or "".
+    """
 
     folder: str
     spent: float
     samples: int
+    codes: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,14 @@ class ComparisonPlan:
         if len(compare.lrs) == 1:
             return {}
         tries = {lr: self.train(arm, compare.tune_seed, compare.tune_budget, lr, tuning=True) for lr in compare.lrs}
+        step = {min(compare.lrs): 0.5, max(compare.lrs): 2.0}
+        for _ in range(compare.extend_lrs):
+            best = best_rate({lr: run for lr, run in tries.items() if run})
+            if best not in step or best not in (min(tries), max(tries)):
+                break
+            beyond = best * step[best]
+            step[beyond] = step[best]
+            tries[beyond] = self.train(arm, compare.tune_seed, compare.tune_budget, beyond, tuning=True)
         return {lr: run for lr, run in tries.items() if run}
 
     def train(self, arm: Arm, seed: int, budget: float, lr: float, tuning: bool = False) -> ArmRun | None:
@@ -101,6 +113,7 @@ class ComparisonPlan:
         run = replace(
             self._run(config.pretrain, steps), lr=lr, start=start.folder, first_sample=start.samples, grown_peak=1.0
         )
+        run = replace(run, codes=start.codes)
         valid = (self.spec.compare.tune_valid if tuning else ()) or config.data.valid
         config = replace(config, pretrain=run, data=replace(config.data, valid=valid))
         result = self.get_result(
@@ -117,16 +130,28 @@ class ComparisonPlan:
 
     def start(self, arm: Arm, seed: int, lr: float) -> ArmStart | None:
         """Returns the arm's start, producing it first if necessary; None if it is missing or diverged."""
-        if not arm.grown:
-            return ArmStart(SCRATCH, 0.0, 0)
         config = self._seeded(arm.config, seed)
         prefix = f"{arm.name}/seed_{seed}"
         operator, spent, samples = None, 0.0, 0
+        if arm.codes:
+            start = RunConfig().pretrain.start if arm.grown else SCRATCH
+            job = ComparisonJob(
+                f"{prefix}/codes", CODES, replace(config, pretrain=replace(config.pretrain, start=start))
+            )
+            result = self.get_result(job)
+            if result is None:
+                return None
+            codes, spent = f"{self.jobs.folder_of(job) / RUN}", result["flops"]
+            if not arm.grown:
+                return ArmStart(SCRATCH, spent, 0, codes)
+            config = replace(config, operator=replace(config.operator, codes=codes))
+        if not arm.grown:
+            return ArmStart(SCRATCH, 0.0, 0)
         if arm.fitted:
             fitted = self._fit(arm, config, prefix, lr)
             if fitted is None:
                 return None
-            operator, spent = fitted.operator, fitted.spent
+            operator, spent = fitted.operator, spent + fitted.spent
             # The lag's training reads the samples after all those that the fit may read.
             steps_read = config.fit.steps if arm.lag else fitted.steps
             samples = steps_read * config.fit.global_batch_size + fitted.lag_samples
@@ -181,7 +206,8 @@ class ComparisonPlan:
         if not result or not result["losses"]:
             return None
         # Full training costs the large model's FLOPs.
-        return ArmStart(f"{last_checkpoint(self.jobs.folder_of(job))}", result["flops"], steps * fit.global_batch_size)
+        spent, samples = start.spent + result["flops"], steps * fit.global_batch_size
+        return ArmStart(f"{last_checkpoint(self.jobs.folder_of(job))}", spent, samples)
 
     def _steps_of_fit(self, arm: Arm, config: RunConfig, lr: float) -> int | None:
         """Returns the steps of the fit that a control matches; None while a fit that may end early is unfinished."""

@@ -13,6 +13,7 @@ from megatron_ligo.config.toml_tables import apply_setting, read_toml
 from megatron_ligo.config.typed_toml import read_section, setting
 
 SCRATCH = "scratch"
+ARM_KEYS = {"operator", "fit", "lag", "codes", "scratch"}
 START, FULL = "start", "full"  # suffixes of a fitted arm's two controls
 
 
@@ -22,6 +23,7 @@ class CompareSection:
     scratch_steps: int = setting(1000, "steps of the scratch run; its FLOPs are the unit of all budgets", low=1)
     budgets: tuple[float, ...] = setting((0.25, 0.5, 1.0), "FLOPs per run, fit included, in that unit", above=0.0)
     lrs: tuple[float, ...] = setting((5e-4, 1e-3, 2e-3), "peak learning rates to tune each arm over", above=0.0)
+    extend_lrs: int = setting(0, "rates to add beyond either edge of lrs while the best is at that edge", low=0)
     tune_budget: float = setting(0.25, "FLOPs of a tuning run, in the same unit", above=0.0)
     tune_seed: int = setting(0, "seed of the tuning runs; not one of `seeds`", low=0)
     tune_valid: tuple[str | float, ...] = setting((), "held-out prefixes for tuning; empty: data.valid", above=0.0)
@@ -39,7 +41,7 @@ class Arm:
     """A way to start the large model.
 
     full: a control that trains all weights on the fit's batches. lag: the fit minimises the loss after this many
-    training steps, whose FLOPs count.
+    training steps, whose FLOPs count. codes: it starts with token codes, whose FLOPs count.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Arm:
     fitted: bool = False
     full: bool = False
     lag: int = 0
+    codes: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def _arm_table(arm: Arm) -> dict:
     """Returns an arm's table as written in a config."""
     table = arm.config.to_dict()
     keys = [*(["operator"] if arm.grown else []), *(["fit"] if arm.fitted or arm.full else [])]
-    return {key: table[key] for key in keys} | ({"lag": arm.lag} if arm.lag else {})
+    own = {key: table[key] for key in keys} | ({"lag": arm.lag} if arm.lag else {})
+    return own | ({"codes": True, "scratch": not arm.grown} if arm.codes else {})
 
 
 def load_comparison(path: Path, sets: Iterable[str] = ()) -> ComparisonConfig:
@@ -103,10 +107,16 @@ def _check(section: CompareSection, config: RunConfig, named: object, errors: Er
         errors.add("arms", "one or more tables [arms.NAME]", "none", 'For example: operator = {method = "lossless"}')
         return
     for name, arm in named.items():
-        unknown = sorted(set(arm) - {"operator", "fit", "lag"}) if isinstance(arm, dict) else ["no table"]
+        unknown = sorted(set(arm) - ARM_KEYS) if isinstance(arm, dict) else ["no table"]
         if unknown:
-            expected = "operator = {...} and, for a fitted arm, fit = {...} and lag (steps)"
+            expected = (
+                "operator = {...} and, for a fitted arm, fit = {...} and lag (steps); codes and scratch (booleans)"
+            )
             errors.add(f"arms.{name}", expected, ", ".join(unknown))
+        elif any(type(arm.get(key, False)) is not bool for key in ("codes", "scratch")):
+            errors.add(f"arms.{name}", "booleans: codes, scratch", arm)
+        elif arm.get("scratch") and (set(arm) != {"codes", "scratch"} or not arm["codes"]):
+            errors.add(f"arms.{name}", "codes = true and no other key beside scratch = true", arm)
         elif any(not isinstance(arm[key], dict) for key in ("operator", "fit") if key in arm):
             errors.add(f"arms.{name}", "tables: operator = {...}, fit = {...}", arm)
         elif isinstance(arm.get("fit"), dict) and arm["fit"].get("lag"):
@@ -124,7 +134,8 @@ def _arms(config: RunConfig, named: dict, path: Path) -> list[Arm]:
     for name, table in named.items():
         own = {key: {**base[key], **table[key]} for key in ("operator", "fit") if key in table}
         config = RunConfig.from_dict({**base, **own}, f"{path}, arm {name}")
-        arms.append(Arm(name, config, fitted="fit" in table, lag=table.get("lag", 0)))
+        grown, codes = not table.get("scratch", False), table.get("codes", False)
+        arms.append(Arm(name, config, grown, fitted="fit" in table, lag=table.get("lag", 0), codes=codes))
     return arms
 
 
@@ -149,19 +160,21 @@ def with_controls(config: RunConfig, arms: Iterable[Arm]) -> tuple[Arm, ...]:
 
 def unfitted_control(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
     """Returns the arm with a fitted arm's start and no fit."""
-    same = (other for other in arms if other.grown and not other.fitted and not other.full)
+    same = (other for other in arms if other.grown and not other.fitted and not other.full and other.codes == arm.codes)
     return next((other for other in same if other.config.operator == arm.config.operator), None)
 
 
 def full_training_control(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
     """Returns the arm that trains all weights on a fitted arm's batches."""
-    same = (other for other in arms if other.full and other.config.operator == arm.config.operator)
+    same = (other for other in arms if other.full and other.codes == arm.codes)
+    same = (other for other in same if other.config.operator == arm.config.operator)
     return next((other for other in same if other.config.fit == arm.config.fit), None)
 
 
 def fitted_arm_of(control: Arm, arms: Iterable[Arm]) -> Arm:
     """Returns the fitted arm of a full-training control."""
-    same = (arm for arm in arms if arm.fitted and arm.config.operator == control.config.operator)
+    same = (arm for arm in arms if arm.fitted and arm.codes == control.codes)
+    same = (arm for arm in same if arm.config.operator == control.config.operator)
     return next(arm for arm in same if arm.config.fit == control.config.fit)
 
 

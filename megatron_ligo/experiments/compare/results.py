@@ -17,7 +17,7 @@ from megatron_ligo.experiments.compare.comparison_config import (
     full_training_control,
     unfitted_control,
 )
-from megatron_ligo.experiments.compare.savings import difference, saving
+from megatron_ligo.experiments.compare.savings import difference, saving, trend
 
 FEW_SEEDS, FEW_STEPS, SMALL_MODEL = 3, 1000, 10**8
 DIVERGED, NO_RUN = "diverged", "no run"
@@ -58,6 +58,7 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
         "unit_flops": plan.unit,
         "held_out": {"samples": samples, "tokens": samples * plan.large.tokens_per_sample(spec.config.data.seq_length)},
         "arms": table,
+        "trends": _trends(_differences(plan, {name: arm["runs"] for name, arm in outcomes.items()})),
         "differences": _differences(plan, {name: arm["runs"] for name, arm in outcomes.items()}),
         "cautions": cautions(plan, outcomes, missing),
         "versions": library_versions(),
@@ -113,6 +114,18 @@ def _differences(plan: ComparisonPlan, runs: dict[str, list[ArmRun]]) -> list[di
     return differences
 
 
+def _trends(differences: Iterable[dict]) -> list[dict]:
+    """Returns, for each pair of arms, how much their mean difference changes with each doubling of the budget."""
+    by_pair: dict[tuple[str, str], dict[float, float]] = {}
+    for row in differences:
+        by_pair.setdefault((row["arm"], row["against"]), {})[row["budget"]] = row["mean"]
+    return [
+        {"arm": arm, "against": against, "per_doubling": change}
+        for (arm, against), means in by_pair.items()
+        if (change := trend(means)) is not None
+    ]
+
+
 def _best_unfitted(arms: Iterable[Arm], losses: dict[str, dict[int, float]]) -> str | None:
     names = [arm.name for arm in arms if arm.grown and not arm.fitted and not arm.full and losses.get(arm.name)]
     # Seeds differ by more than arms do: an arm with more seeds takes precedence.
@@ -135,8 +148,8 @@ def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str,
     elif not compare.tune_valid:
         lines.append("Learning rates were tuned on the held-out text of the results (tune_valid is empty).")
     lines += _selection_notes(plan.spec.arms)
-    rates = compare.lrs
     for name, arm in outcomes.items():
+        rates = sorted(arm["tries"]) or compare.lrs
         if len(rates) > 1 and arm["lr"] in (min(rates), max(rates)):
             edge = "lowest" if arm["lr"] == min(rates) else "highest"
             lines.append(f"{name}: its best rate is the {edge} tried, {arm['lr']:g}: a better one may lie beyond.")

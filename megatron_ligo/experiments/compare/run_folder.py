@@ -12,7 +12,7 @@ from pathlib import Path
 
 JOB, RESULT, RUN, LOG, LOCK = "job.json", "result.json", "run", "log.txt", ".lock"
 CHECKPOINTS = "checkpoints"
-FIT, GROW, PRETRAIN = "fit", "grow", "pretrain"
+FIT, GROW, PRETRAIN, CODES = "fit", "grow", "pretrain", "codes"
 
 
 def last_checkpoint(folder: Path) -> Path:

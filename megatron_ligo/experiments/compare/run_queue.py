@@ -21,7 +21,7 @@ from megatron_ligo.common.errors import ConfigError, LigoError, Problem
 from megatron_ligo.common.file_lock import lock_file
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
 from megatron_ligo.experiments.compare.job_inputs import JobInputs
-from megatron_ligo.experiments.compare.run_folder import GROW, JOB, LOCK, LOG, PRETRAIN, RESULT
+from megatron_ligo.experiments.compare.run_folder import CODES, GROW, JOB, LOCK, LOG, PRETRAIN, RESULT
 from megatron_ligo.export.run_inputs import ACCEPTED, INPUTS
 
 MODULE = "megatron_ligo.experiments.compare.single_run"
@@ -29,7 +29,7 @@ MODULE = "megatron_ligo.experiments.compare.single_run"
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """kind: "fit", "grow" or "pretrain"; operator: applied by "grow"; keep: its checkpoints start other jobs."""
+    """kind: fit, grow, codes or pretrain; operator: applied by "grow"; keep: its checkpoints start other jobs."""
 
     name: str
     kind: str
@@ -95,8 +95,8 @@ class JobQueue:
             self.log_line(job.name)
             if not (folder / JOB).is_file():
                 self._write_job(job, [])
-            # Growth runs in one process.
-            code = self._launch(folder) if self.launcher and job.kind != GROW else self._fork(folder)
+            # Growth and counting run in one process.
+            code = self._launch(folder) if self.launcher and job.kind not in (GROW, CODES) else self._fork(folder)
             result = self.result(job)
             if code or result is None:
                 hint = f"Its last line: {_last_log_line(folder / LOG)}"

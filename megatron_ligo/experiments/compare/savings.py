@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean, stdev
+from statistics import linear_regression, mean, stdev
 
 # Student's t, two-sided 95%, by degrees of freedom from 1. Beyond the end, the last value applies: it is never too low.
 T_95 = (
@@ -93,6 +93,17 @@ def saving(
         else:
             ends.append((max(flops for flops, _ in arm[seed]) + source) / whole)
     return Saving(tuple(kinds), tuple(shares), seeds, partial, min(ends, default=0.0))
+
+
+def trend(means: Mapping[float, float]) -> float | None:
+    """Returns the slope of differences by budget over the budget's base-2 logarithm; None for a single budget.
+
+    A gap that decays with the budget has the opposite sign of its differences.
+    """
+    if len(means) < 2:
+        return None
+    doublings = [math.log2(budget) for budget in means]
+    return linear_regression(doublings, list(means.values())).slope
 
 
 @dataclass(frozen=True)

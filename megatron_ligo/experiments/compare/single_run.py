@@ -15,16 +15,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ligo.checkpoint import formats
 from megatron_ligo.common import signal_handling
-from megatron_ligo.common.atomic_files import write_json
+from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import LigoError, NumbersError
-from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.config.run_config import SCRATCH, RunConfig
+from megatron_ligo.data.token_codes import MAX_COUNTED, build_codes
 from megatron_ligo.distributed.rank_failures import report_failures
-from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, FIT, GROW, JOB, RESULT, RUN
+from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, CODES, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.export.run_inputs import ACCEPTED, InputPolicy
+from megatron_ligo.growth.codes.codes_file import RECORD
 from megatron_ligo.report.curves import smooth
 from megatron_ligo.training.fit import Fit
+from megatron_ligo.training.initial_weights import scratch_model_config
 from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 from megatron_ligo.training.pretrain import Pretrain
 
@@ -41,6 +45,10 @@ def run_job(folder: Path) -> None:
         operator = Path(job["operator"]) if job["operator"] else None
         grow_from_config(config, operator, run, accept_changed=policy.accept_changed)
         losses = {}
+    elif job["kind"] == CODES:
+        losses = {}
+        source = None if config.pretrain.start == SCRATCH else formats.open_small(config.small)
+        build_codes(config, scratch_model_config(config), run, source, MAX_COUNTED)
     elif job["kind"] == FIT:
         with report_failures():
             Fit(config, run, policy=policy).run()
@@ -56,6 +64,8 @@ def _finish(folder: Path, run: Path, losses: dict, keep: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     rows = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
+    if (run / RECORD).is_file():
+        rows = [{"step": 0, "seconds": 0, **read_json(run / RECORD)}]
     totals = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
     write_json(folder / RESULT, {"losses": losses, **totals, "curve": thin_curve(rows)})
     if not keep:

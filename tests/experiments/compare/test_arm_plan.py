@@ -44,6 +44,35 @@ def test_a_control_of_a_fit_that_cannot_end_early_asks_for_none(tmp_path):
     assert not any(job.kind == "fit" for job in jobs.values())
 
 
+CODES = ["arms.coded={operator = {method = 'corner'}, codes = true}", "arms.blank={scratch = true, codes = true}"]
+
+
+def test_the_cost_of_codes_counts_for_growth_and_for_scratch(tmp_path):
+    spec = write_comparison(tmp_path, *CODES)
+    made_up = MadeUpRuns(tmp_path, lambda name: 2.0)
+    plan = made_up.plan(spec)
+    for name in ("coded", "blank"):
+        arm = next(arm for arm in spec.arms if arm.name == name)
+        runs, jobs = run_arm(plan, arm)["runs"], made_up.jobs
+        assert len(runs) == 9 and {run.spent for run in runs} == {7.0 * plan.step_flops}
+        assert jobs[f"{name}/seed_2/run_1_0.001"].config.pretrain.steps == 93
+    folder = str(tmp_path / "{}/seed_1/codes/run")
+    assert jobs["coded/seed_1/grown"].config.operator.codes == folder.format("coded")
+    assert jobs["blank/seed_1/run_1_0.001"].config.pretrain.codes == folder.format("blank")
+    assert not jobs["coded/seed_1/run_1_0.001"].config.pretrain.codes
+
+
+def test_rates_are_added_while_the_best_is_at_an_edge(tmp_path):
+    best = 8e-3
+    end = lambda name: abs(float(name.rpartition("_")[2]) - best)  # noqa: E731
+    sets = ("compare.lrs=[1e-3, 2e-3]", "compare.tune_budget=0.25")
+    for more, tried in ((0, 2), (2, 4), (5, 5)):
+        spec = write_comparison(tmp_path, *sets, f"compare.extend_lrs={more}")
+        made_up = MadeUpRuns(tmp_path / f"{more}", end)
+        tries = made_up.plan(spec).tune(spec.arms[0])
+        assert len(tries) == tried and max(tries) == 2e-3 * 2 ** (tried - 2)
+
+
 def test_a_control_waits_for_a_fit_that_may_end_early(tmp_path):
     for left in (None, {**EARLY, "losses": {}}):
         outcome, jobs = full_control(tmp_path, "arms.learned.fit.patience=1", fit=left)
