@@ -254,7 +254,7 @@ def test_runs_of_all_lengths_share_a_trunk(pools, base, tmp_path):
     trunk = settings(base, steps=3, schedule="wsd")
     trained = pools(1).run(pretrain, settings=trunk, output=str(tmp_path / "trunk"))
     assert not isinstance(trained, str), trained
-    for steps, decay in ((4, 2), (6, 3)):
+    for steps, decay in ((5, 2), (6, 3)):
         branch = settings(base, steps=steps, schedule="wsd", decay_steps=decay)
         shutil.copytree(tmp_path / "trunk", tmp_path / f"branch_{steps}")
         continued = pools(1).run(pretrain, settings=branch, output=str(tmp_path / f"branch_{steps}"))
