@@ -1,8 +1,9 @@
-"""Symbolic links in a checkpoint folder: they must not lead out of it."""
+"""What must not be in a checkpoint folder: symbolic links that lead out of it, and pipes, whose readers would wait."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector
@@ -18,12 +19,17 @@ def allowed_roots(folder: Path) -> list[Path]:
 
 
 def check_symlinks(folder: Path) -> None:
-    """Raises CheckpointError with every link below the folder that leads out of it. The folder may be a link."""
+    """Raises CheckpointError with every link below the folder that leads out of it, and all but files and folders.
+
+    The folder may be a link.
+    """
     roots = allowed_roots(folder)
-    errors = ErrorCollector(f"{folder} has links that lead out of it; they are not followed", CheckpointError)
+    errors = ErrorCollector(f"{folder} has what is not followed or read", CheckpointError)
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
-            if path.is_symlink() and not any(_resolve_target(path).is_relative_to(root) for root in roots):
+            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+                errors.add(f"{path.relative_to(folder)}", "a file or folder", "a pipe, a socket or a device")
+            elif path.is_symlink() and not any(_resolve_target(path).is_relative_to(root) for root in roots):
                 errors.add(f"{path.relative_to(folder)}", "a file or folder inside", f"a link to {path.readlink()}")
     errors.raise_if_any()
 

@@ -121,6 +121,11 @@ def _open_image_file(
         errors.add(key, "file paths only (images have no weights)", path)
         return None
     count = len(errors.problems)
+    if not Path(path).is_file():
+        # Opening a pipe would block.
+        actual = "something else" if Path(path).exists() else "nothing"
+        errors.add(path, "a safetensors file", actual, "Create it with tools/prepare_images.py.")
+        return None
     try:
         with safe_open(path, "pt") as tensors:
             names = set(tensors.keys())

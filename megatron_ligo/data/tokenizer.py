@@ -62,14 +62,14 @@ class Tokenizer(ABC):
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Raises DataError for a panic of the library, as for a pattern that needs too many steps on a text."""
+    """Raises DataError for a fault of the library: a pattern that needs too many steps, a vocabulary without [UNK]."""
     try:
         yield
     except BaseException as error:
-        # Not an Exception, and its class cannot be imported.
-        if type(error).__name__ != "PanicException":
+        # Panics are no Exception, and their class cannot be imported; other faults are bare Exceptions.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        hint = "Its pattern may need too many steps on a text: check the tokenizer's pre_tokenizer."
+        hint = "Check its unknown token, and its pre_tokenizer: a pattern may need too many steps on a text."
         raise DataError(Problem("the tokenizer", "the ids of each text", f"{error}", hint)) from error
 
 
@@ -199,7 +199,7 @@ def _load_sentencepiece(file: Path, eod: str) -> Tokenizer:
 
     try:
         inner = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:  # of pieces that are no UTF-8
         raise DataError(Problem(str(file), "a sentencepiece model", error)) from error
     eod_id = inner.piece_to_id(eod) if eod else inner.eos_id()
     if eod_id < 0 or eod_id == inner.unk_id():

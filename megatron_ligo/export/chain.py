@@ -90,7 +90,11 @@ class _ChainWalk:
             self._try(run, lambda: self._check_handoff(run))
         if (run / PRETRAIN_RECORD).is_file():
             self._try(run / PRETRAIN_RECORD, lambda: self._check_pretrain_record(run))
-        checkpoints = sorted(path.parent for path in (run / CHECKPOINTS).glob(f"step_*/{run_record.RECORD}"))
+        folders = [path for path in (run / CHECKPOINTS).glob("step_*") if path.name.removeprefix("step_").isdigit()]
+        checkpoints = sorted(path for path in folders if (path / run_record.RECORD).is_file())
+        for folder in sorted(set(folders) - set(checkpoints)):
+            # Checkpoints get their names only with their records.
+            self.report.problems.append(Problem(f"{folder}", f"its {run_record.RECORD}", "none"))
         for checkpoint in [run, *checkpoints] if (run / run_record.RECORD).is_file() else checkpoints:
             self._try(checkpoint, lambda checkpoint=checkpoint: self._check_checkpoint(run, checkpoint))
 
@@ -183,6 +187,9 @@ class _ChainWalk:
             if path is None:
                 self.report.notes.append(f"{run}: {name}: {entry['path']} is not there: not compared")
                 continue
+            if entry["kind"] == SAMPLED:
+                note = f"{path} ({name}): only samples of it are bound; start the run with --full-check to bind all"
+                self.report.notes.append(note)
             actual = self._digest(path, entry)
             if actual != entry["digest"]:
                 expected = f"digest {entry['digest']}, as {run} used it"

@@ -24,7 +24,7 @@ def read(folder: Path) -> dict | None:
     try:
         record = read_json(path, finite=False)
         version = record["version"]
-        if version == VERSION:
+        if version in VERSIONS:
             _check_fields(record)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(Problem(f"{path}", "the record of a hand-off", f"{error!r}")) from None
@@ -39,6 +39,8 @@ def _check_fields(record: dict) -> None:
     """Raises KeyError or TypeError unless the fields that a pretraining reads are there and of their types."""
     if not all(isinstance(name, str) for name in [*record["formats"]]) or isinstance(record["formats"], str):
         raise TypeError("formats")
+    if not all(isinstance(record[key], dict) for key in ORIGIN_KEYS):
+        raise TypeError("source and operator")
     fit = record.get("fit")
     if fit is not None:
         samples, digest, end = fit["eval"]["samples"], fit["eval"]["digest"], fit["losses"]["end"]

@@ -65,14 +65,22 @@ class RunInputs:
         self.entries[f"{name}: sizes"]["values"] = values
 
     def add_files(self, files: Mapping[str, Path]) -> None:
-        """Adds files by name. One that is missing is left out: the error of its own reader says more."""
+        """Adds files by name. One that is missing is left out: the error of its own reader says more.
+
+        A full check compares a file of which only samples were bound by these, and binds all of it from here on.
+        """
         with self.cache.ranks.agree():
             files = {name: path for name, path in files.items() if path.is_file()}
-        kinds = self.cache.choose_kinds([path for name, path in files.items() if not self._saved_kind(name)])
-        kinds |= {path: self._saved_kind(name) for name, path in files.items() if self._saved_kind(name)}
+        kinds = {path: self._saved_kind(name) for name, path in files.items() if self._saved_kind(name)}
+        kinds |= self.cache.choose_kinds([path for path in files.values() if path not in kinds])
         digests = self.cache.digest_files(kinds)
+        sampled = [path for path in kinds if kinds[path] == SAMPLED] if self.policy.full_check else []
+        whole = self.cache.digest_files(dict.fromkeys(sampled, WHOLE))
         for name, path in files.items():
             self._add(name, f"{path}", kinds[path], digests[path])
+            if path in whole:
+                self._problems += self._compare({name})
+                self._add(name, f"{path}", WHOLE, whole[path])
 
     def add_digest(self, name: str, path: str, kind: str, digest: str) -> None:
         """Adds an input whose digest is known. kind: SAMPLES, or INDICES."""
@@ -94,7 +102,8 @@ class RunInputs:
 
         complete: all inputs are there, so that a saved one that is missing has been taken away.
         """
-        problems = [*self._problems, *self._compare(complete)]
+        names = set(self.entries) | (set(self.saved or {}) if complete else set())
+        problems = [*self._problems, *self._compare(names)]
         self._problems = []
         if not problems:
             return
@@ -118,10 +127,10 @@ class RunInputs:
         kind = (self.saved or {}).get(name, {}).get("kind")
         return kind if kind in (WHOLE, SAMPLED) else None
 
-    def _compare(self, complete: bool) -> list[Problem]:
+    def _compare(self, names: set[str]) -> list[Problem]:
+        """Compares those of the inputs that have not been compared yet."""
         if self.saved is None:
             return []
-        names = set(self.entries) | (set(self.saved) if complete else set())
         chosen = names - self._compared
         self._compared |= names
         return compare_entries(self.saved, self.entries, chosen, self.adopted)
@@ -163,6 +172,11 @@ def describe_acceptance(problems: list[Problem]) -> dict:
     for problem in problems:
         log.warning("accepted: %s", problem)
     return {**_describe_user(), "changes": [str(problem) for problem in problems]}
+
+
+def changes_accepted_at(state: dict, step: int) -> list[str]:
+    """Returns the changes that the user accepted when the run was started or resumed after `step` steps."""
+    return [change for entry in state.get(ACCEPTED, []) if entry["step"] == step for change in entry["changes"]]
 
 
 def _describe_user() -> dict:

@@ -1,4 +1,8 @@
-"""The kill test: a run that is killed repeatedly must end with the results of an undisturbed run."""
+"""The kill test: a command that is killed repeatedly must end with the results of an undisturbed one.
+
+FOLDER/whole         the undisturbed results
+FOLDER/kills.json    what was tried so far: a later call goes on from there
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,27 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import psutil
 
+from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
+from megatron_ligo.common.file_digest import SEAL, digest_file
 from megatron_ligo.testing import forked_ranks
 
-# Outputs that must not depend on kills, besides metrics.jsonl.
-COMPARED_FILES = ("operator/operator.safetensors",)
-LOSSES = ("operator/operator.json", "pretrain.json")
+TALLY, WHOLE, ROUND, METRICS = "kills.json", "whole", "round", "metrics.jsonl"
+# Folders whose bytes hold times, or the identity of Python's objects.
+UNCOMPARED_FOLDERS = {"tensorboard", "checkpoints", "report"}
+# Entries of records that hold times or memory, or digests of such.
+UNCOMPARED_KEYS = {"seconds", "peak_memory_bytes", "job", SEAL}
+# Stands for the output folder in a command; without it, `--output FOLDER` is appended.
+OUTPUT = "{output}"
 # Seconds for the other ranks to end by themselves after the first failure.
 LAUNCHER_WAITS = 15.0
 KILL_MODES = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTERM to one")
@@ -29,66 +41,129 @@ KILL_MODES = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTE
 
 @dataclass
 class KillTestResult:
-    """kills: count by mode; rounds: runs that finished; steps: number compared bit for bit."""
+    """kills: count by mode; rounds: runs that finished; steps: number of training steps compared bit for bit.
 
+    length: seconds of the undisturbed run.
+    """
+
+    command: list[str]
+    ranks: int | None
+    seed: int
+    length: float = 0.0
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KILL_MODES, 0))
     rounds: int = 0
     steps: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(self.kills.values())
 
 
 def run_kill_test(
     command: list[str], folder: Path, kills: int, seed: int, log_line: Callable[[str], None], ranks: int | None = None
 ) -> KillTestResult:
-    """Runs `command --output FOLDER/whole` undisturbed, then runs that are killed `kills` times in total.
+    """Runs the command undisturbed into FOLDER/whole, then kills others until there were `kills` in FOLDER's tally.
 
     ranks: number of ranks of the script `command`, forked from a preloaded process; None: launches `command` itself.
-    Raises ConfigError if the undisturbed run fails, CheckpointError if a killed run ends differently.
+    Raises ConfigError if the undisturbed run fails or the folder is another test's, CheckpointError if a killed run
+    ends differently.
     """
-    generator = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ConfigError(Problem(f"{folder}", "an empty folder", "files in it", "Choose another --output."))
     start = partial(_LaunchedCommand, command) if ranks is None else partial(_ForkedCommand, command, ranks)
     if ranks is not None:
         forked_ranks.warm_up()
-    begin = time.monotonic()
-    code = start(folder / "whole").wait()
-    length = time.monotonic() - begin
-    if code:
-        raise ConfigError(Problem(" ".join(command), "exit code 0 when undisturbed", code, _log_hint(folder / "whole")))
-    expected = run_outcome(folder / "whole")
-    log_line(f"undisturbed: {length:.0f} s, {len(expected['steps'])} steps")
-    result = KillTestResult()
-    while sum(result.kills.values()) < kills:
-        output = folder / f"round_{result.rounds}"
-        for how, after in _kill_schedule(generator, length):
-            if sum(result.kills.values()) == kills:
+    result = _read_tally(folder, KillTestResult(command, ranks, seed)) or _run_whole(
+        start, folder, command, ranks, seed
+    )
+    expected = run_outcome(folder / WHOLE)
+    log_line(f"undisturbed: {result.length:.0f} s, {len(expected)} files; {result.count} kills before")
+    while result.count < kills:
+        output = _new_round(folder)
+        generator, tried = random.Random(f"{seed}:{result.rounds}"), Counter()
+        for how, after in _kill_schedule(generator, result.length):
+            if result.count + tried.total() == kills:
                 how = None
             if _run_once(start(output), output, how, after, generator):
                 break
-            result.kills[how] += 1
-            log_line(f"{sum(result.kills.values())}: {how} after {after:.1f} s")
+            tried[how] += 1
+            log_line(f"{result.count + tried.total()}: {how} after {after:.1f} s")
         outcome = run_outcome(output)
         if outcome != expected:
-            differing = [name for name in expected if outcome.get(name) != expected[name]]
+            names = sorted(name for name in expected | outcome if outcome.get(name) != expected.get(name))
             raise CheckpointError(
-                Problem(f"{output}", "the results of the undisturbed run", f"other {', '.join(differing)}")
+                Problem(f"{output}", "the results of the undisturbed run", f"other {', '.join(names)}")
             )
         result.rounds += 1
-        result.steps += len(expected["steps"])
-        shutil.rmtree(output)
+        result.steps += sum(len(rows) for rows in expected.values() if isinstance(rows, list))
+        result.kills = {how: number + tried[how] for how, number in result.kills.items()}
+        write_json(folder / TALLY, asdict(result))
+    return result
+
+
+def _new_round(folder: Path) -> Path:
+    """Returns the output folder of every round, removed with its logs: records state the path."""
+    output = folder / ROUND
+    shutil.rmtree(output, ignore_errors=True)
+    for path in folder.glob(f"{ROUND}.log*"):
+        path.unlink()
+    return output
+
+
+def _read_tally(folder: Path, new: KillTestResult) -> KillTestResult | None:
+    """Returns what an earlier call has tried, if it was of the same command, ranks and seed; None for a new folder."""
+    path = folder / TALLY
+    if path.is_file():
+        result = KillTestResult(**read_json(path))
+        if (result.command, result.ranks, result.seed) == (new.command, new.ranks, new.seed):
+            return result
+    if folder.is_dir() and any(folder.iterdir()):
+        hint = "Choose another --output."
+        raise ConfigError(Problem(f"{folder}", "an empty folder, or this command's kills", "other files", hint))
+    return None
+
+
+def _run_whole(start: Callable, folder: Path, command: list[str], ranks: int | None, seed: int) -> KillTestResult:
+    """Runs the command undisturbed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output, begin = _new_round(folder), time.monotonic()
+    code = start(output).wait()
+    result = KillTestResult(command, ranks, seed, time.monotonic() - begin)
+    if code:
+        raise ConfigError(Problem(" ".join(command), "exit code 0 when undisturbed", code, _log_hint(output)))
+    output.rename(folder / WHOLE)
+    write_json(folder / TALLY, asdict(result))
     return result
 
 
 def run_outcome(output: Path) -> dict[str, object]:
-    """Returns the logged steps without their seconds, the final losses and the operator's bytes."""
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    outcome: dict[str, object] = {"steps": [{key: row[key] for key in row if key != "seconds"} for row in rows]}
-    outcome |= {name: (output / name).read_bytes() for name in COMPARED_FILES if (output / name).is_file()}
-    return outcome | {
-        name: json.loads((output / name).read_text())["losses"] for name in LOSSES if (output / name).exists()
-    }
+    """Returns every result that must not depend on kills, by file.
+
+    Of metrics.jsonl: its rows without seconds; of JSON: its values without times and memory; of others: a digest.
+    """
+    outcome: dict[str, object] = {}
+    for path in sorted(output.rglob("*") if output.is_dir() else [output]):
+        name = path.relative_to(output)
+        if not path.is_file() or any(part.startswith(".") or part in UNCOMPARED_FOLDERS for part in name.parts):
+            continue
+        if path.name == METRICS:
+            outcome[f"{name}"] = [_comparable(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.suffix == ".json":
+            outcome[f"{name}"] = _comparable(json.loads(path.read_text()))
+        else:
+            outcome[f"{name}"] = digest_file(path)
+    return outcome
+
+
+def _comparable(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _comparable(item) for key, item in value.items() if key not in UNCOMPARED_KEYS}
+    return [_comparable(item) for item in value] if isinstance(value, list) else value
+
+
+def _with_output(command: list[str], output: Path) -> list[str]:
+    """Returns the command that writes to `output`."""
+    if any(OUTPUT in word for word in command):
+        return [word.replace(OUTPUT, f"{output}") for word in command]
+    return [*command, "--output", f"{output}"]
 
 
 def _kill_schedule(generator: random.Random, length: float) -> Iterator[tuple[str, float]]:
@@ -101,7 +176,7 @@ class _LaunchedCommand:
 
     def __init__(self, command: list[str], output: Path):
         with output.with_suffix(".log").open("a") as log:
-            self._process = subprocess.Popen([*command, "--output", str(output)], stdout=log, stderr=log)
+            self._process = subprocess.Popen(_with_output(command, output), stdout=log, stderr=log)
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Returns the exit code; None after `timeout` seconds."""
@@ -111,16 +186,14 @@ class _LaunchedCommand:
             return None
 
     def processes(self) -> list[psutil.Process]:
-        first = psutil.Process(self._process.pid)
-        return [first, *first.children(recursive=True)]
+        return _with_children([self._process.pid])
 
 
 class _ForkedCommand:
     """The forked ranks of a script."""
 
     def __init__(self, command: list[str], ranks: int, output: Path):
-        script, *arguments = command
-        arguments = [*arguments, "--output", str(output)]
+        script, *arguments = _with_output(command, output)
         self._ranks = forked_ranks.ForkedRanks(Path(script), arguments, output.with_suffix(".log"), ranks)
         self._ranks.start()
 
@@ -139,7 +212,18 @@ class _ForkedCommand:
         return None if None in codes else next((code for code in codes if code), 0)
 
     def processes(self) -> list[psutil.Process]:
-        return [psutil.Process(rank.pid) for rank in self._ranks.ranks if rank.is_alive()]
+        return _with_children([rank.pid for rank in self._ranks.ranks])
+
+
+def _with_children(pids: list[int]) -> list[psutil.Process]:
+    """Returns those of the processes that still run, then their children."""
+    processes, children = [], []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            children += process.children(recursive=True)
+            processes.append(process)
+    return [*processes, *children]
 
 
 def _run_once(
@@ -148,23 +232,29 @@ def _run_once(
     """Kills a run after `after` seconds; returns True if it had already finished successfully."""
     code = run.wait(None if how is None else after)
     if code is None:
-        _kill(run, how, generator)
-        return False
+        if _kill(run, how, generator):
+            return False
+        code = run.wait()
     if code:
         raise CheckpointError(Problem(f"{output}", "exit code 0 after a restart", code, _log_hint(output)))
     return True
 
 
-def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, generator: random.Random) -> None:
-    """Sends the signal and waits until no process is left. CheckpointError if one is left after 120 s."""
+def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, generator: random.Random) -> bool:
+    """Sends the signal and waits until no process is left. CheckpointError if one is left after 120 s.
+
+    Returns False if the run ended by itself in this moment.
+    """
     processes = run.processes()
+    if not processes:
+        return False
     number = signal.SIGKILL if "SIGKILL" in how else signal.SIGTERM
     if how.endswith("all"):
         targets = processes
     else:
         targets = processes[:1] if how.endswith("first") else [generator.choice(processes)]
     for process in targets:
-        if process.is_running():
+        with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
     code = run.wait(120)
     _, alive = psutil.wait_procs(processes, timeout=120)
@@ -172,6 +262,7 @@ def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, generator: random.Ra
         for process in alive:
             process.kill()
         raise CheckpointError(Problem(how, "all processes to end within 120 s", f"{len(alive)} still running"))
+    return True
 
 
 def _log_hint(output: Path) -> str:

@@ -28,7 +28,8 @@ def read_profile(parallel: ParallelSection) -> dict:
         profile = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(Problem(f"ds_config {path}", "a DeepSpeed profile (JSON)", error)) from None
-    stage = profile.get("zero_optimization", {}).get("stage")
+    zero = profile.get("zero_optimization") if isinstance(profile, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != parallel.zero:
         raise ConfigError(Problem(f"ds_config {path}", f"ZeRO stage {parallel.zero}, as the config says", stage))
     return profile

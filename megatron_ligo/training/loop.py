@@ -16,12 +16,13 @@ from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.data.sampler import Batch, ShardedSampler
 from megatron_ligo.distributed import mesh
 from megatron_ligo.distributed.mesh import Mesh, all_ranks
+from megatron_ligo.export import run_inputs
 from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.guard.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
-from megatron_ligo.training.metrics import Metrics, StepCallback
+from megatron_ligo.training.metrics import ACCEPTED_CHANGES, ANOMALY, Metrics, StepCallback
 from megatron_ligo.training.tracking.trackers import TrackerList, open_trackers
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -53,6 +54,7 @@ def run_steps(
     Raises Stopped if SIGINT or SIGTERM has reached any rank.
     """
     first_step, dims = engine.steps, engine.mesh
+    accepted = " ".join(run_inputs.changes_accepted_at(state, first_step))
     guard = LossGuard(engine, section, state, guess_loss, output, accepted_step)
     with all_ranks().agree():
         trackers = open_trackers(section, output) if dist.get_rank() == 0 else TrackerList([])
@@ -79,7 +81,9 @@ def run_steps(
             extra = after_step(done) if report.error is None else {}
             if "eval_loss" in extra:
                 guard.record_evaluation(done, extra["eval_loss"], report)
-            metrics.log(done, loss, lr, tokens, flops, seconds, norm, report.anomaly, **report.columns, **extra)
+            texts = {ANOMALY: report.anomaly, ACCEPTED_CHANGES: accepted if step == first_step else None}
+            texts = {key: text for key, text in texts.items() if text}
+            metrics.log(done, loss, lr, tokens, flops, seconds, norm, texts, **report.columns, **extra)
             if report.error is not None:
                 guard.stop(done, report.error)
             is_last = done == section.steps or should_stop()

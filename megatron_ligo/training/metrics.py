@@ -27,8 +27,9 @@ METRICS_FILE = "metrics.jsonl"
 METRICS_KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
 # A run of a month logs a few hundred bytes for each of its millions of steps.
 MAX_METRICS_BYTES = 1 << 36
-# The column of text: what is wrong with a step.
-ANOMALY = "anomaly"
+# The columns of text: what is wrong with a step, and which changed inputs its user has accepted before it.
+ANOMALY, ACCEPTED_CHANGES = "anomaly", "accepted_changes"
+TEXT_KEYS = (ANOMALY, ACCEPTED_CHANGES)
 # Columns that the progress line leaves out.
 SILENT_KEYS = ("update_ratio", "skipped")
 # The time left is estimated from this many recent steps.
@@ -78,12 +79,12 @@ class Metrics:
         flops: float,
         seconds: float,
         grad_norm: float,
-        anomaly: str | None = None,
+        texts: Mapping[str, str] = {},
         **extra: float,
     ) -> None:
         """Records one step. tokens, flops, seconds: of this step alone. extra: more values, such as eval_loss.
 
-        anomaly: what is wrong with the step, in words.
+        texts: the columns of TEXT_KEYS that the step has.
         """
         if not self.enabled:
             return
@@ -92,13 +93,11 @@ class Metrics:
         row = {"step": step, "loss": loss, "lr": lr, **self._totals, "grad_norm": grad_norm, **extra, **self._start}
         self._start = {}
         # JSON has no NaN or Inf.
-        finite: dict = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        if anomaly is not None:
-            finite[ANOMALY] = anomaly
+        finite: dict = {key: value if math.isfinite(value) else None for key, value in row.items()} | texts
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
-        self._events.add({**shown, **extra}, step, anomaly)
+        self._events.add({**shown, **extra}, step, texts)
         self._line.show(step, loss, lr, tokens, seconds, {key: extra[key] for key in extra if key not in SILENT_KEYS})
         for call in self._on_step:
             call(finite)
@@ -158,7 +157,7 @@ def _parse_row(line: str) -> dict | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    numbers = (value for key, value in row.items() if key != ANOMALY)
+    numbers = (value for key, value in row.items() if key not in TEXT_KEYS)
     if not all(value is None or isinstance(value, int | float) for value in numbers):
         return None
     return {"step": row["step"], **row}
@@ -179,12 +178,12 @@ class TensorBoardEvents:
     def __init__(self, folder: Path, done_steps: int):
         self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=done_steps + 1)
 
-    def add(self, values: dict[str, float], step: int, anomaly: str | None = None) -> None:
+    def add(self, values: dict[str, float], step: int, texts: Mapping[str, str] = {}) -> None:
         try:
             for key, value in values.items() if self.writer else ():
                 self.writer.add_scalar(key, value, step)
-            if self.writer and anomaly is not None:
-                self.writer.add_text("anomaly", anomaly, step)
+            for key, text in texts.items() if self.writer else ():
+                self.writer.add_text(key, text, step)
         except OSError as error:
             self._disable(error)
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -313,6 +314,22 @@ def test_an_interrupt_leaves_nothing(tmp_path, hf_folder):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and drop_cuda_warning(err) == "SIGINT: ended.\n"
     assert list(out.iterdir()) == []
+
+
+def test_a_killed_run_leaves_no_workers(tmp_path, hf_folder):
+    out = tmp_path / "out"
+    tool = [sys.executable, ROOT / "tools/prepare_data.py"]
+    process = subprocess.Popen(
+        [*tool, "--python-docs", "--tokenizer", hf_folder, "--output", out, "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not list(out.glob(".preparing*/train.bin")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait(60)
+    assert len(children) >= 2 and not psutil.wait_procs(children, timeout=60)[1]
 
 
 @pytest.mark.parametrize("trained", [False, True])

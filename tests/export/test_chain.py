@@ -89,6 +89,15 @@ CHANGED = {
 }  # fmt: skip
 
 
+def test_a_checkpoint_without_its_record_is_noticed(place):
+    path = max(place.glob("runs/pretrain/checkpoints/step_*/record.json"))
+    aside = path.rename(place / "aside")
+    try:
+        assert f"{path.parent}: expected its record.json, found none." in problems(place / "runs")
+    finally:
+        aside.rename(path)
+
+
 @pytest.mark.parametrize("pattern", CHANGED)
 def test_one_changed_byte_is_noticed(place, pattern):
     path = next(place.glob(pattern))

@@ -206,7 +206,7 @@ def test_an_unfinished_run_shows_its_progress(tmp_path):
 
 
 def test_anomalies_are_noted(tmp_path):
-    write_steps(tmp_path / "run", 3, 1e6, anomaly="step 3: expected loss at most 4, found 9.", skipped=1)
+    write_steps(tmp_path / "run", 3, 1e6, texts={"anomaly": "step 3: expected loss at most 4, found 9."}, skipped=1)
     write_stop(tmp_path / "run", 4, "step 4: expected loss at most 4, found 9.")
     notes = " ".join(build_table(read_runs([tmp_path / "run"])).notes)
     assert "1 anomaly, 1 of its steps skipped; the first at step 3 (step 3: expected loss at most 4, found 9)." in notes

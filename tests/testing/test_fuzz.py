@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.testing.fuzz import mutators, trials
-from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
+from megatron_ligo.testing.fuzz.sample_files import Sample
 
 COUNT = 128
 HARM = {
@@ -29,7 +29,7 @@ def test_no_mutation_does_harm(forks, tmp_path):
     with ProcessPoolExecutor(1, mp_context=forks) as pool:
         report = pool.submit(trials.run_fuzz, tmp_path, COUNT, 0, print).result()
     assert report.count == COUNT and not report.errors
-    assert set(report.by_sample) == {sample.name for sample in SAMPLES}
+    assert set(report.by_sample) == {sample.name for sample in trials.ALL_SAMPLES}
     assert report.outcomes[trials.REFUSED] > COUNT / 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "other"]
 

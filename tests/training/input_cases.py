@@ -93,6 +93,7 @@ def try_changes(tool: str, base: str, settings: dict, stop_after: int) -> dict:
         results[name] = resume()
         if name == "scaled small weights":
             results["accepted"] = resume(InputPolicy(accept_changed=True))
+            results["accepted rows"] = read_accepted_rows(copy)
             results["record"] = json.loads(next((copy / "checkpoints").glob("step_*/record.json")).read_text())["state"]
             shutil.rmtree(copy / "checkpoints" / f"step_{stop_after}", ignore_errors=True)
             results["accepted before"] = run(tool, settings, str(copy))
@@ -111,6 +112,12 @@ def try_changes(tool: str, base: str, settings: dict, stop_after: int) -> dict:
     for path in [*moved.iterdir()]:
         path.rename(folder / path.name)
     return results
+
+
+def read_accepted_rows(output: Path) -> dict[int, str]:
+    """Returns the changes that metrics.jsonl says were accepted, by step."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["accepted_changes"] for row in rows if "accepted_changes" in row}
 
 
 def edit_record(output: Path, edit: Callable[[dict], object]) -> None:

@@ -126,7 +126,7 @@ def test_a_file_that_is_no_text_is_one_error(tmp_path):
 
 
 def test_an_anomaly_is_a_column_of_text(tmp_path):
-    run(tmp_path, 1, 2, anomaly="step 1: expected a, found b.", skipped=1)
+    run(tmp_path, 1, 2, texts={"anomaly": "step 1: expected a, found b."}, skipped=1)
     assert [row["anomaly"] for row in rows(tmp_path)] == ["step 1: expected a, found b."] * 2
     assert read_metrics(tmp_path / "metrics.jsonl") == rows(tmp_path)
 

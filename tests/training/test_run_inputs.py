@@ -61,6 +61,8 @@ def test_an_accepted_change_is_recorded(results):
     (accepted,) = results["record"]["accepted_changes"]
     assert accepted["step"] == STOP and accepted["user"] and accepted["time"]
     assert any("weights" in change for change in accepted["changes"])
+    rows = results["accepted rows"]
+    assert list(rows) == [STOP + 1] and all(change in rows[STOP + 1] for change in accepted["changes"])
     # The run goes on from there without the flag.
     assert results["accepted before"] == results["accepted"]
 

@@ -12,14 +12,14 @@ EXAMPLE = """
 ligo soak --kills 200 --output runs/soak -- ligo fit --processes 2 --config run.toml
 ligo soak --kills 20 --seed 7 --output runs/soak -- ligo pretrain --config run.toml
 ligo soak --kills 200 --ranks 2 --output runs/soak -- ligo fit --config run.toml
+ligo soak --kills 200 --ranks 1 --output runs/soak -- ligo convert models/small {output} --to universal
 ligo soak --mutations 1000 --output runs/mutated
 """
 
 
 def build_parser(prog: str | None = None) -> cli.CommandParser:
-    parser = cli.build_parser(
-        __doc__, EXAMPLE, output="new folder for runs and logs, or for harmful mutations", prog=prog
-    )
+    output = "folder for runs and logs, or for harmful mutations; kills in one that exists go on up to N"
+    parser = cli.build_parser(__doc__, EXAMPLE, output=output, prog=prog)
     parser.add_argument(
         "--kills", type=int, metavar="N", help="kill COMMAND this often; its results must equal an undisturbed run's"
     )
@@ -28,7 +28,7 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
     )
     parser.add_argument("--mutations", type=int, metavar="N", help="read this many randomly damaged files of all kinds")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="a fit or a pretraining, without --output")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="command without --output, or with {output}")
     return parser
 
 
@@ -48,8 +48,7 @@ def _run_kills(command: list[str], output: Path, kills: int, seed: int, ranks: i
 
     result = run_kill_test(command, output, kills, seed, _log_line, ranks)
     kinds = ", ".join(f"{count} x {kind}" for kind, count in result.kills.items())
-    total = sum(result.kills.values())
-    print(f"{total} kills survived ({kinds}): {result.rounds} runs and {result.steps} steps, bit-identical")
+    print(f"{result.count} kills survived ({kinds}): {result.rounds} runs and {result.steps} steps, bit-identical")
 
 
 def _run_mutations(output: Path, count: int, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 
 import numpy as np
 import xxhash
@@ -151,11 +152,18 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _init_worker(encoder: ChunkEncoder) -> None:
     global _worker_encoder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # An interrupt reaches every process of the terminal; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The library's threads would oversubscribe the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = encoder
+
+
+def _end_with_parent() -> None:
+    """Waits for the process that started this worker, which would wait for its next task for ever, and ends."""
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def _encode_in_worker(chunks: list[RawChunk]) -> EncodedChunks:

@@ -59,11 +59,15 @@ WriteSample = Callable[[Path, int], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """write: fills a folder with numbers that depend on a seed. read: reads all content into comparable plain data."""
+    """write: fills a folder with numbers that depend on a seed. read: reads all content into comparable plain data.
+
+    any_content: a damaged file may be a valid one with other content, as with text.
+    """
 
     name: str
     write: WriteSample
     read: ReadSample
+    any_content: bool = False
 
 
 class RandomModelReader(Reader):
@@ -192,7 +196,8 @@ def _write_run(folder: Path, seed: int) -> None:
 
 def read_run(folder: Path) -> object:
     """Reads the state that a run resumes from: the newest checkpoint's record and file contents."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     newest = run_checkpoints.find_newest(folder / "checkpoints")
     assert newest is not None
     names = sorted(path for path in newest.folder.rglob("*.pt"))
@@ -267,10 +272,11 @@ SAMPLES = (
     Sample("pipeline", _write_checkpoint("pipeline", tp=2, pp=2), read_checkpoint),
     Sample("torch_dist", _write_checkpoint("mcore"), read_checkpoint),
     Sample("torch_dist with optimizer", _write_torch_dist, read_checkpoint),
+    Sample("megatron", _write_checkpoint("megatron", tp=2), read_checkpoint),
     Sample("fairscale", _write_fairscale, read_checkpoint),
     Sample("run", _write_run, read_run),
     Sample("operator", _write_operator, read_operator),
     Sample("data", _write_data, read_data),
     Sample("tokenizer", _write_tokenizer, read_tokenizer),
-    Sample("config", _write_config, read_config),
+    Sample("config", _write_config, read_config, any_content=True),
 )

@@ -1,38 +1,52 @@
-"""Applies mutations and reads each result in its own process, with limits on memory and time."""
+"""Applies mutations and reads each result in child processes, with limits on memory and time."""
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import random
 import resource
-import select
 import shutil
 import signal
-import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megatron_ligo.common.errors import CheckpointError, user_message
 from megatron_ligo.testing.fuzz.mutators import MARK, MUTATIONS, OUTSIDE, Mutation
+from megatron_ligo.testing.fuzz.run_samples import RUN_SAMPLES
 from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
 
 TIMEOUT_SECONDS = 60.0
 # Address space that reading a few kilobytes may add to that of the process.
 EXTRA_BYTES = 1 << 30
-REFUSED, UNCHANGED, OTHER = "refused", "read unchanged", "read as edited"
+# Mutations that one child process tries: a fork costs more than most of them.
+BATCH = 32
+# Mutations between two lines of progress.
+PROGRESS = 1000
+REFUSED, UNCHANGED, OTHER, NOTHING = "refused", "read unchanged", "read as edited", "nothing to mutate"
+ALL_SAMPLES = (*SAMPLES, *RUN_SAMPLES)
+HARMLESS = (REFUSED, UNCHANGED, OTHER, NOTHING)
+GOOD, OTHER_NUMBERS, WORK = "good", "other", "work"
+
+# Outcome and detail of a read: the content (UNCHANGED), the reason (REFUSED) or a failure.
+Result = tuple[str, str]
 
 
 @dataclass
 class FuzzReport:
-    """outcomes: number of mutations by outcome; by_sample: by the sample mutated."""
+    """outcomes: number of mutations by outcome; by_sample: by the sample mutated; tried: numbers of mutations drawn."""
 
     outcomes: Counter = field(default_factory=Counter)
     by_sample: Counter = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
+    tried: int = 0
 
     @property
     def count(self) -> int:
@@ -40,23 +54,34 @@ class FuzzReport:
 
 
 def run_fuzz(
-    folder: Path, count: int, seed: int, log_line: Callable[[str], None], samples: Iterable[Sample] = SAMPLES
+    folder: Path, count: int, seed: int, log_line: Callable[[str], None], samples: Iterable[Sample] = ALL_SAMPLES
 ) -> FuzzReport:
     """Tries `count` mutations. CheckpointError at the end if any did harm; the files of those stay in `folder`."""
-    report, number = FuzzReport(), 0
+    report = FuzzReport()
     samples = list(samples)
     expected = {sample.name: _write_samples(sample, folder) for sample in samples}
+    gc.freeze()
     while report.count < count:
-        sample = samples[number % len(samples)]
-        outcome, story = _try_mutation(sample, folder, f"{seed}:{number}", expected[sample.name])
-        number += 1
-        if outcome is None:
-            continue
-        report.outcomes[outcome] += 1
-        report.by_sample[sample.name] += 1
-        if outcome not in (REFUSED, UNCHANGED, OTHER):
-            report.errors.append(f"{seed}:{number - 1} {sample.name}, {story}: {outcome}")
-            log_line(report.errors[-1])
+        before = report.count
+        numbers = range(report.tried, report.tried + min(BATCH, count - report.count))
+        chosen = [samples[number % len(samples)] for number in numbers]
+        calls = [
+            partial(_try_mutation, sample, folder, f"{seed}:{number}", expected[sample.name])
+            for sample, number in zip(chosen, numbers, strict=True)
+        ]
+        for sample, number, (outcome, detail) in zip(chosen, numbers, _call_in_child(calls), strict=False):
+            report.tried += 1
+            if outcome == NOTHING:
+                continue
+            report.outcomes[outcome] += 1
+            report.by_sample[sample.name] += 1
+            if outcome not in HARMLESS:
+                story = _keep_trial(sample, folder, f"{seed}:{number}")
+                report.errors.append(f"{seed}:{number} {sample.name}, {story}: {outcome}: {detail}")
+                log_line(report.errors[-1])
+        if report.count // PROGRESS > before // PROGRESS:
+            log_line(f"{report.count} mutations tried, {len(report.errors)} harmful")
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     if report.errors:
         lines = "\n  ".join(report.errors)
         raise CheckpointError(f"{len(report.errors)} of {report.count} mutations did harm\n  {lines}")
@@ -65,68 +90,86 @@ def run_fuzz(
 
 def _write_samples(sample: Sample, folder: Path) -> str:
     """Writes a valid sample and one with other numbers. Returns what is read from the first."""
-    outcomes = []
-    for number, name in enumerate(("good", "other")):
+    results = []
+    for number, name in enumerate((GOOD, OTHER_NUMBERS)):
         content = folder / name / sample.name
         content.mkdir(parents=True)
         sample.write(content, number)
-        outcomes.append(_read_in_child(sample, content))
-    unchanged = [kind for kind, _ in outcomes] == [UNCHANGED, UNCHANGED]
-    assert unchanged and outcomes[0] != outcomes[1], f"{sample.name}: {outcomes}"
-    return outcomes[0][1]
+        results += _call_in_child([partial(_read, sample, content)])
+    unchanged = [kind for kind, _ in results] == [UNCHANGED, UNCHANGED]
+    assert unchanged and results[0] != results[1], f"{sample.name}: {results}"
+    return results[0][1]
 
 
-def _try_mutation(sample: Sample, folder: Path, seed: str, expected: str) -> tuple[str | None, str]:
-    """Returns the outcome of one mutation (None: it found nothing to mutate) and its description."""
+def _mutate(sample: Sample, folder: Path, trial: Path, seed: str) -> tuple[Mutation, str | None]:
+    """Writes TRIAL/content, a mutated sample, and TRIAL/outside, valid files of the same kind with other numbers."""
     draw = random.Random(seed)
-    mutation: Mutation = draw.choice(MUTATIONS)
-    trial = folder / f"tried_{seed.replace(':', '_')}"
+    mutation = draw.choice(MUTATIONS)
     content = trial / "content"
-    shutil.copytree(folder / "good" / sample.name, content)
-    shutil.copytree(folder / "other" / sample.name, trial / OUTSIDE)
-    story = mutation.apply(draw, content)
+    shutil.rmtree(content, ignore_errors=True)
+    shutil.copytree(folder / GOOD / sample.name, content)
+    if not (trial / OUTSIDE).exists():
+        shutil.copytree(folder / OTHER_NUMBERS / sample.name, trial / OUTSIDE)
+    return mutation, mutation.apply(draw, content)
+
+
+def _keep_trial(sample: Sample, folder: Path, seed: str) -> str:
+    """Writes the files of a harmful mutation for the user; returns its description."""
+    mutation, story = _mutate(sample, folder, folder / f"tried_{seed.replace(':', '_')}", seed)
+    return f"{mutation.name} ({story})"
+
+
+def _try_mutation(sample: Sample, folder: Path, seed: str, expected: str) -> Result:
+    """Returns the outcome of one mutation. Runs in a child process."""
+    trial = folder / WORK / sample.name
+    mutation, story = _mutate(sample, folder, trial, seed)
     if story is None:
-        shutil.rmtree(trial)
-        return None, ""
-    outcome, detail = _read_in_child(sample, content)
+        return NOTHING, ""
+    outcome, detail = _read(sample, trial / "content")
     if (trial / MARK).exists():
-        outcome = f"executed code from the file ({outcome})"
-    elif outcome == UNCHANGED and detail != expected:
-        outcome = OTHER if mutation.silent or sample.name == "config" else "silently misread"
-    elif outcome not in (UNCHANGED, REFUSED):
-        outcome = f"{outcome}: {detail}"
-    if outcome in (UNCHANGED, REFUSED, OTHER):
-        shutil.rmtree(trial)
-    return outcome, f"{mutation.name} ({story})"
+        shutil.rmtree(trial / MARK)
+        return "executed code from the file", outcome
+    if outcome == UNCHANGED and detail != expected:
+        return (OTHER if mutation.silent or sample.any_content else "silently misread"), ""
+    return outcome, "" if outcome in HARMLESS else detail
 
 
-def _read_in_child(sample: Sample, content: Path) -> tuple[str, str]:
-    """Reads in a child process. Returns (UNCHANGED, content), (REFUSED, reason) or (failure, detail)."""
-    read, write = os.pipe()
+def _read(sample: Sample, content: Path) -> Result:
+    try:
+        return UNCHANGED, repr(sample.read(content))
+    except MemoryError:
+        return "took too much memory", traceback.format_exc()
+    except BaseException as error:
+        reason = user_message(error)
+        return (REFUSED, reason) if reason else ("an internal error", traceback.format_exc())
+
+
+def _call_in_child(calls: Sequence[Callable[[], Result]]) -> Iterator[Result]:
+    """Yields the result of each call, made one after another in one child; ends at one that hangs or ends the child."""
+    receive, send = multiprocessing.Pipe(duplex=False)
     child = os.fork()
     if child == 0:
-        os.close(read)
-        _child_main(sample, content, write)
-    os.close(write)
-    answer, late, deadline = b"", False, time.monotonic() + TIMEOUT_SECONDS
-    while not late:
-        if select.select([read], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            part = os.read(read, 1 << 16)
-            if not part:
+        receive.close()
+        _child_main(calls, send)
+    send.close()
+    results, failure = 0, "hung"
+    with receive:
+        while results < len(calls) and receive.poll(TIMEOUT_SECONDS):
+            try:
+                answer = receive.recv_bytes()
+            except EOFError:
+                failure = "died"
                 break
-            answer += part
-        late = time.monotonic() > deadline
-    if late:
+            results += 1
+            yield tuple(json.loads(answer))
+    if results < len(calls) and failure == "hung":
         os.kill(child, signal.SIGKILL)
-    os.close(read)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if answer and status == 0:
-        return tuple(json.loads(answer))
-    return ("hung" if late else "died"), f"{status}"
+    if results < len(calls):
+        yield failure, f"{status}"
 
 
-def _child_main(sample: Sample, content: Path, answer: int) -> None:
-    kind, text = "died", ""
+def _child_main(calls: Sequence[Callable[[], Result]], answers: Connection) -> None:
     try:
         quiet = os.open(os.devnull, os.O_WRONLY)
         for number in (1, 2):
@@ -134,15 +177,9 @@ def _child_main(sample: Sample, content: Path, answer: int) -> None:
         limit = _address_space_bytes() + EXTRA_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        kind, text = UNCHANGED, repr(sample.read(content))
-    except MemoryError:
-        kind, text = "took too much memory", traceback.format_exc()
-    except BaseException as error:
-        reason = user_message(error)
-        kind, text = (REFUSED, reason) if reason else ("an internal error", traceback.format_exc())
-    try:
-        with os.fdopen(answer, "wb") as pipe:
-            pipe.write(json.dumps([kind, text]).encode())
+        for call in calls:
+            answers.send_bytes(json.dumps(call()).encode())
+            gc.collect()
     finally:
         os._exit(0)
 

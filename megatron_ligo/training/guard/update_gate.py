@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from megatron_ligo.common.errors import ConfigError, Problem
 
 # The method that computes the norm within `step`, by optimizer.
 NORM_METHODS = {
@@ -37,7 +37,7 @@ class UpdateGate:
 
     optimizer: DeepSpeed's. refuse: takes the gradient norm before clipping and returns True to leave everything as it
     is; it must return the same on all ranks, and may run collectives. norm: that of the last step, None if it was not
-    finite. refused: the last update was refused here.
+    finite. refused: the last update was refused here. ConfigError for an optimizer without ZeRO.
     """
 
     def __init__(self, optimizer: object, refuse: Callable[[float], bool]):
@@ -46,8 +46,9 @@ class UpdateGate:
         self.refused = False
         name = next((name for kind, name in NORM_METHODS.items() if isinstance(optimizer, kind)), None)
         if name is None:
-            log.warning("the loss guard cannot refuse updates of %s (ZeRO 0)", type(optimizer).__name__)
-            return
+            hint = "Set parallel.zero to 1, 2 or 3."
+            expected = "an optimizer of ZeRO 1, 2 or 3, whose updates the loss guard can refuse"
+            raise ConfigError(Problem("DeepSpeed's optimizer", expected, type(optimizer).__name__, hint))
         self._compute = getattr(optimizer, name)
         deepspeed_logger.addFilter(_is_no_claim_of_overflow)
         replacement = {"scaled_global_norm": self._scaled_global_norm, "_get_norm_groups": self._norm_groups}

@@ -1,0 +1,60 @@
+"""The kill test itself: it goes on from its tally, and notices a command whose results depend on kills."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ligo.common.errors import CheckpointError, ConfigError
+from megatron_ligo.testing.kill_test import run_kill_test, run_outcome
+
+# Counts its starts; a result that states the count depends on kills.
+SCRIPT = """
+import json, pathlib, sys, time
+folder, honest = pathlib.Path(sys.argv[1]), sys.argv[2] == "honest"
+folder.mkdir(exist_ok=True)
+starts = folder / ".starts"
+starts.write_text(str(int(starts.read_text() or 0) + 1 if starts.exists() else 1))
+time.sleep(0.5)
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": time.time()}) + "\\n")
+(folder / "result.json").write_text(json.dumps({"path": str(folder), "n": 0 if honest else starts.read_text()}))
+"""
+
+
+def command(folder: Path, kind: str) -> list[str]:
+    (folder / "script.py").write_text(SCRIPT)
+    return [sys.executable, str(folder / "script.py"), "{output}", kind]
+
+
+def test_a_later_call_goes_on_from_the_tally(tmp_path):
+    words, output, lines = command(tmp_path, "honest"), tmp_path / "soak", []
+    first = run_kill_test(words, output, 3, 1, lines.append)
+    assert first.count == 3 and first.rounds >= 1 and first.steps == first.rounds
+    again = run_kill_test(words, output, 5, 1, lines.append)
+    assert again.count == 5 and again.rounds > first.rounds
+    assert json.loads((output / "kills.json").read_text())["kills"] == again.kills
+    assert sum(line.startswith("undisturbed") for line in lines) == 2 and "3 kills before" in lines[-3]
+    for other, seed in ((command(tmp_path, "other"), 1), (words, 2)):
+        with pytest.raises(ConfigError, match="this command's kills"):
+            run_kill_test(other, output, 6, seed, lines.append)
+
+
+def test_a_result_that_depends_on_kills_is_noticed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"found other result\.json"):
+        run_kill_test(command(tmp_path, "dishonest"), tmp_path / "soak", 4, 1, lambda line: None)
+
+
+def test_outcomes_leave_out_times(tmp_path):
+    for number, name in enumerate(("a", "b")):
+        folder = tmp_path / name
+        (folder / "tensorboard").mkdir(parents=True)
+        (folder / "tensorboard/events").write_text(name)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": number}) + "\n")
+        (folder / "record.json").write_text(json.dumps({"value": 1, "peak_memory_bytes": number}))
+        (folder / "weights.bin").write_bytes(b"same")
+    assert run_outcome(tmp_path / "a") == run_outcome(tmp_path / "b")
+    (tmp_path / "b/weights.bin").write_bytes(b"more")
+    assert run_outcome(tmp_path / "a") != run_outcome(tmp_path / "b")
