@@ -34,6 +34,8 @@ UNCOMPARED_FOLDERS = {"tensorboard", "checkpoints", "report"}
 UNCOMPARED_KEYS = {"seconds", "peak_memory_bytes", "job", SEAL}
 # Stands for the output folder in a command; without it, `--output FOLDER` is appended.
 OUTPUT = "{output}"
+# Python's own process, which ignores SIGTERM and ends after the others.
+TRACKER = "resource_tracker"
 # Seconds for the other ranks to end by themselves after the first failure.
 LAUNCHER_WAITS = 15.0
 KILL_MODES = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTERM to one")
@@ -221,7 +223,7 @@ def _with_children(pids: list[int]) -> list[psutil.Process]:
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            children += process.children(recursive=True)
+            children += [child for child in process.children(recursive=True) if TRACKER not in f"{child.cmdline()}"]
             processes.append(process)
     return [*processes, *children]
 

@@ -324,12 +324,14 @@ def test_a_killed_run_leaves_no_workers(tmp_path, hf_folder):
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 200
-    while not list(out.glob(".preparing*/train.bin")) and time.monotonic() < deadline:
+    children: list[psutil.Process] = []
+    # Python's resource tracker and two workers.
+    while len(children) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
-    children = psutil.Process(process.pid).children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait(60)
-    assert len(children) >= 2 and not psutil.wait_procs(children, timeout=60)[1]
+    assert len(children) == 3 and not psutil.wait_procs(children, timeout=60)[1]
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -11,8 +11,8 @@ from megatron_ligo.common.errors import ConfigError, Problem
 EXAMPLE = """
 ligo soak --kills 200 --output runs/soak -- ligo fit --processes 2 --config run.toml
 ligo soak --kills 20 --seed 7 --output runs/soak -- ligo pretrain --config run.toml
-ligo soak --kills 200 --ranks 2 --output runs/soak -- ligo fit --config run.toml
-ligo soak --kills 200 --ranks 1 --output runs/soak -- ligo convert models/small {output} --to universal
+ligo soak --kills 200 --ranks 2 --output runs/soak -- tools/fit.py --config run.toml
+ligo soak --kills 200 --ranks 1 --output runs/soak -- tools/convert.py models/small {output} --to universal
 ligo soak --mutations 1000 --output runs/mutated
 """
 
