@@ -38,7 +38,7 @@ class ModelConfig:
     arch: name of the family's definition (arch/families/NAME.py).
     model_type: Hugging Face `model_type` of the config ("llama", "mistral", ...).
     vocab_size: number of classes of the output head: tokens, or labels of an image.
-    max_positions: number of rows of the position table; the context length of rotary positions.
+    max_positions: number of rows of the position table (less position_offset); the context length of rotary positions.
     tied: the output head shares the word embedding's weight.
     rope_scaling: the scaling of rotary positions, with Hugging Face's keys (rope_scaling.py); None = none.
     rotary_fraction: fraction of a head's features that rotate, counted from the first.
@@ -52,6 +52,7 @@ class ModelConfig:
     activation: the feed-forward activation, by its Hugging Face name.
     position_padding: the padding token's id if positions skip padding and start at id + 1 (RoBERTa); None = positions
         start at 0.
+    position_offset: rows of the position table before the first position, which are not counted in max_positions.
     has_head, has_pooler, has_order_head: whether the output head, pooler and next-sentence head exist.
     image_size, patch_size: pixels per side of the (square) image and of its patches; None = no image input.
     num_channels: colour channels of the image.
@@ -90,6 +91,7 @@ class ModelConfig:
     num_token_types: int = 0
     activation: str = "silu"
     position_padding: int | None = None
+    position_offset: int = 0
     has_head: bool = True
     has_pooler: bool = False
     has_order_head: bool = False
@@ -215,12 +217,17 @@ class ModelConfig:
     @property
     def first_position(self) -> int:
         """Row of a sequence's first token in the position table."""
-        return 0 if self.position_padding is None else self.position_padding + 1
+        return self.position_offset if self.position_padding is None else self.position_padding + 1
+
+    @property
+    def num_position_rows(self) -> int:
+        """Rows of the position table."""
+        return self.max_positions + self.position_offset
 
     @property
     def max_sequence_length(self) -> int:
         """Number of tokens that have a position."""
-        return self.max_positions - self.first_position
+        return self.num_position_rows - self.first_position
 
     def to_json(self) -> dict:
         """Returns a plain dict for `ModelConfig.from_json`."""

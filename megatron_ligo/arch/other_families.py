@@ -56,15 +56,11 @@ DIFFERENCES = {
     "olmo": "its norms have no parameters, and queries, keys and values may be clipped",
     "olmo3": "norms follow the blocks, queries and keys are normalised, and most layers have a window",
     "olmoe": EXPERTS,
-    "opt": "its feed-forward block has no gate, with learned positions that start at 2",
     "phi": "attention and feed-forward read one norm, and rotary positions turn a part of each head",
-    "phi3": "query, key and value are one matrix, as are gate and up",
     "qwen": "query, key and value are one matrix of the file's own",
     "qwen2moe": EXPERTS,
     "qwen3next": "most layers are recurrent (gated delta nets), with mixtures of experts",
-    "smollm3": "every fourth layer has no rotary positions",
     "stablelm": "its norms are LayerNorms, and rotary positions turn a part of each head",
-    "starcoder2": "its norms are LayerNorms, and its feed-forward block has no gate",
     "t5": "it has an encoder and a decoder, with relative positions",
 }
 

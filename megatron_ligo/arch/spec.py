@@ -234,7 +234,7 @@ UNTRAINED_PARTS = ("has_pooler", "has_order_head")
 UNTRAINED_SPACE = "pooled"
 _SIZE_FIELD_BY_SPACE = {
     "vocab": "vocab_size",
-    "position": "max_positions",
+    "position": "num_position_rows",
     "channel": "num_channels",
     "pixel": "patch_size",
     "token_type": "num_token_types",

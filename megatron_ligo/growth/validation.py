@@ -66,7 +66,7 @@ def build_initial_operator(small: ModelConfig, section: LargeSection, settings: 
     operator = InitialOperator(small, large, settings)
     _check_groups(operator)
     operator.large = large = layer_kinds.follow_depth(operator)
-    if operator.copied_gains:
+    if operator.copied_gains and "norm_eps" in architectures.get(small.arch).hf_fields.values():
         # Norms divide by sqrt(variance + eps), so eps must grow with the variance.
         expand = operator.initial_expand("residual")
         operator.large = replace(large, norm_eps=small.norm_eps * variance_ratio(expand))

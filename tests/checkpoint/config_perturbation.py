@@ -80,6 +80,31 @@ MODELS = {
             "sliding_window": 7,
         },
     ),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        CAUSAL_SIZES | {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 7, "pad_token_id": 1},
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        CAUSAL_SIZES | {"partial_rotary_factor": 0.5, "sliding_window": 7, "pad_token_id": 1},
+    ),
+    "starcoder2": (
+        "Starcoder2ForCausalLM",
+        {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
+        | {"norm_epsilon": 1e-3, "sliding_window": 7},
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        {
+            "hidden_size": 32,
+            "ffn_dim": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 37,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+        },
+    ),
     "gpt2": ("GPT2LMHeadModel", layer_norm_models.GPT2 | {"n_positions": 40}),
     "gpt_neox": ("GPTNeoXForCausalLM", layer_norm_models.NEOX | {"max_position_embeddings": 40}),
     "bert": ("BertForMaskedLM", BERT),

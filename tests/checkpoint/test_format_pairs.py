@@ -44,7 +44,12 @@ UNSUPPORTED: dict[str, Callable[[ModelConfig], bool]] = {
     ),
     "torchtitan": lambda model_config: model_config.arch != "llama" or model_config.qkv_bias,
     "pipeline": lambda model_config: model_config.has_pooler or model_config.has_order_head,
+    # Megatron-core's positions start at row 0.
+    "mcore": lambda model_config: model_config.position_offset > 0,
+    "megatron": lambda model_config: model_config.position_offset > 0,
 }
+# Families that share their parameters' forms with these are converted in a ring only.
+ALL_PAIRS = ("llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit")
 # The formats whose moments a format stores: Megatron-core needs optimizer settings, which universal does not keep.
 MOMENTS_STORED_FROM = {"mcore": ("memory", "mcore"), "universal": ("memory", "mcore", "universal")}
 
@@ -82,6 +87,8 @@ def sizes(model_type: str, **changes) -> ModelConfig:
     result |= dict.fromkeys(next(iter(arch.model_types[model_type].values())), True)
     if "rope_base" in free:
         result["rope_base"] = 5000.0
+    if "no_rope_layers" in arch.hf_pattern_keys.get(model_type, ()):
+        result["rope_layers"] = (True, False, True, True, False)
     if "position_padding" in free:
         result["position_padding"] = 2
     if "num_token_types" in free:
@@ -113,9 +120,9 @@ def supporting_formats(model: str) -> list[str]:
 
 
 def pairs(model: str) -> Iterable[tuple[str, str]]:
-    """All pairs for the first family of each architecture; for the others, each format with the next one."""
+    """All pairs of formats for some families; for the others, each format with the next one."""
     format_names = supporting_formats(model)
-    if model == next(iter(architectures()[MODELS[model].arch].model_types)):
+    if model in ALL_PAIRS:
         return itertools.product(format_names, repeat=2)
     return zip(format_names, [*format_names[1:], format_names[0]], strict=True)
 

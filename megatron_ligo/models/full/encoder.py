@@ -33,7 +33,7 @@ class EmbeddingSum(nn.Module):
         super().__init__()
         self.start = model_config.first_position
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
-        self.position_embeddings = build_table(model_config.max_positions, model_config, build)
+        self.position_embeddings = build_table(model_config.num_position_rows, model_config, build)
         self.tokentype_embeddings = (
             build_table(model_config.num_token_types, model_config, build) if model_config.num_token_types else None
         )

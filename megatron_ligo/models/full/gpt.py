@@ -38,7 +38,7 @@ class FullGPT(SingleModule, GPTModel):
                 layer_norm=get_final_norm_class(),
             ),
             vocab_size=tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),
-            max_sequence_length=model_config.max_positions,
+            max_sequence_length=model_config.num_position_rows,
             parallel_output=True,
             share_embeddings_and_output_weights=model_config.tied,
             position_embedding_type="learned_absolute" if learned else "rope",
@@ -56,7 +56,8 @@ class FullGPT(SingleModule, GPTModel):
         """tokens (b, s) -> this rank's columns of the padded vocabulary, (s, b, padded / tp)."""
         h = embed_tokens(self.embedding.word_embeddings, tokens, self.model_config)
         if self.rotary_pos_emb is None:
-            h = add_positions(h, self.embedding.position_embeddings, self.first_token_rank)
+            start = self.model_config.first_position
+            h = add_positions(h, self.embedding.position_embeddings, self.first_token_rank, start)
         for number, layer in enumerate(self.decoder.layers):
             positions = None if self.rotary_pos_emb is None else self.rotary_pos_emb(tokens.shape[1], number)
             h = run_layer(layer, h, positions, self.recompute)

@@ -69,12 +69,14 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
-        self.position_embeddings = nn.Embedding(model_config.max_positions, model_config.hidden_size, dtype=build.dtype)
+        num_rows = model_config.num_position_rows
+        self.position_embeddings = nn.Embedding(num_rows, model_config.hidden_size, dtype=build.dtype)
         self.position_embeddings.weight.sequence_parallel = build.sequence_parallel
         self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
+        self.start = model_config.first_position
 
     def forward(self, h: Tensor) -> Tensor:
-        return add_positions(h, self.position_embeddings, self.first_token_rank)
+        return add_positions(h, self.position_embeddings, self.first_token_rank, self.start)
 
 
 class PipelineLayer:

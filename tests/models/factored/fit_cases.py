@@ -19,7 +19,7 @@ from megatron_ligo.models.factored.factored_model import FactoredModel, Factored
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine
-from tests import decoder_models, image_models
+from tests import decoder_models, image_models, layer_pattern_models
 from tests.growth import official_ligo
 from tests.layer_norm_models import config_of, memory_of, model_of
 from tests.models.factored.fit_reference import lag_of, make_operator
@@ -43,6 +43,9 @@ def small_dims(changes: dict) -> ModelConfig:
     if changes["arch"] in decoder_models.OWN:
         own = {k: v for k, v in changes.items() if k != "arch"}
         return decoder_models.config_of(changes["arch"], **SMALL, **own)
+    if changes["arch"] in layer_pattern_models.OWN:
+        sizes = {**SMALL, **{name: value for name, value in changes.items() if name != "arch"}}
+        return layer_pattern_models.config_of(changes["arch"], **sizes)
     return config_of(
         changes["arch"], changes["class"], **{**SMALL, **{k: v for k, v in changes.items() if k != "class"}}
     )

@@ -57,7 +57,9 @@ def mixed_layers(operator: Operator, source, values: Values, spec: ParamSpec, la
     if layer is None:
         return with_new_rows(operator, spec, source.read(spec.key))
     stack = torch.stack([source.read(spec.key.format(i)) for i in range(operator.small.num_layers)])
-    return torch.einsum("l,l...->...", values[f"depth.{short_name(spec)}"][layer], stack)
+    small, large = operator.small, operator.large
+    alike = [float(small.layer_kind(i) == large.layer_kind(layer)) for i in range(small.num_layers)]
+    return torch.einsum("l,l...->...", values[f"depth.{short_name(spec)}"][layer] * torch.tensor(alike), stack)
 
 
 def with_new_rows(operator: Operator, spec: ParamSpec, table: Tensor) -> Tensor:

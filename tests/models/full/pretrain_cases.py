@@ -20,7 +20,7 @@ from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.loss import compute_loss
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec, build_transformer_config
 from megatron_ligo.training.engine import Engine, build_parameter_groups
-from tests import decoder_models, image_models
+from tests import decoder_models, image_models, layer_pattern_models
 from tests.layer_norm_models import config_of, model_of
 from tests.tiny_models import llama_config, tokens
 
@@ -43,6 +43,8 @@ def sizes(tied: bool, family: str = "llama") -> ModelConfig:
     if family in ("mixtral", "qwen3_moe"):
         experts = {"num_experts": 5, "top_k": 2, "renormalises_routing": family == "mixtral"}
         return llama_config(arch=family, model_type=family, tied=tied, **SIZES, **experts)
+    if family in layer_pattern_models.OWN:
+        return layer_pattern_models.config_of(family, tied=tied, **SIZES, hidden_size=32)
     if family != "llama":
         names = {
             "gpt2": "GPT2LMHeadModel",

@@ -16,7 +16,7 @@ from megatron_ligo.models.full.factory import build_model as build_pretrained
 from megatron_ligo.models.full.gpt import FullGPT
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.sharding import fused_tensors
-from tests import decoder_models
+from tests import decoder_models, layer_pattern_models
 from tests.layer_norm_models import memory_of, model_of
 from tests.models.full import pretrain_cases
 from tests.tiny_models import Memory
@@ -81,6 +81,11 @@ def test_logits_are_those_of_transformers(tied, family):
     assert_logits(pretrain_cases.sizes(tied, family))
 
 
+@pytest.mark.parametrize("family", layer_pattern_models.OWN)
+def test_layers_that_differ_compute_what_transformers_computes(family):
+    assert_logits(pretrain_cases.sizes(True, family))
+
+
 def test_gpt_neox_s_blocks_may_stand_in_turn():
     assert_logits(replace(pretrain_cases.sizes(False, "gpt_neox"), parallel_residual=False))
 
@@ -132,6 +137,12 @@ OTHER_FAMILIES = [
     ("olmo2", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     pytest.param(
         "olmo2", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long
+    ("smollm3 with windows", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    ("opt", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    *(
+        pytest.param(family, {**layout, "optimizer": "sgd"}, marks=pytest.mark.long)
+        for family in layer_pattern_models.OWN
+        for layout in ({"pp": 2, "tied": False}, {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4})
     ),
     ("mixtral", {"zero": 3, "tied": False, "recompute": True}),
     pytest.param("qwen3_moe", {"zero": 2, "tied": False}, marks=pytest.mark.long),

@@ -39,7 +39,7 @@ HEADS_DIVIDE = ("llama", "gemma2")
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
-MAY_BE_ZERO = ("num_token_types", "position_padding")
+MAY_BE_ZERO = ("num_token_types", "position_padding", "position_offset")
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")

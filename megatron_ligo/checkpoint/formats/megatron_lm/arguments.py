@@ -119,7 +119,7 @@ def to_megatron_args(
         )
     rope_arguments.check_sayable(model_config)
     common = _common_args(model_config, tp, pp, padded_vocab_size, dtype, step)
-    if model_config.arch != "llama":
+    if not rope_arguments.has_llama_layers(model_config):
         return Namespace(**common)
     return Namespace(
         **common,
@@ -132,7 +132,6 @@ LLAMA_ARGS = {
     "normalization": "RMSNorm",
     "swiglu": True,
     "add_bias_linear": False,
-    **rope_arguments.FIXED_ARGS,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
     "qk_layernorm": False,

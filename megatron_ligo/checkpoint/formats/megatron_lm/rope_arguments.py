@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_scaling import ORIGINAL_LENGTH, attention_factor, scaling_kind, yarn_scale
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
@@ -19,7 +20,6 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL_LENGTH: 8192}
 # Versions of Megatron-LM that ignore the argument compute with its default.
 LLAMA3_FACTOR = 8.0
-FIXED_ARGS = {"rotary_percent": 1.0, "rotary_interleaved": False}
 # Argument of YaRN -> its default in Megatron-LM. A prefixed name comes first.
 YARN_DEFAULTS = {
     "rotary_scaling_factor": 1.0,
@@ -103,6 +103,8 @@ def to_rope_args(model_config: ModelConfig) -> dict[str, object]:
         "position_embedding_type": "yarn" if kind == "yarn" else "rope",
         "use_rotary_position_embeddings": False,
         "rotary_base": _to_int_if_whole(model_config.rope_base),
+        "rotary_percent": model_config.rotary_fraction,
+        "rotary_interleaved": False,
         "use_rope_scaling": kind == "llama3",
         "rope_scaling_factor": scaling["factor"] if kind == "llama3" else LLAMA3_FACTOR,
     }
@@ -111,12 +113,26 @@ def to_rope_args(model_config: ModelConfig) -> dict[str, object]:
     return args | (_to_yarn_args(scaling) if kind == "yarn" else {})
 
 
+def has_llama_layers(model_config: ModelConfig) -> bool:
+    """True if a model's layers are Llama's but for which of them have a window, or rotary positions."""
+    arch, llama = architectures.get(model_config.arch), architectures.get("llama")
+    names = {param.locations["mcore"].name for param in arch.params}
+    factors = model_config.embedding_multiplier, model_config.residual_multiplier, model_config.logits_divisor
+    is_plain = factors == (1, 1, 1) and model_config.attention_scale is None and not arch.scales_embedding
+    is_plain = is_plain and arch.uses_rms_norm and not arch.gain_offset and model_config.activation == "silu"
+    return is_plain and names <= {param.locations["mcore"].name for param in llama.params}
+
+
 def check_sayable(model_config: ModelConfig) -> None:
     """Raises CheckpointError for a scaling of rotary positions that Megatron-LM's arguments cannot state."""
     if model_config.has_window_positions:
         expected = "none: Megatron-LM's args state the positions of all layers at once"
         hint = "The formats hf and universal can state it."
         raise CheckpointError(Problem("window_rope_base", expected, model_config.window_rope_base, hint))
+    if model_config.position_offset:
+        expected = "0: Megatron-core's positions start at row 0 of their table"
+        hint = "The formats hf and universal can state it."
+        raise CheckpointError(Problem("position_offset", expected, model_config.position_offset, hint))
     reason = _explain_unsayable(model_config)
     if reason:
         where = f"rope_scaling ({scaling_kind(model_config.rope_scaling)})"
@@ -127,7 +143,7 @@ def check_sayable(model_config: ModelConfig) -> None:
 def _explain_unsayable(model_config: ModelConfig) -> str:
     """Returns why Megatron-LM's arguments cannot state the scaling; "" if they can."""
     scaling, kind = model_config.rope_scaling or {}, scaling_kind(model_config.rope_scaling)
-    if scaling and model_config.arch != "llama":
+    if scaling and not has_llama_layers(model_config):
         return f"that of a {model_config.model_type}, whose args state no rotary positions"
     if kind in ("dynamic", "longrope"):
         return f"{kind}, which Megatron-core has not"

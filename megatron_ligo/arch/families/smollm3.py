@@ -1,0 +1,23 @@
+"""SmolLM3: Llama with layers whose queries and keys do not rotate, by default every fourth one.
+
+Growth copies whole heads, which rotate or do not as one, so a layer grows like Llama's. Its flag must go where the
+layer goes: growth/layer_kinds.py moves it with the depth map, and a new layer, which writes nothing, takes its
+source's.
+"""
+
+from dataclasses import replace
+
+from megatron_ligo.arch.common_params import without_format
+from megatron_ligo.arch.families.llama import LLAMA
+
+SMOLLM3 = replace(
+    LLAMA,
+    name="smollm3",
+    model_types={"smollm3": {"SmolLM3ForCausalLM": ()}},
+    params=tuple(without_format((param for param in LLAMA.params if not param.requires), "fairscale")),
+    gguf_fields={},
+    required_hf_values={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False},
+    foreign_hf_keys={},
+    hf_pattern_keys={"smollm3": ("layer_types", "no_rope_layers", "no_rope_layer_interval", "use_sliding_window")},
+    implied_sizes={},
+)

@@ -1,0 +1,78 @@
+"""StarCoder2: LayerNorms, rotary positions, grouped-query attention, a feed-forward block without a gate, all biases.
+
+Growth is lossless at whole multiples of hidden_size, as for GPT-2: only they keep a LayerNorm's mean and variance.
+Heads, KV groups and neurons may grow at any ratio.
+"""
+
+from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.common_axes import (
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEY_OUTPUT,
+    QUERY_OUTPUT,
+    RESIDUAL_INPUT,
+    RESIDUAL_OUTPUT,
+    VALUE_INPUT,
+    VALUE_OUTPUT,
+    VOCAB_OUTPUT,
+)
+from megatron_ligo.arch.common_params import (
+    ACTIVATIONS,
+    CAUSAL,
+    DROPOUT,
+    grouped_qkv,
+    linear_params,
+    locations,
+    locations_below,
+    norm_params,
+)
+from megatron_ligo.arch.spec import ParamSpec, Role
+
+LAYER = locations_below("model.layers.{}.", "decoder.layers.{}.")
+QUERY, KEY, VALUE = (
+    grouped_qkv(LAYER(f"self_attn.{name}_proj", "self_attention.linear_qkv"), part) for part, name in enumerate("qkv")
+)
+ATTENTION_OUTPUT = LAYER("self_attn.o_proj", "self_attention.linear_proj")
+UP, DOWN = LAYER("mlp.c_fc", "mlp.linear_fc1"), LAYER("mlp.c_proj", "mlp.linear_fc2")
+EMBEDDING = locations("model.embed_tokens.weight", "embedding.word_embeddings.weight")
+FINAL_NORM = locations("model.norm", "decoder.final_layernorm")
+HEAD = locations("lm_head.weight", "output_layer.weight")
+
+STARCODER2 = Architecture(
+    name="starcoder2",
+    norm="layer",
+    model_types={"starcoder2": {"Starcoder2ForCausalLM": ()}},
+    params=(
+        ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, EMBEDDING),
+        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, LAYER("input_layernorm", "input_layernorm")),
+        *linear_params("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, QUERY),
+        *linear_params("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, KEY),
+        *linear_params("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, VALUE),
+        *linear_params("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, ATTENTION_OUTPUT),
+        *norm_params("layers.{}.norm2", Role.FFN_NORM, LAYER("post_attention_layernorm", "pre_mlp_layernorm")),
+        *linear_params("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, UP),
+        *linear_params("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, DOWN),
+        *norm_params("final_norm", Role.FINAL_NORM, FINAL_NORM, feeds_head=True),
+        ParamSpec("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, HEAD, tied_to="embed"),
+    ),
+    hf_fields={
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "ffn_size",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_positions",
+        "norm_epsilon": "norm_eps",
+        "hidden_act": "activation",
+        "tie_word_embeddings": "tied",
+        "rope_theta": "rope_base",
+        "rope_scaling": "rope_scaling",
+        "sliding_window": "sliding_window",
+    },
+    required_hf_values={"use_bias": True},
+    choices={"activation": ACTIVATIONS},
+    hf_fixed=CAUSAL,
+    hf_harmless=dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), DROPOUT),
+    ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
+)

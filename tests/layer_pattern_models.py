@@ -1,0 +1,67 @@
+"""Tiny decoders whose layers differ in window or rotary positions, or whose files or positions differ from Llama's.
+
+Models are built by layer_norm_models.model_of.
+"""
+
+from __future__ import annotations
+
+from megatron_ligo.arch.model_config import ModelConfig
+
+# All sizes differ. transformers wants hidden_size to be a multiple of num_heads.
+SIZES = {
+    "num_layers": 3,
+    "hidden_size": 24,
+    "ffn_size": 28,
+    "num_heads": 6,
+    "num_kv_heads": 3,
+    "head_dim": 4,
+    "vocab_size": 37,
+    "max_positions": 64,
+    "norm_eps": 1e-3,
+    "rope_base": 10000.0,
+}
+# Name of a case: the fields of ModelConfig in which it differs.
+OWN = {
+    "smollm3": {"arch": "smollm3", "rope_layers": (True, False, True)},
+    "smollm3 with windows": {
+        "arch": "smollm3",
+        "rope_layers": (False, True, True),
+        "sliding_window": 5,
+        "window_layers": (False, True, False),
+    },
+    "qwen2 with windows": {
+        "arch": "llama",
+        "model_type": "qwen2",
+        "qkv_bias": True,
+        "sliding_window": 5,
+        "window_layers": (False, True, True),
+    },
+    "phi3": {"arch": "phi3", "rotary_fraction": 0.5, "sliding_window": 5},
+    "starcoder2": {"arch": "starcoder2", "activation": "gelu_pytorch_tanh", "sliding_window": 5},
+    "opt": {
+        "arch": "opt",
+        "activation": "relu",
+        "position_offset": 2,
+        "norm_eps": 1e-5,
+        "rope_base": None,
+        "num_kv_heads": 6,
+    },
+}
+# Layers that differ.
+PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows")
+# LayerNorms keep their mean and variance at whole multiples of hidden_size only.
+RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
+DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}
+GROWTH = dict.fromkeys(OWN, RAGGED) | {"starcoder2": DOUBLE, "opt": {**DOUBLE, "num_kv_heads": 12}}
+
+
+def config_of(case: str, **changes) -> ModelConfig:
+    """Returns the sizes of a tiny model. Patterns are repeated for more layers."""
+    own = OWN[case]
+    sizes = {"model_type": own["arch"], **SIZES, **own, **changes}
+    for name in ("window_layers", "rope_layers"):
+        if name in own:
+            sizes[name] = tuple(own[name][layer % 3] for layer in range(sizes["num_layers"]))
+    if own["arch"] == "opt":
+        sizes["num_kv_heads"] = sizes["num_heads"]
+    return ModelConfig(**sizes)
