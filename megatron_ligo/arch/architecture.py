@@ -41,6 +41,7 @@ class Architecture:
         `no_rope_layers`, and those from which transformers derives them.
     fused_experts: {name of a tensor that holds a layer's experts in Hugging Face's files: the roles of its parts}.
     expert_types: `model_type` of a dense model -> the `model_type` of the same network with experts.
+    hf_rope_by_layer_type: rotary positions are stated apart for layers with the window and for the others.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
     choices: {field: supported values}.
     hf_aliases: {config key: the key in `hf_fields` that transformers also reads under this name}.
@@ -66,6 +67,7 @@ class Architecture:
     required_hf_values: Mapping[str, object] = field(default_factory=dict)
     foreign_hf_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_pattern_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hf_rope_by_layer_type: bool = False
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
     fused_experts: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)

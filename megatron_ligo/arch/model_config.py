@@ -152,6 +152,8 @@ class ModelConfig:
             errors.add("head_dim", "an even number (rotary positions rotate pairs)", found)
         scaling = rope_scaling.normalise(self.rope_scaling, self.max_positions, self.num_rotated // 2, errors)
         object.__setattr__(self, "rope_scaling", scaling)
+        if self.window_rope_base == self.rope_base and scaling is None:
+            object.__setattr__(self, "window_rope_base", None)
         if rope_scaling.scaling_kind(scaling) == "yarn" and not self.rope_base > 1:
             errors.add("rope_base", "more than 1 (yarn divides by its logarithm)", self.rope_base)
 

@@ -37,6 +37,8 @@ NOT_CARRIED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", 
 # The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
 HEADS_DIVIDE = ("llama", "gemma2")
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction")
+HEADS_DIVIDE = ("llama",)
+ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction", "window_rope_base")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
 MAY_BE_ZERO = ("num_token_types", "position_padding", "position_offset")
@@ -267,7 +269,7 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     # vLLM lets Mistral attend to everything if it reads Qwen's key for no window.
     foreign = arch.foreign_hf_keys.get(model_config.model_type, ())
     config |= {key: value for key, value in stated.items() if key not in foreign}
-    config |= layer_patterns.to_pattern_keys(model_config, arch) | rope_parameters.to_rope_keys(model_config)
+    config |= layer_patterns.to_pattern_keys(model_config, arch) | rope_parameters.to_rope_keys(model_config, arch)
     return config | {"dtype": name, "torch_dtype": name}
 
 

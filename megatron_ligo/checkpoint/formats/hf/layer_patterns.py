@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.checkpoint.formats.hf.rope_parameters import FULL, WINDOW
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
 from megatron_ligo.checkpoint.source_keys import describe_value
 from megatron_ligo.common.errors import ErrorCollector
 
 TYPES, NO_ROPE, USE_WINDOW, FIRST_WINDOW = "layer_types", "no_rope_layers", "use_sliding_window", "max_window_layers"
-FULL, WINDOW = "full_attention", "sliding_attention"
 # transformers 4 and 5.
 FULL_NAMES = (FULL, "attention")
 
@@ -74,6 +74,8 @@ def check_patterns(model_config: ModelConfig, arch: Architecture, errors: ErrorC
     for field, key in (("window_layers", TYPES), ("rope_layers", NO_ROPE)):
         if getattr(model_config, field) is not None and key not in names:
             errors.add(field, "the same in every layer", describe_value(getattr(model_config, field)))
+    if model_config.has_window_positions and not arch.hf_rope_by_layer_type:
+        errors.add("window_rope_base", "none: one base for all layers", model_config.window_rope_base)
 
 
 def to_pattern_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, object]:

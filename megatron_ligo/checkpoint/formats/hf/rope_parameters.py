@@ -15,6 +15,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
 from megatron_ligo.common.errors import ErrorCollector
 
+FULL, WINDOW = "full_attention", "sliding_attention"
 PARAMETERS, SCALING, FRACTION = "rope_parameters", "rope_scaling", "partial_rotary_factor"
 # The keys of a config that `parse_rope` reads, besides those that the families name.
 ROPE_KEYS = (PARAMETERS, SCALING, "rope_theta", FRACTION, rope_scaling.ORIGINAL_LENGTH)
@@ -26,6 +27,8 @@ def parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCol
     The model's config checks the values of the scaling.
     """
     keys = {field: key for key, field in arch.hf_fields.items()}
+    if arch.hf_rope_by_layer_type:
+        return _parse_rope_by_type(config, where, errors)
     name = SCALING if config.get(SCALING) else PARAMETERS
     parameters = config.get(name) or {}
     if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
@@ -51,8 +54,28 @@ def parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCol
     return {"rope_base": base, "rope_scaling": scaling, **fraction}
 
 
-def to_rope_keys(model_config: ModelConfig) -> dict[str, object]:
+def _parse_rope_by_type(config: Mapping, where: str, errors: ErrorCollector) -> dict[str, object]:
+    """Parses the positions of layers with and without the window, as transformers completes them."""
+    by_type = load_transformers_config(config, where).rope_parameters
+    common, window = (dict(by_type[name]) for name in (FULL, WINDOW))
+    base, window_base = common.pop("rope_theta"), None
+    if window != {"rope_theta": base, **common}:
+        window_base = window.pop("rope_theta")
+        if window != {"rope_type": "default"}:
+            errors.add(f"{PARAMETERS}.{WINDOW}", f"unscaled positions, or those of {FULL}", repr(window)[:80])
+    return {"rope_base": base, "rope_scaling": common, "window_rope_base": window_base}
+
+
+def _to_rope_by_type(model_config: ModelConfig) -> dict[str, object]:
+    common = {"rope_theta": model_config.rope_base, **(model_config.rope_scaling or {"rope_type": "default"})}
+    own = {"rope_theta": model_config.window_rope_base, "rope_type": "default"}
+    return {PARAMETERS: {FULL: common, WINDOW: own if model_config.has_window_positions else dict(common)}}
+
+
+def to_rope_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, object]:
     """Returns the keys of a config.json besides those that the families name."""
+    if arch.hf_rope_by_layer_type:
+        return _to_rope_by_type(model_config)
     scaling = model_config.rope_scaling
     if rope_scaling.scaling_kind(scaling) != "longrope":
         return {}
