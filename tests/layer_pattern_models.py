@@ -38,6 +38,7 @@ OWN = {
     },
     "phi3": {"arch": "phi3", "rotary_fraction": 0.5, "sliding_window": 5},
     "starcoder2": {"arch": "starcoder2", "activation": "gelu_pytorch_tanh", "sliding_window": 5},
+    "stablelm": {"arch": "stablelm", "rotary_fraction": 0.5, "qkv_bias": True},
     "opt": {
         "arch": "opt",
         "activation": "relu",
@@ -52,7 +53,7 @@ PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows")
 # LayerNorms keep their mean and variance at whole multiples of hidden_size only.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
 DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}
-GROWTH = dict.fromkeys(OWN, RAGGED) | {"starcoder2": DOUBLE, "opt": {**DOUBLE, "num_kv_heads": 12}}
+GROWTH = dict.fromkeys(OWN, RAGGED) | {"starcoder2": DOUBLE, "stablelm": DOUBLE, "opt": {**DOUBLE, "num_kv_heads": 12}}
 
 
 def config_of(case: str, **changes) -> ModelConfig:

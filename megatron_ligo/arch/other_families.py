@@ -60,7 +60,6 @@ DIFFERENCES = {
     "qwen": "query, key and value are one matrix of the file's own",
     "qwen2moe": EXPERTS,
     "qwen3next": "most layers are recurrent (gated delta nets), with mixtures of experts",
-    "stablelm": "its norms are LayerNorms, and rotary positions turn a part of each head",
     "t5": "it has an encoder and a decoder, with relative positions",
 }
 

@@ -93,6 +93,11 @@ MODELS = {
         {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
         | {"norm_epsilon": 1e-3, "sliding_window": 7},
     ),
+    "stablelm": (
+        "StableLmForCausalLM",
+        {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
+        | {"layer_norm_eps": 1e-3, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    ),
     "opt": (
         "OPTForCausalLM",
         {

@@ -24,7 +24,7 @@ def quiet():
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("model_type", ["mistral", "gpt2", "bert", "vit", "granite"])
+@pytest.mark.parametrize("model_type", ["mistral", "gpt2", "bert", "vit", "smollm3", "granite"])
 def test_each_key_is_changed_once(tmp_path, model_type):
     """Every key that is not known to be harmless."""
     perturbation, report = Perturbation(model_type, tmp_path), Report()

@@ -244,6 +244,7 @@ def test_gpt_neox_is_exact_when_sharded(pools):
 
 PATTERN_GROWTH = {
     "starcoder2": {"hidden_size": 64},
+    "stablelm": {"hidden_size": 64},
     "opt": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16, "max_positions": 80},
 }
 PATTERN_LAYOUTS = [
