@@ -137,6 +137,7 @@ OTHER_FAMILIES = [
     ("olmo2", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     pytest.param(
         "olmo2", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long
+    ),
     ("smollm3 with windows", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     ("opt", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     *(
