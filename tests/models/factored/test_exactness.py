@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_ligo.arch.spec import key_pattern
-from tests import layer_pattern_models
 from tests.models.factored import fit_cases, fit_reference
 from tests.models.mcore.rope_kinds import SCALINGS
 
@@ -240,34 +239,6 @@ def test_gpt_neox_is_exact_when_sharded(pools):
     """With parallel residual blocks and partial rotary embeddings."""
     layout = {"tp": 2, "pp": 2, "micro_size": 2, "sequence_parallel": True}
     assert_exact(differences(pools, 4, "sgd", NEOX, **layout))
-
-
-PATTERN_GROWTH = {
-    "starcoder2": {"hidden_size": 64},
-    "stablelm": {"hidden_size": 64},
-    "opt": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16, "max_positions": 80},
-}
-PATTERN_LAYOUTS = [
-    (4, {"tp": 2, "pp": 2, "sequence_parallel": True, "micro_size": 2}),
-    (4, {"tp": 2, "zero": 3, "micro_size": 2, "recompute": True}),
-]
-PATTERN_CASES = [
-    pytest.param(case, *layout, marks=() if case in ("smollm3 with windows", "opt") and not at else pytest.mark.long)
-    for case in layer_pattern_models.OWN
-    for at, layout in enumerate(PATTERN_LAYOUTS)
-]
-
-
-def pattern_changes(case: str) -> dict:
-    """A tied model whose layers differ, and its growth."""
-    small = {"arch": case, "tied": True, "hidden_size": 32, "num_layers": 3}
-    return {"small": small, "large": PATTERN_GROWTH.get(case, {"hidden_size": 48}), "settings": {"noise": 0.5}}
-
-
-@pytest.mark.parametrize("case, world, layout", PATTERN_CASES, ids=str)
-def test_layers_that_differ_are_exact_when_sharded(pools, case, world, layout):
-    """No layer learns from one of another kind: the reference masks its depth maps."""
-    assert_exact(differences(pools, world, "sgd", pattern_changes(case), **layout))
 
 
 def test_gpt2_is_exact_with_the_official_operator(pools):
