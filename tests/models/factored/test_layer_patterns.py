@@ -1,4 +1,4 @@
-"""The sharded fit of models whose layers, files or positions differ from Llama's, against one process of plain torch."""
+"""The sharded fit of models whose layers, files or positions differ from Llama's, against plain torch."""
 
 from __future__ import annotations
 
