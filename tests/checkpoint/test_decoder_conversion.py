@@ -18,7 +18,7 @@ from tests.tiny_models import tokens
 CHAIN = ("mcore", "megatron", "universal", "hf")
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", decoder_models.OWN)
 def test_there_and_back(tmp_path, family, tied):
     model_config = decoder_models.config_of(family, tied=tied)

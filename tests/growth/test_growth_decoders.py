@@ -25,7 +25,7 @@ def gap(family: str, large: LargeSection, settings: OperatorSection, **changes) 
     return float((before - after).abs().max() / before.abs().max())
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", LOSSLESS)
 @pytest.mark.parametrize("family", decoder_models.OWN)
 def test_methods_called_lossless_are_at_ragged_sizes(family, method, tied):
@@ -37,6 +37,7 @@ def test_noise_is_invisible(family):
     assert gap(family, RAGGED, OperatorSection(noise=0.5)) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(LOSSLESS)))
 @pytest.mark.parametrize("family", decoder_models.OWN)
 def test_every_method_grows_every_parameter(family, method):

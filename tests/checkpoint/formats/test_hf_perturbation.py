@@ -9,6 +9,8 @@ import transformers
 
 from tests.checkpoint.config_perturbation import MODELS, Perturbation, Report
 
+LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("qwen3", "olmo2", "gemma2")]
+
 
 @pytest.fixture
 def quiet():
@@ -24,7 +26,7 @@ def quiet():
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("model_type", ["mistral", "gpt2", "bert", "vit", "smollm3", "granite"])
+@pytest.mark.parametrize("model_type", ["mistral", "gpt2", "bert", "vit", "smollm3", "granite", *LATER])
 def test_each_key_is_changed_once(tmp_path, model_type):
     """Every key that is not known to be harmless."""
     perturbation, report = Perturbation(model_type, tmp_path), Report()

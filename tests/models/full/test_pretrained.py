@@ -128,7 +128,7 @@ OTHER_FAMILIES = [
     ("vit", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4}),
     pytest.param("vit", {"tp": 2, "zero": 2, "micro_size": 4}, marks=pytest.mark.long),
     ("deit", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
-    ("qwen3", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    pytest.param("qwen3", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}, marks=pytest.mark.long),
     pytest.param("qwen3", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
     pytest.param("granite", {"tp": 2, "pp": 2, "tied": False, "optimizer": "sgd"}, marks=pytest.mark.long),
     pytest.param("granite", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
