@@ -103,7 +103,7 @@ def test_the_wheel_trains_on_two_processes(installed, small):
         "data",
         cwd=small,
     )
-    hf_llama(llama_config(vocab_size=304, num_heads=6, num_kv_heads=3)).save_pretrained(small / "model")
+    hf_llama(llama_config(vocab_size=512, num_heads=6, num_kv_heads=3)).save_pretrained(small / "model")
     sets = {
         "small.path": "model", "data.train": '["data/train"]', "data.valid": '["data/valid"]', "data.seq_length": 16,
         "fit.steps": 2, "pretrain.steps": 2, "pretrain.start": "large", "data.tokenizer": "data/tokenizer",
