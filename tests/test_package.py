@@ -96,7 +96,7 @@ def test_the_wheel_trains_on_two_processes(installed, small):
         "prepare",
         "corpus",
         "--train-sentencepiece",
-        "300",
+        "512",
         "--valid-fraction",
         "0.2",
         "--output",
