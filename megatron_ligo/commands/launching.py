@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import random
 import shlex
 import socket
 import sys
@@ -11,6 +13,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_ligo import cli
+
+PORTS = (20_000, 32_000)
 
 
 def add_processes_option(parser: cli.CommandParser) -> None:
@@ -43,6 +47,9 @@ def launcher_command(processes: int) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Returns a port that is free now, below those that the system hands out while the launcher starts."""
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
