@@ -166,7 +166,11 @@ def built(source: Reader) -> torch.nn.Module:
     """Returns transformers' model with a Reader's tensors, in their dtype."""
     tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
     network = model_of(source.model_config).to(next(iter(tensors.values())).dtype)
-    network.load_state_dict(in_memory(network, state_of(source.arch, source.model_config, tensors)))
+    state = state_of(source.arch, source.model_config, tensors)
+    if source.model_config.num_experts:
+        # In memory the experts are one tensor, into which transformers copies those of files.
+        return type(network).from_pretrained(None, config=network.config, state_dict=state).eval()
+    network.load_state_dict(in_memory(network, state))
     return network
 
 

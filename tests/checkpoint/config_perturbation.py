@@ -110,6 +110,19 @@ MODELS = {
             "word_embed_proj_dim": 32,
         },
     ),
+    "mixtral": ("MixtralForCausalLM", CAUSAL_SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "head_dim": 8,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [],
+        },
+    ),
     "gpt2": ("GPT2LMHeadModel", layer_norm_models.GPT2 | {"n_positions": 40}),
     "gpt_neox": ("GPTNeoXForCausalLM", layer_norm_models.NEOX | {"max_position_embeddings": 40}),
     "bert": ("BertForMaskedLM", BERT),

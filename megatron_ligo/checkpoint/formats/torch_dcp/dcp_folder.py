@@ -38,7 +38,7 @@ ACCELERATE_FOLDER = "pytorch_model_fsdp_0"
 # Beginnings of the names of a training's state that is not the model's.
 STATE_PREFIXES = ("optim.", "optimizer.", "optimizers.", "lr_scheduler.", "train_state.", "dataloader.")
 TITAN_MARK = b"tok_embeddings.weight"
-MEGATRON_FSDP_MARK = ".decoder.layers."
+MEGATRON_FSDP_MARK = ".self_attention.linear_"
 
 
 def find_folder(path: Path) -> Path | None:
