@@ -68,9 +68,9 @@ def verify(
         raise ConfigError(Problem("verify", expected, "one model" if logits else "neither"))
     results = [compare_with_manifest(reader) for reader in readers if b is None or has_manifest(reader)]
     if logits:
-        found = compare_reference_logits(*readers)
-        text = f"logits differ by {found.difference:.3e}, more than {tolerance:g}"
-        results.append(ComparisonResult(found.compared, [] if found.difference <= tolerance else [text]))
+        comparison = compare_reference_logits(*readers)
+        text = f"logits differ by {comparison.difference:.3e}, more than {tolerance:g}"
+        results.append(ComparisonResult(comparison.compared, [] if comparison.difference <= tolerance else [text]))
     elif b is not None:
         results.append(compare(*readers, values_only=values_only))
     differences = [line for result in results for line in result.differences]

@@ -56,8 +56,8 @@ def test_pairs_are_counted_across_chunks_and_threads(base, monkeypatch):
     monkeypatch.setattr(pair_counts, "CHUNK_TOKENS", 100)
     pairs, seen = count_pairs([file], SMALL.vocab_size, 0, threads=3)
     expected = Counter(pairwise(tokens))
-    found = zip(pairs.first.tolist(), pairs.second.tolist(), pairs.count.tolist(), strict=True)
-    assert {(a, b): n for a, b, n in found} == expected and seen == len(tokens)
+    counted = zip(pairs.first.tolist(), pairs.second.tolist(), pairs.count.tolist(), strict=True)
+    assert {(a, b): n for a, b, n in counted} == expected and seen == len(tokens)
     part, seen = count_pairs([file], SMALL.vocab_size, 300, threads=2)
     assert seen == 300 and float(part.count.sum()) == 300
     # The memory is bounded: what was seen once goes first.

@@ -93,7 +93,7 @@ def test_a_world_that_is_smaller_than_the_hostfile_does_not_train(tmp_path):
 
 
 def test_a_launcher_without_its_hostfile_does_not_train(tmp_path):
-    """As `deepspeed --hostfile hostz` runs ranks: its launcher on this node is their parent."""
+    """`deepspeed --hostfile hostz` runs ranks so: its launcher on this node is their parent."""
     launcher = tmp_path / "deepspeed"
     launcher.write_text(
         "import subprocess, sys\nsys.exit(subprocess.run([sys.executable, 'tools/fit.py', "

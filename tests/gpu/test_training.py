@@ -24,9 +24,9 @@ def losses(rows: list[dict]) -> list[float]:
 @pytest.mark.parametrize("tool", TOOLS)
 def test_fp32_is_exact_against_the_cpu(run, tool):
     expected = run(tool, f"{tool}-cpu", *TOOLS[tool], accelerator="cpu")
-    found = run(tool, f"{tool}-gpu", *TOOLS[tool])
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
-    assert [row["grad_norm"] for row in found] == pytest.approx([row["grad_norm"] for row in expected], rel=1e-4)
+    metrics = run(tool, f"{tool}-gpu", *TOOLS[tool])
+    assert losses(metrics) == pytest.approx(losses(expected), rel=1e-5)
+    assert [row["grad_norm"] for row in metrics] == pytest.approx([row["grad_norm"] for row in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -34,8 +34,8 @@ def test_fp32_is_exact_against_the_cpu(run, tool):
 def test_every_zero_stage_in_bf16(run, tool, zero):
     expected = losses(run(tool, f"{tool}-fp32", *TOOLS[tool]))
     keys = (f"{tool}.parallel.zero={zero}", f"{tool}.precision=bf16")
-    found = losses(run(tool, f"{tool}-bf16-{zero}", *TOOLS[tool], *keys))
-    assert found == pytest.approx(expected, rel=2e-2)
+    metrics = losses(run(tool, f"{tool}-bf16-{zero}", *TOOLS[tool], *keys))
+    assert metrics == pytest.approx(expected, rel=2e-2)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

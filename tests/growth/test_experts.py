@@ -142,7 +142,7 @@ def test_moments_are_not_grown_into_experts(dense):
 
 
 def test_fused_experts_are_read_as_single_ones(mixture, tmp_path):
-    """As transformers 5 holds them in memory, and as mergekit writes them."""
+    """transformers 5 holds them so in memory, and mergekit writes them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(mixture)
     fused = tmp_path / "fused"
     fused.mkdir()

@@ -88,7 +88,7 @@ def test_fsdp2_loads_what_is_written(pools, tmp_path, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_torchtitans_names_and_order(tmp_path, tied):
-    """As torchtitan 0.3.0 stores them: Meta's order of rotary pairs, and a tied head as a tensor of its own."""
+    """torchtitan 0.3.0's own form: Meta's order of rotary pairs, and a tied head as a tensor of its own."""
     model = hf_models.model(tied=tied)
     ligo.convert(model, tmp_path / "titan", to="torchtitan")
     metadata = dcp.FileSystemReader(tmp_path / "titan").read_metadata()

@@ -50,7 +50,7 @@ def test_state_dicts_have_the_names_of_the_tables(pools):
 
 
 def saved_and_resumed(folder: str, model_config: ModelConfig, layouts: list[dict]) -> dict:
-    """As that of engine_cases with Transformer Engine; `moved`: engines that load what the other kind has saved."""
+    """The case of engine_cases with Transformer Engine; `moved`: engines that load what the other kind has saved."""
     with emulated_transformer_engine():
         result = engine_cases.saved_and_resumed(folder, model_config, layouts)
     result["moved"] = []
