@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 from megatron_ligo.config.toml_tables import apply_setting, read_toml
-from megatron_ligo.config.typed_toml import read_section, setting
+from megatron_ligo.config.typed_toml import field_types, read_section, setting
 
 TextBySpace = dict[str, str]
 HANDOFF_FORMATS = ("universal", "hf")
@@ -242,6 +242,8 @@ class DataSection:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """All sections. stated: section.key of what the file and --set give, defaults included; no setting itself."""
+
     small: SmallSection = field(default_factory=SmallSection)
     large: LargeSection = field(default_factory=LargeSection)
     operator: OperatorSection = field(default_factory=OperatorSection)
@@ -249,6 +251,7 @@ class RunConfig:
     handoff: HandoffSection = field(default_factory=HandoffSection)
     pretrain: PretrainSection = field(default_factory=PretrainSection)
     data: DataSection = field(default_factory=DataSection)
+    stated: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     @classmethod
     def load(cls, path: str | Path | None, sets: Iterable[str] = ()) -> RunConfig:
@@ -273,11 +276,18 @@ class RunConfig:
         config = read_section(cls, table, errors)
         _check_dependencies(config, errors)
         errors.raise_if_any()
-        return config
+        sections = ((name, keys) for name, keys in table.items() if isinstance(keys, dict))
+        stated = (f"{name}.{key}" for name, keys in sections for key, value in keys.items() if value is not None)
+        return replace(config, stated=frozenset(stated))
+
+    def states(self, section: str) -> bool:
+        """True if any key of a section was given, or has another value than its default."""
+        differs = getattr(self, section) != getattr(RunConfig(), section)
+        return differs or any(key.startswith(f"{section}.") for key in self.stated)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested tables of JSON values: lists for tuples, None for unset keys."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps({name: asdict(getattr(self, name)) for name in field_types(RunConfig)}))
 
 
 def _check_dependencies(config: RunConfig, errors: ErrorCollector) -> None:

@@ -35,19 +35,22 @@ def is_section(field_type: Any) -> bool:
 
 @cache
 def field_types(section: type) -> dict[str, Any]:
-    """Returns the resolved types of a section's fields by name, in declaration order."""
+    """Returns the resolved types of a section's settings and sections by name, in declaration order."""
     resolved = typing.get_type_hints(section)
-    return {field.name: resolved[field.name] for field in dataclasses.fields(section)}
+    return {
+        field.name: resolved[field.name]
+        for field in dataclasses.fields(section)
+        if is_section(resolved[field.name]) or "help" in field.metadata
+    }
 
 
 def iterate_settings(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yields (dotted key, field, type) of every setting of a section and of the sections inside it."""
-    for field in dataclasses.fields(section):
-        field_type = field_types(section)[field.name]
+    for name, field_type in field_types(section).items():
         if is_section(field_type):
-            yield from iterate_settings(field_type, f"{prefix}{field.name}.")
+            yield from iterate_settings(field_type, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{field.name}", field, field_type
+            yield f"{prefix}{name}", section.__dataclass_fields__[name], field_type
 
 
 def read_section(section: type, table: dict, errors: ErrorCollector, prefix: str = "", root: type | None = None) -> Any:

@@ -163,7 +163,7 @@ def check_operator(
     """
     operator.check_digest()
     errors = ErrorCollector(f"the operator {operator.folder} cannot be applied so", CheckpointError)
-    check_matches_config(operator, config.large, config.operator, errors)
+    check_matches_config(operator, config, errors)
     fitted_on = operator.source_digest()
     if fitted_on is None:
         log.warning("%s does not state the weights that it was fitted on: they are not compared", operator.folder)

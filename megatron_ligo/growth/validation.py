@@ -10,7 +10,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
 from megatron_ligo.arch.rope_scaling import depends_on_context
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
-from megatron_ligo.config.run_config import LargeSection, OperatorSection, value_for_space
+from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig, value_for_space
 from megatron_ligo.growth import attention_heads, experts, initializers, layer_kinds
 from megatron_ligo.growth.initial_operator import InitialOperator, variance_ratio
 from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
@@ -292,21 +292,20 @@ def _check_init(errors: ErrorCollector, where: str, name: object, known: Iterabl
         errors.add(where, "a named initialisation", repr(name), did_you_mean(str(name), known))
 
 
-def check_matches_config(
-    operator: Operator, large: LargeSection, settings: OperatorSection, errors: ErrorCollector
-) -> None:
+def check_matches_config(operator: Operator, config: RunConfig, errors: ErrorCollector) -> None:
     """Adds an error for each size of [large] and each key of [operator] that differs from the operator's.
 
     A section without any key states nothing. In a section with keys, those left out have their usual meaning.
     """
+    large, settings = config.large, config.operator
     hint = "Leave the section out to apply the operator as it was fitted, or fit another one."
-    if any(value is not None for value in vars(large).values()):
+    if config.states("large"):
         stated = derive_large_config(operator.small, large)
         for name in vars(large):
             fitted_size, stated_size = getattr(operator.large, name), getattr(stated, name)
             if fitted_size != stated_size:
                 errors.add(f"large.{name}", f"the operator's {fitted_size}", stated_size, hint)
-    if settings != OperatorSection():
+    if config.states("operator"):
         fitted, stated = asdict(operator.settings), asdict(resolve_settings(settings, operator.large))
         for name, value in fitted.items():
             if stated[name] != value:

@@ -22,6 +22,7 @@ from megatron_ligo.config.run_config import HandoffSection, LargeSection, Operat
 from megatron_ligo.distributed import mesh
 from megatron_ligo.export import handoff, provenance
 from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.growth.operator_file import write_operator
 from megatron_ligo.growth.validation import build_initial_operator
 from tests.tiny_models import hf_from, hf_llama, llama_config, tokens
 
@@ -98,6 +99,18 @@ def test_growth_from_a_config(grown, tmp_path):
     with pytest.raises(ConfigError) as error:
         handoff.grow_from_config(RunConfig(), None, tmp_path / "none")
     assert error.value.problems[0].where == "small.path"
+
+
+@pytest.mark.parametrize("setting", ["operator.method=lossless", "operator.seed=1234"])
+def test_a_stated_default_is_compared_with_the_operator(grown, tmp_path, setting):
+    """A section that states only defaults asks for them; one that states nothing asks for nothing."""
+    stack = build_initial_operator(grown.source.model_config, LARGE, OperatorSection(method="noisy_stack"))
+    write_operator(stack, ((name, stack.tensor(name)) for name in stack.shapes()), tmp_path / "operator", {})
+    silent, stated = (RunConfig.load(None, [f"small.path={grown.source.path}", *sets]) for sets in ([], [setting]))
+    with pytest.raises(CheckpointError, match=r"operator\.method: expected the operator's 'noisy_stack'"):
+        handoff.grow_from_config(stated, tmp_path / "operator", tmp_path / "out")
+    handoff.grow_from_config(silent, tmp_path / "operator", tmp_path / "out")
+    assert silent == stated and not silent.states("operator") and "stated" not in stated.to_dict()
 
 
 def test_moments_grow_into_the_hand_off(grown, tmp_path):
