@@ -148,11 +148,11 @@ class _ChainWalk:
                 continue
             problems += find_handoff_damage(folder, folder / name)
             problems += find_damage(folder / name, self.cache)
-        source = (record.get("fit") or {}).get(run_inputs.INPUTS, {}).get("small model: weights")
+        source = (record.get("fit") or {}).get(run_inputs.INPUTS, {}).get(f"{run_inputs.SMALL_MODEL}: weights")
         if source and record["source"]["digest"] != source["digest"] and not record.get("accepted_changes"):
             expected = f"weights of digest {source['digest']}, on which its operator was fitted"
             problems.append(Problem(f"{folder}: the small model", expected, record["source"]["digest"]))
-        inputs = (record.get("fit") or {}).get(run_inputs.INPUTS, {})
+        inputs = record.get(run_inputs.INPUTS) or (record.get("fit") or {}).get(run_inputs.INPUTS, {})
         # The fit's sample indices lie in its own folder.
         inputs = {name: entry for name, entry in inputs.items() if entry["kind"] != run_inputs.INDICES}
         return problems + self._check_inputs(folder, inputs)

@@ -31,6 +31,7 @@ from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import provenance
 from megatron_ligo.export.grown_reader import GrownReader, digest_operator
+from megatron_ligo.export.run_inputs import INPUTS, SMALL_MODEL, describe_model
 from megatron_ligo.growth import adam_state
 from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator import Operator
@@ -90,7 +91,8 @@ def _check_same_model(folder: Path, record: dict) -> None:
     """Raises ConfigError if the folder holds a hand-off of another model; formats of the same model may be added."""
     existing = provenance.read(folder)
     new = json.loads(json.dumps(record))
-    differences = [key for key in new if existing is not None and existing.get(key) != new[key]]
+    # The records of earlier versions do not name its place.
+    differences = [key for key in new if existing is not None and key != INPUTS and existing.get(key) != new[key]]
     if differences:
         found = f"one with another {', '.join(differences)}"
         hint = "Choose another --output, or remove the folder."
@@ -150,6 +152,8 @@ def write_grown_model(
             if isinstance(operator, OperatorFile):
                 changes = check_operator(operator, config, f"{reader.path or reader.format}", digest, accept_changed)
             record = build_growth_record(grown, digest) | ({"accepted_changes": changes} if changes else {})
+            if reader.path is not None and INPUTS not in (record["fit"] or {}):
+                record[INPUTS] = describe_model(SMALL_MODEL, f"{reader.path}", digest, reader.model_config)
     dtype = DTYPES[section.dtype]
     return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, ranks=ranks)
 

@@ -24,6 +24,7 @@ from megatron_ligo.distributed.digest_cache import SAMPLED, WHOLE, DigestCache
 log = logging.getLogger(__name__)
 
 INPUTS, ACCEPTED = "inputs", "accepted_changes"
+SMALL_MODEL = "small model"
 WEIGHTS, STATE, SIZES, SAMPLES, INDICES = "weights", "state", "sizes", "samples", "indices"
 RESTORE_HINT = "Bring it back, choose another --output, or pass --accept-changed-data, which is recorded."
 
@@ -60,9 +61,7 @@ class RunInputs:
         self.add_sizes(name, path, source.model_config)
 
     def add_sizes(self, name: str, path: str, model_config: ModelConfig) -> None:
-        values = model_config.to_json()
-        self._add(f"{name}: sizes", path, SIZES, hash_json(values))
-        self.entries[f"{name}: sizes"]["values"] = values
+        self.entries[f"{name}: sizes"] = _describe_sizes(path, model_config)
 
     def add_files(self, files: Mapping[str, Path]) -> None:
         """Adds files by name. One that is missing is left out: the error of its own reader says more.
@@ -134,6 +133,17 @@ class RunInputs:
         chosen = names - self._compared
         self._compared |= names
         return compare_entries(self.saved, self.entries, chosen, self.adopted)
+
+
+def describe_model(name: str, path: str, digest: str, model_config: ModelConfig) -> dict:
+    """Returns the inputs that `RunInputs.add_model` adds for a model. digest: that of its weights."""
+    weights = {"path": path, "kind": WEIGHTS, "digest": digest}
+    return {f"{name}: weights": weights, f"{name}: sizes": _describe_sizes(path, model_config)}
+
+
+def _describe_sizes(path: str, model_config: ModelConfig) -> dict:
+    values = model_config.to_json()
+    return {"path": path, "kind": SIZES, "digest": hash_json(values), "values": values}
 
 
 def compare_entries(

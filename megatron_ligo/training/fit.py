@@ -22,7 +22,7 @@ from megatron_ligo.config.run_identity import run_identity
 from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.export import run_inputs
-from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy
+from megatron_ligo.export.run_inputs import DEFAULT_POLICY, SMALL_MODEL, InputPolicy
 from megatron_ligo.growth import operator_file
 from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator import Operator
@@ -114,7 +114,7 @@ class Fit(TrainingJob):
 
     def _check_files(self) -> None:
         """Compares the small model, the lag and the data files with those of the run that is resumed."""
-        self.inputs.add_model("small model", self.config.small.path, self.reader)
+        self.inputs.add_model(SMALL_MODEL, self.config.small.path, self.reader)
         if self.lag is not None:
             self.inputs.add_model("fit.lag", self.config.fit.lag, self.lag.trained)
         self.tokenizers = self.find_tokenizers(self.reader.files)

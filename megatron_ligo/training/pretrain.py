@@ -23,7 +23,7 @@ from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
 from megatron_ligo.export import run_inputs
 from megatron_ligo.export.pretrain_record import read_pretrain_record, write_pretrain_record
-from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy
+from megatron_ligo.export.run_inputs import DEFAULT_POLICY, SMALL_MODEL, InputPolicy
 from megatron_ligo.export.start_check import find_start_damage
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
@@ -132,7 +132,7 @@ class Pretrain(TrainingJob):
         if path == SCRATCH:
             small = Path(self.config.small.path)
             sizes = self.ranks.run_on_all(lambda: read_small_config(self.config))
-            self.inputs.add_sizes("small model", f"{small}", sizes)
+            self.inputs.add_sizes(SMALL_MODEL, f"{small}", sizes)
             files = model_record.find_carried_files(small) if small.is_dir() else ()
         else:
             if self.checkpoint:

@@ -16,7 +16,7 @@ from megatron_ligo.common.errors import CheckpointError, LigoError
 from megatron_ligo.common.file_digest import seal
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.digest_cache import DigestCache
-from megatron_ligo.export import chain, handoff, provenance
+from megatron_ligo.export import chain, handoff, provenance, run_inputs
 from megatron_ligo.export.run_inputs import InputPolicy
 from tests.tiny_models import hf_llama, llama_config
 from tests.training import input_cases
@@ -134,6 +134,22 @@ def test_pretraining_does_not_begin_from_a_damaged_hand_off(place, pools, tmp_pa
             assert accepted["step"] == 0 and str(path) in accepted["changes"][0]
         with pytest.raises(CheckpointError, match="has changed since it was written"):
             handoff.grow_from_config(RunConfig.from_dict(settings), place / "runs/fit/operator", place / "runs/grown")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("model.safetensors", "weights"), ("config.json", "sizes")])
+def test_an_unfitted_hand_off_names_its_small_model(tmp_path, name, expected):
+    hf_llama(llama_config(tied=True, num_layers=2)).save_pretrained(tmp_path / "small")
+    config = RunConfig.load(None, [f"small.path={tmp_path / 'small'}", "large.num_layers=3"])
+    record = handoff.grow_from_config(config, None, tmp_path / "grown")
+    assert not problems(tmp_path / "grown")
+    path = tmp_path / "small" / name
+    with restored(path) as content:
+        altered = {"model.safetensors": content[:-1] + b"~", "config.json": content.replace(b'_eps": ', b'_eps": 2')}
+        path.write_bytes(altered[name])
+        assert f"({run_inputs.SMALL_MODEL}: {expected})" in problems(tmp_path / "grown")
+    # Grown again, the hand-off of an earlier version names it too.
+    provenance.write(tmp_path / "grown", {key: value for key, value in record.items() if key != run_inputs.INPUTS})
+    assert handoff.grow_from_config(config, None, tmp_path / "grown") == record
 
 
 def test_another_operator_beside_the_hand_off(place):

@@ -10,7 +10,7 @@ from megatron_ligo.common.file_digest import hash_json
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.data.tokenizer import choose_tokenizers
 from megatron_ligo.distributed.digest_cache import DigestCache
-from megatron_ligo.export.run_inputs import DEFAULT_POLICY, RunInputs, compare_entries, describe_acceptance
+from megatron_ligo.export.run_inputs import DEFAULT_POLICY, SMALL_MODEL, RunInputs, compare_entries, describe_acceptance
 
 
 class JobInputs:
@@ -59,4 +59,4 @@ def _add_small_model(inputs: RunInputs, config: RunConfig) -> None:
     except LigoError:
         # The job's own error says more.
         return
-    inputs.add_model("small model", path, source)
+    inputs.add_model(SMALL_MODEL, path, source)
