@@ -39,6 +39,25 @@ OWN = {
     "phi3": {"arch": "phi3", "rotary_fraction": 0.5, "sliding_window": 5},
     "starcoder2": {"arch": "starcoder2", "activation": "gelu_pytorch_tanh", "sliding_window": 5},
     "stablelm": {"arch": "stablelm", "rotary_fraction": 0.5, "qkv_bias": True},
+    "olmo3": {
+        "arch": "olmo3",
+        "sliding_window": 5,
+        "window_layers": (True, False, True),
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "window_rope_base": 10000.0,
+    },
+    "gemma3": {
+        "arch": "gemma3",
+        "model_type": "gemma3_text",
+        "activation": "gelu_pytorch_tanh",
+        "attention_scale_dim": 50,
+        "logits_softcap": 3.0,
+        "sliding_window": 5,
+        "window_layers": (True, True, False),
+        "window_rope_base": 100.0,
+        # The norms of heads and of features share it.
+        "norm_eps": 1e-7,
+    },
     "opt": {
         "arch": "opt",
         "activation": "relu",
@@ -49,7 +68,7 @@ OWN = {
     },
 }
 # Layers that differ.
-PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows")
+PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3")
 # LayerNorms keep their mean and variance at whole multiples of hidden_size only.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
 DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}

@@ -69,6 +69,15 @@ MODELS = {
         },
     ),
     "olmo2": ("Olmo2ForCausalLM", CAUSAL_SIZES | {"pad_token_id": 1}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "pad_token_id": 1,
+            "sliding_window": 7,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        },
+    ),
     "gemma2": (
         "Gemma2ForCausalLM",
         CAUSAL_SIZES
@@ -78,6 +87,19 @@ MODELS = {
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
             "sliding_window": 7,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "head_dim": 10,
+            "query_pre_attn_scalar": 9,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 7,
+            "sliding_window_pattern": 2,
+            "rope_theta": 500.0,
+            "rope_local_base_freq": 50.0,
         },
     ),
     "smollm3": (

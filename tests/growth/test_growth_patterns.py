@@ -107,9 +107,10 @@ def test_there_and_back(tmp_path, case):
     network.save_pretrained(tmp_path / "a")
     source = formats.open(tmp_path / "a")
     assert source.model_config == small
+    unsayable = "position_offset" if case == "opt" else "window_rope_base" if small.has_window_positions else ""
     for to in ("universal", "mcore", "megatron"):
-        if case == "opt" and to != "universal":
-            with pytest.raises(CheckpointError, match="position_offset"):
+        if unsayable and to != "universal":
+            with pytest.raises(CheckpointError, match=unsayable):
                 convert(source, tmp_path / to, to)
             continue
         convert(source, tmp_path / to, to)
@@ -141,7 +142,28 @@ def test_the_written_keys_state_the_patterns(tmp_path):
     assert formats.open(tmp_path / "grown").model_config == grown.model_config
 
 
-@pytest.mark.parametrize("case", ["smollm3", "phi3", "starcoder2", "opt"])
+@pytest.mark.parametrize("case", ["olmo3", "gemma3"])
+def test_a_model_may_have_no_window_at_all(tmp_path, case):
+    small = replace(layer_pattern_models.config_of(case), sliding_window=None)
+    network = layer_norm_models.model_of(small)
+    network.save_pretrained(tmp_path / "a")
+    source = formats.open(tmp_path / "a")
+    assert source.model_config == small
+    with torch.no_grad():
+        assert torch.equal(layer_norm_models.outputs(source, tokens(small)), network(tokens(small)).logits)
+
+
+def test_positions_of_one_base_go_through_megatron_s_formats(tmp_path):
+    small = replace(layer_pattern_models.config_of("olmo3"), rope_scaling=None)
+    assert not small.has_window_positions
+    layer_norm_models.model_of(small).save_pretrained(tmp_path / "a")
+    source = formats.open(tmp_path / "a")
+    assert source.model_config == small
+    convert(source, tmp_path / "m", "mcore")
+    assert_same(source, formats.open(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("case", ["smollm3", "phi3", "starcoder2", "opt", "olmo3", "gemma3"])
 def test_count_of_flops_equals_torch(case):
     small = layer_pattern_models.config_of(case)
     network = layer_norm_models.model_of(small)

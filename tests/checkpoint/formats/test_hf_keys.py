@@ -41,7 +41,7 @@ NEUTRAL_IF_EMPTY = {
 }  # fmt: skip
 
 # Their classes read a head_dim that they do not declare.
-READ_HEAD_DIM = ("qwen3_moe", "qwen2", "granite", "olmo2", "smollm3")
+READ_HEAD_DIM = ("qwen3_moe", "qwen2", "granite", "olmo2", "olmo3", "smollm3")
 
 
 def problems(config: dict, accept: tuple[str, ...] = ()) -> list[str]:
@@ -197,7 +197,15 @@ def test_written_keys_are_of_the_class(model_type):
     model_config = config_json.parse_model_config({"model_type": model_type}, "config.json")
     written = config_json.to_hf_config(model_config, {}, torch.float32)
     declared = {field.name for field in fields(CONFIG_MAPPING[model_type])}
-    older = {"torch_dtype", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "num_labels"}
+    older = {
+        "torch_dtype",
+        "rope_theta",
+        "rope_scaling",
+        "rotary_emb_base",
+        "rotary_pct",
+        "num_labels",
+        "rope_local_base_freq",
+    }
     older |= {"bos_token_id", "eos_token_id", "pad_token_id", "position_embedding_type"}
     # transformers reads these without declaring them.
     undeclared = {"head_dim"} if model_type in READ_HEAD_DIM else set()

@@ -34,7 +34,7 @@ def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
     if spec.axes[0].use is Use.GAIN:
         # The whole gain of a norm that multiplies by 1 + w is mixed and grown, and w is stored.
         offset = operator.arch.gain_offset
-        shares = torch.ones(()) if layer is None else values[f"depth.{short_name(spec)}"][layer].sum()
+        shares = torch.ones(()) if layer is None else depth_row(operator, values, spec, layer).sum()
         return grown_gain(operator, values, spec, mixed + offset * shares, layer) - offset
     fresh = fresh_rows(operator, source, spec, layer)
     for dim, axis in enumerate(spec.axes):
@@ -57,9 +57,14 @@ def mixed_layers(operator: Operator, source, values: Values, spec: ParamSpec, la
     if layer is None:
         return with_new_rows(operator, spec, source.read(spec.key))
     stack = torch.stack([source.read(spec.key.format(i)) for i in range(operator.small.num_layers)])
+    return torch.einsum("l,l...->...", depth_row(operator, values, spec, layer), stack)
+
+
+def depth_row(operator: Operator, values: Values, spec: ParamSpec, layer: int) -> Tensor:
+    """The weight of each small layer in a large one, (small layers,): zero for layers of another kind."""
     small, large = operator.small, operator.large
     alike = [float(small.layer_kind(i) == large.layer_kind(layer)) for i in range(small.num_layers)]
-    return torch.einsum("l,l...->...", values[f"depth.{short_name(spec)}"][layer] * torch.tensor(alike), stack)
+    return values[f"depth.{short_name(spec)}"][layer] * torch.tensor(alike)
 
 
 def with_new_rows(operator: Operator, spec: ParamSpec, table: Tensor) -> Tensor:

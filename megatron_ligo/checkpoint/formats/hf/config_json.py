@@ -35,7 +35,7 @@ CONFIG = "config.json"
 # Harmless keys that are not copied into a written config: they would describe another file, or another model's sizes.
 NOT_CARRIED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "n_ctx", "max_sequence_length")
 # The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
-HEADS_DIVIDE = ("llama", "gemma2")
+HEADS_DIVIDE = ("llama", "gemma2", "gemma3_text")
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction", "window_rope_base")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}

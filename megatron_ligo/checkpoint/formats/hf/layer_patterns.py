@@ -90,4 +90,8 @@ def to_pattern_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, 
         USE_WINDOW: any(windows),
         FIRST_WINDOW: windows.index(True) if any(windows) else model_config.num_layers,
     }
-    return {key: value for key, value in values.items() if key in names}
+    stated = {key: value for key, value in values.items() if key in names}
+    if TYPES in names and USE_WINDOW not in names and model_config.sliding_window is None:
+        # These classes of transformers build the window's mask whether a layer has it or not.
+        stated["sliding_window"] = model_config.max_positions
+    return stated

@@ -66,16 +66,19 @@ def _parse_rope_by_type(config: Mapping, where: str, errors: ErrorCollector) -> 
     return {"rope_base": base, "rope_scaling": common, "window_rope_base": window_base}
 
 
-def _to_rope_by_type(model_config: ModelConfig) -> dict[str, object]:
+def _to_rope_by_type(model_config: ModelConfig, arch: Architecture) -> dict[str, object]:
     common = {"rope_theta": model_config.rope_base, **(model_config.rope_scaling or {"rope_type": "default"})}
     own = {"rope_theta": model_config.window_rope_base, "rope_type": "default"}
-    return {PARAMETERS: {FULL: common, WINDOW: own if model_config.has_window_positions else dict(common)}}
+    window = own if model_config.has_window_positions else dict(common)
+    # transformers 4 knows the bases alone.
+    older = {key: window["rope_theta"] for key, field in arch.hf_fields.items() if field == "window_rope_base"}
+    return {PARAMETERS: {FULL: common, WINDOW: window}, **older}
 
 
 def to_rope_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, object]:
     """Returns the keys of a config.json besides those that the families name."""
     if arch.hf_rope_by_layer_type:
-        return _to_rope_by_type(model_config)
+        return _to_rope_by_type(model_config, arch)
     scaling = model_config.rope_scaling
     if rope_scaling.scaling_kind(scaling) != "longrope":
         return {}

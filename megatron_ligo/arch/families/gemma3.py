@@ -1,0 +1,27 @@
+"""Gemma 3 (text): Gemma 2 with a norm of each query and key head, unbounded scores, and rotary positions of their own
+in the layers with a window.
+
+Growth is Gemma 2's, with whole heads copied and their norms with them, as in Qwen3. The eps that all norms share
+follows the residual stream's variance (eps x D1 / D2), which costs the heads' norms about 1e-6.
+"""
+
+from dataclasses import replace
+
+from megatron_ligo.arch.families.gemma2 import GEMMA2
+from megatron_ligo.arch.families.qwen3 import KEY_NORM, QUERY_NORM
+
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3",
+    model_types={"gemma3_text": {"Gemma3ForCausalLM": ()}},
+    params=(*GEMMA2.params, QUERY_NORM, KEY_NORM),
+    hf_fields={
+        **{key: name for key, name in GEMMA2.hf_fields.items() if name != "attention_softcap"},
+        "rope_local_base_freq": "window_rope_base",
+    },
+    hf_pattern_keys={"gemma3_text": ("layer_types", "sliding_window_pattern")},
+    hf_rope_by_layer_type=True,
+    # transformers declares it and does not read it.
+    hf_fixed=GEMMA2.hf_fixed | {"attn_logit_softcapping": (None,)},
+    hf_harmless=GEMMA2.hf_harmless | {"_sliding_window_pattern": "a record of what layer_types was derived from"},
+)
