@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from sys import float_info
 
 from megatron_ligo.arch import rope_scaling
-from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 
 # Upper bound on num_layers: a corrupt record must fail before its keys are listed.
 MAX_LAYERS = 10_000
@@ -240,6 +240,8 @@ class ModelConfig:
         """Builds a config from a `to_json` dict. ConfigError with every unknown, missing or mistyped size."""
         names = {f.name for f in fields(cls)}
         errors = ErrorCollector("these are not the sizes of a model", ConfigError)
+        if not isinstance(data, Mapping):
+            raise ConfigError(Problem("sizes of a model", "a table", repr(data)[:60]))
         for name in data:
             if name not in names:
                 errors.add_message(f"unknown size {name!r}. {did_you_mean(name, names)}")

@@ -66,6 +66,8 @@ def load_manifest(folder: Path) -> Manifest:
         intact, seal_digest = is_intact(data), data.pop(SEAL, None)
         dims = ModelConfig.from_json(data.pop("dims"))
         manifest = Manifest(dims=dims, **data)
+        if not all(isinstance(table, dict) for table in (manifest.files, manifest.digests, manifest.tensors)):
+            raise TypeError("files, digests and tensors")
     except FileNotFoundError:
         raise CheckpointError(
             Problem(f"{path}", "a manifest", "nothing there", "Only folders that this program wrote have one.")

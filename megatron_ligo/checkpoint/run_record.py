@@ -38,7 +38,7 @@ def read_run_record(path: Path) -> dict:
             raise KeyError("files and state")
     except OSError as error:
         raise CheckpointError(Problem(f"{path}", "the record of a checkpoint", error.strerror)) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(Problem(f"{path}", "the record of a checkpoint", f"{error!r}")) from None
     return record
 

@@ -46,7 +46,7 @@ class EngineLayout:
 
     @classmethod
     def from_json(cls, table: Mapping[str, object]) -> EngineLayout:
-        """Parses the output of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
+        """Parses the output of `to_json`. Raises KeyError, TypeError, ValueError or OverflowError otherwise."""
         tp, pp, dp, zero = (int(table[name]) for name in ("tp", "pp", "dp", "zero"))
         if min(tp, pp, dp, zero) < 1:
             raise ValueError(f"layout {dict(table)}")

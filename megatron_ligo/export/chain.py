@@ -227,4 +227,12 @@ def _read_sizes(path: Path) -> dict:
 def _find_path(path: str, run: Path) -> Path | None:
     """Returns where a path of a run leads now: in the run, as it is, or seen from a folder above the run."""
     candidates = [run / path, Path(path), *(parent / path for parent in run.absolute().parents)]
-    return next((candidate for candidate in candidates if candidate.exists()), None)
+    return next((candidate for candidate in candidates if _exists(candidate)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A name longer than any file's, or a folder that may not be read.
+        return False

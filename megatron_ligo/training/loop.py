@@ -61,7 +61,9 @@ def run_steps(
     with (
         signal_handling.defer_signals(section.grace_seconds),
         closing(trackers),
-        Metrics(output, dist.get_rank() == 0, section.steps, first_step, (trackers.add, on_step)) as metrics,
+        Metrics(
+            output, dist.get_rank() == 0, section.steps, first_step, (trackers.add, on_step), trackers.add
+        ) as metrics,
         closing(_read_ahead(data, section, dims, first_step)) as steps,
     ):
         if start_loss is not None and not first_step:

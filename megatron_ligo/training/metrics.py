@@ -54,10 +54,15 @@ class Metrics:
         total_steps: int,
         done_steps: int = 0,
         on_step: Sequence[StepCallback | None] = (),
+        on_start: StepCallback | None = None,
     ):
-        """done_steps: step of the resumed checkpoint; rows of later steps are removed from the file."""
+        """done_steps: step of the resumed checkpoint; rows of later steps are removed from the file.
+
+        on_step: called with each row. on_start: called with what `log_start` records, at step 0.
+        """
         self.enabled = enabled
         self._on_step = [call for call in on_step if call]
+        self._on_start = on_start
         self._start: dict[str, float] = {}
         self._totals = {"tokens": 0, "flops": 0, "seconds": 0.0}
         if not enabled:
@@ -108,8 +113,8 @@ class Metrics:
             return
         self._events.add(values, 0)
         self._start = {f"start_{key}": value for key, value in values.items()}
-        for call in self._on_step:
-            call({"step": 0, **values})
+        if self._on_start:
+            self._on_start({"step": 0, **values})
 
     def close(self) -> None:
         if not self.enabled:
