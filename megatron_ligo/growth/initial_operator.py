@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from megatron_ligo.arch.spec import LAYER_PREFIX
+from megatron_ligo.common.recent_values import RecentValues
 from megatron_ligo.growth import attention_heads, experts, initializers
-from megatron_ligo.growth.operator import CACHE_SIZE, Operator, depth_role, short_key
+from megatron_ligo.growth.operator import CACHE_BYTES, CACHE_SIZE, Operator, depth_role, short_key
 from megatron_ligo.growth.width_maps import HEAD_MAPS, LiftedMap, left_inverse
 
 
@@ -16,16 +17,14 @@ class InitialOperator(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._cached_tensors: dict[str, Tensor] = {}
+        self._cached_tensors: RecentValues[Tensor] = RecentValues(CACHE_SIZE, CACHE_BYTES)
 
     def tensor(self, name: str) -> Tensor:
-        tensor = self._cached_tensors.pop(name, None)
+        tensor = self._cached_tensors.get(name)
         if tensor is None:
             exact = self.exact_tensor(name)
             tensor = exact.float() if exact.is_floating_point() else exact
-        self._cached_tensors[name] = tensor
-        if len(self._cached_tensors) > CACHE_SIZE:
-            del self._cached_tensors[next(iter(self._cached_tensors))]
+            self._cached_tensors.put(name, tensor, tensor.nbytes)
         return tensor
 
     def exact_tensor(self, name: str) -> Tensor:

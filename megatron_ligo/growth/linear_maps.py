@@ -34,6 +34,11 @@ class LinearMap(ABC):
     shape: tuple[int, int]
     cost: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the map's own tensors."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""

@@ -36,6 +36,7 @@ from megatron_ligo.arch.spec import (
     key_pattern,
     layer_index,
 )
+from megatron_ligo.common.recent_values import RecentValues
 from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import OperatorSection, value_for_space
 from megatron_ligo.growth import experts, initializers, row_tables
@@ -45,6 +46,8 @@ from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_
 
 # Enough for the maps that the parameters of one layer use in turn.
 CACHE_SIZE = 6
+# The most bytes of them, and of the tensors that they are computed from.
+CACHE_BYTES = 1 << 30
 
 
 def depth_role(param: ParamSpec) -> str:
@@ -81,7 +84,7 @@ class Operator(ABC):
         self.space_maps = SpaceMaps(self.small, self.large, value_for_space(self.settings.structure, "groups"))
         self.copied_gains = value_for_space(self.settings.gain, "residual") == "copied"
         self.maps: dict[str, MapSpec] = self.space_maps.map_specs(self.arch)
-        self._cached_forms: dict[tuple, LinearMap] = {}
+        self._cached_forms: RecentValues[LinearMap] = RecentValues(CACHE_SIZE, CACHE_BYTES)
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -286,18 +289,15 @@ class Operator(ABC):
         """
         side = "contract" if use is Use.INPUT and self.has_contract(lift.map_name) else "expand"
         key = (self.width_name(lift.map_name, side, layer), like.dtype, shard and shard.start, use)
-        form = self._cached_forms.pop(key, None)
+        form = self._cached_forms.get(key)
         if form is None:
             matrix = self.matrix(layer)(lift, use).to(like)
             if shard is not None:
                 scale = experts.num_shards(self.small, self.large) if use is Use.INPUT else 1
                 matrix = matrix[shard] * scale
             form = cheapest_form(matrix)
-            if matrix.requires_grad:
-                return form
-        self._cached_forms[key] = form
-        if len(self._cached_forms) > CACHE_SIZE:
-            del self._cached_forms[next(iter(self._cached_forms))]
+            if not matrix.requires_grad:
+                self._cached_forms.put(key, form, form.nbytes)
         return form
 
     def grow_gain(self, param: ParamSpec, mixed: Tensor) -> Tensor:
