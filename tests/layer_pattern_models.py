@@ -58,6 +58,11 @@ OWN = {
         # The norms of heads and of features share it.
         "norm_eps": 1e-7,
     },
+    "ministral3": {
+        "arch": "ministral3",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
+        "query_scaling_beta": 0.5,
+    },
     "opt": {
         "arch": "opt",
         "activation": "relu",

@@ -30,6 +30,7 @@ class Architecture:
         False for post-LN (a norm after each residual sum).
     gain_offset: what the norms add to their stored gains: 1 if they multiply by 1 + w.
     scales_embedding: word embeddings are multiplied by the square root of hidden_size.
+    scales_queries: queries are multiplied by a factor of their position (`ModelConfig.query_scaling_beta`).
     own_head_dim: a config that leaves head_dim out does not mean hidden_size / num_heads.
     head_activation: the activation of a masked-LM head's transform ("" = the layers' activation).
     model_types: Hugging Face `model_type` -> {class: its optional parts (fields of `ModelConfig`)}. The first class is
@@ -61,6 +62,7 @@ class Architecture:
     pre_norm: bool = True
     gain_offset: float = 0.0
     scales_embedding: bool = False
+    scales_queries: bool = False
     own_head_dim: bool = False
     task: Task = Task.NEXT_TOKEN
     head_activation: str = ""
@@ -80,6 +82,11 @@ class Architecture:
     ignored_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     base_prefixes: Mapping[str, str] = field(default_factory=dict)
     renamed_suffixes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # A family made of another's may append parameters of its layers.
+        order = list(Stage)
+        object.__setattr__(self, "params", tuple(sorted(self.params, key=lambda param: order.index(param.stage))))
 
     # Properties of the family.
 

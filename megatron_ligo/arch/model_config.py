@@ -41,6 +41,8 @@ class ModelConfig:
     max_positions: number of rows of the position table (less position_offset); the context length of rotary positions.
     tied: the output head shares the word embedding's weight.
     rope_scaling: the scaling of rotary positions, with Hugging Face's keys (rope_scaling.py); None = none.
+    query_scaling_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / L)), where L is the original
+        length of rope_scaling.
     rotary_fraction: fraction of a head's features that rotate, counted from the first.
     parallel_residual: attention and feed-forward both read the layer's input.
     sliding_window: attention window in tokens: each attends to itself and so many less one before it, in a family that
@@ -82,6 +84,7 @@ class ModelConfig:
     qkv_bias: bool = False
     rope_base: float | None = None
     rope_scaling: Mapping | None = None
+    query_scaling_beta: float = 0.0
     rotary_fraction: float = 1.0
     parallel_residual: bool = False
     sliding_window: int | None = None
@@ -152,6 +155,9 @@ class ModelConfig:
             errors.add("head_dim", "an even number (rotary positions rotate pairs)", found)
         scaling = rope_scaling.normalise(self.rope_scaling, self.max_positions, self.num_rotated // 2, errors)
         object.__setattr__(self, "rope_scaling", scaling)
+        if self.query_scaling_beta and not rope_scaling.has_original_length(scaling or {}):
+            expected = f"a kind with {rope_scaling.ORIGINAL_LENGTH}, which query_scaling_beta needs"
+            errors.add("rope_scaling", expected, rope_scaling.scaling_kind(scaling))
         if self.window_rope_base == self.rope_base and scaling is None:
             object.__setattr__(self, "window_rope_base", None)
         if rope_scaling.scaling_kind(scaling) == "yarn" and not self.rope_base > 1:

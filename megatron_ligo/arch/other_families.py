@@ -49,7 +49,6 @@ DIFFERENCES = {
     "internlm2": "query, key and value are one matrix of the file's own",
     "llama4": "some layers attend in chunks and others have no positions, with mixtures of experts",
     "minicpm": "embeddings, residual sums and logits are scaled by its config's numbers",
-    "ministral3": "queries are scaled by position",
     "modernbert": "its norms precede the blocks, positions are rotary, and most layers have a window",
     "mpt": "positions are ALiBi biases",
     "nemotron": "its feed-forward block has no gate and squares a ReLU, and norms multiply by 1 + gain",

@@ -48,6 +48,7 @@ VIT = {
     "layer_norm_eps": 1e-3,
     "num_labels": 5,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # model_type, with what is special about the model -> the class, and the config that is changed.
 MODELS = {
     "llama": ("LlamaForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
@@ -69,15 +70,7 @@ MODELS = {
         },
     ),
     "olmo2": ("Olmo2ForCausalLM", CAUSAL_SIZES | {"pad_token_id": 1}),
-    "olmo3": (
-        "Olmo3ForCausalLM",
-        CAUSAL_SIZES
-        | {
-            "pad_token_id": 1,
-            "sliding_window": 7,
-            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-        },
-    ),
+    "olmo3": ("Olmo3ForCausalLM", CAUSAL_SIZES | {"pad_token_id": 1, "sliding_window": 7, "rope_scaling": YARN}),
     "gemma2": (
         "Gemma2ForCausalLM",
         CAUSAL_SIZES
@@ -101,6 +94,10 @@ MODELS = {
             "rope_theta": 500.0,
             "rope_local_base_freq": 50.0,
         },
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        CAUSAL_SIZES | {"head_dim": 10, "sliding_window": 7, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
     ),
     "smollm3": (
         "SmolLM3ForCausalLM",

@@ -75,7 +75,11 @@ def test_expanded_groups_give_the_same_attention(monkeypatch, window):
 
     from megatron.core.transformer.enums import AttnMaskType
 
-    attention = FusedAttention(SimpleNamespace(window_size=window, attention_softcap=None), 1, AttnMaskType.causal)
+    attention = FusedAttention(
+        SimpleNamespace(window_size=window, attention_softcap=None, query_scaling=None, window_attn_skip_freq=None),
+        1,
+        AttnMaskType.causal,
+    )
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(9, 2, 6, 4, generator=draw)
     key, value = (torch.randn(9, 2, 2, 4, generator=draw) for _ in range(2))

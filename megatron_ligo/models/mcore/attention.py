@@ -14,7 +14,8 @@ from megatron_ligo.distributed import device
 class FusedAttention(nn.Module):
     """softmax(q k^T scale) v, causal or full, grouped-query, with the signature of mcore's DotProductAttention.
 
-    softmax_scale: None = 1 / sqrt(d). The scores are bounded by the config's `attention_softcap`, if it is not None.
+    softmax_scale: None = 1 / sqrt(d). The scores are bounded by the config's `attention_softcap`, and queries are
+    multiplied by the factor of their position that its `query_scaling` states, if these are not None.
     """
 
     def __init__(
@@ -28,13 +29,15 @@ class FusedAttention(nn.Module):
     ):
         super().__init__()
         self.scale, self.softcap = softmax_scale, config.attention_softcap
-        self.config = config
+        self.config, self.query_scaling = config, config.query_scaling
         self.causal = attn_mask_type is AttnMaskType.causal
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] if has_window else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
         """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads d). attention_mask: True = masked."""
+        if self.query_scaling is not None:
+            query = query * query_factors(len(query), *self.query_scaling, query)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = None if attention_mask is None or self.causal else ~attention_mask
         length = q.shape[2]
@@ -55,6 +58,13 @@ class FusedAttention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale, enable_gqa=is_grouped
         )
         return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)
+
+
+def query_factors(length: int, beta: float, original: float, like: Tensor) -> Tensor:
+    """Returns 1 + beta log(1 + floor(p / original)) of each position p, (length, 1, 1, 1), in the dtype of `like`."""
+    positions = torch.arange(length, device=like.device)
+    factors = 1 + beta * torch.log(1 + torch.floor(positions / original))
+    return factors.to(like.dtype)[:, None, None, None]
 
 
 def capped_attention(

@@ -33,7 +33,7 @@ from megatron_ligo.models.mcore.norm import AllHeadsNorm, Norm
 from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
 from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
 from megatron_ligo.models.mcore.residual_branch_layer import ResidualBranchLayer, ResidualBranchSubmodules
-from megatron_ligo.models.mcore.rotary import set_attention_factor
+from megatron_ligo.models.mcore.rotary import get_query_scaling, set_attention_factor
 
 # Fields of TransformerConfig under which every layer runs on every device, and draws no numbers.
 UNFUSED = {
@@ -158,6 +158,7 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
     # For this package's own modules: mcore's config has no fields for them.
     config.residual_multiplier = model_config.residual_multiplier
     config.attention_softcap = model_config.attention_softcap
+    config.query_scaling = get_query_scaling(model_config)
     return config
 
 
@@ -188,6 +189,7 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpe
     layer_class = get_layer_class(model_config)
     is_plain = layer_class in (TransformerLayer, ParallelResidualLayer) and not arch.has_head_norms
     is_plain = is_plain and not arch.has_experts
+    is_plain = is_plain and not model_config.query_scaling_beta
     is_local = not (device.has_transformer_engine() and is_plain and model_config.attention_softcap is None)
     if is_local:
         num_experts = model_config.num_experts or None

@@ -78,6 +78,12 @@ def unscale_window_positions(layers: Iterable[TransformerLayer], model_config: M
             attention.config.yarn_mscale = 0.0
 
 
+def get_query_scaling(model_config: ModelConfig) -> tuple[float, float] | None:
+    """Returns beta and L of queries that are multiplied by 1 + beta log(1 + floor(p / L)); None for no factor."""
+    beta = model_config.query_scaling_beta
+    return (beta, model_config.rope_scaling[rope_scaling.ORIGINAL_LENGTH]) if beta else None
+
+
 def set_attention_factor(config: TransformerConfig, model_config: ModelConfig) -> None:
     """Makes Megatron-core's attention multiply cos and sin by the scaling's factor.
 

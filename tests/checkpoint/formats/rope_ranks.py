@@ -38,7 +38,7 @@ def build_model(args: argparse.Namespace) -> GPTModel:
         **UNFUSED,
         use_cpu_initialization=True,
     )
-    config.attention_softcap = None
+    config.attention_softcap = config.query_scaling = None
     set_yarn_fields(config, args)
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=args.normalization))
     spec.submodules.self_attention.submodules.core_attention = FusedAttention

@@ -9,7 +9,10 @@ import transformers
 
 from tests.checkpoint.config_perturbation import MODELS, Perturbation, Report
 
-LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("qwen3", "olmo2", "gemma2", "olmo3", "gemma3_text")]
+LATER = [
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ("qwen3", "olmo2", "gemma2", "olmo3", "gemma3_text", "ministral3")
+]
 
 
 @pytest.fixture

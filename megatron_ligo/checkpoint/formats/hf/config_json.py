@@ -39,7 +39,7 @@ HEADS_DIVIDE = ("llama", "gemma2", "gemma3_text")
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction", "window_rope_base")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
-MAY_BE_ZERO = ("num_token_types", "position_padding", "position_offset")
+MAY_BE_ZERO = ("num_token_types", "position_padding", "position_offset", "query_scaling_beta")
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")

@@ -74,6 +74,8 @@ def check_patterns(model_config: ModelConfig, arch: Architecture, errors: ErrorC
     for field, key in (("window_layers", TYPES), ("rope_layers", NO_ROPE)):
         if getattr(model_config, field) is not None and key not in names:
             errors.add(field, "the same in every layer", describe_value(getattr(model_config, field)))
+    if model_config.query_scaling_beta and not arch.scales_queries:
+        errors.add("query_scaling_beta", "0: queries are not scaled", model_config.query_scaling_beta)
     if model_config.has_window_positions and not arch.hf_rope_by_layer_type:
         errors.add("window_rope_base", "none: one base for all layers", model_config.window_rope_base)
 

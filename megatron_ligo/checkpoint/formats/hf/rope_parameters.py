@@ -17,6 +17,7 @@ from megatron_ligo.common.errors import ErrorCollector
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 PARAMETERS, SCALING, FRACTION = "rope_parameters", "rope_scaling", "partial_rotary_factor"
+QUERY_SCALING = "llama_4_scaling_beta"
 # The keys of a config that `parse_rope` reads, besides those that the families name.
 ROPE_KEYS = (PARAMETERS, SCALING, "rope_theta", FRACTION, rope_scaling.ORIGINAL_LENGTH)
 
@@ -29,6 +30,8 @@ def parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCol
     keys = {field: key for key, field in arch.hf_fields.items()}
     if arch.hf_rope_by_layer_type:
         return _parse_rope_by_type(config, where, errors)
+    if arch.scales_queries:
+        return _parse_scaled_queries(config, where, errors)
     name = SCALING if config.get(SCALING) else PARAMETERS
     parameters = config.get(name) or {}
     if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
@@ -52,6 +55,20 @@ def parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCol
         # The top level wins over the scaling in transformers.
         scaling[rope_scaling.ORIGINAL_LENGTH] = config[rope_scaling.ORIGINAL_LENGTH]
     return {"rope_base": base, "rope_scaling": scaling, **fraction}
+
+
+def _parse_scaled_queries(config: Mapping, where: str, errors: ErrorCollector) -> dict[str, object]:
+    """Parses the positions of a family that states its queries' factor beside them, as transformers completes them."""
+    completed = load_transformers_config(config, where)
+    # The network does it again: only then a length at the config's top level wins over the scaling's.
+    completed.standardize_rope_params()
+    scaling = dict(completed.rope_parameters)
+    base, beta = scaling.pop("rope_theta"), scaling.pop(QUERY_SCALING, None)
+    # A note of the family's: transformers does not read it there.
+    scaling.pop("max_position_embeddings", None)
+    if beta is None:
+        errors.add(f"{PARAMETERS}.{QUERY_SCALING}", "a number (transformers computes nothing without it)", "none")
+    return {"rope_base": base, "rope_scaling": scaling, "query_scaling_beta": beta or 0.0}
 
 
 def _parse_rope_by_type(config: Mapping, where: str, errors: ErrorCollector) -> dict[str, object]:
@@ -79,6 +96,12 @@ def to_rope_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, obj
     """Returns the keys of a config.json besides those that the families name."""
     if arch.hf_rope_by_layer_type:
         return _to_rope_by_type(model_config, arch)
+    if arch.scales_queries:
+        base, beta = model_config.rope_base, model_config.query_scaling_beta
+        return {
+            PARAMETERS: {"rope_theta": base, **(model_config.rope_scaling or {}), QUERY_SCALING: beta},
+            SCALING: None,
+        }
     scaling = model_config.rope_scaling
     if rope_scaling.scaling_kind(scaling) != "longrope":
         return {}

@@ -129,6 +129,10 @@ def check_sayable(model_config: ModelConfig) -> None:
         expected = "none: Megatron-LM's args state the positions of all layers at once"
         hint = "The formats hf and universal can state it."
         raise CheckpointError(Problem("window_rope_base", expected, model_config.window_rope_base, hint))
+    if model_config.query_scaling_beta:
+        expected = "0: Megatron-LM's args cannot state that queries are scaled by position"
+        hint = "The formats hf and universal can state it."
+        raise CheckpointError(Problem("query_scaling_beta", expected, model_config.query_scaling_beta, hint))
     if model_config.position_offset:
         expected = "0: Megatron-core's positions start at row 0 of their table"
         hint = "The formats hf and universal can state it."

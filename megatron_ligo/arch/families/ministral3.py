@@ -1,0 +1,29 @@
+"""Ministral 3: Llama whose queries are multiplied by a factor of their position, 1 + beta log(1 + floor(p / L)).
+
+L is the original length of the rotary positions' scaling. Growth copies whole heads and keeps the length, so a copy has
+the factor of its small head.
+"""
+
+from dataclasses import replace
+
+from megatron_ligo.arch.common_params import without_format
+from megatron_ligo.arch.families.llama import LLAMA
+
+MINISTRAL3 = replace(
+    LLAMA,
+    name="ministral3",
+    model_types={"ministral3": {"Ministral3ForCausalLM": ()}},
+    own_head_dim=True,
+    scales_queries=True,
+    params=tuple(
+        without_format(
+            without_format((param for param in LLAMA.params if not param.requires), "fairscale"), "torchtitan"
+        )
+    ),
+    gguf_fields={},
+    required_hf_values={"hidden_act": "silu"},
+    foreign_hf_keys={},
+    hf_pattern_keys={},
+    implied_sizes={},
+    expert_types={},
+)
