@@ -37,6 +37,8 @@ class Architecture:
         assumed if a config names none. The last one is the base model.
     hf_fields, gguf_fields: {config key: field of `ModelConfig`} of the two formats' headers.
     required_hf_values: values that a Hugging Face config must have (or omit) for this definition to apply.
+    rope_kinds: {scaling of rotary positions that the class takes: the one that it takes it for}; {} = all, as stated.
+    original_length: the class's own default of original_max_position_embeddings, which wins over a scaling's.
     foreign_hf_keys: `model_type` -> keys of the family's configs that this type's config class does not know.
     hf_pattern_keys: `model_type` -> keys that state which layers have a window or rotary positions: `layer_types`,
         `no_rope_layers`, and those from which transformers derives them.
@@ -67,6 +69,8 @@ class Architecture:
     task: Task = Task.NEXT_TOKEN
     head_activation: str = ""
     required_hf_values: Mapping[str, object] = field(default_factory=dict)
+    rope_kinds: Mapping[str, str] = field(default_factory=dict)
+    original_length: int | None = None
     foreign_hf_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_pattern_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_rope_by_layer_type: bool = False

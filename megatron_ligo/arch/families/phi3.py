@@ -48,10 +48,14 @@ PHI3 = replace(
     foreign_hf_keys={},
     hf_pattern_keys={},
     implied_sizes={},
+    # Its class reads the older names of longrope, and no other scaling.
+    rope_kinds={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+    original_length=4096,
     hf_fixed=CAUSAL
     | {
         "attention_bias": (False, None),
         "use_bias": (),
+        **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1, None)),
         "auto_map": (None, OWN_CODE, {**OWN_CODE, "AutoTokenizer": "Xenova/gpt-4o"}),
     },
 )

@@ -72,7 +72,20 @@ STARCODER2 = Architecture(
     },
     required_hf_values={"use_bias": True},
     choices={"activation": ACTIVATIONS},
-    hf_fixed=CAUSAL,
-    hf_harmless=dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), DROPOUT),
+    hf_fixed=CAUSAL | {"mlp_type": ("default", None), "norm_type": ("layer_norm", None)},
+    hf_harmless={
+        **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), DROPOUT),
+        **dict.fromkeys(
+            (
+                "activation_function",
+                "rms_norm_eps",
+                "layer_norm_epsilon",
+                "scale_attn_weights",
+                "attention_softmax_in_fp32",
+                "scale_attention_softmax_in_fp32",
+            ),
+            "a key of the released configs that transformers does not read",
+        ),
+    },
     ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
 )

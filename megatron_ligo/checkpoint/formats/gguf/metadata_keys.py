@@ -80,6 +80,8 @@ FIXED = {
     "tensor_data_layout": ("Meta AI original pth",),
 }
 # Of the file, without a network's name. Files of other kinds than a model's weights bear the other namespaces.
+# llama.cpp rotates Granite's queries and keys only where this is true.
+OWN_FIXED = {"granite": {"rope.scaling.finetuned": (True,)}}
 FILE_FIELDS = {"general.architecture": "model_type", "general.alignment": "alignment"}
 FILE_FIXED = {
     "general.type": ("model",),
@@ -94,10 +96,11 @@ def key_table(arch: Architecture, family: str) -> KeyTable:
     fields = {**arch.gguf_fields, "rope.dimension_count": "head_dim", "attention.value_length": "head_dim"}
     fields.setdefault(ATTENTION_SCALE, "head_dim")
     fields |= dict.fromkeys(ROPE_FIELDS, ROPE)
+    fixed = FIXED | OWN_FIXED.get(family, {})
     return KeyTable(
         {f"{family}.{key}": name for key, name in fields.items()} | FILE_FIELDS,
-        {f"{family}.{key}": reason for key, reason in HARMLESS.items() if key not in fields},
-        {f"{family}.{key}": values for key, values in FIXED.items() if key not in fields} | FILE_FIXED,
+        {f"{family}.{key}": reason for key, reason in HARMLESS.items() if key not in fields | fixed},
+        {f"{family}.{key}": values for key, values in fixed.items() if key not in fields} | FILE_FIXED,
     )
 
 

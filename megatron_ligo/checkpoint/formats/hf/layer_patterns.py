@@ -39,6 +39,8 @@ def parse_patterns(
         return patterns
     if TYPES not in keys or sizes.get("sliding_window") is None:
         _check_one_type(config, sizes, errors)
+        if TYPES in keys and USE_WINDOW not in keys and WINDOW in (_list_of(config, TYPES, where) or ()):
+            errors.add("sliding_window", "a number of tokens: some layers have a window", "null")
     else:
         types = _list_of(config, TYPES, where)
         names = (*FULL_NAMES, WINDOW)

@@ -38,22 +38,31 @@ def parse_rope(config: Mapping, arch: Architecture, where: str, errors: ErrorCol
         errors.add(name, "one set of plain values for all layers", repr(parameters)[:80])
         return {"rope_base": 1.0}
     scaling = dict(parameters)
+    if arch.rope_kinds:
+        _rename_kind(scaling, arch, errors)
     partial = scaling.pop(FRACTION, config.get(keys.get("rotary_fraction", FRACTION)))
     base = scaling.pop("rope_theta", config.get(keys["rope_base"]))
     if base is None:
-        base = load_transformers_config(config, where).rope_parameters["rope_theta"]
+        base = load_transformers_config(config, where).rope_parameters.get("rope_theta")
+    if base is None:
+        errors.add(keys["rope_base"], "a positive number", "null")
+        base = 1.0
     fraction = {}
     if "rotary_fraction" in keys:
         if partial is None:
-            partial = load_transformers_config(config, where).rope_parameters[FRACTION]
+            partial = load_transformers_config(config, where).rope_parameters.get(FRACTION)
+        if partial is None:
+            errors.add(keys["rotary_fraction"], "a number above 0 and at most 1", "null")
+            partial = 1.0
         fraction = {"rotary_fraction": partial}
     elif partial not in (None, 1):
         errors.add(FRACTION, "1 (rotary positions on the whole head)", repr(partial))
     if scaling.get("rope_type", scaling.get("type")) == "proportional" and partial in (None, 1):
         scaling = _as_linear(scaling)
-    if config.get(rope_scaling.ORIGINAL_LENGTH) is not None and rope_scaling.has_original_length(scaling):
-        # The top level wins over the scaling in transformers.
-        scaling[rope_scaling.ORIGINAL_LENGTH] = config[rope_scaling.ORIGINAL_LENGTH]
+    original = config.get(rope_scaling.ORIGINAL_LENGTH, arch.original_length)
+    if original is not None and rope_scaling.has_original_length(scaling):
+        # The top level wins over the scaling in transformers, and so does the default of a class that declares it.
+        scaling[rope_scaling.ORIGINAL_LENGTH] = original
     return {"rope_base": base, "rope_scaling": scaling, **fraction}
 
 
@@ -69,6 +78,17 @@ def _parse_scaled_queries(config: Mapping, where: str, errors: ErrorCollector) -
     if beta is None:
         errors.add(f"{PARAMETERS}.{QUERY_SCALING}", "a number (transformers computes nothing without it)", "none")
     return {"rope_base": base, "rope_scaling": scaling, "query_scaling_beta": beta or 0.0}
+
+
+def _rename_kind(scaling: dict, arch: Architecture, errors: ErrorCollector) -> None:
+    """Replaces a scaling's kind by the one that the family's class takes it for, or adds an error."""
+    stated = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(stated, str) or stated not in arch.rope_kinds:
+        errors.add(SCALING, f"one of {', '.join(arch.rope_kinds)}: the class takes no other", repr(stated)[:60])
+        return
+    if scaling:
+        scaling.pop("type", None)
+        scaling["rope_type"] = arch.rope_kinds[stated]
 
 
 def _parse_rope_by_type(config: Mapping, where: str, errors: ErrorCollector) -> dict[str, object]:

@@ -54,6 +54,7 @@ FIELDS = {
     "add_bias_linear": "family",
     "openai_gelu": "activation",
     "bias_gelu_fusion": "activation",
+    "use_te_activation_func": "activation",
     "bias_activation_fusion": "activation",
 }
 

@@ -265,10 +265,13 @@ def _check_activation(
 ) -> None:
     """Adds an error if the arguments state another form of GELU than the config."""
     fusions = [values[name] for name in ("bias_gelu_fusion", "bias_activation_fusion") if values.get(name) is not None]
-    if arch.is_gated or not (fusions or values.get("openai_gelu")):
+    # Transformer Engine's own GELU approximates by tanh too.
+    approximations = [values.get(name) for name in ("openai_gelu", "use_te_activation_func")]
+    if arch.is_gated or not (fusions or any(approximations)):
         return
-    uses_tanh = bool(values.get("openai_gelu")) or any(fusions)
+    uses_tanh = any(approximations) or any(fusions)
     allowed = TANH_GELU if uses_tanh else ("gelu",)
     if model_config.activation not in allowed:
-        stated = "the fused GELU or --openai-gelu, which approximate by tanh" if uses_tanh else "GELU unfused, by erf"
+        by_tanh = "GELU by tanh: fused, --openai-gelu or Transformer Engine's"
+        stated = by_tanh if uses_tanh else "GELU unfused, by erf"
         errors.add("activation", f"{' or '.join(allowed)}: the run used {stated}", model_config.activation)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 # Reason -> names, separated by blanks.
 _GROUPS: Mapping[str, str] = {
+    "whether there is a table of positions shows in the tensors": "add_position_embedding",
     "the model has no experts (num_experts is fixed)": """
         create_moe_param_group dense_grouped_gemm enable_expert_tensor_parallelism expert_gtp_weight_remat_size
         expert_interval expert_model_parallel_size expert_tensor_parallel_num_weight_shards
@@ -285,10 +286,10 @@ _GROUPS: Mapping[str, str] = {
         scaled_upper_triang_masked_softmax_fusion te_rng_tracker tile_factor transformer_engine use_flash_attn
         use_flash_attn_builder use_flash_attn_triton use_flash_attn_v1 use_flash_attn_v2
         use_fused_weighted_squared_relu use_grouped_gemm_for_dense_mlp use_inference_optimized_layers
-        use_te_activation_func use_transformer_engine_full_layer_spec use_transformer_engine_op_fuser
+        use_transformer_engine_full_layer_spec use_transformer_engine_op_fuser
     """,
     "length, batches and evaluation of the run": """
-        _is_global_batch_size_explicitly_specified add_position_embedding async_tensor_model_parallel_allreduce
+        _is_global_batch_size_explicitly_specified async_tensor_model_parallel_allreduce
         batch_size builder check_for_large_grads check_for_nan_in_loss_and_grad check_for_spiky_loss
         check_weight_hash_across_dp_replicas_interval checkpoint_activations checkpoint_in_cpu checkpoint_num_layers
         consumed_train_bins consumed_train_samples consumed_train_tokens consumed_valid_samples
