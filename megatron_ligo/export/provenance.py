@@ -39,7 +39,7 @@ def _check_fields(record: dict) -> None:
     """Raises KeyError or TypeError unless the fields that a pretraining reads are there and of their types."""
     if not all(isinstance(name, str) for name in [*record["formats"]]) or isinstance(record["formats"], str):
         raise TypeError("formats")
-    if not all(isinstance(record[key], dict) for key in ORIGIN_KEYS):
+    if not all(isinstance(record[key], dict) for key in ORIGIN_KEYS & record.keys()):
         raise TypeError("source and operator")
     fit = record.get("fit")
     if fit is not None:
