@@ -25,7 +25,7 @@ class Task(Enum):
 class Architecture:
     """One model family.
 
-    params: parameters in checkpoint order: before the layers, in a layer, after the layers.
+    params: parameters in checkpoint order: before the layers, in a layer, after the layers (the stages are sorted).
     norm: "rms" or "layer". pre_norm: True for norms inside the residual branches (before a block, after it, or both);
         False for post-LN (a norm after each residual sum).
     gain_offset: what the norms add to their stored gains: 1 if they multiply by 1 + w.

@@ -7,7 +7,7 @@ from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import EXPERT_OUTPUT, FFN_INPUT, FFN_OUTPUT, RESIDUAL_INPUT, RESIDUAL_OUTPUT
 from megatron_ligo.arch.common_params import DROPOUT
 from megatron_ligo.arch.families.llama import LLAMA
-from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role, Stage
+from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
 DENSE_BLOCK = (Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN)
 SHARED_PARAMS = tuple(param for param in LLAMA.params if param.role not in DENSE_BLOCK and param.requires != "qkv_bias")
@@ -35,19 +35,13 @@ def expert_params(router: str, gate: str, up: str, down: str) -> tuple[ParamSpec
     )
 
 
-def with_experts(params: tuple[ParamSpec, ...], experts: tuple[ParamSpec, ...]) -> tuple[ParamSpec, ...]:
-    """Returns the parameters of a family, with the experts' before those that follow the layers."""
-    last = tuple(param for param in params if param.stage is Stage.LAST)
-    return (*(param for param in params if param not in last), *experts, *last)
-
-
 MIXTRAL = Architecture(
     name="mixtral",
     norm="rms",
     model_types={"mixtral": {"MixtralForCausalLM": ()}},
-    params=with_experts(
-        SHARED_PARAMS,
-        expert_params(
+    params=(
+        *SHARED_PARAMS,
+        *expert_params(
             "block_sparse_moe.gate",
             "block_sparse_moe.experts.{}.w1",
             "block_sparse_moe.experts.{}.w3",

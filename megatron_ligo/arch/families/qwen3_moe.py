@@ -5,7 +5,7 @@ The weights of the chosen experts add up to 1 only with norm_topk_prob: without 
 
 from dataclasses import replace
 
-from megatron_ligo.arch.families.mixtral import DENSE_BLOCK, expert_params, with_experts
+from megatron_ligo.arch.families.mixtral import DENSE_BLOCK, expert_params
 from megatron_ligo.arch.families.qwen3 import QWEN3
 from megatron_ligo.arch.spec import Role
 
@@ -13,9 +13,9 @@ QWEN3_MOE = replace(
     QWEN3,
     name="qwen3_moe",
     model_types={"qwen3_moe": {"Qwen3MoeForCausalLM": ()}},
-    params=with_experts(
-        tuple(param for param in QWEN3.params if param.role not in DENSE_BLOCK),
-        expert_params("mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+    params=(
+        *(param for param in QWEN3.params if param.role not in DENSE_BLOCK),
+        *expert_params("mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
     ),
     own_head_dim=False,
     hf_fields={

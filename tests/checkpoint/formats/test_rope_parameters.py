@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import fields
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron_ligo.arch import architectures
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.common.errors import CheckpointError
 from tests.checkpoint import hf_models
 from tests.checkpoint.library_refusals import check_raised_by_library
-from tests.image_models import image_config
-from tests.layer_norm_models import config_of
 from tests.models.mcore.rope_kinds import ORIGINAL, SCALINGS
-from tests.tiny_models import llama_config
 
 PLAIN = {
     "model_type": "llama",
@@ -147,33 +142,3 @@ def test_a_scaling_that_a_user_adds_to_our_config_takes_effect(tmp_path, model_t
         )
     assert torch.equal(scaled, again)
     assert float((scaled - plain).abs().max()) > 1e-2
-
-
-# Keys outside of transformers 5's config classes: rotary positions in the form that transformers 4 reads too, keys of
-# its classes that 5 dropped, and the head size of Qwen2, which both read.
-BESIDES = {
-    "": {"architectures", "model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling"},
-    "gpt_neox": {"rotary_emb_base", "rotary_pct"},
-    "qwen2": {"head_dim"},
-    "bert": {"position_embedding_type"},
-    "roberta": {"position_embedding_type"},
-    "xlm-roberta": {"position_embedding_type"},
-    "vit": {"num_labels", "id2label", "label2id"},
-    "deit": {"num_labels", "id2label", "label2id"},
-}
-
-
-def test_a_written_config_has_the_keys_of_its_own_class():
-    for arch in architectures().values():
-        for model_type, classes in arch.model_types.items():
-            if arch.name == "llama":
-                qwen = {"qkv_bias": True} if model_type == "qwen2" else {}
-                model_config = llama_config(model_type=model_type, **qwen)
-            elif arch.reads_images:
-                model_config = image_config(model_type)
-            else:
-                model_config = config_of(model_type, next(iter(classes)))
-            written = set(config_json.to_hf_config(model_config, {}, torch.float32))
-            config_class = CONFIG_MAPPING[model_type]
-            own = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
-            assert written <= own | BESIDES[""] | BESIDES.get(model_type, set()), model_type
