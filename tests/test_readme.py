@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.tiny_models import hf_llama, llama_config
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "num_layers = 32": "num_layers = 5",
@@ -81,7 +82,9 @@ def workspace(tmp_path_factory) -> Path:
 
 def run(command: str, workspace: Path, code: int = 0) -> str:
     words = shlex.split(command)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    # Groups of one process that other tests have made are in the environment.
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    environment = {**inherited, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=400)
     assert completed.returncode == code, f"{command}\n{completed.stdout[-3000:]}\n{completed.stderr[-6000:]}"
     return completed.stdout + completed.stderr

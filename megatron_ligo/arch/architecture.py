@@ -248,6 +248,9 @@ class Architecture:
 
     def check(self, model_config: ModelConfig, errors: ErrorCollector) -> None:
         """Adds an error for each size that the family's config cannot state and that differs from its implied value."""
+        if self.has_experts != bool(model_config.num_experts):
+            expected = "a positive number" if self.has_experts else "none in this family"
+            errors.add("num_experts", expected, model_config.num_experts)
         implied = implied_head_sizes(model_config.hidden_size, model_config.num_heads)
         for name, value in implied.items():
             if name not in self.hf_fields.values() and getattr(model_config, name) != value:

@@ -75,6 +75,7 @@ def _run_module(name: str, prog: str | None, arguments: Sequence[str] | None) ->
     module = load(name)
     args = module.build_parser(prog).parse_args(arguments)
     check_world_size()
+    launching.check_processes(args)
     if launching.is_launcher_wanted(args):
         cli.load_config(args)
         launching.launch(name, args, sys.argv[1:] if arguments is None else arguments)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_ligo import cli
+from megatron_ligo.common.errors import ConfigError, Problem
 
 PORTS = (20_000, 32_000)
 
@@ -31,6 +32,14 @@ def add_processes_option(parser: cli.CommandParser) -> None:
 def is_launcher_wanted(args: argparse.Namespace) -> bool:
     """True if --processes asks for more than this process and no launcher has started it."""
     return vars(args).get("processes", 1) > 1 and "WORLD_SIZE" not in os.environ
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Raises ConfigError if a launcher has started another number of processes than --processes asks for."""
+    asked, started = vars(args).get("processes", 1), os.environ.get("WORLD_SIZE", "")
+    if asked > 1 and started and started != f"{asked}":
+        hint = "Leave it out under a launcher, or clear WORLD_SIZE, RANK and LOCAL_RANK."
+        raise ConfigError(Problem(f"--processes {asked}", "as many as WORLD_SIZE in the environment", started, hint))
 
 
 def launch(name: str, args: argparse.Namespace, arguments: Sequence[str]) -> NoReturn:

@@ -212,7 +212,7 @@ def test_every_key_of_a_release_is_known_or_refused(tmp_path):
 
     llama32 = {"ffn_dim_multiplier": 1.5, "multiple_of": 256, "n_kv_heads": 2, "rope_theta": 5e5, "vocab_size": 128256}
     assert not refused(**llama32, use_scaled_rope=True)
-    assert not refused(head_dim=16, hidden_dim=96, max_seq_len=32768, sliding_window=None, moe=None)
+    assert not refused(head_dim=16, hidden_dim=96, rope_theta=1e6, max_seq_len=32768, sliding_window=None, moe=None)
     changes = {
         "moe_args": {"num_experts": 16}, "nope_layer_interval": 4, "attention_chunk_size": 8192, "use_qk_norm": True,
         "rope_scaling_factor": 16, "quantization_args": {"scheme": "int4"}, "lora_args": {"rank": 16},

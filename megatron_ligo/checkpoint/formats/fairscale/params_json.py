@@ -99,10 +99,11 @@ def load_params(path: Path, accepted: AcceptedKeys = NO_KEYS) -> dict:
     for name in ("use_scaled_rope", "tied_embeddings"):
         if type(params.get(name, False)) is not bool:
             errors.add(name, "true or false", repr(params[name]))
+    errors.raise_if_any()
     if params.get("rope_theta") is None and any(params.get(name) is not None for name in ("head_dim", "hidden_dim")):
         hint = "Mistral's code takes 1000000, Meta's 10000: write what the model was trained with."
         errors.add("rope_theta", "a number in a file of Mistral's form (head_dim, hidden_dim)", "nothing", hint)
-    errors.raise_if_any()
+        errors.raise_if_any()
     if params["dim"] % params["n_heads"]:
         raise CheckpointError(Problem(f"{path}: dim", f"a multiple of n_heads = {params['n_heads']}", params["dim"]))
     return params

@@ -38,7 +38,8 @@ ACCELERATE_FOLDER = "pytorch_model_fsdp_0"
 # Beginnings of the names of a training's state that is not the model's.
 STATE_PREFIXES = ("optim.", "optimizer.", "optimizers.", "lr_scheduler.", "train_state.", "dataloader.")
 TITAN_MARK = b"tok_embeddings.weight"
-MEGATRON_FSDP_MARK = ".self_attention.linear_"
+# OPT's names have model.decoder.layers too.
+MEGATRON_FSDP_MARKS = ("module.decoder.layers.", ".self_attention.linear_")
 
 
 def find_folder(path: Path) -> Path | None:
@@ -74,7 +75,7 @@ class DcpTensors(TensorFile):
             name: tensor for name, tensor in contents.tensors.items() if not name.startswith(STATE_PREFIXES)
         }
         self._checked: set[TensorChunk] = set()
-        if any(MEGATRON_FSDP_MARK in f".{name}" for name in self._tensors):
+        if any(mark in name for name in self._tensors for mark in MEGATRON_FSDP_MARKS):
             hint = "Save it with --ckpt-format torch_dist."
             found = "Megatron-core's names without its metadata.json: the format fsdp_dtensor of Megatron-FSDP"
             raise CheckpointError(Problem(f"{folder}", "tensors of Hugging Face's or torchtitan's names", found, hint))

@@ -25,6 +25,7 @@ from megatron_ligo.checkpoint.formats.torch_dcp.dcp_folder import DcpTensors
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
+from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.typed_toml import setting
 
 NAME = "fsdp"
@@ -64,7 +65,13 @@ class FsdpFormat(Format):
         return FsdpReader(path, dcp_folder.find_folder(path) or path, accepted)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
-        """Writes config.json and one file of whole tensors for each layer. Ranks take their parts as they load."""
+        """Writes config.json and one file of whole tensors for each layer. Ranks take their parts as they load.
+
+        Raises ConfigError for experts.
+        """
+        if source.model_config.num_experts:
+            hint = "In memory transformers holds a layer's experts as one tensor: load its hf folder."
+            raise ConfigError(Problem(NAME, "a model without experts", source.model_config.model_type, hint))
         dtypes = [source.info(key).dtype for key in source.keys()]  # noqa: SIM118 - no dict
         dtype = max(set(dtypes), key=dtypes.count)
         output.write_json(config_json.CONFIG, config_json.to_hf_config(source.model_config, source.carried, dtype))

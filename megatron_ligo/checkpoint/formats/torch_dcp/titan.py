@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.rope_scaling import scaling_kind
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
 from megatron_ligo.checkpoint.formats.torch_dcp import dcp_folder
@@ -17,10 +19,24 @@ from megatron_ligo.checkpoint.formats.torch_dcp.dcp_folder import DcpTensors
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
-from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 from megatron_ligo.sharding import fused_tensors
 
 NAME = "torchtitan"
+LLAMA = "llama"
+
+
+def check_is_llama(model_config: ModelConfig) -> None:
+    """Raises ConfigError for what torchtitan's Llama does not compute."""
+    errors = ErrorCollector(f"{NAME} cannot hold this model", ConfigError)
+    if model_config.arch != LLAMA:
+        errors.add("model_type", "Llama's network", model_config.model_type)
+    if model_config.sliding_window is not None:
+        errors.add("sliding_window", "none", model_config.sliding_window)
+    kind = scaling_kind(model_config.rope_scaling)
+    if kind not in ("default", "llama3"):
+        errors.add("rope_scaling", "none, or llama3", kind)
+    errors.raise_if_any()
 
 
 class TitanReader(Reader):
@@ -32,6 +48,7 @@ class TitanReader(Reader):
         root = folder if model_record.has_record(folder) else dcp_folder.find_config(folder).parent
         self.path = path
         self.model_config, self.carried = model_record.read(root, accepted)
+        check_is_llama(self.model_config)
         self.files = model_record.find_carried_files(root)
         self._tensors = DcpTensors(folder)
         self.unread = self._tensors.describe_unread()
@@ -83,6 +100,7 @@ class TitanFormat(Format):
         return TitanReader(path, dcp_folder.find_folder(path) or path, accepted)
 
     def write(self, source: Reader, output: Output, options: WriteOptions) -> None:
-        """Writes one file of whole tensors for each layer."""
+        """Writes one file of whole tensors for each layer. Raises ConfigError for all but Llama's network."""
+        check_is_llama(source.model_config)
         model_record.write(source, output)
         dcp_folder.write_folder(source, output, NAME)
