@@ -60,8 +60,8 @@ def estimate_stage_memory(job: PlannedJob, stage: int) -> dict[str, int]:
     if job.lagged:
         kinds["lag"] = job.element_bytes * parameter_count.count_model_on_rank(job, stage)
     kinds["activations"] = _estimate_activations(job, stage)
-    if job.operator is not None and job.micro_batches_per_build == 1:
-        # The sums of the last layers come when their activations are freed.
+    if job.operator is not None and job.micro_batches_per_build == 1 and job.parallel.zero != 3:
+        # The sums of the last layers come when their activations are freed; under ZeRO 3 they were measured beside.
         layers = job.layers_per_stage()[stage]
         freed = kinds["activations"] * min(layers, MIXED_LAYERS_AT_ONCE) / layers
         kinds["gradient sums"] = max(0, kinds["gradient sums"] - freed)

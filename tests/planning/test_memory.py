@@ -26,5 +26,5 @@ def test_memory_is_as_planned_within_15_percent(pools, case):
     kind, world_size, sizes, options = bench_plan.CASES[case]
     ranks = pools(world_size).run(measure_ranks, kind=kind, job={**sizes, **options})
     for stage in bench_plan.compare_by_stage(ranks):
-        assert stage["ratio"] == pytest.approx(1.0, abs=bench_plan.GOAL), stage
+        assert stage["ratio"] == pytest.approx(1.0, abs=bench_plan.GOAL), str(stage)
     assert all(rank["parameters"] == rank["counted"] for rank in ranks)
