@@ -90,6 +90,8 @@ def sizes(model_type: str, **changes) -> ModelConfig:
         result["rope_base"] = 5000.0
     if "no_rope_layers" in arch.hf_pattern_keys.get(model_type, ()):
         result["rope_layers"] = (True, False, True, True, False)
+    if "attention_scale_dim" in free:
+        result["attention_scale_dim"] = 5
     if arch.has_experts:
         result |= {"num_experts": 3, "top_k": 2}
     if "position_padding" in free:
