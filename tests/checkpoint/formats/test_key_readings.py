@@ -12,6 +12,7 @@ from megatron_ligo.arch.rope_frequencies import rotary_frequencies
 from megatron_ligo.checkpoint.formats.fairscale import params_json
 from megatron_ligo.checkpoint.formats.gguf import metadata_keys
 from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.checkpoint.formats.megatron_lm import rope_arguments
 from megatron_ligo.checkpoint.formats.megatron_lm.argument_parsing import _check_activation
 from megatron_ligo.checkpoint.source_keys import NO_KEYS
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector
@@ -84,6 +85,14 @@ def test_transformer_engines_gelu_is_by_tanh():
     assert not errors.problems
     _check_activation(values, get("gpt2"), config_of("gpt2", "GPT2LMHeadModel", activation="gelu"), errors)
     assert errors.problems
+
+
+@pytest.mark.parametrize(("factor", "is_refused"), [(4.0, True), (8.0, False), (1.0, False)])
+def test_a_factor_without_its_switch_is_refused(factor, is_refused):
+    """epfLLM's fork scales linearly by it; Megatron-LM states its default, 8, where nothing is scaled."""
+    errors = ErrorCollector("arguments", CheckpointError)
+    rope_arguments.check_rope_args({"use_rope_scaling": False, "rope_scaling_factor": factor}, errors)
+    assert bool(errors.problems) is is_refused
 
 
 def test_mistrals_params_json_must_state_its_base(tmp_path):

@@ -51,7 +51,9 @@ def check_rope_args(args: Mapping[str, object], errors: ErrorCollector) -> None:
     stated = [name for name, is_stated in scalings.items() if is_stated]
     if len(stated) > 1:
         errors.add(" and ".join(stated), "one scaling of the rotary positions", "several")
-    if "use_rope_scaling" not in args and args.get("rope_scaling_factor") not in (None, 1):
+    # Megatron-LM states its default where nothing is scaled.
+    unscaled = (None, 1, LLAMA3_FACTOR) if "use_rope_scaling" in args else (None, 1)
+    if not args.get("use_rope_scaling") and args.get("rope_scaling_factor") not in unscaled:
         hint = "Some forks of Megatron-LM scale linearly by it: put the model's config.json beside the weights."
         errors.add("rope_scaling_factor", "none without use_rope_scaling", args["rope_scaling_factor"], hint)
 
