@@ -1,6 +1,6 @@
 # An image for NVIDIA GPUs. See docs/gpu.md. Neither built nor run yet.
 #   docker build -t megatron-ligo .
-#   docker run --gpus all --ipc host --ulimit memlock=-1 -v $PWD/runs:/work/runs megatron-ligo \
+#   docker run --gpus all --ipc host --ulimit memlock=-1 -v $PWD/runs:/app/runs megatron-ligo \
 #       deepspeed tools/fit.py --config runs/run.toml --output runs/fit
 ARG BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 FROM ${BASE}
@@ -8,7 +8,7 @@ FROM ${BASE}
 RUN apt-get update && apt-get install -y --no-install-recommends \
         python3.12 python3.12-dev python3.12-venv build-essential git openssh-client pdsh && \
     rm -rf /var/lib/apt/lists/*
-WORKDIR /work
+WORKDIR /app
 COPY requirements.txt requirements-models.txt pyproject.toml README.md ./
 COPY launch_scripts launch_scripts
 COPY megatron_ligo megatron_ligo
@@ -22,4 +22,4 @@ RUN if [ -n "$TORCH_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$TORCH_INDEX"; fi
 ARG TRANSFORMER_ENGINE=
 RUN if [ -n "$TRANSFORMER_ENGINE" ]; then \
         /opt/venv/bin/python -m pip install --no-build-isolation "transformer_engine[pytorch]"; fi
-ENV PATH=/opt/venv/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=/work
+ENV PATH=/opt/venv/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=/app

@@ -6,20 +6,8 @@ Models are built by layer_norm_models.model_of.
 from __future__ import annotations
 
 from megatron_ligo.arch.model_config import ModelConfig
+from tests.decoder_models import SIZES
 
-# All sizes differ. transformers wants hidden_size to be a multiple of num_heads.
-SIZES = {
-    "num_layers": 3,
-    "hidden_size": 24,
-    "ffn_size": 28,
-    "num_heads": 6,
-    "num_kv_heads": 3,
-    "head_dim": 4,
-    "vocab_size": 37,
-    "max_positions": 64,
-    "norm_eps": 1e-3,
-    "rope_base": 10000.0,
-}
 # Name of a case: the fields of ModelConfig in which it differs.
 OWN = {
     "smollm3": {"arch": "smollm3", "rope_layers": (True, False, True)},
