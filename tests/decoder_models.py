@@ -52,5 +52,5 @@ def config_of(family: str, **changes) -> ModelConfig:
 
 
 def has_gguf(family: str) -> bool:
-    """True if files of llama.cpp hold a family."""
-    return bool(get(family).gguf_fields)
+    """True if the keys of llama.cpp's files state all sizes of a family."""
+    return bool(get(family).gguf_fields) and not get(family).gguf_network.window_period

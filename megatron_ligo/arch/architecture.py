@@ -8,6 +8,7 @@ from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
 
+from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes
 from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Stage, key_indices, key_pattern
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
@@ -36,6 +37,7 @@ class Architecture:
     model_types: Hugging Face `model_type` -> {class: its optional parts (fields of `ModelConfig`)}. The first class is
         assumed if a config names none. The last one is the base model.
     hf_fields, gguf_fields: {config key: field of `ModelConfig`} of the two formats' headers.
+    gguf_network: what GGUF files of the family say without a key.
     required_hf_values: values that a Hugging Face config must have (or omit) for this definition to apply.
     rope_kinds: {scaling of rotary positions that the class takes: the one that it takes it for}; {} = all, as stated.
     original_length: the class's own default of original_max_position_embeddings, which wins over a scaling's.
@@ -75,6 +77,7 @@ class Architecture:
     hf_pattern_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_rope_by_layer_type: bool = False
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    gguf_network: GgufNetwork = field(default_factory=GgufNetwork)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
     fused_experts: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)
     expert_types: Mapping[str, str] = field(default_factory=dict)

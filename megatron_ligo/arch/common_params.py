@@ -30,14 +30,18 @@ DROPOUT = "dropout acts in training only, and this program trains without it"
 OTHER_HEADS = "only classes with other heads read it"
 
 
-def locations(hf: str, mcore: str) -> Locations:
-    """Returns the locations of a tensor or module from its names in Hugging Face's and Megatron-core's models."""
-    return {"hf": FormatLocation(hf), "mcore": FormatLocation(mcore)}
+def locations(hf: str, mcore: str, gguf: str = "") -> Locations:
+    """Returns the locations of a tensor or module from its names in Hugging Face's and Megatron-core's models.
+
+    gguf: its name in GGUF files, if they hold the family.
+    """
+    names = {"hf": FormatLocation(hf), "mcore": FormatLocation(mcore)}
+    return names | {"gguf": FormatLocation(gguf)} if gguf else names
 
 
-def locations_below(hf_prefix: str, mcore_prefix: str) -> Callable[[str, str], Locations]:
-    """Returns `locations` with a prefix prepended to each of the two names."""
-    return lambda hf, mcore: locations(hf_prefix + hf, mcore_prefix + mcore)
+def locations_below(hf_prefix: str, mcore_prefix: str, gguf_prefix: str = "") -> Callable[..., Locations]:
+    """Returns `locations` with a prefix prepended to each of the names."""
+    return lambda hf, mcore, gguf="": locations(hf_prefix + hf, mcore_prefix + mcore, gguf and gguf_prefix + gguf)
 
 
 def grouped_qkv(module: Locations, part: int, formats: tuple[str, ...] = ("mcore",)) -> Locations:

@@ -12,6 +12,7 @@ from megatron_ligo.arch.common_axes import RESIDUAL_GAIN
 from megatron_ligo.arch.common_params import ACTIVATIONS, weight_of, without_format
 from megatron_ligo.arch.families.llama import FFN_NORM, LLAMA
 from megatron_ligo.arch.families.olmo2 import ATTENTION_OUTPUT_NORM, BLOCK_OUTPUTS, FFN_OUTPUT_NORM
+from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role
 
 FFN_INPUT_NORM = weight_of(FFN_NORM | {"hf": FormatLocation("model.layers.{}.pre_feedforward_layernorm")})
@@ -21,6 +22,10 @@ OWN_FIELDS = {
     "final_logit_softcapping": "logits_softcap",
     "attn_logit_softcapping": "attention_softcap",
 }
+
+GGUF_FIELDS = LLAMA.gguf_fields | {"attention.sliding_window": "sliding_window"}
+# llama.cpp computes GELU by tanh.
+GGUF_ACTIVATION = {"activation": "gelu_pytorch_tanh"}
 
 GEMMA2 = replace(
     LLAMA,
@@ -40,8 +45,14 @@ GEMMA2 = replace(
         ParamSpec("layers.{}.norm2_out", Role.FFN_OUTPUT_NORM, (RESIDUAL_GAIN,), None, FFN_OUTPUT_NORM),
     ),
     hf_fields=LLAMA.hf_fields | OWN_FIELDS,
-    # Files of llama.cpp state neither the factor of the scores nor which layers have a window.
-    gguf_fields={},
+    gguf_fields=GGUF_FIELDS
+    | {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logits_softcap"},
+    gguf_network=GgufNetwork(
+        constants=GGUF_ACTIVATION,
+        required=("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+        window_period=2,
+        wide_scale_layers=46,
+    ),
     required_hf_values={"attention_bias": False},
     foreign_hf_keys={},
     hf_pattern_keys={"gemma2": ("layer_types",)},

@@ -7,8 +7,9 @@ follows the residual stream's variance (eps x D1 / D2), which costs the heads' n
 
 from dataclasses import replace
 
-from megatron_ligo.arch.families.gemma2 import GEMMA2
+from megatron_ligo.arch.families.gemma2 import GEMMA2, GGUF_ACTIVATION, GGUF_FIELDS
 from megatron_ligo.arch.families.qwen3 import KEY_NORM, QUERY_NORM
+from megatron_ligo.arch.gguf_network import GgufNetwork
 
 GEMMA3 = replace(
     GEMMA2,
@@ -19,6 +20,16 @@ GEMMA3 = replace(
         **{key: name for key, name in GEMMA2.hf_fields.items() if name != "attention_softcap"},
         "rope_local_base_freq": "window_rope_base",
     },
+    # Its versions bound the logits of some files only.
+    gguf_fields=GGUF_FIELDS | {"rope.freq_base_swa": "window_rope_base"},
+    gguf_network=GgufNetwork(
+        names={"gemma3": "gemma3_text"},
+        constants=GGUF_ACTIVATION,
+        required=("attention.sliding_window",),
+        window_period=6,
+        window_rope_base=10000.0,
+        wide_scale_layers=62,
+    ),
     hf_pattern_keys={"gemma3_text": ("layer_types", "sliding_window_pattern")},
     hf_rope_by_layer_type=True,
     # transformers declares it and does not read it.

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_ligo.arch.common_params import without_format
 from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.gguf_network import GgufNetwork
 
 MINISTRAL3 = replace(
     LLAMA,
@@ -20,7 +21,8 @@ MINISTRAL3 = replace(
             without_format((param for param in LLAMA.params if not param.requires), "fairscale"), "torchtitan"
         )
     ),
-    gguf_fields={},
+    gguf_fields=LLAMA.gguf_fields | {"attention.temperature_scale": "query_scaling_beta"},
+    gguf_network=GgufNetwork(names={"mistral3": "ministral3"}, has_yarn_scale=True),
     required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     hf_pattern_keys={},

@@ -11,13 +11,15 @@ from megatron_ligo.arch.common_params import CAUSAL, weight_of
 from megatron_ligo.arch.families.llama import LLAMA
 from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
-QKV, GATE_UP = "model.layers.{}.self_attn.qkv_proj", "model.layers.{}.mlp.gate_up_proj"
+QKV = {"hf": "model.layers.{}.self_attn.qkv_proj", "gguf": "blk.{}.attn_qkv"}
+GATE_UP = {"hf": "model.layers.{}.mlp.gate_up_proj", "gguf": "blk.{}.ffn_up"}
+# Role: the fused matrix, the part in it, and the number of its parts.
 FUSED = {
-    Role.QUERY: FormatLocation(QKV, Pack.STACKED, 0, num_parts=3),
-    Role.KEY: FormatLocation(QKV, Pack.STACKED, 1, num_parts=3),
-    Role.VALUE: FormatLocation(QKV, Pack.STACKED, 2, num_parts=3),
-    Role.FFN_GATE: FormatLocation(GATE_UP, Pack.STACKED, 0, num_parts=2),
-    Role.FFN_UP: FormatLocation(GATE_UP, Pack.STACKED, 1, num_parts=2),
+    Role.QUERY: (QKV, 0, 3),
+    Role.KEY: (QKV, 1, 3),
+    Role.VALUE: (QKV, 2, 3),
+    Role.FFN_GATE: (GATE_UP, 0, 2),
+    Role.FFN_UP: (GATE_UP, 1, 2),
 }
 # The released models name their own code of the same network.
 OWN_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
@@ -28,9 +30,12 @@ def _params() -> Iterator[ParamSpec]:
     for param in LLAMA.params:
         if param.requires:
             continue
-        locations = {name: param.locations[name] for name in ("hf", "mcore")}
-        fused = FUSED.get(param.role)
-        yield replace(param, locations=locations | (weight_of({"hf": fused}) if fused else {}))
+        locations = {name: param.locations[name] for name in ("hf", "mcore", "gguf")}
+        if param.role in FUSED:
+            names, part, num_parts = FUSED[param.role]
+            fused = {name: FormatLocation(tensor, Pack.STACKED, part, num_parts) for name, tensor in names.items()}
+            locations |= weight_of(fused)
+        yield replace(param, locations=locations)
 
 
 PHI3 = replace(
@@ -43,7 +48,8 @@ PHI3 = replace(
         "partial_rotary_factor": "rotary_fraction",
         "rope_scaling": "rope_scaling",
     },
-    gguf_fields={},
+    gguf_fields={key: name for key, name in LLAMA.gguf_fields.items() if name != "head_dim"}
+    | {"attention.sliding_window": "sliding_window"},
     required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     hf_pattern_keys={},

@@ -12,9 +12,13 @@ from megatron_ligo.arch.families.llama import LLAMA
 from megatron_ligo.arch.spec import ParamSpec, Role
 
 NORMS = {
-    Role.ATTENTION_NORM: ("model.layers.{}.input_layernorm", "decoder.layers.{}.input_layernorm"),
-    Role.FFN_NORM: ("model.layers.{}.post_attention_layernorm", "decoder.layers.{}.pre_mlp_layernorm"),
-    Role.FINAL_NORM: ("model.norm", "decoder.final_layernorm"),
+    Role.ATTENTION_NORM: ("model.layers.{}.input_layernorm", "decoder.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    Role.FFN_NORM: (
+        "model.layers.{}.post_attention_layernorm",
+        "decoder.layers.{}.pre_mlp_layernorm",
+        "blk.{}.ffn_norm",
+    ),
+    Role.FINAL_NORM: ("model.norm", "decoder.final_layernorm", "output_norm"),
 }
 RENAMED = {"layer_norm_eps": "norm_eps", "use_qkv_bias": "qkv_bias", "partial_rotary_factor": "rotary_fraction"}
 DROPPED = ("head_dim", "rms_norm_eps", "sliding_window")
@@ -25,7 +29,7 @@ def _params() -> Iterator[ParamSpec]:
         if param.role in NORMS:
             yield from norm_params(param.key, param.role, locations(*NORMS[param.role]), feeds_head=param.feeds_head)
         else:
-            yield replace(param, locations={name: param.locations[name] for name in ("hf", "mcore")})
+            yield replace(param, locations={name: param.locations[name] for name in ("hf", "mcore", "gguf")})
 
 
 STABLELM = replace(
@@ -35,7 +39,8 @@ STABLELM = replace(
     model_types={"stablelm": {"StableLmForCausalLM": ()}},
     params=tuple(_params()),
     hf_fields={key: name for key, name in LLAMA.hf_fields.items() if key not in DROPPED} | RENAMED,
-    gguf_fields={},
+    gguf_fields={key: name for key, name in LLAMA.gguf_fields.items() if name not in ("head_dim", "norm_eps")}
+    | {"attention.layer_norm_epsilon": "norm_eps"},
     required_hf_values={"hidden_act": "silu", "use_parallel_residual": False, "qk_layernorm": False},
     foreign_hf_keys={},
     hf_pattern_keys={},

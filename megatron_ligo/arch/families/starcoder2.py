@@ -26,17 +26,22 @@ from megatron_ligo.arch.common_params import (
     locations_below,
     norm_params,
 )
+from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import ParamSpec, Role
 
-LAYER = locations_below("model.layers.{}.", "decoder.layers.{}.")
+LAYER = locations_below("model.layers.{}.", "decoder.layers.{}.", "blk.{}.")
 QUERY, KEY, VALUE = (
-    grouped_qkv(LAYER(f"self_attn.{name}_proj", "self_attention.linear_qkv"), part) for part, name in enumerate("qkv")
+    grouped_qkv(LAYER(f"self_attn.{name}_proj", "self_attention.linear_qkv", f"attn_{name}"), part)
+    for part, name in enumerate("qkv")
 )
-ATTENTION_OUTPUT = LAYER("self_attn.o_proj", "self_attention.linear_proj")
-UP, DOWN = LAYER("mlp.c_fc", "mlp.linear_fc1"), LAYER("mlp.c_proj", "mlp.linear_fc2")
-EMBEDDING = locations("model.embed_tokens.weight", "embedding.word_embeddings.weight")
-FINAL_NORM = locations("model.norm", "decoder.final_layernorm")
-HEAD = locations("lm_head.weight", "output_layer.weight")
+ATTENTION_OUTPUT = LAYER("self_attn.o_proj", "self_attention.linear_proj", "attn_output")
+UP, DOWN = LAYER("mlp.c_fc", "mlp.linear_fc1", "ffn_up"), LAYER("mlp.c_proj", "mlp.linear_fc2", "ffn_down")
+ATTENTION_NORM = LAYER("input_layernorm", "input_layernorm", "attn_norm")
+FFN_NORM = LAYER("post_attention_layernorm", "pre_mlp_layernorm", "ffn_norm")
+EMBEDDING = locations("model.embed_tokens.weight", "embedding.word_embeddings.weight", "token_embd.weight")
+FINAL_NORM = locations("model.norm", "decoder.final_layernorm", "output_norm")
+HEAD = locations("lm_head.weight", "output_layer.weight", "output.weight")
 
 STARCODER2 = Architecture(
     name="starcoder2",
@@ -44,12 +49,12 @@ STARCODER2 = Architecture(
     model_types={"starcoder2": {"Starcoder2ForCausalLM": ()}},
     params=(
         ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, EMBEDDING),
-        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, LAYER("input_layernorm", "input_layernorm")),
+        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, ATTENTION_NORM),
         *linear_params("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, QUERY),
         *linear_params("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, KEY),
         *linear_params("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, VALUE),
         *linear_params("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, ATTENTION_OUTPUT),
-        *norm_params("layers.{}.norm2", Role.FFN_NORM, LAYER("post_attention_layernorm", "pre_mlp_layernorm")),
+        *norm_params("layers.{}.norm2", Role.FFN_NORM, FFN_NORM),
         *linear_params("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, UP),
         *linear_params("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, DOWN),
         *norm_params("final_norm", Role.FINAL_NORM, FINAL_NORM, feeds_head=True),
@@ -70,6 +75,12 @@ STARCODER2 = Architecture(
         "rope_scaling": "rope_scaling",
         "sliding_window": "sliding_window",
     },
+    gguf_fields={
+        **{key: name for key, name in LLAMA.gguf_fields.items() if name not in ("head_dim", "norm_eps")},
+        "attention.layer_norm_epsilon": "norm_eps",
+    },
+    # llama.cpp computes GELU by tanh, and knows no window: its files state none.
+    gguf_network=GgufNetwork(constants={"activation": "gelu_pytorch_tanh"}),
     required_hf_values={"use_bias": True},
     choices={"activation": ACTIVATIONS},
     hf_fixed=CAUSAL | {"mlp_type": ("default", None), "norm_type": ("layer_norm", None)},

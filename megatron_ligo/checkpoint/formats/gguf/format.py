@@ -18,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from megatron_ligo.arch.spec import Use
 from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.formats.gguf.gguf_sizes import FAMILY, NAME, parse_model_config
 from megatron_ligo.checkpoint.formats.gguf.header import MAGIC
@@ -39,7 +40,7 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 # llama.cpp interleaves rotary pairs for these architectures only.
-INTERLEAVED = ("llama", "granite")
+INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 
 
@@ -87,12 +88,18 @@ class GgufReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         block = self._header.tensors[self._items[key].name]
-        return TensorInfo(self.param(key).shape(self.model_config), PLAIN.get(block.type, torch.float32))
+        dtype = torch.float32 if self._has_offset(key) else PLAIN.get(block.type, torch.float32)
+        return TensorInfo(self.param(key).shape(self.model_config), dtype)
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT, "this format holds no optimizer state"
         item = self._items[key]
-        return item.extract(self._tensor(item.name), key, self.model_config)
+        tensor = item.extract(self._tensor(item.name), key, self.model_config)
+        return tensor.float() - self.arch.gain_offset if self._has_offset(key) else tensor
+
+    def _has_offset(self, key: str) -> bool:
+        """True for a gain of a norm that multiplies by 1 + w: llama.cpp stores the sum."""
+        return bool(self.arch.gain_offset) and self.param(key).axes[0].use is Use.GAIN
 
     def _tensor(self, name: str) -> Tensor:
         block = self._header.tensors[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isclose, isfinite
+from math import isfinite
 from pathlib import Path
 
 from gguf.constants import MODEL_ARCH_NAMES
@@ -11,21 +11,24 @@ from gguf.constants import MODEL_ARCH_NAMES
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import ParamSpec
 from megatron_ligo.checkpoint.formats.gguf.header import GgufHeader
-from megatron_ligo.checkpoint.formats.gguf.metadata_keys import ATTENTION_SCALE, check_keys
+from megatron_ligo.checkpoint.formats.gguf.layer_settings import complete_attention_scale, complete_layers
+from megatron_ligo.checkpoint.formats.gguf.metadata_keys import HEAD_SIZES, ROTATED, WINDOW, check_keys
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import parse_rope_scaling, shortest_decimal
-from megatron_ligo.checkpoint.source_keys import AcceptedKeys, describe_value
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys, describe_value, is_same_value
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 NAME = "gguf"
 FAMILY = "general.architecture"
 # Sizes that llama.cpp may state layer by layer.
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-FP32_ROUNDING = 2**-23
 REALS = (
     "norm_eps", "rope_base", "embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor",
-    "attention_softcap", "logits_softcap",
+    "attention_softcap", "logits_softcap", "query_scaling_beta", "window_rope_base",
 )  # fmt: skip
+# Fields that 0 switches off.
+MAY_BE_ZERO = ("sliding_window", "query_scaling_beta")
 REQUIRED = ("hidden_size", "num_heads", "num_layers", "max_positions", "norm_eps", "ffn_size", "attention_scale")
 
 
@@ -36,25 +39,37 @@ def parse_model_config(header: GgufHeader, path: Path, accepted: AcceptedKeys) -
     family = str(metadata[FAMILY])
     errors = ErrorCollector(f"{path} describes a model that this program does not support", CheckpointError)
     check_keys(metadata, arch, family, accepted, errors)
-    sizes: dict[str, object] = {"arch": arch.name, "model_type": family}
+    model_type = find_names(arch)[family]
+    sizes: dict[str, object] = {"arch": arch.name, "model_type": model_type, **arch.gguf_network.constants}
     sizes |= _read_fields(metadata, arch, family, errors)
     _read_vocab_size(header, arch, family, sizes, errors)
-    for name in REQUIRED:
-        if name not in sizes and name in arch.gguf_fields.values():
-            key = next(key for key, field in arch.gguf_fields.items() if field == name)
-            if f"{family}.{key}" not in metadata:
-                errors.add(f"{family}.{key}", "a positive number", "no such key")
+    for key, name in arch.gguf_fields.items():
+        is_required = name in REQUIRED or key in arch.gguf_network.required
+        if is_required and name not in sizes and f"{family}.{key}" not in metadata:
+            errors.add(f"{family}.{key}", "a positive number", "no such key")
     errors.raise_if_any()
-    _complete_heads(metadata, family, sizes, errors)
+    _complete_heads(metadata, arch, family, sizes, errors)
     errors.raise_if_any()
+    complete_attention_scale(metadata, arch, family, sizes, errors)
     if "rope_base" in arch.gguf_fields.values():
         # llama.cpp's default.
         sizes.setdefault("rope_base", 10000.0)
-        sizes["rope_scaling"] = parse_rope_scaling(header, family, sizes["head_dim"], sizes["rope_base"], errors)
+        rotated = int(sizes["head_dim"] * sizes.get("rotary_fraction", 1))
+        scaling = parse_rope_scaling(
+            header, family, rotated, sizes["rope_base"], errors, arch.gguf_network.has_yarn_scale
+        )
+        sizes["rope_scaling"] = scaling
+        if scaling and arch.rope_kinds and scaling["rope_type"] not in arch.rope_kinds:
+            errors.add("rope.scaling.type", f"one of {', '.join(arch.rope_kinds)}", scaling["rope_type"])
+        complete_layers(metadata, arch, family, sizes, errors)
     errors.raise_if_any()
+    implied = arch.implied_sizes.get(model_type, {})
+    for param in arch.params:
+        if param.requires and param.requires not in implied:
+            sizes[param.requires] = sizes.get(param.requires) is True or _is_in_file(param, header)
     sizes["tied"] = any(param.tied_to and param.locations[NAME].name not in header.tensors for param in arch.params)
     try:
-        return ModelConfig.from_json(sizes | arch.implied_sizes.get(family, {}))
+        return ModelConfig.from_json(sizes | implied)
     except ConfigError as error:
         errors.problems.extend(error.problems)
     errors.raise_if_any()
@@ -63,20 +78,29 @@ def parse_model_config(header: GgufHeader, path: Path, accepted: AcceptedKeys) -
 
 def find_architecture(metadata: Mapping[str, object], path: Path) -> Architecture:
     """Returns the definition of the network that `general.architecture` names. CheckpointError if there is none."""
-    llama_cpp_names = set(MODEL_ARCH_NAMES.values())
-    known = {
-        name: arch
-        for arch in architectures.architectures().values()
-        if arch.gguf_fields
-        for name in arch.model_types
-        if name in llama_cpp_names
-    }
+    known: dict[str, list[Architecture]] = {}
+    for arch in architectures.architectures().values():
+        for name in find_names(arch) if arch.gguf_fields else ():
+            known.setdefault(name, []).append(arch)
     name = metadata.get(FAMILY)
     if isinstance(name, str) and name in known:
-        return known[name]
+        has_window = bool(metadata.get(f"{name}.{WINDOW}"))
+        # One that has windows, or the one that has none, where two share a name.
+        return max(known[name], key=lambda arch: (WINDOW in arch.gguf_fields) is has_window)
+    llama_cpp_names = set(MODEL_ARCH_NAMES.values())
     hint = "Its network differs from these." if isinstance(name, str) and name in llama_cpp_names else ""
     found = "no such key" if name is None else describe_value(name)
     raise CheckpointError(Problem(f"{path}: {FAMILY}", " or ".join(sorted(known)), found, hint))
+
+
+def find_names(arch: Architecture) -> Mapping[str, str]:
+    """Returns {`general.architecture`: `model_type`} of a family's GGUF files."""
+    llama_cpp_names = set(MODEL_ARCH_NAMES.values())
+    return arch.gguf_network.names or {name: name for name in arch.model_types if name in llama_cpp_names}
+
+
+def _is_in_file(param: ParamSpec, header: GgufHeader) -> bool:
+    return param.locations[NAME].name.format(0) in header.tensors
 
 
 def _read_fields(
@@ -96,6 +120,8 @@ def _read_fields(
                 continue
         if name in REALS and isinstance(value, float) and isfinite(value) and value > 0:
             sizes[name] = shortest_decimal(value)
+        elif name in MAY_BE_ZERO and key not in arch.gguf_network.required and is_same_value(value, 0):
+            continue
         elif name not in REALS and type(value) is int and value > 0:
             sizes[name] = value
         else:
@@ -131,7 +157,7 @@ def _read_vocab_size(
 
 
 def _complete_heads(
-    metadata: Mapping[str, object], family: str, sizes: dict[str, object], errors: ErrorCollector
+    metadata: Mapping[str, object], arch: Architecture, family: str, sizes: dict[str, object], errors: ErrorCollector
 ) -> None:
     """Sets what the file does not state about heads, and checks that keys, values and rotary parts have one size."""
     sizes.setdefault("num_kv_heads", sizes["num_heads"])
@@ -141,14 +167,10 @@ def _complete_heads(
             errors.add(f"{family}.attention.head_count", expected, sizes["num_heads"])
             return
         sizes["head_dim"] = sizes["hidden_size"] // sizes["num_heads"]
-    for key in ("rope.dimension_count", "attention.value_length"):
-        size = metadata.get(f"{family}.{key}", sizes["head_dim"])
-        if type(size) is not int or size != sizes["head_dim"]:
-            errors.add(f"{family}.{key}", f"the head size, {sizes['head_dim']}", describe_value(size))
-    if "attention_scale" in sizes:
-        return
-    scale, default = metadata.get(f"{family}.{ATTENTION_SCALE}", 0), sizes["head_dim"] ** -0.5
-    is_default = type(scale) in (int, float) and (scale == 0 or isclose(scale, default, rel_tol=FP32_ROUNDING))
-    if not is_default:
-        expected = f"0, or {default:.8g}, the root of 1 / the head size"
-        errors.add(f"{family}.{ATTENTION_SCALE}", expected, describe_value(scale))
+    head_dim, is_partial = sizes["head_dim"], "rotary_fraction" in arch.hf_fields.values()
+    for key in HEAD_SIZES:
+        size = metadata.get(f"{family}.{key}", head_dim)
+        if key == ROTATED and is_partial and type(size) is int and 0 < size <= head_dim:
+            sizes["rotary_fraction"] = size / head_dim
+        elif type(size) is not int or size != head_dim:
+            errors.add(f"{family}.{key}", f"the head size, {head_dim}", describe_value(size))

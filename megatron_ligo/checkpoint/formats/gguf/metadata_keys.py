@@ -30,14 +30,20 @@ ROPE_FIELDS = (
 )  # fmt: skip
 # Must be what follows from the head size; 0 means that.
 ATTENTION_SCALE = "attention.scale"
+# Must be the head size; a family may rotate a part of it.
+ROTATED = "rope.dimension_count"
+HEAD_SIZES = (ROTATED, "attention.value_length", "attention.key_length")
+WINDOW, WINDOW_PATTERN, WINDOW_BASE = (
+    "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa",
+)  # fmt: skip
+OF_WINDOWS = (
+    WINDOW_BASE, WINDOW_PATTERN, "rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa",
+)  # fmt: skip
 HARMLESS = {
     "rope.scaling.finetuned": "it states whether the model was trained with the scaling that it states",
-    "rope.freq_base_swa": "of layers with a sliding window, which attention.sliding_window would state",
-    "rope.dimension_count_swa": "of layers with a sliding window, which attention.sliding_window would state",
-    "attention.key_length_swa": "of layers with a sliding window, which attention.sliding_window would state",
-    "attention.value_length_swa": "of layers with a sliding window, which attention.sliding_window would state",
-    "attention.sliding_window_pattern": "of layers with a sliding window, which attention.sliding_window would state",
+    **dict.fromkeys(OF_WINDOWS, "of layers with a sliding window, which attention.sliding_window would state"),
     "attention.layer_norm_epsilon": "of LayerNorm; these networks have RMSNorm",
+    "attention.layer_norm_rms_epsilon": "of RMSNorm; these networks have LayerNorm",
     "attention.group_norm_epsilon": "of GroupNorm; these networks have RMSNorm",
     "attention.group_norm_groups": "of GroupNorm; these networks have RMSNorm",
     "pooling_type": "it chooses what an embedding server returns",
@@ -57,7 +63,7 @@ OFF_KEYS = (
     "altup.active_idx", "altup.num_inputs", "embedding_length_per_layer_input", "embedding_length_out",
     "features_length", "decoder_block_count", "swiglu_clamp_exp", "swiglu_clamp_shexp", "dense_2_feat_in",
     "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out",
-    "attention.max_alibi_bias", "attention.clamp_kqv", "attention.sliding_window",
+    "attention.max_alibi_bias", "attention.clamp_kqv", WINDOW,
     "attention.q_lora_rank", "attention.kv_lora_rank", "attention.decay_lora_rank", "attention.iclr_lora_rank",
     "attention.value_residual_mix_lora_rank", "attention.gate_lora_rank", "attention.relative_buckets_count",
     "attention.temperature_length", "attention.key_length_mla", "attention.value_length_mla",
@@ -93,10 +99,14 @@ FOREIGN_NAMESPACES = ("adapter.", "clip.", "diffusion.", "xielu.", "controlvecto
 
 def key_table(arch: Architecture, family: str) -> KeyTable:
     """Returns the classification of the keys of one network, `family` by its name in GGUF."""
-    fields = {**arch.gguf_fields, "rope.dimension_count": "head_dim", "attention.value_length": "head_dim"}
+    fields = {**dict.fromkeys(HEAD_SIZES, "head_dim"), **arch.gguf_fields}
+    if arch.gguf_network.window_period:
+        fields |= {WINDOW_PATTERN: "window_layers", WINDOW_BASE: "window_rope_base"}
     fields.setdefault(ATTENTION_SCALE, "head_dim")
     fields |= dict.fromkeys(ROPE_FIELDS, ROPE)
     fixed = FIXED | OWN_FIXED.get(family, {})
+    if WINDOW in fields:
+        fixed |= {key: () for key in OF_WINDOWS if key not in fields}
     return KeyTable(
         {f"{family}.{key}": name for key, name in fields.items()} | FILE_FIELDS,
         {f"{family}.{key}": reason for key, reason in HARMLESS.items() if key not in fields | fixed},

@@ -32,22 +32,29 @@ def shortest_decimal(value: float) -> float:
 
 
 def parse_rope_scaling(
-    header: GgufHeader, family: str, head_dim: int, base: float, errors: ErrorCollector
+    header: GgufHeader, family: str, num_rotated: int, base: float, errors: ErrorCollector, has_yarn_scale: bool = False
 ) -> dict | None:
-    """Returns the scaling with Hugging Face's keys, or None. Adds an error if they cannot express it."""
-    return _RopeParser(header, family, head_dim, base, errors).parse()
+    """Returns the scaling with Hugging Face's keys, or None. Adds an error if they cannot express it.
+
+    num_rotated: features of a head that rotate. has_yarn_scale: see `GgufNetwork`.
+    """
+    return _RopeParser(header, family, num_rotated, base, errors, has_yarn_scale).parse()
 
 
 @dataclass(frozen=True)
 class _RopeParser:
     header: GgufHeader
     family: str
-    head_dim: int
+    num_rotated: int
     base: float
     errors: ErrorCollector
+    has_yarn_scale: bool
 
     def parse(self) -> dict | None:
-        kind = self.header.metadata.get(f"{self.family}.rope.scaling.type", "linear")
+        has_lists = {SHORT_FACTORS, LONG_FACTORS} <= self.header.tensors.keys()
+        # Files of Phi-3 name no type: llama.cpp divides by the lists that it finds.
+        default = "longrope" if has_lists else "linear"
+        kind = self.header.metadata.get(f"{self.family}.rope.scaling.type", default)
         rule = {"none": self._plain, "linear": self._linear, "yarn": self._yarn, "longrope": self._longrope}
         if not isinstance(kind, str) or kind not in rule:
             self.errors.add("rope.scaling.type", f"one of {', '.join(rule)}", repr(kind)[:60])
@@ -57,7 +64,7 @@ class _RopeParser:
             ("yarn_ext_factor", (-1.0, 1.0 if is_yarn else 0.0)),
             ("yarn_beta_fast", (32.0,)),
             ("yarn_beta_slow", (1.0,)),
-            ("yarn_log_multiplier", (0.0,)),
+            ("yarn_log_multiplier", (1.0,) if is_yarn and self.has_yarn_scale else (0.0,)),
             *(() if is_yarn else (("yarn_attn_factor", (1.0,)),)),
         ):
             self._require(f"rope.scaling.{key}", neutral)
@@ -83,6 +90,12 @@ class _RopeParser:
 
     def _yarn(self) -> dict:
         scaling = {"rope_type": "yarn", "factor": self._factor(), **self._original_length()}
+        if self.has_yarn_scale:
+            if f"{self.family}.rope.scaling.yarn_log_multiplier" not in self.header.metadata:
+                self.errors.add("rope.scaling.yarn_log_multiplier", "1", "none", f"llama.cpp's versions differ. {HINT}")
+            for key in ("attn_factor", "yarn_attn_factor"):
+                self._require(f"rope.scaling.{key}", (1.0,))
+            return {**scaling, "mscale": 1.0, "mscale_all_dim": 1.0}
         relative = self._number("rope.scaling.attn_factor", 1.0)
         if not self.errors.problems:
             # llama.cpp multiplies the rule's factor by the stated one.
@@ -132,7 +145,7 @@ class _RopeParser:
 
     def _read_table(self, name: str) -> list[float] | None:
         """Returns a table of one divisor for each rotary pair; None, with an error, if there is no such table."""
-        block, count = self.header.tensors.get(name), self.head_dim // 2
+        block, count = self.header.tensors.get(name), self.num_rotated // 2
         if block is None:
             self.errors.add(name, f"fp32 of shape ({count},)", "none", HINT)
             return None
@@ -154,7 +167,7 @@ class _RopeParser:
         factor = round(max(factors), 3) or max(factors)
         for context in (*self._original_length().values(), *CONTEXTS):
             expected = [
-                _llama3_factor(self.base ** (-2 * i / self.head_dim), factor, context) for i in range(len(factors))
+                _llama3_factor(self.base ** (-2 * i / self.num_rotated), factor, context) for i in range(len(factors))
             ]
             if np.allclose(factors, expected, rtol=CLOSE, atol=0):
                 constants = {"low_freq_factor": LOW, "high_freq_factor": HIGH, ORIGINAL_LENGTH: context}
