@@ -84,13 +84,14 @@ class ShardedSampler(ABC):
         """Returns the xxh3-64 (hex) of the tokens and labels of the first held-out samples; equal at every layout."""
         state, labels = xxhash.xxh3_64(), []
         for first in range(0, num_samples, DIGEST_SAMPLES):
-            batch = self._read_held_out(range(first, min(first + DIGEST_SAMPLES, num_samples)))
+            batch = self.held_out_batch(range(first, min(first + DIGEST_SAMPLES, num_samples)))
             state.update(batch["tokens"].numpy().tobytes())
             labels.append(batch["labels"].numpy().tobytes())
         state.update(b"".join(labels))
         return state.hexdigest()
 
-    def _read_held_out(self, indices: range) -> Batch:
+    def held_out_batch(self, indices: range) -> Batch:
+        """Reads these held-out samples, shaped as in `train_batch`."""
         self._check_length(VALID, indices.stop)
         return self._read_micro_batch(VALID, indices)
 

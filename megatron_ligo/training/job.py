@@ -158,6 +158,11 @@ class TrainingJob:
         # One part keeps its bits.
         return means[0][1] if len(means) == 1 else sum(count * mean for count, mean in means) / samples
 
+    def losses_on_held_out(self, samples: int) -> list[float]:
+        """Returns the loss on each of the first held-out samples, at any number of ranks. Every rank reads all."""
+        parts = (self.data.held_out_batch(range(index, index + 1)) for index in range(samples))
+        return [self.engine.evaluate([batch]) for batch in parts]
+
     def peak_memory_of_ranks(self) -> list[int]:
         """Returns the peak memory of every rank, in bytes."""
         return self.ranks.all_gather(peak_memory_bytes())

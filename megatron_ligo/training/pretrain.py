@@ -106,6 +106,10 @@ class Pretrain(TrainingJob):
         self._train(state)
         return self._write_record(state)
 
+    def losses_by_sample(self) -> list[float]:
+        """Returns the loss on each held-out sample; call it after `run`. Collective."""
+        return self.losses_on_held_out(self.section.eval_samples)
+
     def _extend(self, state: dict) -> None:
         """Records that the run gets more steps than it was started with."""
         section = schedule_after_growth(self.section) if self.grown else self.section

@@ -21,8 +21,9 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
         "Trains the model from scratch and from each [arms.NAME] of the config file, with the same FLOPs, learning\n"
         "rates and seeds. An arm has operator = {...} and, if it is fitted, fit = {...}; lag = STEPS minimises the\n"
         "loss after that many training steps. A fitted arm is also compared to its start without a fit, and to\n"
-        "training all weights on the fit's batches. Writes results.json, compare.html and compare.png. An interrupted\n"
-        "call resumes, and several calls may share one output folder.",
+        "training all weights on the fit's batches. small = true trains the small model on. With pretrain.schedule =\n"
+        "'wsd' a seed's budgets branch off one trunk, at about the price of the largest. Writes results.json,\n"
+        "compare.html and compare.png. An interrupted call resumes, and several calls may share one output folder.",
         EXAMPLE,
         sections=("small", "large", "operator", "fit", "handoff", "pretrain", "data"),
         output="folder for all runs and the results",

@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.config.run_config import SCRATCH, PretrainSection, RunConfig, SmallSection
-from megatron_ligo.experiments.compare.comparison_config import Arm, CompareSection, ComparisonConfig, fitted_arm_of
+from megatron_ligo.config.run_config import SCRATCH, LargeSection, PretrainSection, RunConfig, SmallSection
+from megatron_ligo.experiments.compare.comparison_config import (
+    WSD,
+    Arm,
+    CompareSection,
+    ComparisonConfig,
+    fitted_arm_of,
+)
 from megatron_ligo.experiments.compare.run_folder import CODES, FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
-from megatron_ligo.training.initial_weights import scratch_model_config
+from megatron_ligo.experiments.compare.trunk import branch_jobs, decay_steps
+from megatron_ligo.training.initial_weights import read_model_config, scratch_model_config
 
 SMALL_SEED = 0
 GetResult = Callable[[ComparisonJob], dict | None]  # returns a job's result; None while there is none
+Steps = Callable[[float], int]  # returns the steps that a budget pays for
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class ArmRun:
 
     flops: in total, of which `spent` before the run (a fit, or full training in its place). begun, loss: held-out loss
     at step 0 and at the end; loss is None if the run diverged. curve: (FLOPs, smoothed training loss) over the run.
+    sample_losses: the loss at the end on each held-out sample; empty if it was not measured.
     """
 
     seed: int
@@ -59,6 +69,7 @@ class ArmRun:
     begun: float | None
     loss: float | None
     curve: tuple[tuple[float, float], ...] = ()
+    sample_losses: tuple[float, ...] = ()
 
 
 class ComparisonPlan:
@@ -77,8 +88,8 @@ class ComparisonPlan:
             return {"path": config.small.path, "flops": compare.source_flops, "loss": None}
         run = replace(self._run(config.pretrain, compare.source_steps), lr=compare.source_lr, seed=SMALL_SEED)
         run = replace(run, start=SCRATCH)
-        sizes = replace(config.large, **dict.fromkeys(vars(config.large)))
-        job = ComparisonJob("source", PRETRAIN, self._with_cache(replace(config, pretrain=run, large=sizes)), keep=True)
+        config = self._with_cache(replace(config, pretrain=run, large=_no_sizes(config)))
+        job = ComparisonJob("source", PRETRAIN, config, keep=True)
         result = self.get_result(job)
         if not result or "end" not in result["losses"]:
             return None
@@ -103,36 +114,57 @@ class ComparisonPlan:
 
     def train(self, arm: Arm, seed: int, budget: float, lr: float, tuning: bool = False) -> ArmRun | None:
         """Returns one run; None if it is missing or its start costs more than the budget."""
+        config = self._seeded(arm.config, seed)
+        if arm.small:
+            config = replace(config, large=_no_sizes(config))
         start = self.start(arm, seed, lr)
         if start is None:
             return None
-        steps = self.steps(budget, start.spent)
+        step_flops = self.small_step_flops if arm.small else self.step_flops
+        steps_of = partial(self._steps, spent=start.spent, step_flops=step_flops)
+        steps = steps_of(budget)
         if steps < 1:
             return None
-        config = self._seeded(arm.config, seed)
-        run = replace(
-            self._run(config.pretrain, steps), lr=lr, start=start.folder, first_sample=start.samples, grown_peak=1.0
-        )
-        run = replace(run, codes=start.codes)
+        run = replace(self._run(config.pretrain, steps), lr=lr, start=start.folder, first_sample=start.samples)
+        if run.schedule == WSD:
+            # All budgets share the warm-up, as they share the trunk.
+            run = replace(run, warmup_steps=self._warmup_steps(max(steps_of(min(self.spec.compare.budgets)), 0)))
+        run = replace(run, grown_peak=1.0, codes=start.codes)
         valid = (self.spec.compare.tune_valid if tuning else ()) or config.data.valid
         config = replace(config, pretrain=run, data=replace(config.data, valid=valid))
-        result = self.get_result(
-            ComparisonJob(f"{arm.name}/seed_{seed}/{'try' if tuning else 'run'}_{budget:g}_{lr:g}", PRETRAIN, config)
-        )
+        result = self._last_result(f"{arm.name}/seed_{seed}", config, budget, steps_of, tuning)
         if result is None:
             return None
         losses = result["losses"]
-        flops = start.spent + steps * self.step_flops
+        flops = start.spent + steps * step_flops
         loss = losses.get("end")
         loss = loss if loss is not None and math.isfinite(loss) else None
         curve = tuple((start.spent + at, value) for at, value in result.get("curve", ()))
-        return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss, curve)
+        samples = tuple(result.get("sample_losses", ()))
+        return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss, curve, samples)
+
+    def _last_result(self, prefix: str, config: RunConfig, budget: float, steps: Steps, tuning: bool) -> dict | None:
+        """Returns the result of a run of one budget; {"losses": {}} if it, or the trunk before it, diverged."""
+        run = config.pretrain
+        if tuning:
+            return self.get_result(ComparisonJob(f"{prefix}/try_{budget:g}_{run.lr:g}", PRETRAIN, config))
+        if run.schedule != WSD:
+            return self.get_result(ComparisonJob(f"{prefix}/run_{budget:g}_{run.lr:g}", PRETRAIN, config))
+        shorter = {each: steps(each) for each in self.spec.compare.budgets if each < budget and steps(each) > 0}
+        result = None
+        for job in branch_jobs(prefix, config, {**shorter, budget: steps(budget)}, self.spec.compare.decay):
+            result = self.get_result(job)
+            if not result or not result["losses"]:
+                break
+        return result
 
     def start(self, arm: Arm, seed: int, lr: float) -> ArmStart | None:
         """Returns the arm's start, producing it first if necessary; None if it is missing or diverged."""
         config = self._seeded(arm.config, seed)
         prefix = f"{arm.name}/seed_{seed}"
         operator, spent, samples = None, 0.0, 0
+        if arm.small:
+            return ArmStart(config.small.path, 0.0, 0)
         if arm.codes:
             start = RunConfig().pretrain.start if arm.grown else SCRATCH
             job = ComparisonJob(
@@ -196,7 +228,8 @@ class ComparisonPlan:
         fit, steps = config.fit, self._steps_of_fit(arm, config, lr)
         if steps is None:
             return None
-        same = {key: getattr(fit, key) for key in ("global_batch_size", "micro_batch_size", "schedule", "warmup_steps")}
+        keys = ("global_batch_size", "micro_batch_size", "schedule", "decay_steps", "warmup_steps")
+        same = {key: getattr(fit, key) for key in keys}
         run = replace(config.pretrain, **same, steps=steps, lr=lr, start=start.folder, grown_peak=1.0)
         prefix = f"{arm.name}/seed_{fit.seed}"
         job = ComparisonJob(
@@ -221,13 +254,26 @@ class ComparisonPlan:
         return (self.jobs.folder / arm.name).exists()
 
     def steps(self, budget: float, spent: float) -> int:
-        """Returns the steps that a budget leaves after the cost of the start."""
-        return round((budget * self.unit - spent) / self.step_flops)
+        """Returns the large model's steps that a budget leaves after the cost of the start."""
+        return self._steps(budget, spent, self.step_flops)
+
+    def _steps(self, budget: float, spent: float, step_flops: float) -> int:
+        return round((budget * self.unit - spent) / step_flops)
+
+    @cached_property
+    def small_step_flops(self) -> int:
+        """FLOPs of a step of the small model, on as many samples."""
+        small = self.spec.config.small
+        return self._step_flops(read_model_config(Path(small.path), small.accept))
 
     def _run(self, run: PretrainSection, steps: int) -> PretrainSection:
-        return self._keep_one_checkpoint(
-            replace(run, steps=steps, warmup_steps=round(self.spec.compare.warmup * steps))
-        )
+        run = replace(run, steps=steps, warmup_steps=self._warmup_steps(steps))
+        if run.schedule == WSD:
+            run = replace(run, decay_steps=decay_steps(steps, self.spec.compare.decay))
+        return self._keep_one_checkpoint(run)
+
+    def _warmup_steps(self, steps: int) -> int:
+        return round(self.spec.compare.warmup * steps)
 
     @staticmethod
     def _keep_one_checkpoint(run: PretrainSection) -> PretrainSection:
@@ -258,6 +304,11 @@ class ComparisonPlan:
         config = self.spec.config
         seq = model_config.tokens_per_sample(config.data.seq_length)
         return train_flops(model_config, config.pretrain.global_batch_size * seq, seq)
+
+
+def _no_sizes(config: RunConfig) -> LargeSection:
+    """Returns a [large] without sizes: the model keeps its own."""
+    return replace(config.large, **dict.fromkeys(vars(config.large)))
 
 
 def _small_at(path: str, config: RunConfig) -> SmallSection:

@@ -19,7 +19,7 @@ def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
     small = read_model_config(Path(spec.config.small.path), spec.config.small.accept)
     errors = ErrorCollector("invalid comparison", ConfigError)
     for arm in arms:
-        if not arm.grown:
+        if not arm.grown or arm.small:
             continue
         try:
             operator = build_initial_operator(small, arm.config.large, arm.config.operator)

@@ -13,7 +13,8 @@ from megatron_ligo.config.toml_tables import apply_setting, read_toml
 from megatron_ligo.config.typed_toml import read_section, setting
 
 SCRATCH = "scratch"
-ARM_KEYS = {"operator", "fit", "lag", "codes", "scratch"}
+ARM_KEYS = {"operator", "fit", "lag", "codes", "scratch", "small"}
+WSD = "wsd"
 START, FULL = "start", "full"  # suffixes of a fitted arm's two controls
 
 
@@ -28,6 +29,9 @@ class CompareSection:
     tune_seed: int = setting(0, "seed of the tuning runs; not one of `seeds`", low=0)
     tune_valid: tuple[str | float, ...] = setting((), "held-out prefixes for tuning; empty: data.valid", above=0.0)
     warmup: float = setting(0.1, "fraction of a run's steps used for warm-up", low=0.0, below=1.0)
+    decay: float = setting(
+        0.2, "with pretrain.schedule = wsd: fraction of a run's steps in which the rate decays", above=0.0, below=1.0
+    )
     source_steps: int = setting(
         0, "steps to train the small model (sizes: small.path); 0: use small.path itself", low=0
     )
@@ -41,7 +45,8 @@ class Arm:
     """A way to start the large model.
 
     full: a control that trains all weights on the fit's batches. lag: the fit minimises the loss after this many
-    training steps, whose FLOPs count. codes: it starts with token codes, whose FLOPs count.
+    training steps, whose FLOPs count. codes: it starts with token codes, whose FLOPs count. small: the small model
+    itself trains on, for as many FLOPs.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Arm:
     full: bool = False
     lag: int = 0
     codes: bool = False
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class ComparisonConfig:
 
 def _arm_table(arm: Arm) -> dict:
     """Returns an arm's table as written in a config."""
+    if arm.small:
+        return {"small": True}
     table = arm.config.to_dict()
     keys = [*(["operator"] if arm.grown else []), *(["fit"] if arm.fitted or arm.full else [])]
     own = {key: table[key] for key in keys} | ({"lag": arm.lag} if arm.lag else {})
@@ -101,6 +109,9 @@ def _check(section: CompareSection, config: RunConfig, named: object, errors: Er
         errors.add("compare.source_flops", "no value: the small model is trained here", section.source_flops)
     if not config.data.valid:
         errors.add("data.valid", "held-out prefixes", "none", "Losses are measured on them.")
+    if config.pretrain.decay_steps:
+        hint = "With pretrain.schedule = 'wsd', compare.decay sets it for each budget."
+        errors.add("pretrain.decay_steps", "no value in a comparison", config.pretrain.decay_steps, hint)
     if config.fit.lag:
         errors.add("fit.lag", "no value in a comparison", config.fit.lag, "Set arms.NAME.lag to a number of steps.")
     if not isinstance(named, dict) or not named:
@@ -110,11 +121,13 @@ def _check(section: CompareSection, config: RunConfig, named: object, errors: Er
         unknown = sorted(set(arm) - ARM_KEYS) if isinstance(arm, dict) else ["no table"]
         if unknown:
             expected = (
-                "operator = {...} and, for a fitted arm, fit = {...} and lag (steps); codes and scratch (booleans)"
+                "operator = {...} and, for a fitted arm, fit = {...} and lag (steps); codes, scratch, small (booleans)"
             )
             errors.add(f"arms.{name}", expected, ", ".join(unknown))
-        elif any(type(arm.get(key, False)) is not bool for key in ("codes", "scratch")):
-            errors.add(f"arms.{name}", "booleans: codes, scratch", arm)
+        elif any(type(arm.get(key, False)) is not bool for key in ("codes", "scratch", "small")):
+            errors.add(f"arms.{name}", "booleans: codes, scratch, small", arm)
+        elif arm.get("small") and set(arm) != {"small"}:
+            errors.add(f"arms.{name}", "no other key beside small = true: the small model trains on as it is", arm)
         elif arm.get("scratch") and (set(arm) != {"codes", "scratch"} or not arm["codes"]):
             errors.add(f"arms.{name}", "codes = true and no other key beside scratch = true", arm)
         elif any(not isinstance(arm[key], dict) for key in ("operator", "fit") if key in arm):
@@ -135,7 +148,8 @@ def _arms(config: RunConfig, named: dict, path: Path) -> list[Arm]:
         own = {key: {**base[key], **table[key]} for key in ("operator", "fit") if key in table}
         config = RunConfig.from_dict({**base, **own}, f"{path}, arm {name}")
         grown, codes = not table.get("scratch", False), table.get("codes", False)
-        arms.append(Arm(name, config, grown, fitted="fit" in table, lag=table.get("lag", 0), codes=codes))
+        small = table.get("small", False)
+        arms.append(Arm(name, config, grown, "fit" in table, lag=table.get("lag", 0), codes=codes, small=small))
     return arms
 
 
@@ -160,7 +174,8 @@ def with_controls(config: RunConfig, arms: Iterable[Arm]) -> tuple[Arm, ...]:
 
 def unfitted_control(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
     """Returns the arm with a fitted arm's start and no fit."""
-    same = (other for other in arms if other.grown and not other.fitted and not other.full and other.codes == arm.codes)
+    starts = (other for other in arms if other.grown and not (other.fitted or other.full or other.small))
+    same = (other for other in starts if other.codes == arm.codes)
     return next((other for other in same if other.config.operator == arm.config.operator), None)
 
 

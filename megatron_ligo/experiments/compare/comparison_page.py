@@ -42,13 +42,15 @@ $differences
 <img alt="Training loss over whole runs" src="data:image/png;base64,$whole">
 <h2>How to read it</h2>
 <ul>
-<li>Each point is a separate run with a learning rate decayed to its end; lines join the means over seeds, bars span
+<li>Each point is a run with a learning rate decayed to its end (with the wsd schedule, runs of one seed share what
+comes before their decay); lines join the means over seeds, bars span
 the seeds.</li>
 <li>The last picture has the training losses of each arm's longest runs, smoothed, one line per seed; on the right,
 their second half alone.</li>
 <li>Saved: 1 - FLOPs / scratch's FLOPs, at scratch's final loss on the same seed, interpolated between two runs (loss
 linear in log FLOPs). "At least": the smallest budget is already below that loss. Nothing is extrapolated.</li>
-<li>Tie: the interval of the mean difference contains 0.</li>
+<li>Interval: the wider of Student's over the seeds and of a bootstrap of seeds and held-out samples together. Tie: it
+contains 0.</li>
 </ul>
 </body>
 </html>

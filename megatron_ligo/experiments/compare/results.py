@@ -19,7 +19,7 @@ from megatron_ligo.experiments.compare.comparison_config import (
 )
 from megatron_ligo.experiments.compare.savings import difference, saving, trend
 
-FEW_SEEDS, FEW_STEPS, SMALL_MODEL = 3, 1000, 10**8
+FEW_SEEDS, FEW_STEPS, SMALL_MODEL, FEW_SAMPLES = 3, 1000, 10**8, 256
 DIVERGED, NO_RUN = "diverged", "no run"
 
 
@@ -46,7 +46,7 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
             "full": arm.full,
             "lr": outcomes[arm.name]["lr"],
             "tries": {f"{lr:g}": run.loss for lr, run in outcomes[arm.name]["tries"].items()},
-            "runs": [asdict(run) for run in runs],
+            "runs": [_run_record(run) for run in runs],
             "missing": missing[arm.name],
             "saved": saved,
         }
@@ -68,6 +68,12 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
 def count_parameters(model_config: ModelConfig) -> int:
     arch = architectures.get(model_config.arch)
     return sum(prod(arch.param(key).shape(model_config)) for key in arch.keys(model_config))
+
+
+def _run_record(run: ArmRun) -> dict:
+    record = asdict(run)
+    del record["sample_losses"]  # in each job's result.json
+    return record
 
 
 def _ended_at(run: ArmRun, budget: float) -> bool:
@@ -102,13 +108,13 @@ def _differences(plan: ComparisonPlan, runs: dict[str, list[ArmRun]]) -> list[di
             pairs.append((arm.name, SCRATCH))
     differences = []
     for budget in sorted(plan.spec.compare.budgets):
-        losses = {
-            name: {run.seed: run.loss for run in arm_runs if _ended_at(run, budget)} for name, arm_runs in runs.items()
-        }
+        ended = {name: [run for run in arm_runs if _ended_at(run, budget)] for name, arm_runs in runs.items()}
+        losses = {name: {run.seed: run.loss for run in arm_runs} for name, arm_runs in ended.items()}
+        samples = {name: {run.seed: run.sample_losses for run in arm_runs} for name, arm_runs in ended.items()}
         best = _best_unfitted(arms, losses)
         more = [(arm.name, best) for arm in arms if arm.grown and best not in (None, arm.name)]
         for name, other in dict.fromkeys([*pairs, *more]):
-            gap = difference(losses.get(name, {}), losses.get(other, {}))
+            gap = difference(*(table.get(arm, {}) for table in (losses, samples) for arm in (name, other)))
             if gap:
                 differences.append({"budget": budget, "arm": name, "against": other, **asdict(gap)})
     return differences
@@ -127,7 +133,8 @@ def _trends(differences: Iterable[dict]) -> list[dict]:
 
 
 def _best_unfitted(arms: Iterable[Arm], losses: dict[str, dict[int, float]]) -> str | None:
-    names = [arm.name for arm in arms if arm.grown and not arm.fitted and not arm.full and losses.get(arm.name)]
+    starts = (arm for arm in arms if arm.grown and not (arm.fitted or arm.full or arm.small))
+    names = [arm.name for arm in starts if losses.get(arm.name)]
     # Seeds differ by more than arms do: an arm with more seeds takes precedence.
     return min(names, key=lambda name: (-len(losses[name]), sum(losses[name].values())), default=None)
 
@@ -143,6 +150,11 @@ def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str,
         tokens *= plan.large.tokens_per_sample(config.data.seq_length)
         size = f"{count_parameters(plan.large) / 1e6:.3g}M parameters and {tokens / 1e6:.3g}M tokens"
         lines.append(f"A small experiment ({size} for scratch): it says nothing about much larger models or budgets.")
+    if config.pretrain.eval_samples < FEW_SAMPLES:
+        few = f"{config.pretrain.eval_samples} held-out samples"
+        lines.append(f"{few}: another choice of text may turn the sign of a difference (take {FEW_SAMPLES} or more).")
+    if any(not run.sample_losses for arm in outcomes.values() for run in arm["runs"] if run.loss is not None):
+        lines.append("Losses by held-out sample are missing: the intervals leave out the chance in the choice of text.")
     if len(compare.lrs) == 1:
         lines.append(f"One learning rate, {compare.lrs[0]:g}, for all arms: none is tuned, and it may favour one.")
     elif not compare.tune_valid:

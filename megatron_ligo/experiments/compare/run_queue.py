@@ -21,7 +21,7 @@ from megatron_ligo.common.errors import ConfigError, LigoError, Problem
 from megatron_ligo.common.file_lock import lock_file
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
 from megatron_ligo.experiments.compare.job_inputs import JobInputs
-from megatron_ligo.experiments.compare.run_folder import CODES, GROW, JOB, LOCK, LOG, PRETRAIN, RESULT
+from megatron_ligo.experiments.compare.run_folder import CODES, GROW, JOB, LOCK, LOG, PRETRAIN, RESULT, RUN, copy_run
 from megatron_ligo.export.run_inputs import ACCEPTED, INPUTS
 
 MODULE = "megatron_ligo.experiments.compare.single_run"
@@ -29,13 +29,17 @@ MODULE = "megatron_ligo.experiments.compare.single_run"
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """kind: fit, grow, codes or pretrain; operator: applied by "grow"; keep: its checkpoints start other jobs."""
+    """kind: fit, grow, codes or pretrain; operator: applied by "grow"; keep: its checkpoints start other jobs.
+
+    continues: the name of the job whose run this one extends; empty: none.
+    """
 
     name: str
     kind: str
     config: RunConfig
     operator: Path | None = None
     keep: bool = False
+    continues: str = ""
 
     def to_dict(self) -> dict:
         return {
@@ -43,7 +47,7 @@ class ComparisonJob:
             "config": self.config.to_dict(),
             "operator": f"{self.operator}" if self.operator else None,
             "keep": self.keep,
-        }
+        } | ({"continues": self.continues} if self.continues else {})
 
 
 class JobQueue:
@@ -95,6 +99,8 @@ class JobQueue:
             self.log_line(job.name)
             if not (folder / JOB).is_file():
                 self._write_job(job, [])
+            if job.continues and not (folder / RUN).exists():
+                copy_run(self.folder / job.continues / RUN, folder / RUN)
             # Growth and counting run in one process.
             code = self._launch(folder) if self.launcher and job.kind not in (GROW, CODES) else self._fork(folder)
             result = self.result(job)

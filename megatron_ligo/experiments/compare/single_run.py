@@ -34,6 +34,7 @@ from megatron_ligo.training.pretrain import Pretrain
 
 # Of a run's curve in its result.
 MAX_POINTS = 200
+LOSS_DIGITS = 5
 
 
 def run_job(folder: Path) -> None:
@@ -41,6 +42,7 @@ def run_job(folder: Path) -> None:
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     config, run = RunConfig.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
     policy = InputPolicy(accept_changed=bool(job.get(ACCEPTED)))
+    by_sample: list[float] = []
     if job["kind"] == GROW:
         operator = Path(job["operator"]) if job["operator"] else None
         grow_from_config(config, operator, run, accept_changed=policy.accept_changed)
@@ -55,19 +57,23 @@ def run_job(folder: Path) -> None:
         losses = json.loads((run / "operator" / "operator.json").read_text(encoding="utf-8"))["losses"]
     else:
         with report_failures():
-            losses = Pretrain(config, run, policy=policy).run()["losses"]
-    _finish(folder, run, losses, job["keep"])
+            pretraining = Pretrain(config, run, policy=policy)
+            losses = pretraining.run()["losses"]
+            if not job["keep"] and "end" in losses:
+                by_sample = [round(loss, LOSS_DIGITS) for loss in pretraining.losses_by_sample()]
+    _finish(folder, run, losses, job["keep"], by_sample)
 
 
-def _finish(folder: Path, run: Path, losses: dict, keep: bool) -> None:
-    """Writes the result. losses: {} for a run that diverged or has none."""
+def _finish(folder: Path, run: Path, losses: dict, keep: bool, by_sample: Sequence[float] = ()) -> None:
+    """Writes the result. losses: {} for a run that diverged or has none; by_sample: on each held-out sample."""
     if os.environ.get("RANK", "0") != "0":
         return
     rows = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
     if (run / RECORD).is_file():
         rows = [{"step": 0, "seconds": 0, **read_json(run / RECORD)}]
     totals = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
-    write_json(folder / RESULT, {"losses": losses, **totals, "curve": thin_curve(rows)})
+    measured = {"sample_losses": list(by_sample)} if by_sample else {}
+    write_json(folder / RESULT, {"losses": losses, **totals, "curve": thin_curve(rows), **measured})
     if not keep:
         shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
 

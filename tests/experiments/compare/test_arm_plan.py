@@ -77,3 +77,49 @@ def test_a_control_waits_for_a_fit_that_may_end_early(tmp_path):
     for left in (None, {**EARLY, "losses": {}}):
         outcome, jobs = full_control(tmp_path, "arms.learned.fit.patience=1", fit=left)
         assert not outcome["runs"] and not any("full_" in name for name in jobs)
+
+
+TRUNK = ("pretrain.schedule=wsd", "compare.decay=0.2", "compare.warmup=0.1")
+
+
+def test_the_runs_of_all_budgets_branch_off_one_trunk(tmp_path):
+    spec = write_comparison(tmp_path, *TRUNK)
+    made_up = MadeUpRuns(tmp_path, lambda name: 2.0)
+    plan = made_up.plan(spec)
+    assert [run.steps for run in run_arm(plan, spec.arms[0])["runs"]] == [25, 50, 100] * 3
+    jobs = {name.removeprefix("scratch/seed_2/"): job for name, job in made_up.jobs.items() if "seed_2" in name}
+    shown = {
+        name: (job.config.pretrain.steps, job.config.pretrain.decay_steps, job.continues.rpartition("/")[2], job.keep)
+        for name, job in jobs.items()
+    }
+    assert shown == {
+        "trunk_0.25_0.001": (20, 0, "", True),
+        "trunk_0.5_0.001": (40, 0, "trunk_0.25_0.001", True),
+        "trunk_1_0.001": (80, 0, "trunk_0.5_0.001", True),
+        "run_0.25_0.001": (25, 5, "trunk_0.25_0.001", False),
+        "run_0.5_0.001": (50, 10, "trunk_0.5_0.001", False),
+        "run_1_0.001": (100, 20, "trunk_1_0.001", False),
+    }
+    # Two or three steps of warm-up: a tenth of the shortest run.
+    assert {job.config.pretrain.warmup_steps for job in jobs.values()} == {2}
+
+
+def test_a_trunk_that_diverges_has_no_branches(tmp_path):
+    spec = write_comparison(tmp_path, *TRUNK)
+    made_up = MadeUpRuns(tmp_path, lambda name: None if "trunk_0.5" in name else 2.0)
+    runs = run_arm(made_up.plan(spec), spec.arms[0])["runs"]
+    assert [run.loss for run in runs] == [2.0, None, None] * 3
+    assert not any("run_0.5" in name or "run_1_" in name for name in made_up.jobs)
+
+
+def test_the_small_model_trains_on_for_as_many_flops(tmp_path):
+    spec = write_comparison(tmp_path, "arms.small={small=true}", "compare.source_steps=3")
+    made_up = MadeUpRuns(tmp_path, lambda name: 2.0)
+    plan = made_up.plan(spec)
+    arm = next(arm for arm in spec.arms if arm.name == "small")
+    for run in run_arm(plan, arm)["runs"]:
+        assert abs(run.flops - run.budget * plan.unit) <= 0.5 * plan.small_step_flops and run.spent == 0
+    section = made_up.jobs["small/seed_1/run_1_0.001"].config
+    assert section.pretrain.steps > 200 and section.large.num_layers is None
+    assert section.pretrain.start.endswith("source/run/checkpoints/step_1")
+    assert not any(job.kind == "grow" for job in made_up.jobs.values())

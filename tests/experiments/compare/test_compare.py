@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.common.errors import ConfigError
-from megatron_ligo.config.run_config import ParallelSection
+from megatron_ligo.config.run_config import ParallelSection, RunConfig
 from megatron_ligo.experiments.compare import comparison, comparison_config
 from megatron_ligo.experiments.compare.arm_plan import SMALL_SEED
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
@@ -108,6 +108,27 @@ def test_a_launcher_gives_a_run_many_ranks(base):
     ]
     assert result[1]["losses"] == pytest.approx(result[0]["losses"], rel=1e-5)
     assert result[1]["flops"] == result[0]["flops"] > 0
+
+
+def test_branches_of_a_trunk_end_as_whole_runs(base, results, tmp_path):
+    """Real runs of two budgets, one trunk; the small model trains on beside them."""
+    source = base / "out/jobs/source/run/checkpoints/step_3"
+    sets = ["pretrain.schedule=wsd", "compare.decay=0.25", "arms.small={small=true}", f"small.path={source}"]
+    sets.append("compare.source_steps=0")
+    spec = comparison_config.load_comparison(base / "compare.toml", sets)
+    record = comparison.run_comparison(spec, tmp_path / "out", only=["scratch", "small"])
+    jobs = tmp_path / "out/jobs/scratch/seed_1"
+    config = RunConfig.from_dict(json.loads((jobs / "run_1_0.001/job.json").read_text())["config"], "job")
+    assert (config.pretrain.steps, config.pretrain.decay_steps) == (STEPS, 3)
+    whole = JobQueue(tmp_path / "whole", "", print).run(ComparisonJob("whole", "pretrain", config))
+    branch = json.loads((jobs / "run_1_0.001/result.json").read_text())
+    assert branch["losses"] == whole["losses"] and branch["curve"] == whole["curve"]
+    # The mean over the held-out samples, one by one, is the loss at the end.
+    assert len(branch["sample_losses"]) == 4
+    assert sum(branch["sample_losses"]) / 4 == pytest.approx(branch["losses"]["end"], abs=2e-5)
+    small = record["arms"]["small"]["runs"]
+    assert [run["loss"] < run["begun"] for run in small] == [True, True]
+    assert not (jobs / "run_1_0.001/run/checkpoints").exists() and (jobs / "trunk_1_0.001/run/checkpoints").exists()
 
 
 def test_jobs_run_once_and_other_settings_are_refused(base, results):

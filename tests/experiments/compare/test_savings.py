@@ -3,6 +3,7 @@
 import math
 from statistics import stdev
 
+import numpy as np
 import pytest
 
 from megatron_ligo.experiments.compare.savings import (
@@ -13,6 +14,7 @@ from megatron_ligo.experiments.compare.savings import (
     REACHED,
     TIE,
     UNKNOWN,
+    bootstrap_interval,
     crossing,
     difference,
     saving,
@@ -79,3 +81,27 @@ def test_many_seeds_have_their_own_t(seeds, t):
     result = difference({seed: float(seed % 2) for seed in range(seeds)}, dict.fromkeys(range(seeds), 0.0))
     spread = stdev(float(seed % 2) for seed in range(seeds))
     assert result.high - result.mean == pytest.approx(t * spread / math.sqrt(seeds), rel=1e-6)
+
+
+def test_the_choice_of_text_widens_an_interval():
+    """Three seeds that agree to 1e-3 on eight samples, two of which make the whole difference."""
+    gaps = {1: [0.0] * 6 + [-0.4, -0.4], 2: [0.0] * 6 + [-0.4, -0.392], 3: [0.0] * 6 + [-0.4, -0.408]}
+    ours = {seed: math.fsum(each) / 8 for seed, each in gaps.items()}
+    zeros = dict.fromkeys(gaps, [0.0] * 8)
+    assert difference(ours, dict.fromkeys(gaps, 0.0)).verdict == LOWER
+    widened = difference(ours, dict.fromkeys(gaps, 0.0), gaps, zeros)
+    assert widened.verdict == TIE and widened.low < -0.2 and widened.mean == pytest.approx(-0.1)
+    # A seed without losses by sample: the seeds' own interval is all there is.
+    assert difference(ours, dict.fromkeys(gaps, 0.0), {1: gaps[1]}, zeros) == difference(ours, dict.fromkeys(gaps, 0.0))
+
+
+def test_the_bootstrap_of_samples_has_their_standard_error():
+    random = np.random.default_rng(1)
+    text, seeds = random.normal(0.3, 0.1, 400), random.normal(0, 0.02, (50, 1))
+    low, high = bootstrap_interval(text + seeds)
+    error = math.hypot(text.std() / 20, seeds.std() / math.sqrt(50))
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert (low + high) / 2 == pytest.approx((text + seeds).mean(), abs=2e-3)
+    # Without text noise, the seeds' alone, and the other way round.
+    low, high = bootstrap_interval(np.repeat(seeds, 400, axis=1))
+    assert high - low == pytest.approx(2 * 1.96 * seeds.std() / math.sqrt(50), rel=0.06)
