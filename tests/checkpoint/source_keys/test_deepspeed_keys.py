@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.deepspeed import state_keys
 from megatron_ligo.checkpoint.manifest import load_manifest
 from megatron_ligo.common.errors import CheckpointError
 from tests.checkpoint import hf_models
@@ -100,10 +104,36 @@ def test_configs_that_change_the_model_are_refused(written, tmp_path, to):
     }
     for name, value in cases.items():
         assert refusals(edited(written, tmp_path / "x", to, {"ds_config": {name: value}})) == [name]
-    for name, value in {"mics_shard_size": 4, "zero_quantized_nontrainable_weights": True}.items():
+    zero = {"mics_shard_size": 4, "zero_quantized_nontrainable_weights": True, "zenflow": {"topk_ratio": 0.1}}
+    for name, value in {**zero, "stage4": True}.items():
         state = {"ds_config": {"zero_optimization": {name: value}}}
         assert refusals(edited(written, tmp_path / "x", to, state)) == [name]
     assert refusals(edited(written, tmp_path / "x", to, {"num_experts": [8]})) == ["num_experts"]
+
+
+class Recorder(dict):
+    """A config that remembers which keys it was asked for."""
+
+    asked: ClassVar[set] = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+
+def test_every_key_that_deepspeed_reads_is_classified(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    DeepSpeedConfig(Recorder(train_batch_size=1))
+    assert len(Recorder.asked) > 40
+    assert not {key for key in Recorder.asked if key not in state_keys.CONFIG and key not in state_keys.SWITCHES}
+    fields = DeepSpeedZeroConfig.model_fields
+    names = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    assert not {name for name in names if name not in state_keys.ZERO_TABLE}
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats, model_record
@@ -119,6 +123,20 @@ class Wrapper(torch.nn.Module):
         return model(*arguments)
 
 
+class Int8Kernels:
+    """What DeepSpeed's CUDA quantizer computes, groups of numbers as int8 with a scale each, in torch."""
+
+    Symmetric = 0
+
+    def quantize(self, values: Tensor, groups: int, bits: int, kind: int) -> tuple[Tensor, Tensor]:
+        grouped = values.float().view(groups, -1)
+        scales = grouped.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
+        return (grouped / scales).round().to(torch.int8).view_as(values), scales.flatten()
+
+    def dequantize(self, values: Tensor, scales: Tensor, groups: int, bits: int, kind: int) -> Tensor:
+        return (values.view(groups, -1) * scales.view(groups, 1)).view_as(values)
+
+
 def transformers_model(
     folder: str,
     model_config: ModelConfig,
@@ -126,21 +144,24 @@ def transformers_model(
     frozen: str = "",
     wrappers: tuple[str, ...] = (),
     bf16: bool = False,
+    zero_options: Mapping = MappingProxyType({}),
 ) -> None:
     """A model of transformers in a plain engine saves FOLDER; truth.pt in it is what the engine gives out.
 
-    frozen: a part of the names of parameters that are not trained; wrappers: names of modules around the model.
+    frozen: a part of the names of parameters that are not trained; wrappers: names of modules around the model;
+    zero_options: other keys of zero_optimization.
     """
     model = hf_llama(model_config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or frozen not in name)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0, **zero_options},
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-2}},
     }
     if bf16:
         config["bf16"] = {"enabled": True}
+    partition_parameters.CUDAQuantizer.quantizer_cuda_module = Int8Kernels()
     model.config.save_pretrained(folder)
     for name in wrappers:
         model = Wrapper(name, model)

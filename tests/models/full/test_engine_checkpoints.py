@@ -95,10 +95,26 @@ def test_an_engine_loads_what_was_written(pools, tmp_path, world, to, layout):
     assert result == pytest.approx([expected[0], *expected[: engine_cases.AFTER]], rel=1e-5)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
-def test_a_model_of_transformers_in_an_engine(pools, tmp_path, zero):
-    model_config = pretrain_cases.sizes(zero == 2)
-    pools(2).run(engine_cases.transformers_model, folder=str(tmp_path), model_config=model_config, zero=zero)
+# Sizes of which no tensor's is a multiple of four numbers, at which `parameter_alignment` begins them.
+ODD = {"hidden_size": 21, "ffn_size": 29, "num_heads": 3, "num_kv_heads": 3}
+# Those whose shares of two ranks are multiples of eight numbers, as DeepSpeed's quantizer needs.
+EVEN = {"hidden_size": 32, "ffn_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "vocab_size": 40}
+ZERO_OPTIONS = [
+    (2, {}),
+    (3, {}),
+    (1, {"parameter_alignment": True}),
+    (2, {"parameter_alignment": True, "round_robin_gradients": True}),
+    (1, {"elastic_checkpoint": True}),
+    (3, {"zero_quantized_weights": True}),
+]
+
+
+@pytest.mark.parametrize("zero, options", ZERO_OPTIONS, ids=str)
+def test_a_model_of_transformers_in_an_engine(pools, tmp_path, zero, options):
+    own = ODD if "parameter_alignment" in options else EVEN if "zero_quantized_weights" in options else {}
+    model_config = model_config_of(**{"tied": zero == 2, **own})
+    case = {"folder": str(tmp_path), "model_config": model_config, "zero": zero, "zero_options": options}
+    pools(2).run(engine_cases.transformers_model, **case)
     truth = torch.load(tmp_path / "truth.pt", weights_only=True)
     reader = formats.open(tmp_path)
     assert (reader.format, reader.step) == ("deepspeed", engine_cases.BEFORE)

@@ -74,8 +74,8 @@ CONFIG = KeyTable(
             """,
             "layout, memory and speed": """
                 activation_checkpointing aio compile disable_allgather disable_python_gc pipeline checkpoint nebula
-                datastates use_data_before_expert_parallelism sequence_parallel_size data_parallel_size hybrid_engine
-                memory_breakdown superoffload zenflow graph_harvesting
+                datastates datastates_ckpt use_data_before_expert_parallelism sequence_parallel_size
+                data_parallel_size hybrid_engine memory_breakdown superoffload graph_harvesting
             """,
             "logging and search": """
                 autotuning comet comms_logger csv_monitor dump_state elasticity flops_profiler log_level monitor_config
@@ -93,12 +93,47 @@ SWITCHES = {
     "tensor_parallel": "AutoTP cuts Hugging Face's modules over ranks",
     "expert_parallel": "the model has experts",
 }
-# Keys of zero_optimization under which ZeRO 3 stores other shares, or quantized ones.
+# DeepSpeed's zero_optimization, the keys of its older versions too.
 ZERO_TABLE = KeyTable(
+    fields={"stage": "layout"},
+    harmless=_harmless(
+        {
+            "buckets, communication and speed": """
+                contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
+                allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm ignore_unused_parameters
+                memory_efficient_linear override_module_apply log_trace_cache_warnings enable_sanity_checks leaf_module
+                pipeline_loading_checkpoint mics_hierarchical_params_gather
+                prefetch_bucket_size stage3_prefetch_bucket_size max_live_parameters stage3_max_live_parameters
+                max_reuse_distance stage3_max_reuse_distance module_granularity_threshold
+                stage3_module_granularity_threshold use_all_reduce_for_fetch_params
+                stage3_use_all_reduce_for_fetch_params allgather_sequential stage3_allgather_sequential
+            """,
+            "where numbers lie while training": """
+                sub_group_size offload_param offload_optimizer cpu_offload cpu_offload_param cpu_offload_params
+                cpu_offload_use_pin_memory param_persistence_threshold stage3_param_persistence_threshold
+                model_persistence_threshold stage3_model_persistence_threshold save_muon_momentum_buffer_in_memory
+            """,
+            "order and gaps of the flat partitions, which these state themselves": """
+                elastic_checkpoint round_robin_gradients parameter_alignment legacy_stage1 load_from_fp32_weights
+            """,
+            "files beside these": """
+                gather_16bit_weights_on_model_save stage3_gather_16bit_weights_on_model_save
+                stage3_gather_fp16_weights_on_model_save
+            """,
+            "a second copy of the shares, not saved": "zero_hpz_partition_size",
+            "quantized between ranks only; stored in full": "zero_quantized_weights zero_quantized_gradients",
+        }
+    ),
     fixed={
         "mics_shard_size": (-1, 0, None),
         "zero_quantized_nontrainable_weights": (False, None),
-    }
+        "zenflow": (None,),
+    },
+    hints={
+        "mics_shard_size": "Its shares are those of a group.",
+        "zero_quantized_nontrainable_weights": "Parameters that are not trained are stored quantized.",
+        "zenflow": "Its fp32 weights may be older than the module's: save with ZenFlow off.",
+    },
 )
 # Values of a feature's size that leave it off, such as autotp_size = 1.
 SIZES_OFF = (0, 1, None, False)
@@ -130,7 +165,7 @@ def _check_config(config: Mapping[str, object], accepted: AcceptedKeys, errors: 
             errors.add(f"{DS_CONFIG}: {name}", "off", describe_value(config[name]), f"With it, {reason}.")
     zero = config.get(ZERO)
     if isinstance(zero, Mapping):
-        ZERO_TABLE.check({name: value for name, value in zero.items() if name in ZERO_TABLE}, accepted, errors)
+        ZERO_TABLE.check({str(name): value for name, value in zero.items()}, accepted, errors)
 
 
 def _is_on(feature: object) -> bool:
