@@ -16,13 +16,12 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from megatron_ligo.common import signal_handling, terminal_stream
+from megatron_ligo.common import library_log, signal_handling, terminal_stream
 from megatron_ligo.common.errors import CheckpointError, LigoError, Problem, user_message
 from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
@@ -106,29 +105,20 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
     return parse
 
 
-def add_input_options(parser: CommandParser) -> None:
-    """Adds the options of commands that train: what to do if data or models have changed since the run began."""
-    parser.add_argument(
-        "--accept-changed-data",
-        action="store_true",
-        help="go on although data, models or tokenizer have changed since the run began; the run records it",
-    )
-    parser.add_argument(
-        "--full-check",
-        action="store_true",
-        help="read every data file and model again to compare it, whatever is known about it, and none by samples",
-    )
-
-
 def load_config(args: argparse.Namespace) -> RunConfig:
     """Loads the config from --config and --set."""
     return RunConfig.load(args.config, args.set)
 
 
 def print_next(wrote: object, *command: object) -> None:
-    """Prints what a command has written and the command that follows, on rank 0."""
+    """Prints what a command has written, if anything, and the command that follows, on rank 0."""
+    print_wrote(wrote, shlex.join(map(str, command)))
+
+
+def print_wrote(wrote: object, then: str) -> None:
+    """Prints what a command has written, if anything, and what to do next in words, on rank 0."""
     if launcher_rank() == 0:
-        print(f"wrote {wrote}; next: {shlex.join(map(str, command))}")
+        print(f"wrote {wrote}; next: {then}" if wrote else f"next: {then}")
 
 
 def config_options(args: argparse.Namespace) -> list[str]:
@@ -187,13 +177,9 @@ def byte_progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def set_up_logging() -> None:
-    """Logs plain lines to stderr: the package's from rank 0 (errors from any rank) and the libraries' warnings."""
+    """Logs plain lines to stderr: the package's from rank 0, errors from any rank. Libraries' go to the run's log."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    # Megatron-core repeats these in every process; neither package is used here.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message="Apex is not installed")
-    warnings.filterwarnings("ignore", message="full scope is deprecated")
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use")
+    library_log.install()
     logging.getLogger("megatron_ligo").setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
 
 
@@ -214,6 +200,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             _exit_on_broken_pipe()
         message = user_message(error)
         if message is None:
+            print(*library_log.kept_lines(), sep="\n", file=sys.stderr)
             raise
         _report_error(message, agreed=isinstance(error, LigoError) and error.agreed)
         signal_handling.exit_process(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ligo import commands
 from megatron_ligo.commands import completion
+from megatron_ligo.common import library_log
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "deepspeed", "megatron", "rich", "numpy", "safetensors", "matplotlib")
@@ -75,6 +76,46 @@ def test_every_command_has_a_script():
     assert sorted(scripts) == sorted(SCRIPTS.get(name, name) for name in names)
     for name in names:
         assert f'script_main("{name}")' in scripts[SCRIPTS.get(name, name)]
+
+
+def test_every_command_says_what_follows():
+    """Except where the answer is the end: a comparison, a number for a script, a script for a shell."""
+    silent = [
+        name for name in commands.SUBCOMMANDS if "cli.print_" not in Path(commands.load(name).__file__).read_text()
+    ]
+    assert silent == ["verify", "hosts", "completion"]
+
+
+def test_libraries_write_to_the_runs_log(tmp_path):
+    """Their warnings, and what their own handlers would print; errors stay on the terminal."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import logging, sys, warnings\n"
+        "from pathlib import Path\n"
+        "from megatron_ligo import cli\n"
+        "from megatron_ligo.common import library_log\n"
+        "def main():\n"
+        "    logger = logging.getLogger('library.part')\n"
+        "    logger.addHandler(logging.StreamHandler(sys.stdout))\n"
+        "    logger.warning('early'); warnings.warn('a habit')\n"
+        "    if len(sys.argv) > 1: assert False, 'a bug'\n"
+        "    library_log.write_to(Path(__file__).parent)\n"
+        "    logger.warning('late'); logger.error('broken')\n"
+        "    logging.getLogger('megatron_ligo.x').info('ours')\n"
+        "if __name__ == '__main__': cli.run_command(main)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, script, *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    done = start()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "broken\n", "broken\nours\n")
+    log = (tmp_path / library_log.FILE_NAME).read_text()
+    assert all(part in log for part in ("library.part WARNING: early", "a habit", "late")) and "ours" not in log
+    bug = start("fail")
+    assert bug.returncode == 1 and "early" in bug.stderr and "Traceback" in bug.stderr
 
 
 def test_bash_completes_commands_options_and_keys():

@@ -6,12 +6,12 @@ import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 import torch
 from torch import nn
 
-from megatron_ligo.api.settings import ConfigSource, Settings, build_config
+from megatron_ligo.api.settings import ConfigSource, LargeSizes, Settings, build_config
 from megatron_ligo.api.sources import ModelSource, open_model
 from megatron_ligo.checkpoint.content import digest_weights
 from megatron_ligo.checkpoint.convert import Progress
@@ -39,15 +39,6 @@ OperatorSource: TypeAlias = Operator | str | Path
 def grow(
     model: ModelSource,
     *,
-    num_layers: int | None = None,
-    hidden_size: int | None = None,
-    ffn_size: int | None = None,
-    num_heads: int | None = None,
-    num_kv_heads: int | None = None,
-    head_dim: int | None = None,
-    vocab_size: int | None = None,
-    max_positions: int | None = None,
-    image_size: int | None = None,
     method: str | None = None,
     operator: OperatorSource | None = None,
     dtype: torch.dtype | None = None,
@@ -55,19 +46,18 @@ def grow(
     settings: Settings | None = None,
     accept: Iterable[str] = (),
     accept_changed: bool = False,
+    **sizes: Unpack[LargeSizes],
 ) -> PreTrainedModel:
     """Returns the grown model, a new model of transformers, in evaluation mode unless `model` is in training mode.
 
-    model: a model of transformers, which stays as it is, or a checkpoint of any format. The sizes: a size that is None
-    is the small model's. method: a growth method by name (default: lossless, where the grown model computes what the
-    small one does). operator: a fitted one, which implies the sizes. dtype: of the grown weights; None: the small
-    model's. config, settings: a run.toml and more of its keys, such as {"operator.noise": 0.1}. accept: unknown keys
-    of the small model's config that may pass. accept_changed: applies an operator that was fitted on other weights.
+    model: a model of transformers, which stays as it is, or a checkpoint of any format. sizes: those of [large], such
+    as num_layers=32, hidden_size=768; one that is left out is the small model's. method: a growth method by name
+    (default: lossless, where the grown model computes what the small one does). operator: a fitted one, which implies
+    the sizes. dtype: of the grown weights; None: the small model's. config, settings: a run.toml and more of its keys,
+    such as {"operator.noise": 0.1}. accept: unknown keys of the small model's config that may pass. accept_changed:
+    applies an operator that was fitted on other weights.
     Raises LigoError with everything that cannot be grown.
     """
-    sizes = _name_sizes(
-        num_layers, hidden_size, ffn_size, num_heads, num_kv_heads, head_dim, vocab_size, max_positions, image_size
-    )
     run_config = build_config(config, sizes, settings, {} if method is None else {"operator.method": method})
     reader = open_model(model, accept=accept)
     chosen = _open_operator(operator, reader, run_config, accept_changed)
@@ -86,15 +76,6 @@ def write_handoff(
     model: ModelSource,
     folder: str | Path,
     *,
-    num_layers: int | None = None,
-    hidden_size: int | None = None,
-    ffn_size: int | None = None,
-    num_heads: int | None = None,
-    num_kv_heads: int | None = None,
-    head_dim: int | None = None,
-    vocab_size: int | None = None,
-    max_positions: int | None = None,
-    image_size: int | None = None,
     method: str | None = None,
     operator: OperatorSource | None = None,
     config: ConfigSource = None,
@@ -102,28 +83,18 @@ def write_handoff(
     accept: Iterable[str] = (),
     accept_changed: bool = False,
     progress: Progress | None = None,
+    **sizes: Unpack[LargeSizes],
 ) -> dict:
     """Grows a model into a hand-off as the command does, one tensor at a time; returns the content of growth.json.
 
     The large model is never in memory as a whole. settings: [handoff] too, such as {"handoff.dtype": "bf16"}.
     progress: called with the bytes done and the bytes in total. The other arguments are those of `grow`.
     """
-    sizes = _name_sizes(
-        num_layers, hidden_size, ffn_size, num_heads, num_kv_heads, head_dim, vocab_size, max_positions, image_size
-    )
     run_config = build_config(config, sizes, settings, {} if method is None else {"operator.method": method})
     check_output(Path(folder), HANDOFF)
     reader = open_model(model, accept=accept)
     chosen = _open_operator(operator, reader, run_config, accept_changed)
     return handoff.write_grown_model(chosen, reader, run_config, Path(folder), progress, accept_changed=accept_changed)
-
-
-def _name_sizes(*sizes: int | None) -> dict[str, int | None]:
-    names = (
-        "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-        "max_positions", "image_size",
-    )  # fmt: skip
-    return dict(zip(names, sizes, strict=True))
 
 
 def _open_operator(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.config.run_config import LargeSection, RunConfig
@@ -15,7 +16,23 @@ ConfigSource = str | Path | Mapping[str, Mapping[str, object]] | None
 Settings = Mapping[str, object]
 
 
-def build_config(config: ConfigSource, sizes: Mapping[str, int | None], *settings: Settings | None) -> RunConfig:
+class LargeSizes(TypedDict, total=False):
+    """The sizes of a large model, by the names of [large]. One that is left out or None is the small model's."""
+
+    num_layers: int | None
+    hidden_size: int | None
+    ffn_size: int | None
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    vocab_size: int | None
+    max_positions: int | None
+    num_experts: int | None
+    top_k: int | None
+    image_size: int | None
+
+
+def build_config(config: ConfigSource, sizes: Mapping[str, object], *settings: Settings | None) -> RunConfig:
     """Returns a config: the file's, with the sizes that are not None in [large], and each of the settings in turn.
 
     Raises ConfigError with every problem.

@@ -16,6 +16,8 @@ from megatron_ligo import cli
 from megatron_ligo.common.errors import ConfigError, Problem
 
 PORTS = (20_000, 32_000)
+# By name: a module that is imported already is not a clean one to start.
+LAUNCHER = "megatron_ligo.commands.deepspeed_launcher"
 
 
 def add_processes_option(parser: cli.CommandParser) -> None:
@@ -51,8 +53,8 @@ def launch(name: str, args: argparse.Namespace, arguments: Sequence[str]) -> NoR
 
 def launcher_command(processes: int) -> str:
     """Returns the command, as text, that starts a module on `processes` processes of this machine."""
-    words = ["deepspeed.launcher.runner", "--num_gpus", f"{processes}", "--master_port", f"{_free_port()}", "--module"]
-    return shlex.join([sys.executable, "-m", *words])
+    words = ["--num_gpus", f"{processes}", "--master_port", f"{_free_port()}", "--module"]
+    return shlex.join([sys.executable, "-m", LAUNCHER, *words])
 
 
 def _free_port() -> int:

@@ -10,18 +10,16 @@ import importlib
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import deepspeed.comm  # noqa: F401 - loads the module that a shim changes
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from megatron_ligo.common.errors import ConfigError, LayoutError, Problem
+from megatron_ligo.common.nvidia_driver import DRIVER_VERSION
 
 # Torch reads the first one unless the second, its old name, is set.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-# Exists while NVIDIA's kernel driver is loaded.
-DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
 def is_cpu() -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.common import library_log
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.sharding.fused_tensors import stored_tensors
@@ -51,7 +52,8 @@ def compute_megatron_logits(reader: Reader, args: Mapping[str, object], inputs: 
     args: the run arguments. Raises whatever Megatron-core raises if it does not build or load the model.
     """
     request = (str(reader.path), reader.format, tuple(reader.accepted), dict(args), inputs)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=library_log.install) as pool:
         return pool.submit(_compute, *request).result()
 
 

@@ -6,6 +6,7 @@ multiples of hidden_size (`can_be_lossless`). Keys that the user sets may break 
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, fields, replace
 
 from megatron_ligo import arch as architectures
@@ -192,20 +193,20 @@ def can_be_lossless(small: ModelConfig, large: ModelConfig) -> bool:
 
 
 def describe_method(settings: OperatorSection, small: ModelConfig, large: ModelConfig) -> str:
-    """Describes a method and its keys, one per line, and marks the keys that the user has changed."""
+    """Describes a method and its keys, and marks the keys that the user has changed."""
     method = METHODS[settings.method]
     defaults = _method_settings(settings.method, large)
-    lines = [f"method {settings.method}: {method.summary} ({method.source})"]
-    changed = []
+    text = f"method {settings.method}: {method.summary} ({method.source})"
+    keys, changed = [], []
     for field in fields(OperatorSection):
         if field.name in defaults:
             value = getattr(settings, field.name)
             is_own = value != defaults[field.name]
-            lines.append(f"  {field.name} = {value!r}{'   (your own)' if is_own else ''}")
+            keys.append(f"{field.name}={value!r}{' (your own)' if is_own else ''}")
             changed += [field.name] if is_own and field.name not in KEYS_THAT_KEEP_LOGITS else []
     if method.is_lossless:
-        lines[0] += f"; {_promise(can_be_lossless(small, large), changed)}"
-    return "\n".join(lines)
+        text += f"; {_promise(can_be_lossless(small, large), changed)}"
+    return "\n".join([text, *textwrap.wrap(", ".join(keys), 100, initial_indent="  ", subsequent_indent="  ")])
 
 
 def _promise(can_be: bool, changed: list[str]) -> str:

@@ -9,6 +9,7 @@ from megatron_ligo.planning import layout_search, parameter_count
 from megatron_ligo.planning.memory import estimate_peak_memory
 from megatron_ligo.planning.planned_job import DTYPE_BYTES, PlannedJob
 from megatron_ligo.planning.traffic import DEVICES_PER_NODE, NETWORK_SPEED, NODE_SPEED, estimate_traffic
+from megatron_ligo.training.job_summary import describe_operator
 
 
 def format_bytes(count: float) -> str:
@@ -34,13 +35,10 @@ def format_count(count: float) -> str:
 
 def describe_models(operator: Operator) -> list[str]:
     """Lists the parameters of both models and of the operator's maps."""
-    counts = operator.count_parameters()
-    width_maps = {name: count for name, count in counts.items() if not name.startswith("depth.")}
     return [
         f"small model      {format_count(parameter_count.count_model(operator.small))} parameters",
         f"large model      {format_count(parameter_count.count_model(operator.large))} parameters",
-        f"operator         {format_count(sum(counts.values()))} trained parameters",
-        *(f"  {name:24s} {format_count(count)}" for name, count in width_maps.items()),
+        *describe_operator(operator.count_parameters()).splitlines(),
     ]
 
 
@@ -52,6 +50,7 @@ def describe_run(title: str, job: PlannedJob, flops_per_second: float, device_by
     plan = layout_search.plan_layout(job, flops_per_second)
     flops, tokens = job.step_flops(), job.training.global_batch_size * job.seq_length
     recompute = ", recomputation" if job.training.recompute else ""
+    traffic = {kind: count for kind, count in estimate_traffic(job).items() if count}
     too_large = "" if plan.memory_bytes <= device_bytes else "  EXCEEDS THE DEVICE"
     smallest = layout_search.find_smallest_layout(job, flops_per_second, device_bytes)
     return [
@@ -65,8 +64,8 @@ def describe_run(title: str, job: PlannedJob, flops_per_second: float, device_by
         f"    of it traffic              {format_duration(plan.traffic_seconds)} (assumed: {NODE_SPEED / 1e9:.0f} GB/s "
         f"in a node of {DEVICES_PER_NODE}, {NETWORK_SPEED / 1e9:.0f} GB/s between)",
         f"  time for {f'{job.training.steps} steps':19s} {format_duration(plan.seconds * job.training.steps)}",
-        "  sent by a rank per step",
-        *(f"    {kind:26s} {format_bytes(count)}" for kind, count in estimate_traffic(job).items() if count),
+        f"  sent by a rank per step      {'' if traffic else 'nothing'}".rstrip(),
+        *(f"    {kind:26s} {format_bytes(count)}" for kind, count in traffic.items()),
         f"  fewest devices of {format_bytes(device_bytes):10s} {_describe_smallest(smallest)}",
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, ClassVar
 
-from megatron_ligo.common import folder_kinds
+from megatron_ligo.common import folder_kinds, library_log
 from megatron_ligo.common.file_lock import lock_folder
 from megatron_ligo.common.folder_kinds import FolderKind
 from megatron_ligo.config.run_config import RunConfig, TrainingSection
@@ -181,3 +181,4 @@ def _lock_output(folder: Path, create: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder not in _output_locks and folder.is_dir():
         _output_locks[folder] = lock_folder(folder)
+        library_log.write_to(folder)

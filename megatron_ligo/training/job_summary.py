@@ -41,13 +41,22 @@ def describe_job(
 
 
 def describe_operator(counts: Mapping[str, int]) -> str:
-    """Returns a table of the operator's trainable parameters. counts: by map; those of depth are added up."""
-    depth = [count for name, count in counts.items() if name.startswith("depth.")]
-    rows = {name: count for name, count in counts.items() if not name.startswith("depth.")}
-    rows |= {f"{len(depth)} depth maps": sum(depth)} if depth else {}
+    """Returns a table of the operator's trainable parameters: a row per space, and one for depth. counts: by map."""
+    rows: dict[str, dict[str, list[int]]] = {}
+    for name, count in counts.items():
+        kind, map_name, *rest = name.split(".")
+        row, column = (kind, "mixes") if kind == "depth" else (map_name, rest[-1])
+        rows.setdefault(row, {}).setdefault(column, []).append(count)
     width = max(map(len, rows), default=0) + 2
-    head = f"operator: {sum(counts.values()):,} trainable parameters"
-    return "\n".join([head, *(f"  {name:<{width}}{count:>14,}" for name, count in rows.items())])
+    lines = [f"operator: {sum(counts.values()):,} trainable parameters"]
+    for row, columns in rows.items():
+        parts = [f"{sum(sizes):>14,} {column}{_format_maps(len(sizes))}" for column, sizes in columns.items()]
+        lines.append(f"  {row:<{width}}{'  '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _format_maps(count: int) -> str:
+    return f" ({count} maps)" if count > 1 else ""
 
 
 def count_parameters(model_config: ModelConfig) -> int:

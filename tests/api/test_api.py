@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import transformers
 
 import megatron_ligo as ligo
-from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.api.settings import LargeSizes
+from megatron_ligo.config.run_config import LargeSection, RunConfig
 from megatron_ligo.export.handoff import grow_from_config
 from tests.checkpoint import hf_models
 from tests.training.test_pretrain import make_pair
@@ -128,6 +130,17 @@ def test_refusals_are_those_of_the_commands(tmp_path):
     assert ligo.inspect(small, accept=["attention_window_of_nobody"])["accepted"]
     with pytest.raises(ligo.ConfigError, match="manifest"):
         ligo.verify(hf_models.model())
+
+
+def test_sizes_are_the_keys_of_large():
+    assert list(LargeSizes.__annotations__) == [field.name for field in fields(LargeSection)]
+    small = hf_models.model(num_key_value_heads=2)
+    large = ligo.grow(small, num_layers=3, num_experts=3, top_k=2)
+    assert large.config.model_type == "mixtral" and large.config.num_local_experts == 3
+    with torch.no_grad():
+        assert torch.allclose(small(hf_models.tokens())[0], large(hf_models.tokens())[0], atol=2e-5)
+    with pytest.raises(ligo.ConfigError, match=r"large\.num_layer:.*num_layers"):
+        ligo.grow(small, num_layer=3)
 
 
 def test_a_plan_is_the_commands(tmp_path):

@@ -133,7 +133,7 @@ def test_user_keys_take_precedence_over_the_method():
     assert (settings.depth_init, settings.noise, settings.width_init) == ("stack", 0.25, "lossless")
     assert resolve_settings(settings, llama_config()) == settings
     text = describe_method(settings, llama_config(), llama_config())
-    assert "noise = 0.25   (your own)" in text and "depth_init = 'stack'\n" in text
+    assert "noise=0.25 (your own)" in text and "depth_init='stack'," in text
     with pytest.raises(ConfigError) as error:
         resolve_settings(OperatorSection(method="noisystack"), llama_config())
     assert "'noisy_stack'" in str(error.value)

@@ -49,3 +49,10 @@ def run(args: argparse.Namespace) -> None:
         f"{record['codes']} codes of {record['vocab_size']} tokens from {record['tokens']} tokens: "
         f"{record['seconds']} s, {record['flops']:.2g} FLOPs"
     )
+    options = cli.config_options(args)
+    if args.scratch:
+        start = ("--set=pretrain.start=scratch", f"--set=pretrain.codes={args.output}", "--output", "runs/scratch")
+        cli.print_next(args.output, "ligo", "pretrain", *options, *start)
+    else:
+        keys = ("--set=operator.method=corner", f"--set=operator.codes={args.output}", "--output", "runs/grown")
+        cli.print_next(args.output, "ligo", "grow", *options, *keys)

@@ -102,3 +102,5 @@ def run(args: argparse.Namespace) -> None:
             f"{args.output}/{name}: {record['documents']} documents, {record['tokens']} tokens, "
             f"{bytes_per_token:.2f} bytes per token"
         )
+    data = [f'--set=data.{name}=["{args.output}/{name}"]' for name in splits]
+    cli.print_next(args.output, "ligo", "fit", "--config", "run.toml", *data, "--output", "runs/fit")

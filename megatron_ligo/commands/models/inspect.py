@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 from megatron_ligo import cli
 
@@ -29,4 +30,9 @@ def run(args: argparse.Namespace) -> None:
 
     reader = formats.open(args.path, args.form, args.accept)
     description = inspect.describe(reader)
-    print(json.dumps(description, indent=2) if args.json else inspect.to_text(description))
+    if args.json:
+        print(json.dumps(description, indent=2))
+        return
+    print(inspect.to_text(description))
+    parameters = f"{math.ceil(2 * description['parameters'] / 1e6)}M"
+    cli.print_next("", "ligo", "init", args.path, "--to", parameters)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from megatron_ligo import cli
-from megatron_ligo.commands import launching
-from megatron_ligo.common import terminal_stream
+from megatron_ligo.commands.runs import training_options
 
 EXAMPLE = """
 ligo pretrain --processes 4 --config run.toml --set pretrain.start=runs/grown --output runs/pretrain
@@ -26,24 +24,14 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
         output="folder for checkpoints, metrics and the record pretrain.json",
         prog=prog,
     )
-    parser.add_argument(
-        "--resume-after-anomaly", action="store_true", help="resume a run that has stopped at an anomaly, and pass it"
-    )
-    cli.add_input_options(parser)
-    launching.add_processes_option(parser)
+    training_options.add_training_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     config = cli.load_config(args)
 
-    from megatron_ligo.distributed.rank_failures import (
-        report_failures,  # imported late: --help must not load torch
-    )
-    from megatron_ligo.export.run_inputs import InputPolicy
-    from megatron_ligo.training.pretrain import Pretrain
+    from megatron_ligo.training.pretrain import Pretrain  # imported late: --help must not load torch
 
-    policy = InputPolicy(args.accept_changed_data, args.full_check)
-    with report_failures(), terminal_stream.outlive_readers():
-        Pretrain(config, Path(args.output), resume_after_anomaly=args.resume_after_anomaly, policy=policy).run()
+    training_options.run_training(Pretrain, config, args)
     cli.print_next(args.output, "ligo", "report", args.output, "--output", "runs/report")

@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
 
     output = Path(args.output)
     write_report([Path(run) for run in args.runs], output)
-    print(f"wrote {output / 'report.html'} and {output / 'report.png'}; next: open the page in a browser")
+    cli.print_wrote(f"{output / 'report.html'} and {output / 'report.png'}", "open the page in a browser")

@@ -41,3 +41,4 @@ def run(args: argparse.Namespace) -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, results)
+        cli.print_wrote(options.output, "compare it with the file of another machine or version")

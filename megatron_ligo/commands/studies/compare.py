@@ -56,3 +56,4 @@ def run(args: argparse.Namespace) -> None:
         print("  ".join(row))
     for line in results["cautions"]:
         print(f"- {line}")
+    cli.print_wrote(f"{args.output}/results.json, compare.html and compare.png", "open the page in a browser")

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
         models, Path(args.output), args.task, texts, args.batch_size, args.limit, args.dtype
     )
     print(harness_evaluation.format_table(record))
+    again = "the same command with other tasks, or a later checkpoint of the run"
+    cli.print_wrote(Path(args.output) / harness_evaluation.RESULTS, again)
 
 
 def _parse_models(texts: list[str]) -> dict[str, Path]:

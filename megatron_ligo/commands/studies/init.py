@@ -9,13 +9,13 @@ from pathlib import Path
 from megatron_ligo import cli
 from megatron_ligo.common.atomic_files import write_bytes
 from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.common.nvidia_driver import DRIVER_VERSION
 
 EXAMPLE = """
 ligo init models/small --to 1.3B --data runs/data
 ligo init models/small --to 300M --processes 4 --tp 2 --device-memory 24
 """
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-NVIDIA = Path("/proc/driver/nvidia/version")
 
 TEMPLATE = """# Grows {small} ({small_count} parameters) to about {large_count}. `ligo fit --help` lists every key.
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         sizes="\n".join(f"{name} = {value}  # {getattr(small, name)}" for name, value in sizes.items()),
         config=args.output,
         batch=-(-8 // dp) * dp,
-        precision="bf16" if NVIDIA.exists() else "fp32",
+        precision="bf16" if DRIVER_VERSION.is_file() else "fp32",
         tp=args.tp,
         data=args.data,
         train=json.dumps(f"{args.data}/train"),

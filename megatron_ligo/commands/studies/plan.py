@@ -54,3 +54,5 @@ def run(args: argparse.Namespace) -> None:
     print(plan)
     if args.layouts:
         print(f"\n{plan.describe_refused_layouts()}")
+    processes = ("--processes", args.world) if args.world > 1 else ()
+    cli.print_next("", "ligo", "fit", *processes, *cli.config_options(args), "--output", "runs/fit")

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         _run_kills(args.command, Path(args.output), args.kills, args.seed, args.ranks)
     else:
         _run_mutations(Path(args.output), args.mutations, args.seed)
+    cli.print_wrote(args.output, "the same command with more of them, or another --seed")
 
 
 def _run_kills(command: list[str], output: Path, kills: int, seed: int, ranks: int | None) -> None:
