@@ -18,6 +18,7 @@ FUSED_NORMS = {
 # Name of the modules' fp8 state in checkpoints. It is not a weight.
 EXTRA_STATE = "_extra_state"
 LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 # Submodules of a local layer in construction order, which is the order of the optimizer's parameters.
 CONSTRUCTION_ORDER = (
     "input_layernorm.",
@@ -30,11 +31,14 @@ CONSTRUCTION_ORDER = (
 )
 
 
-def to_local_name(name: str) -> str:
-    """Returns the parameter's name under the local layer spec, from its name under either spec."""
+def to_local_name(name: str, first_expert: int = 0) -> str:
+    """Returns the parameter's name under the local layer spec, from its name under either spec.
+
+    first_expert: the number in the whole layer of the first expert of this rank, whose modules count from 0.
+    """
     for fused, local in FUSED_NORMS.items():
         name = name.replace(fused, local)
-    return name
+    return EXPERT_NUMBER.sub(lambda match: str(int(match[0]) + first_expert), name) if first_expert else name
 
 
 def to_fused_name(name: str) -> str:

@@ -32,7 +32,9 @@ NCCL_MARGIN = timedelta(minutes=2)
 class Mesh:
     """The parallel axes of the job, this rank's coordinates on them, and its process groups.
 
-    tp_dp_group: the tensor- and data-parallel ranks of this rank's pipeline stage.
+    tp_dp_group: the tensor- and data-parallel ranks of this rank's pipeline stage. ep_group: the data-parallel ranks
+    that divide the experts among them; tp_ep_group: those times the tensor-parallel ranks; expert_dp_group: the
+    data-parallel ranks that hold the same experts as this one.
     """
 
     dims: ParallelDims
@@ -42,6 +44,9 @@ class Mesh:
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     tp_dp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    tp_ep_group: dist.ProcessGroup
+    expert_dp_group: dist.ProcessGroup
 
     @property
     def tp(self) -> int:
@@ -54,6 +59,19 @@ class Mesh:
     @property
     def dp(self) -> int:
         return self.dims.dp
+
+    @property
+    def ep(self) -> int:
+        return self.dims.ep
+
+    @property
+    def ep_rank(self) -> int:
+        return self.dp_rank % self.ep
+
+    @property
+    def expert_dp(self) -> int:
+        """Number of ranks that hold the same experts."""
+        return self.dp // self.ep
 
     @property
     def world_size(self) -> int:
@@ -106,16 +124,23 @@ def current_tp_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def build_mesh(tp: int, pp: int) -> Mesh:
-    """Divides the ranks into tp x pp x dp and creates their groups. Collective. Raises LayoutError for a remainder."""
+def build_mesh(tp: int, pp: int, ep: int = 1) -> Mesh:
+    """Divides the ranks into tp x pp x dp, and dp into groups of ep, and creates their groups. Collective.
+
+    Raises LayoutError for a remainder.
+    """
     with all_ranks().agree():
-        dims = ParallelDims.divide(dist.get_world_size(), tp, pp)
-    if not _groups_exist(tp, pp):
+        dims = ParallelDims.divide(dist.get_world_size(), tp, pp, ep)
+    if not _groups_exist(dims):
         # A gloo group has three threads that wake up a hundred times a second, so unused ones are not created.
         parallel_state.destroy_model_parallel()
         minutes = distributed_c10d.default_pg_timeout.total_seconds() / 60
         parallel_state.initialize_model_parallel(
-            tp, pp, create_gloo_process_groups=False, distributed_timeout_minutes=minutes
+            tp,
+            pp,
+            expert_model_parallel_size=ep,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=minutes,
         )
     mesh = _read_mesh(dims)
     assert dims.global_rank(mesh.tp_rank, mesh.pp_rank, mesh.dp_rank) == dist.get_rank(), "rank order"
@@ -130,9 +155,14 @@ def current_mesh() -> Mesh:
     if not parallel_state.model_parallel_is_initialized():
         hint = "Call parallel_state.initialize_model_parallel first."
         raise LayoutError(Problem("Megatron-core's process groups", "one for each parallel axis", "none", hint))
+    return _read_mesh(_read_dims())
+
+
+def _read_dims() -> ParallelDims:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
-    return _read_mesh(ParallelDims.divide(dist.get_world_size(), tp, pp))
+    ep = parallel_state.get_expert_model_parallel_world_size()
+    return ParallelDims.divide(dist.get_world_size(), tp, pp, ep)
 
 
 def _read_mesh(dims: ParallelDims) -> Mesh:
@@ -144,6 +174,9 @@ def _read_mesh(dims: ParallelDims) -> Mesh:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        tp_ep_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
+        expert_dp_group=parallel_state.get_expert_data_parallel_group(),
     )
 
 
@@ -152,15 +185,9 @@ def forget_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _groups_exist(tp: int, pp: int) -> bool:
+def _groups_exist(dims: ParallelDims) -> bool:
     """True if Megatron-core already has the groups of this layout."""
-    if not parallel_state.model_parallel_is_initialized():
-        return False
-    sizes = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    return sizes == (tp, pp)
+    return parallel_state.model_parallel_is_initialized() and _read_dims() == dims
 
 
 def all_ranks() -> RankGroup:
@@ -197,29 +224,33 @@ def max_over_ranks(value: int) -> int:
 
 
 class DeepSpeedMpu:
-    """Megatron's mpu interface, which DeepSpeed calls without a pipeline; with one, it uses its own grid."""
+    """Megatron's mpu interface, which DeepSpeed calls without a pipeline; with one, it uses its own grid.
+
+    DeepSpeed sees expert parallelism as a part of model parallelism: it reduces and partitions over the ranks that
+    hold the same experts. The model itself averages the gradients of all else over the expert-parallel ranks.
+    """
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
 
     def get_model_parallel_rank(self) -> int:
-        return self.mesh.tp_rank
+        return self.mesh.ep_rank * self.mesh.tp + self.mesh.tp_rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self.mesh.tp
+        return self.mesh.tp * self.mesh.ep
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.tp_group
+        return self.mesh.tp_ep_group
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp_rank
+        return self.mesh.dp_rank // self.mesh.ep
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.dp
+        return self.mesh.expert_dp
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.dp_group
+        return self.mesh.expert_dp_group

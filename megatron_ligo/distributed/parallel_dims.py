@@ -1,6 +1,6 @@
 """The parallel axes of a job: their sizes, the order in which ranks run through them, and how a checkpoint states them.
 
-A new axis (context, expert) is added here first. This module needs no process group, Megatron-core or DeepSpeed.
+A new axis (context) is added here first. This module needs no process group, Megatron-core or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ from megatron_ligo.common.errors import LayoutError, Problem
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the tensor, pipeline and data axes."""
+    """Sizes of the tensor, pipeline, data and expert axes. The expert axis divides the data axis: ep neighbouring
+    data-parallel ranks share a layer's experts, and dp / ep ranks hold the same ones."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 1
 
     @classmethod
-    def divide(cls, world_size: int, tp: int, pp: int) -> ParallelDims:
-        """Divides a job's ranks into tp x pp x dp, where dp is the quotient. Raises LayoutError for a remainder."""
-        if world_size % (tp * pp):
-            hint = "Start that many processes, or change tp and pp."
-            expected = f"a multiple of tp x pp = {tp} x {pp} = {tp * pp}"
+    def divide(cls, world_size: int, tp: int, pp: int, ep: int = 1) -> ParallelDims:
+        """Divides a job's ranks into tp x pp x dp, where dp is the quotient, a multiple of ep.
+
+        Raises LayoutError for a remainder.
+        """
+        if world_size % (tp * pp * ep):
+            axes = {"tp": tp, "pp": pp} | ({"ep": ep} if ep > 1 else {})
+            hint = f"Start that many processes, or change {' and '.join(axes)}."
+            sizes = " x ".join(map(str, axes.values()))
+            expected = f"a multiple of {' x '.join(axes)} = {sizes} = {tp * pp * ep}"
             raise LayoutError(Problem("processes", expected, world_size, hint))
-        return cls(tp, pp, world_size // (tp * pp))
+        return cls(tp, pp, world_size // (tp * pp), ep)
 
     @property
     def world_size(self) -> int:
@@ -35,6 +42,10 @@ class ParallelDims:
     def global_rank(self, tp_rank: int, pp_rank: int, dp_rank: int = 0) -> int:
         """Returns the rank at these coordinates: tp varies fastest, then dp, then pp (Megatron-core's order)."""
         return (pp_rank * self.dp + dp_rank) * self.tp + tp_rank
+
+    def to_json(self) -> dict[str, int]:
+        """Returns the sizes by name; that of the expert axis only if it divides anything."""
+        return {name: size for name, size in asdict(self).items() if name != "ep" or size > 1}
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,13 @@ class EngineLayout:
     def from_json(cls, table: Mapping[str, object]) -> EngineLayout:
         """Parses the output of `to_json`. Raises KeyError, TypeError, ValueError or OverflowError otherwise."""
         tp, pp, dp, zero = (int(table[name]) for name in ("tp", "pp", "dp", "zero"))
-        if min(tp, pp, dp, zero) < 1:
+        ep = int(table.get("ep", 1))
+        if min(tp, pp, dp, ep, zero) < 1 or dp % ep:
             raise ValueError(f"layout {dict(table)}")
-        return cls(ParallelDims(tp, pp, dp), zero)
+        return cls(ParallelDims(tp, pp, dp, ep), zero)
 
     def to_json(self) -> dict[str, int]:
-        return {**asdict(self.dims), "zero": self.zero}
+        return {**self.dims.to_json(), "zero": self.zero}
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {size}" for name, size in self.to_json().items())

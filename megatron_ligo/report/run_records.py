@@ -18,6 +18,7 @@ from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report.anomaly_notes import describe_anomalies
 from megatron_ligo.report.json_fields import JsonRecord, load_record
+from megatron_ligo.report.routing_notes import describe_routing
 from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 
 # Keys of the operator's record that growth.json does not repeat.
@@ -90,6 +91,7 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
     runs = [run for run in (_read_run(path, errors) for path in paths) if run is not None]
     errors.raise_if_any()
     runs = [replace(run, notes=run.notes + describe_anomalies(run.folder, run.metrics, errors)) for run in runs]
+    runs = [replace(run, notes=run.notes + describe_routing(run.metrics)) for run in runs]
     runs = _make_names_unique(runs)
     linked = [_link_to_handoff(run, runs, errors) if run.kind == "pretraining" else run for run in runs]
     errors.raise_if_any()

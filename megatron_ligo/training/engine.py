@@ -46,7 +46,8 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
     profile = deepspeed_profile.read_profile(section.parallel)
     config = {
         **profile,
-        "train_batch_size": section.global_batch_size,
+        # What DeepSpeed's data-parallel ranks read: it knows nothing of the samples of expert-parallel ones.
+        "train_batch_size": section.global_batch_size // mesh.ep,
         "train_micro_batch_size_per_gpu": section.micro_batch_size,
         "gradient_accumulation_steps": count_micro_batches(section, mesh),
         "gradient_clipping": section.clip,
@@ -60,8 +61,8 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
     if bf16 and mesh.pp == 1 and sums_dtype:
         config["data_types"] = {**profile.get("data_types", {}), "grad_accum_dtype": sums_dtype}
         config.setdefault("communication_data_type", sums_dtype)
-    if section.parallel.sequence_parallel:
-        # DeepSpeed would partition activations over the TP ranks as if they were replicated there.
+    if section.parallel.sequence_parallel or mesh.ep > 1:
+        # DeepSpeed would partition activations over the model-parallel ranks as if they were replicated there.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return config
 
@@ -188,7 +189,7 @@ class Engine:
         self.engine.train()
         self.gate.reset()
         if self.is_pipeline:
-            loss = float(self.engine.train_batch(iter(map(_to_pipeline_batch, batches))))
+            loss = self._mean_over_ep(self.engine.train_batch(iter(map(_to_pipeline_batch, batches))))
         else:
             self._accumulate(batches)
             loss = self._mean_loss()
@@ -211,7 +212,7 @@ class Engine:
     def _mean_loss(self) -> float:
         """Returns the mean loss of the current step over all ranks, whose micro-batches are all done. Collective."""
         if self.is_pipeline:
-            return float(self.engine._aggregate_total_loss())
+            return self._mean_over_ep(self.engine._aggregate_total_loss())
         return self._mean_over_dp(torch.stack(self._losses).mean())
 
     @torch.no_grad()
@@ -266,9 +267,17 @@ class Engine:
         # The stages' buffers have a fixed dtype and shape, which may differ between a step and an evaluation.
         self.engine.reset_activation_shape()
         batch_iterator = iter(map(_to_pipeline_batch, batches))
-        loss = float(self.engine.eval_batch(batch_iterator, num_micro_batches=len(batches)))
+        loss = self._mean_over_ep(self.engine.eval_batch(batch_iterator, num_micro_batches=len(batches)))
         self.engine.reset_activation_shape()
         return loss
+
+    def _mean_over_ep(self, loss: Tensor) -> float:
+        """Returns the mean over all data-parallel ranks of a loss that DeepSpeed's have averaged. Collective."""
+        if self.mesh.ep == 1:
+            return float(loss)
+        loss = loss.detach().float().clone()
+        dist.all_reduce(loss, group=self.mesh.ep_group)
+        return float(loss) / self.mesh.ep
 
     def _mean_over_dp(self, loss: Tensor) -> float:
         loss = loss.float().clone()

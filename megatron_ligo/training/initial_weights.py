@@ -141,9 +141,7 @@ def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_lengt
     """Raises ConfigError with every mismatch between the layout and the model or the sequence length."""
     errors = ErrorCollector("the layout does not fit the model", ConfigError)
     check_tp(model_config, parallel.tp, errors)
-    if model_config.num_experts and (parallel.tp, parallel.pp) != (1, 1):
-        hint = "Experts are sharded by ZeRO alone."
-        errors.add("layout", "tp = pp = 1 with experts", f"tp {parallel.tp}, pp {parallel.pp}", hint)
+    _check_experts(model_config, parallel, errors)
     if parallel.pp > model_config.num_layers:
         errors.add(f"pp = {parallel.pp}", "at most one stage per layer", f"{model_config.num_layers} layers")
     if parallel.sequence_parallel and seq_length % parallel.tp:
@@ -152,3 +150,12 @@ def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_lengt
     if seq_length > model_config.max_sequence_length:
         errors.add("data.seq_length", f"at most the model's {model_config.max_sequence_length} positions", seq_length)
     errors.raise_if_any()
+
+
+def _check_experts(model_config: ModelConfig, parallel: ParallelSection, errors: ErrorCollector) -> None:
+    if max(model_config.num_experts, 1) % parallel.ep:
+        found = f"{model_config.num_experts or 'no'} experts"
+        errors.add(f"ep = {parallel.ep}", "a divisor of the model's num_experts", found, "Choose another ep.")
+    if model_config.num_experts and parallel.tp > 1 and not parallel.sequence_parallel:
+        hint = "Without it every rank would send the same tokens to the experts, and Megatron-core refuses to train."
+        errors.add("sequence_parallel", f"true with tp = {parallel.tp} and experts", "false", hint)

@@ -75,7 +75,8 @@ class TrainingJob:
         layout_changed: the checkpoint was written at another layout, so its tensors must be resharded. accepted_step:
         the last step with an anomaly that the user has accepted. NumbersError if the run has stopped at another one.
         """
-        self.mesh = mesh.build_mesh(self.section.parallel.tp, self.section.parallel.pp)
+        parallel = self.section.parallel
+        self.mesh = mesh.build_mesh(parallel.tp, parallel.pp, parallel.ep)
         self.micro_batches = self.ranks.run_on_all(lambda: count_micro_batches(self.section, self.mesh))
         self.ranks.run_on_all(lambda: folder_kinds.check_output(self.output, self.folder_kind))
         lock_output(self.output)

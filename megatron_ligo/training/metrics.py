@@ -31,7 +31,8 @@ MAX_METRICS_BYTES = 1 << 36
 ANOMALY, ACCEPTED_CHANGES = "anomaly", "accepted_changes"
 TEXT_KEYS = (ANOMALY, ACCEPTED_CHANGES)
 # Columns that the progress line leaves out.
-SILENT_KEYS = ("update_ratio", "skipped")
+SILENT_KEYS = ("update_ratio", "skipped", "dropped_tokens")
+SILENT_PREFIX = "expert_load_"
 # The time left is estimated from this many recent steps.
 RECENT_STEPS = 20
 
@@ -103,7 +104,8 @@ class Metrics:
         self._file.flush()
         shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
         self._events.add({**shown, **extra}, step, texts)
-        self._line.show(step, loss, lr, tokens, seconds, {key: extra[key] for key in extra if key not in SILENT_KEYS})
+        silent = {key for key in extra if key in SILENT_KEYS or key.startswith(SILENT_PREFIX)}
+        self._line.show(step, loss, lr, tokens, seconds, {key: extra[key] for key in extra if key not in silent})
         for call in self._on_step:
             call(finite)
 

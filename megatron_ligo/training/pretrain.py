@@ -28,6 +28,7 @@ from megatron_ligo.export.start_check import find_start_damage
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
+from megatron_ligo.models.mcore.router_statistics import RouterStatistics
 from megatron_ligo.training import job_summary, loop, run_extension
 from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.engine import Engine, build_parameter_groups
@@ -86,6 +87,8 @@ class Pretrain(TrainingJob):
         self.data = self._open_data()
         self._check_samples()
         self.engine = self._build_engine()
+        has_experts = self.model_config.num_experts > 0
+        self.routers = RouterStatistics(self.engine.module, self.model_config.num_layers) if has_experts else None
 
     def run(self) -> dict:
         """Trains, from the newest checkpoint if there is one; returns the content of OUTPUT/pretrain.json."""
@@ -224,7 +227,7 @@ class Pretrain(TrainingJob):
             flops,
             math.log(self.model_config.vocab_size),
             self.accepted_step,
-            after_step=lambda step: self._evaluate_if_due(step, state),
+            after_step=lambda step: self._measure_step(step, state),
             extra_files=self.output / MODEL_FOLDER,
             on_step=self.on_step,
             start_loss=state["losses"].get("start"),
@@ -236,6 +239,13 @@ class Pretrain(TrainingJob):
         if self.section.start == SCRATCH:
             return f"scratch: fresh weights of seed {self.section.seed}"
         return f"{self.section.start} ({'a hand-off' if self.grown else 'a checkpoint'})"
+
+    def _measure_step(self, step: int, state: dict) -> dict[str, float]:
+        """Returns the columns of metrics.jsonl that a step has beside its loss."""
+        routing = {}
+        if self.routers is not None:
+            routing = self.routers.take(self.model_config.num_experts, self.model_config.top_k)
+        return routing | self._evaluate_if_due(step, state)
 
     def _evaluate_if_due(self, step: int, state: dict) -> dict[str, float]:
         is_last = step == self.section.steps
@@ -252,9 +262,8 @@ class Pretrain(TrainingJob):
     def _build_engine(self) -> Engine:
         """Builds the engine and its weights. A run resumed at the same layout loads its checkpoint afterwards."""
         section, start = self.section, self.start
-        build = BuildOptions(
-            self.dtype, self.mesh.tp, section.parallel.sequence_parallel, router_aux_loss=section.router_aux_loss
-        )
+        sequence_parallel = section.parallel.sequence_parallel
+        build = BuildOptions(self.dtype, self.mesh.tp, sequence_parallel, section.router_aux_loss, self.mesh.ep)
         # Weights that are not filled below must still be equal on all replicas.
         torch.manual_seed(section.seed)
         model = build_model(self.model_config, build, self.mesh, section.recompute)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ligo.arch.mcore_names import EXPERT_NUMBER
 from megatron_ligo.common.errors import ErrorCollector, ReplicaError
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.mesh import all_ranks
@@ -25,7 +26,7 @@ def check_replicas(engine: Engine, step: int) -> None:
     """Raises ReplicaError on all ranks, naming parameters and ranks, if replicas of a parameter differ. Collective.
 
     Data-parallel ranks hold replicas of every parameter (under ZeRO 3, of none), tensor-parallel ranks of the
-    parameters that are not sharded, and pipeline stages of the tied ones.
+    parameters that are not sharded, and pipeline stages of the tied ones. Expert-parallel ranks divide experts.
     """
     errors = ErrorCollector(f"step {step}: ranks that must hold the same numbers do not", ReplicaError)
     tolerance = engine.section.replica_tolerance
@@ -38,8 +39,13 @@ def replicas_by_group(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[
     """Yields each group of ranks with the local tensors, of any shape, that its ranks replicate, by name."""
     mesh, module = engine.mesh, engine.module
     parameters = dict(module.named_parameters())
-    if mesh.dp > 1:
-        yield mesh.dp_group, {name: tensor for name, tensor in parameters.items() if not hasattr(tensor, "ds_id")}
+    whole = {name: tensor for name, tensor in parameters.items() if not hasattr(tensor, "ds_id")}
+    if mesh.ep > 1:
+        # Under ZeRO 3 these ranks hold the same part.
+        shared = {name: tensor for name, tensor in parameters.items() if not EXPERT_NUMBER.search(name)}
+        yield mesh.ep_group, {name: getattr(tensor, "ds_tensor", tensor) for name, tensor in shared.items()}
+    if mesh.expert_dp > 1:
+        yield mesh.expert_dp_group, whole
     if mesh.tp > 1:
         unsharded = {name: tensor for name, tensor in parameters.items() if not _is_tp_sharded(tensor)}
         yield mesh.tp_group, {name: getattr(tensor, "ds_tensor", tensor) for name, tensor in unsharded.items()}
@@ -50,7 +56,7 @@ def replicas_by_group(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, dict[
 
 
 def _is_tp_sharded(parameter: Tensor) -> bool:
-    return getattr(parameter, "tensor_model_parallel", False)
+    return getattr(parameter, "partition_dim", -1) >= 0
 
 
 def _get_nested(module: nn.Module, name: str) -> Tensor:

@@ -51,13 +51,20 @@ def iterate_parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[
     errors.raise_if_any()
 
 
-def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, tp: int) -> None:
-    """Marks the parameters that TP shards. Gradient norms count the others on one rank only."""
+def mark_tensor_parallel(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
+    """Marks the parameters that TP shards, and on which ranks gradient norms count them.
+
+    DeepSpeed counts what is marked `tensor_model_parallel` on every rank, and all else on the first model-parallel one.
+    Replicas of expert-parallel ranks count once, experts on every rank that has them.
+    """
     for parameter, item in iterate_parameters(model, model_config):
-        cut = tp > 1 and item.tp_dim is not None
-        parameter.tensor_model_parallel = cut
+        cut = mesh.tp > 1 and item.tp_dim is not None
+        in_expert = mesh.ep > 1 and item.params[0].in_expert
+        parameter.tensor_model_parallel = in_expert or (cut and mesh.ep_rank == 0)
         parameter.partition_dim = item.tp_dim if cut else -1
         parameter.partition_stride = 1
+        # Megatron-core marks divided experts, by what DeepSpeed knows its own expert layers.
+        parameter.allreduce = True
 
 
 def build_initial_weights(model_config: ModelConfig, seed: int, codes: str = "") -> TensorReader:

@@ -148,11 +148,13 @@ class FullPipeline(LossMixin, PipelineModule):
     Its layers are those of sharding/pipeline_layers.py.
     """
 
+    first_expert = 0
+
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False):
         self.model_config = model_config
         self.mesh = mesh
         self.prefixes = build_name_prefixes(model_config)
-        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp * mesh.ep, num_dp=mesh.expert_dp)
         super().__init__(build_layer_specs(model_config, build, mesh, recompute), topology=topology, loss_fn=self._loss)
         finish_model(self, model_config, mesh)
 
@@ -176,7 +178,7 @@ class FullPipeline(LossMixin, PipelineModule):
         """Returns a parameter's name in the single module: `3.mlp.linear_fc1.weight` -> `decoder.layers.2.mlp...`."""
         for own, canonical in self.prefixes.items():
             if name.startswith(own):
-                return to_local_name(canonical + name.removeprefix(own))
+                return to_local_name(canonical + name.removeprefix(own), self.first_expert)
         raise AssertionError(f"{name} is in no layer of the pipeline")
 
     def _loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import TpUse
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.models.full import parameters
+from megatron_ligo.models.full import expert_parallel, parameters
 from megatron_ligo.models.full.universal_saving import prepare_saving
 from megatron_ligo.models.loss import LossMixin
 from megatron_ligo.models.mcore.layer_calls import sum_gradients
@@ -19,8 +19,10 @@ from megatron_ligo.models.mcore.layer_calls import sum_gradients
 
 def finish_model(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
     """Ends a model's construction: marks sharded parameters, sums gradients of partial uses, prepares checkpoints."""
-    parameters.mark_tensor_parallel(model, model_config, mesh.tp)
+    model.first_expert = expert_parallel.first_local_expert(model_config, mesh)
+    parameters.mark_tensor_parallel(model, model_config, mesh)
     sum_gradients(partially_used(model, model_config), mesh.tp_group)
+    expert_parallel.average_gradients(model, model_config, mesh)
     prepare_saving(model, model_config, mesh)
 
 
@@ -42,6 +44,7 @@ class SingleModule(LossMixin, nn.Module, ABC):
     """
 
     recompute: bool
+    first_expert = 0
 
     def finish_construction(self, model_config: ModelConfig, mesh: Mesh, recompute: bool) -> None:
         assert mesh.pp == 1, "FullPipeline is for PP > 1"
@@ -56,7 +59,7 @@ class SingleModule(LossMixin, nn.Module, ABC):
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in super().named_parameters(*args, **kwargs):
-            yield to_local_name(name), parameter
+            yield to_local_name(name, self.first_expert), parameter
 
     def forward(self, inputs: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         return self.measure(self.logits(inputs), labels, loss_mask)

@@ -6,6 +6,9 @@ examples/deepspeed_megatron.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -102,10 +105,34 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, source: Reader, tp_group: 
     all_ranks().run_on_rank_0(lambda: check_files_are_safe(source.path))
     # ZeRO 1 and 2 load what exists. ZeRO 3 fails without moments unless it loads the module only.
     module_only = stage3 and not (source.has_moments and source.step)
-    engine.load_checkpoint(str(source.path), load_lr_scheduler_states=False, load_module_only=module_only)
+    with reading_shards_of(engine.optimizer, tp_group) if not stage3 else nullcontext():
+        engine.load_checkpoint(str(source.path), load_lr_scheduler_states=False, load_module_only=module_only)
     if stage3:
         separate_step_counts(engine.optimizer.optimizer)
     all_ranks().run_on_all(lambda: verify_loaded(engine.module, source, tp_group))
+
+
+@dataclass(frozen=True)
+class TensorParallelRanks:
+    """What DeepSpeed's loader asks of an mpu: the number of tensor-parallel ranks, and which this one is."""
+
+    group: dist.ProcessGroup
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.group)
+
+
+@contextmanager
+def reading_shards_of(optimizer: object, tp_group: dist.ProcessGroup) -> Iterator[None]:
+    """Within it, ZeRO 1 and 2 load shards of the TP ranks, where model-parallel ranks are expert-parallel too."""
+    mpu, optimizer.mpu = optimizer.mpu, TensorParallelRanks(tp_group)
+    try:
+        yield
+    finally:
+        optimizer.mpu = mpu
 
 
 def separate_step_counts(optimizer: torch.optim.Optimizer) -> None:

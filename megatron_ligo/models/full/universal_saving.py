@@ -12,15 +12,21 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack
 from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.models.full.expert_parallel import first_local_expert
 from megatron_ligo.models.full.state_dict_names import use_table_names
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 
 def prepare_saving(model: nn.Module, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Adds the parameters' sharding to a model's checkpoints, which hold the tables' names and only weights."""
-    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, build_universal_info(model_config, mesh.pp))
-    use_table_names(model)
+    """Adds the parameters' sharding to a model's checkpoints, which hold the tables' names and only weights.
+
+    DeepSpeed's converter takes all model-parallel ranks for tensor-parallel ones, so it gets none of divided experts:
+    it then names what it lacks. Our own conversion reads them.
+    """
+    if mesh.ep == 1:
+        setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, build_universal_info(model_config, mesh.pp))
+    use_table_names(model, first_local_expert(model_config, mesh))
 
 
 def build_universal_info(model_config: ModelConfig, pp: int) -> dict:

@@ -118,16 +118,16 @@ def checkpointed(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=True)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, factor: float = 1.0) -> None:
     """Registers hooks that sum the gradients of replicated parameters with partial uses over the TP ranks.
 
-    Each parameter must have a single use, so that its gradient is that use's.
+    Each parameter must have a single use, so that its gradient is that use's. factor: multiplies the sum.
     """
 
     def all_reduce(grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=group)
-        return grad
+        return grad if factor == 1 else grad.mul_(factor)
 
     for parameter in parameters:
         parameter.register_hook(all_reduce)

@@ -51,12 +51,13 @@ UNFUSED = {
 @dataclass(frozen=True)
 class BuildOptions:
     """Build options of layers. dtype: that of weights and activations. router_aux_loss: the weight of the routers'
-    load-balancing loss."""
+    load-balancing loss. ep: ranks that divide a layer's experts among them."""
 
     dtype: torch.dtype = torch.float32
     tp: int = 1
     sequence_parallel: bool = False
     router_aux_loss: float = 0.0
+    ep: int = 1
 
 
 def is_supported(arch: Architecture) -> bool:
@@ -84,7 +85,7 @@ def check_supported(model_config: ModelConfig) -> None:
 def check_no_experts(model_config: ModelConfig, what: str) -> None:
     """Raises ConfigError, which names `what`, for a model with experts."""
     if model_config.num_experts:
-        hint = "Start from the unfitted growth (ligo grow without --operator), and pretrain with tp = pp = 1."
+        hint = "Start from the unfitted growth: ligo grow without --operator."
         raise ConfigError(Problem(what, "a model without experts", f"{model_config.num_experts} experts", hint))
 
 
@@ -152,6 +153,7 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         pipeline_dtype=build.dtype,
         bf16=build.dtype is torch.bfloat16,
         tensor_model_parallel_size=build.tp,
+        expert_model_parallel_size=build.ep,
         sequence_parallel=build.sequence_parallel,
     )
     set_attention_factor(config, model_config)

@@ -128,9 +128,9 @@ class SavedOptimizer:
             shapes = read_param_shapes(files.model_states[mp_rank], where, errors)
             states.append((ZeroOptimizerState(files.optim_states[mp_rank], shapes, where, errors), shapes))
         errors.raise_if_any()
-        # A model-parallel rank is pp_rank x tp + tp_rank: the stages of a TP rank lie tp apart.
-        tp = checkpoint.layout.dims.tp
-        self._stages_by_tp_rank = [states[tp_rank::tp] for tp_rank in range(tp)]
+        # A model-parallel rank is (pp_rank x ep + ep_rank) x tp + tp_rank. Expert-parallel ranks hold the same maps.
+        dims = checkpoint.layout.dims
+        self._stages_by_tp_rank = [states[tp_rank :: dims.tp * dims.ep] for tp_rank in range(dims.tp)]
         counts = {state.step for state, _ in states}
         if len(counts) > 1:
             raise CheckpointError(Problem(f"{self.folder}", "one count of Adam's steps on all ranks", counts))

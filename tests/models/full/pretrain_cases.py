@@ -7,6 +7,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_ligo.arch.model_config import ModelConfig
@@ -15,9 +16,10 @@ from megatron_ligo.common.errors import LigoError
 from megatron_ligo.config.run_config import ParallelSection, PretrainSection
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.distributed.mesh import DeepSpeedMpu
-from megatron_ligo.models.full import parameters, universal_loading
+from megatron_ligo.models.full import expert_parallel, parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.loss import compute_loss
+from megatron_ligo.models.mcore import layer_calls
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec, build_transformer_config
 from megatron_ligo.training.engine import Engine, build_parameter_groups
 from tests import decoder_models, image_models, layer_pattern_models
@@ -41,8 +43,8 @@ def sizes(tied: bool, family: str = "llama") -> ModelConfig:
     if family in decoder_models.OWN:
         return decoder_models.config_of(family, tied=tied, **SIZES, head_dim=4, hidden_size=32)
     if family in ("mixtral", "qwen3_moe"):
-        experts = {"num_experts": 5, "top_k": 2, "renormalises_routing": family == "mixtral"}
-        return llama_config(arch=family, model_type=family, tied=tied, **SIZES, **experts)
+        experts = {"num_experts": 6, "top_k": 2, "renormalises_routing": family == "mixtral"}
+        return llama_config(arch=family, model_type=family, tied=tied, **SIZES | {"num_layers": 2}, **experts)
     if family in layer_pattern_models.OWN:
         return layer_pattern_models.config_of(family, tied=tied, **SIZES, hidden_size=32)
     if family != "llama":
@@ -121,6 +123,7 @@ def train(
     tied=False,
     tp=1,
     pp=1,
+    ep=1,
     zero=1,
     micro_size=2,
     sequence_parallel=False,
@@ -132,8 +135,8 @@ def train(
 ) -> dict:
     """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
     model_config = sizes(tied, family)
-    mesh = meshes.build_mesh(tp, pp)
-    build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel, AUX_LOSS)
+    mesh = meshes.build_mesh(tp, pp, ep)
+    build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel, AUX_LOSS, ep)
     model = build_model(model_config, build, mesh, recompute)
     if folder is None:
         parameters.fill_parameters(model, model_config, mesh, parameters.build_initial_weights(model_config, seed))
@@ -146,7 +149,7 @@ def train(
         optimizer=optimizer,
         lr=LR[optimizer],
         clip=CLIP,
-        parallel=ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=sequence_parallel),
+        parallel=ParallelSection(tp=tp, pp=pp, ep=ep, zero=zero, sequence_parallel=sequence_parallel),
     )
     engine = Engine(model, mesh, run, build_parameter_groups(model, decay), bf16, universal=folder is not None)
     if folder:
@@ -156,6 +159,49 @@ def train(
     # Else its hooks hold it, and with it all process groups.
     engine.engine.destroy()
     return {"evaluated": evaluated, "steps": steps}
+
+
+def train_at_each(cases: list[dict]) -> list[dict]:
+    """Runs `train` with each set of arguments, one after the other."""
+    return [train(**case) for case in cases]
+
+
+def train_wrongly(mistake: str, **case) -> dict:
+    """Runs `train` with one mistake in what becomes of the gradients of expert-parallel ranks."""
+    mark = parameters.mark_tensor_parallel
+    if mistake == "experts are averaged as replicas":
+        expert_parallel._divide = lambda ranks, grad: _mean(grad, parallel_state.get_expert_model_parallel_group())
+    elif mistake == "experts are summed":
+        expert_parallel._divide = lambda ranks, grad: grad
+    elif mistake == "routers are reduced over the tensor-parallel ranks":
+        expert_parallel.sum_gradients = _sum_routers_over_tp
+    elif mistake == "the norm counts shards on every rank":
+        parameters.mark_tensor_parallel = lambda *arguments: _mark_all(mark, *arguments)
+    return train(**case)
+
+
+def _mean(grad: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    grad = grad.clone()
+    torch.distributed.all_reduce(grad, group=group)
+    return grad / torch.distributed.get_world_size(group)
+
+
+def _sum_routers_over_tp(replicated: list, group: torch.distributed.ProcessGroup, factor: float) -> None:
+    experts = pretrain_experts()
+    routers = [parameter for parameter in replicated if parameter.dim() == 2 and parameter.shape[0] == experts]
+    others = [parameter for parameter in replicated if not any(parameter is router for router in routers)]
+    layer_calls.sum_gradients(others, group, factor)
+    layer_calls.sum_gradients(routers, parallel_state.get_tensor_model_parallel_group(), factor)
+
+
+def pretrain_experts() -> int:
+    return sizes(True, "mixtral").num_experts
+
+
+def _mark_all(mark, model, model_config, mesh) -> None:
+    mark(model, model_config, mesh)
+    for parameter, item in parameters.iterate_parameters(model, model_config):
+        parameter.tensor_model_parallel = item.tp_dim is not None
 
 
 def names(tied: bool, tp: int, pp: int, family: str = "llama") -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.deepspeed import state_keys
 from megatron_ligo.checkpoint.formats.deepspeed.engine_rank import EngineRank
+from megatron_ligo.checkpoint.formats.deepspeed.expert_ranks import join_expert_ranks
 from megatron_ligo.checkpoint.formats.deepspeed.param_names import match_naming
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
 from megatron_ligo.checkpoint.formats.hf import tensor_names
@@ -56,7 +57,8 @@ class EngineReader(Reader):
             where = f"{engine_files.tag_folder} (rank {mp_rank})"
             state_keys.check_state(state, where, self.model_config, f"the config in {root}", accepted)
         self.files = model_record.find_carried_files(root)
-        self._ranks = ranks
+        num_ranks = len(ranks)
+        self._ranks = ranks = join_expert_ranks(ranks, self.model_config.num_experts)
         stored_tensors, self._names, self.model_config = self._match_names(errors, f"{path}")
         self._padded_config = self._with_stored_vocab(stored_tensors, errors)
         self._check(stored_tensors, errors)
@@ -76,8 +78,8 @@ class EngineReader(Reader):
         self.step = self._read_step(engine_files)
         param_groups = [group for rank in ranks for state in rank.optimizer_states for group in state.param_groups]
         self.groups = adam_groups.read_settings(param_groups) if self._has_moments else ()
-        tp = len(ranks)
-        dims = ParallelDims(tp, engine_files.mp_world_size // tp, engine_files.dp_world_size)
+        tp, ep = len(ranks), num_ranks // len(ranks)
+        dims = ParallelDims(tp, engine_files.mp_world_size // num_ranks, engine_files.dp_world_size * ep, ep)
         self.layout = EngineLayout(dims, engine_files.zero_stage).to_json()
         if self._padded_config != self.model_config:
             self.layout["padded_vocab"] = self._padded_config.vocab_size
