@@ -98,7 +98,7 @@ def test_a_checkpoint_of_divided_experts_is_exported(pools, base, tmp_path):
 @pytest.mark.parametrize(
     "world, layout, message",
     [
-        (4, {"ep": 3}, "ep = 3"),
+        (3, {"ep": 3, "global_batch_size": 6}, "ep = 3"),
         (2, {"tp": 2}, "sequence_parallel"),
         (1, {"ep": 2}, "a multiple of tp x pp x ep"),
     ],
