@@ -57,7 +57,8 @@ class ArmRun:
 
     flops: in total, of which `spent` before the run (a fit, or full training in its place). begun, loss: held-out loss
     at step 0 and at the end; loss is None if the run diverged. curve: (FLOPs, smoothed training loss) over the run.
-    sample_losses: the loss at the end on each held-out sample; empty if it was not measured.
+    evaluations: (FLOPs, held-out loss) along the run. sample_losses: the loss at the end on each held-out sample; empty
+    if it was not measured.
     """
 
     seed: int
@@ -69,6 +70,7 @@ class ArmRun:
     begun: float | None
     loss: float | None
     curve: tuple[tuple[float, float], ...] = ()
+    evaluations: tuple[tuple[float, float], ...] = ()
     sample_losses: tuple[float, ...] = ()
 
 
@@ -139,9 +141,11 @@ class ComparisonPlan:
         flops = start.spent + steps * step_flops
         loss = losses.get("end")
         loss = loss if loss is not None and math.isfinite(loss) else None
-        curve = tuple((start.spent + at, value) for at, value in result.get("curve", ()))
-        samples = tuple(result.get("sample_losses", ()))
-        return ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss, curve, samples)
+        curve, evaluations = (
+            tuple((start.spent + at, value) for at, value in result.get(key, ())) for key in ("curve", "evaluations")
+        )
+        run = ArmRun(seed, budget, lr, steps, flops, start.spent, losses.get("start"), loss, curve, evaluations)
+        return replace(run, sample_losses=tuple(result.get("sample_losses", ())))
 
     def _last_result(self, prefix: str, config: RunConfig, budget: float, steps: Steps, tuning: bool) -> dict | None:
         """Returns the result of a run of one budget; {"losses": {}} if it, or the trunk before it, diverged."""

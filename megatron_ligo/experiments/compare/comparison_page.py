@@ -37,6 +37,8 @@ img { max-width: 100%; height: auto; }
 $arms
 <h2>Differences of loss (paired by seed, 95% interval)</h2>
 $differences
+$trends
+$fits
 <h2>Curves</h2>
 <img alt="Loss against FLOPs" src="data:image/png;base64,$picture">
 <img alt="Training loss over whole runs" src="data:image/png;base64,$whole">
@@ -51,6 +53,7 @@ their second half alone.</li>
 linear in log FLOPs). "At least": the smallest budget is already below that loss. Nothing is extrapolated.</li>
 <li>Interval: the wider of Student's over the seeds and of a bootstrap of seeds and held-out samples together. Tie: it
 contains 0.</li>
+<li>A trend with the sign opposite to the difference: the gap fades as the budget grows.</li>
 </ul>
 </body>
 </html>
@@ -64,6 +67,8 @@ def render_page(results: dict, picture: bytes, whole: bytes) -> str:
         cautions="".join(f"<li>{escape(line)}</li>" for line in results["cautions"]),
         arms=_table(arm_rows(results)),
         differences=_table(difference_rows(results)),
+        trends=f"<h2>Trends with the budget</h2>{_table(trend_rows(results))}" if results["trends"] else "",
+        fits=f"<h2>What each fit is worth</h2>{_table(fit_rows(results))}" if results["fits"] else "",
         picture=base64.b64encode(picture).decode("ascii"),
         whole=base64.b64encode(whole).decode("ascii"),
     )
@@ -104,6 +109,22 @@ def difference_rows(results: dict) -> list[list[str]]:
         cells = [f"{each['budget']:g}", each["arm"], each["against"], f"{each['mean']:+.4f}", interval]
         count = f"{each['seeds']}" if each["seeds"] == seeds else f"{each['seeds']} of {seeds}"
         rows.append([*cells, count, each["verdict"]])
+    return rows
+
+
+def trend_rows(results: dict) -> list[list[str]]:
+    rows = [["arm", "against", "change of the difference with each doubling of the budget"]]
+    return rows + [[each["arm"], each["against"], f"{each['per_doubling']:+.4f}"] for each in results["trends"]]
+
+
+def fit_rows(results: dict) -> list[list[str]]:
+    rows = [["fit", "held-out loss after it", "FLOPs", "plain training from the same start has that loss after", ""]]
+    for each in results["fits"]:
+        plain, pays = "not within its runs", "it pays"
+        if each["plain_flops"] is not None:
+            plain = f"{each['plain_flops']:.3g} FLOPs ({each['plain_flops'] / results['step_flops']:.0f} steps)"
+            pays = "it pays" if each["pays"] else "it does not pay"
+        rows.append([each["arm"], f"{each['loss']:.4f}", f"{each['fit_flops']:.3g}", plain, pays])
     return rows
 
 

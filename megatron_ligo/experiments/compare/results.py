@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from math import prod
+from statistics import mean
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
@@ -17,7 +18,7 @@ from megatron_ligo.experiments.compare.comparison_config import (
     full_training_control,
     unfitted_control,
 )
-from megatron_ligo.experiments.compare.savings import difference, saving, trend
+from megatron_ligo.experiments.compare.savings import crossing, difference, saving, trend
 
 FEW_SEEDS, FEW_STEPS, SMALL_MODEL, FEW_SAMPLES = 3, 1000, 10**8, 256
 DIVERGED, NO_RUN = "diverged", "no run"
@@ -56,10 +57,12 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
         "parameters": {"large": count_parameters(plan.large)},
         "large": plan.large.to_json(),
         "unit_flops": plan.unit,
+        "step_flops": plan.step_flops,
         "held_out": {"samples": samples, "tokens": samples * plan.large.tokens_per_sample(spec.config.data.seq_length)},
         "arms": table,
         "trends": _trends(_differences(plan, {name: arm["runs"] for name, arm in outcomes.items()})),
         "differences": _differences(plan, {name: arm["runs"] for name, arm in outcomes.items()}),
+        "fits": _fit_prices(plan, {name: arm["runs"] for name, arm in outcomes.items()}),
         "cautions": cautions(plan, outcomes, missing),
         "versions": library_versions(),
     }
@@ -118,6 +121,40 @@ def _differences(plan: ComparisonPlan, runs: dict[str, list[ArmRun]]) -> list[di
             if gap:
                 differences.append({"budget": budget, "arm": name, "against": other, **asdict(gap)})
     return differences
+
+
+def _fit_prices(plan: ComparisonPlan, runs: dict[str, list[ArmRun]]) -> list[dict]:
+    """Returns, for each fit, its FLOPs and those after which its start, trained plainly, has the same held-out loss.
+
+    Means over the seeds of the largest budget at which both ran. plain_flops is interpolated between evaluations
+    (pretrain.eval_every), and None if a seed never has that loss. A fit with a lag lowers another loss: left out.
+    """
+    prices, arms = [], plan.spec.arms
+    for arm in arms:
+        control = unfitted_control(arm, arms) if arm.fitted and not arm.lag else None
+        pairs = _pairs_at_largest_budget(runs[arm.name], runs[control.name]) if control else []
+        if not pairs:
+            continue
+        reached = [
+            crossing(
+                [(0.0, plain.begun), *((at - plain.spent, loss) for at, loss in plain.evaluations)], fitted.begun, True
+            )
+            for fitted, plain in pairs
+        ]
+        cost = mean(fitted.spent - plain.spent for fitted, plain in pairs)
+        never = any(each.flops is None for each in reached)
+        plain_flops = None if never else mean(each.flops for each in reached)
+        pays = None if never else cost < plain_flops
+        row = {"arm": arm.name, "start": control.name, "seeds": len(pairs), "loss": mean(run.begun for run, _ in pairs)}
+        prices.append({**row, "fit_flops": cost, "plain_flops": plain_flops, "pays": pays})
+    return prices
+
+
+def _pairs_at_largest_budget(ours: list[ArmRun], theirs: list[ArmRun]) -> list[tuple[ArmRun, ArmRun]]:
+    by_key = {(run.budget, run.seed): run for run in theirs if run.begun is not None}
+    pairs = [(run, by_key[run.budget, run.seed]) for run in ours if (run.budget, run.seed) in by_key]
+    pairs = [(run, other) for run, other in pairs if run.begun is not None]
+    return [pair for pair in pairs if pair[0].budget == max(run.budget for run, _ in pairs)]
 
 
 def _trends(differences: Iterable[dict]) -> list[dict]:

@@ -30,10 +30,11 @@ class Crossing:
     flops: float | None
 
 
-def crossing(points: Sequence[tuple[float, float]], target: float) -> Crossing:
-    """Finds the FLOPs at which (FLOPs, loss) points, each the end of a separate run, reach a target loss.
+def crossing(points: Sequence[tuple[float, float]], target: float, linear: bool = False) -> Crossing:
+    """Finds the FLOPs at which (FLOPs, loss) points reach a target loss.
 
-    Interpolates linearly in log FLOPs between two runs; never extrapolates.
+    Interpolates linearly in log FLOPs between two points, which are the ends of separate runs; linear: in FLOPs, along
+    one run from 0 on. Never extrapolates.
     """
     points = sorted(points)
     if not points:
@@ -43,6 +44,8 @@ def crossing(points: Sequence[tuple[float, float]], target: float) -> Crossing:
     for (x0, y0), (x1, y1) in pairwise(points):
         if y1 <= target:
             share = (y0 - target) / (y0 - y1)
+            if linear:
+                return Crossing(REACHED, x0 + share * (x1 - x0))
             return Crossing(REACHED, math.exp(math.log(x0) + share * (math.log(x1) - math.log(x0))))
     return Crossing(NEVER, None)
 

@@ -73,6 +73,7 @@ def _finish(folder: Path, run: Path, losses: dict, keep: bool, by_sample: Sequen
         rows = [{"step": 0, "seconds": 0, **read_json(run / RECORD)}]
     totals = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
     measured = {"sample_losses": list(by_sample)} if by_sample else {}
+    measured["evaluations"] = [(row["flops"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     write_json(folder / RESULT, {"losses": losses, **totals, "curve": thin_curve(rows), **measured})
     if not keep:
         shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)

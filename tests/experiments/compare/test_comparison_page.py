@@ -114,3 +114,34 @@ def test_whole_runs_are_drawn_with_the_fit_before_them(tmp_path):
     assert drawn.startswith(b"\x89PNG") and drawn != empty
     page = comparison_page.render_page(results, empty, drawn)
     assert page.count("data:image/png;base64,") == 2 and "$" not in page
+
+
+def test_a_fit_is_priced_by_plain_training_from_its_start(tmp_path):
+    """The start falls from 4.0 to 3.9 in ten steps and to 3.5 in twenty; the fit ends at 3.7."""
+    spec = write_comparison(tmp_path)
+
+    class Evaluated(MadeUpRuns):
+        cost, reached = 0, 3.7
+
+        def get_result(self, job):
+            result = super().get_result(job)
+            if job.kind == "fit":
+                return {**result, "flops": self.cost * self.step_flops}
+            if job.name.startswith("learned.start/"):
+                return {**result, "evaluations": [(10 * self.step_flops, 3.9), (20 * self.step_flops, 3.5)]}
+            if job.name.startswith("learned/"):
+                return {**result, "losses": {**result["losses"], "start": self.reached}}
+            return result
+
+    cases = ((16, 3.7, 15, False), (14, 3.7, 15, True), (6, 3.95, 5, False), (14, 3.4, None, None))
+    for cost, reached, steps, pays in cases:
+        made_up = Evaluated(tmp_path, lambda name: 2.5)
+        made_up.cost, made_up.reached = cost, reached
+        plan = made_up.plan(spec)
+        (price,) = collect_results(plan, spec.arms)["fits"]
+        assert (price["arm"], price["start"], price["seeds"]) == ("learned", "learned.start", 3)
+        assert price["fit_flops"] == pytest.approx(cost * plan.step_flops) and price["pays"] is pays
+        assert price["plain_flops"] == (pytest.approx(steps * plan.step_flops) if steps else None)
+    results = collect_results(plan, spec.arms)
+    assert comparison_page.fit_rows(results)[1][3:] == ["not within its runs", "it pays"]
+    assert comparison_page.trend_rows(results)[1][:2] == ["learned", "learned.start"]
