@@ -33,6 +33,14 @@ def _check_depth(value: object, depth: int = 0) -> None:
         _check_depth(entry, depth + 1)
 
 
+def parse_value(text: str) -> object:
+    """Returns a TOML value; text that is none stays text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
+
+
 def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
     """Sets `section.key=value` in the table. A value that is not valid TOML is taken as text."""
     name, equals, raw = text.partition("=")
@@ -43,10 +51,7 @@ def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
     if len(sections) > MAX_DEPTH:
         errors.add("--set", f"a key of at most {MAX_DEPTH} sections", f"{len(sections)} in {name!r}")
         return
-    try:
-        value = tomllib.loads(f"value = {raw.strip()}")["value"]
-    except (ValueError, RecursionError):
-        value = raw.strip()
+    value = parse_value(raw.strip())
     try:
         _check_depth(value)
     except ValueError as error:

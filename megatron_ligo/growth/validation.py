@@ -13,7 +13,7 @@ from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, di
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig, value_for_space
 from megatron_ligo.growth import attention_heads, experts, initializers, layer_kinds
 from megatron_ligo.growth.initial_operator import InitialOperator, variance_ratio
-from megatron_ligo.growth.methods import METHODS, can_be_lossless, resolve_settings
+from megatron_ligo.growth.methods import DEFAULT_KEYS, METHODS, can_be_lossless, resolve_settings
 from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import HEAD_MAPS, WHOLE_HEADS, MapSpec, SpaceMaps
 
@@ -272,6 +272,9 @@ def _check_corner(errors: ErrorCollector, settings: OperatorSection, large: Mode
     if settings.codes and (settings.fresh != "corner" or arch.reads_images):
         hint = "Codes are the tokens' new features: take method = 'corner'."
         errors.add("operator.codes", "no value for this method and family", settings.codes, hint)
+    if settings.fresh_scale != DEFAULT_KEYS["fresh_scale"] and settings.fresh != "corner":
+        hint = "It scales corner's random weights alone: take method = 'corner'."
+        errors.add("operator.fresh_scale", "no value for this method", settings.fresh_scale, hint)
 
 
 def check_factored(settings: OperatorSection, errors: ErrorCollector) -> None:

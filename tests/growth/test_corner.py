@@ -127,6 +127,7 @@ def test_what_has_no_corner_is_refused_by_name(tmp_path):
         (bert, {"method": "corner"}, "operator.fresh"),
         (llama, {"method": "stack", "codes": f"{tmp_path}"}, "operator.codes"),
         (llama, {"method": "corner", "fresh_scale": {"default": 1.0, "ffm": 1.0}}, "operator.fresh_scale.ffm"),
+        (llama, {"method": "stack", "fresh_scale": 2.0}, "operator.fresh_scale"),
         (llama, {"method": "corner", "noise": 0.5}, "operator.noise (residual)"),
     ):
         large = LargeSection(hidden_size=2 * small.hidden_size, num_heads=2 * small.num_heads)

@@ -1,16 +1,20 @@
 """Recommends a growth method: short probes on the user's own model and text, ranked by the loss after a lag.
 
-The loss right after growth ranks methods badly (a function-preserving start may learn more slowly); the loss after some
-training steps ranks them better. Short probes prove little, so the advice states its evidence.
+The loss right after growth ranks methods badly (a function-preserving start may learn more slowly); the loss after a
+share of the planned run ranks them better. Many candidates are halved: each round has probes of twice the length for
+the better half. Short probes prove little, so the advice states its evidence.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import formats
@@ -31,10 +35,13 @@ ADVICE, SPEED = "advice.json", "speed.json"
 # Includes the unfitted `ligo`: it was the best start twice (tools/benchmarks/growth/shakespeare.md).
 PROBED = tuple(name for name in METHODS if name != "random")
 FITTED = "fitted"  # suffix of a method's name
+SEPARATOR = ","  # between a method and the values tried with it
 DIVERGED_NOTE = "it diverged"
 SEEDS = (1, 2)  # the second, for the finalists only, shows whether a difference persists
 MIN_PROBE_STEPS = 10
 FINALISTS = 2
+LAST_ROUND = 2 * FINALISTS  # candidates (a start at a rate) that are not halved any more
+ENOUGH_SHARE = 0.3  # of a run: ranks there agreed with those at its end (tools/benchmarks/growth/README.md)
 GROWN_WELL = (2.0, 4.0)  # growth ratios of the published gains (arXiv 2405.15319, 2605.13405)
 TOKENS_PER_PARAMETER = 20  # growth gains most below this (arXiv 2605.13405)
 
@@ -49,13 +56,15 @@ def advise(
     fit: bool = False,
     launcher: str = "",
     minutes: float | None = None,
+    tried: Mapping[str, Sequence[object]] = MappingProxyType({}),
 ) -> dict:
     """Probes the methods (default: all that the sizes allow) within `budget` FLOPs; writes OUTPUT/advice.json.
 
-    fit: also probes the finalists after [fit], whose FLOPs count. launcher: as in [compare]; empty: probes run in one
-    process each, whatever layout the config has, as their losses do not depend on it. minutes: the budget is what
-    this machine computes in that time. Raises ConfigError if the budget pays for fewer than 10 steps per probe. An
-    interrupted call resumes.
+    tried: values of [operator] keys; each method is probed with each combination of them that it accepts. fit: also
+    probes the finalists after [fit], whose FLOPs count. launcher: as in [compare]; empty: probes run in one process
+    each, whatever layout the config has, as their losses do not depend on it. minutes: the budget is what this machine
+    computes in that time. Raises ConfigError if the budget pays for fewer than 10 steps per probe. An interrupted call
+    resumes.
     """
     check_output(output, COMPARISON)
     if not launcher:
@@ -63,20 +72,39 @@ def advise(
     jobs = JobQueue(jobs_folder(output), launcher, log_line)
     _check(budget if minutes is None else 1.0, lrs, config)
     small = formats.open_small(config.small).model_config
-    arms, refused = _arms(config, small, list(methods) or PROBED)
+    arms, refused = candidates(config, small, list(methods) or PROBED, tried)
     if minutes is not None:
         budget = minutes * 60 * _measure_speed(config, arms, lrs, jobs, output)
-    spec = probe_comparison(config, arms, lrs, lag=1)
-    probes, step = count_probes(spec, fit), ComparisonPlan(spec, jobs, jobs.run).step_flops
-    lag = int(budget // (probes * step))
-    if lag < MIN_PROBE_STEPS:
-        hint = "Raise --flops or --minutes, or pass fewer --method or --lr."
-        needed = f"at least {MIN_PROBE_STEPS * probes * step:.3g}: {probes} probes of {MIN_PROBE_STEPS} steps"
-        raise ConfigError(Problem("--flops", needed, budget, hint))
-    plan = ComparisonPlan(probe_comparison(config, arms, lrs, lag), jobs, jobs.run)
-    record = rank_probes(plan, small, refused, fit)
+    step = ComparisonPlan(probe_comparison(config, arms, lrs, lag=1), jobs, jobs.run).step_flops
+    rounds, first = choose_rounds(budget / step, len(arms), len(lrs), fit)
+    plan = ComparisonPlan(probe_comparison(config, arms, lrs, first << (rounds - 1)), jobs, jobs.run)
+    record = rank_probes(plan, small, refused, fit, rounds)
     write_json(output / ADVICE, record)
     return record
+
+
+def choose_rounds(steps: float, arms: int, rates: int, fit: bool) -> tuple[int, int]:
+    """Returns the number of rounds and the steps of a probe in the first, for a budget in steps.
+
+    As many rounds as the candidates need, or as leave the first probes long enough. Raises ConfigError if none does.
+    """
+    most = 1 + max(0, math.ceil(math.log2(arms * rates / LAST_ROUND)))
+    for rounds in range(most, 0, -1):
+        first = int(steps // _cost_of_rounds(rounds, arms, rates, fit))
+        if first >= MIN_PROBE_STEPS:
+            return rounds, first
+    probes = _cost_of_rounds(1, arms, rates, fit)
+    hint = "Raise --flops or --minutes, or pass fewer --method, --try or --lr."
+    needed = f"at least {MIN_PROBE_STEPS * probes} steps' FLOPs: {probes} probes of {MIN_PROBE_STEPS} steps"
+    raise ConfigError(Problem("--flops", needed, f"{int(steps)} steps' FLOPs", hint))
+
+
+def _cost_of_rounds(rounds: int, arms: int, rates: int, fit: bool) -> int:
+    """Returns the steps of all probes together, in those of one probe of the first round."""
+    # Scratch keeps its best rate after the first round.
+    candidates = [-(-arms * rates // 2**number) + (1 if number else rates) for number in range(rounds)]
+    candidates[-1] += FINALISTS * (3 if fit else 1)
+    return sum(count * 2**number for number, count in enumerate(candidates))
 
 
 def _in_one_process(config: RunConfig) -> RunConfig:
@@ -96,11 +124,14 @@ def _measure_speed(config: RunConfig, arms: Iterable[Arm], lrs: Sequence[float],
     return read_json(record)["flops_per_second"]
 
 
-def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str], fit: bool) -> dict:
-    """Runs and ranks a plan's probes. refused: the reason for each method not probed; diverged probes are added."""
+def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str], fit: bool, rounds: int = 1) -> dict:
+    """Runs and ranks a plan's probes. refused: the reason for each method not probed; diverged probes are added.
+
+    The plan's unit is a probe of the last round.
+    """
     spec, lag = plan.spec, plan.spec.compare.scratch_steps
     arms = {arm.name: arm for arm in spec.arms}
-    tries = {name: [plan.train(arm, SEEDS[0], 1.0, lr) for lr in spec.compare.lrs] for name, arm in arms.items()}
+    tries, halved = _halve(plan, arms, rounds)
     probed = {name: _best_run(runs) for name, runs in tries.items()}
     finalists = [name for name in _ranked(probed) if name != SCRATCH][:FINALISTS]
     for name in finalists if fit else ():
@@ -114,15 +145,15 @@ def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str
             refused[arm.name] = f"its fit alone costs more than a probe of {lag} steps"
             continue
         arms[arm.name], probed[arm.name] = arm, _best_run([plan.train(arm, SEEDS[0], 1.0, probed[name].lr)])
-    last = [name for name in arms if name.removesuffix(f".{FITTED}") in finalists and probed[name]]
+    last = [name for name in arms if name.removesuffix(f".{FITTED}") in finalists and probed.get(name)]
     second_seed = {name: _best_run([plan.train(arms[name], SEEDS[1], 1.0, probed[name].lr)]) for name in last}
     refused |= {name: DIVERGED_NOTE for name, run in probed.items() if run is None}
     refused |= {_with_seed(name): DIVERGED_NOTE for name, run in second_seed.items() if run is None}
-    probes = count_probes(spec, fit)
+    cost = _cost_of_rounds(rounds, len(spec.arms) - 1, len(spec.compare.lrs), fit)
     record = {
         "lag_steps": lag,
-        "probes": probes,
-        "flops": probes * lag * plan.step_flops,
+        "rounds": halved,
+        "flops": cost * (lag >> (rounds - 1)) * plan.step_flops,
         "parameters": {"small": count_parameters(small), "large": count_parameters(plan.large)},
         "tokens_of_sample": plan.large.tokens_per_sample(spec.config.data.seq_length),
         "ranking": [
@@ -131,27 +162,56 @@ def rank_probes(plan: ComparisonPlan, small: ModelConfig, refused: dict[str, str
         "scratch": _probe_record(SCRATCH, probed[SCRATCH], None),
         "refused": refused,
     }
-    return record | {"advice": _advice_lines(record, spec.config), "toml": _to_toml(record)}
+    record |= {"advice": _advice_lines(record, spec.config)}
+    return record | {"toml": _to_toml(record, {name: arm.config.operator for name, arm in arms.items()})}
 
 
-def _to_toml(record: dict) -> str:
-    """Returns the recommended settings as sections of a config; empty if every method diverged."""
+def _halve(
+    plan: ComparisonPlan, arms: dict[str, Arm], rounds: int
+) -> tuple[dict[str, list[ArmRun | None]], list[dict]]:
+    """Runs the rounds: the last round's probes by arm, and {"steps", "dropped"} of each round before it.
+
+    A probe of round i takes 2 ** i steps of the first; the better half of the starts at their rates goes on. Scratch
+    stays to the end, at its best rate.
+    """
+    rates = list(plan.spec.compare.lrs)
+    candidates = [(name, lr) for name in arms if name != SCRATCH for lr in rates]
+    diverged, halved = [], []
+    for number in range(rounds - 1):
+        budget = 2.0 ** (number - rounds + 1)
+        runs = {(name, lr): plan.train(arms[name], SEEDS[0], budget, lr) for name, lr in candidates}
+        scratch = _best_run(plan.train(arms[SCRATCH], SEEDS[0], budget, lr) for lr in rates)
+        rates = [scratch.lr] if scratch else rates
+        ended = {key: run for key, run in runs.items() if run and run.loss is not None}
+        ordered = sorted(ended, key=lambda key: ended[key].loss)
+        candidates, dropped = ordered[: -(-len(candidates) // 2)], ordered[-(-len(candidates) // 2) :]
+        lost = [key for key in runs if key not in ended]
+        diverged += [name for name, _ in lost if name not in {kept for kept, _ in ordered}]
+        records = [{"method": name, "lr": lr, "loss": ended[name, lr].loss} for name, lr in dropped]
+        records += [{"method": name, "lr": lr, "loss": None} for name, lr in lost]
+        halved.append({"steps": round(budget * plan.spec.compare.scratch_steps), "dropped": records})
+    tries: dict[str, list[ArmRun | None]] = {name: [] for name in diverged}
+    for name, lr in [(SCRATCH, lr) for lr in rates] + candidates:
+        tries.setdefault(name, []).append(plan.train(arms[name], SEEDS[0], 1.0, lr))
+    return tries, halved
+
+
+def _to_toml(record: dict, sections: Mapping[str, OperatorSection]) -> str:
+    """Returns the recommended settings as parts of a config; empty if every method diverged. sections: by arm."""
     if not record["ranking"]:
         return ""
     first = _recommended(record)[0]
-    method = first["method"].removesuffix(f".{FITTED}")
+    name = first["method"].removesuffix(f".{FITTED}")
+    tried = name.split(SEPARATOR)[1:]
+    keys = {"method", *(each.partition("=")[0] for each in tried)}
+    operator = "\n".join(f"{key} = {json.dumps(asdict(sections[name])[key])}" for key in sorted(keys, reverse=True))
     rate = f"lr = {first['lr']!r}\ngrown_peak = 1.0  # the probes' rate, unscaled"
-    return f'[operator]\nmethod = "{method}"\n\n[pretrain]\n{rate}\n'
+    return f"[operator]\n{operator}\n\n[pretrain]\n{rate}\n"
 
 
 def _recommended(record: dict) -> list[dict]:
     """Returns the ranking without preference for methods that diverged on a seed: those come last."""
     return sorted(record["ranking"], key=lambda row: _with_seed(row["method"]) in record["refused"])
-
-
-def count_probes(spec: ComparisonConfig, fit: bool) -> int:
-    """Counts the probes: each arm at each rate, the finalists on a second seed, and their fits on both seeds."""
-    return len(spec.arms) * len(spec.compare.lrs) + FINALISTS * (3 if fit else 1)
 
 
 def _check(budget: float, lrs: Sequence[float], config: RunConfig) -> None:
@@ -168,17 +228,21 @@ def _check(budget: float, lrs: Sequence[float], config: RunConfig) -> None:
     errors.raise_if_any()
 
 
-def _arms(config: RunConfig, small: ModelConfig, methods: Iterable[str]) -> tuple[list[Arm], dict[str, str]]:
-    """Returns an arm for each method that can grow these sizes, and the reason for each that cannot."""
+def candidates(
+    config: RunConfig, small: ModelConfig, methods: Iterable[str], tried: Mapping[str, Sequence[object]]
+) -> tuple[list[Arm], dict[str, str]]:
+    """Returns an arm for each method and combination of tried values that fits these sizes; why each other does not."""
     arms, refused = [], {}
-    for name in methods:
-        section = OperatorSection(method=name)
+    combinations = [dict(zip(tried, values, strict=True)) for values in product(*tried.values())]
+    for method, values in product(methods, combinations):
+        name = SEPARATOR.join([method, *(f"{key}={value}" for key, value in values.items())])
         try:
-            build_initial_operator(small, config.large, section)
+            operator = RunConfig.from_dict({"operator": {"method": method, **values}}, "--try").operator
+            build_initial_operator(small, config.large, operator)
         except LigoError as error:
             refused[name] = f"{error}"
         else:
-            arms.append(Arm(name, replace(config, operator=section)))
+            arms.append(Arm(name, replace(config, operator=operator)))
     if not arms:
         raise ConfigError("no method can grow these sizes:\n  " + "\n  ".join(refused.values()))
     return arms, refused
@@ -237,6 +301,11 @@ def _advice_lines(record: dict, config: RunConfig) -> list[str]:
     where = "within" if low <= times <= high else "outside"
     lines.append(f"{times:.1f} times the small model's parameters: {where} the published range of 2 to 4 times.")
     run = config.pretrain
+    if run.steps and record["lag_steps"] < ENOUGH_SHARE * run.steps:
+        lines.append(
+            f"The longest probes took {record['lag_steps'] / run.steps:.0%} of the planned {run.steps} steps: ranks "
+            f"before {ENOUGH_SHARE:.0%} of a run often turn (ligo compare)."
+        )
     tokens = run.steps * run.global_batch_size * record["tokens_of_sample"]
     lines.append(
         f"[pretrain] plans {tokens / large:.2g} tokens per parameter. Growth gains most below {TOKENS_PER_PARAMETER}; "
@@ -249,7 +318,9 @@ def _advice_lines(record: dict, config: RunConfig) -> list[str]:
 def _as_config(row: dict) -> str:
     """Returns a method's name as written in a config."""
     name = row["method"].removesuffix(f".{FITTED}")
-    return f"method = '{name}'{' with [fit]' if name != row['method'] else ''}"
+    method, *values = name.split(SEPARATOR)
+    text = " ".join([f"method = '{method}'", *(value.replace("=", " = ") for value in values)])
+    return f"{text}{' with [fit]' if name != row['method'] else ''}"
 
 
 def _runner_up(first: dict, second: dict) -> str:

@@ -63,7 +63,7 @@ def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
     result = advise(short, tmp_path / "short", 1.01 * probes * LAG * step, (1e-3,), ["stack"], fit=True)
     rows = {row["method"]: row for row in result["ranking"]}
     assert set(rows) == {"stack", "stack.fitted"} and result["lag_steps"] == LAG
-    assert all(row["other_seed"] is not None for row in rows.values()) and result["probes"] == probes
+    assert all(row["other_seed"] is not None for row in rows.values()) and result["flops"] == probes * LAG * step
     # It is another model after its fit, and has been trained for fewer steps.
     assert rows["stack.fitted"]["at_once"] != rows["stack"]["at_once"]
     job = read_json(tmp_path / "short/jobs/stack.fitted/seed_1/run_1_0.001/job.json")
