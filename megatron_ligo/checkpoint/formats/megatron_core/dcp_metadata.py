@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_ligo.arch.mcore_names import to_fused_name
 from megatron_ligo.checkpoint.io.pickles import pickle_enums, pickle_limits
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
@@ -215,8 +216,9 @@ def _check_files(folder: Path, spans: Mapping[tuple, FileSpan], errors: ErrorCol
     # Objects may be one: a writer stores the layers' empty states once.
     objects = {span: name for (name, offset), span in spans.items() if offset is None}
     for span, name in sorted([*tensors, *objects.items()], key=lambda entry: (entry[0], len(entry[1]))):
-        # A weight in fp32 may be its own master weight, whose name ends with the weight's.
-        is_same = span == previous[0] and name.endswith(f".{previous[1]}")
+        # A weight in fp32 may be its own master weight, whose name ends with the weight's; a norm may have two names.
+        names = (f".{to_fused_name(other)}" for other in (name, previous[1]))
+        is_same = span == previous[0] and str.endswith(*names)
         if span.offset < ends.get(span.file, 0) and not is_same:
             errors.add(name, f"bytes of its own in {span.file}", f"some of those of {previous[1]}")
         if span.offset + span.length > ends.get(span.file, -1):

@@ -7,7 +7,8 @@
     DIR/iter_0000100/common.pt                iteration, run arguments and optimizer settings (or an object of the
                                               checkpoint: tensor_names.py)
 
-Layers are stacked into tensors of shape (layers, ...), or stored one by one. Norms have Transformer Engine's names.
+Layers are stacked into tensors of shape (layers, ...), or stored one by one; a layer's experts too, which Megatron-core
+names alike whether it computes them one after another or as a grouped product. Norms have Transformer Engine's names.
 Adam's tensors have the weight's name after `optimizer.state.exp_avg.` and the like; its step count and the settings of
 its param groups are in common.pt.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,17 +29,18 @@ from torch import Tensor
 
 from megatron_ligo.arch.mcore_names import to_fused_name
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Pack, layer_index
+from megatron_ligo.arch.spec import Pack, key_indices
 from megatron_ligo.checkpoint.format import Format, WriteOptions
-from megatron_ligo.checkpoint.formats.megatron_core import backend, dcp_metadata, writer
+from megatron_ligo.checkpoint.formats.megatron_core import backend, common_state, dcp_metadata, writer
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE, ChunkedTensor, TensorChunk
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
     COMMON_FILE,
     COMMON_OBJECT,
     CONFIG_FILE,
     MASTER_STATES,
+    layer_spec_names,
+    list_places,
     optimizer_state_name,
-    stacked_name,
 )
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rope_arguments
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, torch_files, tp_shards
@@ -53,15 +56,18 @@ NAME = "mcore"
 NON_MODEL_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 # Suffixes of the gate and up projections if the MLP's first linear is stored as two tensors.
 GLU_SUFFIXES = ("_w", "_v")
-MAX_NESTING = 6
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor of the checkpoint, or one layer of a stacked tensor."""
+    """A tensor of the checkpoint, or one layer (or one expert of one layer) of a stacked tensor.
+
+    index: its place in the leading dims; leading: their sizes.
+    """
 
     name: str
-    layer: int | None
+    index: tuple[int, ...] = ()
+    leading: tuple[int, ...] = ()
 
     def optimizer_state(self, state: str) -> TensorSource:
         """Returns the source of this weight's optimizer state, such as exp_avg."""
@@ -79,6 +85,7 @@ class McoreReader(Reader):
         backend.check_backend(self._folder / CONFIG_FILE)
         self._contents = dcp_metadata.read_metadata(self._folder)
         self._checked_chunks: set[TensorChunk] = set()
+        self._chunks: dict[str, dict[tuple[int, ...], list[TensorChunk]]] = {}
         common = self._load_common()
         self.model_config, self.carried, self.files = arguments.read_model_config(
             self._folder, common.get("args"), accepted
@@ -92,8 +99,8 @@ class McoreReader(Reader):
         self._master_state = next((state for state in MASTER_STATES if self._has_state(state)), None)
         self._has_moments = all(self._has_state(kind) for kind in MOMENTS)
         self.unread = self._describe_unread()
-        self.step = _read_step(self._folder / COMMON_FILE, common, self._has_moments)
-        self.groups = _read_groups(common.get("optimizer")) if self._has_moments else ()
+        self.step = common_state.read_step(self._folder / COMMON_FILE, common, self._has_moments)
+        self.groups = common_state.read_groups(common.get("optimizer")) if self._has_moments else ()
 
     @property
     def has_moments(self) -> bool:
@@ -139,24 +146,30 @@ class McoreReader(Reader):
 
     def _assemble(self, source: TensorSource) -> Tensor:
         """Reads a whole tensor, or a layer of a stacked one; a view of the file if it is in a single chunk."""
-        tensor, layer = self._tensor(source), source.layer
-        chunks = [
-            chunk
-            for chunk in tensor.chunks
-            if layer is None or chunk.offset[0] <= layer < chunk.offset[0] + chunk.shape[0]
-        ]
+        tensor, index = self._tensor(source), source.index
+        chunks = self._chunks_by_index(source)[index]
         if len(chunks) == 1:
-            return self._map_chunk(tensor, chunks[0], layer)
-        dims = slice(None) if layer is None else slice(1, None)
+            return self._map_chunk(tensor, chunks[0], index)
+        dims = slice(len(index), None)
         whole = torch.empty(tensor.shape[dims], dtype=tensor.dtype)
         for chunk in chunks:
             target = whole
             for dim, (start, size) in enumerate(zip(chunk.offset[dims], chunk.shape[dims], strict=True)):
                 target = target.narrow(dim, start, size)
-            target.copy_(self._map_chunk(tensor, chunk, layer))
+            target.copy_(self._map_chunk(tensor, chunk, index))
         return whole
 
-    def _map_chunk(self, tensor: ChunkedTensor, chunk: TensorChunk, layer: int | None) -> Tensor:
+    def _chunks_by_index(self, source: TensorSource) -> Mapping[tuple[int, ...], list[TensorChunk]]:
+        """Returns the chunks of a tensor that hold each index of its leading dims."""
+        if source.name not in self._chunks:
+            chunks = self._chunks[source.name] = {}
+            for chunk in self._tensor(source).chunks:
+                leading = zip(chunk.offset, chunk.shape, source.index, strict=False)
+                for index in product(*(range(start, start + size) for start, size, _ in leading)):
+                    chunks.setdefault(index, []).append(chunk)
+        return self._chunks[source.name]
+
+    def _map_chunk(self, tensor: ChunkedTensor, chunk: TensorChunk, index: tuple[int, ...]) -> Tensor:
         path = self._folder / chunk.file
         is_first = chunk not in self._checked_chunks
         block = torch_files.map_tensor(path, chunk.file_offset, chunk.file_length, check_bytes=is_first)
@@ -164,13 +177,15 @@ class McoreReader(Reader):
         if (tuple(block.shape), block.dtype) != (chunk.shape, tensor.dtype):
             found = f"{block.dtype} {tuple(block.shape)}"
             raise CheckpointError(Problem(f"{path} at {chunk.file_offset}", f"{tensor.dtype} {chunk.shape}", found))
-        return block if layer is None else block[layer - chunk.offset[0]]
+        for number, offset in zip(index, chunk.offset, strict=False):
+            block = block[number - offset]
+        return block
 
     def _iter_chunks(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every floating-point chunk with a name for error messages."""
         for name, tensor in self._contents.tensors.items():
             for chunk in tensor.chunks if tensor.dtype.is_floating_point else ():
-                yield f"{name} from {chunk.offset} on", self._map_chunk(tensor, chunk, None)
+                yield f"{name} from {chunk.offset} on", self._map_chunk(tensor, chunk, ())
 
     def _check(self) -> int:
         """Checks that every tensor is there with its shape and dtype, and no others.
@@ -187,6 +202,10 @@ class McoreReader(Reader):
             expected = f"at most {max(stack_sizes, default=len(tensors))}, from the tensors"
             errors.add("num_layers", expected, self.model_config.num_layers)
             errors.raise_if_any()
+        sizes = {size for tensor in tensors.values() for size in tensor.shape}
+        if self.model_config.num_experts > max(len(tensors), *sizes, 0):
+            errors.add("num_experts", "at most the size of a tensor", self.model_config.num_experts)
+            errors.raise_if_any()
         vocab_rows: dict[str, int] = {}
         names = set()
         for stored in fused_tensors.stored_tensors(self.arch, self.model_config, NAME).values():
@@ -195,8 +214,9 @@ class McoreReader(Reader):
             if not sources:
                 errors.add(to_fused_name(stored.name), "a tensor", "none")
             for source in sources:
-                names.add(source.name)
-                self._check_source(stored, source, len(sources), vocab_rows, errors)
+                if source.name not in names:
+                    self._check_source(stored, source, len(sources), vocab_rows, errors)
+                names |= {source.name, *self._find_twins(stored, source)}
         if len(set(vocab_rows.values())) > 1:
             found = ", ".join(f"{name}: {rows}" for name, rows in vocab_rows.items())
             errors.add("vocabulary", "one number of rows", found)
@@ -208,16 +228,26 @@ class McoreReader(Reader):
 
     def _find_sources(self, stored: StoredTensor) -> tuple[TensorSource, ...]:
         """Returns where a tensor is stored: one source, two for separate gate and up projections, () if missing."""
-        layer = layer_index(stored.keys[0])
-        for name in dict.fromkeys((to_fused_name(stored.name), stored.name)):
-            stacked = [] if layer is None else [TensorSource(stacked_name(name, layer), layer)]
-            for source in (*stacked, TensorSource(name, None)):
+        indices = key_indices(stored.keys[0])
+        sizes = self.model_config.num_layers, self.model_config.num_experts
+        for name in layer_spec_names(stored.name):
+            for place, first in list_places(name, indices):
+                source = TensorSource(place, indices[first:], sizes[first : len(indices)])
                 if source.name in self._contents.tensors:
                     return (source,)
                 halves = tuple(replace(source, name=f"{source.name}{suffix}") for suffix in GLU_SUFFIXES)
                 if stored.pack is Pack.STACKED and all(half.name in self._contents.tensors for half in halves):
                     return halves
         return ()
+
+    def _find_twins(self, stored: StoredTensor, source: TensorSource) -> Iterator[str]:
+        """Yields the other layer spec's name of a tensor if it names the same bytes."""
+        names = layer_spec_names(stored.name)
+        for name in names if len(names) > 1 else ():
+            for twin, _ in list_places(name, key_indices(stored.keys[0])):
+                tensor = self._contents.tensors.get(twin)
+                if tensor and tensor.chunks == self._tensor(source).chunks:
+                    yield twin
 
     def _check_source(
         self,
@@ -230,8 +260,7 @@ class McoreReader(Reader):
         """Checks shape and dtype of a tensor and its optimizer states. Adds its number of rows to `vocab_rows`."""
         tensor, param = self._tensor(source), stored.params[0]
         expected = stored.shape(self.model_config) if num_sources == 1 else param.shape(self.model_config)
-        if source.layer is not None:
-            expected = (self.model_config.num_layers, *expected)
+        expected = (*source.leading, *expected)
         shape = tensor.shape
         if param.axes[0].space == "vocab":
             vocab_rows[source.name] = shape[0] if shape else 0
@@ -268,42 +297,6 @@ class McoreReader(Reader):
         else:
             reason = "not keyed by parameter: save it with --dist-ckpt-optim-fully-reshardable"
         return (f"optimizer state ({reason})",)
-
-
-def _read_step(path: Path, common: dict, has_moments: bool) -> int:
-    """Returns the optimizer's step count if its moments are read, else the iteration."""
-    step = common.get("iteration", 0)
-    if has_moments:
-        values = list(_iter_steps(common.get("optimizer")))
-        steps = {adam_groups.parse_step(value) for value in values}
-        if len(steps) != 1 or None in steps:
-            found = ", ".join(sorted(map(repr, values))) or "none"
-            raise CheckpointError(Problem(f"{path}", "one step count of the optimizer", found))
-        (step,) = steps
-    if type(step) is not int or step < 0:
-        raise CheckpointError(Problem(f"{path}", "iteration, a non-negative integer", repr(step)))
-    return step
-
-
-def _read_groups(optimizer: object) -> tuple[dict, ...]:
-    """Returns the settings of an optimizer's param groups. An optimizer with fp32 master weights nests another."""
-    for _ in range(2):
-        if isinstance(optimizer, Mapping) and "param_groups" not in optimizer:
-            optimizer = optimizer.get("optimizer")
-    return adam_groups.read_settings(optimizer.get("param_groups")) if isinstance(optimizer, Mapping) else ()
-
-
-def _iter_steps(tree: object, depth: int = 0) -> Iterator[object]:
-    """Yields every step count in an optimizer's state dict."""
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            if name in ("step", "common_step"):
-                yield value
-            elif depth < MAX_NESTING:
-                yield from _iter_steps(value, depth + 1)
-    elif isinstance(tree, list | tuple) and depth < MAX_NESTING:
-        for value in tree:
-            yield from _iter_steps(value, depth + 1)
 
 
 class MegatronCoreFormat(Format):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import groupby
 
 import torch
 
-from megatron_ligo.arch.mcore_names import EXTRA_STATE, to_fused_name
-from megatron_ligo.arch.spec import layer_index
+from megatron_ligo.arch.mcore_names import EXTRA_STATE
+from megatron_ligo.arch.spec import key_indices, layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import (
@@ -23,8 +23,9 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
     COMMON_FILE,
     CONFIG_FILE,
     MASTER_STATES,
+    layer_spec_names,
+    list_places,
     optimizer_state_name,
-    stacked_name,
 )
 from megatron_ligo.checkpoint.formats.megatron_lm import arguments, bridge_config
 from megatron_ligo.checkpoint.formats.megatron_lm.run_config import FILE as RUN_CONFIG
@@ -98,24 +99,22 @@ def _build_common_optimizer(source: Reader, rates: dict[str, object]) -> dict[st
 
 @dataclass
 class WrittenTensors:
-    """Where each tensor's chunks and each object were written, by name."""
+    """Where each tensor's chunks and each object were written, by name. sizes: numbers of layers and of experts."""
 
-    num_layers: int
+    sizes: tuple[int, int]
     chunks: dict[str, list[TensorChunk]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    stacked: set[str] = field(default_factory=set)
+    depths: dict[str, int] = field(default_factory=dict)
     objects: dict[str, FileSpan] = field(default_factory=dict)
 
-    def add(self, name: str, layer: int | None, tensor: LazyTensor, span: FileSpan) -> None:
-        """Adds a chunk: one layer of a stacked tensor, or a whole tensor if layer is None."""
+    def add(self, name: str, indices: tuple[int, ...], tensor: LazyTensor, span: FileSpan) -> None:
+        """Adds a chunk: a layer of a stacked tensor, an expert of a layer, or without indices a whole tensor."""
         if self.dtypes.setdefault(name, tensor.dtype) != tensor.dtype:
             found = f"{self.dtypes[name]} and {tensor.dtype}"
             raise CheckpointError(Problem(name, "one dtype in all layers", found, "Choose one with --dtype."))
-        zeros = (0,) * len(tensor.shape)
-        offset = zeros if layer is None else (layer, *zeros[1:])
+        offset = (*indices, *(0,) * (len(tensor.shape) - len(indices)))
         self.chunks.setdefault(name, []).append(TensorChunk(offset, tensor.shape, *span))
-        if layer is not None:
-            self.stacked.add(name)
+        self.depths[name] = len(indices)
 
     def tensors(self) -> dict[str, ChunkedTensor]:
         return {
@@ -128,8 +127,8 @@ class WrittenTensors:
         return max(set(dtypes), key=dtypes.count)
 
     def _global_shape(self, name: str) -> tuple[int, ...]:
-        shape = self.chunks[name][0].shape
-        return (self.num_layers, *shape[1:]) if name in self.stacked else shape
+        depth = self.depths[name]
+        return (*self.sizes[:depth], *self.chunks[name][0].shape[depth:])
 
 
 def _write_tensors(source: Reader, output: Output, folder: str, padded_vocab_size: int) -> WrittenTensors:
@@ -138,48 +137,60 @@ def _write_tensors(source: Reader, output: Output, folder: str, padded_vocab_siz
     shards = tp_shards.TpShards(source, 1, padded_config)
     stored_tensors = fused_tensors.stored_tensors(source.arch, source.model_config, "mcore").values()
     kinds = (WEIGHT, *MOMENTS) if source.has_moments else (WEIGHT,)
-    written = WrittenTensors(source.model_config.num_layers)
+    sizes = source.model_config.num_layers, source.model_config.num_experts
+    written = WrittenTensors(sizes)
     groups = groupby(stored_tensors, lambda stored: layer_index(stored.keys[0]))
-    for number, (layer, group) in enumerate(groups):
-        tensors, names = {}, []
+    for number, (_, group) in enumerate(groups):
+        # Experts of a layer have one name: in the archive each is named by its own number.
+        places, tensors = {}, {}
         for stored in group:
-            name = to_fused_name(stored.name)
-            name = name if layer is None else stacked_name(name, layer)
-            names.append(name)
+            places[stored.name] = key_indices(stored.keys[0])
             for kind in kinds:
-                tensor = shards.lazy_shard(stored, 0, kind)
-                stored_name = name if kind == WEIGHT else optimizer_state_name(name, kind)
-                tensors[stored_name] = tensor if layer is None else _add_layer_dim(tensor)
+                tensor = _add_leading_dims(shards.lazy_shard(stored, 0, kind), len(places[stored.name]))
+                tensors[_state_name(stored.name, kind)] = tensor
         file = f"__0_{number}.distcp"
         spans = output.write_torch_archives(f"{folder}/{file}", {**tensors, EXTRA_STATE: [None]})
-        for name, tensor in tensors.items():
-            written.add(name, layer, tensor, FileSpan(file, *spans[name]))
-        fp32_names = [name for name in names if source.has_moments and tensors[name].dtype == torch.float32]
-        for name, state in product(fp32_names, MASTER_STATES):
-            # fp32 weights are their own master weights: the same bytes under a second name.
-            written.add(optimizer_state_name(name, state), layer, tensors[name], FileSpan(file, *spans[name]))
-        for name in _extra_state_names(names, layer, source.model_config.num_layers):
-            written.objects[name] = FileSpan(file, *spans[EXTRA_STATE])
+        for local_name, indices in places.items():
+            for name in _written_names(local_name, indices, source):
+                for kind in kinds:
+                    archive = _state_name(local_name, kind)
+                    written.add(_state_name(name, kind), indices, tensors[archive], FileSpan(file, *spans[archive]))
+                if source.has_moments and tensors[local_name].dtype == torch.float32:
+                    # fp32 weights are their own master weights: the same bytes under a second name.
+                    span = FileSpan(file, *spans[local_name])
+                    for state in MASTER_STATES:
+                        written.add(optimizer_state_name(name, state), indices, tensors[local_name], span)
+                for module in _extra_state_names(name, indices, sizes):
+                    written.objects[module] = FileSpan(file, *spans[EXTRA_STATE])
     return written
 
 
-def _add_layer_dim(tensor: LazyTensor) -> LazyTensor:
-    """Returns the tensor with a leading dim of size 1: one layer of a stacked tensor."""
-    return replace(tensor, shape=(1, *tensor.shape), make=lambda: tensor.make()[None])
+def _state_name(name: str, kind: str) -> str:
+    return name if kind == WEIGHT else optimizer_state_name(name, kind)
 
 
-def _extra_state_names(names: list[str], layer: int | None, num_layers: int) -> Iterator[str]:
+def _written_names(local_name: str, indices: tuple[int, ...], source: Reader) -> tuple[str, ...]:
+    """Returns the names of a tensor: before experts, a norm has those of both layer specs."""
+    names = [list_places(name, indices)[0][0] for name in layer_spec_names(local_name)]
+    return tuple(names if source.model_config.num_experts else names[:1])
+
+
+def _add_leading_dims(tensor: LazyTensor, count: int) -> LazyTensor:
+    """Returns the tensor with leading dims of size 1: its place in a stacked tensor."""
+    leading = (1,) * count
+    return replace(tensor, shape=(*leading, *tensor.shape), make=lambda: tensor.make()[(None,) * count])
+
+
+def _extra_state_names(name: str, indices: tuple[int, ...], sizes: tuple[int, int]) -> Iterator[str]:
     """Yields names of the (empty) fp8 states that Megatron-core's modules load.
 
     Local layers have them in their linears, Transformer Engine's in the attention core and the final norm as well.
     """
-    if layer is None:
-        modules = [name.removesuffix("weight") for name in names if name.endswith("final_layernorm.weight")]
-        shard = "shard_0_1"
-    else:
-        # A norm inside a linear ends in `layer_norm_weight` and has no state of its own.
-        modules = [name.removesuffix("weight") for name in names if name.endswith(".weight")]
-        modules += [name.replace("linear_qkv", "core_attention") for name in modules if "linear_qkv" in name]
-        shard = f"shard_{layer}_{num_layers}"
-    for module in modules:
-        yield f"{module}{EXTRA_STATE}/{shard}"
+    # A norm inside a linear ends in `layer_norm_weight` and has no state of its own.
+    if not name.endswith(".weight") or not (indices or name.endswith("final_layernorm.weight")):
+        return
+    module = name.removesuffix("weight")
+    offsets, shape = (".".join(map(str, numbers)) for numbers in (indices or (0,), sizes[: len(indices)] or (1,)))
+    yield f"{module}{EXTRA_STATE}/shard_{offsets}_{shape}"
+    if "linear_qkv" in module:
+        yield f"{module.replace('linear_qkv', 'core_attention')}{EXTRA_STATE}/shard_{offsets}_{shape}"

@@ -11,7 +11,12 @@ from megatron_ligo.arch import rope_scaling
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_scaling import ORIGINAL_LENGTH, attention_factor, scaling_kind
-from megatron_ligo.checkpoint.formats.megatron_lm import argument_keys, layer_pattern_arguments, rope_arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import (
+    argument_keys,
+    expert_arguments,
+    layer_pattern_arguments,
+    rope_arguments,
+)
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys, check_agreement, is_same_value
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector
 
@@ -55,38 +60,50 @@ class RunArguments:
 
 
 def parse_model_config(arguments: RunArguments, accepted: AcceptedKeys = NO_KEYS) -> ModelConfig:
-    """Returns the config that the arguments describe. Raises CheckpointError unless it is a Llama's."""
+    """Returns the config that the arguments describe.
+
+    Raises CheckpointError unless its layers are Llama's, or such with experts or norms of each head.
+    """
     values = arguments.values
     errors = ErrorCollector(f"no model can be read from {arguments.where}", CheckpointError)
-    llama = architectures.get("llama")
+    arch = architectures.get(expert_arguments.find_family(values))
     argument_keys.TABLE.check(values, accepted, errors)
-    _check_family(values, llama, errors, FAMILY_ADVICE)
+    _check_family(values, arch, errors, FAMILY_ADVICE)
     for names in REQUIRED_FAMILY:
         if all(values.get(name) is None for name in names):
             errors.add(" or ".join(names), "a value", "none", ADVICE)
-    sizes = parse_sizes(values, llama, errors)
+    sizes = parse_sizes(values, arch, errors)
+    if sizes.get("num_experts"):
+        expert_arguments.check_experts(values, accepted, errors)
     if not is_same_value(sizes.pop("rotary_fraction", 1.0), 1.0):
         errors.add("rotary_percent", "1.0", repr(values["rotary_percent"]), FAMILY_ADVICE)
     for field in REQUIRED:
         if field not in sizes:
             names = [name for name, read_into in argument_keys.FIELDS.items() if read_into == field]
             errors.add(" or ".join(names), "a value", "none", ADVICE)
-    model_type = _choose_model_type(sizes, errors)
+    model_type = _choose_model_type(arch, sizes, errors)
     errors.raise_if_any()
     try:
-        return ModelConfig.from_json({"arch": "llama", "model_type": model_type, **sizes})
+        return ModelConfig.from_json({"arch": arch.name, "model_type": model_type, **sizes})
     except ConfigError as error:
         errors.problems.extend(error.problems)
     errors.raise_if_any()
     raise AssertionError("a refused config states its problems")
 
 
-def _choose_model_type(sizes: Mapping[str, object], errors: ErrorCollector) -> str:
-    """Returns the `model_type` of a Llama of these sizes. Adds an error for a pattern that it cannot state."""
-    model_type = "qwen2" if sizes.get("qkv_bias") else "mistral" if sizes.get("sliding_window") else "llama"
+def _choose_model_type(arch: Architecture, sizes: Mapping[str, object], errors: ErrorCollector) -> str:
+    """Returns the `model_type` of a model of these sizes. Adds an error for what it cannot state."""
+    if arch.name == "llama":
+        model_type = "qwen2" if sizes.get("qkv_bias") else "mistral" if sizes.get("sliding_window") else "llama"
+    else:
+        (model_type,) = arch.model_types
+        implied = {"qkv_bias": False} | arch.implied_sizes.get(model_type, {})
+        for field, value in implied.items():
+            if not is_same_value(sizes.get(field, value), value):
+                errors.add(field, f"{value}, in {model_type}", repr(sizes[field]), FAMILY_ADVICE)
     if sizes.get("rope_layers") is not None:
         errors.add("no_rope_freq", "rotary positions in every layer", repr(sizes["rope_layers"])[:60], FAMILY_ADVICE)
-    if sizes.get("window_layers") is not None and model_type != "qwen2":
+    if sizes.get("window_layers") is not None and model_type not in arch.hf_pattern_keys:
         found = repr(sizes["window_layers"])[:60]
         errors.add("window_attn_skip_freq", "a window in every layer, or in none", found, FAMILY_ADVICE)
     return model_type
@@ -108,6 +125,8 @@ def check_arguments(
             expected = f"nothing: Megatron's own models do not compute {model_config.model_type}'s layers"
             errors.add(name, expected, repr(values[name]))
     sizes = parse_sizes(values, arch, errors)
+    if sizes.get("num_experts"):
+        expert_arguments.check_experts(values, accepted, errors)
     if arguments.is_length_of_training:
         sizes.pop("max_positions", None)
     if not isinstance(values.get("vocab_size"), int) or not values["vocab_size"]:
@@ -140,6 +159,7 @@ def parse_sizes(values: Mapping[str, object], arch: Architecture, errors: ErrorC
     if arch.has_linear_biases:
         # Their query, key and value have biases either way.
         sizes.pop("qkv_bias", None)
+    sizes |= expert_arguments.parse_experts(values, errors)
     sizes |= layer_pattern_arguments.parse_patterns(values, sizes.get("num_layers"), arch.is_causal, errors)
     if not arch.has_rotary_positions:
         sizes.pop("rotary_fraction", None)
@@ -205,6 +225,7 @@ def _check_family(values: Mapping[str, object], arch: Architecture, errors: Erro
         "gated_linear_unit": (arch.is_gated, None),
         "activation_func": SILU if arch.is_gated else GELU,
         "add_bias_linear": (arch.has_linear_biases, None),
+        "qk_layernorm": (True, None) if arch.has_head_norms and not arch.normalises_all_heads else argument_keys.OFF,
     }
     if arch.is_gated:
         known["openai_gelu"] = argument_keys.OFF

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.mcore_layer_patterns import to_layer_patterns
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
-from megatron_ligo.checkpoint.formats.megatron_lm import argument_parsing, rope_arguments, run_config
+from megatron_ligo.checkpoint.formats.megatron_lm import argument_parsing, expert_arguments, rope_arguments, run_config
 from megatron_ligo.checkpoint.formats.megatron_lm.argument_parsing import RunArguments
 from megatron_ligo.checkpoint.io import iteration_folders
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys
@@ -106,17 +107,12 @@ def as_mapping(args: object, where: str) -> Mapping[str, object] | None:
 
 
 def to_megatron_args(
-    model_config: ModelConfig, tp: int, pp: int, padded_vocab_size: int, dtype: torch.dtype, step: int
+    model_config: ModelConfig, tp: int, pp: int, padded_vocab_size: int, dtype: torch.dtype, step: int, ep: int = 1
 ) -> Namespace:
     """Returns the arguments that Megatron-LM compares with a run's own, or adopts under --use-checkpoint-args.
 
-    Raises CheckpointError for rotary positions that they cannot state, and for experts.
+    Raises CheckpointError for rotary positions that they cannot state.
     """
-    if model_config.num_experts:
-        hint = "hf, universal, deepspeed and pipeline hold them."
-        raise CheckpointError(
-            Problem("mcore and megatron", "a model without experts", f"{model_config.num_experts} experts", hint)
-        )
     rope_arguments.check_sayable(model_config)
     common = _common_args(model_config, tp, pp, padded_vocab_size, dtype, step)
     if not rope_arguments.has_llama_layers(model_config):
@@ -124,6 +120,8 @@ def to_megatron_args(
     return Namespace(
         **common,
         **LLAMA_ARGS,
+        qk_layernorm=architectures.get(model_config.arch).has_head_norms,
+        **expert_arguments.to_expert_args(model_config, ep),
         **rope_arguments.to_rope_args(model_config),
     )
 
@@ -134,8 +132,6 @@ LLAMA_ARGS = {
     "add_bias_linear": False,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
-    "qk_layernorm": False,
-    "num_experts": None,
     "mtp_num_layers": None,
     "multi_latent_attention": False,
     # Megatron-Bridge takes these to be 0.1 where they are not stated.
@@ -157,7 +153,6 @@ LLAMA_ARGS = {
     "heterogeneous_layers_config_path": None,
     "fp16_lm_cross_entropy": False,
     "transformer_impl": "transformer_engine",
-    "moe_grouped_gemm": False,
     "qk_l2_norm": False,
     "init_model_with_meta_device": False,
 }

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 # Reason -> names, separated by blanks.
 _GROUPS: Mapping[str, str] = {
     "whether there is a table of positions shows in the tensors": "add_position_embedding",
-    "the model has no experts (num_experts is fixed)": """
+    "they concern experts: expert_arguments.py checks them where the model has any": """
         create_moe_param_group dense_grouped_gemm enable_expert_tensor_parallelism expert_gtp_weight_remat_size
         expert_interval expert_model_parallel_size expert_tensor_parallel_num_weight_shards
         expert_tensor_parallel_size inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type

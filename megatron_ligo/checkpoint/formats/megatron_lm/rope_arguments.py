@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_scaling import ORIGINAL_LENGTH, attention_factor, scaling_kind, yarn_scale
+from megatron_ligo.arch.spec import Role
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 # The constants of Llama 3.1, the only ones in Megatron-core. The factor is an argument.
@@ -116,9 +117,12 @@ def to_rope_args(model_config: ModelConfig) -> dict[str, object]:
 
 
 def has_llama_layers(model_config: ModelConfig) -> bool:
-    """True if a model's layers are Llama's but for which of them have a window, or rotary positions."""
+    """True if a model's layers are Llama's but for norms of each head, experts, and which have a window or rotary
+    positions."""
     arch, llama = architectures.get(model_config.arch), architectures.get("llama")
-    names = {param.locations["mcore"].name for param in arch.params}
+    own = (Role.QUERY_NORM, Role.KEY_NORM) if not arch.normalises_all_heads else ()
+    own += (Role.ROUTER, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+    names = {param.locations["mcore"].name for param in arch.params if param.role not in own}
     factors = model_config.embedding_multiplier, model_config.residual_multiplier, model_config.logits_divisor
     is_plain = factors == (1, 1, 1) and model_config.attention_scale is None and not arch.scales_embedding
     is_plain = is_plain and arch.uses_rms_norm and not arch.gain_offset and model_config.activation == "silu"

@@ -1,0 +1,47 @@
+"""The optimizer's state without tensors in a distributed checkpoint: step counts and settings of param groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_ligo.checkpoint.io import adam_groups
+from megatron_ligo.common.errors import CheckpointError, Problem
+
+MAX_NESTING = 6
+
+
+def read_step(path: Path, common: dict, has_moments: bool) -> int:
+    """Returns the optimizer's step count if its moments are read, else the iteration."""
+    step = common.get("iteration", 0)
+    if has_moments:
+        values = list(_iter_steps(common.get("optimizer")))
+        steps = {adam_groups.parse_step(value) for value in values}
+        if len(steps) != 1 or None in steps:
+            found = ", ".join(sorted(map(repr, values))) or "none"
+            raise CheckpointError(Problem(f"{path}", "one step count of the optimizer", found))
+        (step,) = steps
+    if type(step) is not int or step < 0:
+        raise CheckpointError(Problem(f"{path}", "iteration, a non-negative integer", repr(step)))
+    return step
+
+
+def read_groups(optimizer: object) -> tuple[dict, ...]:
+    """Returns the settings of an optimizer's param groups. An optimizer with fp32 master weights nests another."""
+    for _ in range(2):
+        if isinstance(optimizer, Mapping) and "param_groups" not in optimizer:
+            optimizer = optimizer.get("optimizer")
+    return adam_groups.read_settings(optimizer.get("param_groups")) if isinstance(optimizer, Mapping) else ()
+
+
+def _iter_steps(tree: object, depth: int = 0) -> Iterator[object]:
+    """Yields every step count in an optimizer's state dict."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if name in ("step", "common_step"):
+                yield value
+            elif depth < MAX_NESTING:
+                yield from _iter_steps(value, depth + 1)
+    elif isinstance(tree, list | tuple) and depth < MAX_NESTING:
+        for value in tree:
+            yield from _iter_steps(value, depth + 1)

@@ -1,0 +1,157 @@
+"""Rank functions: GPTModels of Megatron-core with experts, saved and loaded by Megatron-core's own code."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe import experts, grouped_gemm_util
+
+from megatron_ligo.arch import mcore_names
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.models.mcore.attention import FusedAttention
+from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
+from megatron_ligo.sharding import fused_tensors
+from tests.checkpoint.formats.megatron_ranks import PADDED_VOCAB_SIZE, build_run_args, sharding_metadata
+from tests.checkpoint.hf_models import same_bits
+from tests.tiny_models import tokens
+
+
+def build_experts(model_config, tp: int, ep: int, grouped: bool = False, padded_vocab_size=PADDED_VOCAB_SIZE):
+    """Builds this rank's part of a GPTModel whose experts are computed one by one, or by a grouped product."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp, expert_model_parallel_size=ep, create_gloo_process_groups=False)
+    config = build_transformer_config(model_config, BuildOptions(tp=tp))
+    config.expert_model_parallel_size, config.expert_tensor_parallel_size = ep, tp
+    config.moe_grouped_gemm = config.moe_use_legacy_grouped_gemm = grouped
+    # The product itself runs on GPUs only; the weights and their names do not need it.
+    grouped_gemm_util.assert_grouped_gemm_is_available = experts.gg.assert_grouped_gemm_is_available = lambda: None
+    spec = copy.deepcopy(
+        get_gpt_layer_local_spec(
+            num_experts=model_config.num_experts,
+            moe_grouped_gemm=grouped,
+            moe_use_legacy_grouped_gemm=grouped,
+            qk_layernorm=config.qk_layernorm,
+            normalization="RMSNorm",
+        )
+    )
+    spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size,
+        max_sequence_length=model_config.max_positions,
+        parallel_output=False,
+        share_embeddings_and_output_weights=model_config.tied,
+        position_embedding_type="rope",
+        rotary_base=int(model_config.rope_base),
+    ).eval()
+
+
+def expected_parameters(model, source):
+    """Yields (name, parameter, expected tensor) of this rank."""
+    model_config, tp = source.model_config, parallel_state.get_tensor_model_parallel_world_size()
+    count = model_config.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * count
+    stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
+
+    def read(item):
+        parts = [source.read(key) for key in item.keys]
+        if item.is_vocab_parallel:
+            parts = [torch.cat([part, part.new_zeros(PADDED_VOCAB_SIZE - len(part), part.shape[1])]) for part in parts]
+        return item.assemble_shard(parts, model_config, tp, parallel_state.get_tensor_model_parallel_rank())
+
+    for name, parameter in model.named_parameters():
+        head, found, tail = name.partition(".local_experts.")
+        if found:
+            local, _, rest = tail.partition(".")
+            name = f"{head}{found}{int(local) + first}.{rest}"
+        if name in stored:
+            yield name, parameter, read(stored[name])
+            continue
+        # The weights of a grouped product: experts one after another, transposed.
+        number = 1 if name.endswith("weight1") else 2
+        names = [
+            name.replace(f"weight{number}", f"local_experts.{first + local}.linear_fc{number}.weight")
+            for local in range(count)
+        ]
+        parts = torch.stack([read(stored[expert]).T for expert in names])
+        yield name, parameter, parts.reshape(parameter.shape)
+
+
+def save_experts(jobs: list[tuple[str, str, int, int, bool, dict]]) -> None:
+    """Saves each (folder, source, tp, ep, grouped, sharding metadata) by Megatron-core."""
+    # Megatron-core writes in child processes, which a daemonic process may not have.
+    multiprocessing.current_process()._config["daemon"] = False
+    for folder, path, tp, ep, grouped, sharding in jobs:
+        source = formats.open(path)
+        model = build_experts(source.model_config, tp, ep, grouped)
+        with torch.no_grad():
+            for _, parameter, expected in expected_parameters(model, source):
+                parameter.copy_(expected)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        state = {
+            "model": model.sharded_state_dict(metadata=sharding_metadata(**sharding)),
+            "iteration": 5,
+            "checkpoint_version": 3.0,
+            "args": build_expert_args(source.model_config, tp, ep, grouped),
+        }
+        dist_checkpointing.save(state, folder, content_metadata=sharding)
+
+
+def build_expert_args(model_config, tp: int, ep: int, grouped: bool):
+    """Returns arguments of a Megatron-LM run of a model with experts."""
+    args = build_run_args(model_config, tp, 1)
+    args.num_experts, args.moe_router_topk = model_config.num_experts, model_config.top_k
+    args.ffn_hidden_size, args.moe_ffn_hidden_size = 4 * model_config.hidden_size, model_config.ffn_size
+    args.moe_router_pre_softmax = not model_config.renormalises_routing
+    args.moe_layer_freq, args.moe_grouped_gemm = 1, grouped
+    args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "aux_loss", 0.01
+    args.moe_router_score_function, args.moe_expert_capacity_factor = "softmax", None
+    args.expert_model_parallel_size, args.expert_tensor_parallel_size = ep, tp
+    args.qk_layernorm = "qwen3" in model_config.arch
+    return args
+
+
+def load_experts(jobs: list[tuple[str, str, int, int, bool]]) -> list[torch.Tensor | None]:
+    """Loads each (folder, source, tp, ep, grouped) by Megatron-core, compares all weights, returns the logits."""
+    return [_load(*job) for job in jobs]
+
+
+@torch.no_grad()
+def _load(folder: str, path: str, tp: int, ep: int, grouped: bool) -> torch.Tensor | None:
+    source = formats.open(path)
+    model = build_experts(source.model_config, tp, ep, grouped)
+    for parameter in model.parameters():
+        parameter.fill_(7.0)
+    if (Path(folder) / "metadata.json").is_file():
+        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=sharding_metadata())}, folder)
+    else:
+        tp_rank, ep_rank = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_expert_model_parallel_rank(),
+        )
+        name = f"mp_rank_{tp_rank:02d}" + (f"_{ep_rank:03d}" if ep > 1 else "")
+        state = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=False)
+        assert state["args"].expert_model_parallel_size == ep
+    model.load_state_dict(state["model"], strict=True)
+    for name, parameter, expected in expected_parameters(model, source):
+        rows = len(parameter) if "embedding" not in name and "output_layer" not in name else None
+        assert same_bits(parameter[:rows], expected[:rows].to(parameter.dtype)), name
+    if grouped:
+        return None
+    ids = tokens(source.model_config)
+    logits = model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+    return logits[..., : source.model_config.vocab_size].contiguous()
+
+
+def other_layer_specs_names(state: dict) -> dict:
+    """Returns a rank's module under Transformer Engine's names of a grouped product: expert 2 is `weight2`."""
+    return {mcore_names.to_fused_name(name): value for name, value in state.items()}
