@@ -45,9 +45,9 @@ UNSUPPORTED: dict[str, Callable[[ModelConfig], bool]] = {
     "fsdp": lambda model_config: model_config.num_experts > 0,
     "torchtitan": lambda model_config: model_config.arch != "llama" or model_config.qkv_bias,
     "pipeline": lambda model_config: model_config.has_pooler or model_config.has_order_head,
-    # Megatron-core's positions start at row 0, and its experts have other names in its files.
-    "mcore": lambda model_config: model_config.position_offset > 0 or model_config.num_experts > 0,
-    "megatron": lambda model_config: model_config.position_offset > 0 or model_config.num_experts > 0,
+    # Megatron-core's positions start at row 0.
+    "mcore": lambda model_config: model_config.position_offset > 0,
+    "megatron": lambda model_config: model_config.position_offset > 0,
 }
 # Families that share their parameters' forms with these are converted in a ring only.
 ALL_PAIRS = ("llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit")

@@ -218,7 +218,7 @@ def arguments_of_no_llama(folder):
         state["args"].rotary_base = None
 
     edit(rank_file(folder, 0, 0), change)
-    return problem(where="num_experts", found="8") + problem(where="rotary_base", found="none")
+    return problem(where="moe_router_topk", found="none") + problem(where="rotary_base", found="none")
 
 
 @register(megatron)

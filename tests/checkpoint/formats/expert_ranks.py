@@ -13,7 +13,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import experts, grouped_gemm_util
 
-from megatron_ligo.arch import mcore_names
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.models.mcore.attention import FusedAttention
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
@@ -150,8 +149,3 @@ def _load(folder: str, path: str, tp: int, ep: int, grouped: bool) -> torch.Tens
     ids = tokens(source.model_config)
     logits = model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
     return logits[..., : source.model_config.vocab_size].contiguous()
-
-
-def other_layer_specs_names(state: dict) -> dict:
-    """Returns a rank's module under Transformer Engine's names of a grouped product: expert 2 is `weight2`."""
-    return {mcore_names.to_fused_name(name): value for name, value in state.items()}

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
-from megatron_ligo.checkpoint.formats.megatron_lm import argument_keys
+from megatron_ligo.checkpoint.formats.megatron_lm import argument_keys, expert_arguments
 from megatron_ligo.checkpoint.manifest import load_manifest
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from tests import layer_norm_models
@@ -42,7 +42,6 @@ CHANGES = {
     "multi_latent_attention": True,
     "no_rope_freq": [0, 1],
     "normalization": "LayerNorm",
-    "num_experts": 8,
     "openai_gelu": True,
     "position_embedding_type": "none",
     "qk_l2_norm": True,
@@ -123,6 +122,15 @@ def test_every_setting_of_megatron_core_is_classified():
     assert names - known == set()
 
 
+def test_every_argument_of_experts_is_classified():
+    """What is harmless in a dense model is not so in one with experts."""
+    reason = argument_keys.HARMLESS["moe_router_score_function"]
+    of_experts = {name for name, why in argument_keys.HARMLESS.items() if why == reason} | {"moe_router_topk"}
+    assert of_experts == {name for name in of_experts if name in expert_arguments.TABLE}
+    assert len(of_experts) == sum(map(len, (expert_arguments.TABLE.fields, expert_arguments.TABLE.harmless,
+                                            expert_arguments.TABLE.fixed)))  # fmt: skip
+
+
 def test_quantized_training_may_be_accepted_by_name():
     assert not any(name in argument_keys.TABLE for name in argument_keys.QUANTIZATION)
 
@@ -134,7 +142,7 @@ def test_arguments_that_change_the_function_are_refused(written, tmp_path, to, b
     assert refusals(edited(written, tmp_path / "x", to, beside)) == []
     wrong = {}
     for name, value in CHANGES.items():
-        if name == "rotary_seq_len_interpolation_factor" and not beside:
+        if name in ("rotary_seq_len_interpolation_factor", "qk_layernorm") and not beside:
             continue
         more = {"transformer_impl": "local"} if name == "window_size" else {}
         where = refusals(edited(written, tmp_path / "x", to, beside, **more, **{name: value}), accept=(name,))

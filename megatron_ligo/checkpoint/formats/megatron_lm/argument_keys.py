@@ -53,6 +53,7 @@ FIELDS = {
     "activation_func": "family",
     "add_bias_linear": "family",
     "qk_layernorm": "family",
+    "moe_router_topk": "top_k",
     "num_experts": "num_experts",
     "num_moe_experts": "num_experts",
     "openai_gelu": "activation",

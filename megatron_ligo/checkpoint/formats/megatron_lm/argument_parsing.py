@@ -77,7 +77,7 @@ def parse_model_config(arguments: RunArguments, accepted: AcceptedKeys = NO_KEYS
         expert_arguments.check_experts(values, accepted, errors)
     if not is_same_value(sizes.pop("rotary_fraction", 1.0), 1.0):
         errors.add("rotary_percent", "1.0", repr(values["rotary_percent"]), FAMILY_ADVICE)
-    for field in REQUIRED:
+    for field in (*REQUIRED, *(("top_k",) if sizes.get("num_experts") else ())):
         if field not in sizes:
             names = [name for name, read_into in argument_keys.FIELDS.items() if read_into == field]
             errors.add(" or ".join(names), "a value", "none", ADVICE)

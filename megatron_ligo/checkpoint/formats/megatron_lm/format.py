@@ -3,6 +3,7 @@
     DIR/latest_checkpointed_iteration.txt                  the iteration's folder (io/iteration_folders.py)
     DIR/iter_0000100/mp_rank_TT/model_optim_rng.pt         tensor-parallel rank TT
     DIR/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     the same, in stage PPP of several
+    DIR/iter_0000100/mp_rank_TT_PPP_EEE/model_optim_rng.pt the same, expert-parallel rank EEE of several
 
 The first stage holds the embeddings, the last one the final norm and the head (a copy of the embedding if the model is
 tied). Every stage numbers its layers from 0. Adam's state is in the same files (rank_optimizer.py). It is written for
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,10 +23,10 @@ from torch import Tensor
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.mcore_names import EXTRA_STATE, sort_by_construction, to_fused_name
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Pack, Stage, Use, layer_index
+from megatron_ligo.arch.spec import Pack, Role, Stage, Use, layer_index
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rank_optimizer, rope_arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, expert_files, rank_optimizer, rope_arguments
 from megatron_ligo.checkpoint.formats.megatron_lm.rank_files import RankFiles, has_rank_files, rank_file
 from megatron_ligo.checkpoint.io import adam_groups, digest, iteration_folders, tensor_check, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
@@ -59,7 +61,8 @@ class MegatronReader(Reader):
         self._padded_vocab_size = self._check()
         is_padded = self._padded_vocab_size > self.model_config.vocab_size
         padding = {"padded_vocab": self._padded_vocab_size} if is_padded else {}
-        self.layout = {"tp": self._rank_files.tp, "pp": self._rank_files.pp, **padding}
+        expert_layout = {"ep": self._rank_files.ep} if self._rank_files.ep > 1 else {}
+        self.layout = {"tp": self._rank_files.tp, "pp": self._rank_files.pp, **expert_layout, **padding}
         self.step, self.groups = self._rank_files.step, self._rank_files.groups
         unread_optimizer = self._rank_files.unread_optimizer
         self.unread = (f"optimizer state ({unread_optimizer})",) if unread_optimizer else ()
@@ -81,8 +84,10 @@ class MegatronReader(Reader):
                 where = f"{stored.name} ({kind}, {self._folder}, rank {rank})"
                 hint = "The model is tied, and its stages diverged in training."
                 raise CheckpointError(Problem(where, "the bits of the last stage's copy", "other bits", hint))
+        where = f"{key} ({stored.name}, {self._folder})"
+        for rank, copies in enumerate(self._rank_files.copies[stored.name]):
+            tp_shards.check_replicas([shards[rank], *copies], f"{where}, experts' ranks")
         if self._cuts_groups(stored):
-            where = f"{key} ({stored.name}, {self._folder})"
             shards = [torch.cat([torch_files.check_stored(where, shard) for shard in shards])]
         padded_config = replace(self.model_config, vocab_size=self._padded_vocab_size)
         return tp_shards.join_shards(stored, key, shards, padded_config, self.model_config, f"{self._folder}")
@@ -155,22 +160,25 @@ def _find_tied_copies(arch: Architecture, model_config: ModelConfig) -> dict[str
 
 
 def _build_module(
-    weights: dict[str, LazyTensor], stored_tensors: dict[str, StoredTensor], layer_spec: str
+    weights: dict[str, LazyTensor], stored_tensors: dict[str, StoredTensor], layer_spec: str, has_experts: bool
 ) -> dict[str, LazyTensor | None]:
     """Returns a rank's module state by the names of the layer spec, with Megatron-core's (empty) extra states."""
     module: dict[str, LazyTensor | None] = {}
     for name, stored in stored_tensors.items():
-        written_name = to_fused_name(name) if layer_spec == "te" else name
+        # Transformer Engine fuses a norm into the linear behind it, and a router is none.
+        is_fused = layer_spec == "te" and not (has_experts and stored.params[0].role is Role.FFN_NORM)
+        written_name = to_fused_name(name) if is_fused else name
         module[written_name] = weights[name]
         if _is_linear_weight(stored):
-            module[f"{written_name.removesuffix('weight')}{EXTRA_STATE}"] = None
+            # A grouped product has a weight for each expert, and one state.
+            module[f"{written_name.rpartition('weight')[0]}{EXTRA_STATE}"] = None
     return module
 
 
 def _is_linear_weight(stored: StoredTensor) -> bool:
     """Returns whether the tensor is a linear's weight: these modules have an extra state, for fp8."""
-    axes = stored.params[0].axes
-    return len(axes) == 2 and axes[1].use is Use.INPUT
+    axes, role = stored.params[0].axes, stored.params[0].role
+    return len(axes) == 2 and axes[1].use is Use.INPUT and role is not Role.ROUTER
 
 
 def _stage_bounds(num_layers: int, pp: int) -> list[int]:
@@ -203,13 +211,15 @@ def _select_stage(
     return {name: tensors[name] for name in sort_by_construction(tensors)}
 
 
-def _check_layout(model_config: ModelConfig, options: WriteOptions) -> None:
-    """Raises ConfigError for a layout that Megatron-LM does not support."""
+def _check_layout(model_config: ModelConfig, options: WriteOptions, ep: int) -> None:
+    """Raises ConfigError for a layout that Megatron-LM does not support. ep: expert-parallel ranks."""
     errors = ErrorCollector(f"the format {NAME} does not support this layout", ConfigError)
     tensor_parallel.check_tp(model_config, options.tp, errors)
     if options.pp > model_config.num_layers:
         found = f"{model_config.num_layers} layers"
         errors.add(f"pp = {options.pp}", "at most one stage per layer", found, "Choose a smaller pp.")
+    if ep > 1 and (not model_config.num_experts or model_config.num_experts % ep):
+        errors.add(f"option ep = {ep}", "a divisor of the number of experts", model_config.num_experts)
     errors.raise_if_any()
 
 
@@ -224,6 +234,10 @@ class MegatronLmOptions(adam_groups.AdamRates):
         LAYER_SPECS[0],
         "local (default) or te: names of Megatron-core's local layer spec, or of Transformer Engine's",
         choices=LAYER_SPECS,
+    )
+    ep: int = setting(1, "expert-parallel ranks, each with its share of every layer's experts (default 1)", low=1)
+    grouped_gemm: bool = setting(
+        False, "with layers=te: experts have the names of a grouped product, --moe-grouped-gemm (default false)"
     )
 
 
@@ -245,8 +259,11 @@ class MegatronLmFormat(Format):
         """Writes each rank's file. The files of a stage are filled tensor by tensor, side by side."""
         model_config, tp, pp = source.model_config, options.tp, options.pp
         format_options = self.parse_options(options.extra)
-        _check_layout(model_config, options)
+        ep, is_grouped = format_options.ep, format_options.grouped_gemm
+        _check_layout(model_config, options, ep)
         layer_spec, multiple = format_options.layers, format_options.vocab_divisible_by * tp
+        if is_grouped and layer_spec != "te":
+            raise ConfigError(Problem("option grouped_gemm", "layers=te", f"layers={layer_spec}"))
         padded_vocab_size = -(-model_config.vocab_size // multiple) * multiple
         folder = iteration_folders.folder_name(0)
         model_record.write(source, output)
@@ -255,20 +272,22 @@ class MegatronLmFormat(Format):
         bounds = _stage_bounds(model_config.num_layers, pp)
         copies = _find_tied_copies(source.arch, model_config) if pp > 1 else {}
         dtype = common_dtype(source, next(iter(stored_tensors.values())))
-        args = arguments.to_megatron_args(model_config, tp, pp, padded_vocab_size, dtype, source.step)
+        args = arguments.to_megatron_args(model_config, tp, pp, padded_vocab_size, dtype, source.step, ep)
+        args.moe_grouped_gemm = is_grouped
         args.transformer_impl = "transformer_engine" if layer_spec == "te" else "local"
         if model_config.num_layers % pp:
             args.decoder_last_pipeline_num_layers = bounds[-1] - bounds[-2]
         for stage in range(pp):
-            stage_tensors = _select_stage(stored_tensors, copies, bounds, stage)
+            all_tensors = _select_stage(stored_tensors, copies, bounds, stage)
             states = {}
-            for rank in range(tp):
+            for rank, ep_rank in product(range(tp), range(ep)):
+                stage_tensors = expert_files.select_experts(all_tensors, model_config, ep, ep_rank, is_grouped)
                 weights = {name: shards.lazy_shard(stored, rank) for name, stored in stage_tensors.items()}
                 state = {
                     "args": args,
                     "checkpoint_version": arguments.CHECKPOINT_VERSION,
                     "iteration": source.step,
-                    "model": _build_module(weights, stage_tensors, layer_spec),
+                    "model": _build_module(weights, stage_tensors, layer_spec, model_config.num_experts > 0),
                 }
                 if source.has_moments:
                     moments = {
@@ -277,7 +296,7 @@ class MegatronLmFormat(Format):
                     }
                     groups = adam_groups.to_megatron_groups(source.groups, format_options.rates())
                     state["optimizer"] = rank_optimizer.build_rank_optimizer(weights, moments, groups, source.step)
-                states[f"{folder}/{rank_file(rank, stage, pp)}"] = state
+                states[f"{folder}/{rank_file(rank, stage, pp, ep_rank, ep)}"] = state
             output.write_torch_files(states)
         iteration_folders.write_tracker(output, 0)
 
@@ -287,6 +306,8 @@ class MegatronLmFormat(Format):
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
         if self.parse_options(options.extra).layers != "local":
             return "the parameter numbers are those of the local layer spec: say layers=local"
+        if self.parse_options(options.extra).ep > 1:
+            return "expert-parallel ranks have an optimizer for experts and one for the rest: say ep=1"
         if {options.dtype or source.info(key).dtype for key in source.keys()} != {torch.float32}:  # noqa: SIM118 - no dict
             return "Megatron-LM's optimizers resume from fp32 weights: say --dtype float32"
         return rank_optimizer.explain_unsupported(source.groups)

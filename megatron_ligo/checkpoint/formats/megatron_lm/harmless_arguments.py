@@ -29,7 +29,7 @@ _GROUPS: Mapping[str, str] = {
         moe_router_force_biased moe_router_force_load_balancing moe_router_fusion moe_router_group_topk
         moe_router_load_balancing_type moe_router_num_groups moe_router_padding_for_fp8
         moe_router_padding_for_quantization moe_router_pre_softmax moe_router_quantile_balancing_ema
-        moe_router_score_function moe_router_topk moe_router_topk_limited_devices moe_router_topk_scaling_factor
+        moe_router_score_function moe_router_topk_limited_devices moe_router_topk_scaling_factor
         moe_routing_trace_capture_hidden_states moe_routing_trace_capture_logits moe_routing_trace_dump_weights
         moe_routing_trace_max_training_iters moe_routing_trace_path moe_shared_expert_gate
         moe_shared_expert_glu_interleave_size moe_shared_expert_intermediate_size moe_shared_expert_overlap

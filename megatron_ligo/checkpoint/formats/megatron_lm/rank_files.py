@@ -6,14 +6,15 @@ No code of a file is executed: stand-ins replace the pickled classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_ligo.arch.mcore_names import to_local_name
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, expert_files
 from megatron_ligo.checkpoint.formats.megatron_lm.rank_optimizer import RankOptimizerState, read_rank_optimizer
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.reader import MOMENTS
@@ -24,10 +25,13 @@ MODEL_FILE = "model_optim_rng.pt"
 MODEL_FILE_WITHOUT_OPTIMIZER = "model_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILES = ("distrib_optim.pt", "optim.pt")
 DISTRIBUTED_OPTIMIZER = "distributed, with buffers that name no parameters: save it with --ckpt-format torch_dist"
+EXPERT_OPTIMIZER = (
+    "of expert-parallel ranks, one for experts and one for the rest: save it with --ckpt-format torch_dist"
+)
 INTERLEAVED_OPTIMIZER = "of an interleaved pipeline: save it with --ckpt-format torch_dist"
 # The model of a rank, or its parts in an interleaved pipeline.
 PART = re.compile(r"model(\d{0,4})")
-RANK_FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,4})(?:_(?P<pp>\d{3,5}))?")
+RANK_FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,4})(?:_(?P<second>\d{3,5}))?(?:_(?P<third>\d{3,5}))?")
 LAYER_NAME = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 # Older versions order query, key and value differently.
 MIN_CHECKPOINT_VERSION = 2.0
@@ -53,12 +57,13 @@ OLD_NAMES = {
     ".final_norm.": ".final_layernorm.",
 }
 
-Rank = tuple[int, int]  # tensor-parallel rank, pipeline stage
+Rank = tuple[int, int, int]  # tensor-parallel rank, pipeline stage, expert-parallel rank
 
 
-def rank_file(tp_rank: int, stage: int, pp: int) -> str:
+def rank_file(tp_rank: int, stage: int, pp: int, ep_rank: int = 0, ep: int = 1) -> str:
     """Returns the path of a rank's file within the iteration's folder."""
-    return f"mp_rank_{tp_rank:02d}{f'_{stage:03d}' if pp > 1 else ''}/{MODEL_FILE}"
+    stage_part = f"_{stage:03d}" if pp > 1 else ""
+    return f"mp_rank_{tp_rank:02d}{stage_part}{f'_{ep_rank:03d}' if ep > 1 else ''}/{MODEL_FILE}"
 
 
 def has_rank_files(folder: Path) -> bool:
@@ -76,7 +81,8 @@ class RankFiles:
     """All rank files of an iteration's folder, loaded (memory-mapped). Raises CheckpointError with all errors.
 
     tensors: global name -> shards of the tensor-parallel ranks; args: arguments of the run, None if not saved; step:
-    the iteration. `read_optimizers` sets moments (by kind, shaped as `tensors`; {} if there are none), the optimizer's
+    the iteration; copies: global name -> for each tensor-parallel rank, what other expert-parallel ranks hold of it.
+    `read_optimizers` sets moments (by kind, shaped as `tensors`; {} if there are none), the optimizer's
     step count as `step`, groups (settings of its param groups) and unread_optimizer: why its state is not read.
     """
 
@@ -84,18 +90,20 @@ class RankFiles:
         self.folder = folder
         self._errors = ErrorCollector(f"{folder} is not a complete checkpoint of Megatron-LM", CheckpointError)
         paths = self._find_files()
-        self.tp, self.pp = (max((rank[i] for rank in paths), default=-1) + 1 for i in (0, 1))
-        if self.tp * self.pp > len(paths) + MAX_MISSING_RANKS:
-            self._errors.add("ranks", f"{self.tp} x {self.pp} files, as the folders' names say", f"{len(paths)} files")
+        self.tp, self.pp, self.ep = (max((rank[i] for rank in paths), default=-1) + 1 for i in range(3))
+        if self.tp * self.pp * self.ep > len(paths) + MAX_MISSING_RANKS:
+            expected = f"{self.tp} x {self.pp} x {self.ep} files, as the folders' names say"
+            self._errors.add("ranks", expected, f"{len(paths)} files")
             self._errors.raise_if_any()
-        for rank in ((tp_rank, stage) for stage in range(self.pp) for tp_rank in range(self.tp)):
+        for rank in product(range(self.tp), range(self.pp), range(self.ep)):
             if rank not in paths:
                 self._errors.add(self._rank_file(rank), "a file", "nothing there", "Fetch it again.")
         self._errors.raise_if_any()
         states = {rank: self._load(path) for rank, path in sorted(paths.items())}
         self._errors.raise_if_any()
-        first = states[0, 0]
+        first = states[0, 0, 0]
         self.args, self.step = first.get("args"), first.get("iteration", 0)
+        self._hidden_size = (arguments.plain_arguments(self.args) or {}).get("hidden_size")
         if type(self.step) is not int or self.step < 0:
             self._errors.add("iteration", "a non-negative integer", repr(self.step))
         self.num_layers = 0
@@ -111,11 +119,15 @@ class RankFiles:
                 found = " and ".join(_part_names(state)) or "none of them"
                 self._errors.add(self._rank_file(rank), " and ".join(self._parts) + ", as on rank 0", found)
         self._errors.raise_if_any()
-        self._modules = {
-            (tp_rank, stage + part * self.pp): self._read_module(state[name], self._rank_file((tp_rank, stage)))
-            for part, name in enumerate(self._parts)
-            for (tp_rank, stage), state in states.items()
-        }
+        self.copies: dict[str, list[list[Tensor]]] = {}
+        self._copies: dict[tuple[int, int], dict[str, list[Tensor]]] = {}
+        self._modules: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for (part, name), stage, tp_rank in product(enumerate(self._parts), range(self.pp), range(self.tp)):
+            ranks = [(tp_rank, stage, ep_rank) for ep_rank in range(self.ep)]
+            modules = [self._read_module(states[rank][name], self._rank_file(rank)) for rank in ranks]
+            place = tp_rank, stage + part * self.pp
+            joined = expert_files.join_expert_ranks(modules, self._rank_file(ranks[0]), self._errors)
+            self._modules[place], self._copies[place] = joined if self.ep > 1 else (modules[0], {})
         # Global name -> stage, and the name in the stage's files.
         self._stage_names: dict[str, tuple[int, str]] = {}
         for stage in range(self.pp * len(self._parts)):
@@ -130,17 +142,20 @@ class RankFiles:
         if len(self._parts) > 1:
             self.unread_optimizer = INTERLEAVED_OPTIMIZER if any(self._optimizers.values()) else ""
             return
+        if self.ep > 1:
+            self.unread_optimizer = EXPERT_OPTIMIZER if any(self._optimizers.values()) else ""
+            return
         states = {
-            rank: read_rank_optimizer(self._optimizers[rank], module, self._rank_file(rank), errors)
+            rank: read_rank_optimizer(self._optimizers[*rank, 0], module, self._rank_file((*rank, 0)), errors)
             for rank, module in self._modules.items()
         }
         self.unread_optimizer = next((state.unsupported for state in states.values() if state.unsupported), "")
         if not self.unread_optimizer:
             _check_on_all_ranks(
-                "masters", {self._rank_file(rank): bool(state.masters) for rank, state in states.items()}, errors
+                "masters", {self._rank_file((*rank, 0)): bool(state.masters) for rank, state in states.items()}, errors
             )
             _check_on_all_ranks(
-                "moments", {self._rank_file(rank): bool(state.moments) for rank, state in states.items()}, errors
+                "moments", {self._rank_file((*rank, 0)): bool(state.moments) for rank, state in states.items()}, errors
             )
         steps = {state.step for state in states.values() if state.moments} - {None}
         if len(steps) > 1:
@@ -181,23 +196,51 @@ class RankFiles:
                 errors.add(f"{name} (rank {rank})", "one floating-point dtype on all ranks", shard.dtype)
 
     def _rank_file(self, rank: Rank) -> str:
-        return rank_file(*rank, self.pp)
+        tp_rank, stage, ep_rank = rank
+        return rank_file(tp_rank, stage, self.pp, ep_rank, self.ep)
 
     def _find_files(self) -> dict[Rank, Path]:
         paths: dict[Rank, Path] = {}
         folder_names = {}
+        has_stages = self._has_stages()
         for folder in sorted(path for path in self.folder.iterdir() if path.name.startswith("mp_rank_")):
             match, path = RANK_FOLDER.fullmatch(folder.name), _find_model_file(folder)
             if not match or not path:
                 self._errors.add(folder.name, f"mp_rank_TT or mp_rank_TT_PPP with {MODEL_FILE}", "neither")
                 continue
-            rank = (int(match["tp"]), int(match["pp"] or 0))
+            second, third = (int(match[name] or 0) for name in ("second", "third"))
+            rank = (int(match["tp"]), second, third) if has_stages else (int(match["tp"]), 0, second)
             if rank in paths:
                 self._errors.add(folder.name, "one folder per rank", f"{folder_names[rank]} as well")
             paths[rank], folder_names[rank] = path, folder.name
+        self._check_expert_layout(paths)
         if not paths:
             self._errors.add(f"mp_rank_00/{MODEL_FILE}", "a file", "nothing there")
         return paths
+
+    def _first_arguments(self, paths: Iterable[Path]) -> Mapping[str, object]:
+        """Returns the arguments in the first file; {} if it has none, or is no such file."""
+        for path in paths:
+            state = torch_files.load(path, arguments.STAND_INS)
+            return arguments.plain_arguments(state.get("args") if isinstance(state, dict) else None) or {}
+        return {}
+
+    def _has_stages(self) -> bool:
+        """Returns whether the second number of a folder's name is a stage: an expert's rank may stand there too."""
+        folders = sorted(folder for folder in self.folder.iterdir() if RANK_FOLDER.fullmatch(folder.name))
+        numbers = [RANK_FOLDER.fullmatch(folder.name) for folder in folders]
+        if any(match["third"] for match in numbers) or not any(match["second"] for match in numbers):
+            return True
+        args = self._first_arguments(filter(None, map(_find_model_file, folders)))
+        return args.get("pipeline_model_parallel_size") != 1 or args.get("expert_model_parallel_size") in (None, 1)
+
+    def _check_expert_layout(self, paths: Mapping[Rank, Path]) -> None:
+        """Adds an error for experts whose tensor-parallel size is not the other tensors'."""
+        args = self._first_arguments(paths.values())
+        size = args.get("expert_tensor_parallel_size")
+        if args.get("num_experts") and size not in (None, args.get("tensor_model_parallel_size")):
+            expected = f"{args.get('tensor_model_parallel_size')}, the tensor_model_parallel_size"
+            self._errors.add("expert_tensor_parallel_size", expected, size, "Save it with --ckpt-format torch_dist.")
 
     def _load(self, path: Path) -> dict:
         where = str(path.relative_to(self.folder))
@@ -231,7 +274,7 @@ class RankFiles:
             if local_name in module:
                 self._errors.add(f"{name} ({where})", "one tensor of that name", "two")
             module[local_name] = value
-        return module
+        return expert_files.separate_experts(module, self._hidden_size)
 
     def _add_stage(self, modules: list[dict[str, Tensor]], stage: int) -> None:
         """Adds the tensors of a stage. Its layers are numbered after those of the stages before."""
@@ -250,6 +293,7 @@ class RankFiles:
             if global_name in self.tensors:
                 self._errors.add(f"{name} (stage {stage})", "one stage that holds it", "two")
             self.tensors[global_name] = shards
+            self.copies[global_name] = [self._copies[rank, stage].get(name, []) for rank in range(self.tp)]
             self._stage_names[global_name] = (stage, name)
         self.num_layers += len(layers)
 
