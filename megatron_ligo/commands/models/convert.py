@@ -34,6 +34,8 @@ options of the formats (--option NAME=VALUE):
   megatron: min_lr  lowest one; Megatron-core 0.19 requires both, and loads moments only if they are the run's own
   megatron: vocab_divisible_by  pads the vocabulary to a multiple of it times tp (default 128)
   megatron: layers  local (default) or te: names of Megatron-core's local layer spec, or of Transformer Engine's
+  megatron: ep  expert-parallel ranks, each with its share of every layer's experts (default 1)
+  megatron: grouped_gemm  with layers=te: experts have the names of a grouped product (default false)
   pipeline: tag  name of the folder (default global_stepN)
   universal: tag  name of the folder (default global_stepN)
   universal: moments  source (default: the source's, or zeros at step 0 where it has none) or none

@@ -59,7 +59,8 @@ def join_expert_ranks(
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Joins the modules of all expert-parallel ranks of one stage and one tensor-parallel rank.
 
-    Returns all tensors, experts under their numbers in the layer; and what the other ranks hold of the rest, by name.
+    Returns all tensors in the shapes of the files, (2 f, h) and (h, f) of an expert, under its number in the layer; and
+    what the other ranks hold of the rest, by name.
     """
     joined: dict[str, Tensor] = {}
     copies: dict[str, list[Tensor]] = {}
