@@ -236,9 +236,7 @@ class MegatronLmOptions(adam_groups.AdamRates):
         choices=LAYER_SPECS,
     )
     ep: int = setting(1, "expert-parallel ranks, each with its share of every layer's experts (default 1)", low=1)
-    grouped_gemm: bool = setting(
-        False, "with layers=te: experts have the names of a grouped product (default false)"
-    )
+    grouped_gemm: bool = setting(False, "with layers=te: experts have the names of a grouped product (default false)")
 
 
 class MegatronLmFormat(Format):
