@@ -162,7 +162,7 @@ def _write_splits(
         writers = {name: SplitWriter(staging / name, encoder.tokenizer) for name in names}
         for writer in writers.values():
             stack.callback(writer.close)
-        pool = EncodingPool(encoder, texts.read_chunks(), workers)
+        pool = EncodingPool(encoder, texts.read_chunks(), workers, staging)
         total = 0
         for encoded in _show_progress(pool, texts.total_bytes()):
             for path, located in groupby(encoded.problems, itemgetter(0)):

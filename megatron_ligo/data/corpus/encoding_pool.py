@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from array import array
@@ -13,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -26,11 +28,12 @@ from megatron_ligo.data.tokenizer import Tokenizer
 # Chunks that wait for a worker or for their turn, in all; a single larger one is let through.
 MAX_WAITING_BYTES = 64 << 20
 CHUNKS_PER_WORKER = 4
+ENCODER_FILE = ".encoder"
 
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Encodes chunks; picklable, as each worker gets one."""
+    """Encodes chunks; picklable, as each worker reads one."""
 
     tokenizer: Tokenizer
     json_key: str
@@ -91,10 +94,13 @@ def group_chunks(chunks: Iterator[RawChunk]) -> Iterator[list[RawChunk]]:
 
 
 class EncodingPool:
-    """Encodes a source's chunks, in order. `waiting` holds the chunks after those that were yielded last."""
+    """Encodes a source's chunks, in order. `waiting` holds the chunks after those that were yielded last.
 
-    def __init__(self, encoder: ChunkEncoder, chunks: Iterator[RawChunk], workers: int):
-        self.encoder = encoder
+    scratch: a folder for a file that the workers read.
+    """
+
+    def __init__(self, encoder: ChunkEncoder, chunks: Iterator[RawChunk], workers: int, scratch: Path):
+        self.encoder, self.file = encoder, scratch / ENCODER_FILE
         self.groups = group_chunks(chunks)
         self.workers = workers
         self.waiting: deque[tuple[list[RawChunk], Future]] = deque()
@@ -105,10 +111,11 @@ class EncodingPool:
             for group in self.groups:
                 yield group[-1], self.encoder.encode(group)
             return
+        # By a file: the pipe to a new process holds 64 KiB, and this process would wait for ever to write more of a
+        # tokenizer to a worker that is killed before it reads.
+        self.file.write_bytes(pickle.dumps(self.encoder))
         # Spawned, because this process has threads and must not be forked.
-        pool = ProcessPoolExecutor(
-            self.workers, get_context("spawn"), initializer=_init_worker, initargs=(self.encoder,)
-        )
+        pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_init_worker, initargs=(self.file,))
         try:
             with _interrupts_held_back():
                 self._fill(pool)
@@ -121,6 +128,7 @@ class EncodingPool:
             raise DataError(Problem("a tokenizer worker", "token ids", "an abrupt exit", hint)) from error
         finally:
             pool.shutdown(cancel_futures=True)
+            self.file.unlink()
 
     def _fill(self, pool: ProcessPoolExecutor) -> None:
         size = sum(chunk.size for group, _ in self.waiting for chunk in group)
@@ -150,14 +158,14 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
-def _init_worker(encoder: ChunkEncoder) -> None:
+def _init_worker(file: Path) -> None:
     global _worker_encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # An interrupt reaches every process of the terminal; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The library's threads would oversubscribe the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = encoder
+    _worker_encoder = pickle.loads(file.read_bytes())
 
 
 def _end_with_parent() -> None:
