@@ -11,8 +11,9 @@ from megatron_ligo.checkpoint import formats, manifest, model_record, run_record
 from megatron_ligo.checkpoint.content import digest_state, digest_weights, find_damage
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.reader import Reader
+from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import LigoError, Problem
+from megatron_ligo.common.errors import CheckpointError, LigoError, Problem
 from megatron_ligo.common.file_digest import SEAL, hash_json, is_intact
 from megatron_ligo.distributed.digest_cache import SAMPLED, WHOLE, DigestCache
 from megatron_ligo.export import provenance, run_inputs
@@ -99,12 +100,12 @@ class _ChainWalk:
             self._try(checkpoint, lambda checkpoint=checkpoint: self._check_checkpoint(run, checkpoint))
 
     def check_input_record(self, run: Path, path: Path) -> None:
-        self._try(path, lambda: self._check_inputs(run, read_json(path, finite=False).get(run_inputs.INPUTS, {})))
+        self._try(path, lambda: self._check_inputs(run, run_inputs.read_inputs(_read_table(path), f"{path}")))
 
     def check_links(self) -> None:
         """Compares each hand-off with the operators beside it."""
         for folder, record in self._handoffs.items():
-            stated = record["operator"].get(SEAL)
+            stated = record.get("operator", {}).get(SEAL)
             beside = {path: own for path, own in self._operators.items() if path.parent.parent == folder.parent}
             if record.get("fit") is None or stated is None or not beside:
                 continue
@@ -121,8 +122,6 @@ class _ChainWalk:
             problems = check()
         except LigoError as error:
             problems = [str(error)]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems = [Problem(f"{place}", "a record that this program wrote", f"{error!r}")]
         self.report.problems += problems
         if not problems:
             self.report.checked.append(f"{place}: as its record states")
@@ -134,7 +133,7 @@ class _ChainWalk:
             return []
         operator.check_digest()
         self._operators[folder] = operator.record
-        return self._check_inputs(run, operator.record.get(run_inputs.INPUTS, {}))
+        return self._check_inputs(run, run_inputs.read_inputs(operator.record, f"{folder / operator_file.RECORD}"))
 
     def _check_handoff(self, folder: Path) -> list[str]:
         record = provenance.read(folder)
@@ -148,22 +147,25 @@ class _ChainWalk:
                 continue
             problems += find_handoff_damage(folder, folder / name)
             problems += find_damage(folder / name, self.cache)
-        source = (record.get("fit") or {}).get(run_inputs.INPUTS, {}).get(f"{run_inputs.SMALL_MODEL}: weights")
-        if source and record["source"]["digest"] != source["digest"] and not record.get("accepted_changes"):
+        where = f"{folder / provenance.RECORD_NAME}"
+        fitted = run_inputs.read_inputs(record.get("fit") or {}, where)
+        source = fitted.get(f"{run_inputs.SMALL_MODEL}: weights")
+        grown_from = record.get("source", {}).get("digest")
+        if source and grown_from != source["digest"] and not record.get("accepted_changes"):
             expected = f"weights of digest {source['digest']}, on which its operator was fitted"
-            problems.append(Problem(f"{folder}: the small model", expected, record["source"]["digest"]))
-        inputs = record.get(run_inputs.INPUTS) or (record.get("fit") or {}).get(run_inputs.INPUTS, {})
+            problems.append(Problem(f"{folder}: the small model", expected, grown_from))
+        inputs = run_inputs.read_inputs(record, where) or fitted
         # The fit's sample indices lie in its own folder.
         inputs = {name: entry for name, entry in inputs.items() if entry["kind"] != run_inputs.INDICES}
         return problems + self._check_inputs(folder, inputs)
 
     def _check_pretrain_record(self, run: Path) -> list[str]:
-        record = read_json(run / PRETRAIN_RECORD, finite=False)
+        record = _read_table(run / PRETRAIN_RECORD)
         if SEAL not in record:
             self.report.notes.append(f"{run / PRETRAIN_RECORD}: written by an earlier version, without digests")
         elif not is_intact(record):
             return [Problem(f"{run / PRETRAIN_RECORD}", f"its own digest, {record[SEAL]}", "other content")]
-        return self._check_inputs(run, record.get(run_inputs.INPUTS, {}))
+        return self._check_inputs(run, run_inputs.read_inputs(record, f"{run / PRETRAIN_RECORD}"))
 
     def _check_checkpoint(self, run: Path, checkpoint: Path) -> list[str]:
         record = run_record.read_run_record(checkpoint / run_record.RECORD)
@@ -173,7 +175,8 @@ class _ChainWalk:
             stated = record["files"].get(path.name)
             if stated is not None and stated != run_record.describe_file(path):
                 problems.append(Problem(f"{path}", f"digest {stated['digest']}, as in {checkpoint}", "other content"))
-        return [*problems, *self._check_inputs(run, record["state"].get(run_inputs.INPUTS, {}))]
+        inputs = run_inputs.read_inputs(record["state"], f"{checkpoint / run_record.RECORD}")
+        return [*problems, *self._check_inputs(run, inputs)]
 
     def _check_inputs(self, run: Path, inputs: dict) -> list[str]:
         """Compares what a run stands on with what is at its paths now; each input once."""
@@ -204,24 +207,45 @@ class _ChainWalk:
             files = self.cache.digest_folder(path)
             return hash_json(sorted(digest for name, digest in files.items() if name.endswith(".npy")))
         if kind == run_inputs.SIZES:
-            return hash_json(_read_sizes(path))
-        source = open_checkpoint(path)
+            return hash_json(_read_sizes(path, entry))
+        source = open_input(path, entry)
         return digest_state(source, self.cache) if kind == run_inputs.STATE else digest_weights(source, self.cache)
 
 
-def open_checkpoint(path: Path) -> Reader:
-    """Opens a checkpoint of any format, or the one that pretraining reads of a hand-off."""
+def _read_table(path: Path) -> dict:
+    """Reads a JSON object. CheckpointError for anything else."""
+    try:
+        record = read_json(path, finite=False)
+    except ValueError as error:
+        raise CheckpointError(Problem(f"{path}", "JSON", f"an error: {error}")) from None
+    if not isinstance(record, dict):
+        raise CheckpointError(Problem(f"{path}", "a JSON object", f"{record!r}"))
+    return record
+
+
+def open_input(path: Path, entry: dict) -> Reader:
+    """Opens a model that a run stands on as the run did: a checkpoint, or the one that pretraining reads of a hand-off.
+
+    Records of earlier versions do not state how; then its format is recognised.
+    """
     record = provenance.read(path) if path.is_dir() else None
+    format_name, accept = entry.get(run_inputs.FORMAT), entry.get(run_inputs.ACCEPT, ())
     if record is None:
-        return formats.open(path)
-    return formats.open(path / ("universal" if "universal" in record["formats"] else record["formats"][0]))
+        return formats.open(path, format_name if format_name in formats.formats() else None, accept)
+    return formats.open(
+        path / ("universal" if "universal" in record["formats"] else record["formats"][0]), None, accept
+    )
 
 
-def _read_sizes(path: Path) -> dict:
+def _read_sizes(path: Path, entry: dict) -> dict:
+    accepted = AcceptedKeys(entry.get(run_inputs.ACCEPT, ()))
     if path.is_file() and path.suffix == ".json":
-        return config_json.parse_model_config(config_json.load_config(path), f"{path}").to_json()
-    record = model_record.find_record(path) if path.is_dir() else None
-    return (record[0] if record else open_checkpoint(path).model_config).to_json()
+        return config_json.parse_model_config(config_json.load_config(path), f"{path}", accepted).to_json()
+    if run_inputs.FORMAT not in entry and path.is_dir():
+        record = model_record.find_record(path, accepted)
+        if record:
+            return record[0].to_json()
+    return open_input(path, entry).model_config.to_json()
 
 
 def _find_path(path: str, run: Path) -> Path | None:

@@ -153,7 +153,7 @@ def write_grown_model(
                 changes = check_operator(operator, config, f"{reader.path or reader.format}", digest, accept_changed)
             record = build_growth_record(grown, digest) | ({"accepted_changes": changes} if changes else {})
             if reader.path is not None and INPUTS not in (record["fit"] or {}):
-                record[INPUTS] = describe_model(SMALL_MODEL, f"{reader.path}", digest, reader.model_config)
+                record[INPUTS] = describe_model(SMALL_MODEL, f"{reader.path}", digest, reader)
     dtype = DTYPES[section.dtype]
     return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, ranks=ranks)
 

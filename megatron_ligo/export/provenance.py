@@ -41,6 +41,8 @@ def _check_fields(record: dict) -> None:
         raise TypeError("formats")
     if not all(isinstance(record[key], dict) for key in ORIGIN_KEYS & record.keys()):
         raise TypeError("source and operator")
+    if not isinstance(record.get("content", {}), dict):
+        raise TypeError("content")
     fit = record.get("fit")
     if fit is not None:
         samples, digest, end = fit["eval"]["samples"], fit["eval"]["digest"], fit["losses"]["end"]

@@ -24,8 +24,11 @@ from megatron_ligo.distributed.digest_cache import SAMPLED, WHOLE, DigestCache
 log = logging.getLogger(__name__)
 
 INPUTS, ACCEPTED = "inputs", "accepted_changes"
+# How a model was opened: its format, and the keys of its config that the user let through.
+FORMAT, ACCEPT = "format", "accept"
 SMALL_MODEL = "small model"
 WEIGHTS, STATE, SIZES, SAMPLES, INDICES = "weights", "state", "sizes", "samples", "indices"
+KINDS = (WEIGHTS, STATE, SIZES, SAMPLES, INDICES, WHOLE, SAMPLED)
 RESTORE_HINT = "Bring it back, choose another --output, or pass --accept-changed-data, which is recorded."
 
 
@@ -57,11 +60,11 @@ class RunInputs:
     def add_model(self, name: str, path: str, source: Reader, moments: bool = False) -> None:
         """Adds a checkpoint: its weights and sizes. moments: Adam's state too, if there is any."""
         digest = digest_state(source, self.cache) if moments else digest_weights(source, self.cache)
-        self._add(f"{name}: weights", path, STATE if moments else WEIGHTS, digest)
-        self.add_sizes(name, path, source.model_config)
+        self.entries |= describe_model(name, path, digest, source, STATE if moments else WEIGHTS)
 
-    def add_sizes(self, name: str, path: str, model_config: ModelConfig) -> None:
-        self.entries[f"{name}: sizes"] = _describe_sizes(path, model_config)
+    def add_sizes(self, name: str, path: str, model_config: ModelConfig, accept: Iterable[str] = ()) -> None:
+        """Adds the sizes of a model without weights. accept: keys of its config that the user lets through."""
+        self.entries[f"{name}: sizes"] = {**_describe_sizes(path, model_config), ACCEPT: sorted(accept)}
 
     def add_files(self, files: Mapping[str, Path]) -> None:
         """Adds files by name. One that is missing is left out: the error of its own reader says more.
@@ -135,10 +138,11 @@ class RunInputs:
         return compare_entries(self.saved, self.entries, chosen, self.adopted)
 
 
-def describe_model(name: str, path: str, digest: str, model_config: ModelConfig) -> dict:
-    """Returns the inputs that `RunInputs.add_model` adds for a model. digest: that of its weights."""
-    weights = {"path": path, "kind": WEIGHTS, "digest": digest}
-    return {f"{name}: weights": weights, f"{name}: sizes": _describe_sizes(path, model_config)}
+def describe_model(name: str, path: str, digest: str, source: Reader, kind: str = WEIGHTS) -> dict:
+    """Returns the inputs that `RunInputs.add_model` adds for a model of this digest, with how it was opened."""
+    opened = {FORMAT: source.format, ACCEPT: sorted(source.accepted)}
+    weights, sizes = {"path": path, "kind": kind, "digest": digest}, _describe_sizes(path, source.model_config)
+    return {f"{name}: weights": {**weights, **opened}, f"{name}: sizes": {**sizes, **opened}}
 
 
 def _describe_sizes(path: str, model_config: ModelConfig) -> dict:
@@ -199,12 +203,24 @@ def _describe_user() -> dict:
 
 def read_saved(state: dict, where: Path) -> dict:
     """Returns the inputs in a checkpoint's state. CheckpointError if they are not as `save_to` writes them."""
-    saved = state.get(INPUTS)
-    usable = isinstance(saved, dict) and all(
-        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("path", "kind", "digest"))
-        for entry in saved.values()
-    )
-    if not usable:
+    if INPUTS not in state:
         hint = "Choose another --output."
         raise CheckpointError(Problem(f"{where}", "the digests of the run's inputs", "none", hint))
-    return saved
+    return read_inputs(state, f"{where}")
+
+
+def read_inputs(record: Mapping, where: str) -> dict[str, dict]:
+    """Returns the inputs in a record, none if it has no entry of them. CheckpointError unless `save_to` wrote them."""
+    inputs = record.get(INPUTS, {})
+    for name, entry in inputs.items() if isinstance(inputs, dict) else [("", None)]:
+        if not _is_entry(entry):
+            expected = f"an input's path, digest, and kind: {', '.join(KINDS)}"
+            raise CheckpointError(Problem(f"{where}: {INPUTS} {name}", expected, f"{entry!r}"))
+    return inputs
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.get("kind") not in KINDS:
+        return False
+    texts, accept = (entry.get("path"), entry.get("digest"), entry.get(FORMAT, "")), entry.get(ACCEPT, [])
+    return isinstance(accept, list) and all(isinstance(text, str) for text in (*texts, *accept))

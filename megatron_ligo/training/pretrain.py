@@ -139,7 +139,7 @@ class Pretrain(TrainingJob):
         if path == SCRATCH:
             small = Path(self.config.small.path)
             sizes = self.ranks.run_on_all(lambda: read_small_config(self.config))
-            self.inputs.add_sizes(SMALL_MODEL, f"{small}", sizes)
+            self.inputs.add_sizes(SMALL_MODEL, f"{small}", sizes, self.config.small.accept)
             files = model_record.find_carried_files(small) if small.is_dir() else ()
         else:
             if self.checkpoint:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.common.errors import CheckpointError, LigoError
 from megatron_ligo.common.file_digest import seal
 from megatron_ligo.config.run_config import RunConfig
@@ -203,3 +205,38 @@ def test_an_altered_operator_record(place, tmp_path, change):
         path.write_text(json.dumps(record))
         with pytest.raises(CheckpointError, match="its own digest"):
             grow(place, tmp_path / "out")
+
+
+def test_the_small_model_is_opened_as_the_run_did(tmp_path):
+    """It states a key that was accepted, and has files of two formats."""
+    small = tmp_path / "small"
+    hf_llama(llama_config(tied=True, num_layers=2)).save_pretrained(small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "our_note": 3}))
+    convert(formats.open(small, "hf", ["our_note"]), tmp_path / "other", "universal")
+    shutil.copytree(tmp_path / "other", small, dirs_exist_ok=True)
+    sets = [f"small.path={small}", "small.format=hf", 'small.accept=["our_note"]', "large.num_layers=3"]
+    record = handoff.grow_from_config(RunConfig.load(None, sets), None, tmp_path / "grown")
+    assert {entry["accept"][0] for entry in record[run_inputs.INPUTS].values()} == {"our_note"}
+    assert not problems(tmp_path / "grown")
+
+
+@pytest.mark.parametrize("entry", [None, {}, {"path": 5}, {"kind": "other"}, {"digest": None}, {"accept": "name"}])
+def test_an_entry_that_this_program_did_not_write(place, entry):
+    path = place / "runs/pretrain/pretrain.json"
+    record = json.loads(path.read_text())
+    name, stated = next(iter(record[run_inputs.INPUTS].items()))
+    with restored(path):
+        other = {**stated, **entry} if entry else entry
+        path.write_text(json.dumps(seal({**record, run_inputs.INPUTS: {name: other}})))
+        assert f"{path}: inputs {name}: expected an input's path, digest, and kind" in problems(place / "runs/pretrain")
+
+
+@pytest.mark.parametrize("mistake", [KeyError, TypeError, AttributeError])
+def test_a_mistake_of_ours_is_no_foreign_record(place, monkeypatch, mistake):
+    def fail(*_):
+        raise mistake("ours")
+
+    monkeypatch.setattr(chain, "hash_json", fail)
+    with pytest.raises(mistake, match="ours"):
+        chain.verify_runs(place / "runs", DigestCache())

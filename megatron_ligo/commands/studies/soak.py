@@ -1,4 +1,4 @@
-"""Soak tests: kills and resumes a run many times, or reads files with random damage."""
+"""Soak tests: kills and resumes a run many times, or reads files with random or guided damage."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ligo soak --kills 20 --seed 7 --output runs/soak -- ligo pretrain --config run.t
 ligo soak --kills 200 --ranks 2 --output runs/soak -- tools/fit.py --config run.toml
 ligo soak --kills 200 --ranks 1 --output runs/soak -- tools/convert.py models/small {output} --to universal
 ligo soak --mutations 1000 --output runs/mutated
+pip install atheris; ligo soak --fuzz 30 --seed 3 --output runs/fuzzed
 """
 
 
@@ -27,19 +28,29 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
         "--ranks", type=int, metavar="N", help="fork this many ranks of COMMAND, a script: they start within seconds"
     )
     parser.add_argument("--mutations", type=int, metavar="N", help="read this many randomly damaged files of all kinds")
+    parser.add_argument(
+        "--fuzz",
+        type=float,
+        metavar="MINUTES",
+        help="let all readers read drawn files, guided by coverage (by chance without the package atheris); a folder "
+        "that exists goes on from its corpus",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="command without --output, or with {output}")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    if (args.kills is None) == (args.mutations is None) or bool(args.command) != (args.kills is not None):
-        expected = "--kills with a COMMAND, or --mutations without one"
-        raise ConfigError(Problem("soak", expected, "neither, both, or the wrong one with a COMMAND"))
+    chosen = [name for name in ("kills", "mutations", "fuzz") if getattr(args, name) is not None]
+    if len(chosen) != 1 or bool(args.command) != (chosen == ["kills"]):
+        expected = "--kills with a COMMAND, or --mutations or --fuzz without one"
+        raise ConfigError(Problem("soak", expected, "none, several, or the wrong one with a COMMAND"))
     if args.kills is not None:
         _run_kills(args.command, Path(args.output), args.kills, args.seed, args.ranks)
-    else:
+    elif args.mutations is not None:
         _run_mutations(Path(args.output), args.mutations, args.seed)
+    else:
+        _run_fuzz(Path(args.output), args.fuzz, args.seed)
     cli.print_wrote(args.output, "the same command with more of them, or another --seed")
 
 
@@ -60,6 +71,14 @@ def _run_mutations(output: Path, count: int, seed: int) -> None:
         print(f"{number:6} x {sample}")
     outcomes = ", ".join(f"{number} x {outcome}" for outcome, number in report.outcomes.most_common())
     print(f"{report.count} mutations tried, none harmful: {outcomes}")
+
+
+def _run_fuzz(output: Path, minutes: float, seed: int) -> None:
+    from megatron_ligo.testing.fuzz.guided_fuzzing import run_guided_fuzz
+
+    tally = run_guided_fuzz(output, minutes, seed, _log_line)
+    inputs, seconds = sum(entry.inputs for entry in tally.values()), sum(entry.cpu_seconds for entry in tally.values())
+    print(f"{inputs} inputs of {len(tally)} targets read in {seconds / 60:.1f} minutes of CPU, none harmful")
 
 
 def _log_line(text: str) -> None:

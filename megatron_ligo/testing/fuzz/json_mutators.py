@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Values that readers tend to mishandle.
@@ -44,7 +44,7 @@ def edit_json(draw: random.Random, folder: Path) -> str | None:
     if not loaded:
         return None
     table, rebuild = loaded
-    slots = list(_slots_of(table))
+    slots = list(list_slots(table))
     if not slots:
         return None
     holder, key = draw.choice(slots)
@@ -63,11 +63,12 @@ def edit_json(draw: random.Random, folder: Path) -> str | None:
     return f"{path.name}: {key!r} {how}"
 
 
-def _slots_of(table: object):
+def list_slots(table: object) -> Iterator[tuple[dict | list, object]]:
+    """Yields (holder, key) of every value in a JSON value."""
     items = table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ()
     for key, value in items:
         yield table, key
-        yield from _slots_of(value)
+        yield from list_slots(value)
 
 
 def double_json_key(draw: random.Random, folder: Path) -> str | None:

@@ -59,7 +59,7 @@ def run_fuzz(
     """Tries `count` mutations. CheckpointError at the end if any did harm; the files of those stay in `folder`."""
     report = FuzzReport()
     samples = list(samples)
-    expected = {sample.name: _write_samples(sample, folder) for sample in samples}
+    expected = {sample.name: write_sample(sample, folder) for sample in samples}
     gc.freeze()
     while report.count < count:
         before = report.count
@@ -88,7 +88,7 @@ def run_fuzz(
     return report
 
 
-def _write_samples(sample: Sample, folder: Path) -> str:
+def write_sample(sample: Sample, folder: Path) -> str:
     """Writes a valid sample and one with other numbers. Returns what is read from the first."""
     results = []
     for number, name in enumerate((GOOD, OTHER_NUMBERS)):
