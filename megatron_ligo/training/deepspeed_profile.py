@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import ParallelSection
 
+log = logging.getLogger(__name__)
+
 PROFILE_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+# The entry of a run's state: [step, dtype] of each change.
+GRADIENT_SUMS = "gradient_sums"
 
 
 def gradient_sums_dtype(profile: dict) -> str | None:
@@ -33,3 +38,15 @@ def read_profile(parallel: ParallelSection) -> dict:
     if stage != parallel.zero:
         raise ConfigError(Problem(f"ds_config {path}", f"ZeRO stage {parallel.zero}, as the config says", stage))
     return profile
+
+
+def note_gradient_sums(state: dict, step: int, current: str, bf16: bool) -> None:
+    """Keeps in a run's state from which step on gradients are summed in which dtype, and warns where that changes."""
+    # Runs of earlier versions summed in the dtype of the weights.
+    sums = state.setdefault(GRADIENT_SUMS, [[0, current if step == 0 else "bf16" if bf16 else "fp32"]])
+    if sums[-1][1] != current:
+        log.warning(
+            "gradients are summed in %s from step %d on; before, the run summed them in %s (data_types of "
+            "parallel.ds_config, and the number of stages, choose it).", current, step + 1, sums[-1][1],
+        )  # fmt: skip
+        sums.append([step, current])

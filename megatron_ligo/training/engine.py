@@ -57,14 +57,24 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
         "checkpoint": {"load_universal": universal},
     }
     sums_dtype = deepspeed_profile.gradient_sums_dtype(profile)
-    # In a pipeline DeepSpeed (0.19.8) loses the gradients of tied weights that are summed in another dtype.
-    if bf16 and mesh.pp == 1 and sums_dtype:
+    if bf16 and _may_sum_apart(mesh) and sums_dtype:
         config["data_types"] = {**profile.get("data_types", {}), "grad_accum_dtype": sums_dtype}
         config.setdefault("communication_data_type", sums_dtype)
     if section.parallel.sequence_parallel or mesh.ep > 1:
         # DeepSpeed would partition activations over the model-parallel ranks as if they were replicated there.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return config
+
+
+def name_gradient_sums(section: TrainingSection, mesh: Mesh, bf16: bool) -> str:
+    """Returns the dtype in which an engine sums the gradients of micro-batches."""
+    chosen = deepspeed_profile.gradient_sums_dtype(deepspeed_profile.read_profile(section.parallel))
+    return "fp32" if not bf16 else chosen if chosen and _may_sum_apart(mesh) else "bf16"
+
+
+def _may_sum_apart(mesh: Mesh) -> bool:
+    # In a pipeline DeepSpeed (0.19.8) loses the gradients of tied weights that are summed in another dtype.
+    return mesh.pp == 1
 
 
 def build_parameter_groups(
@@ -134,6 +144,7 @@ class Engine:
     ):
         self.mesh = mesh
         self.section = section
+        self.gradient_sums = name_gradient_sums(section, mesh, bf16)
         self.after_update = after_update
         self.is_pipeline = isinstance(module, PipelineModule)
         self.micro_batches = count_micro_batches(section, mesh)

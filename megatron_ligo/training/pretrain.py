@@ -31,6 +31,7 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.models.mcore.router_statistics import RouterStatistics
 from megatron_ligo.training import job_summary, loop, run_extension
 from megatron_ligo.training.checkpointing import reshard
+from megatron_ligo.training.deepspeed_profile import GRADIENT_SUMS, note_gradient_sums
 from megatron_ligo.training.engine import Engine, build_parameter_groups
 from megatron_ligo.training.initial_weights import (
     InitialWeights,
@@ -95,6 +96,7 @@ class Pretrain(TrainingJob):
         if self.checkpoint:
             state = self.load_checkpoint()
             self.inputs.save_to(state)
+            note_gradient_sums(state, self.engine.steps, self.engine.gradient_sums, self.dtype is torch.bfloat16)
             if self.extension:
                 self._extend(state)
             elif self.inputs.accepted:
@@ -102,6 +104,7 @@ class Pretrain(TrainingJob):
         else:
             state = self._initial_state()
             self.inputs.save_to(state)
+            note_gradient_sums(state, self.engine.steps, self.engine.gradient_sums, self.dtype is torch.bfloat16)
             self.ranks.run_on_rank_0(self._write_model_folder)
             self._write_record(state)
             if self.config.data.valid:
@@ -329,6 +332,7 @@ class Pretrain(TrainingJob):
             run_inputs.INPUTS: state[run_inputs.INPUTS],
             run_inputs.ACCEPTED: state.get(run_inputs.ACCEPTED, []),
             "layout": self.engine.layout.to_json(),
+            GRADIENT_SUMS: state[GRADIENT_SUMS],
             "peak_memory_bytes": self.peak_memory_of_ranks(),
             "versions": library_versions(),
         }
