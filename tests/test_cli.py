@@ -165,6 +165,7 @@ def wrap(inner: Exception) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: ", "full"),
         (wrap(OSError(errno.ENOSPC, "No space left on device")), "writing: ", "full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "writing: ", "full"),
+        (RuntimeError("[enforce fail at socket.cc:24] socket: Too many open files"), "writing: ", "ulimit -n"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: ", "Permission denied"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: ", "No such file or directory"),
         (FileExistsError(errno.EEXIST, "File exists", "/a"), "/a: ", "File exists"),

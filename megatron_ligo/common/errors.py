@@ -208,6 +208,6 @@ def _describe_machine_error(error: BaseException) -> str | None:
         return f"{where}: expected a working disk, found: {error.strerror}. See the system log."
     if code == errno.EADDRINUSE:
         return "the launcher's port: expected a free port, found it in use. Choose another with --master_port."
-    if code == errno.EMFILE:
+    if code == errno.EMFILE or "Too many open files" in str(error):
         return f"{where}: expected one more open file, found the limit of this process. Raise it with ulimit -n."
     return None
