@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from megatron_ligo.common import library_log, signal_handling, terminal_stream
-from megatron_ligo.common.errors import CheckpointError, LigoError, Problem, user_message
+from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError, Problem, user_message
 from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
 
@@ -190,6 +190,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     signal_handling.install_handlers()
     threading.excepthook = _report_thread_failure
     try:
+        _check_arguments()
         main()
         sys.stdout.flush()
     except signal_handling.Interrupted as error:
@@ -205,6 +206,14 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         _report_error(message, agreed=isinstance(error, LigoError) and error.agreed)
         signal_handling.exit_process(error.exit_code if isinstance(error, LigoError) else LigoError.exit_code)
     signal_handling.exit_process(0)
+
+
+def _check_arguments() -> None:
+    """Raises ConfigError for an argument that is no text: records and libraries' files could not name such a path."""
+    for argument in sys.argv[1:]:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            hint = "Rename the file or folder, or set a UTF-8 locale (LC_ALL=C.UTF-8)."
+            raise ConfigError(Problem(f"argument {argument!r}", "text in UTF-8", "other bytes", hint))
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:

@@ -62,6 +62,7 @@ def test_help_lists_every_command():
         (["convert", "nowhere", "x", "--to", "hf"], "nothing there"),
         (["convert", ".", "x", "--to", "hff"], "Did you mean 'hf'?"),
         (["verify", "nowhere"], "nothing there"),
+        (["init", "a\udcff", "--to", "1M"], r"argument 'a\udcff': expected text in UTF-8"),
     ],
 )
 def test_refusals_come_before_heavy_imports(words, part, tmp_path):

@@ -1,11 +1,9 @@
 import json
-import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -56,12 +54,8 @@ def corpus(tmp_path) -> Path:
 
 def make_recipe(corpus: Path, folder: Path, **changes) -> TextRecipe:
     return TextRecipe(
-        **{
-            "texts": DocumentSource(select_text_files([str(corpus)]).files),
-            "tokenizer": str(folder),
-            "valid_fraction": 0.2,
-            **changes,
-        }
+        DocumentSource(select_text_files([str(corpus)]).files),
+        **{"tokenizer": str(folder), "valid_fraction": 0.2, **changes},
     )
 
 
@@ -338,30 +332,6 @@ def test_a_killed_run_leaves_no_workers(tmp_path, hf_folder):
     process.kill()
     process.wait(60)
     assert len(children) == 3 and not psutil.wait_procs(children, timeout=60)[1]
-
-
-def test_a_worker_that_is_killed_as_it_starts_is_told(corpus, hf_folder, tmp_path, monkeypatch):
-    """Whatever a worker is given, as little as its pipe holds is written before it reads."""
-    spawn = multiprocessing.util.spawnv_passfds
-
-    def spawn_and_kill(path, args, fds):
-        child = spawn(path, args, fds)
-        if "--multiprocessing-fork" in args:
-            os.kill(child, signal.SIGKILL)
-        return child
-
-    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn_and_kill)
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for ever"))
-    signal.alarm(90)
-    (corpus / "many.jsonl").unlink()
-    long_key = replace(make_recipe(corpus, hf_folder).texts, json_key="k" * 200_000)
-    try:
-        with pytest.raises(DataError, match="a tokenizer worker: expected token ids, found an abrupt exit"):
-            prepare_text(make_recipe(corpus, hf_folder, texts=long_key), tmp_path / "out", 2)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -8,13 +8,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
+from megatron_ligo.checkpoint.run_record import write_run_record
 from megatron_ligo.config.run_config import ParallelSection, PretrainSection
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training.engine import Engine, build_parameter_groups
-from tests.tiny_models import llama_config, tokens
+from tests.tiny_models import hf_llama, llama_config, tokens
+from tests.training.pretrain_runs import pretrain
+from tests.training.test_pretrain import DIMS, make_pair, settings
 
 MICRO_BATCHES, LR = 32, 1.0
 
@@ -69,3 +72,22 @@ def test_many_micro_batches_in_bf16(pools, tmp_path):
     assert in_bf16 > 2e-3, "sums in bf16 are as good here: the case shows nothing"
     for zero, error in errors.items():
         assert error < in_bf16 / 5, (zero, error, in_bf16)
+
+
+def test_a_change_of_their_dtype_is_recorded(pools, tmp_path):
+    """From bf16, as earlier versions summed them, to fp32."""
+    base, profile = tmp_path / "base", tmp_path / "profile.json"
+    base.mkdir()
+    for seed, name in enumerate(("train", "valid")):
+        make_pair(base / name, seed)
+    hf_llama(DIMS).save_pretrained(base / "hf")
+    profile.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "bf16"}}))
+    table = settings(base, "hf", precision="bf16", ds_config=str(profile))
+    assert pools(1).run(pretrain, settings=table, output=str(tmp_path / "run"), die_after=5) == {"killed": 5}
+    for path in (tmp_path / "run/checkpoints").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        assert record["state"].pop("gradient_sums") == [[0, "bf16"]]
+        write_run_record(path.parent, record)
+    profile.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    resumed = pools(1).run(pretrain, settings=table, output=str(tmp_path / "run"))
+    assert resumed["gradient_sums"] == [[0, "bf16"], [4, "fp32"]]

@@ -17,7 +17,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import HfReader
-from megatron_ligo.checkpoint.run_record import write_run_record
 from megatron_ligo.config.run_config import SCRATCH, DataSection, PretrainSection, RunConfig
 from megatron_ligo.data.text_dataset import open_text_dataset
 from megatron_ligo.export import provenance
@@ -150,21 +149,6 @@ def test_a_killed_run_resumes_exactly(pools, base, tmp_path, precision, world, l
     again = pools(world).run(pretrain, settings=table, output=str(tmp_path / "killed"))
     assert again["taken"] == 0
     assert again["losses"] == whole["losses"]
-
-
-def test_a_change_of_the_dtype_of_gradients_sums_is_recorded(pools, base, tmp_path):
-    """From bf16, as earlier versions summed them, to fp32."""
-    profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "bf16"}}))
-    table = settings(base, precision="bf16", ds_config=str(profile))
-    assert pools(1).run(pretrain, settings=table, output=str(tmp_path / "run"), die_after=5) == {"killed": 5}
-    for path in (tmp_path / "run/checkpoints").glob("*/record.json"):
-        record = json.loads(path.read_text())
-        assert record["state"].pop("gradient_sums") == [[0, "bf16"]]
-        write_run_record(path.parent, record)
-    profile.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    resumed = pools(1).run(pretrain, settings=table, output=str(tmp_path / "run"))
-    assert resumed["gradient_sums"] == [[0, "bf16"], [4, "fp32"]]
 
 
 def test_from_scratch_and_from_another_format(pools, base, tmp_path):
