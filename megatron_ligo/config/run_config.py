@@ -131,6 +131,7 @@ class ParallelSection:
     tp: int = setting(1, "tensor-parallel size", low=1)
     pp: int = setting(1, "pipeline-parallel size", low=1)
     ep: int = setting(1, "expert-parallel size: data-parallel ranks that divide a layer's experts among them", low=1)
+    cp: int = setting(1, "context-parallel size: ranks that share each sequence (DeepSpeed-Ulysses)", low=1)
     zero: int = setting(1, "ZeRO stage; 1 with pp > 1", low=1, high=3)
     sequence_parallel: bool = setting(False, "shard activations outside attention and FFN over the TP ranks")
     ds_config: str = setting("", "DeepSpeed config; empty: ds_configs/zero{zero}.json")

@@ -32,18 +32,21 @@ NCCL_MARGIN = timedelta(minutes=2)
 class Mesh:
     """The parallel axes of the job, this rank's coordinates on them, and its process groups.
 
-    tp_dp_group: the tensor- and data-parallel ranks of this rank's pipeline stage. ep_group: the data-parallel ranks
-    that divide the experts among them; tp_ep_group: those times the tensor-parallel ranks; expert_dp_group: the
-    data-parallel ranks that hold the same experts as this one.
+    cp_group: the ranks that hold parts of the same sequences. replica_group: those that hold the same parameters but for
+    experts, its data- and context-parallel ranks. stage_group: all ranks of this rank's pipeline stage. ep_group: the
+    data-parallel ranks that divide the experts among them; tp_ep_group: those times the tensor-parallel ranks;
+    expert_dp_group: the replicas that hold the same experts as this one.
     """
 
     dims: ParallelDims
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
     tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
-    tp_dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    stage_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     tp_ep_group: dist.ProcessGroup
     expert_dp_group: dist.ProcessGroup
@@ -71,7 +74,19 @@ class Mesh:
     @property
     def expert_dp(self) -> int:
         """Number of ranks that hold the same experts."""
-        return self.dp // self.ep
+        return self.replicas // self.ep
+
+    @property
+    def cp(self) -> int:
+        return self.dims.cp
+
+    @property
+    def replicas(self) -> int:
+        return self.dims.replicas
+
+    @property
+    def replica_rank(self) -> int:
+        return self.dp_rank * self.cp + self.cp_rank
 
     @property
     def world_size(self) -> int:
@@ -84,6 +99,10 @@ class Mesh:
     @property
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
+
+    def sequence_part(self, sequence_parallel: bool) -> int:
+        """Returns which of the equal parts of a sequence this rank holds. sequence_parallel: TP ranks share a part."""
+        return self.cp_rank * self.tp + self.tp_rank if sequence_parallel else self.cp_rank
 
 
 def init_distributed(timeout_minutes: float = 10.0) -> None:
@@ -124,13 +143,24 @@ def current_tp_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def build_mesh(tp: int, pp: int, ep: int = 1) -> Mesh:
-    """Divides the ranks into tp x pp x dp, and dp into groups of ep, and creates their groups. Collective.
+def current_cp_group() -> dist.ProcessGroup | None:
+    """Returns the context-parallel group of the mesh that was built last; None without a mesh."""
+    return parallel_state.get_context_parallel_group(check_initialized=False)
+
+
+def context_place() -> tuple[int, int]:
+    """Returns this rank's number among the context-parallel ranks of the mesh that was built last, and their count."""
+    group = current_cp_group()
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def build_mesh(tp: int, pp: int, ep: int = 1, cp: int = 1) -> Mesh:
+    """Divides the ranks over the axes, dp into groups of ep, and creates their groups. Collective.
 
     Raises LayoutError for a remainder.
     """
     with all_ranks().agree():
-        dims = ParallelDims.divide(dist.get_world_size(), tp, pp, ep)
+        dims = ParallelDims.divide(dist.get_world_size(), tp, pp, ep, cp)
     if not _groups_exist(dims):
         # A gloo group has three threads that wake up a hundred times a second, so unused ones are not created.
         parallel_state.destroy_model_parallel()
@@ -138,12 +168,14 @@ def build_mesh(tp: int, pp: int, ep: int = 1) -> Mesh:
         parallel_state.initialize_model_parallel(
             tp,
             pp,
+            context_parallel_size=cp,
             expert_model_parallel_size=ep,
             create_gloo_process_groups=False,
             distributed_timeout_minutes=minutes,
         )
     mesh = _read_mesh(dims)
-    assert dims.global_rank(mesh.tp_rank, mesh.pp_rank, mesh.dp_rank) == dist.get_rank(), "rank order"
+    place = (mesh.tp_rank, mesh.pp_rank, mesh.dp_rank, mesh.cp_rank)
+    assert dims.global_rank(*place) == dist.get_rank(), "rank order"
     return mesh
 
 
@@ -162,7 +194,8 @@ def _read_dims() -> ParallelDims:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
     ep = parallel_state.get_expert_model_parallel_world_size()
-    return ParallelDims.divide(dist.get_world_size(), tp, pp, ep)
+    cp = parallel_state.get_context_parallel_world_size()
+    return ParallelDims.divide(dist.get_world_size(), tp, pp, ep, cp)
 
 
 def _read_mesh(dims: ParallelDims) -> Mesh:
@@ -171,9 +204,11 @@ def _read_mesh(dims: ParallelDims) -> Mesh:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         tp_ep_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
         expert_dp_group=parallel_state.get_expert_data_parallel_group(),
@@ -247,7 +282,7 @@ class DeepSpeedMpu:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp_rank // self.mesh.ep
+        return self.mesh.replica_rank // self.mesh.ep
 
     def get_data_parallel_world_size(self) -> int:
         return self.mesh.expert_dp

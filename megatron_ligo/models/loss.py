@@ -17,22 +17,50 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed.mesh import Mesh
 
 
-def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
+class _SumParts(torch.autograd.Function):
+    """Sums what the context-parallel ranks have of a loss.
+
+    DeepSpeed averages gradients over all replicas, but those of parts of one sequence add up.
+    """
+
+    @staticmethod
+    def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.ranks = dist.get_world_size(group)
+        part = part.clone()
+        dist.all_reduce(part, group=group)
+        return part
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.ranks, None
+
+
+def mean_over_tokens(values: Tensor, weights: Tensor, mesh: Mesh) -> Tensor:
+    """Returns the weighted mean, a scalar, of the values of all tokens of a micro-batch: on each context-parallel rank
+    that of the whole sequences. values, weights: (s, b)."""
+    total, weight = (values * weights).sum(), weights.sum()
+    if mesh.cp > 1:
+        weight = weight.clone()
+        dist.all_reduce(weight, group=mesh.cp_group)
+        total = _SumParts.apply(total, mesh.cp_group)
+    return total / weight
+
+
+def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
     """Returns the mean cross entropy (a scalar, fp32) over the tokens whose mask is 1.
 
     logits: (s, b, padded vocabulary / tp), this rank's columns. labels (int64), mask: (b, s). Columns that pad the
     vocabulary are masked, so the loss does not depend on tp.
     """
     columns = logits.shape[-1]
-    padding = (tp_rank + 1) * columns - vocab_size
+    padding = (mesh.tp_rank + 1) * columns - vocab_size
     logits = logits.float()
     if padding > 0:
         keep = max(columns - padding, 0)
         logits = logits.clone()
         logits[..., keep:] = float("-inf")
     per_token = vocab_parallel_cross_entropy(logits.contiguous(), labels.t().contiguous())
-    weights = mask.t().to(per_token.dtype)
-    return (per_token * weights).sum() / weights.sum()
+    return mean_over_tokens(per_token, mask.t().to(per_token.dtype), mesh)
 
 
 def compute_accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
@@ -67,7 +95,7 @@ class LossMixin:
         """Returns the loss or accuracy, a scalar, of logits (s, b, padded vocabulary / tp), labels and mask (b, s)."""
         if self.measures_accuracy:
             return compute_accuracy(logits, labels, mask, self.model_config.vocab_size, self.mesh)
-        return compute_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh.tp_rank)
+        return compute_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh)
 
     @contextmanager
     def measuring_accuracy(self) -> Iterator[None]:

@@ -36,14 +36,17 @@ class LayoutPlan:
     def description(self) -> str:
         parallel, job = self.job.parallel, self.job
         sequence = " + SP" if parallel.sequence_parallel else ""
-        return f"tp {parallel.tp} x pp {parallel.pp} x dp {job.dp}, ZeRO {parallel.zero}{sequence}"
+        context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+        return f"tp {parallel.tp}{context} x pp {parallel.pp} x dp {job.dp}, ZeRO {parallel.zero}{sequence}"
 
 
 def find_problems(job: PlannedJob) -> tuple[str, ...]:
     """Returns the problems that rule out a job's layout; empty if it is valid."""
     parallel = job.parallel
-    if job.world_size % (parallel.tp * parallel.pp):
-        expected = f"a multiple of tp x pp = {parallel.tp * parallel.pp}"
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if job.world_size % model_ranks:
+        names = "tp x pp" if parallel.cp == 1 else "tp x cp x pp"
+        expected = f"a multiple of {names} = {model_ranks}"
         return (Problem("number of processes", expected, job.world_size),)
     if parallel.pp > 1 and parallel.zero > 1:
         return (Problem(f"zero with pp = {parallel.pp}", "1, the only ZeRO stage under a pipeline", parallel.zero),)
@@ -72,14 +75,15 @@ def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
 
 
 def iterate_layouts(job: PlannedJob) -> Iterator[PlannedJob]:
-    """Yields the job at every layout of its processes, invalid ones included."""
+    """Yields the job at every layout of its processes, invalid ones included; cp stays as it is."""
     for tp in _powers_of_two(MAX_TP):
         for pp in _powers_of_two(job.large.num_layers):
             for zero in (1, 2, 3):
-                if tp * pp <= job.world_size:
+                if tp * pp * job.parallel.cp <= job.world_size:
                     # A user's own profile is written for one ZeRO stage.
                     profile = job.parallel.ds_config if zero == job.parallel.zero else ""
-                    parallel = ParallelSection(tp=tp, pp=pp, zero=zero, sequence_parallel=tp > 1, ds_config=profile)
+                    axes = {"tp": tp, "pp": pp, "cp": job.parallel.cp, "zero": zero}
+                    parallel = ParallelSection(**axes, sequence_parallel=tp > 1, ds_config=profile)
                     yield replace(job, training=replace(job.training, parallel=parallel))
 
 

@@ -12,6 +12,9 @@ head size; D1, F1: the small model's sizes; V: vocabulary; a: bytes of an activa
     the same in a fit       t a (2 D + ((3 H + 3 G) d + 2 F) / tp); F instead of 2 F without a gate. Norms, activations
                             and copies are recomputed, one linear at a time. Plus 4 D1, plus 3 F1 where the ffn's maps
                             are applied as factors. With full recomputation, all terms of the first row
+    with cp > 1             t is the rank's part of the tokens, and of the heads stay (3 H + 2 G') d: q, k, v after the
+                            all-to-all, attention's output and what the second all-to-all returns. G': KV heads, copies
+                            for the ranks included
     in a pipeline           stage i of pp holds the activations of min(micro-batches, pp - i) micro-batches
     logits                  t V / tp in fp32: LOGIT_COPIES, plus PIPELINE_LOGIT_COPIES in a pipeline; in bf16 runs, one
                             more copy in bf16
@@ -72,7 +75,7 @@ def estimate_stage_memory(job: PlannedJob, stage: int) -> dict[str, int]:
 
 def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
     """Estimates weights, gradients and optimizer state of the trained parameters, and the buffers of their update."""
-    zero, dp = job.parallel.zero, job.dp
+    zero = job.parallel.zero
     if job.operator is None:
         count, width, name = parameter_count.count_model_on_rank(job, stage), job.element_bytes, "weights"
     else:
@@ -84,7 +87,7 @@ def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
         )
     bf16_weights = job.operator is None and job.training.precision == "bf16"
     optimizer = optimizer_memory.read_optimizer_memory(job.parallel, bf16_weights)
-    shard = count / dp
+    shard = count / job.replicas
     bucket = width * min(count, optimizer.bucket_size)
     weights = ON_HOST_SUFFIX if optimizer.offloads_weights else ""
     adam = ON_HOST_SUFFIX if optimizer.offloads_optimizer else ""
@@ -109,7 +112,7 @@ def _estimate_small_model(job: PlannedJob, stage: int) -> dict[str, float]:
     """Estimates the small model's shard and a step's tensors derived from it: mixed weights, products, gradients."""
     operator, tp = job.operator, job.parallel.tp
     small, layers = operator.small, job.layers_per_stage()[stage]
-    ranks = 1 if job.whole_source else tp * job.dp if job.parallel.zero == 3 else tp
+    ranks = 1 if job.whole_source else tp * job.replicas if job.parallel.zero == 3 else tp
     first, last = stage == 0, stage == job.parallel.pp - 1
     layer = parameter_count.count_layer(small, 1)
     table = padded_vocab(job.large.vocab_size, tp) // tp * small.hidden_size
@@ -206,13 +209,16 @@ def _count_layer_activations(job: PlannedJob) -> float:
     """Counts the elements per token that a layer keeps for its backward pass."""
     large, tp = job.large, job.parallel.tp
     stream_parts = tp if job.parallel.sequence_parallel else 1
-    heads = (4 * large.num_heads + 3 * large.num_kv_heads) * large.head_dim
+    # What all-to-alls return takes the place of their inputs.
+    exchanges = job.parallel.cp > 1
+    queries, keys = (3, 2 * job.exchanged_kv_heads) if exchanges else (4, 3 * large.num_kv_heads)
+    heads = (queries * large.num_heads + keys) * large.head_dim
     linear_outputs, activated = _count_ffn_activations(job)
     elements = 4 * large.hidden_size / stream_parts + (heads + (linear_outputs + activated) * large.ffn_size) / tp
     if job.operator is None:
         return elements
     if not job.training.recompute:
-        copied = large.num_heads * large.head_dim
+        copied = 0 if exchanges else large.num_heads * large.head_dim
         elements -= 2 * large.hidden_size / stream_parts + (copied + activated * large.ffn_size) / tp
     small = job.operator.small
     factored = sum(_applies_factors(job, spec) for spec in _list_layer_matrices(job))

@@ -13,6 +13,7 @@ from megatron_ligo.config.run_config import ParallelSection, TrainingSection
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.sharding.pipeline_layers import stage_bounds
+from megatron_ligo.sharding.tensor_parallel import exchanged_kv_heads
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -47,7 +48,18 @@ class PlannedJob:
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.parallel.tp * self.parallel.pp)
+        return self.world_size // (self.parallel.tp * self.parallel.pp * self.parallel.cp)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters, and share optimizer states under ZeRO."""
+        return self.dp * self.parallel.cp
+
+    @property
+    def exchanged_kv_heads(self) -> int:
+        """Key-value heads of all tensor-parallel ranks that context-parallel ranks exchange, repeated ones included."""
+        heads, groups, tp = self.large.num_heads, self.large.num_kv_heads, self.parallel.tp
+        return tp * exchanged_kv_heads(heads // tp, groups // tp, self.parallel.cp)
 
     @property
     def micro_batches(self) -> int:
@@ -56,7 +68,8 @@ class PlannedJob:
 
     @property
     def micro_batch_tokens(self) -> int:
-        return self.training.micro_batch_size * self.seq_length
+        """Tokens of a micro-batch on one context-parallel rank."""
+        return self.training.micro_batch_size * self.seq_length // self.parallel.cp
 
     @property
     def element_bytes(self) -> int:

@@ -19,8 +19,11 @@ WITHIN_NODE = ("tensor parallel", "mixing")
 def estimate_traffic_seconds(job: PlannedJob) -> float:
     """Estimates how long a rank of the busiest stage sends per step; none of it is hidden behind computation."""
     one_node = job.world_size <= DEVICES_PER_NODE
+    near = WITHIN_NODE if job.parallel.zero < 3 else ()
+    if job.parallel.tp * job.parallel.cp <= DEVICES_PER_NODE:
+        near = (*near, "context parallel")
     return sum(
-        count / (NODE_SPEED if one_node or (kind in WITHIN_NODE and job.parallel.zero < 3) else NETWORK_SPEED)
+        count / (NODE_SPEED if one_node or kind in near else NETWORK_SPEED)
         for kind, count in estimate_traffic(job).items()
     )
 
@@ -37,7 +40,7 @@ def estimate_traffic(job: PlannedJob) -> dict[str, int]:
 
 
 def _estimate_stage_traffic(job: PlannedJob, stage: int) -> dict[str, int]:
-    tp, pp, dp, zero = job.parallel.tp, job.parallel.pp, job.dp, job.parallel.zero
+    tp, pp, zero = job.parallel.tp, job.parallel.pp, job.parallel.zero
     large, operator = job.large, job.operator
     layers = job.layers_per_stage()[stage]
     hidden_size = large.hidden_size if operator is None else operator.small.hidden_size
@@ -51,6 +54,7 @@ def _estimate_stage_traffic(job: PlannedJob, stage: int) -> dict[str, int]:
     stream_parts = tp if job.parallel.sequence_parallel else 1
     boundary = neighbours * job.micro_batch_tokens * large.hidden_size // stream_parts
     kinds["pipeline"] = boundary * job.element_bytes * job.micro_batches
+    kinds["context parallel"] = layers * _count_exchanged(job) * job.element_bytes * job.micro_batches
     if operator is None:
         trained = parameter_count.count_model_on_rank(job, stage)
         weight_bytes = DTYPE_BYTES[job.training.precision]
@@ -59,11 +63,20 @@ def _estimate_stage_traffic(job: PlannedJob, stage: int) -> dict[str, int]:
         trained, gradient_bytes = parameter_count.count_operator_on_rank(operator, tp, layers), 4
         weight_bytes = 4
         mixed = 0 if job.whole_source else layers * parameter_count.count_layer(operator.small, 1)
-        group = tp * dp if zero == 3 else tp
+        group = tp * job.replicas if zero == 3 else tp
         gathers = job.micro_batches if zero == 3 else 1
         kinds["mixing"] = count_ring_elements(mixed, group) * job.element_bytes * gathers
     # ZeRO 1 and 2 reduce gradients and gather weights; ZeRO 3 also gathers weights for the forward and backward pass.
     reductions, gathers = (job.micro_batches, 2 * job.micro_batches) if zero == 3 else (1, 1)
     bytes_per_element = gradient_bytes * reductions + weight_bytes * gathers
-    kinds["data parallel"] = count_ring_elements(trained, dp, 1) * bytes_per_element
+    kinds["data parallel"] = count_ring_elements(trained, job.replicas, 1) * bytes_per_element
     return {kind: round(count) for kind, count in kinds.items()}
+
+
+def _count_exchanged(job: PlannedJob) -> float:
+    """Counts the elements that a rank sends in the all-to-alls of a layer and micro-batch: of queries, keys, values and
+    outputs, forward and backward."""
+    large, cp = job.large, job.parallel.cp
+    heads = (2 * large.num_heads / job.parallel.tp + 2 * job.exchanged_kv_heads / job.parallel.tp) * large.head_dim
+    passes = 3 if job.training.recompute else 2
+    return passes * job.micro_batch_tokens * heads * (cp - 1) / cp

@@ -5,6 +5,7 @@ Unfused parameters are sharded first; the shards are then packed into fused tens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,3 +77,10 @@ def local_shape(param: ParamSpec, model_config: ModelConfig, tp: int) -> tuple[i
     if dim is None:
         return shape
     return (*shape[:dim], local_size(param.axes[dim], model_config, tp), *shape[dim + 1 :])
+
+
+def exchanged_kv_heads(heads: int, groups: int, ranks: int) -> int:
+    """Returns how many key-value heads context-parallel ranks divide among them, each in as many copies as that takes:
+    the fewest multiple of `groups` that the ranks, and `heads` queries, can share."""
+    shared = math.lcm(groups, ranks)
+    return heads if heads % shared else shared

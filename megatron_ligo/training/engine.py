@@ -46,8 +46,9 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
     profile = deepspeed_profile.read_profile(section.parallel)
     config = {
         **profile,
-        # What DeepSpeed's data-parallel ranks read: it knows nothing of the samples of expert-parallel ones.
-        "train_batch_size": section.global_batch_size // mesh.ep,
+        # What DeepSpeed's data-parallel ranks read: it knows nothing of the samples of expert-parallel ones, and takes
+        # context-parallel ones for data-parallel ones.
+        "train_batch_size": section.global_batch_size * mesh.cp // mesh.ep,
         "train_micro_batch_size_per_gpu": section.micro_batch_size,
         "gradient_accumulation_steps": count_micro_batches(section, mesh),
         "gradient_clipping": section.clip,
@@ -195,7 +196,7 @@ class Engine:
         Returns the mean loss over all ranks and the gradient norm before clipping; sets `step_refused`.
         """
         rank_watch.mark_progress()
-        batches = list(batches)
+        batches = [take_context_part(batch, self.mesh) for batch in batches]
         assert len(batches) == self.micro_batches, "a step takes all its micro-batches"
         self.engine.train()
         self.gate.reset()
@@ -224,7 +225,7 @@ class Engine:
         """Returns the mean loss of the current step over all ranks, whose micro-batches are all done. Collective."""
         if self.is_pipeline:
             return self._mean_over_ep(self.engine._aggregate_total_loss())
-        return self._mean_over_dp(torch.stack(self._losses).mean())
+        return self._mean_over_replicas(torch.stack(self._losses).mean())
 
     @torch.no_grad()
     def _decide(self, norm: float) -> bool:
@@ -240,6 +241,7 @@ class Engine:
         whose gradients are not finite.
         """
         engine, bad_names = self.engine, []
+        batches = [take_context_part(batch, self.mesh) for batch in batches]
         counters = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
 
         def check_gradient(name: str, gradient: Tensor) -> None:
@@ -267,12 +269,12 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Returns the mean loss over all ranks. All data-parallel ranks must pass the same number of micro-batches."""
         rank_watch.mark_progress()
-        batches = list(batches)
+        batches = [take_context_part(batch, self.mesh) for batch in batches]
         self.engine.eval()
         if self.is_pipeline:
             return self._evaluate_pipeline(batches)
         losses = [self.engine(*_to_device(batch)) for batch in batches]
-        return self._mean_over_dp(torch.stack(losses).mean())
+        return self._mean_over_replicas(torch.stack(losses).mean())
 
     def _evaluate_pipeline(self, batches: list[Batch]) -> float:
         # The stages' buffers have a fixed dtype and shape, which may differ between a step and an evaluation.
@@ -290,10 +292,17 @@ class Engine:
         dist.all_reduce(loss, group=self.mesh.ep_group)
         return float(loss) / self.mesh.ep
 
-    def _mean_over_dp(self, loss: Tensor) -> float:
+    def _mean_over_replicas(self, loss: Tensor) -> float:
         loss = loss.float().clone()
-        dist.all_reduce(loss, group=self.mesh.dp_group)
-        return float(loss) / self.mesh.dp
+        dist.all_reduce(loss, group=self.mesh.replica_group)
+        return float(loss) / self.mesh.replicas
+
+
+def take_context_part(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns this context-parallel rank's tokens of each sequence, (b, s / cp) of (b, s), with their labels."""
+    if mesh.cp == 1:
+        return batch
+    return {name: tensor.chunk(mesh.cp, dim=1)[mesh.cp_rank].contiguous() for name, tensor in batch.items()}
 
 
 def _to_device(batch: Batch) -> list[Tensor]:

@@ -39,7 +39,7 @@ from megatron_ligo.training.best_operator import BestOperator
 from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine
-from megatron_ligo.training.initial_weights import check_layout
+from megatron_ligo.training.initial_weights import check_cp, check_layout
 from megatron_ligo.training.job import TrainingJob, lock_output
 from megatron_ligo.training.lag import Lag, open_lag
 
@@ -200,7 +200,7 @@ class Fit(TrainingJob):
             self.mesh,
             self.dtype,
             micro_batches=micro_batches,
-            tokens_per_step=micro_batches * section.micro_batch_size * self.sample_tokens,
+            tokens_per_step=micro_batches * section.micro_batch_size * self.sample_tokens // self.mesh.cp,
             recompute=section.recompute,
             sequence_parallel=section.parallel.sequence_parallel,
             gradients_each=section.parallel.zero == 2,
@@ -294,6 +294,7 @@ def check_teacher(operator: Operator, section: FitSection, seq_length: int, erro
     if section.parallel.pp > 1:
         errors.add("fit.distill", "0 with pipeline stages: the teacher has none", distill, "Set pp = 1.")
     check_tp(operator.small, section.parallel.tp, errors)
+    check_cp(operator.small, section.parallel, errors)
     if operator.large.vocab_size != operator.small.vocab_size:
         hint = "The teacher has no logits for the new tokens."
         errors.add("fit.distill", "0 if the vocabulary grows", distill, hint)

@@ -137,6 +137,19 @@ def read_model_config(path: Path, accept: Iterable[str] = ()) -> ModelConfig:
     return record[0] if record else open_start(path).model_config
 
 
+def check_cp(model_config: ModelConfig, parallel: ParallelSection, errors: ErrorCollector) -> None:
+    """Adds an error for each reason why context-parallel ranks cannot share the model's sequences."""
+    if parallel.cp == 1:
+        return
+    if model_config.image_size is not None or model_config.num_experts:
+        kind = "images" if model_config.image_size is not None else f"{model_config.num_experts} experts"
+        errors.add("cp", "1 for a model of images or with experts", f"cp {parallel.cp}, {kind}", "Set cp = 1.")
+    ranks = parallel.tp * parallel.cp
+    if model_config.num_heads % ranks:
+        hint = "Each rank takes part of the heads."
+        errors.add("num_heads", f"a multiple of tp x cp = {ranks}", model_config.num_heads, hint)
+
+
 def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_length: int) -> None:
     """Raises ConfigError with every mismatch between the layout and the model or the sequence length."""
     errors = ErrorCollector("the layout does not fit the model", ConfigError)
@@ -144,9 +157,13 @@ def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_lengt
     _check_experts(model_config, parallel, errors)
     if parallel.pp > model_config.num_layers:
         errors.add(f"pp = {parallel.pp}", "at most one stage per layer", f"{model_config.num_layers} layers")
-    if parallel.sequence_parallel and seq_length % parallel.tp:
+    check_cp(model_config, parallel, errors)
+    ranks, names = (parallel.tp * parallel.cp, "tp x cp") if parallel.sequence_parallel else (parallel.cp, "cp")
+    names = "tp" if parallel.cp == 1 else names
+    if seq_length % ranks:
         where = "data.seq_length" if model_config.image_size is None else "tokens of an image"
-        errors.add(where, f"a multiple of tp = {parallel.tp} (sequence_parallel)", seq_length)
+        reason = " (sequence_parallel)" if parallel.sequence_parallel else ""
+        errors.add(where, f"a multiple of {names} = {ranks}{reason}", seq_length)
     if seq_length > model_config.max_sequence_length:
         errors.add("data.seq_length", f"at most the model's {model_config.max_sequence_length} positions", seq_length)
     errors.raise_if_any()

@@ -76,7 +76,7 @@ class TrainingJob:
         the last step with an anomaly that the user has accepted. NumbersError if the run has stopped at another one.
         """
         parallel = self.section.parallel
-        self.mesh = mesh.build_mesh(parallel.tp, parallel.pp, parallel.ep)
+        self.mesh = mesh.build_mesh(parallel.tp, parallel.pp, parallel.ep, parallel.cp)
         self.micro_batches = self.ranks.run_on_all(lambda: count_micro_batches(self.section, self.mesh))
         self.ranks.run_on_all(lambda: folder_kinds.check_output(self.output, self.folder_kind))
         lock_output(self.output)

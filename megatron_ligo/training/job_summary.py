@@ -8,7 +8,7 @@ from math import prod
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import TrainingSection
-from megatron_ligo.distributed.parallel_dims import EngineLayout
+from megatron_ligo.distributed.parallel_dims import EngineLayout, ParallelDims
 
 
 def describe_job(
@@ -29,7 +29,7 @@ def describe_job(
         "start": start,
         "model": f"{model_config.arch}, {count_parameters(model_config):,} parameters: {sizes}, {heads}",
         "vocabulary": f"{model_config.vocab_size:,}",
-        "layout": f"TP {dims.tp} x PP {dims.pp} x DP {dims.dp}, ZeRO {layout.zero}, {section.precision}; {batch}",
+        "layout": f"{describe_dims(dims)}, ZeRO {layout.zero}, {section.precision}; {batch}",
         "steps": f"{step} of {section.steps} done",
         "tokens": f"{tokens:,} a step, {tokens * left:,} to do",
         "FLOPs": f"{flops:.3g} a step, {flops * left:.3g} to do",
@@ -38,6 +38,11 @@ def describe_job(
     }
     width = max(map(len, rows)) + 2
     return "\n".join(f"  {name:<{width}}{text}" for name, text in rows.items())
+
+
+def describe_dims(dims: ParallelDims) -> str:
+    context = f" x CP {dims.cp}" if dims.cp > 1 else ""
+    return f"TP {dims.tp}{context} x PP {dims.pp} x DP {dims.dp}"
 
 
 def describe_operator(counts: Mapping[str, int]) -> str:

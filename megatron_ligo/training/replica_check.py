@@ -25,8 +25,8 @@ SKETCH_SIZE = 64
 def check_replicas(engine: Engine, step: int) -> None:
     """Raises ReplicaError on all ranks, naming parameters and ranks, if replicas of a parameter differ. Collective.
 
-    Data-parallel ranks hold replicas of every parameter (under ZeRO 3, of none), tensor-parallel ranks of the
-    parameters that are not sharded, and pipeline stages of the tied ones. Expert-parallel ranks divide experts.
+    Data- and context-parallel ranks hold replicas of every parameter (under ZeRO 3, of none), tensor-parallel ranks of
+    the parameters that are not sharded, and pipeline stages of the tied ones. Expert-parallel ranks divide experts.
     """
     errors = ErrorCollector(f"step {step}: ranks that must hold the same numbers do not", ReplicaError)
     tolerance = engine.section.replica_tolerance

@@ -12,6 +12,7 @@ from megatron_ligo.bench.steps.fake_device import StepCount, count_step
 from megatron_ligo.config.run_config import FitSection, OperatorSection, ParallelSection, PretrainSection
 from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.planning.planned_job import PlannedJob
+from megatron_ligo.planning.traffic import estimate_traffic
 from tests.tiny_models import llama_config
 
 # Kernels of a layer, forward and backward, in bf16. A change that lowers them lowers these.
@@ -20,10 +21,14 @@ SIZES = {"hidden_size": 64, "ffn_size": 128, "num_heads": 4, "num_kv_heads": 2, 
 LARGE = {"hidden_size": 160, "ffn_size": 320, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "tied": True}
 
 
-def planned_jobs(layers: int, world_size: int = 1, tp: int = 1) -> dict[str, PlannedJob]:
+def planned_jobs(layers: int, world_size: int = 1, tp: int = 1, cp: int = 1) -> dict[str, PlannedJob]:
     small = llama_config(num_layers=layers, **SIZES)
     operator = build_initial_operator(small, llama_config(num_layers=layers, **LARGE), OperatorSection())
-    keys = {"precision": "bf16", "global_batch_size": world_size // tp, "parallel": ParallelSection(tp=tp)}
+    keys = {
+        "precision": "bf16",
+        "global_batch_size": world_size // (tp * cp),
+        "parallel": ParallelSection(tp=tp, cp=cp),
+    }
     fit = PlannedJob(operator.large, FitSection(**keys), world_size, 512, operator, source_bytes=2)
     return {"fit": fit, "plain": replace(fit, operator=None, training=PretrainSection(**keys))}
 
@@ -31,8 +36,9 @@ def planned_jobs(layers: int, world_size: int = 1, tp: int = 1) -> dict[str, Pla
 def counts() -> dict[str, list[StepCount]]:
     dist.destroy_process_group()
     counted = {kind: [count_step(planned_jobs(layers)[kind]) for layers in (8, 16)] for kind in ("fit", "plain")}
-    for kind, job in planned_jobs(8, 16, 2).items():
-        counted[kind].append(count_step(job))
+    for jobs in (planned_jobs(8, 16, 2), planned_jobs(8, 8, cp=8)):
+        for kind, job in jobs.items():
+            counted[kind].append(count_step(job))
     # The rank ends with a group, as it began.
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
     return counted
@@ -41,12 +47,16 @@ def counts() -> dict[str, list[StepCount]]:
 def test_kernels_of_a_layer_do_not_grow(pools):
     counted = pools(1).run(counts)
     a_layer = {
-        kind: (sum(more.kernels.values()) - sum(few.kernels.values())) / 8 for kind, (few, more, _) in counted.items()
+        kind: (sum(more.kernels.values()) - sum(few.kernels.values())) / 8 for kind, (few, more, *_) in counted.items()
     }
     assert a_layer["plain"] <= PLAIN_KERNELS and a_layer["fit"] <= FIT_KERNELS, a_layer
     assert a_layer["fit"] <= bench_kernels.KERNEL_GOAL * a_layer["plain"]
-    for kind, (_, _, sharded) in counted.items():
+    for kind, (_, _, sharded, context) in counted.items():
         assert sharded.collectives["allreduce_"] >= 4 * 8, (kind, sharded.collectives)
+        # Queries, keys, values and outputs, forward and backward. Counted are what is sent and the room for it.
+        assert context.collectives["alltoall_base_"] == 8 * 8
+        sent = context.collective_bytes["alltoall_base_"] / 2 * 7 / 8
+        assert sent == estimate_traffic(planned_jobs(8, 8, cp=8)[kind])["context parallel"]
 
 
 @pytest.mark.long

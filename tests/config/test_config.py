@@ -12,7 +12,7 @@ TRAINING = (
     "micro_batch_size precision recompute save_every eval_samples seed keep_last timeout_minutes grace_seconds "
     "bad_numbers spike check_replicas_every replica_tolerance trackers tracker_project"
 )
-PARALLEL = "parallel.tp parallel.pp parallel.ep parallel.zero parallel.sequence_parallel parallel.ds_config"
+PARALLEL = "parallel.tp parallel.pp parallel.ep parallel.cp parallel.zero parallel.sequence_parallel parallel.ds_config"
 KEYS = {
     "small": "path format accept",
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size "

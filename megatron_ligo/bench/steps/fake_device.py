@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -163,7 +164,7 @@ def count_step(job: PlannedJob) -> StepCount:
     if job.parallel.pp > 1:
         raise ConfigError(Problem("pp", "1: stages are not counted", job.parallel.pp))
     with _fake_ranks(job.world_size), _decisions_of_a_gpu():
-        groups = mesh.build_mesh(job.parallel.tp, 1)
+        groups = mesh.build_mesh(job.parallel.tp, 1, cp=job.parallel.cp)
         counter = DeviceCounter()
         with FakeTensorMode(allow_non_fake_inputs=True), counter:
             model = _build(job, groups)
@@ -233,8 +234,9 @@ def _inputs(job: PlannedJob) -> tuple[Tensor, Tensor, Tensor]:
     large, samples = job.large, job.training.micro_batch_size
     arch = architectures.get(large.arch)
     if not arch.reads_images:
-        tokens = torch.zeros(samples, job.seq_length, dtype=torch.int64)
-        return tokens, tokens.clone(), torch.ones(samples, job.seq_length)
+        own = job.seq_length // job.parallel.cp
+        tokens = torch.zeros(samples, own, dtype=torch.int64)
+        return tokens, tokens.clone(), torch.ones(samples, own)
     images = torch.zeros(samples, large.num_channels, large.image_size, large.image_size)
     return images, torch.zeros(samples, 1, dtype=torch.int64), torch.ones(samples, 1)
 
@@ -247,6 +249,8 @@ def _fake_ranks(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     mesh.forget_groups()
+    # DeepSpeed's all-to-alls go through its own module.
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=False)
     try:
         with _replaced(mesh, "all_ranks", lambda: SINGLE_RANK):
             yield

@@ -30,7 +30,7 @@ method = "lossless"  # `ligo advise --config {config} --minutes 30 --output runs
 
 [fit]
 steps = 100
-global_batch_size = {batch}  # a multiple of micro_batch_size x dp; dp = processes / (tp x pp)
+global_batch_size = {batch}  # a multiple of micro_batch_size x dp; dp = processes / (tp x cp x pp)
 precision = "{precision}"
 
 [fit.parallel]

@@ -69,7 +69,7 @@ class FactoredContext:
             self.outside_lag = OutsideTensors.read(arch, small, self.mesh, self.lag_shard)
 
     def rotary_positions(self, h: Tensor, layer: int) -> Tensor | None:
-        """Returns a layer's rotary angles of whole sequences; h (s or s / tp, b, D2) holds this rank's tokens of them.
+        """Returns a layer's rotary angles of all tokens of this rank's TP group; h (s or s / tp, b, D2) holds its own.
 
         None if the layer has none.
         """

@@ -81,8 +81,8 @@ class FactoredEmbedding(FactoredEnd):
         segments = tables.weights.get(Role.TOKEN_TYPE_EMBEDDING)
         if table is None:
             return h
-        first = context.operator.small.first_position
-        first += context.mesh.tp_rank * h.shape[0] if context.sequence_parallel else 0
+        part = context.mesh.sequence_part(context.sequence_parallel)
+        first = context.operator.small.first_position + part * h.shape[0]
         h = h + table[first : first + h.shape[0], None]
         return h if segments is None else h + segments[0]
 

@@ -77,7 +77,7 @@ class FactoredPipeline(PipelineModule):
         self.context = context
         self.step_state = StepState(context)
         specs, self.part_bounds = self._specs(num_layers)
-        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.replicas)
         super().__init__(specs, topology=topology, loss_fn=self._loss)
         _connect_layers(self.step_state, self.factored_layers())
 
@@ -144,4 +144,4 @@ def _connect_layers(state: StepState, layers: list[FactoredLayer]) -> None:
 
 def fit_loss(logits: Tensor, labels: Tensor, mask: Tensor, context: FactoredContext) -> Tensor:
     """Returns the mean cross entropy, a scalar. logits (s, b, padded vocabulary / tp); labels, mask (b, s)."""
-    return compute_loss(logits, labels, mask, context.operator.large.vocab_size, context.mesh.tp_rank)
+    return compute_loss(logits, labels, mask, context.operator.large.vocab_size, context.mesh)

@@ -1,6 +1,6 @@
 """One stage's frozen small weights, sliced over the ranks to avoid redundant mixing.
 
-Each rank of the mix group (the tensor-parallel ranks of a stage; with ZeRO 3 its data-parallel ranks as well)
+Each rank of the mix group (the tensor-parallel ranks of a stage; with ZeRO 3 all ranks of the stage)
 keeps an equal slice of every parameter of every small layer, mixes that slice, and gathers the mixed parameter: one
 small layer of traffic per large layer, no redundant reads, and 1 / group of the source in memory. If memory allows and
 the traffic costs more, each rank keeps and mixes all of it (`keep_all`).
@@ -88,7 +88,7 @@ class SmallWeights:
     def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int, keep_all: bool = False):
         self.operator = operator
         self.mesh = mesh
-        self.group = mesh.tp_dp_group if zero == 3 else mesh.tp_group
+        self.group = mesh.stage_group if zero == 3 else mesh.tp_group
         self.num_slices = 1 if keep_all else dist.get_world_size(self.group)
         specs = reader.arch.layer_params(reader.model_config)
         self.split_specs = [spec for spec in specs if spec.tp_dim is not None]

@@ -15,6 +15,7 @@ from megatron_ligo.distributed.collectives import copy_to, reduce_from
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full import parameters
 from megatron_ligo.models.full.factory import build_model
+from megatron_ligo.models.loss import mean_over_tokens
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 
 
@@ -35,8 +36,7 @@ class Teacher:
         with torch.no_grad():
             target = self.model.logits(tokens)
         per_token = compute_token_divergence(target, logits, self.mesh, self.vocab_size)
-        weights = mask.t().to(per_token.dtype)
-        return (per_token * weights).sum() / weights.sum()
+        return mean_over_tokens(per_token, mask.t().to(per_token.dtype), self.mesh)
 
 
 def compute_token_divergence(target: Tensor, logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:

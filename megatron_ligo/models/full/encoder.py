@@ -32,7 +32,7 @@ class EmbeddingSum(nn.Module):
     def __init__(self, model_config: ModelConfig, build: BuildOptions, mesh: Mesh):
         super().__init__()
         self.start = model_config.first_position
-        self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
+        self.sequence_part = mesh.sequence_part(build.sequence_parallel)
         self.position_embeddings = build_table(model_config.num_position_rows, model_config, build)
         self.tokentype_embeddings = (
             build_table(model_config.num_token_types, model_config, build) if model_config.num_token_types else None
@@ -42,7 +42,7 @@ class EmbeddingSum(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        h = add_positions(h, self.position_embeddings, self.first_token_rank, self.start)
+        h = add_positions(h, self.position_embeddings, self.sequence_part, self.start)
         if self.tokentype_embeddings is not None:
             h = h + self.tokentype_embeddings(torch.zeros((), dtype=torch.long, device=h.device))
         return self.layer_norm(h)

@@ -47,7 +47,7 @@ class FullGPT(SingleModule, GPTModel):
             # mcore would keep all tokens on every rank up to the positions, and scatter them afterwards.
             self.embedding.word_embeddings.reduce_scatter_embeddings = build.sequence_parallel
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
-        self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
+        self.sequence_part = mesh.sequence_part(build.sequence_parallel)
         self.rotary_pos_emb = build_rotary_embedding(model_config)
         unscale_window_positions(self.decoder.layers, model_config)
         self.finish_construction(model_config, mesh, recompute)
@@ -57,7 +57,7 @@ class FullGPT(SingleModule, GPTModel):
         h = embed_tokens(self.embedding.word_embeddings, tokens, self.model_config)
         if self.rotary_pos_emb is None:
             start = self.model_config.first_position
-            h = add_positions(h, self.embedding.position_embeddings, self.first_token_rank, start)
+            h = add_positions(h, self.embedding.position_embeddings, self.sequence_part, start)
         for number, layer in enumerate(self.decoder.layers):
             positions = None if self.rotary_pos_emb is None else self.rotary_pos_emb(tokens.shape[1], number)
             h = run_layer(layer, h, positions, self.recompute)

@@ -72,11 +72,11 @@ class PositionEmbedding(nn.Module):
         num_rows = model_config.num_position_rows
         self.position_embeddings = nn.Embedding(num_rows, model_config.hidden_size, dtype=build.dtype)
         self.position_embeddings.weight.sequence_parallel = build.sequence_parallel
-        self.first_token_rank = mesh.tp_rank if build.sequence_parallel else 0
+        self.sequence_part = mesh.sequence_part(build.sequence_parallel)
         self.start = model_config.first_position
 
     def forward(self, h: Tensor) -> Tensor:
-        return add_positions(h, self.position_embeddings, self.first_token_rank, self.start)
+        return add_positions(h, self.position_embeddings, self.sequence_part, self.start)
 
 
 class PipelineLayer:

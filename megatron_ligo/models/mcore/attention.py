@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from deepspeed.sequence.layer import DistributedAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from megatron_ligo.distributed import device
+from megatron_ligo.distributed.mesh import current_cp_group
+from megatron_ligo.sharding.tensor_parallel import exchanged_kv_heads
 
 
 class FusedAttention(nn.Module):
@@ -36,6 +39,10 @@ class FusedAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
         """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads d). attention_mask: True = masked."""
+        return self.attend(query, key, value, attention_mask).flatten(2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads, d)."""
         if self.query_scaling is not None:
             query = query * query_factors(len(query), *self.query_scaling, query)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -48,7 +55,7 @@ class FusedAttention(nn.Module):
             mask = within if mask is None else mask & within
         if self.softcap is not None:
             out = capped_attention(q, k, v, mask, self.causal, self.scale, self.softcap)
-            return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)
+            return out.permute(2, 0, 1, 3)
         is_grouped = q.shape[1] != k.shape[1]
         if is_grouped and not device.has_grouped_attention(q.dtype, masked=mask is not None):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -57,7 +64,29 @@ class FusedAttention(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale, enable_gqa=is_grouped
         )
-        return out.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)
+        return out.permute(2, 0, 1, 3)
+
+
+class UlyssesAttention(nn.Module):
+    """`FusedAttention` over whole sequences, of which each context-parallel rank has a part.
+
+    DeepSpeed-Ulysses: an all-to-all gives each rank all tokens of its share of the heads, and another one takes the
+    outputs back. Fewer key-value heads than ranks are repeated.
+    """
+
+    def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, **options):
+        super().__init__()
+        self.group = current_cp_group()
+        self.local = FusedAttention(config, layer_number, attn_mask_type, **options)
+        self.exchange = DistributedAttention(self.local.attend, self.group)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
+        """query (s / cp, b, heads, d); key, value (s / cp, b, groups, d) -> (s / cp, b, heads d)."""
+        heads, groups, ranks = query.shape[2], key.shape[2], self.group.size()
+        repeats = exchanged_kv_heads(heads, groups, ranks) // groups
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
+        return self.exchange(query, key, value, 1, None, attention_mask).flatten(2)
 
 
 def query_factors(length: int, beta: float, original: float, like: Tensor) -> Tensor:

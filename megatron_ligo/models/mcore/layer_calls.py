@@ -47,13 +47,12 @@ def finish_logits(logits: Tensor, model_config: ModelConfig) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def add_positions(h: Tensor, table: nn.Embedding, tp_rank: int, start: int = 0) -> Tensor:
+def add_positions(h: Tensor, table: nn.Embedding, part: int, start: int = 0) -> Tensor:
     """Adds the position embeddings to h (s or s / tp, b, hidden).
 
-    tp_rank: the rank whose tokens these are under sequence parallelism, else 0. start: the table's row for the first
-    token of a sequence.
+    part: which of the equal parts of the sequences h is. start: the table's row for the first token of a sequence.
     """
-    first = start + tp_rank * h.shape[0]
+    first = start + part * h.shape[0]
     return h + table(torch.arange(first, first + h.shape[0], device=h.device))[:, None]
 
 

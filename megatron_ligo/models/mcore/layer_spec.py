@@ -27,7 +27,8 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Role
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device
-from megatron_ligo.models.mcore.attention import FusedAttention
+from megatron_ligo.distributed.mesh import context_place
+from megatron_ligo.models.mcore.attention import FusedAttention, UlyssesAttention
 from megatron_ligo.models.mcore.expert_routing import to_routing_settings
 from megatron_ligo.models.mcore.norm import AllHeadsNorm, Norm
 from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
@@ -202,8 +203,10 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpe
         spec.submodules.pre_mlp_layernorm = Norm
     else:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
-    if is_local or dtype is torch.float32:
-        spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    _, cp = context_place()
+    if is_local or dtype is torch.float32 or cp > 1:
+        core_attention = UlyssesAttention if cp > 1 else FusedAttention
+        spec.submodules.self_attention.submodules.core_attention = core_attention
     if arch.has_head_norms:
         _add_head_norms(spec, model_config, arch)
     spec.module = layer_class

@@ -23,10 +23,11 @@ from megatron_ligo.arch import rope_scaling
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_frequencies import rotary_frequencies
 from megatron_ligo.distributed import device
+from megatron_ligo.distributed.mesh import context_place
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
-    """forward(tokens of a sequence) -> angles (tokens, 1, 1, d), fp32."""
+    """forward(tokens of a sequence on this rank) -> their angles (tokens, 1, 1, d), fp32."""
 
     def __init__(self, model_config: ModelConfig):
         super().__init__(
@@ -37,6 +38,12 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             use_cpu_initialization=device.is_cpu(),
         )
         self.model_config = model_config
+        # Megatron-core would give each context-parallel rank two parts of the sequence, from both ends.
+        self.cp_group = None
+        self.cp_rank, self.cp = context_place()
+
+    def forward(self, num_tokens: int) -> Tensor:
+        return super().forward(num_tokens * self.cp).chunk(self.cp)[self.cp_rank]
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """Returns the angle of each position and pair, (max_seq_len, d / 2), fp32."""
@@ -46,7 +53,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
 
 
 class LayerRotaryEmbedding(nn.Module):
-    """forward(tokens of a sequence, layer) -> the angles of the layer, (tokens, 1, 1, d), fp32; None if it has none."""
+    """forward(tokens of a sequence on this rank, layer) -> their angles (tokens, 1, 1, d), fp32, or None."""
 
     def __init__(self, model_config: ModelConfig):
         super().__init__()

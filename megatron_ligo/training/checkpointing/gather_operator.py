@@ -23,9 +23,9 @@ def gather_operator(module: nn.Module, context: FactoredContext) -> dict[str, Te
     ZeRO 3, partitioned.
     """
     local: dict[str, Tensor] = {}
-    # ZeRO 3 gathers over all data-parallel ranks; the first of them keeps the result.
+    # ZeRO 3 gathers over all replicas; the first of them keeps the result.
     for name, tensor in _local_tensors(module, context):
-        if context.mesh.dp_rank == 0:
+        if context.mesh.replica_rank == 0:
             local[name] = tensor
     parts = _send_to_rank_0(local, context.operator)
     return _join(parts, context) if dist.get_rank() == 0 else {}

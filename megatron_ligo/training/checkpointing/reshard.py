@@ -30,12 +30,16 @@ PartReader = Callable[[str, nn.Parameter, str], Tensor]
 
 
 def layout_changed(checkpoint: RunCheckpoint | None, section: TrainingSection, mesh: Mesh) -> bool:
-    """Returns True, and logs it, if the checkpoint was written at another layout; False without a checkpoint."""
-    if checkpoint is None or checkpoint.layout == engine_layout(section, mesh):
+    """Returns True if the checkpoint's tensors must be resharded to this layout; False without a checkpoint.
+
+    Logs it if the layout is another one at all.
+    """
+    layout = engine_layout(section, mesh)
+    if checkpoint is None or checkpoint.layout == layout:
         return False
     message = "%s is of another layout (%s): from here on numbers agree within rounding"
     log.info(message, checkpoint.folder, checkpoint.layout)
-    return True
+    return not layout.has_files_of(checkpoint.layout)
 
 
 @dataclass(frozen=True)

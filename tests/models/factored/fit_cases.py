@@ -104,6 +104,7 @@ def _all_reduced(grad, group):
 def fit(
     tp=1,
     pp=1,
+    cp=1,
     zero=1,
     micro_size=2,
     optimizer="adamw",
@@ -124,7 +125,7 @@ def fit(
 ):
     """Fits some steps in a layout. Rank 0 returns (losses, gradient norms, operator, grown weights, last fp32 loss)."""
     small = small_dims(small or {})
-    mesh = meshes.build_mesh(tp, pp)
+    mesh = meshes.build_mesh(tp, pp, cp=cp)
     operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
     source_reader = memory_of(model_of(small), small)
     run = TrainingSection(
@@ -134,7 +135,9 @@ def fit(
         clip=clip,
         global_batch_size=BATCH,
         micro_batch_size=micro_size,
-        parallel=ParallelSection(tp=tp, pp=pp, zero=zero, ds_config=ds_config, sequence_parallel=sequence_parallel),
+        parallel=ParallelSection(
+            tp=tp, pp=pp, cp=cp, zero=zero, ds_config=ds_config, sequence_parallel=sequence_parallel
+        ),
     )
     shared = FactoredContext(
         operator,

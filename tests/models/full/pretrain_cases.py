@@ -124,6 +124,7 @@ def train(
     tp=1,
     pp=1,
     ep=1,
+    cp=1,
     zero=1,
     micro_size=2,
     sequence_parallel=False,
@@ -135,7 +136,7 @@ def train(
 ) -> dict:
     """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
     model_config = sizes(tied, family)
-    mesh = meshes.build_mesh(tp, pp, ep)
+    mesh = meshes.build_mesh(tp, pp, ep, cp)
     build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel, AUX_LOSS, ep)
     model = build_model(model_config, build, mesh, recompute)
     if folder is None:
@@ -149,7 +150,7 @@ def train(
         optimizer=optimizer,
         lr=LR[optimizer],
         clip=CLIP,
-        parallel=ParallelSection(tp=tp, pp=pp, ep=ep, zero=zero, sequence_parallel=sequence_parallel),
+        parallel=ParallelSection(tp=tp, pp=pp, ep=ep, cp=cp, zero=zero, sequence_parallel=sequence_parallel),
     )
     engine = Engine(model, mesh, run, build_parameter_groups(model, decay), bf16, universal=folder is not None)
     if folder:
@@ -248,7 +249,7 @@ def load_into_a_users_model(folder: str, zero: int, prepare: bool = True) -> flo
         with torch.no_grad():
             logits = engine(ids, None, None).transpose(0, 1)
             mask = torch.ones(ids.shape)
-            return float(compute_loss(logits, ids, mask, model_config.vocab_size, mesh.tp_rank))
+            return float(compute_loss(logits, ids, mask, model_config.vocab_size, mesh))
     except LigoError as error:
         return f"{type(error).__name__}: {error}"
     finally:
