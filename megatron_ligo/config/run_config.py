@@ -157,6 +157,7 @@ class TrainingSection:
     precision: str = setting("fp32", "dtype of weights and activations", choices=("fp32", "bf16"))
     recompute: bool = setting(False, "recompute activations in the backward pass")
     save_every: int = setting(50, "steps between checkpoints; 0: only at the end", low=0)
+    async_save: bool = setting(False, "another process writes checkpoints while the training goes on")
     eval_samples: int = setting(8, "held-out sequences per evaluation", low=1)
     seed: int = setting(1234, "seed of all random numbers except the data order", low=0)
     keep_last: int = setting(2, "number of most recent checkpoints to keep", low=1)

@@ -56,6 +56,7 @@ def run_steps(
     first_step, dims = engine.steps, engine.mesh
     accepted = " ".join(run_inputs.changes_accepted_at(state, first_step))
     guard = LossGuard(engine, section, state, guess_loss, output, accepted_step)
+    saver = run_checkpoints.CheckpointSaver(engine, output / CHECKPOINTS_FOLDER, extra_files, section.async_save)
     with all_ranks().agree():
         trackers = open_trackers(section, output) if dist.get_rank() == 0 else TrackerList([])
     with (
@@ -87,17 +88,21 @@ def run_steps(
             texts = {key: text for key, text in texts.items() if text}
             metrics.log(done, loss, lr, tokens, flops, seconds, norm, texts, **report.columns, **extra)
             if report.error is not None:
+                saver.settle()
                 guard.stop(done, report.error)
+            saver.poll()
             is_last = done == section.steps or should_stop()
             if is_due(done, section.check_replicas_every):
                 replica_check.check_replicas(engine, done)
             signum = mesh.max_over_ranks(signal_handling.received_signal() or 0)
             if is_last or signum or is_due(done, section.save_every):
-                folder = output / CHECKPOINTS_FOLDER
+                if signum:
+                    saver.settle()
                 keep = run_checkpoints.Retention(section.keep_last, guard.protected_steps)
-                run_checkpoints.save(engine, folder, done, state, keep, extra_files)
+                saver.save(done, state, keep, wait=is_last or bool(signum))
             if signum and not is_last:
                 raise Stopped(signum, f"saved after step {done} of {section.steps}. Start it again to resume there.")
+        saver.finish()
 
 
 def _read_ahead(

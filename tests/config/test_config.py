@@ -9,8 +9,8 @@ from megatron_ligo.config.typed_toml import describe_type, iterate_settings
 
 TRAINING = (
     "steps optimizer lr betas eps weight_decay clip warmup_steps schedule decay_steps min_lr global_batch_size "
-    "micro_batch_size precision recompute save_every eval_samples seed keep_last timeout_minutes grace_seconds "
-    "bad_numbers spike check_replicas_every replica_tolerance trackers tracker_project"
+    "micro_batch_size precision recompute save_every async_save eval_samples seed keep_last timeout_minutes "
+    "grace_seconds bad_numbers spike check_replicas_every replica_tolerance trackers tracker_project"
 )
 PARALLEL = "parallel.tp parallel.pp parallel.ep parallel.cp parallel.zero parallel.sequence_parallel parallel.ds_config"
 KEYS = {

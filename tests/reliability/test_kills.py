@@ -18,10 +18,17 @@ from tests.reliability.commands import Run
 from tests.reliability.conftest import SAVE_EVERY, STEPS
 
 ALL, ONE, TERM = "SIGKILL of all ranks", "SIGKILL of one", "SIGTERM to one"
-# name: tool, ranks, layout, disturbances
+# name: tool, ranks, layout, disturbances, further settings that change no number
 CASES = {
-    "fit, TP2 x PP2": ("fit", 4, ("fit.parallel.tp=2", "fit.parallel.pp=2"), (TERM, ONE)),
-    "pretrain, ZeRO 3": ("pretrain", 2, ("pretrain.parallel.zero=3",), (ALL, TERM, ONE)),
+    "fit, TP2 x PP2": ("fit", 4, ("fit.parallel.tp=2", "fit.parallel.pp=2"), (TERM, ONE), ()),
+    "pretrain, ZeRO 3": ("pretrain", 2, ("pretrain.parallel.zero=3",), (ALL, TERM, ONE), ()),
+    "pretrain in the background": (
+        "pretrain",
+        2,
+        ("pretrain.parallel.zero=3",),
+        (TERM, ONE),
+        ("pretrain.async_save=true",),
+    ),
 }
 
 
@@ -59,14 +66,14 @@ def final_results(output: Path, tool: str) -> tuple:
 @pytest.mark.parametrize("case", CASES)
 def test_a_disturbed_run_ends_like_the_undisturbed_one(config, whole, tmp_path, case):
     """Killed or terminated at random steps, every number is bit-identical."""
-    tool, world, layout, disturbances = CASES[case]
+    tool, world, layout, disturbances, more = CASES[case]
     generator, output = random.Random(case), tmp_path / "killed"
     steps = sorted(generator.sample(range(2, STEPS - 4), len(disturbances)))
     for disturbance, step in zip(disturbances, steps, strict=True):
-        with Run(tool, config, output, *layout, world=world) as run:
+        with Run(tool, config, output, *layout, *more, world=world) as run:
             run.wait_for_step(step)
             DISTURBANCES[disturbance](run, generator.randrange(world))
-    with Run(tool, config, output, *layout, world=world) as run:
+    with Run(tool, config, output, *layout, *more, world=world) as run:
         assert run.exit_codes() == [0] * world, run.stderr(0)
     assert final_results(output, tool) == final_results(whole(tool, *layout, world=world), tool)
     assert [row["step"] for row in logged_steps(output)] == list(range(1, STEPS + 1))

@@ -7,6 +7,7 @@ FOLDER/step_N.damaged/      a damaged checkpoint that was moved aside
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import shutil
@@ -36,8 +37,10 @@ from megatron_ligo.common.atomic_files import (
     restore_backup,
 )
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
+from megatron_ligo.distributed import mesh
 from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.distributed.parallel_dims import EngineLayout
+from megatron_ligo.training.checkpointing.background_writer import BackgroundWriter
 from megatron_ligo.training.checkpointing.engine_files import ALLOWED_GLOBALS, write_failure
 from megatron_ligo.training.engine import Engine
 
@@ -68,31 +71,79 @@ class Retention:
     protected: Callable[[Sequence[int]], set[int]] = lambda steps: set()
 
 
+class CheckpointSaver:
+    """Saves a run's checkpoints as FOLDER/step_N. Every method is collective.
+
+    extra_files: a folder whose files go into each checkpoint (the model's config, its tokenizer). in_background:
+    another process writes the files; the checkpoint is published once those of all ranks are done, by `poll`, `finish`
+    or the next `save`. CheckpointError on every rank if a weight is not finite or a file cannot be written; the
+    previous checkpoints stay as they are.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, extra_files: Path | None = None, in_background: bool = False):
+        self.engine, self.folder, self.extra_files, self.in_background = engine, folder, extra_files, in_background
+        self._writer: BackgroundWriter | None = None
+
+    def save(self, step: int, state: dict, retention: Retention, wait: bool = False) -> None:
+        """Saves weights, optimizer and `state` (JSON values), after the last checkpoint is finished.
+
+        wait: this process writes.
+        """
+        self.finish()
+        engine, ranks = self.engine, all_ranks()
+        ranks.run_on_all(lambda: _check_finite(engine.module, step))
+        temporary = _temporary_folder(self.folder, step)
+        _change_files(temporary, lambda: _create_empty(temporary))
+        in_background = self.in_background and not wait
+        engine.files.begin(in_background)
+        client_state = {RUN_STATE: state}
+        engine.engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, client_state=client_state, save_latest=False)
+        record = {"step": step, "state": copy.deepcopy(state), "layout": engine.layout.to_json()}
+        if in_background:
+            self._writer = engine.files.start_writer()
+            self._record, self._retention = record, retention
+        else:
+            self._complete(engine.files.written, record, retention)
+
+    def poll(self) -> None:
+        """Publishes the checkpoint that is being written, if it is done on all ranks."""
+        if self._writer is not None and not mesh.max_over_ranks(not self._writer.is_done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written, if any, and publishes it."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            self._complete(writer.result, self._record, self._retention)
+
+    def settle(self) -> None:
+        """Finishes the checkpoint that is being written. If that fails the log says so: the run ends in any case."""
+        try:
+            self.finish()
+        except CheckpointError as error:
+            log.warning("%s", error)
+
+    def _complete(self, written: Callable[[], dict[Path, dict]], record: dict, retention: Retention) -> None:
+        """Publishes a checkpoint whose files are there. written: what each rank has written, or its error."""
+        folder, step, ranks = self.folder, record["step"], all_ranks()
+        temporary, target = _temporary_folder(folder, step), folder / f"step_{step}"
+        try:
+            own = ranks.run_on_all(written)
+            files = {path: entry for part in ranks.all_gather(own) for path, entry in part.items()}
+            _change_files(temporary, lambda: write_record(temporary, self.extra_files, files, record))
+        except CheckpointError:
+            # Frees the space for other writers.
+            _change_files(temporary, lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise
+        _change_files(target, lambda: replace_folder(temporary, target, folder / f".step_{step}.old"))
+        _change_files(folder, lambda: _delete_old(folder, step, retention))
+
+
 def save(
     engine: Engine, folder: Path, step: int, state: dict, retention: Retention, extra_files: Path | None = None
 ) -> None:
-    """Saves weights, optimizer and `state` (JSON values) as FOLDER/step_N. Collective.
-
-    extra_files: a folder whose files go into the checkpoint (the model's config, its tokenizer). CheckpointError on
-    every rank if a weight is not finite or a file cannot be written; the previous checkpoints stay as they are.
-    """
-    ranks = all_ranks()
-    ranks.run_on_all(lambda: _check_finite(engine.module, step))
-    temporary, target = folder / f".step_{step}.new", folder / f"step_{step}"
-    _change_files(temporary, lambda: _create_empty(temporary))
-    engine.files.begin()
-    engine.engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, client_state={RUN_STATE: state}, save_latest=False)
-    try:
-        ranks.run_on_all(engine.files.raise_error)
-        written = {path: entry for part in ranks.all_gather(engine.files.written) for path, entry in part.items()}
-        record = {"step": step, "state": state, "layout": engine.layout.to_json()}
-        _change_files(temporary, lambda: write_record(temporary, extra_files, written, record))
-    except CheckpointError:
-        # Frees the space for other writers.
-        _change_files(temporary, lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise
-    _change_files(target, lambda: replace_folder(temporary, target, folder / f".step_{step}.old"))
-    _change_files(folder, lambda: _delete_old(folder, step, retention))
+    """Saves one checkpoint as `CheckpointSaver` does, and waits for it. Collective."""
+    CheckpointSaver(engine, folder, extra_files).save(step, state, retention)
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -150,6 +201,10 @@ def load(engine: Engine, checkpoint: RunCheckpoint) -> dict:
         raise CheckpointError(Problem(f"{checkpoint.folder}", "a DeepSpeed checkpoint", "nothing to load"))
     engine.after_update()
     return checkpoint.state
+
+
+def _temporary_folder(folder: Path, step: int) -> Path:
+    return folder / f".step_{step}.new"
 
 
 def _create_empty(folder: Path) -> None:
