@@ -11,7 +11,8 @@ from megatron_ligo.config.run_config import SCRATCH, RunConfig
 # Keys that may change between a run and its resumption: results depend on none of them, except for rounding.
 CHANGEABLE_KEYS = (
     "save_every", "async_save", "keep_last", "timeout_minutes", "grace_seconds", "bad_numbers", "spike",
-    "check_replicas_every", "replica_tolerance", "parallel", "micro_batch_size", "recompute", "source", "trackers", "tracker_project",
+    "check_replicas_every", "replica_tolerance", "parallel", "micro_batch_size", "recompute", "source", "trackers",
+    "tracker_project",
 )  # fmt: skip
 # Keys that name files. A run that has digests of their content is compared by these.
 PATH_KEYS = ("small.path", "small.format", "fit.lag", "pretrain.start", "data.train", "data.valid", "data.tokenizer")

@@ -87,7 +87,7 @@ def pretrain_with_failing_writer(table: dict, output: str) -> tuple[dict | str, 
     def step_slowly(self, batches):
         begun.append(self.steps)
         result = step(self, batches)
-        time.sleep(1.0)
+        wait_for(lambda: all(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process().children()))
         return result
 
     DigestingFile.__init__, Engine.train_step = open_on_full_disk, step_slowly
