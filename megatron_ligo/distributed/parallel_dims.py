@@ -16,8 +16,8 @@ from megatron_ligo.common.errors import LayoutError, Problem
 class ParallelDims:
     """Sizes of the tensor, pipeline, data, expert and context axes.
 
-    The expert axis divides the data axis: ep neighbouring data-parallel ranks share a layer's experts, and dp / ep ranks
-    hold the same ones. Context-parallel ranks hold parts of the same sequences; to DeepSpeed they are further
+    The expert axis divides the data axis: ep neighbouring data-parallel ranks share a layer's experts, and dp / ep
+    ranks hold the same ones. Context-parallel ranks hold parts of the same sequences; to DeepSpeed they are further
     data-parallel ranks.
     """
 

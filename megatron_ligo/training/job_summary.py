@@ -42,7 +42,8 @@ def describe_job(
 
 def describe_dims(dims: ParallelDims) -> str:
     context = f" x CP {dims.cp}" if dims.cp > 1 else ""
-    return f"TP {dims.tp}{context} x PP {dims.pp} x DP {dims.dp}"
+    experts = f", EP {dims.ep}" if dims.ep > 1 else ""
+    return f"TP {dims.tp}{context} x PP {dims.pp} x DP {dims.dp}{experts}"
 
 
 def describe_operator(counts: Mapping[str, int]) -> str:
