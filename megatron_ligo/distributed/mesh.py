@@ -32,7 +32,7 @@ NCCL_MARGIN = timedelta(minutes=2)
 class Mesh:
     """The parallel axes of the job, this rank's coordinates on them, and its process groups.
 
-    cp_group: the ranks that hold parts of the same sequences. replica_group: the data- and context-parallel ranks, which
+    cp_group: ranks that hold parts of the same sequences. replica_group: the data- and context-parallel ranks, which
     hold the same parameters but for experts. stage_group: all ranks of this rank's pipeline stage. ep_group: the
     data-parallel ranks that divide the experts among them; tp_ep_group: those times the tensor-parallel ranks;
     expert_dp_group: the replicas that hold the same experts as this one.
