@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from megatron_ligo import commands
 from megatron_ligo.commands import completion
 from megatron_ligo.common import library_log
+from tests.tiny_models import hf_llama, llama_config
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "deepspeed", "megatron", "rich", "numpy", "safetensors", "matplotlib")
@@ -117,6 +119,53 @@ def test_libraries_write_to_the_runs_log(tmp_path):
     assert all(part in log for part in ("library.part WARNING: early", "a habit", "late")) and "ours" not in log
     bug = start("fail")
     assert bug.returncode == 1 and "early" in bug.stderr and "Traceback" in bug.stderr
+
+
+WITHOUT_RANKS = """
+import sys
+import sysconfig
+from megatron_ligo import commands
+from megatron_ligo.common.errors import user_message
+
+def run(*words):
+    module = commands.load(words[0])
+    module.run(module.build_parser().parse_args(words[1:]))
+
+run("plan", "--set=small.path=small", "--set=large.num_layers=3", "--set=data.seq_length=8")
+run("init", "small", "--to", "40K", "--output", "run.toml")
+run("grow", "--set=small.path=small", "--set=large.num_layers=3", "--output", "grown")
+run("convert", "grown/hf", "mcore", "--to", "mcore")
+for start in (lambda: run("fit", "--config", "run.toml", "--output", "fit"),
+              lambda: commands._run_module("fit", None, ["--processes=2", "--config=run.toml", "--output=fit"])):
+    try:
+        start()
+    except ModuleNotFoundError as error:
+        print("MISSING", user_message(error))
+if __name__ == "__main__":
+    try:
+        run("verify", "grown/hf", "mcore", "--logits")
+    except SystemExit as end:
+        print("VERIFIED", end.code)
+"""
+
+
+def test_without_megatron_core_and_deepspeed(tmp_path):
+    """What needs neither works, and what does says which package is missing, in an environment that lacks both."""
+    hf_llama(llama_config()).save_pretrained(tmp_path / "small")
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(("deepspeed", "megatron")):
+            (packages / path.name).symlink_to(path)
+    (tmp_path / "script.py").write_text(WITHOUT_RANKS)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{packages}"}
+    command = [sys.executable, "-S", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    missing = [line for line in done.stdout.splitlines() if line.startswith("MISSING")]
+    assert len(missing) == 2 and all("pip install deepspeed" in line for line in missing)
+    assert "pretraining: tp 1" in done.stdout and "this program's reading" in done.stdout
+    assert done.stdout.splitlines()[-1] == "VERIFIED 0"
 
 
 def test_bash_completes_commands_options_and_keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import random
 import shlex
@@ -46,6 +47,9 @@ def check_processes(args: argparse.Namespace) -> None:
 
 def launch(name: str, args: argparse.Namespace, arguments: Sequence[str]) -> NoReturn:
     """Replaces this process by DeepSpeed's launcher of `args.processes` processes of the subcommand `name`."""
+    for package in ("deepspeed", "megatron"):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
     words = [*shlex.split(launcher_command(args.processes)), "megatron_ligo", name, *arguments]
     os.execv(sys.executable, words)

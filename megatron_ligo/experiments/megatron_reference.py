@@ -20,7 +20,6 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common import library_log
 from megatron_ligo.common.errors import CheckpointError, Problem
-from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.sharding.fused_tensors import stored_tensors
 
 NUMBERS = (bool, int, float, type(None))
@@ -58,6 +57,9 @@ def compute_megatron_logits(reader: Reader, args: Mapping[str, object], inputs: 
 
 
 def _compute(path: str, format_name: str, accepted: tuple, args: dict[str, object], inputs: Tensor) -> Tensor:
+    # Imported late: needs DeepSpeed and Megatron-core.
+    from megatron_ligo.distributed import mesh as meshes
+
     torch.set_num_threads(1)
     reader = formats.open(path, format_name, accepted)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

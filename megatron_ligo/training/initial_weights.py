@@ -21,7 +21,6 @@ from megatron_ligo.config.run_config import SCRATCH, ParallelSection, RunConfig
 from megatron_ligo.export import provenance
 from megatron_ligo.growth.validation import derive_large_config
 from megatron_ligo.models.full import parameters
-from megatron_ligo.models.mcore.layer_spec import check_supported
 from megatron_ligo.sharding.tensor_parallel import check_tp
 
 log = logging.getLogger(__name__)
@@ -77,6 +76,9 @@ def find_initial_weights(config: RunConfig) -> InitialWeights:
     start = replace(start, model_config=_drop_untrained_parts(start.model_config))
     if section.fresh_head:
         start = _add_head(start)
+    # Imported late: sizes are read without Megatron-core.
+    from megatron_ligo.models.mcore.layer_spec import check_supported
+
     check_supported(start.model_config)
     check_layout(start.model_config, section.parallel, start.model_config.tokens_per_sample(config.data.seq_length))
     return start

@@ -19,7 +19,6 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_ligo.common import terminal_stream
 from megatron_ligo.common.atomic_files import fsync_descriptor, parse_json, read_text, write_bytes
 from megatron_ligo.common.errors import CheckpointError, Problem
-from megatron_ligo.distributed import device
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +236,9 @@ class ProgressLine:
 
 def peak_memory_bytes() -> int:
     """Returns the peak memory of this process in bytes: allocated on its GPU, or resident on a CPU."""
+    # Imported late: a report reads metrics without DeepSpeed.
+    from megatron_ligo.distributed import device
+
     if not device.is_cpu():
         return int(device.get_accelerator().max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():

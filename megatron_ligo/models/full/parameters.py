@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Role, Use
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
 from megatron_ligo.common.seeding import seeded_generator
-from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.growth.codes.codes_file import read_codes
 from megatron_ligo.sharding import fused_tensors
 from megatron_ligo.sharding.fused_tensors import StoredTensor
+
+if TYPE_CHECKING:
+    from megatron_ligo.distributed.mesh import Mesh
 
 TensorReader = Callable[[str], Tensor]  # canonical key -> canonical tensor
 
