@@ -51,6 +51,16 @@ OWN = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
         "query_scaling_beta": 0.5,
     },
+    "ernie4_5": {"arch": "ernie4_5"},
+    "gemma": {"arch": "gemma", "activation": "gelu_pytorch_tanh"},
+    "exaone4": {
+        "arch": "exaone4",
+        "sliding_window": 5,
+        "window_layers": (True, False, True),
+        "rope_layers": (True, False, True),
+        # The norms of heads and of features share it, and a tiny model's queries are small.
+        "norm_eps": 1e-9,
+    },
     "opt": {
         "arch": "opt",
         "activation": "relu",
@@ -61,7 +71,7 @@ OWN = {
     },
 }
 # Layers that differ.
-PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3")
+PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4")
 # LayerNorms keep their mean and variance at whole multiples of hidden_size only.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
 DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}

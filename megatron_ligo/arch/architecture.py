@@ -47,6 +47,7 @@ class Architecture:
     fused_experts: {name of a tensor that holds a layer's experts in Hugging Face's files: the roles of its parts}.
     expert_types: `model_type` of a dense model -> the `model_type` of the same network with experts.
     hf_rope_by_layer_type: rotary positions are stated apart for layers with the window and for the others.
+    rotates_in_windows_only: in a model with a window, layers without it have no rotary positions.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
     choices: {field: supported values}.
     hf_aliases: {config key: the key in `hf_fields` that transformers also reads under this name}.
@@ -76,6 +77,7 @@ class Architecture:
     foreign_hf_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_pattern_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_rope_by_layer_type: bool = False
+    rotates_in_windows_only: bool = False
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
     gguf_network: GgufNetwork = field(default_factory=GgufNetwork)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
@@ -124,6 +126,11 @@ class Architecture:
     def normalises_all_heads(self) -> bool:
         """True if the norm of queries (and of keys) is over all heads together."""
         return self.has_head_norms and self.get(Role.QUERY_NORM).axes[0].heads is Heads.Q
+
+    @property
+    def normalises_each_head(self) -> bool:
+        """True if there is a norm of each query head and of each key head."""
+        return self.has_head_norms and not self.normalises_all_heads
 
     @property
     def has_output_norms(self) -> bool:

@@ -117,6 +117,9 @@ MODELS = {
         {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
         | {"layer_norm_eps": 1e-3, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
     ),
+    "ernie4_5": ("Ernie4_5ForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
+    "gemma": ("GemmaForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
+    "exaone4": ("Exaone4ForCausalLM", CAUSAL_SIZES | {"sliding_window": 7, "sliding_window_pattern": 2}),
     "opt": (
         "OPTForCausalLM",
         {

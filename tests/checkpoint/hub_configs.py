@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.checkpoint.decoder_hub_configs import DECODERS
+
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
     "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
@@ -119,4 +121,5 @@ CONFIGS = {
     "RoBERTa": (ROBERTA, {"position_padding": 1, "num_token_types": 1}),
     "ViT": (VIT, {"vocab_size": 3, "max_positions": 197}),
     "DeiT": (DEIT, {"vocab_size": 2, "max_positions": 578}),
+    **DECODERS,
 }

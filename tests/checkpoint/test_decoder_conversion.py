@@ -39,6 +39,20 @@ def test_there_and_back(tmp_path, family, tied):
         assert torch.equal(verify.compute_logits(formats.open(tmp_path / "mcore"), ids), network(ids)[0])
 
 
+def test_megatron_s_arguments_state_the_norms_of_heads(tmp_path):
+    """Megatron-LM builds no norms of heads without them, and a checkpoint that denies them is refused."""
+    layer_norm_models.model_of(decoder_models.config_of("qwen3")).save_pretrained(tmp_path / "a")
+    convert(formats.open(tmp_path / "a"), tmp_path / "m", "mcore")
+    args = formats.open(tmp_path / "m").run_arguments
+    assert (args["qk_layernorm"], args["normalization"], args["swiglu"]) == (True, "RMSNorm", True)
+    path = tmp_path / "m" / "release" / "common.pt"
+    state = torch.load(path, weights_only=False)
+    state["args"].qk_layernorm = False
+    torch.save(state, path)
+    with pytest.raises(LigoError, match="qk_layernorm: expected True, found False"):
+        formats.open(tmp_path / "m")
+
+
 @pytest.mark.parametrize("family", decoder_models.OWN)
 def test_meta_s_format_is_refused_by_name(tmp_path, family):
     layer_norm_models.model_of(decoder_models.config_of(family)).save_pretrained(tmp_path / "a")

@@ -42,7 +42,7 @@ def small_dims(changes: dict) -> ModelConfig:
         )
     if changes["arch"] in decoder_models.OWN:
         own = {k: v for k, v in changes.items() if k != "arch"}
-        return decoder_models.config_of(changes["arch"], **SMALL, **own)
+        return decoder_models.config_of(changes["arch"], **{**SMALL, **own})
     if changes["arch"] in layer_pattern_models.OWN:
         sizes = {**SMALL, **{name: value for name, value in changes.items() if name != "arch"}}
         return layer_pattern_models.config_of(changes["arch"], **sizes)

@@ -10,6 +10,7 @@ from tests.models.factored.test_exactness import assert_exact, differences
 PATTERN_GROWTH = {
     "starcoder2": {"hidden_size": 64},
     "stablelm": {"hidden_size": 64},
+    "phi3": {"hidden_size": 64},
     "opt": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16, "max_positions": 80},
 }
 PATTERN_LAYOUTS = [

@@ -28,34 +28,39 @@ from tests.tiny_models import llama_config, tokens
 
 # A vocabulary of 37 is padded at any tp but 1.
 SIZES = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 5}
+# Of decoders on three ranks.
+ODD = {"num_heads": 6, "num_kv_heads": 3, "num_layers": 4, "head_dim": 6, "hidden_size": 36, "ffn_size": 33}
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "bert": "BertForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+}
 BATCH, LENGTH, STEPS = 8, 16, 5
 LR = {"adamw": 1e-2, "sgd": 0.5}
 CLIP, DECAY = 0.05, 0.1
 AUX_LOSS = 0.3  # of routers
 
 
-def sizes(tied: bool, family: str = "llama") -> ModelConfig:
+def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
     if family in ("vit", "deit"):
         # Labels are padded at tp 2; tokens are not: 10 and 6 of them.
         side = {"vit": 10, "deit": 7}[family]
         own = {"num_kv_heads": 8, "hidden_size": 32, "vocab_size": 7, "image_size": side}
         return image_models.image_config(family, **SIZES | own)
     if family in decoder_models.OWN:
-        return decoder_models.config_of(family, tied=tied, **SIZES, head_dim=4, hidden_size=32)
+        return decoder_models.config_of(
+            family, tied=tied, **ODD if odd else {**SIZES, "head_dim": 4, "hidden_size": 32}
+        )
     if family in ("mixtral", "qwen3_moe"):
         experts = {"num_experts": 6, "top_k": 2, "renormalises_routing": family == "mixtral"}
         return llama_config(arch=family, model_type=family, tied=tied, **SIZES | {"num_layers": 2}, **experts)
     if family in layer_pattern_models.OWN:
-        return layer_pattern_models.config_of(family, tied=tied, **SIZES, hidden_size=32)
+        return layer_pattern_models.config_of(family, tied=tied, **ODD if odd else {**SIZES, "hidden_size": 32})
     if family != "llama":
-        names = {
-            "gpt2": "GPT2LMHeadModel",
-            "gpt_neox": "GPTNeoXForCausalLM",
-            "bert": "BertForMaskedLM",
-            "roberta": "RobertaForMaskedLM",
-        }
-        return config_of(family, names[family], tied=tied, **SIZES | {"num_kv_heads": 8, "hidden_size": 32})
-    return llama_config(tied=tied, **SIZES)
+        own = ODD | {"num_kv_heads": 6} if odd else SIZES | {"num_kv_heads": 8, "hidden_size": 32}
+        return config_of(family, CLASSES[family], tied=tied, **own)
+    return llama_config(tied=tied, **ODD if odd else SIZES)
 
 
 def decay_of(optimizer: str, family: str) -> float:
@@ -86,9 +91,11 @@ def micro(model_config, step: int, mesh, size: int) -> list[dict]:
     return [{"tokens": seen[part], "labels": message[part], "loss_mask": mask} for part in rows]
 
 
-def reference(tied: bool, optimizer: str = "adamw", family: str = "llama") -> list[tuple[float, float]]:
+def reference(
+    tied: bool, optimizer: str = "adamw", family: str = "llama", odd: bool = False
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of transformers' model under PyTorch's own optimizer, in one process."""
-    model_config = sizes(tied, family)
+    model_config = sizes(tied, family, odd)
     model = model_of(model_config)
     decay = decay_of(optimizer, family)
     if optimizer == "sgd":
@@ -133,9 +140,10 @@ def train(
     bf16=False,
     seed=7,
     family="llama",
+    odd=False,
 ) -> dict:
     """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
-    model_config = sizes(tied, family)
+    model_config = sizes(tied, family, odd)
     mesh = meshes.build_mesh(tp, pp, ep, cp)
     build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel, AUX_LOSS, ep)
     model = build_model(model_config, build, mesh, recompute)

@@ -48,6 +48,8 @@ def parse_patterns(
             errors.add(TYPES, f"{FULL} or {WINDOW} for each of {num_layers} layers", describe_value(types))
         else:
             patterns["window_layers"] = tuple(name == WINDOW for name in types)
+            if arch.rotates_in_windows_only:
+                patterns["rope_layers"] = patterns["window_layers"]
     if NO_ROPE in keys:
         flags = _list_of(config, NO_ROPE, where)
         if not isinstance(flags, list) or len(flags) < num_layers or not all(flag in (0, 1) for flag in flags):
@@ -73,7 +75,11 @@ def _check_one_type(config: Mapping, sizes: Mapping, errors: ErrorCollector) -> 
 def check_patterns(model_config: ModelConfig, arch: Architecture, errors: ErrorCollector) -> None:
     """Adds an error for each pattern of a model that its `model_type` cannot state."""
     names = arch.hf_pattern_keys.get(model_config.model_type, ())
-    for field, key in (("window_layers", TYPES), ("rope_layers", NO_ROPE)):
+    if arch.rotates_in_windows_only:
+        expected = model_config.window_layers
+        if model_config.rope_layers != expected:
+            errors.add("rope_layers", f"{expected}, the layers with a window", model_config.rope_layers)
+    for field, key in (("window_layers", TYPES), ("rope_layers", TYPES if arch.rotates_in_windows_only else NO_ROPE)):
         if getattr(model_config, field) is not None and key not in names:
             errors.add(field, "the same in every layer", describe_value(getattr(model_config, field)))
     if model_config.query_scaling_beta and not arch.scales_queries:
@@ -95,7 +101,8 @@ def to_pattern_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, 
         FIRST_WINDOW: windows.index(True) if any(windows) else model_config.num_layers,
     }
     stated = {key: value for key, value in values.items() if key in names}
-    if TYPES in names and USE_WINDOW not in names and model_config.sliding_window is None:
+    is_built_anyway = TYPES in names and USE_WINDOW not in names and not arch.rotates_in_windows_only
+    if is_built_anyway and model_config.sliding_window is None:
         # These classes of transformers build the window's mask whether a layer has it or not.
         stated["sliding_window"] = model_config.max_positions
     return stated

@@ -225,7 +225,7 @@ def _check_family(values: Mapping[str, object], arch: Architecture, errors: Erro
         "gated_linear_unit": (arch.is_gated, None),
         "activation_func": SILU if arch.is_gated else GELU,
         "add_bias_linear": (arch.has_linear_biases, None),
-        "qk_layernorm": (True, None) if arch.has_head_norms and not arch.normalises_all_heads else argument_keys.OFF,
+        "qk_layernorm": (arch.normalises_each_head, None),
     }
     if arch.is_gated:
         known["openai_gelu"] = argument_keys.OFF

@@ -120,7 +120,7 @@ def to_megatron_args(
     return Namespace(
         **common,
         **LLAMA_ARGS,
-        qk_layernorm=architectures.get(model_config.arch).has_head_norms,
+        qk_layernorm=architectures.get(model_config.arch).normalises_each_head,
         **expert_arguments.to_expert_args(model_config, ep),
         **rope_arguments.to_rope_args(model_config),
     )

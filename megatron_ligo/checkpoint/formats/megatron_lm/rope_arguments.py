@@ -120,7 +120,7 @@ def has_llama_layers(model_config: ModelConfig) -> bool:
     """True if a model's layers are Llama's but for norms of each head, experts, and which have a window or rotary
     positions."""
     arch, llama = architectures.get(model_config.arch), architectures.get("llama")
-    own = (Role.QUERY_NORM, Role.KEY_NORM) if not arch.normalises_all_heads else ()
+    own = (Role.QUERY_NORM, Role.KEY_NORM) if arch.normalises_each_head else ()
     own += (Role.ROUTER, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
     names = {param.locations["mcore"].name for param in arch.params if param.role not in own}
     factors = model_config.embedding_multiplier, model_config.residual_multiplier, model_config.logits_divisor
