@@ -174,6 +174,13 @@ def attention_factor(scaling: Mapping | None) -> float:
     return rule(scaling) if stated is None else float(stated)
 
 
+def follows_from_lengths(scaling: Mapping, max_positions: int) -> bool:
+    """True if a normalised longrope is scaled as its two lengths say, whatever factors it states besides."""
+    factor = max_positions / scaling[ORIGINAL_LENGTH]
+    derived = _longrope_attention_factor({**scaling, "factor": factor})
+    return scaling["factor"] == factor and math.isclose(derived, attention_factor(scaling))
+
+
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:
     """Returns YaRN's factor on cos and sin for a context that is `factor` times as long."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

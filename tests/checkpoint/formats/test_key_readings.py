@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import Phi3Config
@@ -52,6 +54,22 @@ def test_phi3_takes_its_own_length_and_names(name, top_level):
         computed = rotary_frequencies(ours, length)
         assert torch.allclose(computed, expected, rtol=1e-6), length
         assert ours.rope_scaling["attention_factor"] == pytest.approx(factor)
+
+
+def test_phi3s_longrope_is_written_as_transformers_4_takes_it():
+    """Its class there refuses a scaling of other than three keys; a factor that lengths do not give needs more."""
+    factors = {"short_factor": [1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0]}
+    config = PHI3 | {"rope_scaling": {"type": "su", **factors}, "original_max_position_embeddings": 16}
+    ours = config_json.parse_model_config(config, "config.json")
+    written = config_json.to_hf_config(ours, {}, torch.float32)
+    assert written["rope_scaling"] == {"type": "longrope", **factors}
+    assert config_json.parse_model_config(written, "config.json") == ours
+    theirs = Phi3Config(**{key: value for key, value in written.items() if key != "model_type"})
+    assert ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu", seq_len=9)[1] == ours.rope_scaling["attention_factor"] > 1
+    stated = replace(ours, rope_scaling={**ours.rope_scaling, "attention_factor": 1.5})
+    written = config_json.to_hf_config(stated, {}, torch.float32)
+    assert written["rope_scaling"]["attention_factor"] == 1.5
+    assert config_json.parse_model_config(written, "config.json") == stated
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "proportional"])

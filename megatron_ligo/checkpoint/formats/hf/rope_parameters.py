@@ -126,7 +126,11 @@ def to_rope_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, obj
     if rope_scaling.scaling_kind(scaling) != "longrope":
         return {}
     # transformers 4 chooses between the two lists by this key alone.
-    return {rope_scaling.ORIGINAL_LENGTH: scaling[rope_scaling.ORIGINAL_LENGTH]}
+    keys = {rope_scaling.ORIGINAL_LENGTH: scaling[rope_scaling.ORIGINAL_LENGTH]}
+    if arch.rope_kinds and rope_scaling.follows_from_lengths(scaling, model_config.max_positions):
+        # Phi-3's class of transformers 4 takes these three and no other key.
+        keys[SCALING] = {"type": "longrope", **{name: scaling[name] for name in rope_scaling.LISTS}}
+    return keys
 
 
 def _as_linear(scaling: dict) -> dict:
