@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_ligo.arch import get
 from megatron_ligo.arch.rope_frequencies import rotary_frequencies
@@ -33,6 +34,20 @@ ROTARY = ("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2", "smollm3", "
 def test_a_base_of_null_is_refused(model_type):
     with pytest.raises(CheckpointError, match="rope_theta: expected a positive number, found null"):
         config_json.parse_model_config({"model_type": model_type, "rope_theta": None}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "field"),
+    [
+        ("granite", "attention_multiplier", "attention_scale"),
+        ("gemma2", "query_pre_attn_scalar", "attention_scale_dim"),
+    ],
+)
+def test_a_scale_of_null_is_refused(model_type, key, field):
+    """transformers' class refuses it; it is not the usual scale."""
+    config = {**CONFIG_MAPPING[model_type]().to_dict(), key: None}
+    with pytest.raises(CheckpointError, match=f"{field}: expected a positive"):
+        config_json.parse_model_config(config, "config.json")
 
 
 def test_a_fraction_of_null_is_refused():

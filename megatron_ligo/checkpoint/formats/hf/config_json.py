@@ -43,8 +43,10 @@ MAY_BE_ZERO = ("num_token_types", "position_padding", "position_offset", "query_
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")
-# None means a family without images, or without padding among its positions: other families must state them.
-NEVER_NULL = ("image_size", "patch_size", "num_channels", "position_padding")
+# None means a family without images, padding among its positions or a scale of its own: other families must state them.
+NEVER_NULL = (
+    "image_size", "patch_size", "num_channels", "position_padding", "attention_scale", "attention_scale_dim",
+)  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
