@@ -22,6 +22,9 @@ class JsonRecord:
     def number(self, *keys: str) -> float | None:
         return self._get(keys, (int, float), "a number")
 
+    def count(self, *keys: str) -> int | None:
+        return self._get(keys, int, "a whole number")
+
     def text(self, *keys: str) -> str | None:
         return self._get(keys, str, "text")
 

@@ -158,7 +158,7 @@ def _read_fit(folder: Path, record: JsonRecord, metrics: list[dict], errors: Err
         "fit",
         model_config=model_config,
         initialised_by=_describe_initialisation(record.table("settings")),
-        evaluation_set=_parse_evaluation_set(record, model_config, record.number("config", "data", "seq_length")),
+        evaluation_set=_parse_evaluation_set(record, model_config, record.count("config", "data", "seq_length")),
         losses=_drop_missing(losses),
         metrics=metrics,
         peak_memory=_read_peak_memory(record),
@@ -183,7 +183,7 @@ def _read_handoff(folder: Path, errors: ErrorCollector) -> RecordedRun | None:
         model_config=model_config,
         initialised_by=_describe_operator(record),
         evaluation_set=_parse_evaluation_set(
-            record, model_config, record.number("fit", "config", "data", "seq_length"), "fit"
+            record, model_config, record.count("fit", "config", "data", "seq_length"), "fit"
         ),
         losses=_drop_missing(losses),
         record=record.fields,
@@ -201,7 +201,7 @@ def _read_pretraining(folder: Path, record: JsonRecord, metrics: list[dict], err
         "pretraining",
         model_config=model_config,
         initialised_by=Path(start).name if start and start != SCRATCH else "fresh weights",
-        evaluation_set=_parse_evaluation_set(record, model_config, record.number("run", "data", "seq_length")),
+        evaluation_set=_parse_evaluation_set(record, model_config, record.count("run", "data", "seq_length")),
         losses=_drop_missing(losses),
         metrics=metrics,
         peak_memory=_read_peak_memory(record),
@@ -292,17 +292,17 @@ def _parse_model_config(record: JsonRecord, key: str) -> ModelConfig | None:
 
 
 def _parse_evaluation_set(
-    record: JsonRecord, model_config: ModelConfig | None, seq_length: float | None, *where: str
+    record: JsonRecord, model_config: ModelConfig | None, seq_length: int | None, *where: str
 ) -> EvaluationSet | None:
-    samples, digest = record.number(*where, "eval", "samples"), record.text(*where, "eval", "digest")
+    samples, digest = record.count(*where, "eval", "samples"), record.text(*where, "eval", "digest")
     if samples is None or digest is None:
         return None
     if seq_length is None:
-        return EvaluationSet(int(samples), digest)
+        return EvaluationSet(samples, digest)
     return EvaluationSet(
-        int(samples),
+        samples,
         digest,
-        int(seq_length) if model_config is None else model_config.tokens_per_sample(int(seq_length)),
+        seq_length if model_config is None else model_config.tokens_per_sample(seq_length),
     )
 
 

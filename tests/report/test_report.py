@@ -293,6 +293,13 @@ def test_invalid_metrics_are_refused(tmp_path, line):
     assert any("metrics.jsonl" in problem for problem in error.value.problems)
 
 
+@pytest.mark.parametrize("samples", ["Infinity", "NaN", "2.5", "true"])
+def test_samples_are_counted_in_whole_numbers(tmp_path, samples):
+    (tmp_path / "pretrain.json").write_text(f'{{"eval": {{"samples": {samples}, "digest": "0"}}}}')
+    with pytest.raises(CheckpointError, match=r"pretrain\.json: eval\.samples: expected a whole number"):
+        read_runs([tmp_path])
+
+
 def test_runs_of_one_name_get_the_parent_folder(tmp_path):
     for name in ("a", "b"):
         write_steps(tmp_path / name / "run", 1, 1e6)
