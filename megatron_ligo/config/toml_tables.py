@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -39,6 +41,16 @@ def parse_value(text: str) -> object:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         return text
+
+
+def format_value(value: object) -> str:
+    """Returns a text, number, truth value or list of such as TOML."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(format_value, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}"
+    # As JSON, but for characters that JSON writes as two, and the one control character that it does not escape.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:

@@ -8,7 +8,6 @@ OUTPUT/report                                   one page: loss against cumulativ
 from __future__ import annotations
 
 import ctypes
-import json
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.common.folder_kinds import CHAIN, check_output
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
 from megatron_ligo.config.run_identity import CHANGEABLE_KEYS, add_differences, run_identity
-from megatron_ligo.config.toml_tables import read_toml
+from megatron_ligo.config.toml_tables import format_value, read_toml
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import chain, provenance
 from megatron_ligo.export.pretrain_record import read_pretrain_record
@@ -235,8 +234,8 @@ def _run_stage(stage: GrowthStage, log_line: Callable[[str], None], options: lis
 
 
 def _to_toml(sections: dict) -> str:
-    """Writes a config as TOML with dotted keys. JSON's plain values are valid TOML; None is left out."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in _dotted_keys(sections))
+    """Writes a config as TOML with dotted keys; None is left out."""
+    return "".join(f"{key} = {format_value(value)}\n" for key, value in _dotted_keys(sections))
 
 
 def _dotted_keys(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

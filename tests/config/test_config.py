@@ -1,9 +1,11 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.config import toml_tables
 from megatron_ligo.config.run_config import OperatorSection, RunConfig, value_for_space
 from megatron_ligo.config.typed_toml import describe_type, iterate_settings
 
@@ -167,3 +169,10 @@ def test_unreadable_files_are_refused(tmp_path):
     assert "line 1" in load_problems(path=broken)[f"config {broken}"].found
     broken.write_bytes(b"\xff\xfe")
     assert list(load_problems(path=broken)) == [f"config {broken}"]
+
+
+@pytest.mark.parametrize(
+    "value", ['a "b"\n\t\\ \x1b\x7fé😀', True, 3, 1e-300, math.inf, -math.inf, ["😀", 1], []], ids=repr
+)
+def test_a_written_value_is_read_as_it_was(value):
+    assert toml_tables.parse_value(toml_tables.format_value(value)) == value

@@ -40,6 +40,14 @@ def write_config(*words: str) -> argparse.Namespace:
     return args
 
 
+def test_a_folder_of_any_name(tmp_path):
+    small, file = tmp_path / 'a "b"\n[large]\n\x1b\x7f😀', tmp_path / "run.toml"
+    hf_llama(SMALL).save_pretrained(small)
+    write_config(str(small), "--to", "1M", "--output", str(file), "--data", f"{small}/data")
+    config = RunConfig.load(file)
+    assert config.small.path == f"{small}" and config.data.train == (f"{small}/data/train",)
+
+
 def test_the_file_is_a_config_with_its_plan(tmp_path, capsys):
     hf_llama(SMALL).save_pretrained(tmp_path / "small")
     file = tmp_path / "run.toml"

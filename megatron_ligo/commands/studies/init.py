@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from megatron_ligo import cli
 from megatron_ligo.common.atomic_files import write_bytes
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.common.nvidia_driver import DRIVER_VERSION
+from megatron_ligo.common.terminal_text import one_line
+from megatron_ligo.config.toml_tables import format_value
 
 EXAMPLE = """
 ligo init models/small --to 1.3B --data runs/data
@@ -99,18 +100,18 @@ def run(args: argparse.Namespace) -> None:
     sizes = {name: value for name, value in vars(section).items() if value is not None}
     dp = args.world // args.tp
     text = TEMPLATE.format(
-        small=args.small,
-        small_path=json.dumps(args.small),
+        small=one_line(args.small),
+        small_path=format_value(args.small),
         small_count=format_count(count_model(small)),
         large_count=format_count(count_model(derive_large_config(small, section))),
         sizes="\n".join(f"{name} = {value}  # {getattr(small, name)}" for name, value in sizes.items()),
-        config=args.output,
+        config=one_line(args.output),
         batch=-(-8 // dp) * dp,
         precision="bf16" if DRIVER_VERSION.is_file() else "fp32",
         tp=args.tp,
-        data=args.data,
-        train=json.dumps(f"{args.data}/train"),
-        valid=json.dumps(f"{args.data}/valid"),
+        data=one_line(args.data),
+        train=format_value(f"{args.data}/train"),
+        valid=format_value(f"{args.data}/valid"),
         length=min(1024, small.max_positions),
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
