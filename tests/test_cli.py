@@ -104,6 +104,37 @@ def test_sigterm_exits_with_143(tmp_path, work, message):
     assert code == 143 and err.startswith(message) and err.count("\n") == 1
 
 
+def test_a_rank_whose_launcher_died_before_it_had_started_ends(tmp_path):
+    """As by SIGTERM: nothing would tell it later."""
+    ended = tmp_path / "ended"
+    body = f"import sys; sys.stderr = open({str(ended)!r}, 'w', buffering=1); time.sleep(60)"
+    script = write_script(tmp_path, body)
+    script.write_text("import os, time\nwhile os.getppid() != 1:\n    time.sleep(0.05)\n" + script.read_text())
+    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, {str(script)!r}, '--local_rank=0'])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0"}
+    subprocess.run([sys.executable, "-c", launcher], env=env, timeout=200, check=True)
+    deadline = time.monotonic() + 60
+    while not (ended.is_file() and ended.read_text() == "SIGTERM: ended.\n") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ended.read_text() == "SIGTERM: ended.\n"
+
+
+def test_closed_descriptors_are_no_files_of_ours(tmp_path):
+    """The output of a library would go into the first file that is opened."""
+    file = tmp_path / "file"
+    body = f"""
+        import os
+        file = open({str(file)!r}, "w")
+        for number in (1, 2):
+            os.write(number, b"noise")
+        file.write(str(file.fileno()))
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, str(write_script(tmp_path, body))]
+    assert subprocess.run(words, env=env, timeout=200, check=False).returncode == 0
+    assert int(file.read_text()) > 2
+
+
 def test_a_closed_terminal_ends_like_sigterm(tmp_path):
     """Unless `nohup` has had it ignored."""
     process = start(write_script(tmp_path, "print('ready', flush=True); time.sleep(60)"))

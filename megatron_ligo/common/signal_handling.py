@@ -23,6 +23,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The time that the process has to exit after a signal that is not deferred.
 EXIT_SECONDS = 10.0
 LAUNCHER_MODULE, RUNNER_COMMAND = b"deepspeed.launcher.launch", b"deepspeed"
+# The pid of no process.
+GONE = 0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -120,15 +122,28 @@ def _exit_after(seconds: float, signum: int) -> NoReturn:
 
 
 def _launcher_parents() -> list[tuple[int, int]]:
-    """Returns (pid, parent's pid) of this process and of its launcher. A changed parent: the launcher is gone."""
+    """Returns (pid, parent's pid) of this process and of its launcher. A changed parent: the launcher is gone.
+
+    A launcher that has died while this process started has left it to process 1.
+    """
     if "RANK" not in os.environ:
         return []
     launcher = os.getppid()
+    if _is_adopted(launcher) and any(word.startswith("--local_rank=") for word in sys.argv):
+        return [(os.getpid(), GONE)]
     parents = [(os.getpid(), launcher)]
     runner = _parent_pid(launcher)
-    if LAUNCHER_MODULE in _command_line(launcher) and runner is not None and RUNNER_COMMAND in _command_line(runner):
-        parents.append((launcher, runner))
+    if LAUNCHER_MODULE in _command_line(launcher) and runner is not None:
+        if RUNNER_COMMAND in _command_line(runner):
+            parents.append((launcher, runner))
+        elif _is_adopted(runner):
+            parents.append((launcher, GONE))
     return parents
+
+
+def _is_adopted(parent: int) -> bool:
+    # In a container a launcher may be process 1.
+    return parent == 1 and not any(name in _command_line(parent) for name in (RUNNER_COMMAND, b"torch", b"launch"))
 
 
 def _command_line(pid: int) -> bytes:

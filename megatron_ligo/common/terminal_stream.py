@@ -62,7 +62,21 @@ class TerminalStream:
 
 def install() -> None:
     """Replaces stdout and stderr, before logging is set up."""
+    _open_closed_descriptors()
     sys.stdout, sys.stderr = TerminalStream(sys.stdout), TerminalStream(sys.stderr)  # type: ignore[assignment]
+
+
+def _open_closed_descriptors() -> None:
+    """Opens /dev/null where a descriptor was closed: the next file would get its number, and a library's output."""
+    for number, mode in ((0, "r"), (1, "w"), (2, "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number.
+            os.open(os.devnull, os.O_RDWR)
+        name = ("stdin", "stdout", "stderr")[number]
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - for the life of the process
 
 
 def raw_stream(stream: IO[str]) -> IO[str]:

@@ -261,10 +261,19 @@ def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, generator: random.Ra
     code = run.wait(120)
     _, alive = psutil.wait_procs(processes, timeout=120)
     if alive or code is None:
+        names = [_describe_process(process) for process in alive]
         for process in alive:
             process.kill()
-        raise CheckpointError(Problem(how, "all processes to end within 120 s", f"{len(alive)} still running"))
+        raise CheckpointError(Problem(how, "all processes to end within 120 s", f"{names} of {len(processes)}"))
     return True
+
+
+def _describe_process(process: psutil.Process) -> str:
+    """Returns which of a run's processes it is, and what it does."""
+    with suppress(psutil.Error, OSError):
+        waits_in = Path(f"/proc/{process.pid}/wchan").read_text()
+        return f"{process.pid} ({process.status()} in {waits_in}): {' '.join(process.cmdline())}"
+    return f"{process.pid}: ended meanwhile"
 
 
 def _log_hint(output: Path) -> str:
