@@ -47,6 +47,27 @@ def test_convert(run_bench, tmp_path):
     assert list((tmp_path / "disk").iterdir()) == []
 
 
+def test_families(run_bench, tmp_path):
+    """A layout whose test failed is not on the page."""
+    report, page = tmp_path / "report.xml", tmp_path / "page.md"
+    test = "test_other_decoders_are_exact_when_sharded"
+    report.write_text(
+        f"""<testsuites><testsuite>
+        <testcase name="{test}[qwen3-4-{{'tp': 2, 'pp': 2, 'sequence_parallel': True}}]"/>
+        <testcase name="{test}[qwen3-4-{{'tp': 2, 'zero': 3}}]"><failure message="x"/></testcase>
+        <testcase name="{test}[granite-2-{{'tp': 2}}]"/></testsuite></testsuites>"""
+    )
+    options = ("--family", "qwen3", "--tests", report, "--page", page, "--folder", tmp_path / "disk")
+    text = run_bench("families", *options, "--output", tmp_path / "out.json")
+    (family,) = json.loads((tmp_path / "out.json").read_text())["families"].values()
+    assert family["gap"] < 1e-5
+    assert {"hf", "mcore", "megatron", "universal"} <= set(family["there_and_back"])
+    assert set(family["refused"]) == {"fairscale", "torchtitan"}
+    assert (family["fit"], family["pretraining"]) == (["TP2 PP2 SP"], [])
+    assert "| qwen3 | " in page.read_text() and "TP2 PP2 SP" in page.read_text()
+    assert "qwen3" in text
+
+
 def test_grow(run_bench, tmp_path):
     sizes = ("--gb", 0.005, "--repeats", 1, "--threads", 1)
     output = tmp_path / "results.json"
