@@ -1,4 +1,4 @@
-"""Tiny random image classifiers of the real Hugging Face classes, ViT and DeiT. All sizes differ."""
+"""Tiny random image classifiers of the real Hugging Face classes: ViT, DeiT and DINOv2. All sizes differ."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from pathlib import Path
 import torch
 
 from megatron_ligo.arch import architectures, get
-from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
+from megatron_ligo.arch.model_config import ModelConfig, positions_per_image
 from tests.layer_norm_models import model_of
 
-CLASSES = [(family, name) for family in ("vit", "deit") for name in architectures()[family].model_types[family]]
+# Name of a case: the family, and the fields of ModelConfig in which it differs.
+OWN = {
+    "vit": ("vit", {}),
+    "deit": ("deit", {"has_distillation": True}),
+    "dinov2": ("dinov2", {"ffn_size": 48, "qkv_bias": True, "has_mask_token": True}),
+    "dinov2 with a gate": ("dinov2", {"ffn_size": 32, "has_gate": True, "activation": "silu"}),
+    "dinov2_with_registers": ("dinov2_with_registers", {"ffn_size": 72, "qkv_bias": True, "num_registers": 3}),
+}
+CLASSES = [(case, name) for case, (family, _) in OWN.items() for name in architectures()[family].model_types[family]]
 # 10 pixels per side and patches of 3: the last pixel is not read.
 SIZES = {
     "num_layers": 3,
@@ -28,15 +36,16 @@ SIZES = {
 }
 
 
-def image_config(family: str = "vit", name: str = "", **changes) -> ModelConfig:
+def image_config(case: str = "vit", name: str = "", **changes) -> ModelConfig:
     """Returns the sizes of a model. name: its Hugging Face class, by default the classifier."""
+    family, own = OWN[case]
     arch = get(family)
     parts = {
         part: part in arch.model_types[family][name or next(iter(arch.model_types[family]))]
         for part in arch.optional_parts(family)
     }
-    sizes = {**SIZES, **parts, "has_distillation": family == "deit", **changes}
-    positions = tokens_per_image(sizes["image_size"], sizes["patch_size"], sizes["has_distillation"])
+    sizes = {**SIZES, **parts, **own, **changes}
+    positions = positions_per_image(sizes["image_size"], sizes["patch_size"], case == "deit")
     return ModelConfig(arch=family, model_type=family, max_positions=positions, **sizes)
 
 

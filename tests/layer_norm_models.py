@@ -98,6 +98,7 @@ def _random(network: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for path, parameter in network.named_parameters():
             gain = path.endswith("weight") and ("norm" in path.lower() or ".ln_" in f".{path}")
+            gain = gain or path.endswith("lambda1")
             parameter.uniform_(0.5, 1.5) if gain else parameter.normal_(0, 0.15)
     return network
 
@@ -167,9 +168,10 @@ def built(source: Reader) -> torch.nn.Module:
     tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118
     network = model_of(source.model_config).to(next(iter(tensors.values())).dtype)
     state = state_of(source.arch, source.model_config, tensors)
-    if source.model_config.num_experts:
-        # In memory the experts are one tensor, into which transformers copies those of files.
-        return type(network).from_pretrained(None, config=network.config, state_dict=state).eval()
+    if source.model_config.num_experts or source.model_config.has_gate:
+        # In memory tensors are fused or divided that are not in files: transformers does it.
+        dtype = network.dtype
+        return type(network).from_pretrained(None, config=network.config, state_dict=state, dtype=dtype).eval()
     network.load_state_dict(in_memory(network, state))
     return network
 

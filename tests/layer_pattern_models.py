@@ -46,6 +46,22 @@ OWN = {
         # The norms of heads and of features share it.
         "norm_eps": 1e-7,
     },
+    "modernbert": {
+        "arch": "modernbert",
+        "activation": "gelu",
+        "sliding_window": 3,
+        "window_layers": (False, True, True),
+        "window_rope_base": 500.0,
+        "head_bias": True,
+    },
+    "modernbert with biases": {
+        "arch": "modernbert",
+        "activation": "gelu",
+        "sliding_window": 4,
+        "window_layers": (False, True, False),
+        "window_rope_base": 500.0,
+        **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias", "norm_bias", "head_transform_bias"), True),
+    },
     "ministral3": {
         "arch": "ministral3",
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
@@ -71,11 +87,14 @@ OWN = {
     },
 }
 # Layers that differ.
-PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4")
+PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4", "modernbert")
 # LayerNorms keep their mean and variance at whole multiples of hidden_size only.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
 DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}
-GROWTH = dict.fromkeys(OWN, RAGGED) | {"starcoder2": DOUBLE, "stablelm": DOUBLE, "opt": {**DOUBLE, "num_kv_heads": 12}}
+# Without grouped-query attention.
+FULL_HEADS = ("opt", "modernbert")
+GROWTH = dict.fromkeys(OWN, RAGGED) | {"starcoder2": DOUBLE, "stablelm": DOUBLE}
+GROWTH |= {case: {**DOUBLE, "num_kv_heads": 12} for case in OWN if OWN[case]["arch"] in FULL_HEADS}
 
 
 def config_of(case: str, **changes) -> ModelConfig:
@@ -85,6 +104,6 @@ def config_of(case: str, **changes) -> ModelConfig:
     for name in ("window_layers", "rope_layers"):
         if name in own:
             sizes[name] = tuple(own[name][layer % 3] for layer in range(sizes["num_layers"]))
-    if own["arch"] == "opt":
+    if own["arch"] in FULL_HEADS:
         sizes["num_kv_heads"] = sizes["num_heads"]
     return ModelConfig(**sizes)

@@ -8,9 +8,10 @@ from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
 
+from megatron_ligo.arch.ffn_ratio import ffn_ratio_of
 from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes
-from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Stage, key_indices, key_pattern
+from megatron_ligo.arch.spec import OUTPUT_SCALES, Axis, Heads, ParamSpec, Role, Stage, key_indices, key_pattern
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 
 
@@ -48,7 +49,12 @@ class Architecture:
     expert_types: `model_type` of a dense model -> the `model_type` of the same network with experts.
     hf_rope_by_layer_type: rotary positions are stated apart for layers with the window and for the others.
     rotates_in_windows_only: in a model with a window, layers without it have no rotary positions.
+    hf_window_both_ways: its config states twice the tokens before (and after) each one that a window reaches.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
+    ffn_ratio_key: the config key that states ffn_size as a multiple of hidden_size ("" = it states ffn_size).
+    gate_activation: that of an optional gate, whatever the config says.
+    antialiases_positions: its class interpolates the positions of larger images with antialiasing.
+    coupled_fields: `model_type` -> {field: the one whose value it has}, where one key states both.
     choices: {field: supported values}.
     hf_aliases: {config key: the key in `hf_fields` that transformers also reads under this name}.
     hf_fixed: config keys that are not written, with the values under which this definition applies.
@@ -83,7 +89,12 @@ class Architecture:
     refused_classes: Mapping[str, str] = field(default_factory=dict)
     fused_experts: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)
     expert_types: Mapping[str, str] = field(default_factory=dict)
+    hf_window_both_ways: bool = False
     implied_sizes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    ffn_ratio_key: str = ""
+    gate_activation: str = ""
+    antialiases_positions: bool = False
+    coupled_fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_aliases: Mapping[str, str] = field(default_factory=dict)
     hf_fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
@@ -138,19 +149,38 @@ class Architecture:
         return self.has(Role.ATTENTION_OUTPUT_NORM)
 
     @property
-    def is_gated(self) -> bool:
+    def starts_unnormalised(self) -> bool:
+        """True if the first layer's attention reads the stream as it is, and that of the others a norm of it."""
+        norm = self.find(Role.ATTENTION_NORM)
+        return norm is not None and norm.skips_first_layer
+
+    @property
+    def has_output_scales(self) -> bool:
+        """True if what a block returns is multiplied by a learned number for each feature (layer scale)."""
+        return any(map(self.has, OUTPUT_SCALES))
+
+    def is_gated(self, model_config: ModelConfig) -> bool:
         """True if the feed-forward block has a gate (SwiGLU)."""
-        return self.has(Role.FFN_GATE) or self.has(Role.EXPERT_GATE)
+        gates = (self.find(Role.FFN_GATE), self.find(Role.EXPERT_GATE))
+        return any(gate is not None and gate.exists(model_config) for gate in gates)
 
     @property
     def has_experts(self) -> bool:
         """True if a router chooses each token's feed-forward experts."""
         return self.has(Role.ROUTER)
 
-    @property
-    def has_linear_biases(self) -> bool:
+    def has_bias(self, role: Role, model_config: ModelConfig) -> bool:
+        """True if the module of a role has a bias in a model."""
+        params = (param for param in self.params if param.role is role and param.is_bias)
+        return any(param.exists(model_config) for param in params)
+
+    def has_norm_biases(self, model_config: ModelConfig) -> bool:
+        """True if the norms of a model add a bias."""
+        return self.has_bias(Role.FFN_NORM, model_config)
+
+    def has_linear_biases(self, model_config: ModelConfig) -> bool:
         """True if the output projections of attention and feed-forward have biases."""
-        return self.has(Role.ATTENTION_OUTPUT, bias=True)
+        return self.has_bias(Role.ATTENTION_OUTPUT, model_config)
 
     @property
     def has_learned_positions(self) -> bool:
@@ -191,9 +221,10 @@ class Architecture:
     def _params_by_role(self) -> Mapping[tuple[Role, bool], ParamSpec]:
         return MappingProxyType({(param.role, param.is_bias): param for param in self.params if not param.unread})
 
-    def layer_params(self, model_config: ModelConfig) -> list[ParamSpec]:
-        """Returns the parameters of each layer."""
-        return [param for param in self.params if param.in_layer and param.exists(model_config)]
+    def layer_params(self, model_config: ModelConfig, layer: int | None = None) -> list[ParamSpec]:
+        """Returns the parameters of one layer, or of any layer."""
+        params = [param for param in self.params if param.in_layer and param.exists(model_config)]
+        return [param for param in params if layer != 0 or not param.skips_first_layer]
 
     def params_outside_layers(self, model_config: ModelConfig) -> tuple[list[ParamSpec], list[ParamSpec]]:
         """Returns the stored parameters before and after the layers that the training loss depends on."""
@@ -208,7 +239,7 @@ class Architecture:
         shared = [param for param in stored if param.in_layer and not param.in_expert]
         of_experts = [param for param in stored if param.in_expert]
         for layer in range(model_config.num_layers):
-            yield from (param.key.format(layer) for param in shared)
+            yield from (param.key.format(layer) for param in shared if layer or not param.skips_first_layer)
             for expert in range(model_config.num_experts):
                 yield from (param.key.format(layer, expert) for param in of_experts)
         yield from (param.key for param in stored if param.stage is Stage.LAST)
@@ -261,7 +292,17 @@ class Architecture:
         if self.has_experts != bool(model_config.num_experts):
             expected = "a positive number" if self.has_experts else "none in this family"
             errors.add("num_experts", expected, model_config.num_experts)
+        for name, other in self.coupled_fields.get(model_config.model_type, {}).items():
+            if getattr(model_config, name) != getattr(model_config, other):
+                expected = f"{getattr(model_config, other)}, as {other} ({self.name} states both by one key)"
+                errors.add(name, expected, getattr(model_config, name))
         implied = implied_head_sizes(model_config.hidden_size, model_config.num_heads)
+        if self.ffn_ratio_key:
+            if ffn_ratio_of(model_config) is None:
+                hint = f"{self.ffn_ratio_key} states it; with a gate, two thirds of it, rounded up to a multiple of 8."
+                expected = f"a whole multiple of hidden_size = {model_config.hidden_size}"
+                errors.add("ffn_size", expected, model_config.ffn_size, hint)
+            del implied["ffn_size"]
         for name, value in implied.items():
             if name not in self.hf_fields.values() and getattr(model_config, name) != value:
                 where = f"{name} ({self.name}, {model_config.hidden_size} features, {model_config.num_heads} heads)"

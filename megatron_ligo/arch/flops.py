@@ -41,7 +41,9 @@ def _count_vectors(
     if not arch.reads_images or param.in_layer:
         return tokens * model_config.top_k if param.in_expert else tokens
     images = tokens // seq_length
-    return images if param.role is Role.HEAD else images * model_config.patches_per_side**2
+    if param.role in (Role.HEAD, Role.PATCH_HEAD):
+        return images
+    return images * model_config.patches_per_side**2
 
 
 def train_flops(model_config: ModelConfig, tokens: int, seq_length: int) -> int:

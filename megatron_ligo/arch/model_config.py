@@ -59,6 +59,11 @@ class ModelConfig:
     image_size, patch_size: pixels per side of the (square) image and of its patches; None = no image input.
     num_channels: colour channels of the image.
     has_distillation: a distillation token follows the class token (DeiT).
+    num_registers: learned tokens without positions, between the class token and the patches (DINOv2).
+    has_mask_token: a token is stored that stands for masked patches, of which there are none here.
+    output_bias, mlp_bias: the output projection of attention, and the feed-forward linears, have biases, in a family
+        where they may have none; so may LayerNorms (norm_bias), a masked-LM head's transform and the head itself.
+    has_gate: the feed-forward block has a gate, in a family where it may have none.
     embedding_multiplier, residual_multiplier: factors of the word embeddings, and of what each block adds.
     attention_scale: factor of the attention scores; None = a power of a head size.
     attention_scale_dim: the head size whose power -1/2 that factor is, if it is not the model's own head_dim.
@@ -82,6 +87,11 @@ class ModelConfig:
     norm_eps: float
     tied: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    head_transform_bias: bool = False
+    head_bias: bool = False
     rope_base: float | None = None
     rope_scaling: Mapping | None = None
     query_scaling_beta: float = 0.0
@@ -102,6 +112,9 @@ class ModelConfig:
     patch_size: int | None = None
     num_channels: int | None = None
     has_distillation: bool = False
+    num_registers: int = 0
+    has_mask_token: bool = False
+    has_gate: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     attention_scale: float | None = None
@@ -170,8 +183,9 @@ class ModelConfig:
             errors.add("patch_size, num_channels", "positive integers", f"{self.patch_size}, {self.num_channels}")
         elif self.patches_per_side < 1:
             errors.add("patch_size", f"at most image_size = {self.image_size}", self.patch_size)
-        elif self.max_positions != self.tokens_per_image:
-            errors.add("max_positions", f"{self.tokens_per_image}, a row for each token", self.max_positions)
+        elif self.max_positions != self.tokens_per_image - self.num_registers:
+            expected = f"{self.tokens_per_image - self.num_registers}, a row for each token that is no register"
+            errors.add("max_positions", expected, self.max_positions)
 
     def layer_kind(self, layer: int) -> LayerKind:
         """Returns what a layer's attention computes besides its parameters."""
@@ -189,6 +203,19 @@ class ModelConfig:
         return replace(self, rope_base=self.window_rope_base, rope_scaling=None)
 
     @property
+    def has_head_bias(self) -> bool:
+        return self.has_head and self.head_bias
+
+    @property
+    def has_transform_bias(self) -> bool:
+        """True if the linear of a masked-LM head's transform has an optional bias."""
+        return self.has_head and self.head_transform_bias
+
+    @property
+    def has_head_norm_bias(self) -> bool:
+        return self.has_head and self.norm_bias
+
+    @property
     def num_rotated(self) -> int:
         """Features of a head that rotate, an even number."""
         return int(self.head_dim * self.rotary_fraction)
@@ -200,12 +227,12 @@ class ModelConfig:
 
     @property
     def num_special_tokens(self) -> int:
-        """Tokens before an image's patches: the class token, and DeiT's distillation token."""
-        return 1 + self.has_distillation
+        """Tokens before an image's patches: the class token, and the distillation token or registers."""
+        return 1 + self.has_distillation + self.num_registers
 
     @property
     def tokens_per_image(self) -> int:
-        return tokens_per_image(self.image_size, self.patch_size, self.has_distillation)
+        return self.num_special_tokens + self.patches_per_side**2
 
     def tokens_per_sample(self, seq_length: int) -> int:
         """Returns the number of tokens in a sample (a sequence or an image)."""
@@ -281,8 +308,8 @@ def _has_json_type(value: object, kind: str) -> bool:
     return isinstance(value, _JSON_TYPES[kind])
 
 
-def tokens_per_image(image_size: int, patch_size: int, has_distillation: bool) -> int:
-    """Returns an image's number of special tokens and patches."""
+def positions_per_image(image_size: int, patch_size: int, has_distillation: bool) -> int:
+    """Returns an image's number of tokens that have a position: special ones but registers, and patches."""
     return 1 + has_distillation + (image_size // patch_size) ** 2
 
 

@@ -20,7 +20,7 @@ class Use(Enum):
 
     OUTPUT = "writes"  # grows by expand, (large, small)
     INPUT = "reads"  # grows by contract, (small, large)
-    GAIN = "scales"  # a norm's gain: multiplies the features of the space elementwise
+    GAIN = "scales"  # a norm's gain, or a scale: multiplies the features of the space elementwise
     BIAS = "shifts"  # a norm's bias: added to the features, and grown like them
 
 
@@ -38,6 +38,7 @@ class Pack(Enum):
     NONE = "none"
     GROUPED = "grouped"  # Megatron-core's qkv: for each KV group [its query heads; its key; its value]
     STACKED = "stacked"  # concatenated along dim 0: [gate; up], [query; key; value]
+    JOINED = "joined"  # concatenated along dim 1, for inputs that are: [class token, mean of the patches]
 
 
 class Stage(Enum):
@@ -57,6 +58,8 @@ class Role(Enum):
     PATCH_EMBEDDING = "patch embedding"
     CLASS_TOKEN = "class token"
     DISTILLATION_TOKEN = "distillation token"
+    REGISTER_TOKENS = "register tokens"
+    MASK_TOKEN = "mask token"
     EMBEDDING_NORM = "embedding norm"
     ATTENTION_NORM = "attention norm"
     QUERY = "query"
@@ -66,11 +69,13 @@ class Role(Enum):
     KEY_NORM = "key norm"
     ATTENTION_OUTPUT = "attention output"
     ATTENTION_OUTPUT_NORM = "attention output norm"  # before the residual sum
+    ATTENTION_OUTPUT_SCALE = "attention output scale"  # learned, of each feature, before the residual sum
     FFN_NORM = "ffn norm"
     FFN_GATE = "ffn gate"
     FFN_UP = "ffn up"
     FFN_DOWN = "ffn down"
     FFN_OUTPUT_NORM = "ffn output norm"  # before the residual sum
+    FFN_OUTPUT_SCALE = "ffn output scale"
     ROUTER = "expert router"  # scores the experts of a layer for each token
     EXPERT_GATE = "expert gate"
     EXPERT_UP = "expert up"
@@ -79,6 +84,7 @@ class Role(Enum):
     HEAD_TRANSFORM = "head transform"
     HEAD_NORM = "head norm"
     HEAD = "head"
+    PATCH_HEAD = "patch head"  # reads the mean of an image's patches, beside the head
     POOLER = "pooler"
     ORDER_HEAD = "order head"
 
@@ -96,6 +102,8 @@ _FIRST_STAGE_ROLES = (
     Role.PATCH_EMBEDDING,
     Role.CLASS_TOKEN,
     Role.DISTILLATION_TOKEN,
+    Role.REGISTER_TOKENS,
+    Role.MASK_TOKEN,
     Role.EMBEDDING_NORM,
 )
 _LAST_STAGE_ROLES = (
@@ -103,12 +111,14 @@ _LAST_STAGE_ROLES = (
     Role.HEAD_TRANSFORM,
     Role.HEAD_NORM,
     Role.HEAD,
+    Role.PATCH_HEAD,
     Role.POOLER,
     Role.ORDER_HEAD,
 )
 
 
 OUTPUT_NORMS = (Role.ATTENTION_OUTPUT_NORM, Role.FFN_OUTPUT_NORM)
+OUTPUT_SCALES = (Role.ATTENTION_OUTPUT_SCALE, Role.FFN_OUTPUT_SCALE)
 
 
 class TpUse(Enum):
@@ -158,6 +168,8 @@ class ParamSpec:
     tp_dim: the dim that tensor parallelism shards; None = replicated.
     locations: by format.
     requires: the field of `ModelConfig` that must be true (or not 0) for the parameter to exist ("" = always exists).
+    excludes: the field that must be false (or 0).
+    skips_first_layer: the first layer has none: it computes as with a gain of 1, or a bias of 0, in its place.
     tied_to: the key whose tensor this parameter shares if embeddings are tied. It is then not stored.
     feeds_head: the gain or bias of the norm before the output head.
     is_bias: the bias of the module whose weight has the same role.
@@ -172,6 +184,8 @@ class ParamSpec:
     tp_dim: int | None
     locations: Mapping[str, FormatLocation] = field(default_factory=dict)
     requires: str = ""
+    excludes: str = ""
+    skips_first_layer: bool = False
     tied_to: str = ""
     feeds_head: bool = False
     is_bias: bool = False
@@ -195,7 +209,7 @@ class ParamSpec:
     def copies(self, model_config: ModelConfig) -> int:
         """Returns how many tensors of this shape a model has: one for each layer, or for each expert of each layer."""
         experts = model_config.num_experts if self.in_expert else 1
-        return model_config.num_layers * experts if self.in_layer else 1
+        return (model_config.num_layers - self.skips_first_layer) * experts if self.in_layer else 1
 
     @property
     def tp_use(self) -> TpUse:
@@ -218,6 +232,8 @@ class ParamSpec:
         return self.requires not in UNTRAINED_PARTS and not self.unread
 
     def exists(self, model_config: ModelConfig) -> bool:
+        if self.excludes and getattr(model_config, self.excludes):
+            return False
         return not self.requires or bool(getattr(model_config, self.requires))
 
     def is_stored(self, model_config: ModelConfig) -> bool:
@@ -238,6 +254,7 @@ _SIZE_FIELD_BY_SPACE = {
     "channel": "num_channels",
     "pixel": "patch_size",
     "token_type": "num_token_types",
+    "register": "num_registers",
     "residual": "hidden_size",
     "ffn": "ffn_size",
     "head": "hidden_size",

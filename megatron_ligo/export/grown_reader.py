@@ -74,7 +74,11 @@ class GrownReader(Reader):
 
     def info(self, key: str) -> TensorInfo:
         param = self.arch.param(key)
-        source_dtype = self.source.info(param.key.format(0, 0)).dtype
+        first = min(int(param.skips_first_layer), self.operator.small.num_layers - 1)
+        small_key = (
+            param.key.format(first, 0) if first or not param.skips_first_layer else next(iter(self.source.keys()))
+        )
+        source_dtype = self.source.info(small_key).dtype
         return TensorInfo(param.shape(self.model_config), torch.promote_types(source_dtype, torch.float32))
 
     def read(self, key: str, kind: str = WEIGHT) -> Tensor:
@@ -92,8 +96,8 @@ class GrownReader(Reader):
         return grown if random_block is None else grown + random_block
 
     def _random_scale(self, key: str) -> float:
-        """Returns the root mean square of a small tensor, which is that of the random weights that extend it."""
-        if self.operator.settings.fresh in random_init.BY_SIZE:
+        """Returns the root mean square of a small matrix, which is that of the random weights that extend it."""
+        if self.operator.settings.fresh in random_init.BY_SIZE or len(self.arch.param(key).axes) < 2:
             return 0.0
         return random_init.root_mean_square(self.source.read(random_init.scale_source_key(self.operator, key)))
 

@@ -125,8 +125,10 @@ class DualMaps:
             moment = read(key)
             return moment.to(torch.promote_types(moment.dtype, torch.float32))
         weights = self._dual_depth(param)[layer]
+        if param.skips_first_layer:
+            weights[0] = 0
         sources = weights.nonzero().flatten().tolist()
-        first = read(key_pattern(key).format(sources[0] if sources else 0))
+        first = read(key_pattern(key).format(sources[0] if sources else int(param.skips_first_layer)))
         mixed = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
         for i in sources:
             mixed.add_(read(key_pattern(key).format(i)).to(mixed), alpha=float(weights[i]))

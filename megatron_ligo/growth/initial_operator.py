@@ -83,6 +83,8 @@ class InitialOperator(Operator):
         source[largest == 0] = -1
         if kind == "source":
             return (source[:, None] * lift.unit + torch.arange(lift.unit)).flatten()
+        if kind == "scale":
+            return torch.ones(expand.shape[0], dtype=torch.float64)
         gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
         if lift.map_name in HEAD_MAPS:
             # Attention reads whole copies: no contract divides queries and keys among them.

@@ -7,6 +7,7 @@ a time from a file (operator_file.py). It does not depend on the layout: each ra
     width.{map}.contract        (small, large)    only if contract is a separate parameter
     depth.{param}               (large layers, small layers)
     gain.source                 (hidden large,)   int64: the small feature whose gain it copies; -1: the mean
+    gain.scale                  (hidden large,)   1: the factor of a learned scale, which normalises nothing
     gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
     gain.{param}.source, .factor                  the same for a norm over all heads
@@ -27,6 +28,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import (
     LAYER_PREFIX,
+    OUTPUT_SCALES,
     UNTRAINED_SPACE,
     Heads,
     ParamSpec,
@@ -68,6 +70,15 @@ def copy_gain(gain: Tensor, source: Tensor, factor: Tensor) -> Tensor:
     """Copies norms' gains, scaled: (..., small) -> (..., large). source: the small features, -1 for the mean gain."""
     copied = torch.where(source < 0, gain.mean(-1, keepdim=True), gain[..., source.clamp(min=0)])
     return copied * factor.to(gain)
+
+
+def read_or_neutral(param: ParamSpec, small: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Returns a function that reads a small layer's key, and for the first layer, which has none, what it computes as.
+
+    That is a gain of 1 or a bias of 0, of the parameter's own shape.
+    """
+    neutral = torch.full(param.shape(small), float(param.axes[0].use is Use.GAIN))
+    return lambda key: read(key) if layer_index(key) else neutral
 
 
 @dataclass
@@ -130,6 +141,8 @@ class Operator(ABC):
         if space != "residual":
             owner = space if param.axes[0].heads is Heads.NONE else short_key(param)
             return f"gain.{owner}.source", f"gain.{owner}.factor"
+        if param.role in OUTPUT_SCALES:
+            return "gain.source", "gain.scale"
         return "gain.source", "gain.final" if param.feeds_head else "gain.layers"
 
     def norm_kind(self, map_name: str) -> str:
@@ -215,6 +228,8 @@ class Operator(ABC):
         if layer is None:
             return self.extend_table(key, read(key))
         pattern = key_pattern(key)
+        if self.arch.param(key).skips_first_layer:
+            read = read_or_neutral(self.arch.param(key), self.small, read)
         weights = self.tensor(self.depth_name(key))[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
         last = self.small.num_layers - 1

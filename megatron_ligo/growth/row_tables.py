@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 
 
@@ -60,8 +61,10 @@ def interpolate_positions(table: Tensor, small: ModelConfig, large: ModelConfig)
     Special tokens keep their positions.
     """
     table = table.to(torch.promote_types(table.dtype, torch.float32))
-    special, patches = table.split([small.num_special_tokens, len(table) - small.num_special_tokens])
     small_side, large_side = small.patches_per_side, large.patches_per_side
+    special, patches = table.split([len(table) - small_side**2, small_side**2])
     grid = patches.reshape(1, small_side, small_side, -1).permute(0, 3, 1, 2)
-    grown = F.interpolate(grid, size=(large_side, large_side), mode="bicubic", align_corners=False)
+    antialias = architectures.get(small.arch).antialiases_positions
+    size = large_side, large_side
+    grown = F.interpolate(grid, size=size, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([special, grown.permute(0, 2, 3, 1).reshape(large_side * large_side, -1)])

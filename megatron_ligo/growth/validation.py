@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 
 from megatron_ligo import arch as architectures
-from megatron_ligo.arch.model_config import ModelConfig, tokens_per_image
+from megatron_ligo.arch.ffn_ratio import ffn_ratio_of, ffn_size_of
+from megatron_ligo.arch.model_config import ModelConfig, positions_per_image
 from megatron_ligo.arch.rope_scaling import depends_on_context
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig, value_for_space
@@ -45,8 +46,11 @@ def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfi
     if "image_size" in sizes:
         if small.image_size is None:
             raise ConfigError(Problem("large.image_size", f"none: {small.arch} reads no images", sizes["image_size"]))
-        num_tokens = tokens_per_image(sizes["image_size"], small.patch_size, small.has_distillation)
-        sizes.setdefault("max_positions", num_tokens)
+        num_positions = positions_per_image(sizes["image_size"], small.patch_size, small.has_distillation)
+        sizes.setdefault("max_positions", num_positions)
+    ratio = ffn_ratio_of(small) if architectures.get(small.arch).ffn_ratio_key else None
+    if ratio and "hidden_size" in sizes:
+        sizes.setdefault("ffn_size", ffn_size_of(sizes["hidden_size"], ratio, small.has_gate))
     head_dim = sizes.get("head_dim", small.head_dim)
     attention_heads.check_pair_lists(small, head_dim)
     sizes["rope_base"] = attention_heads.large_rope_base(small, head_dim)

@@ -200,7 +200,7 @@ def _count_ffn_activations(job: PlannedJob) -> tuple[int, int]:
     Megatron-core adds a constant to the up projection and keeps the activated gate, that sum and their product. A fit
     adds none.
     """
-    if architectures.get(job.large.arch).is_gated:
+    if architectures.get(job.large.arch).is_gated(job.large):
         return 2, 3 if job.operator is None else 2
     return 1, 1
 

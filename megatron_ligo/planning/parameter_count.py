@@ -6,7 +6,7 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Stage
+from megatron_ligo.arch.spec import UNTRAINED_PARTS, Stage
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
@@ -18,17 +18,17 @@ def count_model(model_config: ModelConfig) -> int:
     return sum(prod(spec.shape(model_config)) * spec.copies(model_config) for spec in specs)
 
 
-def count_layer(model_config: ModelConfig, tp: int) -> int:
-    """Counts the parameters of one layer on a tensor-parallel rank."""
-    specs = architectures.get(model_config.arch).layer_params(model_config)
+def count_layer(model_config: ModelConfig, tp: int, layer: int | None = None) -> int:
+    """Counts the parameters of one layer, or of any layer but the first, on a tensor-parallel rank."""
+    specs = architectures.get(model_config.arch).layer_params(model_config, layer)
     return sum(prod(spec.shape(model_config)) // (1 if spec.tp_dim is None else tp) for spec in specs)
 
 
 def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
-    """Counts the trained parameters outside the layers on a rank of the first stage, the last stage, or both."""
+    """Counts the model's parameters outside the layers on a rank of the first stage, the last stage, or both."""
     total = 0
     for spec in architectures.get(model_config.arch).params:
-        if spec.in_layer or not spec.exists(model_config) or not spec.reaches_loss:
+        if spec.in_layer or not spec.exists(model_config) or spec.requires in UNTRAINED_PARTS:
             continue
         shape = list(spec.shape(model_config))
         if spec.tp_dim is not None:
@@ -45,6 +45,8 @@ def count_model_on_rank(job: PlannedJob, stage: int) -> int:
     """Counts the parameters of the model to pretrain on a rank of a stage."""
     tp, last = job.parallel.tp, job.parallel.pp - 1
     layers = job.layers_per_stage()[stage] * count_layer(job.large, tp)
+    if stage == 0:
+        layers += count_layer(job.large, tp, 0) - count_layer(job.large, tp)
     return layers + count_outside_layers(job.large, tp, stage == 0, stage == last)
 
 

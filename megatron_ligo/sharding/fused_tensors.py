@@ -23,28 +23,33 @@ from megatron_ligo.sharding import tensor_parallel
 def pack(parts: Sequence[Tensor], how: Pack, groups: int) -> Tensor:
     """Packs whole tensors, or the shards of one rank, into a fused tensor. groups: KV groups in the parts.
 
-    GROUPED: (G r d, n), (G d, n), (G d, n) -> (G (r + 2) d, n), group by group. STACKED: along dim 0.
+    GROUPED: (G r d, n), (G d, n), (G d, n) -> (G (r + 2) d, n), group by group. STACKED: along dim 0. JOINED: along
+    dim 1.
     """
     if how is Pack.NONE:
         (only,) = parts
         return only
     if how is Pack.STACKED:
         return torch.cat(list(parts), dim=0)
+    if how is Pack.JOINED:
+        return torch.cat(list(parts), dim=1)
     rest = parts[0].shape[1:]
     grouped = [part.reshape(groups, part.shape[0] // groups, *rest) for part in parts]
     return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
 
 def unpack(fused: Tensor, index: int, how: Pack, sizes: Sequence[int], groups: int) -> Tensor:
-    """Returns one part of a fused tensor, a view if possible. Inverse of `pack`. sizes: all parts' sizes along dim 0.
+    """Returns one part of a fused tensor, a view if possible. Inverse of `pack`.
+
+    sizes: all parts' sizes along dim 0, of joined ones along dim 1.
 
     GROUPED: (G (r + 2) d, n) -> (G r d, n) or (G d, n). STACKED: (sum of sizes, n) -> (sizes[index], n).
     """
     if how is Pack.NONE:
         return fused
     start = sum(sizes[:index])
-    if how is Pack.STACKED:
-        return fused.narrow(0, start, sizes[index])
+    if how in (Pack.STACKED, Pack.JOINED):
+        return fused.narrow(int(how is Pack.JOINED), start, sizes[index])
     rest = fused.shape[1:]
     grouped = fused.reshape(groups, fused.shape[0] // groups, *rest)
     return grouped.narrow(1, start // groups, sizes[index] // groups).reshape(-1, *rest)
@@ -98,7 +103,10 @@ class StoredTensor:
     def shape(self, model_config: ModelConfig, tp: int = 1) -> tuple[int, ...]:
         """Returns the stored shape: of the whole (unpadded) tensor, or of each rank's shard (padded)."""
         shapes = [tensor_parallel.local_shape(param, model_config, tp) for param in self.params]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if self.pack is Pack.JOINED:
+            shape = (shapes[0][0], sum(shape[1] for shape in shapes))
+        else:
+            shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return (1,) * self.locations[0].unit_dims + (tuple(reversed(shape)) if self.transposed else shape)
 
     def extract(self, tensor: Tensor, key: str, model_config: ModelConfig) -> Tensor:
@@ -117,7 +125,8 @@ class StoredTensor:
         index = self.keys.index(key)
         tensor = tensor.reshape(tensor.shape[self.locations[0].unit_dims :])
         local = tensor.T if self.transposed else tensor
-        sizes = [param.shape(model_config)[0] // (tp if param.tp_dim == 0 else 1) for param in self.params]
+        dim = int(self.pack is Pack.JOINED)
+        sizes = [param.shape(model_config)[dim] // (tp if param.tp_dim == dim else 1) for param in self.params]
         part = unpack(local, index, self.pack, sizes, model_config.num_kv_heads // tp)
         return deinterleave(part, model_config.head_dim) if self.locations[index].interleaved else part
 

@@ -1,13 +1,14 @@
 """Partition of the network into pipeline layers, and of the layers into stages.
 
 DeepSpeed's pipeline is a list of layers: the word embedding, the embeddings added to it (an image's embedding is one
-layer), the transformer layers, the final norm (masked LM: the head's transform), the head, and a masked LM's head bias.
+layer), the transformer layers, the final norm, a masked LM's head transform, the head, and a masked LM's head bias.
 """
 
 from __future__ import annotations
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Role
 from megatron_ligo.common.errors import LayoutError
 
 
@@ -30,13 +31,17 @@ def num_layers_before(model_config: ModelConfig) -> int:
 
 def layer_prefixes(model_config: ModelConfig) -> list[dict[str, str]]:
     """Returns {prefix of a parameter's name in the layer: its prefix in the whole model} for each pipeline layer."""
-    masked = architectures.get(model_config.arch).is_masked_lm
-    stack = "encoder" if masked else "decoder"
+    arch = architectures.get(model_config.arch)
+    stack = "encoder" if arch.is_masked_lm else "decoder"
     layers = [{"": f"{stack}.layers.{layer}."} for layer in range(model_config.num_layers)]
-    if masked:
-        after = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}, {"bias": "output_layer.bias"}]
+    if arch.is_masked_lm:
+        norm = [{"norm.": f"{stack}.final_layernorm."}] if arch.has(Role.FINAL_NORM) else []
+        head = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}]
+        bias = [{"bias": "output_layer.bias"}] if arch.has_bias(Role.HEAD, model_config) else []
+        after = [*norm, *head, *bias]
     else:
-        after = [{"norm.": "decoder.final_layernorm."}, {"linear.": "output_layer."}]
+        heads = {"linear.": "output_layer.", "patch_linear.": "patch_output_layer."}
+        after = [{"norm.": "decoder.final_layernorm."}, heads]
     return [*_prefixes_before(model_config), *layers, *after]
 
 
@@ -47,4 +52,4 @@ def _prefixes_before(model_config: ModelConfig) -> list[dict[str, str]]:
     words, *others = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.", "layer_norm.")
     word_layer = {words: f"embedding.{words}"}
     sum_layer = {name: f"embedding.{name}" for name in others}
-    return [word_layer, sum_layer] if arch.has_learned_positions else [word_layer]
+    return [word_layer, sum_layer] if arch.has_learned_positions or arch.is_masked_lm else [word_layer]

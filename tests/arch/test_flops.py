@@ -48,9 +48,10 @@ def test_count_of_other_decoders_equals_torch(family):
     assert forward_flops(model_config, 96, 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
 
 
-def test_count_of_a_classifier_equals_torch():
+@pytest.mark.parametrize("family", ["deit", "dinov2 with a gate", "dinov2_with_registers"])
+def test_count_of_a_classifier_equals_torch(family):
     """Its embedding is a product for each patch, its head one for each image."""
-    model_config = image_models.image_config("deit", image_size=18)
+    model_config = image_models.image_config(family, image_size=18)
     model = model_of(model_config)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as forward:

@@ -4,16 +4,20 @@ import pytest
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.spec import ParamSpec, Role, Stage, TpUse
+from tests.checkpoint.test_format_pairs import sizes
 
 FAMILIES = sorted(architectures.architectures())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_roles_agree(family):
-    """A key outside arch/families/ is found by its role: so each role has at most one weight and one bias."""
+    """A key outside arch/families/ is found by its role: a model has one weight and one bias of each at most."""
     arch = architectures.get(family)
     read = [param for param in arch.params if not param.unread]
-    assert len({(param.role, param.is_bias) for param in read}) == len(read)
+    assert len({(param.role, param.is_bias, param.excludes) for param in read}) == len(read)
+    for param in read:
+        alike = [other.requires for other in read if (other.role, other.is_bias) == (param.role, param.is_bias)]
+        assert not param.excludes or set(alike) == {"", param.excludes}
     for param in arch.params:
         assert param.is_bias is param.key.endswith("_bias"), param.key
         assert ("{}" in param.key) is param.in_layer, param.key
@@ -28,8 +32,8 @@ def test_stages_follow_the_order_of_the_table(family):
 
 def test_find_by_role():
     llama, bert, vit = (architectures.get(name) for name in ("llama", "bert", "vit"))
-    assert llama.find(Role.FFN_GATE).key == "layers.{}.gate" and llama.is_gated
-    assert bert.find(Role.FFN_GATE) is None and not bert.is_gated
+    assert llama.find(Role.FFN_GATE).key == "layers.{}.gate" and llama.is_gated(sizes("llama"))
+    assert bert.find(Role.FFN_GATE) is None and not bert.is_gated(sizes("bert"))
     assert bert.find(Role.HEAD, bias=True).key == "head_bias"
     assert vit.has(Role.PATCH_EMBEDDING, bias=True) and not vit.has(Role.WORD_EMBEDDING)
     with pytest.raises(KeyError):

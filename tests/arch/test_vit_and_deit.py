@@ -1,6 +1,7 @@
-"""ViT and DeiT: the tables against the real models, there and back, growth, larger images."""
+"""ViT, DeiT and DINOv2: the tables against the real models, there and back, growth, larger images."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,24 +23,28 @@ from megatron_ligo.sharding.fused_tensors import stored_tensors
 from tests import image_models, layer_norm_models
 from tests.checkpoint.hf_models import same_bits
 
+# Without ffn_size DINOv2 keeps its ratio.
 LARGER = LargeSection(hidden_size=48, ffn_size=100, num_heads=12, num_layers=5)
 
 
-@pytest.mark.parametrize(("family", "name"), image_models.CLASSES)
-def test_round_trip(tmp_path, family, name):
-    model_config = image_models.image_config(family, name)
-    assert get(family).hf_class(model_config) == name
+# By way of every other format.
+CHAIN = ("universal", "mcore", "megatron", "pipeline", "deepspeed", "fsdp")
+CHAINED = [("deit", "DeiTForImageClassification"), ("dinov2 with a gate", "Dinov2ForImageClassification")]
+
+
+@pytest.mark.parametrize(("case", "name"), image_models.CLASSES)
+def test_round_trip(tmp_path, case, name):
+    model_config = image_models.image_config(case, name)
+    arch = get(model_config.arch)
+    assert arch.hf_class(model_config) == name
     model, folder = image_models.saved(tmp_path / "a", model_config)
     source = formats.open(folder)
     assert source.model_config == model_config
-    expected = {
-        name: item.shape(model_config) for name, item in stored_tensors(get(family), model_config, "hf").items()
-    }
+    expected = {name: item.shape(model_config) for name, item in stored_tensors(arch, model_config, "hf").items()}
     before = load_file(folder / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in before.items()} == expected
     last = source.path
-    others = ("universal", "mcore", "megatron", "pipeline", "deepspeed") if name == "DeiTForImageClassification" else ()
-    for form in (*others, "hf"):
+    for form in (*(CHAIN if (case, name) in CHAINED else ()), "hf"):
         convert(formats.open(last), tmp_path / form, form)
         last = tmp_path / form
     after = load_file(tmp_path / "hf" / "model.safetensors")
@@ -91,6 +96,8 @@ def test_refusals(tmp_path):
 
 def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) -> float:
     """Largest difference of the logits in fp64, the small model looking at the large one's image."""
+    if family not in ("vit", "deit"):
+        large = replace(large, ffn_size=None)
     small = image_models.image_config(family)
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small).double(), small)
     grown = GrownReader(build_initial_operator(small, large, settings), source)
@@ -103,9 +110,13 @@ def gap(family: str, large: LargeSection, settings: OperatorSection, **shown) ->
     return float((before - after).abs().max())
 
 
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", image_models.OWN)
 def test_growth(family):
     assert gap(family, LARGER, OperatorSection()) < 1e-12
+    if family not in ("vit", "deit"):
+        # Its class interpolates positions without being told to.
+        assert gap(family, LargeSection(hidden_size=48, num_heads=12, image_size=16), OperatorSection()) < 1e-6
+        return
     for method in (name for name, method in METHODS.items() if method.is_lossless):
         assert gap(family, LARGER, OperatorSection(method=method)) < 5e-6, method
     assert gap(family, LARGER, OperatorSection(method="stack")) > 1e-2

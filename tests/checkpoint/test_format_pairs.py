@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megatron_ligo.arch import architectures
-from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, positions_per_image
 from megatron_ligo.checkpoint import formats, verify
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
@@ -98,10 +98,12 @@ def sizes(model_type: str, **changes) -> ModelConfig:
         result["position_padding"] = 2
     if "num_token_types" in free:
         result["num_token_types"] = 3
+    if arch.ffn_ratio_key:
+        result["ffn_size"] = 2 * SIZES["hidden_size"]
     if arch.choices:
         result |= {name: choices[0] for name, choices in arch.choices.items()}
     if "image_size" in free:
-        result |= IMAGE | {"max_positions": tokens_per_image(10, 3, result.get("has_distillation", False))}
+        result |= IMAGE | {"max_positions": positions_per_image(10, 3, result.get("has_distillation", False))}
     return ModelConfig(**{**result, **changes})
 
 

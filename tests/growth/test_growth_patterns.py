@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ligo.arch.flops import forward_flops
@@ -21,7 +20,7 @@ from megatron_ligo.growth.methods import METHODS
 from megatron_ligo.growth.validation import build_initial_operator
 from tests import layer_norm_models, layer_pattern_models
 from tests.checkpoint.hf_models import assert_same
-from tests.layer_pattern_models import DOUBLE, GROWTH, OWN, PATTERNS, RAGGED
+from tests.layer_pattern_models import GROWTH, OWN, PATTERNS, RAGGED
 from tests.tiny_models import tokens
 
 LOSSLESS = [name for name, method in METHODS.items() if method.is_lossless]
@@ -35,7 +34,7 @@ def grown_logits(case: str, tmp_path, method: str = "lossless", tied: bool = Fal
     settings = OperatorSection(method=method, **keys)
     grown = GrownReader(build_initial_operator(small, LargeSection(**GROWTH[case]), settings), source)
     convert(grown, tmp_path / "grown", "hf")
-    large = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown", attn_implementation="eager").eval()
+    large = type(network).from_pretrained(tmp_path / "grown", attn_implementation="eager").eval()
     network.set_attn_implementation("eager")
     ids = tokens(small)
     with torch.no_grad():
@@ -59,11 +58,11 @@ def test_methods_called_lossless_are(tmp_path, case, method):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("case", ["smollm3 with windows", "phi3", "starcoder2", "opt"])
+@pytest.mark.parametrize("case", ["smollm3 with windows", "phi3", "starcoder2", "opt", "modernbert"])
 def test_every_method_grows_every_parameter(case, method):
     small = layer_pattern_models.config_of(case)
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small), small)
-    large = LargeSection(**(DOUBLE if case == "opt" else RAGGED)) if case != "opt" else LargeSection(**GROWTH["opt"])
+    large = LargeSection(**(GROWTH[case] if case in ("opt", "modernbert") else RAGGED))
     settings = OperatorSection(method=method, depth_init="stack" if method == "ligo" else None)
     grown = GrownReader(build_initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118 - no dict
@@ -120,7 +119,7 @@ def test_there_and_back(tmp_path, case):
         convert(source, tmp_path / "meta", "fairscale")
     convert(formats.open(tmp_path / "universal"), tmp_path / "b", "hf")
     assert_same(source, formats.open(tmp_path / "b"))
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    again = type(network).from_pretrained(tmp_path / "b").eval()
     ids = tokens(small)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, network(ids).logits)
@@ -164,7 +163,7 @@ def test_positions_of_one_base_go_through_megatron_s_formats(tmp_path):
     assert_same(source, formats.open(tmp_path / "m"))
 
 
-@pytest.mark.parametrize("case", ["smollm3", "phi3", "starcoder2", "opt", "olmo3", "gemma3"])
+@pytest.mark.parametrize("case", ["smollm3", "phi3", "starcoder2", "opt", "olmo3", "gemma3", "modernbert"])
 def test_count_of_flops_equals_torch(case):
     small = layer_pattern_models.config_of(case)
     network = layer_norm_models.model_of(small)

@@ -160,7 +160,9 @@ class FactoredContext:
         """True if all layers build their tensors in the same way, from the same maps: several at once."""
         operator = self.operator
         has_own_maps = any(operator.has_map_per_layer(name) for name in operator.maps)
-        has_more_norms = operator.arch.has_head_norms or operator.arch.has_output_norms
+        arch = operator.arch
+        has_more_norms = arch.has_head_norms or arch.has_output_norms or arch.has_output_scales
+        has_more_norms = has_more_norms or arch.starts_unnormalised
         return self.lag is None and operator.settings.fresh == "none" and not has_own_maps and not has_more_norms
 
     def map_for(self, maps: dict[str, LinearMap], spec: ParamSpec, dim: int) -> tuple[LinearMap, LiftedMap]:

@@ -39,7 +39,7 @@ class FactoredEnd(nn.Module):
         grown = context.enter_partial_use(gain, context.grow_gain(gain, outside.weights[role], maps))
         weight = add_lag(grown, lag.weights.get(role))
         shift = None
-        if bias is not None:
+        if bias is not None and role in outside.biases:
             grown = context.enter_partial_use(bias, context.grow_norm_bias(bias, outside.biases[role], maps))
             shift = add_lag(grown, lag.biases.get(role)).to(h.dtype)
         return normalise(h, weight.to(h.dtype), shift, large.norm_eps, get_normalization(large))
@@ -104,7 +104,8 @@ class FactoredPatchEmbedding(FactoredEnd):
         context, weights = self.context, tables.weights
         special = weights[Role.CLASS_TOKEN], weights.get(Role.DISTILLATION_TOKEN)
         patch, patch_bias = weights[Role.PATCH_EMBEDDING], tables.biases.get(Role.PATCH_EMBEDDING)
-        embedded = embed_image(images, patch, patch_bias, special, weights[Role.POSITION_EMBEDDING])
+        positions, registers = weights[Role.POSITION_EMBEDDING], weights.get(Role.REGISTER_TOKENS)
+        embedded = embed_image(images, patch, patch_bias, special, positions, registers)
         if context.sequence_parallel:
             embedded = embedded.chunk(context.mesh.tp)[context.mesh.tp_rank]
         return embedded.to(self.state.dtype)
@@ -119,21 +120,24 @@ class FactoredHead(FactoredEnd):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (s or s / tp, b, D2) -> logits (s, b, padded vocabulary / tp); for a classifier (1, b, padded labels / tp),
-        from the first token."""
+        from the first token, and the mean of the patches if the family reads it."""
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
         maps = self.state.shared_maps()
-        is_classifier = arch.reads_images
-        if is_classifier and not context.sequence_parallel:
+        if arch.reads_images and not arch.has(Role.PATCH_HEAD) and not context.sequence_parallel:
             h = h[:1]
-        h = self.apply_norm(Role.FINAL_NORM, h, maps) if arch.has(Role.FINAL_NORM) else self._transform(h, maps)
+        if arch.has(Role.FINAL_NORM):
+            h = self.apply_norm(Role.FINAL_NORM, h, maps)
+        if arch.has(Role.HEAD_TRANSFORM):
+            h = self._transform(h, maps)
         space = arch.space(arch.get(Role.HEAD).axes[1], large)
         u = context.enter_tp_region(map_for_use(maps, space, not large.tied).apply_transposed(h))
-        u = u[:1] if is_classifier else u
         bias = outside.biases.get(Role.HEAD)
         if large.tied and context.operator.embedding_ratio != 1:
             u = u / context.operator.embedding_ratio
-        logits = F.linear(u, outside.weights[Role.HEAD].to(h.dtype), None if bias is None else bias.to(h.dtype))
+        logits = self._multiply(u, outside)
+        if bias is not None:
+            logits = logits + bias.to(h.dtype)
         new = None if context.new_features is None else context.new_features.weights.get(Role.HEAD)
         if new is not None:
             # A tied head reads the new features of the embedding.
@@ -141,16 +145,26 @@ class FactoredHead(FactoredEnd):
             logits += F.linear(whole, new.to(h.dtype))
         if context.outside_lag is not None:
             # In place: another copy of the logits would take more memory than a layer.
-            logits += F.linear(context.enter_tp_region(h), self.lag.weights[Role.HEAD].to(h.dtype))
+            logits += self._multiply(context.enter_tp_region(h), self.lag)
             logits = add_lag(logits, self.lag.biases.get(Role.HEAD))
         return finish_logits(logits, large)
+
+    def _multiply(self, x: Tensor, tensors: OutsideTensors) -> Tensor:
+        """Multiplies x (s, b, features) by the heads of that many features -> (s or 1, b, padded vocabulary / tp)."""
+        arch, first = self.context.operator.arch, self.context.operator.large.num_special_tokens
+        weight = tensors.weights[Role.HEAD].to(x.dtype)
+        product = F.linear(x[:1] if arch.reads_images else x, weight)
+        if not arch.has(Role.PATCH_HEAD):
+            return product
+        return product + F.linear(x[first:].mean(dim=0, keepdim=True), tensors.weights[Role.PATCH_HEAD].to(x.dtype))
 
     def _transform(self, h: Tensor, maps: dict[str, LinearMap]) -> Tensor:
         """Applies a masked-LM head's transform: linear, activation and norm, (s or s / tp, b, D2) -> the same shape."""
         context = self.context
         arch, large, outside = context.operator.arch, context.operator.large, context.source.outside
         role = Role.HEAD_TRANSFORM
-        weight, bias = outside.weights[role].to(h.dtype), outside.biases[role].to(h.dtype)
+        weight, bias = outside.weights[role].to(h.dtype), outside.biases.get(role)
+        bias = None if bias is None else bias.to(h.dtype)
         space = arch.space(arch.get(role).axes[0], large)
         small = F.linear(map_for_use(maps, "residual", True).apply_transposed(h), weight, bias)
         activation = ACTIVATIONS[arch.head_activation or large.activation]

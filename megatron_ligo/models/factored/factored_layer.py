@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import ParamSpec, Use
+from megatron_ligo.arch.spec import OUTPUT_SCALES, ParamSpec, Use
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_linears import (
@@ -20,6 +20,7 @@ from megatron_ligo.models.factored.factored_linears import (
     ColumnParallelFactors,
     FactoredModule,
     FactoredNorm,
+    FactoredScale,
     InputTransform,
     ModulePlaceholder,
     NormTransform,
@@ -161,13 +162,13 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
     """
     operator = context.operator
     specs_by_path: dict[str, list[ParamSpec]] = {}
-    for spec in operator.arch.layer_params(operator.large):
+    for spec in operator.arch.layer_params(operator.large, layer):
         path = spec.locations["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
         specs_by_path.setdefault(path, []).append(spec)
     norms = {
         path: NormTransform(context, specs, layer, config.layernorm_epsilon, config.normalization)
         for path, specs in specs_by_path.items()
-        if any(spec.axes[0].use is Use.GAIN for spec in specs)
+        if any(spec.axes[0].use is Use.GAIN for spec in specs) and specs[0].role not in OUTPUT_SCALES
     }
     transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(get_ffn_activation(operator.large))}
     if operator.arch.pre_norm:
@@ -176,6 +177,8 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
     for path, specs in specs_by_path.items():
         if path in norms:
             modules[path] = FactoredNorm(norms[path])
+        elif specs[0].role in OUTPUT_SCALES:
+            modules[path] = FactoredScale(context, specs, layer)
         elif path not in NORM_READERS.values():
             kind = ColumnParallelFactors if specs[0].tp_dim == 0 else RowParallelFactors
             modules[path] = kind(context, specs, layer, transforms.get(path))
@@ -193,5 +196,7 @@ def build_layer_spec_with_placeholders(operator: Operator) -> ModuleSpec:
         attention.q_layernorm = attention.k_layernorm = ModulePlaceholder
     if operator.arch.has_output_norms:
         spec.submodules.post_self_attn_layernorm = spec.submodules.post_mlp_layernorm = ModulePlaceholder
+    if operator.arch.has_output_scales:
+        spec.submodules.post_self_attn_scale = spec.submodules.post_mlp_scale = ModulePlaceholder
     mlp.linear_fc1 = mlp.linear_fc2 = ModulePlaceholder
     return spec

@@ -146,6 +146,24 @@ class FactoredNorm(FactoredModule):
         return self.transform.bind(tensors)(x)
 
 
+class FactoredScale(FactoredModule):
+    """A learned scale of what a block returns, (s or s / tp, b, D2) -> the same shape."""
+
+    def __init__(self, context: FactoredContext, specs: list[ParamSpec], layer: int):
+        super().__init__()
+        self.context = context
+        (self.spec,) = specs
+        self.lag = context.lag_shard(self.spec, layer)
+
+    def build(self, mixed, maps, dtype):
+        grown = self.context.grow_gain(self.spec, mixed[self.spec.key], maps)
+        return [add_lag(self.context.enter_partial_use(self.spec, grown), self.lag).to(dtype)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (scale,), _ = self.operands()
+        return x * scale
+
+
 class FactoredLinear(FactoredModule):
     """A linear whose weight is grown, with its input transform. Returns (y, None), as Megatron-core's linears do."""
 

@@ -70,6 +70,7 @@ def fit_step_flops(
     head_space = arch.space(arch.get(Role.HEAD).axes[1], large)
     head = MapUse(operator, head_space, not large.tied).flops(num_predictions)
     head += FROZEN * 2 * num_predictions * small.hidden_size * large.vocab_size
+    head *= 1 + arch.has(Role.PATCH_HEAD)
     transform = arch.find(Role.HEAD_TRANSFORM)
     if transform is not None:
         # Maps into the small space and back.

@@ -25,7 +25,7 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, gather_partial
 from megatron_ligo.distributed.mesh import Mesh
-from megatron_ligo.growth.operator import Operator
+from megatron_ligo.growth.operator import Operator, read_or_neutral
 from megatron_ligo.growth.random_init import root_mean_square
 from megatron_ligo.sharding.tensor_parallel import shard
 
@@ -131,7 +131,12 @@ class SmallWeights:
     def _read_whole(self, reader: Reader, spec: ParamSpec) -> Tensor:
         """Returns a parameter of every layer, (L, ...), fp32."""
         keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
-        return torch.stack([self._read(reader, spec, key).float() for key in keys]).to(device.current_device())
+
+        def read(key: str) -> Tensor:
+            return self._read(reader, spec, key).float()
+
+        read_layer = read_or_neutral(spec, reader.model_config, read) if spec.skips_first_layer else read
+        return torch.stack([read_layer(key) for key in keys]).to(device.current_device())
 
     def mix_split(self, depth: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Mixes the TP-sharded parameters of some large layers: by key (large layers, *small shape), in dtype.

@@ -35,7 +35,7 @@ class FullGPT(SingleModule, GPTModel):
             config=build_uninitialised_config(model_config, build),
             transformer_layer_spec=TransformerBlockSubmodules(
                 layer_specs=[build_layer_spec(model_config, build.dtype)] * model_config.num_layers,
-                layer_norm=get_final_norm_class(),
+                layer_norm=get_final_norm_class(model_config),
             ),
             vocab_size=tensor_parallel.padded_vocab(model_config.vocab_size, mesh.tp),
             max_sequence_length=model_config.num_position_rows,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TensorReader = Callable[[str], Tensor]  # canonical key -> canonical tensor
 
 INIT_STD = 0.02
+HEAD_ROLES = (Role.HEAD_TRANSFORM, Role.HEAD_NORM, Role.HEAD, Role.PATCH_HEAD)
 
 
 def read_local_tensor(item: StoredTensor, read: TensorReader, model_config: ModelConfig, tp: int, rank: int) -> Tensor:
@@ -97,7 +98,5 @@ def build_initial_weights(model_config: ModelConfig, seed: int, codes: str = "")
 def find_head_parameters(model: nn.Module, model_config: ModelConfig) -> set[nn.Parameter]:
     """Returns the parameters of the output head, except a weight tied to the embedding."""
     return {
-        parameter
-        for parameter, item in iterate_parameters(model, model_config)
-        if item.params[0].requires == "has_head"
+        parameter for parameter, item in iterate_parameters(model, model_config) if item.params[0].role in HEAD_ROLES
     }

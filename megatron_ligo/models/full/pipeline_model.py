@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Role
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import EmbeddingSum, HeadTransform
 from megatron_ligo.models.full.image_classifier import ClassHead, ImageEmbedding
@@ -84,7 +85,8 @@ class PipelineLayer:
 
     def __init__(self, model_config: ModelConfig, build: BuildOptions, layer: int, recompute: bool):
         config = build_uninitialised_config(model_config, build)
-        super().__init__(config, build_layer_spec(model_config, build.dtype).submodules, layer_number=layer + 1)
+        submodules = build_layer_spec(model_config, build.dtype, layer).submodules
+        super().__init__(config, submodules, layer_number=layer + 1)
         self.rotary_pos_emb = build_rotary_embedding(model_config)
         unscale_window_positions([self], model_config)
         self.recompute = recompute
@@ -110,7 +112,10 @@ class FinalNorm(nn.Module):
         super().__init__()
         config = build_uninitialised_config(model_config, build)
         self.norm = build_module(
-            get_final_norm_class(), config=config, hidden_size=model_config.hidden_size, eps=model_config.norm_eps
+            get_final_norm_class(model_config),
+            config=config,
+            hidden_size=model_config.hidden_size,
+            eps=model_config.norm_eps,
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -192,14 +197,15 @@ def build_layer_specs(model_config: ModelConfig, build: BuildOptions, mesh: Mesh
     if arch.reads_images:
         ends = [LayerSpec(FinalNorm, model_config, build), LayerSpec(ClassHead, model_config, build, mesh)]
         return [LayerSpec(ImageEmbedding, model_config, build, mesh), *layers, *ends]
-    if arch.has_learned_positions:
-        layers = [LayerSpec(PositionEmbedding if arch.is_causal else EmbeddingSum, model_config, build, mesh), *layers]
-    layers.append(
-        LayerSpec(FinalNorm, model_config, build)
-        if arch.is_causal
-        else LayerSpec(HeadTransform, model_config, build, mesh)
-    )
-    bias = [] if arch.is_causal else [LayerSpec(OutputBias, model_config, build, mesh)]
+    if arch.is_masked_lm:
+        layers = [LayerSpec(EmbeddingSum, model_config, build, mesh), *layers]
+    elif arch.has_learned_positions:
+        layers = [LayerSpec(PositionEmbedding, model_config, build, mesh), *layers]
+    if arch.has(Role.FINAL_NORM):
+        layers.append(LayerSpec(FinalNorm, model_config, build))
+    if arch.is_masked_lm:
+        layers.append(LayerSpec(HeadTransform, model_config, build, mesh))
+    bias = [LayerSpec(OutputBias, model_config, build, mesh)] if arch.has_bias(Role.HEAD, model_config) else []
     if not model_config.tied:
         return [
             LayerSpec(PipelineEmbedding, model_config, build, mesh),

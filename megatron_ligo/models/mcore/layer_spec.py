@@ -30,6 +30,8 @@ from megatron_ligo.distributed import device
 from megatron_ligo.distributed.mesh import context_place
 from megatron_ligo.models.mcore.attention import FusedAttention, UlyssesAttention
 from megatron_ligo.models.mcore.expert_routing import to_routing_settings
+from megatron_ligo.models.mcore.layer_scale import LayerScale
+from megatron_ligo.models.mcore.linear_biases import has_common_biases, set_linear_biases
 from megatron_ligo.models.mcore.norm import AllHeadsNorm, Norm
 from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
 from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
@@ -62,8 +64,8 @@ class BuildOptions:
 
 
 def is_supported(arch: Architecture) -> bool:
-    """True for post-norm masked-LM models and pre-norm models of all other tasks."""
-    return arch.pre_norm is not arch.is_masked_lm
+    """True for pre-norm models, and post-norm ones that predict masked tokens."""
+    return arch.pre_norm or arch.is_masked_lm
 
 
 def check_supported(model_config: ModelConfig) -> None:
@@ -108,7 +110,7 @@ def get_ffn_activation(model_config: ModelConfig) -> Callable[[Tensor], Tensor]:
     """Returns the function between the MLP's linears: (..., ffn) -> (..., ffn), or if gated (..., 2 ffn), gate and up,
     -> (..., ffn)."""
     function = ACTIVATIONS[model_config.activation]
-    if not architectures.get(model_config.arch).is_gated:
+    if not architectures.get(model_config.arch).is_gated(model_config):
         return function
 
     def gate(x: Tensor) -> Tensor:
@@ -139,10 +141,10 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         layernorm_zero_centered_gamma=arch.gain_offset == 1,
         qk_layernorm=arch.has_head_norms,
         softmax_scale=None if has_default_scale(model_config) else model_config.score_scale,
-        gated_linear_unit=arch.is_gated,
+        gated_linear_unit=arch.is_gated(model_config),
         activation_func=ACTIVATIONS[model_config.activation],
-        add_bias_linear=arch.has_linear_biases,
-        add_qkv_bias=model_config.qkv_bias,
+        add_bias_linear=arch.has_linear_biases(model_config),
+        add_qkv_bias=arch.has_bias(Role.QUERY, model_config),
         **to_layer_patterns(model_config),
         **to_routing_settings(model_config, build.router_aux_loss),
         **UNFUSED,
@@ -160,6 +162,7 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
     set_attention_factor(config, model_config)
     # For this package's own modules: mcore's config has no fields for them.
     config.residual_multiplier = model_config.residual_multiplier
+    config.norm_bias = arch.has_norm_biases(model_config)
     config.attention_softcap = model_config.attention_softcap
     config.query_scaling = get_query_scaling(model_config)
     return config
@@ -176,30 +179,31 @@ def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
         return ParallelResidualLayer
     if not arch.pre_norm:
         return PostNormLayer
-    has_own_branches = arch.has_output_norms or model_config.residual_multiplier != 1
+    has_own_branches = arch.has_output_norms or arch.has_output_scales or model_config.residual_multiplier != 1
     return ResidualBranchLayer if has_own_branches else TransformerLayer
 
 
-def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
+def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype, layer: int | None = None) -> ModuleSpec:
     """Builds Transformer Engine's layer spec if it is installed, otherwise mcore's local spec with `FusedAttention` and
     `Norm`.
 
     Layers of this package's own, normalised heads and experts always use the local spec: Transformer Engine fuses the
     norms of pre-norm layers into its linears. Its attention serves 16 bits: in fp32 it keeps all attention weights in
-    memory.
+    memory. layer: its number, if layers differ in their modules.
     """
     arch = architectures.get(model_config.arch)
     layer_class = get_layer_class(model_config)
     is_plain = layer_class in (TransformerLayer, ParallelResidualLayer) and not arch.has_head_norms
-    is_plain = is_plain and not arch.has_experts
-    is_plain = is_plain and not model_config.query_scaling_beta
+    is_plain = is_plain and not arch.has_experts and has_common_biases(model_config)
+    is_plain = is_plain and not model_config.query_scaling_beta and not arch.starts_unnormalised
+    is_plain = is_plain and (arch.uses_rms_norm or arch.has_norm_biases(model_config))
     is_local = not (device.has_transformer_engine() and is_plain and model_config.attention_softcap is None)
     if is_local:
         num_experts = model_config.num_experts or None
         spec = copy.deepcopy(
             get_gpt_layer_local_spec(num_experts=num_experts, normalization=get_normalization(model_config))
         )
-        spec.submodules.input_layernorm = Norm
+        spec.submodules.input_layernorm = IdentityOp if layer == 0 and arch.starts_unnormalised else Norm
         spec.submodules.pre_mlp_layernorm = Norm
     else:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
@@ -209,6 +213,8 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype) -> ModuleSpe
         spec.submodules.self_attention.submodules.core_attention = core_attention
     if arch.has_head_norms:
         _add_head_norms(spec, model_config, arch)
+    if not has_common_biases(model_config):
+        set_linear_biases(spec.submodules, get_mlp_submodules(spec), model_config)
     spec.module = layer_class
     if layer_class is ResidualBranchLayer:
         spec.submodules = _build_branch_submodules(spec.submodules, arch)
@@ -228,14 +234,19 @@ def _add_head_norms(spec: ModuleSpec, model_config: ModelConfig, arch: Architect
 
 
 def _build_branch_submodules(submodules: TransformerLayerSubmodules, arch: Architecture) -> ResidualBranchSubmodules:
-    """Returns a layer's modules with the norms that the family has before and after its blocks."""
+    """Returns a layer's modules with the norms and scales that the family has before and after its blocks."""
     norms = {
         "input_layernorm": Role.ATTENTION_NORM,
         "pre_mlp_layernorm": Role.FFN_NORM,
         "post_self_attn_layernorm": Role.ATTENTION_OUTPUT_NORM,
         "post_mlp_layernorm": Role.FFN_OUTPUT_NORM,
     }
+    scales = {
+        "post_self_attn_scale": Role.ATTENTION_OUTPUT_SCALE,
+        "post_mlp_scale": Role.FFN_OUTPUT_SCALE,
+    }
     own = {name: Norm if arch.has(role) else IdentityOp for name, role in norms.items()}
+    own |= {name: LayerScale if arch.has(role) else IdentityOp for name, role in scales.items()}
     return ResidualBranchSubmodules(**{**vars(submodules), **own})
 
 
@@ -245,9 +256,10 @@ def get_mlp_submodules(spec: ModuleSpec) -> MLPSubmodules:
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
 
-def get_final_norm_class() -> type:
+def get_final_norm_class(model_config: ModelConfig) -> type:
     """Returns the class of the norm after the last layer."""
-    if device.has_transformer_engine():
+    arch = architectures.get(model_config.arch)
+    if device.has_transformer_engine() and (arch.uses_rms_norm or arch.has_norm_biases(model_config)):
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm

@@ -30,7 +30,8 @@ def normalise_all_heads(x: Tensor, weight: Tensor, eps: float, num_heads: int, g
 class Norm(nn.Module):
     """Trainable RMSNorm or LayerNorm, (..., hidden) -> (..., hidden), constructed like mcore's norms.
 
-    Its gain is 1 + weight if the config's layernorm_zero_centered_gamma says so.
+    A LayerNorm has a bias if the config's norm_bias, which layer_spec.py sets, says so. The gain is 1 + weight if its
+    layernorm_zero_centered_gamma says so.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
@@ -40,7 +41,7 @@ class Norm(nn.Module):
         self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         self.weight = nn.Parameter(torch.full((hidden_size,), 1 - self.offset, dtype=config.params_dtype))
         self.bias = None
-        if self.kind == "LayerNorm":
+        if self.kind == "LayerNorm" and config.norm_bias:
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel

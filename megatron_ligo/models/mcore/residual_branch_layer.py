@@ -1,4 +1,4 @@
-"""Layers whose blocks are normalised before the residual sum or multiplied by a constant (OLMo 2, Gemma, Granite).
+"""Layers whose blocks are normalised or scaled before the residual sum (OLMo 2, Gemma, DINOv2, Granite).
 
 Megatron-core's own layer adds what a block returns.
 """
@@ -18,14 +18,18 @@ from megatron_ligo.models.mcore.post_norm_layer import add_bias
 
 @dataclass
 class ResidualBranchSubmodules(TransformerLayerSubmodules):
-    """The modules of a layer, with norms after its two blocks."""
+    """The modules of a layer, with norms and learned scales after its two blocks."""
 
     post_self_attn_layernorm: type = IdentityOp
     post_mlp_layernorm: type = IdentityOp
+    post_self_attn_scale: type = IdentityOp
+    post_mlp_scale: type = IdentityOp
 
 
 class ResidualBranchLayer(TransformerLayer):
-    """x (s, b, hidden) -> y + m norm(mlp(norm(y))) with y = x + m norm(attention(norm(x))). Each norm may be missing.
+    """x (s, b, hidden) -> y + m scale(norm(mlp(norm(y)))) with y = x + m scale(norm(attention(norm(x)))).
+
+    Each norm and each learned scale may be missing.
 
     m: the config's `residual_multiplier`, which layer_spec.py sets.
     """
@@ -35,6 +39,8 @@ class ResidualBranchLayer(TransformerLayer):
         sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.post_self_attn_layernorm = build_module(submodules.post_self_attn_layernorm, **sizes)
         self.post_mlp_layernorm = build_module(submodules.post_mlp_layernorm, **sizes)
+        self.post_self_attn_scale = build_module(submodules.post_self_attn_scale, **sizes)
+        self.post_mlp_scale = build_module(submodules.post_mlp_scale, **sizes)
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None):
@@ -42,8 +48,10 @@ class ResidualBranchLayer(TransformerLayer):
         attended = self.self_attention(
             self.input_layernorm(x), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
         )
-        y = x + self._multiply(self.post_self_attn_layernorm(add_bias(*attended)))
-        return y + self._multiply(self.post_mlp_layernorm(add_bias(*self.mlp(self.pre_mlp_layernorm(y))))), None
+        attended = self.post_self_attn_scale(self.post_self_attn_layernorm(add_bias(*attended)))
+        y = x + self._multiply(attended)
+        out = self.post_mlp_layernorm(add_bias(*self.mlp(self.pre_mlp_layernorm(y))))
+        return y + self._multiply(self.post_mlp_scale(out)), None
 
     def _multiply(self, x: Tensor) -> Tensor:
         return x if self.multiplier == 1 else x * self.multiplier

@@ -205,6 +205,8 @@ def test_written_keys_are_of_the_class(model_type):
         "rotary_pct",
         "num_labels",
         "rope_local_base_freq",
+        "global_rope_theta",
+        "local_rope_theta",
     }
     older |= {"bos_token_id", "eos_token_id", "pad_token_id", "position_embedding_type"}
     # transformers reads these without declaring them.

@@ -11,7 +11,22 @@ from tests.checkpoint.config_perturbation import MODELS, Perturbation, Report
 
 LATER = [
     pytest.param(name, marks=pytest.mark.long)
-    for name in ("qwen3", "olmo2", "gemma2", "olmo3", "gemma3_text", "ministral3", "ernie4_5", "gemma", "exaone4")
+    for name in (
+        "qwen3",
+        "olmo2",
+        "gemma2",
+        "olmo3",
+        "gemma3_text",
+        "ministral3",
+        "ernie4_5",
+        "gemma",
+        "exaone4",
+        "dinov2",
+        "dinov2 with a gate",
+        "dinov2_with_registers",
+        "modernbert",
+        "modernbert with biases",
+    )
 ]
 
 

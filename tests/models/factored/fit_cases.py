@@ -36,7 +36,7 @@ def small_dims(changes: dict) -> ModelConfig:
     """A small Llama, or a small model of the family that the changes name."""
     if changes.get("arch", "llama") == "llama":
         return llama_config(**{**SMALL, **changes})
-    if changes["arch"] in ("vit", "deit"):
+    if changes["arch"] in image_models.OWN:
         return image_models.image_config(
             changes["arch"], **{**SMALL, **{k: v for k, v in changes.items() if k != "arch"}}
         )

@@ -18,7 +18,7 @@ from megatron_ligo.config.run_config import value_for_space
 from megatron_ligo.growth.operator import Operator
 
 # Spaces that keep their features.
-FIXED_SPACES = ("vocab", "position", "token_type", "order", "channel", "pixel", "head_feature")
+FIXED_SPACES = ("vocab", "position", "token_type", "register", "order", "channel", "pixel", "head_feature")
 Values = dict[str, Tensor]  # the operator's tensors, by name
 
 
@@ -56,7 +56,13 @@ def mixed_layers(operator: Operator, source, values: Values, spec: ParamSpec, la
     """The depth-mixed small weight; outside the layers, the small weight with its new rows."""
     if layer is None:
         return with_new_rows(operator, spec, source.read(spec.key))
-    stack = torch.stack([source.read(spec.key.format(i)) for i in range(operator.small.num_layers)])
+    layers = range(operator.small.num_layers)
+    if spec.skips_first_layer:
+        # ModernBERT's first layer reads the stream as if its norm had these.
+        absent = torch.zeros(operator.small.hidden_size) if spec.is_bias else torch.ones(operator.small.hidden_size)
+        stack = torch.stack([source.read(spec.key.format(i)) if i else absent for i in layers])
+    else:
+        stack = torch.stack([source.read(spec.key.format(i)) for i in layers])
     return torch.einsum("l,l...->...", depth_row(operator, values, spec, layer), stack)
 
 
@@ -96,7 +102,9 @@ def interpolated_positions(operator: Operator, table: Tensor) -> Tensor:
     side, size = small.image_size // small.patch_size, large.image_size // large.patch_size
     special = len(table) - side * side
     patches = table[special:].reshape(side, side, -1).permute(2, 0, 1)[None]
-    grid = F.interpolate(patches, size=(size, size), mode="bicubic", align_corners=False)[0]
+    # Of these classes one interpolates with antialiasing.
+    antialias = operator.arch.name == "dinov2_with_registers"
+    grid = F.interpolate(patches, size=(size, size), mode="bicubic", align_corners=False, antialias=antialias)[0]
     return torch.cat([table[:special], grid.permute(1, 2, 0).flatten(0, 1)])
 
 
@@ -112,6 +120,9 @@ def grown_gain(operator: Operator, values: Values, spec: ParamSpec, mixed: Tenso
     space = "head" if spec.role is Role.HEAD_NORM and not operator.large.tied else "residual"
     if value_for_space(operator.settings.gain, "residual") != "copied":
         return width_map(operator, values, space, None, False) @ mixed
+    if spec.role in (Role.ATTENTION_OUTPUT_SCALE, Role.FFN_OUTPUT_SCALE):
+        # It follows no norm.
+        return torch.cat([mixed, mixed.mean().reshape(1)])[values["gain.source"]]
     if space == "head":
         return mixed[values["gain.head.source"]] * values["gain.head.factor"]
     with_mean = torch.cat([mixed, mixed.mean().reshape(1)])  # -1: the mean gain

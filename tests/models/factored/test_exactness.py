@@ -313,9 +313,30 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("layout", [{"pp": 2, "sequence_parallel": True}, {"zero": 2}], ids=str)
-def test_classifiers_are_exact_when_sharded(pools, layout):
-    assert_exact(differences(pools, 4, "sgd", IMAGES, tp=2, micro_size=4, **layout))
+# With scales, two halves of the head and (the second) tokens without positions.
+DINO = {
+    **IMAGES,
+    "small": {**IMAGES["small"], "arch": "dinov2", "ffn_size": 64},
+    "large": {**IMAGES["large"], "ffn_size": 128},
+}
+REGISTERS = {
+    **IMAGES,
+    "small": {**DINO["small"], "arch": "dinov2_with_registers", "image_size": 7},
+    "large": {**DINO["large"], "image_size": 13},
+}
+IMAGE_LAYOUTS = [
+    (IMAGES, {"pp": 2, "sequence_parallel": True}),
+    (IMAGES, {"zero": 2}),
+    (DINO, {"pp": 2, "sequence_parallel": True}),
+    pytest.param(REGISTERS, {"zero": 3, "recompute": True}, marks=pytest.mark.long),
+    pytest.param({**REGISTERS, **CORNER}, {"pp": 2, "sequence_parallel": True}, marks=pytest.mark.long),
+    pytest.param({**DINO, "settings": {"method": "ligo"}}, {"pp": 2}, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("changes, layout", IMAGE_LAYOUTS, ids=str)
+def test_classifiers_are_exact_when_sharded(pools, changes, layout):
+    assert_exact(differences(pools, 4, "sgd", changes, tp=2, micro_size=4, **layout))
 
 
 CONTROLS = {

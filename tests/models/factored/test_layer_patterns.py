@@ -11,14 +11,21 @@ PATTERN_GROWTH = {
     "starcoder2": {"hidden_size": 64},
     "stablelm": {"hidden_size": 64},
     "phi3": {"hidden_size": 64},
+    "modernbert": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16},
+    "modernbert with biases": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16},
     "opt": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16, "max_positions": 80},
 }
 PATTERN_LAYOUTS = [
     (4, {"tp": 2, "pp": 2, "sequence_parallel": True, "micro_size": 2}),
     (4, {"tp": 2, "zero": 3, "micro_size": 2, "recompute": True}),
 ]
+OFTEN = ("smollm3 with windows", "opt", "modernbert")
 PATTERN_CASES = [
-    pytest.param(case, *layout, marks=() if case in ("smollm3 with windows", "opt") and not at else pytest.mark.long)
+    pytest.param(
+        case,
+        *layout,
+        marks=() if case in ("smollm3 with windows", "opt", "modernbert") and not at else pytest.mark.long,
+    )
     for case in layer_pattern_models.OWN
     for at, layout in enumerate(PATTERN_LAYOUTS)
 ]

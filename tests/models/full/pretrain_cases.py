@@ -43,10 +43,12 @@ AUX_LOSS = 0.3  # of routers
 
 
 def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
-    if family in ("vit", "deit"):
-        # Labels are padded at tp 2; tokens are not: 10 and 6 of them.
-        side = {"vit": 10, "deit": 7}[family]
+    if family in image_models.OWN:
+        # Labels are padded at tp 2; tokens are not: 10, 6 and 8 of them.
+        side = 7 if family in ("deit", "dinov2_with_registers") else 10
         own = {"num_kv_heads": 8, "hidden_size": 32, "vocab_size": 7, "image_size": side}
+        if family not in ("vit", "deit"):
+            own["ffn_size"] = 48 if family == "dinov2 with a gate" else 64
         return image_models.image_config(family, **SIZES | own)
     if family in decoder_models.OWN:
         return decoder_models.config_of(
@@ -65,7 +67,7 @@ def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
 
 def decay_of(optimizer: str, family: str) -> float:
     """transformers keeps the class's token as a stack of matrices: which parameters decay would differ."""
-    return DECAY if optimizer == "adamw" and family not in ("vit", "deit") else 0.0
+    return DECAY if optimizer == "adamw" and family not in image_models.OWN else 0.0
 
 
 def ids_of(model_config, step: int) -> torch.Tensor:

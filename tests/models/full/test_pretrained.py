@@ -16,7 +16,7 @@ from megatron_ligo.models.full.factory import build_model as build_pretrained
 from megatron_ligo.models.full.gpt import FullGPT
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.sharding import fused_tensors
-from tests import decoder_models, layer_pattern_models
+from tests import decoder_models, image_models, layer_pattern_models
 from tests.layer_norm_models import memory_of, model_of
 from tests.models.full import pretrain_cases
 from tests.tiny_models import Memory
@@ -74,7 +74,7 @@ def folders(tmp_path_factory) -> dict[bool, str]:
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit", *decoder_models.OWN, "mixtral", "qwen3_moe"],
+    ["llama", "gpt2", "gpt_neox", "bert", "roberta", *image_models.OWN, *decoder_models.OWN, "mixtral", "qwen3_moe"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_are_those_of_transformers(tied, family):
@@ -128,6 +128,11 @@ OTHER_FAMILIES = [
     ("vit", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4}),
     pytest.param("vit", {"tp": 2, "zero": 2, "micro_size": 4}, marks=pytest.mark.long),
     ("deit", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    ("dinov2 with a gate", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    pytest.param(
+        "dinov2_with_registers", {"tp": 2, "zero": 3, "recompute": True, "micro_size": 4}, marks=pytest.mark.long
+    ),
+    pytest.param("dinov2", {"tp": 4, "zero": 2, "micro_size": 4}, marks=pytest.mark.long),
     pytest.param("qwen3", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}, marks=pytest.mark.long),
     pytest.param("qwen3", {"tp": 2, "zero": 3, "micro_size": 4, "optimizer": "sgd"}, marks=pytest.mark.long),
     pytest.param("granite", {"tp": 2, "pp": 2, "tied": False, "optimizer": "sgd"}, marks=pytest.mark.long),
@@ -140,6 +145,7 @@ OTHER_FAMILIES = [
     ),
     ("smollm3 with windows", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     ("opt", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
+    ("modernbert", {"tp": 2, "pp": 2, "sequence_parallel": True, "optimizer": "sgd"}),
     *(
         pytest.param(family, {**layout, "optimizer": "sgd"}, marks=pytest.mark.long)
         for family in layer_pattern_models.OWN

@@ -16,7 +16,8 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch import other_families
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_params import ACTIVATION_SYNONYMS
-from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, tokens_per_image
+from megatron_ligo.arch.ffn_ratio import ffn_ratio_of, ffn_size_of
+from megatron_ligo.arch.model_config import ModelConfig, implied_head_sizes, positions_per_image
 from megatron_ligo.checkpoint.formats.hf import layer_patterns, rope_parameters
 from megatron_ligo.checkpoint.formats.hf.config_keys import LABELS, key_table
 from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transformers_config
@@ -32,14 +33,24 @@ from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
 
 CONFIG = "config.json"
+# The layers whose outputs the backbone class returns, by number.
+STAGE_NAMES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 # Harmless keys that are not copied into a written config: they would describe another file, or another model's sizes.
-NOT_CARRIED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "n_ctx", "max_sequence_length")
+NOT_CARRIED = (
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "n_ctx",
+    "max_sequence_length",
+    *STAGE_NAMES,
+)
 # The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
 HEADS_DIVIDE = ("llama", "gemma2", "gemma3_text")
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction", "window_rope_base")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}
-MAY_BE_ZERO = ("num_token_types", "position_padding", "position_offset", "query_scaling_beta")
+MAY_BE_ZERO = ("num_token_types", "position_padding", "position_offset", "query_scaling_beta", "num_registers")
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 # Keys that hold a length, or the lengths of two equal sides.
 SQUARES = ("image_size", "patch_size")
@@ -89,12 +100,20 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
             sizes[name] = _config_value(config, key, arch, where)
     if "rope_base" in arch.hf_fields.values():
         sizes |= rope_parameters.parse_rope(config, arch, where, errors)
+    for name, other in arch.coupled_fields.get(config["model_type"], {}).items():
+        sizes[name] = sizes[other]
+    if arch.ffn_ratio_key:
+        sizes["ffn_size"] = _ffn_size(config, arch, sizes, where, errors)
+    if sizes.get("has_gate"):
+        sizes["activation"] = arch.gate_activation
     _fill_implied_sizes(sizes)
     _check_types(sizes, errors)
     _check_repetitions(config, arch, sizes, errors)
     for name, known in arch.choices.items():
         if sizes[name] not in known:
             errors.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
+    if arch.hf_window_both_ways and type(sizes["sliding_window"]) is int:
+        sizes["sliding_window"] = sizes["sliding_window"] // 2 + 1
     sizes |= layer_patterns.parse_patterns(config, arch, sizes, where, errors)
     errors.raise_if_any()
     try:
@@ -174,11 +193,20 @@ def _config_value(config: Mapping, key: str, arch: Architecture, where: str) -> 
     return getattr(load_transformers_config(config, where), key, None)
 
 
+def _ffn_size(config: Mapping, arch: Architecture, sizes: Mapping, where: str, errors: ErrorCollector) -> int | None:
+    """Returns the feed-forward size that a ratio states. Adds an error for a ratio that is no positive integer."""
+    ratio, hidden = _config_value(config, arch.ffn_ratio_key, arch, where), sizes.get("hidden_size")
+    if type(ratio) is not int or ratio < 1:
+        errors.add(arch.ffn_ratio_key, "a positive int", describe_value(ratio))
+        return None
+    return ffn_size_of(hidden, ratio, sizes.get("has_gate") is True) if type(hidden) is int else None
+
+
 def _fill_implied_sizes(sizes: dict) -> None:
     """Fills in sizes that follow from others if a config leaves them out, or null."""
     hidden, heads, image, patch = (sizes.get(key) for key in ("hidden_size", "num_heads", "image_size", "patch_size"))
     if all(type(size) is int and size > 0 for size in (image, patch)):
-        sizes["max_positions"] = tokens_per_image(image, patch, sizes["has_distillation"])
+        sizes["max_positions"] = positions_per_image(image, patch, sizes["has_distillation"])
     if not all(type(size) is int and size > 0 for size in (hidden, heads)):
         return
     for name, value in implied_head_sizes(hidden, heads).items():
@@ -266,9 +294,14 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
     # A copy: transformers modifies the scaling that it is given.
     sizes = model_config.to_json()
     stated = {key: sizes[field] for key, field in arch.hf_fields.items()} | arch.required_hf_values
+    if arch.ffn_ratio_key:
+        stated[arch.ffn_ratio_key] = ffn_ratio_of(model_config)
     # vLLM lets Mistral attend to everything if it reads Qwen's key for no window.
     foreign = arch.foreign_hf_keys.get(model_config.model_type, ())
     config |= {key: value for key, value in stated.items() if key not in foreign}
+    if arch.hf_window_both_ways:
+        reach = (model_config.sliding_window or model_config.max_positions + 1) - 1
+        config |= {key: 2 * reach for key, field in arch.hf_fields.items() if field == "sliding_window"}
     config |= layer_patterns.to_pattern_keys(model_config, arch) | rope_parameters.to_rope_keys(model_config, arch)
     return config | {"dtype": name, "torch_dtype": name}
 

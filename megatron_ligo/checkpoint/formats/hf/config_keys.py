@@ -6,11 +6,13 @@ neither passes only while its value is empty (source_keys.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import cache
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf.rope_parameters import ROPE_KEYS
 from megatron_ligo.checkpoint.source_keys import KeyTable
 
@@ -90,6 +92,8 @@ HINTS = {
 }
 # The names of labels by number: of images without num_labels, they are counted.
 LABELS = "id2label"
+# The fields of ModelConfig that are true or false.
+SWITCHES = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.type == "bool")
 # Read by config_json.py itself.
 READ = ("model_type", "architectures", "layer_types", "head_dim")
 
@@ -103,10 +107,13 @@ def key_table(model_type: str) -> KeyTable:
     fields |= {key: arch.hf_fields[name] for key, name in arch.hf_aliases.items()}
     fields |= {key: key for key in READ if key not in fields}
     fields |= {LABELS: "vocab_size"} if arch.reads_images else {}
+    fields |= {arch.ffn_ratio_key: "ffn_size"} if arch.ffn_ratio_key else {}
     fields |= {key: "layers" for key in arch.hf_pattern_keys.get(model_type, ()) if key not in fields}
     fields |= {key: "rope" for key in _rope_keys(arch) if key not in fields}
     # A key of the family that this type's class does not know must not say anything.
-    fixed: dict[str, tuple[object, ...]] = {key: (None,) for key in foreign if key in arch.hf_fields}
+    fixed: dict[str, tuple[object, ...]] = {
+        key: (None, False) if arch.hf_fields[key] in SWITCHES else (None,) for key in foreign if key in arch.hf_fields
+    }
     fixed |= {key: (value, None) if key in foreign else (value,) for key, value in arch.required_hf_values.items()}
     fixed = {**FIXED, **arch.hf_fixed, **fixed}
     harmless = {**HARMLESS, **arch.hf_harmless}

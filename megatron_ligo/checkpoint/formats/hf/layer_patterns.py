@@ -102,6 +102,7 @@ def to_pattern_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, 
     }
     stated = {key: value for key, value in values.items() if key in names}
     is_built_anyway = TYPES in names and USE_WINDOW not in names and not arch.rotates_in_windows_only
+    is_built_anyway = is_built_anyway and "sliding_window" in arch.hf_fields
     if is_built_anyway and model_config.sliding_window is None:
         # These classes of transformers build the window's mask whether a layer has it or not.
         stated["sliding_window"] = model_config.max_positions

@@ -144,7 +144,9 @@ def _write_tensors(source: Reader, output: Output, folder: str, padded_vocab_siz
         # Experts of a layer have one name: in the archive each is named by its own number.
         places, tensors = {}, {}
         for stored in group:
-            places[stored.name] = key_indices(stored.keys[0])
+            # Of a parameter that the first layer lacks there is no whole stack.
+            skips_first = stored.params[0].skips_first_layer
+            places[stored.name] = () if skips_first else key_indices(stored.keys[0])
             for kind in kinds:
                 tensor = _add_leading_dims(shards.lazy_shard(stored, 0, kind), len(places[stored.name]))
                 tensors[_state_name(stored.name, kind)] = tensor

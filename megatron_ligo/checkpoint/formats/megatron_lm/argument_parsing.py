@@ -68,11 +68,11 @@ def parse_model_config(arguments: RunArguments, accepted: AcceptedKeys = NO_KEYS
     errors = ErrorCollector(f"no model can be read from {arguments.where}", CheckpointError)
     arch = architectures.get(expert_arguments.find_family(values))
     argument_keys.TABLE.check(values, accepted, errors)
-    _check_family(values, arch, errors, FAMILY_ADVICE)
+    _check_family(values, arch, None, errors, FAMILY_ADVICE)
     for names in REQUIRED_FAMILY:
         if all(values.get(name) is None for name in names):
             errors.add(" or ".join(names), "a value", "none", ADVICE)
-    sizes = parse_sizes(values, arch, errors)
+    sizes = parse_sizes(values, arch, None, errors)
     if sizes.get("num_experts"):
         expert_arguments.check_experts(values, accepted, errors)
     if not is_same_value(sizes.pop("rotary_fraction", 1.0), 1.0):
@@ -118,13 +118,13 @@ def check_arguments(
     errors = ErrorCollector(title, CheckpointError)
     argument_keys.TABLE.check(values, accepted, errors)
     if _is_computed_by_megatron(arch, model_config):
-        _check_family(values, arch, errors)
+        _check_family(values, arch, model_config, errors)
         _check_activation(values, arch, model_config, errors)
     else:
         for name in _stated_layer_arguments(values):
             expected = f"nothing: Megatron's own models do not compute {model_config.model_type}'s layers"
             errors.add(name, expected, repr(values[name]))
-    sizes = parse_sizes(values, arch, errors)
+    sizes = parse_sizes(values, arch, model_config, errors)
     if sizes.get("num_experts"):
         expert_arguments.check_experts(values, accepted, errors)
     if arguments.is_length_of_training:
@@ -138,8 +138,13 @@ def check_arguments(
     errors.raise_if_any()
 
 
-def parse_sizes(values: Mapping[str, object], arch: Architecture, errors: ErrorCollector) -> dict[str, object]:
-    """Returns the fields of ModelConfig that arguments state. Adds an error if two of them contradict each other."""
+def parse_sizes(
+    values: Mapping[str, object], arch: Architecture, beside: ModelConfig | None, errors: ErrorCollector
+) -> dict[str, object]:
+    """Returns the fields of ModelConfig that arguments state. Adds an error if two of them contradict each other.
+
+    beside: the model that stands beside the arguments, if there is one.
+    """
     stated: dict[str, dict[str, object]] = {}
     for name, field, value in _iter_sizes(values):
         stated.setdefault(field, {})[name] = value
@@ -156,7 +161,7 @@ def parse_sizes(values: Mapping[str, object], arch: Architecture, errors: ErrorC
             sizes["head_dim"] = hidden // heads
         else:
             errors.add("hidden_size, num_attention_heads", "positive integers", f"{hidden!r}, {heads!r}")
-    if arch.has_linear_biases:
+    if beside is not None and arch.has_linear_biases(beside):
         # Their query, key and value have biases either way.
         sizes.pop("qkv_bias", None)
     sizes |= expert_arguments.parse_experts(values, errors)
@@ -216,18 +221,29 @@ def _stated_layer_arguments(values: Mapping[str, object]) -> list[str]:
     return [name for name in names if values.get(name) is not None]
 
 
-def _check_family(values: Mapping[str, object], arch: Architecture, errors: ErrorCollector, hint: str = "") -> None:
-    """Adds an error for every argument under which Megatron's layers are not those of a family."""
+def _check_family(
+    values: Mapping[str, object],
+    arch: Architecture,
+    beside: ModelConfig | None,
+    errors: ErrorCollector,
+    hint: str = "",
+) -> None:
+    """Adds an error for every argument under which Megatron's layers are not those of a family.
+
+    beside: the model that stands beside the arguments; None = a Llama that they alone describe.
+    """
     norm = "RMSNorm" if arch.uses_rms_norm else "LayerNorm"
+    is_gated = beside is None or arch.is_gated(beside)
+    has_biases = beside is not None and arch.has_linear_biases(beside)
     known: dict[str, tuple[object, ...]] = {
         "normalization": (norm, norm.lower(), None),
-        "swiglu": (arch.is_gated, None),
-        "gated_linear_unit": (arch.is_gated, None),
-        "activation_func": SILU if arch.is_gated else GELU,
-        "add_bias_linear": (arch.has_linear_biases, None),
+        "swiglu": (is_gated, None),
+        "gated_linear_unit": (is_gated, None),
+        "activation_func": SILU if is_gated else GELU,
+        "add_bias_linear": (has_biases, None),
         "qk_layernorm": (arch.normalises_each_head, None),
     }
-    if arch.is_gated:
+    if is_gated:
         known["openai_gelu"] = argument_keys.OFF
     if arch.has_learned_positions:
         known["position_embedding_type"] = ("learned_absolute", None)
@@ -288,7 +304,7 @@ def _check_activation(
     fusions = [values[name] for name in ("bias_gelu_fusion", "bias_activation_fusion") if values.get(name) is not None]
     # Transformer Engine's own GELU approximates by tanh too.
     approximations = [values.get(name) for name in ("openai_gelu", "use_te_activation_func")]
-    if arch.is_gated or not (fusions or any(approximations)):
+    if arch.is_gated(model_config) or not (fusions or any(approximations)):
         return
     uses_tanh = any(approximations) or any(fusions)
     allowed = TANH_GELU if uses_tanh else ("gelu",)

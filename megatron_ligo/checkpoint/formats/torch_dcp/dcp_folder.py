@@ -37,7 +37,7 @@ from megatron_ligo.sharding import fused_tensors
 ACCELERATE_FOLDER = "pytorch_model_fsdp_0"
 # Beginnings of the names of a training's state that is not the model's.
 STATE_PREFIXES = ("optim.", "optimizer.", "optimizers.", "lr_scheduler.", "train_state.", "dataloader.")
-TITAN_MARK = b"tok_embeddings.weight"
+TITAN_MARK, MODERNBERT_MARK = b"tok_embeddings.weight", b"embeddings.tok_embeddings.weight"
 # OPT's names have model.decoder.layers too.
 MEGATRON_FSDP_MARKS = ("module.decoder.layers.", ".self_attention.linear_")
 
@@ -52,7 +52,8 @@ def find_folder(path: Path) -> Path | None:
 
 
 def is_torchtitan(folder: Path) -> bool:
-    return TITAN_MARK in (folder / METADATA_FILE).read_bytes()
+    metadata = (folder / METADATA_FILE).read_bytes()
+    return TITAN_MARK in metadata and MODERNBERT_MARK not in metadata
 
 
 def find_config(folder: Path) -> Path:
