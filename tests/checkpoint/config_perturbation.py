@@ -23,6 +23,7 @@ from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.common.errors import CheckpointError
 from tests import layer_norm_models
 from tests.checkpoint.library_refusals import check_raised_by_library
+from tests.checkpoint.perturbed_encoders import ENCODERS
 
 CAUSAL_SIZES = {
     "hidden_size": 32,
@@ -36,30 +37,6 @@ CAUSAL_SIZES = {
     "bos_token_id": 3,
     "eos_token_id": 5,
 }
-BERT = layer_norm_models.BERT | {"max_position_embeddings": 40}
-MODERNBERT = {
-    "hidden_size": 24,
-    "intermediate_size": 28,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "vocab_size": 37,
-    "max_position_embeddings": 64,
-    "norm_eps": 1e-3,
-    "local_attention": 10,
-    "pad_token_id": 2,
-}
-VIT = {
-    "hidden_size": 24,
-    "intermediate_size": 52,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "image_size": 12,
-    "patch_size": 3,
-    "num_channels": 2,
-    "layer_norm_eps": 1e-3,
-    "num_labels": 5,
-}
-DINO = {key: value for key, value in VIT.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # model_type, with what is special about the model -> the class, and the config that is changed.
 MODELS = {
@@ -159,21 +136,7 @@ MODELS = {
     ),
     "gpt2": ("GPT2LMHeadModel", layer_norm_models.GPT2 | {"n_positions": 40}),
     "gpt_neox": ("GPTNeoXForCausalLM", layer_norm_models.NEOX | {"max_position_embeddings": 40}),
-    "bert": ("BertForMaskedLM", BERT),
-    "roberta": ("RobertaForMaskedLM", BERT),
-    "xlm-roberta": ("XLMRobertaForMaskedLM", BERT),
-    "modernbert": ("ModernBertForMaskedLM", MODERNBERT),
-    "modernbert with biases": (
-        "ModernBertForMaskedLM",
-        MODERNBERT
-        | {"decoder_bias": False}
-        | dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True),
-    ),
-    "vit": ("ViTForImageClassification", VIT),
-    "deit": ("DeiTForImageClassification", VIT),
-    "dinov2": ("Dinov2ForImageClassification", DINO),
-    "dinov2 with a gate": ("Dinov2ForImageClassification", DINO | {"use_swiglu_ffn": True, "qkv_bias": False}),
-    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", DINO | {"num_register_tokens": 3}),
+    **ENCODERS,
 }
 # Keys that transformers reads without declaring them, that old or other families' configs have, or that nobody has.
 UNDECLARED = (
