@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.models.factored import fit_cases
-from tests.models.factored.test_exactness import IMAGES, expected, plain_loss, rates, worst
+from tests.models.factored.test_exact_images import IMAGES
+from tests.models.factored.test_exactness import expected, plain_loss, rates, worst
 
 LAYOUTS = {
     "DP2 ZeRO 1": (2, {"zero": 1}),
