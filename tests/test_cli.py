@@ -119,6 +119,11 @@ def test_a_rank_whose_launcher_died_before_it_had_started_ends(tmp_path):
     assert ended.read_text() == "SIGTERM: ended.\n"
 
 
+def test_a_warning_of_a_library_ends_no_command(tmp_path):
+    script = write_script(tmp_path, "import warnings; warnings.warn('a part is missing'); print('done')")
+    assert finish(start(script, PYTHONWARNINGS="error")) == (0, "done\n", "")
+
+
 def test_closed_descriptors_are_no_files_of_ours(tmp_path):
     """The output of a library would go into the first file that is opened."""
     file = tmp_path / "file"

@@ -10,6 +10,7 @@ import collections
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 FILE_NAME = "libraries.log"
@@ -40,6 +41,9 @@ def install() -> None:
     """Keeps what libraries log, and the warnings of Python, off the terminal. Call it before they are imported."""
     logging.setLoggerClass(LibraryLogger)
     logging.captureWarnings(True)
+    if any(action == "error" for action, *_ in warnings.filters):
+        # -W error or PYTHONWARNINGS: libraries that only warn as they are imported would count as missing.
+        warnings.simplefilter("default")
     if not sys.stderr.isatty():
         os.environ.setdefault(NO_PROGRESS_BARS, "1")
 
