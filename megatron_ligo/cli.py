@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from megatron_ligo.common import library_log, signal_handling, terminal_stream
+from megatron_ligo.common import hub_models, library_log, signal_handling, terminal_stream
 from megatron_ligo.common.errors import CheckpointError, ConfigError, LigoError, Problem, user_message
 from megatron_ligo.config import typed_toml
 from megatron_ligo.config.run_config import RunConfig
@@ -129,7 +129,7 @@ def config_options(args: argparse.Namespace) -> list[str]:
 def check_paths(*paths: str | None) -> None:
     """Raises CheckpointError if a checkpoint's path does not exist, before torch is imported."""
     for path in filter(None, paths):
-        if not Path(path).exists():
+        if not Path(path).exists() and not hub_models.is_hub_name(path):
             raise CheckpointError(Problem(path, "a checkpoint", "nothing there", "Check the path."))
 
 

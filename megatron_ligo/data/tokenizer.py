@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_ligo.common import hub_models
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.data.vocabulary_files import (
@@ -101,8 +102,11 @@ class SentencepieceTokenizer(Tokenizer):
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
-    """Returns the tokenizer's file: `path` itself, or the one in the folder `path`. DataError if there is none."""
-    path = Path(path)
+    """Returns the tokenizer's file: `path` itself, or the one in the folder `path`. DataError if there is none.
+
+    The name of a model on the Hugging Face hub stands for its folder.
+    """
+    path = hub_models.find_model(path)
     names = (HF_FILE, SENTENCEPIECE_FILE, *VOCABULARIES)
     candidates = [path] if path.is_file() else [path / name for name in names]
     for candidate in candidates:

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_ligo.checkpoint.format import Format
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys
-from megatron_ligo.common import symlinks
+from megatron_ligo.common import hub_models, symlinks
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from megatron_ligo.common.folder_kinds import find_model_part
 from megatron_ligo.config.run_config import SmallSection
@@ -69,6 +69,7 @@ def recognise(path: str | Path) -> Format:
 def open(path: str | Path, format: str | None = None, accept: Iterable[str] = ()) -> Reader:
     """Opens the checkpoint at a path, reading headers only. format: its name; None: it is recognised.
 
+    `org/name` without such a folder is a model of the Hugging Face hub (hub_models.py).
     The folder of a hand-off or a pretraining stands for its checkpoint (folder_kinds.py).
     accept: names of config keys that this program does not know and that the user lets through (source_keys.py).
     Raises CheckpointError with every error in the headers or every link that leads out of the folder, ConfigError for
@@ -90,7 +91,7 @@ def open_small(small: SmallSection) -> Reader:
 
 
 def _check_exists(path: str | Path) -> Path:
-    path = Path(path)
+    path = hub_models.find_model(path)
     if not path.exists():
         raise CheckpointError(Problem(f"{path}", "a checkpoint", "nothing there", "Check the path."))
     return path

@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.common import hub_models
 from megatron_ligo.common.errors import ConfigError, Problem, did_you_mean
 
 EXAMPLE = """
 ligo convert model.gguf models/small --to hf
 ligo convert models/small models/small_ds --to universal
+ligo convert runs/pretrain models/large --to hf --push my-org/large
 ligo convert models/small models/small_bf16 --to hf --dtype bfloat16 --option shard_bytes=2000000000
 """
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,6 +65,9 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the target format (listed above)"
     )
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="with --to hf: upload DST to the Hugging Face hub; a new model is private"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing conversion at DST")
     return parser
 
@@ -73,6 +79,10 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             Problem("--to", "a format that can be written", repr(args.to), did_you_mean(args.to, WRITERS))
         )
+    if args.push is not None:
+        if args.to != "hf":
+            raise ConfigError(Problem("--push", "--to hf", f"--to {args.to}"))
+        hub_models.check_push(args.push)
     cli.check_paths(args.source)
     extra = dict(map(_parse_option, args.option))
 
@@ -91,6 +101,8 @@ def run(args: argparse.Namespace) -> None:
         manifest = convert(source, args.target, args.to, options, overwrite=args.overwrite, progress=update_progress)
     size, seconds = sum(manifest.files.values()), time.perf_counter() - start_time
     print(f"{args.target}: {manifest.format}, {len(manifest.tensors)} tensors, {size:,} bytes in {seconds:.1f} s")
+    if args.push is not None:
+        print(f"pushed to {hub_models.push_model(Path(args.target), args.push)}")
     cli.print_next(args.target, "ligo", "verify", args.source, args.target, *(["--values"] if args.dtype else []))
 
 

@@ -1,0 +1,66 @@
+"""Models by their names on the Hugging Face hub: from its cache, or downloaded into it; and the way there.
+
+A path comes first: `org/name` names a model of the hub only if neither it nor its first part is a local folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from megatron_ligo.common.errors import CheckpointError, MachineError, Problem
+
+ORGANISATION_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# What is read of a model: no pickles where there are safetensors, nothing of other frameworks, no code.
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """True if a source that is no path can be the name of a model on the hub."""
+    text = f"{source}"
+    is_local = os.path.lexists(text) or Path(text.partition("/")[0]).is_dir()
+    return not is_local and ORGANISATION_AND_NAME.fullmatch(text) is not None
+
+
+def find_model(source: str | Path) -> Path:
+    """Returns the folder of a model: the path itself, or the hub's snapshot of that name, downloaded if need be.
+
+    Raises CheckpointError if it is neither in the cache nor to be had.
+    """
+    if not is_hub_name(source):
+        return Path(source)
+
+    import huggingface_hub  # imported late: it is slow
+
+    try:
+        return Path(huggingface_hub.snapshot_download(f"{source}", allow_patterns=list(FILES)))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        expected = "a checkpoint's path, or a model of the Hugging Face cache or hub"
+        hint = f"Check the path or name, the network, and `hf auth login` for a gated model ({_first_line(error)})."
+        raise CheckpointError(Problem(f"{source}", expected, "nothing there", hint)) from error
+
+
+def check_push(name: str) -> None:
+    """Raises CheckpointError unless a model can have this name on the hub."""
+    if not ORGANISATION_AND_NAME.fullmatch(name):
+        raise CheckpointError(Problem("--push", "ORG/NAME of a model on the hub", repr(name)))
+
+
+def push_model(folder: Path, name: str) -> str:
+    """Uploads a folder as a model of the hub, private if it is new; returns its address. MachineError if it fails."""
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi()
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Written by megatron_ligo")
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.OfflineModeIsEnabled, OSError) as error:
+        hint = f"{folder} is complete: upload it again with `hf upload {name} {folder}`."
+        found = _first_line(error)
+        raise MachineError(Problem(f"--push {name}", "the hub, and a login (`hf auth login`)", found, hint)) from error
+    return f"{address}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
