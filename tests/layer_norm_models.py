@@ -163,6 +163,15 @@ def state_of(
     return {IN_MEMORY.get(name, name): tensor for name, tensor in state.items()}
 
 
+def state_of_key(arch: Architecture, model_config: ModelConfig, key: str, tensor: torch.Tensor) -> dict:
+    """Returns one tensor, unpacked, under its name or names in Hugging Face's files."""
+    param = arch.param(key)
+    names = [arch.stored_name(key, model_config, "hf")]
+    if model_config.tied:
+        names += [other.locations["hf"].name for other in arch.params if other.tied_to == param.key]
+    return dict.fromkeys(names, tensor)
+
+
 def built(source: Reader) -> torch.nn.Module:
     """Returns transformers' model with a Reader's tensors, in their dtype."""
     tensors = {key: source.read(key) for key in source.keys()}  # noqa: SIM118

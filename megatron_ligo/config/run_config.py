@@ -171,6 +171,9 @@ class TrainingSection:
     replica_tolerance: float | None = setting(
         None, "allowed relative difference of replicas; unset: 0 on a CPU, 1e-4 (bf16 1e-2) on a GPU", low=0.0
     )
+    router_aux_loss: float = setting(
+        0.01, "weight of each sequence's load-balancing loss, where the model has experts", low=0.0
+    )
     trackers: tuple[str, ...] = setting((), "also log each step to these", choices=TRACKERS)
     tracker_project: str = setting("megatron_ligo", "project of the run in a tracker")
     parallel: ParallelSection = field(default_factory=ParallelSection)
@@ -203,9 +206,6 @@ class PretrainSection(TrainingSection):
     eval_every: int = setting(100, "steps between evaluations; 0: only at start and end", low=0)
     grown_peak: float = setting(0.5, "peak learning rate from a hand-off, as a fraction of lr", above=0.0)
     grown_warmup_steps: int | None = setting(None, "warm-up steps from a hand-off; unset: warmup_steps", low=0)
-    router_aux_loss: float = setting(
-        0.01, "weight of each sequence's load-balancing loss, where the model has experts", low=0.0
-    )
     first_sample: int = setting(0, "first training sample of step 0, to skip those that a fit has used", low=0)
 
 

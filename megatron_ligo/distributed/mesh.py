@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
@@ -87,6 +87,11 @@ class Mesh:
     @property
     def replica_rank(self) -> int:
         return self.dp_rank * self.cp + self.cp_rank
+
+    def without_experts(self) -> Mesh:
+        """Returns the mesh of an engine whose parameters all data-parallel ranks replicate, whoever computes what."""
+        dims = replace(self.dims, ep=1)
+        return replace(self, dims=dims, tp_ep_group=self.tp_group, expert_dp_group=self.replica_group)
 
     @property
     def world_size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import LAYER_PREFIX
+from megatron_ligo.arch.spec import LAYER_PREFIX, Role
 from megatron_ligo.common.recent_values import RecentValues
 from megatron_ligo.growth import attention_heads, experts, initializers
 from megatron_ligo.growth.operator import CACHE_BYTES, CACHE_SIZE, Operator, depth_role, short_key
@@ -36,6 +36,9 @@ class InitialOperator(Operator):
             return initialise(self.small.num_layers, self.large.num_layers, depth_role(param), self.generator(name))
         if kind == "gain":
             return self._initial_gain(rest)
+        if kind == "router":
+            generator = self.generator(f"router.{self.arch.get(Role.ROUTER).key.format(rest)}")
+            return experts.draw_router(self.large, experts.num_shards(self.small, self.large), generator)
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]
         expand = self._initial_expand(map_name, name)
         return expand if side == "expand" else self._initial_contract(map_name, name, expand)

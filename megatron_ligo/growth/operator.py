@@ -11,6 +11,7 @@ a time from a file (operator_file.py). It does not depend on the layout: each ra
     gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
     gain.{param}.source, .factor                  the same for a norm over all heads
+    router.{layer}              (experts, hidden large)   only if the small model has no router: the large one's
 
 Layers are large layers unless stated otherwise. Layer None means outside the layers.
 """
@@ -135,6 +136,14 @@ class Operator(ABC):
         """Returns the name of the tensor that holds a large key's depth map; None outside the layers."""
         return None if layer_index(key) is None else f"depth.{short_key(self.arch.param(key))}"
 
+    @property
+    def draws_routers(self) -> bool:
+        """True if the routers are tensors of their own: the small model is dense, as a mixture of one expert."""
+        return self.small.num_experts == 1
+
+    def router_name(self, layer: int) -> str:
+        return f"router.{layer}"
+
     def gain_names(self, param: ParamSpec) -> tuple[str, str]:
         """Returns the names of the source and the factor of a norm's gain."""
         space = self.arch.space(param.axes[0], self.large)
@@ -168,6 +177,8 @@ class Operator(ABC):
                     shapes[self.width_name(spec.name, "contract", layer)] = (spec.small, spec.large)
         for param in self.arch.layer_params(self.large):
             shapes[f"depth.{short_key(param)}"] = (self.large.num_layers, self.small.num_layers)
+        for layer in range(self.large.num_layers) if self.draws_routers else ():
+            shapes[self.router_name(layer)] = (self.large.num_experts, self.large.hidden_size)
         if self.copied_gains:
             shapes |= dict.fromkeys(("gain.source", "gain.layers", "gain.final"), (self.large.hidden_size,))
             for param in filter(self.copies_gain, self.gains()):
@@ -277,9 +288,8 @@ class Operator(ABC):
         param, layer = self.arch.param(key), layer_index(key)
         if self.copies_gain(param):
             return self.grow_gain(param, mixed)
-        if param.role is Role.ROUTER and self.small.num_experts == 1:
-            shards = experts.num_shards(self.small, self.large)
-            return experts.draw_router(self.large, shards, self.generator(f"router.{key}")).to(mixed)
+        if param.role is Role.ROUTER and self.draws_routers:
+            return self.tensor(self.router_name(layer)).to(mixed)
         shard = experts.shard_rows(key, self.small, self.large)
 
         def matrix(lift: LiftedMap, use: Use) -> LinearMap:

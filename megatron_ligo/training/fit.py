@@ -21,9 +21,12 @@ from megatron_ligo.config.run_config import FitSection, RunConfig
 from megatron_ligo.config.run_identity import run_identity
 from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.sampler import ShardedSampler
+from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.export import run_inputs
+from megatron_ligo.export.mixture_reader import as_mixture_reader
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, SMALL_MODEL, InputPolicy
 from megatron_ligo.growth import operator_file
+from megatron_ligo.growth.experts import num_shards
 from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import build_initial_operator, check_factored
@@ -32,7 +35,7 @@ from megatron_ligo.models.factored.factored_model import FactoredModel, Factored
 from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.models.factored.small_weights import SmallWeights
 from megatron_ligo.models.factored.teacher import Teacher
-from megatron_ligo.models.mcore.layer_spec import check_no_experts, check_supported
+from megatron_ligo.models.mcore.layer_spec import check_supported
 from megatron_ligo.sharding.tensor_parallel import check_tp
 from megatron_ligo.training import job_summary, loop
 from megatron_ligo.training.best_operator import BestOperator
@@ -81,6 +84,12 @@ class Fit(TrainingJob):
         self.context = self._build_context()
         self.module = FactoredPipeline(self.context) if self.mesh.pp > 1 else FactoredModel(self.context)
         self.engine = self._build_engine()
+        self.watch_routers(self.operator.large)
+
+    @property
+    def engine_mesh(self) -> Mesh:
+        # Expert-parallel ranks divide the computation, and every rank has all maps.
+        return self.mesh.without_experts()
 
     def run(self) -> None:
         """Fits, from the newest checkpoint if there is one, and writes OUTPUT/operator."""
@@ -153,7 +162,7 @@ class Fit(TrainingJob):
             self.step_flops,
             math.log(self.operator.large.vocab_size),
             self.accepted_step,
-            after_step=evaluate_if_due,
+            after_step=lambda step: self.take_routing() | evaluate_if_due(step),
             should_stop=best.should_stop,
             on_step=self.on_step,
             start_loss=state["losses"]["start"],
@@ -165,7 +174,9 @@ class Fit(TrainingJob):
         if saved:
             self.ranks.run_on_all(lambda: reshard.fill_module(self.module, saved.part_reader(self.mesh)))
         mark_updated = self.module.step_state.mark_updated
-        engine = Engine(self.module, self.mesh, self.section, self._parameter_groups(), after_update=mark_updated)
+        engine = Engine(
+            self.module, self.engine_mesh, self.section, self._parameter_groups(), after_update=mark_updated
+        )
         if saved:
             reshard.fill_optimizer(engine.engine, saved.part_reader(self.mesh), saved.steps)
             engine.set_step(self.checkpoint.step)
@@ -194,9 +205,10 @@ class Fit(TrainingJob):
         section = self.section
         # ZeRO 3 frees the tensors built from the operator after every micro-batch.
         micro_batches = 1 if section.parallel.zero == 3 else self.micro_batches
+        reader = as_mixture_reader(self.reader) if self.operator.large.num_experts else self.reader
         return FactoredContext(
             self.operator,
-            SmallWeights(self.operator, self.reader, self.mesh, section.parallel.zero, section.source == "whole"),
+            SmallWeights(self.operator, reader, self.mesh, section.parallel.zero, section.source == "whole"),
             self.mesh,
             self.dtype,
             micro_batches=micro_batches,
@@ -206,6 +218,7 @@ class Fit(TrainingJob):
             gradients_each=section.parallel.zero == 2,
             teacher=self._build_teacher() if section.distill else None,
             lag=self.lag,
+            router_aux_loss=section.router_aux_loss,
         )
 
     def _build_teacher(self) -> Teacher:
@@ -272,9 +285,9 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     reader = formats.open_small(small)
     check_supported(reader.model_config)
     operator = build_initial_operator(reader.model_config, config.large, config.operator)
-    check_no_experts(operator.large, "fit")
     errors = ErrorCollector("the fit cannot be done", ConfigError)
     check_factored(operator.settings, errors)
+    check_expert_fit(operator, config.fit, errors)
     length = operator.large.tokens_per_sample(config.data.seq_length)
     check_teacher(operator, config.fit, length, errors)
     lag = open_lag(config.fit.lag, operator, reader, errors) if config.fit.lag else None
@@ -284,6 +297,21 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     log.info("%s", describe_method(operator.settings, operator.small, operator.large))
     log.info("%s", job_summary.describe_operator(counts))
     return reader, operator, lag
+
+
+def check_expert_fit(operator: Operator, section: FitSection, errors: ErrorCollector) -> None:
+    """Adds an error for each setting that maps of experts cannot be fitted with."""
+    if not operator.large.num_experts:
+        return
+    if operator.settings.fresh != "none":
+        errors.add("operator.fresh", "'none' with experts", repr(operator.settings.fresh), "Choose another method.")
+    if section.lag:
+        errors.add("fit.lag", "none with experts", section.lag)
+    shards = num_shards(operator.small, operator.large)
+    if shards > 1 and section.parallel.tp > 1:
+        found = f"{shards} experts that hold one of the small model's, and tp = {section.parallel.tp}"
+        hint = "A tensor-parallel rank would need rows of each of them: divide experts by ep instead."
+        errors.add("fit.parallel.tp", "1 with experts narrower than the small model's", found, hint)
 
 
 def check_teacher(operator: Operator, section: FitSection, seq_length: int, errors: ErrorCollector) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, ClassVar
 
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common import folder_kinds, library_log
 from megatron_ligo.common.file_lock import lock_folder
 from megatron_ligo.common.folder_kinds import FolderKind
@@ -20,6 +21,7 @@ from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.export import run_inputs
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy, RunInputs
 from megatron_ligo.growth.codes.codes_file import TENSORS
+from megatron_ligo.models.mcore.router_statistics import RouterStatistics
 from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
 from megatron_ligo.training.engine import Engine, count_micro_batches
@@ -46,6 +48,7 @@ class TrainingJob:
     folder_kind: ClassVar[FolderKind]
     reads_images = False
     on_step: StepCallback | None = None
+    routers: RouterStatistics | None = None
     mesh: Mesh
     data: ShardedSampler
     inputs: RunInputs
@@ -82,13 +85,18 @@ class TrainingJob:
         lock_output(self.output)
         self.accepted_step = self._check_stops()
         self.checkpoint = run_checkpoints.find_newest(self.output / loop.CHECKPOINTS_FOLDER)
-        self.layout_changed = reshard.layout_changed(self.checkpoint, self.section, self.mesh)
+        self.layout_changed = reshard.layout_changed(self.checkpoint, self.section, self.engine_mesh)
 
     def _check_stops(self) -> int:
         with self.ranks.agree():
             is_first = self.ranks.rank == 0
             stops = stop_record.check_stops(self.output, self.resume_after_anomaly) if is_first else []
         return max((stop.step for stop in self.ranks.all_gather(stops)[0] if stop.accepted), default=0)
+
+    @property
+    def engine_mesh(self) -> Mesh:
+        """The mesh of the engine's parameters."""
+        return self.mesh
 
     @property
     def resumed_step(self) -> int:
@@ -151,6 +159,15 @@ class TrainingJob:
             run_checkpoints.load(self.engine, self.checkpoint)
         log.info("resumed after step %d", self.engine.steps)
         return self.checkpoint.state
+
+    def watch_routers(self, model_config: ModelConfig) -> None:
+        """Counts what the engine's routers choose, if the model has experts."""
+        if model_config.num_experts:
+            self.routers = RouterStatistics(self.engine.module, model_config)
+
+    def take_routing(self) -> dict[str, float]:
+        """Returns the routers' columns of metrics.jsonl for the last step; none without experts."""
+        return self.routers.take() if self.routers else {}
 
     def mean_on_held_out(self, samples: int) -> float:
         """Returns the mean loss (or accuracy) on the first held-out samples, at any number of ranks."""

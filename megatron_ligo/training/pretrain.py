@@ -28,7 +28,6 @@ from megatron_ligo.export.start_check import find_start_damage
 from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
-from megatron_ligo.models.mcore.router_statistics import RouterStatistics
 from megatron_ligo.training import job_summary, loop, run_extension
 from megatron_ligo.training.checkpointing import reshard
 from megatron_ligo.training.deepspeed_profile import GRADIENT_SUMS, note_gradient_sums
@@ -88,8 +87,7 @@ class Pretrain(TrainingJob):
         self.data = self._open_data()
         self._check_samples()
         self.engine = self._build_engine()
-        has_experts = self.model_config.num_experts > 0
-        self.routers = RouterStatistics(self.engine.module, self.model_config.num_layers) if has_experts else None
+        self.watch_routers(self.model_config)
 
     def run(self) -> dict:
         """Trains, from the newest checkpoint if there is one; returns the content of OUTPUT/pretrain.json."""
@@ -230,7 +228,7 @@ class Pretrain(TrainingJob):
             flops,
             math.log(self.model_config.vocab_size),
             self.accepted_step,
-            after_step=lambda step: self._measure_step(step, state),
+            after_step=lambda step: self.take_routing() | self._evaluate_if_due(step, state),
             extra_files=self.output / MODEL_FOLDER,
             on_step=self.on_step,
             start_loss=state["losses"].get("start"),
@@ -242,13 +240,6 @@ class Pretrain(TrainingJob):
         if self.section.start == SCRATCH:
             return f"scratch: fresh weights of seed {self.section.seed}"
         return f"{self.section.start} ({'a hand-off' if self.grown else 'a checkpoint'})"
-
-    def _measure_step(self, step: int, state: dict) -> dict[str, float]:
-        """Returns the columns of metrics.jsonl that a step has beside its loss."""
-        routing = {}
-        if self.routers is not None:
-            routing = self.routers.take(self.model_config.num_experts, self.model_config.top_k)
-        return routing | self._evaluate_if_due(step, state)
 
     def _evaluate_if_due(self, step: int, state: dict) -> dict[str, float]:
         is_last = step == self.section.steps

@@ -12,7 +12,7 @@ from megatron_ligo.config.typed_toml import describe_type, iterate_settings
 TRAINING = (
     "steps optimizer lr betas eps weight_decay clip warmup_steps schedule decay_steps min_lr global_batch_size "
     "micro_batch_size precision recompute save_every async_save eval_samples seed keep_last timeout_minutes "
-    "grace_seconds bad_numbers spike check_replicas_every replica_tolerance trackers tracker_project"
+    "grace_seconds bad_numbers spike check_replicas_every replica_tolerance router_aux_loss trackers tracker_project"
 )
 PARALLEL = "parallel.tp parallel.pp parallel.ep parallel.cp parallel.zero parallel.sequence_parallel parallel.ds_config"
 KEYS = {
@@ -23,8 +23,7 @@ KEYS = {
     "fresh_scale codes borrow vocab_noise position_init rank seed",
     "fit": f"{TRAINING} source depth_lr distill lag eval_every patience keep max_flops {PARALLEL}",
     "handoff": "dtype moments formats timeout_minutes",
-    "pretrain": f"{TRAINING} start codes fresh_head eval_every grown_peak grown_warmup_steps first_sample "
-    f"router_aux_loss {PARALLEL}",
+    "pretrain": f"{TRAINING} start codes fresh_head eval_every grown_peak grown_warmup_steps first_sample {PARALLEL}",
     "data": "train valid seq_length seed tokenizer cache mask_rate mask_token ends special_tokens pixel_mean pixel_std",
 }
 

@@ -41,6 +41,8 @@ class FactoredContext:
 
     lag: by canonical key, the change of the large model's weights by training from its start (training/lag.py). Each
     weight is then grown(maps) + lag, with lag frozen.
+
+    router_aux_loss: the weight of the routers' load-balancing loss.
     """
 
     operator: Operator
@@ -54,6 +56,7 @@ class FactoredContext:
     gradients_each: bool = False
     teacher: Teacher | None = None
     lag: Callable[[str], Tensor] | None = None
+    router_aux_loss: float = 0.0
 
     def __post_init__(self) -> None:
         self.rotary = build_rotary_embedding(self.operator.large)
@@ -162,8 +165,8 @@ class FactoredContext:
         has_own_maps = any(operator.has_map_per_layer(name) for name in operator.maps)
         arch = operator.arch
         has_more_norms = arch.has_head_norms or arch.has_output_norms or arch.has_output_scales
-        has_more_norms = has_more_norms or arch.starts_unnormalised
-        return self.lag is None and operator.settings.fresh == "none" and not has_own_maps and not has_more_norms
+        is_plain = not (has_own_maps or has_more_norms or arch.starts_unnormalised or arch.has_experts)
+        return self.lag is None and operator.settings.fresh == "none" and is_plain
 
     def map_for(self, maps: dict[str, LinearMap], spec: ParamSpec, dim: int) -> tuple[LinearMap, LiftedMap]:
         """Returns the (large, small) map of a parameter's axis, and its lift over heads."""

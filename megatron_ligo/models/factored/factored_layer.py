@@ -12,9 +12,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import OUTPUT_SCALES, ParamSpec, Use
+from megatron_ligo.arch.spec import OUTPUT_SCALES, ParamSpec, Role, Use
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.models.factored.context import FactoredContext
+from megatron_ligo.models.factored.factored_experts import FactoredExperts
 from megatron_ligo.models.factored.factored_linears import (
     ActivationTransform,
     ColumnParallelFactors,
@@ -27,7 +28,7 @@ from megatron_ligo.models.factored.factored_linears import (
     RowParallelFactors,
     pass_through,
 )
-from megatron_ligo.models.factored.map_parameters import DepthParameters, MapParameters
+from megatron_ligo.models.factored.map_parameters import DepthParameters, MapParameters, RouterParameters
 from megatron_ligo.models.factored.step_cache import StepCache
 from megatron_ligo.models.factored.step_state import StepState
 from megatron_ligo.models.mcore.layer_calls import call_layer, checkpointed
@@ -44,6 +45,7 @@ from megatron_ligo.models.mcore.rotary import unscale_window_positions
 # In pre-norm layers, the only linear that reads each norm, by Megatron-core's names.
 NORM_READERS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 ACTIVATION_READER = "mlp.linear_fc2"
+EXPERTS = "mlp"  # of a layer with experts
 
 
 class SharedMaps(nn.Module):
@@ -83,7 +85,11 @@ class FactoredLayer(nn.Module):
         operator, source = context.operator, context.source
         self.maps = MapParameters(operator, context.mesh, layer, context.sequence_parallel)
         self.depth = DepthParameters(operator, layer, source.split_specs, source.whole_specs)
-        build = BuildOptions(context.dtype, context.mesh.tp, context.sequence_parallel)
+        self.router = None
+        if operator.draws_routers:
+            self.router = RouterParameters(operator, context.mesh, layer, context.sequence_parallel)
+        mesh, aux_loss = context.mesh, context.router_aux_loss
+        build = BuildOptions(context.dtype, mesh.tp, context.sequence_parallel, aux_loss, mesh.ep)
         config = build_transformer_config(operator.large, build)
         # fc2 applies the activation as its input transform, so Megatron-core's MLP must not.
         config.gated_linear_unit, config.activation_func = False, pass_through
@@ -117,6 +123,8 @@ class FactoredLayer(nn.Module):
         tensors = self.maps(state.dtype)
         maps = state.step_maps | self.maps.layout.matrices(tensors)
         mixed = state.mixer.take(self.layer, state.dtype)
+        if self.router is not None:
+            mixed = mixed | {self.context.operator.arch.get(Role.ROUTER).key: self.router()}
         self._tensor_counts = []
         for module in self.factored_modules:
             built = module.build(mixed, maps, state.dtype)
@@ -171,7 +179,11 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         if any(spec.axes[0].use is Use.GAIN for spec in specs) and specs[0].role not in OUTPUT_SCALES
     }
     transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(get_ffn_activation(operator.large))}
-    if operator.arch.pre_norm:
+    expert_specs = [spec for path in list(specs_by_path) if is_expert_path(path) for spec in specs_by_path.pop(path)]
+    if operator.arch.has_experts:
+        # The router reads the second norm too.
+        transforms["self_attention.linear_qkv"] = norms.pop("input_layernorm")
+    elif operator.arch.pre_norm:
         transforms |= {reader: norms.pop(norm) for reader, norm in NORM_READERS.items() if norm in norms}
     modules: dict[str, FactoredModule] = {}
     for path, specs in specs_by_path.items():
@@ -182,14 +194,21 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         elif path not in NORM_READERS.values():
             kind = ColumnParallelFactors if specs[0].tp_dim == 0 else RowParallelFactors
             modules[path] = kind(context, specs, layer, transforms.get(path))
+    if expert_specs:
+        modules[EXPERTS] = FactoredExperts(context, expert_specs, layer, config)
     return modules
+
+
+def is_expert_path(path: str) -> bool:
+    """True for the module of a router or of an expert's linear."""
+    return path == f"{EXPERTS}.router" or path.startswith(f"{EXPERTS}.experts.")
 
 
 def build_layer_spec_with_placeholders(operator: Operator) -> ModuleSpec:
     """Builds the layer spec with a `ModulePlaceholder` in place of every module with parameters."""
     # A fit is evaluated in fp32, in which Transformer Engine's attention keeps all attention weights in memory.
     spec = build_layer_spec(operator.large, torch.float32)
-    attention, mlp = spec.submodules.self_attention.submodules, get_mlp_submodules(spec)
+    attention = spec.submodules.self_attention.submodules
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = ModulePlaceholder
     attention.linear_qkv = attention.linear_proj = ModulePlaceholder
     if operator.arch.has_head_norms:
@@ -198,5 +217,9 @@ def build_layer_spec_with_placeholders(operator: Operator) -> ModuleSpec:
         spec.submodules.post_self_attn_layernorm = spec.submodules.post_mlp_layernorm = ModulePlaceholder
     if operator.arch.has_output_scales:
         spec.submodules.post_self_attn_scale = spec.submodules.post_mlp_scale = ModulePlaceholder
-    mlp.linear_fc1 = mlp.linear_fc2 = ModulePlaceholder
+    if operator.arch.has_experts:
+        spec.submodules.mlp = ModulePlaceholder
+    else:
+        mlp = get_mlp_submodules(spec)
+        mlp.linear_fc1 = mlp.linear_fc2 = ModulePlaceholder
     return spec

@@ -59,10 +59,13 @@ def fit_step_flops(
     small, large = operator.small, operator.large
     matrices = [param for param in operator.arch.layer_params(large) if len(param.axes) == 2]
     # Each linear module maps once between the large and the small residual space.
+    routers = [param for param in matrices if param.role is Role.ROUTER]
+    matrices = [param for param in matrices if param.role is not Role.ROUTER]
     reads_by_module = {param.locations["mcore"].name: param.tp_dim == 0 for param in matrices}
     residual_projections = sum(MapUse(operator, "residual", reads).flops(tokens) for reads in reads_by_module.values())
     attention = LEARNED * 2 * 2 * tokens * seq_length * large.num_heads * large.head_dim
     per_layer = sum(_weight_flops(operator, param, tokens) for param in matrices) + residual_projections + attention
+    per_layer += sum(_router_flops(operator, param, tokens) for param in routers)
     # The small embedding and the small head are frozen.
     embedding = FROZEN * 2 * tokens * MapUse(operator, "residual", False).cost
     arch = operator.arch
@@ -113,8 +116,33 @@ class MapUse:
         return 2 * vectors * (LEARNED * self.learned + FROZEN * self.fixed)
 
 
+def _router_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:
+    """Returns the FLOPs of a router: of the large model's width if it is learned itself, else of the small one's."""
+    small, large = operator.small, operator.large
+    if operator.draws_routers:
+        return LEARNED * 2 * tokens * prod(param.shape(large))
+    mixing = FROZEN * 2 * small.num_layers * prod(param.shape(small))
+    grown = LEARNED * 2 * large.num_experts * prod(param.shape(small))
+    return mixing + grown + LEARNED * 2 * tokens * large.num_experts * small.hidden_size
+
+
+def _expert_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:
+    """Returns the FLOPs of one matrix of all experts: mixing, its products with the ffn's map, sums over the small
+    experts, and the products with the tokens, each of which has top_k experts."""
+    small, large = operator.small, operator.large
+    inner = 0 if param.tp_dim == 0 else 1
+    use = MapUse(operator, operator.space_maps.lift(param.axes[inner]).map_name, param.axes[inner].use is Use.INPUT)
+    mixing = FROZEN * 2 * small.num_layers * small.num_experts * prod(param.shape(small))
+    products = small.num_experts * use.flops(small.hidden_size)
+    size = large.ffn_size * small.hidden_size
+    sums = 0 if small.num_experts == 1 else LEARNED * 2 * large.num_experts * small.num_experts * size
+    return mixing + products + sums + LEARNED * 2 * tokens * large.top_k * size
+
+
 def _weight_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:
     """Returns the FLOPs of mixing a weight, and of its products with the map of its inner axis and with the tokens."""
+    if param.in_expert:
+        return _expert_flops(operator, param, tokens)
     inner = 0 if param.tp_dim == 0 else 1
     lift = operator.space_maps.lift(param.axes[inner])
     spec = operator.maps[lift.map_name]

@@ -132,6 +132,22 @@ class MapParameters(nn.Module):
         return dense if side.endswith("expand") else dense.t()
 
 
+class RouterParameters(nn.Module):
+    """One layer's router, (experts, D2), which no small model's router grows into."""
+
+    def __init__(self, operator: Operator, mesh: Mesh, layer: int, sequence_parallel: bool):
+        super().__init__()
+        self.mesh = mesh
+        self.is_partial = sequence_parallel
+        weight = operator.tensor(operator.router_name(layer))
+        self.weight = nn.Parameter(weight.clone().to(device.current_device()))
+
+    def forward(self) -> Tensor:
+        """Returns a view, (experts, D2). Under sequence parallelism each TP rank uses it for its own tokens."""
+        weight = copy_to(self.weight, self.mesh.tp_group) if self.is_partial else self.weight
+        return weight.view_as(weight)
+
+
 class DepthParameters(nn.Module):
     """One large layer's depth maps, stacked: `split` (params, small layers) for TP-sharded parameters, `whole` (params,
     small layers) for replicated ones. Checkpoints contain these names."""

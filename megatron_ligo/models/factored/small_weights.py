@@ -52,6 +52,12 @@ class _Mix(torch.autograd.Function):
         return torch.stack([grad_chunk @ chunk.to(grad.dtype).t() for chunk, grad_chunk in pairs]).sum(dim=0), None
 
 
+def _small_shape(spec: ParamSpec, model_config: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of a parameter in a small layer; of its experts (experts, ...)."""
+    shape = spec.shape(model_config)
+    return (model_config.num_experts, *shape) if spec.in_expert else shape
+
+
 @dataclass
 class OutsideTensors:
     """A stage's tensors outside the layers, one per parameter, by role. A tied head's is the embedding's."""
@@ -93,7 +99,7 @@ class SmallWeights:
         specs = reader.arch.layer_params(reader.model_config)
         self.split_specs = [spec for spec in specs if spec.tp_dim is not None]
         self.whole_specs = [spec for spec in specs if spec.tp_dim is None]
-        self.shapes = {spec.key: spec.shape(reader.model_config) for spec in specs}
+        self.shapes = {spec.key: _small_shape(spec, reader.model_config) for spec in specs}
         self.rms: dict[str, float] = {}
         self._slices = [self._read_slices(reader, spec) for spec in self.split_specs]
         self._wholes = [self._read_whole(reader, spec) for spec in self.whole_specs]
@@ -114,14 +120,19 @@ class SmallWeights:
         return tensor + reader.arch.gain_offset if spec.axes[0].use is Use.GAIN and reader.arch.gain_offset else tensor
 
     def _read_slices(self, reader: Reader, spec: ParamSpec) -> Tensor:
-        """Returns this rank's slice of a parameter in every layer, (L, n / slices), in bf16 if exact, else fp32."""
+        """Returns this rank's slice of a parameter in every layer, (L, n / slices), in bf16 if exact, else fp32.
+
+        Of a layer's experts it is one tensor, expert by expert.
+        """
         size = -(-math.prod(self.shapes[spec.key]) // self.num_slices)
         start = 0 if self.num_slices == 1 else dist.get_rank(self.group) * size
-        keys = [spec.key.format(layer) for layer in range(reader.model_config.num_layers)]
-        stack = torch.zeros(len(keys), size, dtype=torch.float32)
-        for i, key in enumerate(keys):
-            tensor = self._read(reader, spec, key)
-            self.rms[key] = root_mean_square(tensor)
+        stack = torch.zeros(reader.model_config.num_layers, size, dtype=torch.float32)
+        for i in range(len(stack)):
+            experts = range(reader.model_config.num_experts) if spec.in_expert else (0,)
+            keys = [spec.key.format(i, expert) for expert in experts]
+            tensors = [self._read(reader, spec, key) for key in keys]
+            tensor = torch.stack(tensors) if spec.in_expert else tensors[0]
+            self.rms |= {key: root_mean_square(part) for key, part in zip(keys, tensors, strict=True)}
             piece = tensor.reshape(-1)[start : start + size]
             stack[i, : piece.numel()] = piece
         narrow = stack.to(torch.bfloat16)

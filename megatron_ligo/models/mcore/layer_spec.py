@@ -85,13 +85,6 @@ def check_supported(model_config: ModelConfig) -> None:
         )
 
 
-def check_no_experts(model_config: ModelConfig, what: str) -> None:
-    """Raises ConfigError, which names `what`, for a model with experts."""
-    if model_config.num_experts:
-        hint = "Start from the unfitted growth: ligo grow without --operator."
-        raise ConfigError(Problem(what, "a model without experts", f"{model_config.num_experts} experts", hint))
-
-
 def gelu_tanh(x: Tensor) -> Tensor:
     """GPT-2's approximation of GELU, on x of any shape."""
     return F.gelu(x, approximate="tanh")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.distributed import device
 
 # Columns of metrics.jsonl. A load of 1 is an equal share; that of one expert, `expert_load_3`, is the layers' mean.
@@ -20,11 +21,12 @@ SMALLEST_LOAD, LARGEST_LOAD, EXPERT_LOAD = "expert_load_min", "expert_load_max",
 class RouterStatistics:
     """Counts the choices of a module's routers in training passes, from one `take` to the next."""
 
-    def __init__(self, module: nn.Module, num_layers: int):
-        self.routers = [router for router in module.modules() if isinstance(router, TopKRouter)]
-        self.num_layers = num_layers
-        for router in self.routers:
-            router.routing = self._counting(router, router.routing)
+    def __init__(self, module: nn.Module, model_config: ModelConfig):
+        self.num_experts, self.top_k = model_config.num_experts, model_config.top_k
+        self.shape = model_config.num_layers, self.num_experts + 2
+        for router in module.modules():
+            if isinstance(router, TopKRouter):
+                router.routing = self._counting(router, router.routing)
         # By layer: tokens of each expert, the sum of the tokens' entropies, and the tokens.
         self._sums: Tensor | None = None
 
@@ -40,35 +42,31 @@ class RouterStatistics:
     @torch.no_grad()
     def _add(self, layer: int, logits: Tensor, chosen: Tensor) -> None:
         """Adds a pass over tokens: logits and the choice of experts, (tokens, experts)."""
-        tokens, num_experts = chosen.shape
         if self._sums is None:
-            shape = self.num_layers, num_experts + 2
-            self._sums = torch.zeros(shape, dtype=torch.float64, device=device.current_device())
+            self._sums = self._zeros()
         log_scores = logits.float().log_softmax(dim=-1)
         row = self._sums[layer]
-        row[:num_experts] += chosen.sum(dim=0)
-        row[num_experts] -= (log_scores.exp() * log_scores).sum()
-        row[num_experts + 1] += tokens
+        row[:-2] += chosen.sum(dim=0)
+        row[-2] -= (log_scores.exp() * log_scores).sum()
+        row[-1] += len(chosen)
 
-    def take(self, num_experts: int, top_k: int) -> dict[str, float]:
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.float64, device=device.current_device())
+
+    def take(self) -> dict[str, float]:
         """Returns the columns of metrics.jsonl for the passes since the last call, over all ranks. Collective.
 
         The entropy is the mean of the tokens' over all experts, relative to that of equal scores. A recomputed layer
         counts twice, which changes no mean; its dropped tokens count twice too.
         """
-        sums = self._sums
-        if sums is None:
-            shape = self.num_layers, num_experts + 2
-            sums = torch.zeros(shape, dtype=torch.float64, device=device.current_device())
-        self._sums = None
+        sums, self._sums = self._zeros() if self._sums is None else self._sums, None
         dist.all_reduce(sums)
-        sums = sums.cpu()
-        tokens = sums[:, num_experts + 1]
-        loads = sums[:, :num_experts] * num_experts / (tokens * top_k).clamp(min=1)[:, None]
-        entropy = sums[:, num_experts].sum() / tokens.sum().clamp(min=1) / math.log(max(num_experts, 2))
+        choices, entropies, tokens = sums.cpu().split((self.num_experts, 1, 1), dim=1)
+        loads = choices * self.num_experts / (tokens * self.top_k).clamp(min=1)
+        entropy = entropies.sum() / tokens.sum().clamp(min=1) / math.log(max(self.num_experts, 2))
         return {
             ROUTER_ENTROPY: float(entropy),
             SMALLEST_LOAD: float(loads.min()),
             LARGEST_LOAD: float(loads.max()),
-            DROPPED_TOKENS: float(tokens.sum() * top_k - sums[:, :num_experts].sum()),
+            DROPPED_TOKENS: float(tokens.sum() * self.top_k - choices.sum()),
         } | {f"{EXPERT_LOAD}{expert}": float(load) for expert, load in enumerate(loads.mean(dim=0))}

@@ -59,7 +59,7 @@ def _send_to_rank_0(local: dict[str, Tensor], operator: Operator) -> list[dict[s
 def _is_sharded(name: str, operator: Operator) -> bool:
     """True for a map that tensor parallelism splits."""
     kind, _, rest = name.partition(".")
-    return kind not in ("gain", "depth") and operator.maps[rest.partition(".")[0]].is_sharded
+    return kind not in ("gain", "depth", "router") and operator.maps[rest.partition(".")[0]].is_sharded
 
 
 def _local_tensors(module: nn.Module, context: FactoredContext) -> Iterator[tuple[str, Tensor]]:
@@ -69,6 +69,9 @@ def _local_tensors(module: nn.Module, context: FactoredContext) -> Iterator[tupl
     source = context.source
     for layer in module.factored_layers():
         yield from _map_tensors(layer.maps)
+        if layer.router is not None:
+            with _gather_zero3([layer.router.weight]):
+                yield context.operator.router_name(layer.layer), layer.router.weight.detach().cpu().clone()
         for parameter, specs in ((layer.depth.split, source.split_specs), (layer.depth.whole, source.whole_specs)):
             with _gather_zero3([parameter]):
                 vectors = parameter.detach().cpu().clone()
@@ -93,6 +96,8 @@ def _join(parts: list[dict[str, Tensor]], context: FactoredContext) -> dict[str,
         kind, _, rest = name.partition(".")
         if kind == "gain" or rest.partition(".")[0] == UNTRAINED_SPACE:
             tensors[name] = operator.tensor(name)
+        elif kind == "router":
+            tensors[name] = _first_part(parts, name)
         elif kind == "depth":
             tensors[name] = torch.stack([_first_part(parts, f"{name}:{layer}") for layer in range(shape[0])])
         else:

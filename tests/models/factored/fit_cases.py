@@ -13,7 +13,7 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import ParallelSection, TrainingSection
 from megatron_ligo.distributed import mesh as meshes
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.models.factored import context, map_parameters, small_weights, step_state
+from megatron_ligo.models.factored import context, factored_experts, map_parameters, small_weights, step_state
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel, FactoredPipeline
 from megatron_ligo.models.factored.small_weights import SmallWeights
@@ -21,8 +21,8 @@ from megatron_ligo.training.checkpointing.gather_operator import gather_operator
 from megatron_ligo.training.engine import Engine
 from tests import decoder_models, image_models, layer_pattern_models
 from tests.growth import official_ligo
-from tests.layer_norm_models import config_of, memory_of, model_of
-from tests.models.factored.fit_reference import lag_of, make_operator
+from tests.layer_norm_models import config_of
+from tests.models.factored.fit_reference import AUX_LOSS, lag_of, make_operator, source_of
 from tests.models.factored.reference_growth import materialise
 from tests.tiny_models import llama_config, tokens
 
@@ -34,6 +34,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def small_dims(changes: dict) -> ModelConfig:
     """A small Llama, or a small model of the family that the changes name."""
+    if changes.get("arch") == "mixtral":
+        return llama_config(**{**SMALL, "model_type": "mixtral", "renormalises_routing": True, **changes})
     if changes.get("arch", "llama") == "llama":
         return llama_config(**{**SMALL, **changes})
     if changes["arch"] in image_models.OWN:
@@ -85,7 +87,35 @@ def without_reduction(module):
     return mock.patch.object(module, "copy_to", lambda x, group: x)
 
 
+@contextmanager
+def experts_averaged():
+    """Gradients of what experts read and compute, averaged over the expert-parallel ranks."""
+    run = factored_experts.FactoredExperts._run
+
+    def wrong(self, *arguments):
+        output = run(self, *arguments)
+        return output.detach() + (output - output.detach()) / self.context.mesh.ep
+
+    with mock.patch.object(factored_experts.FactoredExperts, "_run", wrong):
+        yield
+
+
+@contextmanager
+def routers_unreduced():
+    """Routers whose gradients are not summed over the tensor-parallel ranks."""
+    forward = map_parameters.RouterParameters.forward
+
+    def wrong(self):
+        with without_reduction(map_parameters):
+            return forward(self)
+
+    with mock.patch.object(map_parameters.RouterParameters, "forward", wrong):
+        yield
+
+
 SABOTAGE = {
+    "experts_averaged": experts_averaged,
+    "routers_unreduced": routers_unreduced,
     None: nullcontext,
     "unreduced": unreduced,
     "maps_unreduced": lambda: without_reduction(map_parameters),
@@ -122,12 +152,13 @@ def fit(
     whole_source=False,
     lagged=False,
     steps=STEPS,
+    ep=1,
 ):
     """Fits some steps in a layout. Rank 0 returns (losses, gradient norms, operator, grown weights, last fp32 loss)."""
     small = small_dims(small or {})
-    mesh = meshes.build_mesh(tp, pp, cp=cp)
+    mesh = meshes.build_mesh(tp, pp, ep, cp)
     operator = make_operator(small, {**LARGE, **(large or {})}, settings or {})
-    source_reader = memory_of(model_of(small), small)
+    source_reader = source_of(small, operator)
     run = TrainingSection(
         steps=steps,
         optimizer=optimizer,
@@ -150,6 +181,7 @@ def fit(
         sequence_parallel=sequence_parallel,
         gradients_each=zero == 2,
         lag=lag_of(operator).__getitem__ if lagged else None,
+        router_aux_loss=AUX_LOSS,
     )
     with SABOTAGE[sabotage]():
         return _run(shared, run, micro_size, source_reader, sabotage)
@@ -167,7 +199,7 @@ def _run(shared, run, micro_size, source_reader, sabotage):
             parameter.__dict__.pop("tensor_model_parallel", None)
 
     groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
-    engine = Engine(module, mesh, run, groups, after_update=module.step_state.mark_updated)
+    engine = Engine(module, mesh.without_experts(), run, groups, after_update=module.step_state.mark_updated)
     losses, norms = [], []
     for batch in batches(operator.large, run.steps):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
@@ -181,6 +213,11 @@ def _run(shared, run, micro_size, source_reader, sabotage):
         return None
     with torch.no_grad():
         return losses, norms, values, materialise(operator, source_reader, values), afterwards
+
+
+def fit_at_each(cases: list[dict]) -> list[tuple | None]:
+    """Runs `fit` with each set of arguments, one after the other."""
+    return [fit(**case) for case in cases]
 
 
 def official_numbers(path: str, head_dim: int, tp=1, pp=1, sequence_parallel=False) -> tuple[float, dict] | None:

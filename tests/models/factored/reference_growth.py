@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Use, key_pattern, layer_index
+from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Use, expert_index, key_pattern, layer_index
 from megatron_ligo.common.seeding import seeded_generator
 from megatron_ligo.config.run_config import value_for_space
 from megatron_ligo.growth.operator import Operator
@@ -29,7 +29,11 @@ def materialise(operator: Operator, source, values: Values) -> dict[str, Tensor]
 
 def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
     """One grown weight, in the large model's shape."""
-    spec, layer = operator.arch.param(key), layer_index(key)
+    spec, layer, expert = operator.arch.param(key), layer_index(key), expert_index(key)
+    if spec.role is Role.ROUTER and f"router.{layer}" in values:
+        return values[f"router.{layer}"]
+    if expert is not None:
+        return grown_expert(operator, source, values, spec, layer, expert)
     mixed = mixed_layers(operator, source, values, spec, layer)
     if spec.axes[0].use is Use.GAIN:
         # The whole gain of a norm that multiplies by 1 + w is mixed and grown, and w is stored.
@@ -50,6 +54,24 @@ def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
         # A norm's bias before a tied head: the copies of a feature come back as one.
         mixed = mixed * values["gain.final"] / values["gain.layers"]
     return mixed + corner_table(operator, spec, layer)
+
+
+def grown_expert(operator: Operator, source, values: Values, spec: ParamSpec, layer: int, expert: int) -> Tensor:
+    """A large expert: a sum of small ones, of whose ffn it takes a shard; `down` counts it once for each shard."""
+    small, large = operator.small, operator.large
+    weights = width_map(operator, values, "expert", layer, False)[expert]
+    shards = -(-small.ffn_size // large.ffn_size)
+    rows = slice(expert % shards * large.ffn_size, (expert % shards + 1) * large.ffn_size)
+    mixed = torch.zeros(spec.shape(small))
+    for i, depth in enumerate(depth_row(operator, values, spec, layer)):
+        for j in range(small.num_experts):
+            mixed = mixed + depth * weights[j] * source.read(spec.key.format(i, j))
+    for dim, axis in enumerate(spec.axes):
+        matrix = feature_matrix(operator, values, axis, layer)
+        if axis.space == "ffn":
+            matrix = matrix[rows] * (shards if axis.use is Use.INPUT else 1)
+        mixed = torch.tensordot(matrix, mixed, dims=([1], [dim])).movedim(0, dim)
+    return mixed
 
 
 def mixed_layers(operator: Operator, source, values: Values, spec: ParamSpec, layer: int | None) -> Tensor:
@@ -251,4 +273,4 @@ def corner_table(operator: Operator, spec: ParamSpec, layer: int | None) -> Tens
 
 def short_name(spec: ParamSpec) -> str:
     """`layers.{}.q` -> `q`."""
-    return key_pattern(spec.key).split(".", 2)[2]
+    return key_pattern(spec.key).split(".", 2)[2].replace("{}.", "")

@@ -56,6 +56,11 @@ def differences(pools, world: int, optimizer: str = "adamw", changes: dict | Non
     changes = changes or {}
     lr, clip = rates(optimizer, changes)
     found = pools(world).run(fit_cases.fit, optimizer=optimizer, lr=lr, clip=clip, **changes, **layout)
+    return compare(found, optimizer, changes)
+
+
+def compare(found: tuple, optimizer: str, changes: dict) -> dict[str, float]:
+    """The largest relative differences of a fit from that of one process of plain torch."""
     wanted = expected(optimizer, json.dumps(changes))
     relative = [
         max(abs(f - w) / abs(w) for f, w in zip(mine, theirs, strict=True))

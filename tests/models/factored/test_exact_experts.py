@@ -1,0 +1,47 @@
+"""The factored fit of experts against one process of plain torch and transformers' Mixtral."""
+
+import pytest
+
+from tests.models.factored import fit_cases
+from tests.models.factored.test_exactness import OPTIMIZERS, assert_exact, compare, differences
+
+# Of a dense Llama: experts wider than its ffn; pairs that hold it; and of a mixture of two.
+GROWN = {"large": {"num_experts": 6, "top_k": 2}}
+SHARDED = {"large": {"num_experts": 8, "top_k": 4, "ffn_size": 16}}
+MIXED = {"small": {"arch": "mixtral", "num_experts": 2, "top_k": 1}, "large": {"num_experts": 4, "top_k": 2}}
+SP = {"tp": 2, "sequence_parallel": True}
+# (ranks, changes): layouts, which start once.
+DAILY = {
+    "1, grown": (1, GROWN, [{}]),
+    "4, grown": (4, GROWN, [{**SP, "ep": 2}, {"ep": 2, "zero": 3, "recompute": True}]),
+    "2, sharded": (2, SHARDED, [{"ep": 2, "zero": 2}]),
+}
+SELDOM = {
+    "2, grown": (2, GROWN, [{"ep": 2}, {"pp": 2}, {**SP, "zero": 2}, {"zero": 1}]),
+    "2, mixed": (2, MIXED, [{"ep": 2}, {**SP}, {"ep": 2, "zero": 3}]),
+    "4, mixed": (4, MIXED, [{"ep": 2, "pp": 2}, {**SP, "ep": 2, "zero": 3}, {**SP, "pp": 2}]),
+}
+CASES = [
+    *(pytest.param(*case, id=name) for name, case in DAILY.items()),
+    *(pytest.param(*case, id=name, marks=pytest.mark.long) for name, case in SELDOM.items()),
+]
+
+
+@pytest.mark.parametrize("world, changes, layouts", CASES)
+def test_every_layout_gives_the_numbers_of_one_process(pools, world, changes, layouts):
+    lr, clip = OPTIMIZERS["sgd"]
+    cases = [{"optimizer": "sgd", "lr": lr, "clip": clip, **changes, **layout} for layout in layouts]
+    results = pools(world).run(fit_cases.fit_at_each, cases=cases, timeout=900)
+    for layout, result in zip(layouts, results, strict=True):
+        found = compare(result, "sgd", changes)
+        print(layout, found)
+        assert_exact(found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sabotage", ["routers_unreduced", "maps_unreduced", "experts_averaged"])
+def test_a_mistake_in_the_groups_shows(pools, sabotage):
+    """The comparison above fails: a router's or a map's gradient of one tensor-parallel rank; experts' gradients
+    averaged over the expert-parallel ranks as if each had computed all of them."""
+    found = differences(pools, 4, "sgd", GROWN, **SP, ep=2, sabotage=sabotage)
+    assert found["operator"] > 1e-3, found
