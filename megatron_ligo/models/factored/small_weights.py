@@ -170,11 +170,11 @@ class SmallWeights:
         return tensors
 
     def mix_whole(self, depth: Tensor) -> dict[str, Tensor]:
-        """Mixes the replicated parameters (norms, residual biases) like `mix_split`, but in fp32.
+        """Mixes the replicated parameters (norms, residual biases, routers) like `mix_split`, but in fp32.
 
         depth: (large layers, whole_specs, L). The gradients must be complete: `FactoredContext.enter_partial_use` sums
         them for partial uses.
         """
         keys = [spec.key for spec in self.whole_specs]
         mixed = [w @ stack.flatten(1) for w, stack in zip(depth.unbind(1), self._wholes, strict=True)]
-        return dict(zip(keys, mixed, strict=True))
+        return {key: part.unflatten(1, self.shapes[key]) for key, part in zip(keys, mixed, strict=True)}
