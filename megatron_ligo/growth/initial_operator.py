@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_ligo.arch.spec import LAYER_PREFIX, Role
 from megatron_ligo.common.recent_values import RecentValues
 from megatron_ligo.growth import attention_heads, experts, initializers
-from megatron_ligo.growth.operator import CACHE_BYTES, CACHE_SIZE, Operator, depth_role, short_key
+from megatron_ligo.growth.operator import CACHE_BYTES, CACHE_SIZE, ROUTERS, Operator, depth_role, short_key
 from megatron_ligo.growth.width_maps import HEAD_MAPS, LiftedMap, left_inverse
 
 
@@ -36,7 +36,7 @@ class InitialOperator(Operator):
             return initialise(self.small.num_layers, self.large.num_layers, depth_role(param), self.generator(name))
         if kind == "gain":
             return self._initial_gain(rest)
-        if kind == "router":
+        if kind == ROUTERS:
             generator = self.generator(f"router.{self.arch.get(Role.ROUTER).key.format(rest)}")
             return experts.draw_router(self.large, experts.num_shards(self.small, self.large), generator)
         map_name, side = rest.split(".")[0], rest.rsplit(".", 1)[1]

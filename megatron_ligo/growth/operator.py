@@ -11,7 +11,7 @@ a time from a file (operator_file.py). It does not depend on the layout: each ra
     gain.layers, gain.final     (hidden large,)   the factor of that gain (final: for the norm before the head)
     gain.{map}.source, .factor  (large,)          the same for norms of spaces other than the residual stream
     gain.{param}.source, .factor                  the same for a norm over all heads
-    router.{layer}              (experts, hidden large)   only if the small model has no router: the large one's
+    routers.{layer}             (experts, hidden large)   only if the small model has no router: the large one's
 
 Layers are large layers unless stated otherwise. Layer None means outside the layers.
 """
@@ -51,6 +51,8 @@ from megatron_ligo.growth.width_maps import LiftedMap, MapSpec, SpaceMaps, grow_
 CACHE_SIZE = 6
 # The most bytes of them, and of the tensors that they are computed from.
 CACHE_BYTES = 1 << 30
+# The first part of the names of routers that the operator holds themselves.
+ROUTERS = "routers"
 
 
 def depth_role(param: ParamSpec) -> str:
@@ -142,7 +144,7 @@ class Operator(ABC):
         return self.small.num_experts == 1
 
     def router_name(self, layer: int) -> str:
-        return f"router.{layer}"
+        return f"{ROUTERS}.{layer}"
 
     def gain_names(self, param: ParamSpec) -> tuple[str, str]:
         """Returns the names of the source and the factor of a norm's gain."""

@@ -9,6 +9,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed.parallel_dims import EngineLayout, ParallelDims
+from megatron_ligo.growth.operator import ROUTERS
 
 
 def describe_job(
@@ -47,11 +48,13 @@ def describe_dims(dims: ParallelDims) -> str:
 
 
 def describe_operator(counts: Mapping[str, int]) -> str:
-    """Returns a table of the operator's trainable parameters: a row per space, and one for depth. counts: by map."""
+    """Returns a table of the operator's trainable parameters: a row per space, one for depth, and one for routers that
+    are learned themselves. counts: by map."""
     rows: dict[str, dict[str, list[int]]] = {}
     for name, count in counts.items():
         kind, map_name, *rest = name.split(".")
-        row, column = (kind, "mixes") if kind == "depth" else (map_name, rest[-1])
+        whole = {"depth": "mixes", ROUTERS: "weights"}
+        row, column = (kind, whole[kind]) if kind in whole else (map_name, rest[-1])
         rows.setdefault(row, {}).setdefault(column, []).append(count)
     width = max(map(len, rows), default=0) + 2
     lines = [f"operator: {sum(counts.values()):,} trainable parameters"]

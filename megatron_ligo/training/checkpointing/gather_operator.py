@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ligo.arch.spec import UNTRAINED_SPACE
 from megatron_ligo.distributed.mesh import Mesh, all_ranks, cpu_group
-from megatron_ligo.growth.operator import Operator, short_key
+from megatron_ligo.growth.operator import ROUTERS, Operator, short_key
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.map_parameters import MapParameters
 
@@ -59,7 +59,7 @@ def _send_to_rank_0(local: dict[str, Tensor], operator: Operator) -> list[dict[s
 def _is_sharded(name: str, operator: Operator) -> bool:
     """True for a map that tensor parallelism splits."""
     kind, _, rest = name.partition(".")
-    return kind not in ("gain", "depth", "router") and operator.maps[rest.partition(".")[0]].is_sharded
+    return kind not in ("gain", "depth", ROUTERS) and operator.maps[rest.partition(".")[0]].is_sharded
 
 
 def _local_tensors(module: nn.Module, context: FactoredContext) -> Iterator[tuple[str, Tensor]]:
@@ -96,7 +96,7 @@ def _join(parts: list[dict[str, Tensor]], context: FactoredContext) -> dict[str,
         kind, _, rest = name.partition(".")
         if kind == "gain" or rest.partition(".")[0] == UNTRAINED_SPACE:
             tensors[name] = operator.tensor(name)
-        elif kind == "router":
+        elif kind == ROUTERS:
             tensors[name] = _first_part(parts, name)
         elif kind == "depth":
             tensors[name] = torch.stack([_first_part(parts, f"{name}:{layer}") for layer in range(shape[0])])

@@ -30,8 +30,8 @@ def materialise(operator: Operator, source, values: Values) -> dict[str, Tensor]
 def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
     """One grown weight, in the large model's shape."""
     spec, layer, expert = operator.arch.param(key), layer_index(key), expert_index(key)
-    if spec.role is Role.ROUTER and f"router.{layer}" in values:
-        return values[f"router.{layer}"]
+    if spec.role is Role.ROUTER and f"routers.{layer}" in values:
+        return values[f"routers.{layer}"]
     if expert is not None:
         return grown_expert(operator, source, values, spec, layer, expert)
     mixed = mixed_layers(operator, source, values, spec, layer)
