@@ -25,13 +25,13 @@ def fit_changes(family: str) -> dict:
     pattern = layer_pattern_models.OWN.get(family, {})
     arch = get(pattern.get("arch", family))
     has_groups = "num_kv_heads" in arch.hf_fields.values()
-    small = pretrain_cases.ODD | {"num_layers": 3, "num_kv_heads": 3 if has_groups else 6, "tied": True}
+    small = pretrain_cases.odd_sizes(family) | {"num_layers": 3, "num_kv_heads": 3 if has_groups else 6, "tied": True}
     if family != "llama":
         small["arch"] = family
     if family in pretrain_cases.CLASSES:
         small["class"] = pretrain_cases.CLASSES[family]
     is_free = arch.uses_rms_norm and "head_dim" in arch.hf_fields.values()
-    large = {"num_layers": 4, "hidden_size": 60 if is_free else 72, "ffn_size": 51, "num_heads": 12}
+    large = {"num_layers": 4, "hidden_size": 60 if is_free else 12 * small["head_dim"], "ffn_size": 51, "num_heads": 12}
     return {"small": small, "large": {**large, "num_kv_heads": 6 if has_groups else 12}, "settings": {"noise": 0.5}}
 
 

@@ -77,6 +77,11 @@ CASES = {
         },
         "gemma3_text",
     ),
+    "gemma": Case(
+        ARCH.GEMMA, "gemma", {"tied": True, "head_dim": 10, "activation": "gelu_pytorch_tanh"}, in_transformers=False
+    ),
+    # Hugging Face's files have llama.cpp's order.
+    "ernie4_5": Case(ARCH.ERNIE4_5, "ernie4_5", {"tied": True}, in_transformers=False),
     "phi3": Case(ARCH.PHI3, "phi3", {"sliding_window": 5}),
     "phi3, longrope": Case(
         ARCH.PHI3, "phi3", {"rotary_fraction": 0.5, "rope_scaling": LONGROPE, "tied": True}, in_transformers=False

@@ -17,7 +17,7 @@ from tests.models.mcore.rope_kinds import SCALINGS
 
 OPTIMIZERS = {"adamw": (1e-3, 0.05), "sgd": (0.5, 1.0)}
 # The gradient of U contains V's large entries; official LiGO, with tied contracts, is steep where norms follow blocks,
-# as are Gemma 3 and EXAONE 4, where they follow blocks and heads, and OLMo 2 at larger ratios.
+# as are Gemma (1 + w), Gemma 3 and EXAONE 4 (norms of blocks and heads), and OLMo 2 at larger ratios.
 LOW_LR = 0.02
 
 
@@ -36,7 +36,7 @@ def rates(optimizer: str, changes: dict) -> tuple[float, float]:
     lr, clip = OPTIMIZERS[optimizer]
     settings, family = changes.get("settings", {}), changes.get("small", {}).get("arch")
     steep = "rank" in settings or (family in ("bert", "olmo2") and settings.get("method") == "ligo")
-    steep = steep or family in ("gemma3", "exaone4") or (family == "olmo2" and "large" in changes)
+    steep = steep or family in ("gemma", "gemma3", "exaone4") or (family == "olmo2" and "large" in changes)
     return (LOW_LR if steep else lr), clip
 
 

@@ -28,8 +28,10 @@ from tests.tiny_models import llama_config, tokens
 
 # A vocabulary of 37 is padded at any tp but 1.
 SIZES = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 5}
-# Of decoders on three ranks.
+# Of decoders on three ranks, and of those that rotate a half of each head.
 ODD = {"num_heads": 6, "num_kv_heads": 3, "num_layers": 4, "head_dim": 6, "hidden_size": 36, "ffn_size": 33}
+ODD_HALVES = ODD | {"head_dim": 8, "hidden_size": 48}
+ROTATE_HALVES = ("gpt_neox", "phi3", "stablelm")
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
@@ -42,6 +44,10 @@ CLIP, DECAY = 0.05, 0.1
 AUX_LOSS = 0.3  # of routers
 
 
+def odd_sizes(family: str) -> dict[str, int]:
+    return ODD_HALVES if family in ROTATE_HALVES else ODD
+
+
 def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
     if family in image_models.OWN:
         # Labels are padded at tp 2; tokens are not: 10, 6 and 8 of them.
@@ -52,17 +58,19 @@ def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
         return image_models.image_config(family, **SIZES | own)
     if family in decoder_models.OWN:
         return decoder_models.config_of(
-            family, tied=tied, **ODD if odd else {**SIZES, "head_dim": 4, "hidden_size": 32}
+            family, tied=tied, **odd_sizes(family) if odd else {**SIZES, "head_dim": 4, "hidden_size": 32}
         )
     if family in ("mixtral", "qwen3_moe"):
         experts = {"num_experts": 6, "top_k": 2, "renormalises_routing": family == "mixtral"}
         return llama_config(arch=family, model_type=family, tied=tied, **SIZES | {"num_layers": 2}, **experts)
     if family in layer_pattern_models.OWN:
-        return layer_pattern_models.config_of(family, tied=tied, **ODD if odd else {**SIZES, "hidden_size": 32})
+        return layer_pattern_models.config_of(
+            family, tied=tied, **odd_sizes(family) if odd else {**SIZES, "hidden_size": 32}
+        )
     if family != "llama":
-        own = ODD | {"num_kv_heads": 6} if odd else SIZES | {"num_kv_heads": 8, "hidden_size": 32}
+        own = odd_sizes(family) | {"num_kv_heads": 6} if odd else SIZES | {"num_kv_heads": 8, "hidden_size": 32}
         return config_of(family, CLASSES[family], tied=tied, **own)
-    return llama_config(tied=tied, **ODD if odd else SIZES)
+    return llama_config(tied=tied, **odd_sizes(family) if odd else SIZES)
 
 
 def decay_of(optimizer: str, family: str) -> float:
