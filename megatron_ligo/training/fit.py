@@ -307,11 +307,10 @@ def check_expert_fit(operator: Operator, section: FitSection, errors: ErrorColle
         errors.add("operator.fresh", "'none' with experts", repr(operator.settings.fresh), "Choose another method.")
     if section.lag:
         errors.add("fit.lag", "none with experts", section.lag)
-    shards = num_shards(operator.small, operator.large)
-    if shards > 1 and section.parallel.tp > 1:
-        found = f"{shards} experts that hold one of the small model's, and tp = {section.parallel.tp}"
-        hint = "A tensor-parallel rank would need rows of each of them: divide experts by ep instead."
-        errors.add("fit.parallel.tp", "1 with experts narrower than the small model's", found, hint)
+    shards, local = num_shards(operator.small, operator.large), operator.large.num_experts // section.parallel.ep
+    if section.parallel.tp > 1 and local % shards:
+        hint = "Every tensor-parallel rank needs rows of some expert."
+        errors.add("fit.parallel.ep", f"a multiple of {shards} experts a rank with tp > 1", local, hint)
 
 
 def check_teacher(operator: Operator, section: FitSection, seq_length: int, errors: ErrorCollector) -> None:

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ligo.arch.flops import forward_flops, train_flops
 from megatron_ligo.distributed import mesh as meshes
+from megatron_ligo.export.mixture_reader import as_mixture_reader
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel
 from megatron_ligo.models.factored.fit_flops import fit_step_flops
@@ -76,6 +77,7 @@ def fit_flops(settings: dict, samples: int, lagged: bool = False, more: dict | N
     operator = make_operator(small, {**LARGE, **(more or {})}, settings)
     mesh = meshes.build_mesh(1, 1)
     reader = memory_of(hf_llama(small), small)
+    reader = as_mixture_reader(reader) if operator.large.num_experts else reader
     lag = lag_of(operator).__getitem__ if lagged else None
     source, at_once = SmallWeights(operator, reader, mesh, 1), samples * length
     model = FactoredModel(FactoredContext(operator, source, mesh, torch.float32, tokens_per_step=at_once, lag=lag))
@@ -99,6 +101,8 @@ OPERATORS = {
     "corner": ({"method": "corner"}, 64),
     "corner, products built": ({"method": "corner"}, 1),
     "larger heads": ({}, 8, {"head_dim": 12}),
+    "experts": ({}, 64, {"num_experts": 4, "top_k": 2}),
+    "experts in halves": ({}, 64, {"num_experts": 6, "top_k": 2, "ffn_size": 40}),
     "larger heads, low rank": ({"rank": 4}, 8, {"head_dim": 12}),
 }
 

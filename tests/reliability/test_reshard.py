@@ -74,6 +74,30 @@ def test_a_fit_resumes_at_any_layout(pools, base, tmp_path, rank):  # noqa: F811
         assert torch.allclose(result[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max())), name
 
 
+@pytest.mark.long
+def test_a_fit_of_experts_resumes_at_any_layout(pools, base, tmp_path):  # noqa: F811
+    """Pairs of experts hold the small ffn."""
+    sizes = {"num_experts": 4, "top_k": 2, "ffn_size": 16}
+    divided = {"ep": 2, "tp": 2, "sequence_parallel": True}
+    layouts = [(2, {"ep": 2, "zero": 2}), (4, divided), (2, {"zero": 3, "micro_batch_size": 2}), (1, {})]
+
+    def of(layout: dict) -> dict:
+        table = fit_settings(base, 0, layout)
+        table["large"] |= sizes
+        return table
+
+    def run(world: int, **arguments) -> dict:
+        return pools(world).run(rank_cases.run_fit, **arguments)
+
+    whole = run(1, settings=of({}), output=str(tmp_path / "whole"))
+    moved = run_chain(run, layouts, of, tmp_path / "moved")
+    assert moved["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    expected, result = (load_file(tmp_path / name / "operator/operator.safetensors") for name in ("whole", "moved"))
+    assert "routers.1" in expected
+    for name, tensor in expected.items():
+        assert torch.allclose(result[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max())), name
+
+
 def fit_settings(base: Path, rank: int, layout: dict) -> dict:  # noqa: F811
     table = settings(base, "hf")
     table["small"]["path"] = str(base / "hf")

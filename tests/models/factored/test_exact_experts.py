@@ -8,16 +8,18 @@ from tests.models.factored.test_exactness import OPTIMIZERS, assert_exact, compa
 # Of a dense Llama: experts wider than its ffn; pairs that hold it; and of a mixture of two.
 GROWN = {"large": {"num_experts": 6, "top_k": 2}}
 SHARDED = {"large": {"num_experts": 8, "top_k": 4, "ffn_size": 16}}
+THIRDS = {"large": {"num_experts": 6, "top_k": 3, "ffn_size": 12}}
 MIXED = {"small": {"arch": "mixtral", "num_experts": 2, "top_k": 1}, "large": {"num_experts": 4, "top_k": 2}}
 SP = {"tp": 2, "sequence_parallel": True}
 # (ranks, changes): layouts, which start once.
 DAILY = {
     "1, grown": (1, GROWN, [{}]),
     "4, grown": (4, GROWN, [{**SP, "ep": 2}, {"ep": 2, "zero": 3, "recompute": True}]),
-    "2, sharded": (2, SHARDED, [{"ep": 2, "zero": 2}]),
+    "2, sharded": (2, SHARDED, [{"ep": 2, "zero": 2}, SP]),
 }
 SELDOM = {
     "2, grown": (2, GROWN, [{"ep": 2}, {"pp": 2}, {**SP, "zero": 2}, {"zero": 1}]),
+    "4, thirds": (4, THIRDS, [{**SP, "ep": 2}, {"tp": 4, "sequence_parallel": True}]),
     "2, mixed": (2, MIXED, [{"ep": 2}, {**SP}, {"ep": 2, "zero": 3}]),
     "4, mixed": (4, MIXED, [{"ep": 2, "pp": 2}, {**SP, "ep": 2, "zero": 3}, {**SP, "pp": 2}]),
 }
