@@ -71,6 +71,7 @@ class ModelConfig:
     num_experts, top_k: feed-forward experts of each layer, of which ffn_size is one's width, and those that
         a token is routed to; 0 = a dense block.
     renormalises_routing: the weights of a token's experts are divided by their sum.
+    shared_expert_ffn_size: width of the expert that every token passes besides; 0 = none.
     attention_softcap, logits_softcap: bounds c of the scores and the logits, c tanh(x / c); None = unbounded.
     """
 
@@ -125,6 +126,7 @@ class ModelConfig:
     num_experts: int = 0
     top_k: int = 0
     renormalises_routing: bool = False
+    shared_expert_ffn_size: int = 0
 
     def __post_init__(self) -> None:
         errors = ErrorCollector("the sizes of the model do not fit together", ConfigError)

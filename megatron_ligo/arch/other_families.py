@@ -48,10 +48,8 @@ DIFFERENCES = {
     "mpt": "positions are ALiBi biases",
     "nemotron": "its feed-forward block has no gate and squares a ReLU, and norms multiply by 1 + gain",
     "olmo": "its norms have no parameters, and queries, keys and values may be clipped",
-    "olmoe": EXPERTS,
     "phi": "attention and feed-forward read one norm, and rotary positions turn a part of each head",
     "qwen": "query, key and value are one matrix of the file's own",
-    "qwen2moe": EXPERTS,
     "qwen3next": "most layers are recurrent (gated delta nets), with mixtures of experts",
     "t5": "it has an encoder and a decoder, with relative positions",
 }

@@ -80,6 +80,10 @@ class Role(Enum):
     EXPERT_GATE = "expert gate"
     EXPERT_UP = "expert up"
     EXPERT_DOWN = "expert down"
+    SHARED_EXPERT_GATE = "shared expert gate"
+    SHARED_EXPERT_UP = "shared expert up"
+    SHARED_EXPERT_DOWN = "shared expert down"
+    SHARED_EXPERT_WEIGHT = "shared expert weight"  # its sigmoid multiplies what the shared expert returns
     FINAL_NORM = "final norm"
     HEAD_TRANSFORM = "head transform"
     HEAD_NORM = "head norm"
@@ -261,8 +265,10 @@ _SIZE_FIELD_BY_SPACE = {
     "pooled": "hidden_size",
     "head_feature": "head_dim",
     "expert": "num_experts",
+    "shared_ffn": "shared_expert_ffn_size",
 }
-_FIXED_SIZES = {"order": 2}  # classes of BERT's next-sentence head
+# Classes of BERT's next-sentence head; the weight of a shared expert.
+_FIXED_SIZES = {"order": 2, "score": 1}
 
 
 def axis_size(axis: Axis, model_config: ModelConfig) -> int:

@@ -53,6 +53,9 @@ class LargeSection:
     max_positions: int | None = setting(None, "context length in tokens; unset: as in the small model", low=1)
     num_experts: int | None = setting(None, "feed-forward experts per layer; unset: as in the small model", low=1)
     top_k: int | None = setting(None, "experts that a token is routed to; unset: as in the small model", low=1)
+    shared_expert_ffn_size: int | None = setting(
+        None, "width of the expert that every token passes; unset: as in the small model", low=1
+    )
     image_size: int | None = setting(None, "image side in pixels (positions are interpolated); unset: as is", low=1)
 
 
@@ -97,6 +100,13 @@ class OperatorSection:
     codes: str = setting("", "folder of `ligo codes`: the tokens' new features with fresh = 'corner'")
     borrow: str | None = setting(
         None, "weights of new features: from the same layer, or from the next (AKI)", choices=("none", "next")
+    )
+    expert_start: str | None = setting(
+        None, "experts that a dense block becomes: copies, or shared (the shared expert holds it, the others are new)",
+        choices=("copies", "shared"),
+    )  # fmt: skip
+    expert_drop: float | None = setting(
+        None, "share of each expert's neurons that start from new random weights (drop-upcycling)", low=0.0, high=1.0
     )
     vocab_noise: float = setting(
         0.0, "spread of new tokens around the mean embedding, relative to all tokens' spread", low=0.0

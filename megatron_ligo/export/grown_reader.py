@@ -37,7 +37,8 @@ class GrownReader(Reader):
     path = None
 
     def __init__(self, operator: Operator, source: Reader, moments: str = "reset"):
-        source = as_mixture_reader(source) if operator.small.num_experts == 1 else source
+        if operator.small.num_experts == 1:
+            source = as_mixture_reader(source, operator.settings.expert_start)
         check_source(operator, source)
         if moments != "reset" and not source.has_moments:
             hint = "Set handoff.moments = 'reset', or use a checkpoint with Adam's state."

@@ -15,8 +15,9 @@ copies. It is divided evenly: an estimate. The moments of new features of k star
 otherwise their gradients are known.
 
 Layers. The output of new layers is zero, and their moments start at zero. So do those of new tokens, new positions and
-the positions of a larger image. Several layers that copy one small layer share its gradient (the least-squares solution
-of the chain rule), which leaves Adam's steps unchanged: an estimate, as such a model computes a different function.
+the positions of a larger image, and of random experts and neurons and a new router. Several layers that copy one small
+layer share its gradient (the least-squares solution of the chain rule), which leaves Adam's steps unchanged: an
+estimate, as such a model computes a different function.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.spec import ParamSpec, Role, Use, key_pattern, layer_index
+from megatron_ligo.arch.spec import ParamSpec, Role, Use, expert_index, key_pattern, layer_index
+from megatron_ligo.growth import experts
 from megatron_ligo.growth.linear_maps import cheapest_form
 from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import LiftedMap, apply_map
@@ -101,16 +103,25 @@ class DualMaps:
         read(key): a small key's moment, in the small weight's shape.
         """
         operator, param, layer = self.operator, self.operator.arch.param(key), layer_index(key)
+        if experts.is_new(param.role, operator.small, operator.settings):
+            return torch.zeros(param.shape(operator.large))
         if param.axes[0].space == "position" and operator.large.image_size != operator.small.image_size:
             return torch.zeros(param.shape(operator.large))
-        grown = self._mix_layers(param, key, layer, read)
+        grown = self._mix_layers(param, key, layer, self._mix_experts(param, key, layer, read))
+        shard = experts.shard_rows(key, operator.small, operator.large)
         if operator.copies_gain(param):
             return self._grow_gain(param, layer, grown)
         for dim, axis in enumerate(param.axes):
             lift = operator.space_maps.lift(axis, dual=True)
             if lift is not None:
-                dual = cheapest_form(self._dual_matrix(param, lift, axis.use, layer).to(grown))
+                matrix = self._dual_matrix(param, lift, axis.use, layer).to(grown)
+                is_cut = shard is not None and lift.map_name == "ffn"
+                dual = cheapest_form(matrix[shard] if is_cut else matrix)
                 grown = apply_map(grown, dim, dual, self._with_dual_inner(lift))
+        if param.in_expert and operator.settings.expert_drop:
+            chooser = operator.generator(f"drop.{key.rpartition('.')[0]}")
+            zeros = torch.zeros_like(grown)
+            grown = experts.drop_neurons(grown, zeros, param, operator.settings.expert_drop, chooser)
         if operator.settings.borrow == "next" and param.in_layer:
             # New features take their rows from another layer.
             grown[param.shape(operator.small)[0] :] = 0
@@ -128,11 +139,29 @@ class DualMaps:
         if param.skips_first_layer:
             weights[0] = 0
         sources = weights.nonzero().flatten().tolist()
-        first = read(key_pattern(key).format(sources[0] if sources else int(param.skips_first_layer)))
+        first = read(key_pattern(key).format(sources[0] if sources else int(param.skips_first_layer), 0))
         mixed = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
         for i in sources:
-            mixed.add_(read(key_pattern(key).format(i)).to(mixed), alpha=float(weights[i]))
+            mixed.add_(read(key_pattern(key).format(i, 0)).to(mixed), alpha=float(weights[i]))
         return mixed
+
+    def _mix_experts(
+        self, param: ParamSpec, key: str, layer: int | None, read: Callable[[str], Tensor]
+    ) -> Callable[[str], Tensor]:
+        """Returns a function that reads a small key of any expert as an expert's share of the small experts' moments.
+
+        Copies of an expert see an equal share of its tokens' gradients: exactly, if all of them are chosen together.
+        The shards of one see all of a copy's, and `down`, which is as many times the small one's, that part of it.
+        """
+        expert = expert_index(key)
+        if expert is None:
+            return read
+        expand = self.operator.matrix(layer)(LiftedMap("expert"), Use.OUTPUT).double()
+        shares = torch.linalg.pinv(expand).t()[expert]
+        shares[shares.abs() < 1e-9] = 0
+        if not param.writes_residual:
+            shares = shares * experts.num_shards(self.operator.small, self.operator.large)
+        return experts.read_mixture(self._square_if_needed(shares), read)
 
     def _dual_depth(self, param: ParamSpec) -> Tensor:
         """Returns the dual of a depth map, (large layers, small layers), fp64."""

@@ -9,6 +9,12 @@ If F < f, every G consecutive large experts are the shards of one copy: the ffn'
 F rows of it, and `down` is multiplied by G, as a token that is routed to a copy weighs each of its shards by 1 / G. The
 shards share their router row, so a router that ranks one of them ranks all. gate and up are not scaled: the activation
 between them is not linear.
+
+A softmax before the choice, whose weights are not divided by their sum, keeps the function of a mixture (copies share a
+weight equally) and not that of a dense block, unless a shared expert holds it: the others then write nothing at first.
+
+Random numbers, of new experts and of neurons that `operator.expert_drop` drops, are N(0, 1 / fan_in) where they read
+the residual stream, and N(0, 1 / (2 L fan_in)) where they write it, L large layers.
 """
 
 from __future__ import annotations
@@ -21,14 +27,24 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import expert_index, key_pattern, layer_index
+from megatron_ligo.arch.spec import ParamSpec, Role, expert_index, key_pattern, layer_index
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+from megatron_ligo.config.run_config import OperatorSection
 
 ROUTER_STD = 0.02  # of the rows of a router that the small model does not have
 
 
-def as_mixture(dense: ModelConfig) -> ModelConfig:
-    """Returns a dense model's config as one with one expert. ConfigError if its family has no such form."""
+SHARED_BLOCK = (Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP, Role.SHARED_EXPERT_DOWN)
+READING_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP)
+EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+SHARED = "shared"  # operator.expert_start: the shared expert holds the dense block
+
+
+def as_mixture(dense: ModelConfig, start: str | None = None) -> ModelConfig:
+    """Returns a dense model's config as one with one expert. ConfigError if its family has no such form.
+
+    start: operator.expert_start, by which the expert or the shared expert holds the block. The other has width 1.
+    """
     if dense.num_experts:
         return dense
     arch = architectures.get(dense.arch)
@@ -38,8 +54,15 @@ def as_mixture(dense: ModelConfig) -> ModelConfig:
         )
     model_type = arch.expert_types[dense.model_type]
     (mixture,) = (known for known in architectures.architectures().values() if model_type in known.model_types)
-    routing = {"num_experts": 1, "top_k": 1, "renormalises_routing": True}
-    return replace(dense, arch=mixture.name, model_type=model_type, **routing)
+    sizes = {"num_experts": 1, "top_k": 1, "renormalises_routing": True}
+    if mixture.has(Role.SHARED_EXPERT_UP):
+        sizes["shared_expert_ffn_size"] = 1
+        if start == SHARED:
+            sizes |= {"ffn_size": 1, "shared_expert_ffn_size": dense.ffn_size}
+    elif start == SHARED:
+        hint = "Take a family that has one, such as qwen2 (qwen2_moe)."
+        raise ConfigError(Problem("operator.expert_start", f"copies: {model_type} has no shared expert", start, hint))
+    return replace(dense, arch=mixture.name, model_type=model_type, **sizes)
 
 
 def num_shards(small: ModelConfig, large: ModelConfig) -> int:
@@ -84,9 +107,36 @@ def draw_router(large: ModelConfig, shards: int, generator: torch.Generator) -> 
     return repeat_shards(ROUTER_STD * rows, shards)
 
 
-def check_experts(small: ModelConfig, large: ModelConfig, is_lossless: bool, errors: ErrorCollector) -> None:
+def is_new(role: Role, small: ModelConfig, settings: OperatorSection) -> bool:
+    """True if a parameter reads the residual stream for an expert that holds nothing of the dense small model."""
+    if small.num_experts != 1 or role not in READING_ROLES:
+        return False
+    return (role in SHARED_BLOCK) != (settings.expert_start == SHARED)
+
+
+def draw_expert(param: ParamSpec, large: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Draws an expert's matrix in its large shape, (out, in), fp32."""
+    shape = param.shape(large)
+    fan_in = shape[1] * (2 * large.num_layers if param.writes_residual else 1)
+    return torch.randn(shape, generator=generator) * fan_in**-0.5
+
+
+def drop_neurons(grown: Tensor, drawn: Tensor, param: ParamSpec, rate: float, generator: torch.Generator) -> Tensor:
+    """Replaces an expert's weights of a share of its neurons: (out, in) -> (out, in).
+
+    generator: of the choice, the same for all of the expert's matrices.
+    """
+    dim = 1 if param.writes_residual else 0
+    width = grown.shape[dim]
+    chosen = torch.randperm(width, generator=generator)[: round(rate * width)]
+    return grown.index_copy(dim, chosen, drawn.index_select(dim, chosen).to(grown))
+
+
+def check_experts(
+    small: ModelConfig, large: ModelConfig, settings: OperatorSection, is_lossless: bool, errors: ErrorCollector
+) -> None:
     """Adds an error for numbers of experts that no map reaches, or that a lossless start cannot keep."""
-    if not large.num_experts:
+    if not large.num_experts or (small.num_experts == 1 and settings.expert_start == SHARED):
         return
     shards = num_shards(small, large)
     step = shards * small.num_experts
@@ -96,14 +146,18 @@ def check_experts(small: ModelConfig, large: ModelConfig, is_lossless: bool, err
         errors.add("large.num_experts", reason, large.num_experts)
         return
     copies = large.num_experts // step
-    if not is_lossless:
+    if not is_lossless or settings.expert_drop:
         return
     if small.num_experts == 1:
         if large.top_k % shards:
             errors.add("large.top_k", f"a multiple of {shards}, the experts that hold one copy", large.top_k)
-        if not large.renormalises_routing:
-            hint = "The weights of the chosen experts do not add up to 1: take a family that renormalises them."
-            errors.add("large.num_experts", "none: no start is lossless", large.num_experts, hint)
+        if not large.renormalises_routing and large.top_k < large.num_experts:
+            share = large.top_k / large.num_experts
+            hint = (
+                f"The chosen experts' weights add up to about {share:.2g} instead of 1, and the blocks would return "
+                "that share. Take a router that renormalises them, or operator.expert_start = 'shared'."
+            )
+            errors.add("large.num_experts", "none: no copies of a dense block are lossless", large.num_experts, hint)
     elif large.top_k != small.top_k * shards * copies:
         expected = f"{small.top_k * shards * copies}, all {shards * copies} that hold each of the small model's choices"
         errors.add("large.top_k", expected, large.top_k)

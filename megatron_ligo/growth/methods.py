@@ -28,13 +28,17 @@ DEFAULT_KEYS = {
     "fresh": "none",
     "fresh_scale": 1.0,
     "borrow": "none",
+    "expert_start": "copies",
+    "expert_drop": 0.0,
 }
+# Keys that say nothing of a model without experts.
+EXPERT_KEYS = ("expert_start", "expert_drop")
 
 # A pooler, which no loss trains, would keep padded features at zero.
 PADDED = {"default": "pad", "pooled": "lossless"}
 
 # Keys that do not change the logits of a start.
-KEYS_THAT_KEEP_LOGITS = ("noise", "noise_draw", "share", "identity")
+KEYS_THAT_KEEP_LOGITS = ("noise", "noise_draw", "share", "identity", "expert_start")
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,7 @@ def _method_settings(name: str, large: ModelConfig) -> dict:
     return {
         key: {space: start for space, start in value.items() if space in known} if isinstance(value, dict) else value
         for key, value in {**DEFAULT_KEYS, **METHODS[name].keys}.items()
+        if large.num_experts or key not in EXPERT_KEYS
     }
 
 

@@ -292,12 +292,18 @@ class Operator(ABC):
             return self.grow_gain(param, mixed)
         if param.role is Role.ROUTER and self.draws_routers:
             return self.tensor(self.router_name(layer)).to(mixed)
+        if experts.is_new(param.role, self.small, self.settings):
+            return experts.draw_expert(param, self.large, self.generator(f"experts.{key}")).to(mixed)
         shard = experts.shard_rows(key, self.small, self.large)
 
         def matrix(lift: LiftedMap, use: Use) -> LinearMap:
             return self._cheapest_form(lift, use, layer, mixed, shard if lift.map_name == "ffn" else None)
 
         grown = grow_tensor(param, mixed, matrix, self.space_maps, added_rows)
+        if param.in_expert and self.settings.expert_drop:
+            drawn = experts.draw_expert(param, self.large, self.generator(f"experts.{key}"))
+            chooser = self.generator(f"drop.{key.rpartition('.')[0]}")
+            return experts.drop_neurons(grown, drawn, param, self.settings.expert_drop, chooser)
         if param.role is Role.WORD_EMBEDDING and self.embedding_ratio != 1:
             return grown / self.embedding_ratio
         return grown * self.bias_shares(param).to(grown) if self.divides_bias(param) else grown

@@ -46,7 +46,7 @@ def scale_source_key(operator: Operator, key: str) -> str:
     layer = layer_index(key)
     if layer is None:
         return key
-    return operator.arch.param(key).key.format(layer * operator.small.num_layers // operator.large.num_layers)
+    return operator.arch.param(key).key.format(layer * operator.small.num_layers // operator.large.num_layers, 0)
 
 
 def has_added_rows(operator: Operator, param: ParamSpec) -> bool:

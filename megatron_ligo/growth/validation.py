@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 GROWABLE_SIZES = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "image_size",
-    "num_experts",
+    "num_experts", "shared_expert_ffn_size",
 )  # fmt: skip
 # Starts of the KV groups that define which small groups each large group comes from.
 GROUP_INITS = ("lossless", "copy", "clone", "select", "net2net", "mean")
@@ -32,14 +32,20 @@ CANNOT_GROW = "the small model cannot grow into the large one"
 NEVER_SHRINKS = "Growth never shrinks."
 
 
-def derive_large_config(small: ModelConfig, section: LargeSection) -> ModelConfig:
+def derive_large_config(small: ModelConfig, section: LargeSection, expert_start: str | None = None) -> ModelConfig:
     """Returns the large model's config. Sizes that the section leaves unset, and eps, are the small model's.
 
-    The kinds of its layers are those of a start in which each layer is followed by its copies.
+    The kinds of its layers are those of a start in which each layer is followed by its copies. expert_start:
+    operator.expert_start, where a dense model becomes one with experts.
     """
     sizes = {name: value for name, value in vars(section).items() if value is not None}
     if "num_experts" in sizes:
-        small = experts.as_mixture(small)
+        small = experts.as_mixture(small, expert_start)
+    if small.num_experts == 1:
+        # One of the two holds the whole dense block, and the other is a stand-in.
+        sizes.setdefault("ffn_size", max(small.ffn_size, small.shared_expert_ffn_size))
+        if small.shared_expert_ffn_size:
+            sizes.setdefault("shared_expert_ffn_size", max(small.ffn_size, small.shared_expert_ffn_size))
     if "num_kv_heads" not in architectures.get(small.arch).hf_fields.values() and "num_heads" in sizes:
         # The family has no grouped-query attention.
         sizes.setdefault("num_kv_heads", sizes["num_heads"])
@@ -62,8 +68,8 @@ def build_initial_operator(small: ModelConfig, section: LargeSection, settings: 
 
     ConfigError if sizes or settings are incompatible.
     """
-    large = derive_large_config(small, section)
-    small = experts.as_mixture(small) if large.num_experts else small
+    large = derive_large_config(small, section, settings.expert_start)
+    small = experts.as_mixture(small, settings.expert_start) if large.num_experts else small
     settings = resolve_settings(settings, large)
     check_sizes(small, large, value_for_space(settings.width_init, "groups") == "mean")
     check_settings(small, large, settings)
@@ -171,7 +177,7 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     _check_lossless(errors, settings, small, large)
     _check_padding(errors, settings, maps)
     _check_corner(errors, settings, large)
-    experts.check_experts(small, large, METHODS[settings.method].is_lossless, errors)
+    experts.check_experts(small, large, settings, METHODS[settings.method].is_lossless, errors)
     for name in maps:
         noisy = value_for_space(settings.noise, name) and settings.noise_draw == "weight"
         if noisy and value_for_space(settings.contract, name) == "tied":

@@ -24,7 +24,7 @@ from megatron_ligo.growth import attention_heads, experts
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
 # Spaces whose features are distinct items, which no map may mix.
-UNMAPPED_SPACES = ("vocab", "position", "token_type", "register", "order", "channel", "pixel", "head_feature")
+UNMAPPED_SPACES = ("vocab", "position", "token_type", "register", "order", "channel", "pixel", "head_feature", "score")
 WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 HEAD_MAPS = (*WHOLE_HEADS, "q", "k")  # the maps of queries and keys
 

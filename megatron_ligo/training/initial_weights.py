@@ -120,7 +120,7 @@ def scratch_model_config(config: RunConfig) -> ModelConfig:
     if not config.small.path:
         hint = "Its sizes are those of fresh weights, except those that [large] sets."
         raise ConfigError(Problem("small.path", "a model, or a config.json", "none", hint))
-    return derive_large_config(read_small_config(config), config.large)
+    return derive_large_config(read_small_config(config), config.large, config.operator.expert_start)
 
 
 def read_small_config(config: RunConfig) -> ModelConfig:

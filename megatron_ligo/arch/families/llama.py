@@ -141,7 +141,7 @@ LLAMA = Architecture(
         "mistral": {"qkv_bias": False},
         "qwen2": {"qkv_bias": True},
     },
-    expert_types={"llama": "mixtral", "mistral": "mixtral"},
+    expert_types={"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe"},
     ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},
     # Ernie 4.5 has Llama's tensors and keys, and use_bias: its rotary positions turn other pairs.
     hf_fixed=CAUSAL | {"rope_interleaved": (False, None), "use_mrope": (False, None), "use_bias": ()},

@@ -1,0 +1,80 @@
+"""Qwen2-MoE: Qwen2 whose feed-forward blocks are experts, in every layer, beside one that every token passes.
+
+What the shared expert returns is multiplied by a sigmoid of the token. A dense model grows into it without loss as
+copies of its block (with norm_topk_prob), or as the shared expert, under any router.
+"""
+
+from dataclasses import replace
+
+from megatron_ligo.arch.common_axes import (
+    RESIDUAL_INPUT,
+    RESIDUAL_OUTPUT,
+    SCORE_OUTPUT,
+    SHARED_FFN_INPUT,
+    SHARED_FFN_OUTPUT,
+)
+from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.mixtral import DENSE_BLOCK
+from megatron_ligo.arch.families.qwen3_moe import QWEN3_MOE
+from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
+
+EXPERTS = (Role.ROUTER, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+def _shared(hf: str, mcore: str, **packing) -> dict[str, FormatLocation]:
+    return {
+        "hf": FormatLocation(f"model.layers.{{}}.mlp.{hf}.weight"),
+        "mcore": FormatLocation(f"decoder.layers.{{}}.mlp.shared_experts.{mcore}", **packing),
+    }
+
+
+def _shared_fc1(hf: str, part: int) -> dict[str, FormatLocation]:
+    return _shared(hf, "linear_fc1.weight", pack=Pack.STACKED, part=part, num_parts=2)
+
+
+SHARED_EXPERT = (
+    ParamSpec(
+        "layers.{}.shared_gate",
+        Role.SHARED_EXPERT_GATE,
+        (SHARED_FFN_OUTPUT, RESIDUAL_INPUT),
+        0,
+        _shared_fc1("shared_expert.gate_proj", 0),
+    ),
+    ParamSpec(
+        "layers.{}.shared_up",
+        Role.SHARED_EXPERT_UP,
+        (SHARED_FFN_OUTPUT, RESIDUAL_INPUT),
+        0,
+        _shared_fc1("shared_expert.up_proj", 1),
+    ),
+    ParamSpec(
+        "layers.{}.shared_down",
+        Role.SHARED_EXPERT_DOWN,
+        (RESIDUAL_OUTPUT, SHARED_FFN_INPUT),
+        1,
+        _shared("shared_expert.down_proj", "linear_fc2.weight"),
+    ),
+    ParamSpec(
+        "layers.{}.shared_weight",
+        Role.SHARED_EXPERT_WEIGHT,
+        (SCORE_OUTPUT, RESIDUAL_INPUT),
+        None,
+        _shared("shared_expert_gate", "gate_weight"),
+    ),
+)
+
+QWEN2_MOE = replace(
+    QWEN3_MOE,
+    name="qwen2_moe",
+    model_types={"qwen2_moe": {"Qwen2MoeForCausalLM": ()}},
+    params=(
+        *(param for param in LLAMA.params if param.role not in DENSE_BLOCK),
+        *(param for param in QWEN3_MOE.params if param.role in EXPERTS),
+        *SHARED_EXPERT,
+    ),
+    hf_fields=QWEN3_MOE.hf_fields | {"shared_expert_intermediate_size": "shared_expert_ffn_size"},
+    hf_aliases={},
+    required_hf_values={"hidden_act": "silu", "use_sliding_window": False, "qkv_bias": True},
+    implied_sizes={"qwen2_moe": {"sliding_window": None, "qkv_bias": True}},
+    hf_harmless=QWEN3_MOE.hf_harmless | {"max_window_layers": "without use_sliding_window there is no window"},
+)
