@@ -29,6 +29,7 @@ class LargeSizes(TypedDict, total=False):
     max_positions: int | None
     num_experts: int | None
     top_k: int | None
+    renormalises_routing: bool | None
     shared_expert_ffn_size: int | None
     image_size: int | None
 

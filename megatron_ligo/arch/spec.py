@@ -121,6 +121,17 @@ _LAST_STAGE_ROLES = (
 )
 
 
+# A block of experts has these in place of a feed-forward block's.
+EXPERT_ROLES = (
+    Role.ROUTER,
+    Role.EXPERT_GATE,
+    Role.EXPERT_UP,
+    Role.EXPERT_DOWN,
+    Role.SHARED_EXPERT_GATE,
+    Role.SHARED_EXPERT_UP,
+    Role.SHARED_EXPERT_DOWN,
+    Role.SHARED_EXPERT_WEIGHT,
+)
 OUTPUT_NORMS = (Role.ATTENTION_OUTPUT_NORM, Role.FFN_OUTPUT_NORM)
 OUTPUT_SCALES = (Role.ATTENTION_OUTPUT_SCALE, Role.FFN_OUTPUT_SCALE)
 

@@ -53,6 +53,9 @@ class LargeSection:
     max_positions: int | None = setting(None, "context length in tokens; unset: as in the small model", low=1)
     num_experts: int | None = setting(None, "feed-forward experts per layer; unset: as in the small model", low=1)
     top_k: int | None = setting(None, "experts that a token is routed to; unset: as in the small model", low=1)
+    renormalises_routing: bool | None = setting(
+        None, "divide the weights of a token's experts by their sum; unset: as in the small model"
+    )
     shared_expert_ffn_size: int | None = setting(
         None, "width of the expert that every token passes; unset: as in the small model", low=1
     )

@@ -14,6 +14,9 @@ Heads. If the copies of a KV group have different query heads, the group's gradi
 copies. It is divided evenly: an estimate. The moments of new features of k start at zero if the features rotate;
 otherwise their gradients are known.
 
+Experts. Copies that are chosen together share their expert's gradient equally; where a new router chooses among copies,
+that is an estimate. So are the rows of a router for the shards of one expert, whose sum is known.
+
 Layers. The output of new layers is zero, and their moments start at zero. So do those of new tokens, new positions and
 the positions of a larger image, and of random experts and neurons and a new router. Several layers that copy one small
 layer share its gradient (the least-squares solution of the chain rule), which leaves Adam's steps unchanged: an

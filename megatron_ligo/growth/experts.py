@@ -36,7 +36,6 @@ ROUTER_STD = 0.02  # of the rows of a router that the small model does not have
 
 SHARED_BLOCK = (Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP, Role.SHARED_EXPERT_DOWN)
 READING_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP)
-EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 SHARED = "shared"  # operator.expert_start: the shared expert holds the dense block
 
 
@@ -136,6 +135,10 @@ def check_experts(
     small: ModelConfig, large: ModelConfig, settings: OperatorSection, is_lossless: bool, errors: ErrorCollector
 ) -> None:
     """Adds an error for numbers of experts that no map reaches, or that a lossless start cannot keep."""
+    implied = architectures.get(large.arch).implied_sizes.get(large.model_type, {})
+    if implied.get("renormalises_routing", large.renormalises_routing) != large.renormalises_routing:
+        expected = f"{implied['renormalises_routing']}, or unset: {large.model_type} knows no other"
+        errors.add("large.renormalises_routing", expected, large.renormalises_routing)
     if not large.num_experts or (small.num_experts == 1 and settings.expert_start == SHARED):
         return
     shards = num_shards(small, large)
@@ -158,6 +161,10 @@ def check_experts(
                 "that share. Take a router that renormalises them, or operator.expert_start = 'shared'."
             )
             errors.add("large.num_experts", "none: no copies of a dense block are lossless", large.num_experts, hint)
-    elif large.top_k != small.top_k * shards * copies:
+        return
+    if large.renormalises_routing != small.renormalises_routing:
+        hint = "Otherwise the weights of its experts add up to another number."
+        errors.add("large.renormalises_routing", "unset, as in the small model", large.renormalises_routing, hint)
+    if large.top_k != small.top_k * shards * copies:
         expected = f"{small.top_k * shards * copies}, all {shards * copies} that hold each of the small model's choices"
         errors.add("large.top_k", expected, large.top_k)

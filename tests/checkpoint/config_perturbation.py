@@ -122,6 +122,22 @@ MODELS = {
         },
     ),
     "mixtral": ("MixtralForCausalLM", CAUSAL_SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        {name: value for name, value in CAUSAL_SIZES.items() if name != "head_dim"}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         CAUSAL_SIZES

@@ -94,6 +94,8 @@ def sizes(model_type: str, **changes) -> ModelConfig:
         result["attention_scale_dim"] = 5
     if arch.has_experts:
         result |= {"num_experts": 3, "top_k": 2}
+    if "shared_expert_ffn_size" in free:
+        result["shared_expert_ffn_size"] = 20
     if "position_padding" in free:
         result["position_padding"] = 2
     if "num_token_types" in free:

@@ -18,7 +18,7 @@ PARALLEL = "parallel.tp parallel.pp parallel.ep parallel.cp parallel.zero parall
 KEYS = {
     "small": "path format accept",
     "large": "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size max_positions image_size "
-    "num_experts top_k shared_expert_ffn_size",
+    "num_experts top_k renormalises_routing shared_expert_ffn_size",
     "operator": "method width_init depth_init noise noise_draw structure share contract identity gain fresh "
     "fresh_scale codes borrow expert_start expert_drop vocab_noise position_init rank seed",
     "fit": f"{TRAINING} source depth_lr distill lag eval_every patience keep max_flops {PARALLEL}",

@@ -60,6 +60,13 @@ class WithMoments(Memory):
 
 def gradients(model, model_config):
     """By canonical key: those of a loss that all parameters take part in."""
+    result = differentiate(model, model_config)
+    arch = memory_of(model, model_config).arch
+    return {key: result[hf_name(arch, key)].grad for key in arch.keys(model_config)}
+
+
+def differentiate(model, model_config):
+    """Returns the parameters by name, with their gradients."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "variance_epsilon"):
@@ -67,9 +74,7 @@ def gradients(model, model_config):
     ids = tokens(model_config)
     logits = model(ids[:, :-1]).logits
     nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    result = dict(model.named_parameters())
-    arch = memory_of(model, model_config).arch
-    return {key: result[hf_name(arch, key)].grad for key in arch.keys(model_config)}
+    return dict(model.named_parameters())
 
 
 def grown_pair(small, large, policy="grow", **keys):

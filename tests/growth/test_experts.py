@@ -131,14 +131,7 @@ def test_numbers_that_no_lossless_start_has_are_refused(dense, mixture, tmp_path
     with pytest.raises(ConfigError, match=r"large\.top_k: expected 4"):
         grow(mixture, tmp_path / "few", num_experts=6, top_k=2)
     with pytest.raises(ConfigError, match="has no form with experts"):
-        build_initial_operator(llama_config(model_type="qwen2", qkv_bias=True), LargeSection(num_experts=2), LOSSLESS)
-
-
-def test_moments_are_not_grown_into_experts(dense):
-    small = formats.open(dense)
-    sizes = LargeSection(num_experts=3, top_k=2)
-    with pytest.raises(CheckpointError, match="moments"):
-        GrownReader(build_initial_operator(small.model_config, sizes, LOSSLESS), small, moments="grow")
+        build_initial_operator(llama_config(arch="olmo2", model_type="olmo2"), LargeSection(num_experts=2), LOSSLESS)
 
 
 def test_fused_experts_are_read_as_single_ones(mixture, tmp_path):

@@ -23,6 +23,8 @@ def to_routing_settings(model_config: ModelConfig, aux_loss: float) -> dict[str,
     return {
         "num_moe_experts": model_config.num_experts,
         "moe_ffn_hidden_size": model_config.ffn_size,
+        "moe_shared_expert_intermediate_size": model_config.shared_expert_ffn_size or None,
+        "moe_shared_expert_gate": model_config.shared_expert_ffn_size > 0,
         "moe_router_topk": model_config.top_k,
         "moe_router_pre_softmax": not model_config.renormalises_routing,
         "moe_router_dtype": "fp32",

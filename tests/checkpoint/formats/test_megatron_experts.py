@@ -22,6 +22,9 @@ COMMON = {
 }  # fmt: skip
 MODELS = {
     "mixtral": transformers.MixtralConfig(**COMMON, intermediate_size=28, num_local_experts=6),
+    "qwen2_moe": transformers.Qwen2MoeConfig(
+        **COMMON, moe_intermediate_size=20, num_experts=4, shared_expert_intermediate_size=28, norm_topk_prob=True
+    ),
     "qwen3_moe": transformers.Qwen3MoeConfig(
         **COMMON, moe_intermediate_size=20, num_experts=4, norm_topk_prob=False, tie_word_embeddings=True
     ),
@@ -78,7 +81,7 @@ def test_distributed_experts_of_megatron_core_are_read(pools, sources, tmp_path)
 
 
 def test_megatron_core_loads_our_rank_files_of_experts(pools, sources, tmp_path):
-    layouts = {"mixtral": (2, 2), "qwen3_moe": (1, 4)}
+    layouts = {"mixtral": (2, 2), "qwen3_moe": (1, 4), "qwen2_moe": (2, 2)}
     jobs = []
     for name, (tp, ep) in layouts.items():
         extra = {"ep": ep, "vocab_divisible_by": PADDED_VOCAB_SIZE // tp}
@@ -96,6 +99,7 @@ def test_megatron_core_loads_our_rank_files_of_experts(pools, sources, tmp_path)
     [
         ("mixtral", {"ep": 3, "layers": "te", "grouped_gemm": True}),
         ("qwen3_moe", {"ep": 2, "layers": "te"}),
+        ("qwen2_moe", {"ep": 2}),
         ("mixtral", {}),
     ],
 )
@@ -152,7 +156,7 @@ def test_layouts_of_experts_that_no_file_has_are_refused(sources, tmp_path):
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("moe_layer_freq", [0, 1]),
         ("moe_expert_capacity_factor", 1.0),
-        ("moe_shared_expert_intermediate_size", 8),
+        ("moe_shared_expert_gate", True),
         ("moe_router_enable_expert_bias", True),
         ("moe_router_topk_scaling_factor", 2.5),
     ],

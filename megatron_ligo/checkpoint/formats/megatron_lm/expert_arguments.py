@@ -16,6 +16,7 @@ NONE = (None,)
 NAMES = ("num_experts", "num_moe_experts")
 # Megatron-DeepSpeed lists the experts of each group of layers, and saves those of a dense model so.
 DENSE = (None, [1])
+SHARED_SIZE, SHARED_GATE = "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"
 LAYER_FREQUENCY, BALANCING = "moe_layer_freq", "moe_router_load_balancing_type"
 # Losses that act in training only. Sinkhorn's rule chooses the experts.
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none", None)
@@ -47,6 +48,8 @@ TABLE = KeyTable(
         "moe_ffn_hidden_size": "ffn_size",
         "moe_router_topk": "top_k",
         "moe_router_pre_softmax": "renormalises_routing",
+        SHARED_SIZE: "shared_expert_ffn_size",
+        SHARED_GATE: "the shared expert's sigmoid",
         LAYER_FREQUENCY: "experts in every layer",
         BALANCING: "losses of the router",
     },
@@ -70,8 +73,6 @@ TABLE = KeyTable(
         "moe_input_jitter_eps": (None, 0),
         "moe_latent_size": NONE,
         "moe_mlp_glu_interleave_size": NONE,
-        "moe_shared_expert_intermediate_size": NONE,
-        "moe_shared_expert_gate": OFF,
         "moe_shared_expert_glu_interleave_size": NONE,
         "use_tutel": OFF,
     },
@@ -92,6 +93,10 @@ def parse_experts(values: Mapping[str, object], errors: ErrorCollector) -> dict[
         errors.add(first, "one number of experts for all layers, at least 1", repr(count))
         return {}
     sizes = {"num_experts": count, "renormalises_routing": not values.get("moe_router_pre_softmax")}
+    sizes["shared_expert_ffn_size"] = values.get(SHARED_SIZE) or 0
+    if bool(values.get(SHARED_SIZE)) != bool(values.get(SHARED_GATE)):
+        expected = "True with a shared expert, which no family has without its sigmoid, else False"
+        errors.add(SHARED_GATE, expected, repr(values.get(SHARED_GATE)))
     for name, field in {"moe_ffn_hidden_size": "ffn_size", "moe_router_topk": "top_k"}.items():
         if values.get(name) is not None:
             sizes[field] = values[name]
@@ -125,13 +130,18 @@ def to_expert_args(model_config: ModelConfig, ep: int) -> dict[str, object]:
         BALANCING: "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": False,
+        SHARED_SIZE: model_config.shared_expert_ffn_size or None,
+        SHARED_GATE: model_config.shared_expert_ffn_size > 0,
         "expert_model_parallel_size": ep,
     }
 
 
 def find_family(values: Mapping[str, object]) -> str:
     """Returns the name of the family whose layers the arguments describe: Llama's, or with head norms or experts."""
-    has_experts = bool(parse_experts(values, ErrorCollector("")).get("num_experts"))
+    sizes = parse_experts(values, ErrorCollector(""))
+    if sizes.get("shared_expert_ffn_size"):
+        return "qwen2_moe"
+    has_experts = bool(sizes.get("num_experts"))
     has_head_norms = bool(values.get("qk_layernorm"))
     name = {(False, False): "llama", (False, True): "mixtral", (True, False): "qwen3", (True, True): "qwen3_moe"}
     return name[has_head_norms, has_experts]

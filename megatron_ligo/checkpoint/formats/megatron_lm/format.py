@@ -178,7 +178,7 @@ def _build_module(
 def _is_linear_weight(stored: StoredTensor) -> bool:
     """Returns whether the tensor is a linear's weight: these modules have an extra state, for fp8."""
     axes, role = stored.params[0].axes, stored.params[0].role
-    return len(axes) == 2 and axes[1].use is Use.INPUT and role is not Role.ROUTER
+    return len(axes) == 2 and axes[1].use is Use.INPUT and role not in (Role.ROUTER, Role.SHARED_EXPERT_WEIGHT)
 
 
 def _stage_bounds(num_layers: int, pp: int) -> list[int]:

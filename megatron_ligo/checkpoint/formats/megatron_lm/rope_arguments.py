@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_scaling import ORIGINAL_LENGTH, attention_factor, scaling_kind, yarn_scale
-from megatron_ligo.arch.spec import Role
+from megatron_ligo.arch.spec import EXPERT_ROLES, Role
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
 # The constants of Llama 3.1, the only ones in Megatron-core. The factor is an argument.
@@ -121,7 +121,7 @@ def has_llama_layers(model_config: ModelConfig) -> bool:
     positions."""
     arch, llama = architectures.get(model_config.arch), architectures.get("llama")
     own = (Role.QUERY_NORM, Role.KEY_NORM) if arch.normalises_each_head else ()
-    own += (Role.ROUTER, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+    own += EXPERT_ROLES
     names = {param.locations["mcore"].name for param in arch.params if param.role not in own}
     factors = model_config.embedding_multiplier, model_config.residual_multiplier, model_config.logits_divisor
     is_plain = factors == (1, 1, 1) and model_config.attention_scale is None and not arch.scales_embedding

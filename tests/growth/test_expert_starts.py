@@ -1,0 +1,190 @@
+"""Starts of experts against transformers' own OLMoE and Qwen2-MoE; what is random; Adam's moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from megatron_ligo.arch import get
+from megatron_ligo.arch.spec import key_indices
+from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.checkpoint.formats.hf import config_json
+from megatron_ligo.common.errors import ConfigError, LigoError
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.growth.validation import build_initial_operator
+from tests.checkpoint import hf_models
+from tests.growth.test_adam_state import WithMoments, differentiate
+from tests.tiny_models import llama_config
+
+SIZES = {
+    "vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    "olmoe": transformers.OlmoeConfig(**SIZES, intermediate_size=20, num_experts=3, num_experts_per_tok=2),
+    "qwen2_moe": transformers.Qwen2MoeConfig(
+        **SIZES, moe_intermediate_size=20, shared_expert_intermediate_size=15, num_experts=3, num_experts_per_tok=2
+    ),
+    "mixtral": transformers.MixtralConfig(
+        **SIZES, head_dim=4, intermediate_size=28, num_local_experts=3, num_experts_per_tok=2
+    ),
+    "qwen2": transformers.Qwen2Config(**SIZES, intermediate_size=28),
+}
+WIDER = {"num_layers": 3, "hidden_size": 40, "num_heads": 8, "num_kv_heads": 4}
+SHARED = OperatorSection(expert_start="shared")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm" in key else 0.0, 0.2)
+        model.save_pretrained(root / name)
+    return {name: root / name for name in CONFIGS}
+
+
+def logits(folder) -> torch.Tensor:
+    kernels = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **kernels).eval()
+    with torch.no_grad():
+        return model(torch.arange(2 * 30).reshape(2, 30) * 7 % 37).logits
+
+
+def grow(folder, settings=None, **sizes) -> GrownReader:
+    small = formats.open(folder)
+    return GrownReader(
+        build_initial_operator(small.model_config, LargeSection(**sizes), settings or OperatorSection()), small
+    )
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_families_are_converted_there_and_back(folders, tmp_path, family):
+    source = formats.open(folders[family])
+    convert(source, tmp_path / "mcore", "mcore")
+    convert(formats.open(tmp_path / "mcore"), tmp_path / "hf", "hf")
+    hf_models.assert_same(formats.open(tmp_path / "hf"), source)
+    assert torch.equal(logits(folders[family]), logits(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    ("small", "settings", "sizes"),
+    [
+        # A softmax over all experts keeps the weight of copies that are chosen together.
+        ("olmoe", None, {"num_experts": 9, "top_k": 6, "ffn_size": 7, "num_layers": 3}),
+        ("qwen2_moe", None, {"num_experts": 6, "top_k": 4, "shared_expert_ffn_size": 21, **WIDER}),
+        ("qwen2", None, {"num_experts": 9, "top_k": 6, "ffn_size": 10, "shared_expert_ffn_size": 12, **WIDER}),
+        (
+            "qwen2",
+            SHARED,
+            {"num_experts": 5, "top_k": 3, "ffn_size": 10, "renormalises_routing": False, **WIDER},
+        ),
+    ],
+)
+def test_logits_are_kept(folders, tmp_path, small, settings, sizes):
+    convert(grow(folders[small], settings, **sizes), tmp_path / "grown", "hf")
+    before, after = logits(folders[small]), logits(tmp_path / "grown")
+    assert (before - after).abs().max() < 1e-5 * max(1, float(before.abs().max()))
+
+
+def test_a_router_before_the_choice_is_refused_with_its_gap(folders):
+    with pytest.raises(ConfigError, match=r"add up to about 0\.6 instead of 1"):
+        grow(folders["qwen2"], num_experts=5, top_k=3, renormalises_routing=False)
+    with pytest.raises(ConfigError, match="renormalises_routing"):
+        grow(folders["qwen2_moe"], num_experts=6, top_k=4, renormalises_routing=True)
+    with pytest.raises(ConfigError, match="has no shared expert"):
+        build_initial_operator(llama_config(), LargeSection(num_experts=2, top_k=1), SHARED)
+    with pytest.raises(ConfigError, match="mixtral knows no other"):
+        build_initial_operator(
+            llama_config(), LargeSection(num_experts=2, top_k=1, renormalises_routing=False), OperatorSection()
+        )
+
+
+def test_layers_without_experts_are_refused(folders):
+    for key, value in {"decoder_sparse_step": 2, "mlp_only_layers": [0]}.items():
+        config = CONFIGS["qwen2_moe"].to_dict() | {key: value}
+        with pytest.raises(LigoError, match=key):
+            config_json.parse_model_config(config, "config.json")
+
+
+def test_dropped_neurons_are_drawn_by_seed_and_key(folders):
+    """Each expert loses other neurons, the same of its three matrices; the others are the exact start's."""
+    sizes = {"num_experts": 3, "top_k": 2}
+    exact = grow(folders["qwen2"], **sizes)
+    dropped, again, other = (
+        grow(folders["qwen2"], OperatorSection(expert_drop=0.5, seed=seed), **sizes) for seed in (1, 1, 2)
+    )
+    lost = {}
+    for expert in range(3):
+        key = f"layers.1.experts.{expert}"
+        rows = [(dropped.read(f"{key}.{part}") != exact.read(f"{key}.{part}")).any(1) for part in ("gate", "up")]
+        columns = (dropped.read(f"{key}.down") != exact.read(f"{key}.down")).any(0)
+        assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], columns) and columns.sum() == 14
+        lost[expert] = columns
+        assert torch.equal(dropped.read(f"{key}.up"), again.read(f"{key}.up"))
+        assert not torch.equal(dropped.read(f"{key}.up"), other.read(f"{key}.up"))
+    assert not torch.equal(lost[0], lost[1])
+
+
+MIXTURES = {
+    "copies": ("mixtral", {"num_experts": 9, "top_k": 6, **WIDER, "num_layers": 2}, None),
+    "copies and shards": ("mixtral", {"num_experts": 12, "top_k": 8, "ffn_size": 14}, None),
+    "shards of a dense block": ("qwen2", {"num_experts": 3, "top_k": 3, "ffn_size": 10}, None),
+    "a shared expert": ("qwen2", {"num_experts": 3, "top_k": 2}, SHARED),
+}
+
+
+def canonical(named: dict, model_config) -> dict:
+    """Returns gradients by canonical key, of a model of transformers, which holds a layer's experts as one tensor."""
+    arch, result = get(model_config.arch), {}
+    for key in arch.keys(model_config):
+        param = arch.param(key)
+        if not param.in_expert:
+            name = param.locations["hf"].name.format(*key_indices(key))
+            result[key] = named[name.replace("block_sparse_moe.", "mlp.")].grad
+            continue
+        layer, expert = key_indices(key)
+        name, roles = next((name, roles) for name, roles in arch.fused_experts.items() if param.role in roles)
+        result[key] = named[name.format(layer)].grad[expert].chunk(len(roles))[roles.index(param.role)]
+    return result
+
+
+def load_double(folder):
+    kernels = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **kernels).double()
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_moments_are_the_gradients_of_the_grown_model(folders, tmp_path, case):
+    """Where all copies of a choice are chosen together. What is new starts at zero."""
+    name, sizes, settings = MIXTURES[case]
+    small = formats.open(folders[name])
+    gradients = canonical(differentiate(load_double(folders[name]), small.model_config), small.model_config)
+    tensors = {key: small.read(key) for key in small.keys()}  # noqa: SIM118 - no dict
+    source = WithMoments(small.model_config, tensors, gradients)
+    operator = build_initial_operator(small.model_config, LargeSection(**sizes), settings or OperatorSection())
+    grown = GrownReader(operator, source, "grow")
+    convert(GrownReader(operator, source), tmp_path / "grown", "hf")
+    real = canonical(differentiate(load_double(tmp_path / "grown"), grown.model_config), grown.model_config)
+    scale = max(float(gradient.abs().max()) for gradient in real.values())
+    is_new = {
+        "qwen2": ("router", "shared_weight", *(("experts",) if settings else ("shared",))),
+        "mixtral": (),
+    }[name]
+    for key in grown.keys():  # noqa: SIM118 - no dict
+        moment = grown.read(key, "exp_avg")
+        if any(part in key for part in is_new):
+            assert not moment.any(), key
+            continue
+        if key.endswith("router") and "ffn_size" in sizes:
+            # Shards of one expert return different parts of its output: only the sum over its rows is known.
+            moment, real[key] = (tensor.unflatten(0, (3, -1)).sum(1) for tensor in (moment, real[key]))
+        assert moment.any() and (moment - real[key]).abs().max() < 1e-5 * scale, key
+        squares = grown.read(key, "exp_avg_sq")
+        assert torch.allclose(squares, grown.read(key, "exp_avg").square(), rtol=1e-4, atol=1e-12), key
