@@ -22,6 +22,12 @@ WIDE = {
     | {"vocab_size": 8000},
     "large": {"num_layers": 4, "hidden_size": 512, "ffn_size": 1408, "num_heads": 16, "num_kv_heads": 8},
 }
+EXPERTS = {
+    "small": {"num_layers": 2, "hidden_size": 192, "ffn_size": 512, "num_heads": 6, "num_kv_heads": 3, "head_dim": 32}
+    | {"vocab_size": 4000},
+    "large": {"num_layers": 3, "hidden_size": 384, "ffn_size": 704, "num_heads": 12, "num_kv_heads": 6}
+    | {"num_experts": 4, "top_k": 2},
+}
 BF16_STATES = {"ds_config": f"{ROOT / 'launch_scripts' / 'grow_1b.json'}"}
 OFFLOAD = {"zero": 3, "ds_config": f"{ROOT / 'megatron_ligo' / 'ds_configs' / 'zero3_offload.json'}"}
 # Kind of job, number of processes, sizes, and further fields of the job (StepJob).
@@ -35,6 +41,8 @@ CASES = {
     "pretraining, ZeRO 2": ("plain", 2, WIDE, {"tokens": 256, "micro_batches": 2, "parallel": {"zero": 2}}),
     "pretraining, ZeRO 3": ("plain", 2, WIDE, {"tokens": 256, "parallel": {"zero": 3}}),
     "pretraining, offloaded": ("plain", 2, WIDE, {"tokens": 256, "parallel": OFFLOAD}),
+    "pretraining, experts": ("plain", 1, EXPERTS, {"tokens": 1024, "sequences": 2}),
+    "pretraining, EP2": ("plain", 2, EXPERTS, {"tokens": 512, "sequences": 2, "parallel": {"ep": 2}}),
     "fit": ("fit", 1, WIDE, {"tokens": 1024, "sequences": 4}),
     "fit, micro-batches": ("fit", 1, WIDE, {"tokens": 512, "micro_batches": 2}),
     "fit, rank 32": ("fit", 1, WIDE, {"tokens": 512, "operator": {"rank": 32}}),

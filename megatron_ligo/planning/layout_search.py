@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_ligo.common.errors import ConfigError, LayoutError, Problem
 from megatron_ligo.config.run_config import ParallelSection
@@ -37,12 +38,16 @@ class LayoutPlan:
         parallel, job = self.job.parallel, self.job
         sequence = " + SP" if parallel.sequence_parallel else ""
         context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
-        return f"tp {parallel.tp}{context} x pp {parallel.pp} x dp {job.dp}, ZeRO {parallel.zero}{sequence}"
+        experts = f" (ep {parallel.ep})" if parallel.ep > 1 else ""
+        return f"tp {parallel.tp}{context} x pp {parallel.pp} x dp {job.dp}{experts}, ZeRO {parallel.zero}{sequence}"
 
 
 def find_problems(job: PlannedJob) -> tuple[str, ...]:
     """Returns the problems that rule out a job's layout; empty if it is valid."""
     parallel = job.parallel
+    if job.operator is not None and job.large.num_experts:
+        hint = "Growth and pretraining are planned."
+        return (Problem("fit", "a model without experts", f"{job.large.num_experts} experts", hint),)
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if job.world_size % model_ranks:
         names = "tp x pp" if parallel.cp == 1 else "tp x cp x pp"
@@ -50,6 +55,8 @@ def find_problems(job: PlannedJob) -> tuple[str, ...]:
         return (Problem("number of processes", expected, job.world_size),)
     if parallel.pp > 1 and parallel.zero > 1:
         return (Problem(f"zero with pp = {parallel.pp}", "1, the only ZeRO stage under a pipeline", parallel.zero),)
+    if job.dp % parallel.ep:
+        return (Problem(f"ep = {parallel.ep}", "a divisor of dp", job.dp),)
     samples = job.training.micro_batch_size * job.dp
     if job.training.global_batch_size % samples:
         expected = f"a multiple of micro_batch_size x dp = {samples}"
@@ -76,15 +83,15 @@ def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
 
 def iterate_layouts(job: PlannedJob) -> Iterator[PlannedJob]:
     """Yields the job at every layout of its processes, invalid ones included; cp stays as it is."""
-    for tp in _powers_of_two(MAX_TP):
-        for pp in _powers_of_two(job.large.num_layers):
-            for zero in (1, 2, 3):
-                if tp * pp * job.parallel.cp <= job.world_size:
-                    # A user's own profile is written for one ZeRO stage.
-                    profile = job.parallel.ds_config if zero == job.parallel.zero else ""
-                    axes = {"tp": tp, "pp": pp, "cp": job.parallel.cp, "zero": zero}
-                    parallel = ParallelSection(**axes, sequence_parallel=tp > 1, ds_config=profile)
-                    yield replace(job, training=replace(job.training, parallel=parallel))
+    num_experts = job.large.num_experts if job.operator is None else 1
+    sizes = (_powers_of_two(MAX_TP), _powers_of_two(job.large.num_layers), _divisors(max(num_experts, 1)), (1, 2, 3))
+    for tp, pp, ep, zero in product(*sizes):
+        if tp * pp * ep * job.parallel.cp <= job.world_size:
+            # A user's own profile is written for one ZeRO stage.
+            profile = job.parallel.ds_config if zero == job.parallel.zero else ""
+            axes = {"tp": tp, "pp": pp, "cp": job.parallel.cp, "ep": ep, "zero": zero}
+            parallel = ParallelSection(**axes, sequence_parallel=tp > 1, ds_config=profile)
+            yield replace(job, training=replace(job.training, parallel=parallel))
 
 
 def find_fitting_layouts(job: PlannedJob, flops_per_second: float, device_bytes: float) -> list[LayoutPlan]:
@@ -109,6 +116,10 @@ def find_smallest_layout(
         if plans:
             return plans[0]
     return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _powers_of_two(limit: int) -> list[int]:

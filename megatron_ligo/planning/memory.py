@@ -16,6 +16,8 @@ head size; D1, F1: the small model's sizes; V: vocabulary; a: bytes of an activa
                             all-to-all, attention's output and what the second all-to-all returns. G': KV heads, copies
                             for the ranks included
     in a pipeline           stage i of pp holds the activations of min(micro-batches, pp - i) micro-batches
+    experts instead of F    t a (k (5 F / tp + 2 D) + 3 E + 5 S / tp), k of E experts, S of a shared one; 2 D more for
+                            each further expert-parallel rank, whose tokens are gathered
     logits                  t V / tp in fp32: LOGIT_COPIES, plus PIPELINE_LOGIT_COPIES in a pipeline; in bf16 runs, one
                             more copy in bf16
     with recomputation      t a D per layer and micro-batch, plus one whole layer or the logits, whichever is larger
@@ -38,6 +40,8 @@ LOGIT_COPIES, PIPELINE_LOGIT_COPIES = 1, 2
 # difference and its product.
 DISTILLATION_COPIES = 7
 MIXED_LAYERS_AT_ONCE = 8
+# Of a routed token: its input and output by expert; of a router: scores, weights and choices.
+ROUTED_COPIES, ROUTER_COPIES = 2, 3
 # Suffix of the kinds that lie in host memory.
 ON_HOST_SUFFIX = ", on the host"
 
@@ -214,7 +218,10 @@ def _count_layer_activations(job: PlannedJob) -> float:
     queries, keys = (3, 2 * job.exchanged_kv_heads) if exchanges else (4, 3 * large.num_kv_heads)
     heads = (queries * large.num_heads + keys) * large.head_dim
     linear_outputs, activated = _count_ffn_activations(job)
-    elements = 4 * large.hidden_size / stream_parts + (heads + (linear_outputs + activated) * large.ffn_size) / tp
+    kept = linear_outputs + activated
+    elements = 4 * large.hidden_size / stream_parts + (heads + kept * large.ffn_size) / tp
+    if large.num_experts:
+        elements += _count_expert_activations(job, kept) - kept * large.ffn_size / tp
     if job.operator is None:
         return elements
     if not job.training.recompute:
@@ -223,3 +230,15 @@ def _count_layer_activations(job: PlannedJob) -> float:
     small = job.operator.small
     factored = sum(_applies_factors(job, spec) for spec in _list_layer_matrices(job))
     return elements + 4 * small.hidden_size + factored * small.ffn_size
+
+
+def _count_expert_activations(job: PlannedJob, kept: int) -> float:
+    """Counts the elements per token of a block of experts, if they get equal shares of the tokens.
+
+    A token's input, and what its top_k experts return, before and after their weights; all ranks' tokens under expert
+    parallelism; the router's scores, choices and weights. kept: outputs of the linears and activations, of each.
+    """
+    large, parallel = job.large, job.parallel
+    routed = large.top_k * (kept * large.ffn_size / parallel.tp + ROUTED_COPIES * large.hidden_size)
+    gathered = 2 * (parallel.ep - 1) * large.hidden_size if parallel.ep > 1 else 0
+    return routed + gathered + ROUTER_COPIES * large.num_experts + kept * large.shared_expert_ffn_size / parallel.tp

@@ -18,10 +18,24 @@ def count_model(model_config: ModelConfig) -> int:
     return sum(prod(spec.shape(model_config)) * spec.copies(model_config) for spec in specs)
 
 
-def count_layer(model_config: ModelConfig, tp: int, layer: int | None = None) -> int:
-    """Counts the parameters of one layer, or of any layer but the first, on a tensor-parallel rank."""
+def count_active(model_config: ModelConfig) -> int:
+    """Counts the parameters that a token passes: all but those of the experts that it is not routed to."""
+    idle = model_config.num_experts - model_config.top_k
+    return count_model(model_config) - model_config.num_layers * idle * count_expert(model_config, 1)
+
+
+def count_expert(model_config: ModelConfig, tp: int) -> int:
+    """Counts the parameters of one expert of one layer on a tensor-parallel rank."""
+    specs = architectures.get(model_config.arch).layer_params(model_config)
+    return sum(prod(spec.shape(model_config)) // tp for spec in specs if spec.in_expert)
+
+
+def count_layer(model_config: ModelConfig, tp: int, layer: int | None = None, ep: int = 1) -> int:
+    """Counts the parameters of one layer, or of any layer but the first, on a tensor- and expert-parallel rank."""
     specs = architectures.get(model_config.arch).layer_params(model_config, layer)
-    return sum(prod(spec.shape(model_config)) // (1 if spec.tp_dim is None else tp) for spec in specs)
+    shared = [spec for spec in specs if not spec.in_expert]
+    count = sum(prod(spec.shape(model_config)) // (1 if spec.tp_dim is None else tp) for spec in shared)
+    return count + model_config.num_experts // ep * count_expert(model_config, tp)
 
 
 def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
@@ -44,7 +58,7 @@ def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: 
 def count_model_on_rank(job: PlannedJob, stage: int) -> int:
     """Counts the parameters of the model to pretrain on a rank of a stage."""
     tp, last = job.parallel.tp, job.parallel.pp - 1
-    layers = job.layers_per_stage()[stage] * count_layer(job.large, tp)
+    layers = job.layers_per_stage()[stage] * count_layer(job.large, tp, ep=job.parallel.ep)
     if stage == 0:
         layers += count_layer(job.large, tp, 0) - count_layer(job.large, tp)
     return layers + count_outside_layers(job.large, tp, stage == 0, stage == last)

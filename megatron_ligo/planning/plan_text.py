@@ -37,7 +37,12 @@ def describe_models(operator: Operator) -> list[str]:
     """Lists the parameters of both models and of the operator's maps."""
     return [
         f"small model      {format_count(parameter_count.count_model(operator.small))} parameters",
-        f"large model      {format_count(parameter_count.count_model(operator.large))} parameters",
+        f"large model      {format_count(parameter_count.count_model(operator.large))} parameters"
+        + (
+            f", {format_count(parameter_count.count_active(operator.large))} of them for a token"
+            if operator.large.num_experts
+            else ""
+        ),
         *describe_operator(operator.count_parameters()).splitlines(),
     ]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from megatron_ligo import arch as architectures
 from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import ParallelSection, TrainingSection
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.models.factored.fit_flops import fit_step_flops
@@ -37,11 +35,6 @@ class PlannedJob:
     distilled: bool = False
     lagged: bool = False
 
-    def __post_init__(self) -> None:
-        if architectures.get(self.large.arch).has_experts:
-            hint = "Such a model can be grown and pretrained; its memory and time are not planned yet."
-            raise ConfigError(Problem("plan", "a model without experts", self.large.model_type, hint))
-
     @property
     def parallel(self) -> ParallelSection:
         return self.training.parallel
@@ -53,7 +46,7 @@ class PlannedJob:
     @property
     def replicas(self) -> int:
         """Ranks that hold the same parameters, and share optimizer states under ZeRO."""
-        return self.dp * self.parallel.cp
+        return self.dp * self.parallel.cp // self.parallel.ep
 
     @property
     def exchanged_kv_heads(self) -> int:

@@ -55,6 +55,7 @@ def _estimate_stage_traffic(job: PlannedJob, stage: int) -> dict[str, int]:
     boundary = neighbours * job.micro_batch_tokens * large.hidden_size // stream_parts
     kinds["pipeline"] = boundary * job.element_bytes * job.micro_batches
     kinds["context parallel"] = layers * _count_exchanged(job) * job.element_bytes * job.micro_batches
+    kinds["expert parallel"] = _count_expert_traffic(job, stage)
     if operator is None:
         trained = parameter_count.count_model_on_rank(job, stage)
         weight_bytes = DTYPE_BYTES[job.training.precision]
@@ -71,6 +72,25 @@ def _estimate_stage_traffic(job: PlannedJob, stage: int) -> dict[str, int]:
     bytes_per_element = gradient_bytes * reductions + weight_bytes * gathers
     kinds["data parallel"] = count_ring_elements(trained, job.replicas, 1) * bytes_per_element
     return {kind: round(count) for kind, count in kinds.items()}
+
+
+def _count_expert_traffic(job: PlannedJob, stage: int) -> float:
+    """Counts the bytes that a rank sends to its expert-parallel ranks, as Megatron-core's dispatcher `allgather` does.
+
+    Each layer gathers all ranks' tokens and sums what the experts return, in the backward pass the reverse. The
+    gradients of all but experts are summed over these ranks before the engine reduces them.
+    """
+    ep, large, operator = job.parallel.ep, job.large, job.operator
+    if ep == 1 or operator is not None:
+        return 0
+    passes = 6 if job.training.recompute else 4
+    tokens = job.micro_batch_tokens / (job.parallel.tp if job.parallel.sequence_parallel else 1)
+    layers = job.layers_per_stage()[stage]
+    sent = passes * layers * (ep - 1) * tokens * large.hidden_size * job.element_bytes
+    experts = layers * large.num_experts // ep * parameter_count.count_expert(large, job.parallel.tp)
+    replicated = parameter_count.count_model_on_rank(job, stage) - experts
+    gradients = count_ring_elements(replicated, ep) * DTYPE_BYTES[job.training.precision]
+    return (sent + gradients) * job.micro_batches
 
 
 def _count_exchanged(job: PlannedJob) -> float:

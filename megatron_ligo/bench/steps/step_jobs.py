@@ -88,7 +88,7 @@ class EngineStepper(ABC):
         self.job = job
         parallel = ParallelSection(**job.parallel)
         self.traffic = GroupTraffic()
-        self.mesh = mesh.build_mesh(parallel.tp, parallel.pp, cp=parallel.cp)
+        self.mesh = mesh.build_mesh(parallel.tp, parallel.pp, parallel.ep, parallel.cp)
         self.dtype = device.resolve_dtype(job.precision)
         torch.manual_seed(SEED)
         self.engine = self.build()
