@@ -11,6 +11,7 @@ from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel
 from megatron_ligo.models.factored.fit_flops import fit_step_flops
 from megatron_ligo.models.factored.small_weights import SmallWeights
+from megatron_ligo.planning.parameter_count import count_active, count_model
 from tests import decoder_models, image_models
 from tests.layer_norm_models import model_of
 from tests.models.factored.fit_reference import lag_of, make_operator
@@ -47,6 +48,23 @@ def test_count_of_other_decoders_equals_torch(family):
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model(tokens(model_config, batch=3, length=32))
     assert forward_flops(model_config, 96, 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("sizes", [{"num_experts": 5, "top_k": 2}, {"num_experts": 9, "top_k": 3, "ffn_size": 12}])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_count_of_experts_equals_torch(family, sizes):
+    """A token passes top_k of the experts, the shared one and the router; the others hold parameters only."""
+    shared = {"shared_expert_ffn_size": 20, "qkv_bias": True} if family == "qwen2_moe" else {}
+    model_config = llama_config(arch=family, model_type=family, renormalises_routing=True, **sizes, **shared)
+    model = model_of(model_config)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(tokens(model_config, batch=3, length=32))
+    assert forward_flops(model_config, 96, 32) == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert count_model(model_config) == sum(parameter.numel() for parameter in model.parameters())
+    idle = (sizes["num_experts"] - sizes["top_k"]) * 3 * model_config.hidden_size * model_config.ffn_size
+    assert count_model(model_config) - count_active(model_config) == model_config.num_layers * idle
 
 
 @pytest.mark.parametrize("family", ["deit", "dinov2 with a gate", "dinov2_with_registers"])

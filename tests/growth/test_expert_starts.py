@@ -16,6 +16,7 @@ from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.validation import build_initial_operator
 from tests.checkpoint import hf_models
+from tests.checkpoint.formats import expert_ranks
 from tests.growth.test_adam_state import WithMoments, differentiate
 from tests.tiny_models import llama_config
 
@@ -188,3 +189,44 @@ def test_moments_are_the_gradients_of_the_grown_model(folders, tmp_path, case):
         assert moment.any() and (moment - real[key]).abs().max() < 1e-5 * scale, key
         squares = grown.read(key, "exp_avg_sq")
         assert torch.allclose(squares, grown.read(key, "exp_avg").square(), rtol=1e-4, atol=1e-12), key
+
+
+UPCYCLED = {  # shards, copies, copies of a token, softmax before the choice: Megatron-core's relative error
+    (3, 3, 2, False): 0.08,
+    (4, 2, 1, False): 0.10,
+    (8, 2, 1, False): 0.135,
+    (4, 8, 1, True): 0.32,
+}
+
+
+@pytest.mark.parametrize(("shards", "error"), [(3, 0.11), (4, 0.14), (8, 0.20)])
+def test_a_scale_within_the_silu_changes_a_block(shards, error):
+    """Of random weights and inputs of unit variance: the cube root of the shards on gate, up and down, or all on down."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((512, 64), (240, 64), (240, 64), (64, 240))
+    inputs, gate, up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    gate, up, down = gate / 8, up / 8, down / 240**0.5
+
+    def block(gate_scale: float, up_scale: float, down_scale: float) -> torch.Tensor:
+        hidden = torch.nn.functional.silu(inputs @ gate.T * gate_scale) * (inputs @ up.T * up_scale)
+        # A token weighs each shard of a copy by 1 / shards.
+        return hidden @ (down * down_scale).T / shards
+
+    dense, root = block(1, 1, 1) * shards, shards ** (1 / 3)
+    assert float((block(root, root, root) - dense).norm() / dense.norm()) == pytest.approx(error, rel=0.1)
+    assert float((block(1, 1, shards) - dense).norm() / dense.norm()) < 1e-15
+
+
+def test_megatron_cores_own_upcycling_is_not_lossless(pools, tmp_path):
+    """Its scale on gate, up and down passes through the SiLU. The first block's output, in fp64."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES | {"hidden_size": 48, "num_hidden_layers": 1}, intermediate_size=192)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.fill_(1.0) if "norm" in key else parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    model.save_pretrained(tmp_path / "dense")
+    errors = pools(1).run(expert_ranks.compare_upcycling, folder=str(tmp_path / "dense"), cases=list(UPCYCLED))
+    for (theirs, ours), (case, expected) in zip(errors, UPCYCLED.items(), strict=True):
+        assert theirs == pytest.approx(expected, rel=0.2), (case, errors)
+        assert ours is None or ours < 1e-6, (case, errors)

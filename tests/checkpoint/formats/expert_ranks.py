@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,9 +12,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe import experts, grouped_gemm_util
+from megatron.core.transformer.moe import experts, grouped_gemm_util, upcycling_utils
 
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.config.run_config import LargeSection, OperatorSection
+from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.growth.experts import as_mixture
+from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.models.mcore.attention import FusedAttention
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
 from megatron_ligo.sharding import fused_tensors
@@ -33,7 +38,7 @@ def build_experts(model_config, tp: int, ep: int, grouped: bool = False, padded_
     grouped_gemm_util.assert_grouped_gemm_is_available = experts.gg.assert_grouped_gemm_is_available = lambda: None
     spec = copy.deepcopy(
         get_gpt_layer_local_spec(
-            num_experts=model_config.num_experts,
+            num_experts=model_config.num_experts or None,
             moe_grouped_gemm=grouped,
             moe_use_legacy_grouped_gemm=grouped,
             qk_layernorm=config.qk_layernorm,
@@ -53,16 +58,16 @@ def build_experts(model_config, tp: int, ep: int, grouped: bool = False, padded_
     ).eval()
 
 
-def expected_parameters(model, source):
-    """Yields (name, parameter, expected tensor) of this rank."""
+def expected_parameters(model, source, padded: bool = True):
+    """Yields (name, parameter, expected tensor) of this rank. padded: the vocabulary is."""
     model_config, tp = source.model_config, parallel_state.get_tensor_model_parallel_world_size()
-    count = model_config.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    count = max(model_config.num_experts, 1) // parallel_state.get_expert_model_parallel_world_size()
     first = parallel_state.get_expert_model_parallel_rank() * count
     stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
 
     def read(item):
         parts = [source.read(key) for key in item.keys]
-        if item.is_vocab_parallel:
+        if item.is_vocab_parallel and padded:
             parts = [torch.cat([part, part.new_zeros(PADDED_VOCAB_SIZE - len(part), part.shape[1])]) for part in parts]
         return item.assemble_shard(parts, model_config, tp, parallel_state.get_tensor_model_parallel_rank())
 
@@ -149,3 +154,55 @@ def _load(folder: str, path: str, tp: int, ep: int, grouped: bool) -> torch.Tens
     ids = tokens(source.model_config)
     logits = model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
     return logits[..., : source.model_config.vocab_size].contiguous()
+
+
+@torch.no_grad()
+def compare_upcycling(folder: str, cases: list[tuple[int, int, int, bool]]) -> list[tuple[float, float | None]]:
+    """Upcycles a dense model of two layers by Megatron-core's own code and by ours, in fp64.
+
+    cases: (shards, copies, copies of a token, whether the softmax precedes the choice). Returns the relative errors of
+    the first block's output by Megatron-core's rule and by ours; None where ours refuses.
+    """
+    torch.set_default_dtype(torch.float64)
+    small = formats.open(folder)
+    dense = build_experts(small.model_config, 1, 1, padded_vocab_size=small.model_config.vocab_size).double()
+    _fill(dense, small)
+    expected = _first_block(dense, small.model_config)
+    errors = []
+    for shards, copies, chosen, is_before in cases:
+        sizes = {"num_experts": shards * copies, "top_k": shards * chosen, "renormalises_routing": not is_before}
+        sizes["ffn_size"] = small.model_config.ffn_size // shards
+        large = replace(as_mixture(small.model_config), **sizes)
+        mixture = build_experts(large, 1, 1, padded_vocab_size=large.vocab_size).double()
+        mixture.config.moe_upcycling_granularity = shards
+        state = upcycling_utils._convert_to_moe_state_dict(mixture, dense)
+        mixture.load_state_dict(state)
+        theirs = _relative_error(_first_block(mixture, large), expected)
+        if is_before:
+            errors.append((theirs, None))
+            continue
+        del sizes["renormalises_routing"]
+        operator = build_initial_operator(small.model_config, LargeSection(**sizes), OperatorSection())
+        _fill(mixture, GrownReader(operator, small))
+        errors.append((theirs, _relative_error(_first_block(mixture, large), expected)))
+    torch.set_default_dtype(torch.float32)
+    return errors
+
+
+def _fill(model, source) -> None:
+    for _, parameter, expected in expected_parameters(model, source, padded=False):
+        parameter.copy_(expected)
+
+
+def _relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((output - expected).norm() / expected.norm())
+
+
+def _first_block(model, model_config) -> torch.Tensor:
+    """Returns what the first layer's feed-forward block returns, (sequence, batch, hidden)."""
+    outputs = []
+    handle = model.decoder.layers[0].mlp.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    ids = tokens(model_config)
+    model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+    handle.remove()
+    return outputs[0]
