@@ -201,7 +201,7 @@ UPCYCLED = {  # shards, copies, copies of a token, softmax before the choice: Me
 
 @pytest.mark.parametrize(("shards", "error"), [(3, 0.11), (4, 0.14), (8, 0.20)])
 def test_a_scale_within_the_silu_changes_a_block(shards, error):
-    """Of random weights and inputs of unit variance: the cube root of the shards on gate, up and down, or all on down."""
+    """Random weights and inputs of unit variance; the cube root of the shards on gate, up and down, or all on down."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((512, 64), (240, 64), (240, 64), (64, 240))
     inputs, gate, up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
