@@ -30,7 +30,7 @@ class MixtureReader(Reader):
     format = "mixture"
     path = None
 
-    def __init__(self, dense: Reader, start: str | None):
+    def __init__(self, dense: Reader, start: str | None = None):
         self.dense = dense
         self.path = dense.path
         self.model_config = as_mixture(dense.model_config, start)
@@ -71,6 +71,6 @@ class MixtureReader(Reader):
         return self.dense.arch.get(self._block[param.role]).key.format(layer_index(key))
 
 
-def as_mixture_reader(source: Reader, start: str | None) -> Reader:
+def as_mixture_reader(source: Reader, start: str | None = None) -> Reader:
     """Returns the source itself if it has experts, and otherwise as a mixture with one."""
     return source if source.model_config.num_experts else MixtureReader(source, start)

@@ -46,7 +46,7 @@ def find_problems(job: PlannedJob) -> tuple[str, ...]:
     """Returns the problems that rule out a job's layout; empty if it is valid."""
     parallel = job.parallel
     if job.operator is not None and job.large.num_experts:
-        hint = "Growth and pretraining are planned."
+        hint = "The memory of such a fit is not planned yet; growth and pretraining are."
         return (Problem("fit", "a model without experts", f"{job.large.num_experts} experts", hint),)
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if job.world_size % model_ranks:

@@ -307,6 +307,12 @@ def check_expert_fit(operator: Operator, section: FitSection, errors: ErrorColle
         errors.add("operator.fresh", "'none' with experts", repr(operator.settings.fresh), "Choose another method.")
     if section.lag:
         errors.add("fit.lag", "none with experts", section.lag)
+    if operator.settings.expert_drop:
+        hint = "`ligo grow` does it without --operator."
+        errors.add("operator.expert_drop", "0 in a fit", operator.settings.expert_drop, hint)
+    if operator.large.shared_expert_ffn_size:
+        hint = "Grow it unfitted: `ligo grow` without --operator."
+        errors.add("fit", "a model without a shared expert", operator.large.model_type, hint)
     shards, local = num_shards(operator.small, operator.large), operator.large.num_experts // section.parallel.ep
     if section.parallel.tp > 1 and local % shards:
         hint = "Every tensor-parallel rank needs rows of some expert."
