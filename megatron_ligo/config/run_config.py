@@ -105,7 +105,7 @@ class OperatorSection:
         None, "weights of new features: from the same layer, or from the next (AKI)", choices=("none", "next")
     )
     expert_start: str | None = setting(
-        None, "experts that a dense block becomes: copies, or shared (the shared expert holds it, the others are new)",
+        None, "what a dense block becomes: copies, or the shared expert beside new ones (shared)",
         choices=("copies", "shared"),
     )  # fmt: skip
     expert_drop: float | None = setting(
