@@ -9,7 +9,7 @@ from megatron_ligo.arch.spec import LAYER_PREFIX, Role
 from megatron_ligo.common.recent_values import RecentValues
 from megatron_ligo.growth import attention_heads, experts, initializers
 from megatron_ligo.growth.operator import CACHE_BYTES, CACHE_SIZE, ROUTERS, Operator, depth_role, short_key
-from megatron_ligo.growth.width_maps import HEAD_MAPS, LiftedMap, left_inverse
+from megatron_ligo.growth.width_maps import HEAD_MAPS, LiftedMap, left_inverse, remove_visible
 
 
 class InitialOperator(Operator):
@@ -73,8 +73,7 @@ class InitialOperator(Operator):
         noise = self.setting("noise", map_name)
         if noise and self.settings.noise_draw == "map":
             drawn = torch.randn(contract.shape, generator=self.generator(name), dtype=torch.float64)
-            invisible = drawn - (drawn @ expand) @ contract
-            contract = contract + noise * contract.std() * invisible
+            contract = contract + noise * contract.std() * remove_visible(drawn, expand, contract)
         return contract
 
     def _initial_gain(self, rest: str) -> Tensor:

@@ -27,6 +27,7 @@ from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 UNMAPPED_SPACES = ("vocab", "position", "token_type", "register", "order", "channel", "pixel", "head_feature", "score")
 WHOLE_HEADS = ("groups", "heads")  # maps whose entries are heads
 HEAD_MAPS = (*WHOLE_HEADS, "q", "k")  # the maps of queries and keys
+ROWS_AT_ONCE = 512  # of a map, in fp64
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,30 @@ def left_inverse(expand: Tensor) -> Tensor:
     It is exact for maps whose rows have at most one entry (all copies): each small feature is the mean of its copies,
     weighted by their scales. Other maps are inverted by SVD.
     """
-    if bool(((expand != 0).sum(dim=1) <= 1).all()):
+    if _has_lone_entries(expand):
         weight = (expand * expand).sum(dim=0)
         if bool((weight > 0).all()):
             return (expand / weight).t().contiguous()
     return torch.linalg.pinv(expand.double()).to(expand.dtype)
+
+
+def _has_lone_entries(expand: Tensor) -> bool:
+    """True if no row of a map (large, small) has two entries."""
+    return bool(((expand != 0).sum(dim=1) <= 1).all())
+
+
+def remove_visible(drawn: Tensor, expand: Tensor, contract: Tensor) -> Tensor:
+    """Returns drawn - (drawn @ expand) @ contract, which vanishes behind `expand`. Changes `drawn`.
+
+    drawn: (n, large), contract: (small, large), a left inverse of expand (large, small). A map without sums needs no
+    product: for 8,192 to 11,008 features the two would take a core two minutes.
+    """
+    if not _has_lone_entries(expand):
+        return drawn - (drawn @ expand) @ contract
+    source = expand.abs().argmax(dim=1)
+    rows = torch.arange(len(expand))
+    scale, share = expand[rows, source], contract[source, rows]
+    for part in drawn.split(ROWS_AT_ONCE):
+        sums = part.new_zeros(len(part), expand.shape[1]).index_add_(1, source, part * scale)
+        part -= sums[:, source] * share
+    return drawn

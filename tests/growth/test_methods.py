@@ -10,9 +10,10 @@ import torch
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.config.run_config import LargeSection, OperatorSection, RunConfig
 from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.growth import initializers
 from megatron_ligo.growth.methods import METHODS, describe_method, resolve_settings
 from megatron_ligo.growth.validation import build_initial_operator, check_factored
-from megatron_ligo.growth.width_maps import left_inverse
+from megatron_ligo.growth.width_maps import left_inverse, remove_visible
 from tests.growth.logit_gap import RAGGED, logits_gap
 from tests.tiny_models import hf_llama, llama_config, memory_of
 
@@ -185,3 +186,15 @@ def test_copying_starts_have_left_inverses():
             expand = operator.initial_expand(name)
             identity = torch.eye(expand.shape[1], dtype=expand.dtype)
             assert torch.allclose(left_inverse(expand) @ expand, identity, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", ["lossless", "select", "pad", "random"])
+def test_noise_that_copies_cancel_is_the_projection(start):
+    """By index, for maps without sums, as by products."""
+    generator = torch.Generator().manual_seed(3)
+    expand = initializers.WIDTH_INITS[start](600, 1300, "rms", generator)
+    contract, drawn = left_inverse(expand), torch.randn(600, 1300, generator=generator, dtype=torch.float64)
+    expected = drawn - (drawn @ expand) @ contract
+    invisible = remove_visible(drawn.clone(), expand, contract)
+    assert torch.allclose(invisible, expected, rtol=0, atol=1e-12)
+    assert float((invisible @ expand).abs().max()) < 1e-9 < float(drawn.abs().max())

@@ -33,8 +33,8 @@ from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.agreement import SINGLE_RANK
 from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.growth import random_init
 from megatron_ligo.growth.operator import Operator
-from megatron_ligo.models.factored import small_weights
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_model import FactoredModel
 from megatron_ligo.models.factored.small_weights import SmallWeights
@@ -268,7 +268,7 @@ def _decisions_of_a_gpu() -> Iterator[None]:
         _replaced(F, "rms_norm", lambda x, shape, weight=None, eps=None: FusedRmsNorm.apply(x, weight)),
         # The small model's weights are taken as those of a bf16 checkpoint.
         _replaced(torch, "equal", lambda *_: True),
-        _replaced(small_weights, "root_mean_square", lambda tensor: 1.0),
+        _replaced(random_init, "root_mean_square", lambda tensor: 1.0),
     ):
         yield
 

@@ -25,8 +25,8 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, gather_partial
 from megatron_ligo.distributed.mesh import Mesh
+from megatron_ligo.growth import random_init
 from megatron_ligo.growth.operator import Operator, read_or_neutral
-from megatron_ligo.growth.random_init import root_mean_square
 from megatron_ligo.sharding.tensor_parallel import shard
 
 
@@ -88,7 +88,7 @@ class SmallWeights:
     """This rank's part of the small model. Not an nn.Module: its tensors are constants, not parameters.
 
     split_specs, whole_specs: the layers' parameters that are sharded over TP, and the replicated ones. rms: root mean
-    square of each split small tensor, by key.
+    square, by key, of the split small tensors beside which random rows stand.
     """
 
     def __init__(self, operator: Operator, reader: Reader, mesh: Mesh, zero: int, keep_all: bool = False):
@@ -122,22 +122,27 @@ class SmallWeights:
     def _read_slices(self, reader: Reader, spec: ParamSpec) -> Tensor:
         """Returns this rank's slice of a parameter in every layer, (L, n / slices), in bf16 if exact, else fp32.
 
-        Of a layer's experts it is one tensor, expert by expert.
+        Of a layer's experts it is one tensor, expert by expert. The host holds one layer at a time, besides the files
+        that all ranks of a node map.
         """
         size = -(-math.prod(self.shapes[spec.key]) // self.num_slices)
         start = 0 if self.num_slices == 1 else dist.get_rank(self.group) * size
-        stack = torch.zeros(reader.model_config.num_layers, size, dtype=torch.float32)
-        for i in range(len(stack)):
+        num_layers = reader.model_config.num_layers
+        stack = torch.zeros(num_layers, size, dtype=torch.bfloat16, device=device.current_device())
+        draws_rows = random_init.has_added_rows(self.operator, spec)
+        for i in range(num_layers):
             experts = range(reader.model_config.num_experts) if spec.in_expert else (0,)
             keys = [spec.key.format(i, expert) for expert in experts]
             tensors = [self._read(reader, spec, key) for key in keys]
             tensor = torch.stack(tensors) if spec.in_expert else tensors[0]
-            self.rms |= {key: root_mean_square(part) for key, part in zip(keys, tensors, strict=True)}
+            if draws_rows:
+                parts = zip(keys, tensors, strict=True)
+                self.rms |= {key: random_init.root_mean_square(part) for key, part in parts}
             piece = tensor.reshape(-1)[start : start + size]
+            if stack.dtype is torch.bfloat16 and not torch.equal(piece.to(torch.bfloat16).to(piece.dtype), piece):
+                stack = stack.float()
             stack[i, : piece.numel()] = piece
-        narrow = stack.to(torch.bfloat16)
-        is_exact = torch.equal(narrow.float(), stack)
-        return (narrow if is_exact else stack).to(device.current_device())
+        return stack
 
     def _read_whole(self, reader: Reader, spec: ParamSpec) -> Tensor:
         """Returns a parameter of every layer, (L, ...), fp32."""

@@ -53,8 +53,7 @@ class BackgroundWriter:
     def result(self) -> Written:
         """Waits for the fork and returns what it has written. Raises its CheckpointError."""
         os.set_blocking(self._pipe, True)
-        while not self._read():
-            pass
+        self._read()
         os.close(self._pipe)
         _, status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -68,13 +67,13 @@ class BackgroundWriter:
         return {Path(name): entry for name, entry in answer["written"].items()}
 
     def _read(self) -> bool:
-        """Reads what has arrived; returns True at the end of the answer."""
+        """Reads what has arrived (all of it, if the pipe blocks); returns True at the end of the answer."""
         try:
-            part = os.read(self._pipe, 1 << 16)
+            while part := os.read(self._pipe, 1 << 16):
+                self._answer += part
         except BlockingIOError:
             return False
-        self._answer += part
-        return not part
+        return True
 
     def _run(self, write: Callable[[], Written], answer: int) -> NoReturn:
         """Runs in the fork: no handler and no clean-up of the training may."""
