@@ -40,6 +40,11 @@ def read_profile(parallel: ParallelSection) -> dict:
     return profile
 
 
+def offloads_weights(parallel: ParallelSection) -> bool:
+    """True if the profile keeps the weights of ZeRO 3 on the host."""
+    return bool(read_profile(parallel)["zero_optimization"].get("offload_param"))
+
+
 def note_gradient_sums(state: dict, step: int, current: str, bf16: bool) -> None:
     """Keeps in a run's state from which step on gradients are summed in which dtype, and warns where that changes."""
     # Runs of earlier versions summed in the dtype of the weights.

@@ -89,7 +89,8 @@ def build_parameter_groups(
     by_name = dict(model.named_parameters())
     # Transformer Engine registers norms later: ZeRO's flat tensors would hold the weights in another order.
     for parameter in map(by_name.__getitem__, sort_by_construction(by_name)):
-        key = parameter.dim() > 1, trained is None or parameter in trained
+        # ZeRO 3 may have divided it already.
+        key = len(getattr(parameter, "ds_shape", parameter.shape)) > 1, trained is None or parameter in trained
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": group, "weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": 1.0 if is_trained else 0.0}

@@ -30,7 +30,7 @@ from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training import job_summary, loop, run_extension
 from megatron_ligo.training.checkpointing import reshard
-from megatron_ligo.training.deepspeed_profile import GRADIENT_SUMS, note_gradient_sums
+from megatron_ligo.training.deepspeed_profile import GRADIENT_SUMS, note_gradient_sums, offloads_weights
 from megatron_ligo.training.engine import Engine, build_parameter_groups
 from megatron_ligo.training.initial_weights import (
     InitialWeights,
@@ -260,7 +260,10 @@ class Pretrain(TrainingJob):
         build = BuildOptions(self.dtype, self.mesh.tp, sequence_parallel, section.router_aux_loss, self.mesh.ep)
         # Weights that are not filled below must still be equal on all replicas.
         torch.manual_seed(section.seed)
-        model = build_model(self.model_config, build, self.mesh, section.recompute)
+        # What DeepSpeed loads itself is loaded into whole weights, and offloaded weights are on the host.
+        offloads = offloads_weights(section.parallel)
+        divided = section.parallel.zero == 3 and not start.universal and not offloads
+        model = build_model(self.model_config, build, self.mesh, section.recompute, divided)
         read = start.reader(section.seed)
         fills_weights = not start.universal and (not self.checkpoint or self.layout_changed)
         if fills_weights:

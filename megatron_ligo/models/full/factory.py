@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import deepspeed
 from torch import nn
 
 from megatron_ligo import arch as architectures
@@ -17,8 +18,21 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions
 MODULES = {Task.NEXT_TOKEN: FullGPT, Task.MASKED_TOKENS: FullEncoder, Task.LABEL: FullImageClassifier}
 
 
-def build_model(model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False) -> nn.Module:
-    """Builds a model from Megatron-core's modules. Its weights are uninitialised: fill or load them afterwards."""
+def build_model(
+    model_config: ModelConfig, build: BuildOptions, mesh: Mesh, recompute: bool = False, divided: bool = False
+) -> nn.Module:
+    """Builds a model from Megatron-core's modules. Its weights are uninitialised: fill or load them afterwards.
+
+    divided: for ZeRO 3, each module is divided over its replicas once it is built, and no rank holds the whole model.
+    """
     if mesh.pp > 1:
         return FullPipeline(model_config, build, mesh, recompute)
-    return MODULES[architectures.get(model_config.arch).task](model_config, build, mesh, recompute)
+    with deepspeed.zero.Init(
+        data_parallel_group=mesh.expert_dp_group,
+        mem_efficient_linear=False,
+        dtype=build.dtype,
+        # The modules state their tensors' dtype and device.
+        tensor_overrides=[],
+        enabled=divided,
+    ):
+        return MODULES[architectures.get(model_config.arch).task](model_config, build, mesh, recompute)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ligo import arch as architectures
@@ -39,8 +40,20 @@ def read_local_tensor(item: StoredTensor, read: TensorReader, model_config: Mode
 def fill_parameters(model: nn.Module, model_config: ModelConfig, mesh: Mesh, read: TensorReader) -> None:
     """Sets every parameter of this rank's model, before engine creation, from canonical tensors cast to its dtype."""
     for parameter, item in iterate_parameters(model, model_config):
-        with torch.no_grad():
-            parameter.copy_(read_local_tensor(item, read, model_config, mesh.tp, mesh.tp_rank))
+        set_parameter(parameter, read_local_tensor(item, read, model_config, mesh.tp, mesh.tp_rank))
+
+
+@torch.no_grad()
+def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets a parameter to a value of its shape; of one that ZeRO 3 has divided, this rank's part."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(value)
+        return
+    own = parameter.ds_tensor
+    first = dist.get_rank(parameter.ds_process_group) * own.numel()
+    part = value.reshape(-1)[first : first + own.numel()]
+    # The last part is padded.
+    own.zero_()[: part.numel()].copy_(part)
 
 
 def iterate_parameters(model: nn.Module, model_config: ModelConfig) -> Iterator[tuple[nn.Parameter, StoredTensor]]:

@@ -156,7 +156,8 @@ def train(
     model_config = sizes(tied, family, odd)
     mesh = meshes.build_mesh(tp, pp, ep, cp)
     build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel, AUX_LOSS, ep)
-    model = build_model(model_config, build, mesh, recompute)
+    model = build_model(model_config, build, mesh, recompute, divided=folder is None and zero == 3)
+    built = sum(parameter.numel() for parameter in model.parameters())
     if folder is None:
         parameters.fill_parameters(model, model_config, mesh, parameters.build_initial_weights(model_config, seed))
     elif universal_loading.needs_preparation(model_config, zero):
@@ -177,7 +178,7 @@ def train(
     steps = [engine.train_step(micro(model_config, step, mesh, micro_size)) for step in range(STEPS)]
     # Else its hooks hold it, and with it all process groups.
     engine.engine.destroy()
-    return {"evaluated": evaluated, "steps": steps}
+    return {"evaluated": evaluated, "steps": steps, "built": built}
 
 
 def train_at_each(cases: list[dict]) -> list[dict]:
