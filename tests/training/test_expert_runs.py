@@ -11,6 +11,10 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
+from megatron_ligo.common.errors import ConfigError, LayoutError
+from megatron_ligo.config.run_config import ParallelSection
+from megatron_ligo.distributed.parallel_dims import ParallelDims
+from megatron_ligo.training.initial_weights import check_layout
 from tests.layer_norm_models import model_of
 from tests.tiny_models import llama_config
 from tests.training import test_pretrain
@@ -40,7 +44,8 @@ def base(tmp_path_factory) -> Path:
 
 
 def settings(base: Path, layout: dict) -> dict:
-    return test_pretrain.settings(base, "universal", save_every=1, keep_last=9, router_aux_loss=0.1, **layout)
+    keys = {"save_every": 1, "keep_last": 9, "router_aux_loss": 0.1, "check_replicas_every": 1}
+    return test_pretrain.settings(base, "universal", **keys, **layout)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +101,22 @@ def test_a_checkpoint_of_divided_experts_is_exported(pools, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "world, layout, message",
-    [
-        (3, {"ep": 3, "global_batch_size": 6}, "ep = 3"),
-        (2, {"tp": 2}, "sequence_parallel"),
-        (1, {"ep": 2}, "a multiple of tp x pp x ep"),
-    ],
+    "layout, where",
+    [({"ep": 3}, "ep = 3"), ({"tp": 2}, "sequence_parallel"), ({"ep": 8}, "ep = 8")],
     ids=str,
 )
-def test_what_experts_cannot_have_is_refused(pools, base, tmp_path, world, layout, message):
-    answer = pools(world).run(pretrain, settings=settings(base, layout), output=str(tmp_path / "run"))
-    assert isinstance(answer, str) and message in answer
+def test_what_experts_cannot_have_is_refused(layout, where):
+    with pytest.raises(ConfigError) as caught:
+        check_layout(DIMS, ParallelSection(**layout), 12)
+    assert [problem.where for problem in caught.value.problems] == [where]
+
+
+def test_a_dense_model_has_no_expert_parallelism():
+    with pytest.raises(ConfigError, match="no experts"):
+        check_layout(llama_config(), ParallelSection(ep=2), 12)
+
+
+def test_ranks_that_experts_do_not_divide_are_refused():
+    with pytest.raises(LayoutError) as caught:
+        ParallelDims.divide(6, tp=1, pp=2, ep=2)
+    assert caught.value.problems[0].expected.startswith("a multiple of tp x pp x ep")

@@ -13,11 +13,12 @@ MIXED = {"small": {"arch": "mixtral", "num_experts": 2, "top_k": 1}, "large": {"
 SP = {"tp": 2, "sequence_parallel": True}
 # (ranks, changes): layouts, which start once.
 DAILY = {
-    "1, grown": (1, GROWN, [{}]),
     "4, grown": (4, GROWN, [{**SP, "ep": 2}, {"ep": 2, "zero": 3, "recompute": True}]),
-    "2, sharded": (2, SHARDED, [{"ep": 2, "zero": 2}, SP]),
+    "2, sharded": (2, SHARDED, [{"ep": 2, "zero": 2}]),
 }
 SELDOM = {
+    "1, grown": (1, GROWN, [{}]),
+    "2, sharded, TP": (2, SHARDED, [SP]),
     "2, grown": (2, GROWN, [{"ep": 2}, {"pp": 2}, {**SP, "zero": 2}, {"zero": 1}]),
     "4, thirds": (4, THIRDS, [{**SP, "ep": 2}, {"tp": 4, "sequence_parallel": True}]),
     "2, mixed": (2, MIXED, [{"ep": 2}, {**SP}, {"ep": 2, "zero": 3}]),

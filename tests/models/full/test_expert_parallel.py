@@ -11,7 +11,6 @@ DAILY = {
     4: [
         {"ep": 2, "tp": 2, "sequence_parallel": True, "zero": 2},
         {"ep": 2, "pp": 2, **SGD},
-        {"ep": 2, "zero": 3, "recompute": True},
     ]
 }
 SELDOM = {
@@ -24,6 +23,7 @@ SELDOM = {
         {"tp": 2, "sequence_parallel": True, "zero": 3, **SGD},
     ],
     4: [
+        {"ep": 2, "zero": 3, "recompute": True},
         {"ep": 2, **SGD},
         {"ep": 2, "zero": 2, **SGD},
         {"ep": 2, "tp": 2, "sequence_parallel": True, "zero": 3},
