@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron_ligo.arch.model_config import ModelConfig
 from tests.decoder_models import SIZES
 
+ALL_BIASES = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), True)
 # Name of a case: the fields of ModelConfig in which it differs.
 OWN = {
     "smollm3": {"arch": "smollm3", "rope_layers": (True, False, True)},
@@ -25,7 +26,10 @@ OWN = {
         "window_layers": (False, True, True),
     },
     "phi3": {"arch": "phi3", "rotary_fraction": 0.5, "sliding_window": 5},
-    "starcoder2": {"arch": "starcoder2", "activation": "gelu_pytorch_tanh", "sliding_window": 5},
+    "starcoder2": {"arch": "starcoder2", "activation": "gelu_pytorch_tanh", "sliding_window": 5, **ALL_BIASES},
+    "llama with biases": {"arch": "llama", **ALL_BIASES},
+    # Before the norms after the blocks, and of all heads; the feed-forward blocks have none.
+    "olmo2 with biases": {"arch": "olmo2", "qkv_bias": True, "output_bias": True},
     "stablelm": {"arch": "stablelm", "rotary_fraction": 0.5, "qkv_bias": True},
     "olmo3": {
         "arch": "olmo3",

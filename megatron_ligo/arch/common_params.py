@@ -71,6 +71,12 @@ def linear_params(
     yield ParamSpec(f"{key}_bias", role, axes[:1], bias_tp_dim, bias_of(module), is_bias=True, **fields)
 
 
+def optional_bias(params: Iterable[ParamSpec], flag: str) -> Iterator[ParamSpec]:
+    """Yields a module's weight and its bias, which exists if the field `flag` of `ModelConfig` says so."""
+    for param in params:
+        yield replace(param, requires=flag) if param.is_bias else param
+
+
 def without_format(params: Iterable[ParamSpec], format_name: str) -> Iterator[ParamSpec]:
     """Yields parameters without their locations in a format that cannot state the network."""
     for param in params:

@@ -42,6 +42,8 @@ GEMMA = {**TANH_GELU, "tied": True}
 # Fields of ModelConfig in which a family's model differs from `SIZES`.
 OWN: dict[str, dict[str, object]] = {
     "bert": ENCODER,
+    "dinov2": {**IMAGES, "has_mask_token": True, "max_positions": 17, "ffn_size": 48},
+    "dinov2_with_registers": {**IMAGES, "num_registers": 2, "max_positions": 17, "ffn_size": 48},
     "deit": {**IMAGES, "has_distillation": True, "max_positions": 18},
     "exaone4": {**ALTERNATE, "rope_layers": (True, False, True), "norm_eps": 1e-9},
     "gemma": GEMMA,
@@ -57,6 +59,10 @@ OWN: dict[str, dict[str, object]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
         "query_scaling_beta": 0.5,
     },
+    "modernbert": {
+        "activation": "gelu", "tied": True, "sliding_window": 5, "window_layers": (False, True, True),
+        "window_rope_base": 500.0, "head_bias": True, **ALL_HEADS,
+    },
     "mixtral": {"num_experts": 3, "top_k": 2, "renormalises_routing": True},
     "olmo3": {**ALTERNATE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "window_rope_base": 1e4},
     "opt": {"activation": "relu", "rope_base": None, "position_offset": 2, "norm_eps": 1e-5, "tied": True, **ALL_HEADS},
@@ -65,7 +71,7 @@ OWN: dict[str, dict[str, object]] = {
     "roberta": {**ENCODER, "position_padding": 1},
     "smollm3": {"rope_layers": (True, False, True)},
     "stablelm": {"rotary_fraction": 0.5, "qkv_bias": True},
-    "starcoder2": {**TANH_GELU, "sliding_window": 5},
+    "starcoder2": {**TANH_GELU, "sliding_window": 5, **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), True)},
     "vit": {**IMAGES, "max_positions": 17},
 }  # fmt: skip
 # The tests that fit, and those that pretrain, one family in shards against one process. Their first parameter names it.
@@ -161,6 +167,9 @@ def growth_sizes(name: str) -> dict[str, int]:
     sizes = dict(RAGGED if arch.uses_rms_norm else DOUBLE)
     if "num_kv_heads" not in arch.hf_fields.values():
         sizes["num_kv_heads"] = sizes["num_heads"]
+    if arch.ffn_ratio_key:
+        # It follows hidden_size.
+        del sizes["ffn_size"]
     if not arch.pre_norm:
         # Norms after the sums have no lossless form in depth.
         sizes["num_layers"] = SIZES["num_layers"]

@@ -41,6 +41,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 # model_type, with what is special about the model -> the class, and the config that is changed.
 MODELS = {
     "llama": ("LlamaForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
+    "llama with biases": ("LlamaForCausalLM", CAUSAL_SIZES | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralForCausalLM", CAUSAL_SIZES | {"sliding_window": 7}),
     "qwen2": ("Qwen2ForCausalLM", CAUSAL_SIZES | {"sliding_window": 7, "max_window_layers": 1}),
     "qwen2 with windows": (

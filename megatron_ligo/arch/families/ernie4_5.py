@@ -6,7 +6,7 @@ Growth copies whole heads with their pairs, so a layer grows like Llama's, at an
 from dataclasses import replace
 
 from megatron_ligo.arch.common_params import without_format
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import ATTENTION_BIASES, LLAMA, PLAIN_FIELDS
 from megatron_ligo.arch.spec import ParamSpec, Role
 
 
@@ -20,9 +20,10 @@ ERNIE4_5 = replace(
     name="ernie4_5",
     model_types={"ernie4_5": {"Ernie4_5ForCausalLM": ()}},
     own_head_dim=True,
-    params=tuple(_with_neighbours(param) for param in without_format(LLAMA.params, "fairscale") if not param.requires),
-    hf_fields={key: name for key, name in LLAMA.hf_fields.items() if key != "sliding_window"},
-    required_hf_values={"hidden_act": "silu", "use_bias": False},
+    params=tuple(_with_neighbours(param) for param in without_format(LLAMA.params, "fairscale")),
+    hf_fields={key: name for key, name in PLAIN_FIELDS.items() if key != "sliding_window"} | {"use_bias": "mlp_bias"},
+    coupled_fields={"ernie4_5": dict.fromkeys(ATTENTION_BIASES, "mlp_bias")},
+    required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     hf_pattern_keys={},
     implied_sizes={},

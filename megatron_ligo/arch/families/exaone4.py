@@ -7,7 +7,7 @@ output norm takes f = sqrt(D1 / D2), as in OLMo 2. All norms share one eps, whic
 
 from dataclasses import replace
 
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import LLAMA, PLAIN_FIELDS
 from megatron_ligo.arch.families.olmo2 import OLMO2
 from megatron_ligo.arch.families.qwen3 import KEY_NORM, QUERY_NORM
 from megatron_ligo.arch.spec import Role
@@ -18,8 +18,12 @@ EXAONE4 = replace(
     OLMO2,
     name="exaone4",
     model_types={"exaone4": {"Exaone4ForCausalLM": ()}},
-    params=(*(param for param in OLMO2.params if param.role not in OF_ALL_HEADS), QUERY_NORM, KEY_NORM),
-    hf_fields=LLAMA.hf_fields,
+    params=(
+        *(param for param in OLMO2.params if param.role not in OF_ALL_HEADS and not param.requires),
+        QUERY_NORM,
+        KEY_NORM,
+    ),
+    hf_fields=PLAIN_FIELDS,
     # llama.cpp knows its windows by the number of layers.
     gguf_fields={},
     required_hf_values={"hidden_act": "silu"},

@@ -7,7 +7,14 @@ reads them, and the last gain takes that factor back. It is lossless at any rati
 from dataclasses import replace
 
 from megatron_ligo.arch.common_params import without_format
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import (
+    ATTENTION_BIAS,
+    ATTENTION_BIASES,
+    LLAMA,
+    OUTPUT_FOLLOWS,
+    PLAIN_FIELDS,
+    params_with,
+)
 
 TANH_GELU = "gelu_pytorch_tanh"
 
@@ -18,9 +25,10 @@ GEMMA = replace(
     scales_embedding=True,
     own_head_dim=True,
     model_types={"gemma": {"GemmaForCausalLM": ()}},
-    params=tuple(without_format((param for param in LLAMA.params if not param.requires), "fairscale")),
-    hf_fields={key: name for key, name in LLAMA.hf_fields.items() if key != "sliding_window"},
-    required_hf_values={"attention_bias": False},
+    params=tuple(without_format(params_with(*ATTENTION_BIASES), "fairscale")),
+    hf_fields={key: name for key, name in PLAIN_FIELDS.items() if key != "sliding_window"} | ATTENTION_BIAS,
+    coupled_fields={"gemma": OUTPUT_FOLLOWS},
+    required_hf_values={},
     foreign_hf_keys={},
     hf_pattern_keys={},
     implied_sizes={"gemma": {"activation": TANH_GELU}},

@@ -10,7 +10,15 @@ from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import RESIDUAL_GAIN
 from megatron_ligo.arch.common_params import ACTIVATIONS, weight_of, without_format
-from megatron_ligo.arch.families.llama import FFN_NORM, LLAMA
+from megatron_ligo.arch.families.llama import (
+    ATTENTION_BIAS,
+    ATTENTION_BIASES,
+    FFN_NORM,
+    LLAMA,
+    OUTPUT_FOLLOWS,
+    PLAIN_FIELDS,
+    params_with,
+)
 from megatron_ligo.arch.families.olmo2 import ATTENTION_OUTPUT_NORM, BLOCK_OUTPUTS, FFN_OUTPUT_NORM
 from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role
@@ -37,14 +45,15 @@ GEMMA2 = replace(
     params=(
         *(
             replace(param, feeds_output_norm=param.role in BLOCK_OUTPUTS)
-            for param in without_format(LLAMA.params, "fairscale")
-            if not param.requires and param.role is not Role.FFN_NORM
+            for param in without_format(params_with(*ATTENTION_BIASES), "fairscale")
+            if param.role is not Role.FFN_NORM
         ),
         ParamSpec("layers.{}.norm1_out", Role.ATTENTION_OUTPUT_NORM, (RESIDUAL_GAIN,), None, ATTENTION_OUTPUT_NORM),
         ParamSpec("layers.{}.norm2", Role.FFN_NORM, (RESIDUAL_GAIN,), None, FFN_INPUT_NORM),
         ParamSpec("layers.{}.norm2_out", Role.FFN_OUTPUT_NORM, (RESIDUAL_GAIN,), None, FFN_OUTPUT_NORM),
     ),
-    hf_fields=LLAMA.hf_fields | OWN_FIELDS,
+    hf_fields=PLAIN_FIELDS | ATTENTION_BIAS | OWN_FIELDS,
+    coupled_fields={"gemma2": OUTPUT_FOLLOWS},
     gguf_fields=GGUF_FIELDS
     | {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logits_softcap"},
     gguf_network=GgufNetwork(
@@ -53,7 +62,7 @@ GEMMA2 = replace(
         window_period=2,
         wide_scale_layers=46,
     ),
-    required_hf_values={"attention_bias": False},
+    required_hf_values={},
     foreign_hf_keys={},
     hf_pattern_keys={"gemma2": ("layer_types",)},
     implied_sizes={},

@@ -8,6 +8,7 @@ follows the residual stream's variance (eps x D1 / D2), which costs the heads' n
 from dataclasses import replace
 
 from megatron_ligo.arch.families.gemma2 import GEMMA2, GGUF_ACTIVATION, GGUF_FIELDS
+from megatron_ligo.arch.families.llama import OUTPUT_FOLLOWS
 from megatron_ligo.arch.families.qwen3 import KEY_NORM, QUERY_NORM
 from megatron_ligo.arch.gguf_network import GgufNetwork
 
@@ -15,6 +16,7 @@ GEMMA3 = replace(
     GEMMA2,
     name="gemma3",
     model_types={"gemma3_text": {"Gemma3ForCausalLM": ()}},
+    coupled_fields={"gemma3_text": OUTPUT_FOLLOWS},
     params=(*GEMMA2.params, QUERY_NORM, KEY_NORM),
     hf_fields={
         **{key: name for key, name in GEMMA2.hf_fields.items() if name != "attention_softcap"},

@@ -8,7 +8,7 @@ the queries: the stated factor of the scores does not change with it.)
 from dataclasses import replace
 
 from megatron_ligo.arch.common_params import without_format
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import LLAMA, OUTPUT_FOLLOWS
 
 MULTIPLIERS = {
     "embedding_multiplier": "embedding_multiplier",
@@ -28,10 +28,11 @@ GRANITE = replace(
     LLAMA,
     name="granite",
     model_types={"granite": {"GraniteForCausalLM": ()}},
-    params=tuple(without_format((param for param in LLAMA.params if not param.requires), "fairscale")),
+    params=tuple(without_format(LLAMA.params, "fairscale")),
     hf_fields=HF_FIELDS | MULTIPLIERS,
     gguf_fields=LLAMA.gguf_fields | GGUF_MULTIPLIERS,
-    required_hf_values={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    coupled_fields={"granite": OUTPUT_FOLLOWS},
+    required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     # transformers reads it without a declaration.
     hf_fixed=LLAMA.hf_fixed | {"sliding_window": (None,)},

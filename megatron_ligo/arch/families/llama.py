@@ -1,7 +1,10 @@
 """Llama and the families that share its network: Llama 2/3, SmolLM2, Mistral and Qwen2 (with biases on q, k and v).
 
-RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no other biases.
+RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU. Llama may have biases on all linears
+of its attention, of its feed-forward blocks, or of both.
 """
+
+from collections.abc import Iterator
 
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import (
@@ -57,11 +60,17 @@ def _ffn_module(part: int, hf: str, gguf: str, meta: str) -> Locations:
     }
 
 
-def _qkv_bias(key: str, role: Role, axis: Axis, module: Locations) -> ParamSpec:
-    """Returns a bias of q, k or v (Qwen2). Meta's format and torchtitan's Llama have none."""
+def _bias(key: str, role: Role, axis: Axis, module: Locations, flag: str) -> ParamSpec:
+    """Returns an optional bias. Meta's format and torchtitan's Llama have none. flag: the field that states it."""
     without = ("fairscale", "torchtitan")
     locations = {name: location for name, location in bias_of(module).items() if name not in without}
-    return ParamSpec(key, role, (axis,), 0, locations, is_bias=True, requires="qkv_bias")
+    tp_dim = None if axis is RESIDUAL_OUTPUT else 0
+    return ParamSpec(key, role, (axis,), tp_dim, locations, is_bias=True, requires=flag)
+
+
+def params_with(*flags: str) -> Iterator[ParamSpec]:
+    """Yields Llama's parameters, of the biases only those that these fields state."""
+    return (param for param in LLAMA.params if not param.requires or param.requires in flags)
 
 
 EMBEDDING = _module("model.embed_tokens", "embedding.word_embeddings", "token_embd", "tok_embeddings")
@@ -77,6 +86,26 @@ DOWN = _layer_module("mlp.down_proj", "mlp.linear_fc2", "ffn_down", "feed_forwar
 FINAL_NORM = _module("model.norm", "decoder.final_layernorm", "output_norm", "norm")
 HEAD = _module("lm_head", "output_layer", "output", "output")
 
+PLAIN_FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_size",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_positions",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied",
+    "rope_theta": "rope_base",
+    "rope_scaling": "rope_scaling",
+    "sliding_window": "sliding_window",
+}
+# The keys of optional biases. One states those of q, k, v and the output projection.
+ATTENTION_BIAS, MLP_BIAS = {"attention_bias": "qkv_bias"}, {"mlp_bias": "mlp_bias"}
+OUTPUT_FOLLOWS = {"output_bias": "qkv_bias"}
+ATTENTION_BIASES = ("qkv_bias", "output_bias")
+
 LLAMA = Architecture(
     name="llama",
     norm="rms",
@@ -91,32 +120,23 @@ LLAMA = Architecture(
         ParamSpec("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, weight_of(QUERY)),
         ParamSpec("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, weight_of(KEY)),
         ParamSpec("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, weight_of(VALUE)),
-        _qkv_bias("layers.{}.q_bias", Role.QUERY, QUERY_OUTPUT, QUERY),
-        _qkv_bias("layers.{}.k_bias", Role.KEY, KEY_OUTPUT, KEY),
-        _qkv_bias("layers.{}.v_bias", Role.VALUE, VALUE_OUTPUT, VALUE),
+        _bias("layers.{}.q_bias", Role.QUERY, QUERY_OUTPUT, QUERY, "qkv_bias"),
+        _bias("layers.{}.k_bias", Role.KEY, KEY_OUTPUT, KEY, "qkv_bias"),
+        _bias("layers.{}.v_bias", Role.VALUE, VALUE_OUTPUT, VALUE, "qkv_bias"),
         ParamSpec("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, weight_of(ATTENTION_OUTPUT)),
+        _bias("layers.{}.o_bias", Role.ATTENTION_OUTPUT, RESIDUAL_OUTPUT, ATTENTION_OUTPUT, "output_bias"),
         ParamSpec("layers.{}.norm2", Role.FFN_NORM, (RESIDUAL_GAIN,), None, weight_of(FFN_NORM)),
         ParamSpec("layers.{}.gate", Role.FFN_GATE, (FFN_OUTPUT, RESIDUAL_INPUT), 0, weight_of(GATE)),
         ParamSpec("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, weight_of(UP)),
         ParamSpec("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, weight_of(DOWN)),
+        _bias("layers.{}.gate_bias", Role.FFN_GATE, FFN_OUTPUT, GATE, "mlp_bias"),
+        _bias("layers.{}.up_bias", Role.FFN_UP, FFN_OUTPUT, UP, "mlp_bias"),
+        _bias("layers.{}.down_bias", Role.FFN_DOWN, RESIDUAL_OUTPUT, DOWN, "mlp_bias"),
         ParamSpec("final_norm", Role.FINAL_NORM, (RESIDUAL_GAIN,), None, weight_of(FINAL_NORM), feeds_head=True),
         ParamSpec("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, weight_of(HEAD), tied_to="embed"),
     ),
-    hf_fields={
-        "num_hidden_layers": "num_layers",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "ffn_size",
-        "num_attention_heads": "num_heads",
-        "num_key_value_heads": "num_kv_heads",
-        "head_dim": "head_dim",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_positions",
-        "rms_norm_eps": "norm_eps",
-        "tie_word_embeddings": "tied",
-        "rope_theta": "rope_base",
-        "rope_scaling": "rope_scaling",
-        "sliding_window": "sliding_window",
-    },
+    hf_fields=PLAIN_FIELDS | ATTENTION_BIAS | MLP_BIAS,
+    coupled_fields={"llama": OUTPUT_FOLLOWS},
     gguf_fields={
         "block_count": "num_layers",
         "embedding_length": "hidden_size",
@@ -129,7 +149,7 @@ LLAMA = Architecture(
         "attention.layer_norm_rms_epsilon": "norm_eps",
         "rope.freq_base": "rope_base",
     },
-    required_hf_values={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "use_sliding_window": False},
+    required_hf_values={"hidden_act": "silu", "use_sliding_window": False},
     foreign_hf_keys={
         "llama": ("sliding_window", "use_sliding_window"),
         "mistral": ("mlp_bias", "attention_bias", "use_sliding_window"),
@@ -137,9 +157,9 @@ LLAMA = Architecture(
     },
     hf_pattern_keys={"qwen2": ("layer_types", "use_sliding_window", "max_window_layers")},
     implied_sizes={
-        "llama": {"qkv_bias": False, "sliding_window": None},
-        "mistral": {"qkv_bias": False},
-        "qwen2": {"qkv_bias": True},
+        "llama": {"sliding_window": None},
+        "mistral": {"qkv_bias": False, "mlp_bias": False},
+        "qwen2": {"qkv_bias": True, "mlp_bias": False},
     },
     expert_types={"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe"},
     ignored_names={"hf": ("model.layers.*.self_attn.rotary_emb.inv_freq",)},

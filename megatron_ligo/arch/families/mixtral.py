@@ -6,11 +6,11 @@ The weights of the chosen experts are their softmax among each other, so copies 
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import EXPERT_OUTPUT, FFN_INPUT, FFN_OUTPUT, RESIDUAL_INPUT, RESIDUAL_OUTPUT
 from megatron_ligo.arch.common_params import DROPOUT
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import LLAMA, PLAIN_FIELDS
 from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
 DENSE_BLOCK = (Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN)
-SHARED_PARAMS = tuple(param for param in LLAMA.params if param.role not in DENSE_BLOCK and param.requires != "qkv_bias")
+SHARED_PARAMS = tuple(param for param in LLAMA.params if param.role not in DENSE_BLOCK and not param.requires)
 
 
 def expert_params(router: str, gate: str, up: str, down: str) -> tuple[ParamSpec, ...]:
@@ -48,7 +48,7 @@ MIXTRAL = Architecture(
             "block_sparse_moe.experts.{}.w2",
         ),
     ),
-    hf_fields=LLAMA.hf_fields | {"num_local_experts": "num_experts", "num_experts_per_tok": "top_k"},
+    hf_fields=PLAIN_FIELDS | {"num_local_experts": "num_experts", "num_experts_per_tok": "top_k"},
     hf_aliases={"num_experts": "num_local_experts"},
     required_hf_values={"hidden_act": "silu"},
     implied_sizes={"mixtral": {"qkv_bias": False, "renormalises_routing": True}},

@@ -33,6 +33,7 @@ from megatron_ligo.arch.common_params import (
     locations,
     locations_below,
     norm_params,
+    optional_bias,
     weight_of,
 )
 from megatron_ligo.arch.families.bert import HEAD_BIAS, HEAD_GAIN, HEAD_INPUT, HEAD_OUTPUT
@@ -53,14 +54,8 @@ def _part(module: Locations, part: int) -> Locations:
     return {name: replace(location, part=part) for name, location in module.items()}
 
 
-def _with_optional_bias(params: Iterator[ParamSpec], flag: str, **fields) -> Iterator[ParamSpec]:
-    """Yields a module's parameters, of which the bias exists if the field `flag` says so. fields: of both."""
-    for param in params:
-        yield replace(param, **fields, **({"requires": flag} if param.is_bias else {}))
-
-
 def _norm(key: str, role: Role, module: Locations, **fields) -> Iterator[ParamSpec]:
-    return _with_optional_bias(norm_params(key, role, module), "norm_bias", **fields)
+    return optional_bias(norm_params(key, role, module, **fields), "norm_bias")
 
 
 def layer_params() -> Iterator[ParamSpec]:
@@ -69,17 +64,17 @@ def layer_params() -> Iterator[ParamSpec]:
     parts = {"q": (Role.QUERY, QUERY_OUTPUT), "k": (Role.KEY, KEY_OUTPUT), "v": (Role.VALUE, VALUE_OUTPUT)}
     for part, (name, (role, axis)) in enumerate(parts.items()):
         linear = linear_params(f"layers.{{}}.{name}", role, (axis, RESIDUAL_INPUT), 0, _part(QKV, part))
-        yield from _with_optional_bias(linear, "qkv_bias")
+        yield from optional_bias(linear, "qkv_bias")
     output = LAYER("attn.Wo", "self_attention.linear_proj")
     linear = linear_params("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, output)
-    yield from _with_optional_bias(linear, "output_bias")
+    yield from optional_bias(linear, "output_bias")
     yield from _norm("layers.{}.norm2", Role.FFN_NORM, LAYER("mlp_norm", "pre_mlp_layernorm"))
     for part, (name, role) in enumerate({"gate": Role.FFN_GATE, "up": Role.FFN_UP}.items()):
         linear = linear_params(f"layers.{{}}.{name}", role, (FFN_OUTPUT, RESIDUAL_INPUT), 0, _part(GATE_UP, part))
-        yield from _with_optional_bias(linear, "mlp_bias")
+        yield from optional_bias(linear, "mlp_bias")
     down = LAYER("mlp.Wo", "mlp.linear_fc2")
     linear = linear_params("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, down)
-    yield from _with_optional_bias(linear, "mlp_bias")
+    yield from optional_bias(linear, "mlp_bias")
 
 
 def head_params() -> Iterator[ParamSpec]:
@@ -88,9 +83,9 @@ def head_params() -> Iterator[ParamSpec]:
     head = locations("decoder", "output_layer")
     axes = (HEAD_OUTPUT, RESIDUAL_INPUT)
     linear = linear_params("head_dense", Role.HEAD_TRANSFORM, axes, None, dense, **part)
-    yield from _with_optional_bias(linear, "has_transform_bias")
+    yield from optional_bias(linear, "has_transform_bias")
     gain_and_bias = norm_params("head_norm", Role.HEAD_NORM, norm, (HEAD_GAIN, HEAD_BIAS), feeds_head=True, **part)
-    yield from _with_optional_bias(gain_and_bias, "has_head_norm_bias")
+    yield from optional_bias(gain_and_bias, "has_head_norm_bias")
     axes = (VOCAB_OUTPUT, HEAD_INPUT)
     yield ParamSpec("head", Role.HEAD, axes, 0, weight_of(head), tied_to="embed", **part)
     yield ParamSpec("head_bias", Role.HEAD, axes[:1], 0, bias_of(head), is_bias=True, requires="has_head_bias")

@@ -11,7 +11,14 @@ from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import ALL_KEYS_GAIN, ALL_QUERIES_GAIN, RESIDUAL_GAIN
 from megatron_ligo.arch.common_params import Locations, without_format
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import (
+    ATTENTION_BIAS,
+    ATTENTION_BIASES,
+    LLAMA,
+    OUTPUT_FOLLOWS,
+    PLAIN_FIELDS,
+    params_with,
+)
 from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role
 
 
@@ -38,16 +45,17 @@ OLMO2 = replace(
     params=(
         *(
             replace(param, feeds_output_norm=param.role in BLOCK_OUTPUTS)
-            for param in without_format(LLAMA.params, "fairscale")
-            if not param.requires and param.role not in INPUT_NORMS
+            for param in without_format(params_with(*ATTENTION_BIASES), "fairscale")
+            if param.role not in INPUT_NORMS
         ),
         ParamSpec("layers.{}.q_norm", Role.QUERY_NORM, (ALL_QUERIES_GAIN,), 0, QUERY_NORM),
         ParamSpec("layers.{}.k_norm", Role.KEY_NORM, (ALL_KEYS_GAIN,), 0, KEY_NORM),
         ParamSpec("layers.{}.norm1", Role.ATTENTION_OUTPUT_NORM, (RESIDUAL_GAIN,), None, ATTENTION_OUTPUT_NORM),
         ParamSpec("layers.{}.norm2", Role.FFN_OUTPUT_NORM, (RESIDUAL_GAIN,), None, FFN_OUTPUT_NORM),
     ),
-    hf_fields={key: name for key, name in LLAMA.hf_fields.items() if key != "sliding_window"},
-    required_hf_values={"hidden_act": "silu", "attention_bias": False},
+    hf_fields={key: name for key, name in PLAIN_FIELDS.items() if key != "sliding_window"} | ATTENTION_BIAS,
+    coupled_fields={"olmo2": OUTPUT_FOLLOWS},
+    required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     # transformers reads it without a declaration.
     hf_fixed=LLAMA.hf_fixed | {"sliding_window": (None,)},

@@ -6,6 +6,7 @@ has, goes where the layer goes (growth/layer_kinds.py).
 
 from dataclasses import replace
 
+from megatron_ligo.arch.families.llama import OUTPUT_FOLLOWS
 from megatron_ligo.arch.families.olmo2 import OLMO2
 from megatron_ligo.arch.gguf_network import GgufNetwork
 
@@ -13,6 +14,7 @@ OLMO3 = replace(
     OLMO2,
     name="olmo3",
     model_types={"olmo3": {"Olmo3ForCausalLM": ()}},
+    coupled_fields={"olmo3": OUTPUT_FOLLOWS},
     hf_fields=OLMO2.hf_fields | {"sliding_window": "sliding_window"},
     gguf_fields=OLMO2.gguf_fields | {"attention.sliding_window": "sliding_window"},
     # A file of OLMo 2 that states a window.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_ligo.arch.common_params import CAUSAL, weight_of
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import LLAMA, PLAIN_FIELDS, params_with
 from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
 QKV = {"hf": "model.layers.{}.self_attn.qkv_proj", "gguf": "blk.{}.attn_qkv"}
@@ -27,9 +27,7 @@ DROPPED = ("head_dim", "rope_scaling")
 
 
 def _params() -> Iterator[ParamSpec]:
-    for param in LLAMA.params:
-        if param.requires:
-            continue
+    for param in params_with():
         locations = {name: param.locations[name] for name in ("hf", "mcore", "gguf")}
         if param.role in FUSED:
             names, part, num_parts = FUSED[param.role]
@@ -44,7 +42,7 @@ PHI3 = replace(
     model_types={"phi3": {"Phi3ForCausalLM": ()}},
     params=tuple(_params()),
     hf_fields={
-        **{key: name for key, name in LLAMA.hf_fields.items() if key not in DROPPED},
+        **{key: name for key, name in PLAIN_FIELDS.items() if key not in DROPPED},
         "partial_rotary_factor": "rotary_fraction",
         "rope_scaling": "rope_scaling",
     },

@@ -9,7 +9,14 @@ from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import HEAD_FEATURE_GAIN
 from megatron_ligo.arch.common_params import without_format
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import (
+    ATTENTION_BIAS,
+    ATTENTION_BIASES,
+    LLAMA,
+    OUTPUT_FOLLOWS,
+    PLAIN_FIELDS,
+    params_with,
+)
 from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role
 
 
@@ -32,11 +39,13 @@ QWEN3 = replace(
     model_types={"qwen3": {"Qwen3ForCausalLM": ()}},
     own_head_dim=True,
     params=(
-        *without_format((param for param in LLAMA.params if not param.requires), "fairscale"),
+        *without_format(params_with(*ATTENTION_BIASES), "fairscale"),
         QUERY_NORM,
         KEY_NORM,
     ),
-    required_hf_values={"hidden_act": "silu", "attention_bias": False},
+    hf_fields=PLAIN_FIELDS | ATTENTION_BIAS,
+    coupled_fields={"qwen3": OUTPUT_FOLLOWS},
+    required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     hf_pattern_keys={"qwen3": LLAMA.hf_pattern_keys["qwen2"]},
     implied_sizes={},

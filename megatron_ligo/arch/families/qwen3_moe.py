@@ -5,6 +5,7 @@ The weights of the chosen experts add up to 1 only with norm_topk_prob: without 
 
 from dataclasses import replace
 
+from megatron_ligo.arch.families.llama import OUTPUT_FOLLOWS
 from megatron_ligo.arch.families.mixtral import DENSE_BLOCK, expert_params
 from megatron_ligo.arch.families.qwen3 import QWEN3
 from megatron_ligo.arch.spec import Role
@@ -18,6 +19,7 @@ QWEN3_MOE = replace(
         *expert_params("mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
     ),
     own_head_dim=False,
+    coupled_fields={"qwen3_moe": OUTPUT_FOLLOWS},
     hf_fields={
         **{key: name for key, name in QWEN3.hf_fields.items() if name not in ("ffn_size", "sliding_window")},
         "moe_intermediate_size": "ffn_size",

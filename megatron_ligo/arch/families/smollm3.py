@@ -8,16 +8,17 @@ source's.
 from dataclasses import replace
 
 from megatron_ligo.arch.common_params import without_format
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import LLAMA, OUTPUT_FOLLOWS
 from megatron_ligo.arch.gguf_network import GgufNetwork
 
 SMOLLM3 = replace(
     LLAMA,
     name="smollm3",
     model_types={"smollm3": {"SmolLM3ForCausalLM": ()}},
-    params=tuple(without_format((param for param in LLAMA.params if not param.requires), "fairscale")),
+    params=tuple(without_format(LLAMA.params, "fairscale")),
     gguf_network=GgufNetwork(rope_period=4),
-    required_hf_values={"hidden_act": "silu", "mlp_bias": False, "attention_bias": False},
+    coupled_fields={"smollm3": OUTPUT_FOLLOWS},
+    required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     hf_pattern_keys={"smollm3": ("layer_types", "no_rope_layers", "no_rope_layer_interval", "use_sliding_window")},
     implied_sizes={},

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_ligo.arch.common_params import CAUSAL, locations, norm_params
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import LLAMA, PLAIN_FIELDS, params_with
 from megatron_ligo.arch.spec import ParamSpec, Role
 
 NORMS = {
@@ -25,7 +25,7 @@ DROPPED = ("head_dim", "rms_norm_eps", "sliding_window")
 
 
 def _params() -> Iterator[ParamSpec]:
-    for param in LLAMA.params:
+    for param in params_with("qkv_bias"):
         if param.role in NORMS:
             yield from norm_params(param.key, param.role, locations(*NORMS[param.role]), feeds_head=param.feeds_head)
         else:
@@ -38,7 +38,7 @@ STABLELM = replace(
     norm="layer",
     model_types={"stablelm": {"StableLmForCausalLM": ()}},
     params=tuple(_params()),
-    hf_fields={key: name for key, name in LLAMA.hf_fields.items() if key not in DROPPED} | RENAMED,
+    hf_fields={key: name for key, name in PLAIN_FIELDS.items() if key not in DROPPED} | RENAMED,
     gguf_fields={key: name for key, name in LLAMA.gguf_fields.items() if name not in ("head_dim", "norm_eps")}
     | {"attention.layer_norm_epsilon": "norm_eps"},
     required_hf_values={"hidden_act": "silu", "use_parallel_residual": False, "qk_layernorm": False},

@@ -1,8 +1,12 @@
-"""StarCoder2: LayerNorms, rotary positions, grouped-query attention, a feed-forward block without a gate, all biases.
+"""StarCoder2: LayerNorms, rotary positions, grouped-query attention, a feed-forward block without a gate.
+All linears have biases, or none.
 
 Growth is lossless at whole multiples of hidden_size, as for GPT-2: only they keep a LayerNorm's mean and variance.
 Heads, KV groups and neurons may grow at any ratio.
 """
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.common_axes import (
@@ -26,7 +30,7 @@ from megatron_ligo.arch.common_params import (
     locations_below,
     norm_params,
 )
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import ATTENTION_BIASES, LLAMA
 from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import ParamSpec, Role
 
@@ -43,23 +47,36 @@ EMBEDDING = locations("model.embed_tokens.weight", "embedding.word_embeddings.we
 FINAL_NORM = locations("model.norm", "decoder.final_layernorm", "output_norm")
 HEAD = locations("lm_head.weight", "output_layer.weight", "output.weight")
 
+BIAS_FLAGS = {
+    **dict.fromkeys((Role.QUERY, Role.KEY, Role.VALUE), "qkv_bias"),
+    Role.ATTENTION_OUTPUT: "output_bias",
+    **dict.fromkeys((Role.FFN_UP, Role.FFN_DOWN), "mlp_bias"),
+}
+PARAMS = (
+    ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, EMBEDDING),
+    *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, ATTENTION_NORM),
+    *linear_params("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, QUERY),
+    *linear_params("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, KEY),
+    *linear_params("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, VALUE),
+    *linear_params("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, ATTENTION_OUTPUT),
+    *norm_params("layers.{}.norm2", Role.FFN_NORM, FFN_NORM),
+    *linear_params("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, UP),
+    *linear_params("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, DOWN),
+    *norm_params("final_norm", Role.FINAL_NORM, FINAL_NORM, feeds_head=True),
+    ParamSpec("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, HEAD, tied_to="embed"),
+)
+
+
+def _with_optional_biases() -> Iterator[ParamSpec]:
+    for param in PARAMS:
+        yield replace(param, requires=BIAS_FLAGS.get(param.role, "")) if param.is_bias else param
+
+
 STARCODER2 = Architecture(
     name="starcoder2",
     norm="layer",
     model_types={"starcoder2": {"Starcoder2ForCausalLM": ()}},
-    params=(
-        ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, EMBEDDING),
-        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, ATTENTION_NORM),
-        *linear_params("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, QUERY),
-        *linear_params("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, KEY),
-        *linear_params("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, VALUE),
-        *linear_params("layers.{}.o", Role.ATTENTION_OUTPUT, (RESIDUAL_OUTPUT, VALUE_INPUT), 1, ATTENTION_OUTPUT),
-        *norm_params("layers.{}.norm2", Role.FFN_NORM, FFN_NORM),
-        *linear_params("layers.{}.up", Role.FFN_UP, (FFN_OUTPUT, RESIDUAL_INPUT), 0, UP),
-        *linear_params("layers.{}.down", Role.FFN_DOWN, (RESIDUAL_OUTPUT, FFN_INPUT), 1, DOWN),
-        *norm_params("final_norm", Role.FINAL_NORM, FINAL_NORM, feeds_head=True),
-        ParamSpec("head", Role.HEAD, (VOCAB_OUTPUT, RESIDUAL_INPUT), 0, HEAD, tied_to="embed"),
-    ),
+    params=tuple(_with_optional_biases()),
     hf_fields={
         "num_hidden_layers": "num_layers",
         "hidden_size": "hidden_size",
@@ -74,6 +91,7 @@ STARCODER2 = Architecture(
         "rope_theta": "rope_base",
         "rope_scaling": "rope_scaling",
         "sliding_window": "sliding_window",
+        "use_bias": "mlp_bias",
     },
     gguf_fields={
         **{key: name for key, name in LLAMA.gguf_fields.items() if name not in ("head_dim", "norm_eps")},
@@ -81,7 +99,7 @@ STARCODER2 = Architecture(
     },
     # llama.cpp computes GELU by tanh, and knows no window: its files state none.
     gguf_network=GgufNetwork(constants={"activation": "gelu_pytorch_tanh"}),
-    required_hf_values={"use_bias": True},
+    coupled_fields={"starcoder2": dict.fromkeys(ATTENTION_BIASES, "mlp_bias")},
     choices={"activation": ACTIVATIONS},
     hf_fixed=CAUSAL | {"mlp_type": ("default", None), "norm_type": ("layer_norm", None)},
     hf_harmless={

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
+from megatron_ligo.arch.mcore_biases import has_common_biases
 from megatron_ligo.arch.mcore_layer_patterns import to_layer_patterns
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Role
@@ -31,7 +32,7 @@ from megatron_ligo.distributed.mesh import context_place
 from megatron_ligo.models.mcore.attention import FusedAttention, UlyssesAttention
 from megatron_ligo.models.mcore.expert_routing import to_routing_settings
 from megatron_ligo.models.mcore.layer_scale import LayerScale
-from megatron_ligo.models.mcore.linear_biases import has_common_biases, set_linear_biases
+from megatron_ligo.models.mcore.linear_biases import set_linear_biases
 from megatron_ligo.models.mcore.norm import AllHeadsNorm, Norm
 from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
 from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer

@@ -131,7 +131,7 @@ def test_an_unknown_key_is_refused_unless_it_is_accepted(model_type):
 
 
 REFUSED = [
-    ("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}), ("llama", {"sliding_window": 8}),
+    ("llama", {"attention_bias": 1}), ("llama", {"mlp_bias": None}), ("llama", {"sliding_window": 8}),
     ("llama", {"is_causal": False}), ("llama", {"is_causal": None}), ("llama", {"rope_interleaved": True}),
     ("llama", {"use_mrope": True}), ("llama", {"quantization_config": {}}), ("llama", {"hidden_act": "gelu"}),
     ("llama", {"no_rope_layers": [1, 0]}), ("llama", {"logits_scaling": 8.0}), ("llama", {"hidden_act": 1}),

@@ -21,6 +21,7 @@ LATER = [
         "ernie4_5",
         "gemma",
         "exaone4",
+        "llama with biases",
         "dinov2",
         "dinov2 with a gate",
         "dinov2_with_registers",

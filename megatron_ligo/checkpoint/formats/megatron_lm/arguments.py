@@ -120,6 +120,7 @@ def to_megatron_args(
     return Namespace(
         **common,
         **LLAMA_ARGS,
+        add_bias_linear=architectures.get(model_config.arch).has_linear_biases(model_config),
         qk_layernorm=architectures.get(model_config.arch).normalises_each_head,
         **expert_arguments.to_expert_args(model_config, ep),
         **rope_arguments.to_rope_args(model_config),
@@ -129,7 +130,6 @@ def to_megatron_args(
 LLAMA_ARGS = {
     "normalization": "RMSNorm",
     "swiglu": True,
-    "add_bias_linear": False,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
     "mtp_num_layers": None,

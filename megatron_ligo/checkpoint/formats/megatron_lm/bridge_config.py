@@ -39,7 +39,7 @@ def to_run_config(model_config: ModelConfig, padded_vocab_size: int, dtype: torc
         "layernorm_epsilon": model_config.norm_eps,
         "gated_linear_unit": True,
         "activation_func": _reference("torch.nn.functional.silu"),
-        "add_bias_linear": False,
+        "add_bias_linear": model_config.output_bias,
         "add_qkv_bias": model_config.qkv_bias,
         "share_embeddings_and_output_weights": model_config.tied,
         "position_embedding_type": "rope",

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_ligo import arch as architectures
+from megatron_ligo.arch.mcore_biases import has_common_biases, linear_biases
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_scaling import ORIGINAL_LENGTH, attention_factor, scaling_kind, yarn_scale
 from megatron_ligo.arch.spec import EXPERT_ROLES, Role
@@ -139,6 +140,11 @@ def check_sayable(model_config: ModelConfig) -> None:
         expected = "0: Megatron-LM's args cannot state that queries are scaled by position"
         hint = "The formats hf and universal can state it."
         raise CheckpointError(Problem("query_scaling_beta", expected, model_config.query_scaling_beta, hint))
+    if architectures.get(model_config.arch).is_causal and not has_common_biases(model_config):
+        found = ", ".join(name for name, has_bias in linear_biases(model_config).items() if has_bias)
+        hint = "The formats hf and universal can state it."
+        expected = "on all linears, on q, k and v, or none: Megatron-LM's args state no others"
+        raise CheckpointError(Problem("biases", expected, f"on {found}", hint))
     if model_config.position_offset:
         expected = "0: Megatron-core's positions start at row 0 of their table"
         hint = "The formats hf and universal can state it."
