@@ -7,7 +7,7 @@ the factor of its small head.
 from dataclasses import replace
 
 from megatron_ligo.arch.common_params import without_format
-from megatron_ligo.arch.families.llama import LLAMA, params_with
+from megatron_ligo.arch.families.llama import LLAMA, PLAIN_FIELDS, params_with
 from megatron_ligo.arch.gguf_network import GgufNetwork
 
 MINISTRAL3 = replace(
@@ -19,6 +19,7 @@ MINISTRAL3 = replace(
     params=tuple(without_format(without_format(params_with(), "fairscale"), "torchtitan")),
     gguf_fields=LLAMA.gguf_fields | {"attention.temperature_scale": "query_scaling_beta"},
     gguf_network=GgufNetwork(names={"mistral3": "ministral3"}, has_yarn_scale=True),
+    hf_fields=PLAIN_FIELDS,
     required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     hf_pattern_keys={},

@@ -41,7 +41,7 @@ NEUTRAL_IF_EMPTY = {
 }  # fmt: skip
 
 # Their classes read a head_dim that they do not declare.
-READ_HEAD_DIM = ("qwen2_moe", "qwen3_moe", "qwen2", "granite", "olmo2", "olmo3", "smollm3")
+READ_HEAD_DIM = ("qwen2_moe", "qwen3_moe", "qwen2", "granite", "olmo2", "olmo3", "smollm3", "exaone4")
 
 
 def problems(config: dict, accept: tuple[str, ...] = ()) -> list[str]:
