@@ -61,7 +61,7 @@ OWN: dict[str, dict[str, object]] = {
     },
     "modernbert": {
         "activation": "gelu", "tied": True, "sliding_window": 5, "window_layers": (False, True, True),
-        "window_rope_base": 500.0, "head_bias": True, **ALL_HEADS,
+        "window_rope_base": 500.0, **ALL_HEADS,
     },
     "mixtral": {"num_experts": 3, "top_k": 2, "renormalises_routing": True},
     "olmo3": {**ALTERNATE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "window_rope_base": 1e4},

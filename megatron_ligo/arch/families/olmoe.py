@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import ALL_KEYS_GAIN, ALL_QUERIES_GAIN
 from megatron_ligo.arch.common_params import without_format
+from megatron_ligo.arch.families.llama import OUTPUT_FOLLOWS
 from megatron_ligo.arch.families.olmo2 import KEY_NORM, QUERY_NORM
 from megatron_ligo.arch.families.qwen3_moe import QWEN3_MOE
 from megatron_ligo.arch.spec import ParamSpec, Role
@@ -30,7 +31,8 @@ OLMOE = replace(
         **{key: name for key, name in QWEN3_MOE.hf_fields.items() if key not in ("moe_intermediate_size", "head_dim")},
         "intermediate_size": "ffn_size",
     },
-    required_hf_values={"hidden_act": "silu", "attention_bias": False},
+    coupled_fields={"olmoe": OUTPUT_FOLLOWS},
+    required_hf_values={"hidden_act": "silu"},
     implied_sizes={},
     hf_fixed={
         key: values

@@ -13,7 +13,7 @@ from megatron_ligo.arch.common_axes import (
     SHARED_FFN_INPUT,
     SHARED_FFN_OUTPUT,
 )
-from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.families.llama import params_with
 from megatron_ligo.arch.families.mixtral import DENSE_BLOCK
 from megatron_ligo.arch.families.qwen3_moe import QWEN3_MOE
 from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
@@ -68,11 +68,12 @@ QWEN2_MOE = replace(
     name="qwen2_moe",
     model_types={"qwen2_moe": {"Qwen2MoeForCausalLM": ()}},
     params=(
-        *(param for param in LLAMA.params if param.role not in DENSE_BLOCK),
+        *(param for param in params_with("qkv_bias") if param.role not in DENSE_BLOCK),
         *(param for param in QWEN3_MOE.params if param.role in EXPERTS),
         *SHARED_EXPERT,
     ),
-    hf_fields=QWEN3_MOE.hf_fields | {"shared_expert_intermediate_size": "shared_expert_ffn_size"},
+    hf_fields={key: name for key, name in QWEN3_MOE.hf_fields.items() if name != "qkv_bias"}
+    | {"shared_expert_intermediate_size": "shared_expert_ffn_size"},
     hf_aliases={},
     required_hf_values={"hidden_act": "silu", "use_sliding_window": False, "qkv_bias": True},
     implied_sizes={"qwen2_moe": {"sliding_window": None, "qkv_bias": True}},

@@ -137,7 +137,8 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         softmax_scale=None if has_default_scale(model_config) else model_config.score_scale,
         gated_linear_unit=arch.is_gated(model_config),
         activation_func=ACTIVATIONS[model_config.activation],
-        add_bias_linear=arch.has_linear_biases(model_config),
+        # Where the linears differ, linear_biases.py replaces them. Megatron-core refuses the setting with experts.
+        add_bias_linear=arch.has_bias(Role.FFN_DOWN, model_config),
         add_qkv_bias=arch.has_bias(Role.QUERY, model_config),
         **to_layer_patterns(model_config),
         **to_routing_settings(model_config, build.router_aux_loss),
