@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "deepspeed", "megatron", "rich", "numpy", "safetensors", "matplotlib")
 # The scripts whose names differ from their commands'.
 SCRIPTS = {"inspect": "inspect_checkpoint", "prepare": "prepare_data", "prepare-images": "prepare_images"}
-WITHOUT_SCRIPT = ("completion", "hosts", "init")
+WITHOUT_SCRIPT = ("completion", "hosts", "init", "schema")
 
 
 def ligo(*words: object, **env: str) -> subprocess.CompletedProcess:
@@ -86,7 +86,7 @@ def test_every_command_says_what_follows():
     silent = [
         name for name in commands.SUBCOMMANDS if "cli.print_" not in Path(commands.load(name).__file__).read_text()
     ]
-    assert silent == ["verify", "hosts", "completion"]
+    assert silent == ["verify", "hosts", "schema", "completion"]
 
 
 def test_libraries_write_to_the_runs_log(tmp_path):

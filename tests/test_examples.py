@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.distributed.checkpoint import FileSystemReader
 
 import megatron_ligo as ligo
 from tests.tiny_models import hf_llama, llama_config
@@ -72,6 +76,39 @@ def test_the_trainer(tmp_path, grown):
     run_example("hf_trainer.py", arguments)
     assert ligo.inspect(tmp_path / "run" / "final")["dims"]["num_layers"] == 4
     assert ligo.inspect(tmp_path / "run" / "checkpoint-2")["parameters"]
+
+
+def test_torchtitans_checkpoint(tmp_path, grown):
+    """Against the names and the order of rotary pairs that torchtitan 0.3.0 saves."""
+    printed = run_example("torchtitan_llama3.py", [str(grown), str(tmp_path / "titan")])
+    dims = ligo.inspect(grown)["dims"]
+    for part in (f"norm_eps = {dims['norm_eps']}\n", "n_kv_heads = 4\n", f"initial_load_path {tmp_path / 'titan'} "):
+        assert part in printed
+    metadata = FileSystemReader(tmp_path / "titan").read_metadata().state_dict_metadata
+    layer = {name.removeprefix("layers.0.") for name in metadata if name.startswith("layers.0.")}
+    projections = {f"attention.qkv_linear.{name}.weight" for name in ("wq", "wk", "wv")}
+    feed_forward = {f"feed_forward.{name}.weight" for name in ("w1", "w2", "w3")}
+    assert layer == projections | feed_forward | {"attention.wo.weight", "attention_norm.weight", "ffn_norm.weight"}
+    wq = torch.empty(32, 32)
+    dcp.load({"layers.0.attention.qkv_linear.wq.weight": wq}, checkpoint_id=tmp_path / "titan", no_dist=True)
+    hf = load_file(grown / "hf" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    heads = LARGE["num_heads"]
+    assert torch.equal(wq, hf.view(heads, 2, 32 // heads // 2, 32).transpose(1, 2).reshape(32, 32))
+    assert not torch.equal(wq, hf)
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """Its cells in turn, as a kernel runs them."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "grow_smollm2.ipynb").read_text())["cells"]
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["difference"] < 1e-4 and names["large"].num_parameters() > names["model"].num_parameters()
+    starts = names["starts"]
+    assert abs(starts["lossless"]) < 1e-6 and starts["stack"] > 1e-3 and starts["copy"] > 1e-3
 
 
 def test_megatron_lms_command_line(tmp_path, grown):

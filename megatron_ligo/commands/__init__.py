@@ -52,6 +52,7 @@ SUBCOMMANDS = {
     "hosts": Subcommand("runs.hosts", "checks the hostfile of a run over several nodes"),
     "bench": Subcommand("studies.bench", "measures speed and memory on this machine"),
     "soak": Subcommand("studies.soak", "kills and resumes a run many times, or reads damaged files"),
+    "schema": Subcommand("schema", "prints the JSON schema of run.toml, for editors"),
     "completion": Subcommand("completion", "prints a completion script for bash, zsh or fish"),
 }
 
