@@ -18,8 +18,8 @@ from megatron_ligo.testing.fuzz import fuzz_targets, guided_fuzzing, trials
 from megatron_ligo.testing.fuzz.fuzz_targets import CODECS, TargetTrial, mutate_bytes
 from megatron_ligo.testing.fuzz.sample_files import Sample
 
-READ_HERE = ("hf", "gguf", "hf, torch file", "operator", "data", "tokenizer", "config", "report", "images")
-INPUTS = 10
+READ_HERE = ("gguf", "hf, torch file", "operator", "data", "tokenizer", "config", "report")
+INPUTS = 16
 HARM = {
     b"fall": "an internal error",
     b"fill": "took too much memory",
@@ -44,8 +44,8 @@ def test_a_few_hundred_inputs_do_no_harm(forks, tmp_path):
     # In a fresh process: other tests leave a process group behind in this one.
     with ProcessPoolExecutor(1, mp_context=forks) as pool:
         tally = pool.submit(fuzz, tmp_path).result()
-    assert len(tally) > 20 and all(entry.inputs == INPUTS for entry in tally.values())
-    for part in ("model_model.safetensors_header", "pytorch_model.bin_pickle", "operator.json_sealed"):
+    assert len(tally) > 15 and all(entry.inputs == INPUTS for entry in tally.values())
+    for part in ("operator.safetensors_header", "pytorch_model.bin_pickle", "operator.json_sealed"):
         assert any(name.endswith(part) for name in tally)
     assert not list((tmp_path / "findings").iterdir())
 
