@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_ligo.common.errors import CheckpointError, LigoError, Problem
 from megatron_ligo.common.file_digest import SEAL, hash_json, is_intact
 from megatron_ligo.distributed.digest_cache import SAMPLED, WHOLE, DigestCache
 from megatron_ligo.export import provenance, run_inputs
+from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.export.start_check import find_checkpoint_damage, find_handoff_damage
 from megatron_ligo.growth import operator_file
@@ -51,10 +53,24 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    names = (PRETRAIN_RECORD, provenance.RECORD_NAME, run_record.RECORD, f"operator/{operator_file.RECORD}")
+    operator = (f"operator/{operator_file.RECORD}", f"operator/{operator_file.TENSORS}")
+    names = (PRETRAIN_RECORD, provenance.RECORD_NAME, run_record.RECORD, *operator)
+    if _lacks_growth_record(folder):
+        return True
     return any((folder / name).is_file() for name in names) or any(
         (folder / CHECKPOINTS).glob(f"*/{run_record.RECORD}")
     )
+
+
+def _lacks_growth_record(folder: Path) -> bool:
+    """True for a hand-off whose record is gone: one of its formats was written by growth."""
+    if (folder / provenance.RECORD_NAME).is_file():
+        return False
+    for path in folder.glob(f"*/{manifest.MANIFEST}"):
+        with suppress(LigoError):
+            if manifest.load_manifest(path.parent).source.get("format") == GrownReader.format:
+                return True
+    return False
 
 
 def verify_runs(folder: Path, cache: DigestCache) -> ChainReport:
@@ -84,7 +100,11 @@ class _ChainWalk:
         self._compared: set[str] = set()
 
     def check_run(self, run: Path) -> None:
+        if _lacks_growth_record(run):
+            self.report.problems.append(Problem(f"{run}", f"its {provenance.RECORD_NAME}", "none"))
         for name in OPERATOR_FOLDERS:
+            if (run / name / operator_file.TENSORS).is_file() and not (run / name / operator_file.RECORD).is_file():
+                self.report.problems.append(Problem(f"{run / name}", f"its {operator_file.RECORD}", "none"))
             if (run / name / operator_file.RECORD).is_file():
                 self._try(run / name, lambda name=name: self._check_operator(run, run / name))
         if (run / provenance.RECORD_NAME).is_file():

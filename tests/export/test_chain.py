@@ -68,6 +68,17 @@ def test_an_untouched_chain(place, run):
         assert f"{place / 'runs/grown'}: grown by an operator beside it" in report.checked
 
 
+@pytest.mark.parametrize("name", ["fit/operator/operator.json", "grown/growth.json"])
+def test_a_record_that_is_gone_is_noticed(place, name):
+    path = place / "runs" / name
+    aside = path.rename(place / "aside")
+    try:
+        for folder in (place / "runs", place / "runs" / name.partition("/")[0]):
+            assert f"{path.parent}: expected its {path.name}, found none." in problems(folder)
+    finally:
+        aside.rename(path)
+
+
 CHANGED = {
     "small/model.safetensors": "small model: weights",
     "small/tokenizer.json": "tokenizer: tokenizer.json",
