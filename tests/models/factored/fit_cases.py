@@ -34,8 +34,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def small_dims(changes: dict) -> ModelConfig:
     """A small Llama, or a small model of the family that the changes name."""
-    if changes.get("arch") == "mixtral":
-        return llama_config(**{**SMALL, "model_type": "mixtral", "renormalises_routing": True, **changes})
+    if changes.get("arch") in ("mixtral", "olmoe"):
+        routing = {"model_type": changes["arch"], "renormalises_routing": changes["arch"] == "mixtral"}
+        return llama_config(**{**SMALL, **routing, **changes})
     if changes.get("arch", "llama") == "llama":
         return llama_config(**{**SMALL, **changes})
     if changes["arch"] in image_models.OWN:

@@ -10,6 +10,10 @@ GROWN = {"large": {"num_experts": 6, "top_k": 2}}
 SHARDED = {"large": {"num_experts": 8, "top_k": 4, "ffn_size": 16}}
 THIRDS = {"large": {"num_experts": 6, "top_k": 3, "ffn_size": 12}}
 MIXED = {"small": {"arch": "mixtral", "num_experts": 2, "top_k": 1}, "large": {"num_experts": 4, "top_k": 2}}
+OLMOE = {
+    "small": {"arch": "olmoe", "num_experts": 2, "top_k": 1, "hidden_size": 32},
+    "large": {"num_experts": 4, "top_k": 2, "hidden_size": 64},
+}
 SP = {"tp": 2, "sequence_parallel": True}
 # (ranks, changes): layouts, which start once.
 DAILY = {
@@ -22,6 +26,7 @@ SELDOM = {
     "2, grown": (2, GROWN, [{"ep": 2}, {"pp": 2}, {**SP, "zero": 2}, {"zero": 1}]),
     "4, thirds": (4, THIRDS, [{**SP, "ep": 2}, {"tp": 4, "sequence_parallel": True}]),
     "2, mixed": (2, MIXED, [{"ep": 2}, {**SP}, {"ep": 2, "zero": 3}]),
+    "2, olmoe": (2, OLMOE, [{"ep": 2}, SP]),
     "4, mixed": (4, MIXED, [{"ep": 2, "pp": 2}, {**SP, "ep": 2, "zero": 3}, {**SP, "pp": 2}]),
 }
 CASES = [

@@ -38,6 +38,13 @@ CLASSES = {
     "bert": "BertForMaskedLM",
     "roberta": "RobertaForMaskedLM",
 }
+WIDTH = {"hidden_size": 32}  # of families whose heads have hidden_size / num_heads features
+MIXTURES = {
+    "mixtral": {},
+    "qwen3_moe": {},
+    "olmoe": WIDTH,
+    "qwen2_moe": {**WIDTH, "qkv_bias": True, "shared_expert_ffn_size": 20},
+}
 BATCH, LENGTH, STEPS = 8, 16, 5
 LR = {"adamw": 1e-2, "sgd": 0.5}
 CLIP, DECAY = 0.05, 0.1
@@ -60,8 +67,8 @@ def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
         return decoder_models.config_of(
             family, tied=tied, **odd_sizes(family) if odd else {**SIZES, "head_dim": 4, "hidden_size": 32}
         )
-    if family in ("mixtral", "qwen3_moe"):
-        experts = {"num_experts": 6, "top_k": 2, "renormalises_routing": family == "mixtral"}
+    if family in MIXTURES:
+        experts = {"num_experts": 6, "top_k": 2, "renormalises_routing": family == "mixtral", **MIXTURES[family]}
         return llama_config(arch=family, model_type=family, tied=tied, **SIZES | {"num_layers": 2}, **experts)
     if family in layer_pattern_models.OWN:
         return layer_pattern_models.config_of(
@@ -116,7 +123,7 @@ def reference(
     for step in range(STEPS):
         seen, message = seen_and_told(model_config, step)
         loss = F.cross_entropy(model(seen).logits.flatten(0, -2), message.flatten())
-        (loss + (router_loss(model, seen) if family in ("mixtral", "qwen3_moe") else 0)).backward()
+        (loss + (router_loss(model, seen) if family in MIXTURES else 0)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         stepper.step()
         stepper.zero_grad()

@@ -6,6 +6,7 @@ from tests.models.full import pretrain_cases
 from tests.models.full.test_pretrained import made
 
 SGD = {"optimizer": "sgd"}
+SP = {"tp": 2, "sequence_parallel": True}
 # By the number of ranks; each number starts once.
 DAILY = {
     4: [
@@ -31,6 +32,7 @@ SELDOM = {
     ],
     8: [{"ep": 2, "tp": 2, "pp": 2, "sequence_parallel": True, **SGD}],
 }
+OTHERS = [{**SP, **SGD, "ep": 2}, {**SGD, "ep": 2, "zero": 3}]
 FAMILIES = ("mixtral", "qwen3_moe")
 CASES = [
     *(pytest.param(world, "mixtral", layouts, id=f"{world}") for world, layouts in DAILY.items()),
@@ -39,6 +41,7 @@ CASES = [
         for family in FAMILIES
         for world, layouts in SELDOM.items()
     ),
+    *(pytest.param(4, family, OTHERS, id=family, marks=pytest.mark.long) for family in ("qwen2_moe", "olmoe")),
 ]
 
 
