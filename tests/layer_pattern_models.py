@@ -27,6 +27,7 @@ OWN = {
     },
     "phi3": {"arch": "phi3", "rotary_fraction": 0.5, "sliding_window": 5},
     "starcoder2": {"arch": "starcoder2", "activation": "gelu_pytorch_tanh", "sliding_window": 5, **ALL_BIASES},
+    "arcee": {"arch": "arcee", "activation": "relu2", "mlp_bias": True},
     "llama with biases": {"arch": "llama", **ALL_BIASES},
     # Before the norms after the blocks, and of all heads; the feed-forward blocks have none.
     "olmo2 with biases": {"arch": "olmo2", "qkv_bias": True, "output_bias": True},

@@ -13,7 +13,7 @@ from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec, Role
 
 Locations = Mapping[str, FormatLocation]
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu")
 # Other names in Hugging Face of the same functions: in fp32 they differ by rounding only.
 ACTIVATION_SYNONYMS = {
     "gelu_python": "gelu",

@@ -14,7 +14,6 @@ EXPERTS = "its feed-forward blocks are mixtures of experts"
 # `model_type` in Hugging Face's config.json, or `general.architecture` in GGUF, without separators -> the difference.
 DIFFERENCES = {
     "apertus": "queries and keys are normalised, and the feed-forward block has another activation (xIELU)",
-    "arcee": "its feed-forward block has no gate and squares a ReLU",
     "baichuan": "query, key and value are one matrix of the file's own, and the larger model has ALiBi positions",
     "bitnet": "there are norms inside its attention and feed-forward blocks",
     "bloom": "positions are ALiBi biases",

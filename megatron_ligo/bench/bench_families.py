@@ -41,6 +41,7 @@ IMAGES = {
 GEMMA = {**TANH_GELU, "tied": True}
 # Fields of ModelConfig in which a family's model differs from `SIZES`.
 OWN: dict[str, dict[str, object]] = {
+    "arcee": {"activation": "relu2"},
     "bert": ENCODER,
     "dinov2": {**IMAGES, "has_mask_token": True, "max_positions": 17, "ffn_size": 48},
     "dinov2_with_registers": {**IMAGES, "num_registers": 2, "max_positions": 17, "ffn_size": 48},

@@ -42,6 +42,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 MODELS = {
     "llama": ("LlamaForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
     "llama with biases": ("LlamaForCausalLM", CAUSAL_SIZES | {"attention_bias": True, "mlp_bias": True}),
+    "arcee": ("ArceeForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
     "mistral": ("MistralForCausalLM", CAUSAL_SIZES | {"sliding_window": 7}),
     "qwen2": ("Qwen2ForCausalLM", CAUSAL_SIZES | {"sliding_window": 7, "max_window_layers": 1}),
     "qwen2 with windows": (
@@ -172,7 +173,19 @@ UNDECLARED = (
 )  # fmt: skip
 REMOVED = "<removed>"
 STRINGS = {
-    "hidden_act": ["gelu", "relu", "silu", "swish", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "mish", "x"],
+    "hidden_act": [
+        "gelu",
+        "relu",
+        "silu",
+        "swish",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_python",
+        "relu2",
+        "quick_gelu",
+        "mish",
+        "x",
+    ],
     "position_embedding_type": ["relative_key", "absolute"],
     "dtype": ["bfloat16", "float16"],
     "pooler_act": ["relu"],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -94,6 +95,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
+    "relu2": squared_relu,
     "gelu": F.gelu,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,

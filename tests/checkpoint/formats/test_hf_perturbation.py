@@ -22,6 +22,7 @@ LATER = [
         "gemma",
         "exaone4",
         "llama with biases",
+        "arcee",
         "dinov2",
         "dinov2 with a gate",
         "dinov2_with_registers",
