@@ -113,7 +113,10 @@ def _check_head_norms(small: ModelConfig, large: ModelConfig, errors: ErrorColle
     """Adds an error for sizes at which the statistics of normalised queries and keys would change."""
     arch = architectures.get(large.arch)
     if arch.has_head_norms and large.head_dim != small.head_dim:
-        hint = "Queries and keys are normalised over the features of a head: keep head_dim."
+        hint = (
+            "Queries and keys are normalised over the features of a head: new features would change what all are "
+            "divided by, and no rule here corrects the gains for that. Keep head_dim, and grow num_heads."
+        )
         errors.add("large.head_dim", small.head_dim, large.head_dim, hint)
     if arch.normalises_all_heads and large.heads_per_group != small.heads_per_group:
         hint = "Queries and keys are normalised over all heads, whose copies keep their shares only at the same ratio."
