@@ -22,14 +22,15 @@ from pathlib import Path
 
 import psutil
 
+from megatron_ligo.common import library_log
 from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
 from megatron_ligo.common.file_digest import SEAL, digest_file
 from megatron_ligo.testing import forked_ranks
 
 TALLY, WHOLE, ROUND, METRICS = "kills.json", "whole", "round", "metrics.jsonl"
-# Folders whose bytes hold times, or the identity of Python's objects.
-UNCOMPARED_FOLDERS = {"tensorboard", "checkpoints", "report"}
+# Folders and files whose bytes hold times, or the identity of Python's objects.
+UNCOMPARED_NAMES = {"tensorboard", "checkpoints", "report", library_log.FILE_NAME}
 # Entries of records that hold times or memory, or digests of such.
 UNCOMPARED_KEYS = {"seconds", "peak_memory_bytes", "job", SEAL}
 # Stands for the output folder in a command; without it, `--output FOLDER` is appended.
@@ -144,7 +145,7 @@ def run_outcome(output: Path) -> dict[str, object]:
     outcome: dict[str, object] = {}
     for path in sorted(output.rglob("*") if output.is_dir() else [output]):
         name = path.relative_to(output)
-        if not path.is_file() or any(part.startswith(".") or part in UNCOMPARED_FOLDERS for part in name.parts):
+        if not path.is_file() or any(part.startswith(".") or part in UNCOMPARED_NAMES for part in name.parts):
             continue
         if path.name == METRICS:
             outcome[f"{name}"] = [_comparable(json.loads(line)) for line in path.read_text().splitlines()]
