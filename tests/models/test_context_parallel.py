@@ -34,7 +34,7 @@ FITS = {
     "scaled queries": (pattern_changes("ministral3"), 2, {"cp": 2}),
     "softcap": (pattern_changes("gemma2"), 2, {"cp": 2}),
 }
-FITS_OFTEN = ("TP 2, ZeRO 3", "PP 2", "three ranks", "learned positions")
+FITS_OFTEN = ("TP 2, ZeRO 3", "PP 2", "three ranks")
 
 
 def mark(name: str, often: tuple[str, ...]):
@@ -61,7 +61,7 @@ RUNS = {
     "learned positions": ("gpt2", 4, {**SP, "cp": 2, "zero": 3}),
     "heads that are normalised": ("olmo2", 4, {**SP, "cp": 2, "optimizer": "sgd"}),
 }
-RUNS_OFTEN = ("DP 2, ZeRO 3", "PP 2, windows", "TP 2, encoder")
+RUNS_OFTEN = ("PP 2, windows", "TP 2, encoder")
 
 
 @pytest.mark.parametrize("name", [mark(name, RUNS_OFTEN) for name in RUNS])
