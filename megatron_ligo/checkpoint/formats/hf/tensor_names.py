@@ -98,7 +98,11 @@ def _possible_names(arch: Architecture, model_config: ModelConfig, key: str) -> 
 def _tied_names(arch: Architecture, model_config: ModelConfig, key: str) -> Iterator[str]:
     for param in arch.params:
         if model_config.tied and param.exists(model_config) and param.tied_to == key:
-            yield param.locations[FORMAT].name
+            name, base = param.locations[FORMAT].name, arch.base_prefixes.get(FORMAT, "")
+            yield name
+            if base:
+                # A file whose names all have one more prefix, equal to the base model's.
+                yield base + name
 
 
 def _fill_numbers(name: str, key: str) -> str:
