@@ -114,6 +114,27 @@ PHI3 = {
     "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "transformers_version": "4.40.2", "use_cache": True, "vocab_size": 32064,
 }  # fmt: skip
+PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {**PHI3["auto_map"], "AutoTokenizer": "Xenova/gpt-4o"}, "bos_token_id": 199999, "embd_pdrop": 0.0,
+    "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072, "initializer_range": 0.02,
+    "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False, "max_position_embeddings": 131072,
+    "mlp_bias": False, "model_type": "phi3", "num_attention_heads": 24, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "original_max_position_embeddings": 4096, "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": [
+            1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+            2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+            6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252,
+            16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23,
+            32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+        ],
+        "short_factor": [1.0] * 48, "type": "longrope",
+    },
+    "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0", "use_cache": True, "vocab_size": 200064,
+}  # fmt: skip
 MINISTRAL3 = {
     "architectures": ["Ministral3ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "dtype": "bfloat16",
     "eos_token_id": 2, "head_dim": 128, "hidden_act": "silu", "hidden_size": 3072, "initializer_range": 0.02,
@@ -188,6 +209,7 @@ DECODERS = {
     "Gemma 2": (GEMMA2, {"window_layers": (True, False) * 13, "attention_scale_dim": 256, "logits_softcap": 30.0}),
     "Gemma 3": (GEMMA3, {"window_layers": ((True,) * 5 + (False,)) * 3, "window_rope_base": 10000.0}),
     "Phi-3": (PHI3, {"sliding_window": 2047, "head_dim": 96, "rotary_fraction": 1.0}),
+    "Phi-4-mini": (PHI4_MINI, {"rotary_fraction": 0.75, "head_dim": 128, "tied": True}),
     "Ministral 3": (MINISTRAL3, {"query_scaling_beta": 0.1, "rope_base": 1000000.0}),
     "StarCoder2": (STARCODER2, {"sliding_window": 4096, "norm_eps": 1e-5}),
     "StableLM 2": (STABLELM, {"rotary_fraction": 0.25, "qkv_bias": True}),
