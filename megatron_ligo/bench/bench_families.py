@@ -75,6 +75,8 @@ OWN: dict[str, dict[str, object]] = {
     "starcoder2": {**TANH_GELU, "sliding_window": 5, **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), True)},
     "vit": {**IMAGES, "max_positions": 17},
 }  # fmt: skip
+# DINOv2's config states the width of its feed-forward block as a multiple of its own.
+GROWN = {"dinov2": {"ffn_size": 96}, "dinov2_with_registers": {"ffn_size": 96}}
 # The tests that fit, and those that pretrain, one family in shards against one process. Their first parameter names it.
 FITS = (
     "test_the_fit_is_exact_on_three_ranks",
@@ -174,7 +176,7 @@ def growth_sizes(name: str) -> dict[str, int]:
     if not arch.pre_norm:
         # Norms after the sums have no lossless form in depth.
         sizes["num_layers"] = SIZES["num_layers"]
-    return sizes
+    return sizes | GROWN.get(name, {})
 
 
 def _random_reader(model_config):

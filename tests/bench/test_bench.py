@@ -14,7 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ligo import bench
-from megatron_ligo.bench import synthetic_reader
+from megatron_ligo.arch import architectures, get
+from megatron_ligo.bench import bench_families, synthetic_reader
 from megatron_ligo.bench.steps.rank_pool import DIED_SILENTLY, RankProcesses
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,13 @@ def test_families(run_bench, tmp_path):
     assert (family["fit"], family["pretraining"]) == (["TP2 PP2 SP"], [])
     assert "| qwen3 | " in page.read_text() and "TP2 PP2 SP" in page.read_text()
     assert "qwen3" in text
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_every_family_has_a_tiny_model(name):
+    config = bench_families.family_config(name)
+    params = [param for param in get(name).params if param.is_stored(config)]
+    assert all(isinstance(size, int) and size > 0 for param in params for size in param.shape(config))
 
 
 def test_grow(run_bench, tmp_path):
