@@ -43,7 +43,7 @@ def test_the_starts_of_experts_are_compared(tmp_path):
     results = comparison.run_comparison(spec, tmp_path / "out")
     runs = {name: arm["runs"][0] for name, arm in results["arms"].items()}
     assert list(runs) == ARMS
-    start = results["small"]["loss"]
+    start = runs["dense"]["begun"]
     assert runs["copies"]["begun"] == pytest.approx(start, rel=1e-4)
     assert runs["shared"]["begun"] == pytest.approx(start, rel=1e-4)
     assert runs["drop"]["begun"] != pytest.approx(start, rel=1e-4)
