@@ -14,6 +14,12 @@ GROWTH = ROOT / "tools/benchmarks/growth"
 ARMS = ["scratch", "copies", "drop", "shared", "dense"]
 
 
+def test_the_arms_are_the_starts_and_the_small_model_trained_on():
+    spec = comparison_config.load_comparison(GROWTH / "shakespeare_experts.toml")
+    assert [arm.name for arm in spec.arms] == ARMS
+    assert [arm.small for arm in spec.arms] == [False] * 4 + [True]
+
+
 @pytest.mark.long
 def test_the_starts_of_experts_are_compared(tmp_path):
     for seed, name in enumerate(("train", "valid")):
