@@ -40,8 +40,8 @@ def count_layer(model_config: ModelConfig, tp: int, layer: int | None = None, ep
 
 def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: bool) -> int:
     """Counts the model's parameters outside the layers on a rank of the first stage, the last stage, or both."""
-    total = 0
-    for spec in architectures.get(model_config.arch).params:
+    total, arch = 0, architectures.get(model_config.arch)
+    for spec in arch.params:
         if spec.in_layer or not spec.exists(model_config) or spec.requires in UNTRAINED_PARTS:
             continue
         shape = list(spec.shape(model_config))
@@ -49,8 +49,9 @@ def count_outside_layers(model_config: ModelConfig, tp: int, first: bool, last: 
             shape[spec.tp_dim] = padded_vocab(shape[spec.tp_dim], tp) // tp
         is_tied = bool(spec.tied_to) and model_config.tied
         is_held = first if spec.stage is Stage.FIRST else last
-        # A tied head shares the embedding's tensor; the last stage of a pipeline holds a copy of its own.
-        if is_held and not (is_tied and first):
+        # A tied head shares the embedding's tensor; the last stage of a pipeline holds a copy of its own. What is tied
+        # to a tensor of its own stage never has one.
+        if is_held and not (is_tied and (first or arch.param(spec.tied_to).stage is spec.stage)):
             total += prod(shape)
     return total
 
