@@ -204,7 +204,7 @@ class _ChainWalk:
         for name, entry in inputs.items():
             path = _find_path(entry["path"], run)
             key = hash_json([str(path or entry["path"]), entry["kind"], entry["digest"]])
-            if key in self._compared or entry["kind"] == run_inputs.SAMPLES:
+            if key in self._compared or entry["kind"] in (run_inputs.SAMPLES, run_inputs.VALUES):
                 continue
             self._compared.add(key)
             if path is None:

@@ -27,8 +27,8 @@ INPUTS, ACCEPTED = "inputs", "accepted_changes"
 # How a model was opened: its format, and the keys of its config that the user let through.
 FORMAT, ACCEPT = "format", "accept"
 SMALL_MODEL = "small model"
-WEIGHTS, STATE, SIZES, SAMPLES, INDICES = "weights", "state", "sizes", "samples", "indices"
-KINDS = (WEIGHTS, STATE, SIZES, SAMPLES, INDICES, WHOLE, SAMPLED)
+WEIGHTS, STATE, SIZES, SAMPLES, INDICES, VALUES = "weights", "state", "sizes", "samples", "indices", "values"
+KINDS = (WEIGHTS, STATE, SIZES, SAMPLES, INDICES, VALUES, WHOLE, SAMPLED)
 RESTORE_HINT = "Bring it back, choose another --output, or pass --accept-changed-data, which is recorded."
 
 
@@ -65,6 +65,10 @@ class RunInputs:
     def add_sizes(self, name: str, path: str, model_config: ModelConfig, accept: Iterable[str] = ()) -> None:
         """Adds the sizes of a model without weights. accept: keys of its config that the user lets through."""
         self.entries[f"{name}: sizes"] = {**_describe_sizes(path, model_config), ACCEPT: sorted(accept)}
+
+    def add_values(self, name: str, path: str, values: Mapping[str, object]) -> None:
+        """Adds plain values that stand in a file."""
+        self.entries[name] = {"path": path, "kind": VALUES, "digest": hash_json(values), "values": dict(values)}
 
     def add_files(self, files: Mapping[str, Path]) -> None:
         """Adds files by name. One that is missing is left out: the error of its own reader says more.

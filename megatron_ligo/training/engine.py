@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from torch import Tensor, nn
 
 from megatron_ligo.arch.mcore_names import sort_by_construction
-from megatron_ligo.common.errors import LayoutError, Problem
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, LayoutError, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.data.sampler import Batch
 from megatron_ligo.distributed import device, rank_watch
@@ -44,6 +44,9 @@ def engine_layout(section: TrainingSection, mesh: Mesh) -> EngineLayout:
 def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, universal: bool) -> dict:
     """Returns DeepSpeed's config: the profile, overridden by the run's own settings."""
     profile = deepspeed_profile.read_profile(section.parallel)
+    errors = ErrorCollector(f"ds_config {section.parallel.ds_config}", ConfigError)
+    deepspeed_profile.check_against_section(profile, section, errors)
+    errors.raise_if_any()
     config = {
         **profile,
         # What DeepSpeed's data-parallel ranks read: it knows nothing of the samples of expert-parallel ones, and takes

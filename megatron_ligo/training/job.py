@@ -24,6 +24,7 @@ from megatron_ligo.growth.codes.codes_file import TENSORS
 from megatron_ligo.models.mcore.router_statistics import RouterStatistics
 from megatron_ligo.training import loop
 from megatron_ligo.training.checkpointing import reshard, run_checkpoints
+from megatron_ligo.training.deepspeed_profile import bound_values, read_profile
 from megatron_ligo.training.engine import Engine, count_micro_batches
 from megatron_ligo.training.guard import stop_record
 from megatron_ligo.training.metrics import StepCallback, peak_memory_bytes
@@ -141,6 +142,10 @@ class TrainingJob:
         for split, entries in (("train", data.train), ("valid", data.valid)):
             for number, prefix in enumerate((entry for entry in entries if isinstance(entry, str)), 1):
                 files |= {f"data.{split} {number}{suffix}": Path(f"{prefix}{suffix}") for suffix in suffixes}
+        parallel = self.section.parallel
+        bound = bound_values(self.ranks.run_on_all(lambda: read_profile(parallel)))
+        if bound:
+            inputs.add_values("parallel.ds_config", parallel.ds_config, bound)
         inputs.add_files(files | ({"token codes": Path(codes) / TENSORS} if codes else {}))
 
     def add_samples(self, inputs: RunInputs, held_out_digest: str | None) -> None:
