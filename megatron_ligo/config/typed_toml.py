@@ -17,6 +17,32 @@ from typing import Any
 
 from megatron_ligo.common.errors import ErrorCollector, did_you_mean
 
+# Names of the same settings elsewhere: in Hugging Face's configs and Trainer, in Megatron-LM.
+OTHER_NAMES = {
+    "n_layer": "num_layers",
+    "num_hidden_layers": "num_layers",
+    "n_embd": "hidden_size",
+    "intermediate_size": "ffn_size",
+    "ffn_hidden_size": "ffn_size",
+    "n_head": "num_heads",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "num_query_groups": "num_kv_heads",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "moe_router_topk": "top_k",
+    "shared_expert_intermediate_size": "shared_expert_ffn_size",
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "train_iters": "steps",
+    "per_device_train_batch_size": "micro_batch_size",
+    "max_grad_norm": "clip",
+    "clip_grad": "clip",
+    "tensor_model_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "expert_model_parallel_size": "ep",
+    "context_parallel_size": "cp",
+}
 TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "a boolean"}
 
 
@@ -79,7 +105,10 @@ def read_section(section: type, table: dict, errors: ErrorCollector, prefix: str
 
 
 def _suggest_key(root: type, name: str, known: Iterable[str]) -> str:
-    """Returns a hint: the sections that have this key, or the closest key of the same section."""
+    """Returns a hint: the sections that have this key, its name here, or the closest key of the same section."""
+    known = list(known)
+    if OTHER_NAMES.get(name) in known:
+        return f"Here it is called {OTHER_NAMES[name]!r}."
     sections = [key.rpartition(".")[0] for key, field, _ in iterate_settings(root) if field.name == name]
     if sections:
         return f"It belongs to {' or '.join(f'[{section}]' for section in sections)}."

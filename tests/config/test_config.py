@@ -7,7 +7,7 @@ import pytest
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config import toml_tables
 from megatron_ligo.config.run_config import OperatorSection, RunConfig, value_for_space
-from megatron_ligo.config.typed_toml import describe_type, iterate_settings
+from megatron_ligo.config.typed_toml import OTHER_NAMES, describe_type, iterate_settings
 
 TRAINING = (
     "steps optimizer lr betas eps weight_decay clip warmup_steps schedule decay_steps min_lr global_batch_size "
@@ -175,3 +175,14 @@ def test_unreadable_files_are_refused(tmp_path):
 )
 def test_a_written_value_is_read_as_it_was(value):
     assert toml_tables.parse_value(toml_tables.format_value(value)) == value
+
+
+def test_names_of_other_programs_are_translated():
+    """Every translation is a key of some section, and the one that a user meets names it."""
+    keys = {key.rpartition(".")[2] for key, _, _ in iterate_settings(RunConfig)}
+    assert set(OTHER_NAMES.values()) <= keys and not set(OTHER_NAMES) & keys
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict({"large": {"num_attention_heads": 4}, "fit": {"parallel": {"context_parallel_size": 2}}})
+    hints = {problem.where: problem.hint for problem in caught.value.problems}
+    assert hints["large.num_attention_heads"] == "Here it is called 'num_heads'."
+    assert hints["fit.parallel.context_parallel_size"] == "Here it is called 'cp'."
