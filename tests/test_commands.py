@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from megatron_ligo import commands
 from megatron_ligo.commands import completion
 from megatron_ligo.common import library_log
+from megatron_ligo.config.run_config import ParallelSection
 from tests.tiny_models import hf_llama, llama_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,11 +25,14 @@ SCRIPTS = {"inspect": "inspect_checkpoint", "prepare": "prepare_data", "prepare-
 WITHOUT_SCRIPT = ("completion", "hosts", "init", "schema")
 
 
+def own_environment() -> dict[str, str]:
+    """Returns the environment without the group of one process that other tests leave there."""
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
 def ligo(*words: object, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "megatron_ligo", *map(str, words)]
-    # Groups of one process that other tests have made are in the environment.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), **env}
+    environment = {**own_environment(), "PYTHONPATH": str(ROOT), **env}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
@@ -158,7 +163,7 @@ def test_without_megatron_core_and_deepspeed(tmp_path):
         if not path.name.startswith(("deepspeed", "megatron")):
             (packages / path.name).symlink_to(path)
     (tmp_path / "script.py").write_text(WITHOUT_RANKS)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{packages}"}
+    environment = {**own_environment(), "PYTHONPATH": f"{ROOT}:{packages}"}
     command = [sys.executable, "-S", "script.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -183,7 +188,7 @@ def test_bash_completes_commands_options_and_keys():
     assert complete("ligo", "pr") == ["prepare", "prepare-images", "pretrain"]
     assert complete("ligo", "verify", "--log") == ["--logits"]
     assert complete("ligo", "fit", "--set", "fit.par") == [
-        f"fit.parallel.{key}=" for key in ("tp", "pp", "zero", "sequence_parallel", "ds_config")
+        f"fit.parallel.{field.name}=" for field in fields(ParallelSection)
     ]
 
 

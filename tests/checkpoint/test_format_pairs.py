@@ -92,6 +92,8 @@ def sizes(model_type: str, **changes) -> ModelConfig:
         result["rope_layers"] = (True, False, True, True, False)
     if "attention_scale_dim" in free:
         result["attention_scale_dim"] = 5
+    if "attention_scale" in free:
+        result["attention_scale"] = 0.3
     if arch.has_experts:
         result |= {"num_experts": 3, "top_k": 2}
     if "shared_expert_ffn_size" in free:

@@ -94,7 +94,10 @@ def another_activation(folder):
 @register(hf)
 def biases(folder):
     edit_json(folder / CONFIG, mlp_bias=True, attention_bias=True)
-    return problem("mlp_bias") + problem("attention_bias")
+    missing = (
+        problem(f"model.layers.0.{name}.bias", found="nothing") for name in ("self_attn.q_proj", "mlp.down_proj")
+    )
+    return sum(missing, ())
 
 
 @register(hf)

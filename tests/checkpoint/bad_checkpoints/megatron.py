@@ -53,8 +53,8 @@ def unexpected_stage(folder):
 
 @register(megatron)
 def malformed_rank_folder(folder):
-    shutil.copytree(rank_file(folder).parent, folder / "release" / "mp_rank_00_000_000")
-    return problem(where="mp_rank_00_000_000", expected="mp_rank_TT_PPP")
+    shutil.copytree(rank_file(folder).parent, folder / "release" / "mp_rank_00_000_000_0")
+    return problem(where="mp_rank_00_000_000_0", expected="mp_rank_TT_PPP_EEE")
 
 
 @register(megatron)

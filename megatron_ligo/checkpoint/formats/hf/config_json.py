@@ -293,6 +293,9 @@ def to_hf_config(model_config: ModelConfig, carried: Mapping[str, object], dtype
         config |= {**dict.fromkeys(TOKEN_IDS), **carried}
     # A copy: transformers modifies the scaling that it is given.
     sizes = model_config.to_json()
+    # A family with a key for the scale has no usual one.
+    sizes["attention_scale"] = model_config.score_scale
+    sizes["attention_scale_dim"] = model_config.attention_scale_dim or model_config.head_dim
     stated = {key: sizes[field] for key, field in arch.hf_fields.items()} | arch.required_hf_values
     if arch.ffn_ratio_key:
         stated[arch.ffn_ratio_key] = ffn_ratio_of(model_config)

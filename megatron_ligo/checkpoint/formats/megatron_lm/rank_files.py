@@ -206,7 +206,9 @@ class RankFiles:
         for folder in sorted(path for path in self.folder.iterdir() if path.name.startswith("mp_rank_")):
             match, path = RANK_FOLDER.fullmatch(folder.name), _find_model_file(folder)
             if not match or not path:
-                self._errors.add(folder.name, f"mp_rank_TT or mp_rank_TT_PPP with {MODEL_FILE}", "neither")
+                self._errors.add(
+                    folder.name, f"mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE with {MODEL_FILE}", "neither"
+                )
                 continue
             second, third = (int(match[name] or 0) for name in ("second", "third"))
             rank = (int(match["tp"]), second, third) if has_stages else (int(match["tp"]), 0, second)
