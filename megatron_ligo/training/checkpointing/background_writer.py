@@ -1,8 +1,7 @@
 """Writes a rank's checkpoint files in another process, a fork of the rank, while the training goes on.
 
 A fork sees the rank's memory as it was: on a CPU nothing is copied before. Device memory and pinned memory do not reach
-it, so tensors there are copied to ordinary memory first. Megatron-core forks in the same way (0.19.2), but its queue
-does not say that a write has failed.
+it, so tensors there are copied to ordinary memory first. A write that fails is an error of the rank.
 """
 
 from __future__ import annotations
