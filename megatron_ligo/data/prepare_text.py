@@ -30,6 +30,7 @@ from megatron_ligo.data.corpus.split_writer import SplitWriter
 from megatron_ligo.data.documents import BadLines, DocumentSource
 from megatron_ligo.data.tokenizer import (
     PRETRAINING_EOD_NAMES,
+    TOKENIZER_FOLDER,
     digest_tokenizer,
     load_tokenizer,
     train_sentencepiece,
@@ -107,7 +108,9 @@ def _read_earlier_result(output: Path, fingerprint: list) -> dict | None:
         if earlier_fingerprint == fingerprint:
             log.info("%s is up to date: it was prepared from the same texts and tokenizer.", output)
             return splits
-    present = sorted(path.name for path in output.glob("*") if path.stem in ("train", "valid", "tokenizer", "prepared"))
+    present = sorted(
+        path.name for path in output.glob("*") if path.stem in ("train", "valid", TOKENIZER_FOLDER, "prepared")
+    )
     if present:
         hint = "Choose another --output, or remove them."
         raise DataError(Problem(str(output), "no data, or data from the same texts and tokenizer", present, hint))
@@ -116,7 +119,7 @@ def _read_earlier_result(output: Path, fingerprint: list) -> dict | None:
 
 def _prepare(recipe: TextRecipe, staging: Path, workers: int) -> tuple[dict, dict]:
     """Writes everything into the staging folder; returns the splits' records and what was done with the texts."""
-    folder = staging / "tokenizer"
+    folder = staging / TOKENIZER_FOLDER
     folder.mkdir()
     tokenizer = None if recipe.train_vocab else load_tokenizer(recipe.tokenizer, recipe.eod)
     end_token = tokenizer.eod_text if tokenizer else recipe.eod or TRAINED_END_TOKEN

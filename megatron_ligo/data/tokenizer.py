@@ -26,6 +26,8 @@ from megatron_ligo.data.vocabulary_files import (
     list_vocabulary_files,
 )
 
+# The folder of the tokenizer that is trained with prepared data.
+TOKENIZER_FOLDER = "tokenizer"
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 # Datasets store token ids as int32.
@@ -104,11 +106,13 @@ class SentencepieceTokenizer(Tokenizer):
 def find_tokenizer_file(path: str | Path) -> Path:
     """Returns the tokenizer's file: `path` itself, or the one in the folder `path`. DataError if there is none.
 
-    The name of a model on the Hugging Face hub stands for its folder.
+    The name of a model on the Hugging Face hub stands for its folder; a folder of prepared data, for the tokenizer
+    that was trained with it.
     """
     path = hub_models.find_model(path)
     names = (HF_FILE, SENTENCEPIECE_FILE, *VOCABULARIES)
-    candidates = [path] if path.is_file() else [path / name for name in names]
+    folders = (path, path / TOKENIZER_FOLDER)
+    candidates = [path] if path.is_file() else [folder / name for folder in folders for name in names]
     for candidate in candidates:
         complete = all((candidate.parent / name).is_file() for name in VOCABULARIES.get(candidate.name, ()))
         known = candidate.name in VOCABULARIES or candidate.suffix in (".json", ".model")

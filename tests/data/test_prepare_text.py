@@ -118,6 +118,7 @@ def test_sentencepiece(tmp_path):
     first, second = ({path.name: path.read_bytes() for path in list_files(tmp_path / name)} for name in ("a", "b"))
     assert first == second and {"train.bin", "tokenizer.model", "prepared.json"} <= set(first)
     tokenizer = load_tokenizer(tmp_path / "a" / "tokenizer")
+    assert load_tokenizer(tmp_path / "a").digest == tokenizer.digest
     import sentencepiece
 
     inner = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a" / "tokenizer" / "tokenizer.model"))
