@@ -105,7 +105,7 @@ def test_sigterm_exits_with_143(tmp_path, work, message):
 
 
 def test_a_rank_whose_launcher_died_before_it_had_started_ends(tmp_path):
-    """As by SIGTERM: nothing would tell it later."""
+    """It ends as SIGTERM would end it, for no later signal can reach it."""
     ended = tmp_path / "ended"
     body = f"import sys; sys.stderr = open({str(ended)!r}, 'w', buffering=1); time.sleep(60)"
     script = write_script(tmp_path, body)

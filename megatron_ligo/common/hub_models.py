@@ -57,8 +57,8 @@ def push_model(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Written by megatron_ligo")
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.OfflineModeIsEnabled, OSError) as error:
         hint = f"{folder} is complete: upload it again with `hf upload {name} {folder}`."
-        found = _first_line(error)
-        raise MachineError(Problem(f"--push {name}", "the hub, and a login (`hf auth login`)", found, hint)) from error
+        cause = _first_line(error)
+        raise MachineError(Problem(f"--push {name}", "the hub, and a login (`hf auth login`)", cause, hint)) from error
     return f"{address}"
 
 

@@ -173,8 +173,8 @@ def check_layout(model_config: ModelConfig, parallel: ParallelSection, seq_lengt
 
 def _check_experts(model_config: ModelConfig, parallel: ParallelSection, errors: ErrorCollector) -> None:
     if max(model_config.num_experts, 1) % parallel.ep:
-        found = f"{model_config.num_experts or 'no'} experts"
-        errors.add(f"ep = {parallel.ep}", "a divisor of the model's num_experts", found, "Choose another ep.")
+        experts = f"{model_config.num_experts or 'no'} experts"
+        errors.add(f"ep = {parallel.ep}", "a divisor of the model's num_experts", experts, "Choose another ep.")
     if model_config.num_experts and parallel.tp > 1 and not parallel.sequence_parallel:
         hint = "Without it every rank would send the same tokens to the experts, and Megatron-core refuses to train."
         errors.add("sequence_parallel", f"true with tp = {parallel.tp} and experts", "false", hint)

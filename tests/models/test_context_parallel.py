@@ -69,9 +69,9 @@ def test_pretraining_is_exact(pools, tmp_path, name):
     family, world, layout = RUNS[name]
     expected = pretrain_cases.reference(True, layout.get("optimizer", "adamw"), family)
     folder = made(tmp_path, True, family)
-    found = pools(world).run(pretrain_cases.train, folder=folder, tied=True, family=family, **layout)
-    assert found["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
-    for step, wanted in zip(found["steps"], expected, strict=True):
+    result = pools(world).run(pretrain_cases.train, folder=folder, tied=True, family=family, **layout)
+    assert result["evaluated"] == pytest.approx(expected[0][0], rel=1e-6)
+    for step, wanted in zip(result["steps"], expected, strict=True):
         assert step == pytest.approx(wanted, rel=2e-5)
 
 

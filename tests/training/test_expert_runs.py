@@ -63,14 +63,14 @@ def test_a_run_is_killed_and_resumed_at_other_layouts(pools, base, tmp_path, nam
     assert losses_of(moved) == pytest.approx(losses_of(whole), rel=2e-6)
     checkpoints = [tmp_path / name / "checkpoints" for name in ("whole", "moved")]
     for step in range(1, STEPS + 1):
-        right, found = (formats.open(folder / f"step_{step}") for folder in checkpoints)
-        assert found.layout.get("ep", 1) == chain[min(step, len(chain)) - 1][1].get("ep", 1)
-        assert found.step == right.step == step
+        right, resumed = (formats.open(folder / f"step_{step}") for folder in checkpoints)
+        assert resumed.layout.get("ep", 1) == chain[min(step, len(chain)) - 1][1].get("ep", 1)
+        assert resumed.step == right.step == step
         for key in right.keys():  # noqa: SIM118
             for kind in (WEIGHT, *MOMENTS):
                 expected = right.read(key, kind).float()
                 scale = float(expected.abs().max())
-                assert torch.allclose(found.read(key, kind).float(), expected, rtol=0, atol=1e-4 * scale), (step, key)
+                assert torch.allclose(resumed.read(key, kind).float(), expected, rtol=0, atol=1e-4 * scale), (step, key)
     for row in moved["steps"]:
         loads = [row[f"expert_load_{expert}"] for expert in range(DIMS.num_experts)]
         assert sum(loads) == pytest.approx(DIMS.num_experts) and row["dropped_tokens"] == 0

@@ -57,9 +57,9 @@ class BackgroundWriter:
         _, status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if code or not self._answer:
-            found = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            end = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             hint = "Restarted, the run resumes from its last checkpoint."
-            raise CheckpointError(Problem("the process that writes a checkpoint", "an answer", found, hint))
+            raise CheckpointError(Problem("the process that writes a checkpoint", "an answer", end, hint))
         answer = json.loads(self._answer)
         if "error" in answer:
             raise CheckpointError(answer["error"])

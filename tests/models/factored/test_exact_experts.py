@@ -41,9 +41,9 @@ def test_every_layout_gives_the_numbers_of_one_process(pools, world, changes, la
     cases = [{"optimizer": "sgd", "lr": lr, "clip": clip, **changes, **layout} for layout in layouts]
     results = pools(world).run(fit_cases.fit_at_each, cases=cases, timeout=900)
     for layout, result in zip(layouts, results, strict=True):
-        found = compare(result, "sgd", changes)
-        print(layout, found)
-        assert_exact(found)
+        gaps = compare(result, "sgd", changes)
+        print(layout, gaps)
+        assert_exact(gaps)
 
 
 @pytest.mark.long
@@ -51,5 +51,5 @@ def test_every_layout_gives_the_numbers_of_one_process(pools, world, changes, la
 def test_a_mistake_in_the_groups_shows(pools, sabotage):
     """The comparison above fails: a router's or a map's gradient of one tensor-parallel rank; experts' gradients
     averaged over the expert-parallel ranks as if each had computed all of them."""
-    found = differences(pools, 4, "sgd", GROWN, **SP, ep=2, sabotage=sabotage)
-    assert found["operator"] > 1e-3, found
+    gaps = differences(pools, 4, "sgd", GROWN, **SP, ep=2, sabotage=sabotage)
+    assert gaps["operator"] > 1e-3, gaps

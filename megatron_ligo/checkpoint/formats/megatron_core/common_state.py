@@ -18,8 +18,8 @@ def read_step(path: Path, common: dict, has_moments: bool) -> int:
         values = list(_iter_steps(common.get("optimizer")))
         steps = {adam_groups.parse_step(value) for value in values}
         if len(steps) != 1 or None in steps:
-            found = ", ".join(sorted(map(repr, values))) or "none"
-            raise CheckpointError(Problem(f"{path}", "one step count of the optimizer", found))
+            counts = ", ".join(sorted(map(repr, values))) or "none"
+            raise CheckpointError(Problem(f"{path}", "one step count of the optimizer", counts))
         (step,) = steps
     if type(step) is not int or step < 0:
         raise CheckpointError(Problem(f"{path}", "iteration, a non-negative integer", repr(step)))

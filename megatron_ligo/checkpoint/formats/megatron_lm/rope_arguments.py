@@ -141,10 +141,10 @@ def check_sayable(model_config: ModelConfig) -> None:
         hint = "The formats hf and universal can state it."
         raise CheckpointError(Problem("query_scaling_beta", expected, model_config.query_scaling_beta, hint))
     if architectures.get(model_config.arch).is_causal and not has_common_biases(model_config):
-        found = ", ".join(name for name, has_bias in linear_biases(model_config).items() if has_bias)
+        biased = ", ".join(name for name, has_bias in linear_biases(model_config).items() if has_bias)
         hint = "The formats hf and universal can state it."
         expected = "on all linears, on q, k and v, or none: Megatron-LM's args state no others"
-        raise CheckpointError(Problem("biases", expected, f"on {found}", hint))
+        raise CheckpointError(Problem("biases", expected, f"on {biased}", hint))
     if model_config.position_offset:
         expected = "0: Megatron-core's positions start at row 0 of their table"
         hint = "The formats hf and universal can state it."
