@@ -104,19 +104,48 @@ def test_sigterm_exits_with_143(tmp_path, work, message):
     assert code == 143 and err.startswith(message) and err.count("\n") == 1
 
 
-def test_a_rank_whose_launcher_died_before_it_had_started_ends(tmp_path):
+# PR_SET_CHILD_SUBREAPER: orphans below this process become its children, as under systemd and Slurm.
+ADOPTING_SUPERVISOR = """
+import ctypes, os, subprocess, sys
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
+subprocess.run([sys.executable, "-c", sys.argv[1]], start_new_session=True, check=True)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize("adopter", ["process 1", "a supervisor"])
+def test_a_rank_whose_launcher_died_before_it_had_started_ends(tmp_path, adopter):
     """It ends as SIGTERM would end it, for no later signal can reach it."""
     ended = tmp_path / "ended"
     body = f"import sys; sys.stderr = open({str(ended)!r}, 'w', buffering=1); time.sleep(60)"
     script = write_script(tmp_path, body)
-    script.write_text("import os, time\nwhile os.getppid() != 1:\n    time.sleep(0.05)\n" + script.read_text())
-    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, {str(script)!r}, '--local_rank=0'])"
+    script.write_text(
+        "import os, time\nwhile os.getppid() == int(os.environ['LAUNCHER']):\n    time.sleep(0.05)\n"
+        + script.read_text()
+    )
+    launcher = (
+        "import os, subprocess, sys; env = {**os.environ, 'LAUNCHER': str(os.getpid())}; "
+        f"subprocess.Popen([sys.executable, {str(script)!r}, '--local_rank=0'], env=env)"
+    )
+    code = [launcher] if adopter == "process 1" else [ADOPTING_SUPERVISOR, launcher]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0"}
-    subprocess.run([sys.executable, "-c", launcher], env=env, timeout=200, check=True)
+    subprocess.run([sys.executable, "-c", *code], env=env, timeout=200, check=True)
     deadline = time.monotonic() + 60
     while not (ended.is_file() and ended.read_text() == "SIGTERM: ended.\n") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ended.read_text() == "SIGTERM: ended.\n"
+
+
+@pytest.mark.parametrize("leads_session", [False, True])
+def test_a_rank_of_a_living_launcher_runs(tmp_path, leads_session):
+    """Also one that the launcher has put into a session of its own, as torchrun does."""
+    script = write_script(tmp_path, "time.sleep(2.5); print('done')")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0"}
+    command = [sys.executable, script, "--local_rank=0"]
+    done = subprocess.run(
+        command, env=env, timeout=200, capture_output=True, text=True, start_new_session=leads_session
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 def test_a_warning_of_a_library_ends_no_command(tmp_path):

@@ -57,8 +57,7 @@ def launch(name: str, args: argparse.Namespace, arguments: Sequence[str]) -> NoR
 
 def launcher_command(processes: int) -> str:
     """Returns the command, as text, that starts a module on `processes` processes of this machine."""
-    words = ["--num_gpus", f"{processes}", "--master_port", f"{_free_port()}", "--module"]
-    return shlex.join([sys.executable, "-m", LAUNCHER, *words])
+    return shlex.join([sys.executable, "-m", LAUNCHER, f"{processes}", f"{_free_port()}"])
 
 
 def _free_port() -> int:

@@ -124,25 +124,34 @@ def _exit_after(seconds: float, signum: int) -> NoReturn:
 def _launcher_parents() -> list[tuple[int, int]]:
     """Returns (pid, parent's pid) of this process and of its launcher. A changed parent: the launcher is gone.
 
-    A launcher that has died while this process started has left it to process 1.
+    A launcher that has died while this process started has left it to process 1, or to a supervisor that adopts.
     """
     if "RANK" not in os.environ:
         return []
     launcher = os.getppid()
-    if _is_adopted(launcher) and any(word.startswith("--local_rank=") for word in sys.argv):
+    if _is_adopted(os.getpid(), launcher) and any(word.startswith("--local_rank=") for word in sys.argv):
         return [(os.getpid(), GONE)]
     parents = [(os.getpid(), launcher)]
     runner = _parent_pid(launcher)
     if LAUNCHER_MODULE in _command_line(launcher) and runner is not None:
         if RUNNER_COMMAND in _command_line(runner):
             parents.append((launcher, runner))
-        elif _is_adopted(runner):
+        elif _is_adopted(launcher, runner):
             parents.append((launcher, GONE))
     return parents
 
 
-def _is_adopted(parent: int) -> bool:
-    # In a container a launcher may be process 1.
+def _is_adopted(child: int, parent: int) -> bool:
+    """True if `parent` did not start `child`: a child that leads no session is in that of the process that started it.
+
+    Process 1 may be in the same session: it counts as a parent only if it is a launcher, as in a container.
+    """
+    try:
+        session = os.getsid(child)
+        if session not in (child, os.getsid(parent)):
+            return True
+    except OSError:
+        return False
     return parent == 1 and not any(name in _command_line(parent) for name in (RUNNER_COMMAND, b"torch", b"launch"))
 
 

@@ -39,6 +39,9 @@ OUTPUT = "{output}"
 TRACKER = "resource_tracker"
 # Seconds for the other ranks to end by themselves after the first failure.
 LAUNCHER_WAITS = 15.0
+# Seconds for all processes to end after a kill: in which they use next to no CPU, and at all. On a busy machine one
+# that has just been started may take minutes to notice.
+IDLE_LIMIT, IDLE_CPU, LIMIT = 120.0, 0.5, 1200.0
 KILL_MODES = ("SIGKILL to all", "SIGKILL to one", "SIGTERM to the first", "SIGTERM to one")
 
 
@@ -178,8 +181,10 @@ class _LaunchedCommand:
     """A launched command with its child processes."""
 
     def __init__(self, command: list[str], output: Path):
+        words = _with_output(command, output)
+        self._output_words = {word for word in words if f"{output}" in word}
         with output.with_suffix(".log").open("a") as log:
-            self._process = subprocess.Popen(_with_output(command, output), stdout=log, stderr=log)
+            self._process = subprocess.Popen(words, stdout=log, stderr=log)
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Returns the exit code; None after `timeout` seconds."""
@@ -189,7 +194,12 @@ class _LaunchedCommand:
             return None
 
     def processes(self) -> list[psutil.Process]:
-        return _with_children([self._process.pid])
+        """Returns the command, its children, and those whose launcher was killed: their commands name the output."""
+        pids = [self._process.pid] if self._process.poll() is None else []
+        for process in psutil.process_iter(["cmdline"]):
+            if not self._output_words.isdisjoint(process.info["cmdline"] or ()):
+                pids.append(process.pid)
+        return _with_children(pids)
 
 
 class _ForkedCommand:
@@ -219,14 +229,15 @@ class _ForkedCommand:
 
 
 def _with_children(pids: list[int]) -> list[psutil.Process]:
-    """Returns those of the processes that still run, then their children."""
-    processes, children = [], []
+    """Returns those of the processes that still run, then their children, each once."""
+    processes, children = {}, {}
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            children += [child for child in process.children(recursive=True) if TRACKER not in f"{child.cmdline()}"]
-            processes.append(process)
-    return [*processes, *children]
+            below = [child for child in process.children(recursive=True) if TRACKER not in f"{child.cmdline()}"]
+            children |= {child.pid: child for child in below if child.pid not in pids}
+            processes[pid] = process
+    return [*processes.values(), *children.values()]
 
 
 def _run_once(
@@ -259,14 +270,43 @@ def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, generator: random.Ra
     for process in targets:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-    code = run.wait(120)
-    _, alive = psutil.wait_procs(processes, timeout=120)
-    if alive or code is None:
-        names = [_describe_process(process) for process in alive]
-        for process in alive:
-            process.kill()
-        raise CheckpointError(Problem(how, "all processes to end within 120 s", f"{names} of {len(processes)}"))
+    if left := _wait_for_end(run, processes):
+        names = [_describe_process(process) for process in left]
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        limit = f"all processes to end within {IDLE_LIMIT:g} s without use of the CPU"
+        raise CheckpointError(Problem(how, limit, f"{names} of {len(processes)}"))
     return True
+
+
+def _wait_for_end(run: _LaunchedCommand | _ForkedCommand, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Waits until these processes, and those that they start meanwhile, have ended; returns those that do not end."""
+    known = {process.pid: process for process in processes}
+    used, since, began = -1.0, time.monotonic(), time.monotonic()
+    while True:
+        code = run.wait(1.0)
+        known |= {process.pid: process for process in run.processes()}
+        left = [process for process in known.values() if _is_alive(process)]
+        if not left and code is not None:
+            return []
+        now = time.monotonic()
+        if abs((seconds := sum(map(_cpu_seconds, left))) - used) > IDLE_CPU:
+            used, since = seconds, now
+        if now > min(since + IDLE_LIMIT, began + LIMIT):
+            return left
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    with suppress(psutil.Error):
+        return sum(process.cpu_times()[:2])
+    return 0.0
 
 
 def _describe_process(process: psutil.Process) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
+from megatron_ligo.commands import launching
 from megatron_ligo.testing.forked_ranks import free_port
 from tests.reliability.commands import ROOT, TIMEOUT_SECONDS, Run
 from tests.reliability.test_kills import final_results
@@ -112,3 +115,70 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# A module that every rank runs: it imports no library, and ends as commands do.
+RANK_MODULE = """
+import os, pathlib, sys, time
+from megatron_ligo import cli
+
+def main():
+    pathlib.Path(sys.argv[-1], "rank" + os.environ["RANK"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    time.sleep(100)
+
+cli.run_command(main)
+"""
+
+
+@contextmanager
+def launch_processes(folder: Path) -> Iterator[subprocess.Popen]:
+    """Runs RANK_MODULE on two ranks as `--processes 2` does, in a session of its own."""
+    (folder / "rank_module.py").write_text(RANK_MODULE)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "CUDA_VISIBLE_DEVICES": "5,3,7"}
+    command = [*shlex.split(launching.launcher_command(2)), "rank_module", str(folder)]
+    launcher = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        yield launcher
+    finally:
+        for process in session_processes(launcher.pid):
+            process.kill()
+        launcher.communicate()
+
+
+def session_processes(session: int) -> list[psutil.Process]:
+    processes = []
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                processes.append(process)
+    return processes
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_launcher_of_processes_that_is_killed_while_it_starts_starts_none(tmp_path, number):
+    with launch_processes(tmp_path) as launcher:
+        # Its imports take some seconds of CPU.
+        wait_until(lambda: sum(psutil.Process(launcher.pid).cpu_times()[:2]) > 1.0)
+        assert len(session_processes(launcher.pid)) == 1
+        launcher.send_signal(number)
+        assert launcher.wait(60) == -number
+        assert not session_processes(launcher.pid) and not list(tmp_path.glob("rank?"))
+
+
+def test_the_launcher_of_processes_that_is_killed_is_no_success(tmp_path):
+    """Each rank has one of the devices that the user allows."""
+    with launch_processes(tmp_path) as launcher:
+        wait_until(lambda: all((tmp_path / f"rank{rank}").is_file() for rank in range(2)))
+        assert {(tmp_path / f"rank{rank}").read_text() for rank in range(2)} == {"5,3"}
+        assert len(session_processes(launcher.pid)) == 3
+        launcher.kill()
+        assert launcher.wait(60) == -signal.SIGKILL
+        wait_until(lambda: not session_processes(launcher.pid))
+        assert "SIGTERM: ended." in launcher.stderr.read()

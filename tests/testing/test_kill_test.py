@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_ligo.common.errors import CheckpointError, ConfigError
+from megatron_ligo.testing import kill_test
 from megatron_ligo.testing.kill_test import run_kill_test, run_outcome
 
 # Counts its starts; a result that states the count depends on kills.
@@ -58,3 +61,38 @@ def test_outcomes_leave_out_times(tmp_path):
     assert run_outcome(tmp_path / "a") == run_outcome(tmp_path / "b")
     (tmp_path / "b/weights.bin").write_bytes(b"more")
     assert run_outcome(tmp_path / "a") != run_outcome(tmp_path / "b")
+
+
+# A command whose second process works for a second after the first is killed, and then starts a third.
+CHAIN = """
+import subprocess, sys, time
+output, stage, last = sys.argv[1:]
+if stage == "first":
+    subprocess.Popen([sys.executable, __file__, output, "second", last])
+elif stage == "second":
+    until = time.process_time() + 1.0
+    while time.process_time() < until:
+        pass
+    subprocess.Popen([sys.executable, __file__, output, "third", last])
+    sys.exit()
+time.sleep(60 if stage == "first" or last == "stays" else 0)
+"""
+
+
+@pytest.mark.parametrize("last", ["ends", "stays"])
+def test_processes_that_start_after_a_kill_are_waited_for(tmp_path, monkeypatch, last):
+    """Those that use the CPU have time to end; one that sleeps on is named and ended."""
+    monkeypatch.setattr(kill_test, "IDLE_LIMIT", 2.0)
+    monkeypatch.setattr(kill_test, "IDLE_CPU", 0.2)
+    (tmp_path / "chain.py").write_text(CHAIN)
+    words = [sys.executable, str(tmp_path / "chain.py"), "{output}", "first", last]
+    run = kill_test._LaunchedCommand(words, tmp_path / "round")
+    deadline = time.monotonic() + 60
+    while len(run.processes()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if last == "ends":
+        assert kill_test._kill(run, "SIGKILL to the first", random.Random(0))
+    else:
+        with pytest.raises(CheckpointError, match=rf"{tmp_path}/round third stays"):
+            kill_test._kill(run, "SIGKILL to the first", random.Random(0))
+    assert not run.processes()
