@@ -126,6 +126,11 @@ def test_libraries_write_to_the_runs_log(tmp_path):
     assert bug.returncode == 1 and "early" in bug.stderr and "Traceback" in bug.stderr
 
 
+def test_help_is_for_the_command_and_not_for_python():
+    text = commands._build_parser().format_help()
+    assert "Grow trained transformers" in text and "Python API" not in text
+
+
 WITHOUT_RANKS = """
 import sys
 import sysconfig

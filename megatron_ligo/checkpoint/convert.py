@@ -217,7 +217,9 @@ class _Conversion:
         return reader
 
     def _commit(self, staging: Staging, reader: ValidatedReader, digests: dict[str, str]) -> Manifest:
-        source, options, dropped = self.source, self.options, self.dropped_moments()
+        source, options = self.source, self.options
+        # At step 0 there is no state yet, whatever a format stores in its place.
+        dropped = self.dropped_moments() if source.step else None
         left_behind = [*source.unread, *([dropped] if dropped else [])]
         if left_behind:
             log.info("left behind: %s", "; ".join(left_behind))

@@ -100,7 +100,7 @@ def _build_parser() -> cli.CommandParser:
     parser = cli.CommandParser(
         prog="ligo",
         usage="ligo COMMAND ...",
-        description=megatron_ligo.__doc__,
+        description=megatron_ligo.__doc__.partition("\n\n")[0],
         epilog="\n".join(["commands (ligo COMMAND --help):", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

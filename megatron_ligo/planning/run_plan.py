@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.planning import plan_text
 from megatron_ligo.planning.planned_job import PlannedJob
-from megatron_ligo.training.initial_weights import read_model_config
+from megatron_ligo.training.initial_weights import read_small_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class RunPlan:
 
 def plan_run(config: RunConfig, world_size: int, device_bytes: float, flops_per_second: float) -> RunPlan:
     """Plans the fit and the pretraining that a config describes. Raises LigoError for sizes that cannot be grown."""
-    operator = build_initial_operator(read_model_config(Path(config.small.path)), config.large, config.operator)
+    operator = build_initial_operator(read_small_config(config), config.large, config.operator)
     seq_length = operator.large.tokens_per_sample(config.data.seq_length)
     fit_only = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
     fit = PlannedJob(

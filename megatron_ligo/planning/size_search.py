@@ -9,6 +9,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import LargeSection
+from megatron_ligo.growth.methods import can_be_lossless
 from megatron_ligo.growth.validation import derive_large_config
 from megatron_ligo.planning.parameter_count import count_model
 
@@ -22,16 +23,17 @@ CLOSE_ENOUGH = 0.25
 def choose_sizes(small: ModelConfig, parameters: float, tp: int = 1) -> LargeSection:
     """Returns sizes of about this many parameters. Heads keep their size and their ratio to KV heads.
 
-    tp: divides the heads, KV heads and ffn. Raises ConfigError if no such sizes come within a quarter of the number.
+    Whole multiples of the width, where the norms need them for a lossless start, come first. tp: divides the heads, KV
+    heads and ffn. Raises ConfigError if no such sizes come within a quarter of the number.
     """
-    best = min(
-        _candidates(small, tp),
-        key=lambda section: _cost(small, section, parameters),
-        default=None,
+    candidates = sorted(_candidates(small, tp), key=lambda section: _cost(small, section, parameters))
+    lossless = [section for section in candidates if can_be_lossless(small, derive_large_config(small, section))]
+    best = next(
+        (ranked[0] for ranked in (lossless, candidates) if ranked and _is_close(small, ranked[0], parameters)), None
     )
-    count = count_model(derive_large_config(small, best)) if best else 0
-    if abs(count / parameters - 1) > CLOSE_ENOUGH:
-        found = f"{count:.3g} at the closest" if best else f"none that tp = {tp} divides"
+    if best is None:
+        count = count_model(derive_large_config(small, candidates[0])) if candidates else 0
+        found = f"{count:.3g} at the closest" if candidates else f"none that tp = {tp} divides"
         own = count_model(small)
         hint = f"The small model has {own:.3g}; growth never shrinks. Choose another --to, or grow in stages."
         raise ConfigError(Problem("--to", f"sizes of {parameters:.3g} parameters", found, hint))
@@ -54,6 +56,10 @@ def _candidates(small: ModelConfig, tp: int) -> Iterator[LargeSection]:
                 num_heads=kv_heads * ratio,
                 num_kv_heads=kv_heads if groups else None,
             )
+
+
+def _is_close(small: ModelConfig, section: LargeSection, parameters: float) -> bool:
+    return abs(count_model(derive_large_config(small, section)) / parameters - 1) <= CLOSE_ENOUGH
 
 
 def _cost(small: ModelConfig, section: LargeSection, parameters: float) -> float:

@@ -231,8 +231,9 @@ def _link_to_handoff(run: RecordedRun, runs: Sequence[RecordedRun], errors: Erro
         return replace(run, initialised_by=initialised_by, losses={**run.losses, **initialised})
     source = next((other for other in runs if other.kind == "fit" and _is_same_fit(other.record, fit)), None)
     notes = run.notes
-    if source is None:
-        notes += (FIT_NOT_GIVEN,)
+    prior_flops = source.total("flops") if source else fit.get("flops")
+    if not isinstance(prior_flops, int | float):
+        notes, prior_flops = (*notes, FIT_NOT_GIVEN), None
     if _data_order(run.record.get("run")) == _data_order(fit.get("config")) and _first_sample(run) < _samples_read(fit):
         notes += (REUSES_FIT_SAMPLES,)
     losses = run.losses
@@ -240,7 +241,6 @@ def _link_to_handoff(run: RecordedRun, runs: Sequence[RecordedRun], errors: Erro
         losses = {**handoff.losses, **run.losses}
     elif handoff.losses:
         notes += (FIT_ON_OTHER_SAMPLES,)
-    prior_flops = source.total("flops") if source else None
     return replace(run, initialised_by=initialised_by, losses=losses, prior_flops=prior_flops, notes=notes)
 
 

@@ -246,6 +246,7 @@ class Fit(TrainingJob):
             "steps_done": self.engine.steps,
             "losses": losses,
             "eval": {"samples": self.section.eval_samples, "digest": state["digest"]},
+            "flops": self.step_flops * self.engine.steps,
             "lagged": self.lag is not None,
             "layout": self.engine.layout.to_json(),
             "peak_memory_bytes": self.peak_memory_of_ranks(),

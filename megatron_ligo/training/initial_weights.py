@@ -117,13 +117,14 @@ def open_start(path: Path) -> InitialWeights:
 
 def scratch_model_config(config: RunConfig) -> ModelConfig:
     """Returns the config of the model to train from scratch: that of [small] with the sizes of [large]."""
+    hint = "Its sizes are those of fresh weights, except those that [large] sets."
+    return derive_large_config(read_small_config(config, hint), config.large, config.operator.expert_start)
+
+
+def read_small_config(config: RunConfig, hint: str = "Set it in the file of --config, or by --set.") -> ModelConfig:
+    """Returns the small model's sizes. Raises ConfigError with `hint` if [small] names no model."""
     if not config.small.path:
-        hint = "Its sizes are those of fresh weights, except those that [large] sets."
         raise ConfigError(Problem("small.path", "a model, or a config.json", "none", hint))
-    return derive_large_config(read_small_config(config), config.large, config.operator.expert_start)
-
-
-def read_small_config(config: RunConfig) -> ModelConfig:
     return read_model_config(Path(config.small.path), config.small.accept)
 
 

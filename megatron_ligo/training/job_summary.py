@@ -7,7 +7,7 @@ from math import prod
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.config.run_config import TrainingSection
+from megatron_ligo.config.run_config import FitSection, TrainingSection
 from megatron_ligo.distributed.parallel_dims import EngineLayout, ParallelDims
 from megatron_ligo.growth.operator import ROUTERS
 
@@ -34,11 +34,18 @@ def describe_job(
         "steps": f"{step} of {section.steps} done",
         "tokens": f"{tokens:,} a step, {tokens * left:,} to do",
         "FLOPs": f"{flops:.3g} a step, {flops * left:.3g} to do",
-        "learning rate": f"{section.lr:.3g}, {section.warmup_steps} steps of warm-up, {section.schedule}",
+        "learning rate": f"{_describe_rates(section)}, {section.warmup_steps} steps of warm-up, {section.schedule}",
         "guard": f"bad_numbers = {section.bad_numbers}, spike = {section.spike:g}",
     }
     width = max(map(len, rows)) + 2
     return "\n".join(f"  {name:<{width}}{text}" for name, text in rows.items())
+
+
+def _describe_rates(section: TrainingSection) -> str:
+    """Returns the peak rate; of a fit also that of the depth maps, if it differs."""
+    if isinstance(section, FitSection) and section.depth_lr not in (None, section.lr):
+        return f"{section.lr:.3g}, of depth maps {section.depth_lr:.3g}"
+    return f"{section.lr:.3g}"
 
 
 def describe_dims(dims: ParallelDims) -> str:

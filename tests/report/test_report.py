@@ -151,6 +151,14 @@ def test_a_fit_that_is_not_given_is_not_free(journey):
     assert cells(build_table(list(runs.values())))["pre_grown"]["FLOPs"] == "4e+06 (+ ? before)"
 
 
+def test_a_fit_whose_cost_is_recorded_is_counted_without_its_folder(journey):
+    folder = next(path for path in journey if path.name == "grown")
+    record = provenance.read(folder)
+    provenance.write(folder, {**record, "fit": {**record["fit"], "flops": 7e6}})
+    runs = {run.name: run for run in read_runs([path for path in journey if path.name not in ("fit", "grown")])}
+    assert FIT_NOT_GIVEN not in runs["pre_grown"].notes and runs["pre_grown"].prior_flops == 7e6
+
+
 def test_losses_on_other_samples_stay_separate(journey, tmp_path):
     table = build_table(read_runs(journey))
     assert table.groups == [5, 1]

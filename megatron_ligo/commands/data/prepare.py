@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.commands.data import print_next_of_data
 from megatron_ligo.common.errors import ConfigError, Problem
 
 EXAMPLE = """
@@ -102,5 +103,5 @@ def run(args: argparse.Namespace) -> None:
             f"{args.output}/{name}: {record['documents']} documents, {record['tokens']} tokens, "
             f"{bytes_per_token:.2f} bytes per token"
         )
-    data = [f'--set=data.{name}=["{args.output}/{name}"]' for name in splits]
-    cli.print_next(args.output, "ligo", "fit", "--config", "run.toml", *data, "--output", "runs/fit")
+    small = args.tokenizer if args.tokenizer and Path(args.tokenizer, "config.json").is_file() else "SMALL"
+    print_next_of_data(args.output, [f'data.{name}=["{args.output}/{name}"]' for name in splits], small)

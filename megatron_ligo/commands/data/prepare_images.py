@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.commands.data import print_next_of_data
 from megatron_ligo.common.errors import ConfigError, Problem
 
 EXAMPLE = """
@@ -39,5 +40,5 @@ def run(args: argparse.Namespace) -> None:
     counts = prepare_images(images, labels, Path(args.output), args.valid_fraction)
     for split, count in counts.items():
         print(f"{args.output}/{split}.safetensors: {count} images of {' x '.join(map(str, images.shape[1:]))}")
-    data = [f'--set=data.{split}=["{args.output}/{split}.safetensors"]' for split in counts]
-    cli.print_next(args.output, "ligo", "fit", "--config", "run.toml", *data, "--output", "runs/fit")
+    settings = [f'data.{split}=["{args.output}/{split}.safetensors"]' for split in counts]
+    print_next_of_data(args.output, settings, "SMALL")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 
 from megatron_ligo import cli
 
@@ -34,5 +33,4 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(description, indent=2))
         return
     print(inspect.to_text(description))
-    parameters = f"{math.ceil(2 * description['parameters'] / 1e6)}M"
-    cli.print_next("", "ligo", "init", args.path, "--to", parameters)
+    cli.print_next("", "ligo", "init", args.path, "--to", "2x")

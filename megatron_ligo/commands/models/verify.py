@@ -65,6 +65,9 @@ def run(args: argparse.Namespace) -> None:
     if args.full:
         raise ConfigError(Problem("--full", "the folder of a run", f"{args.a}"))
     a = formats.open(args.a, args.form, args.accept)
+    if args.b is None and not has_manifest(a):
+        hint = "Only folders that this program wrote have a manifest."
+        raise ConfigError(Problem(f"verify {args.a}", "its manifest, or a second checkpoint", "neither", hint))
     results = (
         [_print_result(f"{args.a} and its manifest", compare_with_manifest(a))]
         if args.b is None or has_manifest(a)

@@ -9,7 +9,7 @@ from megatron_ligo.commands.runs import training_options
 
 EXAMPLE = """
 ligo pretrain --processes 4 --config run.toml --set pretrain.start=runs/grown --output runs/pretrain
-ligo pretrain --config run.toml --set pretrain.start=small-model --set pretrain.steps=0 --output runs/eval
+ligo pretrain --config run.toml --set pretrain.start=models/small --set pretrain.steps=0 --output runs/eval
 """
 
 
