@@ -59,7 +59,7 @@ def save_with_optimizer(folder: str, path: str, tp: int, pp: int, bf16: bool, sh
     fill_weights(model, source, mesh)
     optimizer = build_adamw(model, bf16, sharding is not None)
     for part in optimizer.chained_optimizers:
-        _step(part, gradient)
+        step_with(part, gradient)
     Path(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
     sharding_info = sharding_metadata(distrib_optim_sharding_type=sharding, chained_optim_avoid_prefix=True)
@@ -79,7 +79,7 @@ def save_by_rank(folder: str, path: str, tp: int, pp: int, bf16: bool) -> None:
     fill_weights(model, source, mesh)
     optimizer = build_adamw(model, bf16, distributed=False)
     for part in optimizer.chained_optimizers:
-        _step(part, gradient)
+        step_with(part, gradient)
     rng = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
@@ -149,7 +149,7 @@ def _assert_resumes(optimizer, model, source, mesh, distributed: bool = False) -
             assert same_bits(adam[kind].detach().flatten(), tensor), (name, kind)
         assert adam["step"] == source.step
         expected_steps[name] = adam[WEIGHT], _stepped(expected, source, decay=weight.dim() > 1)
-    _step(part, gradient)
+    step_with(part, gradient)
     for name, (main, stepped) in expected_steps.items():
         actual = main.detach().flatten()
         # Vectorised arithmetic rounds differently at other offsets of a buffer.
@@ -162,7 +162,7 @@ def _initialise_step_counts(part) -> None:
 
     It expects an Adam that counts steps in its param groups. torch's counts them in each parameter's state, where a
     count must exist before loading."""
-    _step(part, torch.ones_like)
+    step_with(part, torch.ones_like)
     put = part._set_main_param_and_optimizer_states
 
     def with_count(parameter, tensors):
@@ -175,7 +175,7 @@ def _initialise_step_counts(part) -> None:
     part._set_main_param_and_optimizer_states = with_count
 
 
-def _step(part, grad) -> None:
+def step_with(part, grad) -> None:
     """Steps the torch optimizer inside of one of Megatron-core's."""
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:

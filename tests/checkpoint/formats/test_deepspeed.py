@@ -129,3 +129,57 @@ def test_inspect_reports_layout_and_step(engine):
     assert description["layout"]["tp"] == description["layout"]["dp"] == 2
     assert description["layout"]["padded_vocab"] == 38
     assert (description["step"], description["moments"]) == (engine_samples.STEPS, True)
+
+
+OLD_NAMES = {
+    "embedding.": "language_model.embedding.",
+    "decoder.": "language_model.encoder.",
+    "output_layer.": "language_model.output_layer.",
+    ".linear_qkv.": ".query_key_value.",
+    ".linear_proj.": ".dense.",
+    ".linear_fc1.": ".dense_h_to_4h.",
+    ".linear_fc2.": ".dense_4h_to_h.",
+    ".pre_mlp_layernorm.": ".post_attention_layernorm.",
+}
+
+
+def nest(module: dict[str, torch.Tensor]) -> dict:
+    """Returns the model's state as Megatron-DeepSpeed saves it: embedding, encoder and head in dicts of their own."""
+    nested: dict = {"language_model": {"embedding": {"word_embeddings": {}}, "encoder": {}, "output_layer": {}}}
+    model = nested["language_model"]
+    for name, tensor in module.items():
+        part, _, rest = name.removeprefix("language_model.").partition(".")
+        if part == "embedding":
+            model[part]["word_embeddings"][rest.removeprefix("word_embeddings.")] = tensor
+        else:
+            model[part][rest] = tensor
+    return nested
+
+
+@pytest.mark.parametrize("optimizer", [False, True], ids=["module", "optimizer"])
+def test_names_of_megatron_deepspeed(tmp_path, optimizer):
+    """Its module states are nested dicts of the names from before Megatron-core; ZeRO's shapes have them dotted."""
+    _, folder = hf_models.saved(tmp_path / "a", dtype=torch.bfloat16)
+    convert(formats.open(folder), tmp_path / "b", "deepspeed", WriteOptions(tp=2))
+    tag = tmp_path / "b" / "global_step0"
+    for path in tag.glob("mp_rank_*"):
+        state, module = torch.load(path), {}
+        for name, tensor in state["module"].items():
+            # A dot before the layers' names, so that those of the model's parts begin with one too.
+            for new, old in OLD_NAMES.items():
+                name = f".{name}".replace(new if new[0] == "." else f".{new}", old if old[0] == "." else f".{old}")[1:]
+            module[name] = tensor
+        torch.save({**state, "module": module}, path)
+    if optimizer:
+        engine_samples.write_engine_files(tag, 1)
+    for path in tag.glob("mp_rank_*"):
+        state = torch.load(path)
+        torch.save({**state, "module": nest(state["module"])}, path)
+    reader, source = formats.open(tmp_path / "b"), formats.open(folder)
+    assert (reader.model_config, reader.has_moments) == (source.model_config, optimizer)
+    for key in source.keys():  # noqa: SIM118 - no dict
+        weight = source.read(key)
+        assert hf_models.same_bits(reader.read(key), weight.float() if optimizer else weight), key
+        if optimizer:
+            expected = engine_samples.adam_moments(weight.float())["exp_avg"]
+            assert hf_models.same_bits(reader.read(key, "exp_avg"), expected), key

@@ -32,6 +32,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
 )
 from megatron_ligo.checkpoint.formats.deepspeed.reader import EngineReader, find_root
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
+from megatron_ligo.checkpoint.formats.neox.layer_files import is_neox
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
@@ -76,8 +77,8 @@ class EngineFormat(Format):
             tag_folder = find_tag_folder(path, LATEST)
         except CheckpointError:
             return True
-        is_universal = (tag_folder / "zero").is_dir()
-        return has_model_states(tag_folder) and not has_layer_states(tag_folder) and not is_universal
+        is_other = is_neox(tag_folder) or (tag_folder / "zero").is_dir()
+        return has_model_states(tag_folder) and not has_layer_states(tag_folder) and not is_other
 
     def open(self, path: Path, accepted: AcceptedKeys) -> Reader:
         tag_folder = find_tag_folder(path, LATEST)

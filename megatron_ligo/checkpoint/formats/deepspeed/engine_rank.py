@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ligo.arch.mcore_names import EXTRA_STATE
 from megatron_ligo.checkpoint.formats.deepspeed.rank_files import FROZEN_SHAPES
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ParamShapes, ZeroOptimizerState
+from megatron_ligo.checkpoint.formats.megatron_lm import old_names
 from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 
@@ -81,11 +82,14 @@ class EngineRank:
 
 
 def read_module_state(state: object, where: str, errors: ErrorCollector) -> dict[str, Tensor]:
-    """Returns a module's tensors by name, in their stored shapes, without Megatron-core's extra states."""
+    """Returns a module's tensors by name, in their stored shapes, without Megatron-core's extra states.
+
+    Megatron-DeepSpeed's modules are nested dicts: their tensors have dotted names.
+    """
     if not isinstance(state, Mapping):
         errors.add(where, "a module's state dict", type(state).__name__)
         return {}
-    values = {str(name): value for name, value in state.items() if not str(name).endswith(EXTRA_STATE)}
+    values = {str(name): value for name, value in old_names.flatten(state) if not str(name).endswith(EXTRA_STATE)}
     tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
     for name in (name for name in values if name not in tensors):
         errors.add(f"{name} ({where})", "a tensor", type(values[name]).__name__)

@@ -35,6 +35,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.rank_files import (
 )
 from megatron_ligo.checkpoint.formats.deepspeed.reader import EngineReader, find_root
 from megatron_ligo.checkpoint.formats.deepspeed.zero_groups import ZeroOptimizerState
+from megatron_ligo.checkpoint.formats.neox.layer_files import is_neox
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.io.tp_shards import TpShards, pad_vocab_size
 from megatron_ligo.checkpoint.reader import Reader
@@ -121,7 +122,8 @@ class PipelineFormat(Format):
 
     def recognise(self, path: Path) -> bool:
         try:
-            return has_layer_states(find_tag_folder(path, LATEST))
+            tag_folder = find_tag_folder(path, LATEST)
+            return has_layer_states(tag_folder) and not is_neox(tag_folder)
         except CheckpointError:
             return False
 

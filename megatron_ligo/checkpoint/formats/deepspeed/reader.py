@@ -20,6 +20,7 @@ from megatron_ligo.checkpoint.formats.deepspeed.rank_files import EngineFiles
 from megatron_ligo.checkpoint.formats.hf import tensor_names
 from megatron_ligo.checkpoint.formats.hf.common_prefix import explain_other_names
 from megatron_ligo.checkpoint.formats.hf.tensor_names import StoredName
+from megatron_ligo.checkpoint.formats.megatron_lm import old_names
 from megatron_ligo.checkpoint.io import adam_groups, tensor_check, tp_shards
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys
@@ -133,6 +134,10 @@ class EngineReader(Reader):
         if self.model_config.num_layers > len(names):
             errors.add("num_layers", f"at most {len(names)}, the number of tensors", self.model_config.num_layers)
             errors.raise_if_any()
+        modernized = old_names.find_renaming(names)
+        for rank in self._ranks:
+            rank.rename(modernized)
+        names = set(self._ranks[0].shapes)
         naming, renaming = match_naming(self.arch, self.model_config, names)
         renaming.report(where)
         for rank in self._ranks:

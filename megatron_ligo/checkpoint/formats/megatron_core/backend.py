@@ -1,4 +1,4 @@
-"""The backend of a distributed checkpoint: only torch_dist is read, and the others are refused by name."""
+"""The backend of a distributed checkpoint: torch_dist, or none, where torch.distributed.checkpoint alone wrote it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import BACKEND,
 from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
 from megatron_ligo.common.errors import CheckpointError, Problem
 
+# Of every attention that Megatron-core names.
+MARK = b".self_attention.linear_qkv."
 MAX_CONFIG_BYTES = 10_000
 
 
@@ -19,7 +21,12 @@ def is_distributed(folder: Path) -> bool:
     if (folder / CONFIG_FILE).is_file():
         # zarr's has no metadata file.
         return has_tensors or _names_backend(folder / CONFIG_FILE)
-    return has_tensors and (folder.parent / TRACKER).is_file()
+    return has_tensors and ((folder.parent / TRACKER).is_file() or has_megatron_names(folder))
+
+
+def has_megatron_names(folder: Path) -> bool:
+    """Returns whether the metadata of torch.distributed.checkpoint in a folder has Megatron-core's parameters."""
+    return MARK in (folder / METADATA_FILE).read_bytes()
 
 
 def _names_backend(path: Path) -> bool:
@@ -28,10 +35,9 @@ def _names_backend(path: Path) -> bool:
 
 
 def check_backend(path: Path) -> None:
-    """Raises CheckpointError unless a checkpoint's metadata.json names the backend torch_dist."""
+    """Raises CheckpointError unless a checkpoint's metadata.json, if it has one, names the backend torch_dist."""
     if not path.is_file() and (path.parent / METADATA_FILE).is_file():
-        hint = "Save it with --ckpt-format torch_dist, or export the weights as safetensors."
-        raise CheckpointError(Problem(f"{path}", "a file", "nothing there: torch.distributed's own format", hint))
+        return
     config = config_json.load_config(path)
     if {name: config.get(name) for name in BACKEND} != BACKEND:
         hint = "Load and save it with a newer Megatron-core."

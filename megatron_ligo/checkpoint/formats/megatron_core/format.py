@@ -1,7 +1,7 @@
 """Megatron-core's distributed checkpoints (torch_dist): global tensors in chunks, loadable at any TP and PP layout.
 
     DIR/latest_checkpointed_iteration.txt     the iteration's folder (io/iteration_folders.py)
-    DIR/iter_0000100/metadata.json            the backend
+    DIR/iter_0000100/metadata.json            the backend (torch_dcp and Megatron-FSDP's fsdp_dtensor have none)
     DIR/iter_0000100/.metadata                every tensor and its chunks (dcp_metadata.py)
     DIR/iter_0000100/__0_0.distcp             archives of torch.save, one per chunk
     DIR/iter_0000100/common.pt                iteration, run arguments and optimizer settings (or an object of the
@@ -9,6 +9,8 @@
 
 Layers are stacked into tensors of shape (layers, ...), or stored one by one; a layer's experts too, which Megatron-core
 names alike whether it computes them one after another or as a grouped product. Norms have Transformer Engine's names.
+NeMo's DIR has the folder of the tensors as DIR/weights, beside DIR/context/model.yaml; names of its parameters, and of
+Megatron-FSDP's, are wrapped (wrappers.py).
 Adam's tensors have the weight's name after `optimizer.state.exp_avg.` and the like; its step count and the settings of
 its param groups are in common.pt.
 
@@ -31,18 +33,22 @@ from megatron_ligo.arch.mcore_names import to_fused_name
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Pack, key_indices
 from megatron_ligo.checkpoint.format import Format, WriteOptions
-from megatron_ligo.checkpoint.formats.megatron_core import backend, common_state, dcp_metadata, writer
-from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import METADATA_FILE, ChunkedTensor, TensorChunk
+from megatron_ligo.checkpoint.formats.megatron_core import backend, common_state, dcp_metadata, wrappers, writer
+from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import (
+    METADATA_FILE,
+    ChunkedTensor,
+    TensorChunk,
+)
 from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import (
     COMMON_FILE,
-    COMMON_OBJECT,
     CONFIG_FILE,
+    EMBEDDING,
     MASTER_STATES,
     layer_spec_names,
     list_places,
     optimizer_state_name,
 )
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rope_arguments
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, rope_arguments, run_config
 from megatron_ligo.checkpoint.io import adam_groups, iteration_folders, torch_files, tp_shards
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
@@ -81,14 +87,15 @@ class McoreReader(Reader):
 
     def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
-        self._folder = iteration_folders.require_folder(path)
-        backend.check_backend(self._folder / CONFIG_FILE)
-        self._contents = dcp_metadata.read_metadata(self._folder)
+        self._folder = self._find_folder(path)
+        self._contents = wrappers.unwrap(dcp_metadata.read_metadata(self._folder), self._folder)
         self._checked_chunks: set[TensorChunk] = set()
         self._chunks: dict[str, dict[tuple[int, ...], list[TensorChunk]]] = {}
-        common = self._load_common()
+        common = common_state.load(self._folder, self._contents)
+        embedding = self._contents.tensors.get(EMBEDDING)
+        rows = embedding.shape[0] if embedding and embedding.shape else None
         self.model_config, self.carried, self.files = arguments.read_model_config(
-            self._folder, common.get("args"), accepted
+            self._folder, common.get("args"), accepted, rows
         )
         self.run_arguments = arguments.plain_arguments(common.get("args"))
         self._stored_by_key: dict[str, StoredTensor] = {}
@@ -106,18 +113,11 @@ class McoreReader(Reader):
     def has_moments(self) -> bool:
         return self._has_moments
 
-    def _load_common(self) -> dict:
-        """Loads the state without tensors, from the common file or the object that replaces it."""
-        path, span = self._folder / COMMON_FILE, self._contents.objects.get(COMMON_OBJECT)
-        if span and not path.is_file():
-            path = self._folder / span.file
-            states = torch_files.load_part(path, span.offset, span.length, arguments.STAND_INS)
-            common = states[0] if isinstance(states, list) and len(states) == 1 else states
-        else:
-            common = torch_files.load(path, arguments.STAND_INS)
-        if not isinstance(common, dict):
-            raise CheckpointError(Problem(f"{path}", "a dict of the state without tensors", type(common).__name__))
-        return common
+    def _find_folder(self, path: Path) -> Path:
+        """Returns the folder of the tensors. Raises CheckpointError for one that this format does not read."""
+        folder = run_config.find_nemo_weights(path) or iteration_folders.require_folder(path)
+        backend.check_backend(folder / CONFIG_FILE)
+        return folder
 
     def info(self, key: str) -> TensorInfo:
         source = self._sources[self._stored_by_key[key].name][0]
@@ -309,7 +309,7 @@ class MegatronCoreFormat(Format):
     options = writer.MegatronCoreOptions
 
     def recognise(self, path: Path) -> bool:
-        folder = iteration_folders.find_folder(path)
+        folder = run_config.find_nemo_weights(path) or iteration_folders.find_folder(path)
         return folder is not None and backend.is_distributed(folder)
 
     def open(self, path: Path, accepted: AcceptedKeys) -> McoreReader:

@@ -12,6 +12,9 @@ BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 MASTER_STATES = ("param", "fp32_param")
 
 
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
 def list_places(name: str, indices: tuple[int, ...]) -> list[tuple[str, int]]:
     """Returns the names under which a tensor may be stored, each with the first of its indices that it is stacked by.
 

@@ -64,19 +64,23 @@ def plain_arguments(args: object) -> Mapping[str, object] | None:
 
 
 def read_model_config(
-    folder: Path, args: object, accepted: AcceptedKeys
+    folder: Path, args: object, accepted: AcceptedKeys, vocab_rows: int | None = None
 ) -> tuple[ModelConfig, Mapping[str, object], tuple[Path, ...]]:
     """Returns the config, the carried Hugging Face config keys and the carried files of an iteration's folder.
 
     The config is read from a record in the folder, or next to the tracker one level up; else from the arguments of the
-    run: `args`, as saved with the weights, or Megatron-Bridge's run_config.yaml. Raises CheckpointError if none of them
+    run: `args`, as saved with the weights, or Megatron-Bridge's run_config.yaml, or NeMo's model.yaml, which may leave
+    the vocabulary to its tokenizer: the embedding's `vocab_rows` are read then. Raises CheckpointError if none of them
     describes a model, or if two describe different ones.
     """
     roots = [folder]
     if (folder.parent / iteration_folders.TRACKER).is_file():
         roots.append(folder.parent)
-    files = tuple(file for root in roots for file in model_record.find_carried_files(root))
-    sources = _find_arguments(folder, args)
+    if folder.name == run_config.NEMO_WEIGHTS:
+        roots.append(folder.parent)
+    folders = [*roots, *run_config.find_nemo_tokenizers(folder)]
+    files = tuple(file for root in folders for file in model_record.find_carried_files(root))
+    sources = _find_arguments(folder, args, vocab_rows)
     record_root = next((root for root in roots if model_record.has_record(root)), None)
     if record_root is None and sources:
         first, *sources = sources
@@ -90,11 +94,11 @@ def read_model_config(
     return model_config, carried, files
 
 
-def _find_arguments(folder: Path, args: object) -> list[RunArguments]:
+def _find_arguments(folder: Path, args: object, vocab_rows: int | None) -> list[RunArguments]:
     """Returns the arguments of the run that saved a folder, by source. Raises CheckpointError for unreadable ones."""
     values = as_mapping(args, f"args in {folder}")
     sources = [] if values is None else [RunArguments(values, f"args in {folder}")]
-    bridge = run_config.find_arguments(folder)
+    bridge = run_config.find_arguments(folder, vocab_rows)
     return sources if bridge is None else [*sources, bridge]
 
 

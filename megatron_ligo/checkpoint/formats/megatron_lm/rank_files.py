@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ligo.arch.mcore_names import to_local_name
-from megatron_ligo.checkpoint.formats.megatron_lm import arguments, expert_files
+from megatron_ligo.checkpoint.formats.megatron_lm import arguments, expert_files, old_names
 from megatron_ligo.checkpoint.formats.megatron_lm.rank_optimizer import RankOptimizerState, read_rank_optimizer
 from megatron_ligo.checkpoint.io import adam_groups, torch_files
 from megatron_ligo.checkpoint.reader import MOMENTS
@@ -38,25 +38,6 @@ MIN_CHECKPOINT_VERSION = 2.0
 # The folders' names may claim at most this many ranks more than there are files; a larger number is corrupt.
 MAX_MISSING_RANKS = 1000
 IGNORED_NAMES = ("*_extra_state", "*inv_freq")
-MAX_NESTING = 4
-# Names from before Megatron-core -> current names, replaced in this order.
-OLD_NAMES = {
-    "language_model.embedding.": "embedding.",
-    "language_model.encoder.": "decoder.",
-    "language_model.transformer.": "decoder.",
-    "language_model.output_layer.": "output_layer.",
-    "word_embeddings_for_head.": "output_layer.",
-    ".attention.": ".self_attention.",
-    ".query_key_value.": ".linear_qkv.",
-    ".self_attention.dense.": ".self_attention.linear_proj.",
-    ".dense_h_to_4h.": ".linear_fc1.",
-    ".dense_4h_to_h.": ".linear_fc2.",
-    ".input_norm.": ".input_layernorm.",
-    ".post_attention_norm.": ".pre_mlp_layernorm.",
-    ".post_attention_layernorm.": ".pre_mlp_layernorm.",
-    ".final_norm.": ".final_layernorm.",
-}
-
 Rank = tuple[int, int, int]  # tensor-parallel rank, pipeline stage, expert-parallel rank
 
 
@@ -264,15 +245,15 @@ class RankFiles:
     def _read_module(self, state: dict, where: str) -> dict[str, Tensor]:
         """Returns the tensors of a part by their current names in Megatron-core's local layer spec."""
         module = {}
-        values = dict(_flatten(state))
-        has_old_names = any(name.startswith(tuple(OLD_NAMES)) for name in values)
+        values = dict(old_names.flatten(state))
+        renamed = old_names.find_renaming(values)
         for name, value in values.items():
             if any(fnmatchcase(name, pattern) for pattern in IGNORED_NAMES):
                 continue
             if not isinstance(value, Tensor):
                 self._errors.add(f"{name} ({where})", "a tensor", type(value).__name__)
                 continue
-            local_name = to_local_name(_modernize_name(name) if has_old_names else name)
+            local_name = to_local_name(renamed(name))
             if local_name in module:
                 self._errors.add(f"{name} ({where})", "one tensor of that name", "two")
             module[local_name] = value
@@ -311,18 +292,3 @@ def _check_on_all_ranks(kind: str, has_kind: Mapping[str, bool], errors: ErrorCo
     without = [file for file, has in has_kind.items() if not has]
     if 0 < len(without) < len(has_kind):
         errors.add(kind, "on all ranks, or on none", f"none in {', '.join(without)}")
-
-
-def _flatten(tree: Mapping, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
-    """Yields the values of nested dicts, which old files have, under dotted names."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and depth < MAX_NESTING:
-            yield from _flatten(value, f"{prefix}{name}.", depth + 1)
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _modernize_name(name: str) -> str:
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from megatron_ligo.checkpoint.formats.megatron_lm.argument_parsing import RunArguments
 from megatron_ligo.checkpoint.formats.megatron_lm.rope_arguments import LLAMA3_CONSTANTS
+from megatron_ligo.checkpoint.io import plain_yaml
 from megatron_ligo.common.errors import CheckpointError, Problem
 
+NEMO_TOKENIZER = "nemo_tokenizer"
 FILE, SECTION = "run_config.yaml", "model"
 NEMO_FILE, NEMO_SECTION, NEMO_WEIGHTS = "context/model.yaml", "config", "weights"
-# Real ones have 30 kB and a few thousand values.
-MAX_BYTES = 4_000_000
+# Real ones have a few thousand values.
 MAX_VALUES = 100_000
 MAX_NESTING = 16
 TARGET, CALL = "_target_", "_call_"
@@ -67,22 +66,24 @@ MEGATRON_LM_NAMES = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Builds plain values only, and refuses a key that is there twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{sorted(twice)[0]!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def find_nemo_weights(path: Path) -> Path | None:
+    """Returns the folder of the tensors of NeMo's checkpoint DIR, which has a folder context/ too; None for another."""
+    is_nemos = (path / NEMO_FILE).parent.is_dir() and (path / NEMO_WEIGHTS).is_dir()
+    return path / NEMO_WEIGHTS if is_nemos else None
 
 
-def find_arguments(folder: Path) -> RunArguments | None:
+def find_nemo_tokenizers(folder: Path) -> list[Path]:
+    """Returns the folders with a tokenizer's files beside the folder of NeMo's tensors."""
+    context = (folder.parent / NEMO_FILE).parent
+    places = [context / NEMO_TOKENIZER, context] if folder.name == NEMO_WEIGHTS else []
+    return [place for place in places if place.is_dir()]
+
+
+def find_arguments(folder: Path, vocab_rows: int | None = None) -> RunArguments | None:
     """Returns the model's fields that a file beside a checkpoint states, by Megatron-LM's names as well.
 
-    Returns None if there is no such file. Raises CheckpointError for one that is damaged, or that names a class which
-    computes something else.
+    vocab_rows: of the embedding, padded; NeMo's file need not state them. Returns None if there is no such file. Raises
+    CheckpointError for one that is damaged, or that names a class which computes something else.
     """
     for path, section in _find_files(folder):
         model = _load_model(path, section)
@@ -100,6 +101,8 @@ def find_arguments(folder: Path) -> RunArguments | None:
                 model.setdefault(megatron_lm_name, model[name])
         if target.rpartition(".")[2].startswith(LLAMA3_CLASSES) and LLAMA3_FIELDS.keys() <= model.keys():
             _take_llama3_scaling(model, where)
+        if section == NEMO_SECTION and vocab_rows and model.get("vocab_size") is None:
+            model["padded_vocab_size"] = vocab_rows
         return RunArguments(model, where, is_length_of_training=True)
     return None
 
@@ -122,14 +125,7 @@ def _take_llama3_scaling(model: dict[str, object], where: str) -> None:
 
 def _load_model(path: Path, section: str) -> dict[str, object]:
     """Returns a section, each reference to a function or a class in it as that one's name."""
-    if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(Problem(f"{path}", f"at most {MAX_BYTES} bytes", path.stat().st_size))
-    try:
-        # A subclass of SafeLoader: no objects are built.
-        config = yaml.load(path.read_bytes(), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(Problem(f"{path}", "YAML of plain values", reason)) from None
+    config = plain_yaml.load(path)
     model = config.get(section) if isinstance(config, dict) else None
     if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
         raise CheckpointError(Problem(f"{path}", f"a section {section} with the model's fields", type(model).__name__))

@@ -18,16 +18,14 @@ from torch import Tensor
 from megatron_ligo.arch.spec import Role, layer_index
 from megatron_ligo.checkpoint.formats.hf.config_json import CONFIG
 from megatron_ligo.checkpoint.formats.hf.tensor_files import DTYPES, TensorFile
-from megatron_ligo.checkpoint.formats.megatron_core import dcp_metadata
+from megatron_ligo.checkpoint.formats.megatron_core import backend, dcp_metadata
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import (
     METADATA_FILE,
     ChunkedTensor,
     FileSpan,
     TensorChunk,
 )
-from megatron_ligo.checkpoint.formats.megatron_core.tensor_names import CONFIG_FILE
 from megatron_ligo.checkpoint.io import torch_files
-from megatron_ligo.checkpoint.io.iteration_folders import TRACKER
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, Problem
@@ -38,16 +36,13 @@ ACCELERATE_FOLDER = "pytorch_model_fsdp_0"
 # Beginnings of the names of a training's state that is not the model's.
 STATE_PREFIXES = ("optim.", "optimizer.", "optimizers.", "lr_scheduler.", "train_state.", "dataloader.")
 TITAN_MARK, MODERNBERT_MARK = b"tok_embeddings.weight", b"embeddings.tok_embeddings.weight"
-# OPT's names have model.decoder.layers too.
-MEGATRON_FSDP_MARKS = ("module.decoder.layers.", ".self_attention.linear_")
 
 
 def find_folder(path: Path) -> Path | None:
     """Returns the folder with the metadata at a path; None if there is none, or if it is Megatron-core's."""
     for folder in (path, path / ACCELERATE_FOLDER):
         if (folder / METADATA_FILE).is_file():
-            is_megatrons = (folder / CONFIG_FILE).is_file() or (folder.parent / TRACKER).is_file()
-            return None if is_megatrons else folder
+            return None if backend.is_distributed(folder) else folder
     return None
 
 
@@ -76,10 +71,6 @@ class DcpTensors(TensorFile):
             name: tensor for name, tensor in contents.tensors.items() if not name.startswith(STATE_PREFIXES)
         }
         self._checked: set[TensorChunk] = set()
-        if any(mark in name for name in self._tensors for mark in MEGATRON_FSDP_MARKS):
-            hint = "Save it with --ckpt-format torch_dist."
-            found = "Megatron-core's names without its metadata.json: the format fsdp_dtensor of Megatron-FSDP"
-            raise CheckpointError(Problem(f"{folder}", "tensors of Hugging Face's or torchtitan's names", found, hint))
 
     def describe_unread(self) -> tuple[str, ...]:
         """Returns what is not read, for the log and the manifest."""
