@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -21,15 +22,18 @@ SIZES = {"hidden_size": 64, "ffn_size": 128, "num_heads": 4, "num_kv_heads": 2, 
 LARGE = {"hidden_size": 160, "ffn_size": 320, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "tied": True}
 
 
-def planned_jobs(layers: int, world_size: int = 1, tp: int = 1, cp: int = 1) -> dict[str, PlannedJob]:
+def planned_jobs(
+    layers: int, world_size: int = 1, tp: int = 1, cp: int = 1, recompute: bool = False, tokens: int = 512
+) -> dict[str, PlannedJob]:
     small = llama_config(num_layers=layers, **SIZES)
     operator = build_initial_operator(small, llama_config(num_layers=layers, **LARGE), OperatorSection())
     keys = {
         "precision": "bf16",
         "global_batch_size": world_size // (tp * cp),
         "parallel": ParallelSection(tp=tp, cp=cp),
+        "recompute": recompute,
     }
-    fit = PlannedJob(operator.large, FitSection(**keys), world_size, 512, operator, source_bytes=2)
+    fit = PlannedJob(operator.large, FitSection(**keys), world_size, tokens, operator, source_bytes=2)
     return {"fit": fit, "plain": replace(fit, operator=None, training=PretrainSection(**keys))}
 
 
@@ -57,6 +61,27 @@ def test_kernels_of_a_layer_do_not_grow(pools):
         assert context.collectives["alltoall_base_"] == 2 * 8
         sent = context.collective_bytes["alltoall_base_"] / 2 * 7 / 8
         assert sent == estimate_traffic(planned_jobs(2, 8, cp=8)[kind])["context parallel"]
+
+
+def test_the_plan_of_recomputed_steps(pools):
+    for name, ratio in pools(1).run(planned_over_counted_growth).items():
+        assert ratio == pytest.approx(1, abs=bench_kernels.MEMORY_GOAL), name
+
+
+def planned_over_counted_growth() -> dict[str, float]:
+    """Returns planned over counted bytes that four more layers take, where no launcher has numbered the ranks."""
+    dist.destroy_process_group()
+    local_rank = os.environ.pop("LOCAL_RANK")
+    ratios = {}
+    for cp in (1, 2):
+        for kind in bench_kernels.KINDS:
+            few, many = (
+                count_step(planned_jobs(layers, cp, cp=cp, recompute=True, tokens=4096 * cp)[kind]) for layers in (4, 8)
+            )
+            ratios[f"{kind}, cp {cp}"] = (many.planned - few.planned) / (many.peak - few.peak)
+    os.environ["LOCAL_RANK"] = local_rank
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    return ratios
 
 
 @pytest.mark.long

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import deepspeed
 from torch import nn
 
@@ -27,12 +29,15 @@ def build_model(
     """
     if mesh.pp > 1:
         return FullPipeline(model_config, build, mesh, recompute)
-    with deepspeed.zero.Init(
+    with _dividing(build, mesh) if divided else nullcontext():
+        return MODULES[architectures.get(model_config.arch).task](model_config, build, mesh, recompute)
+
+
+def _dividing(build: BuildOptions, mesh: Mesh) -> AbstractContextManager:
+    return deepspeed.zero.Init(
         data_parallel_group=mesh.expert_dp_group,
         mem_efficient_linear=False,
         dtype=build.dtype,
         # The modules state their tensors' dtype and device.
         tensor_overrides=[],
-        enabled=divided,
-    ):
-        return MODULES[architectures.get(model_config.arch).task](model_config, build, mesh, recompute)
+    )
