@@ -9,8 +9,8 @@ from sys import float_info
 from megatron_ligo.arch import rope_scaling
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 
-# Upper bound on num_layers: a corrupt record must fail before its keys are listed.
-MAX_LAYERS = 10_000
+# Upper bounds: a corrupt record or a slip of the keyboard must fail before its keys are listed.
+MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 errors.add(name, "a positive integer", repr(value))
+        errors.raise_if_any()
+        for name, limit in (("num_layers", MAX_LAYERS), ("num_experts", MAX_EXPERTS)):
+            if getattr(self, name) > limit:
+                errors.add(name, f"at most {limit}", getattr(self, name))
         errors.raise_if_any()
         self._normalise_layer_kinds(errors)
         if self.num_heads % self.num_kv_heads:
@@ -285,8 +289,6 @@ class ModelConfig:
                 errors.add_message(f"size {f.name!r} is missing")
             elif f.name in data and not any(_has_json_type(data[f.name], kind) for kind in f.type.split(" | ")):
                 errors.add(f.name, f.type, repr(data[f.name])[:60])
-        if not errors.problems and data["num_layers"] > MAX_LAYERS:
-            errors.add("num_layers", f"at most {MAX_LAYERS}", data["num_layers"])
         errors.raise_if_any()
         return cls(**data)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.growth.validation import build_initial_operator
-from megatron_ligo.planning import plan_text
+from megatron_ligo.planning import layout_search, plan_text
 from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.training.initial_weights import read_small_config
 
@@ -34,6 +34,11 @@ class RunPlan:
             plan_text.describe_checkpoints(self.fit.operator, config.pretrain.precision),
         ]
         return "\n\n".join("\n".join(page) for page in pages)
+
+    @property
+    def is_valid(self) -> bool:
+        """True if the processes can be laid out as the config says, in both jobs."""
+        return not any(layout_search.find_problems(job) for job in (self.fit, self.pretrain))
 
     def describe_refused_layouts(self) -> str:
         """Returns the layouts that do not work, with reasons, as text."""

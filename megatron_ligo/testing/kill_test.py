@@ -88,7 +88,14 @@ def run_kill_test(
         for how, after in _kill_schedule(generator, result.length):
             if result.count + tried.total() == kills:
                 how = None
-            if _run_once(start(output), output, how, after, generator):
+            run = start(output)
+            try:
+                has_finished = _run_once(run, output, how, after, generator)
+            except BaseException:
+                # Interrupted: the run would go on by itself.
+                _end(run.processes())
+                raise
+            if has_finished:
                 break
             tried[how] += 1
             log_line(f"{result.count + tried.total()}: {how} after {after:.1f} s")
@@ -272,9 +279,7 @@ def _kill(run: _LaunchedCommand | _ForkedCommand, how: str, generator: random.Ra
             process.send_signal(number)
     if left := _wait_for_end(run, processes):
         names = [_describe_process(process) for process in left]
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _end(left)
         limit = f"all processes to end within {IDLE_LIMIT:g} s without use of the CPU"
         raise CheckpointError(Problem(how, limit, f"{names} of {len(processes)}"))
     return True
@@ -288,13 +293,21 @@ def _wait_for_end(run: _LaunchedCommand | _ForkedCommand, processes: list[psutil
         code = run.wait(1.0)
         known |= {process.pid: process for process in run.processes()}
         left = [process for process in known.values() if _is_alive(process)]
-        if not left and code is not None:
+        # One that ended after it was listed may have started another before.
+        if not left and code is not None and not any(map(_is_alive, run.processes())):
             return []
+        time.sleep(0.1)
         now = time.monotonic()
         if abs((seconds := sum(map(_cpu_seconds, left))) - used) > IDLE_CPU:
             used, since = seconds, now
         if now > min(since + IDLE_LIMIT, began + LIMIT):
             return left
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _is_alive(process: psutil.Process) -> bool:

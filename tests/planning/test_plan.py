@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_ligo.commands.studies import plan
+from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import (
     FitSection,
     LargeSection,
@@ -153,3 +155,21 @@ def test_the_table_of_large_growths():
     assert len(rows) == len(scaling_table.KINDS)
     assert any("Extrapolated, not measured." in line for line in lines)
     assert all("tp" in row and "GB" in row for row in rows)
+
+
+def test_a_plan_whose_layout_is_invalid_proposes_no_fit(tmp_path, capsys):
+    hf_llama(SMALL).save_pretrained(tmp_path)
+    for world, expected in ((2, "next: ligo fit --processes 2"), (3, "next: another --world")):
+        plan.run(
+            plan.build_parser().parse_args(
+                ["--set=data.seq_length=8", f"--set=small.path={tmp_path}", f"--world={world}"]
+            )
+        )
+        printed = capsys.readouterr().out
+        assert ("invalid layout" in printed) == (world == 3) and expected in printed
+
+
+@pytest.mark.parametrize("size", ["num_layers", "num_experts"])
+def test_a_size_beyond_any_model_is_refused_at_once(size):
+    with pytest.raises(ConfigError, match=f"{size}: expected at most 10000, found 9223372036854775807"):
+        replace(SMALL, **{size: 2**63 - 1}, **({"top_k": 2} if size == "num_experts" else {}))

@@ -82,8 +82,8 @@ time.sleep(60 if stage == "first" or last == "stays" else 0)
 @pytest.mark.parametrize("last", ["ends", "stays"])
 def test_processes_that_start_after_a_kill_are_waited_for(tmp_path, monkeypatch, last):
     """Those that use the CPU have time to end; one that sleeps on is named and ended."""
-    monkeypatch.setattr(kill_test, "IDLE_LIMIT", 2.0)
-    monkeypatch.setattr(kill_test, "IDLE_CPU", 0.2)
+    monkeypatch.setattr(kill_test, "IDLE_LIMIT", 5.0)
+    monkeypatch.setattr(kill_test, "IDLE_CPU", 0.02)
     (tmp_path / "chain.py").write_text(CHAIN)
     words = [sys.executable, str(tmp_path / "chain.py"), "{output}", "first", last]
     run = kill_test._LaunchedCommand(words, tmp_path / "round")
@@ -95,4 +95,21 @@ def test_processes_that_start_after_a_kill_are_waited_for(tmp_path, monkeypatch,
     else:
         with pytest.raises(CheckpointError, match=rf"{tmp_path}/round third stays"):
             kill_test._kill(run, "SIGKILL to the first", random.Random(0))
-    assert not run.processes()
+    assert not any(map(kill_test._is_alive, run.processes()))
+
+
+def test_an_interrupted_test_ends_the_run_that_it_watches(tmp_path, monkeypatch):
+    (tmp_path / "soak").mkdir()
+    words = [sys.executable, "-c", "import sys, time; time.sleep(60)", "{output}"]
+    monkeypatch.setattr(kill_test, "_read_tally", lambda folder, new: new)
+    monkeypatch.setattr(kill_test, "run_outcome", lambda output: {})
+    runs = []
+
+    def interrupt(run, *arguments):
+        runs.append(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kill_test, "_run_once", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_kill_test(words, tmp_path / "soak", 1, 0, lambda line: None)
+    assert runs[0].wait(20) == -9

@@ -54,5 +54,8 @@ def run(args: argparse.Namespace) -> None:
     print(plan)
     if args.layouts:
         print(f"\n{plan.describe_refused_layouts()}")
+    if not plan.is_valid:
+        cli.print_wrote("", "another --world, or other layouts; --layouts lists those that do not work")
+        return
     processes = ("--processes", args.world) if args.world > 1 else ()
     cli.print_next("", "ligo", "fit", *processes, *cli.config_options(args), "--output", "runs/fit")
