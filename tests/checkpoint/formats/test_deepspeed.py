@@ -183,3 +183,28 @@ def test_names_of_megatron_deepspeed(tmp_path, optimizer):
         if optimizer:
             expected = engine_samples.adam_moments(weight.float())["exp_avg"]
             assert hf_models.same_bits(reader.read(key, "exp_avg"), expected), key
+
+
+@pytest.mark.parametrize("model_type, tied", CASES)
+def test_layers_of_megatron_deepspeeds_pipeline(tmp_path, model_type, tied):
+    """Functions between its layers have numbers too: 0, 2 and that before the norm have no file."""
+    _, folder = hf_models.saved(tmp_path / "a", model_type, tied=tied, **SIZES)
+    convert(formats.open(folder), tmp_path / "b", "pipeline", WriteOptions(tp=2, pp=2))
+    tag = tmp_path / "b" / "global_step0"
+    numbers = {0: 1, 1: 3, 2: 4, 3: 5, 4: 7, 5: 8}
+    for path in sorted(tag.glob("layer_*"), reverse=True):
+        layer, rest = int(path.name[6:8]), path.name[8:]
+        state = torch.load(path)
+        for new, old in OLD_NAMES.items():
+            if new[0] == ".":
+                state = {f".{name}".replace(new, old)[1:]: tensor for name, tensor in state.items()}
+        renamed = {4: ("norm.", ""), 5: ("linear.", "lm_head.")}
+        old, new = renamed.get(layer, ("", ""))
+        torch.save({new + name.removeprefix(old): tensor for name, tensor in state.items()}, path)
+        path.rename(tag / f"layer_{numbers[layer]:02d}{rest}")
+    reader = formats.open(tmp_path / "b")
+    assert (reader.format, reader.layout["tp"]) == ("pipeline", 2)
+    hf_models.assert_same(formats.open(folder), reader)
+    (tag / "layer_04-model_01-model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="layer_04-model_01"):
+        formats.open(tmp_path / "b")

@@ -10,6 +10,7 @@ Layer 0 is the word embedding; other embeddings are a layer of their own (an ima
 come the transformer layers, the final norm (of a masked LM, the head's transform), the head and its bias. A tied head
 is not stored: DeepSpeed copies the embedding to it. The writer stores layers and counters. A pipeline at the same
 tensor parallelism and any number of stages loads them with `load_checkpoint(DIR, load_module_only=True)`.
+Megatron-DeepSpeed's layers are read too (megatron_layers.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megatron_ligo import arch
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import model_record
 from megatron_ligo.checkpoint.format import Format, WriteOptions
+from megatron_ligo.checkpoint.formats.deepspeed import megatron_layers
 from megatron_ligo.checkpoint.formats.deepspeed.engine import build_run_counters
 from megatron_ligo.checkpoint.formats.deepspeed.engine_rank import EngineRank, read_module_state, read_param_shapes
 from megatron_ligo.checkpoint.formats.deepspeed.latest_tag import TagOptions, find_tag_folder
@@ -132,8 +134,16 @@ class PipelineFormat(Format):
         files = EngineFiles(tag_folder)
         root = find_root(path, tag_folder)
         model_config, _ = model_record.read(root, accepted)
-        tp = _read_tp_size(files, model_config)
         errors = ErrorCollector(f"{tag_folder} does not hold the model of its config", CheckpointError)
+        if megatron_layers.has_megatron_layers(files):
+            tp = 1 + max(rank for _, rank in files.layer_states)
+            ranks = [megatron_layers.read_rank(files, tp_rank, errors) for tp_rank in range(tp)]
+            errors.raise_if_any()
+            reader = EngineReader(NAME, path, root, files, ranks, accepted, errors)
+            if files.optim_states[0]:
+                reader.unread = ("fp32 master weights and Adam's state, of Megatron-DeepSpeed's pipeline",)
+            return reader
+        tp = _read_tp_size(files, model_config)
         ranks = [_read_rank(files, tp_rank, tp, model_config, errors) for tp_rank in range(tp)]
         return EngineReader(NAME, path, root, files, ranks, accepted, errors)
 

@@ -35,10 +35,11 @@ def flatten(tree: Mapping, prefix: str = "", depth: int = 0) -> Iterator[tuple[s
 
 def find_renaming(names: Collection[str]) -> Callable[[str], str]:
     """Returns what makes current names of a module's: the identity, unless one of them begins as only old ones do."""
-    return _modernize if any(name.startswith(tuple(OLD_NAMES)) for name in names) else str
+    return modernize if any(name.startswith(tuple(OLD_NAMES)) for name in names) else str
 
 
-def _modernize(name: str) -> str:
+def modernize(name: str) -> str:
+    """Returns the current name of a parameter that has an old one."""
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)
     return name
