@@ -82,6 +82,23 @@ OWN = {
         # The norms of heads and of features share it, and a tiny model's queries are small.
         "norm_eps": 1e-9,
     },
+    "cohere": {"arch": "cohere", "logits_multiplier": 0.7, "parallel_residual": True},
+    "cohere with biases": {
+        "arch": "cohere",
+        "logits_multiplier": 1.3,
+        "parallel_residual": True,
+        "qkv_bias": True,
+        "output_bias": True,
+    },
+    "phi": {"arch": "phi", "activation": "gelu_new", "rotary_fraction": 0.5, "parallel_residual": True},
+    "falcon": {"arch": "falcon", "activation": "gelu", "parallel_residual": True},
+    "falcon with two norms": {
+        "arch": "falcon",
+        "activation": "gelu",
+        "parallel_residual": True,
+        "num_parallel_norms": 2,
+        **ALL_BIASES,
+    },
     "opt": {
         "arch": "opt",
         "activation": "relu",
@@ -98,7 +115,8 @@ RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "n
 DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}
 # Without grouped-query attention.
 FULL_HEADS = ("opt", "modernbert")
-GROWTH = dict.fromkeys(OWN, RAGGED) | {"starcoder2": DOUBLE, "stablelm": DOUBLE}
+WHOLE = ("starcoder2", "stablelm", "cohere", "phi", "falcon")
+GROWTH = dict.fromkeys(OWN, RAGGED) | {case: DOUBLE for case in OWN if OWN[case]["arch"] in WHOLE}
 GROWTH |= {case: {**DOUBLE, "num_kv_heads": 12} for case in OWN if OWN[case]["arch"] in FULL_HEADS}
 
 

@@ -57,6 +57,7 @@ class Architecture:
     coupled_fields: `model_type` -> {field: the one whose value it has}, where one key states both.
     choices: {field: supported values}.
     hf_aliases: {config key: the key in `hf_fields` that transformers also reads under this name}.
+    hf_older_forms: pairs of keys and values, and those that state the same network; the first pair that fits is used.
     hf_fixed: config keys that are not written, with the values under which this definition applies.
     hf_harmless: {config key: why it does not change what the model computes}.
     refused_classes: {unsupported class: reason}.
@@ -95,8 +96,9 @@ class Architecture:
     gate_activation: str = ""
     antialiases_positions: bool = False
     coupled_fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     hf_aliases: Mapping[str, str] = field(default_factory=dict)
+    hf_older_forms: tuple[tuple[Mapping[str, object], Mapping[str, object]], ...] = ()
     hf_fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     hf_harmless: Mapping[str, str] = field(default_factory=dict)
     ignored_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -176,7 +178,12 @@ class Architecture:
 
     def has_norm_biases(self, model_config: ModelConfig) -> bool:
         """True if the norms of a model add a bias."""
-        return self.has_bias(Role.FFN_NORM, model_config)
+        return any(self.has_bias(role, model_config) for role in (Role.ATTENTION_NORM, Role.FFN_NORM))
+
+    def shares_norm(self, model_config: ModelConfig) -> bool:
+        """True if attention and feed-forward read one norm of the layer's input."""
+        norms = (param for param in self.params if param.role is Role.FFN_NORM)
+        return model_config.parallel_residual and not any(param.exists(model_config) for param in norms)
 
     def has_linear_biases(self, model_config: ModelConfig) -> bool:
         """True if the output projections of attention and feed-forward have biases."""

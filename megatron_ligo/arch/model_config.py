@@ -45,6 +45,7 @@ class ModelConfig:
         length of rope_scaling.
     rotary_fraction: fraction of a head's features that rotate, counted from the first.
     parallel_residual: attention and feed-forward both read the layer's input.
+    num_parallel_norms: those that they read it through then, in a family where both may read one norm: 1 or 2.
     sliding_window: attention window in tokens: each attends to itself and so many less one before it, in a family that
         is not causal also after it; None = unlimited.
     window_layers: for each layer, whether it has the window; None = all.
@@ -67,7 +68,7 @@ class ModelConfig:
     embedding_multiplier, residual_multiplier: factors of the word embeddings, and of what each block adds.
     attention_scale: factor of the attention scores; None = a power of a head size.
     attention_scale_dim: the head size whose power -1/2 that factor is, if it is not the model's own head_dim.
-    logits_divisor: the logits are divided by it.
+    logits_multiplier, logits_divisor: factors of the logits: they are multiplied by one, and divided by the other.
     num_experts, top_k: feed-forward experts of each layer, of which ffn_size is one's width, and those that
         a token is routed to; 0 = a dense block.
     renormalises_routing: the weights of a token's experts are divided by their sum.
@@ -98,6 +99,7 @@ class ModelConfig:
     query_scaling_beta: float = 0.0
     rotary_fraction: float = 1.0
     parallel_residual: bool = False
+    num_parallel_norms: int = 1
     sliding_window: int | None = None
     window_layers: tuple | None = None
     window_rope_base: float | None = None
@@ -120,6 +122,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     attention_scale: float | None = None
     attention_scale_dim: int | None = None
+    logits_multiplier: float = 1.0
     logits_divisor: float = 1.0
     attention_softcap: float | None = None
     logits_softcap: float | None = None
@@ -207,6 +210,11 @@ class ModelConfig:
     def with_window_positions(self) -> ModelConfig:
         """Returns the config with the rotary positions of layers with the window in every layer."""
         return replace(self, rope_base=self.window_rope_base, rope_scaling=None)
+
+    @property
+    def has_two_norms(self) -> bool:
+        """True if attention and feed-forward have norms of their own, in a family where they may share one."""
+        return self.num_parallel_norms == 2
 
     @property
     def has_head_bias(self) -> bool:

@@ -38,6 +38,7 @@ IMAGES = {
     "activation": "gelu", "rope_base": None, "image_size": 12, "patch_size": 3, "num_channels": 2, "vocab_size": 5,
     "qkv_bias": True, "has_head": True, **ALL_HEADS,
 }  # fmt: skip
+PARALLEL = {"parallel_residual": True}
 GEMMA = {**TANH_GELU, "tied": True}
 # Fields of ModelConfig in which a family's model differs from `SIZES`.
 OWN: dict[str, dict[str, object]] = {
@@ -45,6 +46,9 @@ OWN: dict[str, dict[str, object]] = {
     "bert": ENCODER,
     "dinov2": {**IMAGES, "has_mask_token": True, "max_positions": 17, "ffn_size": 48},
     "dinov2_with_registers": {**IMAGES, "num_registers": 2, "max_positions": 17, "ffn_size": 48},
+    "cohere": {**PARALLEL, "logits_multiplier": 0.7, "tied": True},
+    "falcon": {**PARALLEL, "activation": "gelu", "tied": True},
+    "phi": {**PARALLEL, "activation": "gelu_new", "rotary_fraction": 0.5},
     "deit": {**IMAGES, "has_distillation": True, "max_positions": 18},
     "exaone4": {**ALTERNATE, "rope_layers": (True, False, True), "norm_eps": 1e-9},
     "gemma": GEMMA,

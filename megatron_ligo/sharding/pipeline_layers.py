@@ -1,7 +1,7 @@
 """Partition of the network into pipeline layers, and of the layers into stages.
 
 DeepSpeed's pipeline is a list of layers: the word embedding, the embeddings added to it (an image's embedding is one
-layer), the transformer layers, the final norm, a masked LM's head transform, the head, and a masked LM's head bias.
+layer), the transformer layers, the final norm, a masked LM's head transform, the head, and the head's bias.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ def layer_prefixes(model_config: ModelConfig) -> list[dict[str, str]]:
     arch = architectures.get(model_config.arch)
     stack = "encoder" if arch.is_masked_lm else "decoder"
     layers = [{"": f"{stack}.layers.{layer}."} for layer in range(model_config.num_layers)]
+    bias = [{"bias": "output_layer.bias"}] if arch.has_bias(Role.HEAD, model_config) else []
     if arch.is_masked_lm:
         norm = [{"norm.": f"{stack}.final_layernorm."}] if arch.has(Role.FINAL_NORM) else []
         head = [{"": "lm_head."}, {"linear.weight": "output_layer.weight"}]
-        bias = [{"bias": "output_layer.bias"}] if arch.has_bias(Role.HEAD, model_config) else []
         after = [*norm, *head, *bias]
     else:
         heads = {"linear.": "output_layer.", "patch_linear.": "patch_output_layer."}
         after = [{"norm.": "decoder.final_layernorm."}, heads]
+        # An image classifier's head holds its own.
+        after += [] if arch.reads_images else bias
     return [*_prefixes_before(model_config), *layers, *after]
 
 

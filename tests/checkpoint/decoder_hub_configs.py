@@ -196,6 +196,31 @@ EXAONE4 = {
     "rope_theta": 1000000, "sliding_window": 4096, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": True, "vocab_size": 102400,
 }  # fmt: skip
+COMMAND_R = {
+    "architectures": ["CohereForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 5,
+    "eos_token_id": 255001, "hidden_act": "silu", "hidden_size": 8192, "initializer_range": 0.02,
+    "intermediate_size": 22528, "layer_norm_eps": 1e-05, "logit_scale": 0.0625, "max_position_embeddings": 8192,
+    "model_max_length": 131072, "model_type": "cohere", "num_attention_heads": 64, "num_hidden_layers": 40,
+    "num_key_value_heads": 64, "pad_token_id": 0, "rope_theta": 8000000.0, "torch_dtype": "float16",
+    "transformers_version": "4.38.2", "use_cache": True, "vocab_size": 256000,
+}  # fmt: skip
+PHI2 = {
+    "architectures": ["PhiForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 50256, "embd_pdrop": 0.0,
+    "eos_token_id": 50256, "hidden_act": "gelu_new", "hidden_size": 2560, "initializer_range": 0.02,
+    "intermediate_size": 10240, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "phi",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "partial_rotary_factor": 0.4,
+    "qk_layernorm": False, "resid_pdrop": 0.1, "rope_scaling": None, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.37.0", "use_cache": True,
+    "vocab_size": 51200,
+}  # fmt: skip
+FALCON = {
+    "alibi": False, "apply_residual_connection_post_layernorm": False, "architectures": ["FalconForCausalLM"],
+    "attention_dropout": 0.0, "bias": False, "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0,
+    "hidden_size": 4544, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "falcon",
+    "multi_query": True, "new_decoder_architecture": False, "num_attention_heads": 71, "num_hidden_layers": 32,
+    "parallel_attn": True, "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": True,
+    "vocab_size": 65024,
+}  # fmt: skip
 # Each with some of the sizes that it states.
 DECODERS = {
     "Qwen3": (QWEN3, {"head_dim": 128, "sliding_window": None}),
@@ -215,5 +240,8 @@ DECODERS = {
     "StableLM 2": (STABLELM, {"rotary_fraction": 0.25, "qkv_bias": True}),
     "OPT": (OPT, {"ffn_size": 3072, "position_offset": 2, "tied": True}),
     "ERNIE 4.5": (ERNIE, {"head_dim": 128, "tied": True}),
+    "Command R": (COMMAND_R, {"logits_multiplier": 0.0625, "num_parallel_norms": 1, "tied": True}),
+    "Phi-2": (PHI2, {"rotary_fraction": 0.4, "head_dim": 80, "tied": False}),
+    "Falcon 7B": (FALCON, {"num_kv_heads": 1, "ffn_size": 18176, "head_dim": 64, "num_parallel_norms": 1}),
     "EXAONE 4": (EXAONE4, {"rope_layers": (True, True, True, False) * 16, "sliding_window": 4096}),
 }

@@ -17,6 +17,17 @@ CAUSAL_SIZES = {
     "eos_token_id": 5,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+FALCON = {
+    "hidden_size": 32,
+    "ffn_hidden_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 37,
+    "max_position_embeddings": 64,
+    "layer_norm_epsilon": 1e-3,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+}
 # model_type, with what is special about the model -> the class, and the config that is changed.
 DECODERS = {
     "llama": ("LlamaForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
@@ -87,6 +98,18 @@ DECODERS = {
         {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
         | {"layer_norm_eps": 1e-3, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
     ),
+    "cohere": (
+        "CohereForCausalLM",
+        {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
+        | {"layer_norm_eps": 1e-3, "logit_scale": 0.7, "head_dim": 10},
+    ),
+    "phi": (
+        "PhiForCausalLM",
+        {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
+        | {"layer_norm_eps": 1e-3, "partial_rotary_factor": 0.5},
+    ),
+    "falcon": ("FalconForCausalLM", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon with one key head": ("FalconForCausalLM", FALCON),
     "ernie4_5": ("Ernie4_5ForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
     "gemma": ("GemmaForCausalLM", CAUSAL_SIZES | {"head_dim": 10}),
     "exaone4": ("Exaone4ForCausalLM", CAUSAL_SIZES | {"sliding_window": 7, "sliding_window_pattern": 2}),

@@ -58,11 +58,11 @@ def test_methods_called_lossless_are(tmp_path, case, method):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("case", ["smollm3 with windows", "phi3", "starcoder2", "opt", "modernbert"])
+@pytest.mark.parametrize("case", ["smollm3 with windows", "phi3", "starcoder2", "opt", "modernbert", "falcon"])
 def test_every_method_grows_every_parameter(case, method):
     small = layer_pattern_models.config_of(case)
     source = layer_norm_models.memory_of(layer_norm_models.model_of(small), small)
-    large = LargeSection(**(GROWTH[case] if case in ("opt", "modernbert") else RAGGED))
+    large = LargeSection(**(GROWTH[case] if case in ("opt", "modernbert", "falcon") else RAGGED))
     settings = OperatorSection(method=method, depth_init="stack" if method == "ligo" else None)
     grown = GrownReader(build_initial_operator(small, large, settings), source)
     for key in grown.keys():  # noqa: SIM118 - no dict
@@ -107,7 +107,7 @@ def test_there_and_back(tmp_path, case):
     source = formats.open(tmp_path / "a")
     assert source.model_config == small
     unsayable = "position_offset" if case == "opt" else "window_rope_base" if small.has_window_positions else ""
-    unsayable = "biases" if case in ("olmo2 with biases", "arcee") else unsayable
+    unsayable = "biases" if case in ("olmo2 with biases", "cohere with biases", "arcee") else unsayable
     unsayable = "query_scaling_beta" if small.query_scaling_beta else unsayable
     for to in ("universal", "fsdp", "mcore", "megatron"):
         if unsayable and to not in ("universal", "fsdp"):
@@ -164,7 +164,7 @@ def test_positions_of_one_base_go_through_megatron_s_formats(tmp_path):
     assert_same(source, formats.open(tmp_path / "m"))
 
 
-@pytest.mark.parametrize("case", ["smollm3", "phi3", "starcoder2", "opt", "olmo3", "gemma3", "modernbert"])
+@pytest.mark.parametrize("case", ["smollm3", "phi3", "starcoder2", "opt", "olmo3", "gemma3", "modernbert", "phi"])
 def test_count_of_flops_equals_torch(case):
     small = layer_pattern_models.config_of(case)
     network = layer_norm_models.model_of(small)

@@ -42,7 +42,7 @@ from megatron_ligo.models.mcore.layer_spec import (
 )
 from megatron_ligo.models.mcore.rotary import unscale_window_positions
 
-# In pre-norm layers, the only linear that reads each norm, by Megatron-core's names.
+# In pre-norm layers, the linear that reads each norm, by Megatron-core's names.
 NORM_READERS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 ACTIVATION_READER = "mlp.linear_fc2"
 EXPERTS = "mlp"  # of a layer with experts
@@ -184,7 +184,11 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         # The router reads the second norm too.
         transforms["self_attention.linear_qkv"] = norms.pop("input_layernorm")
     elif operator.arch.pre_norm:
-        transforms |= {reader: norms.pop(norm) for reader, norm in NORM_READERS.items() if norm in norms}
+        readers = dict(NORM_READERS)
+        if operator.arch.shares_norm(operator.large):
+            readers["mlp.linear_fc1"] = "input_layernorm"
+        transforms |= {reader: norms[norm] for reader, norm in readers.items() if norm in norms}
+        norms = {path: norm for path, norm in norms.items() if path not in readers.values()}
     modules: dict[str, FactoredModule] = {}
     for path, specs in specs_by_path.items():
         if path in norms:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import Role
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.single_module import SingleModule
 from megatron_ligo.models.mcore.layer_calls import (
     add_positions,
+    build_output_linear,
     build_uninitialised_config,
     embed_tokens,
     finish_logits,
@@ -47,6 +49,9 @@ class FullGPT(SingleModule, GPTModel):
             # mcore would keep all tokens on every rank up to the positions, and scatter them afterwards.
             self.embedding.word_embeddings.reduce_scatter_embeddings = build.sequence_parallel
             self.embedding.position_embeddings.weight.sequence_parallel = build.sequence_parallel
+        if architectures.get(model_config.arch).has_bias(Role.HEAD, model_config):
+            holds_weight = not model_config.tied
+            self.output_layer = build_output_linear(model_config, build, mesh, holds_weight, bias=True)
         self.sequence_part = mesh.sequence_part(build.sequence_parallel)
         self.rotary_pos_emb = build_rotary_embedding(model_config)
         unscale_window_positions(self.decoder.layers, model_config)

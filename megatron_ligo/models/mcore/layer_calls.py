@@ -41,6 +41,8 @@ def embed_tokens(words: VocabParallelEmbedding, tokens: Tensor, model_config: Mo
 
 def finish_logits(logits: Tensor, model_config: ModelConfig) -> Tensor:
     """Returns what the network's loss reads, from the head's product (..., columns), of the same shape."""
+    if model_config.logits_multiplier != 1:
+        logits = logits * model_config.logits_multiplier
     if model_config.logits_divisor != 1:
         logits = logits / model_config.logits_divisor
     softcap = model_config.logits_softcap

@@ -35,7 +35,7 @@ from megatron_ligo.models.mcore.expert_routing import to_routing_settings
 from megatron_ligo.models.mcore.layer_scale import LayerScale
 from megatron_ligo.models.mcore.linear_biases import set_linear_biases
 from megatron_ligo.models.mcore.norm import AllHeadsNorm, Norm
-from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer
+from megatron_ligo.models.mcore.parallel_residual_layer import ParallelResidualLayer, SharedNormLayer
 from megatron_ligo.models.mcore.post_norm_layer import PostNormLayer
 from megatron_ligo.models.mcore.residual_branch_layer import ResidualBranchLayer, ResidualBranchSubmodules
 from megatron_ligo.models.mcore.rotary import get_query_scaling, set_attention_factor
@@ -173,7 +173,7 @@ def has_default_scale(model_config: ModelConfig) -> bool:
 def get_layer_class(model_config: ModelConfig) -> type[TransformerLayer]:
     arch = architectures.get(model_config.arch)
     if model_config.parallel_residual:
-        return ParallelResidualLayer
+        return SharedNormLayer if arch.shares_norm(model_config) else ParallelResidualLayer
     if not arch.pre_norm:
         return PostNormLayer
     has_own_branches = arch.has_output_norms or arch.has_output_scales or model_config.residual_multiplier != 1
@@ -201,7 +201,7 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype, layer: int |
             get_gpt_layer_local_spec(num_experts=num_experts, normalization=get_normalization(model_config))
         )
         spec.submodules.input_layernorm = IdentityOp if layer == 0 and arch.starts_unnormalised else Norm
-        spec.submodules.pre_mlp_layernorm = Norm
+        spec.submodules.pre_mlp_layernorm = IdentityOp if layer_class is SharedNormLayer else Norm
     else:
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
     _, cp = context_place()

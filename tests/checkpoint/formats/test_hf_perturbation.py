@@ -9,6 +9,7 @@ import transformers
 
 from tests.checkpoint.config_perturbation import MODELS, Perturbation, Report
 
+DAILY = ("mistral", "gpt2", "bert", "vit", "smollm3", "granite", "phi", "falcon")
 LATER = [
     pytest.param(name, marks=pytest.mark.long)
     for name in (
@@ -23,6 +24,8 @@ LATER = [
         "exaone4",
         "llama with biases",
         "arcee",
+        "cohere",
+        "falcon with one key head",
         "dinov2",
         "dinov2 with a gate",
         "dinov2_with_registers",
@@ -46,7 +49,7 @@ def quiet():
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("model_type", ["mistral", "gpt2", "bert", "vit", "smollm3", "granite", *LATER])
+@pytest.mark.parametrize("model_type", [*DAILY, *LATER])
 def test_each_key_is_changed_once(tmp_path, model_type):
     """Every key that is not known to be harmless."""
     perturbation, report = Perturbation(model_type, tmp_path), Report()

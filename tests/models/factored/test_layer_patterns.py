@@ -10,6 +10,11 @@ from tests.models.factored.test_exactness import assert_exact, differences
 PATTERN_GROWTH = {
     "starcoder2": {"hidden_size": 64},
     "stablelm": {"hidden_size": 64},
+    "cohere": {"hidden_size": 64},
+    "cohere with biases": {"hidden_size": 64},
+    "phi": {"hidden_size": 64},
+    "falcon": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 8},
+    "falcon with two norms": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 8},
     "phi3": {"hidden_size": 64},
     "modernbert": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16},
     "modernbert with biases": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 16},

@@ -25,7 +25,7 @@ FAMILY = "general.architecture"
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 REALS = (
     "norm_eps", "rope_base", "embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor",
-    "attention_softcap", "logits_softcap", "query_scaling_beta", "window_rope_base",
+    "logits_multiplier", "attention_softcap", "logits_softcap", "query_scaling_beta", "window_rope_base",
 )  # fmt: skip
 # Fields that 0 switches off.
 MAY_BE_ZERO = ("sliding_window", "query_scaling_beta")

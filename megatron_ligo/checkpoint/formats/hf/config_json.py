@@ -87,7 +87,7 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     """Parses the sizes in a config. Raises CheckpointError with everything that the table cannot express."""
     arch = find_architecture(config, where)
     errors = ErrorCollector(f"{where} describes a model that this program does not support", CheckpointError)
-    config = _unify_activations(config)
+    config = _renew(_unify_activations(config), arch, where)
     key_table(config["model_type"]).check(config, accepted, errors)
     _check_classes(config, arch, accepted, errors)
     config = _resolve_names(config, arch, errors)
@@ -111,7 +111,7 @@ def parse_model_config(config: Mapping, where: str, accepted: AcceptedKeys = NO_
     _check_repetitions(config, arch, sizes, errors)
     for name, known in arch.choices.items():
         if sizes[name] not in known:
-            errors.add(name, f"one of {', '.join(known)}", repr(sizes[name]))
+            errors.add(name, f"one of {', '.join(map(str, known))}", repr(sizes[name]))
     if arch.hf_window_both_ways and type(sizes["sliding_window"]) is int:
         sizes["sliding_window"] = sizes["sliding_window"] // 2 + 1
     sizes |= layer_patterns.parse_patterns(config, arch, sizes, where, errors)
@@ -148,6 +148,16 @@ def _unify_activations(config: Mapping) -> dict:
     """Returns a config with one name for each activation function."""
     names = {key: config[key] for key in ACTIVATION_FIELDS if isinstance(config.get(key), str)}
     return {**config, **{key: ACTIVATION_SYNONYMS.get(name, name) for key, name in names.items()}}
+
+
+def _renew(config: dict, arch: Architecture, where: str) -> dict:
+    """Returns a config with the newer keys of a family in place of older ones that state the same network."""
+    for older, newer in arch.hf_older_forms:
+        # Defaults of the class alone: other keys may be such that transformers refuses the config.
+        stated = {key: config[key] for key in ("model_type", *older) if key in config}
+        if all(is_same_value(_config_value(stated, key, arch, where), value) for key, value in older.items()):
+            return {**config, **newer}
+    return config
 
 
 def _resolve_names(config: Mapping, arch: Architecture, errors: ErrorCollector) -> dict:

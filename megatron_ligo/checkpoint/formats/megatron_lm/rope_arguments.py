@@ -126,6 +126,7 @@ def has_llama_layers(model_config: ModelConfig) -> bool:
     names = {param.locations["mcore"].name for param in arch.params if param.role not in own}
     factors = model_config.embedding_multiplier, model_config.residual_multiplier, model_config.logits_divisor
     is_plain = factors == (1, 1, 1) and model_config.attention_scale is None and not arch.scales_embedding
+    is_plain = is_plain and model_config.logits_multiplier == 1 and not model_config.parallel_residual
     is_plain = is_plain and arch.uses_rms_norm and not arch.gain_offset and model_config.activation == "silu"
     return is_plain and names <= {param.locations["mcore"].name for param in llama.params}
 
