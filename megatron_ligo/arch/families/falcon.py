@@ -55,7 +55,7 @@ FALCON = Architecture(
     model_types={"falcon": {"FalconForCausalLM": ()}},
     params=(
         ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, EMBEDDING),
-        *norm_params("layers.{}.norm", Role.ATTENTION_NORM, SHARED_NORM, excludes=TWO_NORMS),
+        *norm_params("layers.{}.shared_norm", Role.ATTENTION_NORM, SHARED_NORM, excludes=TWO_NORMS),
         *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, ATTENTION_NORM, requires=TWO_NORMS),
         *_linear("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, QUERY),
         *_linear("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, KEY),
