@@ -24,19 +24,20 @@ from megatron_ligo.growth.operator import Operator
 
 # The most bytes of small tensors that are kept while dense depth maps read them for every large layer.
 CACHE_BYTES = 256 << 20
+CPU = torch.device("cpu")
 
 
 class GrownReader(Reader):
     """An operator applied to a small checkpoint. Tensors are fp32, or fp64 if the source is fp64.
 
     moments: policy for Adam's state: "reset" drops it, "grow" and "old" grow it (growth/adam_state.py) and need a
-    source that has it.
+    source that has it. device: where the products of matrices are computed; tensors are returned on the CPU.
     """
 
     format = "grown"
     path = None
 
-    def __init__(self, operator: Operator, source: Reader, moments: str = "reset"):
+    def __init__(self, operator: Operator, source: Reader, moments: str = "reset", device: torch.device = CPU) -> None:
         if operator.small.num_experts == 1:
             source = as_mixture_reader(source, operator.settings.expert_start)
         check_source(operator, source)
@@ -50,6 +51,7 @@ class GrownReader(Reader):
         self._dual_maps = {kind: DualMaps(operator, kind, moments) for kind in MOMENTS if self.has_moments}
         self.operator = operator
         self.source = source
+        self.device = device
         self._cached: dict[str, Tensor] = {}
         self._cached_bytes = 0
         self.model_config = operator.large
@@ -67,6 +69,9 @@ class GrownReader(Reader):
         if self.operator.settings.codes:
             settings["codes"] = digest_file(Path(self.operator.settings.codes) / TENSORS)
         growth = {"operator": digest_operator(self.operator), "settings": settings, "moments": self.moments}
+        if self.device != CPU:
+            # Sums of another device end in other bits: a hand-off is completed where it was begun.
+            growth["device"] = self.device.type
         return {**growth, "source": source}
 
     @property
@@ -114,8 +119,14 @@ class GrownReader(Reader):
         """
         read_small = self._read_cached if self._mixes_layers(key) else self.source.read
         mixed = self.operator.mix_layers(key, read_small, layer_offset)
-        mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-        return self.operator.grow(key, mixed, random_rows)
+        device = self._product_device(key)
+        mixed = mixed.to(device, torch.promote_types(mixed.dtype, torch.float32))
+        return self.operator.grow(key, mixed, None if random_rows is None else random_rows.to(device)).cpu()
+
+    def _product_device(self, key: str) -> torch.device:
+        """Returns where a tensor is grown. Vectors have no products, and parts of experts are drawn on the CPU."""
+        is_matrix = len(self.arch.param(key).axes) == 2
+        return self.device if is_matrix and not self.operator.settings.expert_drop else CPU
 
     def _mixes_layers(self, key: str) -> bool:
         """True if each large layer combines several small ones."""

@@ -26,11 +26,12 @@ from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorColle
 from megatron_ligo.common.file_digest import SEAL, hash_json
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.common.folder_kinds import HANDOFF, check_output, find_operator_part
+from megatron_ligo.common.nvidia_driver import DRIVER_VERSION
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.distributed.agreement import SINGLE_RANK, RankGroup
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import provenance
-from megatron_ligo.export.grown_reader import GrownReader, digest_operator
+from megatron_ligo.export.grown_reader import CPU, GrownReader, digest_operator
 from megatron_ligo.export.run_inputs import INPUTS, SMALL_MODEL, describe_model
 from megatron_ligo.growth import adam_state
 from megatron_ligo.growth.methods import describe_method
@@ -143,7 +144,7 @@ def write_grown_model(
     """
     section = config.handoff
     with ranks.agree():
-        grown = GrownReader(operator, reader, section.moments)
+        grown = GrownReader(operator, reader, section.moments, select_growth_device())
     digest = digest_weights(reader, DigestCache(ranks))
     with ranks.agree():
         record = {}
@@ -156,6 +157,20 @@ def write_grown_model(
                 record[INPUTS] = describe_model(SMALL_MODEL, f"{reader.path}", digest, reader)
     dtype = DTYPES[section.dtype]
     return write_handoff(grown, folder, dtype, section.formats, record, progress=progress, ranks=ranks)
+
+
+def select_growth_device() -> torch.device:
+    """Returns where the products of a growth are computed: this process's GPU, or the CPU.
+
+    Raises LayoutError if there are GPUs that torch cannot use and nobody has chosen the CPU.
+    """
+    if not DRIVER_VERSION.is_file():
+        return CPU
+    # It loads DeepSpeed, which a growth on a CPU does without.
+    from megatron_ligo.distributed import device
+
+    device.select_local_device()
+    return device.current_device()
 
 
 def check_operator(

@@ -53,7 +53,7 @@ class LinearMap(ABC):
 
     @abstractmethod
     def to(self, like: Tensor) -> LinearMap:
-        """Returns the map in the dtype of another tensor."""
+        """Returns the map in the dtype and on the device of another tensor."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -175,8 +175,8 @@ class RowSelection(LinearMap):
         return self.select(x, 0)
 
     def to(self, like):
-        copies = [(index, scale.to(like)) for index, scale in self.copies]
-        return RowSelection(self.source, self.scale.to(like), self.shape[1], copies)
+        copies = [(index.to(like.device), scale.to(like)) for index, scale in self.copies]
+        return RowSelection(self.source.to(like.device), self.scale.to(like), self.shape[1], copies)
 
     def dense(self):
         return self.scale.new_zeros(self.shape).scatter_(1, self.source[:, None], self.scale[:, None])

@@ -321,14 +321,14 @@ class Operator(ABC):
         Recent forms are cached, as finding them is slow.
         """
         side = "contract" if use is Use.INPUT and self.has_contract(lift.map_name) else "expand"
-        key = (self.width_name(lift.map_name, side, layer), like.dtype, shard and shard.start, use)
+        key = (self.width_name(lift.map_name, side, layer), like.dtype, like.device, shard and shard.start, use)
         form = self._cached_forms.get(key)
         if form is None:
-            matrix = self.matrix(layer)(lift, use).to(like)
+            matrix = self.matrix(layer)(lift, use).to(like.dtype)
             if shard is not None:
                 scale = experts.num_shards(self.small, self.large) if use is Use.INPUT else 1
                 matrix = matrix[shard] * scale
-            form = cheapest_form(matrix)
+            form = cheapest_form(matrix).to(like)
             if not matrix.requires_grad:
                 self._cached_forms.put(key, form, form.nbytes)
         return form
