@@ -118,6 +118,19 @@ def test_columns_without_text_are_refused(tmp_path):
             read(path, json_key="id")
 
 
+def test_a_parquet_file_whose_parts_name_the_column_otherwise_is_refused(tmp_path):
+    """In turn: its schema, the metadata of a row group."""
+    path = write_parquet(tmp_path / "a.parquet", ["one", "two"])
+    data, refused = path.read_bytes(), []
+    places = [place for place in range(len(data)) if data.startswith(b"text", place)]
+    for place in places:
+        path.write_bytes(data[:place] + b"texy" + data[place + 4 :])
+        with pytest.raises(DataError) as error:
+            read(path)
+        refused.append(problems(error)[0].found)
+    assert len(places) >= 2 and "a row group without its column 'text'" in refused
+
+
 def test_rows_without_a_text_are_bad_lines(tmp_path):
     texts = ["a", None, "b", None]
     for path in (write_parquet(tmp_path / "a.parquet", texts), write_arrow(tmp_path / "a.arrow", texts)):

@@ -63,3 +63,24 @@ def test_each_kind_of_harm_is_detected(tmp_path, monkeypatch, word):
         trials.run_fuzz(tmp_path, 1, 0, print, [sample])
     assert HARM[word] in str(raised.value)
     assert (tmp_path / "tried_0_0/content/file").read_text() == word
+
+
+def test_a_child_without_the_cpu_does_not_hang(monkeypatch):
+    """It works a little, and then waits, as on a busy machine: longer than the limit, which counts its own work."""
+
+    def work_now_and_then() -> trials.Result:
+        for _ in range(10):
+            until = time.process_time() + 0.1
+            while time.process_time() < until:
+                pass
+            time.sleep(0.3)
+        return trials.UNCHANGED, "done"
+
+    monkeypatch.setattr(trials, "TIMEOUT_SECONDS", 3.0)
+    assert list(trials._call_in_child([work_now_and_then])) == [(trials.UNCHANGED, "done")]
+
+
+def test_a_child_that_works_for_ever_hangs(monkeypatch):
+    monkeypatch.setattr(trials, "TIMEOUT_SECONDS", 1.0)
+    (outcome,) = trials._call_in_child([lambda: any(iter(int, 1)) or (trials.UNCHANGED, "")])
+    assert outcome == ("hung", "-9")

@@ -32,7 +32,8 @@ def read_parquet(path: Path, key: str) -> Iterator[RawChunk]:
         first = 1
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
-            batches = file.iter_batches(_rows_per_batch(metadata.row_group(group), key), [group], [key], False)
+            batch_rows = _rows_per_batch(path, metadata.row_group(group), key)
+            batches = file.iter_batches(batch_rows, [group], [key], False)
             while True:
                 with _reporting_damage(path):
                     batch = next(batches, None)
@@ -46,10 +47,12 @@ def read_parquet(path: Path, key: str) -> Iterator[RawChunk]:
                 raise _damaged_table(path, f"{rows} rows less than its row group {group} states")
 
 
-def _rows_per_batch(group: object, key: str) -> int:
-    """Returns how many rows of a row group have about CHUNK_BYTES."""
+def _rows_per_batch(path: Path, group: object, key: str) -> int:
+    """Returns how many rows of a row group have about CHUNK_BYTES. DataError if the group has another column."""
     columns = (group.column(index) for index in range(group.num_columns))
-    size = next(column.total_uncompressed_size for column in columns if column.path_in_schema == key)
+    size = next((column.total_uncompressed_size for column in columns if column.path_in_schema == key), None)
+    if size is None:
+        raise _damaged_table(path, f"a row group without its column {key!r}")
     return max(1, min(MAX_BATCH_ROWS, CHUNK_BYTES * group.num_rows // max(size, 1)))
 
 

@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +19,15 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+
 from megatron_ligo.common.errors import CheckpointError, user_message
 from megatron_ligo.testing.fuzz.mutators import MARK, MUTATIONS, OUTSIDE, Mutation
 from megatron_ligo.testing.fuzz.run_samples import RUN_SAMPLES
 from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
 
-TIMEOUT_SECONDS = 60.0
+# Seconds of the CPU, or by the clock with less use of the CPU than IDLE_CPU.
+TIMEOUT_SECONDS, IDLE_CPU = 60.0, 0.05
 # Address space that reading a few kilobytes may add to that of the process.
 EXTRA_BYTES = 1 << 30
 # Mutations that one child process tries: a fork costs more than most of them.
@@ -154,7 +158,7 @@ def _call_in_child(calls: Sequence[Callable[[], Result]]) -> Iterator[Result]:
     send.close()
     results, failure = 0, "hung"
     with receive:
-        while results < len(calls) and receive.poll(TIMEOUT_SECONDS):
+        while results < len(calls) and _has_answer(receive, psutil.Process(child)):
             try:
                 answer = receive.recv_bytes()
             except EOFError:
@@ -167,6 +171,22 @@ def _call_in_child(calls: Sequence[Callable[[], Result]]) -> Iterator[Result]:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if results < len(calls):
         yield failure, f"{status}"
+
+
+def _has_answer(receive: Connection, child: psutil.Process) -> bool:
+    """Waits for an answer; False if the child uses TIMEOUT_SECONDS of the CPU first, or so long next to none of it.
+
+    A busy machine may leave a sound child without the CPU for minutes.
+    """
+    first = used = sum(child.cpu_times()[:2])
+    since = time.monotonic()
+    while not receive.poll(1.0):
+        seconds = sum(child.cpu_times()[:2])
+        if seconds - used > IDLE_CPU:
+            used, since = seconds, time.monotonic()
+        if seconds - first > TIMEOUT_SECONDS or time.monotonic() - since > TIMEOUT_SECONDS:
+            return False
+    return True
 
 
 def _child_main(calls: Sequence[Callable[[], Result]], answers: Connection) -> None:
