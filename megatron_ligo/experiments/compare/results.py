@@ -31,6 +31,7 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
     scratch = {run.seed: (run.flops, run.loss) for run in outcomes[SCRATCH]["runs"] if _ended_at(run, 1.0)}
     cost = source["flops"] if source else None
     samples = spec.config.pretrain.eval_samples
+    differences = _differences(plan, {name: arm["runs"] for name, arm in outcomes.items()})
     missing = {arm.name: _missing(spec.compare, arm, outcomes[arm.name]["runs"]) for arm in arms}
     table, expected = {}, (len(spec.compare.seeds), len(spec.compare.budgets))
     for arm in arms:
@@ -60,10 +61,10 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
         "step_flops": plan.step_flops,
         "held_out": {"samples": samples, "tokens": samples * plan.large.tokens_per_sample(spec.config.data.seq_length)},
         "arms": table,
-        "trends": _trends(_differences(plan, {name: arm["runs"] for name, arm in outcomes.items()})),
-        "differences": _differences(plan, {name: arm["runs"] for name, arm in outcomes.items()}),
+        "trends": _trends(differences),
+        "differences": differences,
         "fits": _fit_prices(plan, {name: arm["runs"] for name, arm in outcomes.items()}),
-        "cautions": cautions(plan, outcomes, missing),
+        "cautions": [*cautions(plan, outcomes, missing), *_multiplicity_note(differences)],
         "versions": library_versions(),
     }
 
@@ -214,6 +215,17 @@ def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str,
         "same for all. With many arms and few seeds, the lowest arm is partly the luckiest."
     )
     return lines
+
+
+def _multiplicity_note(differences: Iterable[dict]) -> list[str]:
+    """Says what chance alone does to so many intervals; nothing for a single one."""
+    count = sum(row["low"] is not None for row in differences)
+    if count < 2:
+        return []
+    return [
+        f"{count} differences have a 95% interval each, none wider for their number: if no arm differed from another, "
+        f"chance would leave zero out of about {count / 20:.2g} of them."
+    ]
 
 
 def _selection_notes(arms: Iterable[Arm]) -> list[str]:

@@ -145,3 +145,11 @@ def test_a_fit_is_priced_by_plain_training_from_its_start(tmp_path):
     results = collect_results(plan, spec.arms)
     assert comparison_page.fit_rows(results)[1][3:] == ["not within its runs", "it pays"]
     assert comparison_page.trend_rows(results)[1][:2] == ["learned", "learned.start"]
+
+
+def test_the_number_of_intervals_is_reported(tmp_path):
+    """Six pairs at three budgets, and six of one seed, which have no interval."""
+    (note,) = [line for line in collect(tmp_path, {})["cautions"] if "leave zero out" in line]
+    assert note.startswith("18 differences have a 95% interval each") and "about 0.9 of them" in note
+    one_seed = collect(tmp_path, {}, "compare.seeds=[1]")
+    assert not any("leave zero out" in line for line in one_seed["cautions"])
