@@ -14,6 +14,10 @@ if [ $# -lt 2 ]; then
 fi
 hosts=$1
 shift
+if [ "${1:0:1}" != - ] && [ ! -f "$1" ]; then
+    echo "hosts.sh: expected a script after the hostfile, such as tools/fit.py, found no file $1." >&2
+    exit 2
+fi
 world=$(python -m megatron_ligo hosts "$hosts")
 if ! command -v pdsh > /dev/null; then
     echo "hosts.sh: expected pdsh on this node, found none. Install it, or run node.sh on each node." >&2

@@ -14,6 +14,10 @@ if [ $# -lt 4 ]; then
 fi
 hosts=$1 rank=$2 master=$3
 shift 3
+if [ "${1:0:1}" != - ] && [ ! -f "$1" ]; then
+    echo "node.sh: expected a script after the master, such as tools/fit.py, found no file $1." >&2
+    exit 2
+fi
 if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi

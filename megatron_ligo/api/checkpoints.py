@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
-
+from megatron_ligo.api.settings import DType, check_number, parse_dtype
 from megatron_ligo.api.sources import ModelSource, open_model
 from megatron_ligo.checkpoint import convert as conversion
 from megatron_ligo.checkpoint import inspect as inspection
@@ -24,7 +23,7 @@ def convert(
     target: str | Path,
     *,
     to: str,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     tp: int = 1,
     pp: int = 1,
     options: Mapping[str, object] | None = None,
@@ -38,7 +37,9 @@ def convert(
     progress: called with the bytes done and the bytes in total. The target appears whole or not at all.
     Raises CheckpointError with every bad tensor, ConfigError for options that the format does not take.
     """
-    written = WriteOptions(dtype=dtype, tp=tp, pp=pp, extra=dict(options or {}))
+    check_number("tp", tp, 1)
+    check_number("pp", pp, 1)
+    written = WriteOptions(dtype=parse_dtype(dtype), tp=tp, pp=pp, extra=dict(options or {}))
     reader = open_model(source, accept=accept)
     return conversion.convert(reader, target, to, written, overwrite=overwrite, progress=progress)
 

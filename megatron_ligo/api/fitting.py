@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ligo.api.settings import ConfigSource, Settings, build_config, select_sizes
+from megatron_ligo.api.settings import ConfigSource, Settings, build_config, check_type, describe, select_sizes
 from megatron_ligo.api.sources import ModelSource, open_model
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint import convert
@@ -53,6 +53,12 @@ def fit(
     """
     if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(Problem("output", "one folder for all processes", "none", "Name one that all nodes share."))
+    if not isinstance(large, Mapping) and not hasattr(large, "to_json_string"):
+        hint = "Pass the config of a large model (model.config)." if hasattr(large, "config") else ""
+        raise ConfigError(Problem("large", "a config of transformers, or sizes by name", describe(large), hint))
+    for name, prefixes in (("data", data), ("valid", valid)):
+        if prefixes is not None:
+            check_type(name, prefixes, str | Path | Sequence, "a prefix of prepared text, or a list of them")
     temporary = tempfile.TemporaryDirectory(prefix="ligo-fit-") if output is None else None
     folder = Path(temporary.name if temporary else output)
     reader = open_model(model)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, TypeAlias, Unpack
 import torch
 from torch import nn
 
-from megatron_ligo.api.settings import ConfigSource, LargeSizes, Settings, build_config
+from megatron_ligo.api.settings import (
+    ConfigSource,
+    DType,
+    LargeSizes,
+    Settings,
+    build_config,
+    check_type,
+    parse_dtype,
+)
 from megatron_ligo.api.sources import ModelSource, open_model
 from megatron_ligo.checkpoint.content import digest_weights
 from megatron_ligo.checkpoint.convert import Progress
@@ -41,7 +49,7 @@ def grow(
     *,
     method: str | None = None,
     operator: OperatorSource | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     config: ConfigSource = None,
     settings: Settings | None = None,
     accept: Iterable[str] = (),
@@ -58,13 +66,14 @@ def grow(
     applies an operator that was fitted on other weights.
     Raises LigoError with everything that cannot be grown.
     """
+    weights_dtype = parse_dtype(dtype)
     run_config = build_config(config, sizes, settings, {} if method is None else {"operator.method": method})
     reader = open_model(model, accept=accept)
     chosen = _open_operator(operator, reader, run_config, accept_changed)
     options = {}
     if isinstance(model, nn.Module):
         options["attn_implementation"] = model.config._attn_implementation
-    grown = build_model(GrownReader(chosen, reader), dtype or _main_dtype(reader), **options)
+    grown = build_model(GrownReader(chosen, reader), weights_dtype or _main_dtype(reader), **options)
     if isinstance(model, nn.Module):
         if model.can_generate():
             grown.generation_config = copy.deepcopy(model.generation_config)
@@ -101,6 +110,7 @@ def _open_operator(
     operator: OperatorSource | None, reader: Reader, config: RunConfig, accept_changed: bool
 ) -> Operator:
     """Returns the operator to apply: the given one if it suits the model and the config, or the named start."""
+    check_type("operator", operator, Operator | str | Path | None, "what ligo.fit returned, or the folder of a fit")
     if operator is None:
         if not any(size is not None for size in vars(config.large).values()):
             hint = "Example: num_layers=32, hidden_size=768."

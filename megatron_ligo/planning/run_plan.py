@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.planning import layout_search, plan_text
@@ -46,9 +47,18 @@ class RunPlan:
         return "\n\n".join("\n".join(plan_text.describe_refused_layouts(name, job)) for name, job in jobs)
 
 
-def plan_run(config: RunConfig, world_size: int, device_bytes: float, flops_per_second: float) -> RunPlan:
-    """Plans the fit and the pretraining that a config describes. Raises LigoError for sizes that cannot be grown."""
-    operator = build_initial_operator(read_small_config(config), config.large, config.operator)
+def plan_run(
+    config: RunConfig,
+    world_size: int,
+    device_bytes: float,
+    flops_per_second: float,
+    small: ModelConfig | None = None,
+) -> RunPlan:
+    """Plans the fit and the pretraining that a config describes. Raises LigoError for sizes that cannot be grown.
+
+    small: the small model's sizes; None: they are read from [small].
+    """
+    operator = build_initial_operator(small or read_small_config(config), config.large, config.operator)
     seq_length = operator.large.tokens_per_sample(config.data.seq_length)
     fit_only = {"distilled": config.fit.distill > 0, "lagged": bool(config.fit.lag)}
     fit = PlannedJob(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -132,6 +133,39 @@ def test_refusals_are_those_of_the_commands(tmp_path):
         ligo.verify(hf_models.model())
 
 
+SMALL = hf_models.model()
+WRONG_ARGUMENTS = {
+    "dtype": lambda folder: ligo.grow(SMALL, num_layers=3, dtype="bfloat"),
+    "int64": lambda folder: ligo.convert(SMALL, folder / "x", to="hf", dtype=torch.int64),
+    "settings": lambda folder: ligo.grow(SMALL, num_layers=3, settings=["operator.noise=1"]),
+    "config": lambda folder: ligo.grow(SMALL, num_layers=3, config=3),
+    "operator": lambda folder: ligo.grow(SMALL, operator=3),
+    "tp": lambda folder: ligo.convert(SMALL, folder / "x", to="megatron", tp="2"),
+    "pp": lambda folder: ligo.convert(SMALL, folder / "x", to="megatron", pp=True),
+    "a config of transformers": lambda folder: ligo.fit(SMALL, 5, data=folder / "train"),
+    "model.config": lambda folder: ligo.fit(SMALL, SMALL, data=folder / "train"),
+    "data": lambda folder: ligo.fit(SMALL, {"num_layers": 3}, data=torch.zeros(2)),
+    "valid": lambda folder: ligo.fit(SMALL, {"num_layers": 3}, data=folder / "train", valid=3),
+    "world_size": lambda folder: ligo.plan(SMALL, num_layers=3, world_size=0),
+    "device_memory": lambda folder: ligo.plan(SMALL, num_layers=3, device_memory="80GB"),
+    "flops_per_second": lambda folder: ligo.plan(SMALL, num_layers=3, flops_per_second=float("inf")),
+    "ligo.open_state_dict": lambda folder: ligo.grow(SMALL.state_dict(), num_layers=3),
+}
+
+
+@pytest.mark.parametrize("part", WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_one_error_that_names_it(part, tmp_path):
+    with pytest.raises(ligo.LigoError, match=rf"{re.escape(part)}.*") as error:
+        WRONG_ARGUMENTS[part](tmp_path)
+    assert len(error.value.problems) == 1 and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtypes_by_name():
+    for name in ("bfloat16", "bf16"):
+        assert ligo.grow(SMALL, num_layers=3, dtype=name).dtype is torch.bfloat16
+
+
 def test_sizes_are_the_keys_of_large():
     assert list(LargeSizes.__annotations__) == [field.name for field in fields(LargeSection)]
     small = hf_models.model(num_key_value_heads=2)
@@ -147,6 +181,8 @@ def test_a_plan_is_the_commands(tmp_path):
     hf_models.saved(tmp_path)
     plan = ligo.plan(tmp_path, **LLAMA, world_size=2, settings={"data.seq_length": 16, "fit.parallel.tp": 2})
     assert plan.fit.dp == 1 and "pretraining" in str(plan)
+    layout = {"data.seq_length": 16, "fit.parallel.tp": 2}
+    assert str(ligo.plan(hf_models.model(), **LLAMA, world_size=2, settings=layout)) == str(plan)
 
 
 def fit_in_memory(folder: str) -> dict:

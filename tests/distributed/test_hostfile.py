@@ -86,6 +86,14 @@ def test_the_script_refuses_a_node_that_the_file_does_not_have(tmp_path):
     assert done.returncode == 2 and "0 to 1" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("script", ["node.sh", "hosts.sh"])
+def test_the_scripts_refuse_a_mistyped_command(script, tmp_path):
+    place = ["0", "127.0.0.1"] if script == "node.sh" else []
+    words = ("bash", f"launch_scripts/{script}", write(tmp_path, "a slots=1\nb slots=1\n"), *place, "fit.py")
+    done = launch(*words, "--output", tmp_path / "out")
+    assert done.returncode == 2 and f"{script}: expected a script" in done.stderr, done.stderr
+
+
 def test_a_world_that_is_smaller_than_the_hostfile_does_not_train(tmp_path):
     words = (sys.executable, "tools/fit.py", "--output", tmp_path / "out")
     done = launch(*words, LIGO_WORLD_SIZE="4", WORLD_SIZE="2", RANK="0")

@@ -56,8 +56,8 @@ def recognise(path: str | Path) -> Format:
     if not matches:
         descriptions = "".join(f"\n  {name}: {format.description}" for name, format in sorted(formats().items()))
         raise CheckpointError(
-            f"{path}: expected a checkpoint, found none of these. Insist on a format with --from to be told what "
-            f"it lacks.{descriptions}"
+            f"{path}: expected a checkpoint, found none of these. Insist on a format with --from (format= in Python) "
+            f"to be told what it lacks.{descriptions}"
         )
     if len(matches) > 1:
         names = " and ".join(sorted(matches))

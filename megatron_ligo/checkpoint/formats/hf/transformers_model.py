@@ -50,7 +50,10 @@ def read_model(model: PreTrainedModel, accepted: AcceptedKeys = NO_KEYS) -> HfNa
 
     name = type(model).__name__
     if not isinstance(model, transformers.PreTrainedModel):
-        hint = "Pass the model inside of a wrapper (model.module), or read_state_dict(state, config)."
+        hint = (
+            "Pass the model inside of a wrapper (model.module; model._orig_mod after torch.compile), or "
+            "ligo.open_state_dict(state, config)."
+        )
         raise CheckpointError(Problem("model", "a model of transformers", name, hint))
     # transformers uses other names in memory than in files.
     state = transformers.core_model_loading.revert_weight_conversion(model, model.state_dict())
