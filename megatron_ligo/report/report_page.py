@@ -24,6 +24,7 @@ th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bo
 thead th { border-bottom: 2px solid #888; }
 tbody + tbody { border-top: 2px solid #888; }
 .loss { text-align: right; background: #f2f6fa; font-variant-numeric: tabular-nums; }
+td.figure { white-space: nowrap; }
 img { max-width: 100%; height: auto; }
 </style>
 </head>
@@ -44,6 +45,9 @@ $notes
 </body>
 </html>
 """)
+
+# Columns whose cells stay on one line.
+FIGURES = ("run", "tokens", "peak rate", "seconds", "tokens per second", "peak memory per rank")
 
 
 def render_page(table: ReportTable, picture: bytes) -> str:
@@ -72,5 +76,6 @@ def _render_row(row: tuple[str, ...]) -> str:
 
 
 def _render_cell(tag: str, heading: str, text: str) -> str:
-    kind = ' class="loss"' if heading in LOSSES else ""
-    return f"<{tag}{kind}>{escape(text)}</{tag}>"
+    kind = ' class="loss"' if heading in LOSSES else ' class="figure"' if heading in FIGURES else ""
+    # No line breaks within "(N = 100)".
+    return f"<{tag}{kind}>{escape(text).replace(' = ', '&nbsp;=&nbsp;')}</{tag}>"

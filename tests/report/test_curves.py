@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
-from megatron_ligo.report import curves, report_page
+from megatron_ligo.report import curves
 from megatron_ligo.report.curves import smooth
 from megatron_ligo.report.flops_savings import find_savings
 from megatron_ligo.report.report_table import HEADINGS, build_table
@@ -74,21 +70,3 @@ def made_up_runs() -> list[RecordedRun]:
 def test_a_model_that_is_not_trained_is_a_line():
     with_line, without = (curves.draw_png(runs) for runs in (made_up_runs(), made_up_runs()[:2]))
     assert with_line.startswith(b"\x89PNG") and with_line != without
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not shutil.which("chromium"), reason="apt-get install chromium")
-def test_the_page_in_a_browser(tmp_path):
-    """Nothing is fetched, nothing is wider than the window, and the picture is there."""
-    runs = made_up_runs()
-    page = tmp_path / "report.html"
-    page.write_text(report_page.render_page(build_table(runs), curves.draw_png(runs)))
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dump = subprocess.run([*browser, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "60% saved" in dump.stdout or "saved, the fit behind a start included" in dump.stdout
-    assert not re.findall(r'(?:src|href)="(?!data:)[^"]+"', dump.stdout)
-    picture = tmp_path / "page.png"
-    window = ["--window-size=1400,1700", f"--screenshot={picture}"]
-    subprocess.run([*browser, *window, page.as_uri()], capture_output=True, timeout=120, check=True)
-    pixels = imread(picture)
-    assert pixels.shape[:2] == (1700, 1400) and pixels[..., :3].std() > 0.05

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 from megatron_ligo.report.curves import COLOURS, STYLES
 
+# Of arms that share a colour: single points show no line style.
+MARKERS = ("o", "s", "^", "D")
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -23,7 +25,8 @@ PAGE = Template("""<!DOCTYPE html>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .6rem 1rem; }
+.warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .6rem 1rem .6rem 2rem; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 img { max-width: 100%; height: auto; }
@@ -142,7 +145,7 @@ def _table(rows: Iterable[list[str]]) -> str:
     head, *body = rows
     lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body)
     heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def draw_curves(results: dict) -> bytes:
@@ -159,7 +162,8 @@ def draw_curves(results: dict) -> bytes:
             x, y, low, high = zip(*points, strict=True)
             spread = [[m - a for m, a in zip(y, low, strict=True)], [b - m for m, b in zip(y, high, strict=True)]]
             look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
-            axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.4, capsize=3, label=name, **look)
+            marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+            axes.errorbar(x, y, yerr=spread, marker=marker, markersize=4, linewidth=1.4, capsize=3, label=name, **look)
         axes.set(xscale="log", xlabel="FLOPs, fit included", ylabel="held-out loss, nats per token")
         _widen(axes)
         axes.set_title(f"Final loss, {title}")
