@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,32 @@ def test_a_tracker_that_is_not_installed_is_one_error(monkeypatch):
         trackers.check_trackers(["csv", "wandb", "comet"])
     assert [problem.where for problem in error.value.problems] == ["wandb", "comet"]
     assert "pip install" in str(error.value)
+
+
+def test_a_tracker_that_does_not_start_is_one_error(tmp_path, monkeypatch):
+    class Refusing(trackers.CsvTracker):
+        def open(self, project, name, settings):
+            raise KeyError("a store of its own")
+
+    monkeypatch.setitem(trackers.TRACKER_CLASSES, "csv", Refusing)
+    with pytest.raises(ConfigError, match="tracker csv: expected a tracker that starts, found KeyError"):
+        trackers.open_trackers(replace(FitSection(), trackers=("csv",)), tmp_path)
+
+
+@pytest.mark.long
+def test_comet_offline(tmp_path, monkeypatch, capfd):
+    """Every figure is in its archive, nothing of the user's code, and nothing on the terminal."""
+    pytest.importorskip("comet_ml")
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    opened = trackers.open_trackers(replace(FitSection(), trackers=("comet",)), tmp_path)
+    opened.add({"step": 1, "loss": 1.5, "eval_loss": 0.75})
+    opened.close()
+    (archive,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(archive) as content:
+        names = content.namelist()
+        messages = content.read("messages.json").decode()
+    assert all(part in messages for part in ('"loss"', '"eval_loss"', "1.5", "0.75"))
+    assert not any("test_trackers" in name for name in names) and "COMET INFO:     steps" not in capfd.readouterr().err
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, caplog):

@@ -16,12 +16,23 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_ligo.common.errors import ConfigError, ErrorCollector
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 from megatron_ligo.config.run_config import TrainingSection
 
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, float | str | None]
+# No summary on the terminal, and nothing of the user's code, packages and machine.
+COMET_OPTIONS = {
+    "display_summary_level": 0,
+    "log_code": False,
+    "log_git_metadata": False,
+    "log_git_patch": False,
+    "log_env_details": False,
+    "auto_metric_logging": False,
+    "auto_param_logging": False,
+    "auto_output_logging": False,
+}
 # Tracker -> the package that it needs.
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow", "comet": "comet_ml"}
 
@@ -91,7 +102,13 @@ class WandbTracker(Tracker):
         wandb = importlib.import_module("wandb")
         mode = None if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") else "offline"
         self._run = wandb.init(
-            project=project, name=name, config=dict(settings), dir=str(self.folder), mode=mode, resume="allow"
+            project=project,
+            name=name,
+            config=dict(settings),
+            dir=str(self.folder),
+            mode=mode,
+            resume="allow",
+            settings=wandb.Settings(silent=mode == "offline"),
         )
 
     def add(self, step: int, row: Row) -> None:
@@ -105,7 +122,11 @@ class MlflowTracker(Tracker):
     def open(self, project: str, name: str, settings: Mapping[str, object]) -> None:
         self._mlflow = importlib.import_module("mlflow")
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            self._mlflow.set_tracking_uri(f"sqlite:///{self.folder / 'mlflow.db'}")
+            # mlflow-skinny comes without the packages of a database, and takes folders if it is told so.
+            database = f"sqlite:///{self.folder / 'mlflow.db'}"
+            has_database = find_spec("sqlalchemy") and find_spec("alembic")
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            self._mlflow.set_tracking_uri(database if has_database else (self.folder / "mlruns").as_uri())
         self._mlflow.set_experiment(project)
         self._mlflow.start_run(run_name=name)
         self._mlflow.log_dict(dict(settings), "config.json")
@@ -122,9 +143,11 @@ class CometTracker(Tracker):
     def open(self, project: str, name: str, settings: Mapping[str, object]) -> None:
         comet = importlib.import_module("comet_ml")
         if os.environ.get("COMET_API_KEY"):
-            self._experiment = comet.Experiment(project_name=project)
+            self._experiment = comet.Experiment(project_name=project, **COMET_OPTIONS)
         else:
-            self._experiment = comet.OfflineExperiment(project_name=project, offline_directory=str(self.folder))
+            self._experiment = comet.OfflineExperiment(
+                project_name=project, offline_directory=str(self.folder), **COMET_OPTIONS
+            )
         self._experiment.set_name(name)
         self._experiment.log_parameters(dict(settings))
 
@@ -171,4 +194,14 @@ def open_trackers(section: TrainingSection, folder: Path) -> TrackerList:
     """Opens the trackers of the run in a folder; those of a run that is resumed go on."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(section)
-    return TrackerList([TRACKER_CLASSES[name](folder, section.tracker_project, settings) for name in section.trackers])
+    return TrackerList([_open_tracker(name, folder, section.tracker_project, settings) for name in section.trackers])
+
+
+def _open_tracker(name: str, folder: Path, project: str, settings: Mapping[str, object]) -> Tracker:
+    """Opens one tracker. Raises ConfigError if its package refuses, in whatever way."""
+    try:
+        return TRACKER_CLASSES[name](folder, project, settings)
+    except Exception as error:  # each package has errors of its own
+        hint = "Leave it out of trackers, or see its own settings."
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(Problem(f"tracker {name}", "a tracker that starts", reason, hint)) from error
