@@ -28,6 +28,10 @@ EXPERTS = {
     "large": {"num_layers": 3, "hidden_size": 384, "ffn_size": 704, "num_heads": 12, "num_kv_heads": 6}
     | {"num_experts": 4, "top_k": 2},
 }
+SHARED_EXPERT = {
+    "small": EXPERTS["small"] | {"model_type": "qwen2", "qkv_bias": True},
+    "large": EXPERTS["large"] | {"ffn_size": 256},
+}
 BF16_STATES = {"ds_config": f"{ROOT / 'launch_scripts' / 'grow_1b.json'}"}
 OFFLOAD = {"zero": 3, "ds_config": f"{ROOT / 'megatron_ligo' / 'ds_configs' / 'zero3_offload.json'}"}
 # Kind of job, number of processes, sizes, and further fields of the job (StepJob).
@@ -52,6 +56,15 @@ CASES = {
     "fit, lagged": ("fit", 1, WIDE, {"tokens": 512, "sequences": 2, "lagged": True}),
     "fit, TP2": ("fit", 2, NARROW, {"tokens": 1024, "sequences": 2, "parallel": {"tp": 2}}),
     "fit, PP2": ("fit", 2, WIDE, {"tokens": 256, "micro_batches": 4, "parallel": {"pp": 2}}),
+    "fit, experts": ("fit", 1, EXPERTS, {"tokens": 1024, "sequences": 2}),
+    "fit, EP2": ("fit", 2, EXPERTS, {"tokens": 512, "sequences": 2, "parallel": {"ep": 2}}),
+    "fit, dropped neurons": ("fit", 1, EXPERTS, {"tokens": 512, "sequences": 2, "operator": {"expert_drop": 0.5}}),
+    "fit, a shared expert": (
+        "fit",
+        1,
+        SHARED_EXPERT,
+        {"tokens": 1024, "sequences": 2, "operator": {"expert_start": "shared"}},
+    ),
     "fit, ZeRO 3": ("fit", 2, WIDE, {"tokens": 256, "parallel": {"zero": 3}}),
 }
 

@@ -139,6 +139,11 @@ def columns_per_product() -> int:
     return 1 << 18 if is_cpu() else 1 << 22
 
 
+def token_dispatcher() -> str:
+    """Returns Megatron-core's dispatcher of tokens to experts: alltoall, which needs CUDA streams, or allgather."""
+    return "allgather" if is_cpu() else "alltoall"
+
+
 def has_transformer_engine() -> bool:
     return not is_cpu() and importlib.util.find_spec("transformer_engine") is not None
 

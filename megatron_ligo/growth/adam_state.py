@@ -122,9 +122,8 @@ class DualMaps:
                 dual = cheapest_form(matrix[shard] if is_cut else matrix)
                 grown = apply_map(grown, dim, dual, self._with_dual_inner(lift))
         if param.in_expert and operator.settings.expert_drop:
-            chooser = operator.generator(f"drop.{key.rpartition('.')[0]}")
-            zeros = torch.zeros_like(grown)
-            grown = experts.drop_neurons(grown, zeros, param, operator.settings.expert_drop, chooser)
+            chosen = operator.dropped_neurons(key)
+            grown = experts.drop_neurons(grown, torch.zeros_like(grown), param, chosen)
         if operator.settings.borrow == "next" and param.in_layer:
             # New features take their rows from another layer.
             grown[param.shape(operator.small)[0] :] = 0

@@ -29,20 +29,27 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import ParamSpec, Role, expert_index, key_pattern, layer_index
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
-from megatron_ligo.config.run_config import OperatorSection
+from megatron_ligo.config.run_config import OperatorSection, ParallelSection
 
 ROUTER_STD = 0.02  # of the rows of a router that the small model does not have
 
 
-SHARED_BLOCK = (Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP, Role.SHARED_EXPERT_DOWN)
+ROUTED_BLOCK = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+SHARED_BLOCK = (
+    Role.SHARED_EXPERT_GATE,
+    Role.SHARED_EXPERT_UP,
+    Role.SHARED_EXPERT_DOWN,
+    Role.SHARED_EXPERT_WEIGHT,
+)
 READING_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP)
+ABSENT_WIDTH = 1  # of the block that a dense model lacks as a mixture
 SHARED = "shared"  # operator.expert_start: the shared expert holds the dense block
 
 
 def as_mixture(dense: ModelConfig, start: str | None = None) -> ModelConfig:
     """Returns a dense model's config as one with one expert. ConfigError if its family has no such form.
 
-    start: operator.expert_start, by which the expert or the shared expert holds the block. The other has width 1.
+    start: operator.expert_start, by which the expert or the shared expert holds the block. The other has ABSENT_WIDTH.
     """
     if dense.num_experts:
         return dense
@@ -55,9 +62,9 @@ def as_mixture(dense: ModelConfig, start: str | None = None) -> ModelConfig:
     (mixture,) = (known for known in architectures.architectures().values() if model_type in known.model_types)
     sizes = {"num_experts": 1, "top_k": 1, "renormalises_routing": True}
     if mixture.has(Role.SHARED_EXPERT_UP):
-        sizes["shared_expert_ffn_size"] = 1
+        sizes["shared_expert_ffn_size"] = ABSENT_WIDTH
         if start == SHARED:
-            sizes |= {"ffn_size": 1, "shared_expert_ffn_size": dense.ffn_size}
+            sizes |= {"ffn_size": ABSENT_WIDTH, "shared_expert_ffn_size": dense.ffn_size}
     elif start == SHARED:
         hint = "Take a family that has one, such as qwen2 (qwen2_moe)."
         raise ConfigError(Problem("operator.expert_start", f"copies: {model_type} has no shared expert", start, hint))
@@ -106,11 +113,24 @@ def draw_router(large: ModelConfig, shards: int, generator: torch.Generator) -> 
     return repeat_shards(ROUTER_STD * rows, shards)
 
 
+def absent_block(small: ModelConfig, settings: OperatorSection) -> tuple[Role, ...]:
+    """Returns the roles of the block that holds nothing of a dense model: it writes nothing, whatever the maps."""
+    block, width = SHARED_BLOCK, small.shared_expert_ffn_size
+    if settings.expert_start == SHARED:
+        block, width = ROUTED_BLOCK, small.ffn_size
+    return block if small.num_experts == 1 and width == ABSENT_WIDTH else ()
+
+
+def absent_maps(small: ModelConfig, settings: OperatorSection) -> tuple[str, ...]:
+    """Returns the width maps of that block, on which the loss does not depend."""
+    absent = absent_block(small, settings)
+    # A router beside it is the operator's own.
+    return () if not absent else ("shared_ffn",) if absent == SHARED_BLOCK else ("ffn", "expert")
+
+
 def is_new(role: Role, small: ModelConfig, settings: OperatorSection) -> bool:
     """True if a parameter reads the residual stream for an expert that holds nothing of the dense small model."""
-    if small.num_experts != 1 or role not in READING_ROLES:
-        return False
-    return (role in SHARED_BLOCK) != (settings.expert_start == SHARED)
+    return role in READING_ROLES and role in absent_block(small, settings)
 
 
 def draw_expert(param: ParamSpec, large: ModelConfig, generator: torch.Generator) -> Tensor:
@@ -120,15 +140,26 @@ def draw_expert(param: ParamSpec, large: ModelConfig, generator: torch.Generator
     return torch.randn(shape, generator=generator) * fan_in**-0.5
 
 
-def drop_neurons(grown: Tensor, drawn: Tensor, param: ParamSpec, rate: float, generator: torch.Generator) -> Tensor:
-    """Replaces an expert's weights of a share of its neurons: (out, in) -> (out, in).
+def choose_dropped(width: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Returns the neurons of an expert that start anew, (m,), int64, in random order."""
+    return torch.randperm(width, generator=generator)[: round(rate * width)]
 
-    generator: of the choice, the same for all of the expert's matrices.
-    """
+
+def drop_neurons(grown: Tensor, drawn: Tensor, param: ParamSpec, chosen: Tensor) -> Tensor:
+    """Replaces an expert's weights of the chosen neurons: (out, in) -> (out, in)."""
     dim = 1 if param.writes_residual else 0
-    width = grown.shape[dim]
-    chosen = torch.randperm(width, generator=generator)[: round(rate * width)]
     return grown.index_copy(dim, chosen, drawn.index_select(dim, chosen).to(grown))
+
+
+def check_copies_of_ranks(small: ModelConfig, large: ModelConfig, parallel: ParallelSection) -> None:
+    """Raises ConfigError if a fit's tensor-parallel ranks would have no row of some of their experts."""
+    if not large.num_experts:
+        return
+    shards, local = num_shards(small, large), large.num_experts // parallel.ep
+    if parallel.tp > 1 and local % shards:
+        hint = "Every tensor-parallel rank needs rows of some expert."
+        expected = f"a multiple of {shards} experts a rank with tp > 1"
+        raise ConfigError(Problem(f"ep = {parallel.ep}", expected, local, hint))
 
 
 def check_experts(
@@ -139,7 +170,14 @@ def check_experts(
     if implied.get("renormalises_routing", large.renormalises_routing) != large.renormalises_routing:
         expected = f"{implied['renormalises_routing']}, or unset: {large.model_type} knows no other"
         errors.add("large.renormalises_routing", expected, large.renormalises_routing)
-    if not large.num_experts or (small.num_experts == 1 and settings.expert_start == SHARED):
+    if not large.num_experts:
+        return
+    if settings.expert_start == SHARED:
+        if not absent_block(small, settings):
+            errors.add("operator.expert_start", "copies: the small model has experts", SHARED)
+        if settings.expert_drop:
+            hint = "All routed experts are new."
+            errors.add("operator.expert_drop", "0 with expert_start = 'shared'", settings.expert_drop, hint)
         return
     shards = num_shards(small, large)
     step = shards * small.num_experts

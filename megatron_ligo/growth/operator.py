@@ -75,15 +75,6 @@ def copy_gain(gain: Tensor, source: Tensor, factor: Tensor) -> Tensor:
     return copied * factor.to(gain)
 
 
-def read_or_neutral(param: ParamSpec, small: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Returns a function that reads a small layer's key, and for the first layer, which has none, what it computes as.
-
-    That is a gain of 1 or a bias of 0, of the parameter's own shape.
-    """
-    neutral = torch.full(param.shape(small), float(param.axes[0].use is Use.GAIN))
-    return lambda key: read(key) if layer_index(key) else neutral
-
-
 @dataclass
 class Operator(ABC):
     """Sizes and settings of an operator, and growth by its tensors. Subclasses provide `tensor`."""
@@ -98,6 +89,7 @@ class Operator(ABC):
         self.space_maps = SpaceMaps(self.small, self.large, value_for_space(self.settings.structure, "groups"))
         self.copied_gains = value_for_space(self.settings.gain, "residual") == "copied"
         self.maps: dict[str, MapSpec] = self.space_maps.map_specs(self.arch)
+        self.untrained_maps = (UNTRAINED_SPACE, *experts.absent_maps(self.small, self.settings))
         self._cached_forms: RecentValues[LinearMap] = RecentValues(CACHE_SIZE, CACHE_BYTES)
 
     @abstractmethod
@@ -196,7 +188,7 @@ class Operator(ABC):
         for name, shape in self.shapes().items():
             kind, _, rest = name.partition(".")
             map_name = rest.partition(".")[0]
-            if kind == "gain" or map_name == UNTRAINED_SPACE:
+            if kind == "gain" or map_name in self.untrained_maps:
                 continue
             counts[name] = shape[0] * shape[1]
             if kind == "width" and self.rank(map_name):
@@ -218,6 +210,15 @@ class Operator(ABC):
         """
         drawn = torch.randn(rank, self.maps[name.split(".")[1]].small, generator=self.generator(f"{name}.v"))
         return drawn / rank**0.5
+
+    def draw_expert(self, key: str) -> Tensor:
+        """Draws an expert's matrix in its large shape, (out, in), fp32."""
+        return experts.draw_expert(self.arch.param(key), self.large, self.generator(f"experts.{key}"))
+
+    def dropped_neurons(self, key: str) -> Tensor:
+        """Returns the neurons of a key's expert that start anew, (m,), int64, the same for all of its matrices."""
+        generator = self.generator(f"drop.{key.rpartition('.')[0]}")
+        return experts.choose_dropped(self.large.ffn_size, self.settings.expert_drop, generator)
 
     # Growth.
 
@@ -242,7 +243,7 @@ class Operator(ABC):
             return self.extend_table(key, read(key))
         pattern = key_pattern(key)
         if self.arch.param(key).skips_first_layer:
-            read = read_or_neutral(self.arch.param(key), self.small, read)
+            read = row_tables.read_or_neutral(self.arch.param(key), self.small, read)
         weights = self.tensor(self.depth_name(key))[layer]
         sources = [int(i) for i in weights.nonzero().flatten()]
         last = self.small.num_layers - 1
@@ -293,7 +294,7 @@ class Operator(ABC):
         if param.role is Role.ROUTER and self.draws_routers:
             return self.tensor(self.router_name(layer)).to(mixed)
         if experts.is_new(param.role, self.small, self.settings):
-            return experts.draw_expert(param, self.large, self.generator(f"experts.{key}")).to(mixed)
+            return self.draw_expert(key).to(mixed)
         shard = experts.shard_rows(key, self.small, self.large)
 
         def matrix(lift: LiftedMap, use: Use) -> LinearMap:
@@ -301,9 +302,7 @@ class Operator(ABC):
 
         grown = grow_tensor(param, mixed, matrix, self.space_maps, added_rows)
         if param.in_expert and self.settings.expert_drop:
-            drawn = experts.draw_expert(param, self.large, self.generator(f"experts.{key}"))
-            chooser = self.generator(f"drop.{key.rpartition('.')[0]}")
-            return experts.drop_neurons(grown, drawn, param, self.settings.expert_drop, chooser)
+            return experts.drop_neurons(grown, self.draw_expert(key), param, self.dropped_neurons(key))
         if param.role is Role.WORD_EMBEDDING and self.embedding_ratio != 1:
             return grown / self.embedding_ratio
         return grown * self.bias_shares(param).to(grown) if self.divides_bias(param) else grown

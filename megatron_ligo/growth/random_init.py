@@ -34,6 +34,7 @@ from megatron_ligo.arch.spec import Axis, ParamSpec, Role, Use, axis_size, layer
 from megatron_ligo.config.run_config import EMBEDDING, value_for_space
 from megatron_ligo.growth import initializers
 from megatron_ligo.growth.codes.codes_file import read_codes
+from megatron_ligo.growth.experts import shard_rows
 from megatron_ligo.growth.operator import Operator, short_key
 from megatron_ligo.growth.width_maps import apply_map
 
@@ -124,6 +125,9 @@ def weight_noise(operator: Operator, key: str, grown: Tensor) -> Tensor | None:
     lift = operator.space_maps.lift(param.axes[1])
     noise = 0.0 if lift is None else operator.setting("noise", lift.map_name)
     if not noise or grown.shape[1] == axis_size(param.axes[1], operator.small):
+        return None
+    if lift.map_name == "ffn" and shard_rows(key, operator.small, operator.large) is not None:
+        # The copies of a neuron are in different experts, each of which a token weighs on its own.
         return None
     matrix = operator.matrix(layer)
     drawn = torch.empty(grown.shape).normal_(generator=operator.generator(f"noise.{key}"))

@@ -12,10 +12,14 @@ length:
 
 A larger image interpolates the patches' positions as transformers does (bicubic, corners not aligned).
 
+The first layer of some models lacks a norm that their other layers have: it computes as with a gain of 1.
+
 Legend: V tokens or labels, P positions of the small model, n features.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.spec import ParamSpec, Use, layer_index
 
 
 def extend_vocabulary(table: Tensor, size: int, noise: float, generator: torch.Generator) -> Tensor:
@@ -68,3 +73,12 @@ def interpolate_positions(table: Tensor, small: ModelConfig, large: ModelConfig)
     size = large_side, large_side
     grown = F.interpolate(grid, size=size, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([special, grown.permute(0, 2, 3, 1).reshape(large_side * large_side, -1)])
+
+
+def read_or_neutral(param: ParamSpec, small: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Returns a function that reads a small layer's key, and for the first layer, which has none, what it computes as.
+
+    That is a gain of 1 or a bias of 0, of the parameter's own shape.
+    """
+    neutral = torch.full(param.shape(small), float(param.axes[0].use is Use.GAIN))
+    return lambda key: read(key) if layer_index(key) else neutral

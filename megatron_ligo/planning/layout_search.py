@@ -8,6 +8,7 @@ from itertools import product
 
 from megatron_ligo.common.errors import ConfigError, LayoutError, Problem
 from megatron_ligo.config.run_config import ParallelSection
+from megatron_ligo.growth.experts import check_copies_of_ranks
 from megatron_ligo.planning import pipeline_schedule
 from megatron_ligo.planning.memory import estimate_peak_memory, sum_device_bytes
 from megatron_ligo.planning.planned_job import PlannedJob
@@ -45,9 +46,6 @@ class LayoutPlan:
 def find_problems(job: PlannedJob) -> tuple[str, ...]:
     """Returns the problems that rule out a job's layout; empty if it is valid."""
     parallel = job.parallel
-    if job.operator is not None and job.large.num_experts:
-        hint = "The memory of such a fit is not planned yet; growth and pretraining are."
-        return (Problem("fit", "a model without experts", f"{job.large.num_experts} experts", hint),)
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if job.world_size % model_ranks:
         names = "tp x pp" if parallel.cp == 1 else "tp x cp x pp"
@@ -63,6 +61,8 @@ def find_problems(job: PlannedJob) -> tuple[str, ...]:
         return (Problem("global_batch_size", expected, job.training.global_batch_size),)
     try:
         check_layout(job.large, parallel, job.seq_length)
+        if job.operator is not None:
+            check_copies_of_ranks(job.operator.small, job.large, parallel)
     except (ConfigError, LayoutError) as error:
         return error.problems
     return ()
@@ -83,8 +83,8 @@ def plan_layout(job: PlannedJob, flops_per_second: float) -> LayoutPlan:
 
 def iterate_layouts(job: PlannedJob) -> Iterator[PlannedJob]:
     """Yields the job at every layout of its processes, invalid ones included; cp stays as it is."""
-    num_experts = job.large.num_experts if job.operator is None else 1
-    sizes = (_powers_of_two(MAX_TP), _powers_of_two(job.large.num_layers), _divisors(max(num_experts, 1)), (1, 2, 3))
+    experts = _divisors(max(job.large.num_experts, 1))
+    sizes = (_powers_of_two(MAX_TP), _powers_of_two(job.large.num_layers), experts, (1, 2, 3))
     for tp, pp, ep, zero in product(*sizes):
         if tp * pp * ep * job.parallel.cp <= job.world_size:
             # A user's own profile is written for one ZeRO stage.

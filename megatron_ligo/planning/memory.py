@@ -17,7 +17,8 @@ head size; D1, F1: the small model's sizes; V: vocabulary; a: bytes of an activa
                             for the ranks included
     in a pipeline           stage i of pp holds the activations of min(micro-batches, pp - i) micro-batches
     experts instead of F    t a (k (5 F / tp + 2 D) + 3 E + 5 S / tp), k of E experts, S of a shared one; 2 D more for
-                            each further expert-parallel rank, whose tokens are gathered
+                            each further expert-parallel rank, whose tokens are gathered. In a fit:
+                            fit_expert_memory.py
     logits                  t V / tp in fp32: LOGIT_COPIES, plus PIPELINE_LOGIT_COPIES in a pipeline; in bf16 runs, one
                             more copy in bf16
     with recomputation      t a D per layer and micro-batch, plus one whole layer or the logits, whichever is larger
@@ -30,7 +31,7 @@ from math import prod
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.spec import ParamSpec, Use
 from megatron_ligo.models.factored.fit_flops import MapUse, is_factored
-from megatron_ligo.planning import optimizer_memory, parameter_count
+from megatron_ligo.planning import fit_expert_memory, optimizer_memory, parameter_count
 from megatron_ligo.planning.planned_job import PlannedJob
 from megatron_ligo.sharding.tensor_parallel import padded_vocab
 
@@ -129,7 +130,8 @@ def _estimate_small_model(job: PlannedJob, stage: int) -> dict[str, float]:
         # the place of the products.
         in_fp32 = 4 / ranks if job.element_bytes < 4 else 0
         sums = min(layers, MIXED_LAYERS_AT_ONCE) * layer * (2 * job.element_bytes + in_fp32)
-    return {
+    dropped = {"dropped neurons": 4 * layers * fit_expert_memory.count_dropped(job)} if small.num_experts else {}
+    return dropped | {
         "source": small.num_layers * layer * job.source_bytes / ranks + 4 * table * tables,
         "mixed": job.element_bytes * (layers * (layer + _count_layer_products(job))),
         "gradient sums": sums,
@@ -158,7 +160,11 @@ def _applies_factors(job: PlannedJob, spec: ParamSpec) -> bool:
 
 
 def _list_layer_matrices(job: PlannedJob) -> list[ParamSpec]:
-    return [spec for spec in job.operator.arch.layer_params(job.large) if len(spec.axes) == 2]
+    matrices = [spec for spec in job.operator.arch.layer_params(job.large) if len(spec.axes) == 2]
+    if not job.large.num_experts:
+        return matrices
+    present = fit_expert_memory.list_present(job, matrices)
+    return [spec for spec in present if not fit_expert_memory.is_of_experts(spec)]
 
 
 def _count_product(job: PlannedJob, spec: ParamSpec) -> int:
@@ -169,16 +175,18 @@ def _count_product(job: PlannedJob, spec: ParamSpec) -> int:
 
 def _count_layer_products(job: PlannedJob) -> int:
     """Counts the elements of a layer's materialised products."""
-    return sum(_count_product(job, spec) for spec in _list_layer_matrices(job) if not _applies_factors(job, spec))
+    products = [_count_product(job, spec) for spec in _list_layer_matrices(job) if not _applies_factors(job, spec)]
+    return sum(products) + fit_expert_memory.count_products(job)
 
 
 def _count_linear_weights(job: PlannedJob) -> int:
     """Counts the elements that a layer's linears receive as weights: products, or mixed small weights if factored."""
     small = job.operator.small
-    return sum(
+    weights = [
         prod(spec.shape(small)) if _applies_factors(job, spec) else _count_product(job, spec)
         for spec in _list_layer_matrices(job)
-    )
+    ]
+    return sum(weights) + fit_expert_memory.count_products(job)
 
 
 def _estimate_activations(job: PlannedJob, stage: int) -> float:
@@ -186,6 +194,8 @@ def _estimate_activations(job: PlannedJob, stage: int) -> float:
     parallel, last = job.parallel, stage == job.parallel.pp - 1
     in_flight = min(job.micro_batches, parallel.pp - stage)
     whole = _count_layer_activations(job) * job.element_bytes * job.micro_batch_tokens
+    if job.operator is not None and job.large.num_experts:
+        whole += fit_expert_memory.count_sums(job) * job.element_bytes
     vocab = padded_vocab(job.large.vocab_size, parallel.tp) // parallel.tp
     copies = LOGIT_COPIES + (PIPELINE_LOGIT_COPIES if parallel.pp > 1 else 0)
     low_precision = job.element_bytes if job.element_bytes < 4 else 0
@@ -221,7 +231,10 @@ def _count_layer_activations(job: PlannedJob) -> float:
     kept = linear_outputs + activated
     elements = 4 * large.hidden_size / stream_parts + (heads + kept * large.ffn_size) / tp
     if large.num_experts:
-        elements += _count_expert_activations(job, kept) - kept * large.ffn_size / tp
+        block = fit_expert_memory.count_activations(job) if job.operator else _count_expert_activations(job, kept)
+        elements += block - kept * large.ffn_size / tp
+        # Only the ffn's own activations are recomputed by its linear.
+        activated = 0
     if job.operator is None:
         return elements
     if not job.training.recompute:
@@ -229,7 +242,9 @@ def _count_layer_activations(job: PlannedJob) -> float:
         elements -= 2 * large.hidden_size / stream_parts + (copied + activated * large.ffn_size) / tp
     small = job.operator.small
     factored = sum(_applies_factors(job, spec) for spec in _list_layer_matrices(job))
-    return elements + 4 * small.hidden_size + factored * small.ffn_size
+    # Of a shared expert as of an ffn.
+    width = small.shared_expert_ffn_size if large.num_experts else small.ffn_size
+    return elements + 4 * small.hidden_size + factored * width
 
 
 def _count_expert_activations(job: PlannedJob, kept: int) -> float:

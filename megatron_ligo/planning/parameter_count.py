@@ -69,9 +69,12 @@ def count_operator_on_rank(operator: Operator, tp: int, layers: int) -> int:
     """Counts the operator's parameters, frozen ones included, on a rank of a stage that holds `layers` layers."""
     total = 0
     for spec in operator.maps.values():
+        if spec.name in operator.untrained_maps:
+            continue
         sides = 2 if operator.has_contract(spec.name) else 1
         rank, parts = operator.rank(spec.name), tp if spec.is_sharded else 1
         elements = rank * (spec.large // parts + spec.small) if rank else spec.large // parts * spec.small
         total += sides * elements * (layers if operator.has_map_per_layer(spec.name) else 1)
     depth_maps = len(operator.arch.layer_params(operator.large))
-    return total + layers * depth_maps * operator.small.num_layers
+    routers = operator.large.num_experts * operator.large.hidden_size if operator.draws_routers else 0
+    return total + layers * (depth_maps * operator.small.num_layers + routers)

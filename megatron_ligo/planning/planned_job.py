@@ -46,7 +46,9 @@ class PlannedJob:
     @property
     def replicas(self) -> int:
         """Ranks that hold the same parameters, and share optimizer states under ZeRO."""
-        return self.dp * self.parallel.cp // self.parallel.ep
+        # Expert-parallel ranks of a fit have all maps.
+        divided = self.parallel.ep if self.operator is None else 1
+        return self.dp * self.parallel.cp // divided
 
     @property
     def exchanged_kv_heads(self) -> int:

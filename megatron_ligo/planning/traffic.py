@@ -5,6 +5,8 @@ An all-reduce of n bytes over r ranks sends 2 n (r - 1) / r per rank, an all-gat
 
 from __future__ import annotations
 
+from megatron_ligo.arch.spec import Role
+from megatron_ligo.growth.experts import absent_block
 from megatron_ligo.planning import optimizer_memory, parameter_count
 from megatron_ligo.planning.planned_job import DTYPE_BYTES, PlannedJob
 
@@ -75,18 +77,24 @@ def _estimate_stage_traffic(job: PlannedJob, stage: int) -> dict[str, int]:
 
 
 def _count_expert_traffic(job: PlannedJob, stage: int) -> float:
-    """Counts the bytes that a rank sends to its expert-parallel ranks, as Megatron-core's dispatcher `allgather` does.
+    """Counts the bytes that a rank sends to its expert-parallel ranks, as Megatron-core's dispatcher `alltoall` does.
 
-    Each layer gathers all ranks' tokens and sums what the experts return, in the backward pass the reverse. The
-    gradients of all but experts are summed over these ranks before the engine reduces them.
+    Each layer sends a token to each of its experts and back, in the backward pass the reverse. The gradients of all but
+    experts are summed over these ranks before the engine reduces them. In a fit tokens have the small model's width
+    (and the large one's, where neurons start anew), and the engine reduces all gradients.
     """
     ep, large, operator = job.parallel.ep, job.large, job.operator
-    if ep == 1 or operator is not None:
+    if ep == 1 or (operator is not None and Role.EXPERT_DOWN in absent_block(operator.small, operator.settings)):
         return 0
+    width = large.hidden_size
+    if operator is not None:
+        width = operator.small.hidden_size + (width if operator.settings.expert_drop else 0)
     passes = 6 if job.training.recompute else 4
     tokens = job.micro_batch_tokens / (job.parallel.tp if job.parallel.sequence_parallel else 1)
     layers = job.layers_per_stage()[stage]
-    sent = passes * layers * (ep - 1) * tokens * large.hidden_size * job.element_bytes
+    sent = passes * layers * (ep - 1) / ep * large.top_k * tokens * width * job.element_bytes
+    if operator is not None:
+        return sent * job.micro_batches
     experts = layers * large.num_experts // ep * parameter_count.count_expert(large, job.parallel.tp)
     replicated = parameter_count.count_model_on_rank(job, stage) - experts
     gradients = count_ring_elements(replicated, ep) * DTYPE_BYTES[job.training.precision]

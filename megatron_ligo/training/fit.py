@@ -26,7 +26,7 @@ from megatron_ligo.export import run_inputs
 from megatron_ligo.export.mixture_reader import as_mixture_reader
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, SMALL_MODEL, InputPolicy
 from megatron_ligo.growth import operator_file
-from megatron_ligo.growth.experts import num_shards
+from megatron_ligo.growth.experts import check_copies_of_ranks
 from megatron_ligo.growth.methods import describe_method
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import build_initial_operator, check_factored
@@ -205,7 +205,9 @@ class Fit(TrainingJob):
         section = self.section
         # ZeRO 3 frees the tensors built from the operator after every micro-batch.
         micro_batches = 1 if section.parallel.zero == 3 else self.micro_batches
-        reader = as_mixture_reader(self.reader) if self.operator.large.num_experts else self.reader
+        reader = self.reader
+        if self.operator.large.num_experts:
+            reader = as_mixture_reader(reader, self.operator.settings.expert_start)
         return FactoredContext(
             self.operator,
             SmallWeights(self.operator, reader, self.mesh, section.parallel.zero, section.source == "whole"),
@@ -294,6 +296,7 @@ def prepare_fit(config: RunConfig) -> tuple[Reader, Operator, Lag | None]:
     lag = open_lag(config.fit.lag, operator, reader, errors) if config.fit.lag else None
     errors.raise_if_any()
     check_layout(operator.large, config.fit.parallel, length)
+    check_copies_of_ranks(operator.small, operator.large, config.fit.parallel)
     counts = operator.count_parameters()
     log.info("%s", describe_method(operator.settings, operator.small, operator.large))
     log.info("%s", job_summary.describe_operator(counts))
@@ -308,16 +311,6 @@ def check_expert_fit(operator: Operator, section: FitSection, errors: ErrorColle
         errors.add("operator.fresh", "'none' with experts", repr(operator.settings.fresh), "Choose another method.")
     if section.lag:
         errors.add("fit.lag", "none with experts", section.lag)
-    if operator.settings.expert_drop:
-        hint = "`ligo grow` does it without --operator."
-        errors.add("operator.expert_drop", "0 in a fit", operator.settings.expert_drop, hint)
-    if operator.large.shared_expert_ffn_size:
-        hint = "Grow it unfitted: `ligo grow` without --operator."
-        errors.add("fit", "a model without a shared expert", operator.large.model_type, hint)
-    shards, local = num_shards(operator.small, operator.large), operator.large.num_experts // section.parallel.ep
-    if section.parallel.tp > 1 and local % shards:
-        hint = "Every tensor-parallel rank needs rows of some expert."
-        errors.add("fit.parallel.ep", f"a multiple of {shards} experts a rank with tp > 1", local, hint)
 
 
 def check_teacher(operator: Operator, section: FitSection, seq_length: int, errors: ErrorCollector) -> None:

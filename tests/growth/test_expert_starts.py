@@ -29,6 +29,9 @@ CONFIGS = {
     "qwen2_moe": transformers.Qwen2MoeConfig(
         **SIZES, moe_intermediate_size=20, shared_expert_intermediate_size=15, num_experts=3, num_experts_per_tok=2
     ),
+    "one expert": transformers.Qwen2MoeConfig(
+        **SIZES, moe_intermediate_size=20, shared_expert_intermediate_size=15, num_experts=1, num_experts_per_tok=1
+    ),
     "mixtral": transformers.MixtralConfig(
         **SIZES, head_dim=4, intermediate_size=28, num_local_experts=3, num_experts_per_tok=2
     ),
@@ -86,6 +89,8 @@ def test_families_are_converted_there_and_back(folders, tmp_path, family):
             SHARED,
             {"num_experts": 5, "top_k": 3, "ffn_size": 10, "renormalises_routing": False, **WIDER},
         ),
+        # Its shared expert is its own, which a dense model's would not be.
+        ("one expert", None, {"num_experts": 3, "top_k": 3, "shared_expert_ffn_size": 21, **WIDER}),
     ],
 )
 def test_logits_are_kept(folders, tmp_path, small, settings, sizes):
@@ -94,11 +99,69 @@ def test_logits_are_kept(folders, tmp_path, small, settings, sizes):
     assert (before - after).abs().max() < 1e-5 * max(1, float(before.abs().max()))
 
 
+def test_ties_between_shards_stay_together_when_they_grow_again(folders, tmp_path):
+    """The shards of a copy have one router row, so that their scores are equal; all are chosen, or none."""
+    convert(grow(folders["qwen2"], num_experts=6, top_k=3, ffn_size=10), tmp_path / "once", "hf")
+    convert(grow(tmp_path / "once", num_experts=24, top_k=12, ffn_size=5, **WIDER), tmp_path / "twice", "hf")
+    before, after = logits(folders["qwen2"]), logits(tmp_path / "twice")
+    assert (before - after).abs().max() < 1e-5 * max(1, float(before.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("small", "sizes"),
+    [
+        ("mixtral", {"num_experts": 9, "top_k": 6}),
+        ("qwen2_moe", {"num_experts": 6, "top_k": 4, "shared_expert_ffn_size": 21}),
+        ("qwen2", {"num_experts": 9, "top_k": 6, "ffn_size": 10}),
+    ],
+)
+def test_rows_of_copies_differ_by_noise_that_copies_of_features_cancel(folders, tmp_path, small, sizes):
+    """Noise of each weight's own: no token sees it as long as the copies of a feature are equal, whatever is chosen."""
+    settings = OperatorSection(noise=0.5, noise_draw="weight")
+    grown = grow(folders[small], settings, **sizes, **WIDER)
+    convert(grown, tmp_path / "grown", "hf")
+    before, after = logits(folders[small]), logits(tmp_path / "grown")
+    assert (before - after).abs().max() < 1e-5 * max(1, float(before.abs().max()))
+    router, plain = (reader.read("layers.1.router") for reader in (grown, grow(folders[small], **sizes, **WIDER)))
+    together = [(i, j) for i in range(len(plain)) for j in range(i) if torch.equal(plain[i], plain[j])]
+    assert together
+    for i, j in together:
+        assert (router[i] - router[j]).norm() > 0.3 * plain[i].norm(), (i, j)
+    # Where the width stays there is nothing to cancel it, and rows stay equal.
+    same = grow(folders["mixtral"], settings, num_experts=6, top_k=4).read("layers.1.router")
+    assert len({tuple(row.tolist()) for row in same}) == 3
+
+
+@pytest.mark.parametrize(("noise", "others"), [(0.01, 0.024), (0.1, 0.21)])
+def test_noise_that_tokens_see_cancels_away_from_ties_only(noise, others):
+    """The same noise for the copies of each expert divides out of the softmax; but near a tie a copy is left behind.
+
+    8 experts, top-2, each twice; noise relative to the rows. others: the share of the tokens that differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, drawn, tokens = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (8, 2, 20_000))
+    scores, added = tokens @ rows.T / 8, noise * tokens @ drawn.T / 8
+    expected = torch.zeros_like(scores).scatter(1, *reversed(scores.topk(2)))
+    expected = torch.where(expected != 0, expected.exp(), 0)
+    copies = scores[:, :, None] + added[:, None, :]
+    top = copies.flatten(1).topk(4)
+    weights = torch.zeros(len(tokens), 16, dtype=torch.float64).scatter(1, top.indices, top.values.softmax(1))
+    gaps = (weights.unflatten(1, (8, 2)).sum(2) - expected / expected.sum(1, keepdim=True)).abs().amax(1)
+    ordered = scores.sort(1, descending=True).values
+    is_far = ordered[:, 1] - ordered[:, 2] > added.max(1).values - added.min(1).values
+    assert gaps[is_far].max() < 1e-12 and gaps[~is_far].min() > 1e-3
+    assert float((~is_far).double().mean()) == pytest.approx(others, rel=0.1)
+
+
 def test_a_router_before_the_choice_is_refused_with_its_gap(folders):
     with pytest.raises(ConfigError, match=r"add up to about 0\.6 instead of 1"):
         grow(folders["qwen2"], num_experts=5, top_k=3, renormalises_routing=False)
     with pytest.raises(ConfigError, match="renormalises_routing"):
         grow(folders["qwen2_moe"], num_experts=6, top_k=4, renormalises_routing=True)
+    with pytest.raises(ConfigError, match="the small model has experts"):
+        grow(folders["one expert"], SHARED, num_experts=3, top_k=3)
+    with pytest.raises(ConfigError, match=r"operator\.expert_drop"):
+        grow(folders["qwen2"], OperatorSection(expert_start="shared", expert_drop=0.5), num_experts=3, top_k=2)
     with pytest.raises(ConfigError, match="has no shared expert"):
         build_initial_operator(llama_config(), LargeSection(num_experts=2, top_k=1), SHARED)
     with pytest.raises(ConfigError, match="mixtral knows no other"):
@@ -192,10 +255,10 @@ def test_moments_are_the_gradients_of_the_grown_model(folders, tmp_path, case):
 
 
 UPCYCLED = {  # shards, copies, copies of a token, softmax before the choice: Megatron-core's relative error
-    (3, 3, 2, False): 0.08,
-    (4, 2, 1, False): 0.10,
-    (8, 2, 1, False): 0.135,
-    (4, 8, 1, True): 0.32,
+    (3, 3, 2, False): 0.110,
+    (4, 2, 1, False): 0.135,
+    (8, 2, 1, False): 0.190,
+    (4, 8, 1, True): 0.455,
 }
 
 
@@ -228,5 +291,5 @@ def test_megatron_cores_own_upcycling_is_not_lossless(pools, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     errors = pools(1).run(expert_ranks.compare_upcycling, folder=str(tmp_path / "dense"), cases=list(UPCYCLED))
     for (theirs, ours), (case, expected) in zip(errors, UPCYCLED.items(), strict=True):
-        assert theirs == pytest.approx(expected, rel=0.2), (case, errors)
+        assert theirs == pytest.approx(expected, rel=0.1), (case, errors)
         assert ours is None or ours < 1e-6, (case, errors)

@@ -25,10 +25,15 @@ EXPERTS = {"num_experts": 4, "top_k": 2, "renormalises_routing": True}
 DIMS = llama_config(
     arch="mixtral", model_type="mixtral", tied=True, num_heads=4, num_kv_heads=2, num_layers=2, **EXPERTS
 )
+# Of which two, four and three ranks may each have as many.
+TWELVE = llama_config(
+    arch="mixtral", model_type="mixtral", tied=True, num_layers=2, **EXPERTS | {"num_experts": 12, "top_k": 3}
+)
 EP2_TP2 = {"ep": 2, "tp": 2, "sequence_parallel": True}
 # Each but the last is killed after a step.
 CHAINS = {
     "ep": [(2, {"ep": 2, "zero": 2}), (4, {"ep": 4}), (1, {})],
+    "ep 3": [(2, {"ep": 2}), (4, {"ep": 4, "zero": 2}), (3, {"ep": 3, "zero": 2})],
     "tp, pp": [(4, {**EP2_TP2, "zero": 3}), (4, {"ep": 2, "pp": 2}), (4, {"ep": 2, "zero": 3}), (1, {})],
 }
 
@@ -38,27 +43,32 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     for seed, name in enumerate(("train", "valid")):
         make_pair(folder / name, seed)
-    model_of(DIMS).save_pretrained(folder / "hf")
-    convert(HfReader(folder / "hf"), folder / "universal", "universal")
+    for name, sizes in (("", DIMS), ("twelve/", TWELVE)):
+        model_of(sizes).save_pretrained(folder / f"{name}hf")
+        convert(HfReader(folder / f"{name}hf"), folder / f"{name}universal", "universal")
     return folder
 
 
-def settings(base: Path, layout: dict) -> dict:
+def settings(base: Path, layout: dict, start: str = "universal") -> dict:
     keys = {"save_every": 1, "keep_last": 9, "router_aux_loss": 0.1, "check_replicas_every": 1}
-    return test_pretrain.settings(base, "universal", **keys, **layout)
+    return test_pretrain.settings(base, start, **keys, **layout)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if "tp" in name else name for name in CHAINS]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name != "ep" else name for name in CHAINS]
 )
 def test_a_run_is_killed_and_resumed_at_other_layouts(pools, base, tmp_path, name):
-    chain = CHAINS[name]
-    whole = pools(1).run(pretrain, settings=settings(base, {}), output=str(tmp_path / "whole"))
+    chain, model_config, start, batch = CHAINS[name], DIMS, "universal", {}
+    if name == "ep 3":
+        model_config, start = TWELVE, "twelve/universal"
+        # With the usual eps Adam's first step turns the rounding of a tiny gradient into a whole step.
+        batch = {"global_batch_size": 12, "micro_batch_size": 1, "eval_samples": 12, "eps": 1e-4}
+    whole = pools(1).run(pretrain, settings=settings(base, batch, start), output=str(tmp_path / "whole"))
     for world, layout in chain[:-1]:
-        run = {"settings": settings(base, layout), "output": str(tmp_path / "moved")}
+        run = {"settings": settings(base, batch | layout, start), "output": str(tmp_path / "moved")}
         assert pools(world).run(pretrain, **run, die_after=1) == {"killed": 1}
     world, layout = chain[-1]
-    moved = pools(world).run(pretrain, settings=settings(base, layout), output=str(tmp_path / "moved"))
+    moved = pools(world).run(pretrain, settings=settings(base, batch | layout, start), output=str(tmp_path / "moved"))
     assert moved["taken"] == STEPS - len(chain) + 1
     assert losses_of(moved) == pytest.approx(losses_of(whole), rel=2e-6)
     checkpoints = [tmp_path / name / "checkpoints" for name in ("whole", "moved")]
@@ -72,8 +82,8 @@ def test_a_run_is_killed_and_resumed_at_other_layouts(pools, base, tmp_path, nam
                 scale = float(expected.abs().max())
                 assert torch.allclose(resumed.read(key, kind).float(), expected, rtol=0, atol=1e-4 * scale), (step, key)
     for row in moved["steps"]:
-        loads = [row[f"expert_load_{expert}"] for expert in range(DIMS.num_experts)]
-        assert sum(loads) == pytest.approx(DIMS.num_experts) and row["dropped_tokens"] == 0
+        loads = [row[f"expert_load_{expert}"] for expert in range(model_config.num_experts)]
+        assert sum(loads) == pytest.approx(model_config.num_experts) and row["dropped_tokens"] == 0
         assert 0 < row["router_entropy"] <= 1 and row["expert_load_min"] <= min(loads)
     for name in ("router_entropy", "expert_load_max", "expert_load_2"):
         columns = [[row[name] for row in run["steps"]] for run in (moved, whole)]

@@ -11,6 +11,7 @@ from megatron_ligo.arch.common_params import without_format
 from megatron_ligo.arch.families.llama import OUTPUT_FOLLOWS
 from megatron_ligo.arch.families.olmo2 import KEY_NORM, QUERY_NORM
 from megatron_ligo.arch.families.qwen3_moe import QWEN3_MOE
+from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import ParamSpec, Role
 
 OLMOE = replace(
@@ -31,6 +32,8 @@ OLMOE = replace(
         **{key: name for key, name in QWEN3_MOE.hf_fields.items() if key not in ("moe_intermediate_size", "head_dim")},
         "intermediate_size": "ffn_size",
     },
+    gguf_fields={},
+    gguf_network=GgufNetwork(),
     coupled_fields={"olmoe": OUTPUT_FOLLOWS},
     required_hf_values={"hidden_act": "silu"},
     implied_sizes={},

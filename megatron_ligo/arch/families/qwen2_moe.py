@@ -15,21 +15,23 @@ from megatron_ligo.arch.common_axes import (
 )
 from megatron_ligo.arch.families.llama import params_with
 from megatron_ligo.arch.families.mixtral import DENSE_BLOCK
-from megatron_ligo.arch.families.qwen3_moe import QWEN3_MOE
+from megatron_ligo.arch.families.qwen3_moe import GGUF_EXPERTS, QWEN3_MOE
+from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import FormatLocation, Pack, ParamSpec, Role
 
 EXPERTS = (Role.ROUTER, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
-def _shared(hf: str, mcore: str, **packing) -> dict[str, FormatLocation]:
+def _shared(hf: str, mcore: str, gguf: str, **packing) -> dict[str, FormatLocation]:
     return {
         "hf": FormatLocation(f"model.layers.{{}}.mlp.{hf}.weight"),
         "mcore": FormatLocation(f"decoder.layers.{{}}.mlp.shared_experts.{mcore}", **packing),
+        "gguf": FormatLocation(f"blk.{{}}.{gguf}.weight"),
     }
 
 
-def _shared_fc1(hf: str, part: int) -> dict[str, FormatLocation]:
-    return _shared(hf, "linear_fc1.weight", pack=Pack.STACKED, part=part, num_parts=2)
+def _shared_fc1(hf: str, part: int, gguf: str) -> dict[str, FormatLocation]:
+    return _shared(hf, "linear_fc1.weight", gguf, pack=Pack.STACKED, part=part, num_parts=2)
 
 
 SHARED_EXPERT = (
@@ -38,28 +40,28 @@ SHARED_EXPERT = (
         Role.SHARED_EXPERT_GATE,
         (SHARED_FFN_OUTPUT, RESIDUAL_INPUT),
         0,
-        _shared_fc1("shared_expert.gate_proj", 0),
+        _shared_fc1("shared_expert.gate_proj", 0, "ffn_gate_shexp"),
     ),
     ParamSpec(
         "layers.{}.shared_up",
         Role.SHARED_EXPERT_UP,
         (SHARED_FFN_OUTPUT, RESIDUAL_INPUT),
         0,
-        _shared_fc1("shared_expert.up_proj", 1),
+        _shared_fc1("shared_expert.up_proj", 1, "ffn_up_shexp"),
     ),
     ParamSpec(
         "layers.{}.shared_down",
         Role.SHARED_EXPERT_DOWN,
         (RESIDUAL_OUTPUT, SHARED_FFN_INPUT),
         1,
-        _shared("shared_expert.down_proj", "linear_fc2.weight"),
+        _shared("shared_expert.down_proj", "linear_fc2.weight", "ffn_down_shexp"),
     ),
     ParamSpec(
         "layers.{}.shared_weight",
         Role.SHARED_EXPERT_WEIGHT,
         (SCORE_OUTPUT, RESIDUAL_INPUT),
         None,
-        _shared("shared_expert_gate", "gate_weight"),
+        _shared("shared_expert_gate", "gate_weight", "ffn_gate_inp_shexp"),
     ),
 )
 
@@ -74,6 +76,12 @@ QWEN2_MOE = replace(
     ),
     hf_fields={key: name for key, name in QWEN3_MOE.hf_fields.items() if name != "qkv_bias"}
     | {"shared_expert_intermediate_size": "shared_expert_ffn_size"},
+    gguf_fields=QWEN3_MOE.gguf_fields | {"expert_shared_feed_forward_length": "shared_expert_ffn_size"},
+    gguf_network=GgufNetwork(
+        names={"qwen2moe": "qwen2_moe"},
+        constants={"renormalises_routing": False},
+        required=(*GGUF_EXPERTS, "expert_shared_feed_forward_length"),
+    ),
     hf_aliases={},
     required_hf_values={"hidden_act": "silu", "use_sliding_window": False, "qkv_bias": True},
     implied_sizes={"qwen2_moe": {"sliding_window": None, "qkv_bias": True}},

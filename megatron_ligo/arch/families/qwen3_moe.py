@@ -8,7 +8,14 @@ from dataclasses import replace
 from megatron_ligo.arch.families.llama import OUTPUT_FOLLOWS
 from megatron_ligo.arch.families.mixtral import DENSE_BLOCK, expert_params
 from megatron_ligo.arch.families.qwen3 import QWEN3
+from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import Role
+
+GGUF_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "top_k",
+    "expert_feed_forward_length": "ffn_size",
+}
 
 QWEN3_MOE = replace(
     QWEN3,
@@ -30,7 +37,11 @@ QWEN3_MOE = replace(
     hf_aliases={"num_local_experts": "num_experts"},
     required_hf_values=QWEN3.required_hf_values | {"use_sliding_window": False},
     hf_pattern_keys={},
-    gguf_fields={},
+    gguf_fields={key: name for key, name in QWEN3.gguf_fields.items() if name != "ffn_size"} | GGUF_EXPERTS,
+    # llama.cpp divides the weights of the chosen experts by their sum.
+    gguf_network=GgufNetwork(
+        names={"qwen3moe": "qwen3_moe"}, constants={"renormalises_routing": True}, required=tuple(GGUF_EXPERTS)
+    ),
     expert_types={},
     implied_sizes={"qwen3_moe": {"sliding_window": None}},
     fused_experts={

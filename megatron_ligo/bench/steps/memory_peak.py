@@ -27,7 +27,8 @@ class PeakMemoryProbe:
     def __init__(self, kind: str, job: dict):
         stepper_class = PretrainStepper if kind == "plain" else FitStepper
         # A small step first, so that lazily loaded libraries and connections do not count.
-        stepper_class(StepJob(**{**job, **WARM_UP_MODEL, "tokens": 16, "sequences": 1})).step()
+        parallel = {**job.get("parallel", {}), "ep": 1}
+        stepper_class(StepJob(**{**job, **WARM_UP_MODEL, "tokens": 16, "sequences": 1, "parallel": parallel})).step()
         _return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory_bytes()

@@ -18,6 +18,7 @@ from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.metrics import peak_memory_bytes
 
 SEED = 1234
+ROUTER_AUX_LOSS = 0.01
 
 
 @dataclass
@@ -146,11 +147,16 @@ class FitStepper(EngineStepper):
             gradients_each=zero == 2,
             teacher=self._teacher() if job.distill else None,
             lag=RandomWeightsReader(operator.large).read if job.lagged else None,
+            router_aux_loss=ROUTER_AUX_LOSS,
         )
         module = FactoredPipeline(context) if self.mesh.pp > 1 else FactoredModel(context)
         groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
         return Engine(
-            module, self.mesh, job.build_training(self.mesh.dp), groups, after_update=module.step_state.mark_updated
+            module,
+            self.mesh.without_experts(),
+            job.build_training(self.mesh.dp),
+            groups,
+            after_update=module.step_state.mark_updated,
         )
 
     def _teacher(self):

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ligo.arch.spec import OUTPUT_SCALES, ParamSpec, Role, Use
+from megatron_ligo.growth.experts import absent_block
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.factored_experts import FactoredExperts
@@ -44,7 +45,7 @@ from megatron_ligo.models.mcore.rotary import unscale_window_positions
 
 # In pre-norm layers, the linear that reads each norm, by Megatron-core's names.
 NORM_READERS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
-ACTIVATION_READER = "mlp.linear_fc2"
+ACTIVATION_READERS = ("mlp.linear_fc2", "mlp.shared_experts.linear_fc2")
 EXPERTS = "mlp"  # of a layer with experts
 
 
@@ -170,7 +171,10 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
     """
     operator = context.operator
     specs_by_path: dict[str, list[ParamSpec]] = {}
+    absent = absent_block(operator.small, operator.settings)
     for spec in operator.arch.layer_params(operator.large, layer):
+        if spec.role in absent:
+            continue
         path = spec.locations["mcore"].name.partition("layers.{}.")[2].rpartition(".")[0]
         specs_by_path.setdefault(path, []).append(spec)
     norms = {
@@ -178,7 +182,8 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         for path, specs in specs_by_path.items()
         if any(spec.axes[0].use is Use.GAIN for spec in specs) and specs[0].role not in OUTPUT_SCALES
     }
-    transforms: dict[str, InputTransform] = {ACTIVATION_READER: ActivationTransform(get_ffn_activation(operator.large))}
+    activation = ActivationTransform(get_ffn_activation(operator.large))
+    transforms: dict[str, InputTransform] = dict.fromkeys(ACTIVATION_READERS, activation)
     expert_specs = [spec for path in list(specs_by_path) if is_expert_path(path) for spec in specs_by_path.pop(path)]
     if operator.arch.has_experts:
         # The router reads the second norm too.
@@ -190,6 +195,8 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         transforms |= {reader: norms[norm] for reader, norm in readers.items() if norm in norms}
         norms = {path: norm for path, norm in norms.items() if path not in readers.values()}
     modules: dict[str, FactoredModule] = {}
+    if expert_specs:
+        modules[EXPERTS] = FactoredExperts(context, expert_specs, layer, config)
     for path, specs in specs_by_path.items():
         if path in norms:
             modules[path] = FactoredNorm(norms[path])
@@ -198,14 +205,12 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
         elif path not in NORM_READERS.values():
             kind = ColumnParallelFactors if specs[0].tp_dim == 0 else RowParallelFactors
             modules[path] = kind(context, specs, layer, transforms.get(path))
-    if expert_specs:
-        modules[EXPERTS] = FactoredExperts(context, expert_specs, layer, config)
     return modules
 
 
 def is_expert_path(path: str) -> bool:
-    """True for the module of a router or of an expert's linear."""
-    return path == f"{EXPERTS}.router" or path.startswith(f"{EXPERTS}.experts.")
+    """True for the module of a router, of an expert's linear or of a shared expert's weight."""
+    return path in (f"{EXPERTS}.router", f"{EXPERTS}.shared_experts") or path.startswith(f"{EXPERTS}.experts.")
 
 
 def build_layer_spec_with_placeholders(operator: Operator) -> ModuleSpec:

@@ -10,11 +10,14 @@ from math import prod
 
 from megatron_ligo.arch.flops import forward_flops
 from megatron_ligo.arch.spec import Pack, ParamSpec, Role, Use, axis_size
+from megatron_ligo.growth.experts import absent_block
 from megatron_ligo.growth.linear_maps import full_cost, low_rank_cost
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.random_init import has_added_rows, num_new_features
 from megatron_ligo.growth.width_maps import LiftedMap
 
+# Parameters of which each row scores a token.
+SCORES = (Role.ROUTER, Role.SHARED_EXPERT_WEIGHT)
 # Products of a weight: forward, gradient of the input and, if it is learned, gradient of the weight.
 LEARNED, FROZEN = 3, 2
 
@@ -57,15 +60,19 @@ def fit_step_flops(
     grown ones multiply every token too.
     """
     small, large = operator.small, operator.large
-    matrices = [param for param in operator.arch.layer_params(large) if len(param.axes) == 2]
+    absent = absent_block(small, operator.settings)
+    matrices = [
+        param for param in operator.arch.layer_params(large) if len(param.axes) == 2 and param.role not in absent
+    ]
     # Each linear module maps once between the large and the small residual space.
-    routers = [param for param in matrices if param.role is Role.ROUTER]
-    matrices = [param for param in matrices if param.role is not Role.ROUTER]
+    scores = [param for param in matrices if param.role in SCORES]
+    matrices = [param for param in matrices if param.role not in SCORES]
     reads_by_module = {param.locations["mcore"].name: param.tp_dim == 0 for param in matrices}
     residual_projections = sum(MapUse(operator, "residual", reads).flops(tokens) for reads in reads_by_module.values())
     attention = LEARNED * 2 * 2 * tokens * seq_length * large.num_heads * large.head_dim
     per_layer = sum(_weight_flops(operator, param, tokens) for param in matrices) + residual_projections + attention
-    per_layer += sum(_router_flops(operator, param, tokens) for param in routers)
+    per_layer += sum(_score_flops(operator, param, tokens) for param in scores)
+    per_layer += _dropped_flops(operator, tokens)
     # The small embedding and the small head are frozen.
     embedding = FROZEN * 2 * tokens * MapUse(operator, "residual", False).cost
     arch = operator.arch
@@ -116,14 +123,26 @@ class MapUse:
         return 2 * vectors * (LEARNED * self.learned + FROZEN * self.fixed)
 
 
-def _router_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:
-    """Returns the FLOPs of a router: of the large model's width if it is learned itself, else of the small one's."""
+def _score_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:
+    """Returns the FLOPs of a router or a shared expert's weight.
+
+    It has the large model's width if it is learned itself, else the small one's.
+    """
     small, large = operator.small, operator.large
-    if operator.draws_routers:
+    is_router = param.role is Role.ROUTER
+    if is_router and operator.draws_routers:
         return LEARNED * 2 * tokens * prod(param.shape(large))
     mixing = FROZEN * 2 * small.num_layers * prod(param.shape(small))
-    grown = LEARNED * 2 * large.num_experts * prod(param.shape(small))
-    return mixing + grown + LEARNED * 2 * tokens * large.num_experts * small.hidden_size
+    grown = LEARNED * 2 * large.num_experts * prod(param.shape(small)) if is_router else 0
+    return mixing + grown + LEARNED * 2 * tokens * param.shape(large)[0] * small.hidden_size
+
+
+def _dropped_flops(operator: Operator, tokens: int) -> int:
+    """Returns the FLOPs of the experts' neurons that start anew, whose weights are fixed and have the large width."""
+    large = operator.large
+    neurons = round((operator.settings.expert_drop or 0) * large.ffn_size) if large.num_experts else 0
+    matrices = sum(param.in_expert for param in operator.arch.layer_params(large))
+    return FROZEN * 2 * tokens * large.top_k * matrices * neurons * large.hidden_size
 
 
 def _expert_flops(operator: Operator, param: ParamSpec, tokens: int) -> int:

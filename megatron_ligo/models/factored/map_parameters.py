@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import UNTRAINED_SPACE, ParamSpec
+from megatron_ligo.arch.spec import ParamSpec
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to
 from megatron_ligo.distributed.mesh import Mesh
@@ -72,7 +72,9 @@ class MapParameters(nn.Module):
         self.operator_names: dict[str, str] = {}  # side -> tensor of the operator
         self.partial: set[str] = set()  # replicated parameters with partial uses
         for map_spec in operator.maps.values():
-            if map_spec.name != UNTRAINED_SPACE and operator.has_map_per_layer(map_spec.name) == (layer is not None):
+            if map_spec.name in operator.untrained_maps:
+                continue
+            if operator.has_map_per_layer(map_spec.name) == (layer is not None):
                 for kind in ("expand", "contract") if operator.has_contract(map_spec.name) else ("expand",):
                     self._add_side(operator, map_spec, kind, operator.width_name(map_spec.name, kind, layer))
 

@@ -26,7 +26,8 @@ from megatron_ligo.distributed import device
 from megatron_ligo.distributed.collectives import copy_to, gather_partial
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.growth import random_init
-from megatron_ligo.growth.operator import Operator, read_or_neutral
+from megatron_ligo.growth.operator import Operator
+from megatron_ligo.growth.row_tables import read_or_neutral
 from megatron_ligo.sharding.tensor_parallel import shard
 
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.distributed import device
 
 # Megatron-core 0.16 reads this name, which it defines only where Transformer Engine is installed.
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -30,8 +37,15 @@ def to_routing_settings(model_config: ModelConfig, aux_loss: float) -> dict[str,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "seq_aux_loss" if aux_loss else "none",
         "moe_aux_loss_coeff": aux_loss,
-        "moe_token_dispatcher_type": "allgather",
+        "moe_token_dispatcher_type": device.token_dispatcher(),
     }
+
+
+def build_dispatcher(config: TransformerConfig, local_experts: range) -> MoETokenDispatcher:
+    """Builds the dispatcher of a layer's tokens to this rank's experts."""
+    kind = {"allgather": MoEAllGatherTokenDispatcher, "alltoall": MoEAlltoAllTokenDispatcher}
+    groups = moe_utils.get_default_pg_collection()
+    return kind[config.moe_token_dispatcher_type](len(local_experts), list(local_experts), config, groups)
 
 
 def scale_router_loss(num_micro_batches: int, device: torch.device | str) -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ligo.arch.spec import UNTRAINED_SPACE
 from megatron_ligo.distributed.mesh import Mesh, all_ranks, cpu_group
 from megatron_ligo.growth.operator import ROUTERS, Operator, short_key
 from megatron_ligo.models.factored.context import FactoredContext
@@ -94,7 +93,7 @@ def _join(parts: list[dict[str, Tensor]], context: FactoredContext) -> dict[str,
     tensors = {}
     for name, shape in operator.shapes().items():
         kind, _, rest = name.partition(".")
-        if kind == "gain" or rest.partition(".")[0] == UNTRAINED_SPACE:
+        if kind == "gain" or rest.partition(".")[0] in operator.untrained_maps:
             tensors[name] = operator.tensor(name)
         elif kind == ROUTERS:
             tensors[name] = _first_part(parts, name)

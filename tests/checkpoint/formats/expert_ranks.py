@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import experts, grouped_gemm_util, upcycling_utils
 
 from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.growth.experts import as_mixture
@@ -22,6 +23,7 @@ from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.models.mcore.attention import FusedAttention
 from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_transformer_config
 from megatron_ligo.sharding import fused_tensors
+from tests.checkpoint.formats import megatron_optimizers
 from tests.checkpoint.formats.megatron_ranks import PADDED_VOCAB_SIZE, build_run_args, sharding_metadata
 from tests.checkpoint.hf_models import same_bits
 from tests.tiny_models import tokens
@@ -58,15 +60,15 @@ def build_experts(model_config, tp: int, ep: int, grouped: bool = False, padded_
     ).eval()
 
 
-def expected_parameters(model, source, padded: bool = True):
-    """Yields (name, parameter, expected tensor) of this rank. padded: the vocabulary is."""
+def expected_parameters(model, source, padded: bool = True, kind: str = WEIGHT):
+    """Yields (name, parameter, expected tensor) of this rank. padded: the vocabulary is. kind: or a moment."""
     model_config, tp = source.model_config, parallel_state.get_tensor_model_parallel_world_size()
     count = max(model_config.num_experts, 1) // parallel_state.get_expert_model_parallel_world_size()
     first = parallel_state.get_expert_model_parallel_rank() * count
     stored = fused_tensors.stored_tensors(source.arch, model_config, "mcore")
 
     def read(item):
-        parts = [source.read(key) for key in item.keys]
+        parts = [source.read(key, kind) for key in item.keys]
         if item.is_vocab_parallel and padded:
             parts = [torch.cat([part, part.new_zeros(PADDED_VOCAB_SIZE - len(part), part.shape[1])]) for part in parts]
         return item.assemble_shard(parts, model_config, tp, parallel_state.get_tensor_model_parallel_rank())
@@ -138,12 +140,7 @@ def _load(folder: str, path: str, tp: int, ep: int, grouped: bool) -> torch.Tens
     if (Path(folder) / "metadata.json").is_file():
         state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=sharding_metadata())}, folder)
     else:
-        tp_rank, ep_rank = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_expert_model_parallel_rank(),
-        )
-        name = f"mp_rank_{tp_rank:02d}" + (f"_{ep_rank:03d}" if ep > 1 else "")
-        state = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=False)
+        state = torch.load(_rank_file(folder, ep), weights_only=False)
         assert state["args"].expert_model_parallel_size == ep
     model.load_state_dict(state["model"], strict=True)
     for name, parameter, expected in expected_parameters(model, source):
@@ -154,6 +151,57 @@ def _load(folder: str, path: str, tp: int, ep: int, grouped: bool) -> torch.Tens
     ids = tokens(source.model_config)
     logits = model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
     return logits[..., : source.model_config.vocab_size].contiguous()
+
+
+def _rank_file(folder: str, ep: int) -> Path:
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    ep_rank = parallel_state.get_expert_model_parallel_rank()
+    return Path(folder) / (f"mp_rank_{tp_rank:02d}" + (f"_{ep_rank:03d}" if ep > 1 else "")) / "model_optim_rng.pt"
+
+
+def save_with_optimizers(folder: str, path: str, tp: int, ep: int) -> None:
+    """Saves this rank's file as Megatron-LM does, after an AdamW step on gradients that depend on the weights."""
+    source = formats.open(path)
+    model = build_experts(source.model_config, tp, ep)
+    with torch.no_grad():
+        for _, parameter, expected in expected_parameters(model, source):
+            parameter.copy_(expected)
+    optimizer = megatron_optimizers.build_adamw(model, bf16=False, distributed=False)
+    assert len(optimizer.chained_optimizers) == 2
+    for part in optimizer.chained_optimizers:
+        megatron_optimizers.step_with(part, megatron_optimizers.gradient)
+    # Vectorised arithmetic rounds differently at other offsets of a buffer.
+    group, (rest, _) = parallel_state.get_expert_model_parallel_group(), optimizer.chained_optimizers
+    for parameter, adam in rest.optimizer.state.items():
+        for tensor in (parameter.data, *(adam[kind] for kind in MOMENTS)):
+            dist.broadcast(tensor, dist.get_global_rank(group, 0), group)
+    state = {
+        "args": build_expert_args(source.model_config, tp, ep, False),
+        "checkpoint_version": 3.0,
+        "iteration": 5,
+        "model": model.state_dict_for_save_checkpoint(),
+        "optimizer": optimizer.state_dict(),
+    }
+    file = _rank_file(folder, ep)
+    file.parent.mkdir(parents=True)
+    torch.save(state, file)
+
+
+def load_optimizers(folder: str, path: str, tp: int, ep: int) -> None:
+    """Loads this rank's file by Megatron-core's optimizers; its moments and steps are those of the source."""
+    source = formats.open(path)
+    model = build_experts(source.model_config, tp, ep)
+    optimizer = megatron_optimizers.build_adamw(model, bf16=False, distributed=False)
+    state = torch.load(_rank_file(folder, ep), weights_only=False)
+    model.load_state_dict(state["model"], strict=True)
+    optimizer.load_state_dict(state["optimizer"])
+    loaded = {}
+    for part in optimizer.chained_optimizers:
+        loaded |= part.optimizer.state
+    for kind in MOMENTS:
+        for name, parameter, expected in expected_parameters(model, source, kind=kind):
+            assert same_bits(loaded[parameter][kind], expected), (name, kind)
+            assert float(loaded[parameter]["step"]) == source.step
 
 
 @torch.no_grad()
@@ -201,7 +249,9 @@ def _relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
 def _first_block(model, model_config) -> torch.Tensor:
     """Returns what the first layer's feed-forward block returns, (sequence, batch, hidden)."""
     outputs = []
-    handle = model.decoder.layers[0].mlp.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    # Without gradients Megatron-core adds the residual stream to it in place.
+    keep = lambda module, inputs, output: outputs.append(output[0].clone())  # noqa: E731
+    handle = model.decoder.layers[0].mlp.register_forward_hook(keep)
     ids = tokens(model_config)
     model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
     handle.remove()

@@ -9,9 +9,11 @@ import transformers
 from megatron_ligo.checkpoint import formats, verify
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
+from megatron_ligo.checkpoint.formats.megatron_lm.expert_files import UNCHAINED
+from megatron_ligo.checkpoint.reader import MOMENTS
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from tests.checkpoint import hf_models
-from tests.checkpoint.formats import expert_ranks
+from tests.checkpoint.formats import expert_ranks, megatron_optimizers
 from tests.checkpoint.formats.megatron_ranks import PADDED_VOCAB_SIZE
 from tests.tiny_models import tokens
 
@@ -113,6 +115,40 @@ def test_rank_files_of_experts_round_trip(sources, tmp_path, of, options):
         for file in (tmp_path / "made").rglob("*.pt"):
             join_experts(file)
         hf_models.assert_same(formats.open(tmp_path / "made"), source)
+
+
+def test_moments_of_expert_parallel_ranks_are_exchanged(pools, sources, tmp_path):
+    """Megatron-core chains an optimizer of a rank's experts after one of the rest."""
+    path, saved, made = sources["mixtral"], tmp_path / "saved", tmp_path / "made"
+    pools(4).run(expert_ranks.save_with_optimizers, folder=str(saved), path=str(path), tp=2, ep=2)
+    reader, source = formats.open(saved), formats.open(path)
+    assert (reader.has_moments, reader.step) == (True, 1)
+    for key in source.keys():  # noqa: SIM118
+        weight = torch.nn.Parameter(source.read(key).float())
+        weight.grad = megatron_optimizers.gradient(weight.detach())
+        stepper = torch.optim.AdamW([weight], lr=megatron_optimizers.LR, weight_decay=0.0)
+        stepper.step()
+        for kind in MOMENTS:
+            assert torch.allclose(reader.read(key, kind), stepper.state[weight][kind], rtol=1e-6, atol=1e-9), key
+        assert torch.allclose(reader.read(key), weight.detach(), rtol=1e-6, atol=1e-8), key
+    rates = {"max_lr": megatron_optimizers.LR, "min_lr": megatron_optimizers.MIN_LR}
+    extra = {"ep": 2, "vocab_divisible_by": PADDED_VOCAB_SIZE // 2, **rates}
+    convert(reader, made, "megatron", WriteOptions(tp=2, extra=extra))
+    hf_models.assert_same(formats.open(made), reader)
+    for key in source.keys():  # noqa: SIM118
+        assert torch.equal(formats.open(made).read(key, MOMENTS[0]), reader.read(key, MOMENTS[0])), key
+    pools(4).run(expert_ranks.load_optimizers, folder=str(made / "release"), path=str(saved), tp=2, ep=2)
+    convert(reader, tmp_path / "more", "megatron", WriteOptions(extra={"ep": 3, **rates}))
+    assert formats.open(tmp_path / "more").has_moments
+    file = made / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    state = torch.load(file, weights_only=False)
+    state["optimizer"][0]["state"][0]["exp_avg"] += 1
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match="first expert-parallel rank"):
+        formats.open(made)
+    state["optimizer"] = state["optimizer"][0]
+    torch.save(state, file)
+    assert formats.open(made).unread == (f"optimizer state ({UNCHAINED})",)
 
 
 def join_experts(file) -> None:

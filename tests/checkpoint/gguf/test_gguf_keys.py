@@ -128,9 +128,10 @@ def test_unknown_keys(tmp_path):
     assert describe(reader)["accepted"] == {"llama.warp": "3.0", "mistral.weft": "[1, 2]"}
     with pytest.raises(ConfigError):
         formats.open(path, accept=["llama.warp", "mistral.weft", "llama.woof"])
-    assert [
-        problem.where for problem in problems_of(write(tmp_path / "c.gguf", changes={"llama.expert_count": 8}))
-    ] == ["llama.expert_count"]
+    # With experts it is Mixtral's network, which must say how many a token has.
+    for name, missing in (("moe_every_n_layers", "moe_every_n_layers"), ("expert_count", "expert_used_count")):
+        problems = problems_of(write(tmp_path / "c.gguf", changes={f"llama.{name}": 8}))
+        assert [problem.where for problem in problems] == [f"llama.{missing}"]
 
 
 @pytest.mark.parametrize("name", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])

@@ -11,13 +11,14 @@ from tests.planning.pair_models import ROOT
 from tests.training.test_pretrain import make_pair
 
 GROWTH = ROOT / "tools/benchmarks/growth"
-ARMS = ["scratch", "copies", "drop", "shared", "dense"]
+ARMS = ["scratch", "copies", "drop", "shared", "learned", "learned.full", "dense"]
 
 
 def test_the_arms_are_the_starts_and_the_small_model_trained_on():
     spec = comparison_config.load_comparison(GROWTH / "shakespeare_experts.toml")
     assert [arm.name for arm in spec.arms] == ARMS
-    assert [arm.small for arm in spec.arms] == [False] * 4 + [True]
+    assert [arm.small for arm in spec.arms] == [False] * 6 + [True]
+    assert [arm.name for arm in spec.arms if arm.fitted] == ["learned"]
 
 
 @pytest.mark.long
@@ -32,6 +33,10 @@ def test_the_starts_of_experts_are_compared(tmp_path):
         "large.num_experts": 3,
         "large.ffn_size": 28,
         "large.shared_expert_ffn_size": 28,
+        "fit.steps": 1,
+        "fit.global_batch_size": 4,
+        "fit.micro_batch_size": 4,
+        "fit.eval_samples": 4,
         "pretrain.global_batch_size": 4,
         "pretrain.micro_batch_size": 4,
         "pretrain.eval_samples": 4,

@@ -22,6 +22,7 @@ from megatron_ligo.training.engine import Engine
 from tests import decoder_models, image_models, layer_pattern_models
 from tests.growth import official_ligo
 from tests.layer_norm_models import config_of
+from tests.models import dispatch_on_cpu
 from tests.models.factored.fit_reference import AUX_LOSS, lag_of, make_operator, source_of
 from tests.models.factored.reference_growth import materialise
 from tests.tiny_models import llama_config, tokens
@@ -34,8 +35,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def small_dims(changes: dict) -> ModelConfig:
     """A small Llama, or a small model of the family that the changes name."""
-    if changes.get("arch") in ("mixtral", "olmoe"):
+    if changes.get("arch") in ("mixtral", "olmoe", "qwen2_moe"):
         routing = {"model_type": changes["arch"], "renormalises_routing": changes["arch"] == "mixtral"}
+        routing |= {"qkv_bias": changes["arch"] == "qwen2_moe"}
         return llama_config(**{**SMALL, **routing, **changes})
     if changes.get("arch", "llama") == "llama":
         return llama_config(**{**SMALL, **changes})
@@ -54,21 +56,21 @@ def small_dims(changes: dict) -> ModelConfig:
     )
 
 
-def batches(model_config, steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(model_config, steps: int = STEPS, batch: int = BATCH) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if model_config.image_size is not None:
         seeds = range(100, 100 + steps)
         return [
-            (image_models.pictures(model_config, BATCH, seed), image_models.labels(model_config, BATCH, seed))
+            (image_models.pictures(model_config, batch, seed), image_models.labels(model_config, batch, seed))
             for seed in seeds
         ]
-    drawn = [tokens(model_config, BATCH, LENGTH + 1, seed=100 + step) for step in range(steps)]
+    drawn = [tokens(model_config, batch, LENGTH + 1, seed=100 + step) for step in range(steps)]
     return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in drawn]
 
 
 def micro(batch, mesh, size: int) -> list[dict]:
     """This rank's micro-batches: sample (m dp + r) size + i of the batch."""
     ids, labels = batch
-    count = BATCH // (mesh.dp * size)
+    count = len(ids) // (mesh.dp * size)
     parts = []
     for m in range(count):
         first = (m * mesh.dp + mesh.dp_rank) * size
@@ -154,6 +156,7 @@ def fit(
     lagged=False,
     steps=STEPS,
     ep=1,
+    batch=BATCH,
 ):
     """Fits some steps in a layout. Rank 0 returns (losses, gradient norms, operator, grown weights, last fp32 loss)."""
     small = small_dims(small or {})
@@ -165,7 +168,7 @@ def fit(
         optimizer=optimizer,
         lr=lr,
         clip=clip,
-        global_batch_size=BATCH,
+        global_batch_size=batch,
         micro_batch_size=micro_size,
         parallel=ParallelSection(
             tp=tp, pp=pp, cp=cp, zero=zero, ds_config=ds_config, sequence_parallel=sequence_parallel
@@ -176,7 +179,7 @@ def fit(
         SmallWeights(operator, source_reader, mesh, zero, whole_source),
         mesh,
         DTYPES[precision],
-        micro_batches=1 if zero == 3 else BATCH // (mesh.dp * micro_size),
+        micro_batches=1 if zero == 3 else batch // (mesh.dp * micro_size),
         tokens_per_step=tokens_at_once,
         recompute=recompute,
         sequence_parallel=sequence_parallel,
@@ -202,13 +205,13 @@ def _run(shared, run, micro_size, source_reader, sabotage):
     groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
     engine = Engine(module, mesh.without_experts(), run, groups, after_update=module.step_state.mark_updated)
     losses, norms = [], []
-    for batch in batches(operator.large, run.steps):
+    for batch in batches(operator.large, run.steps, run.global_batch_size):
         loss, norm = engine.train_step(micro(batch, mesh, micro_size))
         losses.append(loss)
         norms.append(norm)
     values = gather_operator(module, shared)
     with module.step_state.computing_in(torch.float32):
-        afterwards = engine.evaluate(micro(batches(operator.large)[0], mesh, micro_size))
+        afterwards = engine.evaluate(micro(batches(operator.large, 1, run.global_batch_size)[0], mesh, micro_size))
     engine.engine.destroy()
     if not values:
         return None
@@ -216,9 +219,10 @@ def _run(shared, run, micro_size, source_reader, sabotage):
         return losses, norms, values, materialise(operator, source_reader, values), afterwards
 
 
-def fit_at_each(cases: list[dict]) -> list[tuple | None]:
-    """Runs `fit` with each set of arguments, one after the other."""
-    return [fit(**case) for case in cases]
+def fit_at_each(cases: list[dict], dispatcher: str = "") -> list[tuple | None]:
+    """Runs `fit` with each set of arguments, one after the other. dispatcher: of tokens to experts."""
+    with dispatch_on_cpu.all_to_all() if dispatcher == "alltoall" else nullcontext():
+        return [fit(**case) for case in cases]
 
 
 def official_numbers(path: str, head_dim: int, tp=1, pp=1, sequence_parallel=False) -> tuple[float, dict] | None:

@@ -28,7 +28,7 @@ AUX_LOSS = 0.3  # of routers
 def source_of(small, operator: Operator):
     """The small model's tensors; a dense one's as a mixture of one expert, if experts grow from it."""
     source = memory_of(layer_norm_models.model_of(small), small)
-    return as_mixture_reader(source) if operator.large.num_experts else source
+    return as_mixture_reader(source, operator.settings.expert_start) if operator.large.num_experts else source
 
 
 def loss_of(operator: Operator, grown: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,7 +18,9 @@ from megatron_ligo.config.run_config import value_for_space
 from megatron_ligo.growth.operator import Operator
 
 # Spaces that keep their features.
-FIXED_SPACES = ("vocab", "position", "token_type", "register", "order", "channel", "pixel", "head_feature")
+FIXED_SPACES = (
+    "vocab", "position", "token_type", "register", "order", "channel", "pixel", "head_feature", "score"
+)  # fmt: skip
 Values = dict[str, Tensor]  # the operator's tensors, by name
 
 
@@ -34,6 +36,8 @@ def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
         return values[f"routers.{layer}"]
     if expert is not None:
         return grown_expert(operator, source, values, spec, layer, expert)
+    if is_absent(operator, spec) and spec.role in (Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP):
+        return drawn_expert(operator, spec, key)
     mixed = mixed_layers(operator, source, values, spec, layer)
     if spec.axes[0].use is Use.GAIN:
         # The whole gain of a norm that multiplies by 1 + w is mixed and grown, and w is stored.
@@ -59,6 +63,9 @@ def grow(operator: Operator, source, values: Values, key: str) -> Tensor:
 def grown_expert(operator: Operator, source, values: Values, spec: ParamSpec, layer: int, expert: int) -> Tensor:
     """A large expert: a sum of small ones, of whose ffn it takes a shard; `down` counts it once for each shard."""
     small, large = operator.small, operator.large
+    key = spec.key.format(layer, expert)
+    if is_absent(operator, spec) and spec.role is not Role.EXPERT_DOWN:
+        return drawn_expert(operator, spec, key)
     weights = width_map(operator, values, "expert", layer, False)[expert]
     shards = -(-small.ffn_size // large.ffn_size)
     rows = slice(expert % shards * large.ffn_size, (expert % shards + 1) * large.ffn_size)
@@ -71,7 +78,27 @@ def grown_expert(operator: Operator, source, values: Values, spec: ParamSpec, la
         if axis.space == "ffn":
             matrix = matrix[rows] * (shards if axis.use is Use.INPUT else 1)
         mixed = torch.tensordot(matrix, mixed, dims=([1], [dim])).movedim(0, dim)
-    return mixed
+    if not operator.settings.expert_drop:
+        return mixed
+    seed, width = operator.settings.seed, large.ffn_size
+    order = torch.randperm(width, generator=seeded_generator(seed, f"drop.layers.{layer}.experts.{expert}"))
+    is_anew = torch.zeros(width, dtype=torch.bool)
+    is_anew[order[: round(operator.settings.expert_drop * width)]] = True
+    drawn = drawn_expert(operator, spec, key)
+    return torch.where(is_anew if spec.role is Role.EXPERT_DOWN else is_anew[:, None], drawn, mixed)
+
+
+def is_absent(operator: Operator, spec: ParamSpec) -> bool:
+    """True for the block, routed or shared, that holds nothing of a dense small model."""
+    absent = "EXPERT" if operator.settings.expert_start == "shared" else "SHARED_EXPERT"
+    return operator.small.num_experts == 1 and spec.role.name.startswith(f"{absent}_")
+
+
+def drawn_expert(operator: Operator, spec: ParamSpec, key: str) -> Tensor:
+    """An expert's random matrix, in the large model's shape."""
+    out, fan_in = spec.shape(operator.large)
+    deviation = (fan_in * (2 * operator.large.num_layers if spec.writes_residual else 1)) ** -0.5
+    return torch.randn(out, fan_in, generator=seeded_generator(operator.settings.seed, f"experts.{key}")) * deviation
 
 
 def mixed_layers(operator: Operator, source, values: Values, spec: ParamSpec, layer: int | None) -> Tensor:

@@ -28,7 +28,8 @@ def expected(optimizer: str, changes: str = "{}"):
     small = fit_cases.small_dims(changed.get("small", {}))
     large = {**fit_cases.LARGE, **changed.get("large", {})}
     lr, clip = rates(optimizer, changed)
-    batches = fit_cases.batches(fit_reference.make_operator(small, large, changed.get("settings", {})).large)
+    operator = fit_reference.make_operator(small, large, changed.get("settings", {}))
+    batches = fit_cases.batches(operator.large, batch=changed.get("batch", fit_cases.BATCH))
     lagged = changed.get("lagged", False)
     return fit_reference.run(small, large, changed.get("settings", {}), batches, optimizer, lr, clip, lagged)
 
@@ -48,7 +49,8 @@ def worst(found: dict, wanted: dict) -> float:
         if tensor.is_floating_point():
             rows.setdefault(key_pattern(name), []).append(name)
     return max(
-        max(float((found[n] - wanted[n]).abs().max()) for n in names) / max(float(wanted[n].abs().max()) for n in names)
+        max(float((found[n] - wanted[n]).abs().max()) for n in names)
+        / (max(float(wanted[n].abs().max()) for n in names) or 1.0)
         for names in rows.values()
     )
 
@@ -86,7 +88,8 @@ def plain_loss(weights: dict, changes: dict) -> float:
         lag = fit_reference.lag_of(operator)
         weights = {key: tensor + lag[key] for key, tensor in weights.items()}
     with torch.no_grad():
-        return float(fit_reference.loss_of(operator, weights, fit_cases.batches(operator.large, 1)[0]))
+        batch = fit_cases.batches(operator.large, 1, changes.get("batch", fit_cases.BATCH))[0]
+        return float(fit_reference.loss_of(operator, weights, batch))
 
 
 def assert_exact(found: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -24,6 +25,7 @@ from megatron_ligo.models.mcore.layer_spec import BuildOptions, build_layer_spec
 from megatron_ligo.training.engine import Engine, build_parameter_groups
 from tests import decoder_models, image_models, layer_pattern_models
 from tests.layer_norm_models import config_of, model_of
+from tests.models import dispatch_on_cpu
 from tests.tiny_models import llama_config, tokens
 
 # A vocabulary of 37 is padded at any tp but 1.
@@ -55,7 +57,7 @@ def odd_sizes(family: str) -> dict[str, int]:
     return ODD_HALVES if family in ROTATE_HALVES else ODD
 
 
-def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
+def sizes(tied: bool, family: str = "llama", odd: bool = False, experts: int = 6) -> ModelConfig:
     if family in image_models.OWN:
         # Labels are padded at tp 2; tokens are not: 10, 6 and 8 of them.
         side = 7 if family in ("deit", "dinov2_with_registers") else 10
@@ -68,8 +70,8 @@ def sizes(tied: bool, family: str = "llama", odd: bool = False) -> ModelConfig:
             family, tied=tied, **odd_sizes(family) if odd else {**SIZES, "head_dim": 4, "hidden_size": 32}
         )
     if family in MIXTURES:
-        experts = {"num_experts": 6, "top_k": 2, "renormalises_routing": family == "mixtral", **MIXTURES[family]}
-        return llama_config(arch=family, model_type=family, tied=tied, **SIZES | {"num_layers": 2}, **experts)
+        routing = {"num_experts": experts, "top_k": 2, "renormalises_routing": family == "mixtral", **MIXTURES[family]}
+        return llama_config(arch=family, model_type=family, tied=tied, **SIZES | {"num_layers": 2}, **routing)
     if family in layer_pattern_models.OWN:
         return layer_pattern_models.config_of(
             family, tied=tied, **odd_sizes(family) if odd else {**SIZES, "hidden_size": 32}
@@ -85,34 +87,39 @@ def decay_of(optimizer: str, family: str) -> float:
     return DECAY if optimizer == "adamw" and family not in image_models.OWN else 0.0
 
 
-def ids_of(model_config, step: int) -> torch.Tensor:
-    return tokens(model_config, BATCH, LENGTH + 1, seed=100 + step)
+def ids_of(model_config, step: int, batch: int = BATCH) -> torch.Tensor:
+    return tokens(model_config, batch, LENGTH + 1, seed=100 + step)
 
 
-def seen_and_told(model_config, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def seen_and_told(model_config, step: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
     """What a step's samples show (tokens, images), and their labels."""
     if model_config.image_size is None:
-        ids = ids_of(model_config, step)
+        ids = ids_of(model_config, step, batch)
         return ids[:, :-1], ids[:, 1:].contiguous()
-    return image_models.pictures(model_config, BATCH, seed=100 + step), image_models.labels(
-        model_config, BATCH, seed=100 + step
+    return image_models.pictures(model_config, batch, seed=100 + step), image_models.labels(
+        model_config, batch, seed=100 + step
     )
 
 
-def micro(model_config, step: int, mesh, size: int) -> list[dict]:
+def micro(model_config, step: int, mesh, size: int, batch: int = BATCH) -> list[dict]:
     """This rank's micro-batches of a step."""
-    seen, message = seen_and_told(model_config, step)
-    starts = range(mesh.dp_rank * size, BATCH, size * mesh.dp)
+    seen, message = seen_and_told(model_config, step, batch)
+    starts = range(mesh.dp_rank * size, batch, size * mesh.dp)
     mask = torch.ones(size, message.shape[1])
     rows = [slice(start, start + size) for start in starts]
     return [{"tokens": seen[part], "labels": message[part], "loss_mask": mask} for part in rows]
 
 
 def reference(
-    tied: bool, optimizer: str = "adamw", family: str = "llama", odd: bool = False
+    tied: bool,
+    optimizer: str = "adamw",
+    family: str = "llama",
+    odd: bool = False,
+    batch: int = BATCH,
+    experts: int = 6,
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of transformers' model under PyTorch's own optimizer, in one process."""
-    model_config = sizes(tied, family, odd)
+    model_config = sizes(tied, family, odd, experts)
     model = model_of(model_config)
     decay = decay_of(optimizer, family)
     if optimizer == "sgd":
@@ -121,7 +128,7 @@ def reference(
         stepper = torch.optim.AdamW(build_parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
     result = []
     for step in range(STEPS):
-        seen, message = seen_and_told(model_config, step)
+        seen, message = seen_and_told(model_config, step, batch)
         loss = F.cross_entropy(model(seen).logits.flatten(0, -2), message.flatten())
         (loss + (router_loss(model, seen) if family in MIXTURES else 0)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -158,9 +165,11 @@ def train(
     seed=7,
     family="llama",
     odd=False,
+    batch=BATCH,
+    experts=6,
 ) -> dict:
     """Losses and norms of a few steps from a universal checkpoint (None: from fresh weights)."""
-    model_config = sizes(tied, family, odd)
+    model_config = sizes(tied, family, odd, experts)
     mesh = meshes.build_mesh(tp, pp, ep, cp)
     build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, tp, sequence_parallel, AUX_LOSS, ep)
     model = build_model(model_config, build, mesh, recompute, divided=folder is None and zero == 3)
@@ -171,7 +180,7 @@ def train(
         universal_loading.prepare_for_universal(model, model_config, mesh.tp_group)
     decay = decay_of(optimizer, family)
     run = PretrainSection(
-        global_batch_size=BATCH,
+        global_batch_size=batch,
         micro_batch_size=micro_size,
         optimizer=optimizer,
         lr=LR[optimizer],
@@ -181,16 +190,17 @@ def train(
     engine = Engine(model, mesh, run, build_parameter_groups(model, decay), bf16, universal=folder is not None)
     if folder:
         universal_loading.load_universal(engine.engine, formats.open(Path(folder)), mesh.tp_group)
-    evaluated = engine.evaluate(micro(model_config, 0, mesh, micro_size))
-    steps = [engine.train_step(micro(model_config, step, mesh, micro_size)) for step in range(STEPS)]
+    evaluated = engine.evaluate(micro(model_config, 0, mesh, micro_size, batch))
+    steps = [engine.train_step(micro(model_config, step, mesh, micro_size, batch)) for step in range(STEPS)]
     # Else its hooks hold it, and with it all process groups.
     engine.engine.destroy()
     return {"evaluated": evaluated, "steps": steps, "built": built}
 
 
-def train_at_each(cases: list[dict]) -> list[dict]:
-    """Runs `train` with each set of arguments, one after the other."""
-    return [train(**case) for case in cases]
+def train_at_each(cases: list[dict], dispatcher: str = "") -> list[dict]:
+    """Runs `train` with each set of arguments, one after the other. dispatcher: of tokens to experts."""
+    with dispatch_on_cpu.all_to_all() if dispatcher == "alltoall" else nullcontext():
+        return [train(**case) for case in cases]
 
 
 def train_wrongly(mistake: str, **case) -> dict:

@@ -32,6 +32,12 @@ SELDOM = {
     ],
     8: [{"ep": 2, "tp": 2, "pp": 2, "sequence_parallel": True, **SGD}],
 }
+# Three expert-parallel ranks, by the number of experts.
+THREES = {"batch": 6, "micro_size": 1, "ep": 3}
+ODD_EXPERTS = {
+    3: {3: [THREES], 6: [THREES | {"zero": 2, "recompute": True}], 9: [THREES | {"zero": 3}, THREES | SGD]},
+    6: {9: [THREES | SP | SGD, THREES | {"pp": 2, **SGD}], 3: [THREES | {"zero": 2}]},
+}
 OTHERS = [{**SP, **SGD, "ep": 2}, {**SGD, "ep": 2, "zero": 3}]
 FAMILIES = ("mixtral", "qwen3_moe")
 CASES = [
@@ -45,15 +51,48 @@ CASES = [
 ]
 
 
+ODD_CASES = [
+    pytest.param(
+        world, experts, layouts, id=f"{world}-{experts}", marks=[pytest.mark.long] * ((world, experts) != (3, 9))
+    )
+    for world, by_experts in ODD_EXPERTS.items()
+    for experts, layouts in by_experts.items()
+]
+
+
 def reference(layout: dict, family: str) -> list[tuple[float, float]]:
-    return pretrain_cases.reference(True, layout.get("optimizer", "adamw"), family)
+    sizes = {name: layout[name] for name in ("batch", "experts") if name in layout}
+    return pretrain_cases.reference(True, layout.get("optimizer", "adamw"), family, **sizes)
 
 
 @pytest.mark.parametrize("world, family, layouts", CASES)
 def test_divided_experts_train_as_one_process(pools, tmp_path, world, family, layouts):
-    folder = made(tmp_path, True, family)
+    check_layouts(pools(world), made(tmp_path, True, family), family, layouts)
+
+
+@pytest.mark.parametrize("world, experts, layouts", ODD_CASES)
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.long)])
+def test_three_ranks_divide_odd_numbers_of_experts(pools, tmp_path, family, world, experts, layouts):
+    folder = made(tmp_path, True, family, experts)
+    check_layouts(pools(world), folder, family, [layout | {"experts": experts} for layout in layouts])
+
+
+@pytest.mark.parametrize(
+    "world, layouts",
+    [
+        (2, [{"ep": 2, **SGD}]),
+        pytest.param(4, [{"ep": 2, **SP, "zero": 2}, {"ep": 2, "pp": 2, **SGD}], marks=pytest.mark.long),
+        pytest.param(3, [THREES | SGD], marks=pytest.mark.long),
+    ],
+)
+def test_tokens_sent_to_their_experts_alone_train_as_one_process(pools, tmp_path, world, layouts):
+    """The all-to-all of GPUs, over gloo."""
+    check_layouts(pools(world), made(tmp_path, True, "mixtral"), "mixtral", layouts, "alltoall")
+
+
+def check_layouts(ranks, folder: str, family: str, layouts: list[dict], dispatcher: str = "") -> None:
     cases = [{"folder": folder, "tied": True, "family": family, **layout} for layout in layouts]
-    results = pools(world).run(pretrain_cases.train_at_each, cases=cases, timeout=600)
+    results = ranks.run(pretrain_cases.train_at_each, cases=cases, dispatcher=dispatcher, timeout=600)
     for layout, result in zip(layouts, results, strict=True):
         expected = reference(layout, family)
         print(layout, *(largest_difference(result, expected)))
@@ -77,12 +116,18 @@ MISTAKES = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_groups_shows(pools, tmp_path, mistake):
+@pytest.mark.parametrize(
+    "mistake, world, layout",
+    [
+        *((mistake, 4, {"ep": 2, **SP, **SGD}) for mistake in MISTAKES),
+        *((mistake, 3, THREES | SGD | {"experts": 9}) for mistake in MISTAKES[:2]),
+    ],
+)
+def test_a_mistake_in_the_groups_shows(pools, tmp_path, mistake, world, layout):
     """The comparison above fails for each of these."""
-    layout = {"ep": 2, "tp": 2, "sequence_parallel": True, **SGD}
     expected = reference(layout, "mixtral")
-    case = {"folder": made(tmp_path, True, "mixtral"), "tied": True, "family": "mixtral", **layout}
-    result = pools(4).run(pretrain_cases.train_wrongly, mistake=mistake, **case)
+    folder = made(tmp_path, True, "mixtral", layout.get("experts", 6))
+    case = {"folder": folder, "tied": True, "family": "mixtral", **layout}
+    result = pools(world).run(pretrain_cases.train_wrongly, mistake=mistake, **case)
     losses, norms = largest_difference(result, expected)
     assert max(losses, norms) > 1e-4

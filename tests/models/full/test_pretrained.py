@@ -59,9 +59,9 @@ def label(case) -> str:
     return f"{world}-" + "-".join(f"{key}={value}" for key, value in layout.items())
 
 
-def made(base: Path, tied: bool, family: str) -> str:
+def made(base: Path, tied: bool, family: str, experts: int = 6) -> str:
     """The folder of a universal checkpoint."""
-    model_of(pretrain_cases.sizes(tied, family)).save_pretrained(base / "hf")
+    model_of(pretrain_cases.sizes(tied, family, experts=experts)).save_pretrained(base / "hf")
     convert(HfReader(base / "hf"), base / "universal", "universal")
     return str(base / "universal")
 

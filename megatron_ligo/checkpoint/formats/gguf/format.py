@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.spec import Use
 from megatron_ligo.checkpoint.format import Format
+from megatron_ligo.checkpoint.formats.gguf.expert_blocks import split_experts
 from megatron_ligo.checkpoint.formats.gguf.gguf_sizes import FAMILY, NAME, parse_model_config
 from megatron_ligo.checkpoint.formats.gguf.header import MAGIC
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import TABLES
@@ -51,7 +52,7 @@ class GgufReader(Reader):
 
     def __init__(self, path: Path, accepted: AcceptedKeys = NO_KEYS):
         self.path = path
-        self._header = read_model_header(path)
+        self._header = split_experts(read_model_header(path))
         metadata = self._header.metadata
         self.model_config = parse_model_config(self._header, path, accepted)
         self._parts = sorted({path, *(block.path for block in self._header.tensors.values())})
@@ -124,6 +125,9 @@ class GgufReader(Reader):
         blocks = self._header.tensors
         if self.model_config.num_layers > len(blocks):
             errors.add("block_count", f"no more than the {len(blocks)} tensors found", self.model_config.num_layers)
+            errors.raise_if_any()
+        if self.model_config.num_experts > len(blocks):
+            errors.add("expert_count", f"no more than the {len(blocks)} tensors found", self.model_config.num_experts)
             errors.raise_if_any()
         stored = fused_tensors.stored_tensors(self.arch, self.model_config, NAME)
         for name, item in stored.items():

@@ -14,7 +14,13 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import ParamSpec
 from megatron_ligo.checkpoint.formats.gguf.header import GgufHeader
 from megatron_ligo.checkpoint.formats.gguf.layer_settings import complete_attention_scale, complete_layers
-from megatron_ligo.checkpoint.formats.gguf.metadata_keys import HEAD_SIZES, ROTATED, WINDOW, check_keys
+from megatron_ligo.checkpoint.formats.gguf.metadata_keys import (
+    EXPERT_COUNT,
+    HEAD_SIZES,
+    ROTATED,
+    WINDOW,
+    check_keys,
+)
 from megatron_ligo.checkpoint.formats.gguf.rope_metadata import parse_rope_scaling, shortest_decimal
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys, describe_value, is_same_value
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, Problem
@@ -84,9 +90,13 @@ def find_architecture(metadata: Mapping[str, object], path: Path) -> Architectur
             known.setdefault(name, []).append(arch)
     name = metadata.get(FAMILY)
     if isinstance(name, str) and name in known:
-        has_window = bool(metadata.get(f"{name}.{WINDOW}"))
-        # One that has windows, or the one that has none, where two share a name.
-        return max(known[name], key=lambda arch: (WINDOW in arch.gguf_fields) is has_window)
+        # Of those that share a name, the one that has experts or windows, or the one that has none.
+        return max(
+            known[name],
+            key=lambda arch: [
+                (key in arch.gguf_fields) is bool(metadata.get(f"{name}.{key}")) for key in (EXPERT_COUNT, WINDOW)
+            ],
+        )
     llama_cpp_names = set(MODEL_ARCH_NAMES.values())
     hint = "Its network differs from these." if isinstance(name, str) and name in llama_cpp_names else ""
     found = "no such key" if name is None else describe_value(name)

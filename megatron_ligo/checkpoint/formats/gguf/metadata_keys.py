@@ -36,10 +36,12 @@ HEAD_SIZES = (ROTATED, "attention.value_length", "attention.key_length")
 WINDOW, WINDOW_PATTERN, WINDOW_BASE = (
     "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa",
 )  # fmt: skip
+EXPERT_COUNT = "expert_count"
 OF_WINDOWS = (
     WINDOW_BASE, WINDOW_PATTERN, "rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa",
 )  # fmt: skip
 HARMLESS = {
+    "feed_forward_length": "of dense blocks; these networks have experts in every layer",
     "rope.scaling.finetuned": "it states whether the model was trained with the scaling that it states",
     **dict.fromkeys(OF_WINDOWS, "of layers with a sliding window, which attention.sliding_window would state"),
     "attention.layer_norm_epsilon": "of LayerNorm; these networks have RMSNorm",
@@ -53,7 +55,7 @@ HARMLESS = {
 # The values under which a key switches nothing on.
 OFF = (0, False, "", ())
 OFF_KEYS = (
-    "expert_count", "expert_used_count", "expert_shared_count", "expert_group_count", "expert_group_used_count",
+    EXPERT_COUNT, "expert_used_count", "expert_shared_count", "expert_group_count", "expert_group_used_count",
     "expert_weights_scale", "expert_weights_norm", "expert_gating_func", "expert_group_scale", "experts_per_group",
     "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_chunk_feed_forward_length",
     "moe_every_n_layers", "moe_latent_size", "interleave_moe_layer_step", "leading_dense_block_count",

@@ -4,6 +4,9 @@
     mlp.experts.linear_fc1.weightN                   a grouped product of Transformer Engine
     mlp.experts.weight1, mlp.experts.weight2         one of the package grouped_gemm: all experts, transposed
 
+Each rank chains an optimizer of its experts' matrices, a single group, after one of the rest, which is the same on all
+ranks.
+
 Legend: E experts of a rank, f their width, h features of the residual stream.
 """
 
@@ -12,16 +15,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import expert_index
+from megatron_ligo.checkpoint.formats.megatron_lm.rank_optimizer import (
+    RankOptimizerState,
+    build_rank_optimizer,
+    read_rank_optimizer,
+)
+from megatron_ligo.checkpoint.io import adam_groups
+from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.common.errors import ErrorCollector
 from megatron_ligo.sharding.fused_tensors import StoredTensor
 
 EXPERT = re.compile(r"(.*\.experts\.local_experts\.)(\d+)(\..*)")
 GROUPED = re.compile(r"(.*\.experts\.)(linear_fc[12])\.weight(\d+)")
 JOINED = re.compile(r"(.*\.experts\.)weight([12])")
+
+UNCHAINED = "not one of experts after one of the rest on each expert-parallel rank"
+UNLIKE_GROUPS = "its experts have other settings than its matrices"
+SETTINGS = ("lr", "betas", "eps", "weight_decay")
 
 
 def separate_experts(module: Mapping[str, Tensor], hidden_size: object) -> dict[str, Tensor]:
@@ -102,3 +117,75 @@ def select_experts(
                 local_name = f"{match[1].removesuffix('local_experts.')}{match[3].removeprefix('.')}{number}"
             selected[local_name] = stored
     return selected
+
+
+def read_optimizers(
+    optimizers: Sequence[object], weights: Mapping[str, Tensor], where: Sequence[str], errors: ErrorCollector
+) -> RankOptimizerState:
+    """Reads what the expert-parallel ranks of one stage and one tensor-parallel rank saved.
+
+    weights: of all of them, joined, (out, in) or (n,), each expert's under its number in the layer. where: the files.
+    """
+    if not any(optimizers):
+        return RankOptimizerState()
+    numbers = {name: int(match[2]) for name, match in ((name, EXPERT.fullmatch(name)) for name in weights) if match}
+    local = (max(numbers.values(), default=0) + 1) // len(optimizers)
+    rest = {name: weight for name, weight in weights.items() if name not in numbers}
+    joined = None
+    for rank, (optimizer, file) in enumerate(zip(optimizers, where, strict=True)):
+        if not isinstance(optimizer, list) or len(optimizer) != 2:
+            return RankOptimizerState(unsupported=UNCHAINED)
+        own = {name: weights[name] for name, number in numbers.items() if number // local == rank}
+        parts = [read_rank_optimizer(*part, file, errors) for part in zip(optimizer, (rest, own), strict=True)]
+        unsupported = next((part.unsupported for part in parts if part.unsupported), "")
+        if not unsupported and not _have_settings_of_matrices(*parts):
+            unsupported = UNLIKE_GROUPS
+        if unsupported:
+            return RankOptimizerState(unsupported=unsupported)
+        if len({(bool(part.masters), bool(part.moments), part.step) for part in parts}) > 1:
+            errors.add(file, "the same state and step for experts as for the rest", "another")
+            return RankOptimizerState()
+        if joined is None:
+            joined = parts[0]
+        else:
+            _check_copies(joined, parts[0], file, errors)
+        _add_state(joined, parts[1])
+    return joined
+
+
+def _have_settings_of_matrices(rest: RankOptimizerState, experts: RankOptimizerState) -> bool:
+    """True if experts decay and learn as the other matrices do."""
+    matrices = [group for group in rest.param_groups if not adam_groups.is_undecayed(group)]
+    groups = [group for group in experts.param_groups if group[adam_groups.PARAMS]]
+    return all(group.get(name) == matrix.get(name) for group in groups for matrix in matrices for name in SETTINGS)
+
+
+def _check_copies(first: RankOptimizerState, other: RankOptimizerState, file: str, errors: ErrorCollector) -> None:
+    """Adds an error for each tensor of the rest that differs from the first rank's."""
+    for kind, (tensors, others) in {
+        "masters": (first.masters, other.masters),
+        **{kind: (moments, other.moments.get(kind, {})) for kind, moments in first.moments.items()},
+    }.items():
+        for name, tensor in others.items():
+            if name not in tensors or not torch.equal(tensor, tensors[name]):
+                errors.add(f"{kind} of {name} ({file})", "those of the first expert-parallel rank", "others")
+                return
+
+
+def _add_state(joined: RankOptimizerState, own: RankOptimizerState) -> None:
+    joined.masters |= own.masters
+    for kind, moments in own.moments.items():
+        joined.moments[kind] |= moments
+
+
+def build_optimizers(
+    weights: Mapping[str, LazyTensor],
+    moments: Mapping[str, Mapping[str, LazyTensor]],
+    groups: Sequence[Mapping[str, object]],
+    step: int,
+) -> list[dict[str, object]]:
+    """Builds the chained optimizers of one rank. Arguments: those of `build_rank_optimizer`."""
+    experts = {name: weight for name, weight in weights.items() if EXPERT.fullmatch(name)}
+    rest = {name: weight for name, weight in weights.items() if name not in experts}
+    decayed = [{**group, "is_expert_parallel": True} for group in groups if not adam_groups.is_undecayed(group)]
+    return [build_rank_optimizer(*part, step) for part in ((rest, moments, groups), (experts, moments, decayed))]

@@ -85,7 +85,8 @@ class MegatronReader(Reader):
                 hint = "The model is tied, and its stages diverged in training."
                 raise CheckpointError(Problem(where, "the bits of the last stage's copy", "other bits", hint))
         where = f"{key} ({stored.name}, {self._folder})"
-        for rank, copies in enumerate(self._rank_files.copies[stored.name]):
+        # Moments were compared as they were read.
+        for rank, copies in enumerate(self._rank_files.copies[stored.name] if kind == WEIGHT else ()):
             tp_shards.check_replicas([shards[rank], *copies], f"{where}, experts' ranks")
         if self._cuts_groups(stored):
             shards = [torch.cat([torch_files.check_stored(where, shard) for shard in shards])]
@@ -293,7 +294,8 @@ class MegatronLmFormat(Format):
                         for kind in MOMENTS
                     }
                     groups = adam_groups.to_megatron_groups(source.groups, format_options.rates())
-                    state["optimizer"] = rank_optimizer.build_rank_optimizer(weights, moments, groups, source.step)
+                    build = expert_files.build_optimizers if ep > 1 else rank_optimizer.build_rank_optimizer
+                    state["optimizer"] = build(weights, moments, groups, source.step)
                 states[f"{folder}/{rank_file(rank, stage, pp, ep_rank, ep)}"] = state
             output.write_torch_files(states)
         iteration_folders.write_tracker(output, 0)
@@ -304,8 +306,6 @@ class MegatronLmFormat(Format):
     def unsupported_moments(self, source: Reader, options: WriteOptions) -> str:
         if self.parse_options(options.extra).layers != "local":
             return "the parameter numbers are those of the local layer spec: say layers=local"
-        if self.parse_options(options.extra).ep > 1:
-            return "expert-parallel ranks have an optimizer for experts and one for the rest: say ep=1"
         if {options.dtype or source.info(key).dtype for key in source.keys()} != {torch.float32}:  # noqa: SIM118 - no dict
             return "Megatron-LM's optimizers resume from fp32 weights: say --dtype float32"
         return rank_optimizer.explain_unsupported(source.groups)

@@ -25,9 +25,6 @@ MODEL_FILE = "model_optim_rng.pt"
 MODEL_FILE_WITHOUT_OPTIMIZER = "model_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILES = ("distrib_optim.pt", "optim.pt")
 DISTRIBUTED_OPTIMIZER = "distributed, with buffers that name no parameters: save it with --ckpt-format torch_dist"
-EXPERT_OPTIMIZER = (
-    "of expert-parallel ranks, one for experts and one for the rest: save it with --ckpt-format torch_dist"
-)
 INTERLEAVED_OPTIMIZER = "of an interleaved pipeline: save it with --ckpt-format torch_dist"
 # The model of a rank, or its parts in an interleaved pipeline.
 PART = re.compile(r"model(\d{0,4})")
@@ -123,13 +120,7 @@ class RankFiles:
         if len(self._parts) > 1:
             self.unread_optimizer = INTERLEAVED_OPTIMIZER if any(self._optimizers.values()) else ""
             return
-        if self.ep > 1:
-            self.unread_optimizer = EXPERT_OPTIMIZER if any(self._optimizers.values()) else ""
-            return
-        states = {
-            rank: read_rank_optimizer(self._optimizers[*rank, 0], module, self._rank_file((*rank, 0)), errors)
-            for rank, module in self._modules.items()
-        }
+        states = {rank: self._read_optimizer(rank, module, errors) for rank, module in self._modules.items()}
         self.unread_optimizer = next((state.unsupported for state in states.values() if state.unsupported), "")
         if not self.unread_optimizer:
             _check_on_all_ranks(
@@ -150,6 +141,16 @@ class RankFiles:
             self.moments = {kind: {} for kind in MOMENTS}
         for global_name, (stage, name) in self._stage_names.items():
             self._use_optimizer_state(global_name, name, [states[tp_rank, stage] for tp_rank in range(self.tp)])
+
+    def _read_optimizer(
+        self, place: tuple[int, int], module: Mapping[str, Tensor], errors: ErrorCollector
+    ) -> RankOptimizerState:
+        """Reads the state of a tensor-parallel rank of a stage, of all its expert-parallel ranks together."""
+        ranks = [(*place, ep_rank) for ep_rank in range(self.ep)]
+        if self.ep == 1:
+            return read_rank_optimizer(self._optimizers[ranks[0]], module, self._rank_file(ranks[0]), errors)
+        optimizers = [self._optimizers[rank] for rank in ranks]
+        return expert_files.read_optimizers(optimizers, module, [self._rank_file(rank) for rank in ranks], errors)
 
     def _use_optimizer_state(self, global_name: str, name: str, states: list[RankOptimizerState]) -> None:
         weights = zip(states, self.tensors[global_name], strict=True)
