@@ -70,7 +70,8 @@ class InitialOperator(Operator):
     def _initial_contract(self, map_name: str, name: str, expand: Tensor) -> Tensor:
         """Returns a left inverse of expand, (small, large), fp64. Noise preserves this: noise @ expand = 0."""
         contract = left_inverse(expand)
-        noise = self.setting("noise", map_name)
+        # Where nothing grows, none is invisible, and a single entry has no spread.
+        noise = self.setting("noise", map_name) if expand.shape[0] > expand.shape[1] else 0.0
         if noise and self.settings.noise_draw == "map":
             drawn = torch.randn(contract.shape, generator=self.generator(name), dtype=torch.float64)
             contract = contract + noise * contract.std() * remove_visible(drawn, expand, contract)

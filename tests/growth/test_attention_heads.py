@@ -39,6 +39,12 @@ def test_exact_with_biases_with_random_copies_and_with_a_map_for_each_layer():
         assert logits_gap(small, large, OperatorSection(**keys)) < 5e-6, keys
 
 
+@pytest.mark.parametrize("large", [LargeSection(hidden_size=36), LargeSection(num_kv_heads=2, num_heads=12)])
+def test_noise_of_a_single_key_head(large):
+    """The spread of one entry is no number."""
+    assert logits_gap(llama_config(num_kv_heads=1), large, OperatorSection(noise=0.5)) < 5e-6
+
+
 def test_uncorrected_heads_are_detected(monkeypatch):
     """The controls: without the base of the rotary angles, and without the scale of the scores."""
     small, large = llama_config(), LargeSection(head_dim=6)
