@@ -225,6 +225,8 @@ def build_moments_record(grown: GrownReader) -> dict | None:
     estimated = adam_state.find_estimated_maps(grown.operator)
     splits_groups = adam_state.splits_kv_groups(grown.operator)
     keys = "; an estimate for k, v: copies of a KV group hold unlike query heads" if splits_groups else ""
+    if adam_state.copies_normalised_queries(grown.operator):
+        keys += "; an estimate for q: copies of its features are normalised together"
     squares = "the dual maps squared entry by entry: "
     squares += (
         "an estimate where maps have several entries" if estimated else "exact where exp_avg is, rows have one entry"

@@ -90,6 +90,11 @@ def splits_kv_groups(operator: Operator) -> bool:
     return False
 
 
+def copies_normalised_queries(operator: Operator) -> bool:
+    """True if the moments of q are estimates: the features of a head are copied, and normalised with their copies."""
+    return operator.space_maps.head_dim_changed and operator.arch.has_head_norms
+
+
 class DualMaps:
     """Dual maps of an operator for one of the two moments. For the second they are squared elementwise."""
 
@@ -114,6 +119,9 @@ class DualMaps:
         shard = experts.shard_rows(key, operator.small, operator.large)
         if operator.copies_gain(param):
             return self._grow_gain(param, layer, grown)
+        inner = operator.space_maps.inner_gain_map(param, dual=True)
+        if inner is not None:
+            return self._square_if_needed(inner).to(grown) @ grown
         for dim, axis in enumerate(param.axes):
             lift = operator.space_maps.lift(axis, dual=True)
             if lift is not None:

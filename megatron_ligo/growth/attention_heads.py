@@ -9,14 +9,19 @@ exact. It is impossible if the copies of a group have fewer query heads than the
 are those of all of them (arXiv 2305.13245).
 
 Size. Rotary pair j must keep its angle. If d2 is a multiple of d1, the base stays and pair j becomes pair j d2 / d1.
-Otherwise the base becomes base^(d2 / d1), and pair j stays pair j, as base^(-2j / d) is then the same for both. New
-features of q copy old ones. Those of k are zero: they add nothing to a score, but they learn. q is multiplied by
-sqrt(d2 / d1), as the large model divides scores by sqrt(d2). New features of v copy old ones, and o weights each copy
-by its share.
+Otherwise the base becomes base^(d2 / d1), and pair j stays pair j, as base^(-2j / d) is then the same for both. If a
+part of each head rotates, d is the size of that part, and the other features follow it. New features of q copy old
+ones. Those of k are zero: they add nothing to a score, but they learn. q is multiplied by sqrt(d2 / d1), as the large
+model divides scores by sqrt(d2). New features of v copy old ones, and o weights each copy by its share.
+
+Size, with norms of q and k. Their mean square must stay, for eps does: the m copies of a feature of q are divided by
+sqrt(m), so that their squares sum to the old one's, and q and k are multiplied by sqrt(d2 / d1). The gains undo it,
+sqrt(m d1 / d2) for q and sqrt(d1 / d2) for k, and the gain of q takes the factor sqrt(d2 / d1) of the scores.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -31,59 +36,113 @@ from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 CLOSE = 1e-5
 
 
+@dataclass(frozen=True)
+class HeadGrowth:
+    """The features of a head in both models.
+
+    small, large: their number. small_rotated, large_rotated: how many of them rotate. score_factor: the small model's
+    factor of the attention scores over the large one's. is_normalised: queries and keys are.
+    """
+
+    small: int
+    large: int
+    small_rotated: int
+    large_rotated: int
+    score_factor: float = 1.0
+    is_normalised: bool = False
+
+    @staticmethod
+    def between(small: ModelConfig, large: ModelConfig, is_normalised: bool = False) -> HeadGrowth:
+        """Returns the growth of a model's heads."""
+        rotated = [0 if config.rope_base is None else config.num_rotated for config in (small, large)]
+        factor = small.score_scale / large.score_scale
+        return HeadGrowth(small.head_dim, large.head_dim, *rotated, factor, is_normalised)
+
+    def positions(self) -> Tensor:
+        """Returns the index of each feature of q and k in the large head, (d1,), int64.
+
+        Rotary pairs are (i, i + d / 2) of the features that rotate, which come first.
+        """
+        small, large = self.small_rotated, self.large_rotated
+        step = large // small if small and large % small == 0 else 1
+        first = torch.arange(small // 2) * step
+        return torch.cat([first, first + large // 2, torch.arange(small, self.small) + large - small])
+
+
 def large_rope_base(small: ModelConfig, head_dim: int) -> float | None:
     """Returns the rotary base with which the large model keeps every frequency of the small one."""
-    if small.rope_base is None or head_dim % small.head_dim == 0:
+    before, after = small.num_rotated, replace(small, rope_base=None, rope_scaling=None, head_dim=head_dim).num_rotated
+    if small.rope_base is None or after % before == 0:
         return small.rope_base
-    return small.rope_base ** (head_dim / small.head_dim)
+    return small.rope_base ** (after / before)
+
+
+def _copies(part: str, head: HeadGrowth) -> tuple[Tensor, Tensor]:
+    """Returns one-hot rows (d2, d1): of the features that keep their place in q, k, v or o, and of their copies."""
+    positions = head.positions() if part in "qk" else torch.arange(head.small)
+    kept = torch.zeros(head.large, head.small, dtype=torch.float64)
+    kept[positions, torch.arange(head.small)] = 1
+    free = [i for i in range(head.large) if i not in set(positions.tolist())]
+    added = torch.zeros_like(kept)
+    added[free, torch.arange(len(free)) % head.small] = 1
+    return kept, added
 
 
 @cache
-def head_feature_map(part: str, small: int, large: int, rotary: bool, query_factor: float) -> Tensor:
+def head_feature_map(part: str, head: HeadGrowth) -> Tensor:
     """Returns the map of one head's features, (d2, d1), fp64.
 
-    part: q, k, v or o. The transpose of o's map is a left inverse of v's. query_factor: the small model's factor of the
-    attention scores over the large one's.
+    part: q, k, v or o. The transpose of o's map is a left inverse of v's.
     """
-    positions = _feature_positions(small, large, rotary and part in "qk")
-    copies = torch.zeros(large, small, dtype=torch.float64)
-    copies[positions, torch.arange(small)] = 1
-    if part == "k":
-        return copies
-    free = [i for i in range(large) if i not in set(positions.tolist())]
-    added = torch.zeros_like(copies)
-    added[free, torch.arange(len(free)) % small] = 1
-    if part == "q":
-        return copies * query_factor + added
-    whole = copies + added
-    return whole if part == "v" else whole / whole.sum(dim=0)
+    kept, added = _copies(part, head)
+    whole = kept + added
+    if part in "vo":
+        return whole if part == "v" else whole / whole.sum(dim=0)
+    if not head.is_normalised:
+        return kept if part == "k" else kept * head.score_factor + added
+    root = (head.large / head.small) ** 0.5
+    return root * (kept if part == "k" else whole / whole.sum(dim=0).sqrt())
 
 
 @cache
-def dual_head_feature_map(part: str, small: int, large: int, rotary: bool, query_factor: float) -> Tensor:
+def head_gain_map(part: str, head: HeadGrowth) -> Tensor:
+    """Returns the map of the gains of a norm of q or k (the part), (d2, d1), fp64: one entry in each row."""
+    kept, added = _copies(part, head)
+    root = (head.small / head.large) ** 0.5
+    if part == "k":
+        return root * (kept + added)
+    return root * (kept * head.score_factor + added) * (kept + added).sum(dim=0).sqrt()
+
+
+@cache
+def dual_head_gain_map(part: str, head: HeadGrowth) -> Tensor:
+    """Returns the map of the gradients of such gains, (d2, d1), fp64.
+
+    A kept feature's gain times its gradient is the small one's. No gradient reaches the others: those of k are zero.
+    """
+    kept, _ = _copies(part, head)
+    return kept / head_gain_map(part, head).where(kept > 0, 1)
+
+
+@cache
+def dual_head_feature_map(part: str, head: HeadGrowth) -> Tensor:
     """Returns the map of the gradients of one head's features, (d2, d1), fp64.
 
-    Gradients of q, k and v grow by the map of the features' reader, those of o by the map of v.
+    Gradients of q, k and v grow by the map of the features' reader, those of o by the map of v. With norms, the
+    gradients of q's copies are not determined: the least-squares solution, an estimate.
     """
     if part in "vo":
-        return head_feature_map("o" if part == "v" else "v", small, large, rotary, query_factor)
-    copies = head_feature_map("k", small, large, rotary, query_factor)
+        return head_feature_map("o" if part == "v" else "v", head)
+    if head.is_normalised:
+        return head_feature_map(part, head) * (head.small / head.large)
+    kept, _ = _copies(part, head)
     if part == "q":
         # The new features of k are zero, so no gradient reaches those of q.
-        return copies / query_factor
-    if rotary:
+        return kept / head.score_factor
+    if head.small_rotated:
         # The new features of q rotate by other angles than the features that they copy.
-        return copies
-    return copies + (head_feature_map("v", small, large, rotary, query_factor) - copies) / query_factor
-
-
-def _feature_positions(small: int, large: int, rotary: bool) -> Tensor:
-    """Returns each small feature's index in the large head, (d1,), int64. Rotary pairs are (i, i + d / 2)."""
-    if not rotary:
-        return torch.arange(small)
-    step = large // small if large % small == 0 else 1
-    first = torch.arange(small // 2) * step
-    return torch.cat([first, first + large // 2])
+        return kept
+    return kept + (head_feature_map("v", head) - kept) / head.score_factor
 
 
 def query_head_sources(groups: Tensor, small: ModelConfig, large: ModelConfig) -> Tensor:
@@ -118,11 +177,7 @@ def check_rotary_angles(small: ModelConfig, large: ModelConfig, errors: ErrorCol
     """Adds an error if the large model's head size cannot preserve the rotary angles."""
     if large.head_dim == small.head_dim:
         return
-    if small.rotary_fraction != 1:
-        hint = "The new features that rotate would be another fraction of the head: keep head_dim."
-        expected = f"{small.head_dim} with rotary_fraction = {small.rotary_fraction}"
-        errors.add("large.head_dim", expected, large.head_dim, hint)
-    elif small.rope_scaling and large.head_dim > small.head_dim and not _keeps_angles(small, large):
+    if small.rope_scaling and large.head_dim > small.head_dim and not _keeps_angles(small, large):
         kind = scaling_kind(small.rope_scaling)
         hint = "Its angles depend on the head size: keep head_dim."
         errors.add("large.head_dim", f"{small.head_dim} with rope_scaling {kind!r}", large.head_dim, hint)
@@ -138,7 +193,7 @@ def check_pair_lists(small: ModelConfig, head_dim: int) -> None:
 
 def _keeps_angles(small: ModelConfig, large: ModelConfig) -> bool:
     """True if each rotary pair keeps its frequency in sequences of any length."""
-    pairs = _feature_positions(small.head_dim, large.head_dim, rotary=True)[: small.head_dim // 2]
+    pairs = HeadGrowth.between(small, large).positions()[: small.num_rotated // 2]
     original = int(small.rope_scaling.get(ORIGINAL_LENGTH, 1))
     for length in (1, original + 1, 2 * small.max_positions):
         before, after = rotary_frequencies(small, length), rotary_frequencies(large, length)

@@ -84,8 +84,11 @@ class InitialOperator(Operator):
         largest, source = expand.abs().max(dim=1)
         # Empty features have no source, and take the mean gain.
         source[largest == 0] = -1
+        inner = torch.eye(lift.unit, dtype=torch.float64) if lift.inner is None else lift.inner
+        factor_within, within = inner.max(dim=1)
         if kind == "source":
-            return (source[:, None] * lift.unit + torch.arange(lift.unit)).flatten()
+            first = source[:, None] * lift.unit + torch.arange(0, lift.unit, inner.shape[1])
+            return (first.reshape(-1, 1) + within).flatten()
         if kind == "scale":
             return torch.ones(expand.shape[0], dtype=torch.float64)
         gain = torch.full((expand.shape[0],), variance_ratio(expand) ** 0.5, dtype=torch.float64)
@@ -96,7 +99,8 @@ class InitialOperator(Operator):
             # A tied head reads with expand^T, which sums the copies of each feature.
             gain *= self.embedding_ratio
             gain /= torch.where(source < 0, 1.0, (expand * expand).sum(dim=0)[source.clamp(min=0)])
-        return gain.repeat_interleave(lift.unit)
+        heads = gain.repeat_interleave(lift.unit // inner.shape[1])
+        return torch.outer(heads, factor_within).flatten()
 
     def _gain_lift(self, owner: str) -> LiftedMap:
         """Returns the lifted map of the gains that a layer's parameter or a space owns ("": the residual stream)."""

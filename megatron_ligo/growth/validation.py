@@ -60,6 +60,8 @@ def derive_large_config(small: ModelConfig, section: LargeSection, expert_start:
     head_dim = sizes.get("head_dim", small.head_dim)
     attention_heads.check_pair_lists(small, head_dim)
     sizes["rope_base"] = attention_heads.large_rope_base(small, head_dim)
+    if small.has_window_positions:
+        sizes["window_rope_base"] = attention_heads.large_rope_base(small.with_window_positions(), head_dim)
     return replace(small, **layer_kinds.spread_patterns(small, sizes.get("num_layers", small.num_layers)), **sizes)
 
 
@@ -112,12 +114,6 @@ def check_sizes(small: ModelConfig, large: ModelConfig, merges_kv_heads: bool = 
 def _check_head_norms(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:
     """Adds an error for sizes at which the statistics of normalised queries and keys would change."""
     arch = architectures.get(large.arch)
-    if arch.has_head_norms and large.head_dim != small.head_dim:
-        hint = (
-            "Queries and keys are normalised over the features of a head: new features would change what all are "
-            "divided by, and no rule here corrects the gains for that. Keep head_dim, and grow num_heads."
-        )
-        errors.add("large.head_dim", small.head_dim, large.head_dim, hint)
     if arch.normalises_all_heads and large.heads_per_group != small.heads_per_group:
         hint = "Queries and keys are normalised over all heads, whose copies keep their shares only at the same ratio."
         where, found = "large.num_heads / large.num_kv_heads", f"{large.num_heads} / {large.num_kv_heads}"

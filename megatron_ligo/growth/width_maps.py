@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Use, axis_size
+from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Use, axis_size
 from megatron_ligo.growth import attention_heads, experts
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
@@ -88,6 +88,22 @@ class SpaceMaps:
     def head_dim_changed(self) -> bool:
         return self.small.head_dim != self.large.head_dim
 
+    @property
+    def _head_growth(self) -> attention_heads.HeadGrowth:
+        is_normalised = architectures.get(self.large.arch).has_head_norms
+        return attention_heads.HeadGrowth.between(self.small, self.large, is_normalised)
+
+    def head_gain_map(self, part: str, dual: bool = False) -> Tensor:
+        """Returns the map of the gains of one head of queries or keys (part q or k), (d2, d1), fp64."""
+        gain_map = attention_heads.dual_head_gain_map if dual else attention_heads.head_gain_map
+        return gain_map(part, self._head_growth)
+
+    def inner_gain_map(self, param: ParamSpec, dual: bool = False) -> Tensor | None:
+        """Returns `head_gain_map` for the norm of each head, if the head size changes; None for others."""
+        if param.axes[0].space != "head_feature" or not self.head_dim_changed:
+            return None
+        return self.head_gain_map("q" if param.role is Role.QUERY_NORM else "k", dual)
+
     def lift(self, axis: Axis, dual: bool = False) -> LiftedMap | None:
         """Returns the lifted map of an axis; None if its space does not grow. dual: for gradients."""
         if axis.space in UNMAPPED_SPACES:
@@ -99,14 +115,15 @@ class SpaceMaps:
     def _lift_whole_heads(self, axis: Axis, dual: bool) -> LiftedMap:
         small, has_query_heads = self.small, axis.heads is Heads.Q
         inner = None
-        if self.head_dim_changed:
+        if self.head_dim_changed and axis.use is Use.GAIN:
+            inner = self.head_gain_map("q" if has_query_heads else "k", dual)
+        elif self.head_dim_changed:
             if axis.space == "qk":
                 part = "q" if has_query_heads else "k"
             else:
                 part = "o" if axis.use is Use.INPUT else "v"
             feature_map = attention_heads.dual_head_feature_map if dual else attention_heads.head_feature_map
-            factor = small.score_scale / self.large.score_scale
-            inner = feature_map(part, small.head_dim, self.large.head_dim, small.rope_base is not None, factor)
+            inner = feature_map(part, self._head_growth)
         if self.gqa_ratio_changed and has_query_heads:
             return LiftedMap("heads", unit=small.head_dim, inner=inner)
         heads_per_entry = small.heads_per_group if has_query_heads else 1
@@ -181,6 +198,9 @@ def grow_tensor(
     added_rows: (out large, in small), added between the two maps.
     Copied gains of norms (Use.GAIN) grow by `Operator.grow_gain` instead.
     """
+    inner = space_maps.inner_gain_map(param)
+    if inner is not None:
+        return inner.to(mixed) @ mixed
     for dim, axis in enumerate(param.axes):
         lift = space_maps.lift(axis)
         if lift is not None:

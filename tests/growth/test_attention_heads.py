@@ -63,7 +63,8 @@ def test_pairs_keep_their_frequencies():
     for small_dim, large_dim in ((4, 8), (4, 6), (64, 96), (64, 128)):
         model_config = llama_config(head_dim=small_dim)
         base = attention_heads.large_rope_base(model_config, large_dim)
-        place = attention_heads.head_feature_map("k", small_dim, large_dim, True, 1.0).argmax(dim=0)[: small_dim // 2]
+        head = attention_heads.HeadGrowth(small_dim, large_dim, small_dim, large_dim)
+        place = attention_heads.head_feature_map("k", head).argmax(dim=0)[: small_dim // 2]
         before = model_config.rope_base ** (-2 * torch.arange(small_dim // 2, dtype=torch.float64) / small_dim)
         assert torch.allclose(base ** (-2 * place.double() / large_dim), before, rtol=1e-12)
 

@@ -2,7 +2,8 @@
 
 A grown head is a copy of a small one, so these norms are copied. Growth is lossless at any ratio up to their eps: every
 norm of a config has one, which follows the residual stream's variance (eps x D1 / D2). That costs about 1e-6; it costs
-nothing where eps stays: method hypercloning at a whole multiple of hidden_size.
+nothing where eps stays: method hypercloning at a whole multiple of hidden_size. The head size may grow too: features
+keep their mean square, and gains undo the factors that this takes (growth/attention_heads.py).
 """
 
 from dataclasses import replace

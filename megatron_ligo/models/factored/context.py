@@ -126,6 +126,9 @@ class FactoredContext:
             tensors = (self.gain_tensors[name] for name in self.operator.gain_names(spec))
             source, factor = (shard(tensor, spec, self.mesh.tp, self.mesh.tp_rank) for tensor in tensors)
             return copy_gain(mixed, source, factor)
+        inner = self.operator.space_maps.inner_gain_map(spec)
+        if inner is not None:
+            return mixed @ inner.to(mixed).t()
         if self.operator.space_maps.lift(spec.axes[0]) is None:
             return mixed
         matrix, lift = self.map_for(maps, spec, 0)

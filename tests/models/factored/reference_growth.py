@@ -161,7 +161,7 @@ def grown_gain(operator: Operator, values: Values, spec: ParamSpec, mixed: Tenso
     """A norm's gain: the copied feature's times a constant, or (official LiGO) grown as a vector."""
     if spec.role in (Role.QUERY_NORM, Role.KEY_NORM):
         if spec.axes[0].space == "head_feature":
-            return mixed
+            return head_gains(operator.small, operator.large, spec.role is Role.QUERY_NORM, mixed)
         if value_for_space(operator.settings.gain, "residual") != "copied":
             return feature_matrix(operator, values, spec.axes[0], layer) @ mixed
         stem = f"gain.{short_name(spec)}"
@@ -220,12 +220,28 @@ def feature_matrix(operator: Operator, values: Values, axis: Axis, layer: int | 
     within = torch.eye(small.head_dim)
     if small.head_dim != large.head_dim:
         within = head_features(part, small.head_dim, large.head_dim, small.rope_base is not None).float()
+        if operator.arch.has_head_norms and part in "qk":
+            # Their rows keep their mean square; the gains take what the norm would remove.
+            within = (within != 0).float()
+            within = within / within.sum(dim=0).sqrt() * (large.head_dim / small.head_dim) ** 0.5
     return kronecker(heads, within)
 
 
 def kronecker(outer: Tensor, inner: Tensor) -> Tensor:
     """(a, b), (c, d) -> (a c, b d)."""
     return torch.einsum("ab,cd->acbd", outer, inner).reshape(len(outer) * len(inner), -1)
+
+
+def head_gains(small, large, is_query: bool, gains: Tensor) -> Tensor:
+    """(d1,) -> (d2,): a copied gain, divided by what its row is multiplied by; for q times what scores lose."""
+    d1, d2 = small.head_dim, large.head_dim
+    if d1 == d2:
+        return gains
+    kept, whole = (head_features(part, d1, d2, small.rope_base is not None) != 0 for part in "kq")
+    copies = whole.sum(dim=0) if is_query else torch.ones(d1)
+    old = kept.any(dim=1)
+    scores = torch.where(old, (d2 / d1) ** 0.5, 1.0) if is_query else 1.0
+    return (whole.to(gains) @ (gains * copies.sqrt() * (d1 / d2) ** 0.5)) * scores
 
 
 def head_features(part: str, small: int, large: int, has_rope: bool) -> Tensor:

@@ -38,3 +38,9 @@ def test_other_decoders_are_exact_with_the_official_operator(pools, family):
 def test_other_decoders_are_exact_after_a_lag(pools, family):
     changes = {"small": {"arch": family, "tied": True}, "lagged": True}
     assert_exact(differences(pools, 2, "sgd", changes, tp=2, sequence_parallel=True, micro_size=4))
+
+
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("olmo2", marks=pytest.mark.long)])
+def test_normalised_heads_of_another_size_are_exact_when_sharded(pools, family):
+    changes = {"small": {"arch": family, "tied": True}, "large": {"head_dim": 6}, "settings": {"noise": 0.5}}
+    assert_exact(differences(pools, 4, "sgd", changes, tp=2, pp=2, sequence_parallel=True, micro_size=2))
