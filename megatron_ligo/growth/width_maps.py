@@ -99,7 +99,7 @@ class SpaceMaps:
         return gain_map(part, self._head_growth)
 
     def inner_gain_map(self, param: ParamSpec, dual: bool = False) -> Tensor | None:
-        """Returns `head_gain_map` for the norm of each head, if the head size changes; None for others."""
+        """Returns the map (d2, d1) of the gains of each head's norm if the head size changes; None for others."""
         if param.axes[0].space != "head_feature" or not self.head_dim_changed:
             return None
         return self.head_gain_map("q" if param.role is Role.QUERY_NORM else "k", dual)
