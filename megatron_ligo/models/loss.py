@@ -35,10 +35,11 @@ class _SumParts(torch.autograd.Function):
         return grad * ctx.ranks, None
 
 
-def mean_over_tokens(values: Tensor, weights: Tensor, mesh: Mesh) -> Tensor:
+def mean_over_tokens(values: Tensor, weights: Tensor, mesh: Mesh, by_sample: bool = False) -> Tensor:
     """Returns the weighted mean, a scalar, of the values of all tokens of a micro-batch: on each context-parallel rank
-    that of the whole sequences. values, weights: (s, b)."""
-    total, weight = (values * weights).sum(), weights.sum()
+    that of the whole sequences. values, weights: (s, b). by_sample: returns the mean of each sequence, (b,)."""
+    values = values * weights
+    total, weight = (values.sum(0), weights.sum(0)) if by_sample else (values.sum(), weights.sum())
     if mesh.cp > 1:
         weight = weight.clone()
         dist.all_reduce(weight, group=mesh.cp_group)
@@ -46,11 +47,13 @@ def mean_over_tokens(values: Tensor, weights: Tensor, mesh: Mesh) -> Tensor:
     return total / weight
 
 
-def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
+def compute_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh, by_sample: bool = False
+) -> Tensor:
     """Returns the mean cross entropy (a scalar, fp32) over the tokens whose mask is 1.
 
     logits: (s, b, padded vocabulary / tp), this rank's columns. labels (int64), mask: (b, s). Columns that pad the
-    vocabulary are masked, so the loss does not depend on tp.
+    vocabulary are masked, so the loss does not depend on tp. by_sample: returns the mean of each sequence, (b,).
     """
     columns = logits.shape[-1]
     padding = (mesh.tp_rank + 1) * columns - vocab_size
@@ -60,7 +63,7 @@ def compute_loss(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, 
         logits = logits.clone()
         logits[..., keep:] = float("-inf")
     per_token = vocab_parallel_cross_entropy(logits.contiguous(), labels.t().contiguous())
-    return mean_over_tokens(per_token, mask.t().to(per_token.dtype), mesh)
+    return mean_over_tokens(per_token, mask.t().to(per_token.dtype), mesh, by_sample)
 
 
 def compute_accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
@@ -85,17 +88,20 @@ def compute_accuracy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: i
 
 
 class LossMixin:
-    """Computes a model's loss, or its accuracy within `measuring_accuracy`."""
+    """Computes a model's loss, or its accuracy within `measuring_accuracy`, its loss on each sequence within
+    `measuring_samples`."""
 
     model_config: ModelConfig
     mesh: Mesh
     measures_accuracy = False
+    measures_samples = False
 
     def measure(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the loss or accuracy, a scalar, of logits (s, b, padded vocabulary / tp), labels and mask (b, s)."""
+        """Returns the loss or accuracy, a scalar, of logits (s, b, padded vocabulary / tp), labels and mask (b, s);
+        within `measuring_samples`, the loss on each sequence, (b,)."""
         if self.measures_accuracy:
             return compute_accuracy(logits, labels, mask, self.model_config.vocab_size, self.mesh)
-        return compute_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh)
+        return compute_loss(logits, labels, mask, self.model_config.vocab_size, self.mesh, self.measures_samples)
 
     @contextmanager
     def measuring_accuracy(self) -> Iterator[None]:
@@ -104,3 +110,11 @@ class LossMixin:
             yield
         finally:
             self.measures_accuracy = False
+
+    @contextmanager
+    def measuring_samples(self) -> Iterator[None]:
+        self.measures_samples = True
+        try:
+            yield
+        finally:
+            self.measures_samples = False

@@ -280,6 +280,14 @@ class Engine:
         losses = [self.engine(*_to_device(batch)) for batch in batches]
         return self._mean_over_replicas(torch.stack(losses).mean())
 
+    @torch.no_grad()
+    def evaluate_samples(self, batch: Batch) -> list[float]:
+        """Returns the loss on each sample of a micro-batch, which every replica must pass. Not with a pipeline."""
+        rank_watch.mark_progress()
+        self.engine.eval()
+        with self.module.measuring_samples():
+            return self.engine(*_to_device(take_context_part(batch, self.mesh))).tolist()
+
     def _evaluate_pipeline(self, batches: list[Batch]) -> float:
         # The stages' buffers have a fixed dtype and shape, which may differ between a step and an evaluation.
         self.engine.reset_activation_shape()

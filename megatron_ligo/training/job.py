@@ -183,8 +183,12 @@ class TrainingJob:
 
     def losses_on_held_out(self, samples: int) -> list[float]:
         """Returns the loss on each of the first held-out samples, at any number of ranks. Every rank reads all."""
-        parts = (self.data.held_out_batch(range(index, index + 1)) for index in range(samples))
-        return [self.engine.evaluate([batch]) for batch in parts]
+        size = 1 if self.engine.is_pipeline else self.section.micro_batch_size
+        ranges = (range(first, min(first + size, samples)) for first in range(0, samples, size))
+        batches = (self.data.held_out_batch(indices) for indices in ranges)
+        if self.engine.is_pipeline:
+            return [self.engine.evaluate([batch]) for batch in batches]
+        return [loss for batch in batches for loss in self.engine.evaluate_samples(batch)]
 
     def peak_memory_of_ranks(self) -> list[int]:
         """Returns the peak memory of every rank, in bytes."""

@@ -23,7 +23,7 @@ from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training.engine import Engine, build_parameter_groups
-from tests.models.full.pretrain_cases import BATCH, CLIP, DECAY, LR, micro
+from tests.models.full.pretrain_cases import BATCH, CLIP, DECAY, LR, micro, seen_and_told
 from tests.tiny_models import hf_llama, tokens
 
 BEFORE, AFTER = 2, 3
@@ -34,7 +34,7 @@ class Job:
 
     def __init__(self, model_config: ModelConfig, layout: dict, bf16: bool = False, seed: int = 7, source=None):
         self.model_config, self.size = model_config, 2
-        self.mesh = meshes.build_mesh(layout.get("tp", 1), layout.get("pp", 1))
+        self.mesh = meshes.build_mesh(layout.get("tp", 1), layout.get("pp", 1), cp=layout.get("cp", 1))
         build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, self.mesh.tp)
         torch.manual_seed(seed)
         model = build_model(model_config, build, self.mesh)
@@ -179,3 +179,15 @@ def transformers_model(
     engine.save_checkpoint(folder)
     on_first(lambda: torch.save(truth, Path(folder) / "truth.pt"))
     engine.destroy()
+
+
+def losses_by_sample(model_config: ModelConfig, layout: dict) -> tuple[list[float], list[float]]:
+    """Of the samples of a micro-batch: in one evaluation, and by one evaluation each."""
+    job = Job(model_config, layout)
+    seen, labels = seen_and_told(model_config, 0)
+    batch = {"tokens": seen[:3], "labels": labels[:3], "loss_mask": torch.ones(labels[:3].shape)}
+    batch["loss_mask"][1, :5] = 0.0
+    alone = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(3)]
+    result = job.engine.evaluate_samples(batch), [job.engine.evaluate([each]) for each in alone]
+    job.end()
+    return result
