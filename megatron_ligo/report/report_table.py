@@ -73,6 +73,8 @@ def _format_cells(run: RecordedRun, letter: str) -> tuple[str, ...]:
 
 def _format_loss(run: RecordedRun, key: str) -> str:
     text = _format_number(run.losses.get(key), ".4f")
+    if key == ("end" if run.steps else "step 0") and run.deviation is not None and run.evaluation_set:
+        text += f" ± {run.deviation / math.sqrt(run.evaluation_set.samples):.4f}"
     return f"{text} (N = {run.steps})" if key == "end" and text != MISSING else text
 
 
@@ -154,6 +156,11 @@ def _format_notes(runs: Sequence[RecordedRun], letters: dict[EvaluationSet | Non
         versions = run.record.get("versions")
         if isinstance(versions, dict):
             notes.append(f"{run.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
+    if any(run.deviation is not None for run in runs):
+        notes.append(
+            "±: standard error of a loss, by its spread over the held-out samples. The difference of two runs on the "
+            "same samples is more certain than that."
+        )
     notes += [f"{saving}." for saving in find_savings(runs)]
     return [
         *notes,

@@ -48,7 +48,7 @@ class RecordedRun:
     initialisation, and after the fit), "step 0" and "end" (of a pretraining run). metrics: the rows of metrics.jsonl,
     whose tokens, flops and seconds are totals. peak_memory: bytes of the fullest rank. prior_flops: FLOPs of the fit
     behind a pretraining run's start (0: none). handoff_losses: on the fit's own batch, (loss at the end of the fit,
-    loss at step 0).
+    loss at step 0). deviation: standard deviation of the last held-out loss over the samples.
     """
 
     name: str
@@ -64,6 +64,7 @@ class RecordedRun:
     precision: str | None = None
     prior_flops: float | None = 0
     handoff_losses: tuple[float, float] | None = None
+    deviation: float | None = None
     notes: tuple[str, ...] = ()
     record: dict = field(default_factory=dict)
 
@@ -208,6 +209,7 @@ def _read_pretraining(folder: Path, record: JsonRecord, metrics: list[dict], err
         layout=record.table("layout"),
         precision=record.text("run", "pretrain", "precision"),
         handoff_losses=None if fitted is None or again is None else (fitted, again),
+        deviation=record.number("deviation"),
         record=record.fields,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, ClassVar
@@ -38,6 +39,9 @@ HELD_OUT, SAMPLE_ORDER = "held-out samples", "sample order"
 
 # Locks are held until the process ends.
 _output_locks: dict[Path, IO[str]] = {}
+
+# Held-out samples that tell how far losses lie apart. Every rank reads all of them.
+DEVIATION_SAMPLES = 32
 
 
 class TrainingJob:
@@ -189,6 +193,11 @@ class TrainingJob:
         if self.engine.is_pipeline:
             return [self.engine.evaluate([batch]) for batch in batches]
         return [loss for batch in batches for loss in self.engine.evaluate_samples(batch)]
+
+    def deviation_on_held_out(self, samples: int) -> float | None:
+        """Returns the standard deviation of the loss over the first held-out samples; None of a single one."""
+        losses = self.losses_on_held_out(min(samples, DEVIATION_SAMPLES))
+        return statistics.stdev(losses) if len(losses) > 1 else None
 
     def peak_memory_of_ranks(self) -> list[int]:
         """Returns the peak memory of every rank, in bytes."""

@@ -186,6 +186,8 @@ class Pretrain(TrainingJob):
         """Measures the loss at step 0 and, if the start comes from a fit, compares it with the fit's last loss."""
         metrics = self._measure(self.section.eval_samples)
         state["losses"]["start"] = metrics["loss"]
+        if not self.section.steps:
+            state["deviation"] = self.deviation_on_held_out(self.section.eval_samples)
         log.info("at step 0: %s", _format_metrics(metrics))
         if "accuracy" in metrics:
             state["accuracy"] = {"start": metrics["accuracy"]}
@@ -248,6 +250,7 @@ class Pretrain(TrainingJob):
         metrics = self._measure(self.section.eval_samples)
         if is_last:
             state["losses"]["end"] = metrics["loss"]
+            state["deviation"] = self.deviation_on_held_out(self.section.eval_samples)
             log.info("after step %d: %s", step, _format_metrics(metrics))
             if "accuracy" in metrics:
                 state["accuracy"]["end"] = metrics["accuracy"]
@@ -320,6 +323,7 @@ class Pretrain(TrainingJob):
             "grown": self.grown,
             "step": self.engine.steps,
             "losses": state["losses"],
+            "deviation": state.get("deviation"),
             "accuracy": state.get("accuracy"),
             "extensions": state.get("extensions", []),
             "eval": state["eval"],

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -198,6 +200,15 @@ def test_the_losses_at_the_handoff_are_reported(journey):
     notes = build_table(list(runs.values())).notes
     (note,) = (note for note in notes if "3.500000" in note and "3.500001" in note)
     assert "pre_grown" in note and "+5.0e-07" in note
+
+
+def test_the_spread_over_the_samples_is_with_the_last_loss(journey):
+    runs = [replace(run, deviation=0.08 if run.kind == "pretraining" else None) for run in read_runs(journey)]
+    table = build_table(runs)
+    error = 0.08 / math.sqrt(EVAL["samples"])
+    assert cells(table)["pre_grown"]["after N steps"] == f"3.0000 ± {error:.4f} (N = 4)"
+    assert cells(table)["small"]["step 0"] == f"3.5000 ± {error:.4f}"
+    assert "±" not in cells(table)["pre_grown"]["step 0"] and any(note.startswith("±") for note in table.notes)
 
 
 def test_few_steps_are_called_a_demonstration(journey, tmp_path):

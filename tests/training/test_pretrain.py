@@ -193,6 +193,7 @@ def test_masters_and_moments_in_bf16_take_a_step(pools, base, tmp_path):
 def test_a_run_without_steps_only_evaluates(pools, base, tmp_path):
     record = pools(2).run(pretrain, settings=settings(base, "hf", steps=0, tp=2), output=str(tmp_path))
     assert record["losses"] == {"start": pytest.approx(reference(base)[0], rel=1e-6)}
+    assert 0 < record["deviation"] < 1
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -25,6 +25,7 @@ from megatron_ligo.experiments.compare.run_folder import CODES, GROW, JOB, LOCK,
 from megatron_ligo.export.run_inputs import ACCEPTED, INPUTS
 
 MODULE = "megatron_ligo.experiments.compare.single_run"
+QUIET_IMPORTS = "megatron_ligo.experiments.quiet_imports"
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class JobQueue:
         self.log_line = log_line
         self.inputs, self.accept_changed = JobInputs(), accept_changed
         self.forks = multiprocessing.get_context("forkserver")
-        # Slow imports run once.
-        self.forks.set_forkserver_preload([MODULE])
+        # Slow imports run once, and what libraries say of themselves goes to the runs' logs.
+        self.forks.set_forkserver_preload([QUIET_IMPORTS, MODULE])
 
     def folder_of(self, job: ComparisonJob) -> Path:
         return self.folder / job.name
