@@ -82,7 +82,12 @@ OWN: dict[str, dict[str, object]] = {
     "vit": {**IMAGES, "max_positions": 17},
 }  # fmt: skip
 # DINOv2's config states the width of its feed-forward block as a multiple of its own.
-GROWN = {"dinov2": {"ffn_size": 96}, "dinov2_with_registers": {"ffn_size": 96}}
+GROWN = {
+    "dinov2": {"ffn_size": 96},
+    "dinov2_with_registers": {"ffn_size": 96},
+    # Norms over all heads want the same ratio of query and key heads.
+    "olmoe": {"num_kv_heads": 8},
+}
 # The tests that fit, and those that pretrain, one family in shards against one process. Their first parameter names it.
 FITS = (
     "test_the_fit_is_exact_on_three_ranks",
