@@ -74,10 +74,14 @@ def _lacks_growth_record(folder: Path) -> bool:
 
 
 def verify_runs(folder: Path, cache: DigestCache) -> ChainReport:
-    """Compares every record, file and input of the runs at or below a folder with the digests in their records."""
+    """Compares every record, file and input of the runs at or below a folder with the digests in their records.
+
+    So it does with the runs and hand-offs that these started from, and with the operators beside those.
+    """
     walk = _ChainWalk(cache)
-    for run in find_runs(folder):
-        walk.check_run(run)
+    walk.pending = find_runs(folder)
+    while walk.pending:
+        walk.check_run(walk.pending.pop(0))
     walk.check_links()
     return walk.report
 
@@ -95,11 +99,17 @@ class _ChainWalk:
     def __init__(self, cache: DigestCache):
         self.cache = cache
         self.report = ChainReport()
+        self.pending: list[Path] = []
+        self._seen: set[Path] = set()
         self._operators: dict[Path, dict] = {}
         self._handoffs: dict[Path, dict] = {}
         self._compared: set[str] = set()
 
     def check_run(self, run: Path) -> None:
+        """Checks a run, once. What it started from is pending afterwards."""
+        if run.resolve() in self._seen:
+            return
+        self._seen.add(run.resolve())
         if _lacks_growth_record(run):
             self.report.problems.append(Problem(f"{run}", f"its {provenance.RECORD_NAME}", "none"))
         for name in OPERATOR_FOLDERS:
@@ -160,6 +170,7 @@ class _ChainWalk:
         if record["version"] == 1:
             self.report.notes.append(f"{folder}: written by an earlier version, without digests")
         self._handoffs[folder] = record
+        self.pending += _operator_runs_beside(folder, record)
         problems: list[str] = []
         for name in record["formats"]:
             if not (folder / name / manifest.MANIFEST).is_file():
@@ -210,6 +221,8 @@ class _ChainWalk:
             if path is None:
                 self.report.notes.append(f"{run}: {name}: {entry['path']} is not there: not compared")
                 continue
+            if entry["kind"] == run_inputs.STATE:
+                self.pending += [place for place in (path, path.parent) if _is_run(place)][:1]
             if entry["kind"] == SAMPLED:
                 note = f"{path} ({name}): only samples of it are bound; start the run with --full-check to bind all"
                 self.report.notes.append(note)
@@ -230,6 +243,23 @@ class _ChainWalk:
             return hash_json(_read_sizes(path, entry))
         source = open_input(path, entry)
         return digest_state(source, self.cache) if kind == run_inputs.STATE else digest_weights(source, self.cache)
+
+
+def _operator_runs_beside(folder: Path, record: dict) -> list[Path]:
+    """Returns the fits beside a hand-off whose operator has grown it, or, without one, those with a damaged record."""
+    matching, damaged = [], []
+    if record.get("fit") is None:
+        return []
+    for path in sorted(folder.absolute().parent.glob(f"*/operator/{operator_file.RECORD}")):
+        try:
+            operator = _read_table(path)
+        except LigoError:
+            operator = {}
+        if operator and operator.get(SEAL) == record.get("operator", {}).get(SEAL):
+            matching.append(path.parent.parent)
+        elif not (operator and is_intact(operator)):
+            damaged.append(path.parent.parent)
+    return matching or damaged
 
 
 def _read_table(path: Path) -> dict:

@@ -102,6 +102,16 @@ CHANGED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("pattern", [name for name in CHANGED if not name.startswith("runs/pretrain")])
+def test_the_chain_is_walked_from_its_end(place, pattern):
+    """Also if the folder that is given holds the last run alone."""
+    (path,) = place.glob(pattern)
+    with restored(path) as content:
+        at = len(content) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert CHANGED[pattern] in problems(place / "runs/pretrain")
+
+
 def test_a_checkpoint_without_its_record_is_noticed(place):
     path = max(place.glob("runs/pretrain/checkpoints/step_*/record.json"))
     aside = path.rename(place / "aside")
