@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -12,31 +13,46 @@ from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
 
 # No key lies deeper. Python's own limit is that of recursion, far above.
 MAX_DEPTH = 8
+# tomllib takes quadratic time for a key of many parts, of which none has as many.
+LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){{{4 * MAX_DEPTH}}}""")
+# Of a signed integer of 64 bits, which TOML promises and no key exceeds.
+MAX_INTEGER = 2**63 - 1
 
 
 def read_toml(path: Path) -> dict:
     """Reads a TOML file. Raises ConfigError if it is missing or not TOML."""
     try:
-        table = tomllib.loads(read_text(path))
-        _check_depth(table)
-        return table
+        return _parse(read_text(path))
     except FileNotFoundError:
         raise ConfigError(Problem(f"config {path}", "a TOML file", "no such file", "Check --config.")) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(Problem(f"config {path}", "valid TOML", error)) from None
 
 
-def _check_depth(value: object, depth: int = 0) -> None:
-    """Raises ValueError if a value is nested deeper than any key's, so that no later recursion fails."""
+def _parse(text: str) -> dict:
+    """Parses TOML in linear time. Raises ValueError, or RecursionError for nested values."""
+    if LONG_KEY.search(text):
+        raise ValueError("a key of too many parts")
+    table = tomllib.loads(text)
+    _check_value(table)
+    return table
+
+
+def _check_value(value: object, depth: int = 0) -> None:
+    """Raises ValueError if a value is nested deeper than any key's, so that no later recursion fails, or too large."""
     if depth > 4 * MAX_DEPTH:
         raise ValueError("nested too deeply")
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ValueError(f"an integer of {value.bit_length()} bits, more than 63")
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for entry in entries:
-        _check_depth(entry, depth + 1)
+        _check_value(entry, depth + 1)
 
 
 def parse_value(text: str) -> object:
     """Returns a TOML value; text that is none stays text."""
+    if LONG_KEY.search(text):
+        return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -65,7 +81,7 @@ def apply_setting(table: dict, text: str, errors: ErrorCollector) -> None:
         return
     value = parse_value(raw.strip())
     try:
-        _check_depth(value)
+        _check_value(value)
     except ValueError as error:
         errors.add(f"--set {name}", "a value of a key", error)
         return

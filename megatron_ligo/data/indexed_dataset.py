@@ -142,11 +142,13 @@ def _read_record(path: Path, idx_digest: str, bin_bytes: int, errors: ErrorColle
     hint = "Prepare the data again, or remove this file if the pair has another origin."
     try:
         record = read_json(path)
-        values = (record["idx_digest"], record["bin_bytes"], int(record["max_token"]), str(record["tokenizer"]))
+        values = (record["idx_digest"], record["bin_bytes"])
+        if type(record["max_token"]) is not int or not isinstance(record["tokenizer"], str):
+            raise ValueError("max_token is no integer, or tokenizer no text")
     except (ValueError, KeyError, TypeError) as error:
         errors.add(str(path), "the record of a prepared pair", f"{type(error).__name__}: {error}", hint)
         return None
-    if values[:2] != (idx_digest, bin_bytes):
+    if values != (idx_digest, bin_bytes):
         expected = f"the record of this pair (.idx digest {idx_digest}, .bin {bin_bytes} bytes)"
         errors.add(str(path), expected, values, hint)
         return None

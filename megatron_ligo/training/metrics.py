@@ -171,7 +171,7 @@ def _parse_row(line: str) -> dict | None:
 
 def _truncate_rows(path: Path, done_steps: int) -> dict:
     """Keeps only the rows of steps 1 to done_steps in the file; returns the last of them, or {}."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     rows = [row for row in read_metrics(path) if 1 <= row["step"] <= done_steps]
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -156,9 +156,21 @@ def test_deep_and_long_values_are_refused(tmp_path):
         (problem,) = load_problems(text).values()
         assert len(problem) < 5000
     path = tmp_path / "deep.toml"
-    for text in ("a = " + "[" * 100_000, "a = " + "[" * 60 + "]" * 60, "[" + "a." * 200 + "b]\nc = 1\n"):
+    for text in (
+        "a = " + "[" * 100_000,
+        "a = " + "[" * 60 + "]" * 60,
+        "[" + "a." * 200 + "b]\nc = 1\n",
+        # Its own parser takes a minute for this key.
+        "a." * 50_000 + "b = 1\n",
+        '"a" . ' * 50_000 + "b = 1\n",
+        f"[fit]\nsteps = {2**63}\n",
+        f"[fit]\nsteps = 1{'0' * 4000}\n",
+    ):
         path.write_text(text)
         assert list(load_problems(path=path)) == [f"config {path}"]
+    assert list(load_problems(f"fit.steps={2**63}")) == ["--set fit.steps"]
+    path.write_text(f"# {'.' * 100}\n[small]\npath = '{'a/b.c/' * 100}'\n")
+    assert toml_tables.read_toml(path)["small"]["path"].count(".") == 100
 
 
 def test_unreadable_files_are_refused(tmp_path):

@@ -273,6 +273,9 @@ def test_records(pairs, tmp_path):
     write_record(pairs["a"], bin_bytes=3)
     path = Path(pairs["a"] + ".json")
     assert ".idx digest" in open_problems(tmp_path, pairs["a"])[str(path)].expected
+    for changes in ({"tokenizer": {}}, {"max_token": "49"}, {"max_token": True}):
+        write_record(pairs["a"], **changes)
+        assert "tokenizer no text" in open_problems(tmp_path, pairs["a"])[str(path)].found
     path.write_text("{")
     assert "JSONDecodeError" in open_problems(tmp_path, pairs["a"])[str(path)].found
 

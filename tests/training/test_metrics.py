@@ -52,6 +52,13 @@ def test_disabled_metrics_write_nothing(tmp_path, capsys):
     assert not (tmp_path / "x").exists() and capsys.readouterr().out == ""
 
 
+def test_a_pipe_in_place_of_the_metrics_is_refused(tmp_path):
+    """Opening it would wait for a reader."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Metrics(tmp_path, True, 10)
+
+
 def test_a_resumed_run_writes_the_same_file_as_an_uninterrupted_one(tmp_path):
     run(tmp_path / "whole", 1, 8)
     run(tmp_path / "killed", 1, 6)
