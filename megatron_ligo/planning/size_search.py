@@ -33,10 +33,10 @@ def choose_sizes(small: ModelConfig, parameters: float, tp: int = 1) -> LargeSec
     )
     if best is None:
         count = count_model(derive_large_config(small, candidates[0])) if candidates else 0
-        found = f"{count:.3g} at the closest" if candidates else f"none that tp = {tp} divides"
+        closest = f"{count:.3g} at the closest" if candidates else f"none that tp = {tp} divides"
         own = count_model(small)
         hint = f"The small model has {own:.3g}; growth never shrinks. Choose another --to, or grow in stages."
-        raise ConfigError(Problem("--to", f"sizes of {parameters:.3g} parameters", found, hint))
+        raise ConfigError(Problem("--to", f"sizes of {parameters:.3g} parameters", closest, hint))
     return best
 
 

@@ -119,7 +119,7 @@ def test_rank_files_of_experts_round_trip(sources, tmp_path, of, options):
 
 def test_moments_of_expert_parallel_ranks_are_exchanged(pools, sources, tmp_path):
     """Megatron-core chains an optimizer of a rank's experts after one of the rest."""
-    path, saved, made = sources["mixtral"], tmp_path / "saved", tmp_path / "made"
+    path, saved, converted = sources["mixtral"], tmp_path / "saved", tmp_path / "converted"
     pools(4).run(expert_ranks.save_with_optimizers, folder=str(saved), path=str(path), tp=2, ep=2)
     reader, source = formats.open(saved), formats.open(path)
     assert (reader.has_moments, reader.step) == (True, 1)
@@ -133,22 +133,22 @@ def test_moments_of_expert_parallel_ranks_are_exchanged(pools, sources, tmp_path
         assert torch.allclose(reader.read(key), weight.detach(), rtol=1e-6, atol=1e-8), key
     rates = {"max_lr": megatron_optimizers.LR, "min_lr": megatron_optimizers.MIN_LR}
     extra = {"ep": 2, "vocab_divisible_by": PADDED_VOCAB_SIZE // 2, **rates}
-    convert(reader, made, "megatron", WriteOptions(tp=2, extra=extra))
-    hf_models.assert_same(formats.open(made), reader)
+    convert(reader, converted, "megatron", WriteOptions(tp=2, extra=extra))
+    hf_models.assert_same(formats.open(converted), reader)
     for key in source.keys():  # noqa: SIM118
-        assert torch.equal(formats.open(made).read(key, MOMENTS[0]), reader.read(key, MOMENTS[0])), key
-    pools(4).run(expert_ranks.load_optimizers, folder=str(made / "release"), path=str(saved), tp=2, ep=2)
+        assert torch.equal(formats.open(converted).read(key, MOMENTS[0]), reader.read(key, MOMENTS[0])), key
+    pools(4).run(expert_ranks.load_optimizers, folder=str(converted / "release"), path=str(saved), tp=2, ep=2)
     convert(reader, tmp_path / "more", "megatron", WriteOptions(extra={"ep": 3, **rates}))
     assert formats.open(tmp_path / "more").has_moments
-    file = made / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    file = converted / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
     state = torch.load(file, weights_only=False)
     state["optimizer"][0]["state"][0]["exp_avg"] += 1
     torch.save(state, file)
     with pytest.raises(CheckpointError, match="first expert-parallel rank"):
-        formats.open(made)
+        formats.open(converted)
     state["optimizer"] = state["optimizer"][0]
     torch.save(state, file)
-    assert formats.open(made).unread == (f"optimizer state ({UNCHAINED})",)
+    assert formats.open(converted).unread == (f"optimizer state ({UNCHAINED})",)
 
 
 def join_experts(file) -> None:

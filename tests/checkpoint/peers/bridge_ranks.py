@@ -48,9 +48,9 @@ def _tensors(model) -> dict[str, torch.Tensor]:
 
 
 def _differences(model, expected: dict[str, torch.Tensor]) -> list[str]:
-    found = _tensors(model)
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    return [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
+    tensors = _tensors(model)
+    assert tensors.keys() == expected.keys(), tensors.keys() ^ expected.keys()
+    return [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])]
 
 
 def _import(hf: str) -> tuple[object, dict[str, torch.Tensor]]:

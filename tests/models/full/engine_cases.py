@@ -23,7 +23,7 @@ from megatron_ligo.models.full import parameters, universal_loading
 from megatron_ligo.models.full.factory import build_model
 from megatron_ligo.models.mcore.layer_spec import BuildOptions
 from megatron_ligo.training.engine import Engine, build_parameter_groups
-from tests.models.full.pretrain_cases import BATCH, CLIP, DECAY, LR, micro, seen_and_told
+from tests.models.full.pretrain_cases import BATCH, CLIP, DECAY, LR, inputs_and_labels, micro
 from tests.tiny_models import hf_llama, tokens
 
 BEFORE, AFTER = 2, 3
@@ -182,9 +182,9 @@ def transformers_model(
 
 
 def losses_by_sample(model_config: ModelConfig, layout: dict) -> tuple[list[float], list[float]]:
-    """Of the samples of a micro-batch: in one evaluation, and by one evaluation each."""
+    """Returns the losses of a micro-batch's samples: from one evaluation, and from one evaluation of each."""
     job = Job(model_config, layout)
-    seen, labels = seen_and_told(model_config, 0)
+    seen, labels = inputs_and_labels(model_config, 0)
     batch = {"tokens": seen[:3], "labels": labels[:3], "loss_mask": torch.ones(labels[:3].shape)}
     batch["loss_mask"][1, :5] = 0.0
     alone = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(3)]

@@ -91,7 +91,7 @@ def ids_of(model_config, step: int, batch: int = BATCH) -> torch.Tensor:
     return tokens(model_config, batch, LENGTH + 1, seed=100 + step)
 
 
-def seen_and_told(model_config, step: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs_and_labels(model_config, step: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
     """What a step's samples show (tokens, images), and their labels."""
     if model_config.image_size is None:
         ids = ids_of(model_config, step, batch)
@@ -103,7 +103,7 @@ def seen_and_told(model_config, step: int, batch: int = BATCH) -> tuple[torch.Te
 
 def micro(model_config, step: int, mesh, size: int, batch: int = BATCH) -> list[dict]:
     """This rank's micro-batches of a step."""
-    seen, message = seen_and_told(model_config, step, batch)
+    seen, message = inputs_and_labels(model_config, step, batch)
     starts = range(mesh.dp_rank * size, batch, size * mesh.dp)
     mask = torch.ones(size, message.shape[1])
     rows = [slice(start, start + size) for start in starts]
@@ -128,7 +128,7 @@ def reference(
         stepper = torch.optim.AdamW(build_parameter_groups(model, decay), lr=LR["adamw"], betas=(0.9, 0.95))
     result = []
     for step in range(STEPS):
-        seen, message = seen_and_told(model_config, step, batch)
+        seen, message = inputs_and_labels(model_config, step, batch)
         loss = F.cross_entropy(model(seen).logits.flatten(0, -2), message.flatten())
         (loss + (router_loss(model, seen) if family in MIXTURES else 0)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

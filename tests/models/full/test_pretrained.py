@@ -96,7 +96,7 @@ def assert_logits(model_config):
     hf = model_of(model_config)
     model = build_pretrained(model_config, BuildOptions(), mesh)
     parameters.fill_parameters(model, model_config, mesh, memory_of(hf, model_config).read)
-    seen, _ = pretrain_cases.seen_and_told(model_config, 0)
+    seen, _ = pretrain_cases.inputs_and_labels(model_config, 0)
     with torch.no_grad():
         expected = hf(seen).logits
         assert torch.allclose(model.logits(seen).transpose(0, 1).reshape(expected.shape), expected, atol=5e-6)

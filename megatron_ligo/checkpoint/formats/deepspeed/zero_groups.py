@@ -111,9 +111,9 @@ class ZeroOptimizerState:
     def _read_partitions(self, dp_rank: int, masters: object, base_state: object) -> dict[str, list[Tensor]]:
         """Returns one rank's flat partitions by kind and param group, with moments only if the rank has any."""
         if not isinstance(masters, list) or not all(map(_is_flat, masters)):
-            found = "nothing" if masters is None else type(masters).__name__
+            actual = "nothing" if masters is None else type(masters).__name__
             self._errors.add(
-                self._rank_name(dp_rank), f"{FP32_GROUPS} or {FP32_FLAT_GROUPS}, a list of flat tensors", found
+                self._rank_name(dp_rank), f"{FP32_GROUPS} or {FP32_FLAT_GROUPS}, a list of flat tensors", actual
             )
             return {WEIGHT: []}
         group_states = _group_states(base_state)

@@ -166,8 +166,8 @@ class NeoxReader(Reader):
                 shape = item.shape(self._padded_config, 1 if is_whole else len(self._ranks))
                 tensor = rank.get(name)
                 if tensor is None or tuple(tensor.shape) != shape:
-                    found = "nothing" if tensor is None else tuple(tensor.shape)
-                    errors.add(f"{name} (rank {number})", f"shape {shape}", found)
+                    actual = "nothing" if tensor is None else tuple(tensor.shape)
+                    errors.add(f"{name} (rank {number})", f"shape {shape}", actual)
                 elif not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
                     errors.add(f"{name} (rank {number})", "a floating-point dtype of 16 bits or more", tensor.dtype)
             for name in sorted(set(rank) - set(expected)):
