@@ -149,7 +149,7 @@ class Fit(TrainingJob):
         saved = self.checkpoint
         start = f"the checkpoint of step {saved.step} of this run" if saved else "the initialisation"
         start = f"{start}; {self.operator.settings.method} growth of {self.config.small.path}"
-        place = (self.engine.layout, self.engine.steps, self.step_tokens, self.step_flops)
+        place = (self.mesh.dims, self.engine.steps, self.step_tokens, self.step_flops)
         summary = job_summary.describe_job(start, self.operator.large, self.section, *place)
         log.info("fit in %s:\n%s", self.output, summary)
         loop.run_steps(

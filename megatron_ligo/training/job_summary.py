@@ -8,7 +8,7 @@ from math import prod
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.config.run_config import FitSection, TrainingSection
-from megatron_ligo.distributed.parallel_dims import EngineLayout, ParallelDims
+from megatron_ligo.distributed.parallel_dims import ParallelDims
 from megatron_ligo.growth.operator import ROUTERS
 
 
@@ -16,21 +16,23 @@ def describe_job(
     start: str,
     model_config: ModelConfig,
     section: TrainingSection,
-    layout: EngineLayout,
+    dims: ParallelDims,
     step: int,
     tokens: int,
     flops: float,
 ) -> str:
     """Returns a small table. step: finished steps. tokens, flops: per step, over all ranks."""
-    dims, left = layout.dims, max(section.steps - step, 0)
+    left = max(section.steps - step, 0)
     sizes = f"{model_config.num_layers} layers x {model_config.hidden_size}"
     heads = f"{model_config.num_heads}/{model_config.num_kv_heads} heads, ffn {model_config.ffn_size}"
+    if model_config.num_experts:
+        heads += f", {model_config.num_experts} experts of which a token takes {model_config.top_k}"
     batch = f"{section.global_batch_size} samples a step, micro-batches of {section.micro_batch_size}"
     rows = {
         "start": start,
         "model": f"{model_config.arch}, {count_parameters(model_config):,} parameters: {sizes}, {heads}",
         "vocabulary": f"{model_config.vocab_size:,}",
-        "layout": f"{describe_dims(dims)}, ZeRO {layout.zero}, {section.precision}; {batch}",
+        "layout": f"{describe_dims(dims)}, ZeRO {section.parallel.zero}, {section.precision}; {batch}",
         "steps": f"{step} of {section.steps} done",
         "tokens": f"{tokens:,} a step, {tokens * left:,} to do",
         "FLOPs": f"{flops:.3g} a step, {flops * left:.3g} to do",

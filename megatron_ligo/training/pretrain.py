@@ -217,7 +217,7 @@ class Pretrain(TrainingJob):
             log.info(message, section.lr, section.warmup_steps)
         tokens = section.global_batch_size * length
         flops = train_flops(self.model_config, tokens, length)
-        place = (self.engine.layout, self.engine.steps)
+        place = (self.mesh.dims, self.engine.steps)
         summary = job_summary.describe_job(self._start_text(), self.model_config, section, *place, tokens, flops)
         log.info("pretraining in %s:\n%s", self.output, summary)
         loop.run_steps(

@@ -12,9 +12,10 @@ from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.formats.hf.format import HfReader
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
 from megatron_ligo.common.errors import ConfigError, LayoutError
-from megatron_ligo.config.run_config import ParallelSection
+from megatron_ligo.config.run_config import ParallelSection, PretrainSection
 from megatron_ligo.distributed.parallel_dims import ParallelDims
 from megatron_ligo.training.initial_weights import check_layout
+from megatron_ligo.training.job_summary import describe_job
 from tests.layer_norm_models import model_of
 from tests.tiny_models import llama_config
 from tests.training import test_pretrain
@@ -130,3 +131,9 @@ def test_ranks_that_experts_do_not_divide_are_refused():
     with pytest.raises(LayoutError) as caught:
         ParallelDims.divide(6, tp=1, pp=2, ep=2)
     assert caught.value.problems[0].expected.startswith("a multiple of tp x pp x ep")
+
+
+def test_the_summary_names_experts_and_their_ranks():
+    text = describe_job("scratch", TWELVE, PretrainSection(), ParallelDims(1, 1, 4, ep=2), 0, 64, 1e6)
+    assert "TP 1 x PP 1 x DP 4, EP 2, ZeRO 1" in text
+    assert f"12 experts of which a token takes {TWELVE.top_k}" in text
