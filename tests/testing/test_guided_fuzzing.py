@@ -57,7 +57,7 @@ def read_and_obey(folder: Path) -> str:
     if word == b"fill":
         bytearray(100 << 20)
     if word == b"wait":
-        sum(range(20_000_000))
+        sum(range(60_000_000))
     if word == b"die":
         os._exit(5)
     if word == b"refuse":
@@ -70,7 +70,8 @@ def test_each_kind_of_harm_is_kept_once(tmp_path, monkeypatch):
         for word in (b"good", b"refuse", b"fall", b"fall", b"fill", b"wait", b"die"):
             try_input(word)
 
-    monkeypatch.setattr(fuzz_targets, "SECONDS_LIMIT", 0.1)
+    # Above the time to fill 100 MiB, which page faults take.
+    monkeypatch.setattr(fuzz_targets, "SECONDS_LIMIT", 0.5)
     sample = Sample("words", lambda folder, seed: (folder / "file").write_text(f"good {seed}") and None, read_and_obey)
     for calls in (1, 2):
         with pytest.raises(CheckpointError, match="4 inputs did harm"):
