@@ -25,6 +25,16 @@ OWN = {
         "sliding_window": 5,
         "window_layers": (False, True, True),
     },
+    "granite_swa": {
+        "arch": "granite_swa",
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.7,
+        "attention_scale": 0.3,
+        "logits_divisor": 2.0,
+        "sliding_window": 5,
+        "window_layers": (False, True, True),
+        "rope_layers": (True, True, False),
+    },
     "phi3": {"arch": "phi3", "rotary_fraction": 0.5, "sliding_window": 5},
     "starcoder2": {"arch": "starcoder2", "activation": "gelu_pytorch_tanh", "sliding_window": 5, **ALL_BIASES},
     "arcee": {"arch": "arcee", "activation": "relu2", "mlp_bias": True},
@@ -109,7 +119,9 @@ OWN = {
     },
 }
 # Layers that differ.
-PATTERNS = ("smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4", "modernbert")
+PATTERNS = (
+    "smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4", "modernbert", "granite_swa"
+)  # fmt: skip
 # LayerNorms keep their mean and variance at whole multiples of hidden_size only.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
 DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}

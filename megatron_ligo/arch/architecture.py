@@ -157,6 +157,11 @@ class Architecture:
         return norm is not None and norm.skips_first_layer
 
     @property
+    def has_sinks(self) -> bool:
+        """True if each query head has a learned logit in the denominator of its softmax."""
+        return self.has(Role.ATTENTION_SINK)
+
+    @property
     def has_output_scales(self) -> bool:
         """True if what a block returns is multiplied by a learned number for each feature (layer scale)."""
         return any(map(self.has, OUTPUT_SCALES))

@@ -22,6 +22,7 @@ EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 # Submodules of a local layer in construction order, which is the order of the optimizer's parameters.
 CONSTRUCTION_ORDER = (
     "input_layernorm.",
+    "self_attention.core_attention.",
     "self_attention.linear_proj.",
     "self_attention.linear_qkv.",
     "self_attention.q_layernorm.",

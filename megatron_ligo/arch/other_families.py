@@ -37,7 +37,7 @@ DIFFERENCES = {
     "gptbigcode": "all query heads share one key and value head, with learned positions",
     "gptj": "attention and feed-forward read one norm, and rotary positions turn interleaved pairs",
     "gptneo": "attention is not scaled, and every other layer has a window",
-    "gptoss": "its feed-forward blocks are mixtures of experts, and the softmax has learned sinks",
+    "gptoss": "its experts and their router have biases, and their activation is bounded",
     "granitemoe": "its blocks are scaled by multipliers, and its feed-forward blocks are mixtures of experts",
     "internlm2": "query, key and value are one matrix of the file's own",
     "llama4": "some layers attend in chunks and others have no positions, with mixtures of experts",

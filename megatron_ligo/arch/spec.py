@@ -65,6 +65,7 @@ class Role(Enum):
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
+    ATTENTION_SINK = "attention sink"  # of each query head: a logit of the softmax that no token has
     QUERY_NORM = "query norm"  # of each head, or of all heads together
     KEY_NORM = "key norm"
     ATTENTION_OUTPUT = "attention output"
@@ -280,10 +281,13 @@ _SIZE_FIELD_BY_SPACE = {
 }
 # Classes of BERT's next-sentence head; the weight of a shared expert.
 _FIXED_SIZES = {"order": 2, "score": 1}
+SINK_SPACE = "sink"  # one entry for each query head, whatever its size
 
 
 def axis_size(axis: Axis, model_config: ModelConfig) -> int:
     """Returns the number of features along an axis."""
+    if axis.space == SINK_SPACE:
+        return model_config.num_heads
     if axis.heads is Heads.Q:
         return model_config.num_heads * model_config.head_dim
     if axis.heads is Heads.KV:

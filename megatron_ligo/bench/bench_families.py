@@ -60,6 +60,10 @@ OWN: dict[str, dict[str, object]] = {
     "gpt2": {"activation": "gelu_new", "rope_base": None, "tied": True, **ALL_HEADS},
     "gpt_neox": {"activation": "gelu", "rotary_fraction": 0.5, "parallel_residual": True, **ALL_HEADS},
     "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.7, "attention_scale": 0.3, "logits_divisor": 2.0},
+    "granite_swa": {
+        "embedding_multiplier": 6.0, "residual_multiplier": 0.7, "attention_scale": 0.3, "logits_divisor": 2.0,
+        **ALTERNATE, "rope_layers": (True, True, False),
+    },
     "ministral3": {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
         "query_scaling_beta": 0.5,

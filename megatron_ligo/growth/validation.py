@@ -147,6 +147,9 @@ def check_settings(small: ModelConfig, large: ModelConfig, settings: OperatorSec
     """Raises ConfigError with every setting that cannot be used for these sizes."""
     arch = architectures.get(large.arch)
     space_maps = SpaceMaps(small, large, value_for_space(settings.structure, "groups"))
+    if arch.has_sinks and space_maps.structure != "heads":
+        hint = "Each head has a sink of its own, which dense maps cannot place."
+        raise ConfigError(Problem("operator.structure", f"'heads' for {arch.name}", repr(space_maps.structure), hint))
     maps = space_maps.map_specs(arch)
     keys = {short_key(param) for param in arch.layer_params(large)}
     settings.check_spaces({*maps, *keys})

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.arch.spec import Axis, Heads, ParamSpec, Role, Use, axis_size
+from megatron_ligo.arch.spec import SINK_SPACE, Axis, Heads, ParamSpec, Role, Use, axis_size
 from megatron_ligo.growth import attention_heads, experts
 from megatron_ligo.growth.linear_maps import LinearMap, RowSelection
 
@@ -114,8 +114,10 @@ class SpaceMaps:
 
     def _lift_whole_heads(self, axis: Axis, dual: bool) -> LiftedMap:
         small, has_query_heads = self.small, axis.heads is Heads.Q
-        inner = None
-        if self.head_dim_changed and axis.use is Use.GAIN:
+        inner, head_dim = None, self.small.head_dim
+        if axis.space == SINK_SPACE:
+            head_dim = 1
+        elif self.head_dim_changed and axis.use is Use.GAIN:
             inner = self.head_gain_map("q" if has_query_heads else "k", dual)
         elif self.head_dim_changed:
             if axis.space == "qk":
@@ -125,9 +127,9 @@ class SpaceMaps:
             feature_map = attention_heads.dual_head_feature_map if dual else attention_heads.head_feature_map
             inner = feature_map(part, self._head_growth)
         if self.gqa_ratio_changed and has_query_heads:
-            return LiftedMap("heads", unit=small.head_dim, inner=inner)
+            return LiftedMap("heads", unit=head_dim, inner=inner)
         heads_per_entry = small.heads_per_group if has_query_heads else 1
-        return LiftedMap("groups", unit=small.head_dim * heads_per_entry, inner=inner)
+        return LiftedMap("groups", unit=head_dim * heads_per_entry, inner=inner)
 
     def _lift_dense_heads(self, axis: Axis) -> LiftedMap:
         has_query_heads = axis.heads is Heads.Q

@@ -50,6 +50,19 @@ DECODERS = {
             "logits_scaling": 2.0,
         },
     ),
+    "granite_swa": (
+        "GraniteSWAForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.0,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "layer_rope_theta": [500.0, 0],
+        },
+    ),
     "olmo2": ("Olmo2ForCausalLM", CAUSAL_SIZES | {"pad_token_id": 1}),
     "olmo3": ("Olmo3ForCausalLM", CAUSAL_SIZES | {"pad_token_id": 1, "sliding_window": 7, "rope_scaling": YARN}),
     "gemma2": (

@@ -29,6 +29,7 @@ from megatron_ligo.models.factored.factored_linears import (
     RowParallelFactors,
     pass_through,
 )
+from megatron_ligo.models.factored.factored_sinks import FactoredSinks
 from megatron_ligo.models.factored.map_parameters import DepthParameters, MapParameters, RouterParameters
 from megatron_ligo.models.factored.step_cache import StepCache
 from megatron_ligo.models.factored.step_state import StepState
@@ -94,11 +95,15 @@ class FactoredLayer(nn.Module):
         config = build_transformer_config(operator.large, build)
         # fc2 applies the activation as its input transform, so Megatron-core's MLP must not.
         config.gated_linear_unit, config.activation_func = False, pass_through
+        # Sinks are grown, too.
+        config.softmax_type = "vanilla"
         submodules = build_layer_spec_with_placeholders(operator).submodules
         self.block = get_layer_class(operator.large)(config, submodules, layer_number=layer + 1)
         unscale_window_positions([self.block], operator.large)
         modules = build_modules(context, layer, config)
         for path, module in modules.items():
+            if isinstance(module, FactoredSinks):
+                module.attention = self.block.get_submodule(path)
             self.block.set_submodule(path, module)
         self.factored_modules = list(modules.values())
         self._tensor_counts: list[int] = []
@@ -202,6 +207,8 @@ def build_modules(context: FactoredContext, layer: int, config: TransformerConfi
             modules[path] = FactoredNorm(norms[path])
         elif specs[0].role in OUTPUT_SCALES:
             modules[path] = FactoredScale(context, specs, layer)
+        elif specs[0].role is Role.ATTENTION_SINK:
+            modules[path] = FactoredSinks(context, specs, layer)
         elif path not in NORM_READERS.values():
             kind = ColumnParallelFactors if specs[0].tp_dim == 0 else RowParallelFactors
             modules[path] = kind(context, specs, layer, transforms.get(path))

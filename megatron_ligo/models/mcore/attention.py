@@ -18,7 +18,8 @@ class FusedAttention(nn.Module):
     """softmax(q k^T scale) v, causal or full, grouped-query, with the signature of mcore's DotProductAttention.
 
     softmax_scale: None = 1 / sqrt(d). The scores are bounded by the config's `attention_softcap`, and queries are
-    multiplied by the factor of their position that its `query_scaling` states, if these are not None.
+    multiplied by the factor of their position that its `query_scaling` states, if these are not None. With
+    `softmax_type` "learnable" each head has a sink: a logit of its own in the softmax, by Megatron-core's name.
     """
 
     def __init__(
@@ -36,13 +37,28 @@ class FusedAttention(nn.Module):
         self.causal = attn_mask_type is AttnMaskType.causal
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] if has_window else None
+        self.register_parameter("softmax_offset", build_sinks(config))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
-        """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads d). attention_mask: True = masked."""
-        return self.attend(query, key, value, attention_mask).flatten(2)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sinks: Tensor | None = None,
+        **_,
+    ) -> Tensor:
+        """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads d). attention_mask: True = masked.
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """query (s, b, heads, d); key, value (s, b, groups, d) -> (s, b, heads, d)."""
+        sinks: (heads,), in place of the module's own.
+        """
+        sinks = self.softmax_offset if sinks is None else sinks
+        return self.attend(query, key, value, attention_mask, sinks).flatten(2)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        """query (s, b, heads, d); key, value (s, b, groups, d); sinks (heads,) or None -> (s, b, heads, d)."""
         if self.query_scaling is not None:
             query = query * query_factors(len(query), *self.query_scaling, query)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -53,8 +69,8 @@ class FusedAttention(nn.Module):
             distance = index[:, None] - index[None, :]
             within = (distance <= self.window) & (distance >= (0 if self.causal else -self.window))
             mask = within if mask is None else mask & within
-        if self.softcap is not None:
-            out = capped_attention(q, k, v, mask, self.causal, self.scale, self.softcap)
+        if self.softcap is not None or sinks is not None:
+            out = plain_attention(q, k, v, mask, self.causal, self.scale, self.softcap, sinks)
             return out.permute(2, 0, 1, 3)
         is_grouped = q.shape[1] != k.shape[1]
         if is_grouped and not device.has_grouped_attention(q.dtype, masked=mask is not None):
@@ -79,14 +95,39 @@ class UlyssesAttention(nn.Module):
         self.group = current_cp_group()
         self.local = FusedAttention(config, layer_number, attn_mask_type, **options)
         self.exchange = DistributedAttention(self.local.attend, self.group)
+        # Under the name that it has without context parallelism.
+        self.register_parameter("softmax_offset", self.local.softmax_offset)
+        self.local.softmax_offset = None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
-        """query (s / cp, b, heads, d); key, value (s / cp, b, groups, d) -> (s / cp, b, heads d)."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sinks: Tensor | None = None,
+        **_,
+    ) -> Tensor:
+        """query (s / cp, b, heads, d); key, value (s / cp, b, groups, d) -> (s / cp, b, heads d).
+
+        sinks: (heads,), in place of the module's own.
+        """
         heads, groups, ranks = query.shape[2], key.shape[2], self.group.size()
         repeats = exchanged_kv_heads(heads, groups, ranks) // groups
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
-        return self.exchange(query, key, value, 1, None, attention_mask).flatten(2)
+        sinks = self.softmax_offset if sinks is None else sinks
+        if sinks is not None:
+            sinks = sinks.chunk(ranks)[self.group.rank()]
+        return self.exchange(query, key, value, 1, None, attention_mask, sinks).flatten(2)
+
+
+def build_sinks(config) -> nn.Parameter | None:
+    """Returns the sinks of this rank's heads, (heads / tp,), not initialised; None if heads have none."""
+    if config.softmax_type != "learnable":
+        return None
+    heads = config.num_attention_heads // config.tensor_model_parallel_size
+    return nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device.current_device()))
 
 
 def query_factors(length: int, beta: float, original: float, like: Tensor) -> Tensor:
@@ -96,19 +137,32 @@ def query_factors(length: int, beta: float, original: float, like: Tensor) -> Te
     return factors.to(like.dtype)[:, None, None, None]
 
 
-def capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, softcap: float
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Returns attention with scores c tanh(q k^T scale / c), which no fused kernel of PyTorch has.
+    """Returns attention with scores c tanh(q k^T scale / c), or with sinks, which no fused kernel of PyTorch has.
 
-    q: (b, heads, s, d); k, v: (b, groups, s, d); mask: (s, s), True = attended, or None -> (b, heads, s, d).
+    q: (b, heads, s, d); k, v: (b, groups, s, d); mask: (s, s), True = attended, or None; softcap: c or None; sinks:
+    (heads,) or None, a logit in each head's softmax whose share goes to no value -> (b, heads, s, d).
     """
     repeats, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal and mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    column = sinks.to(scores)[:, None, None].expand(len(q), -1, length, 1)
+    shares = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1, dtype=torch.float32)
+    return shares[..., :-1].to(q.dtype) @ v

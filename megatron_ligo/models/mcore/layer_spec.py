@@ -136,6 +136,7 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
         layernorm_epsilon=model_config.norm_eps,
         layernorm_zero_centered_gamma=arch.gain_offset == 1,
         qk_layernorm=arch.has_head_norms,
+        softmax_type="learnable" if arch.has_sinks else "vanilla",
         softmax_scale=None if has_default_scale(model_config) else model_config.score_scale,
         gated_linear_unit=arch.is_gated(model_config),
         activation_func=ACTIVATIONS[model_config.activation],
@@ -192,7 +193,7 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype, layer: int |
     layer_class = get_layer_class(model_config)
     is_plain = layer_class in (TransformerLayer, ParallelResidualLayer) and not arch.has_head_norms
     is_plain = is_plain and not arch.has_experts and has_common_biases(model_config)
-    is_plain = is_plain and not model_config.query_scaling_beta and not arch.starts_unnormalised
+    is_plain = is_plain and not model_config.query_scaling_beta and not arch.starts_unnormalised and not arch.has_sinks
     is_plain = is_plain and (arch.uses_rms_norm or arch.has_norm_biases(model_config))
     is_local = not (device.has_transformer_engine() and is_plain and model_config.attention_softcap is None)
     if is_local:

@@ -41,7 +41,19 @@ NEUTRAL_IF_EMPTY = {
 }  # fmt: skip
 
 # Their classes read a head_dim that they do not declare.
-READ_HEAD_DIM = ("qwen2_moe", "qwen3_moe", "qwen2", "granite", "olmo2", "olmo3", "smollm3", "exaone4", "cohere", "phi")
+READ_HEAD_DIM = (
+    "granite_swa",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen2",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "exaone4",
+    "cohere",
+    "phi",
+)
 
 
 def problems(config: dict, accept: tuple[str, ...] = ()) -> list[str]:

@@ -213,6 +213,9 @@ def feature_matrix(operator: Operator, values: Values, axis: Axis, layer: int | 
     else:
         heads = width_map(operator, values, "groups", layer, is_input)
         heads = kronecker(heads, torch.eye(ratio1)) if is_query else heads
+    if axis.space == "sink":
+        # One number for each query head.
+        return heads
     if axis.space == "qk":
         part = "q" if is_query else "k"
     else:

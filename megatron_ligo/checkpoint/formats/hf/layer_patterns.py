@@ -1,7 +1,8 @@
 """Which layers of a Hugging Face config.json have a window, and which have rotary positions.
 
-`Architecture.hf_pattern_keys` names the keys. `layer_types` and `no_rope_layers` are lists with an entry for each
-layer. Where a config leaves one out, transformers derives it from the other keys.
+`Architecture.hf_pattern_keys` names the keys. `layer_types`, `no_rope_layers` and `layer_rope_theta` (the rotary base,
+or 0 for none) are lists with an entry for each layer. Where a config leaves one out, transformers derives it from the
+other keys.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megatron_ligo.checkpoint.formats.hf.transformers_config import load_transfo
 from megatron_ligo.checkpoint.source_keys import describe_value
 from megatron_ligo.common.errors import ErrorCollector
 
+ROPE_BASES = "layer_rope_theta"
 TYPES, NO_ROPE, USE_WINDOW, FIRST_WINDOW = "layer_types", "no_rope_layers", "use_sliding_window", "max_window_layers"
 # transformers 4 and 5.
 FULL_NAMES = (FULL, "attention")
@@ -56,7 +58,22 @@ def parse_patterns(
             errors.add(NO_ROPE, f"0 or 1 for each of {num_layers} layers", describe_value(flags))
         else:
             patterns["rope_layers"] = tuple(bool(flag) for flag in flags[:num_layers])
+    if ROPE_BASES in keys:
+        patterns |= _parse_bases(_list_of(config, ROPE_BASES, where), num_layers, errors)
     return patterns
+
+
+def _parse_bases(bases: object, num_layers: int, errors: ErrorCollector) -> dict[str, object]:
+    """Parses a rotary base for each layer, 0 for none, which wins over the config's only one."""
+    is_list = isinstance(bases, list) and len(bases) == num_layers
+    if not is_list or not all(type(base) in (int, float) and 0 <= base < float("inf") for base in bases):
+        errors.add(ROPE_BASES, f"a number for each of {num_layers} layers", describe_value(bases))
+        return {}
+    stated = sorted({float(base) for base in bases if base})
+    if len(stated) != 1:
+        errors.add(ROPE_BASES, "one base, or 0 for no rotary positions", describe_value(bases))
+        return {}
+    return {"rope_base": stated[0], "rope_layers": tuple(base != 0 for base in bases)}
 
 
 def _list_of(config: Mapping, key: str, where: str) -> object:
@@ -79,8 +96,9 @@ def check_patterns(model_config: ModelConfig, arch: Architecture, errors: ErrorC
         expected = model_config.window_layers
         if model_config.rope_layers != expected:
             errors.add("rope_layers", f"{expected}, the layers with a window", model_config.rope_layers)
-    for field, key in (("window_layers", TYPES), ("rope_layers", TYPES if arch.rotates_in_windows_only else NO_ROPE)):
-        if getattr(model_config, field) is not None and key not in names:
+    rope_keys = {TYPES} if arch.rotates_in_windows_only else {NO_ROPE, ROPE_BASES}
+    for field, keys in (("window_layers", {TYPES}), ("rope_layers", rope_keys)):
+        if getattr(model_config, field) is not None and not keys & {*names}:
             errors.add(field, "the same in every layer", describe_value(getattr(model_config, field)))
     if model_config.query_scaling_beta and not arch.scales_queries:
         errors.add("query_scaling_beta", "0: queries are not scaled", model_config.query_scaling_beta)
@@ -97,6 +115,7 @@ def to_pattern_keys(model_config: ModelConfig, arch: Architecture) -> dict[str, 
     values = {
         TYPES: [WINDOW if window else FULL for window in windows],
         NO_ROPE: [int(flag) for flag in rotates],
+        ROPE_BASES: [model_config.rope_base if flag else 0 for flag in rotates],
         USE_WINDOW: any(windows),
         FIRST_WINDOW: windows.index(True) if any(windows) else model_config.num_layers,
     }
