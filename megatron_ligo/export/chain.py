@@ -19,6 +19,7 @@ from megatron_ligo.common.file_digest import SEAL, hash_json, is_intact
 from megatron_ligo.distributed.digest_cache import SAMPLED, WHOLE, DigestCache
 from megatron_ligo.export import provenance, run_inputs
 from megatron_ligo.export.grown_reader import GrownReader
+from megatron_ligo.export.metrics_rows import find_changed_rows
 from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.export.start_check import find_checkpoint_damage, find_handoff_damage
 from megatron_ligo.growth import operator_file
@@ -206,6 +207,8 @@ class _ChainWalk:
             stated = record["files"].get(path.name)
             if stated is not None and stated != run_record.describe_file(path):
                 problems.append(Problem(f"{path}", f"digest {stated['digest']}, as in {checkpoint}", "other content"))
+        if run != checkpoint:
+            problems += map(str, find_changed_rows(run, record["state"], record["step"]))
         inputs = run_inputs.read_inputs(record["state"], f"{checkpoint / run_record.RECORD}")
         return [*problems, *self._check_inputs(run, inputs)]
 

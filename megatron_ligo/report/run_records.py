@@ -14,12 +14,12 @@ from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import CheckpointError, ConfigError, ErrorCollector, LigoError
 from megatron_ligo.config.run_config import SCRATCH
 from megatron_ligo.export import provenance
+from megatron_ligo.export.metrics_rows import METRICS_FILE, read_metrics
 from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report.anomaly_notes import describe_anomalies
 from megatron_ligo.report.json_fields import JsonRecord, load_record
 from megatron_ligo.report.routing_notes import describe_routing
-from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 
 # Keys of the operator's record that growth.json does not repeat.
 OPERATOR_ONLY_KEYS = ("small", "large", "settings")

@@ -10,6 +10,7 @@ from typing import IO, ClassVar
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common import folder_kinds, library_log
+from megatron_ligo.common.errors import Problem
 from megatron_ligo.common.file_lock import lock_folder
 from megatron_ligo.common.folder_kinds import FolderKind
 from megatron_ligo.config.run_config import RunConfig, TrainingSection
@@ -20,6 +21,7 @@ from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.export import run_inputs
+from megatron_ligo.export.metrics_rows import find_changed_rows
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy, RunInputs
 from megatron_ligo.growth.codes.codes_file import TENSORS
 from megatron_ligo.models.mcore.router_statistics import RouterStatistics
@@ -123,11 +125,20 @@ class TrainingJob:
             return RunInputs(cache, self.policy, None)
         state, folder = self.checkpoint.state, self.checkpoint.folder
         if self.checkpoint.version > 2:
-            return RunInputs(cache, self.policy, self.ranks.run_on_all(lambda: run_inputs.read_saved(state, folder)))
+            inputs = RunInputs(cache, self.policy, self.ranks.run_on_all(lambda: run_inputs.read_saved(state, folder)))
+            inputs.add_problems(self._find_changed_rows())
+            return inputs
         log.warning("%s is of an earlier version, without digests: data and models are taken as they are", folder)
         digest = held_out_digest(state)
         entry = {"path": "data.valid", "kind": run_inputs.SAMPLES, "digest": digest}
         return RunInputs(cache, self.policy, {HELD_OUT: entry} if digest else {}, adopted=True)
+
+    def _find_changed_rows(self) -> list[Problem]:
+        """Returns a problem if the metrics up to the checkpoint are not those that it was saved with."""
+        with self.ranks.agree():
+            is_first, saved = self.ranks.rank == 0, self.checkpoint
+            problems = find_changed_rows(self.output, saved.state, saved.step) if is_first else []
+        return self.ranks.all_gather(problems)[0]
 
     def compare_inputs(self, complete: bool = True) -> None:
         """Compares the inputs that are there by now with the checkpoint's. DataError on all ranks if any differs."""

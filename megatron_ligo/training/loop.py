@@ -17,12 +17,13 @@ from megatron_ligo.data.sampler import Batch, ShardedSampler
 from megatron_ligo.distributed import mesh
 from megatron_ligo.distributed.mesh import Mesh, all_ranks
 from megatron_ligo.export import run_inputs
+from megatron_ligo.export.metrics_rows import ACCEPTED_CHANGES, ANOMALY, METRICS_STATE
 from megatron_ligo.training import replica_check
 from megatron_ligo.training.checkpointing import run_checkpoints
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.guard.loss_guard import LossGuard
 from megatron_ligo.training.lr_schedule import learning_rate
-from megatron_ligo.training.metrics import ACCEPTED_CHANGES, ANOMALY, Metrics, StepCallback
+from megatron_ligo.training.metrics import Metrics, StepCallback
 from megatron_ligo.training.tracking.trackers import TrackerList, open_trackers
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -63,7 +64,7 @@ def run_steps(
         signal_handling.defer_signals(section.grace_seconds),
         closing(trackers),
         Metrics(
-            output, dist.get_rank() == 0, section.steps, first_step, (trackers.add, on_step), trackers.add
+            output, dist.get_rank() == 0, section.steps, first_step, (trackers.add, on_step), trackers.add, state
         ) as metrics,
         closing(_read_ahead(data, section, dims, first_step)) as steps,
     ):
@@ -98,11 +99,20 @@ def run_steps(
             if is_last or signum or is_due(done, section.save_every):
                 if signum:
                     saver.settle()
+                state[METRICS_STATE] = _bind_metrics(metrics)
                 keep = run_checkpoints.Retention(section.keep_last, guard.protected_steps)
                 saver.save(done, state, keep, wait=is_last or bool(signum))
             if signum and not is_last:
                 raise Stopped(signum, f"saved after step {done} of {section.steps}. Start it again to resume there.")
         saver.finish()
+
+
+def _bind_metrics(metrics: Metrics) -> dict:
+    """Returns what a checkpoint states of the rows so far. Collective."""
+    ranks = all_ranks()
+    with ranks.agree():
+        binding = metrics.bind()
+    return ranks.all_gather(binding)[0]
 
 
 def _read_ahead(

@@ -17,18 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ligo.common import terminal_stream
-from megatron_ligo.common.atomic_files import fsync_descriptor, parse_json, read_text, write_bytes
-from megatron_ligo.common.errors import CheckpointError, Problem
+from megatron_ligo.common.atomic_files import fsync_descriptor, write_bytes
+from megatron_ligo.export.metrics_rows import METRICS_FILE, METRICS_STATE, RowsDigest, read_metrics
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-METRICS_KEYS = ("step", "loss", "lr", "tokens", "flops", "seconds", "grad_norm")
-# A run of a month logs a few hundred bytes for each of its millions of steps.
-MAX_METRICS_BYTES = 1 << 36
-# The columns of text: what is wrong with a step, and which changed inputs its user has accepted before it.
-ANOMALY, ACCEPTED_CHANGES = "anomaly", "accepted_changes"
-TEXT_KEYS = (ANOMALY, ACCEPTED_CHANGES)
 # Columns that the progress line leaves out.
 SILENT_KEYS = ("update_ratio", "skipped", "dropped_tokens")
 SILENT_PREFIX = "expert_load_"
@@ -55,8 +48,11 @@ class Metrics:
         done_steps: int = 0,
         on_step: Sequence[StepCallback | None] = (),
         on_start: StepCallback | None = None,
+        state: dict | None = None,
     ):
         """done_steps: step of the resumed checkpoint; rows of later steps are removed from the file.
+
+        state: the run's, whose entry of the metrics states the tokens and FLOPs so far.
 
         on_step: called with each row. on_start: called with what `log_start` records, at step 0.
         """
@@ -65,11 +61,16 @@ class Metrics:
         self._on_start = on_start
         self._start: dict[str, float] = {}
         self._totals = {"tokens": 0, "flops": 0, "seconds": 0.0}
+        self._digest = RowsDigest()
         if not enabled:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        last = _truncate_rows(folder / METRICS_FILE, done_steps)
+        last = _truncate_rows(folder / METRICS_FILE, done_steps, self._digest)
+        # The user may have accepted that rows are gone.
+        last |= {
+            key: value for key, value in (state or {}).get(METRICS_STATE, {}).items() if key in ("tokens", "flops")
+        }
         self._totals.update({key: last[key] for key in self._totals if last.get(key) is not None})
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._events = TensorBoardEvents(folder / "tensorboard", done_steps)
@@ -101,6 +102,7 @@ class Metrics:
         finite: dict = {key: value if math.isfinite(value) else None for key, value in row.items()} | texts
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
+        self._digest.add(finite)
         shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
         self._events.add({**shown, **extra}, step, texts)
         silent = {key for key in extra if key in SILENT_KEYS or key.startswith(SILENT_PREFIX)}
@@ -116,6 +118,15 @@ class Metrics:
         self._start = {f"start_{key}": value for key, value in values.items()}
         if self._on_start:
             self._on_start({"step": 0, **values})
+
+    def bind(self) -> dict:
+        """Syncs the rows so far to the disk and returns what a checkpoint states of them; {} unless enabled."""
+        if not self.enabled:
+            return {}
+        self._file.flush()
+        fsync_descriptor(self._file.fileno())
+        totals = {key: self._totals[key] for key in ("tokens", "flops")}
+        return {"rows": self._digest.rows, "digest": self._digest.value, **totals}
 
     def close(self) -> None:
         if not self.enabled:
@@ -134,48 +145,15 @@ class Metrics:
         self.close()
 
 
-def read_metrics(path: str | Path) -> list[dict]:
-    """Reads the rows of a metrics.jsonl; skips an incomplete last line. CheckpointError if another line is invalid."""
-    path = Path(path)
-    try:
-        lines = read_text(path, MAX_METRICS_BYTES).split("\n")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem(f"{path}", "the metrics of a run, in UTF-8", error)) from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = _parse_row(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):
-            problem = Problem(
-                f"{path}, line {number}", f"a JSON object with {', '.join(METRICS_KEYS)}", repr(line[:60])
-            )
-            raise CheckpointError(problem)
-        # The last line is empty, or its write was interrupted.
-    return rows
-
-
-def _parse_row(line: str) -> dict | None:
-    """Returns a row whose step is an integer and whose other columns are numbers or none; None for anything else."""
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return None
-    numbers = (value for key, value in row.items() if key not in TEXT_KEYS)
-    if not all(value is None or isinstance(value, int | float) for value in numbers):
-        return None
-    return {"step": row["step"], **row}
-
-
-def _truncate_rows(path: Path, done_steps: int) -> dict:
-    """Keeps only the rows of steps 1 to done_steps in the file; returns the last of them, or {}."""
+def _truncate_rows(path: Path, done_steps: int, digest: RowsDigest) -> dict:
+    """Keeps only the rows of steps 1 to done_steps in the file, adds them to `digest`; returns the last, or {}."""
     if not path.exists():
         return {}
     rows = [row for row in read_metrics(path) if 1 <= row["step"] <= done_steps]
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows[-1] if rows else {}
+    for row in rows:
+        digest.add(row)
+    return dict(rows[-1]) if rows else {}
 
 
 class TensorBoardEvents:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ligo.common.errors import LigoError
 from megatron_ligo.config.run_config import RunConfig
+from megatron_ligo.export.metrics_rows import METRICS_FILE
 from megatron_ligo.export.run_inputs import DEFAULT_POLICY, InputPolicy
 from megatron_ligo.training.fit import Fit
 from megatron_ligo.training.pretrain import Pretrain
@@ -42,6 +43,16 @@ def other_text(path: Path) -> None:
 
 def edit_tokenizer(path: Path) -> None:
     path.write_text(path.read_text() + " ")
+
+
+def edit_a_loss(path: Path) -> None:
+    first, *rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps({**json.loads(first), "loss": 1.0}) + "\n", *rows]))
+
+
+def edit_seconds(path: Path) -> None:
+    rows = [{**json.loads(line), "seconds": 0.5} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # Change -> (file below the base folder, the name under which the error lists it).
@@ -80,12 +91,18 @@ def try_changes(tool: str, base: str, settings: dict, stop_after: int) -> dict:
     folder, output, copy = Path(base), Path(base) / tool, Path(base) / f"{tool}_resumed"
     results = {"whole": run(tool, settings, str(output), stop_after=stop_after)}
 
-    def resume(policy: InputPolicy = DEFAULT_POLICY):
+    def resume(policy: InputPolicy = DEFAULT_POLICY, edit: Callable[[Path], object] = lambda run: None):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(output, copy)
+        edit(copy / METRICS_FILE)
         return run(tool, settings, str(copy), policy)
 
     results["untouched"] = resume()
+    results["a digit of the metrics"] = resume(edit=edit_a_loss)
+    results["no metrics"] = resume(edit=Path.unlink)
+    results["accepted metrics"] = resume(InputPolicy(accept_changed=True), Path.unlink)
+    results["tokens"] = [json.loads(line)["tokens"] for line in (copy / METRICS_FILE).read_text().splitlines()]
+    results["seconds of the metrics"] = resume(edit=edit_seconds)
     for name, (change, file, _) in CHANGES.items():
         kept = {path: path.read_bytes() for path in folder.glob("*") if path.is_file()}
         kept |= {path: path.read_bytes() for path in (folder / "small").iterdir()}

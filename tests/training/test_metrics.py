@@ -12,7 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ligo.common.errors import CheckpointError
-from megatron_ligo.training.metrics import METRICS_KEYS, Metrics, peak_memory_bytes, read_metrics
+from megatron_ligo.export.metrics_rows import METRICS_KEYS, read_metrics
+from megatron_ligo.training.metrics import Metrics, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 

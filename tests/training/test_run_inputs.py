@@ -43,7 +43,7 @@ def results(pools, tmp_path_factory, request) -> dict:
 
 def test_an_untouched_run_resumes_bit_for_bit(results):
     assert len(results["whole"]) == STEPS and isinstance(results["whole"], list)
-    for name in ("untouched", "moved data", "full check", "sample order of zeros"):
+    for name in ("untouched", "moved data", "full check", "sample order of zeros", "seconds of the metrics"):
         assert results[name] == results["whole"], name
 
 
@@ -54,6 +54,16 @@ def test_a_change_is_refused_by_name(results, change):
     assert isinstance(text, str) and text.startswith("DataError: what the run stands on has changed"), text
     path = file.rpartition("/")[0] if file.startswith("small/") and "tokenizer" not in file else file
     assert name in text and str(results["folder"] / path) in text and "--accept-changed-data" in text, text
+
+
+@pytest.mark.parametrize("change", ["a digit of the metrics", "no metrics"])
+def test_changed_metrics_are_refused(results, change):
+    assert f"metrics.jsonl: expected {STOP} rows up to step {STOP}" in results[change], results[change]
+
+
+def test_metrics_that_are_gone_with_consent_lose_no_tokens(results):
+    assert results["accepted metrics"] == results["whole"][STOP:]
+    assert results["tokens"] == [tokens * results["tokens"][0] // (STOP + 1) for tokens in (STOP + 1, STOP + 2)]
 
 
 def test_an_accepted_change_is_recorded(results):

@@ -24,12 +24,12 @@ from megatron_ligo.data.token_codes import MAX_COUNTED, build_codes
 from megatron_ligo.distributed.rank_failures import report_failures
 from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, CODES, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.export.handoff import grow_from_config
+from megatron_ligo.export.metrics_rows import METRICS_FILE, read_metrics
 from megatron_ligo.export.run_inputs import ACCEPTED, InputPolicy
 from megatron_ligo.growth.codes.codes_file import RECORD
 from megatron_ligo.report.curves import smooth
 from megatron_ligo.training.fit import Fit
 from megatron_ligo.training.initial_weights import scratch_model_config
-from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 from megatron_ligo.training.pretrain import Pretrain
 
 # Of a run's curve in its result.

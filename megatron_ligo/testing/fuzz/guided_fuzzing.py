@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.testing.fuzz.fuzz_targets import FuzzFinding, FuzzTarget, TargetTrial, list_targets, mutate_bytes
@@ -32,12 +34,12 @@ from megatron_ligo.testing.fuzz.sample_files import Sample
 from megatron_ligo.testing.fuzz.trials import ALL_SAMPLES, GOOD, write_sample
 
 TALLY, CORPUS, FINDINGS, ENGINE_ERROR = "fuzz.json", "corpus", "findings", "engine.err"
-# Seconds that a child may take beyond its share, and those after which an input hangs, on a busy machine.
-GRACE_SECONDS, HANG_SECONDS = 300.0, 120
+# Seconds of the CPU that one input may take, or by the clock with less use of the CPU than IDLE_CPU: then it hangs.
+HANG_SECONDS, IDLE_SECONDS, IDLE_CPU = 60.0, 300.0, 0.05
 # Memory for one input, beyond which the process is ended.
 ADDRESS_SPACE = 4 << 30
 
-# Tries inputs for some seconds: (trial, try_input, the corpus folder, seconds, seed). It may end the process.
+# Tries inputs for some seconds of the CPU: (trial, try_input, the corpus, seconds, seed). It may end the process.
 Engine = Callable[[TargetTrial, Callable[[bytes], None], Path, float, int], None]
 
 
@@ -62,7 +64,7 @@ def run_guided_fuzz(
     engine: Engine | None = None,
     samples: Sequence[Sample] = ALL_SAMPLES,
 ) -> dict[str, TargetTally]:
-    """Fuzzes every part of every file of the samples, an equal share of `minutes` each.
+    """Fuzzes every part of every file of the samples, an equal share of `minutes` of the CPU each.
 
     engine: None: atheris if it is installed, else chance. Returns the tally of all calls on this folder.
     CheckpointError at the end if the folder has findings.
@@ -105,13 +107,7 @@ def _fuzz_in_child(
     child = os.fork()
     if child == 0:
         _child_main(target, folder, engine, seconds, random.Random(f"{seed}:{target.name}").getrandbits(31), counter)
-    until = time.monotonic() + seconds + GRACE_SECONDS
-    pid, status, usage = os.wait4(child, os.WNOHANG)
-    while pid == 0:
-        if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.02)
-        pid, status, usage = os.wait4(child, os.WNOHANG)
+    status, usage = _wait_while_it_reads(child, counter)
     code = os.waitstatus_to_exitcode(status)
     if code:
         last = folder / FINDINGS / f"{target.name}.last"
@@ -121,6 +117,27 @@ def _fuzz_in_child(
     tally.inputs += struct.unpack("<Q", counter[:])[0]
     tally.cpu_seconds += usage.ru_utime + usage.ru_stime
     tally.calls += 1
+
+
+def _wait_while_it_reads(child: int, counter: mmap.mmap) -> tuple[int, resource.struct_rusage]:
+    """Waits for the child's end, and kills it if one input hangs. counter: the number of inputs begun.
+
+    A busy machine may leave a sound child without the CPU for minutes.
+    """
+    watched, number, since = psutil.Process(child), b"", time.monotonic()
+    first = used = 0.0
+    pid, status, usage = os.wait4(child, os.WNOHANG)
+    while pid == 0:
+        spent = sum(watched.cpu_times()[:2])
+        if counter[:] != number:
+            number, first = counter[:], spent
+        if spent - used > IDLE_CPU:
+            used, since = spent, time.monotonic()
+        if spent - first > HANG_SECONDS or time.monotonic() - since > IDLE_SECONDS:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+        pid, status, usage = os.wait4(child, os.WNOHANG)
+    return status, usage
 
 
 def _child_main(
@@ -167,10 +184,10 @@ def fuzz_by_chance(
     trial: TargetTrial, try_input: Callable[[bytes], None], corpus: Path, seconds: float, seed: int
 ) -> None:
     """Tries mutated inputs, at least one."""
-    draw, until = random.Random(seed), time.monotonic() + seconds
+    draw = random.Random(seed)
     while True:
         try_input(mutate_bytes(draw, trial.first, 2 * len(trial.first) + 4096))
-        if time.monotonic() > until:
+        if time.process_time() > seconds:
             return
 
 
@@ -184,12 +201,18 @@ def fuzz_by_coverage(
         draw = random.Random(number)
         return mutate_bytes(draw, data, max_size) if draw.random() < 0.5 else atheris.Mutate(data, len(data))
 
+    def try_in_time(drawn: bytes) -> None:
+        # libFuzzer's own limits are by the clock.
+        if time.process_time() > seconds:
+            os._exit(0)
+        try_input(drawn)
+
     options = (
-        f"-max_total_time={max(1, round(seconds))}", f"-seed={seed or 1}", f"-timeout={HANG_SECONDS}",
+        f"-seed={seed or 1}", "-timeout=0",
         f"-max_len={2 * len(trial.first) + 4096}", f"-rss_limit_mb={ADDRESS_SPACE >> 20}", "-verbosity=0",
         f"-artifact_prefix={trial.folder.parent}/",
     )  # fmt: skip
-    atheris.Setup(["fuzz", *options, f"{corpus}"], try_input, custom_mutator=mutate)
+    atheris.Setup(["fuzz", *options, f"{corpus}"], try_in_time, custom_mutator=mutate)
     atheris.Fuzz()
 
 

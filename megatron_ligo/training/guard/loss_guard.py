@@ -16,12 +16,12 @@ from megatron_ligo.common.errors import LigoError, NumbersError, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.data.sampler import Batch
 from megatron_ligo.distributed.mesh import all_ranks
+from megatron_ligo.export.metrics_rows import METRICS_FILE, read_metrics
 from megatron_ligo.training.engine import Engine
 from megatron_ligo.training.guard import stop_record
 from megatron_ligo.training.guard.anomaly_detector import CLIMB, SMOOTHING, Anomaly, AnomalyDetector, StepNumbers
 from megatron_ligo.training.guard.stop_record import FLAG
 from megatron_ligo.training.guard.update_size import UpdateSize
-from megatron_ligo.training.metrics import METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)
 
