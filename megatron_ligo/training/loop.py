@@ -70,6 +70,7 @@ def run_steps(
     ):
         if start_loss is not None and not first_step:
             metrics.log_start(eval_loss=start_loss)
+            guard.record_start(start_loss)
         for step, batch, reading in steps:
             if should_stop():
                 break

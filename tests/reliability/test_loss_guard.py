@@ -112,6 +112,9 @@ def test_the_checkpoint_before_an_anomaly_is_kept(pools, learnable, tmp_path):
     assert result["log"].count("expected loss at most") == 1
     steps = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [30, 46, 48]
+    # The level of held-out losses is that of the start: this run has measured no other.
+    state = json.loads((tmp_path / "checkpoints/step_46/record.json").read_text())["state"]
+    assert state["guard"]["detector"]["held_out"] == state["losses"]["start"]
 
 
 def test_steps_are_skipped_a_bounded_number_of_times(pools, learnable, tmp_path):

@@ -36,6 +36,8 @@ from megatron_ligo.testing.fuzz.trials import ALL_SAMPLES, GOOD, write_sample
 TALLY, CORPUS, FINDINGS, ENGINE_ERROR = "fuzz.json", "corpus", "findings", "engine.err"
 # Seconds of the CPU that one input may take, or by the clock with less use of the CPU than IDLE_CPU: then it hangs.
 HANG_SECONDS, IDLE_SECONDS, IDLE_CPU = 60.0, 300.0, 0.05
+# libFuzzer's own limits are by the clock, which a busy machine makes meaningless; 0 is one second to atheris.
+NO_TIMEOUT = 10**6
 # Memory for one input, beyond which the process is ended.
 ADDRESS_SPACE = 4 << 30
 
@@ -202,13 +204,12 @@ def fuzz_by_coverage(
         return mutate_bytes(draw, data, max_size) if draw.random() < 0.5 else atheris.Mutate(data, len(data))
 
     def try_in_time(drawn: bytes) -> None:
-        # libFuzzer's own limits are by the clock.
         if time.process_time() > seconds:
             os._exit(0)
         try_input(drawn)
 
     options = (
-        f"-seed={seed or 1}", "-timeout=0",
+        f"-seed={seed or 1}", f"-timeout={NO_TIMEOUT}",
         f"-max_len={2 * len(trial.first) + 4096}", f"-rss_limit_mb={ADDRESS_SPACE >> 20}", "-verbosity=0",
         f"-artifact_prefix={trial.folder.parent}/",
     )  # fmt: skip

@@ -132,6 +132,8 @@ class AnomalyDetector:
     def replay(self, rows: Iterable[Mapping]) -> None:
         """Rebuilds the state from the rows of metrics.jsonl."""
         for row in rows:
+            if row.get("start_eval_loss") is not None:
+                self.record_evaluation(row["start_eval_loss"])
             if row.get("loss") is not None and row.get("grad_norm") is not None and not row.get("skipped"):
                 self.accept(StepNumbers(row["loss"], row["grad_norm"], row.get("update_ratio")))
             if row.get("eval_loss") is not None:

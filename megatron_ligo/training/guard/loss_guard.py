@@ -136,6 +136,11 @@ class LossGuard:
             self._record_refused(done, problem, None, report)
         return report
 
+    def record_start(self, loss: float) -> None:
+        """Takes the held-out loss before the first step for the level that later ones are measured from."""
+        if math.isfinite(loss):
+            self.detector.record_evaluation(loss)
+
     def record_evaluation(self, done: int, loss: float, report: StepReport) -> None:
         """Judges the held-out loss after `done` steps; a severe one ends the run before they are saved."""
         if not self.section.spike or not math.isfinite(loss):

@@ -104,6 +104,9 @@ def test_held_out_losses():
     noticed, severe = detector.record_evaluation(4.5), detector.record_evaluation(7.0)
     assert (noticed.kind, noticed.severe, severe.severe) == (HELD_OUT, False, True)
     assert detector.state["held_out"] == 3.0
+    rebuilt = AnomalyDetector(10.0, 10.0, {})
+    rebuilt.replay([{"loss": 3.0, "grad_norm": 1.0, "start_eval_loss": 3.0}])
+    assert rebuilt.state["held_out"] == 3.0
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)
