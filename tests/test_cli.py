@@ -229,6 +229,7 @@ def wrap(inner: Exception) -> Exception:
     [
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: ", "full"),
         (wrap(OSError(errno.ENOSPC, "No space left on device")), "writing: ", "full"),
+        (OSError(errno.EFBIG, "File too large", "/a/b"), "/a/b: ", "ulimit -f"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "writing: ", "full"),
         (RuntimeError("[enforce fail at socket.cc:24] socket: Too many open files"), "writing: ", "ulimit -n"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: ", "Permission denied"),

@@ -16,7 +16,7 @@ from megatron_ligo.common.terminal_text import one_line, printable
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Failures of a local disk or a file server.
-IO_ERRNOS = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.EFBIG)
+IO_ERRNOS = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN)
 EXISTING_ERRNOS = (errno.EEXIST, errno.ENOTEMPTY)
 MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # What only a mistake of ours raises; a library's use of them is caught where the library is called.
@@ -206,6 +206,9 @@ def _describe_machine_error(error: BaseException) -> str | None:
         return f"{where}: expected a folder, or a free path for one, found: {error.strerror}. Choose another --output."
     if code in IO_ERRNOS:
         return f"{where}: expected a working disk, found: {error.strerror}. See the system log."
+    if code == errno.EFBIG:
+        hint = "Raise the limit of this process with ulimit -f, or choose a folder on another file system."
+        return f"{where}: expected room for the file, found the largest size that is allowed. {hint}"
     if code == errno.EADDRINUSE:
         return "the launcher's port: expected a free port, found it in use. Choose another with --master_port."
     if code == errno.EMFILE or "Too many open files" in str(error):

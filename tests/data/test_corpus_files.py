@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,8 @@ def test_a_parquet_file_whose_parts_name_the_column_otherwise_is_refused(tmp_pat
     path = write_parquet(tmp_path / "a.parquet", ["one", "two"])
     data, refused = path.read_bytes(), []
     places = [place for place in range(len(data)) if data.startswith(b"text", place)]
-    for place in places:
-        path.write_bytes(data[:place] + b"texy" + data[place + 4 :])
+    for name, place in product((b"texy", b"te\xffy"), places):
+        path.write_bytes(data[:place] + name + data[place + 4 :])
         with pytest.raises(DataError) as error:
             read(path)
         refused.append(problems(error)[0].found)

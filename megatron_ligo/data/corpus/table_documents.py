@@ -27,12 +27,14 @@ def read_parquet(path: Path, key: str) -> Iterator[RawChunk]:
         # Without read-ahead, which would hold whole row groups.
         file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES, page_checksum_verification=True)
     with file:
-        _check_column(path, file.schema_arrow, key)
+        with _reporting_damage(path):
+            _check_column(path, file.schema_arrow, key)
         metadata, size = file.metadata, path.stat().st_size
         first = 1
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
-            batch_rows = _rows_per_batch(path, metadata.row_group(group), key)
+            with _reporting_damage(path):
+                batch_rows = _rows_per_batch(path, metadata.row_group(group), key)
             batches = file.iter_batches(batch_rows, [group], [key], False)
             while True:
                 with _reporting_damage(path):
@@ -76,7 +78,7 @@ def _read_batches(path: Path, key: str, buffer: object, mapping: mmap.mmap) -> I
     open_reader = ipc.open_file if is_file else ipc.open_stream
     with _reporting_damage(path):
         schema = open_reader(buffer).schema
-    _check_column(path, schema, key)
+        _check_column(path, schema, key)
     if not is_file and mapping[-len(ARROW_STREAM_END) :] != ARROW_STREAM_END:
         raise _damaged_table(path, "no end of the stream")
     # All columns: a reader of one copies whole batches, where this one points into the mapping.
@@ -108,10 +110,12 @@ def _read_rows(path: Path, column: object, first: int, position: int) -> Iterato
     import pyarrow
 
     large = pyarrow.types.is_large_string(column.type)
-    texts = column.cast(pyarrow.large_string() if large else pyarrow.string())
+    with _reporting_damage(path):
+        texts = column.cast(pyarrow.large_string() if large else pyarrow.string())
+        contents = texts.cast(pyarrow.large_binary() if large else pyarrow.binary())
     rows: list[bytes | None] = []
     size = 0
-    for text in texts.cast(pyarrow.large_binary() if large else pyarrow.binary()):
+    for text in contents:
         rows.append(text.as_py())
         size += len(rows[-1] or b"")
         if size >= CHUNK_BYTES:
