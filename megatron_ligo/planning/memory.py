@@ -68,11 +68,9 @@ def estimate_stage_memory(job: PlannedJob, stage: int) -> dict[str, int]:
     if job.lagged:
         kinds["lag"] = job.element_bytes * parameter_count.count_model_on_rank(job, stage)
     kinds["activations"] = _estimate_activations(job, stage)
-    if job.operator is not None and job.micro_batches_per_build == 1 and job.parallel.zero != 3:
-        # The sums of the last layers come when their activations are freed; under ZeRO 3 they were measured beside.
-        layers = job.layers_per_stage()[stage]
-        freed = kinds["activations"] * min(layers, MIXED_LAYERS_AT_ONCE) / layers
-        kinds["gradient sums"] = max(0, kinds["gradient sums"] - freed)
+    if job.operator is not None and job.micro_batches_per_build == 1:
+        peak = _estimate_build_peak(job, stage)
+        kinds["gradient sums"] = max(0, peak - kinds["mixed"] - kinds["activations"])
     # The optimizer allocates its buffers after the activations are freed.
     kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
     return {kind: round(count) for kind, count in kinds.items()}
@@ -94,6 +92,8 @@ def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
     optimizer = optimizer_memory.read_optimizer_memory(job.parallel, bf16_weights)
     shard = count / job.replicas
     bucket = width * min(count, optimizer.bucket_size)
+    overlaps = optimizer.overlaps and job.parallel.pp == 1 and count > optimizer.bucket_size
+    buckets = 2 if zero > 1 or overlaps else 1
     weights = ON_HOST_SUFFIX if optimizer.offloads_weights else ""
     adam = ON_HOST_SUFFIX if optimizer.offloads_optimizer else ""
     # An offloaded optimizer also holds the gradients.
@@ -104,7 +104,7 @@ def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
         "gathered": width * min(count, optimizer.live_parameters) if zero == 3 else 0,
         "gradients": optimizer_memory.gradient_bytes(job.parallel, width) * (shard if zero > 1 else count),
         "optimizer" + adam: (masters + 2 * optimizer.moment_bytes) * shard,
-        "update": copied * optimizer.master_bytes * shard + (2 if zero > 1 else 1) * bucket,
+        "update": copied * optimizer.master_bytes * shard + buckets * bucket,
     }
 
 
@@ -117,25 +117,57 @@ def _estimate_small_model(job: PlannedJob, stage: int) -> dict[str, float]:
     """Estimates the small model's shard and a step's tensors derived from it: mixed weights, products, gradients."""
     operator, tp = job.operator, job.parallel.tp
     small, layers = operator.small, job.layers_per_stage()[stage]
-    ranks = 1 if job.whole_source else tp * job.replicas if job.parallel.zero == 3 else tp
+    ranks = _count_mixing_ranks(job)
     first, last = stage == 0, stage == job.parallel.pp - 1
     layer = parameter_count.count_layer(small, 1)
     table = padded_vocab(job.large.vocab_size, tp) // tp * small.hidden_size
     tables = (first or (last and small.tied)) + (last and not small.tied)
-    maps = parameter_count.count_operator_on_rank(operator, tp, layers)
+    sums = 0
     if job.micro_batches_per_build > 1:
+        maps = parameter_count.count_operator_on_rank(operator, tp, layers)
         sums = 4 * (layers * _count_linear_weights(job) + maps)
-    else:
-        # Gradients of mixed weights come twice in the run's dtype, then, as a slice, in fp32. Those of products take
-        # the place of the products.
-        in_fp32 = 4 / ranks if job.element_bytes < 4 else 0
-        sums = min(layers, MIXED_LAYERS_AT_ONCE) * layer * (2 * job.element_bytes + in_fp32)
     dropped = {"dropped neurons": 4 * layers * fit_expert_memory.count_dropped(job)} if small.num_experts else {}
     return dropped | {
         "source": small.num_layers * layer * job.source_bytes / ranks + 4 * table * tables,
         "mixed": job.element_bytes * (layers * (layer + _count_layer_products(job))),
         "gradient sums": sums,
     }
+
+
+def _count_mixing_ranks(job: PlannedJob) -> int:
+    """Counts the ranks that share the mixing of the small weights."""
+    tp = job.parallel.tp
+    return 1 if job.whole_source else tp * job.replicas if job.parallel.zero == 3 else tp
+
+
+def _estimate_build_peak(job: PlannedJob, stage: int) -> float:
+    """Estimates the largest sum of mixed weights, products, their gradients and activations while a batch is built.
+
+    Layers are built, and their builds taken back, in batches. Live with a batch of b layers after s others:
+
+        mixing it          s (m + p + a) + b m and the room of the mixing
+        before its build   (s + b) (m + p) + s a, the gradients of what its linears receive, and a layer recomputed
+        behind its build   s (m + p + a), and the gradients of its mixed weights, beside their copies for other ranks
+
+    m, p, a: bytes of a layer's mixed weights, products and kept activations.
+    """
+    small, width, ranks = job.operator.small, job.element_bytes, _count_mixing_ranks(job)
+    layers = job.layers_per_stage()[stage]
+    mixed, products = width * parameter_count.count_layer(small, 1), width * _count_layer_products(job)
+    received, kept = width * _count_linear_weights(job), _estimate_kept_by_layer(job)
+    recomputed = _estimate_layer_activations(job) if job.training.recompute else kept
+    # One matrix at a time is mixed and differentiated in fp32.
+    largest = max(prod(spec.shape(small)) for spec in _list_layer_matrices(job)) * 4 / ranks if width < 4 else 0
+    gathered = mixed * (1 + 1 / ranks) if ranks > 1 else 2 * largest
+    copied = mixed if ranks > 1 else largest
+    peak = 0.0
+    for first in range(0, layers, MIXED_LAYERS_AT_ONCE):
+        count = min(MIXED_LAYERS_AT_ONCE, layers - first)
+        before = first * (mixed + products + kept)
+        mixing = before + count * (mixed + gathered)
+        linears = before + count * (mixed + products + received) + recomputed
+        peak = max(peak, mixing, linears, before + count * (mixed + copied))
+    return peak
 
 
 def _estimate_teacher(job: PlannedJob) -> float:
@@ -193,19 +225,31 @@ def _estimate_activations(job: PlannedJob, stage: int) -> float:
     layers = job.layers_per_stage()[stage]
     parallel, last = job.parallel, stage == job.parallel.pp - 1
     in_flight = min(job.micro_batches, parallel.pp - stage)
-    whole = _count_layer_activations(job) * job.element_bytes * job.micro_batch_tokens
-    if job.operator is not None and job.large.num_experts:
-        whole += fit_expert_memory.count_sums(job) * job.element_bytes
+    whole, kept = _estimate_layer_activations(job), _estimate_kept_by_layer(job)
     vocab = padded_vocab(job.large.vocab_size, parallel.tp) // parallel.tp
     copies = LOGIT_COPIES + (PIPELINE_LOGIT_COPIES if parallel.pp > 1 else 0)
     low_precision = job.element_bytes if job.element_bytes < 4 else 0
     logits = (copies * 4 + low_precision) * job.micro_batch_tokens * vocab if last else 0
     if job.training.recompute:
-        stream_parts = parallel.tp if parallel.sequence_parallel else 1
-        layer_input = job.micro_batch_tokens * job.large.hidden_size * job.element_bytes / stream_parts
         # The logits are freed before a layer is recomputed.
-        return layers * layer_input * in_flight + max(whole, logits)
-    return layers * whole * in_flight + logits
+        return layers * kept * in_flight + max(whole, logits)
+    return layers * kept * in_flight + logits
+
+
+def _estimate_layer_activations(job: PlannedJob) -> float:
+    """Estimates the bytes that a layer computes for its backward pass with a micro-batch."""
+    whole = _count_layer_activations(job) * job.element_bytes * job.micro_batch_tokens
+    if job.operator is not None and job.large.num_experts:
+        whole += fit_expert_memory.count_sums(job) * job.element_bytes
+    return whole
+
+
+def _estimate_kept_by_layer(job: PlannedJob) -> float:
+    """Estimates the bytes that a layer keeps until its backward pass: its input only, if it is recomputed."""
+    if not job.training.recompute:
+        return _estimate_layer_activations(job)
+    stream_parts = job.parallel.tp if job.parallel.sequence_parallel else 1
+    return job.micro_batch_tokens * job.large.hidden_size * job.element_bytes / stream_parts
 
 
 def _count_ffn_activations(job: PlannedJob) -> tuple[int, int]:

@@ -18,6 +18,7 @@ class OptimizerMemory:
 
     master_bytes, moment_bytes: bytes per element of a master weight and of one Adam moment.
     bucket_size: elements that are reduced at once.
+    overlaps: outside of pipelines, a bucket is filled while another one is reduced.
     live_parameters: maximum number of gathered parameters that ZeRO 3 keeps.
     sums_in_fp32: gradients of bf16 weights are summed in fp32 outside of pipelines.
     """
@@ -25,6 +26,7 @@ class OptimizerMemory:
     master_bytes: int
     moment_bytes: int
     bucket_size: int
+    overlaps: bool
     live_parameters: int
     offloads_optimizer: bool
     offloads_weights: bool
@@ -40,6 +42,7 @@ def read_optimizer_memory(parallel: ParallelSection, bf16: bool) -> OptimizerMem
         master_bytes=2 if bf16 and low_precision.get("bf16_master_weights_and_grads") else 4,
         moment_bytes=2 if bf16 and low_precision.get("bf16_optimizer_states") else 4,
         bucket_size=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)),
+        overlaps=bool(zero.get("overlap_comm", True)),
         live_parameters=int(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)),
         offloads_optimizer=_is_offloaded(zero, "offload_optimizer"),
         offloads_weights=_is_offloaded(zero, "offload_param"),

@@ -64,6 +64,9 @@ def build_deepspeed_config(section: TrainingSection, mesh: Mesh, bf16: bool, uni
     if bf16 and _may_sum_apart(mesh) and sums_dtype:
         config["data_types"] = {**profile.get("data_types", {}), "grad_accum_dtype": sums_dtype}
         config.setdefault("communication_data_type", sums_dtype)
+    if mesh.pp == 1:
+        # Gradients are reduced as they come; by default DeepSpeed does so at ZeRO 3 only, and in pipelines never.
+        config["zero_optimization"] = {"overlap_comm": True, **profile["zero_optimization"]}
     if section.parallel.sequence_parallel or mesh.ep > 1:
         # DeepSpeed would partition activations over the model-parallel ranks as if they were replicated there.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}

@@ -56,9 +56,13 @@ def pretrain_with_slow_writers(table: dict, output: str) -> tuple[dict, list[lis
     return pretrain(table, output), seen
 
 
-def test_training_goes_on_and_the_checkpoint_is_that_of_its_step(pools, base, tmp_path):  # noqa: F811
+LAYOUTS = [{"zero": 2}, *(pytest.param(layout, marks=pytest.mark.long) for layout in ({"zero": 3}, {"pp": 2}))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_training_goes_on_and_the_checkpoint_is_that_of_its_step(pools, base, tmp_path, layout):  # noqa: F811
     """The writers of step 2 begin two steps later: they see the weights of step 2, as a fork does."""
-    table = settings(base, save_every=2, keep_last=9, zero=2)
+    table = settings(base, save_every=2, keep_last=9, **layout)
     plain = pools(2).run(pretrain, settings=table, output=str(tmp_path / "plain"))
     table["pretrain"]["async_save"] = True
     late, seen = pools(2).run(pretrain_with_slow_writers, table=table, output=str(tmp_path / "late"))
@@ -108,6 +112,29 @@ def test_a_killed_writer_is_named():
     os.kill(writer._pid, signal.SIGKILL)
     with pytest.raises(CheckpointError, match="it was ended by SIGKILL"):
         writer.result()
+
+
+def test_a_checkpoint_is_written_where_no_process_can_be_started(monkeypatch, tmp_path, caplog):
+    """A fork of a large process may find no memory; on one rank only, the others would wait for it."""
+
+    def refuse():
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    files = engine_files.CheckpointFiles(None)
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    for path in (tmp_path / "a.pt", tmp_path / "missing" / "a.pt"):
+        files.begin(in_background=True)
+        files.save({"a": torch.ones(3)}, str(path))
+        writer = files.start_writer()
+        assert writer.is_done()
+        if path.parent.exists():
+            assert writer.result() == {path: describe_file(path)}
+        else:
+            with pytest.raises(CheckpointError, match="No such file"):
+                writer.result()
+    assert "Cannot allocate memory" in caplog.text
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
 
 
 def test_a_writer_ends_with_its_process():

@@ -6,6 +6,7 @@ import json
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 
 from megatron_ligo.checkpoint.run_record import write_run_record
@@ -91,3 +92,44 @@ def test_a_change_of_their_dtype_is_recorded(pools, tmp_path):
     profile.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     resumed = pools(1).run(pretrain, settings=table, output=str(tmp_path / "run"))
     assert resumed["gradient_sums"] == [[0, "bf16"], [4, "fp32"]]
+
+
+def reductions_of_a_step(profiles: dict[int, str], micro_batches: int) -> dict[int, list[tuple[int, bool]]]:
+    """Returns, by ZeRO stage, the elements of each reduction of gradients, and whether the backward pass still ran."""
+    mesh, model_config = meshes.build_mesh(1, 1), llama_config(num_layers=3)
+    read, average = parameters.build_initial_weights(model_config, 3), DeepSpeedZeroOptimizer.average_tensor
+    samples = tokens(model_config, mesh.dp * micro_batches, 9).chunk(mesh.dp)[mesh.dp_rank].split(1)
+    batches = [{"tokens": t[:, :-1], "labels": t[:, 1:], "loss_mask": torch.ones(1, 8)} for t in samples]
+    recorded: dict[int, list[tuple[int, bool]]] = {}
+
+    def record(self, tensor, dtype):
+        recorded[zero].append((tensor.numel(), torch._C._current_graph_task_id() >= 0))
+        return average(self, tensor, dtype)
+
+    DeepSpeedZeroOptimizer.average_tensor = record
+    for zero, profile in profiles.items():
+        model = build_model(model_config, BuildOptions(torch.float32), mesh)
+        parameters.fill_parameters(model, model_config, mesh, read)
+        parallel = ParallelSection(zero=zero, ds_config=profile)
+        section = PretrainSection(global_batch_size=mesh.dp * micro_batches, parallel=parallel)
+        engine = Engine(model, mesh, section, build_parameter_groups(model, 0.0))
+        recorded[zero] = []
+        engine.train_step(batches)
+        engine.engine.destroy()
+    DeepSpeedZeroOptimizer.average_tensor = average
+    return recorded
+
+
+def test_gradients_are_reduced_while_the_backward_pass_runs(pools, tmp_path):
+    """All but the last bucket; ZeRO 1 reduces those of the last micro-batch only, which hold the sums."""
+    profiles = {zero: tmp_path / f"zero{zero}.json" for zero in (1, 2)}
+    for zero, path in profiles.items():
+        path.write_text(json.dumps({"zero_optimization": {"stage": zero, "reduce_bucket_size": 2000}}))
+    profiles = {zero: str(path) for zero, path in profiles.items()}
+    micro_batches = 2
+    recorded = pools(2).run(reductions_of_a_step, profiles=profiles, micro_batches=micro_batches)
+    for zero, reductions in recorded.items():
+        late = [size for size, in_backward in reductions if not in_backward]
+        assert len(late) == (1 if zero == 1 else micro_batches), reductions
+        assert sum(late) < 0.3 * sum(size for size, _ in reductions)
+    assert micro_batches * sum(size for size, _ in recorded[1]) == sum(size for size, _ in recorded[2])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ from torch import Tensor
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.distributed import device
 
+log = logging.getLogger(__name__)
+
 # prctl's number (Linux) for the signal that a process gets when the one that forked it ends.
 PR_SET_PDEATHSIG = 1
 Written = dict[Path, dict]  # size and digest of each file
@@ -31,14 +34,19 @@ Written = dict[Path, dict]  # size and digest of each file
 class BackgroundWriter:
     """Runs `write`, which returns what it has written or raises CheckpointError, in a fork of this process.
 
-    The fork ends with this process: a killed run leaves nothing that still writes.
+    The fork ends with this process: a killed run leaves nothing that still writes. OSError if there can be none.
     """
 
     def __init__(self, write: Callable[[], Written]):
         self._pipe, answer = os.pipe()
         self._answer = b""
         self._parent = os.getpid()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError:
+            os.close(self._pipe)
+            os.close(answer)
+            raise
         if self._pid == 0:
             os.close(self._pipe)
             self._run(write, answer)
@@ -93,6 +101,36 @@ class BackgroundWriter:
             traceback.print_exc(file=sys.__stderr__)
         finally:
             os._exit(code)
+
+
+class FinishedWriter:
+    """Has the interface of `BackgroundWriter`. This process writes, before it goes on."""
+
+    def __init__(self, write: Callable[[], Written]):
+        self._written: Written = {}
+        self._error: CheckpointError | None = None
+        try:
+            self._written = write()
+        except CheckpointError as error:
+            self._error = error
+
+    def is_done(self) -> bool:
+        return True
+
+    def result(self) -> Written:
+        """Returns what was written. Raises its CheckpointError."""
+        if self._error:
+            raise self._error
+        return self._written
+
+
+def start_writer(write: Callable[[], Written]) -> BackgroundWriter | FinishedWriter:
+    """Starts `write` in another process; where the system allows none (memory, processes, files), it runs here."""
+    try:
+        return BackgroundWriter(write)
+    except OSError as error:
+        log.warning("no process can be started to write a checkpoint (%s): the training waits for it", error)
+        return FinishedWriter(write)
 
 
 def stage(value: object, copies: dict[int, torch.UntypedStorage]) -> object:

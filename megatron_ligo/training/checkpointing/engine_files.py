@@ -13,7 +13,12 @@ from megatron_ligo.checkpoint.io import torch_files
 from megatron_ligo.common.atomic_files import fsync_descriptor
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.models.full.universal_loading import ALLOWED_RECORDS
-from megatron_ligo.training.checkpointing.background_writer import BackgroundWriter, stage
+from megatron_ligo.training.checkpointing.background_writer import (
+    BackgroundWriter,
+    FinishedWriter,
+    stage,
+    start_writer,
+)
 
 ALLOWED_GLOBALS = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in ALLOWED_RECORDS]
 
@@ -43,7 +48,7 @@ class CheckpointFiles(TorchCheckpointEngine):
             raise self.error
         return self._written
 
-    def start_writer(self) -> BackgroundWriter:
+    def start_writer(self) -> BackgroundWriter | FinishedWriter:
         """Starts to write what DeepSpeed has given since `begin`, and forgets it."""
         staged, error = self._staged, self.error
         self._staged, self._copies = [], {}
@@ -53,7 +58,7 @@ class CheckpointFiles(TorchCheckpointEngine):
                 raise error
             return {path: write_file(state, path) for path, state in staged}
 
-        return BackgroundWriter(write)
+        return start_writer(write)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:

@@ -40,7 +40,7 @@ from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.distributed import mesh
 from megatron_ligo.distributed.mesh import all_ranks
 from megatron_ligo.distributed.parallel_dims import EngineLayout
-from megatron_ligo.training.checkpointing.background_writer import BackgroundWriter
+from megatron_ligo.training.checkpointing.background_writer import BackgroundWriter, FinishedWriter
 from megatron_ligo.training.checkpointing.engine_files import ALLOWED_GLOBALS, write_failure
 from megatron_ligo.training.engine import Engine
 
@@ -82,7 +82,7 @@ class CheckpointSaver:
 
     def __init__(self, engine: Engine, folder: Path, extra_files: Path | None = None, in_background: bool = False):
         self.engine, self.folder, self.extra_files, self.in_background = engine, folder, extra_files, in_background
-        self._writer: BackgroundWriter | None = None
+        self._writer: BackgroundWriter | FinishedWriter | None = None
 
     def save(self, step: int, state: dict, retention: Retention, wait: bool = False) -> None:
         """Saves weights, optimizer and `state` (JSON values), after the last checkpoint is finished.
