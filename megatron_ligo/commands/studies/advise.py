@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(Problem("--try", "KEY=A,B of [operator], each key once", text))
         tried[key] = [parse_value(value.strip()) for value in values.split(",")]
 
-    from megatron_ligo.experiments.compare.advise import advise  # imported late: --help must not load torch
+    from megatron_ligo.experiments.advise import advise  # imported late: --help must not load torch
 
     rates = tuple(args.lr) or (3e-4, 1e-3)
 

@@ -21,8 +21,10 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
         "Trains the model from scratch and from each [arms.NAME] of the config file, with the same FLOPs, learning\n"
         "rates and seeds. An arm has operator = {...} and, if it is fitted, fit = {...}; lag = STEPS minimises the\n"
         "loss after that many training steps. A fitted arm is also compared to its start without a fit, and to\n"
-        "training all weights on the fit's batches. small = true trains the small model on. With pretrain.schedule =\n"
-        "'wsd' a seed's budgets branch off one trunk, at about the price of the largest. Writes results.json,\n"
+        "training all weights on the fit's batches. small = true trains the small model on; source_steps = STEPS\n"
+        "grows it at another time. compare.fit_lrs tunes the fits too, compare.source_seeds grows several small\n"
+        "models, compare.source_valid also measures each end on the small model's own text. With pretrain.schedule\n"
+        "= 'wsd' a seed's budgets branch off one trunk, at about the price of the largest. Writes results.json,\n"
         "compare.html and compare.png. An interrupted call resumes, and several calls may share one output folder.",
         EXAMPLE,
         sections=("small", "large", "operator", "fit", "handoff", "pretrain", "data"),

@@ -83,23 +83,35 @@ def describe_comparison(results: dict) -> str:
     cost = "an unknown number of FLOPs"
     if small and small["flops"] is not None:
         cost = f"{small['flops']:.3g} FLOPs ({small['flops'] / results['unit_flops']:.2f} of the scratch run's)"
+    more = [source for source in results["sources"][1:] if source["flops"] is not None]
+    also = "".join(
+        f"; {each['steps']} steps, seed {each['seed']}: {each['flops'] / results['unit_flops']:.2f}" for each in more
+    )
     return (
         f"A model of {size:.3g}M parameters; scratch: {compare['scratch_steps']} steps, {results['unit_flops']:.3g} "
-        f"FLOPs. Seeds {', '.join(map(str, compare['seeds']))}. The small model cost {cost}. Losses are measured on "
-        f"{held_out['samples']} held-out samples ({held_out['tokens']:,} tokens)."
+        f"FLOPs. Seeds {', '.join(map(str, compare['seeds']))}. The small model cost {cost}{also}. Losses are "
+        f"measured on {held_out['samples']} held-out samples ({held_out['tokens']:,} tokens)."
     )
 
 
 def arm_rows(results: dict) -> list[list[str]]:
     budgets = sorted({run["budget"] for arm in results["arms"].values() for run in arm["runs"]})
     head = ["arm", "peak rate", *(f"{budget:g} of scratch's FLOPs" for budget in budgets)]
-    rows = [[*head, "saved, source free", "saved, source counted"]]
+    own_text = any(run["source_loss"] is not None for arm in results["arms"].values() for run in arm["runs"])
+    head += ["saved, source free", "saved, source counted", "tokens of the longest run"]
+    rows = [[*head, *["loss on the source's own text, longest run"] * own_text]]
     seeds = len(results["settings"]["compare"]["seeds"])
     for name, arm in results["arms"].items():
         cells = [_losses([run for run in arm["runs"] if run["budget"] == budget], seeds) for budget in budgets]
         rate = "-" if arm["lr"] is None else f"{arm['lr']:g}"
+        rate += f", fit {arm['fit_lr']:g}" if arm["fit_lr"] is not None else ""
         saved = arm["saved"] if arm["grown"] else dict.fromkeys(arm["saved"], "-")
-        rows.append([name, rate, *cells, saved["source_free"], saved["source_counted"]])
+        cells += [saved["source_free"], saved["source_counted"]]
+        longest = [run for run in arm["runs"] if run["budget"] == max(run["budget"] for run in arm["runs"])]
+        cells.append(f"{max((run['tokens'] for run in longest), default=0):,}")
+        if own_text:
+            cells.append(_losses([{"loss": run["source_loss"]} for run in longest], seeds))
+        rows.append([name, rate, *cells])
     return rows
 
 

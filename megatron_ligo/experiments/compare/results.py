@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from math import prod
 from statistics import mean
@@ -29,14 +29,14 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
     spec, source = plan.spec, plan.source()
     outcomes = {arm.name: run_arm(plan, arm) for arm in arms}
     scratch = {run.seed: (run.flops, run.loss) for run in outcomes[SCRATCH]["runs"] if _ended_at(run, 1.0)}
-    cost = source["flops"] if source else None
     samples = spec.config.pretrain.eval_samples
     differences = _differences(plan, {name: arm["runs"] for name, arm in outcomes.items()})
     missing = {arm.name: _missing(spec.compare, arm, outcomes[arm.name]["runs"]) for arm in arms}
     table, expected = {}, (len(spec.compare.seeds), len(spec.compare.budgets))
     for arm in arms:
         runs = outcomes[arm.name]["runs"]
-        points = _points(runs)
+        points, grown_from = _points(runs), plan.source(arm)
+        cost = grown_from["flops"] if grown_from else None
         saved = {"source_free": saving(points, scratch, 0.0, *expected).summary}
         counted = saving(points, scratch, cost or 0.0, *expected).summary if arm.grown else saved["source_free"]
         saved["source_counted"] = (
@@ -46,7 +46,10 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
             "grown": arm.grown,
             "fit": arm.fitted,
             "full": arm.full,
+            "source_steps": arm.source_steps,
             "lr": outcomes[arm.name]["lr"],
+            "fit_lr": outcomes[arm.name]["fit_lr"],
+            "fit_tries": {f"{lr:g}": run.loss for lr, run in outcomes[arm.name]["fit_tries"].items()},
             "tries": {f"{lr:g}": run.loss for lr, run in outcomes[arm.name]["tries"].items()},
             "runs": [_run_record(run) for run in runs],
             "missing": missing[arm.name],
@@ -55,6 +58,7 @@ def collect_results(plan: ComparisonPlan, arms: Iterable[Arm]) -> dict:
     return {
         "settings": spec.to_dict(),
         "small": source and {key: source[key] for key in ("flops", "loss")},
+        "sources": [{key: each[key] for key in ("steps", "seed", "flops", "loss")} for each in plan.sources()],
         "parameters": {"large": count_parameters(plan.large)},
         "large": plan.large.to_json(),
         "unit_flops": plan.unit,
@@ -199,10 +203,8 @@ def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str,
         lines.append("Learning rates were tuned on the held-out text of the results (tune_valid is empty).")
     lines += _selection_notes(plan.spec.arms)
     for name, arm in outcomes.items():
-        rates = sorted(arm["tries"]) or compare.lrs
-        if len(rates) > 1 and arm["lr"] in (min(rates), max(rates)):
-            edge = "lowest" if arm["lr"] == min(rates) else "highest"
-            lines.append(f"{name}: its best rate is the {edge} tried, {arm['lr']:g}: a better one may lie beyond.")
+        lines += _edge_notes(f"{name}: its", sorted(arm["tries"]) or compare.lrs, arm["lr"])
+        lines += _edge_notes(f"{name}: its fit's", sorted(arm["fit_tries"]), arm["fit_lr"])
         lines += _missing_runs_notes(name, missing[name], arm["tries"])
     if any(lost["budget"] == 1.0 for lost in missing[SCRATCH]):
         lines.append("Savings are given only for the seeds on which scratch finished.")
@@ -210,11 +212,20 @@ def cautions(plan: ComparisonPlan, outcomes: dict[str, dict], missing: dict[str,
     if source and source["loss"] is not None and whole and source["loss"] <= max(whole):
         ended = f"The small model itself ended at {source['loss']:.4f}, not above scratch ({max(whole):.4f})"
         lines.append(f"{ended}: the savings are as much its own as those of growth.")
+    if len(compare.source_seeds) == 1 or not compare.source_steps:
+        lines.append("All seeds grow the same small model: another one is in no interval.")
     lines.append(
-        "All seeds grow the same small model. Each arm's figures include its fit; none include tuning, which is the "
+        "Each arm's figures include its fit; none include tuning, which is the "
         "same for all. With many arms and few seeds, the lowest arm is partly the luckiest."
     )
     return lines
+
+
+def _edge_notes(whose: str, rates: Sequence[float], best: float | None) -> list[str]:
+    if len(rates) < 2 or best not in (min(rates), max(rates)):
+        return []
+    edge = "lowest" if best == min(rates) else "highest"
+    return [f"{whose} best rate is the {edge} tried, {best:g}: a better one may lie beyond."]
 
 
 def _multiplicity_note(differences: Iterable[dict]) -> list[str]:

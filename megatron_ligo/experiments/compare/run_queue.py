@@ -32,7 +32,8 @@ QUIET_IMPORTS = "megatron_ligo.experiments.quiet_imports"
 class ComparisonJob:
     """kind: fit, grow, codes or pretrain; operator: applied by "grow"; keep: its checkpoints start other jobs.
 
-    continues: the name of the job whose run this one extends; empty: none.
+    continues: the name of the job whose run this one extends; empty: none. other_valid: held-out text on which the
+    run's last loss is measured too, beside data.valid.
     """
 
     name: str
@@ -41,14 +42,16 @@ class ComparisonJob:
     operator: Path | None = None
     keep: bool = False
     continues: str = ""
+    other_valid: tuple[str | float, ...] = ()
 
     def to_dict(self) -> dict:
+        optional = {"continues": self.continues, "other_valid": list(self.other_valid)}
         return {
             "kind": self.kind,
             "config": self.config.to_dict(),
             "operator": f"{self.operator}" if self.operator else None,
             "keep": self.keep,
-        } | ({"continues": self.continues} if self.continues else {})
+        } | {key: value for key, value in optional.items() if value}
 
 
 class JobQueue:

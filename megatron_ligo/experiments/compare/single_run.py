@@ -13,13 +13,16 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common import signal_handling
 from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import LigoError, NumbersError
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
+from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.token_codes import MAX_COUNTED, build_codes
 from megatron_ligo.distributed.rank_failures import report_failures
 from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, CODES, FIT, GROW, JOB, RESULT, RUN
@@ -43,6 +46,7 @@ def run_job(folder: Path) -> None:
     config, run = RunConfig.from_dict(job["config"], f"{folder / JOB}"), folder / RUN
     policy = InputPolicy(accept_changed=bool(job.get(ACCEPTED)))
     by_sample: list[float] = []
+    other_loss = None
     if job["kind"] == GROW:
         operator = Path(job["operator"]) if job["operator"] else None
         grow_from_config(config, operator, run, accept_changed=policy.accept_changed)
@@ -61,10 +65,27 @@ def run_job(folder: Path) -> None:
             losses = pretraining.run()["losses"]
             if not job["keep"] and "end" in losses:
                 by_sample = [round(loss, LOSS_DIGITS) for loss in pretraining.losses_by_sample()]
-    _finish(folder, run, losses, job["keep"], by_sample)
+                if job.get("other_valid"):
+                    other_loss = _loss_on(pretraining, job["other_valid"])
+    _finish(folder, run, losses, job["keep"], by_sample, other_loss)
 
 
-def _finish(folder: Path, run: Path, losses: dict, keep: bool, by_sample: Sequence[float] = ()) -> None:
+def _loss_on(pretraining: Pretrain, valid: Sequence[str | float]) -> float:
+    """Returns the mean loss of a finished run on as many samples of other held-out text. Collective."""
+    config, samples = pretraining.config, pretraining.section.eval_samples
+    data = replace(config.data, valid=tuple(valid))
+    pretraining.data = open_dataset(data, pretraining.model_config, 0, samples, pretraining.output)
+    return round(mean(pretraining.losses_by_sample()), LOSS_DIGITS)
+
+
+def _finish(
+    folder: Path,
+    run: Path,
+    losses: dict,
+    keep: bool,
+    by_sample: Sequence[float] = (),
+    source_loss: float | None = None,
+) -> None:
     """Writes the result. losses: {} for a run that diverged or has none; by_sample: on each held-out sample."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -73,6 +94,8 @@ def _finish(folder: Path, run: Path, losses: dict, keep: bool, by_sample: Sequen
         rows = [{"step": 0, "seconds": 0, **read_json(run / RECORD)}]
     totals = {key: rows[-1][key] if rows else 0 for key in ("step", "tokens", "flops", "seconds")}
     measured = {"sample_losses": list(by_sample)} if by_sample else {}
+    if source_loss is not None:
+        measured["source_loss"] = source_loss
     measured["evaluations"] = [(row["flops"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     write_json(folder / RESULT, {"losses": losses, **totals, "curve": thin_curve(rows), **measured})
     if not keep:

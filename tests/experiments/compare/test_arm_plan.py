@@ -1,5 +1,8 @@
 """The jobs of each arm, with made-up results: the steps of a control, and what a budget pays for."""
 
+import pytest
+
+from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.experiments.compare.arm_plan import run_arm
 from tests.experiments.compare.made_up_runs import MadeUpRuns, write_comparison
 
@@ -123,3 +126,52 @@ def test_the_small_model_trains_on_for_as_many_flops(tmp_path):
     assert section.pretrain.steps > 200 and section.large.num_layers is None
     assert section.pretrain.start.endswith("source/run/checkpoints/step_1")
     assert not any(job.kind == "grow" for job in made_up.jobs.values())
+
+
+def test_the_rate_of_a_fit_is_tuned_by_the_end_of_its_runs(tmp_path):
+    """The best of 1e-4 and 1e-3 is at the edge, so 2e-3 is tried; each has its own fit and its own pretraining rate."""
+    losses = {"fit_0.0001": 3.0, "fit_0.001": 2.5, "fit_0.002": 2.6}
+    rates = ["compare.fit_lrs=[1e-4, 1e-3]", "compare.lrs=[1e-3, 2e-3]", "compare.extend_lrs=1"]
+    spec = write_comparison(tmp_path, *rates)
+    better = {"fit_0.001/seed_0/try_0.25_0.002": 2.4}
+    made_up = MadeUpRuns(tmp_path, lambda name: better.get(name.partition("/")[2], losses[name.split("/")[1]]))
+    outcome = run_arm(made_up.plan(spec), next(arm for arm in spec.arms if arm.fitted))
+    assert {rate: run.loss for rate, run in outcome["fit_tries"].items()} == {1e-4: 3.0, 1e-3: 2.4, 2e-3: 2.6}
+    assert (outcome["fit_lr"], outcome["lr"], len(outcome["runs"])) == (1e-3, 2e-3, 9)
+    for rate in (1e-4, 1e-3, 2e-3):
+        assert made_up.jobs[f"learned/fit_{rate:g}/seed_0/fit"].config.fit.lr == rate
+    assert "learned/fit_0.001/seed_3/run_1_0.002" in made_up.jobs and "learned/seed_1/fit" not in made_up.jobs
+
+
+@pytest.mark.parametrize("key", ["fit.patience=1", "arms.learned.fit.max_flops=1e6"])
+def test_the_rate_of_a_fit_whose_length_depends_on_it_is_not_tuned(tmp_path, key):
+    with pytest.raises(ConfigError, match="fit_lrs"):
+        write_comparison(tmp_path, "compare.fit_lrs=[1e-4, 1e-3]", key)
+
+
+SOURCES = ["compare.source_steps=10", "compare.source_seeds=[0, 5]", "arms.late={operator={}, source_steps=30}"]
+
+
+def test_seeds_grow_several_sources_and_arms_grow_them_at_their_own_time(tmp_path):
+    spec = write_comparison(tmp_path, *SOURCES)
+    made_up = MadeUpRuns(tmp_path, lambda name: 2.0)
+    plan = made_up.plan(spec)
+    for arm in spec.arms:
+        run_arm(plan, arm)
+    grown = {name: job.config.small.path for name, job in made_up.jobs.items() if job.kind == "grow"}
+    folders = {name: path.split("/run/")[0].rpartition("/")[2] for name, path in grown.items()}
+    early = {1: "source", 2: "source_seed_5", 3: "source"}
+    assert {folders[f"learned/seed_{seed}/grown"] for seed in (1, 3)} == {"source"}
+    for seed, source in early.items():
+        assert folders[f"learned.start/seed_{seed}/grown"] == source
+        assert folders[f"late/seed_{seed}/grown"] == source.replace("source", "source_30")
+    trained = {name: job.config.pretrain for name, job in made_up.jobs.items() if name.startswith("source")}
+    assert {name: (run.steps, run.seed) for name, run in trained.items()} == {
+        "source": (10, 0), "source_seed_5": (10, 5), "source_30": (30, 0), "source_30_seed_5": (30, 5),
+    }  # fmt: skip
+    assert [source["steps"] for source in plan.sources()] == [10, 10, 30, 30]
+
+
+def test_a_time_of_growth_needs_a_small_model_that_is_trained_here(tmp_path):
+    with pytest.raises(ConfigError, match="source_steps"):
+        write_comparison(tmp_path, "arms.late={operator={}, source_steps=30}")

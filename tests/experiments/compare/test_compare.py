@@ -11,7 +11,7 @@ from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import ParallelSection, RunConfig
 from megatron_ligo.experiments.compare import comparison, comparison_config
-from megatron_ligo.experiments.compare.arm_plan import SMALL_SEED
+from megatron_ligo.experiments.compare.comparison_config import CompareSection
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
 from megatron_ligo.testing.forked_ranks import free_port
 from tests.training.test_pretrain import make_pair
@@ -41,6 +41,7 @@ scratch_steps = 12
 budgets = [0.5, 1.0]
 lrs = [1e-3]
 source_steps = 3
+source_valid = ["{folder}/train"]
 [arms.learned]
 operator = {{method = "noisy_stack"}}
 fit = {{lr = 1e-3}}
@@ -78,6 +79,11 @@ def test_every_arm_costs_the_same(results):
     assert results["arms"]["learned.full"]["runs"][0]["spent"] == pytest.approx(2 * step)
 
 
+def test_each_run_has_a_loss_on_the_sources_own_text_too(results):
+    runs = [each for arm in results["arms"].values() for each in arm["runs"]]
+    assert all(1e-4 < abs(each["source_loss"] - each["loss"]) < 1 for each in runs)
+
+
 def test_flops_equal_those_the_runs_count(base, results):
     for place in ("scratch/seed_1/run_1_0.001", "learned/seed_1/fit", "learned/seed_1/run_1_0.001"):
         row = json.loads((base / "out/jobs" / place / "run/metrics.jsonl").read_text().splitlines()[-1])
@@ -93,7 +99,8 @@ def test_a_fitted_arm_starts_at_its_fits_final_loss(base, results):
     job = json.loads((base / "out/jobs/learned/seed_1/run_1_0.001/job.json").read_text())
     assert job["config"]["pretrain"]["first_sample"] == 2 * BATCH and job["config"]["data"]["seed"] == 1
     source = json.loads((base / "out/jobs/source/job.json").read_text())
-    assert source["config"]["pretrain"]["seed"] == SMALL_SEED and source["config"]["large"]["num_layers"] is None
+    assert source["config"]["pretrain"]["seed"] == CompareSection().source_seeds[0]
+    assert source["config"]["large"]["num_layers"] is None
 
 
 def test_a_launcher_gives_a_run_many_ranks(base):

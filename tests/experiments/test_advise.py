@@ -9,7 +9,7 @@ from megatron_ligo.arch.flops import train_flops
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.experiments.compare.advise import FINALISTS, advise
+from megatron_ligo.experiments.advise import FINALISTS, advise
 from megatron_ligo.training.initial_weights import scratch_model_config
 from tests.tiny_models import hf_llama
 from tests.training.test_pretrain import DIMS, SEQ, make_pair

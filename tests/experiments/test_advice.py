@@ -10,7 +10,7 @@ import pytest
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import RunConfig
-from megatron_ligo.experiments.compare.advise import advise, candidates, choose_rounds, probe_comparison, rank_probes
+from megatron_ligo.experiments.advise import advise, candidates, choose_rounds, probe_comparison, rank_probes
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan
 from megatron_ligo.experiments.compare.comparison_config import Arm
 from megatron_ligo.experiments.compare.savings import UNKNOWN
