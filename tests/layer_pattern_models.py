@@ -100,6 +100,25 @@ OWN = {
         "qkv_bias": True,
         "output_bias": True,
     },
+    "cohere2": {
+        "arch": "cohere2",
+        "logits_multiplier": 0.7,
+        "parallel_residual": True,
+        "sliding_window": 5,
+        "window_layers": (True, False, True),
+        "rope_layers": (True, False, True),
+    },
+    "glm4": {"arch": "glm4", "rotary_fraction": 0.5, "qkv_bias": True},
+    "nemotron": {"arch": "nemotron", "activation": "relu2", "rotary_fraction": 0.5, **ALL_BIASES},
+    "seed_oss": {"arch": "seed_oss", "qkv_bias": True},
+    "vaultgemma": {
+        "arch": "vaultgemma",
+        "activation": "gelu_pytorch_tanh",
+        "attention_scale_dim": 9,
+        "attention_softcap": 2.0,
+        "sliding_window": 5,
+        "window_layers": (True, False, True),
+    },
     "phi": {"arch": "phi", "activation": "gelu_new", "rotary_fraction": 0.5, "parallel_residual": True},
     "falcon": {"arch": "falcon", "activation": "gelu", "parallel_residual": True},
     "falcon with two norms": {
@@ -120,14 +139,15 @@ OWN = {
 }
 # Layers that differ.
 PATTERNS = (
-    "smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4", "modernbert", "granite_swa"
+    "smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4", "modernbert", "granite_swa",
+    "cohere2",
 )  # fmt: skip
 # LayerNorms keep their mean and variance at whole multiples of hidden_size only.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
 DOUBLE = {"num_layers": 5, "hidden_size": 48, "ffn_size": 44, "num_heads": 12, "num_kv_heads": 6}
 # Without grouped-query attention.
 FULL_HEADS = ("opt", "modernbert")
-WHOLE = ("starcoder2", "stablelm", "cohere", "phi", "falcon")
+WHOLE = ("starcoder2", "stablelm", "cohere", "cohere2", "nemotron", "phi", "falcon")
 GROWTH = dict.fromkeys(OWN, RAGGED) | {case: DOUBLE for case in OWN if OWN[case]["arch"] in WHOLE}
 GROWTH |= {case: {**DOUBLE, "num_kv_heads": 12} for case in OWN if OWN[case]["arch"] in FULL_HEADS}
 

@@ -49,6 +49,7 @@ class Architecture:
     expert_types: `model_type` of a dense model -> the `model_type` of the same network with experts.
     hf_rope_by_layer_type: rotary positions are stated apart for layers with the window and for the others.
     rotates_in_windows_only: in a model with a window, layers without it have no rotary positions.
+    needs_window: its class computes another network without one, which is refused.
     hf_window_both_ways: its config states twice the tokens before (and after) each one that a window reaches.
     implied_sizes: `model_type` -> {field: value}, fixed regardless of the config.
     ffn_ratio_key: the config key that states ffn_size as a multiple of hidden_size ("" = it states ffn_size).
@@ -85,6 +86,7 @@ class Architecture:
     hf_pattern_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_rope_by_layer_type: bool = False
     rotates_in_windows_only: bool = False
+    needs_window: bool = False
     gguf_fields: Mapping[str, str] = field(default_factory=dict)
     gguf_network: GgufNetwork = field(default_factory=GgufNetwork)
     refused_classes: Mapping[str, str] = field(default_factory=dict)

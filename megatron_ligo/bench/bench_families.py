@@ -47,6 +47,9 @@ OWN: dict[str, dict[str, object]] = {
     "dinov2": {**IMAGES, "has_mask_token": True, "max_positions": 17, "ffn_size": 48},
     "dinov2_with_registers": {**IMAGES, "num_registers": 2, "max_positions": 17, "ffn_size": 48},
     "cohere": {**PARALLEL, "logits_multiplier": 0.7, "tied": True},
+    "cohere2": {
+        **PARALLEL, **ALTERNATE, "rope_layers": (True, False, True), "logits_multiplier": 0.7, "tied": True,
+    },
     "falcon": {**PARALLEL, "activation": "gelu", "tied": True},
     "phi": {**PARALLEL, "activation": "gelu_new", "rotary_fraction": 0.5},
     "deit": {**IMAGES, "has_distillation": True, "max_positions": 18},
@@ -57,6 +60,7 @@ OWN: dict[str, dict[str, object]] = {
         **GEMMA, **ALTERNATE, "model_type": "gemma3_text", "attention_scale_dim": 9, "window_rope_base": 100.0,
         "norm_eps": 1e-7,
     },
+    "glm4": {"rotary_fraction": 0.5, "qkv_bias": True},
     "gpt2": {"activation": "gelu_new", "rope_base": None, "tied": True, **ALL_HEADS},
     "gpt_neox": {"activation": "gelu", "rotary_fraction": 0.5, "parallel_residual": True, **ALL_HEADS},
     "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.7, "attention_scale": 0.3, "logits_divisor": 2.0},
@@ -73,6 +77,7 @@ OWN: dict[str, dict[str, object]] = {
         "window_rope_base": 500.0, **ALL_HEADS,
     },
     "mixtral": {"num_experts": 3, "top_k": 2, "renormalises_routing": True},
+    "nemotron": {"activation": "relu2", "rotary_fraction": 0.5},
     "olmo3": {**ALTERNATE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "window_rope_base": 1e4},
     "olmoe": {"num_experts": 3, "top_k": 2, **ALL_HEADS},
     "opt": {"activation": "relu", "rope_base": None, "position_offset": 2, "norm_eps": 1e-5, "tied": True, **ALL_HEADS},
@@ -80,9 +85,11 @@ OWN: dict[str, dict[str, object]] = {
     "qwen2_moe": {"num_experts": 3, "top_k": 2, "qkv_bias": True, "shared_expert_ffn_size": 20},
     "qwen3_moe": {"num_experts": 3, "top_k": 2},
     "roberta": {**ENCODER, "position_padding": 1},
+    "seed_oss": {"qkv_bias": True, "output_bias": True},
     "smollm3": {"rope_layers": (True, False, True)},
     "stablelm": {"rotary_fraction": 0.5, "qkv_bias": True},
     "starcoder2": {**TANH_GELU, "sliding_window": 5, **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), True)},
+    "vaultgemma": {**GEMMA, **ALTERNATE, "attention_scale_dim": 9, "attention_softcap": 2.0, "logits_softcap": 3.0},
     "vit": {**IMAGES, "max_positions": 17},
 }  # fmt: skip
 # DINOv2's config states the width of its feed-forward block as a multiple of its own.

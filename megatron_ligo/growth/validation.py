@@ -219,8 +219,8 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
     if method.is_lossless and arch.has_head_norms and large.hidden_size != small.hidden_size:
         log.info(
             "the norms of queries and keys share one eps with the others, which growth changes with the variance of "
-            "the residual stream: logits change by about 1e-6. method = 'hypercloning' at a whole multiple of "
-            "hidden_size keeps it"
+            "the residual stream: logits change by about that change over the mean square of queries and keys, 1e-6 "
+            "where it is 1 and eps 1e-6. method = 'hypercloning' at a whole multiple of hidden_size keeps it"
         )
     if method.is_lossless and not can_be_lossless(small, large):
         reason = "no start is lossless: only whole copies keep a LayerNorm's mean and variance"

@@ -7,7 +7,7 @@ Legend: G groups of KV heads, r query heads a group, d head size, n in features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,19 +55,25 @@ def unpack(fused: Tensor, index: int, how: Pack, sizes: Sequence[int], groups: i
     return grouped.narrow(1, start // groups, sizes[index] // groups).reshape(-1, *rest)
 
 
-def interleave(tensor: Tensor, head_dim: int) -> Tensor:
+def interleave(tensor: Tensor, head_dim: int, num_rotated: int | None = None) -> Tensor:
     """Reorders rotary pairs from half-split (i, i + d / 2) to neighbours (2i, 2i + 1), as in GGUF and Meta's files.
 
-    (heads d, ...) -> (heads d, ...).
+    (heads d, ...) -> (heads d, ...). num_rotated: how many features of a head rotate, the first ones; None = all.
     """
-    rest = tensor.shape[1:]
-    return tensor.reshape(-1, 2, head_dim // 2, *rest).transpose(1, 2).reshape(-1, *rest)
+    return _reorder(tensor, head_dim, num_rotated, lambda size: (2, size // 2))
 
 
-def deinterleave(tensor: Tensor, head_dim: int) -> Tensor:
+def deinterleave(tensor: Tensor, head_dim: int, num_rotated: int | None = None) -> Tensor:
     """Reorders rotary pairs from neighbours to half-split: (heads d, ...) -> (heads d, ...). Inverts `interleave`."""
-    rest = tensor.shape[1:]
-    return tensor.reshape(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(-1, *rest)
+    return _reorder(tensor, head_dim, num_rotated, lambda size: (size // 2, 2))
+
+
+def _reorder(tensor: Tensor, head_dim: int, num_rotated: int | None, shape: Callable[[int], tuple[int, int]]) -> Tensor:
+    """Transposes the first features of each head, taken as a matrix of a shape."""
+    rotated = head_dim if num_rotated is None else num_rotated
+    heads = tensor.reshape(-1, head_dim, *tensor.shape[1:])
+    moved = heads[:, :rotated].unflatten(1, shape(rotated)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([moved, heads[:, rotated:]], dim=1).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -128,13 +134,14 @@ class StoredTensor:
         dim = int(self.pack is Pack.JOINED)
         sizes = [param.shape(model_config)[dim] // (tp if param.tp_dim == dim else 1) for param in self.params]
         part = unpack(local, index, self.pack, sizes, model_config.num_kv_heads // tp)
-        return deinterleave(part, model_config.head_dim) if self.locations[index].interleaved else part
+        rotated = model_config.num_rotated
+        return deinterleave(part, model_config.head_dim, rotated) if self.locations[index].interleaved else part
 
     def assemble_shard(self, parts: Sequence[Tensor], model_config: ModelConfig, tp: int, rank: int) -> Tensor:
         """Returns the stored tensor of a rank from the canonical (global) tensors of `keys`, (out, in) each."""
         shards = [tensor_parallel.shard(part, param, tp, rank) for part, param in zip(parts, self.params, strict=True)]
         ordered = [
-            interleave(shard, model_config.head_dim) if location.interleaved else shard
+            interleave(shard, model_config.head_dim, model_config.num_rotated) if location.interleaved else shard
             for shard, location in zip(shards, self.locations, strict=True)
         ]
         packed = pack(ordered, self.pack, model_config.num_kv_heads // tp)

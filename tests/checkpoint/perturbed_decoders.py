@@ -116,6 +116,22 @@ DECODERS = {
         {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
         | {"layer_norm_eps": 1e-3, "logit_scale": 0.7, "head_dim": 10},
     ),
+    "cohere2": (
+        "Cohere2ForCausalLM",
+        {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
+        | {"layer_norm_eps": 1e-3, "logit_scale": 0.7, "sliding_window": 7, "sliding_window_pattern": 2},
+    ),
+    "glm4": ("Glm4ForCausalLM", CAUSAL_SIZES | {"head_dim": 12, "partial_rotary_factor": 0.5, "pad_token_id": 1}),
+    "nemotron": (
+        "NemotronForCausalLM",
+        {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}
+        | {"norm_eps": 1e-3, "head_dim": 12, "partial_rotary_factor": 0.5},
+    ),
+    "seed_oss": ("SeedOssForCausalLM", CAUSAL_SIZES | {"head_dim": 10, "attention_out_bias": True}),
+    "vaultgemma": (
+        "VaultGemmaForCausalLM",
+        CAUSAL_SIZES | {"head_dim": 10, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0, "sliding_window": 7},
+    ),
     "phi": (
         "PhiForCausalLM",
         {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}

@@ -28,19 +28,27 @@ from megatron_ligo.arch.common_params import (
     norm_params,
     optional_bias,
 )
-from megatron_ligo.arch.spec import Axis, ParamSpec, Role
+from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.gguf_network import GgufNetwork
+from megatron_ligo.arch.spec import Axis, FormatLocation, Pack, ParamSpec, Role
 
-LAYER = locations_below("transformer.h.{}.", "decoder.layers.{}.")
+LAYER = locations_below("transformer.h.{}.", "decoder.layers.{}.", "blk.{}.")
 QKV = LAYER("self_attention.query_key_value", "self_attention.linear_qkv")
-QUERY, KEY, VALUE = (grouped_qkv(QKV, part, formats=("hf", "mcore")) for part in range(3))
-ATTENTION_OUTPUT = LAYER("self_attention.dense", "self_attention.linear_proj")
-UP = LAYER("mlp.dense_h_to_4h", "mlp.linear_fc1")
-DOWN = LAYER("mlp.dense_4h_to_h", "mlp.linear_fc2")
-EMBEDDING = locations("transformer.word_embeddings.weight", "embedding.word_embeddings.weight")
-FINAL_NORM = locations("transformer.ln_f", "decoder.final_layernorm")
-HEAD = locations("lm_head.weight", "output_layer.weight")
-SHARED_NORM = LAYER("input_layernorm", "input_layernorm")
-ATTENTION_NORM, FFN_NORM = LAYER("ln_attn", "input_layernorm"), LAYER("ln_mlp", "pre_mlp_layernorm")
+# llama.cpp's converter takes the groups apart.
+QUERY, KEY, VALUE = (
+    grouped_qkv(QKV, part, formats=("hf", "mcore"))
+    | {"gguf": FormatLocation("blk.{}.attn_qkv", Pack.STACKED, part, num_parts=3)}
+    for part in range(3)
+)
+ATTENTION_OUTPUT = LAYER("self_attention.dense", "self_attention.linear_proj", "attn_output")
+UP = LAYER("mlp.dense_h_to_4h", "mlp.linear_fc1", "ffn_up")
+DOWN = LAYER("mlp.dense_4h_to_h", "mlp.linear_fc2", "ffn_down")
+EMBEDDING = locations("transformer.word_embeddings.weight", "embedding.word_embeddings.weight", "token_embd.weight")
+FINAL_NORM = locations("transformer.ln_f", "decoder.final_layernorm", "output_norm")
+HEAD = locations("lm_head.weight", "output_layer.weight", "output.weight")
+SHARED_NORM = LAYER("input_layernorm", "input_layernorm", "attn_norm")
+ATTENTION_NORM = LAYER("ln_attn", "input_layernorm", "attn_norm_2")
+FFN_NORM = LAYER("ln_mlp", "pre_mlp_layernorm", "attn_norm")
 TWO_NORMS = "has_two_norms"
 
 
@@ -83,6 +91,12 @@ FALCON = Architecture(
         "rope_theta": "rope_base",
         "rope_scaling": "rope_scaling",
     },
+    gguf_fields={
+        **{key: name for key, name in LLAMA.gguf_fields.items() if name not in ("head_dim", "norm_eps")},
+        "attention.layer_norm_epsilon": "norm_eps",
+    },
+    # llama.cpp computes GELU by tanh.
+    gguf_network=GgufNetwork(constants={"activation": "gelu_pytorch_tanh"}),
     hf_older_forms=(
         (
             {"new_decoder_architecture": False, "multi_query": True},

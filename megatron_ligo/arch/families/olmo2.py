@@ -10,7 +10,7 @@ and `o` reads them so. eps x D1 / D2 is right for all norms if heads and width g
 from dataclasses import replace
 
 from megatron_ligo.arch.common_axes import ALL_KEYS_GAIN, ALL_QUERIES_GAIN, RESIDUAL_GAIN
-from megatron_ligo.arch.common_params import Locations, without_format
+from megatron_ligo.arch.common_params import Locations, locations_below, weight_of, without_format
 from megatron_ligo.arch.families.llama import (
     ATTENTION_BIAS,
     ATTENTION_BIASES,
@@ -19,16 +19,12 @@ from megatron_ligo.arch.families.llama import (
     PLAIN_FIELDS,
     params_with,
 )
-from megatron_ligo.arch.spec import FormatLocation, ParamSpec, Role
+from megatron_ligo.arch.spec import ParamSpec, Role
 
 
-def layer_gain(hf: str, mcore: str, gguf: str) -> Locations:
+def layer_gain(hf: str, mcore: str, gguf: str = "") -> Locations:
     """Returns the locations of a norm's gain in a layer."""
-    return {
-        "hf": FormatLocation(f"model.layers.{{}}.{hf}.weight"),
-        "mcore": FormatLocation(f"decoder.layers.{{}}.{mcore}.weight"),
-        "gguf": FormatLocation(f"blk.{{}}.{gguf}.weight"),
-    }
+    return weight_of(locations_below("model.layers.{}.", "decoder.layers.{}.", "blk.{}.")(hf, mcore, gguf))
 
 
 QUERY_NORM = layer_gain("self_attn.q_norm", "self_attention.q_layernorm", "attn_q_norm")

@@ -28,17 +28,21 @@ from megatron_ligo.arch.common_params import (
     norm_params,
     weight_of,
 )
+from megatron_ligo.arch.families.llama import LLAMA
+from megatron_ligo.arch.gguf_network import GgufNetwork
 from megatron_ligo.arch.spec import ParamSpec, Role
 
-LAYER = locations_below("model.layers.{}.", "decoder.layers.{}.")
+LAYER = locations_below("model.layers.{}.", "decoder.layers.{}.", "blk.{}.")
 QUERY, KEY, VALUE = (
-    grouped_qkv(LAYER(f"self_attn.{name}_proj", "self_attention.linear_qkv"), part) for part, name in enumerate("qkv")
+    grouped_qkv(LAYER(f"self_attn.{name}_proj", "self_attention.linear_qkv", f"attn_{name}"), part)
+    for part, name in enumerate("qkv")
 )
-ATTENTION_OUTPUT = LAYER("self_attn.dense", "self_attention.linear_proj")
-UP, DOWN = LAYER("mlp.fc1", "mlp.linear_fc1"), LAYER("mlp.fc2", "mlp.linear_fc2")
-EMBEDDING = locations("model.embed_tokens.weight", "embedding.word_embeddings.weight")
-FINAL_NORM = locations("model.final_layernorm", "decoder.final_layernorm")
-HEAD = locations("lm_head", "output_layer")
+ATTENTION_OUTPUT = LAYER("self_attn.dense", "self_attention.linear_proj", "attn_output")
+UP, DOWN = LAYER("mlp.fc1", "mlp.linear_fc1", "ffn_up"), LAYER("mlp.fc2", "mlp.linear_fc2", "ffn_down")
+ATTENTION_NORM = LAYER("input_layernorm", "input_layernorm", "attn_norm")
+EMBEDDING = locations("model.embed_tokens.weight", "embedding.word_embeddings.weight", "token_embd.weight")
+FINAL_NORM = locations("model.final_layernorm", "decoder.final_layernorm", "output_norm")
+HEAD = locations("lm_head", "output_layer", "output")
 
 PHI = Architecture(
     name="phi",
@@ -46,7 +50,7 @@ PHI = Architecture(
     model_types={"phi": {"PhiForCausalLM": ()}},
     params=(
         ParamSpec("embed", Role.WORD_EMBEDDING, (VOCAB_OUTPUT, RESIDUAL_OUTPUT), 0, EMBEDDING),
-        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, LAYER("input_layernorm", "input_layernorm")),
+        *norm_params("layers.{}.norm1", Role.ATTENTION_NORM, ATTENTION_NORM),
         *linear_params("layers.{}.q", Role.QUERY, (QUERY_OUTPUT, RESIDUAL_INPUT), 0, QUERY),
         *linear_params("layers.{}.k", Role.KEY, (KEY_OUTPUT, RESIDUAL_INPUT), 0, KEY),
         *linear_params("layers.{}.v", Role.VALUE, (VALUE_OUTPUT, RESIDUAL_INPUT), 0, VALUE),
@@ -73,6 +77,12 @@ PHI = Architecture(
         "rope_theta": "rope_base",
         "rope_scaling": "rope_scaling",
     },
+    gguf_fields={
+        **{key: name for key, name in LLAMA.gguf_fields.items() if name not in ("head_dim", "norm_eps")},
+        "attention.layer_norm_epsilon": "norm_eps",
+    },
+    # llama.cpp computes GELU by tanh.
+    gguf_network=GgufNetwork(names={"phi2": "phi"}, constants={"activation": "gelu_new"}),
     required_hf_values={"qk_layernorm": False},
     implied_sizes={"phi": {"parallel_residual": True}},
     choices={"activation": ACTIVATIONS},

@@ -55,6 +55,8 @@ READ_HEAD_DIM = (
     "phi",
 )
 
+PARTLY_ROTATED = ("phi", "phi3", "stablelm", "glm4", "nemotron")
+
 
 def problems(config: dict, accept: tuple[str, ...] = ()) -> list[str]:
     """Returns the keys that a config is refused for."""
@@ -228,7 +230,7 @@ def test_written_keys_are_of_the_class(model_type):
     older |= {"bos_token_id", "eos_token_id", "pad_token_id", "position_embedding_type"}
     # transformers reads these without declaring them.
     undeclared = {"head_dim"} if model_type in READ_HEAD_DIM else set()
-    undeclared |= {"partial_rotary_factor"} if model_type in ("phi", "phi3", "stablelm") else set()
+    undeclared |= {"partial_rotary_factor"} if model_type in PARTLY_ROTATED else set()
     assert set(written) - declared - older - {"model_type"} <= undeclared
     assert config_json.parse_model_config(written, "config.json") == model_config
 

@@ -36,6 +36,8 @@ GEMMA = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 256, "activation": "gelu
 GEMMA |= {"attention_scale_dim": 256, "tied": True, "sliding_window": 5}
 STABLELM = {"hidden_size": 48, "head_dim": 8, "rope_base": 10000.0, "rotary_fraction": 0.25}
 STARCODER2 = {"vocab_size": 49152, "rope_base": 10000.0, "activation": "gelu_pytorch_tanh"}
+PARALLEL = {"parallel_residual": True}
+LAYER_NORMS = ("stablelm", "starcoder2", "cohere", "phi", "falcon")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
     "rope_type": "longrope", "short_factor": [1.5], "long_factor": [3.0], "factor": 1.0, "attention_factor": 1.25,
@@ -82,6 +84,21 @@ CASES = {
     ),
     # Hugging Face's files have llama.cpp's order.
     "ernie4_5": Case(ARCH.ERNIE4_5, "ernie4_5", {"tied": True}, in_transformers=False),
+    "cohere": Case(
+        ARCH.COMMAND_R, "cohere", {**PARALLEL, "tied": True, "logits_multiplier": 0.75}, in_transformers=False
+    ),
+    "phi": Case(
+        ARCH.PHI2, "phi", {**PARALLEL, "activation": "gelu_new", "rotary_fraction": 0.5}, in_transformers=False
+    ),
+    "falcon": Case(
+        ARCH.FALCON, "falcon", {**PARALLEL, "activation": "gelu_pytorch_tanh", "num_kv_heads": 1}, in_transformers=False
+    ),
+    "falcon with two norms": Case(
+        ARCH.FALCON,
+        "falcon",
+        {**PARALLEL, "activation": "gelu_pytorch_tanh", "num_parallel_norms": 2, "tied": True},
+        in_transformers=False,
+    ),
     "phi3": Case(ARCH.PHI3, "phi3", {"sliding_window": 5}),
     "phi3, longrope": Case(
         ARCH.PHI3, "phi3", {"rotary_fraction": 0.5, "rope_scaling": LONGROPE, "tied": True}, in_transformers=False
@@ -137,7 +154,7 @@ def add_value(writer: GGUFWriter, key: str, value: object) -> None:
 
 
 def metadata_of(case: Case, config: ModelConfig) -> dict[str, object]:
-    eps = "layer_norm_epsilon" if case.family in ("stablelm", "starcoder2") else "layer_norm_rms_epsilon"
+    eps = "layer_norm_epsilon" if case.family in LAYER_NORMS else "layer_norm_rms_epsilon"
     scaling = config.rope_scaling or {}
     stated = {
         "block_count": config.num_layers,
@@ -158,6 +175,10 @@ def metadata_of(case: Case, config: ModelConfig) -> dict[str, object]:
     if case.family.startswith("gemma"):
         stated |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
         stated["rope.dimension_count"] = None
+    if case.family == "falcon":
+        stated["tensor_data_layout"] = "jploski"
+    if case.family == "cohere":
+        stated |= {"logit_scale": config.logits_multiplier, "rope.scaling.type": "none"}
     if case.family == "olmo3":
         stated["attention.sliding_window_pattern"] = list(config.window_layers)
     if case.family == "stablelm":
@@ -182,6 +203,11 @@ def tensors_of(case: Case, config: ModelConfig, network: PreTrainedModel) -> dic
         if case.interleaves and re.search(r"\.[qk]_proj\.weight$", hf_name):
             heads = tensor.shape[0] // config.head_dim
             tensor = tensor.reshape(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        if hf_name.endswith("query_key_value.weight"):
+            # Taken apart from its groups.
+            groups = tensor.reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
+            parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]
+            tensor = torch.cat([part.reshape(-1, config.hidden_size) for part in parts])
         if case.family.startswith("gemma") and hf_name.endswith("norm.weight"):
             tensor = tensor + 1
         result[names.get_name(hf_name, try_suffixes=(".weight", ".bias"))] = tensor
@@ -245,6 +271,9 @@ REFUSED = [
     ("stablelm", {"use_parallel_residual": True}),
     ("stablelm", {"attention.layer_norm_epsilon": None}),
     ("smollm3", {"attention.sliding_window": 5}),
+    ("falcon", {"tensor_data_layout": "Meta AI original pth"}),
+    ("phi", {"use_parallel_residual": True}),
+    ("cohere", {"attention.layer_norm_epsilon": None}),
     ("olmo3", {"rope.freq_base_swa": 7.0}),
     ("ministral3", {"rope.scaling.yarn_log_multiplier": None}),
     ("ministral3", {"rope.scaling.yarn_log_multiplier": 0.5}),

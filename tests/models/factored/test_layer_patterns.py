@@ -12,6 +12,8 @@ PATTERN_GROWTH = {
     "stablelm": {"hidden_size": 64},
     "cohere": {"hidden_size": 64},
     "cohere with biases": {"hidden_size": 64},
+    "cohere2": {"hidden_size": 64},
+    "nemotron": {"hidden_size": 64},
     "phi": {"hidden_size": 64},
     "falcon": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 8},
     "falcon with two norms": {"hidden_size": 64, "num_heads": 16, "num_kv_heads": 8},

@@ -70,9 +70,12 @@ def parse_model_config(header: GgufHeader, path: Path, accepted: AcceptedKeys) -
         complete_layers(metadata, arch, family, sizes, errors)
     errors.raise_if_any()
     implied = arch.implied_sizes.get(model_type, {})
-    for param in arch.params:
-        if param.requires and param.requires not in implied:
-            sizes[param.requires] = sizes.get(param.requires) is True or _is_in_file(param, header)
+    for part in {param.requires for param in arch.params} - {"", *implied}:
+        params = (param for param in arch.params if param.requires == part)
+        sizes[part] = sizes.get(part) is True or all(_is_in_file(param, header) for param in params)
+    if "num_parallel_norms" in arch.hf_fields.values():
+        # No field of the model, but what follows from one.
+        sizes["num_parallel_norms"] = 1 + sizes.pop("has_two_norms")
     sizes["tied"] = any(param.tied_to and param.locations[NAME].name not in header.tensors for param in arch.params)
     try:
         return ModelConfig.from_json(sizes | implied)

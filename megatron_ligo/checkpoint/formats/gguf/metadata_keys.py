@@ -89,7 +89,11 @@ FIXED = {
 }
 # Of the file, without a network's name. Files of other kinds than a model's weights bear the other namespaces.
 # llama.cpp rotates Granite's queries and keys only where this is true.
-OWN_FIXED = {"granite": {"rope.scaling.finetuned": (True,)}}
+OWN_FIXED = {
+    "granite": {"rope.scaling.finetuned": (True,)},
+    # By whom its converter was written.
+    "falcon": {"tensor_data_layout": ("jploski",)},
+}
 FILE_FIELDS = {"general.architecture": "model_type", "general.alignment": "alignment"}
 FILE_FIXED = {
     "general.type": ("model",),

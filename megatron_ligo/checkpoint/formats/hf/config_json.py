@@ -46,7 +46,7 @@ NOT_CARRIED = (
     *STAGE_NAMES,
 )
 # The model_types that transformers loads only if num_heads divides hidden_size, whatever head_dim is.
-HEADS_DIVIDE = ("llama", "arcee", "gemma2", "gemma3_text")
+HEADS_DIVIDE = ("llama", "arcee", "gemma2", "gemma3_text", "vaultgemma")
 ROPE_FIELDS = ("rope_base", "rope_scaling", "rotary_fraction", "window_rope_base")
 # The annotations in ModelConfig that are numbers or booleans.
 FIELD_TYPES = {"int": int, "float": float, "bool": bool, "float | None": float, "int | None": int}

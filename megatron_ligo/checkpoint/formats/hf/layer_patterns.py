@@ -39,7 +39,9 @@ def parse_patterns(
     if USE_WINDOW in keys and not isinstance(config.get(USE_WINDOW, False), bool):
         errors.add(USE_WINDOW, "true or false", describe_value(config[USE_WINDOW]))
         return patterns
-    if TYPES not in keys or sizes.get("sliding_window") is None:
+    if arch.needs_window and sizes.get("sliding_window") is None:
+        errors.add("sliding_window", "a number of tokens", "null")
+    elif TYPES not in keys or sizes.get("sliding_window") is None:
         _check_one_type(config, sizes, errors)
         if TYPES in keys and USE_WINDOW not in keys and WINDOW in (_list_of(config, TYPES, where) or ()):
             errors.add("sliding_window", "a number of tokens: some layers have a window", "null")
@@ -92,6 +94,8 @@ def _check_one_type(config: Mapping, sizes: Mapping, errors: ErrorCollector) -> 
 def check_patterns(model_config: ModelConfig, arch: Architecture, errors: ErrorCollector) -> None:
     """Adds an error for each pattern of a model that its `model_type` cannot state."""
     names = arch.hf_pattern_keys.get(model_config.model_type, ())
+    if arch.needs_window and model_config.sliding_window is None:
+        errors.add("sliding_window", "a number of tokens, and a layer that has it", None)
     if arch.rotates_in_windows_only:
         expected = model_config.window_layers
         if model_config.rope_layers != expected:
