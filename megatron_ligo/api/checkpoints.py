@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_ligo.api.settings import DType, check_number, parse_dtype
 from megatron_ligo.api.sources import ModelSource, open_model
@@ -44,7 +45,7 @@ def convert(
     return conversion.convert(reader, target, to, written, overwrite=overwrite, progress=progress)
 
 
-def inspect(model: ModelSource, *, format: str | None = None, accept: Iterable[str] = ()) -> dict:
+def inspect(model: ModelSource, *, format: str | None = None, accept: Iterable[str] = ()) -> dict[str, Any]:
     """Summarises a model as plain data: format, sizes (`dims`), layout, step, and each tensor's shape and dtype."""
     return inspection.describe(open_model(model, format=format, accept=accept))
 

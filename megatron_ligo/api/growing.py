@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import torch
 from torch import nn
@@ -93,7 +93,7 @@ def write_handoff(
     accept_changed: bool = False,
     progress: Progress | None = None,
     **sizes: Unpack[LargeSizes],
-) -> dict:
+) -> dict[str, Any]:
     """Grows a model into a hand-off as the command does, one tensor at a time; returns the content of growth.json.
 
     The large model is never in memory as a whole. settings: [handoff] too, such as {"handoff.dtype": "bf16"}.

@@ -7,10 +7,13 @@ this module first, by the name of its package.
 from __future__ import annotations
 
 import collections
+import contextlib
+import io
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 FILE_NAME = "libraries.log"
@@ -57,6 +60,21 @@ def write_to(folder: Path) -> None:
     _file.setFormatter(logging.Formatter(FORMAT))
     while _kept:
         _file.handle(_kept.popleft())
+
+
+@contextlib.contextmanager
+def log_prints(library: str) -> Iterator[None]:
+    """Logs what a library prints to stdout within this context, a record a line, if `install` was called."""
+    if logging.getLoggerClass() is not LibraryLogger:
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            logging.getLogger(library).info("%s", line)
 
 
 def kept_lines() -> list[str]:

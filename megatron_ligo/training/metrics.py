@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -28,8 +29,8 @@ SILENT_PREFIX = "expert_load_"
 # The time left is estimated from this many recent steps.
 RECENT_STEPS = 20
 
-# Called on rank 0 after each step, with its row of metrics.jsonl.
-StepCallback = Callable[[Mapping[str, float | str | None]], None]
+# Called on rank 0 after each step, with its row of metrics.jsonl: numbers, None for NaN, and the texts of TEXT_KEYS.
+StepCallback = Callable[[dict[str, Any]], None]
 
 
 class Metrics:

@@ -12,6 +12,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megatron_ligo.common import library_log
 from megatron_ligo.models.factored.context import FactoredContext
 from megatron_ligo.models.factored.embedding_and_head import FactoredHead, embedding_class
 from megatron_ligo.models.factored.factored_layer import FactoredLayer, SharedMaps
@@ -77,8 +78,9 @@ class FactoredPipeline(PipelineModule):
         self.context = context
         self.step_state = StepState(context)
         specs, self.part_bounds = self._specs(num_layers)
-        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.replicas)
-        super().__init__(specs, topology=topology, loss_fn=self._loss)
+        with library_log.log_prints("deepspeed"):
+            topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.replicas)
+            super().__init__(specs, topology=topology, loss_fn=self._loss)
         _connect_layers(self.step_state, self.factored_layers())
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:

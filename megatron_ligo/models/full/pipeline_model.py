@@ -20,6 +20,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.mcore_names import to_local_name
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.spec import Role
+from megatron_ligo.common import library_log
 from megatron_ligo.distributed.mesh import Mesh
 from megatron_ligo.models.full.encoder import EmbeddingSum, HeadTransform
 from megatron_ligo.models.full.image_classifier import ClassHead, ImageEmbedding
@@ -159,8 +160,10 @@ class FullPipeline(LossMixin, PipelineModule):
         self.model_config = model_config
         self.mesh = mesh
         self.prefixes = build_name_prefixes(model_config)
-        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp * mesh.ep, num_dp=mesh.expert_dp)
-        super().__init__(build_layer_specs(model_config, build, mesh, recompute), topology=topology, loss_fn=self._loss)
+        specs = build_layer_specs(model_config, build, mesh, recompute)
+        with library_log.log_prints("deepspeed"):
+            topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp * mesh.ep, num_dp=mesh.expert_dp)
+            super().__init__(specs, topology=topology, loss_fn=self._loss)
         finish_model(self, model_config, mesh)
 
     def _partition_layers(self, method: str = "explicit") -> None:
