@@ -27,6 +27,7 @@ _API = {
     "DataError": "common.errors",
     "LayoutError": "common.errors",
     "MachineError": "common.errors",
+    "Problem": "common.errors",
 }
 __all__ = ["__version__", *_API]
 
@@ -34,7 +35,8 @@ __all__ = ["__version__", *_API]
 def __getattr__(name: str) -> object:
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_API[name]}"), name)
+    with import_module(f"{__name__}.common.errors").name_missing_packages():
+        value = getattr(import_module(f"{__name__}.{_API[name]}"), name)
     globals()[name] = value
     return value
 

@@ -16,5 +16,6 @@ from megatron_ligo.common.errors import DataError as DataError
 from megatron_ligo.common.errors import LayoutError as LayoutError
 from megatron_ligo.common.errors import LigoError as LigoError
 from megatron_ligo.common.errors import MachineError as MachineError
+from megatron_ligo.common.errors import Problem as Problem
 
 __version__: str

@@ -17,7 +17,7 @@ from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.hf.transformers_model import config_content
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import check_agreement
-from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem
+from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, name_missing_packages
 from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.metrics import StepCallback
@@ -73,8 +73,9 @@ def fit(
     if not isinstance(large, Mapping):
         _check_large(large, operator.large)
 
-    from megatron_ligo.distributed import mesh
-    from megatron_ligo.training.fit import Fit
+    with name_missing_packages():
+        from megatron_ligo.distributed import mesh
+        from megatron_ligo.training.fit import Fit
 
     mesh.init_distributed(run_config.fit.timeout_minutes)
     if reader.path is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import errno
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from megatron_ligo.common.terminal_text import one_line, printable
 
@@ -39,7 +40,7 @@ class LigoError(Exception):
     remaining_tensors: Callable[[], Iterable[tuple[str, object]]] | None = None
 
     @property
-    def problems(self) -> tuple[str, ...]:
+    def problems(self) -> tuple[Problem | str, ...]:
         """Every problem that the error reports; a `Problem` if its fields are known."""
         return tuple(self.collector.problems) if self.collector else self.args
 
@@ -71,7 +72,7 @@ class ReplicaError(LigoError):
 
 
 class MachineError(LigoError):
-    """A full disk, or a missing permission or folder, on any rank. Finished work is kept."""
+    """A full disk, or a missing permission, folder or package, on any rank. Finished work is kept."""
 
 
 class LostRankError(LigoError):
@@ -160,6 +161,18 @@ def user_message(error: BaseException) -> str | None:
             return text
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
+
+
+@contextmanager
+def name_missing_packages() -> Iterator[None]:
+    """Raises MachineError, within this context, for a package that an import does not find."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        raise MachineError(message) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

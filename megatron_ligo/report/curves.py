@@ -46,6 +46,9 @@ def draw_png(runs: Sequence[RecordedRun], table: ReportTable | None = None) -> b
         upper.suptitle(fill(table.warning, 130), fontsize=10, color="#8a1c00")
     for axes, x in zip(panels, X_LABELS if table is None else ("step", "flops"), strict=True):
         _draw_panel(axes, runs, x)
+    # Outside the panels, where it hides no curve.
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, edgecolor="none")
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -90,7 +93,6 @@ def _draw_panel(axes: Axes, runs: Sequence[RecordedRun], x: str) -> None:
     elif x == "step":
         axes.plot([], [], color="#555555", label="lines: training batches, smoothed in long runs")
         axes.plot([], [], color="#555555", label="circles: held-out samples", **HELD_OUT_MARKS)
-        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def smooth(losses: Sequence[float]) -> list[float]:

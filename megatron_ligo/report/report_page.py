@@ -25,7 +25,7 @@ thead th { border-bottom: 2px solid #888; }
 tbody + tbody { border-top: 2px solid #888; }
 .loss { text-align: right; background: #f2f6fa; font-variant-numeric: tabular-nums; }
 td.figure { white-space: nowrap; }
-img { max-width: 100%; height: auto; }
+img { width: 100%; min-width: 52rem; height: auto; }
 </style>
 </head>
 <body>
@@ -37,7 +37,7 @@ img { max-width: 100%; height: auto; }
 $bodies
 </table></div>
 <h2>Curves</h2>
-<img alt="Loss against steps, tokens, FLOPs and hours" src="data:image/png;base64,$picture">
+<div class="wide"><img alt="Loss against steps, tokens, FLOPs and hours" src="data:image/png;base64,$picture"></div>
 <h2>Notes</h2>
 <ul>
 $notes

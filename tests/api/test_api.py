@@ -44,6 +44,20 @@ def test_the_import_needs_no_torch():
         ligo.gorw  # noqa: B018
 
 
+def test_a_package_that_is_missing_is_an_error_of_ours(tmp_path, monkeypatch):
+    """In an environment without DeepSpeed or Megatron-core."""
+    pair = {"model": hf_models.model("llama"), "large": LLAMA, "data": "train", "valid": "valid"}
+    calls = {"deepspeed_mpu": lambda: ligo.deepspeed_mpu, "fit": lambda: ligo.fit(**pair, output=tmp_path / "fit")}
+    for name in ("api.training_scripts", "training.fit", "training.engine"):
+        monkeypatch.delitem(sys.modules, f"megatron_ligo.{name}", raising=False)
+    monkeypatch.delitem(vars(ligo), "deepspeed_mpu", raising=False)
+    for name in ("deepspeed", "megatron.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in calls.values():
+        with pytest.raises(ligo.MachineError, match=r"pip install (deepspeed|megatron-core)"):
+            call()
+
+
 def test_the_stub_states_every_name():
     """Type checkers read __init__.pyi."""
     stub = Path(ligo.__file__).with_suffix(".pyi").read_text()

@@ -27,6 +27,7 @@ document.title = JSON.stringify({
   page: document.documentElement.scrollWidth,
   window: innerWidth,
   pictures: [...document.images].map(image => image.complete && image.naturalWidth),
+  drawn: [...document.images].map(image => image.clientWidth),
   requests: performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length,
 });
 </script>"""
@@ -69,6 +70,7 @@ def test_a_page_fits_its_window_and_fetches_nothing(name, width, pages):
     measured = json.loads(unescape(re.search(r"<title>(.*?)</title>", shown)[1]))
     assert measured["window"] == width and measured["page"] <= width, measured
     assert measured["pictures"] and all(pixels > 1000 for pixels in measured["pictures"]), measured
+    assert min(measured["drawn"]) > 800, "the text of a picture cannot be read"
     assert measured["requests"] == 0 and not re.findall(r'(?:src|href)="(?!data:)[^"]+"', shown)
     if name == "report":
         assert re.search(r"\d+% saved, the fit behind a start included", shown)

@@ -29,7 +29,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
-img { max-width: 100%; height: auto; }
+img { width: 100%; min-width: 52rem; height: auto; }
 </style>
 </head>
 <body>
@@ -43,8 +43,8 @@ $differences
 $trends
 $fits
 <h2>Curves</h2>
-<img alt="Loss against FLOPs" src="data:image/png;base64,$picture">
-<img alt="Training loss over whole runs" src="data:image/png;base64,$whole">
+<div class="wide"><img alt="Loss against FLOPs" src="data:image/png;base64,$picture"></div>
+<div class="wide"><img alt="Training loss over whole runs" src="data:image/png;base64,$whole"></div>
 <h2>How to read it</h2>
 <ul>
 <li>Each point is a run with a learning rate decayed to its end (with the wsd schedule, runs of one seed share what
@@ -180,7 +180,7 @@ def draw_curves(results: dict) -> bytes:
         _widen(axes)
         axes.set_title(f"Final loss, {title}")
         axes.grid(alpha=0.25)
-    panels[0].legend(fontsize=8)
+    _draw_legend(figure, panels[0])
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -202,10 +202,16 @@ def draw_whole_runs(results: dict) -> bytes:
         axes.set(xlabel="FLOPs, fit included", ylabel="training loss, smoothed", title=f"Training loss, {title}")
         axes.grid(alpha=0.25)
     if panels[0].lines:
-        panels[0].legend(fontsize=8)
+        _draw_legend(figure, panels[0])
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
+
+
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    """Draws the legend of a panel below all of them, where it hides no curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, edgecolor="none")
 
 
 def _widen(axes: Axes) -> None:

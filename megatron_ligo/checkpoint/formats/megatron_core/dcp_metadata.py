@@ -166,7 +166,11 @@ def pickle_metadata(tensors: Mapping[str, ChunkedTensor], objects: Mapping[str, 
     for name, span in objects.items():
         entries[name] = dcp.BytesStorageMetadata()
         storage[dcp.MetadataIndex(name)] = _StorageInfo(*span)
-    return pickle.dumps(dcp.Metadata(entries, storage_data=storage, version=VERSION))
+    metadata = dcp.Metadata(entries, storage_data=storage)
+    if hasattr(metadata, "version"):
+        # torch 2.8 has no such field.
+        metadata.version = VERSION
+    return pickle.dumps(metadata)
 
 
 def _unpickle(path: Path) -> PickleStub:
