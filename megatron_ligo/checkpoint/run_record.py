@@ -43,6 +43,13 @@ def read_run_record(path: Path) -> dict:
     return record
 
 
+def check_step(checkpoint: Path, record: dict, step: int) -> None:
+    """Raises CheckpointError unless the record in a folder is that of the step in the folder's name."""
+    if record.get("step") != step:
+        hint = "It was renamed or copied: give it its own name."
+        raise CheckpointError(Problem(f"{checkpoint}", f"the checkpoint of step {step}", f"{record.get('step')}", hint))
+
+
 def check_recorded_file(path: Path, expected: dict, errors: ErrorCollector) -> bool:
     """Adds an error unless a file has the size and digest that the record states; returns True if it has."""
     before = len(errors.problems)

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from megatron_ligo.checkpoint.manifest import library_versions
 from megatron_ligo.common import signal_handling
-from megatron_ligo.common.atomic_files import write_bytes, write_json
+from megatron_ligo.common.atomic_files import read_json, write_bytes, write_json
 from megatron_ligo.common.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     ErrorCollector,
@@ -37,6 +38,7 @@ from megatron_ligo.distributed.digest_cache import DigestCache
 from megatron_ligo.export import chain, provenance
 from megatron_ligo.export.pretrain_record import read_pretrain_record
 from megatron_ligo.export.provenance import PRETRAIN_RECORD
+from megatron_ligo.export.run_inputs import ACCEPTED, describe_acceptance
 from megatron_ligo.growth.operator_file import RECORD as OPERATOR_RECORD
 from megatron_ligo.report import write_report
 from megatron_ligo.report.run_records import RecordedRun, read_runs
@@ -186,7 +188,8 @@ def run_stages(
     """Runs every unfinished command in order; writes lineage and report after each stage. Raises a command's error.
 
     ConfigError if the settings of a stage that has begun have changed, DataError if what a finished one stands on has.
-    accept_changed: passes --accept-changed-data to the commands, and compares no inputs of finished stages.
+    accept_changed: passes --accept-changed-data to the commands, and records in chain.json what has changed under
+    finished stages.
     """
     check_output(output, CHAIN)
     with exclusive_access(output):
@@ -195,11 +198,11 @@ def run_stages(
         for stage in begun:
             stage.add_differences(errors)
         errors.raise_if_any()
-        if not accept_changed:
-            _check_inputs([stage for stage in begun if stage.is_finished()], output)
+        accepted = _read_accepted(output / RECORD)
+        accepted += _check_inputs([stage for stage in begun if stage.is_finished()], output, accept_changed, accepted)
         for number, stage in enumerate(stages, 1):
             _run_stage(stage, log_line, ["--accept-changed-data"] if accept_changed else [])
-            write_lineage(stages[:number], output)
+            write_lineage(stages[:number], output, accepted)
 
 
 def _comparable(config: dict) -> dict:
@@ -210,15 +213,36 @@ def _comparable(config: dict) -> dict:
     }
 
 
-def _check_inputs(stages: Sequence[GrowthStage], output: Path) -> None:
-    """Raises DataError with every input of the finished stages that has changed since they ran."""
+def _check_inputs(
+    stages: Sequence[GrowthStage], output: Path, accept_changed: bool, known: Sequence[dict]
+) -> list[dict]:
+    """Returns what to record if the user accepts that inputs of the finished stages have changed since they ran.
+
+    known: what was accepted before. Raises DataError with every change that is not accepted.
+    """
     errors, cache = ErrorCollector(f"{output}: what finished stages stand on has changed", DataError), DigestCache()
     for stage in stages:
         for folder in stage.run_folders():
             errors.problems += chain.find_changed_inputs(folder, cache)
+    if errors.problems and accept_changed:
+        entry = describe_acceptance(errors.problems)
+        return [] if entry["changes"] in [other["changes"] for other in known] else [entry]
     if errors.problems:
         errors.add_message("Bring it back, choose another --output, or pass --accept-changed-data.")
     errors.raise_if_any()
+    return []
+
+
+def _read_accepted(path: Path) -> list[dict]:
+    """Reads from chain.json which changes were accepted before. CheckpointError if it is not as it was written."""
+    try:
+        accepted = read_json(path, finite=False).get(ACCEPTED, []) if path.is_file() else []
+        if not all(isinstance(entry["changes"], list) for entry in accepted):
+            raise TypeError("changes")
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        hint = "Remove it: it is written again."
+        raise CheckpointError(Problem(f"{path}", "the record of a chain of stages", f"{error!r}", hint)) from None
+    return accepted
 
 
 def _run_stage(stage: GrowthStage, log_line: Callable[[str], None], options: list[str]) -> None:
@@ -265,12 +289,12 @@ def _run_command(words: list[str]) -> None:
         raise LigoError(Problem(" ".join(words), "exit code 0", code, "See its own message above."))
 
 
-def write_lineage(stages: Sequence[GrowthStage], output: Path) -> None:
-    """Writes OUTPUT/chain.json and OUTPUT/report for the finished stages."""
+def write_lineage(stages: Sequence[GrowthStage], output: Path, accepted: Sequence[dict] = ()) -> None:
+    """Writes OUTPUT/chain.json and OUTPUT/report for the finished stages. accepted: changes under them."""
     runs = read_runs([folder for stage in stages for folder in stage.run_folders()])
     prior_flops, links = _build_lineage(runs)
     write_report([run.folder for run in runs], output / REPORT, prior_flops=prior_flops)
-    write_json(output / RECORD, {"stages": links, "versions": library_versions()})
+    write_json(output / RECORD, {"stages": links, ACCEPTED: list(accepted), "versions": library_versions()})
 
 
 def _build_lineage(runs: list[RecordedRun]) -> tuple[dict[Path, float], list[dict]]:

@@ -19,7 +19,7 @@ from megatron_ligo.common.file_digest import SEAL, hash_json, is_intact
 from megatron_ligo.distributed.digest_cache import SAMPLED, WHOLE, DigestCache
 from megatron_ligo.export import provenance, run_inputs
 from megatron_ligo.export.grown_reader import GrownReader
-from megatron_ligo.export.metrics_rows import find_changed_rows
+from megatron_ligo.export.metrics_rows import METRICS_FILE, find_changed_rows
 from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.export.start_check import find_checkpoint_damage, find_handoff_damage
 from megatron_ligo.growth import operator_file
@@ -88,11 +88,15 @@ def verify_runs(folder: Path, cache: DigestCache) -> ChainReport:
 
 
 def find_changed_inputs(run: Path, cache: DigestCache) -> list[str]:
-    """Returns a problem for each input of a finished fit or pretraining run that is not what the run has used."""
+    """Returns a problem for each input of a finished fit or pretraining run that is not what the run has used.
+
+    Its metrics, from which reports draw curves, are compared with what its last checkpoint states.
+    """
     walk = _ChainWalk(cache)
     for path in (run / PRETRAIN_RECORD, run / "operator" / operator_file.RECORD):
         if path.is_file():
             walk.check_input_record(run, path)
+    walk.check_metrics(run)
     return walk.report.problems
 
 
@@ -129,9 +133,19 @@ class _ChainWalk:
             self.report.problems.append(Problem(f"{folder}", f"its {run_record.RECORD}", "none"))
         for checkpoint in [run, *checkpoints] if (run / run_record.RECORD).is_file() else checkpoints:
             self._try(checkpoint, lambda checkpoint=checkpoint: self._check_checkpoint(run, checkpoint))
+        self.check_metrics(run)
 
     def check_input_record(self, run: Path, path: Path) -> None:
         self._try(path, lambda: self._check_inputs(run, run_inputs.read_inputs(_read_table(path), f"{path}")))
+
+    def check_metrics(self, run: Path) -> None:
+        """Compares the metrics of a run with its newest checkpoint."""
+        records = [(_step(path.parent), path) for path in (run / CHECKPOINTS).glob(f"step_*/{run_record.RECORD}")]
+        step, path = max(records, default=(0, None))
+        if path is not None:
+            self._try(
+                run / METRICS_FILE, lambda: find_changed_rows(run, run_record.read_run_record(path)["state"], step)
+            )
 
     def check_links(self) -> None:
         """Compares each hand-off with the operators beside it."""
@@ -153,7 +167,7 @@ class _ChainWalk:
             problems = check()
         except LigoError as error:
             problems = [str(error)]
-        self.report.problems += problems
+        self.report.problems += [problem for problem in problems if problem not in self.report.problems]
         if not problems:
             self.report.checked.append(f"{place}: as its record states")
 
@@ -201,14 +215,14 @@ class _ChainWalk:
 
     def _check_checkpoint(self, run: Path, checkpoint: Path) -> list[str]:
         record = run_record.read_run_record(checkpoint / run_record.RECORD)
+        if checkpoint != run:
+            run_record.check_step(checkpoint, record, _step(checkpoint))
         problems = find_checkpoint_damage(checkpoint, self.cache)
         for path in sorted((run / MODEL_FOLDER).glob("*")):
             # The run copies these into each of its checkpoints.
             stated = record["files"].get(path.name)
             if stated is not None and stated != run_record.describe_file(path):
                 problems.append(Problem(f"{path}", f"digest {stated['digest']}, as in {checkpoint}", "other content"))
-        if run != checkpoint:
-            problems += map(str, find_changed_rows(run, record["state"], record["step"]))
         inputs = run_inputs.read_inputs(record["state"], f"{checkpoint / run_record.RECORD}")
         return [*problems, *self._check_inputs(run, inputs)]
 
@@ -246,6 +260,12 @@ class _ChainWalk:
             return hash_json(_read_sizes(path, entry))
         source = open_input(path, entry)
         return digest_state(source, self.cache) if kind == run_inputs.STATE else digest_weights(source, self.cache)
+
+
+def _step(folder: Path) -> int:
+    """Returns the step of a checkpoint's folder; 0 for a damaged one that was moved aside."""
+    digits = folder.name.removeprefix("step_")
+    return int(digits) if digits.isdigit() else 0
 
 
 def _operator_runs_beside(folder: Path, record: dict) -> list[Path]:

@@ -74,8 +74,9 @@ def find_changed_rows(run: Path, state: Mapping, step: int) -> list[Problem]:
     if saved is None:
         return []
     where = f"{run / METRICS_FILE}"
-    if not isinstance(saved, dict) or not {"rows", "digest"} <= saved.keys():
-        raise CheckpointError(Problem(f"{where}: its entry in the checkpoint", "rows and digest", f"{saved!r}"))
+    kinds = {"rows": int, "digest": str, "tokens": int | float, "flops": int | float}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
+        raise CheckpointError(Problem(f"{where}: its entry in the checkpoint", ", ".join(kinds), f"{saved!r}"))
     current = RowsDigest()
     for row in read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).exists() else []:
         if 1 <= row["step"] <= step:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ligo.common.errors import ConfigError, DataError
+from megatron_ligo.common.errors import CheckpointError, ConfigError, DataError
 from megatron_ligo.common.file_lock import exclusive_access
 from megatron_ligo.config.run_config import HANDOFF_FORMATS
 from megatron_ligo.config.run_identity import run_identity
@@ -140,7 +140,8 @@ def test_a_stage_with_other_settings_is_refused(tmp_path, monkeypatch):
     inputs.add_files({"data.train 1.bin": tmp_path / "train.bin"})
     record = {"run": run_identity(stage.config, "pretrain", ("small", "large")), "dims": {}, "grown": False, "step": 4}
     write_pretrain_record(folder / "pretrain", {**record, "inputs": inputs.entries})
-    monkeypatch.setattr(staged_growth, "write_lineage", lambda stages, output: None)
+    recorded: list = []
+    monkeypatch.setattr(staged_growth, "write_lineage", lambda stages, output, accepted: recorded.append(accepted))
     staged_growth.run_stages([stage], output, print)
     for toml in (None, staged_growth._to_toml(stage.config.to_dict())):
         if toml:
@@ -155,7 +156,17 @@ def test_a_stage_with_other_settings_is_refused(tmp_path, monkeypatch):
     with pytest.raises(DataError) as raised:
         staged_growth.run_stages(load(), output, print)
     assert "train.bin" in str(raised.value)
+    assert recorded[-1] == []
     staged_growth.run_stages(load(), output, print, accept_changed=True)
+    ((entry,), lineage) = recorded[-1], output / "chain.json"
+    assert entry["user"] and "train.bin" in entry["changes"][0]
+    # It is known from then on, once.
+    lineage.write_text(json.dumps({"accepted_changes": [entry]}))
+    staged_growth.run_stages(load(), output, print, accept_changed=True)
+    assert recorded[-1] == [entry]
+    lineage.write_text('{"accepted_changes": [3]}')
+    with pytest.raises(CheckpointError, match="the record of a chain"):
+        staged_growth.run_stages(load(), output, print, accept_changed=True)
 
 
 def test_the_small_format_is_that_of_the_first_stage(tmp_path):

@@ -131,6 +131,16 @@ def test_one_changed_byte_is_noticed(place, pattern):
     assert not problems(place / "runs")
 
 
+def test_a_changed_loss_is_noticed(place):
+    """By `verify`, and where a finished stage is used again."""
+    run = place / "runs/pretrain"
+    with restored(run / "metrics.jsonl") as content:
+        (run / "metrics.jsonl").write_bytes(content.replace(b'"loss": ', b'"loss": 1', 1))
+        for listed in (problems(place / "runs"), "\n".join(chain.find_changed_inputs(run, DigestCache()))):
+            assert "metrics.jsonl: expected 4 rows up to step 4" in listed
+    assert not chain.find_changed_inputs(run, DigestCache())
+
+
 @pytest.mark.parametrize(
     "pattern", ["runs/grown/universal/dims.json", "runs/grown/universal/global_step0/zero/*final*/fp32.pt"]
 )

@@ -99,6 +99,12 @@ def no_record(place: Path) -> str:
     return "record.json"
 
 
+def renamed(place: Path) -> str:
+    shutil.rmtree(place)
+    shutil.copytree(place.with_name("step_2"), place)
+    return "expected the checkpoint of step 4, found 2"
+
+
 def hostile(place: Path) -> str:
     """Forges the digest too: whoever can write the file can also do that."""
     path = next(place.rglob("mp_rank_00_model_states.pt"))
@@ -110,7 +116,7 @@ def hostile(place: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "damage", [one_bit, truncated, deleted, no_record, hostile], ids=lambda damage: damage.__name__
+    "damage", [one_bit, truncated, deleted, no_record, renamed, hostile], ids=lambda damage: damage.__name__
 )
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_loaded(pools, half_way, whole, damage):
     table, output = half_way

@@ -24,6 +24,7 @@ from megatron_ligo.checkpoint.model_record import RUN_STATE
 from megatron_ligo.checkpoint.run_record import (
     RECORD,
     check_recorded_file,
+    check_step,
     describe_file,
     read_run_record,
     write_run_record,
@@ -167,7 +168,7 @@ def find_newest(folder: Path) -> RunCheckpoint | None:
         checkpoint = folder / f"step_{step}"
         try:
             with ranks.agree():
-                record = _read_verified(checkpoint)
+                record = _read_verified(checkpoint, step)
         except CheckpointError as error:
             log.warning("%s", error)
             errors.add_message(str(error))
@@ -262,9 +263,13 @@ def _move_aside(damaged: list[Path]) -> None:
         fsync_path(path.parent)
 
 
-def _read_verified(checkpoint: Path) -> dict:
-    """Reads a checkpoint's record and verifies this rank's share of its files. CheckpointError if any is damaged."""
+def _read_verified(checkpoint: Path, step: int) -> dict:
+    """Reads a checkpoint's record and verifies this rank's share of its files. CheckpointError if any is damaged.
+
+    step: which the folder's name states. One that was renamed or copied is of another.
+    """
     record = read_run_record(checkpoint / RECORD)
+    check_step(checkpoint, record, step)
     errors = ErrorCollector(f"{checkpoint} is damaged", CheckpointError)
     for name in sorted(record["files"])[dist.get_rank() :: dist.get_world_size()]:
         _verify_file(checkpoint / name, record["files"][name], errors)
