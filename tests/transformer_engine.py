@@ -45,7 +45,8 @@ class LayerNormColumnLinear(ExtraState, ColumnParallelLinear):
             tp_group=tp_group,
         )
         self.norm_kind = config.layernorm_epsilon, config.normalization
-        self.layer_norm_weight = nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        self.layer_norm_weight = nn.Parameter(torch.full((input_size,), 1 - self.offset, dtype=config.params_dtype))
         self.layer_norm_bias = None
         if config.normalization == "LayerNorm":
             self.layer_norm_bias = nn.Parameter(torch.zeros(input_size, dtype=config.params_dtype))
@@ -55,7 +56,7 @@ class LayerNormColumnLinear(ExtraState, ColumnParallelLinear):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor, *arguments, **options) -> tuple[Tensor, Tensor | None]:
-        x = normalise(x, self.layer_norm_weight, self.layer_norm_bias, *self.norm_kind)
+        x = normalise(x, self.layer_norm_weight + self.offset, self.layer_norm_bias, *self.norm_kind)
         return super().forward(x, *arguments, **options)
 
 

@@ -122,13 +122,15 @@ def _estimate_small_model(job: PlannedJob, stage: int) -> dict[str, float]:
     layer = parameter_count.count_layer(small, 1)
     table = padded_vocab(job.large.vocab_size, tp) // tp * small.hidden_size
     tables = (first or (last and small.tied)) + (last and not small.tied)
+    maps = parameter_count.count_operator_on_rank(operator, tp, layers)
     sums = 0
     if job.micro_batches_per_build > 1:
-        maps = parameter_count.count_operator_on_rank(operator, tp, layers)
         sums = 4 * (layers * _count_linear_weights(job) + maps)
+    copies = job.element_bytes * maps if job.element_bytes < 4 else 0
     dropped = {"dropped neurons": 4 * layers * fit_expert_memory.count_dropped(job)} if small.num_experts else {}
     return dropped | {
         "source": small.num_layers * layer * job.source_bytes / ranks + 4 * table * tables,
+        "maps": copies,
         "mixed": job.element_bytes * (layers * (layer + _count_layer_products(job))),
         "gradient sums": sums,
     }
@@ -149,7 +151,8 @@ def _estimate_build_peak(job: PlannedJob, stage: int) -> float:
         before its build   (s + b) (m + p) + s a, the gradients of what its linears receive, and a layer recomputed
         behind its build   s (m + p + a), and the gradients of its mixed weights, beside their copies for other ranks
 
-    m, p, a: bytes of a layer's mixed weights, products and kept activations.
+    m, p, a: bytes of a layer's mixed weights, products and kept activations. The last two beside the gradients of the
+    maps, which are summed over the layers in the run's dtype.
     """
     small, width, ranks = job.operator.small, job.element_bytes, _count_mixing_ranks(job)
     layers = job.layers_per_stage()[stage]
@@ -160,13 +163,14 @@ def _estimate_build_peak(job: PlannedJob, stage: int) -> float:
     largest = max(prod(spec.shape(small)) for spec in _list_layer_matrices(job)) * 4 / ranks if width < 4 else 0
     gathered = mixed * (1 + 1 / ranks) if ranks > 1 else 2 * largest
     copied = mixed if ranks > 1 else largest
+    sums = width * parameter_count.count_operator_on_rank(job.operator, job.parallel.tp, layers)
     peak = 0.0
     for first in range(0, layers, MIXED_LAYERS_AT_ONCE):
         count = min(MIXED_LAYERS_AT_ONCE, layers - first)
         before = first * (mixed + products + kept)
         mixing = before + count * (mixed + gathered)
         linears = before + count * (mixed + products + received) + recomputed
-        peak = max(peak, mixing, linears, before + count * (mixed + copied))
+        peak = max(peak, mixing, linears + sums, before + count * (mixed + copied) + sums)
     return peak
 
 
@@ -230,6 +234,9 @@ def _estimate_activations(job: PlannedJob, stage: int) -> float:
     copies = LOGIT_COPIES + (PIPELINE_LOGIT_COPIES if parallel.pp > 1 else 0)
     low_precision = job.element_bytes if job.element_bytes < 4 else 0
     logits = (copies * 4 + low_precision) * job.micro_batch_tokens * vocab if last else 0
+    if last and job.operator is not None:
+        # The head's table in the run's dtype.
+        logits += low_precision * vocab * job.operator.small.hidden_size
     if job.training.recompute:
         # The logits are freed before a layer is recomputed.
         return layers * kept * in_flight + max(whole, logits)

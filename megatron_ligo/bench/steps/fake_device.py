@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import deepspeed
@@ -30,6 +30,7 @@ from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.agreement import SINGLE_RANK
 from megatron_ligo.distributed.mesh import Mesh
@@ -45,6 +46,7 @@ from megatron_ligo.planning.planned_job import PlannedJob
 
 # Kinds of the plan that a step without an optimizer does not hold.
 WITHOUT_OPTIMIZER = ("optimizer", "buffers", "gathered")
+TRAINED = ("operator", "weights", "gradients")
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 COLLECTIVES = {"c10d", "_c10d_functional"}
 
@@ -177,11 +179,11 @@ def count_step(job: PlannedJob) -> StepCount:
             loss = model(*inputs)
             forward = counter.kernels.total()
             loss.backward()
-    planned = {
-        kind: count
-        for kind, count in memory.estimate_stage_memory(job, 0).items()
-        if not kind.startswith(WITHOUT_OPTIMIZER)
-    }
+    planned = memory.estimate_stage_memory(job, 0)
+    # No engine divides the trained parameters and their gradients here.
+    whole = memory.estimate_stage_memory(replace(job, training=_at_zero_1(job.training)), 0)
+    planned |= {kind: whole[kind] for kind in TRAINED if kind in whole}
+    planned = {kind: count for kind, count in planned.items() if not kind.startswith(WITHOUT_OPTIMIZER)}
     return StepCount(
         job.large.num_layers,
         forward,
@@ -192,6 +194,10 @@ def count_step(job: PlannedJob) -> StepCount:
         sum(planned.values()),
         counter.flops,
     )
+
+
+def _at_zero_1(training: TrainingSection) -> TrainingSection:
+    return replace(training, parallel=replace(training.parallel, zero=1, ds_config=""))
 
 
 def _build(job: PlannedJob, groups: Mesh) -> torch.nn.Module:

@@ -166,9 +166,7 @@ class FactoredContext:
         """True if all layers build their tensors in the same way, from the same maps: several at once."""
         operator = self.operator
         has_own_maps = any(operator.has_map_per_layer(name) for name in operator.maps)
-        arch = operator.arch
-        has_more_norms = arch.has_head_norms or arch.has_output_norms or arch.has_output_scales
-        is_plain = not (has_own_maps or has_more_norms or arch.starts_unnormalised or arch.has_experts)
+        is_plain = not (has_own_maps or operator.arch.starts_unnormalised or operator.arch.has_experts)
         return self.lag is None and operator.settings.fresh == "none" and is_plain
 
     def map_for(self, maps: dict[str, LinearMap], spec: ParamSpec, dim: int) -> tuple[LinearMap, LiftedMap]:
