@@ -50,9 +50,7 @@ def state_dict_names(model_config: ModelConfig) -> list:
 
 
 def state_dicts_of_families() -> dict[str, list]:
-    return {
-        name: state_dict_names(family_config(name)) for name, arch in architectures().items() if is_supported(arch)
-    }
+    return {name: state_dict_names(family_config(name)) for name, arch in architectures().items() if is_supported(arch)}
 
 
 def test_every_family_has_the_names_of_the_tables(pools):
