@@ -57,6 +57,9 @@ def run_steps(
     first_step, dims = engine.steps, engine.mesh
     accepted = " ".join(run_inputs.changes_accepted_at(state, first_step))
     guard = LossGuard(engine, section, state, guess_loss, output, accepted_step)
+    if accepted:
+        # Other data or another model has a level of its own.
+        guard.detector.restart()
     saver = run_checkpoints.CheckpointSaver(engine, output / CHECKPOINTS_FOLDER, extra_files, section.async_save)
     with all_ranks().agree():
         trackers = open_trackers(section, output) if dist.get_rank() == 0 else TrackerList([])
