@@ -58,8 +58,6 @@ OWN = {
         "sliding_window": 5,
         "window_layers": (True, True, False),
         "window_rope_base": 100.0,
-        # The norms of heads and of features share it.
-        "norm_eps": 1e-7,
     },
     "modernbert": {
         "arch": "modernbert",
@@ -89,8 +87,6 @@ OWN = {
         "sliding_window": 5,
         "window_layers": (True, False, True),
         "rope_layers": (True, False, True),
-        # The norms of heads and of features share it, and a tiny model's queries are small.
-        "norm_eps": 1e-9,
     },
     "cohere": {"arch": "cohere", "logits_multiplier": 0.7, "parallel_residual": True},
     "cohere with biases": {

@@ -60,12 +60,23 @@ class InitialOperator(Operator):
             shards = experts.num_shards(self.small, self.large)
             return experts.repeat_shards(initialise(spec.small, spec.large // shards, "", generator), shards)
         expand = initialise(spec.small, spec.large, self.norm_kind(map_name), generator)
+        if self._keeps_mean_square(map_name):
+            expand = expand / variance_ratio(expand) ** 0.5
         noise = self.setting("noise", map_name)
         if noise and self.setting("contract", map_name) == "tied" and spec.large > spec.small:
             new_rows = expand[spec.small :]
             scale = noise * new_rows.abs().mean()
             new_rows += scale * torch.randn(new_rows.shape, generator=generator, dtype=torch.float64)
         return expand
+
+    def _keeps_mean_square(self, map_name: str) -> bool:
+        """True if grown features have the small ones' mean square, so that eps stays, which norms of heads share.
+
+        A tied contract reads with expand^T, which allows no factor.
+        """
+        is_normalised = self.copied_gains and self.arch.has_head_norms and self.norm_kind(map_name) == "rms"
+        starts, contract = self.setting("width_init", map_name), self.setting("contract", map_name)
+        return is_normalised and contract == "free" and starts in initializers.SCALED_COPIES
 
     def _initial_contract(self, map_name: str, name: str, expand: Tensor) -> Tensor:
         """Returns a left inverse of expand, (small, large), fp64. Noise preserves this: noise @ expand = 0."""

@@ -127,6 +127,7 @@ def later_copy_mask(small: int, large: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.bool), source[1:] == source[:-1]])
 
 
+SCALED_COPIES = ("lossless", "clone", "net2net")  # under an RMSNorm
 DENSE_INITS = ("random",)  # have rows with several entries
 WIDTH_INITS = {
     "copy": copy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 
@@ -82,7 +83,19 @@ def build_initial_operator(small: ModelConfig, section: LargeSection, settings: 
         # Norms divide by sqrt(variance + eps), so eps must grow with the variance.
         expand = operator.initial_expand("residual")
         operator.large = replace(large, norm_eps=small.norm_eps * variance_ratio(expand))
+        _report_shared_eps(operator)
     return operator
+
+
+def _report_shared_eps(operator: InitialOperator) -> None:
+    """Says what an eps that changes costs where norms of queries and keys share it."""
+    is_kept = math.isclose(operator.large.norm_eps, operator.small.norm_eps, rel_tol=1e-6)
+    if METHODS[operator.settings.method].is_lossless and operator.arch.has_head_norms and not is_kept:
+        log.info(
+            "the norms of queries and keys share one eps with the others, which growth changes with the variance of "
+            "the residual stream: logits change by about that change over the mean square of queries and keys, 1e-6 "
+            "where it is 1 and eps 1e-6. contract = 'free' keeps it"
+        )
 
 
 def check_sizes(small: ModelConfig, large: ModelConfig, merges_kv_heads: bool = False) -> None:
@@ -216,12 +229,6 @@ def _check_lossless(errors: ErrorCollector, settings: OperatorSection, small: Mo
             hint = "Take depth_init = 'interlace' or 'stack'."
             found = f"{start!r}: with norms after the residual sums (post-LN) no layer is the identity"
             errors.add("operator.depth_init", "a start that promises no lossless depth", found, hint)
-    if method.is_lossless and arch.has_head_norms and large.hidden_size != small.hidden_size:
-        log.info(
-            "the norms of queries and keys share one eps with the others, which growth changes with the variance of "
-            "the residual stream: logits change by about that change over the mean square of queries and keys, 1e-6 "
-            "where it is 1 and eps 1e-6. method = 'hypercloning' at a whole multiple of hidden_size keeps it"
-        )
     if method.is_lossless and not can_be_lossless(small, large):
         reason = "no start is lossless: only whole copies keep a LayerNorm's mean and variance"
         log.warning("hidden_size %d to %d is no whole multiple: %s", small.hidden_size, large.hidden_size, reason)

@@ -1,8 +1,7 @@
 """EXAONE 4: OLMo 2's norms after the blocks, Qwen3's norms of the heads, and rotary positions in layers with a window.
 
-A model without a window has rotary positions in every layer. Growth copies whole heads with their norms, and a block's
-output norm takes f = sqrt(D1 / D2), as in OLMo 2. All norms share one eps, which follows the residual stream's variance
-(eps x D1 / D2): that costs the heads' norms about 1e-6.
+A model without a window has rotary positions in every layer. Growth copies whole heads with their norms, and norms
+after a block grow as in OLMo 2. The residual stream keeps the eps that all norms share, as in Qwen3.
 """
 
 from dataclasses import replace

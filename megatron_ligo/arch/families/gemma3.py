@@ -1,8 +1,8 @@
 """Gemma 3 (text): Gemma 2 with a norm of each query and key head, unbounded scores, and rotary positions of their own
 in the layers with a window.
 
-Growth is Gemma 2's, with whole heads copied and their norms with them, as in Qwen3. The eps that all norms share
-follows the residual stream's variance (eps x D1 / D2), which costs the heads' norms about 1e-6.
+Growth is Gemma 2's, with whole heads copied and their norms with them, as in Qwen3, whose residual stream keeps the
+eps that all norms share.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
 """OLMo 2: norms after the blocks instead of before them, and over all query heads and all key heads together.
 
-After a block: what it returns is E y for the small y, its root mean square is f = sqrt(D1 / D2) of the small one's, and
-the gain takes f, as before a block: E times the small output. A new layer's gains are zero, so that it writes nothing.
-Over all heads: copies of a head are divided by the root of their number c, so that the root mean square is again f (of
-the heads) times the small one's; the gain takes f sqrt(c), and each copy is a whole head. Values are divided by it too,
-and `o` reads them so. eps x D1 / D2 is right for all norms if heads and width grow alike, and else costs about 1e-6.
+After a block: what it returns is E y for the small y, its root mean square is f times the small one's, and the gain
+takes f, as before a block: E times the small output. A new layer's gains are zero, so that it writes nothing. Over all
+heads: copies of a head are divided by the root of their number, so that the root mean square is again f (of the heads)
+times the small one's; the gain makes each copy a whole head. Values are divided by it too, and `o` reads them so. One
+eps serves all norms, so both maps are scaled to f = 1, as in Qwen3.
 """
 
 from dataclasses import replace

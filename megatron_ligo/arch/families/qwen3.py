@@ -1,9 +1,9 @@
 """Qwen3: Llama with an RMSNorm of each query and key head before the rotation.
 
-A grown head is a copy of a small one, so these norms are copied. Growth is lossless at any ratio up to their eps: every
-norm of a config has one, which follows the residual stream's variance (eps x D1 / D2). That costs about 1e-6; it costs
-nothing where eps stays: method hypercloning at a whole multiple of hidden_size. The head size may grow too: features
-keep their mean square, and gains undo the factors that this takes (growth/attention_heads.py).
+A grown head is a copy of a small one, so these norms are copied. All norms of a config have one eps, so the residual
+stream keeps its mean square: E^T E = c I with c = D2 / D1, eps x c D1 / D2 = eps, at any ratio (a tied contract, which
+reads with E^T, wants c = 1, and eps x D1 / D2). The head size may grow too: features keep their mean square, and gains
+undo the factors that this takes (growth/attention_heads.py).
 """
 
 from dataclasses import replace
