@@ -33,7 +33,7 @@ SIZES = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 5}
 # Of decoders on three ranks, and of those that rotate a half of each head.
 ODD = {"num_heads": 6, "num_kv_heads": 3, "num_layers": 4, "head_dim": 6, "hidden_size": 36, "ffn_size": 33}
 ODD_HALVES = ODD | {"head_dim": 8, "hidden_size": 48}
-ROTATE_HALVES = ("gpt_neox", "phi", "phi3", "stablelm")
+ROTATE_HALVES = ("gpt_neox", "phi", "phi3", "stablelm", "glm4", "nemotron")
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
