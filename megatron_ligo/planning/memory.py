@@ -71,6 +71,9 @@ def estimate_stage_memory(job: PlannedJob, stage: int) -> dict[str, int]:
     if job.operator is not None and job.micro_batches_per_build == 1:
         peak = _estimate_build_peak(job, stage)
         kinds["gradient sums"] = max(0, peak - kinds["mixed"] - kinds["activations"])
+        if job.parallel.zero == 3:
+            # Real ranks of an engine showed the gradients of a batch's mixed weights beside the activations.
+            kinds["gradient sums"] = max(kinds["gradient sums"], _estimate_mixed_gradients(job, stage))
     # The optimizer allocates its buffers after the activations are freed.
     kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
     return {kind: round(count) for kind, count in kinds.items()}
@@ -172,6 +175,13 @@ def _estimate_build_peak(job: PlannedJob, stage: int) -> float:
         linears = before + count * (mixed + products + received) + recomputed
         peak = max(peak, mixing, linears + sums, before + count * (mixed + copied) + sums)
     return peak
+
+
+def _estimate_mixed_gradients(job: PlannedJob, stage: int) -> float:
+    """Estimates the gradients of the mixed weights of a batch of layers: twice in the run's dtype, a slice in fp32."""
+    in_fp32 = 4 / _count_mixing_ranks(job) if job.element_bytes < 4 else 0
+    layers = min(job.layers_per_stage()[stage], MIXED_LAYERS_AT_ONCE)
+    return layers * parameter_count.count_layer(job.operator.small, 1) * (2 * job.element_bytes + in_fp32)
 
 
 def _estimate_teacher(job: PlannedJob) -> float:
