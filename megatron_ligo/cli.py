@@ -181,6 +181,16 @@ def set_up_logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     library_log.install()
     logging.getLogger("megatron_ligo").setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
+    # A command that tries many starts would repeat what it says of the models.
+    said: set[str] = set()
+    logging.getLogger("megatron_ligo.growth.validation").addFilter(lambda record: not _is_repeated(record, said))
+
+
+def _is_repeated(record: logging.LogRecord, said: set[str]) -> bool:
+    text = record.getMessage()
+    repeated = text in said
+    said.add(text)
+    return repeated
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -55,8 +55,10 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 
 def test_success_and_logging(tmp_path):
     body = "logging.getLogger('megatron_ligo.x').info('plain'); logging.getLogger('other').info('noise'); print('done')"
+    # What growth says of a pair of models is said once, by a command that builds many starts too.
+    body += "\nfor _ in range(3): logging.getLogger('megatron_ligo.growth.validation').info('of a pair')"
     script = write_script(tmp_path, body)
-    assert finish(start(script)) == (0, "done\n", "plain\n")
+    assert finish(start(script)) == (0, "done\n", "plain\nof a pair\n")
     assert finish(start(script, RANK="1")) == (0, "done\n", "")
 
 

@@ -73,20 +73,25 @@ def advise(
     _check(budget if minutes is None else 1.0, lrs, config)
     small = formats.open_small(config.small).model_config
     arms, refused = candidates(config, small, list(methods) or PROBED, tried)
-    if minutes is not None:
-        budget = minutes * 60 * _measure_speed(config, arms, lrs, jobs, output)
     step = ComparisonPlan(probe_comparison(config, arms, lrs, lag=1), jobs, jobs.run).step_flops
-    rounds, first = choose_rounds(budget / step, len(arms), len(lrs), fit)
+    price, unit = step, "flops"
+    if minutes is not None:
+        budget, unit = minutes, "minutes"
+        price = step / (60 * _measure_speed(config, arms, lrs, jobs, output))
+    rounds, first = choose_rounds(budget / price, len(arms), len(lrs), fit, price, unit)
     plan = ComparisonPlan(probe_comparison(config, arms, lrs, first << (rounds - 1)), jobs, jobs.run)
     record = rank_probes(plan, small, refused, fit, rounds)
     write_json(output / ADVICE, record)
     return record
 
 
-def choose_rounds(steps: float, arms: int, rates: int, fit: bool) -> tuple[int, int]:
+def choose_rounds(
+    steps: float, arms: int, rates: int, fit: bool, price: float = 1.0, unit: str = "flops"
+) -> tuple[int, int]:
     """Returns the number of rounds and the steps of a probe in the first, for a budget in steps.
 
-    As many rounds as the candidates need, or as leave the first probes long enough. Raises ConfigError if none does.
+    price: of a step in `unit`, that of the user's budget: flops or minutes. As many rounds as the candidates need, or
+    as leave the first probes long enough. Raises ConfigError if none does.
     """
     most = 1 + max(0, math.ceil(math.log2(arms * rates / LAST_ROUND)))
     for rounds in range(most, 0, -1):
@@ -94,9 +99,11 @@ def choose_rounds(steps: float, arms: int, rates: int, fit: bool) -> tuple[int, 
         if first >= MIN_PROBE_STEPS:
             return rounds, first
     probes = _cost_of_rounds(1, arms, rates, fit)
-    hint = "Raise --flops or --minutes, or pass fewer --method, --try or --lr."
-    needed = f"at least {MIN_PROBE_STEPS * probes} steps' FLOPs: {probes} probes of {MIN_PROBE_STEPS} steps"
-    raise ConfigError(Problem("--flops", needed, f"{int(steps)} steps' FLOPs", hint))
+    least = MIN_PROBE_STEPS * probes * price
+    digit = 10.0 ** (math.floor(math.log10(least)) - 1)
+    needed = f"at least {math.ceil(least / digit) * digit:.3g}: {probes} probes of {MIN_PROBE_STEPS} steps"
+    hint = f"Raise --{unit}, or pass fewer --method, --try or --lr."
+    raise ConfigError(Problem(f"--{unit}", needed, f"{steps * price:.3g}, enough for {int(steps)} steps", hint))
 
 
 def _cost_of_rounds(rounds: int, arms: int, rates: int, fit: bool) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_ligo.arch.mcore_names import sort_by_construction
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LayoutError, Problem
-from megatron_ligo.config.run_config import TrainingSection
+from megatron_ligo.config.run_config import FitSection, TrainingSection
 from megatron_ligo.data.sampler import Batch
 from megatron_ligo.distributed import device, rank_watch
 from megatron_ligo.distributed.mesh import DeepSpeedMpu, Mesh
@@ -32,7 +32,10 @@ def count_micro_batches(section: TrainingSection, mesh: Mesh) -> int:
     samples = section.micro_batch_size * mesh.dp
     if section.global_batch_size % samples:
         expected = f"a multiple of micro_batch_size x dp = {section.micro_batch_size} x {mesh.dp} = {samples}"
-        raise LayoutError(Problem("global_batch_size", expected, section.global_batch_size))
+        name = f"{'fit' if isinstance(section, FitSection) else 'pretrain'}.global_batch_size"
+        above = -(-section.global_batch_size // samples) * samples
+        hint = f"--set {name}={above}, or change micro_batch_size or the number of processes."
+        raise LayoutError(Problem(name, expected, section.global_batch_size, hint))
     return section.global_batch_size // samples
 
 

@@ -150,6 +150,8 @@ def test_as_many_rounds_as_the_budget_pays_for(steps, rounds, first):
     assert choose_rounds(steps, 13, 2, fit=False) == (rounds, first)
     with pytest.raises(ConfigError, match="30 probes of 10 steps"):
         choose_rounds(299, 13, 2, fit=False)
+    with pytest.raises(ConfigError, match=r"--minutes: expected at least 110: .* found 105, enough for 299 steps"):
+        choose_rounds(299, 13, 2, fit=False, price=0.35, unit="minutes")
 
 
 def test_values_of_a_key_are_candidates(tmp_path):

@@ -206,7 +206,7 @@ def test_bad_settings_are_refused_before_anything_is_built(pools, base, tmp_path
         (settings(base, start=""), "pretrain.start: expected a start: a hand-off, a checkpoint, or 'scratch'"),
         (settings(base, start=SCRATCH), "small.path: expected a model, or a config.json, found none"),
         (settings(base, start=str(unfinished)), "expected a complete hand-off"),
-        (settings(base, global_batch_size=9), "global_batch_size: expected a multiple"),
+        (settings(base, global_batch_size=9), "--set pretrain.global_batch_size=10"),
         (changed(settings(base), {}, data={"seq_length": 65}), "at most the model's 64 positions"),
         (changed(settings(base, steps=0), {}, data={"valid": []}), "data.valid: expected held-out data"),
     ]:
