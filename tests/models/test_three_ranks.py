@@ -14,14 +14,23 @@ from tests.models.full import pretrain_cases
 
 # Norms over all heads and of each head, whose parts meet three ranks.
 DAILY = ("olmo2", "gemma3")
+OWN = (*decoder_models.OWN, *layer_pattern_models.OWN, *pretrain_cases.VARIANTS)
 FAMILIES = [
     pytest.param(family, marks=() if family in DAILY else pytest.mark.long)
-    for family in ("llama", "gpt2", "gpt_neox", *decoder_models.OWN, *layer_pattern_models.OWN)
+    for family in (
+        "llama",
+        "gpt2",
+        "gpt_neox",
+        *decoder_models.OWN,
+        *layer_pattern_models.OWN,
+        *pretrain_cases.VARIANTS,
+    )
 ]
 
 
 def fit_changes(family: str) -> dict:
     """A tied small model and its growth, to no multiple of its width where the family's norms and head sizes allow."""
+    family, variant = pretrain_cases.VARIANTS.get(family, (family, {}))
     pattern = layer_pattern_models.OWN.get(family, {})
     arch = get(pattern.get("arch", family))
     has_groups = "num_kv_heads" in arch.hf_fields.values()
@@ -30,6 +39,7 @@ def fit_changes(family: str) -> dict:
         small["arch"] = family
     if family in pretrain_cases.CLASSES:
         small["class"] = pretrain_cases.CLASSES[family]
+    small |= variant
     is_free = arch.uses_rms_norm and "head_dim" in arch.hf_fields.values()
     large = {"num_layers": 4, "hidden_size": 60 if is_free else 12 * small["head_dim"], "ffn_size": 51, "num_heads": 12}
     return {"small": small, "large": {**large, "num_kv_heads": 6 if has_groups else 12}, "settings": {"noise": 0.5}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -47,6 +48,13 @@ MIXTURES = {
     "olmoe": WIDTH,
     "qwen2_moe": {**WIDTH, "qkv_bias": True, "shared_expert_ffn_size": 20},
 }
+# Configurations of a family other than the usual one: its name, and what differs.
+VARIANTS = {
+    "gpt_neox in sequence": ("gpt_neox", {"parallel_residual": False}),
+    "stablelm with a quarter and biases": ("stablelm", {"rotary_fraction": 0.25, "qkv_bias": True}),
+    "starcoder2 with a window": ("starcoder2", {"sliding_window": 5}),
+    "granite with biases": ("granite", {"qkv_bias": True, "output_bias": True, "mlp_bias": True}),
+}
 BATCH, LENGTH, STEPS = 8, 16, 5
 LR = {"adamw": 1e-2, "sgd": 0.5}
 CLIP, DECAY = 0.05, 0.1
@@ -54,10 +62,14 @@ AUX_LOSS = 0.3  # of routers
 
 
 def odd_sizes(family: str) -> dict[str, int]:
+    family, _ = VARIANTS.get(family, (family, {}))
     return ODD_HALVES if family in ROTATE_HALVES else ODD
 
 
 def sizes(tied: bool, family: str = "llama", odd: bool = False, experts: int = 6) -> ModelConfig:
+    if family in VARIANTS:
+        family, changes = VARIANTS[family]
+        return replace(sizes(tied, family, odd), **changes)
     if family in image_models.OWN:
         # Labels are padded at tp 2; tokens are not: 10, 6 and 8 of them.
         side = 7 if family in ("deit", "dinov2_with_registers") else 10
