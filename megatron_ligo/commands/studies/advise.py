@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> None:
     advice = advise(config, Path(args.output), *budget, log_line, args.fit, launcher, args.minutes, tried)
     for each in advice["rounds"]:
         dropped = ", ".join(
-            f"{row['method']} at {row['lr']:g} ({row['loss'] or 'diverged'})" for row in each["dropped"]
+            f"{row['method']} at {row['lr']:g} ({_as_text(row['loss'], 'diverged')})" for row in each["dropped"]
         )
         print(f"after {each['steps']} steps, left behind: {dropped}")
     for row in [*advice["ranking"], advice["scratch"]]:
-        print("  ".join("-" if value is None else f"{value}" for value in row.values()))
+        print("  ".join(_as_text(value) for value in row.values()))
     for method, reason in advice["refused"].items():
         print(f"{method}: {reason}")
     print("\n".join(advice["advice"]))
@@ -101,3 +101,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"\nTo paste into the config file, in place of these keys:\n\n{advice['toml']}")
         options = (*cli.config_options(args), "--output", "runs/grown")
         cli.print_next(f"{args.output}/advice.json", "ligo", "grow", *options)
+
+
+def _as_text(value: str | float | None, missing: str = "-") -> str:
+    """Formats a loss with four digits after the point, and a rate by its digits."""
+    if value is None:
+        return missing
+    return value if isinstance(value, str) else f"{value:.4f}" if value >= 0.1 else f"{value:g}"

@@ -39,7 +39,7 @@ def rates(optimizer: str, changes: dict) -> tuple[float, float]:
     lr, clip = OPTIMIZERS[optimizer]
     settings, family = changes.get("settings", {}), changes.get("small", {}).get("arch")
     steep = "rank" in settings or (family == "bert" and settings.get("method") == "ligo")
-    steep = steep or family in ("gemma", "gemma3", "vaultgemma", "exaone4", "olmo2", "olmo3")
+    steep = steep or family in ("gemma", "gemma2", "gemma3", "vaultgemma", "exaone4", "nemotron", "olmo2", "olmo3")
     return (LOW_LR if steep else lr), clip
 
 
