@@ -6,17 +6,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, LigoError
+from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.experiments.compare.comparison_config import Arm, ComparisonConfig
 from megatron_ligo.growth.operator import Operator
 from megatron_ligo.growth.validation import build_initial_operator, check_factored
 from megatron_ligo.training.fit import check_teacher
-from megatron_ligo.training.initial_weights import read_model_config
+from megatron_ligo.training.initial_weights import check_layout, read_model_config, scratch_model_config
 from megatron_ligo.training.lag import check_is_decoder
+
+
+def check_large_layout(config: RunConfig) -> None:
+    """Raises ConfigError with every mismatch between [pretrain.parallel] and the large model."""
+    large = scratch_model_config(config)
+    check_layout(large, config.pretrain.parallel, large.tokens_per_sample(config.data.seq_length))
 
 
 def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
     """Raises ConfigError with every arm that cannot grow the small model into the large one or cannot be fitted."""
     small = read_model_config(Path(spec.config.small.path), spec.config.small.accept)
+    check_large_layout(spec.config)
     errors = ErrorCollector("invalid comparison", ConfigError)
     for arm in arms:
         if not arm.grown or arm.small:

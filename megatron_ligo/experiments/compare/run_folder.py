@@ -4,6 +4,7 @@ FOLDER/job.json      the job: kind, config, operator
 FOLDER/run/          the output of the fit, growth or pretraining
 FOLDER/result.json   losses and cost; written last
 FOLDER/log.txt       stdout and stderr
+FOLDER/error.txt     the error that ended the last attempt
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-JOB, RESULT, RUN, LOG, LOCK = "job.json", "result.json", "run", "log.txt", ".lock"
+JOB, RESULT, RUN, LOG, ERROR, LOCK = "job.json", "result.json", "run", "log.txt", "error.txt", ".lock"
 CHECKPOINTS = "checkpoints"
 FIT, GROW, PRETRAIN, CODES = "fit", "grow", "pretrain", "codes"
 

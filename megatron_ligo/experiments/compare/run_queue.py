@@ -21,7 +21,18 @@ from megatron_ligo.common.errors import ConfigError, LigoError, Problem
 from megatron_ligo.common.file_lock import lock_file
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
 from megatron_ligo.experiments.compare.job_inputs import JobInputs
-from megatron_ligo.experiments.compare.run_folder import CODES, GROW, JOB, LOCK, LOG, PRETRAIN, RESULT, RUN, copy_run
+from megatron_ligo.experiments.compare.run_folder import (
+    CODES,
+    ERROR,
+    GROW,
+    JOB,
+    LOCK,
+    LOG,
+    PRETRAIN,
+    RESULT,
+    RUN,
+    copy_run,
+)
 from megatron_ligo.export.run_inputs import ACCEPTED, INPUTS
 
 MODULE = "megatron_ligo.experiments.compare.single_run"
@@ -105,11 +116,12 @@ class JobQueue:
                 self._write_job(job, [])
             if job.continues and not (folder / RUN).exists():
                 copy_run(self.folder / job.continues / RUN, folder / RUN)
+            (folder / ERROR).unlink(missing_ok=True)
             # Growth and counting run in one process.
             code = self._launch(folder) if self.launcher and job.kind not in (GROW, CODES) else self._fork(folder)
             result = self.result(job)
             if code or result is None:
-                hint = f"Its last line: {_last_log_line(folder / LOG)}"
+                hint = _describe_end(folder)
                 raise LigoError(Problem(f"{folder / LOG}", "a run that succeeds", f"exit code {code}", hint))
             return result
 
@@ -150,6 +162,13 @@ def _run_in_child(folder: Path) -> None:
 
     signal_handling.install_handlers()
     sys.exit(single_run.main(folder))
+
+
+def _describe_end(folder: Path) -> str:
+    """Returns the error that ended a run, or the last line of its log: a launcher's lines follow the error there."""
+    if (folder / ERROR).is_file():
+        return (folder / ERROR).read_text(encoding="utf-8").strip()
+    return f"Its last line: {_last_log_line(folder / LOG)}"
 
 
 def _last_log_line(log: Path) -> str:

@@ -19,13 +19,13 @@ from statistics import mean
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.common import signal_handling
-from megatron_ligo.common.atomic_files import read_json, write_json
+from megatron_ligo.common.atomic_files import read_json, write_bytes, write_json
 from megatron_ligo.common.errors import LigoError, NumbersError
 from megatron_ligo.config.run_config import SCRATCH, RunConfig
 from megatron_ligo.data.dataset_factory import open_dataset
 from megatron_ligo.data.token_codes import MAX_COUNTED, build_codes
 from megatron_ligo.distributed.rank_failures import report_failures
-from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, CODES, FIT, GROW, JOB, RESULT, RUN
+from megatron_ligo.experiments.compare.run_folder import CHECKPOINTS, CODES, ERROR, FIT, GROW, JOB, RESULT, RUN
 from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.export.metrics_rows import METRICS_FILE, read_metrics
 from megatron_ligo.export.run_inputs import ACCEPTED, InputPolicy
@@ -122,6 +122,8 @@ def main(folder: Path) -> int:
         _finish(folder, folder / RUN, {}, keep=False)
     except LigoError as error:
         print(error, file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            write_bytes(folder / ERROR, f"{error}\n".encode())
         return error.exit_code
     return 0
 

@@ -1,4 +1,4 @@
-"""The processes of a comparison's runs: what they show on the terminal."""
+"""The processes of a comparison's runs: what they show on the terminal, and what ended one that failed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_ligo.common.errors import LigoError
+from megatron_ligo.experiments.compare.run_folder import PRETRAIN
+from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
+from tests.experiments.compare.made_up_runs import write_comparison
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
@@ -27,3 +32,12 @@ def test_what_libraries_warn_of_as_they_are_imported_is_not_on_the_terminal():
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "UserWarning" not in done.stderr, done.stderr
+
+
+def test_a_failed_run_is_reported_by_its_own_error_not_by_its_launchers_last_line(tmp_path):
+    script = '"$0" -m "$@"; code=$?; echo "exits with return code = $code"; exit $code'
+    jobs = JobQueue(tmp_path / "jobs", f"sh -c '{script}' {sys.executable}", lambda line: None)
+    config = write_comparison(tmp_path).config
+    with pytest.raises(LigoError, match=r"exit code 2.*pretrain.start.*expected") as caught:
+        jobs.run(ComparisonJob("lost", PRETRAIN, config))
+    assert "return code" not in str(caught.value) and "return code" in (tmp_path / "jobs/lost/log.txt").read_text()
