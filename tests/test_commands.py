@@ -112,6 +112,7 @@ def test_libraries_write_to_the_runs_log(tmp_path):
         "    if len(sys.argv) > 1: assert False, 'a bug'\n"
         "    library_log.write_to(Path(__file__).parent)\n"
         "    logger.warning('late'); logger.error('broken')\n"
+        "    with library_log.log_prints('printer'): print('a topology')\n"
         "    logging.getLogger('megatron_ligo.x').info('ours')\n"
         "if __name__ == '__main__': cli.run_command(main)\n"
     )
@@ -124,7 +125,10 @@ def test_libraries_write_to_the_runs_log(tmp_path):
     done = start()
     assert (done.returncode, done.stdout, done.stderr) == (0, "broken\n", "broken\nours\n")
     log = (tmp_path / library_log.FILE_NAME).read_text()
-    assert all(part in log for part in ("library.part WARNING: early", "a habit", "late")) and "ours" not in log
+    assert (
+        all(part in log for part in ("library.part WARNING: early", "a habit", "late", "a topology"))
+        and "ours" not in log
+    )
     bug = start("fail")
     assert bug.returncode == 1 and "early" in bug.stderr and "Traceback" in bug.stderr
 

@@ -95,8 +95,7 @@ def test_the_commands_of_the_readme(workspace):
     run(find_inline("ligo prepare"), workspace)
     (commands,) = (block for block in find_blocks("bash") if "ligo fit" in block)
     fit, grow, pretrain, report = commands.strip().splitlines()
-    assert not re.search(r"SEED_LAYERS|topology", run(fit, workspace)), "what a library prints is in the terminal"
-    assert "SEED_LAYERS" in (workspace / "runs/fit/libraries.log").read_text()
+    run(fit, workspace)
     run(grow, workspace)
     output = run(pretrain, workspace)
     assert "wrote runs/pretrain; next: ligo report runs/pretrain --output runs/report" in output

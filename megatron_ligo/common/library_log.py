@@ -74,7 +74,8 @@ def log_prints(library: str) -> Iterator[None]:
             yield
     finally:
         for line in printed.getvalue().splitlines():
-            logging.getLogger(library).info("%s", line)
+            # Loggers of libraries leave out what is less than a warning.
+            logging.getLogger(library).warning("printed: %s", line)
 
 
 def kept_lines() -> list[str]:

@@ -92,6 +92,9 @@ def sizes(model_type: str, **changes) -> ModelConfig:
         result["rope_layers"] = (True, False, True, True, False)
     if "attention_scale_dim" in free:
         result["attention_scale_dim"] = 5
+    if arch.needs_window:
+        layers = (True, True, True, False, True)
+        result |= {"sliding_window": 4, "window_layers": layers, "rope_layers": layers}
     if "attention_scale" in free:
         result["attention_scale"] = 0.3
     if arch.has_experts:

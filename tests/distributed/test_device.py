@@ -76,7 +76,13 @@ def test_expanded_groups_give_the_same_attention(monkeypatch, window):
     from megatron.core.transformer.enums import AttnMaskType
 
     attention = FusedAttention(
-        SimpleNamespace(window_size=window, attention_softcap=None, query_scaling=None, window_attn_skip_freq=None),
+        SimpleNamespace(
+            window_size=window,
+            attention_softcap=None,
+            query_scaling=None,
+            window_attn_skip_freq=None,
+            softmax_type="vanilla",
+        ),
         1,
         AttnMaskType.causal,
     )

@@ -24,7 +24,7 @@ from tests.transformer_engine import Attention, emulated_transformer_engine
 
 # Families whose layers Transformer Engine builds; it builds the last norm of most others.
 FUSED = {"arcee", "deit", "ernie4_5", "gemma", "gpt2", "gpt_neox", "llama", "opt", "phi3", "smollm3", "stablelm"}
-FUSED |= {"starcoder2", "vit"}
+FUSED |= {"nemotron", "starcoder2", "vit"}
 
 
 def state_dict_names(model_config: ModelConfig) -> list:
