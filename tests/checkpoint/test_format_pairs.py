@@ -51,6 +51,8 @@ UNSUPPORTED: dict[str, Callable[[ModelConfig], bool]] = {
 }
 # Families that share their parameters' forms with these are converted in a ring only.
 ALL_PAIRS = ("llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit")
+# Of those, the ones whose pairs are all tried daily.
+DAILY = ("llama", "gpt2", "vit")
 # The formats whose moments a format stores: Megatron-core needs optimizer settings, which universal does not keep.
 MOMENTS_STORED_FROM = {"mcore": ("memory", "mcore"), "universal": ("memory", "mcore", "universal")}
 
@@ -133,10 +135,10 @@ def supporting_formats(model: str) -> list[str]:
     return [format_name for format_name in formats.writers() if not is_refused(format_name, model)]
 
 
-def pairs(model: str) -> Iterable[tuple[str, str]]:
-    """All pairs of formats for some families; for the others, each format with the next one."""
+def pairs(model: str, whole: bool) -> Iterable[tuple[str, str]]:
+    """All pairs of formats, or each format with the next one."""
     format_names = supporting_formats(model)
-    if model in ALL_PAIRS:
+    if whole:
         return itertools.product(format_names, repeat=2)
     return zip(format_names, [*format_names[1:], format_names[0]], strict=True)
 
@@ -203,10 +205,16 @@ def test_each_layout_of_each_format(write_once, layouts):
                 assert (reader.layout["tp"], reader.layout.get("pp", 1)) == (tp, pp)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_pairs(model, write_once, layouts, workspace):
+@pytest.mark.parametrize(
+    "model, whole",
+    [
+        *((model, model in DAILY) for model in MODELS),
+        *(pytest.param(model, True, marks=pytest.mark.long) for model in ALL_PAIRS if model not in DAILY),
+    ],
+)
+def test_pairs(model, whole, write_once, layouts, workspace):
     """Ordered pairs; each uses another pair of layouts."""
-    for number, (first, second) in enumerate(pairs(model)):
+    for number, (first, second) in enumerate(pairs(model, whole)):
         one, other = layouts(first), layouts(second)
         reader = write_once(model, first, one[number % len(one)])
         tp, pp = other[(number // 2) % len(other)]

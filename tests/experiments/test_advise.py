@@ -53,6 +53,7 @@ def test_ranked_within_the_budget(config, tmp_path):
     assert f"plans {planned:.2g} tokens per parameter" in text
 
 
+@pytest.mark.long
 def test_a_fit_is_judged_after_the_lag_too(config, tmp_path):
     """At the same FLOPs as its start, the fit's among them; one that costs more than a probe is named."""
     step = train_flops(scratch_model_config(config), BATCH * SEQ, SEQ)

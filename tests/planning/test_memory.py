@@ -17,7 +17,8 @@ def measure_ranks(kind: str, job: dict) -> list[dict]:
 
 
 # These only combine what other cases cover separately; they run with --long.
-LONG = ("pretraining", "pretraining, bf16", "fit, micro-batches", "fit, recomputed", "fit, rank 32")
+LONG = ("pretraining", "pretraining, bf16", "pretraining, ZeRO 2", "pretraining, offloaded")
+LONG += ("fit, micro-batches", "fit, recomputed", "fit, rank 32", "fit, distilled")
 CASES = [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in bench_plan.CASES]
 
 

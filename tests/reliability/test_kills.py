@@ -63,7 +63,11 @@ def final_results(output: Path, tool: str) -> tuple:
     return logged_steps(output), saved_results(output, tool)
 
 
-@pytest.mark.parametrize("case", CASES)
+# Other tests kill a fit under the launcher and between two nodes.
+LONG = ("fit, TP2 x PP2",)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in CASES])
 def test_a_disturbed_run_ends_like_the_undisturbed_one(config, whole, tmp_path, case):
     """Killed or terminated at random steps, every number is bit-identical."""
     tool, world, layout, disturbances, more = CASES[case]

@@ -129,7 +129,9 @@ def test_steps_are_skipped_a_bounded_number_of_times(pools, learnable, tmp_path)
 LAYOUTS = ({"tp": 2, "precision": "bf16"}, {"pp": 2}, {"zero": 3, "micro_batch_size": 2})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[0], *(pytest.param(each, marks=pytest.mark.long) for each in LAYOUTS[1:])], ids=str
+)
 def test_a_sample_whose_loss_is_not_finite_is_named(pools, base, tmp_path, layout):  # noqa: F811
     """Its step leaves weights and moments unchanged; the search for it changes no bit of later steps."""
     table, sample = settings(base, bad_numbers="skip", save_every=1, keep_last=9, **layout), 2 * BATCH + 5

@@ -134,7 +134,10 @@ KILLED = [(1, {}), (2, {"pp": 2}), (4, {"tp": 2, "pp": 2}), (4, {"tp": 2, "zero"
 
 @pytest.mark.parametrize(
     "precision, world, layout",
-    [*(("fp32", *each) for each in [*KILLED, (2, {"zero": 2})]), *(("bf16", *each) for each in KILLED)],
+    [
+        *(("fp32", *each) for each in [*KILLED, (2, {"zero": 2})]),
+        *(pytest.param("bf16", *each, marks=[pytest.mark.long] * ("pp" in each[1])) for each in KILLED),
+    ],
     ids=str,
 )
 def test_a_killed_run_resumes_exactly(pools, base, tmp_path, precision, world, layout):
