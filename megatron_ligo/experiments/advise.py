@@ -24,7 +24,7 @@ from megatron_ligo.common.folder_kinds import COMPARISON, check_output
 from megatron_ligo.config.run_config import OperatorSection, ParallelSection, RunConfig
 from megatron_ligo.experiments.compare.arm_cost import fit_flops
 from megatron_ligo.experiments.compare.arm_plan import ArmRun, ComparisonPlan, jobs_folder
-from megatron_ligo.experiments.compare.arm_validation import check_large_layout
+from megatron_ligo.experiments.compare.arm_validation import check_shared
 from megatron_ligo.experiments.compare.comparison_config import SCRATCH, Arm, CompareSection, ComparisonConfig
 from megatron_ligo.experiments.compare.results import count_parameters
 from megatron_ligo.experiments.compare.run_queue import JobQueue
@@ -70,9 +70,9 @@ def advise(
     check_output(output, COMPARISON)
     if not launcher:
         config = _in_one_process(config)
-    check_large_layout(config)
     jobs = JobQueue(jobs_folder(output), launcher, log_line)
     _check(budget if minutes is None else 1.0, lrs, config)
+    check_shared(config)
     small = formats.open_small(config.small).model_config
     arms, refused = candidates(config, small, list(methods) or PROBED, tried)
     step = ComparisonPlan(probe_comparison(config, arms, lrs, lag=1), jobs, jobs.run).step_flops

@@ -166,3 +166,17 @@ def test_values_of_a_key_are_candidates(tmp_path):
     assert record["advice"][0].startswith("Use method = 'corner' fresh_scale = 2 with a peak")
     pasted = RunConfig.from_dict(tomllib.loads(record["toml"]))
     assert (pasted.operator.method, pasted.operator.fresh_scale) == ("corner", 2)
+
+
+def test_missing_data_and_a_layout_that_does_not_fit_are_refused_before_anything_runs(tmp_path):
+    config = write_comparison(tmp_path).config
+    with pytest.raises(ConfigError) as caught:
+        advise(config, tmp_path / "out", 1e12, (1e-3,))
+    assert {problem.where for problem in caught.value.problems} == {"data.train", "data.valid"}
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.idx").touch()
+    paths = {name: (f"{tmp_path / name}",) for name in ("train", "valid")}
+    layout = replace(config.pretrain, parallel=replace(config.pretrain.parallel, tp=3))
+    config = replace(config, data=replace(config.data, **paths), pretrain=layout)
+    with pytest.raises(ConfigError, match="tp = 3"):
+        advise(config, tmp_path / "out", 1e12, (1e-3,), launcher="torchrun")

@@ -15,8 +15,15 @@ from megatron_ligo.training.initial_weights import check_layout, read_model_conf
 from megatron_ligo.training.lag import check_is_decoder
 
 
-def check_large_layout(config: RunConfig) -> None:
-    """Raises ConfigError with every mismatch between [pretrain.parallel] and the large model."""
+def check_shared(config: RunConfig) -> None:
+    """Raises ConfigError with every file of [data] that is missing, or every mismatch of the large model's layout."""
+    errors = ErrorCollector("config [data]", ConfigError)
+    for split, entries in (("train", config.data.train), ("valid", config.data.valid)):
+        for entry in (entry for entry in entries if isinstance(entry, str)):
+            if not any(Path(f"{entry}{suffix}").is_file() for suffix in ("", ".idx")):
+                hint = "Create it with `ligo prepare`; a relative path begins at the current folder."
+                errors.add(f"data.{split}", "a prefix of prepared data, or a file of images", f"none at {entry}", hint)
+    errors.raise_if_any()
     large = scratch_model_config(config)
     check_layout(large, config.pretrain.parallel, large.tokens_per_sample(config.data.seq_length))
 
@@ -24,7 +31,6 @@ def check_large_layout(config: RunConfig) -> None:
 def check_arms(spec: ComparisonConfig, arms: Iterable[Arm]) -> None:
     """Raises ConfigError with every arm that cannot grow the small model into the large one or cannot be fitted."""
     small = read_model_config(Path(spec.config.small.path), spec.config.small.accept)
-    check_large_layout(spec.config)
     errors = ErrorCollector("invalid comparison", ConfigError)
     for arm in arms:
         if not arm.grown or arm.small:

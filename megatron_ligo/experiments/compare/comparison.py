@@ -10,7 +10,7 @@ from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.common.folder_kinds import COMPARISON, check_output
 from megatron_ligo.experiments.compare import arm_cost, comparison_page, results
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan, jobs_folder, run_arm
-from megatron_ligo.experiments.compare.arm_validation import check_arms
+from megatron_ligo.experiments.compare.arm_validation import check_arms, check_shared
 from megatron_ligo.experiments.compare.comparison_config import ComparisonConfig, select_arms
 from megatron_ligo.experiments.compare.run_queue import JobQueue
 
@@ -35,6 +35,7 @@ def run_comparison(
     plan = ComparisonPlan(spec, jobs, jobs.run)
     check_arms(spec, arms)
     arm_cost.check_arm_costs(plan, arms)
+    check_shared(spec.config)
     if plan.source() is None:
         raise ConfigError(Problem("compare.source_lr", "a rate at which the small model trains", "a run that diverged"))
     for arm in arms:
