@@ -33,7 +33,8 @@ def check_arm_costs(plan: ComparisonPlan, arms: Iterable[Arm]) -> None:
         plan.spec.compare,
         ErrorCollector("the preparation of some arms exceeds their budget", ConfigError),
     )
-    limits = {"budgets": max(compare.budgets)} | ({"tune_budget": compare.tune_budget} if len(compare.lrs) > 1 else {})
+    is_tuned = len(compare.lrs) > 1 or bool(compare.fit_lrs)
+    limits = {"budgets": max(compare.budgets)} | ({"tune_budget": compare.tune_budget} if is_tuned else {})
     small = read_model_config(Path(plan.spec.config.small.path), plan.spec.config.small.accept)
     for arm in (arm for arm in arms if (arm.fitted or arm.full) and not plan.begun(arm)):
         owner = arm if arm.fitted else fitted_arm_of(arm, plan.spec.arms)

@@ -169,10 +169,12 @@ def run_arm(plan: ComparisonPlan, arm: Arm) -> dict:
     compare = plan.spec.compare
     fit_tries = plan.tune_fit(arm)
     fit_lr = best_rate(fit_tries)
+    nothing_ended = arm.fitted and bool(compare.fit_lrs) and fit_lr is None
     if fit_lr is not None:
         arm = with_fit_rate(arm, fit_lr)
-    tries = plan.tune(arm) if fit_lr is not None or not fit_tries else {}
-    lr = compare.lrs[0] if len(compare.lrs) == 1 and not (fit_tries and fit_lr is None) else best_rate(tries)
+    tries = {} if nothing_ended else plan.tune(arm)
+    lr = compare.lrs[0] if len(compare.lrs) == 1 else best_rate(tries)
+    lr = None if nothing_ended else lr
     runs = []
     if lr is not None:
         planned = (plan.train(arm, seed, budget, lr) for seed, budget in planned_runs(compare, arm))

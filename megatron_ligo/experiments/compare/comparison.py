@@ -36,7 +36,8 @@ def run_comparison(
     check_arms(spec, arms)
     arm_cost.check_arm_costs(plan, arms)
     check_shared(spec.config)
-    if plan.source() is None:
+    sources = [plan.source(), *(plan.source(arm, seed) for arm in arms for seed in spec.compare.seeds)]
+    if None in sources:
         raise ConfigError(Problem("compare.source_lr", "a rate at which the small model trains", "a run that diverged"))
     for arm in arms:
         run_arm(plan, arm)

@@ -175,3 +175,12 @@ def test_seeds_grow_several_sources_and_arms_grow_them_at_their_own_time(tmp_pat
 def test_a_time_of_growth_needs_a_small_model_that_is_trained_here(tmp_path):
     with pytest.raises(ConfigError, match="source_steps"):
         write_comparison(tmp_path, "arms.late={operator={}, source_steps=30}")
+
+
+def test_a_fit_of_which_no_rate_ends_has_no_runs(tmp_path):
+    """Neither at its own rate, which was not asked for."""
+    spec = write_comparison(tmp_path, "compare.fit_lrs=[1e-4, 1e-2]")
+    made_up = MadeUpRuns(tmp_path, lambda name: None if "/try_" in name else 2.0)
+    outcome = run_arm(made_up.plan(spec), next(arm for arm in spec.arms if arm.fitted))
+    assert (outcome["fit_lr"], outcome["lr"], outcome["runs"]) == (None, None, [])
+    assert not any("/run_" in name for name in made_up.jobs)
