@@ -107,6 +107,23 @@ def test_plan(run_bench, tmp_path):
     assert f"{stage['ratio']:.2f} of" in text
 
 
+def test_guard(run_bench, tmp_path):
+    """A spike and a held-out loss that rises are severe; a change that was accepted begins anew."""
+    rows = [{"step": step, "loss": 3.0, "grad_norm": 1.0} for step in range(1, 61)]
+    rows[29]["loss"], rows[39]["eval_loss"], rows[49]["eval_loss"] = 6.0, 2.9, 5.5
+    sound = [{"step": step, "loss": 3.0 if step < 30 else 5.0, "grad_norm": 1.0} for step in range(1, 61)]
+    sound[29]["accepted_changes"] = "data/train.bin"
+    for name, content in (("bad", rows), ("sound", sound)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    output = tmp_path / "results.json"
+    text = run_bench("guard", tmp_path / "bad", tmp_path / "sound", "--classes", 300, "--output", output)
+    bad, sound = json.loads(output.read_text())["runs"].values()
+    assert bad["severe"] == [[30, "loss"], [50, "held-out loss"]] and bad["steps"] == 60
+    assert sound["severe"] == sound["reported"] == []
+    assert "120       2         0  in all" in text
+
+
 def test_every_benchmark_is_one_module_with_the_whole_interface():
     files = {file.stem.removeprefix("bench_") for file in (ROOT / "megatron_ligo" / "bench").glob("bench_*.py")}
     summaries = bench.describe_benchmarks()
