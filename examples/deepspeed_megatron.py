@@ -84,6 +84,8 @@ def main() -> None:
     if torch.cuda.is_available():
         model_parallel_cuda_manual_seed(1)
     else:
+        # Megatron-core asks for the CUDA device even where there is none.
+        torch.cuda.current_device = lambda: torch.device("cpu")
         # There is no dropout here, so no random numbers of CUDA are needed.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     dims = ligo.inspect(args.handoff)["dims"]
