@@ -21,6 +21,7 @@ HELP = "kernels, collectives and memory of one rank of any fit and plain step, o
 # Kernels of the fit's step over those of the plain one; planned over counted memory.
 KERNEL_GOAL, MEMORY_GOAL = 1.5, 0.15
 KINDS = ("fit", "plain")
+SECTIONS = {"fit": "fit", "plain": "pretrain"}
 
 LLAMA = {
     "arch": "llama", "model_type": "llama", "num_layers": 24, "hidden_size": 2048, "ffn_size": 8192, "num_heads": 32,
@@ -62,15 +63,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     from megatron_ligo.config.run_config import RunConfig
     from megatron_ligo.planning.run_plan import plan_run
 
+    kinds = args.kind or KINDS
     if args.config:
         plan = plan_run(RunConfig.load(args.config, args.set), args.world, 1.0, 1.0)
         # The small weights of a bf16 checkpoint.
         jobs = {args.config: {"fit": replace(plan.fit, source_bytes=2), "plain": plan.pretrain}}
+        check_layouts({SECTIONS[kind]: jobs[args.config][kind] for kind in kinds})
     else:
         jobs = {name: build_jobs(name, args.precision) for name in args.case or CASES}
     results: dict = {"what": "kernels", "kernel_goal": KERNEL_GOAL, "memory_goal": MEMORY_GOAL, "cases": {}}
     for name, by_kind in jobs.items():
-        counts = {kind: count_step(by_kind[kind]) for kind in args.kind or KINDS}
+        counts = {kind: count_step(by_kind[kind]) for kind in kinds}
         results["cases"][name] = {
             kind: {
                 "kernels": sum(count.kernels.values()),
@@ -87,6 +90,23 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         }
         log.info("%s: counted", name)
     return results
+
+
+def check_layouts(jobs: dict[str, PlannedJob]) -> None:
+    """Raises ConfigError with all that rules out the layouts of a run's jobs, by their sections."""
+    from megatron_ligo.bench.steps.fake_device import has_low_rank
+    from megatron_ligo.common.errors import ConfigError, ErrorCollector
+    from megatron_ligo.planning.layout_search import find_problems
+
+    errors = ErrorCollector("the run cannot be counted", ConfigError)
+    for section, job in jobs.items():
+        for problem in find_problems(job):
+            errors.add(f"[{section}] {problem.where}", problem.expected, problem.found, problem.hint)
+        if job.parallel.pp > 1:
+            errors.add(f"[{section}] pp", "1: stages are not counted", job.parallel.pp)
+        if has_low_rank(job):
+            errors.add("operator.rank", "0: low-rank maps are not counted", job.operator.settings.rank)
+    errors.raise_if_any()
 
 
 def build_jobs(case: str, precision: str) -> dict[str, PlannedJob]:

@@ -36,9 +36,20 @@ def find_model(source: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(f"{source}", allow_patterns=list(FILES)))
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
-        expected = "a checkpoint's path, or a model of the Hugging Face cache or hub"
-        hint = f"Check the path or name, the network, and `hf auth login` for a gated model ({_first_line(error)})."
-        raise CheckpointError(Problem(f"{source}", expected, "nothing there", hint)) from error
+        hint = (
+            f"As the name of a model on the Hugging Face hub: it is not in the cache, and {_describe(error)}. Check "
+            "the name, the network, and `hf auth login` for a gated model."
+        )
+        raise CheckpointError(missing_checkpoint(source, hint)) from error
+
+
+def missing_checkpoint(path: str | Path, hint: str = "") -> Problem:
+    """Returns the problem of a path at which there is nothing, with the folder in which a relative one was looked for.
+
+    hint: what else the path was taken for.
+    """
+    found = "nothing there" if Path(path).is_absolute() else f"nothing there (in {Path.cwd()})"
+    return Problem(f"{path}", "a checkpoint", found, f"Check the path. {hint}".rstrip())
 
 
 def check_push(name: str) -> None:
@@ -57,10 +68,14 @@ def push_model(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Written by megatron_ligo")
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.OfflineModeIsEnabled, OSError) as error:
         hint = f"{folder} is complete: upload it again with `hf upload {name} {folder}`."
-        cause = _first_line(error)
+        cause = _describe(error)
         raise MachineError(Problem(f"--push {name}", "the hub, and a login (`hf auth login`)", cause, hint)) from error
     return f"{address}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _describe(error: Exception) -> str:
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids the network"
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -17,6 +17,7 @@ from megatron_ligo import bench
 from megatron_ligo.arch import architectures, get
 from megatron_ligo.bench import bench_families, synthetic_reader
 from megatron_ligo.bench.steps.rank_pool import DIED_SILENTLY, RankProcesses
+from tests.tiny_models import hf_llama, llama_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +123,28 @@ def test_guard(run_bench, tmp_path):
     assert bad["severe"] == [[30, "loss"], [50, "held-out loss"]] and bad["steps"] == 60
     assert sound["severe"] == sound["reported"] == []
     assert "120       2         0  in all" in text
+
+
+def test_layouts_whose_kernels_cannot_be_counted_are_one_error(run_bench, tmp_path, capsys):
+    hf_llama(llama_config()).save_pretrained(tmp_path / "small")
+    config = tmp_path / "run.toml"
+    config.write_text(f'small.path = "{tmp_path}/small"\nlarge.num_layers = 4\ndata.seq_length = 16\n')
+
+    def refuse(*options: object) -> str:
+        with pytest.raises(SystemExit) as exit:
+            run_bench("kernels", "--config", config, *options)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    text = refuse(
+        "--world", 6, "--set", "fit.parallel.tp=3", "--set", "pretrain.parallel.pp=2", "--set", "operator.rank=4"
+    )
+    assert "[fit] tp = 3: expected a divisor of the model's ffn_size, found ffn_size = 28." in text
+    assert "[pretrain] pp: expected 1: stages are not counted, found 2." in text
+    assert "operator.rank: expected 0: low-rank maps are not counted, found 4." in text
+    assert "[pretrain] number of processes: expected a multiple of tp x pp = 4, found 3." in refuse(
+        "--world", 3, "--kind", "plain", "--set", "pretrain.parallel.tp=4"
+    )
 
 
 def test_every_benchmark_is_one_module_with_the_whole_interface():

@@ -29,7 +29,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from megatron_ligo import arch as architectures
 from megatron_ligo.arch.architecture import Architecture
 from megatron_ligo.arch.model_config import ModelConfig
-from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.config.run_config import TrainingSection
 from megatron_ligo.distributed import device, mesh
 from megatron_ligo.distributed.agreement import SINGLE_RANK
@@ -161,13 +160,17 @@ class StepCount:
         return sum(self.kernels.values()) / self.layers
 
 
+def has_low_rank(job: PlannedJob) -> bool:
+    """True if a map of the job's operator is of low rank."""
+    return job.operator is not None and any(job.operator.rank(name) for name in job.operator.maps)
+
+
 def count_step(job: PlannedJob) -> StepCount:
     """Counts one micro-batch of a planned job on its first rank. Replaces the process's group by a fake one.
 
-    Raises ConfigError for pipelines and for low-rank maps, which need numbers.
+    Neither pipelines nor low-rank maps, which need numbers.
     """
-    if job.parallel.pp > 1:
-        raise ConfigError(Problem("pp", "1: stages are not counted", job.parallel.pp))
+    assert job.parallel.pp == 1 and not has_low_rank(job), "not counted"
     with _fake_ranks(job.world_size), _decisions_of_a_gpu():
         groups = mesh.build_mesh(job.parallel.tp, 1, cp=job.parallel.cp)
         counter = DeviceCounter()
@@ -206,8 +209,6 @@ def _build(job: PlannedJob, groups: Mesh) -> torch.nn.Module:
     if job.operator is None:
         return build_model(job.large, BuildOptions(dtype, groups.tp, sequence_parallel), groups, recompute)
     operator = UnreadOperator(job.operator.small, job.operator.large, job.operator.settings)
-    if any(operator.rank(name) for name in operator.maps):
-        raise ConfigError(Problem("operator.rank", "0: low-rank maps are not counted", operator.settings.rank))
     source = SmallWeights(operator, UnreadWeights(operator.small), groups, job.parallel.zero, job.whole_source)
     return FactoredModel(
         FactoredContext(

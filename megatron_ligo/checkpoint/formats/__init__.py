@@ -93,5 +93,5 @@ def open_small(small: SmallSection) -> Reader:
 def _check_exists(path: str | Path) -> Path:
     path = hub_models.find_model(path)
     if not path.exists():
-        raise CheckpointError(Problem(f"{path}", "a checkpoint", "nothing there", "Check the path."))
+        raise CheckpointError(hub_models.missing_checkpoint(path))
     return path
