@@ -17,6 +17,7 @@ from megatron_ligo import bench
 from megatron_ligo.arch import architectures, get
 from megatron_ligo.bench import bench_families, synthetic_reader
 from megatron_ligo.bench.steps.rank_pool import DIED_SILENTLY, RankProcesses
+from megatron_ligo.common.errors import ConfigError
 from tests.tiny_models import hf_llama, llama_config
 
 ROOT = Path(__file__).parents[2]
@@ -125,16 +126,15 @@ def test_guard(run_bench, tmp_path):
     assert "120       2         0  in all" in text
 
 
-def test_layouts_whose_kernels_cannot_be_counted_are_one_error(run_bench, tmp_path, capsys):
+def test_layouts_whose_kernels_cannot_be_counted_are_one_error(run_bench, tmp_path):
     hf_llama(llama_config()).save_pretrained(tmp_path / "small")
     config = tmp_path / "run.toml"
     config.write_text(f'small.path = "{tmp_path}/small"\nlarge.num_layers = 4\ndata.seq_length = 16\n')
 
     def refuse(*options: object) -> str:
-        with pytest.raises(SystemExit) as exit:
+        with pytest.raises(ConfigError) as refusal:
             run_bench("kernels", "--config", config, *options)
-        assert exit.value.code == 2
-        return capsys.readouterr().err
+        return str(refusal.value)
 
     text = refuse(
         "--world", 6, "--set", "fit.parallel.tp=3", "--set", "pretrain.parallel.pp=2", "--set", "operator.rank=4"
