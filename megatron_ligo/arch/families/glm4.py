@@ -18,20 +18,23 @@ ROTATED = (Role.QUERY, Role.KEY)
 GATE_UP = (Role.FFN_GATE, Role.FFN_UP)
 # Megatron-core's layers have them under the same names.
 OUTPUT_NORMS = {
-    Role.ATTENTION_OUTPUT_NORM: ("layers.{}.norm1_out", "post_self_attn_layernorm"),
-    Role.FFN_OUTPUT_NORM: ("layers.{}.norm2_out", "post_mlp_layernorm"),
+    Role.ATTENTION_OUTPUT_NORM: ("layers.{}.norm1_out", "post_self_attn_layernorm", "post_attention_norm"),
+    Role.FFN_OUTPUT_NORM: ("layers.{}.norm2_out", "post_mlp_layernorm", "post_ffw_norm"),
 }
 
 
 def _params() -> Iterator[ParamSpec]:
     for param in params_with("qkv_bias"):
-        hf = replace(param.locations["hf"], interleaved=param.role in ROTATED)
+        locations = {name: param.locations[name] for name in ("hf", "mcore", "gguf")}
+        for name in ("hf", "gguf"):
+            locations[name] = replace(locations[name], interleaved=param.role in ROTATED)
         if param.role in GATE_UP:
-            hf = FormatLocation("model.layers.{}.mlp.gate_up_proj.weight", Pack.STACKED, GATE_UP.index(param.role), 2)
-        locations = {"hf": hf, "mcore": param.locations["mcore"]}
+            part = GATE_UP.index(param.role)
+            locations["hf"] = FormatLocation("model.layers.{}.mlp.gate_up_proj.weight", Pack.STACKED, part, 2)
+            locations["gguf"] = FormatLocation("blk.{}.ffn_up.weight", Pack.STACKED, part, 2)
         yield replace(param, locations=locations, feeds_output_norm=param.role in BLOCK_OUTPUTS)
-    for role, (key, name) in OUTPUT_NORMS.items():
-        yield ParamSpec(key, role, (RESIDUAL_GAIN,), None, layer_gain(name, name))
+    for role, (key, name, gguf) in OUTPUT_NORMS.items():
+        yield ParamSpec(key, role, (RESIDUAL_GAIN,), None, layer_gain(name, name, gguf))
 
 
 GLM4 = replace(
@@ -44,7 +47,6 @@ GLM4 = replace(
     | ATTENTION_BIAS
     | {"partial_rotary_factor": "rotary_fraction"},
     coupled_fields={},
-    gguf_fields={},
     required_hf_values={"hidden_act": "silu"},
     foreign_hf_keys={},
     hf_pattern_keys={},

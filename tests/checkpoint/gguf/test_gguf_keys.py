@@ -169,7 +169,7 @@ def write_architecture(path, name):
     return path
 
 
-@pytest.mark.parametrize("family", ["nemotron", "starcoder", "gpt2", "mistral4"])
+@pytest.mark.parametrize("family", ["llama4", "starcoder", "gpt2", "mistral4"])
 def test_other_networks_are_named(tmp_path, family):
     path = write_architecture(tmp_path / "a.gguf", (family, Type.STRING))
     with pytest.raises(CheckpointError, match=rf"llama or .*qwen2.*, found '{family}'. Its network differs") as error:

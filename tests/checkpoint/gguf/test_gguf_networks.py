@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from gguf import MODEL_ARCH as ARCH
 from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,110 +23,9 @@ from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.formats.gguf.metadata_keys import classify
 from megatron_ligo.common.errors import CheckpointError
 from tests import layer_norm_models
+from tests.checkpoint.gguf.network_cases import CASES, LAYER_NORMS, Case
 from tests.checkpoint.gguf.test_gguf_keys import package_keys
 from tests.tiny_models import tokens
-
-SIZES = {
-    "num_layers": 4, "hidden_size": 24, "ffn_size": 28, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4,
-    "vocab_size": 37, "max_positions": 64, "norm_eps": 1e-3, "rope_base": 5000.0,
-}  # fmt: skip
-# transformers' loader leaves some sizes at those of the released models.
-GEMMA = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 256, "activation": "gelu_pytorch_tanh"}
-GEMMA |= {"attention_scale_dim": 256, "tied": True, "sliding_window": 5}
-STABLELM = {"hidden_size": 48, "head_dim": 8, "rope_base": 10000.0, "rotary_fraction": 0.25}
-STARCODER2 = {"vocab_size": 49152, "rope_base": 10000.0, "activation": "gelu_pytorch_tanh"}
-PARALLEL = {"parallel_residual": True}
-LAYER_NORMS = ("stablelm", "starcoder2", "cohere", "phi", "falcon")
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LONGROPE = {
-    "rope_type": "longrope", "short_factor": [1.5], "long_factor": [3.0], "factor": 1.0, "attention_factor": 1.25,
-    "original_max_position_embeddings": 4096,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """arch: in the gguf package. sizes: fields of ModelConfig. in_transformers: its GGUF loader knows the family."""
-
-    arch: ARCH
-    family: str
-    sizes: dict = field(default_factory=dict)
-    model_type: str = ""
-    in_transformers: bool = True
-    interleaves: bool = False
-
-    @property
-    def model_config(self) -> ModelConfig:
-        names = {"arch": self.family, "model_type": self.model_type or self.family}
-        return ModelConfig(**{**names, **SIZES, **self.sizes})
-
-
-CASES = {
-    "gemma2": Case(
-        ARCH.GEMMA2,
-        "gemma2",
-        {**GEMMA, "attention_softcap": 50.0, "logits_softcap": 30.0, "window_layers": (True, False, True, False)},
-    ),
-    "gemma3": Case(
-        ARCH.GEMMA3,
-        "gemma3",
-        {
-            **GEMMA,
-            "num_layers": 7,
-            "window_layers": (True,) * 5 + (False, True),
-            "window_rope_base": 10000.0,
-        },
-        "gemma3_text",
-    ),
-    "gemma": Case(
-        ARCH.GEMMA, "gemma", {"tied": True, "head_dim": 10, "activation": "gelu_pytorch_tanh"}, in_transformers=False
-    ),
-    # Hugging Face's files have llama.cpp's order.
-    "ernie4_5": Case(ARCH.ERNIE4_5, "ernie4_5", {"tied": True}, in_transformers=False),
-    "cohere": Case(
-        ARCH.COMMAND_R, "cohere", {**PARALLEL, "tied": True, "logits_multiplier": 0.75}, in_transformers=False
-    ),
-    "phi": Case(
-        ARCH.PHI2, "phi", {**PARALLEL, "activation": "gelu_new", "rotary_fraction": 0.5}, in_transformers=False
-    ),
-    "falcon": Case(
-        ARCH.FALCON, "falcon", {**PARALLEL, "activation": "gelu_pytorch_tanh", "num_kv_heads": 1}, in_transformers=False
-    ),
-    "falcon with two norms": Case(
-        ARCH.FALCON,
-        "falcon",
-        {**PARALLEL, "activation": "gelu_pytorch_tanh", "num_parallel_norms": 2, "tied": True},
-        in_transformers=False,
-    ),
-    "phi3": Case(ARCH.PHI3, "phi3", {"sliding_window": 5}),
-    "phi3, longrope": Case(
-        ARCH.PHI3, "phi3", {"rotary_fraction": 0.5, "rope_scaling": LONGROPE, "tied": True}, in_transformers=False
-    ),
-    "stablelm": Case(ARCH.STABLELM, "stablelm", {**STABLELM, "qkv_bias": True}),
-    "stablelm, no biases": Case(ARCH.STABLELM, "stablelm", STABLELM),
-    "starcoder2": Case(ARCH.STARCODER2, "starcoder2", STARCODER2),
-    "smollm3": Case(
-        ARCH.SMOLLM3, "smollm3", {"rope_layers": (True, True, True, False)}, in_transformers=False, interleaves=True
-    ),
-    "olmo3": Case(
-        ARCH.OLMO2,
-        "olmo3",
-        {
-            "sliding_window": 5,
-            "window_layers": (True, False, False, True),
-            "rope_scaling": YARN,
-            "window_rope_base": 5000.0,
-        },
-        in_transformers=False,
-    ),
-    "ministral3": Case(
-        ARCH.MISTRAL3,
-        "ministral3",
-        {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "query_scaling_beta": 0.5},
-        in_transformers=False,
-        interleaves=True,
-    ),
-}
 
 
 def write(path: Path, case: Case, network: PreTrainedModel, changes: dict | None = None) -> Path:
@@ -173,11 +71,12 @@ def metadata_of(case: Case, config: ModelConfig) -> dict[str, object]:
         "attention.temperature_scale": config.query_scaling_beta or None,
     }
     if case.family.startswith("gemma"):
-        stated |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
         stated["rope.dimension_count"] = None
+    if case.family.startswith("gemma") or case.family in ("glm4", "nemotron", "seed_oss"):
+        stated |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if case.family == "falcon":
         stated["tensor_data_layout"] = "jploski"
-    if case.family == "cohere":
+    if case.family in ("cohere", "cohere2"):
         stated |= {"logit_scale": config.logits_multiplier, "rope.scaling.type": "none"}
     if case.family == "olmo3":
         stated["attention.sliding_window_pattern"] = list(config.window_layers)
@@ -208,7 +107,7 @@ def tensors_of(case: Case, config: ModelConfig, network: PreTrainedModel) -> dic
             groups = tensor.reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
             parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]
             tensor = torch.cat([part.reshape(-1, config.hidden_size) for part in parts])
-        if case.family.startswith("gemma") and hf_name.endswith("norm.weight"):
+        if get(case.family).gain_offset and hf_name.endswith("norm.weight"):
             tensor = tensor + 1
         result[names.get_name(hf_name, try_suffixes=(".weight", ".bias"))] = tensor
     scaling = config.rope_scaling or {}
@@ -274,6 +173,13 @@ REFUSED = [
     ("falcon", {"tensor_data_layout": "Meta AI original pth"}),
     ("phi", {"use_parallel_residual": True}),
     ("cohere", {"attention.layer_norm_epsilon": None}),
+    ("cohere2", {"attention.sliding_window": None}),
+    ("cohere2", {"attention.sliding_window": 0}),
+    ("cohere2", {"rope.freq_base_swa": 7.0}),
+    ("glm4", {"rope.dimension_count": 14}),
+    ("nemotron", {"attention.layer_norm_epsilon": None}),
+    ("seed_oss", {"attention.sliding_window": 5}),
+    ("seed_oss", {"rope.dimension_count": 4}),
     ("olmo3", {"rope.freq_base_swa": 7.0}),
     ("ministral3", {"rope.scaling.yarn_log_multiplier": None}),
     ("ministral3", {"rope.scaling.yarn_log_multiplier": 0.5}),
@@ -302,6 +208,11 @@ READ = [
     ("phi3", {"attention.sliding_window": 0}, {"sliding_window": None}),
     ("olmo3", {"attention.sliding_window_pattern": None}, {"window_layers": (True, True, True, False)}),
     ("ministral3", {"attention.temperature_scale": 0.0}, {"query_scaling_beta": 0.0}),
+    (
+        "cohere2",
+        {"attention.sliding_window_pattern": 3},
+        dict.fromkeys(("window_layers", "rope_layers"), (True, True, False, True)),
+    ),
 ]
 
 

@@ -41,7 +41,7 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 # llama.cpp interleaves rotary pairs for these architectures only.
-INTERLEAVED = ("llama", "granite", "smollm3", "mistral3", "ernie4_5", "command-r")
+INTERLEAVED = ("llama", "granite", "smollm3", "mistral3", "ernie4_5", "command-r", "cohere2", "glm4")
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 
 

@@ -29,6 +29,8 @@ def complete_layers(
         errors.add(f"{family}.{WINDOW_PATTERN}", expected, describe_value(pattern))
         return
     sizes["window_layers"] = layers
+    if arch.rotates_in_windows_only:
+        sizes["rope_layers"] = layers
     base = sizes["rope_base"]
     if network.window_rope_base:
         sizes.setdefault("window_rope_base", network.window_rope_base)
