@@ -5,7 +5,7 @@ Models are built by layer_norm_models.model_of.
 
 from __future__ import annotations
 
-from megatron_ligo.arch.model_config import ModelConfig
+from megatron_ligo.arch.model_config import LAYER_PATTERNS, ModelConfig
 from tests.decoder_models import SIZES
 
 ALL_BIASES = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), True)
@@ -80,6 +80,23 @@ OWN = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
         "query_scaling_beta": 0.5,
     },
+    "llama4_text": {
+        "arch": "llama4_text",
+        "attention_chunk": 5,
+        "chunk_layers": (True, False, True),
+        "rope_layers": (True, False, False),
+        "l2_normalises_heads": True,
+        "query_scaling_beta": 0.5,
+        "query_scaling_length": 4,
+    },
+    "llama4_text with biases": {
+        "arch": "llama4_text",
+        "attention_chunk": 3,
+        "rope_layers": (False, True, True),
+        "query_scaling_length": 8,
+        "qkv_bias": True,
+        "output_bias": True,
+    },
     "ernie4_5": {"arch": "ernie4_5"},
     "gemma": {"arch": "gemma", "activation": "gelu_pytorch_tanh"},
     "exaone4": {
@@ -136,7 +153,7 @@ OWN = {
 # Layers that differ.
 PATTERNS = (
     "smollm3", "smollm3 with windows", "qwen2 with windows", "olmo3", "gemma3", "exaone4", "modernbert", "granite_swa",
-    "cohere2",
+    "cohere2", "llama4_text", "llama4_text with biases",
 )  # fmt: skip
 # LayerNorms keep their mean and variance at whole multiples of hidden_size only.
 RAGGED = {"num_layers": 5, "hidden_size": 32, "ffn_size": 44, "num_heads": 8, "num_kv_heads": 4}
@@ -152,7 +169,7 @@ def config_of(case: str, **changes) -> ModelConfig:
     """Returns the sizes of a tiny model. Patterns are repeated for more layers."""
     own = OWN[case]
     sizes = {"model_type": own["arch"], **SIZES, **own, **changes}
-    for name in ("window_layers", "rope_layers"):
+    for name in LAYER_PATTERNS:
         if name in own:
             sizes[name] = tuple(own[name][layer % 3] for layer in range(sizes["num_layers"]))
     if own["arch"] in FULL_HEADS:

@@ -33,6 +33,7 @@ class Architecture:
     gain_offset: what the norms add to their stored gains: 1 if they multiply by 1 + w.
     scales_embedding: word embeddings are multiplied by the square root of hidden_size.
     scales_queries: queries are multiplied by a factor of their position (`ModelConfig.query_scaling_beta`).
+    scales_unrotated_queries: so are those of layers without rotary positions, where positions count from 1.
     own_head_dim: a config that leaves head_dim out does not mean hidden_size / num_heads.
     head_activation: the activation of a masked-LM head's transform ("" = the layers' activation).
     model_types: Hugging Face `model_type` -> {class: its optional parts (fields of `ModelConfig`)}. The first class is
@@ -43,8 +44,8 @@ class Architecture:
     rope_kinds: {scaling of rotary positions that the class takes: the one that it takes it for}; {} = all, as stated.
     original_length: the class's own default of original_max_position_embeddings, which wins over a scaling's.
     foreign_hf_keys: `model_type` -> keys of the family's configs that this type's config class does not know.
-    hf_pattern_keys: `model_type` -> keys that state which layers have a window or rotary positions: `layer_types`,
-        `no_rope_layers`, and those from which transformers derives them.
+    hf_pattern_keys: `model_type` -> keys that state which layers have a window, chunks, experts or rotary positions:
+        `layer_types`, `no_rope_layers`, `moe_layers`, and those from which transformers derives them.
     fused_experts: {name of a tensor that holds a layer's experts in Hugging Face's files: the roles of its parts}.
     expert_types: `model_type` of a dense model -> the `model_type` of the same network with experts.
     hf_rope_by_layer_type: rotary positions are stated apart for layers with the window and for the others.
@@ -76,6 +77,7 @@ class Architecture:
     gain_offset: float = 0.0
     scales_embedding: bool = False
     scales_queries: bool = False
+    scales_unrotated_queries: bool = False
     own_head_dim: bool = False
     task: Task = Task.NEXT_TOKEN
     head_activation: str = ""
@@ -136,6 +138,10 @@ class Architecture:
     def has_head_norms(self) -> bool:
         """True if queries and keys are normalised."""
         return self.has(Role.QUERY_NORM)
+
+    def normalises_queries(self, model_config: ModelConfig) -> bool:
+        """True if queries and keys of a model are divided by their root mean square, with gains or without."""
+        return self.has_head_norms or model_config.l2_normalises_heads
 
     @property
     def normalises_all_heads(self) -> bool:

@@ -11,6 +11,8 @@ from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, di
 
 # Upper bounds: a corrupt record or a slip of the keyboard must fail before its keys are listed.
 MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
+# Fields with a flag for each layer.
+LAYER_PATTERNS = ("window_layers", "chunk_layers", "rope_layers")
 
 
 @dataclass(frozen=True)
@@ -18,17 +20,19 @@ class LayerKind:
     """What the attention of one layer computes. Layers of different kinds never share weights.
 
     window: in tokens; None = unlimited. rotates: queries and keys have rotary positions. has_window_positions: those of
-    `ModelConfig.window_rope_base`.
+    `ModelConfig.window_rope_base`. chunk: tokens of a chunk; None = attention is not cut into chunks.
     """
 
     window: int | None
     rotates: bool
     has_window_positions: bool
+    chunk: int | None = None
 
     def describe(self) -> str:
         """Returns the kind in a few words, for messages."""
-        window = "full attention" if self.window is None else f"a window of {self.window}"
-        return f"{window} {'with' if self.rotates else 'without'} rotary positions"
+        reach = "full attention" if self.window is None else f"a window of {self.window}"
+        reach = reach if self.chunk is None else f"chunks of {self.chunk}"
+        return f"{reach} {'with' if self.rotates else 'without'} rotary positions"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ModelConfig:
     tied: the output head shares the word embedding's weight.
     rope_scaling: the scaling of rotary positions, with Hugging Face's keys (rope_scaling.py); None = none.
     query_scaling_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / L)), where L is the original
-        length of rope_scaling.
+        length of rope_scaling, or query_scaling_length, if that is stated (Architecture.scales_unrotated_queries).
     rotary_fraction: fraction of a head's features that rotate, counted from the first.
     parallel_residual: attention and feed-forward both read the layer's input.
     num_parallel_norms: those that they read it through then, in a family where both may read one norm: 1 or 2.
@@ -51,7 +55,11 @@ class ModelConfig:
     window_layers: for each layer, whether it has the window; None = all.
     window_rope_base: base of the rotary positions of layers with the window, which are then not scaled; None = they
         have the positions of the others.
+    attention_chunk: tokens attend to themselves and to those before them in a chunk of so many; None = no chunks.
+    chunk_layers: for each layer, whether its attention is in chunks; None = all.
     rope_layers: for each layer, whether its queries and keys rotate; None = all.
+    l2_normalises_heads: queries and keys of each head are divided by their root mean square (and eps) after the
+        rotation, in layers where they rotate.
     activation: the feed-forward activation, by its Hugging Face name.
     position_padding: the padding token's id if positions skip padding and start at id + 1 (RoBERTa); None = positions
         start at 0.
@@ -97,13 +105,17 @@ class ModelConfig:
     rope_base: float | None = None
     rope_scaling: Mapping | None = None
     query_scaling_beta: float = 0.0
+    query_scaling_length: int | None = None
     rotary_fraction: float = 1.0
     parallel_residual: bool = False
     num_parallel_norms: int = 1
     sliding_window: int | None = None
     window_layers: tuple | None = None
     window_rope_base: float | None = None
+    attention_chunk: int | None = None
+    chunk_layers: tuple | None = None
     rope_layers: tuple | None = None
+    l2_normalises_heads: bool = False
     num_token_types: int = 0
     activation: str = "silu"
     position_padding: int | None = None
@@ -158,18 +170,23 @@ class ModelConfig:
 
     def _normalise_layer_kinds(self, errors: ErrorCollector) -> None:
         """Gives each pattern of layers one form: a tuple of booleans that are not all true, or None."""
-        for name in ("window_layers", "rope_layers"):
+        for name in LAYER_PATTERNS:
             flags = getattr(self, name)
             if flags is None:
                 continue
             if len(flags) != self.num_layers or not all(isinstance(flag, bool) for flag in flags):
                 errors.add(name, f"true or false for each of {self.num_layers} layers", repr(flags)[:60])
             object.__setattr__(self, name, None if all(flags) else tuple(flags))
-        if self.window_layers is not None and not any(self.window_layers):
-            object.__setattr__(self, "sliding_window", None)
+        for size, name in (("sliding_window", "window_layers"), ("attention_chunk", "chunk_layers")):
+            flags = getattr(self, name)
+            if flags is not None and not any(flags):
+                object.__setattr__(self, size, None)
+            if getattr(self, size) is None:
+                object.__setattr__(self, name, None)
         if self.sliding_window is None:
-            object.__setattr__(self, "window_layers", None)
             object.__setattr__(self, "window_rope_base", None)
+        elif self.attention_chunk is not None:
+            errors.add("sliding_window", f"none beside attention_chunk = {self.attention_chunk}", self.sliding_window)
 
     def _check_rotary_positions(self, errors: ErrorCollector) -> None:
         if not 0 < self.num_rotated <= self.head_dim or self.num_rotated % 2:
@@ -177,7 +194,8 @@ class ModelConfig:
             errors.add("head_dim", "an even number (rotary positions rotate pairs)", found)
         scaling = rope_scaling.normalise(self.rope_scaling, self.max_positions, self.num_rotated // 2, errors)
         object.__setattr__(self, "rope_scaling", scaling)
-        if self.query_scaling_beta and not rope_scaling.has_original_length(scaling or {}):
+        has_length = self.query_scaling_length is not None or rope_scaling.has_original_length(scaling or {})
+        if self.query_scaling_beta and not has_length:
             expected = f"a kind with {rope_scaling.ORIGINAL_LENGTH}, which query_scaling_beta needs"
             errors.add("rope_scaling", expected, rope_scaling.scaling_kind(scaling))
         if self.window_rope_base == self.rope_base and scaling is None:
@@ -200,7 +218,9 @@ class ModelConfig:
         """Returns what a layer's attention computes besides its parameters."""
         has_window = self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])
         rotates = self.rope_base is not None and (self.rope_layers is None or self.rope_layers[layer])
-        return LayerKind(self.sliding_window if has_window else None, rotates, has_window and self.has_window_positions)
+        chunk = self.attention_chunk if self.chunk_layers is None or self.chunk_layers[layer] else None
+        window = self.sliding_window if has_window else None
+        return LayerKind(window, rotates, has_window and self.has_window_positions, chunk)
 
     @property
     def has_window_positions(self) -> bool:

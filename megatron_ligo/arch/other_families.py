@@ -38,7 +38,7 @@ DIFFERENCES = {
     "gptoss": "its experts and their router have biases, and their activation is bounded",
     "granitemoe": "its blocks are scaled by multipliers, and its feed-forward blocks are mixtures of experts",
     "internlm2": "query, key and value are one matrix of the file's own",
-    "llama4": "some layers attend in chunks and others have no positions, with mixtures of experts",
+    "llama4": "beside its text model, which is known as llama4_text without experts, is an image encoder",
     "minicpm": "embeddings, residual sums and logits are scaled by its config's numbers",
     "mpt": "positions are ALiBi biases",
     "olmo": "its norms have no parameters, and queries, keys and values may be clipped",

@@ -148,8 +148,8 @@ def _check_values(kind: str, stated: dict, num_pairs: int, errors: ErrorCollecto
     if kind == "dynamic" and num_pairs < 2:
         errors.add(f"{WHERE}: dynamic", "two rotary pairs or more", num_pairs)
     low, high = stated.get("low_freq_factor"), stated.get("high_freq_factor")
-    if kind == "llama3" and _is_number(low) and _is_number(high) and not low < high:
-        errors.add(f"{WHERE}.high_freq_factor", f"more than low_freq_factor = {low}", high)
+    if kind == "llama3" and _is_number(low) and _is_number(high) and not low <= high:
+        errors.add(f"{WHERE}.high_freq_factor", f"at least low_freq_factor = {low}", high)
 
 
 def _is_number(value: object) -> bool:

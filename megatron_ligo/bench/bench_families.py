@@ -67,6 +67,10 @@ OWN: dict[str, dict[str, object]] = {
         "embedding_multiplier": 6.0, "residual_multiplier": 0.7, "attention_scale": 0.3, "logits_divisor": 2.0,
         **ALTERNATE, "rope_layers": (True, True, False),
     },
+    "llama4_text": {
+        "attention_chunk": 5, "chunk_layers": (True, False, True), "rope_layers": (True, False, True),
+        "l2_normalises_heads": True, "query_scaling_beta": 0.5, "query_scaling_length": 4,
+    },
     "ministral3": {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
         "query_scaling_beta": 0.5,

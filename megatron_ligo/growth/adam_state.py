@@ -92,7 +92,7 @@ def splits_kv_groups(operator: Operator) -> bool:
 
 def copies_normalised_queries(operator: Operator) -> bool:
     """True if the moments of q are estimates: the features of a head are copied, and normalised with their copies."""
-    return operator.space_maps.head_dim_changed and operator.arch.has_head_norms
+    return operator.space_maps.head_dim_changed and operator.arch.normalises_queries(operator.small)
 
 
 class DualMaps:

@@ -74,7 +74,8 @@ class InitialOperator(Operator):
 
         A tied contract reads with expand^T, which allows no factor.
         """
-        is_normalised = self.copied_gains and self.arch.has_head_norms and self.norm_kind(map_name) == "rms"
+        has_head_norms = self.arch.normalises_queries(self.small)
+        is_normalised = self.copied_gains and has_head_norms and self.norm_kind(map_name) == "rms"
         starts, contract = self.setting("width_init", map_name), self.setting("contract", map_name)
         return is_normalised and contract == "free" and starts in initializers.SCALED_COPIES
 

@@ -1,4 +1,4 @@
-"""Which kind of attention (window, rotary positions or none) each layer of the large model has.
+"""Which kind of attention (window, chunks, rotary positions or none) each layer of the large model has.
 
 A large layer has the kind of the small layers that it starts from. A mix of unlike layers is none of them, so it is
 refused, and a fit learns no such mix.
@@ -11,11 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_ligo.arch.model_config import LayerKind, ModelConfig
+from megatron_ligo.arch.model_config import LAYER_PATTERNS, LayerKind, ModelConfig
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 from megatron_ligo.growth.operator import Operator, short_key
-
-PATTERNS = ("window_layers", "rope_layers")
 
 
 def has_unlike_layers(small: ModelConfig) -> bool:
@@ -33,7 +31,7 @@ def patterns_by_source(small: ModelConfig, sources: list[int]) -> dict[str, tupl
 
     sources: the small layer of each large one.
     """
-    stated = {name: getattr(small, name) for name in PATTERNS}
+    stated = {name: getattr(small, name) for name in LAYER_PATTERNS}
     return {name: flags and tuple(flags[source] for source in sources) for name, flags in stated.items()}
 
 
@@ -48,7 +46,7 @@ def follow_depth(operator: Operator) -> ModelConfig:
     ConfigError that names the parameters which mix unlike layers.
     """
     small, large = operator.small, operator.large
-    if small.window_layers is None and small.rope_layers is None:
+    if all(getattr(small, name) is None for name in LAYER_PATTERNS):
         return large
     kinds = layer_kinds(small)
     errors = ErrorCollector("the layers of the small model differ in their attention", ConfigError)

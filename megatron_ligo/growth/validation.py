@@ -90,7 +90,8 @@ def build_initial_operator(small: ModelConfig, section: LargeSection, settings: 
 def _report_shared_eps(operator: InitialOperator) -> None:
     """Says what an eps that changes costs where norms of queries and keys share it."""
     is_kept = math.isclose(operator.large.norm_eps, operator.small.norm_eps, rel_tol=1e-6)
-    if METHODS[operator.settings.method].is_lossless and operator.arch.has_head_norms and not is_kept:
+    has_head_norms = operator.arch.normalises_queries(operator.small)
+    if METHODS[operator.settings.method].is_lossless and has_head_norms and not is_kept:
         log.info(
             "the norms of queries and keys share one eps with the others, which growth changes with the variance of "
             "the residual stream: logits change by about that change over the mean square of queries and keys, 1e-6 "
@@ -131,6 +132,9 @@ def _check_head_norms(small: ModelConfig, large: ModelConfig, errors: ErrorColle
         hint = "Queries and keys are normalised over all heads, whose copies keep their shares only at the same ratio."
         where, found = "large.num_heads / large.num_kv_heads", f"{large.num_heads} / {large.num_kv_heads}"
         errors.add(where, f"{small.num_heads} / {small.num_kv_heads}, or the same ratio", found, hint)
+    if small.l2_normalises_heads and large.head_dim % small.head_dim:
+        hint = "Queries and keys are normalised without gains, which would undo an uneven number of copies."
+        errors.add("large.head_dim", f"a multiple of {small.head_dim}", large.head_dim, hint)
 
 
 def _check_context(small: ModelConfig, large: ModelConfig, errors: ErrorCollector) -> None:

@@ -90,7 +90,7 @@ class SpaceMaps:
 
     @property
     def _head_growth(self) -> attention_heads.HeadGrowth:
-        is_normalised = architectures.get(self.large.arch).has_head_norms
+        is_normalised = architectures.get(self.large.arch).normalises_queries(self.large)
         return attention_heads.HeadGrowth.between(self.small, self.large, is_normalised)
 
     def head_gain_map(self, part: str, dual: bool = False) -> Tensor:

@@ -83,8 +83,11 @@ SCALINGS = (
 LISTS = {
     "layer_types": [
         ["full_attention"] * 2, ["sliding_attention"] * 2, ["sliding_attention", "full_attention"], ["full_attention"],
-        ["chunked_attention"] * 2, [],
+        ["chunked_attention"] * 2, ["chunked_attention", "full_attention"], [],
     ],
+    "no_rope_layers": [[0, 1], [1, 1], [0, 0], [1, 0, 1], [1]],
+    "moe_layers": [[0], [1], [7], ["0"]],
+    "layer_rope_theta": [[500.0, 500.0], [0, 500.0], [50.0, 50.0], [50.0, 500.0], [0, 0], [500.0]],
     "rope_parameters": list(SCALINGS),
     "rope_scaling": list(SCALINGS),
     "per_layer_config": [{"1": {"intermediate_size": 12}}, {"0": {"sliding_window": 3}}, {"1": {"skip": ["mlp"]}}, {}],

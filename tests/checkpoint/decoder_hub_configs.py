@@ -221,6 +221,78 @@ FALCON = {
     "parallel_attn": True, "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": True,
     "vocab_size": 65024,
 }  # fmt: skip
+SEED_OSS = {
+    "architectures": ["SeedOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.1,
+    "attention_out_bias": False, "bos_token_id": 0, "eos_token_id": 2, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 27648, "max_position_embeddings": 524288,
+    "mlp_bias": False, "model_type": "seed_oss", "num_attention_heads": 80, "num_hidden_layers": 64,
+    "num_key_value_heads": 8, "pad_token_id": 1, "residual_dropout": 0.1, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.55.0", "use_cache": True, "vocab_size": 155136,
+}  # fmt: skip
+GLM4 = {
+    "architectures": ["Glm4ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 13696, "max_position_embeddings": 32768, "model_type": "glm4",
+    "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2, "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.52.0.dev0", "use_cache": True, "vocab_size": 151552,
+}  # fmt: skip
+NEMOTRON = {
+    "architectures": ["NemotronForCausalLM"], "bos_token_id": 2, "eos_token_id": 3, "hidden_act": "relu2",
+    "hidden_size": 3072, "initializer_range": 0.0134, "intermediate_size": 9216, "kv_channels": 128,
+    "max_position_embeddings": 4096, "model_type": "nemotron", "norm_eps": 1e-05, "num_attention_heads": 24,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "partial_rotary_factor": 0.5, "rope_theta": 10000,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.48.0", "use_cache": True,
+    "vocab_size": 256000,
+}  # fmt: skip
+COMMAND_R7B = {
+    "architectures": ["Cohere2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 5,
+    "cache_implementation": "hybrid", "eos_token_id": 255001, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "layer_norm_eps": 1e-05,
+    "layer_switch": 4, "logit_scale": 0.25, "max_position_embeddings": 8192, "model_type": "cohere2",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "order_of_interleaved_layers": "local_attn_first", "pad_token_id": 0, "position_embedding_type": "rope_gptj",
+    "rope_scaling": None, "rope_theta": 50000, "rotary_pct": 1.0, "sliding_window": 4096, "sliding_window_pattern": 4,
+    "torch_dtype": "bfloat16", "transformers_version": "4.48.0.dev0", "use_cache": True, "use_embedding_sharing": True,
+    "use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": True, "vocab_size": 256000,
+}  # fmt: skip
+VAULTGEMMA = {
+    "architectures": ["VaultGemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": None, "bos_token_id": 2, "eos_token_id": 1, "final_logit_softcapping": None,
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+    "intermediate_size": 6912, "layer_types": [FULL] * 26, "max_position_embeddings": 1024,
+    "model_type": "vaultgemma", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 4,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+    "sliding_window": 512, "torch_dtype": "float32", "use_cache": True, "vocab_size": 256000,
+}  # fmt: skip
+GRANITE_SWASH = {
+    "model_type": "granite_swa", "architectures": ["GraniteSWAForCausalLM"], "vocab_size": 100352,
+    "hidden_size": 2560, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 20,
+    "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 8192, "rms_norm_eps": 1e-05,
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "initializer_range": 0.1,
+    "bos_token_id": 100257, "eos_token_id": 100257, "pad_token_id": 100256, "sliding_window": 128,
+    "layer_types": [FULL, *([WINDOW] * 3 + [FULL]) * 5, *[WINDOW] * 3], "embedding_multiplier": 12,
+    "residual_multiplier": 0.28, "logits_scaling": 10, "attention_multiplier": 0.0078125, "rope_theta": 10000,
+}  # fmt: skip
+# The keys of Llama 4's text configs, in a model without experts.
+LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"], "attention_bias": False, "attention_chunk_size": 8192,
+    "attention_dropout": 0.0, "attn_scale": 0.1, "attn_temperature_tuning": True, "bos_token_id": 200000,
+    "eos_token_id": [200001, 200007, 200008], "floor_scale": 8192, "for_llm_compressor": False, "head_dim": 64,
+    "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02, "interleave_moe_layer_step": 1,
+    "intermediate_size": 4096, "intermediate_size_mlp": 4096, "max_position_embeddings": 32768,
+    "model_type": "llama4_text", "moe_layers": [], "no_rope_layers": [], "num_attention_heads": 16,
+    "num_experts_per_tok": 1, "num_hidden_layers": 16, "num_key_value_heads": 4, "num_local_experts": 1,
+    "output_router_logits": False, "pad_token_id": 200018, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0.dev0", "use_cache": True, "use_qk_norm": True,
+    "vocab_size": 202048,
+}  # fmt: skip
 # Each with some of the sizes that it states.
 DECODERS = {
     "Qwen3": (QWEN3, {"head_dim": 128, "sliding_window": None}),
@@ -243,5 +315,19 @@ DECODERS = {
     "Command R": (COMMAND_R, {"logits_multiplier": 0.0625, "num_parallel_norms": 1, "tied": True}),
     "Phi-2": (PHI2, {"rotary_fraction": 0.4, "head_dim": 80, "tied": False}),
     "Falcon 7B": (FALCON, {"num_kv_heads": 1, "ffn_size": 18176, "head_dim": 64, "num_parallel_norms": 1}),
+    "Seed-OSS": (SEED_OSS, {"qkv_bias": True, "output_bias": False, "head_dim": 128}),
+    "GLM-4": (GLM4, {"rotary_fraction": 0.5, "num_kv_heads": 2, "norm_eps": 1e-05}),
+    "Minitron": (NEMOTRON, {"head_dim": 128, "activation": "relu2", "rotary_fraction": 0.5}),
+    "Command R7B": (COMMAND_R7B, {"rope_layers": (True, True, True, False) * 8, "sliding_window": 4096, "tied": True}),
+    "VaultGemma": (VAULTGEMMA, {"sliding_window": None, "attention_scale_dim": 256, "attention_softcap": None}),
+    "Granite SWA": (GRANITE_SWASH, {"sliding_window": 128, "logits_divisor": 10.0, "rope_layers": None}),
+    "Llama 4": (
+        LLAMA4,
+        {
+            "rope_layers": (True, True, True, False) * 4,
+            "chunk_layers": (True, True, True, False) * 4,
+            "query_scaling_length": 8192,
+        },
+    ),
     "EXAONE 4": (EXAONE4, {"rope_layers": (True, True, True, False) * 16, "sliding_window": 4096}),
 }

@@ -132,6 +132,19 @@ DECODERS = {
         "VaultGemmaForCausalLM",
         CAUSAL_SIZES | {"head_dim": 10, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0, "sliding_window": 7},
     ),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        CAUSAL_SIZES
+        | {
+            "head_dim": 10,
+            "intermediate_size_mlp": 40,
+            "moe_layers": [],
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 7,
+            "attn_scale": 0.5,
+            "floor_scale": 4,
+        },
+    ),
     "phi": (
         "PhiForCausalLM",
         {key: value for key, value in CAUSAL_SIZES.items() if key != "rms_norm_eps"}

@@ -45,9 +45,9 @@ UNSUPPORTED: dict[str, Callable[[ModelConfig], bool]] = {
     "fsdp": lambda model_config: model_config.num_experts > 0,
     "torchtitan": lambda model_config: model_config.arch != "llama" or model_config.qkv_bias,
     "pipeline": lambda model_config: model_config.has_pooler or model_config.has_order_head,
-    # Megatron-core's positions start at row 0.
-    "mcore": lambda model_config: model_config.position_offset > 0,
-    "megatron": lambda model_config: model_config.position_offset > 0,
+    # Megatron-core's positions start at row 0, and its arguments know no chunks.
+    "mcore": lambda model_config: model_config.position_offset > 0 or model_config.attention_chunk is not None,
+    "megatron": lambda model_config: model_config.position_offset > 0 or model_config.attention_chunk is not None,
 }
 # Families that share their parameters' forms with these are converted in a ring only.
 ALL_PAIRS = ("llama", "gpt2", "gpt_neox", "bert", "roberta", "vit", "deit")
@@ -97,6 +97,9 @@ def sizes(model_type: str, **changes) -> ModelConfig:
     if arch.needs_window:
         layers = (True, True, True, False, True)
         result |= {"sliding_window": 4, "window_layers": layers, "rope_layers": layers}
+    if "attention_chunk" in free:
+        layers = (True, False, True, True, True)
+        result |= {"attention_chunk": 4, "chunk_layers": layers, "query_scaling_length": 8}
     if "attention_scale" in free:
         result["attention_scale"] = 0.3
     if arch.has_experts:

@@ -7,6 +7,7 @@ import torch
 
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.convert import convert
+from megatron_ligo.common.errors import ConfigError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
 from megatron_ligo.export.handoff import build_moments_record
@@ -72,6 +73,17 @@ def test_gains_that_stay_are_seen(tmp_path, monkeypatch, family, part):
     plain = lambda which, head: (gains(which, head) > 0).double() if which == part else gains(which, head)  # noqa: E731
     monkeypatch.setattr(attention_heads, "head_gain_map", plain)
     assert gap(config_of(family), LARGE["half as much again"], tmp_path) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["llama4_text", "llama4_text with biases"])
+def test_norms_without_gains_want_whole_multiples(tmp_path, case):
+    """Beside layers that do not rotate, whose queries and keys are not normalised."""
+    small = layer_pattern_models.config_of(case, norm_eps=1e-7)
+    assert gap(small, {"head_dim": 8}, tmp_path / "a", noise=0.5) < 1e-5
+    assert gap(small, {**layer_pattern_models.RAGGED, "head_dim": 12}, tmp_path / "b") < 1e-5
+    if small.l2_normalises_heads:
+        with pytest.raises(ConfigError, match="head_dim: expected a multiple of 4"):
+            build_initial_operator(small, LargeSection(head_dim=6), OperatorSection())
 
 
 @pytest.mark.parametrize("family, head_dim", [("stablelm", 16), ("phi3", 12), ("phi3", 20)])

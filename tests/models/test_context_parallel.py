@@ -34,6 +34,7 @@ FITS = {
     "scaled queries": (pattern_changes("ministral3"), 2, {"cp": 2}),
     "sinks": (pattern_changes("granite_swa"), 2, {"cp": 2}),
     "softcap": (pattern_changes("gemma2"), 2, {"cp": 2}),
+    "chunks": (pattern_changes("llama4_text"), 4, {"tp": 2, "cp": 2}),
 }
 FITS_OFTEN = ("TP 2, ZeRO 3", "PP 2", "three ranks")
 
@@ -58,6 +59,7 @@ RUNS = {
     "PP 2, windows": ("smollm3 with windows", 4, {"cp": 2, "pp": 2, "optimizer": "sgd"}),
     "TP 2, encoder": ("bert", 4, {**SP, "cp": 2, "micro_size": 4, "optimizer": "sgd"}),
     "sinks": ("granite_swa", 4, {**SP, "cp": 2, "optimizer": "sgd"}),
+    "chunks": ("llama4_text", 4, {**SP, "cp": 2, "optimizer": "sgd"}),
     "alone": ("llama", 2, {"cp": 2, "zero": 1}),
     "four ranks, repeated key-value heads": ("llama", 4, {"cp": 4, "zero": 2, "tp": 1}),
     "learned positions": ("gpt2", 4, {**SP, "cp": 2, "zero": 3}),

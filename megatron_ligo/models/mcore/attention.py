@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from deepspeed.sequence.layer import DistributedAttention
@@ -14,12 +16,27 @@ from megatron_ligo.distributed.mesh import current_cp_group
 from megatron_ligo.sharding.tensor_parallel import exchanged_kv_heads
 
 
+@dataclass(frozen=True)
+class QueryScaling:
+    """Queries at position p are multiplied by 1 + beta log(1 + floor((p + first) / length)).
+
+    unrotated_only: those of layers without rotary positions.
+    """
+
+    beta: float
+    length: float
+    first: int = 0
+    unrotated_only: bool = False
+
+
 class FusedAttention(nn.Module):
     """softmax(q k^T scale) v, causal or full, grouped-query, with the signature of mcore's DotProductAttention.
 
     softmax_scale: None = 1 / sqrt(d). The scores are bounded by the config's `attention_softcap`, and queries are
     multiplied by the factor of their position that its `query_scaling` states, if these are not None. With
-    `softmax_type` "learnable" each head has a sink: a logit of its own in the softmax, by Megatron-core's name.
+    `softmax_type` "learnable" each head has a sink: a logit of its own in the softmax, by Megatron-core's name. Where
+    `chunk_layers` says so, tokens attend within their chunk of `attention_chunk` tokens. With `l2_normalises_heads`
+    rotated queries and keys are divided by their root mean square.
     """
 
     def __init__(
@@ -33,8 +50,14 @@ class FusedAttention(nn.Module):
     ):
         super().__init__()
         self.scale, self.softcap = softmax_scale, config.attention_softcap
-        self.config, self.query_scaling = config, config.query_scaling
+        self.config = config
         self.causal = attn_mask_type is AttnMaskType.causal
+        rotates = not config.no_rope_freq or not config.no_rope_freq[layer_number - 1]
+        self.norm_eps = config.layernorm_epsilon if config.l2_normalises_heads and rotates else None
+        scaling = config.query_scaling
+        self.query_scaling = None if scaling is None or (scaling.unrotated_only and rotates) else scaling
+        has_chunks = config.chunk_layers is None or config.chunk_layers[layer_number - 1]
+        self.chunk = config.attention_chunk if has_chunks else None
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] if has_window else None
         self.register_parameter("softmax_offset", build_sinks(config))
@@ -59,15 +82,14 @@ class FusedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         """query (s, b, heads, d); key, value (s, b, groups, d); sinks (heads,) or None -> (s, b, heads, d)."""
+        if self.norm_eps is not None:
+            query, key = (divide_by_mean_square(x, self.norm_eps) for x in (query, key))
         if self.query_scaling is not None:
-            query = query * query_factors(len(query), *self.query_scaling, query)
+            query = query * query_factors(len(query), self.query_scaling, query)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = None if attention_mask is None or self.causal else ~attention_mask
-        length = q.shape[2]
-        if self.window is not None and length > self.window + 1:
-            index = torch.arange(length, device=q.device)
-            distance = index[:, None] - index[None, :]
-            within = (distance <= self.window) & (distance >= (0 if self.causal else -self.window))
+        within = self._build_mask(q.shape[2], q.device)
+        if within is not None:
             mask = within if mask is None else mask & within
         if self.softcap is not None or sinks is not None:
             out = plain_attention(q, k, v, mask, self.causal, self.scale, self.softcap, sinks)
@@ -81,6 +103,19 @@ class FusedAttention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale, enable_gqa=is_grouped
         )
         return out.permute(2, 0, 1, 3)
+
+    def _build_mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Returns which tokens (dim 1) each one (dim 0) attends to, (s, s), bool; None for all or all before it."""
+        has_window = self.window is not None and length > self.window + 1
+        has_chunks = self.chunk is not None and length > self.chunk
+        if not has_window and not has_chunks:
+            return None
+        index = torch.arange(length, device=device)
+        distance = index[:, None] - index[None, :]
+        if has_window:
+            return (distance <= self.window) & (distance >= (0 if self.causal else -self.window))
+        within = index[:, None] // self.chunk == index[None, :] // self.chunk
+        return within & (distance >= 0) if self.causal else within
 
 
 class UlyssesAttention(nn.Module):
@@ -130,11 +165,16 @@ def build_sinks(config) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device.current_device()))
 
 
-def query_factors(length: int, beta: float, original: float, like: Tensor) -> Tensor:
-    """Returns 1 + beta log(1 + floor(p / original)) of each position p, (length, 1, 1, 1), in the dtype of `like`."""
-    positions = torch.arange(length, device=like.device)
-    factors = 1 + beta * torch.log(1 + torch.floor(positions / original))
+def query_factors(length: int, scaling: QueryScaling, like: Tensor) -> Tensor:
+    """Returns the factor of the queries at each position, (length, 1, 1, 1), in the dtype of `like`."""
+    positions = torch.arange(length, device=like.device) + scaling.first
+    factors = 1 + scaling.beta * torch.log(1 + torch.floor(positions / scaling.length))
     return factors.to(like.dtype)[:, None, None, None]
+
+
+def divide_by_mean_square(x: Tensor, eps: float) -> Tensor:
+    """Returns x / sqrt(mean of its squares over the last dim + eps), (..., d), computed in fp32, in x's dtype."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def plain_attention(

@@ -163,6 +163,8 @@ def build_transformer_config(model_config: ModelConfig, build: BuildOptions) -> 
     config.norm_bias = arch.has_norm_biases(model_config)
     config.attention_softcap = model_config.attention_softcap
     config.query_scaling = get_query_scaling(model_config)
+    config.attention_chunk, config.chunk_layers = model_config.attention_chunk, model_config.chunk_layers
+    config.l2_normalises_heads = model_config.l2_normalises_heads
     return config
 
 
@@ -194,6 +196,7 @@ def build_layer_spec(model_config: ModelConfig, dtype: torch.dtype, layer: int |
     is_plain = layer_class in (TransformerLayer, ParallelResidualLayer) and not arch.has_head_norms
     is_plain = is_plain and not arch.has_experts and has_common_biases(model_config)
     is_plain = is_plain and not model_config.query_scaling_beta and not arch.starts_unnormalised and not arch.has_sinks
+    is_plain = is_plain and model_config.attention_chunk is None and not model_config.l2_normalises_heads
     is_plain = is_plain and (arch.uses_rms_norm or arch.has_norm_biases(model_config))
     is_local = not (device.has_transformer_engine() and is_plain and model_config.attention_softcap is None)
     if is_local:

@@ -19,11 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from megatron_ligo import arch as architectures
 from megatron_ligo.arch import rope_scaling
 from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.arch.rope_frequencies import rotary_frequencies
 from megatron_ligo.distributed import device
 from megatron_ligo.distributed.mesh import context_place
+from megatron_ligo.models.mcore.attention import QueryScaling
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
@@ -85,10 +87,16 @@ def unscale_window_positions(layers: Iterable[TransformerLayer], model_config: M
             attention.config.yarn_mscale = 0.0
 
 
-def get_query_scaling(model_config: ModelConfig) -> tuple[float, float] | None:
-    """Returns beta and L of queries that are multiplied by 1 + beta log(1 + floor(p / L)); None for no factor."""
-    beta = model_config.query_scaling_beta
-    return (beta, model_config.rope_scaling[rope_scaling.ORIGINAL_LENGTH]) if beta else None
+def get_query_scaling(model_config: ModelConfig) -> QueryScaling | None:
+    """Returns the factor of queries by their position; None for no factor."""
+    beta, length = model_config.query_scaling_beta, model_config.query_scaling_length
+    if not beta:
+        return None
+    if length is None:
+        length = model_config.rope_scaling[rope_scaling.ORIGINAL_LENGTH]
+    if architectures.get(model_config.arch).scales_unrotated_queries:
+        return QueryScaling(beta, length, first=1, unrotated_only=True)
+    return QueryScaling(beta, length)
 
 
 def set_attention_factor(config: TransformerConfig, model_config: ModelConfig) -> None:

@@ -38,7 +38,8 @@ def build_model(args: argparse.Namespace) -> GPTModel:
         **UNFUSED,
         use_cpu_initialization=True,
     )
-    config.attention_softcap = config.query_scaling = None
+    config.attention_softcap = config.query_scaling = config.attention_chunk = config.chunk_layers = None
+    config.l2_normalises_heads = False
     set_yarn_fields(config, args)
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=args.normalization))
     spec.submodules.self_attention.submodules.core_attention = FusedAttention

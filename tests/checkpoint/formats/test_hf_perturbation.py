@@ -28,6 +28,7 @@ LATER = [
         "cohere2",
         "glm4",
         "granite_swa",
+        "llama4_text",
         "nemotron",
         "seed_oss",
         "vaultgemma",

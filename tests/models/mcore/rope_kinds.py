@@ -45,7 +45,7 @@ def draw(kind: str, num_pairs: int, rng: random.Random) -> dict:
         scaling |= {key: value for key, value in optional.items() if rng.random() < 0.5}
     if kind == "llama3":
         low = rng.choice([0.5, 1.0, 2])
-        scaling |= {"low_freq_factor": low, "high_freq_factor": low * rng.choice([1.5, 4.0])}
+        scaling |= {"low_freq_factor": low, "high_freq_factor": low * rng.choice([1.0, 1.5, 4.0])}
     if kind == "longrope":
         for key in ("short_factor", "long_factor"):
             scaling[key] = [rng.uniform(1.0, 9.0) for _ in range(num_pairs)]

@@ -141,6 +141,12 @@ def check_sayable(model_config: ModelConfig) -> None:
         expected = "0: Megatron-LM's args cannot state that queries are scaled by position"
         hint = "The formats hf and universal can state it."
         raise CheckpointError(Problem("query_scaling_beta", expected, model_config.query_scaling_beta, hint))
+    own = {"attention_chunk": "attention in chunks", "l2_normalises_heads": "norms of heads without gains"}
+    for name, what in own.items():
+        if getattr(model_config, name):
+            hint = "The formats hf and universal can state it."
+            expected = f"none: Megatron-LM's args cannot state {what}"
+            raise CheckpointError(Problem(name, expected, getattr(model_config, name), hint))
     if architectures.get(model_config.arch).is_causal and not has_common_biases(model_config):
         biased = ", ".join(name for name, has_bias in linear_biases(model_config).items() if has_bias)
         hint = "The formats hf and universal can state it."
