@@ -130,7 +130,7 @@ def check_paths(*paths: str | None) -> None:
     """Raises CheckpointError if a checkpoint's path does not exist, before torch is imported."""
     for path in filter(None, paths):
         if not Path(path).exists() and not hub_models.is_hub_name(path):
-            raise CheckpointError(hub_models.missing_checkpoint(path))
+            raise CheckpointError(hub_models.missing_path(path))
 
 
 def _format_epilog(example: str, sections: Sequence[str], extra_sections: Mapping[str, type]) -> str:

@@ -236,6 +236,7 @@ def wrap(inner: Exception) -> Exception:
         (RuntimeError("[enforce fail at socket.cc:24] socket: Too many open files"), "writing: ", "ulimit -n"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: ", "Permission denied"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: ", "No such file or directory"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), "/a: ", "expected a file, found a folder"),
         (FileExistsError(errno.EEXIST, "File exists", "/a"), "/a: ", "File exists"),
         (OSError(errno.EIO, "Input/output error", "/a"), "/a: ", "Input/output error"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "the launcher's port: ", "--master_port"),

@@ -67,6 +67,7 @@ def test_help_lists_every_command():
         (["fitt"], "Did you mean 'fit'?"),
         (["--local_rank=0", "fit", "--config", "nowhere.toml", "--output", "x"], "no such file"),
         (["fit", "--processes", "2", "--config", "nowhere.toml", "--output", "x"], "no such file"),
+        (["fit", "--config", ".", "--output", "x"], "config .: expected a TOML file, found a folder. Check --config."),
         (["convert", "nowhere", "x", "--to", "hf"], "nothing there"),
         (["convert", ".", "x", "--to", "hff"], "Did you mean 'hf'?"),
         (["verify", "nowhere"], "nothing there"),

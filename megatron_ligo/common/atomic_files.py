@@ -6,7 +6,6 @@ after a crash either the previous content or the new content is there, never a p
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -27,11 +26,9 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
     A pipe or a device is refused, because reading it may never end.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # An error of `open` names the path; one of `os.fdopen` would name the descriptor.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
         if status.st_size > max_bytes:

@@ -19,7 +19,7 @@ PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Failures of a local disk or a file server.
 IO_ERRNOS = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN)
 EXISTING_ERRNOS = (errno.EEXIST, errno.ENOTEMPTY)
-MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # What only a mistake of ours raises; a library's use of them is caught where the library is called.
 BUGS = (LookupError, TypeError, AttributeError, AssertionError, NameError, NotImplementedError)
 # Packages whose name is not that of their module.
@@ -213,6 +213,8 @@ def _describe_machine_error(error: BaseException) -> str | None:
         return (
             f"{where}: expected permission, found: {error.strerror}. Choose another folder, or change its permissions."
         )
+    if code == errno.EISDIR:
+        return f"{where}: expected a file, found a folder. Check the path."
     if code in MISSING_ERRNOS and error.filename is not None:
         return f"{where}: expected a file or folder, found: {error.strerror}. Check the path."
     if code in EXISTING_ERRNOS:

@@ -40,16 +40,16 @@ def find_model(source: str | Path) -> Path:
             f"As the name of a model on the Hugging Face hub: it is not in the cache, and {_describe(error)}. Check "
             "the name, the network, and `hf auth login` for a gated model."
         )
-        raise CheckpointError(missing_checkpoint(source, hint)) from error
+        raise CheckpointError(missing_path(source, hint=hint)) from error
 
 
-def missing_checkpoint(path: str | Path, hint: str = "") -> Problem:
+def missing_path(path: str | Path, expected: str = "a checkpoint", hint: str = "") -> Problem:
     """Returns the problem of a path at which there is nothing, with the folder in which a relative one was looked for.
 
     hint: what else the path was taken for.
     """
     found = "nothing there" if Path(path).is_absolute() else f"nothing there (in {Path.cwd()})"
-    return Problem(f"{path}", "a checkpoint", found, f"Check the path. {hint}".rstrip())
+    return Problem(f"{path}", expected, found, f"Check the path. {hint}".rstrip())
 
 
 def check_push(name: str) -> None:

@@ -20,11 +20,12 @@ MAX_INTEGER = 2**63 - 1
 
 
 def read_toml(path: Path) -> dict:
-    """Reads a TOML file. Raises ConfigError if it is missing or not TOML."""
+    """Reads a TOML file. Raises ConfigError if it is missing, a folder or not TOML."""
     try:
         return _parse(read_text(path))
-    except FileNotFoundError:
-        raise ConfigError(Problem(f"config {path}", "a TOML file", "no such file", "Check --config.")) from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
+        raise ConfigError(Problem(f"config {path}", "a TOML file", found, "Check --config.")) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(Problem(f"config {path}", "valid TOML", error)) from None
 

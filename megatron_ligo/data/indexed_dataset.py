@@ -53,13 +53,23 @@ def digest_file(path: str | Path) -> str:
     return hasher.hexdigest()
 
 
+def _prefix_hint(prefix: str) -> str:
+    """Returns what to do about a prefix without a pair of files."""
+    if prefix.endswith((".bin", ".idx")):
+        return "Give the prefix without .bin or .idx."
+    if Path(prefix).is_file():
+        return "Make data of the text first: ligo prepare."
+    names = sorted(path.with_suffix("").name for path in Path(prefix).glob("*.idx"))
+    return f"Give a prefix in that folder: {', '.join(names[:3])}." if names else "Check the prefix."
+
+
 def open_indexed_files(prefix: str, errors: ErrorCollector) -> IndexedFiles | None:
     """Validates the pair at a prefix. If it is missing or inconsistent, adds errors and returns None."""
     prefix = str(Path(prefix).resolve())
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     missing = [path for path in (bin_path, idx_path) if not path.is_file()]
     for path in missing:
-        hint = "Give the prefix without .bin or .idx." if path.stem.endswith((".bin", ".idx")) else "Check the prefix."
+        hint = _prefix_hint(prefix)
         errors.add(str(path), "a file", "none", hint)
     if missing:
         return None

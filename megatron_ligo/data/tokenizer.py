@@ -119,6 +119,8 @@ def find_tokenizer_file(path: str | Path) -> Path:
         if candidate.is_file() and complete and known:
             return candidate
     expected = f"a folder with {HF_FILE}, {SENTENCEPIECE_FILE}, vocab.json and merges.txt, or vocab.txt"
+    if not path.exists():
+        raise DataError(hub_models.missing_path(path, expected))
     raise DataError(Problem(str(path), expected, "none of them"))
 
 

@@ -58,7 +58,10 @@ def test_what_is_not_json_is_a_value_error(tmp_path, text):
         atomic_files.read_json(path)
 
 
-def test_a_pipe_is_refused_without_reading_it(tmp_path):
+def test_pipes_and_folders_are_refused_without_reading_them(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError):
         atomic_files.read_text(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError) as raised:
+        atomic_files.read_text(tmp_path)
+    assert raised.value.filename == str(tmp_path)

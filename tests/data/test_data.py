@@ -187,6 +187,13 @@ def test_all_missing_files_are_reported_at_once(pairs, tmp_path):
     assert set(problems) == {f"{prefix}.{suffix}" for prefix in prefixes for suffix in ("bin", "idx")}
     assert "without .bin or .idx" in problems[f"{pairs['b']}.bin.bin"].hint
     assert list(open_problems(tmp_path)) == ["data.train"]
+    (tmp_path / "a.txt").write_text("a text")
+    assert {p.hint for p in open_problems(tmp_path, str(tmp_path / "a.txt")).values()} == {
+        "Make data of the text first: ligo prepare."
+    }
+    folder = Path(pairs["b"]).parent
+    (hint,) = {problem.hint for problem in open_problems(tmp_path, str(folder)).values()}
+    assert hint.startswith("Give a prefix in that folder: ") and Path(pairs["b"]).name in hint
 
 
 def rewrite(path: str, change: Callable[[bytearray], bytes | None]) -> None:

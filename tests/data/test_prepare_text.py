@@ -246,6 +246,7 @@ def load_problem(folder: Path) -> Problem:
 
 def test_unusable_tokenizers_are_refused(hf_folder, tmp_path):
     assert load_problem(tmp_path).where == str(tmp_path)
+    assert load_problem(tmp_path / "none").found == "nothing there"
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     assert load_problem(tmp_path).where == str(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.json").write_text("{}")

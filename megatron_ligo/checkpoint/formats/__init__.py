@@ -93,5 +93,5 @@ def open_small(small: SmallSection) -> Reader:
 def _check_exists(path: str | Path) -> Path:
     path = hub_models.find_model(path)
     if not path.exists():
-        raise CheckpointError(hub_models.missing_checkpoint(path))
+        raise CheckpointError(hub_models.missing_path(path))
     return path
