@@ -43,9 +43,9 @@ class GrownReader(Reader):
         check_source(operator, source)
         if moments != "reset" and not source.has_moments:
             hint = "Set handoff.moments = 'reset', or use a checkpoint with Adam's state."
-            raise CheckpointError(
-                Problem(f"{source.path}", f"Adam's moments (handoff.moments = {moments!r})", "none", hint)
-            )
+            expected = f"Adam's moments (handoff.moments = {moments!r})"
+            found = f"none that is read: {'; '.join(source.unread)}" if source.unread else "none"
+            raise CheckpointError(Problem(f"{source.path}", expected, found, hint))
         self.moments = moments
         self.step = source.step if self.has_moments else 0
         self._dual_maps = {kind: DualMaps(operator, kind, moments) for kind in MOMENTS if self.has_moments}

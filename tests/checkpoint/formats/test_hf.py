@@ -186,3 +186,13 @@ def test_sizes_that_transformers_refuses_are_written_with_a_warning(tmp_path, ca
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     else:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_optimizer_of_a_trainer_is_named_as_left_behind(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "checkpoint-2")
+    assert formats.open(folder).unread == ()
+    for name in ("optimizer.pt", "optimizer.bin"):
+        torch.save({}, folder / name)
+        unread = formats.open(folder).unread
+        (folder / name).unlink()
+        assert unread == (f"optimizer state ({name}: not keyed by parameter)",)

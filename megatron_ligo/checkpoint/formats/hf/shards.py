@@ -35,6 +35,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_FILES = WeightFiles(SINGLE, INDEX, "model-*-of-*.safetensors")
 TORCH_FILES = WeightFiles("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 # Of the peft library.
+# Of the Trainer and of Accelerate.
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -138,10 +140,14 @@ def open_state_dict(state: Mapping[str, object], where: str) -> WeightShards:
 
 
 def describe_unread(folder: Path) -> tuple[str, ...]:
-    """Returns which weight files of a folder are not read, because it has the same in safetensors."""
+    """Returns what a folder holds that is not read: weights that are there in safetensors too, a Trainer's Adam."""
+    unread = []
     if SAFETENSORS_FILES.are_in(folder) and TORCH_FILES.are_in(folder):
-        return (f"{TORCH_FILES.single} or its shards (the safetensors files beside it are read)",)
-    return ()
+        unread.append(f"{TORCH_FILES.single} or its shards (the safetensors files beside it are read)")
+    optimizers = [name for name in OPTIMIZER_FILES if (folder / name).exists()]
+    if optimizers:
+        unread.append(f"optimizer state ({', '.join(optimizers)}: not keyed by parameter)")
+    return tuple(unread)
 
 
 def _check_no_adapter(folder: Path) -> None:
