@@ -221,6 +221,16 @@ FALCON = {
     "parallel_attn": True, "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": True,
     "vocab_size": 65024,
 }  # fmt: skip
+FALCON_40B = {
+    **FALCON, "new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 128, "hidden_size": 8192,
+    "auto_map": {
+        "AutoConfig": "configuration_falcon.FalconConfig", "AutoModel": "modeling_falcon.FalconModel",
+        "AutoModelForSequenceClassification": "modeling_falcon.FalconForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_falcon.FalconForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_falcon.FalconForQuestionAnswering",
+        "AutoModelForCausalLM": "modeling_falcon.FalconForCausalLM",
+    },
+}  # fmt: skip
 SEED_OSS = {
     "architectures": ["SeedOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.1,
     "attention_out_bias": False, "bos_token_id": 0, "eos_token_id": 2, "head_dim": 128, "hidden_act": "silu",
@@ -314,6 +324,8 @@ DECODERS = {
     "ERNIE 4.5": (ERNIE, {"head_dim": 128, "tied": True}),
     "Command R": (COMMAND_R, {"logits_multiplier": 0.0625, "num_parallel_norms": 1, "tied": True}),
     "Phi-2": (PHI2, {"rotary_fraction": 0.4, "head_dim": 80, "tied": False}),
+    "Gemma 2 9B": (GEMMA2 | {"sliding_window_size": 4096}, {"sliding_window": 4096}),
+    "Falcon 40B": (FALCON_40B, {"num_kv_heads": 8, "num_parallel_norms": 2}),
     "Falcon 7B": (FALCON, {"num_kv_heads": 1, "ffn_size": 18176, "head_dim": 64, "num_parallel_norms": 1}),
     "Seed-OSS": (SEED_OSS, {"qkv_bias": True, "output_bias": False, "head_dim": 128}),
     "GLM-4": (GLM4, {"rotary_fraction": 0.5, "num_kv_heads": 2, "norm_eps": 1e-05}),

@@ -57,6 +57,11 @@ def _linear(key: str, role: Role, axes: tuple[Axis, Axis], tp_dim: int, module) 
     return tuple(optional_bias(linear_params(key, role, axes, tp_dim, module), biases.get(role, "qkv_bias")))
 
 
+# The released models name their own code of the same network.
+KINDS = ("", "ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
+OWN_CODE = {f"AutoModel{kind}": f"modeling_falcon.Falcon{kind or 'Model'}" for kind in KINDS}
+OWN_CODE["AutoConfig"] = "configuration_falcon.FalconConfig"
+
 FALCON = Architecture(
     name="falcon",
     norm="layer",
@@ -110,9 +115,14 @@ FALCON = Architecture(
     implied_sizes={"falcon": {"parallel_residual": True}},
     choices={"activation": ACTIVATIONS, "num_parallel_norms": (1, 2)},
     hf_aliases={"n_embed": "hidden_size"},
-    hf_fixed=CAUSAL | {"sliding_window": (None,), "apply_residual_connection_post_layernorm": (False, None)},
+    hf_fixed=CAUSAL
+    | {
+        "sliding_window": (None,), "apply_residual_connection_post_layernorm": (False, None),
+        "auto_map": (None, OWN_CODE),
+    },
     hf_harmless={
         **dict.fromkeys(("attention_dropout", "hidden_dropout"), DROPOUT),
+        "ff_factor": "a key of the released configs that transformers does not read",
         "multi_query": "the class ignores it beside new_decoder_architecture",
     },
-)
+)  # fmt: skip

@@ -68,5 +68,9 @@ GEMMA2 = replace(
     implied_sizes={},
     choices={"activation": ACTIVATIONS},
     hf_fixed=LLAMA.hf_fixed | {"use_bidirectional_attention": (None, False)},
-    hf_harmless=LLAMA.hf_harmless | {"hidden_act": "transformers reads hidden_activation"},
+    hf_harmless=LLAMA.hf_harmless
+    | {
+        "hidden_act": "transformers reads hidden_activation",
+        "sliding_window_size": "a key of the released configs: transformers reads sliding_window",
+    },
 )
