@@ -4,6 +4,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
 case $VENV in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 PYTHON=${PYTHON:-python3.11}
+# pyenv's shim of a version that is installed but not selected runs nothing.
+if ! "$PYTHON" -c '' 2>/dev/null && prefix=$(pyenv prefix "${PYTHON#python}" 2>/dev/null); then
+    PYTHON="$prefix/bin/$PYTHON"
+fi
 files="requirements.txt requirements-models.txt pyproject.toml"
 [ "${1:-}" = dev ] && files="$files requirements-dev.txt"
 stamp="$VENV/.made-from-$(cat $files | sha256sum | cut -c1-16)"
@@ -23,6 +27,12 @@ create() {
         echo "== 4 of 4: megatron_ligo" && install --no-deps --no-build-isolation -e . &&
         touch "$stamp"
 }
+version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+if [ -x "$VENV/bin/python" ] && "$PYTHON" -c '' 2>/dev/null &&
+    [ "$(version "$VENV/bin/python")" != "$(version "$PYTHON")" ]; then
+    echo "$VENV has Python $(version "$VENV/bin/python"), not that of $PYTHON: set VENV to another folder, or remove this one." >&2
+    return 2 2>/dev/null || exit 2
+fi
 if [ ! -e "$stamp" ] && ! create "${1:-}"; then
     echo "The environment $VENV is incomplete: see the error above (PYTHON selects the interpreter), then run this again." >&2
     return 2 2>/dev/null || exit 2
