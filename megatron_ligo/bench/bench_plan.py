@@ -6,6 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from megatron_ligo.common.atomic_files import write_json
+
 log = logging.getLogger(__name__)
 
 HELP = "plan: peak memory of fits and pretraining runs at many layouts, planned over measured"
@@ -69,6 +71,23 @@ CASES = {
 }
 
 
+# Elements of a bucket of gradients: DeepSpeed allocates it whole, and a profile's own would hide the rest.
+BUCKET_SIZE = 1_000_000
+
+
+def with_small_buckets(job: dict, folder: Path) -> dict:
+    """Returns the fields of a job with buckets of BUCKET_SIZE, in a profile that it writes to the folder."""
+    from megatron_ligo.config.run_config import ParallelSection
+    from megatron_ligo.training.deepspeed_profile import read_profile
+
+    parallel = job.get("parallel", {})
+    profile = read_profile(ParallelSection(**parallel))
+    profile["zero_optimization"] |= {"reduce_bucket_size": BUCKET_SIZE}
+    path = folder / "profile.json"
+    write_json(path, profile)
+    return job | {"parallel": parallel | {"ds_config": str(path)}}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(f'"{case}"' for case in CASES)
     parser.add_argument("--case", action="append", choices=CASES, metavar="CASE", help=f"one of {names} (default: all)")
@@ -81,7 +100,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     results = {}
     for case in args.case or CASES:
         kind, world_size, sizes, options = CASES[case]
-        ranks = RankProcesses(world_size, PeakMemoryProbe, kind=kind, job={**sizes, **options})
+        ranks = RankProcesses(
+            world_size, PeakMemoryProbe, kind=kind, job=with_small_buckets({**sizes, **options}, folder)
+        )
         results[case] = compare_by_stage(ranks.call("measure"))
         ranks.close()
         log.info("%s: %s", case, results[case])

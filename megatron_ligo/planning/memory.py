@@ -22,6 +22,10 @@ head size; D1, F1: the small model's sizes; V: vocabulary; a: bytes of an activa
     logits                  t V / tp in fp32: LOGIT_COPIES, plus PIPELINE_LOGIT_COPIES in a pipeline; in bf16 runs, one
                             more copy in bf16
     with recomputation      t a D per layer and micro-batch, plus one whole layer or the logits, whichever is larger
+    buckets of gradients    whole, two of them where reductions overlap; beside the activations, but in a fit at ZeRO 1
+                            and 2 and in a pipeline
+    at ZeRO 2 and 3         the largest parameter's gradient before it is reduced; at ZeRO 2, with several
+                            micro-batches, the shard of one beside the sums
 """
 
 from __future__ import annotations
@@ -71,11 +75,13 @@ def estimate_stage_memory(job: PlannedJob, stage: int) -> dict[str, int]:
     if job.operator is not None and job.micro_batches_per_build == 1:
         peak = _estimate_build_peak(job, stage)
         kinds["gradient sums"] = max(0, peak - kinds["mixed"] - kinds["activations"])
-        if job.parallel.zero == 3:
-            # Real ranks of an engine showed the gradients of a batch's mixed weights beside the activations.
-            kinds["gradient sums"] = max(kinds["gradient sums"], _estimate_mixed_gradients(job, stage))
-    # The optimizer allocates its buffers after the activations are freed.
-    kinds["buffers"] = max(0, kinds.pop("update") - kinds["activations"])
+    update, buckets = kinds.pop("update"), kinds.pop("buckets")
+    if _reduces_beside_activations(job):
+        kinds["buckets"] = buckets
+        kinds["buffers"] = max(0, update - kinds["activations"])
+    else:
+        # The optimizer allocates them after the activations are freed.
+        kinds["buffers"] = max(0, max(update, buckets) - kinds["activations"])
     return {kind: round(count) for kind, count in kinds.items()}
 
 
@@ -94,9 +100,6 @@ def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
     bf16_weights = job.operator is None and job.training.precision == "bf16"
     optimizer = optimizer_memory.read_optimizer_memory(job.parallel, bf16_weights)
     shard = count / job.replicas
-    bucket = width * min(count, optimizer.bucket_size)
-    overlaps = optimizer.overlaps and job.parallel.pp == 1 and count > optimizer.bucket_size
-    buckets = 2 if zero > 1 or overlaps else 1
     weights = ON_HOST_SUFFIX if optimizer.offloads_weights else ""
     adam = ON_HOST_SUFFIX if optimizer.offloads_optimizer else ""
     # An offloaded optimizer also holds the gradients.
@@ -105,10 +108,28 @@ def _estimate_trained_state(job: PlannedJob, stage: int) -> dict[str, float]:
     return {
         name + weights: width * (shard if zero == 3 else count),
         "gathered": width * min(count, optimizer.live_parameters) if zero == 3 else 0,
-        "gradients": optimizer_memory.gradient_bytes(job.parallel, width) * (shard if zero > 1 else count),
+        "gradients": optimizer_memory.gradient_bytes(job.parallel, width) * (shard if zero > 1 else count)
+        + _estimate_unreduced(job, width, shard),
         "optimizer" + adam: (masters + 2 * optimizer.moment_bytes) * shard,
-        "update": copied * optimizer.master_bytes * shard + buckets * bucket,
+        "update": copied * optimizer.master_bytes * shard,
+        "buckets": optimizer_memory.bucket_bytes(job.parallel, width, round(count)),
     }
+
+
+def _estimate_unreduced(job: PlannedJob, width: int, shard: float) -> float:
+    """Estimates the gradients of a micro-batch that stand beside their sums over the micro-batches, under ZeRO 2 and 3.
+
+    ZeRO 2 collects a rank's shard before it is added; both keep the whole gradient of a parameter until it is reduced.
+    """
+    if job.parallel.zero < 2 or job.operator is not None:
+        return 0
+    collected = shard if job.parallel.zero == 2 and job.micro_batches > 1 else 0
+    return width * (collected + parameter_count.count_largest(job.large, job.parallel.tp))
+
+
+def _reduces_beside_activations(job: PlannedJob) -> bool:
+    """Tells whether buckets of gradients stand beside the activations: a fit's maps get their gradients last."""
+    return job.parallel.zero == 3 or (job.operator is None and job.parallel.pp == 1)
 
 
 def _copies_gradients(job: PlannedJob, is_mixed_precision: bool) -> bool:
@@ -175,13 +196,6 @@ def _estimate_build_peak(job: PlannedJob, stage: int) -> float:
         linears = before + count * (mixed + products + received) + recomputed
         peak = max(peak, mixing, linears + sums, before + count * (mixed + copied) + sums)
     return peak
-
-
-def _estimate_mixed_gradients(job: PlannedJob, stage: int) -> float:
-    """Estimates the gradients of the mixed weights of a batch of layers: twice in the run's dtype, a slice in fp32."""
-    in_fp32 = 4 / _count_mixing_ranks(job) if job.element_bytes < 4 else 0
-    layers = min(job.layers_per_stage()[stage], MIXED_LAYERS_AT_ONCE)
-    return layers * parameter_count.count_layer(job.operator.small, 1) * (2 * job.element_bytes + in_fp32)
 
 
 def _estimate_teacher(job: PlannedJob) -> float:

@@ -65,6 +65,19 @@ def count_model_on_rank(job: PlannedJob, stage: int) -> int:
     return layers + count_outside_layers(job.large, tp, stage == 0, stage == last)
 
 
+def count_largest(model_config: ModelConfig, tp: int) -> int:
+    """Counts the elements of a rank's largest parameter; an expert's matrices count alone."""
+    largest = 0
+    for spec in architectures.get(model_config.arch).params:
+        if spec.exists(model_config):
+            shape = list(spec.shape(model_config))
+            if spec.tp_dim is not None:
+                outside = not spec.in_layer
+                shape[spec.tp_dim] = (padded_vocab(shape[spec.tp_dim], tp) if outside else shape[spec.tp_dim]) // tp
+            largest = max(largest, prod(shape))
+    return largest
+
+
 def count_operator_on_rank(operator: Operator, tp: int, layers: int) -> int:
     """Counts the operator's parameters, frozen ones included, on a rank of a stage that holds `layers` layers."""
     total = 0

@@ -44,7 +44,7 @@ from megatron_ligo.planning import memory, optimizer_memory
 from megatron_ligo.planning.planned_job import PlannedJob
 
 # Kinds of the plan that a step without an optimizer does not hold.
-WITHOUT_OPTIMIZER = ("optimizer", "buffers", "gathered")
+WITHOUT_OPTIMIZER = ("optimizer", "buffers", "buckets", "gathered")
 TRAINED = ("operator", "weights", "gradients")
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 COLLECTIVES = {"c10d", "_c10d_functional"}
@@ -84,7 +84,9 @@ class DeviceCounter(TorchDispatchMode):
         if operator.overloadpacket in flop_registry:
             self.flops += flop_registry[operator.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in after:
-            self._note(tensor)
+            # DeepSpeed keeps shapes as tensors without memory.
+            if not tensor.is_meta:
+                self._note(tensor)
         return result
 
     def _writes(self, results: list[Tensor]) -> bool:
