@@ -17,7 +17,8 @@ from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.hf.transformers_model import config_content
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import check_agreement
-from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, name_missing_packages
+from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector, Problem, name_missing_packages
+from megatron_ligo.data.indexed_dataset import open_indexed_files
 from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import build_initial_operator
 from megatron_ligo.training.metrics import StepCallback
@@ -100,8 +101,15 @@ def _as_blend(data: str | Path | Iterable[str | float]) -> list[str | float]:
 
 
 def _find_valid(data: str | Path | Sequence[str | float]) -> list[str]:
-    """Returns the held-out data beside the training data, as the preparation of text writes them."""
+    """Returns the held-out data beside the training data, as the preparation of text writes them.
+
+    Raises DataError if the training data are missing or damaged themselves.
+    """
     path = Path(data) if isinstance(data, str | Path) else None
+    if path is not None and not path.is_file():
+        errors = ErrorCollector("data", DataError)
+        open_indexed_files(f"{path}", errors)
+        errors.raise_if_any()
     if path is None or path.name != TRAIN or not path.with_name(f"{VALID}.idx").is_file():
         hint = "Give valid=, the prefix of held-out data."
         raise ConfigError(Problem("valid", "held-out data, named or beside the training data", "none", hint))

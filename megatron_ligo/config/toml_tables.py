@@ -27,7 +27,9 @@ def read_toml(path: Path) -> dict:
         found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
         raise ConfigError(Problem(f"config {path}", "a TOML file", found, "Check --config.")) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(Problem(f"config {path}", "valid TOML", error)) from None
+        is_twice = str(error).startswith(("Cannot declare", "Cannot overwrite"))
+        hint = "A section or a key is there twice: keep one, with the keys of both." if is_twice else ""
+        raise ConfigError(Problem(f"config {path}", "valid TOML", error, hint)) from None
 
 
 def _parse(text: str) -> dict:

@@ -143,6 +143,8 @@ def test_refusals_are_those_of_the_commands(tmp_path):
     with pytest.raises(ligo.LigoError, match="attention_window_of_nobody"):
         ligo.inspect(small)
     assert ligo.inspect(small, accept=["attention_window_of_nobody"])["accepted"]
+    with pytest.raises(ligo.DataError, match=r"train\.idx: expected a file, found none"):
+        ligo.fit(hf_models.model(), {"num_layers": 3}, data=tmp_path / "train")
     with pytest.raises(ligo.ConfigError, match="manifest"):
         ligo.verify(hf_models.model())
 

@@ -169,6 +169,11 @@ def test_deep_and_long_values_are_refused(tmp_path):
         path.write_text(text)
         assert list(load_problems(path=path)) == [f"config {path}"]
     assert list(load_problems(f"fit.steps={2**63}")) == ["--set fit.steps"]
+    # As after a paste below the sections that are there.
+    for text in ("[fit]\nsteps = 1\n[fit]\nlr = 1\n", "[fit]\nlr = 1\nlr = 2\n"):
+        path.write_text(text)
+        (problem,) = load_problems(path=path).values()
+        assert problem.hint.startswith("A section or a key is there twice")
     path.write_text(f"# {'.' * 100}\n[small]\npath = '{'a/b.c/' * 100}'\n")
     assert toml_tables.read_toml(path)["small"]["path"].count(".") == 100
 
