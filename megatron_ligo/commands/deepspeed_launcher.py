@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import sys
 
 from megatron_ligo.common import library_log
@@ -19,6 +20,9 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def main() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C while the libraries are imported ends this process without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     library_log.install()
 
     from deepspeed.accelerator import get_accelerator
@@ -32,7 +36,26 @@ def main() -> None:
     world = json.dumps({"localhost": _device_ids(int(processes), device)}).encode()
     options = [f"--world_info={base64.urlsafe_b64encode(world).decode()}", f"--master_port={port}"]
     sys.argv[1:] = [*options, "--log_level=error", "--module", *words]
-    launch.main()
+    received, wakeup = os.pipe()
+    for descriptor in (received, wakeup):
+        os.set_blocking(descriptor, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    try:
+        launch.main()
+    except SystemExit:
+        # DeepSpeed's own code after a signal is 1, that of a bug.
+        numbers = _read_signals(received)
+        if numbers:
+            sys.exit(128 + numbers[0])
+        raise
+
+
+def _read_signals(descriptor: int) -> bytes:
+    """Returns the numbers of the signals that this process has handled, in order."""
+    try:
+        return os.read(descriptor, 1 << 10)
+    except BlockingIOError:
+        return b""
 
 
 def _device_ids(processes: int, device: str) -> list[str]:

@@ -135,7 +135,8 @@ def launch_processes(folder: Path) -> Iterator[subprocess.Popen]:
     """Runs RANK_MODULE on two ranks as `--processes 2` does, in a session of its own."""
     (folder / "rank_module.py").write_text(RANK_MODULE)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "CUDA_VISIBLE_DEVICES": "5,3,7"}
-    command = [*shlex.split(launching.launcher_command(2)), "rank_module", str(folder)]
+    # A shell's background job, such as this test may be, ignores SIGINT.
+    command = ["env", "--default-signal=INT", *shlex.split(launching.launcher_command(2)), "rank_module", str(folder)]
     launcher = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True)
     try:
         yield launcher
@@ -161,14 +162,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_launcher_of_processes_that_is_killed_while_it_starts_starts_none(tmp_path, number):
     with launch_processes(tmp_path) as launcher:
         # Its imports take some seconds of CPU.
         wait_until(lambda: sum(psutil.Process(launcher.pid).cpu_times()[:2]) > 1.0)
         assert len(session_processes(launcher.pid)) == 1
         launcher.send_signal(number)
-        assert launcher.wait(60) == -number
+        assert launcher.wait(60) == -number and "Traceback" not in launcher.stderr.read()
         assert not session_processes(launcher.pid) and not list(tmp_path.glob("rank?"))
 
 
@@ -182,3 +183,13 @@ def test_the_launcher_of_processes_that_is_killed_is_no_success(tmp_path):
         assert launcher.wait(60) == -signal.SIGKILL
         wait_until(lambda: not session_processes(launcher.pid))
         assert "SIGTERM: ended." in launcher.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_launcher_of_processes_returns_the_signal_that_ended_it(tmp_path, number):
+    with launch_processes(tmp_path) as launcher:
+        wait_until(lambda: all((tmp_path / f"rank{rank}").is_file() for rank in range(2)))
+        # As a terminal sends it: to all.
+        os.killpg(launcher.pid, number)
+        assert launcher.wait(60) == 128 + number
+        assert not session_processes(launcher.pid)
