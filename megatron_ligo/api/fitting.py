@@ -60,11 +60,15 @@ def fit(
     for name, prefixes in (("data", data), ("valid", valid)):
         if prefixes is not None:
             check_type(name, prefixes, str | Path | Sequence, "a prefix of prepared text, or a list of them")
-    temporary = tempfile.TemporaryDirectory(prefix="ligo-fit-") if output is None else None
-    folder = Path(temporary.name if temporary else output)
+    temporary = None
+    if output is None:
+        temporary = tempfile.TemporaryDirectory(prefix="ligo-fit-")
+        output = temporary.name
+    folder = Path(output)
     reader = open_model(model)
     sizes = dict(large) if isinstance(large, Mapping) else _read_sizes(large, reader.model_config)
-    stated = {"data.train": _as_blend(data), "data.valid": _as_blend(_find_valid(data) if valid is None else valid)}
+    stated: dict[str, object] = {"data.train": _as_blend(data)}
+    stated["data.valid"] = _as_blend(_find_valid(data) if valid is None else valid)
     if steps is not None:
         stated["fit.steps"] = steps
     run_config = build_config(
@@ -116,7 +120,7 @@ def _find_valid(data: str | Path | Sequence[str | float]) -> list[str]:
     return [f"{path.with_name(VALID)}"]
 
 
-def _read_sizes(large: PreTrainedConfig, small: ModelConfig) -> dict[str, int]:
+def _read_sizes(large: PreTrainedConfig, small: ModelConfig) -> dict[str, object]:
     """Returns the sizes of a config of transformers that [large] has and that differ from the small model's."""
     sizes = select_sizes(vars(_parse(large)))
     return {name: size for name, size in sizes.items() if size != getattr(small, name)}

@@ -86,6 +86,12 @@ def test_the_script_refuses_a_node_that_the_file_does_not_have(tmp_path):
     assert done.returncode == 2 and "0 to 1" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("script", ["node.sh", "hosts.sh", "slurm.sbatch"])
+def test_the_scripts_say_how_they_are_started(script):
+    done = launch("bash", f"launch_scripts/{script}", SLURM_JOB_ID="")
+    assert done.returncode == 2 and f"launch_scripts/{script} " in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("script", ["node.sh", "hosts.sh"])
 def test_the_scripts_refuse_a_mistyped_command(script, tmp_path):
     place = ["0", "127.0.0.1"] if script == "node.sh" else []
