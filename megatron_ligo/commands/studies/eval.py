@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.common import hub_models
 from megatron_ligo.common.errors import ConfigError, ErrorCollector
 
 EXAMPLE = """
@@ -42,8 +43,12 @@ def run(args: argparse.Namespace) -> None:
     errors = ErrorCollector("eval", ConfigError)
     if not args.task and not args.text:
         errors.add("eval", "a --task or a --text", "neither")
+    for text in args.text:
+        if not Path(text).exists():
+            problem = hub_models.missing_path(text, "a text")
+            errors.add(problem.where, problem.expected, problem.found, problem.hint)
     errors.raise_if_any()
-    cli.check_paths(*map(str, models.values()), *args.text)
+    cli.check_paths(*map(str, models.values()))
 
     from megatron_ligo.experiments import harness_evaluation
 
