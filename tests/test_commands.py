@@ -71,7 +71,7 @@ def test_help_lists_every_command():
         (["convert", "nowhere", "x", "--to", "hf"], "nothing there"),
         (["convert", ".", "x", "--to", "hff"], "Did you mean 'hf'?"),
         (["verify", "nowhere"], "nothing there"),
-        (["eval", ".", "--text", "nowhere", "--output", "x"], "nowhere: expected a text, found nothing there"),
+        (["eval", "a=.", "--text", "nowhere", "--output", "x"], "nowhere: expected a text, found nothing there"),
         (["init", "a\udcff", "--to", "1M"], r"argument 'a\udcff': expected text in UTF-8"),
     ],
 )
