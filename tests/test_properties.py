@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from megatron_ligo.arch.model_config import ModelConfig
 from megatron_ligo.checkpoint.formats.hf.shards import open_shards
 from megatron_ligo.common.errors import CheckpointError, ConfigError, DataError, ErrorCollector
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.config.typed_toml import iterate_settings
 from megatron_ligo.data.indexed_dataset import HEADER, MAGIC, TOKEN_TYPES, VERSION, open_indexed_files
+from tests.tiny_models import llama_config
 
 property_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 KEYS = [key for key, _, _ in iterate_settings(RunConfig)]
@@ -51,6 +54,23 @@ def test_any_values_give_a_config_or_one_error(flat):
         assert all(problem.where and problem.expected for problem in error.problems)
         return
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@property_settings
+@given(st.dictionaries(st.sampled_from([f.name for f in fields(ModelConfig)]), NUMBERS, min_size=1, max_size=2))
+@example({"hidden_size": 2**64 + 1})
+@example({"rotary_fraction": 1e308})
+@example({"max_positions": 2**40})
+@example({"attention_scale": float("inf")})
+def test_any_sizes_give_a_model_or_one_error(changes):
+    try:
+        sizes = ModelConfig.from_json(llama_config().to_json() | changes)
+    except ConfigError as error:
+        assert all(problem.where for problem in error.problems)
+        return
+    largest = max(size for size in sizes.to_json().values() if isinstance(size, int))
+    assert largest < 2**31 and 0 < sizes.num_rotated <= sizes.head_dim
+    assert ModelConfig.from_json(sizes.to_json()) == sizes
 
 
 @property_settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from sys import float_info
@@ -9,8 +10,9 @@ from sys import float_info
 from megatron_ligo.arch import rope_scaling
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, Problem, did_you_mean
 
+SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 # Upper bounds: a corrupt record or a slip of the keyboard must fail before its keys are listed.
-MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
+LIMITS, MAX_SIZE = {"num_layers": 10_000, "num_experts": 10_000}, 2**31 - 1
 # Fields with a flag for each layer.
 LAYER_PATTERNS = ("window_layers", "chunk_layers", "rope_layers")
 
@@ -30,8 +32,8 @@ class LayerKind:
 
     def describe(self) -> str:
         """Returns the kind in a few words, for messages."""
-        reach = "full attention" if self.window is None else f"a window of {self.window}"
-        reach = reach if self.chunk is None else f"chunks of {self.chunk}"
+        window = f"a window of {self.window}" if self.window is not None else "full attention"
+        reach = window if self.chunk is None else f"chunks of {self.chunk}"
         return f"{reach} {'with' if self.rotates else 'without'} rotary positions"
 
 
@@ -145,14 +147,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         errors = ErrorCollector("the sizes of the model do not fit together", ConfigError)
-        for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        for name, value in vars(self).items():
+            if name in SIZES and (type(value) is not int or value < 1):
                 errors.add(name, "a positive integer", repr(value))
-        errors.raise_if_any()
-        for name, limit in (("num_layers", MAX_LAYERS), ("num_experts", MAX_EXPERTS)):
-            if getattr(self, name) > limit:
-                errors.add(name, f"at most {limit}", getattr(self, name))
+            elif type(value) is int and value > LIMITS.get(name, MAX_SIZE):
+                errors.add(name, f"at most {LIMITS.get(name, MAX_SIZE)}", value)
+            elif type(value) is float and not math.isfinite(value):
+                errors.add(name, "a finite number", value)
         errors.raise_if_any()
         self._normalise_layer_kinds(errors)
         if self.num_heads % self.num_kv_heads:
@@ -189,9 +190,10 @@ class ModelConfig:
             errors.add("sliding_window", f"none beside attention_chunk = {self.attention_chunk}", self.sliding_window)
 
     def _check_rotary_positions(self, errors: ErrorCollector) -> None:
-        if not 0 < self.num_rotated <= self.head_dim or self.num_rotated % 2:
+        if not 0 < self.rotary_fraction <= 1 or not self.num_rotated or self.num_rotated % 2:
             found = self.head_dim if self.rotary_fraction == 1 else f"{self.rotary_fraction} of {self.head_dim}"
             errors.add("head_dim", "an even number (rotary positions rotate pairs)", found)
+            return
         scaling = rope_scaling.normalise(self.rope_scaling, self.max_positions, self.num_rotated // 2, errors)
         object.__setattr__(self, "rope_scaling", scaling)
         has_length = self.query_scaling_length is not None or rope_scaling.has_original_length(scaling or {})
@@ -321,14 +323,7 @@ class ModelConfig:
         return cls(**data)
 
 
-_JSON_TYPES = {
-    "str": str,
-    "int": int,
-    "bool": bool,
-    "tuple": (list, tuple),
-    "Mapping": Mapping,
-    "None": type(None),
-}
+_JSON_TYPES = {"str": str, "int": int, "bool": bool, "tuple": (list, tuple), "Mapping": Mapping, "None": type(None)}
 
 
 def _has_json_type(value: object, kind: str) -> bool:

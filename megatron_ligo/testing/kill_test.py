@@ -216,18 +216,22 @@ class _ForkedCommand:
         script, *arguments = _with_output(command, output)
         self._ranks = forked_ranks.ForkedRanks(Path(script), arguments, output.with_suffix(".log"), ranks)
         self._ranks.start()
+        self._failed_at = math.inf
+        self._is_terminated = False
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Waits as a launcher does: ends the remaining ranks LAUNCHER_WAITS seconds after the first failure."""
+        """Waits as a launcher does: ends the remaining ranks LAUNCHER_WAITS seconds after the first failure.
+
+        The seconds count over all calls.
+        """
         until = math.inf if timeout is None else time.monotonic() + timeout
-        terminate_at = math.inf
         while None in (codes := self._ranks.wait(0)) and time.monotonic() < until:
-            if any(codes) and terminate_at == math.inf:
-                terminate_at = time.monotonic() + LAUNCHER_WAITS
-            if time.monotonic() > terminate_at:
+            if any(codes):
+                self._failed_at = min(self._failed_at, time.monotonic())
+            if time.monotonic() > self._failed_at + LAUNCHER_WAITS and not self._is_terminated:
                 for process in self.processes():
                     process.terminate()
-                terminate_at = until
+                self._is_terminated = True
             time.sleep(0.05)
         return None if None in codes else next((code for code in codes if code), 0)
 

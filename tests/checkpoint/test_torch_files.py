@@ -5,6 +5,7 @@ from __future__ import annotations
 import _codecs
 import io
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -267,12 +268,17 @@ def test_pickles_that_are_cut_off_or_claim_too_much(tmp_path):
         b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".",
         b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
     ]
+    programs.append(b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b"\x00.")
+    tracemalloc.start()
     for program in programs:
         torch.save(good_state(), path)
         replace_pickle(path, program)
         refusal(path)
         path.write_bytes(program)
         refusal(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 28, "what a pickle claims is not allocated before it is read"
 
 
 def test_an_archive_within_a_file(tmp_path):

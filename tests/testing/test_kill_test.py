@@ -50,6 +50,18 @@ def test_a_result_that_depends_on_kills_is_noticed(tmp_path):
         run_kill_test(command(tmp_path, "dishonest"), tmp_path / "soak", 4, 1, lambda line: None)
 
 
+def test_ranks_that_wait_for_one_that_failed_are_ended(tmp_path, monkeypatch):
+    """Also if nobody waits for them as long as a launcher would in one call."""
+    monkeypatch.setattr(kill_test, "LAUNCHER_WAITS", 0.5)
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\nsys.exit(1) if os.environ['RANK'] == '1' else time.sleep(60)\n")
+    run = kill_test._ForkedCommand([str(script), "{output}"], 2, tmp_path / "run")
+    began = time.monotonic()
+    while run.wait(0.1) is None:
+        assert time.monotonic() - began < 30
+    assert not run.processes()
+
+
 def test_outcomes_leave_out_times(tmp_path):
     for number, name in enumerate(("a", "b")):
         folder = tmp_path / name

@@ -27,6 +27,8 @@ from megatron_ligo.distributed import device
 from megatron_ligo.distributed.mesh import context_place
 from megatron_ligo.models.mcore.attention import QueryScaling
 
+CACHED_FACTOR = "_yarn_concentration_factor"
+
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
     """forward(tokens of a sequence on this rank) -> their angles (tokens, 1, 1, d), fp32."""
@@ -85,6 +87,9 @@ def unscale_window_positions(layers: Iterable[TransformerLayer], model_config: M
             attention = layer.self_attention
             attention.config = copy.copy(attention.config)
             attention.config.yarn_mscale = 0.0
+            # Megatron-core 0.19 keeps the factor from construction.
+            if hasattr(attention, CACHED_FACTOR):
+                setattr(attention, CACHED_FACTOR, 1.0)
 
 
 def get_query_scaling(model_config: ModelConfig) -> QueryScaling | None:

@@ -172,3 +172,9 @@ def unknown_context_length(folder):
 def heads_that_do_not_divide(folder):
     edit_json(folder / "params.json", n_heads=5)
     return problem("dim", "n_heads = 5", "48")
+
+
+@register(fairscale)
+def an_ffn_size_beyond_any_number(folder):
+    edit_json(folder / "params.json", ffn_dim_multiplier=1e308)
+    return problem("ffn_dim_multiplier", "a positive number below 1000", "1e+308")

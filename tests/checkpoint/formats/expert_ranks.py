@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe import experts, grouped_gemm_util, upcycling_utils
+from megatron.core.transformer.moe import experts, upcycling_utils
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT
@@ -28,6 +28,9 @@ from tests.checkpoint.formats.megatron_ranks import PADDED_VOCAB_SIZE, build_run
 from tests.checkpoint.hf_models import same_bits
 from tests.tiny_models import tokens
 
+# Megatron-core 0.19 computes experts by one product with Transformer Engine only.
+HAS_GROUPED = hasattr(experts, "GroupedMLP")
+
 
 def build_experts(model_config, tp: int, ep: int, grouped: bool = False, padded_vocab_size=PADDED_VOCAB_SIZE):
     """Builds this rank's part of a GPTModel whose experts are computed one by one, or by a grouped product."""
@@ -35,14 +38,16 @@ def build_experts(model_config, tp: int, ep: int, grouped: bool = False, padded_
     parallel_state.initialize_model_parallel(tp, expert_model_parallel_size=ep, create_gloo_process_groups=False)
     config = build_transformer_config(model_config, BuildOptions(tp=tp))
     config.expert_model_parallel_size, config.expert_tensor_parallel_size = ep, tp
-    config.moe_grouped_gemm = config.moe_use_legacy_grouped_gemm = grouped
-    # The product itself runs on GPUs only; the weights and their names do not need it.
-    grouped_gemm_util.assert_grouped_gemm_is_available = experts.gg.assert_grouped_gemm_is_available = lambda: None
+    kind = {}
+    if HAS_GROUPED:
+        # The product itself runs on GPUs only; the weights and their names do not need it.
+        experts.gg.assert_grouped_gemm_is_available = lambda: None
+        kind = {"moe_grouped_gemm": grouped, "moe_use_legacy_grouped_gemm": grouped}
+        config.moe_grouped_gemm = config.moe_use_legacy_grouped_gemm = grouped
     spec = copy.deepcopy(
         get_gpt_layer_local_spec(
             num_experts=model_config.num_experts or None,
-            moe_grouped_gemm=grouped,
-            moe_use_legacy_grouped_gemm=grouped,
+            **kind,
             qk_layernorm=config.qk_layernorm,
             normalization="RMSNorm",
         )

@@ -60,7 +60,7 @@ def test_megatron_core_loads_our_distributed_experts(pools, sources, tmp_path):
         convert(formats.open(folder), tmp_path / name, "mcore")
         back = formats.open(tmp_path / name)
         assert verify.compare(back, formats.open(folder)).same
-    layouts = [("mixtral", 2, 2, False), ("qwen3_moe", 1, 4, True)]
+    layouts = [("mixtral", 2, 2, False), ("qwen3_moe", 1, 4, expert_ranks.HAS_GROUPED)]
     jobs = [(str(tmp_path / name / "release"), str(sources[name]), *how) for name, *how in layouts]
     for (name, *_), logits in zip(layouts, pools(4).run(expert_ranks.load_experts, jobs=jobs), strict=True):
         if logits is not None:
@@ -71,7 +71,7 @@ def test_distributed_experts_of_megatron_core_are_read(pools, sources, tmp_path)
     """Stacked, each alone, with separate layers; from the run's arguments alone."""
     cases = {
         "stacked": ("mixtral", 2, 2, False, {}),
-        "alone": ("qwen3_moe", 2, 2, True, {"singleton_local_shards": True}),
+        "alone": ("qwen3_moe", 2, 2, expert_ranks.HAS_GROUPED, {"singleton_local_shards": True}),
         "layers": ("qwen3_moe", 1, 4, False, {"non_homogeneous_layers": True}),
     }
     jobs = [(str(tmp_path / name), str(sources[of]), *how) for name, (of, *how) in cases.items()]

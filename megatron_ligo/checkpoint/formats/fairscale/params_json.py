@@ -11,6 +11,7 @@ tensors' names, change the network.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -79,6 +80,8 @@ CONTEXTS = {(ROPE_BASE, False): 4096, (500000.0, False): 8192, (500000.0, True):
 OPTIONAL_AGREEING = ("norm_eps", "head_dim", "hidden_dim", "max_seq_len", "tied_embeddings")
 # The largest multiple_of in any release.
 COARSEST = 4096
+# Far above what any release has (1.3).
+LARGEST_MULTIPLIER = 1000
 
 
 def load_params(path: Path, accepted: AcceptedKeys = NO_KEYS) -> dict:
@@ -92,8 +95,9 @@ def load_params(path: Path, accepted: AcceptedKeys = NO_KEYS) -> dict:
             errors.add(name, "a positive integer", repr(value))
     for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
         value = params.get(name)
-        if (value is not None or name == "norm_eps") and not (type(value) in (int, float) and 0 < value < float("inf")):
-            errors.add(name, "a positive number", repr(value))
+        limit = LARGEST_MULTIPLIER if name == "ffn_dim_multiplier" else float("inf")
+        if (value is not None or name == "norm_eps") and not (type(value) in (int, float) and 0 < value < limit):
+            errors.add(name, "a positive number" + f" below {limit:g}" * math.isfinite(limit), repr(value))
     if type(params.get("vocab_size", -1)) is not int:
         errors.add("vocab_size", "an integer", repr(params["vocab_size"]))
     for name in ("use_scaled_rope", "tied_embeddings"):

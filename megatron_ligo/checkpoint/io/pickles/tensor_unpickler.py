@@ -165,6 +165,12 @@ class TensorUnpickler(pickle._Unpickler):
 
     dispatch[pickle.APPENDS[0]] = load_appends
 
+    def load_bytearray8(self) -> None:
+        # pickle's own allocates what the file states before it reads.
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def _expect(self, target: object, kind: type) -> None:
         if not isinstance(target, kind):
             raise pickle.UnpicklingError(f"items of a {type(target).__name__}")
