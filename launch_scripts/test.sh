@@ -5,7 +5,7 @@
 # Runs two tests at a time (or $WORKERS): one uses the cores while the other waits.
 set -euo pipefail
 if [ "${PYTHON:-}" = by-commit ]; then
-    case $(git rev-parse HEAD) in *[02468ace]) PYTHON=python3.12 ;; *) PYTHON=python3.11 ;; esac
+    case $(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse HEAD) in *[02468ace]) PYTHON=python3.12 ;; *) PYTHON=python3.11 ;; esac
     echo "== tests of this commit run on $PYTHON"
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
