@@ -229,3 +229,15 @@ def _describe_machine_error(error: BaseException) -> str | None:
     if code == errno.EMFILE or "Too many open files" in str(error):
         return f"{where}: expected one more open file, found the limit of this process. Raise it with ulimit -n."
     return None
+
+
+@contextmanager
+def panics_as_exceptions() -> Iterator[None]:
+    """Raises RuntimeError for a panic of a library in Rust (tokenizers), which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        # Its class cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"{error}") from error

@@ -18,7 +18,7 @@ import xxhash
 
 from megatron_ligo.common import hub_models
 from megatron_ligo.common.atomic_files import read_json
-from megatron_ligo.common.errors import DataError, Problem
+from megatron_ligo.common.errors import DataError, Problem, panics_as_exceptions
 from megatron_ligo.data.vocabulary_files import (
     VOCABULARIES,
     build_from_vocabulary,
@@ -67,13 +67,14 @@ class Tokenizer(ABC):
 def _panics_as_errors() -> Iterator[None]:
     """Raises DataError for a fault of the library: a pattern that needs too many steps, a vocabulary without [UNK]."""
     try:
-        yield
-    except BaseException as error:
-        # Panics are no Exception, and their class cannot be imported; other faults are bare Exceptions.
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        with panics_as_exceptions():
+            yield
+    except Exception as error:
+        # Other faults are bare Exceptions.
+        if type(error) not in (Exception, RuntimeError):
             raise
         hint = "Check its unknown token, and its pre_tokenizer: a pattern may need too many steps on a text."
-        raise DataError(Problem("the tokenizer", "the ids of each text", f"{error}", hint)) from error
+        raise DataError(Problem("the tokenizer", "the ids of each text, and their text", f"{error}", hint)) from error
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -88,7 +89,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids, skip_special_tokens=False)
+        with _panics_as_errors():
+            return self.inner.decode(ids, skip_special_tokens=False)
 
 
 class SentencepieceTokenizer(Tokenizer):
@@ -163,7 +165,8 @@ def _open_hf_tokenizer(file: Path):
     if file.name in VOCABULARIES:
         return build_from_vocabulary(file)
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        with panics_as_exceptions():
+            return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise DataError(Problem(str(file), "a Hugging Face tokenizer", error)) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from megatron_ligo.common.atomic_files import read_json, read_text
-from megatron_ligo.common.errors import DataError, Problem
+from megatron_ligo.common.errors import DataError, Problem, panics_as_exceptions
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ def build_from_vocabulary(file: Path) -> Any:
         factory, extra = _choose_class(file, vocabulary)
         options |= extra
     try:
-        tokenizer = factory.from_pretrained(str(file.parent), **options)
+        with panics_as_exceptions():
+            tokenizer = factory.from_pretrained(str(file.parent), **options)
         inner = tokenizer.backend_tokenizer
     except Exception as error:  # of many kinds, some without a type of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

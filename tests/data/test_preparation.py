@@ -212,3 +212,15 @@ def test_a_pattern_that_never_ends_is_an_error_of_the_tokenizer(tmp_path, worker
     with pytest.raises(DataError, match="too many steps"):
         prepare_text(TextRecipe(texts, str(tmp_path), valid_fraction=0), tmp_path / "out", workers)
     assert not list((tmp_path / "out").glob("train*"))
+
+
+def test_a_file_at_which_the_library_panics_is_refused(tmp_path):
+    model = {
+        "type": "BPE",
+        "vocab": {"a": 0, "b": 1, "ab": 2},
+        "merges": [["a", "b"]],
+        "continuing_subword_prefix": "###",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(DataError, match="a Hugging Face tokenizer"):
+        load_tokenizer(tmp_path)

@@ -19,7 +19,7 @@ from megatron_ligo.checkpoint.formats.gguf.tokenizer_keys import (
     read_token_table,
 )
 from megatron_ligo.checkpoint.source_keys import describe_value
-from megatron_ligo.common.errors import CheckpointError, ErrorCollector
+from megatron_ligo.common.errors import CheckpointError, ErrorCollector, panics_as_exceptions
 
 MODEL, TEMPLATE = "tokenizer.ggml.model", "tokenizer.chat_template"
 BYTE_LEVEL, SENTENCE_PIECES = "gpt2", "llama"
@@ -50,12 +50,13 @@ def write_tokenizer(metadata: Mapping[str, object], vocab_size: int, folder: Pat
     errors.raise_if_any()
     begins = True
     try:
-        if kind == BYTE_LEVEL:
-            tokenizer, begins = build_byte_level_bpe(metadata, table, errors) or (None, False)
-        else:
-            tokenizer = build_sentence_pieces(table, errors)
-        if tokenizer:
-            _surround(tokenizer, table, begins, errors)
+        with panics_as_exceptions():
+            if kind == BYTE_LEVEL:
+                tokenizer, begins = build_byte_level_bpe(metadata, table, errors) or (None, False)
+            else:
+                tokenizer = build_sentence_pieces(table, errors)
+            if tokenizer:
+                _surround(tokenizer, table, begins, errors)
     except Exception as error:  # the library raises bare Exception
         errors.add("the tokenizer", "one that the tokenizers package builds", error)
     errors.raise_if_any()
