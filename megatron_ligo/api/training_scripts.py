@@ -17,7 +17,8 @@ from megatron_ligo.models.full import universal_loading
 def deepspeed_mpu() -> DeepSpeedMpu:
     """Returns the `mpu` for `deepspeed.initialize` over the process groups that Megatron-core has now.
 
-    `megatron.core.parallel_state` itself lacks functions that DeepSpeed calls. Raises LayoutError without groups.
+    `megatron.core.parallel_state` itself lacks functions that DeepSpeed calls. Raises LayoutError without groups: call
+    `parallel_state.initialize_model_parallel` first, also after `ligo.fit`, whose own groups end with it.
     """
     return DeepSpeedMpu(current_mesh())
 

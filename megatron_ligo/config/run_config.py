@@ -154,7 +154,7 @@ class ParallelSection:
 class TrainingSection:
     """Keys that [fit] and [pretrain] share."""
 
-    steps: int = setting(100, "optimizer steps in total", low=0)
+    steps: int = setting(100, "optimizer steps in total; 0: only evaluate", low=0)
     optimizer: str = setting("adamw", "optimizer", choices=("adamw", "sgd"))
     lr: float = setting(1e-3, "peak learning rate, after warm-up", low=0.0)
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas", low=0.0, below=1.0)

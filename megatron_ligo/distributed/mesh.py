@@ -189,7 +189,7 @@ def current_mesh() -> Mesh:
 
     Raises LayoutError if it has none.
     """
-    if not parallel_state.model_parallel_is_initialized():
+    if not has_groups():
         hint = "Call parallel_state.initialize_model_parallel first."
         raise LayoutError(Problem("Megatron-core's process groups", "one for each parallel axis", "none", hint))
     return _read_mesh(_read_dims())
@@ -225,9 +225,14 @@ def forget_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
+def has_groups() -> bool:
+    """True if Megatron-core has groups, such as those of somebody's own training script."""
+    return parallel_state.model_parallel_is_initialized()
+
+
 def _groups_exist(dims: ParallelDims) -> bool:
     """True if Megatron-core already has the groups of this layout."""
-    return parallel_state.model_parallel_is_initialized() and _read_dims() == dims
+    return has_groups() and _read_dims() == dims
 
 
 def all_ranks() -> RankGroup:

@@ -15,6 +15,7 @@ import transformers
 import megatron_ligo as ligo
 from megatron_ligo.api.settings import LargeSizes
 from megatron_ligo.config.run_config import LargeSection, RunConfig
+from megatron_ligo.distributed import mesh
 from megatron_ligo.export.handoff import grow_from_config
 from tests.checkpoint import hf_models
 from tests.training.test_pretrain import make_pair
@@ -201,6 +202,9 @@ def test_a_plan_is_the_commands(tmp_path):
     assert str(ligo.plan(hf_models.model(), **LLAMA, world_size=2, settings=layout)) == str(plan)
 
 
+CHECKS = ("same", "moved", "groups end", "start", "start's loss", "fitted on", "norm_eps", "other config")
+
+
 def fit_in_memory(folder: str) -> dict:
     """Returns what a fit of a model in memory gives, at the ranks of this case."""
     small = hf_models.model(hidden_size=48)
@@ -214,13 +218,24 @@ def fit_in_memory(folder: str) -> dict:
         "fit.eval_samples": 2,
         "fit.keep": "last",
     }
+    mesh.forget_groups()
     operator = ligo.fit(small, large.config, **options, settings=settings)
+    try:
+        ligo.deepspeed_mpu()
+    except ligo.LayoutError as error:
+        groups_end = "initialize_model_parallel" in str(error)
+    else:
+        groups_end = False
+    start = ligo.fit(small, LLAMA, **{**options, "steps": 0, "output": f"{folder}/start"}, settings=settings)
     again = ligo.fit(small, LLAMA, **options, settings=settings)
     fitted = ligo.grow(small, operator=operator)
     answer = {
         "rows": [(row["step"], row["loss"]) for row in rows],
         "same": all(torch.equal(operator.tensor(name), again.tensor(name)) for name in operator.shapes()),
         "moved": not ligo.verify(fitted, large).same,
+        "groups end": groups_end,
+        "start": ligo.verify(ligo.grow(small, operator=start), large).same,
+        "start's loss": start.record["losses"]["start"] == start.record["losses"]["end"],
         "losses": operator.record["losses"],
     }
     for wrong, words in ((hf_models.model(seed=1), "fitted on"), (hf_models.model(rms_norm_eps=0.1), "norm_eps")):
@@ -241,4 +256,4 @@ def test_a_fit_of_a_model_in_memory(pools, tmp_path):
     make_pair(tmp_path / "valid", 1)
     answer = pools(1).run(fit_in_memory, folder=str(tmp_path))
     assert [step for step, _ in answer["rows"]] == [1, 2] and answer["losses"]["end"] > 0
-    assert all(answer[key] for key in ("same", "moved", "fitted on", "norm_eps", "other config")), answer
+    assert all(answer[key] for key in CHECKS), answer
