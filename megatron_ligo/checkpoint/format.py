@@ -63,6 +63,10 @@ class Format(ABC):
     def recognise(self, path: Path) -> bool:
         """True for a checkpoint of this format. Looks at names and a few bytes only."""
 
+    def recognise_part(self, path: Path) -> bool:
+        """True for files of this format that lack others, which `open` then names. Asked if no format has all."""
+        return False
+
     @abstractmethod
     def open(self, path: Path, accepted: AcceptedKeys) -> Reader:
         """Opens a checkpoint, reading headers only. accepted: the unknown keys that may stand in its config.

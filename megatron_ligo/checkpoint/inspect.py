@@ -37,7 +37,9 @@ def to_text(summary: dict) -> str:
     """Formats a summary from `describe` as text."""
     sizes = {name: value for name, value in summary["dims"].items() if value not in (None, False, 0)}
     layout = ", ".join(f"{name} {value}" for name, value in summary["layout"].items()) or "one piece"
-    state = f"step {summary['step']}, {'with' if summary['moments'] else 'without'} optimizer state"
+    # 0 without Adam's state: many formats have no place for a step.
+    step = f"step {summary['step']}, " if summary["step"] or summary["moments"] else ""
+    state = f"{step}{'with' if summary['moments'] else 'without'} optimizer state"
     lines = [
         f"{summary['path']}: {summary['format']}, {layout}, {state}",
         f"{summary['parameters']:,} parameters, {summary['bytes']:,} bytes",

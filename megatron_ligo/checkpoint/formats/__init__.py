@@ -54,6 +54,8 @@ def recognise(path: str | Path) -> Format:
     path = _check_exists(path)
     matches = {name: format for name, format in formats().items() if format.recognise(path)}
     if not matches:
+        matches = {name: format for name, format in formats().items() if format.recognise_part(path)}
+    if not matches:
         descriptions = "".join(f"\n  {name}: {format.description}" for name, format in sorted(formats().items()))
         raise CheckpointError(
             f"{path}: expected a checkpoint, found none of these. Insist on a format with --from (format= in Python) "

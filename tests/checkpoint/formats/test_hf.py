@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_ligo.checkpoint import formats
+from megatron_ligo.checkpoint import formats, inspect
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json
@@ -196,3 +196,28 @@ def test_the_optimizer_of_a_trainer_is_named_as_left_behind(tmp_path):
         unread = formats.open(folder).unread
         (folder / name).unlink()
         assert unread == (f"optimizer state ({name}: not keyed by parameter)",)
+    for name in ("optimizer_0", "pytorch_model_fsdp_0"):
+        (folder / name).mkdir()
+    unread = formats.open(folder).unread
+    assert unread[0].startswith("pytorch_model_fsdp_0 (sharded weights") and unread[1].startswith(
+        "optimizer state (opt"
+    )
+
+
+def test_weights_without_a_config_are_told_what_they_lack(tmp_path):
+    """What Accelerate's save_state writes."""
+    _, folder = hf_models.saved(tmp_path / "state")
+    (folder / "config.json").unlink()
+    torch.save({}, folder / "optimizer.bin")
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: expected the checkpoint's config.*save_pretrained"
+    ) as error:
+        formats.open(folder)
+    assert len(error.value.problems) == 1
+
+
+def test_no_step_is_printed_where_none_is_known(tmp_path):
+    _, folder = hf_models.saved(tmp_path / "checkpoint-2")
+    (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    first_line = inspect.to_text(inspect.describe(formats.open(folder))).splitlines()[0]
+    assert first_line == f"{folder}: hf, one piece, without optimizer state"

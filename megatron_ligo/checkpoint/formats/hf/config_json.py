@@ -66,7 +66,8 @@ def load_config(path: Path) -> dict:
     try:
         config = read_json(path)
     except FileNotFoundError:
-        raise CheckpointError(Problem(f"{path}", "the checkpoint's config", "nothing there")) from None
+        hint = "Write the model's there: model.config.save_pretrained(folder). Accelerate's save_state writes none."
+        raise CheckpointError(Problem(f"{path}", "the checkpoint's config", "nothing there", hint)) from None
     except ValueError as error:
         raise CheckpointError(Problem(f"{path}", "valid JSON", f"{error}")) from None
     if not isinstance(config, dict):

@@ -189,6 +189,9 @@ class HfFormat(Format):
         files = [name for kind in (SAFETENSORS_FILES, TORCH_FILES) for name in (kind.single, kind.index)]
         return (folder / config_json.CONFIG).is_file() and any((folder / name).exists() for name in files)
 
+    def recognise_part(self, path: Path) -> bool:
+        return path.is_dir() and (SAFETENSORS_FILES.are_in(path) or TORCH_FILES.are_in(path))
+
     def open(self, path: Path, accepted: AcceptedKeys) -> HfReader:
         return HfReader(path.parent if path.is_file() else path, accepted)
 

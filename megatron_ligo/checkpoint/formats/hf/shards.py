@@ -34,9 +34,10 @@ MAX_NAME_LENGTH = 255
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_FILES = WeightFiles(SINGLE, INDEX, "model-*-of-*.safetensors")
 TORCH_FILES = WeightFiles("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+# Of the Trainer and of Accelerate: the optimizer's files or folder, and the folder of a sharded model.
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+ACCELERATE_FOLDER = "pytorch_model_fsdp_0"
 # Of the peft library.
-# Of the Trainer and of Accelerate.
-OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -144,10 +145,15 @@ def describe_unread(folder: Path) -> tuple[str, ...]:
     unread = []
     if SAFETENSORS_FILES.are_in(folder) and TORCH_FILES.are_in(folder):
         unread.append(f"{TORCH_FILES.single} or its shards (the safetensors files beside it are read)")
-    optimizers = [name for name in OPTIMIZER_FILES if (folder / name).exists()]
-    if optimizers:
-        unread.append(f"optimizer state ({', '.join(optimizers)}: not keyed by parameter)")
-    return tuple(unread)
+    if (folder / ACCELERATE_FOLDER).is_dir():
+        unread.append(f"{ACCELERATE_FOLDER} (sharded weights; the files beside it are read)")
+    return (*unread, *describe_optimizer(folder))
+
+
+def describe_optimizer(folder: Path) -> tuple[str, ...]:
+    """Returns the optimizer state of a Trainer's or Accelerate's folder, which is not read."""
+    names = [name for name in OPTIMIZER_FILES if (folder / name).exists()]
+    return (f"optimizer state ({', '.join(names)}: not keyed by parameter)",) if names else ()
 
 
 def _check_no_adapter(folder: Path) -> None:

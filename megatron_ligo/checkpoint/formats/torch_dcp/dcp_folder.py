@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_ligo.arch.spec import Role, layer_index
 from megatron_ligo.checkpoint.formats.hf.config_json import CONFIG
+from megatron_ligo.checkpoint.formats.hf.shards import ACCELERATE_FOLDER
 from megatron_ligo.checkpoint.formats.hf.tensor_files import DTYPES, TensorFile
 from megatron_ligo.checkpoint.formats.megatron_core import backend, dcp_metadata
 from megatron_ligo.checkpoint.formats.megatron_core.dcp_metadata import (
@@ -31,8 +32,6 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.common.errors import CheckpointError, Problem
 from megatron_ligo.sharding import fused_tensors
 
-# The folder in which Accelerate, and so the Trainer, puts a sharded model.
-ACCELERATE_FOLDER = "pytorch_model_fsdp_0"
 # Beginnings of the names of a training's state that is not the model's.
 STATE_PREFIXES = ("optim.", "optimizer.", "optimizers.", "lr_scheduler.", "train_state.", "dataloader.")
 TITAN_MARK, MODERNBERT_MARK = b"tok_embeddings.weight", b"embeddings.tok_embeddings.weight"

@@ -19,7 +19,7 @@ from megatron_ligo.checkpoint.format import Format, FormatOptions, WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.hf.format import NAME as HF
 from megatron_ligo.checkpoint.formats.hf.format import HfNamesReader
-from megatron_ligo.checkpoint.formats.hf.shards import WeightShards
+from megatron_ligo.checkpoint.formats.hf.shards import ACCELERATE_FOLDER, WeightShards, describe_optimizer
 from megatron_ligo.checkpoint.formats.torch_dcp import dcp_folder
 from megatron_ligo.checkpoint.formats.torch_dcp.dcp_folder import DcpTensors
 from megatron_ligo.checkpoint.io.output import Output
@@ -45,6 +45,8 @@ class FsdpReader(HfNamesReader):
         self.path = path
         self.files = model_record.find_carried_files(config.parent)
         self.unread = tensors.describe_unread()
+        if folder.name == ACCELERATE_FOLDER:
+            self.unread += describe_optimizer(folder.parent)
 
 
 @dataclass(frozen=True)
