@@ -27,7 +27,7 @@ done_before "small model (GGUF to Hugging Face)" "$RUN/small" || measure python 
 done_before "text (Python's sources and documentation)" "$RUN/data/prepared.json" ||
     measure python tools/prepare_data.py --python-docs --tokenizer "$RUN/small" --output "$RUN/data"
 echo "== plan"
-python tools/plan.py --config $CONFIG "${paths[@]}" --world 4 --device-memory 4.8 --tflops 0.03
+python tools/plan.py --config $CONFIG "${paths[@]}" --processes 4 --device-memory 4.8 --tflops 0.03
 done_before "fit: TP 2 x PP 2" "$RUN/fit/operator/operator.json" ||
     launch 4 tools/fit.py --config $CONFIG "${paths[@]}" --output "$RUN/fit"
 done_before "growth" "$RUN/grown/growth.json" ||

@@ -55,7 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the cases (default: bf16)")
     parser.add_argument("--config", metavar="RUN.toml", help="count the fit and the pretraining of a run instead")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override its keys")
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="number of devices of the run (default: 1)")
+    parser.add_argument(
+        "--processes",
+        "--world",
+        dest="world",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of the run (default: 1)",
+    )
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:

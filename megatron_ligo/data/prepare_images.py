@@ -29,8 +29,8 @@ def read_npz(path: Path) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[IMAGES], arrays[LABELS]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(Problem(f"{path}", f"an .npz with {IMAGES} and {LABELS}", error)) from None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(Problem(f"{path}", f"an .npz with {IMAGES} and {LABELS}", _describe(path, error))) from None
     if images.ndim == 3:
         images = images[:, None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
@@ -51,12 +51,23 @@ def read_digits(folder: Path) -> LabelledImages:
         table = np.loadtxt(folder / DIGITS_FILE, delimiter=",", ndmin=2)
     except (OSError, ValueError, EOFError) as error:
         hint = f"pip install --no-deps --target {folder} scikit-learn"
-        raise DataError(Problem(f"{folder / DIGITS_FILE}", "scikit-learn's digits", error, hint)) from None
+        found = _describe(folder / DIGITS_FILE, error)
+        raise DataError(Problem(f"{folder / DIGITS_FILE}", "scikit-learn's digits", found, hint)) from None
     if table.shape[1] != 65 or table.min() < 0 or table.max() > 16:
         found = f"{table.shape[1]}, {table.min()} to {table.max()}"
         raise DataError(Problem(f"{folder / DIGITS_FILE}", "rows of 64 numbers from 0 to 16 and a label", found))
     images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
     return images.reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
+
+
+def _describe(path: Path, error: Exception) -> str:
+    """Returns what is there instead of a file that could not be read: numpy's own words name no kind."""
+    if not path.exists():
+        return "nothing there"
+    if path.is_dir():
+        return "a folder"
+    is_other = path.suffix != ".gz" and isinstance(error, ValueError | TypeError) and not zipfile.is_zipfile(path)
+    return "another kind of file" if is_other else f"{error}"
 
 
 def prepare_images(images: np.ndarray, labels: np.ndarray, output: Path, valid_fraction: float) -> dict[str, int]:

@@ -154,6 +154,18 @@ def test_an_npz_of_floats_is_refused(tmp_path):
     assert "uint8" in error.value.problems[0].expected and "float64" in error.value.problems[0].found
 
 
+@pytest.mark.parametrize("kind", ["a folder", "nothing there", "another kind of file"])
+def test_what_is_no_npz_is_named(tmp_path, kind):
+    path = tmp_path / "images.npz"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "another kind of file":
+        np.save(tmp_path / "images.npy", np.zeros(2))
+        (tmp_path / "images.npy").rename(path)
+    with pytest.raises(DataError, match=rf"expected an \.npz with images and labels, found {kind}\.$"):
+        read_npz(path)
+
+
 def test_digits_of_scikit_learn(tmp_path):
     with pytest.raises(DataError) as error:
         read_digits(tmp_path)

@@ -159,10 +159,10 @@ def test_the_table_of_large_growths():
 
 def test_a_plan_whose_layout_is_invalid_proposes_no_fit(tmp_path, capsys):
     hf_llama(SMALL).save_pretrained(tmp_path)
-    for world, expected in ((2, "next: ligo fit --processes 2"), (3, "next: another --world")):
+    for world, expected in ((2, "next: ligo fit --processes 2"), (3, "next: another --processes")):
         plan.run(
             plan.build_parser().parse_args(
-                ["--set=data.seq_length=8", f"--set=small.path={tmp_path}", f"--world={world}"]
+                ["--set=data.seq_length=8", f"--set=small.path={tmp_path}", f"--processes={world}"]
             )
         )
         printed = capsys.readouterr().out

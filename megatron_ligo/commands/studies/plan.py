@@ -7,7 +7,7 @@ import argparse
 from megatron_ligo import cli
 
 EXAMPLE = """
-ligo plan --config run.toml --world 8 --device-memory 80 --tflops 300
+ligo plan --config run.toml --processes 8 --device-memory 80 --tflops 300
 ligo plan --table
 """
 
@@ -22,7 +22,13 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
         prog=prog,
     )
     parser.add_argument(
-        "--world", type=cli.positive(int), default=1, metavar="N", help="number of devices (default: 1)"
+        "--processes",
+        "--world",
+        dest="world",
+        type=cli.positive(int),
+        default=1,
+        metavar="N",
+        help="processes of the run, one per device (default: 1)",
     )
     parser.add_argument(
         "--device-memory",
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if args.layouts:
         print(f"\n{plan.describe_refused_layouts()}")
     if not plan.is_valid:
-        cli.print_wrote("", "another --world, or other layouts; --layouts lists those that do not work")
+        cli.print_wrote("", "another --processes, or other layouts; --layouts lists those that do not work")
         return
     processes = ("--processes", args.world) if args.world > 1 else ()
     cli.print_next("", "ligo", "fit", *processes, *cli.config_options(args), "--output", "runs/fit")
