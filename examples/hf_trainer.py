@@ -3,7 +3,8 @@
     python examples/hf_trainer.py models/small corpus/ --output runs/trainer --num-layers 32 --hidden-size 768 \
         --ffn-size 2048 --num-heads 12 --num-kv-heads 4
 
-Use `accelerate launch` for several GPUs. The Trainer's folders (checkpoint-N) can be converted and grown again.
+For several GPUs, or processes on a CPU, start it with `torchrun --nproc-per-node N`: `accelerate launch` does the same
+on GPUs, but starts one process with `--cpu`. The Trainer's folders (checkpoint-N) can be converted and grown again.
 """
 
 from __future__ import annotations

@@ -115,9 +115,9 @@ def _open_operator(
         if not any(size is not None for size in vars(config.large).values()):
             hint = "Example: num_layers=32, hidden_size=768."
             raise ConfigError(Problem("sizes", "a size of the large model, or an operator", "neither", hint))
-        chosen = build_initial_operator(reader.model_config, config.large, config.operator)
-        log.info("%s", describe_method(chosen.settings, chosen.small, chosen.large))
-        return chosen
+        start = build_initial_operator(reader.model_config, config.large, config.operator)
+        log.info("%s", describe_method(start.settings, start.small, start.large))
+        return start
     chosen = operator if isinstance(operator, Operator) else OperatorFile(find_operator_part(Path(operator)))
     if isinstance(chosen, OperatorFile):
         name = f"{reader.path or reader.format}"

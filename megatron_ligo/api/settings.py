@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -92,7 +92,7 @@ def select_sizes(values: Mapping[str, object]) -> dict[str, object]:
     return {name: values[name] for name in vars(LargeSection()) if name in values}
 
 
-def _set(table: dict, name: str, value: object, errors: ErrorCollector) -> None:
+def _set(table: dict[str, Any], name: str, value: object, errors: ErrorCollector) -> None:
     *sections, key = name.split(".")
     if not sections:
         errors.add(name, "section.key", repr(name), 'Example: {"fit.lr": 1e-4}.')
@@ -105,5 +105,5 @@ def _set(table: dict, name: str, value: object, errors: ErrorCollector) -> None:
     table[key] = value
 
 
-def _copy(table: Mapping) -> dict:
+def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
