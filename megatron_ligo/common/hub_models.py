@@ -48,8 +48,8 @@ def missing_path(path: str | Path, expected: str = "a checkpoint", hint: str = "
 
     hint: what else the path was taken for.
     """
-    found = "nothing there" if Path(path).is_absolute() else f"nothing there (in {Path.cwd()})"
-    return Problem(f"{path}", expected, found, f"Check the path. {hint}".rstrip())
+    missing = "nothing there" if Path(path).is_absolute() else f"nothing there (in {Path.cwd()})"
+    return Problem(f"{path}", expected, missing, f"Check the path. {hint}".rstrip())
 
 
 def check_push(name: str) -> None:

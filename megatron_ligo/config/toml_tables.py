@@ -24,8 +24,8 @@ def read_toml(path: Path) -> dict:
     try:
         return _parse(read_text(path))
     except (FileNotFoundError, IsADirectoryError) as error:
-        found = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
-        raise ConfigError(Problem(f"config {path}", "a TOML file", found, "Check --config.")) from None
+        content = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
+        raise ConfigError(Problem(f"config {path}", "a TOML file", content, "Check --config.")) from None
     except (ValueError, RecursionError) as error:
         is_twice = str(error).startswith(("Cannot declare", "Cannot overwrite"))
         hint = "A section or a key is there twice: keep one, with the keys of both." if is_twice else ""

@@ -51,8 +51,8 @@ def read_digits(folder: Path) -> LabelledImages:
         table = np.loadtxt(folder / DIGITS_FILE, delimiter=",", ndmin=2)
     except (OSError, ValueError, EOFError) as error:
         hint = f"pip install --no-deps --target {folder} scikit-learn"
-        found = _describe(folder / DIGITS_FILE, error)
-        raise DataError(Problem(f"{folder / DIGITS_FILE}", "scikit-learn's digits", found, hint)) from None
+        fault = _describe(folder / DIGITS_FILE, error)
+        raise DataError(Problem(f"{folder / DIGITS_FILE}", "scikit-learn's digits", fault, hint)) from None
     if table.shape[1] != 65 or table.min() < 0 or table.max() > 16:
         found = f"{table.shape[1]}, {table.min()} to {table.max()}"
         raise DataError(Problem(f"{folder / DIGITS_FILE}", "rows of 64 numbers from 0 to 16 and a label", found))

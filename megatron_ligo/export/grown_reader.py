@@ -44,8 +44,8 @@ class GrownReader(Reader):
         if moments != "reset" and not source.has_moments:
             hint = "Set handoff.moments = 'reset', or use a checkpoint with Adam's state."
             expected = f"Adam's moments (handoff.moments = {moments!r})"
-            found = f"none that is read: {'; '.join(source.unread)}" if source.unread else "none"
-            raise CheckpointError(Problem(f"{source.path}", expected, found, hint))
+            moments_read = f"none that is read: {'; '.join(source.unread)}" if source.unread else "none"
+            raise CheckpointError(Problem(f"{source.path}", expected, moments_read, hint))
         self.moments = moments
         self.step = source.step if self.has_moments else 0
         self._dual_maps = {kind: DualMaps(operator, kind, moments) for kind in MOMENTS if self.has_moments}
