@@ -105,6 +105,14 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
     return parse
 
 
+def let_waiting_threads_sleep() -> None:
+    """Has torch's waiting threads sleep instead of spinning on the cores that other threads need to hash and write.
+
+    Unless the user has chosen. To be called before torch is imported, which reads it once.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def load_config(args: argparse.Namespace) -> RunConfig:
     """Loads the config from --config and --set."""
     return RunConfig.load(args.config, args.set)

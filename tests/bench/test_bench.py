@@ -85,6 +85,8 @@ def test_grow(run_bench, tmp_path):
     results = json.loads(output.read_text())
     path = results["paths"]["learned"]
     assert path["ratio"]["median"] == pytest.approx(path["dd_seconds"][0] / path["seconds"][0])
+    floor = max(path["dd_seconds"][0], path["compute_seconds"][0])
+    assert path["of_floor"]["median"] == pytest.approx(floor / path["seconds"][0]) and path["compute_seconds"][0] > 0
     assert path["bytes"] == pytest.approx(results["paths"]["copies"]["bytes"], rel=0.05)
     assert "learned" in text
     assert list((tmp_path / "disk").iterdir()) == []

@@ -44,6 +44,7 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
 
 def run(args: argparse.Namespace) -> None:
     config = cli.load_config(args)
+    cli.let_waiting_threads_sleep()
 
     from megatron_ligo.export.handoff import grow_from_config
 
