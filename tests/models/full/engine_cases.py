@@ -30,12 +30,13 @@ BEFORE, AFTER = 2, 3
 
 
 class Job:
-    """A model in an engine at a layout: {tp, pp, zero}."""
+    """A model in an engine at a layout: {tp, pp, cp, sequence_parallel, zero}."""
 
     def __init__(self, model_config: ModelConfig, layout: dict, bf16: bool = False, seed: int = 7, source=None):
         self.model_config, self.size = model_config, 2
         self.mesh = meshes.build_mesh(layout.get("tp", 1), layout.get("pp", 1), cp=layout.get("cp", 1))
-        build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, self.mesh.tp)
+        divides_sequences = layout.get("sequence_parallel", False)
+        build = BuildOptions(torch.bfloat16 if bf16 else torch.float32, self.mesh.tp, divides_sequences)
         torch.manual_seed(seed)
         model = build_model(model_config, build, self.mesh)
         zero = layout.get("zero", 1)
@@ -50,7 +51,13 @@ class Job:
             micro_batch_size=self.size,
             lr=LR["adamw"],
             clip=CLIP,
-            parallel=ParallelSection(tp=self.mesh.tp, pp=self.mesh.pp, zero=zero),
+            parallel=ParallelSection(
+                tp=self.mesh.tp,
+                pp=self.mesh.pp,
+                cp=self.mesh.cp,
+                zero=zero,
+                sequence_parallel=divides_sequences,
+            ),
         )
         self.engine = Engine(
             model, self.mesh, run, build_parameter_groups(model, DECAY), bf16, universal=source is not None

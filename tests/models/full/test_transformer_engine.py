@@ -88,13 +88,19 @@ LAYOUTS = [
     ("gpt2", [{"tp": 2}, {"zero": 3}]),
     pytest.param("llama", [{"zero": 2}, {"pp": 2}], marks=LONG),
     pytest.param("gpt2", [{"pp": 2}, {"tp": 2}], marks=LONG),
+    pytest.param("gpt2", [{"tp": 2, "sequence_parallel": True}, {"cp": 2}], marks=LONG),
+    pytest.param("qwen3", [{"tp": 2, "pp": 2}, {"tp": 2, "zero": 3}], marks=LONG),
+    pytest.param("gemma", [{"tp": 2, "cp": 2}, {"pp": 2, "tp": 2}], marks=LONG),
 ]
 
 
 @pytest.mark.parametrize("family, layouts", LAYOUTS, ids=str)
 def test_checkpoints_do_not_depend_on_the_layers(pools, tmp_path, family, layouts):
     model_config = pretrain_cases.sizes(False, family)
-    result = pools(2).run(saved_and_resumed, folder=str(tmp_path), model_config=model_config, layouts=layouts)
+    ranks = max(math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp")) for layout in layouts)
+    result = pools(max(2, ranks)).run(
+        saved_and_resumed, folder=str(tmp_path), model_config=model_config, layouts=layouts
+    )
     for losses in [*result["resumed"], *result["moved"], result["without"]]:
         assert losses == pytest.approx(result["undisturbed"], rel=1e-5)
     check_deepspeeds_own_converter(tmp_path)
