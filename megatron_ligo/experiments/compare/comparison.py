@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from megatron_ligo.common.atomic_files import write_bytes, write_json
@@ -11,7 +11,7 @@ from megatron_ligo.common.folder_kinds import COMPARISON, check_output
 from megatron_ligo.experiments.compare import arm_cost, comparison_page, results
 from megatron_ligo.experiments.compare.arm_plan import ComparisonPlan, jobs_folder, run_arm
 from megatron_ligo.experiments.compare.arm_validation import check_arms, check_shared
-from megatron_ligo.experiments.compare.comparison_config import ComparisonConfig, select_arms
+from megatron_ligo.experiments.compare.comparison_config import Arm, ComparisonConfig, select_arms
 from megatron_ligo.experiments.compare.run_queue import JobQueue
 
 RESULTS, PAGE, PICTURE = "results.json", "compare.html", "compare.png"
@@ -39,11 +39,20 @@ def run_comparison(
     sources = [plan.source(), *(plan.source(arm, seed) for arm in arms for seed in spec.compare.seeds)]
     if None in sources:
         raise ConfigError(Problem("compare.source_lr", "a rate at which the small model trains", "a run that diverged"))
-    for arm in arms:
+    for arm in share_arms(arms, jobs):
         run_arm(plan, arm)
     record = results.collect_results(ComparisonPlan(spec, jobs, jobs.result), spec.arms)
     write_results(record, output)
     return record
+
+
+def share_arms(arms: Iterable[Arm], jobs: JobQueue) -> Iterator[Arm]:
+    """Yields every arm, those that no other command is running first: commands that share a folder divide the arms."""
+    remaining = list(arms)
+    while remaining:
+        arm = next((arm for arm in remaining if not jobs.is_busy(arm.folder)), remaining[0])
+        remaining.remove(arm)
+        yield arm
 
 
 def write_results(record: dict, output: Path) -> None:

@@ -83,6 +83,14 @@ class JobQueue:
     def folder_of(self, job: ComparisonJob) -> Path:
         return self.folder / job.name
 
+    def is_busy(self, folder: str) -> bool:
+        """True if another command is running a job below a folder of the jobs."""
+        paths = (path for path in (self.folder / folder).rglob(LOCK) if path.parent.name != RUN)
+        locks = [lock_file(path) for path in paths]
+        for lock in filter(None, locks):
+            lock.close()
+        return None in locks
+
     def result(self, job: ComparisonJob) -> dict | None:
         """Returns the job's result; None while it is unfinished. Raises ConfigError if the folder holds another job."""
         folder = self.folder_of(job)
