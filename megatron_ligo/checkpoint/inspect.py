@@ -22,7 +22,7 @@ def describe(reader: Reader) -> dict:
         "format": reader.format,
         "dims": reader.model_config.to_json(),
         "layout": dict(reader.layout),
-        "step": reader.step,
+        "step": reader.trained_steps(),
         "moments": reader.has_moments,
         "unread": list(reader.unread),
         "parameters": sum(prod(row["shape"]) for row in rows),

@@ -81,5 +81,9 @@ class Reader(ABC):
         root = self.path if self.path.is_dir() else self.path.parent
         return [[str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
+    def trained_steps(self) -> int:
+        """Returns the optimizer steps taken, also by a trainer's record that no conversion carries; 0 if unknown."""
+        return self.step
+
     def close(self) -> None:  # noqa: B027 - most readers hold nothing open
         """Closes the files that the Reader holds open."""

@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import megatron_ligo as ligo
 from megatron_ligo.checkpoint import formats, inspect
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.io.output import Output
+from megatron_ligo.checkpoint.verify import compare
+from megatron_ligo.common import folder_kinds
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.config.run_config import LargeSection, OperatorSection
 from megatron_ligo.export.grown_reader import GrownReader
@@ -216,8 +219,36 @@ def test_weights_without_a_config_are_told_what_they_lack(tmp_path):
     assert len(error.value.problems) == 1
 
 
-def test_no_step_is_printed_where_none_is_known(tmp_path):
+@pytest.mark.parametrize("config", [True, False])
+def test_the_whole_weights_that_accelerate_saves_are_read(tmp_path, config):
+    """With FSDP and FULL_STATE_DICT: a state dict of torch.save, and no config.json."""
+    model, folder = hf_models.saved(tmp_path / "state")
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model_fsdp.bin")
+    torch.save({}, folder / "optimizer.bin")
+    if not config:
+        (folder / "config.json").unlink()
+        with pytest.raises(CheckpointError, match=r"config\.json: expected the checkpoint's config.*save_pretrained"):
+            formats.open(folder)
+        return
+    assert compare(formats.open(folder), ligo.open_state_dict(model.state_dict(), model.config)).same
+    assert folder_kinds.identify(folder) is folder_kinds.MODEL
+    model.save_pretrained(folder)
+    both = "pytorch_model_fsdp.bin or its shards (model.safetensors or its shards beside it are read)"
+    assert formats.open(folder).unread[0] == both
+
+
+def test_the_step_is_that_of_the_trainers_record(tmp_path):
+    """It is printed. No conversion carries it, and no digest depends on it."""
     _, folder = hf_models.saved(tmp_path / "checkpoint-2")
-    (folder / "trainer_state.json").write_text('{"global_step": 2}')
-    first_line = inspect.to_text(inspect.describe(formats.open(folder))).splitlines()[0]
-    assert first_line == f"{folder}: hf, one piece, without optimizer state"
+    record = folder / "trainer_state.json"
+    for text, step in {
+        '{"global_step": 2, "loss": NaN}': 2, '{"global_step": "2"}': 0, '{"global_step": true}': 0, "[]": 0, "{": 0,
+        '{"global_step": -2}': 0,
+    }.items():  # fmt: skip
+        record.write_text(text)
+        summary = inspect.describe(formats.open(folder))
+        assert (summary["step"], formats.open(folder).step) == (step, 0)
+        printed = f"step {step}, " if step else ""
+        first_line = inspect.to_text(summary).splitlines()[0]
+        assert first_line == f"{folder}: hf, one piece, {printed}without optimizer state"

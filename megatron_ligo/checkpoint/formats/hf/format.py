@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json beside safetensors, single or sharded with an index.
 
-pytorch_model.bin, single or sharded, is read where there are no safetensors.
+pytorch_model.bin, single or sharded, is read where there are no safetensors; Accelerate's pytorch_model_fsdp.bin where
+there is neither.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from megatron_ligo.checkpoint.formats.hf import config_json, tensor_names
 from megatron_ligo.checkpoint.formats.hf.common_prefix import explain_other_names
 from megatron_ligo.checkpoint.formats.hf.fused_experts import split_experts
 from megatron_ligo.checkpoint.formats.hf.shards import (
+    FILE_KINDS,
     INDEX,
-    SAFETENSORS_FILES,
     SINGLE,
     TORCH_FILES,
     WeightShards,
     describe_unread,
     open_shards,
 )
+from megatron_ligo.checkpoint.formats.hf.trainer_state import read_trainer_step
 from megatron_ligo.checkpoint.io.output import Output, lazy_tensor
 from megatron_ligo.checkpoint.reader import WEIGHT, Reader, TensorInfo
 from megatron_ligo.checkpoint.source_keys import NO_KEYS, AcceptedKeys
@@ -97,6 +99,9 @@ class HfNamesReader(Reader):
         # Compared once: later reads skip it.
         self._stored_names[item.name] = tensor_names.StoredName(stored.name)
         return item.extract(tensor, key, self.model_config)
+
+    def trained_steps(self) -> int:
+        return self.step or (read_trainer_step(self.path) if self.path else 0)
 
     def close(self) -> None:
         self._shards.close()
@@ -186,11 +191,10 @@ class HfFormat(Format):
 
     def recognise(self, path: Path) -> bool:
         folder = path.parent if path.suffix in WEIGHT_SUFFIXES else path
-        files = [name for kind in (SAFETENSORS_FILES, TORCH_FILES) for name in (kind.single, kind.index)]
-        return (folder / config_json.CONFIG).is_file() and any((folder / name).exists() for name in files)
+        return (folder / config_json.CONFIG).is_file() and any(kind.are_complete_in(folder) for kind in FILE_KINDS)
 
     def recognise_part(self, path: Path) -> bool:
-        return path.is_dir() and (SAFETENSORS_FILES.are_in(path) or TORCH_FILES.are_in(path))
+        return path.is_dir() and any(kind.are_in(path) for kind in FILE_KINDS)
 
     def open(self, path: Path, accepted: AcceptedKeys) -> HfReader:
         return HfReader(path.parent if path.is_file() else path, accepted)

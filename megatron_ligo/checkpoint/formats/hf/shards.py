@@ -26,7 +26,10 @@ class WeightFiles:
     shards: str
 
     def are_in(self, folder: Path) -> bool:
-        return (folder / self.single).exists() or (folder / self.index).exists() or any(folder.glob(self.shards))
+        return self.are_complete_in(folder) or any(folder.glob(self.shards))
+
+    def are_complete_in(self, folder: Path) -> bool:
+        return (folder / self.single).exists() or (folder / self.index).exists()
 
 
 # Longest file name of common file systems.
@@ -34,6 +37,10 @@ MAX_NAME_LENGTH = 255
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_FILES = WeightFiles(SINGLE, INDEX, "model-*-of-*.safetensors")
 TORCH_FILES = WeightFiles("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+# Of Accelerate with FSDP, where the whole state dict is saved: never in shards.
+FSDP_FILES = WeightFiles("pytorch_model_fsdp.bin", "pytorch_model_fsdp.bin.index.json", "pytorch_model_fsdp-*-of-*.bin")
+# The first kind in a folder is read.
+FILE_KINDS = (SAFETENSORS_FILES, TORCH_FILES, FSDP_FILES)
 # Of the Trainer and of Accelerate: the optimizer's files or folder, and the folder of a sharded model.
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
 ACCELERATE_FOLDER = "pytorch_model_fsdp_0"
@@ -141,10 +148,9 @@ def open_state_dict(state: Mapping[str, object], where: str) -> WeightShards:
 
 
 def describe_unread(folder: Path) -> tuple[str, ...]:
-    """Returns what a folder holds that is not read: weights that are there in safetensors too, a Trainer's Adam."""
-    unread = []
-    if SAFETENSORS_FILES.are_in(folder) and TORCH_FILES.are_in(folder):
-        unread.append(f"{TORCH_FILES.single} or its shards (the safetensors files beside it are read)")
+    """Returns what a folder holds that is not read: weights that a preferred kind has too, a Trainer's Adam."""
+    read, *others = (kind.single for kind in FILE_KINDS if kind.are_in(folder))
+    unread = [f"{single} or its shards ({read} or its shards beside it are read)" for single in others]
     if (folder / ACCELERATE_FOLDER).is_dir():
         unread.append(f"{ACCELERATE_FOLDER} (sharded weights; the files beside it are read)")
     return (*unread, *describe_optimizer(folder))
@@ -168,7 +174,7 @@ def _check_no_adapter(folder: Path) -> None:
 def open_shards(folder: Path) -> WeightShards:
     """Opens the files of a folder's weights. Raises CheckpointError if there are none, or more than one set."""
     _check_no_adapter(folder)
-    kind = TORCH_FILES if TORCH_FILES.are_in(folder) and not SAFETENSORS_FILES.are_in(folder) else SAFETENSORS_FILES
+    kind = next((kind for kind in FILE_KINDS if kind.are_in(folder)), SAFETENSORS_FILES)
     single, index = folder / kind.single, folder / kind.index
     shards = {file.name for file in folder.glob(kind.shards)}
     if single.exists() and (index.exists() or shards):
