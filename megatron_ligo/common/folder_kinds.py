@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem
@@ -19,13 +20,23 @@ HANDOFF_RECORD, HANDOFF_PARTS = "growth.json", ("universal", "hf")
 
 @dataclass(frozen=True)
 class FolderKind:
-    """A kind of folder. marks: patterns of names, one of which each such folder has, finished or not."""
+    """A kind of folder. marks: patterns of names, one of which each such folder has, finished or not.
+
+    other: patterns of small letters; a file whose name has one is no mark.
+    """
 
     name: str
     marks: tuple[str, ...]
+    other: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
+
+    def is_kind_of(self, folder: Path) -> bool:
+        return any(not self._is_other(path) for mark in self.marks for path in folder.glob(mark))
+
+    def _is_other(self, path: Path) -> bool:
+        return any(fnmatchcase(path.name.lower(), pattern) for pattern in self.other)
 
 
 CHAIN = FolderKind("a chain of stages", ("chain.json",))
@@ -41,19 +52,30 @@ MODEL = FolderKind(
     (
         "config.json", "dims.json", "manifest.json", "params.json", "latest", "latest_universal", ".metadata",
         "latest_checkpointed_iteration.txt", "mp_rank_*", "*.safetensors", "*.gguf", "pytorch_model*.bin",
-        "consolidated.*.pth",
+        "consolidated.*.pth", "pytorch_model_fsdp_0/.metadata",
     ),
 )  # fmt: skip
 REPORT = FolderKind("a report", ("report.html",))
+EVALUATION = FolderKind("an evaluation", ("eval.json", "tasks/text_*.yaml"))
+SOAK = FolderKind("a soak test", ("kills.json", "fuzz.json"))
+# A user may keep notes and logs in the folder of a run before it starts.
+TEXTS = FolderKind(
+    "texts",
+    tuple(f"*{suffix}{packed}" for suffix in (".txt", ".jsonl") for packed in ("", ".gz", ".zst"))
+    + ("*.parquet", "*.arrow"),
+    ("*log*", "*out*", "*err*", "*note*", "*readme*", "*licen?e*", "*requirements*", "*todo*"),
+)
 # The first kind with a mark is the folder's: published models may have files named as a fit's or a comparison's.
-KINDS = (PRETRAINING, HANDOFF, OPERATOR, CODES, DATA, MODEL, CHAIN, COMPARISON, FIT, REPORT)
+KINDS = (
+    PRETRAINING, HANDOFF, OPERATOR, CODES, DATA, MODEL, CHAIN, COMPARISON, FIT, REPORT, EVALUATION, SOAK, TEXTS,
+)  # fmt: skip
 
 
 def identify(folder: Path) -> FolderKind | None:
     """Returns what a folder is; None if it is missing, empty or of no known kind."""
     if not folder.is_dir():
         return None
-    return next((kind for kind in KINDS if any(any(folder.glob(mark)) for mark in kind.marks)), None)
+    return next((kind for kind in KINDS if kind.is_kind_of(folder)), None)
 
 
 def check_output(folder: Path, kind: FolderKind, *others: FolderKind) -> None:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_ligo.common.atomic_files import fsync_tree, read_json, write_json
 from megatron_ligo.common.errors import DataError, Problem
 from megatron_ligo.common.file_lock import exclusive_access
-from megatron_ligo.common.folder_kinds import DATA, check_output
+from megatron_ligo.common.folder_kinds import DATA, TEXTS, check_output
 from megatron_ligo.data.corpus.encoding_pool import ChunkEncoder, EncodedChunks, EncodingPool, is_held_out
 from megatron_ligo.data.corpus.preflight import check_splits, warn_if_lossy
 from megatron_ligo.data.corpus.split_writer import SplitWriter
@@ -74,7 +74,8 @@ def prepare_text(recipe: TextRecipe, output: Path, workers: int) -> dict:
     DataError before the work if a split would have no document, and for a damaged file or a bad line where it is read.
     """
     fingerprint = json.loads(json.dumps(recipe.fingerprint()))
-    check_output(output, DATA)
+    # A file of the folder may be the text.
+    check_output(output, DATA, TEXTS)
     staging = output / STAGING_NAME
     with exclusive_access(output):
         if (staging / RECORD_NAME).is_file():

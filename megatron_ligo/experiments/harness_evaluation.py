@@ -17,6 +17,7 @@ import torch
 from megatron_ligo.checkpoint import convert, formats
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector, Problem
+from megatron_ligo.common.folder_kinds import EVALUATION, check_output
 from megatron_ligo.data.documents import DocumentSource
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,10 @@ def evaluate_models(
     """Evaluates models by name on the harness's tasks and on texts; returns and writes OUTPUT/eval.json.
 
     limit: at most so many documents of each task. Models of other formats than Hugging Face's are converted, into
-    OUTPUT. Raises ConfigError for unknown tasks, DataError for texts without a document.
+    OUTPUT. Raises ConfigError for unknown tasks and a folder of another kind, DataError for texts without a document.
     """
     check_harness()
+    check_output(output, EVALUATION)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -10,16 +10,19 @@ import pytest
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.convert import convert
 from megatron_ligo.checkpoint.verify import compare
+from megatron_ligo.commands.data import prepare
 from megatron_ligo.common import folder_kinds
 from megatron_ligo.common.errors import CheckpointError, ConfigError
 from megatron_ligo.common.file_lock import LOCK_FILE, exclusive_access
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.data.prepare_images import prepare_images
+from megatron_ligo.data.token_codes import build_codes
 from megatron_ligo.export import provenance
 from megatron_ligo.export.handoff import grow_from_config
 from megatron_ligo.export.provenance import PRETRAIN_RECORD
 from megatron_ligo.growth import operator_file
 from megatron_ligo.report import write_report
+from megatron_ligo.testing.fuzz import guided_fuzzing, trials
 from tests.tiny_models import hf_llama, llama_config
 
 MARKED = {
@@ -36,6 +39,12 @@ MARKED = {
     "config.json": folder_kinds.MODEL,
     "model.gguf": folder_kinds.MODEL,
     "report.html": folder_kinds.REPORT,
+    "pytorch_model_fsdp_0/.metadata": folder_kinds.MODEL,
+    "eval.json": folder_kinds.EVALUATION,
+    "kills.json": folder_kinds.SOAK,
+    "a story.txt": folder_kinds.TEXTS,
+    "shard_0.jsonl.zst": folder_kinds.TEXTS,
+    "train-00000-of-00001.parquet": folder_kinds.TEXTS,
 }
 
 
@@ -93,6 +102,48 @@ def test_no_command_writes_into_the_small_models_folder(small):
         with pytest.raises(ConfigError, match=r"found a model\. It stays as it is"):
             work()
     assert sorted(path.name for path in small.iterdir()) == before
+
+
+def test_notes_and_logs_are_no_texts(tmp_path):
+    for name in ("log.txt", "stdout.txt", "slurm-7.out", "requirements.txt", "README.txt", "Notes.txt", "run.sh"):
+        write(tmp_path / name)
+    assert folder_kinds.identify(tmp_path) is None
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    folder = tmp_path / "corpus"
+    write(folder / "a.txt")
+    return folder
+
+
+def test_no_command_writes_between_texts(small, corpus):
+    config = growth(small)
+    for work in (
+        lambda: build_codes(config, None, corpus, None, 0),
+        lambda: grow_from_config(config, None, corpus),
+        lambda: prepare_images(None, None, corpus, 0.1),
+        lambda: write_report([small], corpus),
+    ):
+        with pytest.raises(ConfigError, match=r"found texts\. It stays as it is"):
+            work()
+    assert [path.name for path in corpus.iterdir()] == ["a.txt"]
+
+
+def test_a_soak_test_removes_nothing_of_a_users(corpus):
+    write(corpus / "work" / "thesis.tex")
+    with pytest.raises(ConfigError, match=r"expected a new folder, found one with a\.txt, work"):
+        trials.run_fuzz(corpus, 1, 0, print, [])
+    with pytest.raises(ConfigError, match=r"expected a new folder, found one with a\.txt, work"):
+        guided_fuzzing.run_guided_fuzz(corpus, 0, 0, print, samples=[])
+    assert (corpus / "work" / "thesis.tex").is_file()
+
+
+def test_texts_are_not_prepared_into_their_own_folder(corpus, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    args = prepare.build_parser().parse_args(["corpus", "--tokenizer", "t", "--output", f"{corpus}/."])
+    with pytest.raises(ConfigError, match="expected another folder than that of the texts, found the same"):
+        prepare.run(args)
 
 
 def test_a_lock_that_is_no_file_blocks_nothing(tmp_path):

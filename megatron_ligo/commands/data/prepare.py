@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(Problem("--valid-fraction", "at least 0 and less than 1", args.valid_fraction))
     if not args.separator:
         raise ConfigError(Problem("--separator", "a text, or blank-line, end-token, none or auto", "an empty text"))
+    if any(Path(text).resolve() == Path(args.output).resolve() for text in args.inputs):
+        hint = "The next call would read what this one has written."
+        raise ConfigError(Problem(f"--output {args.output}", "another folder than that of the texts", "the same", hint))
     # Imported late, because each worker process imports this file again.
     from megatron_ligo.data.corpus.text_files import select_text_files
     from megatron_ligo.data.documents import DocumentSource

@@ -31,9 +31,10 @@ from megatron_ligo.common.atomic_files import read_json, write_json
 from megatron_ligo.common.errors import CheckpointError
 from megatron_ligo.testing.fuzz.fuzz_targets import FuzzFinding, FuzzTarget, TargetTrial, list_targets, mutate_bytes
 from megatron_ligo.testing.fuzz.sample_files import Sample
-from megatron_ligo.testing.fuzz.trials import ALL_SAMPLES, GOOD, write_sample
+from megatron_ligo.testing.fuzz.trials import ALL_SAMPLES, GOOD, OTHER_NUMBERS, check_folder, write_sample
 
 TALLY, CORPUS, FINDINGS, ENGINE_ERROR = "fuzz.json", "corpus", "findings", "engine.err"
+OWN_NAMES = (TALLY, CORPUS, FINDINGS, ENGINE_ERROR, GOOD, OTHER_NUMBERS)
 # Seconds of the CPU that one input may take, or by the clock with less use of the CPU than IDLE_CPU: then it hangs.
 HANG_SECONDS, IDLE_SECONDS, IDLE_CPU = 60.0, 300.0, 0.05
 # libFuzzer's own limits are by the clock, which a busy machine makes meaningless; 0 is one second to atheris.
@@ -69,8 +70,9 @@ def run_guided_fuzz(
     """Fuzzes every part of every file of the samples, an equal share of `minutes` of the CPU each.
 
     engine: None: atheris if it is installed, else chance. Returns the tally of all calls on this folder.
-    CheckpointError at the end if the folder has findings.
+    CheckpointError at the end if the folder has findings, ConfigError for a folder of other things.
     """
+    check_folder(folder, OWN_NAMES)
     engine = engine or (fuzz_by_coverage if atheris_is_installed() else fuzz_by_chance)
     if not (folder / GOOD).is_dir():
         for sample in samples:

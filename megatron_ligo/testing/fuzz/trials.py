@@ -13,7 +13,7 @@ import signal
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_ligo.common.errors import CheckpointError, user_message
+from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem, user_message
 from megatron_ligo.testing.fuzz.mutators import MARK, MUTATIONS, OUTSIDE, Mutation
 from megatron_ligo.testing.fuzz.run_samples import RUN_SAMPLES
 from megatron_ligo.testing.fuzz.sample_files import SAMPLES, Sample
@@ -60,7 +60,11 @@ class FuzzReport:
 def run_fuzz(
     folder: Path, count: int, seed: int, log_line: Callable[[str], None], samples: Iterable[Sample] = ALL_SAMPLES
 ) -> FuzzReport:
-    """Tries `count` mutations. CheckpointError at the end if any did harm; the files of those stay in `folder`."""
+    """Tries `count` mutations. CheckpointError at the end if any did harm; the files of those stay in `folder`.
+
+    ConfigError for a folder with files: some would be removed.
+    """
+    check_folder(folder, ())
     report = FuzzReport()
     samples = list(samples)
     expected = {sample.name: write_sample(sample, folder) for sample in samples}
@@ -90,6 +94,16 @@ def run_fuzz(
         lines = "\n  ".join(report.errors)
         raise CheckpointError(f"{len(report.errors)} of {report.count} mutations did harm\n  {lines}")
     return report
+
+
+def check_folder(folder: Path, own: Collection[str]) -> None:
+    """Raises ConfigError for a folder with files, unless it has the samples and else only names of `own`."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(names - set(own))
+    if names and (others or GOOD not in names):
+        found = ", ".join((others or sorted(names))[:3])
+        hint = "Choose another --output."
+        raise ConfigError(Problem(f"--output {folder}", "a new folder", f"one with {found}", hint))
 
 
 def write_sample(sample: Sample, folder: Path) -> str:
