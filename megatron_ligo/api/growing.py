@@ -77,8 +77,13 @@ def grow(
     if isinstance(model, nn.Module):
         if model.can_generate():
             grown.generation_config = copy.deepcopy(model.generation_config)
-        grown.to(model.device).train(model.training)
+        _move(grown, model.device).train(model.training)
     return grown
+
+
+def _move(module: nn.Module, device: torch.device) -> nn.Module:
+    """Returns the module on a device. The type of the classes' own `to` hides its arguments."""
+    return module.to(device)
 
 
 def write_handoff(

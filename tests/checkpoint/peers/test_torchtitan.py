@@ -1,6 +1,6 @@
 """torchtitan's own loaders and state dict adapter on our folders. Where it is not installed, these tests are skipped.
 
-pip install --no-deps torchtitan spmd_types tyro einops ...    # it also wants what its imports name
+pip install --no-deps torchtitan spmd_types tyro einops docstring_parser shtab typeguard triton
 pytest --long tests/checkpoint/peers
 """
 
