@@ -10,6 +10,7 @@ import argparse
 import logging
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -227,8 +228,14 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def _check_arguments() -> None:
-    """Raises ConfigError for an argument that is no text: records and libraries' files could not name such a path."""
+    """Raises ConfigError for an argument that is no text: records and libraries' files could not name such a path.
+
+    And for an empty one: as a path it would be the current folder.
+    """
     for argument in sys.argv[1:]:
+        if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+            hint = "Is a variable of the shell unset? Leave the option out for its default."
+            raise ConfigError(Problem(f"argument {argument!r}", "a value", "an empty text", hint))
         if any("\ud800" <= character <= "\udfff" for character in argument):
             hint = "Rename the file or folder, or set a UTF-8 locale (LC_ALL=C.UTF-8)."
             raise ConfigError(Problem(f"argument {argument!r}", "text in UTF-8", "other bytes", hint))

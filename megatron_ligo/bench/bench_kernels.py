@@ -68,10 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     from megatron_ligo.bench.steps.fake_device import count_step
+    from megatron_ligo.common.errors import ConfigError, Problem
     from megatron_ligo.config.run_config import RunConfig
     from megatron_ligo.planning.run_plan import plan_run
 
     kinds = args.kind or KINDS
+    if args.world < 1:
+        raise ConfigError(Problem("--processes", "at least 1", args.world))
     if args.config:
         plan = plan_run(RunConfig.load(args.config, args.set), args.world, 1.0, 1.0)
         # The small weights of a bf16 checkpoint.

@@ -63,7 +63,7 @@ TEXTS = FolderKind(
     "texts",
     tuple(f"*{suffix}{packed}" for suffix in (".txt", ".jsonl") for packed in ("", ".gz", ".zst"))
     + ("*.parquet", "*.arrow"),
-    ("*log*", "*out*", "*err*", "*note*", "*readme*", "*licen?e*", "*requirements*", "*todo*"),
+    ("*log*", "*out*", "*err*", "*note*", "*readme*", "*licen?e*", "*requirements*", "*todo*", "vocab*", "merges*"),
 )
 # The first kind with a mark is the folder's: published models may have files named as a fit's or a comparison's.
 KINDS = (
@@ -79,7 +79,13 @@ def identify(folder: Path) -> FolderKind | None:
 
 
 def check_output(folder: Path, kind: FolderKind, *others: FolderKind) -> None:
-    """Raises ConfigError if a folder that is to become `kind` is another thing's. others: kinds that may be there."""
+    """Raises ConfigError if a folder that is to become `kind` is a file, or another thing's.
+
+    others: kinds that may be there.
+    """
+    if folder.exists() and not folder.is_dir():
+        hint = "Choose another --output."
+        raise ConfigError(Problem(f"--output {folder}", "a folder, or a free path for one", "a file", hint))
     present = identify(folder)
     if present not in (None, kind, *others):
         hint = "It stays as it is. Choose another --output."

@@ -15,6 +15,31 @@ ORGANISATION_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.
 # What is read of a model: no pickles where there are safetensors, nothing of other frameworks, no code.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
+# A relative path starts from the current folder; one that is missing was perhaps meant from a config file's folder.
+config_folders: set[Path] = set()
+
+
+def add_config_folder(config: Path) -> None:
+    """Remembers the folder of a config file that was read."""
+    config_folders.add(config.resolve().parent)
+
+
+def explain_missing(path: str | Path, suffix: str = "") -> str:
+    """Returns what to do about a path that is missing in the current folder and is there beside a config file, else "".
+
+    suffix: of the file that must be there, where the path is a prefix.
+    """
+    path, here = Path(path), Path.cwd()
+    if path.is_absolute() and path.is_relative_to(here):
+        path = path.relative_to(here)
+    if path.is_absolute() or path == Path():
+        return ""
+    folders = (folder for folder in sorted(config_folders) if Path(f"{folder / path}{suffix}").exists())
+    folder = next(folders, None)
+    if folder is None or folder == here:
+        return ""
+    return f"It is there from the config's folder: run the command in {folder}, or write the path in full."
+
 
 def is_hub_name(source: str | Path) -> bool:
     """True if a source that is no path can be the name of a model on the hub."""
@@ -30,6 +55,8 @@ def find_model(source: str | Path) -> Path:
     """
     if not is_hub_name(source):
         return Path(source)
+    if explain_missing(source):
+        raise CheckpointError(missing_path(source))
 
     import huggingface_hub  # imported late: it is slow
 
@@ -49,7 +76,8 @@ def missing_path(path: str | Path, expected: str = "a checkpoint", hint: str = "
     hint: what else the path was taken for.
     """
     missing = "nothing there" if Path(path).is_absolute() else f"nothing there (in {Path.cwd()})"
-    return Problem(f"{path}", expected, missing, f"Check the path. {hint}".rstrip())
+    hint = explain_missing(path) or f"Check the path. {hint}".rstrip()
+    return Problem(f"{path}", expected, missing, hint)
 
 
 def check_push(name: str) -> None:

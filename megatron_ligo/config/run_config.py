@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ligo.common.errors import ConfigError, ErrorCollector, did_you_mean
+from megatron_ligo.common.hub_models import add_config_folder
 from megatron_ligo.config.toml_tables import apply_setting, read_toml
 from megatron_ligo.config.typed_toml import field_types, read_section, setting
 
@@ -278,6 +279,8 @@ class RunConfig:
         title = f"config {path}" if path else "config"
         errors = ErrorCollector(title, ConfigError)
         table = read_toml(Path(path)) if path else {}
+        if path:
+            add_config_folder(Path(path))
         for text in sets:
             apply_setting(table, text, errors)
         return cls._build(table, errors)

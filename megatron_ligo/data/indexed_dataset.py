@@ -15,6 +15,7 @@ import xxhash
 
 from megatron_ligo.common.atomic_files import read_json
 from megatron_ligo.common.errors import ErrorCollector
+from megatron_ligo.common.hub_models import explain_missing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -60,7 +61,9 @@ def _prefix_hint(prefix: str) -> str:
     if Path(prefix).is_file():
         return "Make data of the text first: ligo prepare."
     names = sorted(path.with_suffix("").name for path in Path(prefix).glob("*.idx"))
-    return f"Give a prefix in that folder: {', '.join(names[:3])}." if names else "Check the prefix."
+    if names:
+        return f"Give a prefix in that folder: {', '.join(names[:3])}."
+    return explain_missing(prefix, ".idx") or "Check the prefix."
 
 
 def open_indexed_files(prefix: str, errors: ErrorCollector) -> IndexedFiles | None:

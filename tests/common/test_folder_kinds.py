@@ -104,6 +104,20 @@ def test_no_command_writes_into_the_small_models_folder(small):
     assert sorted(path.name for path in small.iterdir()) == before
 
 
+def test_a_file_is_no_output(tmp_path):
+    write(tmp_path / "file")
+    with pytest.raises(ConfigError, match="expected a folder, or a free path for one, found a file"):
+        folder_kinds.check_output(tmp_path / "file", folder_kinds.FIT)
+
+
+@pytest.mark.parametrize("name", ["prepared.json", "codes.json", "a.txt", "report.html"])
+def test_a_folder_that_is_no_model_is_named(tmp_path, name):
+    write(tmp_path / name)
+    kind = folder_kinds.identify(tmp_path)
+    with pytest.raises(CheckpointError, match=f"expected a checkpoint, found {kind}. Give the folder"):
+        formats.open(tmp_path)
+
+
 def test_notes_and_logs_are_no_texts(tmp_path):
     for name in ("log.txt", "stdout.txt", "slurm-7.out", "requirements.txt", "README.txt", "Notes.txt", "run.sh"):
         write(tmp_path / name)

@@ -14,7 +14,7 @@ from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys
 from megatron_ligo.common import hub_models, symlinks
 from megatron_ligo.common.errors import CheckpointError, ConfigError, Problem, did_you_mean
-from megatron_ligo.common.folder_kinds import find_model_part
+from megatron_ligo.common.folder_kinds import MODEL, find_model_part, identify
 from megatron_ligo.config.run_config import SmallSection
 
 __all__ = ["formats", "get", "open", "open_small", "recognise", "writers"]
@@ -55,6 +55,8 @@ def recognise(path: str | Path) -> Format:
     matches = {name: format for name, format in formats().items() if format.recognise(path)}
     if not matches:
         matches = {name: format for name, format in formats().items() if format.recognise_part(path)}
+    if not matches and (kind := identify(path)) not in (None, MODEL):
+        raise CheckpointError(Problem(f"{path}", "a checkpoint", kind, "Give the folder or the file of a model."))
     if not matches:
         descriptions = "".join(f"\n  {name}: {format.description}" for name, format in sorted(formats().items()))
         raise CheckpointError(

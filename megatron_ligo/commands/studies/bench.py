@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ligo import bench, cli
 from megatron_ligo.common.atomic_files import write_json
+from megatron_ligo.common.errors import ConfigError, Problem
 
 EXAMPLE = """
 ligo bench convert --gb 4 --output runs/bench_convert.json
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
         "--folder", type=Path, metavar="DIR", help="work in this folder, on its disk (default: the current folder)"
     )
     options = parser.parse_args(args.options)
+    if options.output and options.output.is_dir():
+        raise ConfigError(Problem(f"--output {options.output}", "a file to write", "a folder"))
     work_folder = options.folder or Path()
     work_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".bench.", dir=work_folder) as folder:
