@@ -198,7 +198,7 @@ def test_the_optimizer_of_a_trainer_is_named_as_left_behind(tmp_path):
         torch.save({}, folder / name)
         unread = formats.open(folder).unread
         (folder / name).unlink()
-        assert unread == (f"optimizer state ({name}: not keyed by parameter)",)
+        assert unread == (f"optimizer state ({name}: in the trainer's own form)",)
     for name in ("optimizer_0", "pytorch_model_fsdp_0"):
         (folder / name).mkdir()
     unread = formats.open(folder).unread

@@ -159,7 +159,7 @@ def describe_unread(folder: Path) -> tuple[str, ...]:
 def describe_optimizer(folder: Path) -> tuple[str, ...]:
     """Returns the optimizer state of a Trainer's or Accelerate's folder, which is not read."""
     names = [name for name in OPTIMIZER_FILES if (folder / name).exists()]
-    return (f"optimizer state ({', '.join(names)}: not keyed by parameter)",) if names else ()
+    return (f"optimizer state ({', '.join(names)}: in the trainer's own form)",) if names else ()
 
 
 def _check_no_adapter(folder: Path) -> None:
