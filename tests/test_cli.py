@@ -119,6 +119,27 @@ def test_sigterm_exits_with_143(tmp_path, work, seconds, message):
     assert code == 143 and err.startswith(message) and err.count("\n") == 1
 
 
+def test_a_command_outlives_the_runs_that_it_has_started(tmp_path):
+    """A run may save for longer than its command would have to exit."""
+    run = "import signal, time; signal.signal(15, lambda *_: (time.sleep(3), print('saved'), exit(0))); time.sleep(160)"
+    work = f"""
+import subprocess, sys
+run = subprocess.Popen([sys.executable, "-c", {run!r}])
+time.sleep(2)
+with signal_handling.wait_for_child_runs():
+    try:
+        {PATIENT.format(seconds=0.5)}
+        run.wait()
+    finally:
+        run.terminate()
+        run.wait()
+"""
+    process = start(write_script(tmp_path, "from megatron_ligo.common import signal_handling" + work))
+    await_sleep(process)
+    process.terminate()
+    assert finish(process) == (143, "saved\n", "SIGTERM: ended.\n")
+
+
 # PR_SET_CHILD_SUBREAPER: orphans below this process become its children, as under systemd and Slurm.
 ADOPTING_SUPERVISOR = """
 import ctypes, os, subprocess, sys

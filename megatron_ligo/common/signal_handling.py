@@ -38,6 +38,7 @@ class Interrupted(KeyboardInterrupt):
 class SignalState:
     grace_seconds: float | None = None  # set while signals are deferred
     received: int | None = None
+    has_child_runs = False  # set while runs in child processes save after a signal
 
 
 def install_handlers() -> None:
@@ -86,6 +87,16 @@ def defer_signals(grace_seconds: float) -> Iterator[None]:
         SignalState.grace_seconds = previous
 
 
+@contextmanager
+def wait_for_child_runs() -> Iterator[None]:
+    """Lets the process outlive a signal for as long as its child processes take: their own grace periods end them."""
+    previous, SignalState.has_child_runs = SignalState.has_child_runs, True
+    try:
+        yield
+    finally:
+        SignalState.has_child_runs = previous
+
+
 def _on_signal(signum: int, frame: object) -> None:
     is_second_interrupt = signum == signal.SIGINT == SignalState.received
     if SignalState.grace_seconds is None or is_second_interrupt:
@@ -106,7 +117,7 @@ def _watch_signals_and_parents(read_end: int, parents: list[tuple[int, int]]) ->
         ready, _, _ = select.select([read_end], [], [], 1.0)
         if ready:
             signum = os.read(read_end, 1)[0]
-            if signum in STOP_SIGNALS:
+            if signum in STOP_SIGNALS and not SignalState.has_child_runs:
                 grace_seconds = SignalState.grace_seconds
                 _exit_after(EXIT_SECONDS if grace_seconds is None else grace_seconds, signum)
         elif any(_parent_pid(child) != parent for child, parent in parents):

@@ -277,12 +277,13 @@ def _run_command(words: list[str]) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     process = subprocess.Popen(words, preexec_fn=terminate_with_parent)
-    try:
-        code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    with signal_handling.wait_for_child_runs():
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
     if code - 128 in signal_handling.STOP_SIGNALS:
         raise Stopped(code - 128, "the chain resumes here when it is started again.")
     if code:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ligo.common import signal_handling
 from megatron_ligo.common.atomic_files import write_json
 from megatron_ligo.common.errors import ConfigError, LigoError, Problem
 from megatron_ligo.common.file_lock import lock_file
@@ -140,24 +141,26 @@ class JobQueue:
     def _fork(self, folder: Path) -> int | None:
         process = self.forks.Process(target=_run_in_child, args=(folder,))
         process.start()
-        try:
-            process.join()
-        finally:
-            if process.is_alive():
-                # SIGTERM lets the run save.
-                process.terminate()
+        with signal_handling.wait_for_child_runs():
+            try:
                 process.join()
+            finally:
+                if process.is_alive():
+                    # SIGTERM lets the run save.
+                    process.terminate()
+                    process.join()
         return process.exitcode
 
     def _launch(self, folder: Path) -> int:
         with (folder / LOG).open("a") as log:
             process = subprocess.Popen([*self.launcher, MODULE, str(folder)], stdout=log, stderr=log)
-            try:
-                return process.wait()
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
+            with signal_handling.wait_for_child_runs():
+                try:
+                    return process.wait()
+                finally:
+                    if process.poll() is None:
+                        process.terminate()
+                        process.wait()
 
 
 def _run_in_child(folder: Path) -> None:
@@ -165,7 +168,6 @@ def _run_in_child(folder: Path) -> None:
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    from megatron_ligo.common import signal_handling
     from megatron_ligo.experiments.compare import single_run
 
     signal_handling.install_handlers()
