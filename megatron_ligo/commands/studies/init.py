@@ -30,7 +30,7 @@ path = {small_path}
 
 [operator]  # `ligo advise --config {config} --minutes 30 --output runs/advice` compares methods on your data
 method = "{method}"  # {promise}
-# For a small model trained little and a long run try "corner"; train the small one on instead while it still falls fast.
+# For a small model trained little, and a long run, try "corner". Train the small one on while it still falls as fast.
 
 [fit]
 steps = 100
