@@ -147,6 +147,7 @@ def test_layouts_whose_kernels_cannot_be_counted_are_one_error(run_bench, tmp_pa
     assert "[pretrain] number of processes: expected a multiple of tp x pp = 4, found 3." in refuse(
         "--world", 3, "--kind", "plain", "--set", "pretrain.parallel.tp=4"
     )
+    assert refuse("--world", 0) == "--processes: expected at least 1, found 0."
 
 
 def test_every_benchmark_is_one_module_with_the_whole_interface():
