@@ -101,9 +101,9 @@ def check_folder(folder: Path, own: Collection[str]) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = sorted(names - set(own))
     if names and (others or GOOD not in names):
-        found = ", ".join((others or sorted(names))[:3])
+        present = ", ".join((others or sorted(names))[:3])
         hint = "Choose another --output."
-        raise ConfigError(Problem(f"--output {folder}", "a new folder", f"one with {found}", hint))
+        raise ConfigError(Problem(f"--output {folder}", "a new folder", f"one with {present}", hint))
 
 
 def write_sample(sample: Sample, folder: Path) -> str:
