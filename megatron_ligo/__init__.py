@@ -35,7 +35,7 @@ __all__ = ["__version__", *_API]
 def __getattr__(name: str) -> object:
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with import_module(f"{__name__}.common.errors").name_missing_packages():
+    with import_module(f"{__name__}.common.errors").machine_errors():
         value = getattr(import_module(f"{__name__}.{_API[name]}"), name)
     globals()[name] = value
     return value

@@ -15,10 +15,11 @@ from megatron_ligo.checkpoint.convert import Progress
 from megatron_ligo.checkpoint.format import WriteOptions
 from megatron_ligo.checkpoint.manifest import Manifest
 from megatron_ligo.checkpoint.verify import ComparisonResult, compare, has_manifest
-from megatron_ligo.common.errors import ConfigError, Problem, name_missing_packages
+from megatron_ligo.common.errors import ConfigError, Problem, machine_errors
 from megatron_ligo.experiments.reference_logits import LOGIT_TOLERANCE, compare_reference_logits
 
 
+@machine_errors()
 def convert(
     source: ModelSource,
     target: str | Path,
@@ -45,11 +46,13 @@ def convert(
     return conversion.convert(reader, target, to, written, overwrite=overwrite, progress=progress)
 
 
+@machine_errors()
 def inspect(model: ModelSource, *, format: str | None = None, accept: Iterable[str] = ()) -> dict[str, Any]:
     """Summarises a model as plain data: format, sizes (`dims`), layout, step, and each tensor's shape and dtype."""
     return inspection.describe(open_model(model, format=format, accept=accept))
 
 
+@machine_errors()
 def verify(
     a: ModelSource,
     b: ModelSource | None = None,
@@ -70,8 +73,7 @@ def verify(
         raise ConfigError(Problem("verify", expected, "one model" if logits else "neither"))
     results = [compare_with_manifest(reader) for reader in readers if b is None or has_manifest(reader)]
     if logits:
-        with name_missing_packages():
-            comparison = compare_reference_logits(*readers)
+        comparison = compare_reference_logits(*readers)
         text = f"logits differ by {comparison.difference:.3e}, more than {tolerance:g}"
         results.append(ComparisonResult(comparison.compared, [] if comparison.difference <= tolerance else [text]))
     elif b is not None:

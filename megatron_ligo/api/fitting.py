@@ -17,7 +17,7 @@ from megatron_ligo.checkpoint.formats.hf import config_json
 from megatron_ligo.checkpoint.formats.hf.transformers_model import config_content
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import check_agreement
-from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector, Problem, name_missing_packages
+from megatron_ligo.common.errors import ConfigError, DataError, ErrorCollector, Problem, machine_errors
 from megatron_ligo.data.indexed_dataset import open_indexed_files
 from megatron_ligo.growth.operator_file import OperatorFile
 from megatron_ligo.growth.validation import build_initial_operator
@@ -30,6 +30,7 @@ SMALL_FOLDER = "small"
 TRAIN, VALID = "train", "valid"
 
 
+@machine_errors()
 def fit(
     model: ModelSource,
     large: PreTrainedConfig | Mapping[str, int],
@@ -80,9 +81,8 @@ def fit(
     if not isinstance(large, Mapping):
         _check_large(large, operator.large)
 
-    with name_missing_packages():
-        from megatron_ligo.distributed import mesh
-        from megatron_ligo.training.fit import Fit
+    from megatron_ligo.distributed import mesh
+    from megatron_ligo.training.fit import Fit
 
     mesh.init_distributed(run_config.fit.timeout_minutes)
     if reader.path is None:

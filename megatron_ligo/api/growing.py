@@ -25,7 +25,7 @@ from megatron_ligo.checkpoint.content import digest_weights
 from megatron_ligo.checkpoint.convert import Progress
 from megatron_ligo.checkpoint.formats.hf.transformers_model import build_model
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.common.errors import ConfigError, Problem
+from megatron_ligo.common.errors import ConfigError, Problem, machine_errors
 from megatron_ligo.common.folder_kinds import HANDOFF, check_output, find_operator_part
 from megatron_ligo.config.run_config import RunConfig
 from megatron_ligo.export import handoff
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 OperatorSource: TypeAlias = Operator | str | Path
 
 
+@machine_errors()
 def grow(
     model: ModelSource,
     *,
@@ -86,6 +87,7 @@ def _move(module: nn.Module, device: torch.device) -> nn.Module:
     return module.to(device)
 
 
+@machine_errors()
 def write_handoff(
     model: ModelSource,
     folder: str | Path,

@@ -7,9 +7,11 @@ from typing import Unpack
 
 from megatron_ligo.api.settings import ConfigSource, LargeSizes, Settings, build_config, check_number
 from megatron_ligo.api.sources import ModelSource, open_model
+from megatron_ligo.common.errors import machine_errors
 from megatron_ligo.planning.run_plan import RunPlan, plan_run
 
 
+@machine_errors()
 def plan(
     small: ModelSource | None = None,
     *,

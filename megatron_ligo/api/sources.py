@@ -12,6 +12,7 @@ from megatron_ligo.checkpoint.convert import open_source
 from megatron_ligo.checkpoint.formats.hf import transformers_model
 from megatron_ligo.checkpoint.reader import Reader
 from megatron_ligo.checkpoint.source_keys import AcceptedKeys
+from megatron_ligo.common.errors import machine_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ModelSource: TypeAlias = Union[str, Path, Reader, "PreTrainedModel"]
 
 
+@machine_errors()
 def open_model(model: ModelSource, *, format: str | None = None, accept: Iterable[str] = ()) -> Reader:
     """Opens a model as a Reader of canonical tensors, whose memory it shares.
 
@@ -35,6 +37,7 @@ def open_model(model: ModelSource, *, format: str | None = None, accept: Iterabl
     return _finish(reader, accepted, type(model).__name__)
 
 
+@machine_errors()
 def open_state_dict(
     state: Mapping[str, Tensor], config: Mapping[str, object] | PreTrainedConfig, *, accept: Iterable[str] = ()
 ) -> Reader:

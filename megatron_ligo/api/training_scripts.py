@@ -9,11 +9,12 @@ from torch import nn
 
 from megatron_ligo.checkpoint import formats
 from megatron_ligo.checkpoint.reader import Reader
-from megatron_ligo.common.errors import CheckpointError, Problem
+from megatron_ligo.common.errors import CheckpointError, Problem, machine_errors
 from megatron_ligo.distributed.mesh import DeepSpeedMpu, current_mesh
 from megatron_ligo.models.full import universal_loading
 
 
+@machine_errors()
 def deepspeed_mpu() -> DeepSpeedMpu:
     """Returns the `mpu` for `deepspeed.initialize` over the process groups that Megatron-core has now.
 
@@ -23,6 +24,7 @@ def deepspeed_mpu() -> DeepSpeedMpu:
     return DeepSpeedMpu(current_mesh())
 
 
+@machine_errors()
 def prepare_for_universal(model: nn.Module, checkpoint: str | Path | Reader) -> None:
     """Tells DeepSpeed how each parameter of a Megatron-core model is sharded. Call it before `deepspeed.initialize`.
 
@@ -31,6 +33,7 @@ def prepare_for_universal(model: nn.Module, checkpoint: str | Path | Reader) -> 
     universal_loading.prepare_for_universal(model, _open(checkpoint).model_config, current_mesh().tp_group)
 
 
+@machine_errors()
 def load_universal(engine: DeepSpeedEngine, checkpoint: str | Path | Reader) -> None:
     """Loads a universal checkpoint, or a hand-off's, into an engine with `"checkpoint": {"load_universal": True}`.
 

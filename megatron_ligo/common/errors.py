@@ -164,11 +164,16 @@ def user_message(error: BaseException) -> str | None:
 
 
 @contextmanager
-def name_missing_packages() -> Iterator[None]:
-    """Raises MachineError, within this context, for a package that an import does not find."""
+def machine_errors() -> Iterator[None]:
+    """Raises MachineError, within this context or decorated function, for what the machine or environment lacks.
+
+    Such as space, a permission, a path, memory or a package: everything that has a message for the user.
+    """
     try:
         yield
-    except ModuleNotFoundError as error:
+    except LigoError:
+        raise
+    except Exception as error:
         message = user_message(error)
         if message is None:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import re
 import subprocess
 import sys
@@ -176,6 +178,55 @@ def test_a_wrong_argument_is_one_error_that_names_it(part, tmp_path):
         WRONG_ARGUMENTS[part](tmp_path)
     assert len(error.value.problems) == 1 and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_function_reports_the_machine_as_our_error():
+    """A future function that forgets the decorator fails here."""
+    functions = {name: getattr(ligo, name) for name in ligo.__all__ if inspect.isfunction(getattr(ligo, name))}
+    assert {"convert", "fit", "grow", "load_universal"} <= set(functions)
+    assert not [name for name, function in functions.items() if not hasattr(function, "__wrapped__")]
+
+
+# Calls that the operating system refuses, also for root. A folder in the place of a file, a file in that of a folder.
+IMPOSSIBLE_PATHS = {
+    "convert": lambda folder: ligo.convert(SMALL, "/proc/nobody/x", to="hf"),
+    "convert below a file": lambda folder: ligo.convert(SMALL, folder / "file" / "x", to="mcore"),
+    "write_handoff": lambda folder: ligo.write_handoff(SMALL, "/proc/nobody/x", num_layers=3),
+    "write_handoff below a file": lambda folder: ligo.write_handoff(SMALL, folder / "file" / "x", num_layers=3),
+    "plan's config": lambda folder: ligo.plan(SMALL, num_layers=3, config=folder),
+    "grow's config": lambda folder: ligo.grow(SMALL, config=folder / "file" / "run.toml"),
+    "inspect": lambda folder: ligo.inspect(folder / "file" / "x"),
+    "open_model": lambda folder: ligo.open_model("x" * 5000),
+    "verify": lambda folder: ligo.verify(SMALL, folder / "none"),
+}
+
+
+@pytest.mark.parametrize("call", IMPOSSIBLE_PATHS)
+def test_a_path_that_the_system_refuses_is_our_error(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ligo.LigoError, match=r"expected .*, found"):
+        IMPOSSIBLE_PATHS[call](tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failure_of_the_machine_keeps_its_cause_and_a_bug_stays_itself(tmp_path, monkeypatch):
+    def fail(error):
+        def write(*_, **__):
+            raise error
+
+        return write
+
+    full = OSError(errno.ENOSPC, "No space left on device", "x")
+    with pytest.raises(ligo.MachineError, match="free space") as caught:
+        ligo.convert(SMALL, tmp_path / "out", to="hf", progress=fail(full))
+    assert caught.value.__cause__ is full
+    for error in (KeyError("x"), ligo.DataError("x")):
+        with pytest.raises(type(error)) as caught:
+            ligo.convert(SMALL, tmp_path / "out", to="hf", progress=fail(error))
+        assert caught.value is error
+    monkeypatch.setattr("megatron_ligo.api.growing.build_model", fail(MemoryError()))
+    with pytest.raises(ligo.MachineError, match="memory"):
+        ligo.grow(SMALL, num_layers=3)
 
 
 def test_dtypes_by_name():
