@@ -30,6 +30,12 @@ TINY = {
     "steps = 100\n": "steps = 4\nlr = 1e-3\n",
     "steps = 1000": "steps = 3",
 }
+TINY_COMPARISON = {
+    "scratch_steps = 1000": "scratch_steps = 8",
+    "budgets = [0.25, 0.5]": "budgets = [1.0]",
+    "lrs = [5e-4, 1e-3, 2e-3]": "lrs = [1e-3]",
+    "seeds = [1, 2, 3]": "seeds = [1]",
+}
 TINY_PYTHON = {
     "num_layers=32": "num_layers=5",
     "hidden_size=768": "hidden_size=32",
@@ -92,6 +98,11 @@ def run(command: str, workspace: Path, code: int = 0) -> str:
     return completed.stdout + completed.stderr
 
 
+def prepare_texts(workspace: Path) -> None:
+    if not (workspace / "runs/data/train.idx").is_file():
+        run(find_inline("ligo prepare"), workspace)
+
+
 @pytest.mark.timeout(3600)
 def test_the_commands_of_the_readme(workspace):
     assert "llama" in run(find_inline("ligo inspect"), workspace)
@@ -124,9 +135,24 @@ def test_the_commands_of_the_readme(workspace):
 
 
 @pytest.mark.timeout(3600)
+def test_the_comparison_of_the_readme(workspace):
+    prepare_texts(workspace)
+    (arms,) = (block for block in find_blocks("toml") if "[compare]" in block)
+    for large, tiny in TINY_COMPARISON.items():
+        assert large in arms, f"the README's comparison no longer says {large!r}"
+        arms = arms.replace(large, tiny)
+    (workspace / "compare.toml").write_text((workspace / "run.toml").read_text() + arms)
+    output = run(find_inline("ligo compare --config"), workspace)
+    assert "runs/compare/results.json, compare.html and compare.png; next:" in output
+    record = json.loads((workspace / "runs/compare/results.json").read_text())
+    assert set(record["arms"]) == {"scratch", "corner", "lossless", "small"}
+    (trained,) = (workspace / "runs/compare/jobs/corner/seed_1").glob("run_*/run/pretrain.json")
+    assert json.loads(trained.read_text())["layout"]["tp"] == 2
+
+
+@pytest.mark.timeout(3600)
 def test_the_python_of_the_readme(workspace):
-    if not (workspace / "runs/data/train.idx").is_file():
-        run(find_inline("ligo prepare"), workspace)
+    prepare_texts(workspace)
     (code,) = (block for block in find_blocks("python") if "ligo.fit" in block)
     for large, tiny in TINY_PYTHON.items():
         assert large in code, f"the README's Python no longer says {large!r}"

@@ -32,6 +32,18 @@ def add_processes_option(parser: cli.CommandParser) -> None:
     )
 
 
+def add_run_processes_option(parser: cli.CommandParser, runs: str) -> None:
+    """Adds --processes N of a command that stays one process and starts runs, of N processes each."""
+    parser.add_argument(
+        "--processes",
+        dest="run_processes",
+        type=cli.positive(int),
+        default=1,
+        metavar="N",
+        help=f"run each {runs} on N processes, at the layout of the config (default: 1, at tp = pp = 1)",
+    )
+
+
 def is_launcher_wanted(args: argparse.Namespace) -> bool:
     """True if --processes asks for more than this process and no launcher has started it."""
     return vars(args).get("processes", 1) > 1 and "WORLD_SIZE" not in os.environ

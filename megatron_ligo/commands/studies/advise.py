@@ -34,14 +34,7 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--flops", type=cli.positive(float), metavar="N", help="FLOP budget of all probes together")
     budget.add_argument("--minutes", type=cli.positive(float), metavar="M", help="or a budget of time on this machine")
-    parser.add_argument(
-        "--processes",
-        dest="probe_processes",
-        type=cli.positive(int),
-        default=1,
-        metavar="N",
-        help="run each probe on N processes, at the layout of the config (default: 1, at tp = pp = 1)",
-    )
+    launching.add_run_processes_option(parser, "probe")
     parser.add_argument(
         "--method", action="append", default=[], metavar="NAME", help="probe only this method; repeatable"
     )
@@ -84,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     def log_line(text: str) -> None:
         print(text, flush=True)
 
-    launcher = launching.launcher_command(args.probe_processes) if args.probe_processes > 1 else ""
+    launcher = launching.launcher_command(args.run_processes) if args.run_processes > 1 else ""
     budget = (args.flops or 0.0, rates, args.method)
     advice = advise(config, Path(args.output), *budget, log_line, args.fit, launcher, args.minutes, tried)
     for each in advice["rounds"]:

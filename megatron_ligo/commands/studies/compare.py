@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ligo import cli
+from megatron_ligo.commands import launching
 from megatron_ligo.common.errors import ConfigError, Problem
 from megatron_ligo.experiments.compare.comparison_config import CompareSection
 
@@ -32,6 +34,7 @@ def build_parser(prog: str | None = None) -> cli.CommandParser:
         extra_sections={"compare": CompareSection},
         prog=prog,
     )
+    launching.add_run_processes_option(parser, "training")
     parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; repeatable")
     parser.add_argument(
         "--accept-changed-data", action="store_true", help="go on although data or models have changed since; recorded"
@@ -50,6 +53,12 @@ def run(args: argparse.Namespace) -> None:
     )
 
     config = comparison_config.load_comparison(Path(args.config), args.set)
+    if args.run_processes > 1:
+        if config.compare.launcher:
+            hint = "Leave one of them out."
+            raise ConfigError(Problem("--processes", "no compare.launcher beside it", config.compare.launcher, hint))
+        launcher = launching.launcher_command(args.run_processes)
+        config = replace(config, compare=replace(config.compare, launcher=launcher))
     results = comparison.run_comparison(
         config, Path(args.output), args.only, lambda text: print(text, flush=True), args.accept_changed_data
     )

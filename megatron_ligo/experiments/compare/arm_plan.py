@@ -14,6 +14,7 @@ from megatron_ligo.experiments.compare.run_folder import PRETRAIN
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob
 from megatron_ligo.experiments.compare.start_plan import StartPlan, no_sizes
 from megatron_ligo.experiments.compare.trunk import branch_jobs
+from megatron_ligo.experiments.smaller_layout import with_smaller_layout
 
 Steps = Callable[[float], int]  # returns the steps that a budget pays for
 
@@ -73,7 +74,7 @@ class ComparisonPlan(StartPlan):
         """Returns one run; None if it is missing or its start costs more than the budget."""
         config = self._seeded(arm, seed)
         if arm.small:
-            config = replace(config, large=no_sizes(config))
+            config = with_smaller_layout(replace(config, large=no_sizes(config)), self.small_model)
         start = self.start(arm, seed, lr)
         if start is None:
             return None

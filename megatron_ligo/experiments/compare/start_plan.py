@@ -14,6 +14,7 @@ from megatron_ligo.experiments.compare.comparison_config import WSD, Arm, Compar
 from megatron_ligo.experiments.compare.run_folder import CODES, FIT, GROW, PRETRAIN, RUN, last_checkpoint
 from megatron_ligo.experiments.compare.run_queue import ComparisonJob, JobQueue
 from megatron_ligo.experiments.compare.trunk import decay_steps
+from megatron_ligo.experiments.smaller_layout import with_smaller_layout
 from megatron_ligo.training.initial_weights import read_model_config, scratch_model_config
 
 GetResult = Callable[[ComparisonJob], dict | None]  # returns a job's result; None while there is none
@@ -64,6 +65,7 @@ class StartPlan:
         source_seed = compare.source_seeds[number % len(compare.source_seeds)]
         run = replace(self._run(config.pretrain, steps), lr=compare.source_lr, seed=source_seed, start=SCRATCH)
         config = self._with_cache(replace(config, pretrain=run, large=no_sizes(config)))
+        config = with_smaller_layout(config, self.small_model)
         name = f"source{f'_{steps}' * (steps != compare.source_steps)}{f'_seed_{source_seed}' * bool(source_seed)}"
         job = ComparisonJob(name, PRETRAIN, config, keep=True)
         result = self.get_result(job)
@@ -174,8 +176,12 @@ class StartPlan:
     @cached_property
     def small_step_flops(self) -> int:
         """FLOPs of a step of the small model, on as many samples."""
+        return self._step_flops(self.small_model)
+
+    @cached_property
+    def small_model(self) -> ModelConfig:
         small = self.spec.config.small
-        return self._step_flops(read_model_config(Path(small.path), small.accept))
+        return read_model_config(Path(small.path), small.accept)
 
     def _run(self, run: PretrainSection, steps: int) -> PretrainSection:
         run = replace(run, steps=steps, warmup_steps=self._warmup_steps(steps))
