@@ -16,14 +16,13 @@ from megatron_ligo.checkpoint.io import digest
 from megatron_ligo.checkpoint.reader import MOMENTS, WEIGHT, Reader, TensorInfo
 from megatron_ligo.common.errors import CheckpointError, ErrorCollector, Problem
 from megatron_ligo.common.file_digest import digest_file
+from megatron_ligo.export.layer_mixing import DepthMixer
 from megatron_ligo.export.mixture_reader import as_mixture_reader
 from megatron_ligo.growth import random_init
 from megatron_ligo.growth.adam_state import DualMaps
 from megatron_ligo.growth.codes.codes_file import TENSORS
 from megatron_ligo.growth.operator import Operator
 
-# The most bytes of small tensors that are kept while dense depth maps read them for every large layer.
-CACHE_BYTES = 256 << 20
 CPU = torch.device("cpu")
 
 
@@ -52,8 +51,7 @@ class GrownReader(Reader):
         self.operator = operator
         self.source = source
         self.device = device
-        self._cached: dict[str, Tensor] = {}
-        self._cached_bytes = 0
+        self._mixer = DepthMixer(operator, source, device)
         self.model_config = operator.large
         same_images = self.model_config.image_size == source.model_config.image_size
         self.files = tuple(file for file in source.files if same_images or file.name != model_record.IMAGE_PROCESSOR)
@@ -117,8 +115,7 @@ class GrownReader(Reader):
 
         random_rows: (large out, small in), added between the two maps. layer_offset: shifts the small layers.
         """
-        read_small = self._read_cached if self._mixes_layers(key) else self.source.read
-        mixed = self.operator.mix_layers(key, read_small, layer_offset)
+        mixed = self._mixer.mix(key, layer_offset)
         device = self._product_device(key)
         mixed = mixed.to(device, torch.promote_types(mixed.dtype, torch.float32))
         return self.operator.grow(key, mixed, None if random_rows is None else random_rows.to(device)).cpu()
@@ -127,24 +124,6 @@ class GrownReader(Reader):
         """Returns where a tensor is grown. Vectors have no products, and parts of experts are drawn on the CPU."""
         is_matrix = len(self.arch.param(key).axes) == 2
         return self.device if is_matrix and not self.operator.settings.expert_drop else CPU
-
-    def _mixes_layers(self, key: str) -> bool:
-        """True if each large layer combines several small ones."""
-        name = self.operator.depth_name(key)
-        return name is not None and bool((self.operator.tensor(name)[-1] != 0).sum() > 1)
-
-    def _read_cached(self, key: str) -> Tensor:
-        """Reads a small tensor, of its own shape. The first CACHE_BYTES of them are kept for all large layers.
-
-        Every large layer reads all small layers in turn: of a cache that drops its oldest, none would be read twice.
-        """
-        if key in self._cached:
-            return self._cached[key]
-        tensor = self.source.read(key)
-        if self._cached_bytes + tensor.nbytes <= CACHE_BYTES:
-            self._cached[key] = tensor
-            self._cached_bytes += tensor.nbytes
-        return tensor
 
 
 def digest_operator(operator: Operator) -> str:

@@ -10,7 +10,7 @@ LiGO, equation 6: W_large = B (sum_i w_i W_i) A^T. B is the `expand` of the spac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -203,13 +203,29 @@ def grow_tensor(
     inner = space_maps.inner_gain_map(param)
     if inner is not None:
         return inner.to(mixed) @ mixed
-    for dim, axis in enumerate(param.axes):
-        lift = space_maps.lift(axis)
-        if lift is not None:
-            mixed = apply_map(mixed, dim, matrix(lift, axis.use), lift)
+    lifts = [space_maps.lift(axis) for axis in param.axes]
+    maps = [lift and matrix(lift, axis.use) for lift, axis in zip(lifts, param.axes, strict=True)]
+    if added_rows is None and _is_input_side_first_cheaper(mixed, maps):
+        mixed, maps[1] = apply_map(mixed, 1, maps[1], lifts[1]), None
+    for dim, (width_map, lift) in enumerate(zip(maps, lifts, strict=True)):
+        if width_map is not None:
+            mixed = apply_map(mixed, dim, width_map, lift)
         if dim == 0 and added_rows is not None:
             mixed = mixed + added_rows
     return mixed
+
+
+def _is_input_side_first_cheaper(mixed: Tensor, maps: Sequence[Tensor | LinearMap | None]) -> bool:
+    """True if mapping dim 1 before dim 0 takes fewer multiplications. mixed: (out small, in small).
+
+    Never for maps without sums: they need no products, and their order would change the last bits for nothing.
+    """
+    if len(maps) != 2 or not all(isinstance(each, LinearMap) and each.cost for each in maps):
+        return False
+    # Per vector along each dim, whole heads moved by one entry of their map included.
+    costs = [each.cost * size // each.shape[1] for each, size in zip(maps, mixed.shape, strict=True)]
+    grown = [size * each.shape[0] // each.shape[1] for each, size in zip(maps, mixed.shape, strict=True)]
+    return costs[1] * mixed.shape[0] + costs[0] * grown[1] < costs[0] * mixed.shape[1] + costs[1] * grown[0]
 
 
 def left_inverse(expand: Tensor) -> Tensor:
