@@ -9,7 +9,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
         python3.12 python3.12-dev python3.12-venv build-essential git openssh-client pdsh && \
     rm -rf /var/lib/apt/lists/*
 WORKDIR /app
-COPY requirements.txt requirements-models.txt pyproject.toml README.md ./
+COPY requirements.txt requirements-models.txt pyproject.toml README.md LICENSE ./
 COPY launch_scripts launch_scripts
 COPY megatron_ligo megatron_ligo
 COPY ds_configs ds_configs
@@ -22,4 +22,4 @@ RUN if [ -n "$TORCH_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$TORCH_INDEX"; fi
 ARG TRANSFORMER_ENGINE=
 RUN if [ -n "$TRANSFORMER_ENGINE" ]; then \
         /opt/venv/bin/python -m pip install --no-build-isolation "transformer_engine[pytorch]"; fi
-ENV PATH=/opt/venv/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=/app
+ENV PATH=/opt/venv/bin:$PATH OMP_NUM_THREADS=1 PYTHONPATH=/app

@@ -79,6 +79,16 @@ def test_the_top_folder_has_the_profiles_of_the_package():
     assert top == {path.name: path.read_bytes() for path in deepspeed_profile.PROFILE_FOLDER.iterdir()}
 
 
+def test_the_image_has_what_it_is_built_from():
+    """The Dockerfile copies what the wheel and launch_scripts/setup.sh read, and what the commands of its page name."""
+    lines = re.findall(r"^COPY (.+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    copied = {name for line in lines for name in line.split()[:-1]}
+    setup = (ROOT / "launch_scripts/setup.sh").read_text()
+    pinned = set(re.search(r'^files="(.+)"$', setup, re.M)[1].split())
+    needed = {*BUILT_FROM, *pinned, "launch_scripts", "ds_configs", "tools"}
+    assert needed == copied and all((ROOT / name).exists() for name in copied)
+
+
 def test_one_version_everywhere():
     version = megatron_ligo.__version__
     assert re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == version
