@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megatron_ligo.checkpoint.io import file_layout
 from megatron_ligo.checkpoint.io.file_layout import LazyTensor
 from megatron_ligo.checkpoint.io.journal import Journal
 from megatron_ligo.checkpoint.io.output import Output
 from megatron_ligo.common.errors import CheckpointError
+from megatron_ligo.common.recent_values import RecentValues
 
 
 def lazy(tensor: torch.Tensor) -> LazyTensor:
@@ -47,6 +49,66 @@ def test_torch_files_are_complete_archives(tmp_path):
             assert torch.equal(read["module"][name], tensor), name
             assert read["module"][name].dtype == tensor.dtype
     assert sorted(file.name for file in path.parent.iterdir()) == ["file.pt"]
+
+
+def similar_trees() -> list[object]:
+    """Trees that differ from another one in one thing that an equality of Python may not see."""
+    first, second = torch.arange(6.0), torch.arange(6.0) + 1
+    shared = lazy(first)
+    plain = [1, True, 1.0, 0.0, -0.0, "1", b"1", None, float("nan"), {1: 2}, {True: 2}, {"a": 1, "b": 2}]
+    plain += [{"b": 2, "a": 1}, [1, 2], (1, 2), torch.Size([1, 2]), torch.float32, torch.float64]
+    trees = [{"param": lazy(first), "value": value} for value in plain]
+    for tensor in (second, first.view(2, 3), first.half(), first.double(), torch.empty(0), torch.tensor(1.0)):
+        trees.append({"param": lazy(tensor), "value": 1})
+    trees += [[shared, shared], [lazy(first), lazy(first)], [lazy(first), lazy(second)], (shared, shared), shared]
+    return trees
+
+
+def make_tensors(tree: object) -> object:
+    """Returns the tree with its tensors, those that occur twice shared."""
+    tensors = {}
+
+    def replace(node: object) -> object:
+        if isinstance(node, LazyTensor):
+            return tensors.setdefault(id(node), node.make().clone())
+        if isinstance(node, dict):
+            return {key: replace(value) for key, value in node.items()}
+        return type(node)(map(replace, node)) if isinstance(node, list | tuple) else node
+
+    return replace(tree)
+
+
+def test_a_kept_skeleton_is_that_of_its_tree_alone(tmp_path, monkeypatch):
+    """Written twice, the second time in another order and with every skeleton a kept one; and without any kept."""
+    trees = similar_trees()
+    with Output(tmp_path) as output:
+        for name, order in (("first", trees), ("second", trees[::-1]), ("alone", trees)):
+            for tree in order:
+                if name == "alone":
+                    monkeypatch.setattr(file_layout, "_recent_skeletons", RecentValues(1, 0))
+                output.write_torch(f"{name}/{id(tree)}/file.pt", tree)
+    for tree in trees:
+        files = [tmp_path / name / f"{id(tree)}/file.pt" for name in ("first", "second", "alone")]
+        assert len({file.read_bytes() for file in files}) == 1, tree
+        loaded = torch.load(files[1], weights_only=True)
+        assert describe(loaded) == describe(make_tensors(tree)), tree
+
+
+def describe(tree: object) -> str:
+    """Returns a tree as text, with the types, tensors' dtypes and numbers, and which of them share storage."""
+    storages = []
+
+    def as_text(node: object) -> str:
+        if isinstance(node, torch.Tensor):
+            storages.append(node.untyped_storage().data_ptr())
+            return f"{node.dtype} {tuple(node.shape)} {node.tolist()} {storages.index(storages[-1])}"
+        if isinstance(node, dict):
+            return f"{{{', '.join(f'{key!r}: {as_text(value)}' for key, value in node.items())}}}"
+        if isinstance(node, list | tuple):
+            return f"{type(node)}({', '.join(map(as_text, node))})"
+        return repr(node)
+
+    return as_text(tree)
 
 
 def test_zeros_are_a_hole(tmp_path):

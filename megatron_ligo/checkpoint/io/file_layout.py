@@ -6,7 +6,7 @@ import errno
 import json
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 from megatron_ligo.common.atomic_files import fsync_descriptor
+from megatron_ligo.common.recent_values import RecentValues
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -35,6 +36,10 @@ SAFETENSORS_DTYPES = {
 LOCAL_HEADER, CENTRAL_HEADER, CHECKSUM = 30, 46, 4
 # torch.save aligns tensors to this many bytes.
 ALIGNMENT = 64
+# Kinds of values whose repr says all of them.
+PLAIN = (type(None), bool, int, float, str, bytes)
+# The most skeletons that are kept, and their bytes.
+MAX_SKELETONS, MAX_SKELETON_BYTES = 256, 4 << 20
 # Bytes written to find out why a disk fails; more than any skeleton has.
 PROBE_BYTES = 1 << 20
 
@@ -90,20 +95,67 @@ def lay_out_safetensors(
 def write_torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
     """Writes what torch.save writes for a tree of plain data and `LazyTensor`s, with holes for the tensors' bytes.
 
-    A `LazyTensor` that occurs several times in the tree is stored once.
+    A `LazyTensor` that occurs several times in the tree is stored once. Files of one name and one tree have one
+    skeleton: the layers of a model differ in their tensors alone, and torch.save takes a millisecond.
     """
-    tensors: dict[int, tuple[str, LazyTensor, Tensor]] = {}
+    tensors: dict[int, tuple[str, LazyTensor]] = {}
+    # The archive contains its file's name.
+    key = (path.name, _describe(tree, "", tensors))
+    skeleton = _recent_skeletons.get(key)
+    if skeleton is None:
+        skeleton = _save_skeleton(path, tree)
+        _recent_skeletons.put(key, skeleton, sum(len(part) for _, part in skeleton.frame))
+    else:
+        skeleton.write(path)
+    return [
+        TensorSpan(name, *place, lazy) for (name, lazy), place in zip(tensors.values(), skeleton.places, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A torch.save archive without its tensors' bytes.
+
+    places: each tensor's offset, and those of its checksums. frame: (offset, bytes) of all else.
+    """
+
+    size: int
+    places: tuple[tuple[int, tuple[int, ...]], ...]
+    frame: tuple[tuple[int, bytes], ...]
+
+    def write(self, path: Path) -> None:
+        try:
+            with path.open("wb") as file:
+                for offset, part in self.frame:
+                    file.seek(offset)
+                    file.write(part)
+                file.truncate(self.size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{path}") from error
+
+
+_recent_skeletons: RecentValues[Skeleton] = RecentValues(MAX_SKELETONS, MAX_SKELETON_BYTES)
+
+
+def _save_skeleton(path: Path, tree: object) -> Skeleton:
+    """Writes the skeleton by torch, and returns it."""
+    tensors: dict[int, tuple[LazyTensor, Tensor]] = {}
     # Untouched storages take no memory; torch numbers them in the order in which it meets them.
-    hollow = _replace_tensors(tree, "", tensors)
+    hollow = _replace_tensors(tree, tensors)
     try:
         with skip_data():
             torch.save(hollow, path)
     except RuntimeError as error:
         raise explain_write_failure(path, error) from error
     records = _find_records(path)
-    return [
-        TensorSpan(name, *records[f"data/{number}"], lazy) for number, (name, lazy, _) in enumerate(tensors.values())
-    ]
+    spans = [TensorSpan("", *records[f"data/{i}"], lazy) for i, (lazy, _) in enumerate(tensors.values())]
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        frame = []
+        for start, stop in _frame_ranges(spans, size):
+            file.seek(start)
+            frame.append((start, file.read(stop - start)))
+    return Skeleton(size, tuple((span.offset, span.checksums) for span in spans), tuple(frame))
 
 
 def explain_write_failure(path: Path, error: RuntimeError) -> OSError:
@@ -172,16 +224,31 @@ def _frame_ranges(spans: Sequence[TensorSpan], end: int) -> list[tuple[int, int]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _replace_tensors(tree: object, name: str, tensors: dict[int, tuple[str, LazyTensor, Tensor]]) -> object:
-    """Returns the tree with an uninitialised tensor for each `LazyTensor`, and collects these in `tensors` by id."""
+def _replace_tensors(tree: object, tensors: dict[int, tuple[LazyTensor, Tensor]]) -> object:
+    """Returns the tree with an uninitialised tensor for each `LazyTensor`, and collects both in `tensors` by id."""
     if isinstance(tree, LazyTensor):
-        *_, hollow = tensors.setdefault(id(tree), (name, tree, torch.empty(tree.shape, dtype=tree.dtype)))
+        _, hollow = tensors.setdefault(id(tree), (tree, torch.empty(tree.shape, dtype=tree.dtype)))
         return hollow
     if isinstance(tree, dict):
-        return {key: _replace_tensors(value, f"{name}/{key}", tensors) for key, value in tree.items()}
+        return {key: _replace_tensors(value, tensors) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_replace_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(tree))
+        return type(tree)(_replace_tensors(value, tensors) for value in tree)
     return tree
+
+
+def _describe(tree: object, name: str, tensors: dict[int, tuple[str, LazyTensor]]) -> Hashable:
+    """Describes all that torch.save stores of a tree but the tensors' bytes; collects its tensors, named, by id."""
+    if isinstance(tree, LazyTensor):
+        tensors.setdefault(id(tree), (name, tree))
+        return LazyTensor, list(tensors).index(id(tree)), tree.shape, tree.dtype
+    if isinstance(tree, dict):
+        # A key of another type may be equal: True and 1.
+        items = [(type(key), key, _describe(value, f"{name}/{key}", tensors)) for key, value in tree.items()]
+        return type(tree), tuple(items)
+    if isinstance(tree, list | tuple):
+        return type(tree), tuple(_describe(value, f"{name}/{i}", tensors) for i, value in enumerate(tree))
+    # -0.0 and 0.0 are equal; other kinds of objects, which may change, are equal to nothing.
+    return type(tree), repr(tree) if isinstance(tree, PLAIN) else object()
 
 
 def _find_records(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
