@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 
 from megatron_ligo.arch.model_config import ModelConfig
@@ -15,7 +14,7 @@ from megatron_ligo.training.initial_weights import check_layout
 def with_smaller_layout(config: RunConfig, small: ModelConfig) -> RunConfig:
     """Returns the config with a layout that the small model fits: [pretrain.parallel] itself if it does.
 
-    Otherwise tp, cp and pp are divisors of those, with as large a product as the small model allows; data parallelism
+    Otherwise tp, cp, pp and ep are divisors of those, with as many ranks as the small model allows; data parallelism
     takes the rest, and micro-batches shrink as it grows, so that a step has the same samples. The loss does not depend
     on the layout. Raises ConfigError, that of the layout as it is, if no smaller one fits.
     """
@@ -34,12 +33,13 @@ def with_smaller_layout(config: RunConfig, small: ModelConfig) -> RunConfig:
 
 
 def _smaller_layouts(parallel: ParallelSection) -> list[ParallelSection]:
-    """Returns every layout of divisors of tp, cp and pp, that of the largest product, then of the largest tp, first."""
-    sizes = itertools.product(*map(_divisors, (parallel.tp, parallel.cp, parallel.pp)))
-    return [
-        replace(parallel, tp=tp, cp=cp, pp=pp, sequence_parallel=parallel.sequence_parallel and tp > 1)
-        for tp, cp, pp in sorted(sizes, key=lambda each: (math.prod(each), each), reverse=True)
+    """Returns every layout of divisors of tp, cp, pp and ep: that of most ranks, then of the largest tp, first."""
+    sizes = itertools.product(*map(_divisors, (parallel.tp, parallel.cp, parallel.pp, parallel.ep)))
+    layouts = [
+        replace(parallel, tp=tp, cp=cp, pp=pp, ep=ep, sequence_parallel=parallel.sequence_parallel and tp > 1)
+        for tp, cp, pp, ep in sizes
     ]
+    return sorted(layouts, key=lambda each: (_ranks(each), each.tp, each.cp, each.pp, each.ep), reverse=True)
 
 
 def _divisors(number: int) -> list[int]:

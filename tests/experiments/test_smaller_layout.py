@@ -35,6 +35,8 @@ def test_a_layout_that_fits_stays():
         ({"tp": 6, "pp": 2}, {"tp": 3, "pp": 2}, 4),
         ({"tp": 1, "pp": 4}, {"tp": 1, "pp": 2}, 4),
         ({"tp": 4, "cp": 3}, {"tp": 1, "cp": 3}, 2),
+        # The large model has experts, the small one has none.
+        ({"tp": 3, "ep": 2, "sequence_parallel": True}, {"tp": 3, "sequence_parallel": True}, 8),
     ],
 )
 def test_a_layout_that_does_not_is_the_largest_that_does(layout, expected, micro_batch_size):
