@@ -73,7 +73,6 @@ def test_each_kind_of_harm_is_kept_once(tmp_path, monkeypatch):
         for word in (b"good", b"refuse", b"fall", b"fall", b"fill", b"wait", b"die"):
             try_input(word)
 
-    # Above the time to fill 100 MiB, which page faults take.
     monkeypatch.setattr(fuzz_targets, "SECONDS_LIMIT", 2.0)
     sample = Sample("words", lambda folder, seed: (folder / "file").write_text(f"good {seed}") and None, read_and_obey)
     for calls in (1, 2):

@@ -152,10 +152,11 @@ class TargetTrial:
         finding = self._read_safely()
         seconds, peak = time.process_time() - begin, _memory("VmHWM") - used
         limit = FILE_MULTIPLE * len(content) + BASE_BYTES
-        if finding is None and seconds > SECONDS_LIMIT:
-            finding = FuzzFinding("took too long", f"{seconds:.1f} s for {len(content)} bytes", "seconds")
+        # Memory first: a busy machine takes seconds to fill it.
         if finding is None and peak > limit:
             finding = FuzzFinding("took too much memory", f"{peak} bytes for {len(content)} bytes", "memory")
+        if finding is None and seconds > SECONDS_LIMIT:
+            finding = FuzzFinding("took too long", f"{seconds:.1f} s for {len(content)} bytes", "seconds")
         if self._listing() != before:
             self._restore()
         return finding
