@@ -98,7 +98,7 @@ def write_torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
     A `LazyTensor` that occurs several times in the tree is stored once. Files of one name and one tree have one
     skeleton: the layers of a model differ in their tensors alone, and torch.save takes a millisecond.
     """
-    tensors: dict[int, tuple[str, LazyTensor]] = {}
+    tensors: dict[int, tuple[int, str, LazyTensor]] = {}
     # The archive contains its file's name.
     key = (path.name, _describe(tree, "", tensors))
     skeleton = _recent_skeletons.get(key)
@@ -108,7 +108,7 @@ def write_torch_skeleton(path: Path, tree: object) -> list[TensorSpan]:
     else:
         skeleton.write(path)
     return [
-        TensorSpan(name, *place, lazy) for (name, lazy), place in zip(tensors.values(), skeleton.places, strict=True)
+        TensorSpan(name, *place, lazy) for (_, name, lazy), place in zip(tensors.values(), skeleton.places, strict=True)
     ]
 
 
@@ -236,11 +236,13 @@ def _replace_tensors(tree: object, tensors: dict[int, tuple[LazyTensor, Tensor]]
     return tree
 
 
-def _describe(tree: object, name: str, tensors: dict[int, tuple[str, LazyTensor]]) -> Hashable:
-    """Describes all that torch.save stores of a tree but the tensors' bytes; collects its tensors, named, by id."""
+def _describe(tree: object, name: str, tensors: dict[int, tuple[int, str, LazyTensor]]) -> Hashable:
+    """Describes all that torch.save stores of a tree but the tensors' bytes; collects its tensors by id, with number
+    and name.
+    """
     if isinstance(tree, LazyTensor):
-        tensors.setdefault(id(tree), (name, tree))
-        return LazyTensor, list(tensors).index(id(tree)), tree.shape, tree.dtype
+        number, *_ = tensors.setdefault(id(tree), (len(tensors), name, tree))
+        return LazyTensor, number, tree.shape, tree.dtype
     if isinstance(tree, dict):
         # A key of another type may be equal: True and 1.
         items = [(type(key), key, _describe(value, f"{name}/{key}", tensors)) for key, value in tree.items()]
