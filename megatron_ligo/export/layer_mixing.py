@@ -1,7 +1,8 @@
 """Depth maps of a growth in which every large layer reads every small one, for many large layers at once.
 
-One large layer at a time, the whole small model would be read for each of them. Layers that are asked for in order are
-mixed together instead: the small tensors are read once for all of them, and one product of matrices mixes each piece.
+One large layer at a time, the whole small model would be read for each of them. A layer is mixed together with the next
+ones instead, as layers are read in order: each small tensor is read once for all of them, and one product of matrices
+mixes each piece.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LAYERS_AT_ONCE = 16
 COLUMNS = 1 << 15
 # The most bytes of mixed tensors that wait until they are read; with large layers, those of one.
 WAITING_BYTES = 256 << 20
-# Small tensors that are held at once: as many as fit into GROUP_BYTES, and at least MIN_GROUP.
+# Small tensors that are in memory at once: as many as fit into GROUP_BYTES, and at least MIN_GROUP.
 GROUP_BYTES, MIN_GROUP = 64 << 20, 4
 
 
@@ -40,16 +41,18 @@ class DepthMixer:
         )
         layer_bytes = sum(sizes) * torch.float32.itemsize
         self._num_ahead = min(LAYERS_AT_ONCE, 1 + max(WAITING_BYTES // layer_bytes, 1))
-        self._waiting: dict[str, Tensor] = {}
-        self._last_layer: dict[str, int] = {}
+        # By pattern of the key, and by layer.
+        self._waiting: dict[str, dict[int, Tensor]] = {}
 
     def mix(self, key: str, layer_offset: int = 0) -> Tensor:
         """Returns `Operator.mix_layers` of a large key, (out small, in small), in fp32 or wider, on either device."""
         if layer_offset or not self._is_dense(key):
             return self._operator.mix_layers(key, self._source.read, layer_offset)
-        if key not in self._waiting:
-            self._mix_ahead(key)
-        return self._waiting.pop(key)
+        layer, pattern = layer_index(key), key_pattern(key)
+        if layer not in self._waiting.get(pattern, ()):
+            # Layers that wait still are another process's, which shares the work.
+            self._waiting[pattern] = self._mix_ahead(pattern, layer)
+        return self._waiting[pattern].pop(layer)
 
     def _is_dense(self, key: str) -> bool:
         """True for a matrix if every large layer reads every small one, as it is stored, with a weight other than 0."""
@@ -59,16 +62,12 @@ class DepthMixer:
         weights = self._operator.tensor(name)
         return weights.shape[1] > 1 and not weights.requires_grad and bool((weights != 0).all())
 
-    def _mix_ahead(self, key: str) -> None:
-        """Mixes a key, and the same tensor of the next layers too where the layers are read in order."""
-        layer, pattern = layer_index(key), key_pattern(key)
-        in_order = self._last_layer.get(pattern) == layer - 1
-        end = min(layer + (self._num_ahead if in_order else 1), self._operator.large.num_layers)
-        layers = range(layer, end)
-        self._last_layer[pattern] = end - 1
-        weights = self._operator.tensor(self._operator.depth_name(key))[layer:end]
-        mixed = self._mix(pattern, weights)
-        self._waiting.update({pattern.format(each, 0): tensor for each, tensor in zip(layers, mixed, strict=True)})
+    def _mix_ahead(self, pattern: str, layer: int) -> dict[int, Tensor]:
+        """Returns the mixed tensors of a layer and of those that are read next, by layer."""
+        end = min(layer + self._num_ahead, self._operator.large.num_layers)
+        name = self._operator.depth_name(pattern.format(layer, 0))
+        mixed = self._mix(pattern, self._operator.tensor(name)[layer:end])
+        return dict(zip(range(layer, end), mixed, strict=True))
 
     def _mix(self, pattern: str, weights: Tensor) -> list[Tensor]:
         """Mixes the tensors of some large layers: weights (layers, small layers) -> each (out small, in small)."""
@@ -78,8 +77,8 @@ class DepthMixer:
         rows = torch.zeros(LAYERS_AT_ONCE, weights.shape[1], dtype=dtype, device=self._device)
         rows[: len(weights)] = weights
         mixed = [torch.zeros(size, dtype=dtype, device=self._device) for _ in weights]
-        num_held = max(GROUP_BYTES // (size * info.dtype.itemsize), MIN_GROUP)
-        for numbers in torch.arange(weights.shape[1]).split(num_held):
+        group_size = max(GROUP_BYTES // (size * info.dtype.itemsize), MIN_GROUP)
+        for numbers in torch.arange(weights.shape[1]).split(group_size):
             tensors = [self._source.read(pattern.format(number, 0)).reshape(-1) for number in numbers.tolist()]
             _add_products(mixed, rows[:, numbers], tensors)
         return [tensor.view(info.shape) for tensor in mixed]
